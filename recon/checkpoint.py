@@ -1,0 +1,100 @@
+"""Writing a repaired model as a Hugging Face checkpoint that loads anywhere, zeros and all."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recon.errors import ReconError
+
+CARD = """---
+base_model: {model}
+library_name: transformers
+tags: [pruned, sparse, reconstruction]
+---
+
+# {name}: pruned {pattern} with {criterion}, repaired at {granularity} granularity
+
+A dense checkpoint with exact zeros: it loads with `AutoModelForCausalLM.from_pretrained` and needs no special kernel.
+Method: local reconstruction after pruning, arXiv 2510.14444.
+
+| | |
+|---|---|
+| base model | {model}{revision} |
+| criterion, pattern | {criterion}, {pattern} |
+| sparsity of the pruned matrices, as counted | {sparsity:.4f} |
+| reconstruction | granularity {granularity}, propagation {propagation}, solver {solver}, start {start}, loss {loss} |
+| calibration | {calibration} |
+| licence | that of the base model |
+
+| perplexity (lower is better) | dense | pruned | this model |
+|---|---|---|---|
+{rows}
+
+Protocol: {evaluation}
+
+Made by:
+
+```
+{command}
+```
+"""
+
+
+def check_target(folder: Path) -> None:
+    """Raises `ReconError` unless `folder` can be made, or is empty and can be written to."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ReconError(f"save folder {str(folder)!r} exists and is not an empty folder; name a new one")
+    check_writable(folder.parent, "save folder")
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Makes `folder` if need be; raises `ReconError` naming it where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ReconError(f"{what}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that can be written") from None
+
+
+def card(record) -> dict:
+    """What the model card says, from the record."""
+    spec, metrics = record.spec, record.metrics
+    rows = [
+        f"| {text} | {values['dense_perplexity']:.2f} | {values['pruned_perplexity']:.2f} | {values['perplexity']:.2f} |"
+        for text, values in metrics["by_text"].items()
+    ]
+    return {
+        **spec,
+        "name": Path(spec["model"]).name,
+        "revision": f" at {spec['revision']}" if spec["revision"] else "",
+        "sparsity": metrics["sparsity"],
+        "calibration": record.protocol["calibration"],
+        "evaluation": record.protocol["evaluation"],
+        "rows": "\n".join(rows),
+    }
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record, command: str) -> None:
+    """Writes weights (safetensors), configuration, tokenizer and model card to `folder`, which appears only when complete.
+
+    Raises `ReconError` naming the folder where the disk is full or cannot be written; nothing half-written stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        text = CARD.format(command=command or "recon.run(...) from Python", **card(record))
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+        temporary.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()  # empty, as checked before the run
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

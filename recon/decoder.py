@@ -1,0 +1,441 @@
+"""A causal LM as embed -> blocks -> head, found by structure; block halves; windows.
+
+No architecture is known here by name. The blocks are found by shape, each is called with what the model itself calls it
+with, and a half-block is the block with its other half silenced, so that the model's own forward always runs. What was
+found is checked against the model's own output when a `Decoder` is made.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from recon.errors import ReconError
+from recon.windows import Window, partition
+
+PROBE_LENGTH = 8
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was wanted has been captured."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A prunable weight of a block. `weight` is a view of shape (out, in), whatever way round the module stores it."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        return self.oriented(self.module.weight)
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """`stored` (laid out as the module's weight) as (out, in), and the reverse; a view."""
+        return stored.T if isinstance(self.module, Conv1D) else stored
+
+
+@dataclass(frozen=True)
+class Halves:
+    """How one block divides: the names of its children with weights that mix tokens, and of those that do not."""
+
+    layout: str  # "sequential": the MLP reads the attention half's output; "parallel": both read the block's input
+    children: dict[str, tuple[str, ...]]  # "attention" | "mlp" -> child names
+
+
+class Decoder:
+    """The blocks of a causal LM, callable one window at a time.
+
+    Args:
+        model: a causal LM from transformers, in evaluation mode.
+        like: a decoder of the same architecture whose structure is taken over instead of being found anew (a pruned
+            copy of a model has its structure, but is a poor thing to find it by).
+
+    Raises:
+        ReconError: no list of blocks is found, the model is not causal, or the blocks do not compose to its output.
+    """
+
+    def __init__(self, model: nn.Module, like: "Decoder | None" = None):
+        self.model = model
+        self.path = like.path if like else _find_blocks(model)
+        self.blocks: nn.ModuleList = model.get_submodule(self.path)
+        self._calls: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
+        if like:
+            self._rebuild, self.halves, self._silence = like._rebuild, like.halves, like._silence
+            self.groups, self._half_parameters = like.groups, like._half_parameters
+        else:
+            self._discover()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence, in tokens, that the model was made for, where its configuration tells."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    # --- running the model piece by piece -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input of the first block for `tokens` (batch, length): (batch, length, hidden)."""
+        caught = []
+
+        def stop(hidden, *args, **kwargs):
+            caught.append(hidden)
+            raise _Stop
+
+        with _replaced({self.blocks[0]: stop}), contextlib.suppress(_Stop):
+            self._run_model(tokens)
+        return caught[0]
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the model makes of `hidden` (batch, length, hidden), the last block's output: (batch, length, vocabulary).
+
+        The model's own forward runs with its blocks by-passed, so final norms, scalings and soft caps are the model's own.
+        `tokens` (batch, length) give the shape only.
+        """
+        stubs: dict[nn.Module, Callable] = {block: lambda h, *a, **k: self._rebuild(h) for block in self.blocks[:-1]}
+        stubs[self.blocks[-1]] = lambda h, *a, **k: self._rebuild(hidden)
+        with _replaced(stubs):
+            return self._run_model(tokens).logits
+
+    def forward(self, window: Window, hidden: Tensor) -> Tensor:
+        """Output of `window` for its input `hidden` (batch, length, input width).
+
+        For windows made of blocks or halves, both are the residual stream; for a window of matrices that share an input,
+        the output is their outputs side by side.
+        """
+        if window.matrices:
+            return torch.cat([self.model.get_submodule(name)(hidden) for name in window.matrices], dim=-1)
+        for index in window.blocks:
+            hidden = self._run_block(index, hidden, window.half)
+        return hidden
+
+    @torch.no_grad()
+    def inputs(self, window: Window, hidden: Tensor) -> Tensor:
+        """Input of `window`, given the input `hidden` (batch, length, hidden) of its first block (or half)."""
+        if not window.matrices:
+            return hidden
+        caught = []
+
+        def stop(module, args):
+            caught.append(args[0])
+            raise _Stop
+
+        handle = self.model.get_submodule(window.matrices[0]).register_forward_pre_hook(stop)
+        try:
+            with contextlib.suppress(_Stop):
+                self._run_block(window.blocks[0], hidden)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def _run_block(self, index: int, hidden: Tensor, half: str | None = None) -> Tensor:
+        args, kwargs = self._call(hidden)[index]
+        stubs = {}
+        if half:
+            other = {"attention": "mlp", "mlp": "attention"}[half]
+            for child in self.halves[index].children[other]:
+                stubs[self.blocks[index].get_submodule(child)] = self._silence[index][child]
+        with _replaced(stubs):
+            return _first(self.blocks[index](hidden, *args, **kwargs))
+
+    def _run_model(self, tokens: Tensor):
+        return self.model(input_ids=tokens.to(self.device), use_cache=False)
+
+    def _call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
+        """What the model passes to each block beside `hidden`: positions, rotary embeddings, masks.
+
+        With unpadded samples of equal length it depends only on the shape (batch, length), so one copy per shape is kept.
+        It is had by running the model with by-passed blocks, which costs next to nothing.
+        """
+        shape = tuple(hidden.shape[:2])
+        if shape not in self._calls:
+            calls: list[tuple[tuple, dict]] = []
+
+            def bypass(h, *args, **kwargs):
+                calls.append((args, kwargs))
+                if len(calls) == len(self.blocks):
+                    raise _Stop
+                return self._rebuild(h)
+
+            tokens = torch.zeros(shape, dtype=torch.long)
+            with _replaced(dict.fromkeys(self.blocks, bypass)), contextlib.suppress(_Stop), torch.no_grad():
+                self._run_model(tokens)
+            self._calls[shape] = calls
+        return self._calls[shape]
+
+    # --- windows and what is in them ------------------------------------------------------------------------------
+
+    def windows(self, granularity: str) -> list[Window]:
+        """The windows of the model at `granularity`, in the order in which they are adapted.
+
+        Raises `ReconError` for an unknown granularity, one that the model is too small for, and for halves of blocks
+        that do not divide.
+        """
+        if granularity == "matrix":
+            windows = []
+            for index, groups in enumerate(self.groups):
+                for number, group in enumerate(groups):
+                    last = number == len(groups) - 1
+                    windows.append(Window(range(index, index + 1), matrices=group, ends_block=last))
+            return windows
+        if granularity == "half-block":
+            self._refuse_undivided()
+            return [
+                Window(range(i, i + 1), half=half, parallel=self.halves[i].layout == "parallel", ends_block=half == "mlp")
+                for i in range(len(self.blocks))
+                for half in ("attention", "mlp")
+            ]
+        return [Window(blocks) for blocks in partition(granularity, len(self.blocks))]
+
+    def _refuse_undivided(self) -> None:
+        for index, halves in enumerate(self.halves):
+            if isinstance(halves, str):
+                kind = type(self.blocks[index]).__name__
+                raise ReconError(
+                    f"half-block windows do not fit this model: block {index} ({kind}) {halves}; "
+                    "use granularity block (or k-blocks, quarter, model, matrix)"
+                )
+
+    def parameters(self, window: Window) -> dict[str, nn.Parameter]:
+        """The parameters that `window` trains, by full name: matrices, norms and biases that its output depends on."""
+        if window.matrices:
+            return {
+                f"{name}.{suffix}": parameter
+                for name in window.matrices
+                for suffix, parameter in self.model.get_submodule(name).named_parameters()
+            }
+        return {
+            f"{self.path}.{index}.{suffix}": parameter
+            for index in window.blocks
+            for suffix, parameter in self.blocks[index].named_parameters()
+            if not window.half or suffix in self._half_parameters[index][window.half]
+        }
+
+    def matrices(self, window: Window | None = None) -> dict[str, Matrix]:
+        """The prunable matrices of `window` (default: of all blocks), by name, in the order in which they run."""
+        chosen = window.blocks if window else range(len(self.blocks))
+        names = [name for index in chosen for group in self.groups[index] for name in group]
+        if window and window.matrices:
+            names = list(window.matrices)
+        elif window and window.half:
+            trained = self.parameters(window)
+            names = [name for name in names if f"{name}.weight" in trained]
+        return {name: Matrix(name, self.model.get_submodule(name)) for name in names}
+
+    # --- finding the structure ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _discover(self) -> None:
+        tokens = _probe_tokens(self.model)
+        seen, handles = [], []
+        for block in self.blocks:
+            handles.append(block.register_forward_hook(lambda m, a, k, out: seen.append((_hidden(a, k), out)), with_kwargs=True))
+        try:
+            expected = self._run_model(tokens).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(seen) != len(self.blocks):
+            raise ReconError(f"the {len(self.blocks)} blocks at {self.path!r} ran {len(seen)} times in one forward pass, not once each")
+        template = seen[0][1]
+        self._rebuild = (lambda h: (h, *template[1:])) if isinstance(template, tuple) else (lambda h: h)
+        self._check_causal(tokens, expected)
+        self._check_composition(tokens, expected)
+        self.halves: list[Halves | str] = []
+        self._silence: list[dict[str, Callable]] = []
+        self._half_parameters: list[dict[str, frozenset[str]]] = []
+        self.groups: list[list[tuple[str, ...]]] = []
+        for index, (hidden, _) in enumerate(seen):
+            self.groups.append(self._find_groups(index, hidden))
+            self._find_halves(index, hidden)
+
+    def _check_causal(self, tokens: Tensor, expected: Tensor) -> None:
+        other = tokens.clone()
+        other[:, -1] = (tokens[:, -1] + 1) % self.model.config.get_text_config().vocab_size
+        early, again = expected[:, :-1].float(), self._run_model(other).logits[:, :-1].float()
+        # Same shapes, same kernels: a causal model answers with the same bits, or nearly; leakage can be small, though.
+        if (early - again).abs().max() > _tolerance(expected) / 100 * early.abs().max():
+            kind = type(self.model).__name__
+            raise ReconError(f"{kind} is not a causal language model: changing the last token changes the predictions before it")
+
+    def _check_composition(self, tokens: Tensor, expected: Tensor) -> None:
+        hidden = self.embed(tokens)
+        for index in range(len(self.blocks)):
+            hidden = self._run_block(index, hidden)
+        if _distance(self.logits(tokens, hidden), expected) > _tolerance(expected):
+            raise ReconError(
+                f"{type(self.model).__name__}: its {len(self.blocks)} blocks at {self.path!r}, run one after another, do not give "
+                "the model's own output; it does something between its blocks that is not supported"
+            )
+
+    def _find_groups(self, index: int, hidden: Tensor) -> list[tuple[str, ...]]:
+        """The block's matrices in the order in which they run, grouped where they read the very same input."""
+        block, groups, inputs, handles = self.blocks[index], [], [], []
+        for name, module in block.named_modules():
+            if not isinstance(module, nn.Linear | Conv1D):
+                continue
+
+            def note(module, args, name=f"{self.path}.{index}.{name}"):
+                if inputs and inputs[-1] is args[0]:
+                    groups[-1].append(name)
+                else:
+                    inputs.append(args[0])
+                    groups.append([name])
+
+            handles.append(module.register_forward_pre_hook(note))
+        try:
+            self._run_block(index, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        ran = sum(len(group) for group in groups)
+        if ran != len(handles) or len({n for g in groups for n in g}) != ran:
+            raise ReconError(f"block {index} ({type(block).__name__}) has {len(handles)} matrices but ran {ran} in one forward pass")
+        for name, parameter in block.named_parameters():
+            owner = block.get_submodule(name.rpartition(".")[0])
+            if parameter.ndim > 2 and not isinstance(owner, nn.Conv1d):
+                raise ReconError(
+                    f"block {index} ({type(block).__name__}) holds the fused weight {name!r} of shape {tuple(parameter.shape)}; "
+                    "mixture-of-experts blocks cannot be pruned yet"
+                )
+        return [tuple(group) for group in groups]
+
+    def _find_halves(self, index: int, hidden: Tensor) -> None:
+        """Divides block `index` by silencing, and keeps the division only if the halves give the block back."""
+        block = self.blocks[index]
+        children, silence = self._probe_children(index, hidden)
+        self._silence.append(silence)
+        self._half_parameters.append({})
+        if not all(children.values()):
+            missing = " and ".join(f"no {half}" for half, names in children.items() if not names)
+            self.halves.append(f"has {missing} child with weights of its own")
+            return
+        whole = self._run_block(index, hidden)
+        self.halves.append(Halves("sequential", children))
+        attention = self._run_block(index, hidden, "attention")
+        sequential = _distance(self._run_block(index, attention, "mlp"), whole, hidden)
+        parallel = _distance(attention + self._run_block(index, hidden, "mlp") - hidden, whole, hidden)
+        if sequential > _tolerance(whole) and parallel > _tolerance(whole):
+            self.halves[index] = (
+                "does not divide into an attention half and an MLP half (with one silenced after the other, its output is off by "
+                f"{min(sequential, parallel):.0%}), as where the residual is added inside the sub-module"
+            )
+            return
+        if sequential > _tolerance(whole):
+            self.halves[index] = Halves("parallel", children)
+        for half in children:
+            with torch.enable_grad():
+                output = self._run_block(index, hidden.detach(), half)
+                parameters = dict(block.named_parameters())
+                weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+                gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()), allow_unused=True)
+            used = (name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.any())
+            self._half_parameters[index][half] = frozenset(used)
+
+    def _probe_children(self, index: int, hidden: Tensor) -> tuple[dict[str, tuple[str, ...]], dict[str, Callable]]:
+        """Which children with matrices mix tokens (attention) and which do not (MLP), and a silent stand-in for each."""
+        block = self.blocks[index]
+        named = {n: c for n, c in block.named_children() if any(p.ndim >= 2 for p in c.parameters())}
+        seen: dict[str, tuple[tuple, dict, object]] = {}
+        handles = [
+            child.register_forward_hook(lambda m, a, k, out, name=name: seen.update({name: (a, k, out)}), with_kwargs=True)
+            for name, child in named.items()
+        ]
+        try:
+            self._run_block(index, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        mixes = {name: _mixes_tokens(named[name], args, kwargs) for name, (args, kwargs, _) in seen.items()}
+        children = {
+            "attention": tuple(name for name, mixing in mixes.items() if mixing),
+            "mlp": tuple(name for name, mixing in mixes.items() if not mixing),
+        }
+        return children, {name: _silent(args, kwargs, out) for name, (args, kwargs, out) in seen.items()}
+
+
+def _find_blocks(model: nn.Module) -> str:
+    """Path of the `nn.ModuleList` of same-class children that holds the most parameters."""
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+    }
+    if not sizes:
+        raise ReconError(f"{type(model).__name__} has no list of blocks of one class, so it cannot be taken apart")
+    return max(sizes, key=sizes.__getitem__)
+
+
+def _probe_tokens(model: nn.Module) -> Tensor:
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (2, PROBE_LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def _replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
+    """The forward of each module is `stubs[module]` for a while."""
+    for module, stub in stubs.items():
+        module.forward = stub
+    try:
+        yield
+    finally:
+        for module in stubs:
+            del module.forward  # the class's own forward shows again
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _hidden(args: tuple, kwargs: dict) -> Tensor:
+    """The first tensor among a module's arguments: by convention the hidden states."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _silent(args: tuple, kwargs: dict, output) -> Callable:
+    """A forward that returns zeros of the structure of `output`, for any batch and length."""
+    given = _hidden(args, kwargs)
+
+    def zeros(leaf, like: Tensor):
+        if isinstance(leaf, Tensor) and leaf.shape[:-1] == given.shape[:-1]:
+            return like.new_zeros(*like.shape[:-1], leaf.shape[-1])
+        return None
+
+    def forward(*args, **kwargs):
+        like = _hidden(args, kwargs)
+        return tuple(zeros(leaf, like) for leaf in output) if isinstance(output, tuple) else zeros(output, like)
+
+    return forward
+
+
+def _mixes_tokens(child: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether changing the first token's input changes the output at any other token."""
+    given = _hidden(args, kwargs)
+    changed = given.clone()
+    # The token axis is the last but one, also where a block flattens (batch, length) into one axis.
+    changed[..., 0, :] = changed[..., 0, :].flip(-1) + 1
+
+    def swap(value):
+        return changed if value is given else value
+
+    again = child(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
+    # `output` of the block's own run may have been changed in place since, so the child runs twice here.
+    return not torch.equal(_first(child(*args, **kwargs))[..., 1:, :], _first(again)[..., 1:, :])
+
+
+def _distance(found: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:
+    """Relative error of `found`, measured against how far `expected` is from `origin`."""
+    return ((found - expected).float().norm() / (expected - origin).float().norm().clamp_min(1e-30)).item()
+
+
+def _tolerance(tensor: Tensor) -> float:
+    return 1e-3 if tensor.dtype == torch.float32 else 5e-2

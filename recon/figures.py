@@ -1,0 +1,138 @@
+"""One look for every figure, and one way to save it: with its data and where that came from."""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from recon.errors import ReconError
+
+PACKAGES = ("recon", "torch", "transformers", "numpy", "pandas", "matplotlib", "seaborn")
+_NAME = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
+
+
+def style() -> None:
+    """Sets the look of all figures: colours that colour-blind readers tell apart, and markers and lines that survive grey."""
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind")
+    colours = sns.color_palette("colorblind").as_hex()[:8]
+    lines = ["-", "--", "-.", ":"] * 2
+    markers = ["o", "s", "^", "D", "v", "P", "X", "*"]
+    plt.rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=colours, linestyle=lines, marker=markers),
+            "figure.figsize": (5.5, 3.4),  # inches: the width of a single-column text
+            "figure.dpi": 110,
+            "savefig.bbox": "tight",
+            "pdf.fonttype": 42,  # TrueType, embedded: text in the PDF stays text
+        }
+    )
+
+
+def lower_is_better(ax: Axes, axis: str = "y") -> None:
+    """Says in the label of `axis` ("x" or "y") that smaller values are better."""
+    arrow = {"x": "\N{LEFTWARDS ARROW}", "y": "\N{DOWNWARDS ARROW}"}.get(axis)
+    if arrow is None:
+        raise ReconError(f"unknown axis {axis!r}; allowed: x, y")
+    note = f"(lower is better {arrow})"
+    label = getattr(ax, f"get_{axis}label")()
+    if note not in label:
+        getattr(ax, f"set_{axis}label")(f"{label} {note}".strip())
+
+
+def savefig(
+    fig: Figure, name: str, folder: Path | str, data: pd.DataFrame, records: Sequence[Mapping], caption: str = ""
+) -> Path:
+    """Writes `<name>.pdf`, `.png` (200 dpi), `.csv` and `.json` into `folder`; returns the path of the PNG.
+
+    `data` is what is drawn, a row per mark. `records` are the run records behind it; the JSON file holds their "key"s, the
+    caption, the git commit and the package versions. The same figure from the same code gives the same bytes. Each file
+    appears whole or not at all. Raises `ReconError` for a name that does not suit a file, for empty data, and for a record
+    without a key.
+    """
+    if not _NAME.fullmatch(name):
+        raise ReconError(f"figure name {name!r} does not suit a file; allowed: lower-case letters, digits, and - _ . between them")
+    if data.empty:
+        raise ReconError(f"figure {name!r} has no data; give the rows that are drawn")
+    if keyless := [index for index, record in enumerate(records) if "key" not in record]:
+        raise ReconError(f"figure {name!r}: records {keyless} have no 'key'; give the records of the runs that are drawn")
+    provenance = {
+        "name": name,
+        "caption": caption,
+        "records": sorted({record["key"] for record in records}),
+        "git": _git_state(),
+        "packages": _versions(),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
+        stem = Path(made) / name
+        # No date in the PDF, so that drawing again changes nothing.
+        fig.savefig(f"{stem}.pdf", metadata={"CreationDate": None})
+        fig.savefig(f"{stem}.png", dpi=200)
+        data.to_csv(f"{stem}.csv", index=False, float_format="%.6g", lineterminator="\n")
+        Path(f"{stem}.json").write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in sorted(Path(made).iterdir()):
+            os.replace(path, folder / path.name)
+    return folder / f"{name}.png"
+
+
+def saved(folder: Path | str) -> list[dict]:
+    """The provenance of each figure in `folder`, by name; a figure is a JSON file of `savefig` with its PNG beside it."""
+    pairs = [(path, path.with_name(f"{path.stem}.png")) for path in sorted(Path(folder).glob("*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path, picture in pairs if picture.is_file()]
+
+
+def gallery(folder: Path | str) -> Path:
+    """Writes `folder`/README.md, a page that shows every figure there with its caption and links to its data."""
+    folder = Path(folder)
+    parts = ["# Figures", "", "Each figure with the data it draws and where that came from. Written by `recon.figures.gallery`."]
+    for figure in saved(folder):
+        name, commit = figure["name"], figure["git"]["commit"]
+        origin = f"{len(figure['records'])} run records" + (f", commit `{commit[:10]}`" if commit else "")
+        parts += ["", f"## {name}", "", f"![{_plain(figure['caption'] or name)}]({name}.png)", ""]
+        parts += [figure["caption"], ""] if figure["caption"] else []
+        parts += [f"[PDF]({name}.pdf) · [data]({name}.csv) · [provenance]({name}.json) ({origin})"]
+    page = folder / "README.md"
+    page.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def _plain(text: str) -> str:
+    """`text` on one line and without brackets, for the alternative text of a Markdown image."""
+    return " ".join(text.replace("[", "(").replace("]", ")").split())
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # the library also runs from a checkout that is not installed
+    return installed
+
+
+def _git_state() -> dict:
+    """Commit of the checkout that this file lies in, and whether its code differs from it; None where there is no git."""
+    root = Path(__file__).resolve().parents[1]
+    # Figures and records are what a run writes: they make no difference to the code.
+    status = ("status", "--porcelain", "--", ".", ":!figures", ":!results")
+    try:
+        commit, changes = (
+            subprocess.run(("git", "-C", str(root), *command), capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), status)
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(changes)}

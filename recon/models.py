@@ -1,0 +1,76 @@
+"""Loading a causal LM and its tokenizer: a bundled name, a local folder, or a Hub id."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from recon import assets
+from recon.errors import ReconError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def locate(name: str) -> str:
+    """Where `from_pretrained` finds the model called `name`: a folder, or the Hub id itself.
+
+    Raises `ReconError` for a name that is neither bundled, nor a folder with a config.json, nor shaped like a Hub id.
+    """
+    if name in assets.BUNDLED_MODELS:
+        return str(assets.bundled_model(name))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ReconError(f"model folder {name!r} has no config.json; give a folder in the Hugging Face format")
+        return name
+    if not HUB_ID.fullmatch(name) or name.startswith("."):
+        bundled = ", ".join(assets.BUNDLED_MODELS)
+        raise ReconError(f"unknown model {name!r}; bundled: {bundled}; or an existing local folder, or a Hub id (organisation/name)")
+    return name
+
+
+def load(
+    name: str, revision: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal LM `name` in float32 and its tokenizer, in evaluation mode, on `device`.
+
+    Weights come from safetensors only and no code from the Hub is run. Raises `ReconError` for an unknown model and for
+    weights that are NaN or infinite, naming the first such parameter.
+    """
+    where = locate(name)
+    # The bar of transformers' weight loading flickers by in a second and would sit between our own bars.
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ReconError(f"model {name!r}{at} cannot be loaded: {error}") from error
+    check_finite(model)
+    return model.eval().to(device), tokenizer
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raises `ReconError` naming the first parameter of `model` that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise ReconError(f"parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}")
+
+
+def fingerprint(name: str, revision: str | None = None) -> str:
+    """Hash of what `load(name, revision)` loads, without loading it: weights and config for a folder, commit for a Hub id."""
+    where = locate(name)
+    if not Path(where).is_dir():
+        from huggingface_hub import HfApi, try_to_load_from_cache
+
+        # A cached copy answers offline: its folder is named after the commit.
+        cached = try_to_load_from_cache(where, "config.json", revision=revision)
+        return Path(cached).parent.name if isinstance(cached, str) else HfApi().model_info(where, revision=revision).sha
+    files = sorted(p for p in Path(where).iterdir() if p.suffix in {".safetensors", ".json"})
+    # Ordered by name, so that the same files give the same hash wherever they lie.
+    digests = {p.name: assets.sha256(p) for p in files}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,147 @@
+"""The pass that gathers statistics block by block and makes masks."""
+
+import contextlib
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from recon import criteria, device
+from recon.decoder import Decoder, Matrix
+from recon.errors import ReconError
+from recon.seeds import generator
+from recon.sparsity import Pattern, sparsity_of
+from recon.windows import Window
+
+log = logging.getLogger("recon")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a pruning pass found: `masks` by matrix name, bool (out, in), True = kept; and the sparsity of each matrix."""
+
+    masks: dict[str, Tensor]
+    sparsity: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Share of zeros over all pruned matrices."""
+        kept = sum(int(mask.sum()) for mask in self.masks.values())
+        return 1 - kept / sum(mask.numel() for mask in self.masks.values())
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module | Decoder,
+    samples: Tensor | None = None,
+    criterion: str = "wanda",
+    pattern: str | Pattern = "0.5",
+    scope: str = "auto",
+    propagation: str = "sparse",
+    batch_size: int = 2,
+    seed: int = 0,
+    compute_dtype: str = "auto",
+    progress: bool = True,
+    **options,
+) -> Pruning:
+    """Prunes the matrices of every block of `model` in place, block by block; embeddings and output head are left alone.
+
+    Args:
+        model: a causal LM, or its `Decoder`.
+        samples: calibration tokens (samples, length), needed by criteria that weigh activations.
+        criterion: one of `recon.criteria.CRITERIA`.
+        pattern: unstructured sparsity such as "0.5", or N:M such as "2:4" (N kept of every M).
+        scope: weights compete within a "row" (one output neuron) or the "matrix"; "auto" is the criterion's own default.
+        propagation: statistics come from activations of the already pruned model ("sparse", as the Wanda and SparseGPT
+            authors do) or of the dense one ("dense").
+        batch_size: samples per forward pass; changes speed and memory, not the result beyond rounding.
+        options: passed to the criterion (SparseGPT: `block_size`, `damping`).
+
+    Raises:
+        ReconError: an unknown name, a pattern that does not divide a matrix, missing samples, NaN in weights or activations.
+    """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    rule = criteria.get(criterion)
+    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    scope = rule.scope if scope == "auto" else scope
+    if propagation not in ("sparse", "dense"):
+        raise ReconError(f"unknown pruning propagation {propagation!r}; allowed: sparse, dense")
+    for name, matrix in decoder.matrices().items():
+        pattern.check_columns(name, matrix.weight.shape[1])
+    if rule.statistics != "none" and samples is None:
+        raise ReconError(f"criterion {criterion!r} weighs activations and needs calibration samples")
+    amp = device.autocast(decoder.device, device.pick_compute_dtype(compute_dtype, decoder.device))
+    batches: list[Tensor] = []
+    if rule.statistics != "none":
+        batches = [decoder.embed(batch) for batch in samples.split(batch_size)]
+    masks = {}
+    for window in tqdm(decoder.windows("block"), desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress):
+        statistics: dict[str, Tensor] = {}
+        if batches:
+            with amp:
+                outputs, statistics = gather(decoder, window, batches, rule.statistics)
+        for name, matrix in decoder.matrices(window).items():
+            random = generator(seed, "criterion", name, device=decoder.device)
+            weight, mask = _prune_matrix(matrix, statistics.get(name), rule, pattern, scope, random, options)
+            matrix.weight.copy_(weight)
+            masks[name] = mask
+        if batches and propagation == "sparse" and window.blocks[0] + 1 < len(decoder.blocks):
+            with amp:
+                outputs = [decoder.forward(window, batch) for batch in batches]
+        if batches:
+            batches = outputs
+    return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()})
+
+
+def _prune_matrix(matrix: Matrix, statistics, rule, pattern, scope, random, options) -> tuple[Tensor, Tensor]:
+    try:
+        return rule.prune(matrix.weight.float(), statistics, pattern, scope, random, **options)
+    except ReconError as error:
+        raise ReconError(f"matrix {matrix.name!r}: {error}") from None
+
+
+@torch.no_grad()
+def gather(
+    decoder: Decoder, window: Window, batches: list[Tensor], kind: str
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Runs `window` on `batches` and gathers statistics of what its matrices read.
+
+    Args:
+        batches: inputs of the window, each (batch, length, hidden).
+        kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in).
+
+    Returns:
+        The window's outputs, batch by batch, and the statistics by matrix name in float32. Matrices that share an input
+        share one tensor. They accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
+    """
+    groups = [group for index in window.blocks for group in decoder.groups[index]]
+    wanted = set(decoder.matrices(window))
+    groups = [group for group in groups if group[0] in wanted]
+    totals: dict[str, Tensor] = {}
+    tokens = dict.fromkeys((group[0] for group in groups), 0)
+
+    def accumulate(name):
+        def hook(module, args):
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            with torch.autocast(x.device.type, enabled=False):
+                x = x.float()
+                update = x.T @ x if kind == "gram" else x.square().sum(0)
+            totals[name] = totals[name].add_(update) if name in totals else update
+            tokens[name] += len(x)
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for group in groups:
+            module = decoder.model.get_submodule(group[0])
+            hooks.callback(module.register_forward_pre_hook(accumulate(group[0])).remove)
+        outputs = [decoder.forward(window, batch) for batch in batches]
+    statistics = {}
+    for group in groups:
+        mean = totals[group[0]] / tokens[group[0]]
+        if not torch.isfinite(mean).all():
+            raise ReconError(f"the input of {group[0]!r} holds NaN or infinite activations on the calibration samples")
+        statistics |= dict.fromkeys(group, mean if kind == "gram" else mean.sqrt())
+    return outputs, statistics

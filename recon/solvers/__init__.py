@@ -1,0 +1,1 @@
+"""How one window is fitted: solvers are pure functions on tensors."""

@@ -1,0 +1,56 @@
+"""Exact masked least squares: the best weights of one matrix, given which of them survive.
+
+For each row w, with support S (the survivors), Gram matrix G = X'X and cross-moments c = y'X with the target y,
+
+    min_w ||X w' - y||^2 = min_w  w G w' - 2 w c' + constant,     w_j = 0 outside S.
+
+The rows share G and differ in S, so a direct solution would factorise a submatrix of G per row. Conjugate gradients
+need only products with G, one matrix product per iteration for all rows together (Hestenes & Stiefel 1952; Saad,
+"Iterative Methods for Sparse Linear Systems", 2003, algorithm 9.1). The diagonal (Jacobi) preconditioner
+takes away the spread in size between input columns, which in a language model is large.
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def masked_least_squares(weight: Tensor, mask: Tensor, gram: Tensor, cross: Tensor, iterations: int = 15) -> Tensor:
+    """The weight (out, in) that minimises, for each row, w G w' - 2 w c' on the mask's support; exact zeros outside.
+
+    weight: where to start (out, in); what lies outside the mask is ignored. float32 or float64, as all else here.
+    mask: (out, in), True = survives.
+    gram: G (in, in), symmetric positive semidefinite.
+    cross: the rows c (out, in), in the unit of ``gram``: both sums over tokens, or both means. To reproduce the dense
+        matrix D on the same inputs, c = D G.
+    iterations: at most so many; a row stops before when its residual is down to rounding. No row ends with a
+        larger objective than it started with (up to rounding), however few they are.
+    """
+    # An input that is always zero has a zero row in G: no residual, and no reason to move its weights.
+    inverse_diagonal = torch.where(gram.diagonal() > 0, 1 / gram.diagonal(), 0.0)
+    weight = weight.masked_fill(~mask, 0.0)
+    residual = (cross - weight @ gram).masked_fill_(~mask, 0.0)
+    scaled = residual * inverse_diagonal
+    size = _row_dot(residual, scaled)
+    target = cross.masked_fill(~mask, 0.0)
+    rounding = torch.finfo(gram.dtype).eps ** 2 * _row_dot(target, target * inverse_diagonal)
+    direction = scaled.clone()
+    for _ in range(iterations):
+        active = size > rounding
+        if not active.any():
+            break
+        product = (direction @ gram).masked_fill_(~mask, 0.0)
+        curvature = _row_dot(direction, product)
+        active &= curvature > 0
+        step = torch.where(active, size / curvature, 0.0)
+        weight += step * direction
+        residual -= step * product
+        scaled = residual * inverse_diagonal
+        previous, size = size, _row_dot(residual, scaled)
+        direction = scaled + torch.where(active, size / previous, 0.0) * direction
+    return weight
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise scalar products (out, 1)."""
+    return (a * b).sum(1, keepdim=True)

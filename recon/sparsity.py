@@ -1,0 +1,113 @@
+"""Sparsity patterns, and exact masks made from scores. Matrices are always (out, in)."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recon.errors import ReconError
+
+SCOPES = ("row", "matrix")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How many weights go, and where: unstructured (``0.5``) or semi-structured N:M (``2:4``).
+
+    sparsity: the fraction of weights that become zero, 0 <= sparsity < 1.
+    n, m: of every ``m`` consecutive input weights of a row, ``n`` are kept; both None when unstructured.
+    """
+
+    sparsity: float
+    n: int | None = None
+    m: int | None = None
+
+    def __post_init__(self):
+        if self.n is None and self.m is None:
+            valid = 0 <= self.sparsity < 1
+        else:
+            valid = None not in (self.n, self.m) and 0 < self.n < self.m and self.sparsity == 1 - self.n / self.m
+        if not valid:
+            raise _bad_pattern(str(self))
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """The pattern called ``"0.5"`` or ``"2:4"``; ``str`` is the way back. Raises ReconError for anything else."""
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+        try:
+            if match:
+                n, m = int(match[1]), int(match[2])
+                return cls(1 - n / m, n, m)
+            return cls(float(text))
+        except (ValueError, ZeroDivisionError):
+            raise _bad_pattern(text) from None
+
+    def __str__(self) -> str:
+        return str(self.sparsity) if self.n is None and self.m is None else f"{self.n}:{self.m}"
+
+    def zeros(self, entries: int) -> int:
+        """The number of zeros among ``entries`` weights."""
+        return round(self.sparsity * entries)
+
+    def check_columns(self, name: str, columns: int) -> None:
+        """Raises ReconError if the ``columns`` inputs of the matrix ``name`` do not divide into groups of M."""
+        if self.m is not None and columns % self.m:
+            raise ReconError(
+                f"{name} has {columns} input columns, which do not divide into the groups of {self.m} that pattern "
+                f"{self} needs; choose an N:M whose M divides {columns}, or an unstructured sparsity"
+            )
+
+
+def _bad_pattern(text: str) -> ReconError:
+    return ReconError(
+        f"pattern {text!r} is neither a sparsity from 0 up to, not including, 1 (such as '0.5') "
+        "nor N:M with 0 < N < M (such as '2:4': 2 of every 4 consecutive input weights are kept)"
+    )
+
+
+def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
+    """The mask (out, in), True = kept, of the weights with the largest ``scores`` (out, in).
+
+    scope: what an unstructured pattern compares within: each "row" has round(sparsity * in) zeros, or the "matrix" has
+    round(sparsity * out * in). An N:M pattern always compares within its groups of M. These counts hold whatever the
+    ties; among equal scores the earlier position goes first, as in a stable sort.
+
+    Raises ReconError for NaN scores, an unknown scope, or columns that do not divide into groups of M.
+    """
+    check_scope(scope)
+    pattern.check_columns("the score matrix", scores.shape[1])
+    if pattern.m is not None:
+        groups = scores.reshape(-1, pattern.m)
+    else:
+        groups = scores if scope == "row" else scores.reshape(1, -1)
+    return keep_all_but(groups, pattern.zeros(groups.shape[1])).view_as(scores)
+
+
+def keep_all_but(scores: Tensor, zeros: int) -> Tensor:
+    """The mask (groups, size) that drops exactly the ``zeros`` smallest of each row of ``scores`` (groups, size).
+
+    Raises ReconError for NaN scores.
+    """
+    if scores.isnan().any():
+        raise ReconError(f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN; scores must be numbers")
+    if zeros == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(zeros, dim=1, keepdim=True).values
+    dropped = scores < threshold
+    tied = scores == threshold
+    places = zeros - dropped.sum(1, keepdim=True)
+    # int32: the matrix scope counts through whole matrices, and int64 would double the largest buffer here.
+    dropped |= tied & (tied.cumsum(1, dtype=torch.int32) <= places)
+    return ~dropped
+
+
+def check_scope(scope: str) -> None:
+    """Raises ReconError unless ``scope`` is one of SCOPES."""
+    if scope not in SCOPES:
+        raise ReconError(f"scope {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+
+
+def sparsity_of(tensor: Tensor) -> float:
+    """The fraction of zeros in a weight, or of dropped (False) entries in a mask."""
+    return 1 - int(tensor.count_nonzero()) / tensor.numel()

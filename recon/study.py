@@ -1,0 +1,147 @@
+"""Many specs to one data frame, through a folder of records: what is done is skipped, what is killed is taken up again."""
+
+import itertools
+import json
+import logging
+import os
+import tempfile
+import traceback
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from recon.checkpoint import check_writable
+from recon.errors import ReconError
+from recon.runs import RunRecord, RunSpec, Session, run
+
+log = logging.getLogger("recon")
+
+# Fields that decide which pruned state a run starts from; runs that agree on them are done one after another.
+_PRUNED_BY = ("model", "revision", "seed", "text", "samples", "sequence_length", "criterion", "pattern", "scope", "prune_propagation")
+
+
+def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
+    """Every combination of the values on `axes` (field name -> values), all else as in `base`.
+
+    Raises `ReconError` for an axis that is no field of `RunSpec`.
+    """
+    for name in axes:
+        if name not in RunSpec.__dataclass_fields__:
+            raise ReconError(f"unknown field {name!r}; allowed: {', '.join(RunSpec.__dataclass_fields__)}")
+    return [replace(base, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def write_record(record: RunRecord, path: Path) -> None:
+    """Writes `record` as JSON; it appears under its name only when it is complete.
+
+    Raises `ReconError` naming the path where that cannot be done.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(record.to_dict(), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ReconError(f"record cannot be written to {str(path)!r}: {error.strerror}; choose a place with room") from error
+
+
+def read_record(path: Path) -> RunRecord:
+    """The record at `path`; raises `ReconError` naming the file where it is not a whole record."""
+    try:
+        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ReconError(f"record {str(path)!r} cannot be read: {error}") from error
+
+
+class RecordStore:
+    """A folder with one JSON file per run, named after the run's key."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        check_writable(self.folder, "record folder")
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
+
+    def get(self, key: str) -> RunRecord | None:
+        """The finished record of `key`, if there is one. A corrupt file is reported, set aside and counts as absent."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            record = read_record(path)
+            if record.key != key:
+                raise ReconError(f"record {str(path)!r} is that of another run ({record.key})")
+        except ReconError as error:
+            aside = path.with_suffix(".corrupt")
+            log.warning("%s; set aside as %s and computed anew", error, aside.name)
+            os.replace(path, aside)
+            return None
+        return record if record.status == "done" else None
+
+    def put(self, record: RunRecord) -> None:
+        write_record(record, self.path(record.key))
+
+
+def run_or_record_failure(spec: RunSpec, session: Session | None = None, **options) -> tuple[RunRecord, Exception | None]:
+    """`run(spec)`; where it fails, a record that says how, and the exception."""
+    try:
+        return run(spec, session, **options), None
+    except Exception as error:
+        record = RunRecord(spec={**spec.__dict__}, key=spec.key(), status="failed")
+        record.error = "".join(traceback.format_exception(error)) if not isinstance(error, ReconError) else str(error)
+        return record, error
+
+
+def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = True) -> pd.DataFrame:
+    """Runs what is missing of `specs` and returns one row per spec, in their order.
+
+    Every finished run is a record in `folder` at once, so that a killed study goes on where it was. A run that fails leaves
+    a record that says how, and the others go on; a failed run is tried again next time.
+
+    Returns:
+        A frame with a column per field of the spec, per metric that is one number, `seconds_<phase>`, `peak_memory_bytes`,
+        `key`, `status` and `error`.
+    """
+    specs = list(specs)
+    store = RecordStore(folder)
+    keys = [spec.key() for spec in specs]
+    records = {key: store.get(key) for key in dict.fromkeys(keys)}
+    missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
+    order = sorted(missing, key=lambda key: [str(getattr(missing[key], name)) for name in _PRUNED_BY])
+    session = Session()
+    for key in tqdm(order, desc="study", unit="run", disable=not progress):
+        record, error = run_or_record_failure(missing[key], session, progress=progress)
+        store.put(record)
+        records[key] = record
+        if error is not None:
+            log.error("run %s failed: %s", key, error)
+    return frame([records[key] for key in keys])
+
+
+def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """One row per record, as `run_study` describes."""
+    return pd.DataFrame(
+        {
+            **record.spec,
+            **{name: value for name, value in record.metrics.items() if not isinstance(value, dict | list)},
+            **{f"seconds_{phase}": value for phase, value in record.seconds.items()},
+            "peak_memory_bytes": record.peak_memory_bytes,
+            "peak_memory_bytes_reconstruct": record.peak_memory_bytes_by_phase.get("reconstruct"),
+            "key": record.key,
+            "status": record.status,
+            "error": record.error,
+        }
+        for record in records
+    )

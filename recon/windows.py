@@ -1,0 +1,64 @@
+"""Granularities by name, and the windows that they divide a model into."""
+
+import re
+from dataclasses import dataclass
+
+from recon.errors import ReconError
+
+NAMED = ("none", "matrix", "half-block", "block", "quarter", "model")
+ALLOWED = "none, matrix, half-block, block, <k>-blocks (such as 2-blocks), quarter, model"
+
+
+@dataclass(frozen=True)
+class Window:
+    """The parameters that are adapted together: a run of blocks, one half of a block, or matrices that share an input.
+
+    Matrices that read the same input (q, k and v; gate and up) make one window because nothing couples them: their
+    outputs stand side by side, the loss is a sum over them, and AdamW works per weight, so each is fitted as if alone.
+    """
+
+    blocks: range
+    half: str | None = None  # "attention" | "mlp"
+    matrices: tuple[str, ...] = ()  # full module names
+    parallel: bool = False  # both halves of the block read the block's input
+    ends_block: bool = True  # the next window starts in the next block
+
+    @property
+    def name(self) -> str:
+        if self.matrices:
+            return "+".join(self.matrices)
+        where = str(self.blocks[0]) if len(self.blocks) == 1 else f"{self.blocks[0]}-{self.blocks[-1]}"
+        return f"block {where}" + (f" {self.half}" if self.half else "")
+
+    @property
+    def chained(self) -> bool:
+        """Whether this window's output is the next one's input."""
+        return not self.matrices and not self.parallel
+
+
+def canonical(granularity: str) -> str:
+    """The name of a granularity, from any of its spellings; the paper's 1/2, 1, 2, ... are accepted.
+
+    Raises `ReconError` for anything else.
+    """
+    aliases = {"1/2": "half-block", "1": "block", "1-block": "block", "1-blocks": "block"}
+    name = aliases.get(granularity, granularity)
+    if re.fullmatch(r"[1-9]\d*", name):
+        name += "-blocks"
+    if name in NAMED or re.fullmatch(r"[1-9]\d*-blocks", name):
+        return name
+    raise ReconError(f"unknown granularity {granularity!r}; allowed: {ALLOWED}")
+
+
+def partition(granularity: str, blocks: int) -> list[range]:
+    """The runs of blocks that `granularity` divides `blocks` blocks into, as evenly as can be for a quarter."""
+    name = canonical(granularity)
+    if name == "quarter":
+        edges = [round(blocks * i / 4) for i in range(5)]
+        return [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    if name in ("none", "matrix", "half-block"):
+        raise ReconError(f"granularity {name} is not made of whole blocks")
+    size = {"block": 1, "model": blocks}.get(name) or int(name.removesuffix("-blocks"))
+    if size > blocks:
+        raise ReconError(f"granularity {granularity} asks for windows of {size} blocks, but the model has {blocks}")
+    return [range(start, min(start + size, blocks)) for start in range(0, blocks, size)]

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# From a fresh checkout to every table and figure; see usage below. Works from any folder.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'TEXT'
+usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...]
+       ./run_all.sh test [PYTEST ARGUMENT ...]
+       ./run_all.sh lab
+       ./run_all.sh --help
+
+  quick    every notebook on the bundled model, small: minutes on 2 cores (the default)
+  laptop   every notebook on the bundled model, full grids, several seeds: hours, resumable
+  paper    the paper's models and data: needs GPUs and access to the Hugging Face Hub
+  test     the tests; arguments go to pytest (-m slow runs the slow ones)
+  lab      open the notebooks in JupyterLab
+
+NOTEBOOK restricts a profile to the notebooks named, such as 1-granularity.
+Everything is installed into the active virtual or conda environment; where there is none, into .venv.
+TEXT
+}
+
+say() { printf '%s\n' "$*"; }
+fail() {
+    printf 'run_all.sh: %s\n' "$*" >&2
+    exit 1
+}
+
+suits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+# Sets $bin, the folder of the environment's executables; makes .venv where no environment is active.
+find_environment() {
+    if [[ -n ${VIRTUAL_ENV:-} ]]; then
+        bin=$VIRTUAL_ENV/bin
+    elif [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-} != base ]]; then
+        bin=$CONDA_PREFIX/bin
+    else
+        bin=$PWD/.venv/bin
+        # A .venv that was interrupted half way, or whose Python has gone, is made anew.
+        "$bin/python" -m pip --version >/dev/null 2>&1 || make_venv
+    fi
+    suits "$bin/python" || fail "Python >= 3.10 is needed; $bin/python is $("$bin/python" --version 2>&1 || true)"
+}
+
+make_venv() {
+    local candidate
+    for candidate in python3.11 python3.12 python3; do # the pins were resolved on 3.11
+        if suits "$candidate" && "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            say "Making a virtual environment in .venv with $("$candidate" --version)"
+            "$candidate" -m venv --clear .venv
+            return
+        fi
+    done
+    fail "Python >= 3.10 with venv is needed and was not found (on Debian or Ubuntu: apt install python3-venv)"
+}
+
+# On a terminal, pip's latest line, overwriting itself; everything goes to the log.
+show_progress() {
+    local line
+    while IFS= read -r line; do
+        printf '%s\n' "$line" >&3
+        if [[ -t 1 ]]; then printf '\r\033[K  %.76s' "$line"; fi
+    done
+    if [[ -t 1 ]]; then printf '\r\033[K'; fi
+}
+
+pip_install() {
+    if ! "$bin/python" -m pip install --disable-pip-version-check "$@" 2>&1 </dev/null | show_progress 3>>build/setup.log; then
+        tail -n 20 build/setup.log >&2
+        fail "the set-up failed (log: build/setup.log); run the same command to try again"
+    fi
+}
+
+# Installs the package with all extras, once: the stamp, written last, says what the environment was set up for.
+set_up() {
+    find_environment
+    local stamp want
+    stamp=$(dirname "$bin")/.recon-setup
+    want=$("$bin/python" -c '
+import hashlib, pathlib, sys
+files = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+print(hashlib.sha256(b"\0".join(files)).hexdigest(), sys.version.split()[0], pathlib.Path.cwd())')
+    if [[ -f $stamp && $(<"$stamp") == "$want" ]]; then return; fi
+    rm -f "$stamp"
+    mkdir -p build
+    : >build/setup.log
+    say "Installing into $(dirname "$bin") (once; several minutes, log: build/setup.log)"
+    pip_install 'pip>=24.1'
+    pip_install -c constraints.txt -e '.[notebooks,test,evaluation]'
+    printf '%s\n' "$want" >"$stamp"
+}
+
+word=${1:-quick}
+shift || true
+case $word in
+-h | --help | help) usage ;;
+quick | laptop | paper)
+    set_up
+    "$bin/recon" assets
+    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.batch "$word" "$@"
+    ;;
+test)
+    set_up
+    "$bin/recon" assets
+    exec "$bin/python" -m pytest "$@"
+    ;;
+lab)
+    set_up
+    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m jupyter lab notebooks/ "$@"
+    ;;
+*)
+    printf 'run_all.sh: unknown word %q; known: quick, laptop, paper, test, lab, --help\n' "$word" >&2
+    exit 2
+    ;;
+esac
