@@ -10,6 +10,7 @@ _PUBLIC = {
     "Decoder": "decoder",
     "ReconError": "errors",
     "RunSpec": "runs",
+    "Session": "runs",
     "grid": "study",
     "load": "models",
     "perplexity": "evaluation",

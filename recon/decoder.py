@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
-from recon.windows import Window, partition
+from recon.windows import Window, canonical, partition
 
 PROBE_LENGTH = 8
 
@@ -180,6 +180,7 @@ class Decoder:
         Raises `ReconError` for an unknown granularity, one that the model is too small for, and for halves of blocks
         that do not divide.
         """
+        granularity = canonical(granularity)
         if granularity == "matrix":
             windows = []
             for index, groups in enumerate(self.groups):
@@ -340,6 +341,9 @@ class Decoder:
                 gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()), allow_unused=True)
             used = (name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.any())
             self._half_parameters[index][half] = frozenset(used)
+        # A norm that both halves of a parallel block read is trained with the first alone: the second, fitted later,
+        # would spoil what the first was fitted to.
+        self._half_parameters[index]["mlp"] -= self._half_parameters[index]["attention"]
 
     def _probe_children(self, index: int, hidden: Tensor) -> tuple[dict[str, tuple[str, ...]], dict[str, Callable]]:
         """Which children with matrices mix tokens (attention) and which do not (MLP), and a silent stand-in for each."""
@@ -383,13 +387,17 @@ def _probe_tokens(model: nn.Module) -> Tensor:
 @contextlib.contextmanager
 def _replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
     """The forward of each module is `stubs[module]` for a while."""
+    # A module may already carry a forward of its own, such as that of accelerate's hooks.
+    own = {module: vars(module).get("forward") for module in stubs}
     for module, stub in stubs.items():
         module.forward = stub
     try:
         yield
     finally:
-        for module in stubs:
+        for module, forward in own.items():
             del module.forward  # the class's own forward shows again
+            if forward is not None:
+                module.forward = forward
 
 
 def _first(output):

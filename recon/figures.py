@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from recon import environment
 from recon.errors import ReconError
 
 PACKAGES = ("recon", "torch", "transformers", "numpy", "pandas", "matplotlib", "seaborn")
@@ -23,7 +23,7 @@ _NAME = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 
 
 def style() -> None:
-    """Sets the look of all figures: colours that colour-blind readers tell apart, and markers and lines that survive grey."""
+    """Sets the look of all figures: colours for colour-blind readers, markers and line styles that survive grey."""
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind")
     colours = sns.color_palette("colorblind").as_hex()[:8]
     lines = ["-", "--", "-.", ":"] * 2
@@ -55,22 +55,23 @@ def savefig(
 ) -> Path:
     """Writes `<name>.pdf`, `.png` (200 dpi), `.csv` and `.json` into `folder`; returns the path of the PNG.
 
-    `data` is what is drawn, a row per mark. `records` are the run records behind it; the JSON file holds their "key"s, the
-    caption, the git commit and the package versions. The same figure from the same code gives the same bytes. Each file
-    appears whole or not at all. Raises `ReconError` for a name that does not suit a file, for empty data, and for a record
-    without a key.
+    `data` is what is drawn, a row per mark. `records` are the run records behind it; the JSON file holds their "key"s,
+    the caption, the git commit and the package versions. The same figure from the same code gives the same bytes. Each
+    file appears whole or not at all. Raises `ReconError` for a name that does not suit a file, for empty data, and for
+    a record without a key.
     """
     if not _NAME.fullmatch(name):
-        raise ReconError(f"figure name {name!r} does not suit a file; allowed: lower-case letters, digits, and - _ . between them")
+        allowed = "lower-case letters, digits, and - _ . between them"
+        raise ReconError(f"figure name {name!r} does not suit a file; allowed: {allowed}")
     if data.empty:
         raise ReconError(f"figure {name!r} has no data; give the rows that are drawn")
     if keyless := [index for index, record in enumerate(records) if "key" not in record]:
-        raise ReconError(f"figure {name!r}: records {keyless} have no 'key'; give the records of the runs that are drawn")
+        raise ReconError(f"figure {name!r}: records {keyless} have no 'key'; give the records of the runs")
     provenance = {
         "name": name,
         "caption": caption,
         "records": sorted({record["key"] for record in records}),
-        "git": _git_state(),
+        **environment.commit(),
         "packages": _versions(),
     }
     folder = Path(folder)
@@ -88,7 +89,7 @@ def savefig(
 
 
 def saved(folder: Path | str) -> list[dict]:
-    """The provenance of each figure in `folder`, by name; a figure is a JSON file of `savefig` with its PNG beside it."""
+    """The provenance of each figure in `folder`, by name: JSON files of `savefig` that have their PNG beside them."""
     pairs = [(path, path.with_name(f"{path.stem}.png")) for path in sorted(Path(folder).glob("*.json"))]
     return [json.loads(path.read_text(encoding="utf-8")) for path, picture in pairs if picture.is_file()]
 
@@ -96,9 +97,9 @@ def saved(folder: Path | str) -> list[dict]:
 def gallery(folder: Path | str) -> Path:
     """Writes `folder`/README.md, a page that shows every figure there with its caption and links to its data."""
     folder = Path(folder)
-    parts = ["# Figures", "", "Each figure with the data it draws and where that came from. Written by `recon.figures.gallery`."]
+    parts = ["# Figures", "", "Each figure with its data and where that came from. Written by `recon.figures.gallery`."]
     for figure in saved(folder):
-        name, commit = figure["name"], figure["git"]["commit"]
+        name, commit = figure["name"], figure["git_commit"]
         origin = f"{len(figure['records'])} run records" + (f", commit `{commit[:10]}`" if commit else "")
         parts += ["", f"## {name}", "", f"![{_plain(figure['caption'] or name)}]({name}.png)", ""]
         parts += [figure["caption"], ""] if figure["caption"] else []
@@ -121,18 +122,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue  # the library also runs from a checkout that is not installed
     return installed
-
-
-def _git_state() -> dict:
-    """Commit of the checkout that this file lies in, and whether its code differs from it; None where there is no git."""
-    root = Path(__file__).resolve().parents[1]
-    # Figures and records are what a run writes: they make no difference to the code.
-    status = ("status", "--porcelain", "--", ".", ":!figures", ":!results")
-    try:
-        commit, changes = (
-            subprocess.run(("git", "-C", str(root), *command), capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), status)
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(changes)}

