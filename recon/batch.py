@@ -26,6 +26,7 @@ from nbconvert import HTMLExporter
 
 from recon import figures
 from recon.errors import ReconError
+from recon.estimate import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ("quick", "laptop", "paper")
@@ -116,8 +117,8 @@ def folders(profile: str, output: Path | str = "", root: Path | str = ROOT) -> t
     """
     if not output:
         return output_folders(profile, root)
-    chosen = check_output(Path(root) / output, profile, root)
-    return chosen / "figures", chosen / "records"
+    chosen = Path(root) / output
+    return check_output(chosen / "figures", profile, root), check_output(chosen / "records", profile, root)
 
 
 def find_notebooks(names: Sequence[str] | None = None, root: Path | str = ROOT) -> list[Path]:
@@ -276,7 +277,7 @@ def _index_page(profile: str, outcomes: Iterable[Outcome], build: Path, figure_f
         error = f'<p class="error">{escape(outcome.error)}</p>' if outcome.error else ""
         rows.append(
             f'<tr><th scope="row">{title}<p>{escape(outcome.name)}</p>{error}</th>'
-            f'<td class="{outcome.status}">{outcome.status}</td><td>{_duration(outcome.seconds)}</td></tr>'
+            f'<td class="{outcome.status}">{outcome.status}</td><td>{duration(outcome.seconds)}</td></tr>'
         )
     for figure in figures.saved(figure_folder):
         name, picture = figure["name"], figure_folder / f"{figure['name']}.png"
@@ -289,13 +290,6 @@ def _index_page(profile: str, outcomes: Iterable[Outcome], build: Path, figure_f
         )
     gallery = f'<h2>Figures</h2><div class="figures">{"".join(pictures)}</div>' if pictures else ""
     return _PAGE.format(profile=profile, rows="\n".join(rows), gallery=gallery)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _replace(path: Path, text: str) -> None:
@@ -316,7 +310,7 @@ def summary(profile: str, outcomes: Sequence[Outcome], root: Path | str = ROOT) 
     finished = sum(outcome.status == "finished" for outcome in outcomes)
     lines = ["", f"Profile {profile}: {finished} of {len(outcomes)} notebooks finished"]
     for outcome in outcomes:
-        lines.append(f"  {outcome.name:<{width}}  {outcome.status:<8}  {_duration(outcome.seconds):>8}")
+        lines.append(f"  {outcome.name:<{width}}  {outcome.status:<8}  {duration(outcome.seconds):>8}")
         if outcome.error:
             lines.append(f"  {'':<{width}}  {outcome.error}")
         if outcome.status == "failed":

@@ -120,7 +120,10 @@ class Decoder:
 
     @torch.no_grad()
     def inputs(self, window: Window, hidden: Tensor) -> Tensor:
-        """Input of `window`, given the input `hidden` (batch, length, hidden) of its first block (or half)."""
+        """Input of `window`, (batch, length, input width).
+
+        `hidden` (batch, length, hidden) is the input of its first block (or half).
+        """
         if not window.matrices:
             return hidden
         caught = []
@@ -135,7 +138,8 @@ class Decoder:
                 self._run_block(window.blocks[0], hidden)
         finally:
             handle.remove()
-        return caught[0]
+        # Some blocks (OPT's) flatten batch and length into one axis on the way.
+        return caught[0].reshape(*hidden.shape[:2], -1)
 
     def _run_block(self, index: int, hidden: Tensor, half: str | None = None) -> Tensor:
         args, kwargs = self._call(hidden)[index]

@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from recon import assets
 from recon.errors import ReconError
 
+SUFFIXES = {".safetensors", ".json", ".model"}  # of the files in a folder that a model and its tokenizer are made of
+VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -38,17 +41,22 @@ def load(
     """The causal LM `name` in float32 and its tokenizer, in evaluation mode, on `device`.
 
     Weights come from safetensors only and no code from the Hub is run. Raises `ReconError` for an unknown model and for
-    weights that are NaN or infinite, naming the first such parameter.
+    weights that are missing, NaN or infinite, naming them (the first, where not finite).
     """
     where = locate(name)
     # The bar of transformers' weight loading flickers by in a second and would sit between our own bars.
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ReconError(f"model {name!r}{at} cannot be loaded: {error}") from error
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"]))
+        raise ReconError(f"model {name!r} lacks weights that its config.json calls for: {missing}")
     check_finite(model)
     return model.eval().to(device), tokenizer
 
@@ -62,7 +70,10 @@ def check_finite(model: torch.nn.Module) -> None:
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:
-    """Hash of what `load(name, revision)` loads, without loading it: weights and config for a folder, commit for a Hub id."""
+    """Hash of what `load(name, revision)` loads, without loading it.
+
+    For a folder, of its weights, configuration and tokenizer; for a Hub id, the commit.
+    """
     where = locate(name)
     if not Path(where).is_dir():
         from huggingface_hub import HfApi, try_to_load_from_cache
@@ -70,7 +81,7 @@ def fingerprint(name: str, revision: str | None = None) -> str:
         # A cached copy answers offline: its folder is named after the commit.
         cached = try_to_load_from_cache(where, "config.json", revision=revision)
         return Path(cached).parent.name if isinstance(cached, str) else HfApi().model_info(where, revision=revision).sha
-    files = sorted(p for p in Path(where).iterdir() if p.suffix in {".safetensors", ".json"})
+    files = [p for p in Path(where).iterdir() if p.suffix in SUFFIXES or p.name in VOCABULARY_FILES]
     # Ordered by name, so that the same files give the same hash wherever they lie.
     digests = {p.name: assets.sha256(p) for p in files}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

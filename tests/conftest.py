@@ -29,7 +29,14 @@ SEQUENTIAL = {
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 8}),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0}),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "phi3": ("Phi3Config", {}),
     "olmo2": ("Olmo2Config", {}),
     "stablelm": ("StableLmConfig", {}),
@@ -49,7 +56,10 @@ PARALLEL = {
 }
 UNDIVIDED = {
     "bloom": ("BloomConfig", _SPECIAL | {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
-    "mpt": ("MptConfig", _SPECIAL | {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}),
+    "mpt": (
+        "MptConfig",
+        _SPECIAL | {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
+    ),
 }
 REFUSED = {
     "bert": ("BertConfig", {}),
@@ -60,7 +70,7 @@ _OWN_NAMES = {"gpt2", "gptj", "bloom", "mpt"}  # families whose configurations c
 
 
 def make_model(family: str, seed: int = 0, std: float = 0.2, **changes) -> torch.nn.Module:
-    """A random causal LM of `family` in float32: matrices ~ N(0, std^2), all else its default plus noise of that size."""
+    """A random causal LM of `family` in float32: matrices ~ N(0, std^2), vectors their default plus noise like it."""
     kind, own = (FAMILIES | UNDIVIDED | REFUSED)[family]
     settings = (own if family in _OWN_NAMES else _COMMON | own) | changes
     config = getattr(transformers, kind)(**{key: value for key, value in settings.items() if value is not None})
@@ -117,11 +127,14 @@ def tiny_folder(tmp_path_factory) -> str:
     special = ["<pad>", "<bos>", "<eos>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        paragraphs, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        paragraphs,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
-    model = make_model("llama", vocab_size=len(tokenizer), num_hidden_layers=4, max_position_embeddings=256, tie_word_embeddings=True)
+    model = make_model(
+        "llama", vocab_size=len(tokenizer), num_hidden_layers=4, max_position_embeddings=256, tie_word_embeddings=True
+    )
     model.save_pretrained(folder)
     return str(folder)
 

@@ -60,13 +60,21 @@ def test_masks_are_exact_and_the_rest_is_untouched(fresh, tokens, criterion, pat
             assert not torch.equal(matrix.weight, before[f"{name}.weight"] * mask)
     pruned = {f"{name}.weight" for name in result.masks}
     others = {name for name in before if name not in pruned}
-    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight"} <= others
+    assert {
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.norm.weight",
+    } <= others
     for name in others:
         assert torch.equal(decoder.model.get_parameter(name), before[name])
 
 
 def test_scopes_differ(fresh, tokens):
-    masks = [prune(fresh(), tokens(4, 16), "wanda", "0.5", scope, progress=False).masks for scope in ("row", "matrix", "auto")]
+    masks = [
+        prune(fresh(), tokens(4, 16), "wanda", "0.5", scope, progress=False).masks
+        for scope in ("row", "matrix", "auto")
+    ]
     assert any(not torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
     assert all(torch.equal(masks[0][name], masks[2][name]) for name in masks[0])
 
@@ -130,9 +138,13 @@ def slow_statistics(models, samples, kind):
     for index, model in enumerate(models):
         names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"layers.{index}." in n]
         seen = {name: [] for name in names}
-        handles = [
-            model.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: seen[n].append(args[0][0].double())) for n in names
-        ]
+        handles = []
+        for name, inputs in seen.items():
+
+            def keep(module, args, inputs=inputs):
+                inputs.append(args[0][0].double())
+
+            handles.append(model.get_submodule(name).register_forward_pre_hook(keep))
         for sample in samples:
             model(input_ids=sample[None], use_cache=False)
         for handle in handles:
@@ -171,7 +183,10 @@ def test_statistics_are_those_of_the_propagation(dense, fresh, tokens, monkeypat
 
 @pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt"])
 def test_batch_size_does_not_change_masks(fresh, tokens, criterion):
-    runs = [prune(fresh(), tokens(5, 16), criterion, batch_size=b, compute_dtype="float32", progress=False) for b in (1, 2, 5)]
+    runs = [
+        prune(fresh(), tokens(5, 16), criterion, batch_size=b, compute_dtype="float32", progress=False)
+        for b in (1, 2, 5)
+    ]
     for name, mask in runs[0].masks.items():
         assert torch.equal(mask, runs[1].masks[name])
         assert torch.equal(mask, runs[2].masks[name])
@@ -180,7 +195,9 @@ def test_batch_size_does_not_change_masks(fresh, tokens, criterion):
 @torch.no_grad()
 def test_gram_accumulates_in_float32_under_autocast(dense, tokens):
     name, seen = "model.layers.0.self_attn.q_proj", []
-    handle = dense.model.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 32)))
+    handle = dense.model.get_submodule(name).register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].reshape(-1, 32))
+    )
     try:
         with torch.autocast("cpu", torch.bfloat16):
             batches = [dense.embed(batch) for batch in tokens(16, 60).split(2)]

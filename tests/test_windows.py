@@ -29,7 +29,9 @@ def test_canonical_names(given, name):
 
 @pytest.mark.parametrize("given", ["", "0", "0-blocks", "-1", "1/3", "2-block", "02", "Block", "half", "1.5", "block "])
 def test_unknown_granularity_is_refused_with_what_is_allowed(given):
-    with pytest.raises(ReconError, match=r"unknown granularity .*matrix, half-block, block, <k>-blocks .*quarter, model") as error:
+    with pytest.raises(
+        ReconError, match=r"unknown granularity .*matrix, half-block, block, <k>-blocks .*quarter, model"
+    ) as error:
         canonical(given)
     assert repr(given) in str(error.value)
 
@@ -83,6 +85,10 @@ def test_names_and_chaining():
     attention = Window(range(2, 3), half="attention", ends_block=False)
     parallel = Window(range(2, 3), half="mlp", parallel=True)
     group = Window(range(1), matrices=("b.0.q", "b.0.k"))
-    assert (Window(range(2, 3)).name, Window(range(4, 8)).name, attention.name) == ("block 2", "block 4-7", "block 2 attention")
+    assert (Window(range(2, 3)).name, Window(range(4, 8)).name, attention.name) == (
+        "block 2",
+        "block 4-7",
+        "block 2 attention",
+    )
     assert group.name == "b.0.q+b.0.k"
     assert [w.chained for w in (Window(range(1)), attention, parallel, group)] == [True, True, False, False]

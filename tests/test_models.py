@@ -1,0 +1,131 @@
+"""Loading by name or folder, and what tells one set of weights from another."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from recon import models
+from recon.errors import ReconError
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of the tiny model's folder that a test may spoil."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+def change(folder: Path, name: str, value: float, keep: slice = slice(0, 1)) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights[name].view(-1)[keep] = value
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+# ---- loading
+
+
+def test_a_folder_is_loaded_in_float32_for_evaluation(tiny_folder):
+    model, tokenizer = models.load(tiny_folder)
+    weights = load_file(f"{tiny_folder}/model.safetensors")
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert set(weights) == {name for name, _ in model.named_parameters()}
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
+    assert tokenizer.decode(tokenizer("Zumuke le zila.")["input_ids"]) == "Zumuke le zila."
+
+
+def test_half_precision_weights_become_float32(folder):
+    file = folder / "model.safetensors"
+    save_file({name: w.bfloat16() for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    model, _ = models.load(str(folder))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["nonsense", "./missing/folder", "../missing", "/missing/folder", "a/b/c", "smollm2"])
+def test_unknown_names_are_refused_with_what_is_bundled(name):
+    with pytest.raises(ReconError, match="bundled: smollm2-135m") as error:
+        models.load(name)
+    assert f"unknown model {name!r}" in str(error.value)
+
+
+def test_a_hub_id_is_passed_on():
+    assert models.locate("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(ReconError, match=r"has no config\.json") as error:
+        models.load(str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, value):
+    name = "model.layers.2.mlp.up_proj.weight"
+    change(folder, name, value, slice(0, 3))
+    with pytest.raises(ReconError, match=rf"parameter '{name}' holds 3 NaN or infinite values of 2048"):
+        models.load(str(folder))
+
+
+def test_pickled_weights_are_refused(folder):
+    file = folder / "model.safetensors"
+    torch.save(load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(ReconError, match="cannot be loaded.*safetensors"):
+        models.load(str(folder))
+
+
+def test_a_broken_weight_file_is_refused(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ReconError, match="cannot be loaded"):
+        models.load(str(folder))
+
+
+def test_missing_weights_are_refused(folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ReconError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        models.load(str(folder))
+
+
+# ---- fingerprints
+
+
+def test_fingerprint_does_not_depend_on_the_place(tiny_folder, folder):
+    assert models.fingerprint(str(folder)) == models.fingerprint(tiny_folder)
+    (folder / "README.md").write_text("a note")
+    assert models.fingerprint(str(folder)) == models.fingerprint(tiny_folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_fingerprint_changes_with_each_file(folder, file):
+    before = models.fingerprint(str(folder))
+    path = folder / file
+    path.write_text(path.read_text() + "\n")
+    assert models.fingerprint(str(folder)) != before
+
+
+def test_fingerprint_changes_with_one_weight(folder):
+    before = models.fingerprint(str(folder))
+    change(folder, "model.norm.weight", 0.5)
+    assert models.fingerprint(str(folder)) != before
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "merges.txt", "vocab.txt"])
+def test_fingerprint_changes_with_a_tokenizer_in_other_formats(folder, file):
+    (folder / file).write_text("one")
+    before = models.fingerprint(str(folder))
+    (folder / file).write_text("two")
+    assert models.fingerprint(str(folder)) != before
+
+
+def test_fingerprint_of_an_unknown_model_is_refused():
+    with pytest.raises(ReconError, match="unknown model 'nonsense'"):
+        models.fingerprint("nonsense")

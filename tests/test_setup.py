@@ -1,0 +1,214 @@
+"""Setting up: the environment files agree with one another, and run_all.sh does what it says, once."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings along there
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYTHONS = ("3.10.0", "3.11.0", "3.12.0", "3.13.0")
+RANGES = {"torch", "pip"}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert requirements
+    found = {canonical(requirement.name): requirement for requirement in requirements}
+    assert len(found) == len(requirements)
+    return found
+
+
+def declared() -> list[Requirement]:
+    optional = PROJECT["optional-dependencies"].values()
+    return [Requirement(text) for texts in (PROJECT["dependencies"], *optional) for text in texts]
+
+
+def conda() -> tuple[list[str], list[str]]:
+    """The lines of environment.yml outside and inside its pip section."""
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    [section] = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
+    return [entry for entry in dependencies if isinstance(entry, str)], section
+
+
+def test_everything_is_pinned_save_what_depends_on_the_machine():
+    for name, requirement in constraints().items():
+        operators = {specifier.operator for specifier in requirement.specifier}
+        assert operators == ({">=", "<"} if name == "torch" else {">="} if name == "pip" else {"=="}), requirement
+        assert "+" not in str(requirement.specifier), requirement
+        assert not re.match(r"nvidia-|cuda-|triton|recon$", name), requirement
+
+
+def test_every_dependency_is_constrained_within_what_pyproject_allows():
+    known = constraints()
+    for wanted in declared():
+        constraint = known[canonical(wanted.name)]
+        if canonical(wanted.name) not in RANGES:
+            [pin] = constraint.specifier
+            assert wanted.specifier.contains(pin.version), (wanted, constraint)
+        else:
+            assert set(wanted.specifier) == set(constraint.specifier), (wanted, constraint)
+
+
+def test_pins_carry_a_marker_where_an_older_python_lacks_them():
+    compared = 0
+    for name, requirement in constraints().items():
+        try:
+            installed = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        [*specifiers] = requirement.specifier
+        if specifiers[0].operator != "==" or installed.version != specifiers[0].version:
+            continue
+        compared += 1
+        supported = SpecifierSet(installed.metadata.get("Requires-Python") or "")
+        for python in PYTHONS:
+            there = default_environment() | {"python_version": python.rpartition(".")[0], "python_full_version": python}
+            applies = requirement.marker is None or requirement.marker.evaluate(there)
+            assert not applies or supported.contains(python), f"{requirement} on Python {python}: needs {supported}"
+    assert compared > 50
+
+
+def test_conda_installs_what_pip_installs():
+    outside, section = conda()
+    assert [re.match(r"[a-z]+", line)[0] for line in outside] == ["python", "pip"]
+    allowed = SpecifierSet(outside[0].removeprefix("python"))
+    assert allowed.contains("3.11.7")
+    assert all(python in SpecifierSet(PROJECT["requires-python"]) for python in allowed.filter(PYTHONS))
+    assert Requirement(outside[1]).specifier == constraints()["pip"].specifier
+    assert section[0] == "-c constraints.txt"
+    [extras] = [re.fullmatch(r"-e \.\[([\w,]+)\]", line)[1] for line in section[1:]]
+    assert set(extras.split(",")) == set(PROJECT["optional-dependencies"])
+    assert f"-e '.[{extras}]'" in (ROOT / "run_all.sh").read_text()
+
+
+def run(*words: str, script: Path = ROOT / "run_all.sh", **environment: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "CONDA"))}
+    command, environment = ["bash", str(script), *words], kept | environment
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd="/", env=environment, stdin=subprocess.DEVNULL
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with run_all.sh, and an environment whose Python and recon only write down how they are called."""
+    here, environment = tmp_path / "a checkout", tmp_path / "an environment"
+    (environment / "bin").mkdir(parents=True)
+    here.mkdir()
+    for name in ("run_all.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, here)
+    log = tmp_path / "log"
+    python = environment / "bin" / "python"
+    python.write_text(
+        f'#!/bin/bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\necho "python $*" >>"{log}"\n'
+        f'if [[ -f "{tmp_path}/offline" && $* == *install* ]]; then echo no network; exit 1; fi\n'
+    )
+    recon = environment / "bin" / "recon"
+    recon.write_text(f'#!/bin/bash\necho "recon $*" >>"{log}"\n')
+    python.chmod(0o755)
+    recon.chmod(0o755)
+
+    def call(*words: str):
+        log.write_text("")
+        done = run(*words, script=here / "run_all.sh", VIRTUAL_ENV=str(environment))
+        return done, log.read_text().splitlines()
+
+    call.here, call.offline = here, tmp_path / "offline"
+    return call
+
+
+INSTALL = [
+    "python -m pip install --disable-pip-version-check pip>=24.1",
+    "python -m pip install --disable-pip-version-check -c constraints.txt -e .[notebooks,test,evaluation]",
+]
+
+
+def test_the_active_environment_is_set_up_once(checkout):
+    done, calls = checkout()
+    assert done.returncode == 0, done.stderr
+    assert calls == [*INSTALL, "recon assets", "python -m recon.batch quick"]
+    done, calls = checkout("laptop", "1-granularity")
+    assert calls == ["recon assets", "python -m recon.batch laptop 1-granularity"]
+    assert done.stdout == ""
+    assert checkout("test", "-m", "slow", "-k", "a b")[1] == ["recon assets", "python -m pytest -m slow -k a b"]
+    assert checkout("lab")[1] == ["python -m jupyter lab notebooks/"]
+    with (checkout.here / "constraints.txt").open("a") as file:
+        file.write("# changed\n")
+    assert checkout("lab")[1][:2] == INSTALL
+    assert not (checkout.here / ".venv").exists()
+
+
+def test_a_set_up_that_failed_is_done_again(checkout):
+    checkout.offline.touch()
+    done, calls = checkout()
+    assert done.returncode == 1
+    assert "no network" in done.stderr
+    assert "run the same command to try again" in done.stderr
+    assert calls == INSTALL[:1]
+    checkout.offline.unlink()
+    assert checkout()[1][:2] == INSTALL
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_help_sets_nothing_up(checkout, word):
+    done, calls = checkout(word)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("quick", "laptop", "paper", "test", "lab", ".venv"))
+    assert calls == []
+    assert sorted(path.name for path in checkout.here.iterdir()) == ["constraints.txt", "pyproject.toml", "run_all.sh"]
+
+
+def test_an_unknown_word_is_refused_with_the_known_ones(checkout):
+    done, calls = checkout("fast")
+    assert done.returncode == 2
+    assert "unknown word fast; known: quick, laptop, paper, test, lab, --help" in done.stderr
+    assert calls == []
+
+
+def test_an_old_python_is_refused(checkout, tmp_path):
+    old = tmp_path / "old" / "bin"
+    old.mkdir(parents=True)
+    (old / "python").write_text("#!/bin/bash\n[[ $1 == --version ]] && echo Python 3.8.18\nexit 1\n")
+    (old / "python").chmod(0o755)
+    done = run("quick", script=checkout.here / "run_all.sh", VIRTUAL_ENV=str(old.parent))
+    assert done.returncode == 1
+    assert "Python >= 3.10 is needed" in done.stderr and "Python 3.8.18" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_pip_section_installs_in_a_fresh_environment(tmp_path):
+    here = tmp_path / "checkout"
+    here.mkdir()
+    shutil.copytree(ROOT / "recon", here / "recon", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt", "LICENSE"):
+        shutil.copy(ROOT / name, here)
+    # conda writes the section to a file beside environment.yml and gives that to pip.
+    (here / "pip.txt").write_text("\n".join(conda()[1]) + "\n")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "pip>=24.1"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "-U", "-r", "pip.txt"], cwd=here, check=True)
+    code = "import recon, recon.batch, recon.figures, recon.cli, lm_eval.models.huggingface; print(recon.__file__)"
+    done = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True)
+    assert done.stdout.strip() == str(here / "recon" / "__init__.py"), done.stderr
+    subprocess.run([python, "-m", "pip", "check"], check=True)
