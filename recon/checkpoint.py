@@ -57,7 +57,9 @@ def check_writable(folder: Path, what: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ReconError(f"{what}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that can be written") from None
+        raise ReconError(
+            f"{what}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that can be written"
+        ) from None
 
 
 def card(record) -> dict:

@@ -250,7 +250,9 @@ class Decoder:
             for handle in handles:
                 handle.remove()
         if len(seen) != len(self.blocks):
-            raise ReconError(f"the {len(self.blocks)} blocks at {self.path!r} ran {len(seen)} times in one forward pass, not once each")
+            raise ReconError(
+                f"the {len(self.blocks)} blocks at {self.path!r} ran {len(seen)} times in one forward pass, not once each"
+            )
         template = seen[0][1]
         self._rebuild = (lambda h: (h, *template[1:])) if isinstance(template, tuple) else (lambda h: h)
         self._check_causal(tokens, expected)
@@ -304,7 +306,9 @@ class Decoder:
                 handle.remove()
         ran = sum(len(group) for group in groups)
         if ran != len(handles) or len({n for g in groups for n in g}) != ran:
-            raise ReconError(f"block {index} ({type(block).__name__}) has {len(handles)} matrices but ran {ran} in one forward pass")
+            raise ReconError(
+                f"block {index} ({type(block).__name__}) has {len(handles)} matrices but ran {ran} in one forward pass"
+            )
         for name, parameter in block.named_parameters():
             owner = block.get_submodule(name.rpartition(".")[0])
             if parameter.ndim > 2 and not isinstance(owner, nn.Conv1d):

@@ -15,7 +15,7 @@ PACKAGES = ("recon", "torch", "transformers", "datasets", "safetensors", "numpy"
 
 @functools.cache
 def commit() -> dict:
-    """Commit of the source tree that this package runs from, and whether tracked files differ from it; None outside git."""
+    """Commit of the source tree that this package runs from, and whether tracked code differs from it; None outside git."""
 
     def git(*words: str) -> str | None:
         try:
@@ -24,7 +24,9 @@ def commit() -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    # Figures and records are what a run writes: they make no difference to the code.
+    written = (":(top,exclude)figures", ":(top,exclude)results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
 
 
@@ -36,7 +38,11 @@ def environment(device: torch.device, compute_dtype: str) -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    )
     return {
         **commit(),
         "python": platform.python_version(),

@@ -31,7 +31,9 @@ def locate(name: str) -> str:
         return name
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         bundled = ", ".join(assets.BUNDLED_MODELS)
-        raise ReconError(f"unknown model {name!r}; bundled: {bundled}; or an existing local folder, or a Hub id (organisation/name)")
+        raise ReconError(
+            f"unknown model {name!r}; bundled: {bundled}; or an existing local folder, or a Hub id (organisation/name)"
+        )
     return name
 
 

@@ -103,9 +103,7 @@ def _prune_matrix(matrix: Matrix, statistics, rule, pattern, scope, random, opti
 
 
 @torch.no_grad()
-def gather(
-    decoder: Decoder, window: Window, batches: list[Tensor], kind: str
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+def gather(decoder: Decoder, window: Window, batches: list[Tensor], kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Runs `window` on `batches` and gathers statistics of what its matrices read.
 
     Args:

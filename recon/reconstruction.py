@@ -137,9 +137,7 @@ class _Pass:
     count: int  # calibration samples; held-out ones follow them
 
     def begin(self, tokens: Tensor) -> None:
-        self.amp = device.autocast(
-            self.teacher.device, device.pick_compute_dtype(self.compute_dtype, self.teacher.device)
-        )
+        self.amp = device.autocast(self.teacher.device, device.pick_compute_dtype(self.compute_dtype, self.teacher.device))
         embedded = self.over(self.teacher.embed, tokens)
         # Embeddings are not pruned, so both models start from the same activations.
         self.dense = embedded if self.propagation in ("dense", "mixed") else None
@@ -186,9 +184,7 @@ class _Pass:
         if exact and not window.matrices:
             # The teacher's run for the targets gathers, on the way, what each matrix inside the window reads.
             with self.amp:
-                outputs, grams = gather(
-                    self.teacher, window, list(given[: self.count].split(self.schedule.batch_size)), "gram"
-                )
+                outputs, grams = gather(self.teacher, window, list(given[: self.count].split(self.schedule.batch_size)), "gram")
             if len(given) > self.count:
                 outputs.append(self.over(lambda h: self.teacher.forward(window, h), given[self.count :]))
             return inputs, torch.cat(outputs), grams

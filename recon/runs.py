@@ -99,7 +99,9 @@ class RunSpec:
         ):
             if getattr(self, name) not in allowed:
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        minima = dict.fromkeys(("samples", "epochs", "batch_size", "accumulation", "evaluation_samples", "sparsegpt_block_size"), 1)
+        minima = dict.fromkeys(
+            ("samples", "epochs", "batch_size", "accumulation", "evaluation_samples", "sparsegpt_block_size"), 1
+        )
         minima |= {"sequence_length": 2, "evaluation_length": 2, "held_out_samples": 0, "seed": 0}
         for name, least in minima.items():
             value = getattr(self, name)
@@ -362,7 +364,9 @@ class _Run:
                 },
             }
         headline = by_text[spec.evaluation_texts[0]]
-        metrics.update({name: headline[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "share_recovered")})
+        metrics.update(
+            {name: headline[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "share_recovered")}
+        )
         weights = {name: matrix.weight for name, matrix in student.matrices().items()}
         zeros = sum(int((weight == 0).sum()) for weight in weights.values())
         metrics["sparsity"] = zeros / sum(weight.numel() for weight in weights.values())

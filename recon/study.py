@@ -21,7 +21,18 @@ from recon.windows import canonical
 log = logging.getLogger("recon")
 
 # Fields that decide which pruned state a run starts from; runs that agree on them are done one after another.
-_PRUNED_BY = ("model", "revision", "seed", "text", "samples", "sequence_length", "criterion", "pattern", "scope", "prune_propagation")
+_PRUNED_BY = (
+    "model",
+    "revision",
+    "seed",
+    "text",
+    "samples",
+    "sequence_length",
+    "criterion",
+    "pattern",
+    "scope",
+    "prune_propagation",
+)
 
 
 def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:

@@ -29,9 +29,7 @@ _APPARATUS = re.compile(
 _DROPPED_LINKS = re.compile(r"\s*:?\s*(file|image|category|media|[a-z]{2,3}(-[a-z]+)?)\s*:", re.IGNORECASE)
 _DROPPED_TAGS = set("ref references table gallery timeline imagemap".split())
 # Templates that are part of a sentence, and what they put there; all others are references, boxes and notices.
-_FIRST = set(
-    "nowrap nobr vanchor sc small smaller abbr tooltip angbr ipa vr keypress nihongo quote cquote blockquote".split()
-)
+_FIRST = set("nowrap nobr vanchor sc small smaller abbr tooltip angbr ipa vr keypress nihongo quote cquote blockquote".split())
 _LAST = {"lang", "transl"}
 _FIXED = {"'s": "'s", "nbsp": " ", "spaces": " ", "ndash": "–", "spaced ndash": " – ", "mdash": "—", "snd": " – "}
 _HOLE = "\ufffc"  # where a sentence lost what it needs (a formula), or a list item starts: that line is not kept

@@ -31,9 +31,7 @@ def make_wheel(folder: Path, content: dict[str, bytes] = CONTENT) -> Path:
         for member, data in content.items():
             archive.writestr(member, data)
         archive.writestr("standin-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: standin\nVersion: 1.0\n")
-        archive.writestr(
-            "standin-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        archive.writestr("standin-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("standin-1.0.dist-info/RECORD", "")
     return wheel
 

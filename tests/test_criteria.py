@@ -237,9 +237,7 @@ def test_bad_statistics_are_refused(name):
         prune(name, weight, inputs, "0.5")
 
 
-@pytest.mark.parametrize(
-    "options, message", [({"block_size": 0}, "block_size is 0"), ({"damping": 0.0}, "damping is 0.0")]
-)
+@pytest.mark.parametrize("options, message", [({"block_size": 0}, "block_size is 0"), ({"damping": 0.0}, "damping is 0.0")])
 def test_bad_sparsegpt_options_are_refused(options, message):
     with pytest.raises(ReconError, match=f"'sparsegpt': {message}"):
         prune("sparsegpt", *problem(), "0.5", **options)

@@ -128,9 +128,7 @@ def test_embed_and_inputs_are_what_the_model_reads(made, tokens):
     decoder, batch, seen = made("llama"), tokens(3, 13), {}
     names = {"block": "model.layers.0", "q": "model.layers.0.self_attn.q_proj", "down": "model.layers.0.mlp.down_proj"}
     handles = [
-        decoder.model.get_submodule(name).register_forward_pre_hook(
-            lambda m, args, key=key: seen.update({key: args[0]})
-        )
+        decoder.model.get_submodule(name).register_forward_pre_hook(lambda m, args, key=key: seen.update({key: args[0]}))
         for key, name in names.items()
     ]
     own_logits(decoder.model, batch)
@@ -195,9 +193,7 @@ def test_windows_partition_the_blocks(made, family, granularity):
 def test_every_matrix_of_the_blocks_is_in_one_group(made, family):
     decoder = made(family)
     grouped = [name for groups in decoder.groups for group in groups for name in group]
-    expected = [
-        n for n, m in decoder.model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n.startswith(decoder.path)
-    ]
+    expected = [n for n, m in decoder.model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n.startswith(decoder.path)]
     assert sorted(grouped) == sorted(expected)
     sizes = [len(group) for group in decoder.groups[0]]
     assert sizes == ([1, 1, 1, 1] if family in UNDIVIDED else GROUPS.get(family, [3, 1, 2, 1]))
@@ -314,9 +310,7 @@ def test_a_model_that_is_not_causal_is_refused(tiny):
 
 
 def test_fused_experts_are_refused_by_name(tiny):
-    with pytest.raises(
-        ReconError, match=r"block 0 \(MixtralDecoderLayer\) holds the fused weight 'mlp.experts.gate_up_proj'"
-    ):
+    with pytest.raises(ReconError, match=r"block 0 \(MixtralDecoderLayer\) holds the fused weight 'mlp.experts.gate_up_proj'"):
         Decoder(tiny("mixtral"))
 
 
@@ -337,9 +331,7 @@ def test_a_model_that_works_between_its_blocks_is_refused(tiny):
         return BaseModelOutputWithPast(last_hidden_state=inner.norm(hidden))
 
     inner.forward = forward
-    with pytest.raises(
-        ReconError, match="LlamaForCausalLM: its 3 blocks at 'model.layers', run one after another, do not give"
-    ):
+    with pytest.raises(ReconError, match="LlamaForCausalLM: its 3 blocks at 'model.layers', run one after another, do not give"):
         Decoder(model)
 
 

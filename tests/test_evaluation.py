@@ -63,9 +63,7 @@ def test_shortest_windows(tiny, tokens):
 
 def test_bfloat16_is_close_and_not_the_same(tiny, tokens):
     decoder, batch = Decoder(tiny("llama")), tokens(2, 31)
-    one, other = (
-        perplexity(decoder, batch, compute_dtype=dtype, progress=False).value for dtype in ("float32", "bfloat16")
-    )
+    one, other = (perplexity(decoder, batch, compute_dtype=dtype, progress=False).value for dtype in ("float32", "bfloat16"))
     assert one != other
     assert other == pytest.approx(one, rel=0.05)
 

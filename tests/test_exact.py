@@ -43,9 +43,7 @@ def direct_solution(mask, inputs, targets):
 @pytest.mark.parametrize("start", ["dense", "zero"])
 def test_converges_to_the_direct_solution(start):
     dense, mask, inputs = problem()
-    weight = masked_least_squares(
-        dense if start == "dense" else 0 * dense, mask, *moments(dense, inputs), iterations=500
-    )
+    weight = masked_least_squares(dense if start == "dense" else 0 * dense, mask, *moments(dense, inputs), iterations=500)
     torch.testing.assert_close(weight, direct_solution(mask, inputs, inputs @ dense.T), rtol=1e-6, atol=1e-6)
     assert (weight[~mask] == 0).all() and not weight[~mask].signbit().any()
 

@@ -71,10 +71,7 @@ def test_masks_are_exact_and_the_rest_is_untouched(fresh, tokens, criterion, pat
 
 
 def test_scopes_differ(fresh, tokens):
-    masks = [
-        prune(fresh(), tokens(4, 16), "wanda", "0.5", scope, progress=False).masks
-        for scope in ("row", "matrix", "auto")
-    ]
+    masks = [prune(fresh(), tokens(4, 16), "wanda", "0.5", scope, progress=False).masks for scope in ("row", "matrix", "auto")]
     assert any(not torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
     assert all(torch.equal(masks[0][name], masks[2][name]) for name in masks[0])
 
@@ -183,10 +180,7 @@ def test_statistics_are_those_of_the_propagation(dense, fresh, tokens, monkeypat
 
 @pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt"])
 def test_batch_size_does_not_change_masks(fresh, tokens, criterion):
-    runs = [
-        prune(fresh(), tokens(5, 16), criterion, batch_size=b, compute_dtype="float32", progress=False)
-        for b in (1, 2, 5)
-    ]
+    runs = [prune(fresh(), tokens(5, 16), criterion, batch_size=b, compute_dtype="float32", progress=False) for b in (1, 2, 5)]
     for name, mask in runs[0].masks.items():
         assert torch.equal(mask, runs[1].masks[name])
         assert torch.equal(mask, runs[2].masks[name])
@@ -195,9 +189,7 @@ def test_batch_size_does_not_change_masks(fresh, tokens, criterion):
 @torch.no_grad()
 def test_gram_accumulates_in_float32_under_autocast(dense, tokens):
     name, seen = "model.layers.0.self_attn.q_proj", []
-    handle = dense.model.get_submodule(name).register_forward_pre_hook(
-        lambda m, args: seen.append(args[0].reshape(-1, 32))
-    )
+    handle = dense.model.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 32)))
     try:
         with torch.autocast("cpu", torch.bfloat16):
             batches = [dense.embed(batch) for batch in tokens(16, 60).split(2)]

@@ -60,9 +60,7 @@ def same(one, other):
 def test_zeros_stay_and_the_rest_is_untouched(dense, pruned, tokens, granularity, propagation, start, loss):
     student, teacher_before = pruned(), state(dense)
     before = state(student)
-    reports = repair(
-        student, dense, tokens(3, 12), granularity=granularity, propagation=propagation, start=start, loss=loss
-    )
+    reports = repair(student, dense, tokens(3, 12), granularity=granularity, propagation=propagation, start=start, loss=loss)
     assert [r.status for r in reports] == ["repaired"] * len(dense.windows(granularity))
     after = state(student)
     for name in student.matrices():
@@ -72,11 +70,7 @@ def test_zeros_stay_and_the_rest_is_untouched(dense, pruned, tokens, granularity
     trained = {name for window in dense.windows(granularity) for name in dense.parameters(window)}
     for name in before:
         assert torch.equal(before[name], after[name]) == (name not in trained)
-    assert (
-        "model.norm.weight" not in trained
-        and "model.embed_tokens.weight" not in trained
-        and "lm_head.weight" not in trained
-    )
+    assert "model.norm.weight" not in trained and "model.embed_tokens.weight" not in trained and "lm_head.weight" not in trained
     assert same(teacher_before, state(dense))
     for decoder in (dense, student):
         assert all(p.grad is None for p in decoder.model.parameters())
@@ -111,9 +105,7 @@ def test_other_families(tiny, pruned, tokens, family, granularity):
     masks = {name: matrix.weight != 0 for name, matrix in student.matrices().items()}
     batch = tokens(12, 16)
     before = drift(student, dense, batch, compute_dtype="float32")[-1]
-    repair(
-        student, dense, batch, granularity=granularity, start="exact", schedule=Schedule(learning_rate=1e-3, epochs=4)
-    )
+    repair(student, dense, batch, granularity=granularity, start="exact", schedule=Schedule(learning_rate=1e-3, epochs=4))
     assert all(torch.equal(matrix.weight != 0, masks[name]) for name, matrix in student.matrices().items())
     assert drift(student, dense, batch, compute_dtype="float32")[-1] < before
 
@@ -156,9 +148,7 @@ def test_exact_matrices_are_least_squares_solutions(dense, pruned, tokens):
             target, found = dense.matrices()[name].weight, student.matrices()[name].weight
             best = torch.zeros_like(target)
             for row, support in enumerate(found != 0):
-                best[row, support] = torch.linalg.lstsq(
-                    x[:, support].double(), (x @ target[row]).double()
-                ).solution.float()
+                best[row, support] = torch.linalg.lstsq(x[:, support].double(), (x @ target[row]).double()).solution.float()
             least = error_of(best, target, x)
             assert 0 < least < 0.9 * error_of(start[f"{name}.weight"], target, x)
             assert error_of(found, target, x) < 1.001 * least
@@ -206,9 +196,7 @@ def test_half_blocks_lower_the_error_on_unseen_samples(dense, pruned, tokens, st
 
 
 def test_exact_start_begins_lower(dense, pruned, tokens):
-    reports = [
-        repair(pruned(), dense, tokens(16, 16), Schedule(batch_size=16), start=start) for start in ("pruned", "exact")
-    ]
+    reports = [repair(pruned(), dense, tokens(16, 16), Schedule(batch_size=16), start=start) for start in ("pruned", "exact")]
     assert reports[1][0].losses[0] < 0.9 * reports[0][0].losses[0]
 
 
@@ -263,9 +251,7 @@ def activations(model, batch):
     seen, handles = {}, []
 
     def on(name, module, key):
-        handles.append(
-            module.register_forward_hook(lambda m, args, out: seen.update({name: (args[0], out)[key].clone()}))
-        )
+        handles.append(module.register_forward_hook(lambda m, args, out: seen.update({name: (args[0], out)[key].clone()})))
 
     for index, layer in enumerate(model.model.layers):
         on(f"in {index}", layer, 0)
@@ -428,9 +414,7 @@ def test_a_window_that_breaks_is_restored(dense, pruned, tokens, monkeypatch, ca
     for name in before:
         in_blocks = name.startswith("model.layers")
         assert torch.equal(before[name], after[name]) == (name in dense.parameters(window) or not in_blocks)
-    assert [r.levelname for r in caplog.records if "'block 0 mlp'" in r.message and "restored" in r.message] == [
-        "WARNING"
-    ]
+    assert [r.levelname for r in caplog.records if "'block 0 mlp'" in r.message and "restored" in r.message] == ["WARNING"]
 
 
 def test_an_absurd_learning_rate_is_survived(dense, pruned, tokens):

@@ -104,9 +104,7 @@ def test_conda_installs_what_pip_installs():
 def run(*words: str, script: Path = ROOT / "run_all.sh", **environment: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "CONDA"))}
     command, environment = ["bash", str(script), *words], kept | environment
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=environment, stdin=subprocess.DEVNULL
-    )
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture

@@ -294,9 +294,7 @@ def wikitext2(tmp_path, monkeypatch):
         rows = ["", f" = {part} = \n", "", f" Some {part} sentence . \n", f" Some {part} sentence . \n"]
         datasets.Dataset.from_dict({"text": rows}).to_parquet(folder / config / f"{part}-00000-of-00001.parquet")
     files = [{"split": p, "path": f"{config}/{p}-*"} for p in ("train", "validation", "test")]
-    (folder / "README.md").write_text(
-        f"---\nconfigs:\n- {json.dumps({'config_name': config, 'data_files': files})}\n---\n"
-    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n- {json.dumps({'config_name': config, 'data_files': files})}\n---\n")
     monkeypatch.setitem(text.HUB, "wikitext2", text.HubText(str(folder), config))
 
 
