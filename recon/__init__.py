@@ -9,7 +9,7 @@ import importlib
 _PUBLIC = {
     "Decoder": "decoder",
     "ReconError": "errors",
-    "RunSpec": "runs",
+    "RunSpec": "spec",
     "Session": "runs",
     "grid": "study",
     "load": "models",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from typing import TextIO
 from urllib.parse import quote
 
 import nbformat
@@ -30,6 +31,7 @@ from recon.estimate import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ("quick", "laptop", "paper")
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PAGE = """\
 <!DOCTYPE html>
@@ -183,12 +185,13 @@ def execute(
     notebooks: Sequence[str] | None = None,
     root: Path | str = ROOT,
     report: Callable[[str], None] = lambda line: None,
+    stdout: TextIO | None = None,
 ) -> list[Outcome]:
     """Runs the notebooks named (None: all) under `profile`, renders them and the index, and says how each went.
 
     Everything that can be checked is checked before the first one runs (`ReconError`). An exception inside a notebook
     is part of its `Outcome`. An interrupt by the user ends the list, with the notebook that was running "stopped".
-    `report` is called with a line per notebook.
+    `report` is called with a line per notebook; what notebooks print (estimates, results) also goes to `stdout`.
     """
     root = Path(root).resolve()
     paths, parameters = find_notebooks(notebooks, root), profile_parameters(profile, root)
@@ -198,7 +201,7 @@ def execute(
     outcomes = []
     for number, path in enumerate(paths, 1):
         report(f"[{number}/{len(paths)}] {path.stem}")
-        outcomes.append(_run(path, parameters[path.stem], build))
+        outcomes.append(_run(path, parameters[path.stem], build, stdout))
         if outcomes[-1].status == "stopped":
             break
     folder = output_folders(profile, root)[0]
@@ -208,7 +211,7 @@ def execute(
     return outcomes
 
 
-def _run(path: Path, parameters: dict, build: Path) -> Outcome:
+def _run(path: Path, parameters: dict, build: Path, stdout: TextIO | None) -> Outcome:
     """Executes one notebook into build/notebooks and renders it into build/html, whether it fails or not."""
     copy, problem = build / "notebooks" / path.name, build / "notebooks" / f"{path.stem}.error.txt"
     html = build / "html" / f"{path.stem}.html"
@@ -223,6 +226,7 @@ def _run(path: Path, parameters: dict, build: Path) -> Outcome:
             kernel_name="python3",
             cwd=str(path.parent),
             progress_bar=sys.stderr.isatty(),
+            stdout_file=stdout,
         )
     except KeyboardInterrupt:
         status, error = "stopped", "stopped by the user"
@@ -232,9 +236,20 @@ def _run(path: Path, parameters: dict, build: Path) -> Outcome:
         problem.write_text(_ANSI.sub("", traceback.format_exc()), encoding="utf-8")
     seconds = time.monotonic() - start
     if copy.is_file():
-        body, _ = HTMLExporter(embed_images=True).from_filename(str(copy))
-        html.write_text(body, encoding="utf-8")
+        html.write_text(_render(copy), encoding="utf-8")
     return Outcome(path.stem, _title(path), status, round(seconds, 1), error)
+
+
+def _render(copy: Path) -> str:
+    """An executed notebook as one HTML page that loads nothing from elsewhere."""
+    notebook = nbformat.read(copy, as_version=4)
+    for cell in notebook.cells:
+        # Progress bars are live widgets: on a page they would be empty frames.
+        cell["outputs"] = [output for output in cell.get("outputs", []) if _WIDGET not in output.get("data", {})]
+        if cell.cell_type != "code":
+            del cell["outputs"]
+    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="")
+    return exporter.from_notebook_node(notebook, {"metadata": {"name": copy.stem}})[0]
 
 
 def _one_line(exception: Exception) -> str:
@@ -338,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # papermill repeats through the log what the summary says.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        outcomes = execute(given.profile, given.notebooks or None, report=say)
+        outcomes = execute(given.profile, given.notebooks or None, report=say, stdout=sys.stdout)
     except ReconError as error:
         parser.exit(2, f"recon.batch: {error}\n")
     say(summary(given.profile, outcomes))

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.errors import ReconError
@@ -96,7 +97,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         if folder.exists():
             folder.rmdir()  # empty, as checked before the run
         os.replace(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is either, by what was being written
         raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from recon.errors import ReconError
-from recon.runs import RunSpec
+from recon.spec import RunSpec
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ found is checked against the model's own output when a `Decoder` is made.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
+from recon.structure import distance, find_blocks, first, hidden_states, mixes_tokens, probe_tokens, replaced, silent, tolerance
 from recon.windows import Window, canonical, partition
-
-PROBE_LENGTH = 8
 
 
 class _Stop(Exception):
@@ -61,7 +60,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module, like: "Decoder | None" = None):
         self.model = model
-        self.path = like.path if like else _find_blocks(model)
+        self.path = like.path if like else find_blocks(model)
         self.blocks: nn.ModuleList = model.get_submodule(self.path)
         self._calls: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
         if like:
@@ -90,7 +89,7 @@ class Decoder:
             caught.append(hidden)
             raise _Stop
 
-        with _replaced({self.blocks[0]: stop}), contextlib.suppress(_Stop):
+        with replaced({self.blocks[0]: stop}), contextlib.suppress(_Stop):
             self._run_model(tokens)
         return caught[0]
 
@@ -103,7 +102,7 @@ class Decoder:
         """
         stubs: dict[nn.Module, Callable] = {block: lambda h, *a, **k: self._rebuild(h) for block in self.blocks[:-1]}
         stubs[self.blocks[-1]] = lambda h, *a, **k: self._rebuild(hidden)
-        with _replaced(stubs):
+        with replaced(stubs):
             return self._run_model(tokens).logits
 
     def forward(self, window: Window, hidden: Tensor) -> Tensor:
@@ -148,8 +147,8 @@ class Decoder:
             other = {"attention": "mlp", "mlp": "attention"}[half]
             for child in self.halves[index].children[other]:
                 stubs[self.blocks[index].get_submodule(child)] = self._silence[index][child]
-        with _replaced(stubs):
-            return _first(self.blocks[index](hidden, *args, **kwargs))
+        with replaced(stubs):
+            return first(self.blocks[index](hidden, *args, **kwargs))
 
     def _run_model(self, tokens: Tensor):
         return self.model(input_ids=tokens.to(self.device), use_cache=False)
@@ -171,7 +170,7 @@ class Decoder:
                 return self._rebuild(h)
 
             tokens = torch.zeros(shape, dtype=torch.long)
-            with _replaced(dict.fromkeys(self.blocks, bypass)), contextlib.suppress(_Stop), torch.no_grad():
+            with replaced(dict.fromkeys(self.blocks, bypass)), contextlib.suppress(_Stop), torch.no_grad():
                 self._run_model(tokens)
             self._calls[shape] = calls
         return self._calls[shape]
@@ -240,10 +239,12 @@ class Decoder:
 
     @torch.no_grad()
     def _discover(self) -> None:
-        tokens = _probe_tokens(self.model)
+        tokens = probe_tokens(self.model)
         seen, handles = [], []
         for block in self.blocks:
-            handles.append(block.register_forward_hook(lambda m, a, k, out: seen.append((_hidden(a, k), out)), with_kwargs=True))
+            handles.append(
+                block.register_forward_hook(lambda m, a, k, out: seen.append((hidden_states(a, k), out)), with_kwargs=True)
+            )
         try:
             expected = self._run_model(tokens).logits
         finally:
@@ -270,7 +271,7 @@ class Decoder:
         other[:, -1] = (tokens[:, -1] + 1) % self.model.config.get_text_config().vocab_size
         early, again = expected[:, :-1].float(), self._run_model(other).logits[:, :-1].float()
         # Same shapes, same kernels: a causal model answers with the same bits, or nearly; leakage can be small, though.
-        if (early - again).abs().max() > _tolerance(expected) / 100 * early.abs().max():
+        if (early - again).abs().max() > tolerance(expected) / 100 * early.abs().max():
             kind = type(self.model).__name__
             raise ReconError(f"{kind} is not a causal language model: changing the last token changes the predictions before it")
 
@@ -278,7 +279,7 @@ class Decoder:
         hidden = self.embed(tokens)
         for index in range(len(self.blocks)):
             hidden = self._run_block(index, hidden)
-        if _distance(self.logits(tokens, hidden), expected) > _tolerance(expected):
+        if distance(self.logits(tokens, hidden), expected) > tolerance(expected):
             raise ReconError(
                 f"{type(self.model).__name__}: its {len(self.blocks)} blocks at {self.path!r}, run one after another, do not give "
                 "the model's own output; it does something between its blocks that is not supported"
@@ -331,15 +332,15 @@ class Decoder:
         whole = self._run_block(index, hidden)
         self.halves.append(Halves("sequential", children))
         attention = self._run_block(index, hidden, "attention")
-        sequential = _distance(self._run_block(index, attention, "mlp"), whole, hidden)
-        parallel = _distance(attention + self._run_block(index, hidden, "mlp") - hidden, whole, hidden)
-        if sequential > _tolerance(whole) and parallel > _tolerance(whole):
+        sequential = distance(self._run_block(index, attention, "mlp"), whole, hidden)
+        parallel = distance(attention + self._run_block(index, hidden, "mlp") - hidden, whole, hidden)
+        if sequential > tolerance(whole) and parallel > tolerance(whole):
             self.halves[index] = (
                 "does not divide into an attention half and an MLP half (with one silenced after the other, its output is off by "
                 f"{min(sequential, parallel):.0%}), as where the residual is added inside the sub-module"
             )
             return
-        if sequential > _tolerance(whole):
+        if sequential > tolerance(whole):
             self.halves[index] = Halves("parallel", children)
         for half in children:
             with torch.enable_grad():
@@ -367,91 +368,9 @@ class Decoder:
         finally:
             for handle in handles:
                 handle.remove()
-        mixes = {name: _mixes_tokens(named[name], args, kwargs) for name, (args, kwargs, _) in seen.items()}
+        mixes = {name: mixes_tokens(named[name], args, kwargs) for name, (args, kwargs, _) in seen.items()}
         children = {
             "attention": tuple(name for name, mixing in mixes.items() if mixing),
             "mlp": tuple(name for name, mixing in mixes.items() if not mixing),
         }
-        return children, {name: _silent(args, kwargs, out) for name, (args, kwargs, out) in seen.items()}
-
-
-def _find_blocks(model: nn.Module) -> str:
-    """Path of the `nn.ModuleList` of same-class children that holds the most parameters."""
-    sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-    }
-    if not sizes:
-        raise ReconError(f"{type(model).__name__} has no list of blocks of one class, so it cannot be taken apart")
-    return max(sizes, key=sizes.__getitem__)
-
-
-def _probe_tokens(model: nn.Module) -> Tensor:
-    vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (2, PROBE_LENGTH), generator=torch.Generator().manual_seed(0))
-
-
-@contextlib.contextmanager
-def _replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
-    """The forward of each module is `stubs[module]` for a while."""
-    # A module may already carry a forward of its own, such as that of accelerate's hooks.
-    own = {module: vars(module).get("forward") for module in stubs}
-    for module, stub in stubs.items():
-        module.forward = stub
-    try:
-        yield
-    finally:
-        for module, forward in own.items():
-            del module.forward  # the class's own forward shows again
-            if forward is not None:
-                module.forward = forward
-
-
-def _first(output):
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _hidden(args: tuple, kwargs: dict) -> Tensor:
-    """The first tensor among a module's arguments: by convention the hidden states."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-
-def _silent(args: tuple, kwargs: dict, output) -> Callable:
-    """A forward that returns zeros of the structure of `output`, for any batch and length."""
-    given = _hidden(args, kwargs)
-
-    def zeros(leaf, like: Tensor):
-        if isinstance(leaf, Tensor) and leaf.shape[:-1] == given.shape[:-1]:
-            return like.new_zeros(*like.shape[:-1], leaf.shape[-1])
-        return None
-
-    def forward(*args, **kwargs):
-        like = _hidden(args, kwargs)
-        return tuple(zeros(leaf, like) for leaf in output) if isinstance(output, tuple) else zeros(output, like)
-
-    return forward
-
-
-def _mixes_tokens(child: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether changing the first token's input changes the output at any other token."""
-    given = _hidden(args, kwargs)
-    changed = given.clone()
-    # The token axis is the last but one, also where a block flattens (batch, length) into one axis.
-    changed[..., 0, :] = changed[..., 0, :].flip(-1) + 1
-
-    def swap(value):
-        return changed if value is given else value
-
-    again = child(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
-    # `output` of the block's own run may have been changed in place since, so the child runs twice here.
-    return not torch.equal(_first(child(*args, **kwargs))[..., 1:, :], _first(again)[..., 1:, :])
-
-
-def _distance(found: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:
-    """Relative error of `found`, measured against how far `expected` is from `origin`."""
-    return ((found - expected).float().norm() / (expected - origin).float().norm().clamp_min(1e-30)).item()
-
-
-def _tolerance(tensor: Tensor) -> float:
-    return 1e-3 if tensor.dtype == torch.float32 else 5e-2
+        return children, {name: silent(args, kwargs, out) for name, (args, kwargs, out) in seen.items()}

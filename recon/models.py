@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -43,7 +42,7 @@ def load(
     """The causal LM `name` in float32 and its tokenizer, in evaluation mode, on `device`.
 
     Weights come from safetensors only and no code from the Hub is run. Raises `ReconError` for an unknown model and for
-    weights that are missing, NaN or infinite, naming them (the first, where not finite).
+    weights that are missing, of the wrong shape, NaN or infinite, naming them (the first, where not finite).
     """
     where = locate(name)
     # The bar of transformers' weight loading flickers by in a second and would sit between our own bars.
@@ -51,11 +50,16 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
         model, found = AutoModelForCausalLM.from_pretrained(
-            where, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
+            where, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )  # fmt: skip
+    except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
         at = f" at revision {revision!r}" if revision else ""
-        raise ReconError(f"model {name!r}{at} cannot be loaded: {error}") from error
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ReconError(f"model {name!r}{at} cannot be loaded: {kind}{error}") from error
+    if found["mismatched_keys"]:
+        wrong = ", ".join(f"{key} is {tuple(has)}, not {tuple(wants)}" for key, has, wants in sorted(found["mismatched_keys"]))
+        raise ReconError(f"model {name!r} has weights of other shapes than its config.json calls for: {wrong}")
     if found["missing_keys"]:
         missing = ", ".join(sorted(found["missing_keys"]))
         raise ReconError(f"model {name!r} lacks weights that its config.json calls for: {missing}")
@@ -74,7 +78,8 @@ def check_finite(model: torch.nn.Module) -> None:
 def fingerprint(name: str, revision: str | None = None) -> str:
     """Hash of what `load(name, revision)` loads, without loading it.
 
-    For a folder, of its weights, configuration and tokenizer; for a Hub id, the commit.
+    For a folder, of its weights, configuration and tokenizer; for a Hub id, the commit. Raises `ReconError` for an unknown
+    model, and for one that the Hub does not have or that cannot be asked for.
     """
     where = locate(name)
     if not Path(where).is_dir():
@@ -82,7 +87,16 @@ def fingerprint(name: str, revision: str | None = None) -> str:
 
         # A cached copy answers offline: its folder is named after the commit.
         cached = try_to_load_from_cache(where, "config.json", revision=revision)
-        return Path(cached).parent.name if isinstance(cached, str) else HfApi().model_info(where, revision=revision).sha
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        try:
+            return HfApi().model_info(where, revision=revision).sha
+        except Exception as error:  # huggingface_hub and its HTTP client each raise their own kinds
+            at = f" at revision {revision!r}" if revision else ""
+            raise ReconError(
+                f"model {name!r}{at} cannot be had from the Hub ({type(error).__name__}: {error}); "
+                f"give a local folder, or a bundled model: {', '.join(assets.BUNDLED_MODELS)}"
+            ) from error
     files = [p for p in Path(where).iterdir() if p.suffix in SUFFIXES or p.name in VOCABULARY_FILES]
     # Ordered by name, so that the same files give the same hash wherever they lie.
     digests = {p.name: assets.sha256(p) for p in files}

@@ -79,15 +79,22 @@ def reconstruct(
         held_out: tokens (samples, length) that nothing is fitted on, to measure errors on.
 
     Raises:
-        ReconError: an unknown name, or a combination that has no meaning.
+        ReconError: an unknown name, a combination that has no meaning, a mask that does not fit, or a model not in float32.
     """
     teacher = dense if isinstance(dense, Decoder) else Decoder(dense)
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
     check_options(granularity, propagation, solver, start, loss)
     check_length(teacher, samples.shape[1])
     student.model.requires_grad_(False)
+    for name, parameter in student.model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
     if masks is None:
         masks = {name: matrix.weight != 0 for name, matrix in student.matrices().items()}
+    for name, matrix in student.matrices().items():
+        if name not in masks or masks[name].shape != matrix.weight.shape:
+            found = tuple(masks[name].shape) if name in masks else None
+            raise ReconError(f"mask of {name!r} has shape {found}; it must be {tuple(matrix.weight.shape)}")
     task = _Pass(teacher, student, masks, propagation, solver, start, loss, schedule, seed, compute_dtype, len(samples))
     task.begin(samples if held_out is None else torch.cat([samples, held_out]))
     reports = []

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from recon.checkpoint import check_writable
 from recon.errors import ReconError
-from recon.runs import RunRecord, RunSpec, Session, run
+from recon.runs import Session, run
+from recon.spec import RunRecord, RunSpec
 from recon.windows import canonical
 
 log = logging.getLogger("recon")

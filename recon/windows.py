@@ -13,8 +13,9 @@ ALLOWED = "none, matrix, half-block, block, <k>-blocks (such as 2-blocks), quart
 class Window:
     """The parameters that are adapted together: a run of blocks, one half of a block, or matrices that share an input.
 
-    Matrices that read the same input (q, k and v; gate and up) make one window because nothing couples them: their
-    outputs stand side by side, the loss is a sum over them, and AdamW works per weight, so each is fitted as if alone.
+    Matrices that read the same input (q, k and v; gate and up) make one window because under mse nothing couples them:
+    their outputs stand side by side, the loss is a sum over them, and AdamW works per weight, so each is fitted as if alone.
+    (Under the cosine loss they share one angle.)
     """
 
     blocks: range

@@ -50,6 +50,7 @@ def get_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return LOSSES[name]
 
 
+@torch.enable_grad()
 def fit(
     forward: Callable[[Tensor], Tensor],
     parameters: list[nn.Parameter],

@@ -1,0 +1,155 @@
+"""What a run is asked for, and what it answers: `RunSpec` and `RunRecord`."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+
+from recon import criteria, device, models, reconstruction, text
+from recon.errors import ReconError
+from recon.solvers.gradient import Schedule
+from recon.sparsity import SCOPES, Pattern
+from recon.windows import canonical
+
+SCHEMA = 1  # goes into every key: raised when the meaning of a record's numbers changes
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that can change a run's numbers."""
+
+    model: str = "smollm2-135m"
+    """A bundled name (see `recon models`), a local folder, or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    text: str = "wikipedia"
+    """Calibration text: wikipedia, news, c4, wikitext2, or a .txt, .jsonl or .parquet file."""
+    samples: int = 64
+    """Calibration samples."""
+    sequence_length: int = 512
+    """Tokens per calibration sample."""
+    criterion: str = "wanda"
+    """What decides which weights go (see `recon criteria`)."""
+    pattern: str = "0.5"
+    """Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M)."""
+    scope: str = "auto"
+    """Weights compete within a row or the matrix; auto is the criterion's own default."""
+    prune_propagation: str = "sparse"
+    """Statistics from the already pruned model (sparse) or from the dense one (dense)."""
+    sparsegpt_block_size: int = 128
+    """Columns that SparseGPT prunes at once."""
+    sparsegpt_damping: float = 0.01
+    """Added to SparseGPT's Hessian, as a share of its mean diagonal."""
+    granularity: str = "half-block"
+    """Window: none (prune only), matrix, half-block, block, <k>-blocks, quarter, model."""
+    propagation: str = "dense"
+    """What feeds a window and what it must match: dense, sparse, mixed."""
+    solver: str = "adamw"
+    """How a window is fitted: adamw, or exact (granularity matrix)."""
+    start: str = "pruned"
+    """Where fitting starts: pruned weights, or exact matrix solutions."""
+    loss: str = "mse"
+    """mse or cosine."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    epochs: int = 1
+    """Passes over the calibration samples, per window."""
+    batch_size: int = 2
+    """Samples per forward pass."""
+    accumulation: int = 1
+    """Forward passes per optimiser step."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    held_out_samples: int = 8
+    """Samples of the text's validation split to measure errors on; nothing is fitted on them."""
+    evaluation_texts: tuple[str, ...] = ("wikipedia",)
+    """Texts whose evaluation split perplexity is measured on; the first is the headline."""
+    evaluation_samples: int = 40
+    """Windows per evaluation text."""
+    evaluation_length: int = 1024
+    """Tokens per evaluation window."""
+    seed: int = 0
+    """Seed of every random choice."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    compute_dtype: str = "auto"
+    """Matrix products in bfloat16 or float32; auto takes bfloat16 where the hardware multiplies it natively."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "granularity", canonical(str(self.granularity)))
+        object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
+        texts = self.evaluation_texts
+        object.__setattr__(self, "evaluation_texts", (texts,) if isinstance(texts, str) else tuple(texts))
+        criteria.get(self.criterion)
+        reconstruction.check_options(self.granularity, self.propagation, self.solver, self.start, self.loss)
+        for name, allowed in (
+            ("scope", ("auto", *SCOPES)),
+            ("prune_propagation", ("sparse", "dense")),
+            ("compute_dtype", ("auto", *device.COMPUTE_DTYPES)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        minima = dict.fromkeys(
+            ("samples", "epochs", "batch_size", "accumulation", "evaluation_samples", "sparsegpt_block_size"), 1
+        )
+        minima |= {"sequence_length": 2, "evaluation_length": 2, "held_out_samples": 0, "seed": 0}
+        for name, least in minima.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ReconError(f"{name} is {value!r}; allowed: a whole number from {least} up")
+        if not (_is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
+            raise ReconError(f"learning_rate is {self.learning_rate!r}; allowed: a number above 0")
+        for name in ("warmup", "sparsegpt_damping"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: a number from 0 to 1")
+        if not self.evaluation_texts:
+            raise ReconError("evaluation_texts is empty; name at least one text")
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup)
+
+    def key(self) -> str:
+        """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema."""
+        parts = {
+            "spec": asdict(self),
+            "schema": SCHEMA,
+            "model": models.fingerprint(self.model, self.revision),
+            "texts": {name: text.fingerprint(name) for name in sorted({self.text, *self.evaluation_texts})},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass
+class RunRecord:
+    """What a run found, and everything needed to believe it. `status` is "done" or "failed" (then `error` says how)."""
+
+    spec: dict
+    key: str
+    status: str = "failed"
+    error: str | None = None
+    metrics: dict = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    peak_memory_bytes_by_phase: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    protocol: dict = field(default_factory=dict)
+    environment: dict = field(default_factory=dict)
+    windows: list[dict] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """The record as plain data, as written to JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "RunRecord":
+        """The record from plain data; raises `ReconError` naming missing or unknown fields."""
+        wanted = {f.name for f in fields(cls)}
+        if set(data) != wanted:
+            raise ReconError(f"not a record: fields missing {sorted(wanted - set(data))}, unknown {sorted(set(data) - wanted)}")
+        return cls(**data)
