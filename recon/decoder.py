@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
-from recon.structure import distance, find_blocks, first, hidden_states, mixes_tokens, probe_tokens, replaced, silent, tolerance
+from recon.structure import (
+    distance,
+    find_blocks,
+    first,
+    hidden_states,
+    mixes_tokens,
+    probe_tokens,
+    replaced,
+    requiring_gradients,
+    silent,
+    tolerance,
+)
 from recon.windows import Window, canonical, partition
 
 
@@ -343,9 +354,9 @@ class Decoder:
         if sequential > tolerance(whole):
             self.halves[index] = Halves("parallel", children)
         for half in children:
-            with torch.enable_grad():
+            parameters = dict(block.named_parameters())
+            with torch.enable_grad(), requiring_gradients(parameters.values()):
                 output = self._run_block(index, hidden.detach(), half)
-                parameters = dict(block.named_parameters())
                 weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
                 gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()), allow_unused=True)
             used = (name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.any())

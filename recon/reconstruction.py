@@ -17,6 +17,7 @@ from recon.pruning import gather
 from recon.seeds import generator
 from recon.solvers.exact import masked_least_squares
 from recon.solvers.gradient import Schedule, fit, get_loss
+from recon.structure import requiring_gradients
 from recon.windows import Window, canonical
 
 log = logging.getLogger("recon")
@@ -85,7 +86,6 @@ def reconstruct(
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
     check_options(granularity, propagation, solver, start, loss)
     check_length(teacher, samples.shape[1])
-    student.model.requires_grad_(False)
     for name, parameter in student.model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
@@ -99,7 +99,9 @@ def reconstruct(
     task.begin(samples if held_out is None else torch.cat([samples, held_out]))
     reports = []
     windows = teacher.windows(granularity)
-    with tqdm(windows, desc=f"reconstruct ({granularity})", unit="window", disable=not progress) as bar:
+    bar = tqdm(windows, desc=f"reconstruct ({granularity})", unit="window", disable=not progress)
+    # Only the window in hand is trained; nothing else needs gradients.
+    with bar, requiring_gradients(student.model.parameters(), False):
         for window in bar:
             report = task.repair(window)
             reports.append(report)
@@ -217,17 +219,18 @@ class _Pass:
 
     def descend(self, window: Window, inputs: Tensor, targets: Tensor, parameters: dict[str, nn.Parameter]) -> list[float]:
         matrices = self.student.matrices(window)
-        return fit(
-            lambda x: self.student.forward(window, x),
-            list(parameters.values()),
-            [(matrix.module.weight, matrix.oriented(self.masks[name])) for name, matrix in matrices.items()],
-            inputs[: self.count],
-            targets[: self.count],
-            self.loss,
-            self.schedule,
-            generator(self.seed, "shuffle", window.name),
-            self.amp,
-        )
+        with requiring_gradients(parameters.values()):
+            return fit(
+                lambda x: self.student.forward(window, x),
+                list(parameters.values()),
+                [(matrix.module.weight, matrix.oriented(self.masks[name])) for name, matrix in matrices.items()],
+                inputs[: self.count],
+                targets[: self.count],
+                self.loss,
+                self.schedule,
+                generator(self.seed, "shuffle", window.name),
+                self.amp,
+            )
 
     def errors(self, window: Window, inputs: Tensor, targets: Tensor) -> dict[str, float]:
         parts = {"calibration": slice(0, min(ERROR_SAMPLES, self.count)), "held_out": slice(self.count, None)}

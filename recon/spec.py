@@ -148,8 +148,12 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, data: dict) -> "RunRecord":
-        """The record from plain data; raises `ReconError` naming missing or unknown fields."""
+        """The record from plain data; raises `ReconError` naming missing, unknown or malformed fields."""
         wanted = {f.name for f in fields(cls)}
         if set(data) != wanted:
             raise ReconError(f"not a record: fields missing {sorted(wanted - set(data))}, unknown {sorted(set(data) - wanted)}")
-        return cls(**data)
+        for name in ("spec", "metrics", "seconds", "peak_memory_bytes_by_phase", "tokens", "protocol", "environment"):
+            if not isinstance(data[name], dict):
+                raise ReconError(f"not a record: {name} is {type(data[name]).__name__}, not an object")
+        spec = {name: tuple(value) if isinstance(value, list) else value for name, value in data["spec"].items()}
+        return cls(**{**data, "spec": spec})

@@ -1,7 +1,7 @@
 """Tools to find out how a model is built by running it: replaced forwards, probes, distances."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,19 @@ def replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
             del module.forward  # the class's own forward shows again
             if forward is not None:
                 module.forward = forward
+
+
+@contextlib.contextmanager
+def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = True) -> Iterator[None]:
+    """All `parameters` require gradients, or none, for a while."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    for parameter, _ in before:
+        parameter.requires_grad_(required)
+    try:
+        yield
+    finally:
+        for parameter, required_before in before:
+            parameter.requires_grad_(required_before)
 
 
 def first(output):

@@ -66,7 +66,7 @@ def fit(
 
     Args:
         forward: the window, (batch, length, in) -> (batch, length, out).
-        parameters: what is trained; float32 leaves.
+        parameters: what is trained; float32 leaves that require gradients.
         masks: pairs of parameter and keep-mask of its shape; dropped weights are exact zeros after every step.
         inputs, targets: (samples, length, in) and (samples, length, out).
         random: draws the order of samples anew for each epoch.
@@ -78,8 +78,6 @@ def fit(
     criterion = get_loss(loss)
     scale = 1.0 if loss == "cosine" else targets.float().square().mean().clamp_min(1e-30).item()
     steps = schedule.steps(len(inputs))
-    for parameter in parameters:
-        parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
     per_step = schedule.batch_size * schedule.accumulation
@@ -101,6 +99,4 @@ def fit(
                 for parameter, mask in masks:
                     parameter.mul_(mask)
             losses.append(total)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
     return torch.stack(losses).tolist() if losses else []
