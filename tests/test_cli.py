@@ -1,0 +1,135 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import recon
+from recon import assets, criteria
+from recon.cli import main
+
+
+@pytest.fixture
+def small(tiny_folder, tiny_text):
+    options = {
+        "model": tiny_folder, "text": tiny_text, "samples": 8, "sequence-length": 32, "held-out-samples": 2,
+        "evaluation-texts": tiny_text, "evaluation-samples": 2, "evaluation-length": 64, "learning-rate": "3e-3", "seed": 0,
+    }  # fmt: skip
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def refuse(arguments, capsys) -> str:
+    """What a call that must fail says on stderr, on one line."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    return " ".join(said.err.replace("│", " ").split())
+
+
+def test_run_writes_a_record_and_a_checkpoint(small, tmp_path, capsys):
+    record, saved = tmp_path / "deep" / "out.json", tmp_path / "saved"
+    words = [
+        "--criterion",
+        "wanda",
+        "--pattern",
+        "0.5",
+        "--granularity",
+        "half-block",
+        "--record",
+        str(record),
+        "--save",
+        str(saved),
+    ]
+    main(["run", *small, *words])
+    found = json.loads(record.read_text())
+    assert found["status"] == "done" and found["spec"]["granularity"] == "half-block"
+    assert f"repaired {found['metrics']['perplexity']:.2f}" in capsys.readouterr().out
+    assert (saved / "model.safetensors").is_file() and (saved / "README.md").is_file()
+
+
+@pytest.mark.parametrize("words, fields", [
+    (["--granularity", "none"], {"granularity": "none"}),
+    (["--pattern", "2:4", "--granularity", "block"], {"pattern": "2:4", "granularity": "block"}),
+    (["--criterion", "sparsegpt", "--granularity", "matrix", "--solver", "exact"], {"criterion": "sparsegpt", "solver": "exact"}),
+])  # fmt: skip
+def test_run_takes_its_options(small, tmp_path, words, fields):
+    main(["run", *small, *words, "--record", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["metrics"]["sparsity"] == 0.5 and fields.items() <= found["spec"].items()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--criterion", "magic"], "criterion 'magic' is unknown; choose one of magnitude, random, wanda"),
+        (["--pattern", "2:5"], "do not divide into the groups of 5"),
+        (["--pattern", "4:2"], "'4:2'"),
+        (["--pattern", "1.5"], "'1.5'"),
+        (["--pattern", "-0.1"], "-0.1"),
+        (["--pattern", "abc"], "'abc'"),
+        (["--granularity", "thirds"], "unknown granularity 'thirds'; allowed: none, matrix, half-block"),
+        (["--samples", "1000000"], "1000000 samples of 32 tokens are more than the calibration split"),
+        (["--samples", "many"], "many"),
+        (["--model", "gpt-17"], "unknown model 'gpt-17'; bundled: smollm2-135m"),
+        (["--text", "no-such.txt"], "no-such.txt"),
+        (["--sequence-length", "300", "--samples", "2"], "sequence length 300 is more than the 256 tokens"),
+        (["--sample", "3"], "--sample"),
+    ],
+)
+def test_bad_input_ends_with_one_clear_message(small, words, message, capsys, tmp_path):
+    assert message in refuse(["run", *small, *words], capsys)
+
+
+@pytest.mark.parametrize("option", ["--record", "--save"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(small, option, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("recon.models.load", lambda *a, **k: pytest.fail("loaded before it was checked"))
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in refuse(["run", *small, option, str(tmp_path / "file" / "inside" / "out")], capsys)
+
+
+def test_a_save_folder_that_holds_something_is_refused(small, tmp_path, capsys):
+    (tmp_path / "precious").write_text("keep")
+    assert "exists and is not an empty folder" in refuse(["run", *small, "--save", str(tmp_path)], capsys)
+    assert (tmp_path / "precious").read_text() == "keep"
+
+
+def test_a_failed_run_leaves_a_record_that_says_how(small, tmp_path, capsys):
+    refuse(["run", *small, "--pattern", "2:5", "--record", str(tmp_path / "out.json")], capsys)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["status"] == "failed" and "groups of 5" in found["error"]
+
+
+def test_lists_name_everything(capsys):
+    main(["models"])
+    assert all(name in capsys.readouterr().out for name in assets.BUNDLED_MODELS)
+    main(["criteria"])
+    said = capsys.readouterr().out
+    assert all(name in said and criterion.source in said for name, criterion in criteria.CRITERIA.items())
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for field in dataclasses.fields(recon.RunSpec):
+        assert f"--{field.name.replace('_', '-')}" in said
+    assert "--record" in said and "--save" in said
+
+
+def test_an_unknown_command_is_refused_with_the_list(capsys):
+    said = refuse(["walk"], capsys)
+    assert "walk" in said and all(word in said for word in ("run", "models", "criteria", "assets"))
+
+
+def test_the_module_runs_as_a_process():
+    here = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "recon.cli", "criteria"], capture_output=True, text=True, cwd=here, env=dict(os.environ)
+    )
+    assert done.returncode == 0 and "sparsegpt" in done.stdout
