@@ -1,0 +1,56 @@
+"""Known numbers of the bundled model, so that a change that spoils them does not go unseen."""
+
+import dataclasses
+
+import pytest
+
+import recon
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return recon.load("smollm2-135m")
+
+
+@pytest.mark.parametrize("dtype, golden", [("float32", 20.54), ("bfloat16", 20.57)])
+def test_dense_perplexity(bundled, dtype, golden):
+    """Four windows of 512 tokens of held-out Wikipedia. bfloat16 rounds differently on different processors."""
+    model, tokenizer = bundled
+    tokens = recon.sample_tokens("wikipedia", "evaluation", tokenizer, samples=4, sequence_length=512)
+    found = recon.perplexity(model, tokens, compute_dtype=dtype, progress=False)
+    assert found.tokens == 4 * 511
+    assert found.value == pytest.approx(golden, rel=0.01)
+
+
+def test_it_writes_english(bundled):
+    model, tokenizer = bundled
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    out = model.generate(**tokens, max_new_tokens=5, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0])
+
+
+def test_its_structure(bundled):
+    decoder = recon.Decoder(bundled[0])
+    assert len(decoder.blocks) == 30
+    assert {halves.layout for halves in decoder.halves} == {"sequential"}
+    assert len(decoder.matrices()) == 7 * 30
+    assert len(decoder.windows("half-block")) == 60 and len(decoder.windows("quarter")) == 4
+
+
+@pytest.mark.slow
+def test_repairing_the_bundled_model():
+    """The paper's picture, small: half-block windows repair, whole blocks about as well, single matrices worse."""
+    base = recon.RunSpec(samples=32, sequence_length=256, batch_size=1, evaluation_samples=6)
+    session = recon.Session()
+
+    def share(**changes) -> float:
+        record = recon.run(dataclasses.replace(base, **changes), session, progress=False)
+        assert record.metrics["sparsity"] == 0.5
+        assert record.metrics["held_out_error"] < record.metrics["held_out_error_pruned"] or changes["granularity"] == "matrix"
+        return record.metrics["share_recovered"]
+
+    half = share(granularity="half-block")
+    assert half > 0.15
+    assert share(granularity="block") == pytest.approx(half, abs=0.08)
+    assert share(granularity="matrix") < half - 0.03
+    assert share(granularity="half-block", criterion="magnitude") > half
