@@ -1,6 +1,7 @@
 """Tiny random models of many families, and a folder with one that has a tokenizer and a text of its own."""
 
 import random
+import signal
 
 import pytest
 import torch
@@ -67,6 +68,11 @@ REFUSED = {
 }
 FAMILIES = SEQUENTIAL | PARALLEL
 _OWN_NAMES = {"gpt2", "gptj", "bloom", "mpt"}  # families whose configurations call everything something else
+
+
+def heed_interrupts() -> None:
+    """For `preexec_fn`: a process started in the background, as under CI, would ignore SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def make_model(family: str, seed: int = 0, std: float = 0.2, **changes) -> torch.nn.Module:

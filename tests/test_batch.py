@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from conftest import heed_interrupts
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from recon import batch
@@ -187,7 +188,12 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     write_profile(tmp_path, "quick", {})
     code = "import sys; from recon import batch; print([o.status for o in batch.execute('quick', root=sys.argv[1])])"
     running = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=batch.ROOT, env=os.environ
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=batch.ROOT,
+        env=os.environ,
+        preexec_fn=heed_interrupts,
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "notebooks/started").exists() and running.poll() is None and time.monotonic() < deadline:

@@ -221,7 +221,9 @@ def test_one_evaluation_text_may_be_given_bare(spec, tiny_text):
     assert replace(spec, evaluation_texts=tiny_text) == spec
 
 
-@pytest.mark.parametrize("name, value", [("learning_rate", True), ("learning_rate", "1e-3"), ("warmup", "none"), ("warmup", True)])
+@pytest.mark.parametrize(
+    "name, value", [("learning_rate", True), ("learning_rate", "1e-3"), ("warmup", "none"), ("warmup", True)]
+)
 def test_numbers_are_numbers(name, value):
     with pytest.raises(ReconError, match=f"{name} is {value!r}; allowed: a number"):
         recon.RunSpec(**{name: value})

@@ -19,12 +19,12 @@ PROMISED = {
     "0-quickstart": ({"new_tokens": 4}, ["quickstart-perplexity", "quickstart-error"], 2),
     "1-granularity": (
         {
-            "fits": ["none", "matrix", "matrix exact", "half-block from exact", "2-blocks"],
+            "fits": ["none", "matrix exact", "half-block from exact"],
             "seeds": [0, 1],
             "patterns": ["0.5", "2:4"],
         },
         ["granularity", "granularity-cost"],
-        20,
+        12,
     ),
 }
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from conftest import heed_interrupts
 
 import recon
 from recon import study
@@ -143,6 +144,7 @@ def start(folder, tiny_folder, tiny_text):
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tiny_folder), str(tiny_text), str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=heed_interrupts,
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     return process
