@@ -76,6 +76,8 @@ def reconstruct(
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero, so that a model pruned by
             anything else can be repaired.
         granularity: matrix, half-block, block, <k>-blocks, quarter or model.
+        schedule: a window of k blocks is trained with 1/sqrt(k) of its learning rate: steps add up along the depth, and at
+            the rate that suits a block, a quarter of the model or all of it diverges.
         propagation, solver, start: see `PROPAGATIONS`, `SOLVERS`, `STARTS`.
         held_out: tokens (samples, length) that nothing is fitted on, to measure errors on.
 
@@ -227,7 +229,7 @@ class _Pass:
                 inputs[: self.count],
                 targets[: self.count],
                 self.loss,
-                self.schedule,
+                self.schedule.scaled(len(window.blocks) ** -0.5),
                 generator(self.seed, "shuffle", window.name),
                 self.amp,
             )

@@ -51,7 +51,7 @@ class RunSpec:
     loss: str = "mse"
     """mse or cosine."""
     learning_rate: float = 3e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; a window of k blocks is trained with 1/sqrt(k) of it."""
     epochs: int = 1
     """Passes over the calibration samples, per window."""
     batch_size: int = 2

@@ -53,7 +53,7 @@ def test_half_blocks_repair_the_bundled_model():
 @pytest.mark.slow
 def test_repairing_the_bundled_model():
     """The paper's picture, small: half-block windows repair, whole blocks about as well, single matrices worse."""
-    base = recon.RunSpec(samples=32, sequence_length=256, batch_size=1, evaluation_samples=6)
+    base = recon.RunSpec(samples=32, sequence_length=256, evaluation_samples=6)
     session = recon.Session()
 
     def share(**changes) -> float:

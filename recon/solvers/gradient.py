@@ -1,7 +1,7 @@
 """One window fitted by gradient descent: AdamW, linear schedule with warm-up, the mask re-applied after every step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ class Schedule:
     batch_size: int = 2  # samples per forward pass
     accumulation: int = 1  # forward passes per optimiser step
     warmup: float = 0.1  # share of the steps in which the learning rate rises
+
+    def scaled(self, factor: float) -> "Schedule":
+        """The same schedule with its learning rate multiplied by `factor`."""
+        return replace(self, learning_rate=self.learning_rate * factor)
 
     def steps(self, samples: int) -> int:
         """Optimiser steps for this many samples."""
