@@ -47,7 +47,8 @@ def lower_is_better(ax: Axes, axis: str = "y") -> None:
     note = f"(lower is better {arrow})"
     label = getattr(ax, f"get_{axis}label")()
     if note not in label:
-        getattr(ax, f"set_{axis}label")(f"{label} {note}".strip())
+        # A long vertical label would stand out above the axes, so there the note gets a line of its own.
+        getattr(ax, f"set_{axis}label")(f"{label}{' ' if axis == 'x' else chr(10)}{note}".strip())
 
 
 def savefig(
