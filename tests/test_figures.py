@@ -92,7 +92,7 @@ def test_lower_is_better_is_said_once_and_on_the_right_axis(fig):
     ax.set_ylabel("perplexity")
     figures.lower_is_better(ax)
     figures.lower_is_better(ax)
-    assert ax.get_ylabel() == "perplexity (lower is better \N{DOWNWARDS ARROW})"
+    assert ax.get_ylabel() == "perplexity\n(lower is better \N{DOWNWARDS ARROW})"
     assert ax.get_xlabel() == ""
     figures.lower_is_better(ax, "x")
     assert ax.get_xlabel() == "(lower is better \N{LEFTWARDS ARROW})"
