@@ -161,6 +161,7 @@ class _Pass:
             return torch.cat([function(batch) for batch in stream.split(self.schedule.batch_size)])
 
     def repair(self, window: Window) -> WindowReport:
+        """Fits one window, measures it before and after, and moves the streams on."""
         began = time.perf_counter()
         inputs, targets, grams = self.task_of(window)
         parameters = self.student.parameters(window)
@@ -220,6 +221,7 @@ class _Pass:
             column += rows
 
     def descend(self, window: Window, inputs: Tensor, targets: Tensor, parameters: dict[str, nn.Parameter]) -> list[float]:
+        """Trains the window by gradient descent; returns the loss of every step."""
         matrices = self.student.matrices(window)
         with requiring_gradients(parameters.values()):
             return fit(

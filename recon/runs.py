@@ -85,6 +85,7 @@ class _Run:
         session.model = None  # frees the memory of the last run's model, unless somebody else holds it
 
     def execute(self, save: Path | None, command: str) -> RunRecord:
+        """The whole pipeline, dense model first; see `run`."""
         spec, record = self.spec, self.record
         began = time.perf_counter()
         with self.phase("load"):
@@ -133,6 +134,7 @@ class _Run:
         peaks[name] = max(peaks.get(name, 0), peak.bytes)
 
     def load(self) -> None:
+        """Loads model and texts, and refuses here whatever can be refused."""
         spec = self.spec
 
         def make():
@@ -179,6 +181,7 @@ class _Run:
         return evaluation.drift(student, self.dense, self.held_out, self.spec.compute_dtype, self.spec.batch_size)
 
     def prune(self, student: Decoder) -> _Pruned:
+        """Prunes the student in place, and measures it."""
         spec = self.spec
         options = {}
         if spec.criterion == "sparsegpt":
@@ -208,6 +211,7 @@ class _Run:
         )  # fmt: skip
 
     def fill(self, student: Decoder, dense: dict, pruned: _Pruned, repaired: dict, drift: list[float]) -> None:
+        """Writes metrics, tokens and protocol into the record."""
         spec, metrics = self.spec, self.record.metrics
         by_text = {}
         for name in spec.evaluation_texts:
