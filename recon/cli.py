@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from recon.bench.spec import BenchSpec
 from recon.errors import ReconError
 from recon.spec import RunSpec
 
@@ -85,11 +86,24 @@ class Assets:
             print(f"{name}: {count} documents")
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Measure time and memory, beside a straightforward loop and the machine's own ceiling."""
+
+    spec: Annotated[BenchSpec, tyro.conf.arg(name="")]
+
+    def __call__(self) -> None:
+        from recon.bench import bench, summary
+
+        print(summary(bench(self.spec)))
+        print(f"\nresults: {self.spec.output}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; bad input ends with its message and exit status 2, Ctrl-C with 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recon").setLevel(logging.INFO)
-    commands = {"run": Run, "models": Models, "criteria": Criteria, "assets": Assets}
+    commands = {"run": Run, "models": Models, "criteria": Criteria, "assets": Assets, "bench": Bench}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="recon", description="Prune a causal LM and repair it.", args=arguments,

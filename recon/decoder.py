@@ -6,7 +6,7 @@ found is checked against the model's own output when a `Decoder` is made.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -151,6 +151,19 @@ class Decoder:
         # Some blocks (OPT's) flatten batch and length into one axis on the way.
         return caught[0].reshape(*hidden.shape[:2], -1)
 
+    @contextlib.contextmanager
+    def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
+        """While active, `see(group, input)` is called whenever a group of the window's matrices reads its input."""
+        wanted = set(self.matrices(window))
+        with contextlib.ExitStack() as hooks:
+            for index in window.blocks:
+                for group in self.groups[index]:
+                    if group[0] in wanted:
+                        module = self.model.get_submodule(group[0])
+                        handle = module.register_forward_pre_hook(lambda m, args, group=group: see(group, args[0]))
+                        hooks.callback(handle.remove)
+            yield
+
     def _run_block(self, index: int, hidden: Tensor, half: str | None = None) -> Tensor:
         args, kwargs = self._call(hidden)[index]
         stubs = {}
@@ -220,8 +233,24 @@ class Decoder:
                     "use granularity block (or k-blocks, quarter, model, matrix)"
                 )
 
+    def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
+        """The parameters of `window` that are trained, by full name: its "matrices" with their biases, or "all"."""
+        parameters = self.parameters(window)
+        if what == "all":
+            return parameters
+        return {name: p for name, p in parameters.items() if name.rpartition(".")[0] in self.matrices(window)}
+
+    def weights(self, window: Window | None = None) -> list[nn.Parameter]:
+        """The stored weights of the matrices of `window` (default: of all blocks)."""
+        return [matrix.module.weight for matrix in self.matrices(window).values()]
+
+    def head_weights(self) -> list[nn.Parameter]:
+        """The stored weight of the output head, which may be the embedding's as well; empty where there is none."""
+        head = self.model.get_output_embeddings()
+        return [] if head is None else [head.weight]
+
     def parameters(self, window: Window) -> dict[str, nn.Parameter]:
-        """The parameters that `window` trains, by full name: matrices, norms and biases that its output depends on."""
+        """The parameters of `window`, by full name: matrices, norms and biases that its output depends on."""
         if window.matrices:
             return {
                 f"{name}.{suffix}": parameter

@@ -11,8 +11,10 @@ from tqdm.auto import tqdm
 from recon import device
 from recon.decoder import Decoder
 from recon.errors import ReconError
+from recon.structure import in_dtype
 
 SLICE = 256  # tokens whose logits exist at once
+WINDOWS = 8  # evaluation windows whose last hidden states exist at once
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,36 @@ def perplexity(
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     check_length(decoder, tokens.shape[1])
-    amp = device.autocast(decoder.device, device.pick_compute_dtype(compute_dtype, decoder.device))
+    arithmetic = device.arithmetic(decoder.device, compute_dtype)
     means = []
-    for window in tqdm(tokens, desc=description, unit="window", disable=not progress):
-        window = window[None].to(decoder.device)
-        with amp:
-            hidden = decoder.embed(window)
-            for blocks in decoder.windows("block"):
-                hidden = decoder.forward(blocks, hidden)
-            total = sum(
-                F.cross_entropy(decoder.logits(part, states)[0].float(), following[0], reduction="sum").double()
-                for part, states, following in zip(
-                    window[:, :-1].split(SLICE, 1), hidden[:, :-1].split(SLICE, 1), window[:, 1:].split(SLICE, 1), strict=True
-                )
-            )
-        means.append(float(total) / (window.shape[1] - 1))
+    with tqdm(total=len(tokens), desc=description, unit="window", disable=not progress) as bar, arithmetic:
+        # Weights are rounded once for several windows, and those of the head apart: they may be the embedding's too.
+        for windows in tokens.to(decoder.device).split(WINDOWS):
+            with in_dtype(decoder.weights(), arithmetic.dtype):
+                hidden = [_last_hidden(decoder, window[None]) for window in windows]
+            with in_dtype(decoder.head_weights(), arithmetic.dtype):
+                for window, states in zip(windows, hidden, strict=True):
+                    means.append(_nll(decoder, window[None], states) / (len(window) - 1))
+                    bar.update()
     mean = sum(means) / len(means)
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(means) * (tokens.shape[1] - 1), means)
+
+
+def _last_hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Output of the last block for tokens (batch, length): (batch, length, hidden)."""
+    hidden = decoder.embed(tokens)
+    for window in decoder.windows("block"):
+        hidden = decoder.forward(window, hidden)
+    return hidden
+
+
+def _nll(decoder: Decoder, tokens: Tensor, hidden: Tensor) -> float:
+    """Sum of the negative log-likelihoods of tokens (1, length) but the first; a few logits exist at a time."""
+    parts = zip(tokens[:, :-1].split(SLICE, 1), hidden[:, :-1].split(SLICE, 1), tokens[:, 1:].split(SLICE, 1), strict=True)
+    return sum(
+        F.cross_entropy(decoder.logits(part, states)[0].float(), following[0], reduction="sum").double().item()
+        for part, states, following in parts
+    )
 
 
 @torch.no_grad()
@@ -64,10 +79,10 @@ def drift(model: Decoder, dense: Decoder, tokens: Tensor, compute_dtype: str = "
     For a token with activations a (dense) and b it is |a - b|^2 / |a|^2, averaged over `tokens` (samples, length). Both models
     run on their own activations, so errors accumulate with depth.
     """
-    amp = device.autocast(dense.device, device.pick_compute_dtype(compute_dtype, dense.device))
+    arithmetic = device.arithmetic(dense.device, compute_dtype)
     totals = torch.zeros(len(dense.blocks), dtype=torch.float64)
-    for batch in tokens.split(batch_size):
-        with amp:
+    with arithmetic, in_dtype(model.weights() + dense.weights(), arithmetic.dtype):
+        for batch in tokens.split(batch_size):
             ours, theirs = model.embed(batch), dense.embed(batch)
             for index, window in enumerate(dense.windows("block")):
                 ours, theirs = model.forward(window, ours), dense.forward(window, theirs)

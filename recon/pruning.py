@@ -1,6 +1,5 @@
 """The pass that gathers statistics block by block and makes masks."""
 
-import contextlib
 import logging
 from dataclasses import dataclass, field
 
@@ -13,7 +12,8 @@ from recon.decoder import Decoder, Matrix
 from recon.errors import ReconError
 from recon.seeds import generator
 from recon.sparsity import Pattern, sparsity_of
-from recon.windows import Window
+from recon.statistics import gather
+from recon.structure import in_dtype
 
 log = logging.getLogger("recon")
 
@@ -72,7 +72,7 @@ def prune(
         pattern.check_columns(name, matrix.weight.shape[1])
     if rule.statistics != "none" and samples is None:
         raise ReconError(f"criterion {criterion!r} weighs activations and needs calibration samples")
-    amp = device.autocast(decoder.device, device.pick_compute_dtype(compute_dtype, decoder.device))
+    arithmetic = device.arithmetic(decoder.device, compute_dtype)
     batches: list[Tensor] = []
     if rule.statistics != "none":
         batches = [decoder.embed(batch) for batch in samples.split(batch_size)]
@@ -80,7 +80,7 @@ def prune(
     for window in tqdm(decoder.windows("block"), desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress):
         statistics: dict[str, Tensor] = {}
         if batches:
-            with amp:
+            with arithmetic, in_dtype(decoder.weights(window), arithmetic.dtype):
                 outputs, statistics = gather(decoder, window, batches, rule.statistics)
         for name, matrix in decoder.matrices(window).items():
             random = generator(seed, "criterion", name, device=decoder.device)
@@ -88,7 +88,7 @@ def prune(
             matrix.weight.copy_(weight)
             masks[name] = mask
         if batches and propagation == "sparse" and window.blocks[0] + 1 < len(decoder.blocks):
-            with amp:
+            with arithmetic, in_dtype(decoder.weights(window), arithmetic.dtype):
                 outputs = [decoder.forward(window, batch) for batch in batches]
         if batches:
             batches = outputs
@@ -100,46 +100,3 @@ def _prune_matrix(matrix: Matrix, statistics, rule, pattern, scope, random, opti
         return rule.prune(matrix.weight.float(), statistics, pattern, scope, random, **options)
     except ReconError as error:
         raise ReconError(f"matrix {matrix.name!r}: {error}") from None
-
-
-@torch.no_grad()
-def gather(decoder: Decoder, window: Window, batches: list[Tensor], kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Runs `window` on `batches` and gathers statistics of what its matrices read.
-
-    Args:
-        batches: inputs of the window, each (batch, length, hidden).
-        kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in).
-
-    Returns:
-        The window's outputs, batch by batch, and the statistics by matrix name in float32. Matrices that share an input
-        share one tensor. They accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
-    """
-    groups = [group for index in window.blocks for group in decoder.groups[index]]
-    wanted = set(decoder.matrices(window))
-    groups = [group for group in groups if group[0] in wanted]
-    totals: dict[str, Tensor] = {}
-    tokens = dict.fromkeys((group[0] for group in groups), 0)
-
-    def accumulate(name):
-        def hook(module, args):
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
-            with torch.autocast(x.device.type, enabled=False):
-                x = x.float()
-                update = x.T @ x if kind == "gram" else x.square().sum(0)
-            totals[name] = totals[name].add_(update) if name in totals else update
-            tokens[name] += len(x)
-
-        return hook
-
-    with contextlib.ExitStack() as hooks:
-        for group in groups:
-            module = decoder.model.get_submodule(group[0])
-            hooks.callback(module.register_forward_pre_hook(accumulate(group[0])).remove)
-        outputs = [decoder.forward(window, batch) for batch in batches]
-    statistics = {}
-    for group in groups:
-        mean = totals[group[0]] / tokens[group[0]]
-        if not torch.isfinite(mean).all():
-            raise ReconError(f"the input of {group[0]!r} holds NaN or infinite activations on the calibration samples")
-        statistics |= dict.fromkeys(group, mean if kind == "gram" else mean.sqrt())
-    return outputs, statistics

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recon import device
+from recon.activations import Activations
 from recon.decoder import Decoder
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
-from recon.pruning import gather
 from recon.seeds import generator
 from recon.solvers.exact import masked_least_squares
 from recon.solvers.gradient import Schedule, fit, get_loss
-from recon.structure import requiring_gradients
+from recon.statistics import gather
+from recon.structure import in_dtype, requiring_gradients
 from recon.windows import Window, canonical
 
 log = logging.getLogger("recon")
@@ -35,7 +36,11 @@ STARTS = {
     "pruned": "the weights that pruning left",
     "exact": "the masked least-squares solution of every matrix in the window",
 }
-ERROR_SAMPLES = 8  # calibration samples that a window's error is measured on before and after
+TRAINED = {
+    "matrices": "the matrices of the window, with their biases",
+    "all": "every parameter that the window's output depends on, norms included",
+}
+ERROR_SAMPLES = 4  # samples that a window's error is measured on before and after
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class WindowReport:
 
     name: str
     parameters: int
-    error_before: dict[str, float]  # "calibration", and "held_out" where held-out samples were given
+    error_before: dict[str, float]  # on "held_out" samples or, where there are none, on "calibration" samples
     error_after: dict[str, float]
     losses: list[float]  # one per optimiser step, relative to the mean square of the targets
     seconds: float
@@ -63,6 +68,8 @@ def reconstruct(
     loss: str = "mse",
     schedule: Schedule = Schedule(),
     held_out: Tensor | None = None,
+    train: str = "matrices",
+    activations: Activations | None = None,
     seed: int = 0,
     compute_dtype: str = "auto",
     progress: bool = True,
@@ -78,7 +85,8 @@ def reconstruct(
         granularity: matrix, half-block, block, <k>-blocks, quarter or model.
         schedule: a window of k blocks is trained with 1/sqrt(k) of its learning rate: steps add up along the depth, and at
             the rate that suits a block, a quarter of the model or all of it diverges.
-        propagation, solver, start: see `PROPAGATIONS`, `SOLVERS`, `STARTS`.
+        propagation, solver, start, train: see `PROPAGATIONS`, `SOLVERS`, `STARTS`, `TRAINED`.
+        activations: where passes over the same dense model and samples, in the same batches, share what they know of it.
         held_out: tokens (samples, length) that nothing is fitted on, to measure errors on.
 
     Raises:
@@ -86,7 +94,7 @@ def reconstruct(
     """
     teacher = dense if isinstance(dense, Decoder) else Decoder(dense)
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
-    check_options(granularity, propagation, solver, start, loss)
+    check_options(granularity, propagation, solver, start, loss, train)
     check_length(teacher, samples.shape[1])
     for name, parameter in student.model.named_parameters():
         if parameter.dtype != torch.float32:
@@ -97,8 +105,11 @@ def reconstruct(
         if name not in masks or masks[name].shape != matrix.weight.shape:
             found = tuple(masks[name].shape) if name in masks else None
             raise ReconError(f"mask of {name!r} has shape {found}; it must be {tuple(matrix.weight.shape)}")
-    task = _Pass(teacher, student, masks, propagation, solver, start, loss, schedule, seed, compute_dtype, len(samples))
-    task.begin(samples if held_out is None else torch.cat([samples, held_out]))
+    task = _Pass(
+        teacher, student, masks, propagation, solver, start, loss, schedule, train, seed, compute_dtype, len(samples),
+        Activations(limit=0) if activations is None else activations,
+    )  # fmt: skip
+    task.begin(samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]]))
     reports = []
     windows = teacher.windows(granularity)
     bar = tqdm(windows, desc=f"reconstruct ({granularity})", unit="window", disable=not progress)
@@ -107,17 +118,18 @@ def reconstruct(
         for window in bar:
             report = task.repair(window)
             reports.append(report)
-            seen = "held_out" if "held_out" in report.error_after else "calibration"
-            bar.set_postfix_str(f"error {report.error_before[seen]:.2g} -> {report.error_after[seen]:.2g}")
+            before, after = (next(iter(error.values())) for error in (report.error_before, report.error_after))
+            bar.set_postfix_str(f"error {before:.2g} -> {after:.2g}")
     return reports
 
 
-def check_options(granularity: str, propagation: str, solver: str, start: str, loss: str) -> None:
+def check_options(granularity: str, propagation: str, solver: str, start: str, loss: str, train: str = "matrices") -> None:
     """Raises `ReconError` for unknown names and for combinations that have no meaning."""
     for kind, value, known in (
         ("propagation", propagation, PROPAGATIONS),
         ("solver", solver, SOLVERS),
         ("start", start, STARTS),
+        ("train", train, TRAINED),
     ):
         if value not in known:
             raise ReconError(f"unknown {kind} {value!r}; allowed: {', '.join(known)}")
@@ -133,7 +145,11 @@ def check_options(granularity: str, propagation: str, solver: str, start: str, l
 
 @dataclass
 class _Pass:
-    """One sweep over the windows. Streams hold the input of the current block for all samples, calibration first."""
+    """One sweep over the windows.
+
+    A stream holds activations of all samples at one place of a model, (samples, length, width): calibration samples
+    first, then held-out ones.
+    """
 
     teacher: Decoder
     student: Decoder
@@ -143,29 +159,58 @@ class _Pass:
     start: str
     loss: str
     schedule: Schedule
+    train: str
     seed: int
     compute_dtype: str
-    count: int  # calibration samples; held-out ones follow them
+    count: int  # calibration samples
+    activations: Activations
 
     def begin(self, tokens: Tensor) -> None:
-        self.amp = device.autocast(self.teacher.device, device.pick_compute_dtype(self.compute_dtype, self.teacher.device))
-        embedded = self.over(self.teacher.embed, tokens)
+        self.arithmetic = device.arithmetic(self.teacher.device, self.compute_dtype)
+        # Errors are measured on held-out samples or, where there are none, on the first calibration samples.
+        first = self.count if len(tokens) > self.count else 0
+        self.measured = slice(first, min(first + ERROR_SAMPLES, len(tokens)))
+        self.measured_on = "held_out" if first else "calibration"
+        # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
+        self.by_grams = self.solver == "exact" and self.propagation == "dense"
+        self.kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
+        embedded = self.known("embedded")
+        if embedded is None:
+            embedded = self.keep("embedded", self.over(self.teacher.embed, tokens))
         # Embeddings are not pruned, so both models start from the same activations.
         self.dense = embedded if self.propagation in ("dense", "mixed") else None
         self.sparse = embedded if self.propagation in ("sparse", "mixed") else None
 
+    def known(self, name: str) -> Tensor | None:
+        """What this pass, or one before it in the same study, computed under `name`."""
+        return self.kept[name] if name in self.kept else self.activations.get(name)
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        self.kept[name] = self.activations.put(name, tensor)
+        return self.kept[name]
+
+    def batches(self, stream: Tensor) -> list[Tensor]:
+        """The calibration samples, then the held-out ones, a batch at a time."""
+        size = self.schedule.batch_size
+        return [batch for part in (stream[: self.count], stream[self.count :]) for batch in part.split(size) if len(batch)]
+
     @torch.no_grad()
     def over(self, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
         """`function` applied to `stream` (samples, ...) a batch at a time."""
-        with self.amp:
-            return torch.cat([function(batch) for batch in stream.split(self.schedule.batch_size)])
+        with self.arithmetic:
+            return torch.cat([function(batch) for batch in self.batches(stream)])
+
+    def forward(self, decoder: Decoder, window: Window, stream: Tensor) -> Tensor:
+        """The output of `window` for all of `stream`."""
+        with in_dtype(decoder.weights(window), self.arithmetic.dtype):
+            return self.over(lambda h: decoder.forward(window, h), stream)
 
     def repair(self, window: Window) -> WindowReport:
         """Fits one window, measures it before and after, and moves the streams on."""
         began = time.perf_counter()
         inputs, targets, grams = self.task_of(window)
-        parameters = self.student.parameters(window)
-        before = self.errors(window, inputs, targets)
+        parameters = self.student.trained(window, self.train)
+        before = self.error(window, inputs, targets)
         backup = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         if grams:
             self.solve_exactly(window, inputs, targets, grams)
@@ -177,8 +222,8 @@ class _Pass:
                 for name, parameter in parameters.items():
                     parameter.copy_(backup[name])
             status = "restored"
-        after = self.errors(window, inputs, targets)
-        self.advance(window, inputs, targets)
+        after = self.error(window, inputs, targets)
+        self.advance(window)
         count = sum(parameter.numel() for parameter in parameters.values())
         return WindowReport(window.name, count, before, after, losses, time.perf_counter() - began, status)
 
@@ -186,23 +231,78 @@ class _Pass:
         """The window's inputs and targets for all samples, and, where matrices are solved exactly, their Gram matrices."""
         exact = self.solver == "exact" or self.start == "exact"
         if self.propagation == "dense":
-            inputs = self.over(lambda h: self.teacher.inputs(window, h), self.dense) if window.matrices else self.dense
-        else:
-            inputs = self.over(lambda h: self.student.inputs(window, h), self.sparse) if window.matrices else self.sparse
-        # What the teacher reads: the same, but for mixed propagation.
-        given = inputs
-        if self.propagation == "mixed":
-            given = self.over(lambda h: self.teacher.inputs(window, h), self.dense)
-        if exact and not window.matrices:
-            # The teacher's run for the targets gathers, on the way, what each matrix inside the window reads.
-            with self.amp:
-                outputs, grams = gather(self.teacher, window, list(given[: self.count].split(self.schedule.batch_size)), "gram")
-            if len(given) > self.count:
-                outputs.append(self.over(lambda h: self.teacher.forward(window, h), given[self.count :]))
-            return inputs, torch.cat(outputs), grams
-        targets = self.over(lambda x: self.teacher.forward(window, x), given)
-        grams = dict.fromkeys(window.matrices, _product(inputs[: self.count], inputs[: self.count])) if exact else {}
-        return inputs, targets, grams
+            grams = self.dense_grams(window) if exact else {}
+            if not window.matrices:
+                return self.dense, self.dense_output(window), grams
+            inputs = self.dense_inputs(window)
+            return inputs, self.forward(self.teacher, window, inputs), grams
+        inputs = self.inputs(self.student, window, self.sparse)
+        # The teacher reads the same, but for mixed propagation.
+        given = self.inputs(self.teacher, window, self.dense) if self.propagation == "mixed" else inputs
+        grams = {}
+        if exact and window.matrices:
+            grams = dict.fromkeys(window.matrices, _product(inputs[: self.count], inputs[: self.count]))
+        elif exact:
+            grams = self.gathered(window, given)[1]
+        if self.propagation == "mixed" and not window.matrices:
+            return inputs, self.dense_output(window), grams
+        return inputs, self.forward(self.teacher, window, given), grams
+
+    def inputs(self, decoder: Decoder, window: Window, stream: Tensor) -> Tensor:
+        """What `window` reads where its block (or half) reads `stream`."""
+        if not window.matrices:
+            return stream
+        with in_dtype(decoder.weights(Window(window.blocks)), self.arithmetic.dtype):
+            return self.over(lambda h: decoder.inputs(window, h), stream)
+
+    def dense_output(self, window: Window) -> Tensor:
+        """The dense model's own activations after `window`, of blocks or a half."""
+        known = self.known(_place(window))
+        return self.keep(_place(window), self.forward(self.teacher, window, self.dense)) if known is None else known
+
+    def dense_inputs(self, window: Window) -> Tensor:
+        """What the matrices of `window` read in the dense model; one run of the block tells it for all of its groups."""
+        group = next(g for g in self.teacher.groups[window.blocks[0]] if window.matrices[0] in g)
+        if f"input of {group[0]}" not in self.kept:
+            block, seen = Window(window.blocks), {}
+
+            def see(group: tuple[str, ...], x: Tensor) -> None:
+                # Matrices multiply what is rounded to the compute dtype, so nothing is lost by keeping that.
+                seen.setdefault(group, []).append(x.detach().to(self.arithmetic.dtype))
+
+            stream = self.dense[self.measured] if self.by_grams else self.dense
+            with self.teacher.watching(block, see):
+                outputs = self.forward(self.teacher, block, stream)
+            if not self.by_grams:
+                self.keep(_place(block), outputs)
+            shape = stream.shape[:2]
+            # Kept for this block only: they are larger than the stream that they come from.
+            self.kept |= {f"input of {first}": torch.cat(x).reshape(*shape, -1) for (first, *_), x in seen.items()}
+        return self.kept[f"input of {group[0]}"]
+
+    def dense_grams(self, window: Window) -> dict[str, Tensor]:
+        """Gram matrices of what the matrices of `window` read in the dense model; one run tells all those of a block."""
+        wanted = self.teacher.matrices(window)
+        grams = {name: self.known(f"gram {name}") for name in wanted}
+        if any(gram is None for gram in grams.values()):
+            whole = Window(window.blocks) if window.matrices else window
+            outputs, found = self.gathered(whole, self.dense)
+            if self.known(_place(whole)) is None:
+                self.keep(_place(whole), outputs)
+            stored: dict[int, Tensor] = {}
+            for name, gram in found.items():
+                # Matrices that share an input share its Gram matrix, which is stored once.
+                self.kept[f"gram {name}"] = stored.setdefault(id(gram), gram)
+            grams = {name: self.kept[f"gram {name}"] for name in wanted}
+        return grams
+
+    def gathered(self, window: Window, stream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's outputs of `window`, of blocks or a half, for `stream`, and the Gram matrices on calibration samples."""
+        with self.arithmetic, torch.no_grad(), in_dtype(self.teacher.weights(window), self.arithmetic.dtype):
+            size = self.schedule.batch_size
+            outputs, grams = gather(self.teacher, window, stream[: self.count].split(size), "gram")
+            held_out = [self.teacher.forward(window, h) for h in stream[self.count :].split(size) if len(h)]
+        return torch.cat([*outputs, *held_out]), grams
 
     @torch.no_grad()
     def solve_exactly(self, window: Window, inputs: Tensor, targets: Tensor, grams: dict[str, Tensor]) -> None:
@@ -233,30 +333,33 @@ class _Pass:
                 self.loss,
                 self.schedule.scaled(len(window.blocks) ** -0.5),
                 generator(self.seed, "shuffle", window.name),
-                self.amp,
+                self.arithmetic,
             )
 
-    def errors(self, window: Window, inputs: Tensor, targets: Tensor) -> dict[str, float]:
-        parts = {"calibration": slice(0, min(ERROR_SAMPLES, self.count)), "held_out": slice(self.count, None)}
-        return {
-            name: relative_error(self.over(lambda x: self.student.forward(window, x), inputs[part]), targets[part])
-            for name, part in parts.items()
-            if len(inputs[part])
-        }
+    def error(self, window: Window, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """The relative error of the window's output on the samples that errors are measured on."""
+        if not self.by_grams:
+            inputs, targets = inputs[self.measured], targets[self.measured]
+        return {self.measured_on: relative_error(self.forward(self.student, window, inputs), targets)}
 
-    def advance(self, window: Window, inputs: Tensor, targets: Tensor) -> None:
+    def advance(self, window: Window) -> None:
         """Moves the streams on to what the next window starts from."""
         if window.blocks[-1] == len(self.teacher.blocks) - 1 and window.ends_block:
             self.dense = self.sparse = None
-            return
-        if not window.chained and not window.ends_block:
-            return
-        block = Window(window.blocks)
-        if self.dense is not None:
-            self.dense = targets if window.chained else self.over(lambda h: self.teacher.forward(block, h), self.dense)
-        if self.sparse is not None:
-            whole = window if window.chained else block
-            self.sparse = self.over(lambda h: self.student.forward(whole, h), self.sparse)
+        elif window.chained or window.ends_block:
+            whole = window if window.chained else Window(window.blocks)
+            if self.dense is not None:
+                self.dense = self.dense_output(whole)
+            if self.sparse is not None:
+                self.sparse = self.forward(self.student, whole, self.sparse)
+        if window.ends_block:
+            self.kept.clear()
+
+
+def _place(window: Window) -> str:
+    """Where the output of `window`, of blocks or a half, lies in the dense model: the same for windows that end at one place."""
+    inside = window.half and not (window.chained and window.ends_block)
+    return f"block {window.blocks[-1]}" + (f" {window.half}" if inside else "")
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

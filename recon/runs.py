@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recon import checkpoint, device, estimate, evaluation, models, pruning, reconstruction, text
+from recon.activations import Activations
 from recon.decoder import Decoder
 from recon.environment import environment
 from recon.seeds import generator
@@ -33,13 +34,17 @@ class _Pruned:
 
 
 class Session:
-    """What consecutive runs share in memory: the loaded dense model, its perplexity, and the last pruned state.
+    """What consecutive runs share: the loaded dense model, its perplexity, its activations, and the last pruned state.
 
     Masks depend on model, criterion, pattern and calibration alone, so granularities that follow one another in a study
     start from the very same ones.
+
+    Args:
+        activation_bytes: how much of the dense model's activations and Gram matrices is kept, on disk; 0: none.
     """
 
-    def __init__(self):
+    def __init__(self, activation_bytes: int = 0):
+        self.activation_bytes = activation_bytes
         self._kept: dict[str, tuple[object, object]] = {}
         self.reused: list[str] = []
 
@@ -203,11 +208,18 @@ class _Run:
             perplexities, drift = self.perplexities(student, "pruned"), self.drift(student)
         return _Pruned(pruned, weights, perplexities, drift, seconds, peak.bytes)
 
+    def activations(self) -> Activations:
+        """What is known of the dense model on this run's samples, in its batches."""
+        names = "model revision text samples sequence_length held_out_samples batch_size seed compute_dtype device"
+        key = tuple(getattr(self.spec, name) for name in names.split())
+        return self.session.keep("activations", key, lambda: Activations(self.session.activation_bytes))
+
     def reconstruct(self, student: Decoder, masks: dict[str, Tensor]) -> list[reconstruction.WindowReport]:
         spec = self.spec
         return reconstruction.reconstruct(
             student, self.dense, self.samples, masks, spec.granularity, spec.propagation, spec.solver, spec.start,
-            spec.loss, spec.schedule, self.held_out, spec.seed, spec.compute_dtype, self.progress,
+            spec.loss, spec.schedule, self.held_out, spec.train, self.activations(), spec.seed, spec.compute_dtype,
+            self.progress,
         )  # fmt: skip
 
     def fill(self, student: Decoder, dense: dict, pruned: _Pruned, repaired: dict, drift: list[float]) -> None:

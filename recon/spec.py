@@ -11,7 +11,7 @@ from recon.solvers.gradient import Schedule
 from recon.sparsity import SCOPES, Pattern
 from recon.windows import canonical
 
-SCHEMA = 1  # goes into every key: raised when the meaning of a record's numbers changes
+SCHEMA = 2  # goes into every key: raised when the meaning of a record's numbers changes
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class RunSpec:
     """How a window is fitted: adamw, or exact (granularity matrix)."""
     start: str = "pruned"
     """Where fitting starts: pruned weights, or exact matrix solutions."""
+    train: str = "matrices"
+    """What is trained in a window: its matrices with their biases, or all of its parameters, norms included."""
     loss: str = "mse"
     """mse or cosine."""
     learning_rate: float = 3e-3
@@ -81,7 +83,7 @@ class RunSpec:
         texts = self.evaluation_texts
         object.__setattr__(self, "evaluation_texts", (texts,) if isinstance(texts, str) else tuple(texts))
         criteria.get(self.criterion)
-        reconstruction.check_options(self.granularity, self.propagation, self.solver, self.start, self.loss)
+        reconstruction.check_options(self.granularity, self.propagation, self.solver, self.start, self.loss, self.train)
         for name, allowed in (
             ("scope", ("auto", *SCOPES)),
             ("prune_propagation", ("sparse", "dense")),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from recon.activations import LIMIT
 from recon.checkpoint import check_writable
 from recon.errors import ReconError
 from recon.runs import Session, run
@@ -148,7 +149,7 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     records = {key: store.get(key) for key in dict.fromkeys(keys)}
     missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
     order = sorted(missing, key=lambda key: [str(getattr(missing[key], name)) for name in _PRUNED_BY])
-    session = Session()
+    session = Session(activation_bytes=LIMIT if len(order) > 1 else 0)
     for key in tqdm(order, desc="study", unit="run", disable=not progress):
         record, error = run_or_record_failure(missing[key], session, progress=progress)
         store.put(record)

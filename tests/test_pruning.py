@@ -10,8 +10,9 @@ from recon import pruning
 from recon.criteria import CRITERIA
 from recon.decoder import Decoder
 from recon.errors import ReconError
-from recon.pruning import gather, prune
+from recon.pruning import prune
 from recon.sparsity import Pattern
+from recon.statistics import add_gram, gather, mirrored
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,16 @@ def test_batch_size_does_not_change_masks(fresh, tokens, criterion):
     for name, mask in runs[0].masks.items():
         assert torch.equal(mask, runs[1].masks[name])
         assert torch.equal(mask, runs[2].masks[name])
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 1536, 1537])
+def test_the_upper_triangle_makes_the_gram_matrix(width):
+    parts = torch.randn(3, 40, width, generator=torch.Generator().manual_seed(0)).double()
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for x in parts:
+        add_gram(total, x)
+    x = parts.flatten(0, 1)
+    assert_close(mirrored(total), x.T @ x)
 
 
 @torch.no_grad()

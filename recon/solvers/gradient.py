@@ -64,7 +64,7 @@ def fit(
     loss: str,
     schedule: Schedule,
     random: torch.Generator,
-    amp,
+    arithmetic,
 ) -> list[float]:
     """Trains `parameters` in place so that `forward(inputs)` comes close to `targets`; returns the loss of every step.
 
@@ -74,7 +74,7 @@ def fit(
         masks: pairs of parameter and keep-mask of its shape; dropped weights are exact zeros after every step.
         inputs, targets: (samples, length, in) and (samples, length, out).
         random: draws the order of samples anew for each epoch.
-        amp: autocast context for the forward pass.
+        arithmetic: context for the forward pass, such as autocast.
 
     The loss is divided by a constant, the mean square of the targets, so that AdamW's epsilon means the same for windows
     whose activations differ in size by orders of magnitude.
@@ -91,7 +91,7 @@ def fit(
         for chosen in order.split(per_step):
             total = torch.zeros((), device=inputs.device)
             for part in chosen.split(schedule.batch_size):
-                with amp:
+                with arithmetic:
                     output = forward(inputs[part])
                 value = criterion(output, targets[part]) / scale * (len(part) / len(chosen))
                 value.backward()

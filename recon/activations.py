@@ -1,0 +1,63 @@
+"""A bounded store of tensors on disk, mapped into memory, for what several runs of a study would each compute anew."""
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Hashable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("recon")
+
+LIMIT = 16 * 2**30  # bytes
+RESERVE = 2 * 2**30  # bytes of the disk that are left free
+
+
+class Activations:
+    """Keeps tensors by name until `limit` bytes are full; what does not fit is not kept.
+
+    Each tensor is a file that is deleted as soon as it is mapped: the operating system reads it from disk or from its cache,
+    and frees it when the last tensor that views it goes, or the process dies, however it dies.
+
+    Args:
+        limit: bytes in all; 0 keeps nothing.
+        folder: where the files are, for the moment that they have names; default: the system's temporary folder.
+    """
+
+    def __init__(self, limit: int = LIMIT, folder: Path | str | None = None):
+        self.limit = limit
+        self.folder = folder
+        self.bytes = 0
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def get(self, name: Hashable) -> Tensor | None:
+        """The tensor kept under `name`, not to be changed in place, or None."""
+        return self._kept.get(name)
+
+    def put(self, name: Hashable, tensor: Tensor) -> Tensor:
+        """Keeps `tensor` under `name`, where there is room; returns the copy kept, or else `tensor` itself."""
+        size = tensor.numel() * tensor.element_size()
+        if name in self._kept or tensor.device.type != "cpu" or self.bytes + size > self.limit:
+            return self._kept.get(name, tensor)
+        try:
+            mapped = self._mapped(tensor, size)
+        except OSError as error:
+            log.warning("activations are no longer kept on disk: %s", error)
+            self.limit = self.bytes
+            return tensor
+        self._kept[name] = mapped
+        self.bytes += size
+        return mapped
+
+    def _mapped(self, tensor: Tensor, size: int) -> Tensor:
+        with tempfile.NamedTemporaryFile(prefix="recon-", dir=self.folder) as file:
+            space = os.statvfs(file.name)
+            if size + RESERVE > space.f_bavail * space.f_frsize:
+                raise OSError(f"{math.ceil(size / 2**20)} MiB more would leave less than {RESERVE / 2**30:.0f} GiB free")
+            # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return mapped.view(tensor.shape).copy_(tensor)

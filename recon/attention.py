@@ -1,0 +1,109 @@
+"""Causal attention for CPUs in bfloat16, in plain matrix products, in place of the library's kernel.
+
+Torch's CPU kernel for scaled dot product attention computes the scores above the diagonal too, in small tiles. Here the
+queries are taken `CHUNK` at a time against the keys before them, which leaves most of those out and gives
+the matrix products shapes that they are fast at: about twice as fast forward and backward at 512 tokens.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+CHUNK = 128
+LONGEST = 4096  # tokens; the probabilities are kept for the backward pass, and their size grows with the square
+
+
+class FastCausalAttention(TorchFunctionMode):
+    """While active, causal `F.scaled_dot_product_attention` in bfloat16 on the CPU runs as `causal_attention`.
+
+    In bfloat16 are bfloat16 tensors, and any under autocast to it, which rounds them for the library's kernel too.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and _suits(*args, **kwargs):
+            return _call(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _suits(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> bool:
+    return (
+        is_causal
+        and attn_mask is None
+        and dropout_p == 0
+        and query.device.type == "cpu"
+        and (query.dtype == key.dtype == value.dtype == torch.bfloat16 or _autocast_to_bfloat16())
+        and query.ndim == 4
+        and CHUNK < query.shape[2] == key.shape[2] <= LONGEST
+        and query.shape[1] % key.shape[1] == 0
+    )
+
+
+def _call(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return causal_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), scale)
+
+
+def _autocast_to_bfloat16() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(scale * query key' + causal mask) value: (batch, heads, length, width of value).
+
+    query: (batch, heads, length, width); key, value: (batch, key heads, length, width), each shared by a group of heads.
+    """
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    # The queries of a group read the same keys, so they stand side by side as rows: (batch * key heads, group, length, width).
+    query = query.reshape(batch * key.shape[1], groups, length, -1) * scale
+    output = _Chunked.apply(query, key.flatten(0, 1), value.flatten(0, 1))
+    return output.reshape(batch, heads, length, -1)
+
+
+class _Chunked(torch.autograd.Function):
+    """Arguments: query (n, group, length, width), already scaled; key, value (n, length, width)."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        n, groups, length, _ = query.shape
+        future = torch.full((CHUNK, CHUNK), float("-inf"), dtype=query.dtype).triu_(1)
+        output = query.new_empty(n, groups, length, value.shape[-1])
+        kept = []
+        for start in range(0, length, CHUNK):
+            stop = min(start + CHUNK, length)
+            size = stop - start
+            rows = query[:, :, start:stop].reshape(n, groups * size, -1)
+            scores = torch.bmm(rows, key[:, :stop].transpose(1, 2))
+            scores.view(n, groups, size, stop)[..., start:].add_(future[:size, :size])
+            probabilities = torch.softmax(scores, -1)
+            output[:, :, start:stop] = torch.bmm(probabilities, value[:, :stop]).view(n, groups, size, -1)
+            kept.append(probabilities)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(query, key, value, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor | None):
+        if gradient is None:
+            return None, None, None
+        query, key, value, *kept = ctx.saved_tensors
+        n, groups, length, _ = query.shape
+        query_gradient = torch.empty_like(query)
+        # Sums over chunks: in float32, as they would be inside one matrix product.
+        key_gradient = torch.zeros(key.shape, dtype=torch.float32)
+        value_gradient = torch.zeros(value.shape, dtype=torch.float32)
+        for start, probabilities in zip(range(0, length, CHUNK), kept):
+            stop = min(start + CHUNK, length)
+            size = stop - start
+            above = gradient[:, :, start:stop].reshape(n, groups * size, -1)
+            value_gradient[:, :stop] += torch.bmm(probabilities.transpose(1, 2), above)
+            scores = torch._softmax_backward_data(
+                torch.bmm(above, value[:, :stop].transpose(1, 2)), probabilities, -1, probabilities.dtype
+            )
+            query_gradient[:, :, start:stop] = torch.bmm(scores, key[:, :stop]).view(n, groups, size, -1)
+            rows = query[:, :, start:stop].reshape(n, groups * size, -1)
+            key_gradient[:, :stop] += torch.bmm(scores.transpose(1, 2), rows)
+        return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype)

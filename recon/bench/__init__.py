@@ -1,0 +1,1 @@
+"""`recon bench`: time and memory, measured beside a straightforward loop and the machine's own ceiling."""

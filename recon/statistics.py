@@ -1,0 +1,72 @@
+"""What the matrices of a window read: moments of their inputs, gathered in one pass over calibration samples."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from recon.decoder import Decoder
+from recon.errors import ReconError
+from recon.windows import Window
+
+_SPLIT = 256  # a Gram matrix is formed by quarters down to this size
+
+
+@torch.no_grad()
+def gather(decoder: Decoder, window: Window, batches: Iterable[Tensor], kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Runs `window` on `batches` and gathers statistics of what its matrices read.
+
+    Args:
+        batches: inputs of the window, each (batch, length, hidden).
+        kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in).
+
+    Returns:
+        The window's outputs, batch by batch, and the statistics by matrix name in float32. Matrices that share an input
+        share one tensor. They accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
+    """
+    totals: dict[tuple[str, ...], Tensor] = {}
+    tokens: dict[tuple[str, ...], int] = {}
+
+    def accumulate(group: tuple[str, ...], x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])
+        if group not in totals:
+            totals[group] = x.new_zeros((x.shape[1],) * (2 if kind == "gram" else 1), dtype=torch.float32)
+            tokens[group] = 0
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if kind == "gram":
+                add_gram(totals[group], x)
+            else:
+                totals[group] += x.square().sum(0)
+        tokens[group] += len(x)
+
+    with decoder.watching(window, accumulate):
+        outputs = [decoder.forward(window, batch) for batch in batches]
+    statistics = {}
+    for group, total in totals.items():
+        mean = total / tokens[group]
+        if not torch.isfinite(mean).all():
+            raise ReconError(f"the input of {group[0]!r} holds NaN or infinite activations on the calibration samples")
+        statistics |= dict.fromkeys(group, mirrored(mean) if kind == "gram" else mean.sqrt())
+    return outputs, statistics
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Adds X'X to `total` (in, in) for x (tokens, in), in place, above the diagonal and little more; see `mirrored`.
+
+    By symmetry three quarters of the products are enough, and of the two quarters on the diagonal again three quarters.
+    """
+    if x.shape[1] <= _SPLIT:
+        total.addmm_(x.T, x)
+        return
+    half = x.shape[1] // 2
+    left, right = x[:, :half], x[:, half:]
+    add_gram(total[:half, :half], left)
+    total[:half, half:].addmm_(left.T, right)
+    add_gram(total[half:, half:], right)
+
+
+def mirrored(gram: Tensor) -> Tensor:
+    """The symmetric matrix (in, in) with the upper triangle of `gram`."""
+    upper = gram.triu()
+    return upper + gram.triu(1).T
