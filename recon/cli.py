@@ -93,7 +93,8 @@ class Bench:
     spec: Annotated[BenchSpec, tyro.conf.arg(name="")]
 
     def __call__(self) -> None:
-        from recon.bench import bench, summary
+        from recon.bench.measure import bench
+        from recon.bench.report import summary
 
         print(summary(bench(self.spec)))
         print(f"\nresults: {self.spec.output}")

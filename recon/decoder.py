@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
@@ -73,10 +74,10 @@ class Decoder:
         self.model = model
         self.path = like.path if like else find_blocks(model)
         self.blocks: nn.ModuleList = model.get_submodule(self.path)
-        self._calls: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
+        self._calls: dict[tuple, list[tuple[tuple, dict]]] = {}
         if like:
             self._rebuild, self.halves, self._silence = like._rebuild, like.halves, like._silence
-            self.groups, self._half_parameters = like.groups, like._half_parameters
+            self.groups, self._half_parameters, self._calls = like.groups, like._half_parameters, like._calls
         else:
             self._discover()
 
@@ -180,11 +181,11 @@ class Decoder:
     def _call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
         """What the model passes to each block beside `hidden`: positions, rotary embeddings, masks.
 
-        With unpadded samples of equal length it depends only on the shape (batch, length), so one copy per shape is kept.
-        It is had by running the model with by-passed blocks, which costs next to nothing.
+        With unpadded samples of equal length it depends only on the shape (batch, length), so one copy per shape and device
+        is kept. It is had by running the model with by-passed blocks, which costs next to nothing.
         """
         shape = tuple(hidden.shape[:2])
-        if shape not in self._calls:
+        if (shape, hidden.device) not in self._calls:
             calls: list[tuple[tuple, dict]] = []
 
             def bypass(h, *args, **kwargs):
@@ -196,8 +197,9 @@ class Decoder:
             tokens = torch.zeros(shape, dtype=torch.long)
             with replaced(dict.fromkeys(self.blocks, bypass)), contextlib.suppress(_Stop), torch.no_grad():
                 self._run_model(tokens)
-            self._calls[shape] = calls
-        return self._calls[shape]
+            # The block may be elsewhere than the model's ends.
+            self._calls[shape, hidden.device] = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls)
+        return self._calls[shape, hidden.device]
 
     # --- windows and what is in them ------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from recon.attention import FastCausalAttention
 from recon.errors import ReconError
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -34,30 +33,6 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
     return torch.bfloat16 if native else torch.float32
-
-
-class Arithmetic(contextlib.AbstractContextManager):
-    """Context, to be entered again and again, in which matrix products run in `dtype` while parameters keep theirs."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
-        self._entered: list[contextlib.ExitStack] = []
-
-    def __enter__(self):
-        stack = contextlib.ExitStack()
-        stack.enter_context(torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32))
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            stack.enter_context(FastCausalAttention())
-        self._entered.append(stack)
-        return self
-
-    def __exit__(self, *exception):
-        self._entered.pop().close()
-
-
-def arithmetic(device: torch.device, compute_dtype: str) -> Arithmetic:
-    """The context for `compute_dtype` ("auto", "bfloat16", "float32") on `device`; see `pick_compute_dtype`."""
-    return Arithmetic(device, pick_compute_dtype(compute_dtype, device))
 
 
 class PeakMemory(contextlib.AbstractContextManager):

@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from recon import device
 from recon.decoder import Decoder
+from recon.engine import Engine
 from recon.errors import ReconError
-from recon.structure import in_dtype
 
 SLICE = 256  # tokens whose logits exist at once
-WINDOWS = 8  # evaluation windows whose last hidden states exist at once
 
 
 @dataclass(frozen=True)
@@ -33,34 +31,30 @@ def perplexity(
     compute_dtype: str = "auto",
     progress: bool = True,
     description: str = "perplexity",
+    device: torch.device | str | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
+    device: where to compute; default: where the model is.
     Raises `ReconError` where windows are longer than the model was made for.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     check_length(decoder, tokens.shape[1])
-    arithmetic = device.arithmetic(decoder.device, compute_dtype)
-    means = []
-    with tqdm(total=len(tokens), desc=description, unit="window", disable=not progress) as bar, arithmetic:
-        # Weights are rounded once for several windows, and those of the head apart: they may be the embedding's too.
-        for windows in tokens.to(decoder.device).split(WINDOWS):
-            with in_dtype(decoder.weights(), arithmetic.dtype):
-                hidden = [_last_hidden(decoder, window[None]) for window in windows]
-            with in_dtype(decoder.head_weights(), arithmetic.dtype):
-                for window, states in zip(windows, hidden, strict=True):
-                    means.append(_nll(decoder, window[None], states) / (len(window) - 1))
-                    bar.update()
+    engine = Engine(device or decoder.device, compute_dtype)
+    # Block by block, so that one block at a time has to be on the compute device.
+    stream = engine.run(decoder.embed, tokens, 1)
+    windows = decoder.windows("block")
+    with tqdm(total=len(windows) + 1, desc=description, unit="block", disable=not progress) as bar:
+        for window in windows:
+            with engine.holding(decoder, window):
+                stream = engine.run(lambda hidden, window=window: decoder.forward(window, hidden), stream, 1)
+            bar.update()
+        with engine, engine.holding_ends(decoder):
+            parts = [range(i, i + 1) for i in range(len(tokens))]
+            means = [_nll(decoder, *pair) / (tokens.shape[1] - 1) for pair in engine.batches([tokens, stream], parts)]
+        bar.update()
     mean = sum(means) / len(means)
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(means) * (tokens.shape[1] - 1), means)
-
-
-def _last_hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Output of the last block for tokens (batch, length): (batch, length, hidden)."""
-    hidden = decoder.embed(tokens)
-    for window in decoder.windows("block"):
-        hidden = decoder.forward(window, hidden)
-    return hidden
 
 
 def _nll(decoder: Decoder, tokens: Tensor, hidden: Tensor) -> float:
@@ -73,21 +67,29 @@ def _nll(decoder: Decoder, tokens: Tensor, hidden: Tensor) -> float:
 
 
 @torch.no_grad()
-def drift(model: Decoder, dense: Decoder, tokens: Tensor, compute_dtype: str = "auto", batch_size: int = 2) -> list[float]:
+def drift(
+    model: Decoder,
+    dense: Decoder,
+    tokens: Tensor,
+    compute_dtype: str = "auto",
+    batch_size: int = 2,
+    device: torch.device | str | None = None,
+) -> list[float]:
     """Relative squared error of the residual stream after each block, against the dense model: one number per block.
 
     For a token with activations a (dense) and b it is |a - b|^2 / |a|^2, averaged over `tokens` (samples, length). Both models
     run on their own activations, so errors accumulate with depth.
     """
-    arithmetic = device.arithmetic(dense.device, compute_dtype)
-    totals = torch.zeros(len(dense.blocks), dtype=torch.float64)
-    with arithmetic, in_dtype(model.weights() + dense.weights(), arithmetic.dtype):
-        for batch in tokens.split(batch_size):
-            ours, theirs = model.embed(batch), dense.embed(batch)
-            for index, window in enumerate(dense.windows("block")):
-                ours, theirs = model.forward(window, ours), dense.forward(window, theirs)
-                totals[index] += relative_error(ours, theirs) * len(batch)
-    return (totals / len(tokens)).tolist()
+    engine = Engine(device or dense.device, compute_dtype)
+    ours, theirs = (engine.run(decoder.embed, tokens, batch_size) for decoder in (model, dense))
+    errors = []
+    for window in dense.windows("block"):
+        with engine.holding(model, window):
+            ours = engine.run(lambda hidden, window=window: model.forward(window, hidden), ours, batch_size)
+        with engine.holding(dense, window):
+            theirs = engine.run(lambda hidden, window=window: dense.forward(window, hidden), theirs, batch_size)
+        errors.append(relative_error(ours, theirs))
+    return errors
 
 
 def relative_error(output: Tensor, target: Tensor) -> float:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from recon import criteria, device
+from recon import criteria
 from recon.decoder import Decoder, Matrix
+from recon.engine import Engine
 from recon.errors import ReconError
 from recon.seeds import generator
 from recon.sparsity import Pattern, sparsity_of
 from recon.statistics import gather
-from recon.structure import in_dtype
 
 log = logging.getLogger("recon")
 
@@ -43,6 +43,7 @@ def prune(
     batch_size: int = 2,
     seed: int = 0,
     compute_dtype: str = "auto",
+    device: torch.device | str | None = None,
     progress: bool = True,
     **options,
 ) -> Pruning:
@@ -57,6 +58,7 @@ def prune(
         propagation: statistics come from activations of the already pruned model ("sparse", as the Wanda and SparseGPT
             authors do) or of the dense one ("dense").
         batch_size: samples per forward pass; changes speed and memory, not the result beyond rounding.
+        device: where to compute; default: where the model is. The model stays where it is, but for the block in hand.
         options: passed to the criterion (SparseGPT: `block_size`, `damping`).
 
     Raises:
@@ -72,26 +74,25 @@ def prune(
         pattern.check_columns(name, matrix.weight.shape[1])
     if rule.statistics != "none" and samples is None:
         raise ReconError(f"criterion {criterion!r} weighs activations and needs calibration samples")
-    arithmetic = device.arithmetic(decoder.device, compute_dtype)
-    batches: list[Tensor] = []
-    if rule.statistics != "none":
-        batches = [decoder.embed(batch) for batch in samples.split(batch_size)]
+    engine = Engine(device or decoder.device, compute_dtype)
+    stream = engine.run(decoder.embed, samples, batch_size) if rule.statistics != "none" else None
     masks = {}
     for window in tqdm(decoder.windows("block"), desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress):
         statistics: dict[str, Tensor] = {}
-        if batches:
-            with arithmetic, in_dtype(decoder.weights(window), arithmetic.dtype):
-                outputs, statistics = gather(decoder, window, batches, rule.statistics)
-        for name, matrix in decoder.matrices(window).items():
-            random = generator(seed, "criterion", name, device=decoder.device)
-            weight, mask = _prune_matrix(matrix, statistics.get(name), rule, pattern, scope, random, options)
-            matrix.weight.copy_(weight)
-            masks[name] = mask
-        if batches and propagation == "sparse" and window.blocks[0] + 1 < len(decoder.blocks):
-            with arithmetic, in_dtype(decoder.weights(window), arithmetic.dtype):
-                outputs = [decoder.forward(window, batch) for batch in batches]
-        if batches:
-            batches = outputs
+        if stream is not None:
+            outputs, statistics = gather(engine, decoder, window, stream, batch_size, rule.statistics)
+        with engine.holding(decoder, window, trained=decoder.weights(window)):
+            for name, matrix in decoder.matrices(window).items():
+                random = generator(seed, "criterion", name)
+                weight, mask = _prune_matrix(matrix, statistics.get(name), rule, pattern, scope, random, options)
+                matrix.weight.copy_(weight)
+                masks[name] = mask.to(decoder.device)
+        if stream is None or window.blocks[0] + 1 == len(decoder.blocks):
+            continue
+        if propagation == "sparse":
+            with engine.holding(decoder, window):
+                outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream, batch_size)
+        stream = outputs
     return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()})
 
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from recon import device
 from recon.activations import Activations
 from recon.decoder import Decoder
+from recon.engine import Engine
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
 from recon.seeds import generator
 from recon.solvers.exact import masked_least_squares
 from recon.solvers.gradient import Schedule, fit, get_loss
 from recon.statistics import gather
-from recon.structure import in_dtype, requiring_gradients
+from recon.structure import requiring_gradients
 from recon.windows import Window, canonical
 
 log = logging.getLogger("recon")
@@ -72,6 +72,7 @@ def reconstruct(
     activations: Activations | None = None,
     seed: int = 0,
     compute_dtype: str = "auto",
+    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> list[WindowReport]:
     """Repairs `model` in place against `dense`, window by window; the pruned weights stay exact zeros.
@@ -86,6 +87,7 @@ def reconstruct(
         schedule: a window of k blocks is trained with 1/sqrt(k) of its learning rate: steps add up along the depth, and at
             the rate that suits a block, a quarter of the model or all of it diverges.
         propagation, solver, start, train: see `PROPAGATIONS`, `SOLVERS`, `STARTS`, `TRAINED`.
+        device: where to compute; default: where `dense` is. Both models stay where they are, but for the window in hand.
         activations: where passes over the same dense model and samples, in the same batches, share what they know of it.
         held_out: tokens (samples, length) that nothing is fitted on, to measure errors on.
 
@@ -106,7 +108,8 @@ def reconstruct(
             found = tuple(masks[name].shape) if name in masks else None
             raise ReconError(f"mask of {name!r} has shape {found}; it must be {tuple(matrix.weight.shape)}")
     task = _Pass(
-        teacher, student, masks, propagation, solver, start, loss, schedule, train, seed, compute_dtype, len(samples),
+        teacher, student, masks, propagation, solver, start, loss, schedule, train, seed,
+        Engine(device or teacher.device, compute_dtype), len(samples),
         Activations(limit=0) if activations is None else activations,
     )  # fmt: skip
     task.begin(samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]]))
@@ -161,12 +164,11 @@ class _Pass:
     schedule: Schedule
     train: str
     seed: int
-    compute_dtype: str
+    engine: Engine
     count: int  # calibration samples
     activations: Activations
 
     def begin(self, tokens: Tensor) -> None:
-        self.arithmetic = device.arithmetic(self.teacher.device, self.compute_dtype)
         # Errors are measured on held-out samples or, where there are none, on the first calibration samples.
         first = self.count if len(tokens) > self.count else 0
         self.measured = slice(first, min(first + ERROR_SAMPLES, len(tokens)))
@@ -189,20 +191,13 @@ class _Pass:
         self.kept[name] = self.activations.put(name, tensor)
         return self.kept[name]
 
-    def batches(self, stream: Tensor) -> list[Tensor]:
-        """The calibration samples, then the held-out ones, a batch at a time."""
-        size = self.schedule.batch_size
-        return [batch for part in (stream[: self.count], stream[self.count :]) for batch in part.split(size) if len(batch)]
-
-    @torch.no_grad()
     def over(self, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
-        """`function` applied to `stream` (samples, ...) a batch at a time."""
-        with self.arithmetic:
-            return torch.cat([function(batch) for batch in self.batches(stream)])
+        """`function` applied to `stream` (samples, ...) a batch at a time; no batch mixes calibration and held-out samples."""
+        return self.engine.run(function, stream, self.schedule.batch_size, self.count)
 
     def forward(self, decoder: Decoder, window: Window, stream: Tensor) -> Tensor:
         """The output of `window` for all of `stream`."""
-        with in_dtype(decoder.weights(window), self.arithmetic.dtype):
+        with self.engine.holding(decoder, window):
             return self.over(lambda h: decoder.forward(window, h), stream)
 
     def repair(self, window: Window) -> WindowReport:
@@ -210,22 +205,29 @@ class _Pass:
         began = time.perf_counter()
         inputs, targets, grams = self.task_of(window)
         parameters = self.student.trained(window, self.train)
+        count = sum(parameter.numel() for parameter in parameters.values())
         before = self.error(window, inputs, targets)
+        with self.engine.holding(self.student, window, parameters.values()):
+            losses, status = self.fit(window, inputs, targets, grams, parameters)
+        after = self.error(window, inputs, targets)
+        self.advance(window)
+        return WindowReport(window.name, count, before, after, losses, time.perf_counter() - began, status)
+
+    def fit(
+        self, window: Window, inputs: Tensor, targets: Tensor, grams: dict[str, Tensor], parameters: dict[str, nn.Parameter]
+    ) -> tuple[list[float], str]:
+        """Changes the window's parameters; returns the loss of every step, and the status for the report."""
         backup = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         if grams:
             self.solve_exactly(window, inputs, targets, grams)
         losses = self.descend(window, inputs, targets, parameters) if self.solver == "adamw" else []
-        status = "repaired"
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
-            log.warning("window %r: fitting gave NaN or infinite weights; its pruned-only weights are restored", window.name)
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(backup[name])
-            status = "restored"
-        after = self.error(window, inputs, targets)
-        self.advance(window)
-        count = sum(parameter.numel() for parameter in parameters.values())
-        return WindowReport(window.name, count, before, after, losses, time.perf_counter() - began, status)
+        if all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
+            return losses, "repaired"
+        log.warning("window %r: fitting gave NaN or infinite weights; its pruned-only weights are restored", window.name)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(backup[name])
+        return losses, "restored"
 
     def task_of(self, window: Window) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The window's inputs and targets for all samples, and, where matrices are solved exactly, their Gram matrices."""
@@ -252,7 +254,7 @@ class _Pass:
         """What `window` reads where its block (or half) reads `stream`."""
         if not window.matrices:
             return stream
-        with in_dtype(decoder.weights(Window(window.blocks)), self.arithmetic.dtype):
+        with self.engine.holding(decoder, Window(window.blocks)):
             return self.over(lambda h: decoder.inputs(window, h), stream)
 
     def dense_output(self, window: Window) -> Tensor:
@@ -268,7 +270,7 @@ class _Pass:
 
             def see(group: tuple[str, ...], x: Tensor) -> None:
                 # Matrices multiply what is rounded to the compute dtype, so nothing is lost by keeping that.
-                seen.setdefault(group, []).append(x.detach().to(self.arithmetic.dtype))
+                seen.setdefault(group, []).append(x.detach().to(self.dense.device, self.engine.dtype))
 
             stream = self.dense[self.measured] if self.by_grams else self.dense
             with self.teacher.watching(block, see):
@@ -298,11 +300,11 @@ class _Pass:
 
     def gathered(self, window: Window, stream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's outputs of `window`, of blocks or a half, for `stream`, and the Gram matrices on calibration samples."""
-        with self.arithmetic, torch.no_grad(), in_dtype(self.teacher.weights(window), self.arithmetic.dtype):
-            size = self.schedule.batch_size
-            outputs, grams = gather(self.teacher, window, stream[: self.count].split(size), "gram")
-            held_out = [self.teacher.forward(window, h) for h in stream[self.count :].split(size) if len(h)]
-        return torch.cat([*outputs, *held_out]), grams
+        size = self.schedule.batch_size
+        outputs, grams = gather(self.engine, self.teacher, window, stream[: self.count], size, "gram")
+        if len(stream) > self.count:
+            outputs = torch.cat([outputs, self.forward(self.teacher, window, stream[self.count :])])
+        return outputs, grams
 
     @torch.no_grad()
     def solve_exactly(self, window: Window, inputs: Tensor, targets: Tensor, grams: dict[str, Tensor]) -> None:
@@ -311,13 +313,15 @@ class _Pass:
         column = 0
         for name, matrix in self.student.matrices(window).items():
             rows = matrix.weight.shape[0]
-            cross = dense[name].weight @ grams[name]
+            gram = grams[name].to(matrix.weight.device)
+            cross = dense[name].weight.to(gram.device) @ gram
             if window.matrices and self.propagation == "mixed":
                 # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
                 wanted = targets[: self.count, :, column : column + rows].float()
                 bias = getattr(matrix.module, "bias", None)
                 cross = _product(wanted if bias is None else wanted - bias, inputs[: self.count])
-            matrix.weight.copy_(masked_least_squares(matrix.weight, self.masks[name], grams[name], cross))
+            mask = self.masks[name].to(gram.device)
+            matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device)))
             column += rows
 
     def descend(self, window: Window, inputs: Tensor, targets: Tensor, parameters: dict[str, nn.Parameter]) -> list[float]:
@@ -327,13 +331,13 @@ class _Pass:
             return fit(
                 lambda x: self.student.forward(window, x),
                 list(parameters.values()),
-                [(matrix.module.weight, matrix.oriented(self.masks[name])) for name, matrix in matrices.items()],
+                [(m.module.weight, m.oriented(self.masks[name]).to(self.engine.device)) for name, m in matrices.items()],
                 inputs[: self.count],
                 targets[: self.count],
                 self.loss,
                 self.schedule.scaled(len(window.blocks) ** -0.5),
                 generator(self.seed, "shuffle", window.name),
-                self.arithmetic,
+                self.engine,
             )
 
     def error(self, window: Window, inputs: Tensor, targets: Tensor) -> dict[str, float]:

@@ -143,10 +143,10 @@ class _Run:
         spec = self.spec
 
         def make():
-            model, tokenizer = models.load(spec.model, spec.revision, self.device)
+            model, tokenizer = models.load(spec.model, spec.revision)
             return Decoder(model), tokenizer
 
-        self.dense, self.tokenizer = self.session.keep("model", (spec.model, spec.revision, self.device), make)
+        self.dense, self.tokenizer = self.session.keep("model", (spec.model, spec.revision), make)
         self.session.dense, self.session.tokenizer = self.dense, self.tokenizer
         # Everything that can be refused is refused here, before the first long computation.
         self.dense.windows(spec.granularity if spec.granularity != "none" else "block")
@@ -176,14 +176,16 @@ class _Run:
 
     def perplexities(self, decoder: Decoder, what: str) -> dict[str, evaluation.Perplexity]:
         return {
-            name: evaluation.perplexity(decoder, tokens, self.spec.compute_dtype, self.progress, f"perplexity ({what}, {name})")
+            name: evaluation.perplexity(
+                decoder, tokens, self.spec.compute_dtype, self.progress, f"perplexity ({what}, {name})", self.device
+            )
             for name, tokens in self.texts.items()
         }
 
     def drift(self, student: Decoder) -> list[float]:
         if self.held_out is None:
             return []
-        return evaluation.drift(student, self.dense, self.held_out, self.spec.compute_dtype, self.spec.batch_size)
+        return evaluation.drift(student, self.dense, self.held_out, self.spec.compute_dtype, self.spec.batch_size, self.device)
 
     def prune(self, student: Decoder) -> _Pruned:
         """Prunes the student in place, and measures it."""
@@ -195,7 +197,7 @@ class _Run:
         with device.PeakMemory(self.device) as peak:
             pruned = pruning.prune(
                 student, self.samples, spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
-                spec.batch_size, spec.seed, spec.compute_dtype, self.progress, **options,
+                spec.batch_size, spec.seed, spec.compute_dtype, self.device, self.progress, **options,
             )  # fmt: skip
         seconds = time.perf_counter() - began
         dense = self.dense.matrices()
@@ -219,7 +221,7 @@ class _Run:
         return reconstruction.reconstruct(
             student, self.dense, self.samples, masks, spec.granularity, spec.propagation, spec.solver, spec.start,
             spec.loss, spec.schedule, self.held_out, spec.train, self.activations(), spec.seed, spec.compute_dtype,
-            self.progress,
+            self.device, self.progress,
         )  # fmt: skip
 
     def fill(self, student: Decoder, dense: dict, pruned: _Pruned, repaired: dict, drift: list[float]) -> None:

@@ -1,11 +1,10 @@
 """What the matrices of a window read: moments of their inputs, gathered in one pass over calibration samples."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from recon.decoder import Decoder
+from recon.engine import Engine
 from recon.errors import ReconError
 from recon.windows import Window
 
@@ -13,16 +12,19 @@ _SPLIT = 256  # a Gram matrix is formed by quarters down to this size
 
 
 @torch.no_grad()
-def gather(decoder: Decoder, window: Window, batches: Iterable[Tensor], kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Runs `window` on `batches` and gathers statistics of what its matrices read.
+def gather(
+    engine: Engine, decoder: Decoder, window: Window, stream: Tensor, size: int, kind: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Runs `window` on `stream` and gathers statistics of what its matrices read.
 
     Args:
-        batches: inputs of the window, each (batch, length, hidden).
+        stream: inputs of the window, (samples, length, hidden).
+        size: samples per forward pass.
         kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in).
 
     Returns:
-        The window's outputs, batch by batch, and the statistics by matrix name in float32. Matrices that share an input
-        share one tensor. They accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
+        The window's outputs, and the statistics by matrix name in float32, on the engine's device. Matrices that share an
+        input share one tensor. They accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
     """
     totals: dict[tuple[str, ...], Tensor] = {}
     tokens: dict[tuple[str, ...], int] = {}
@@ -40,8 +42,8 @@ def gather(decoder: Decoder, window: Window, batches: Iterable[Tensor], kind: st
                 totals[group] += x.square().sum(0)
         tokens[group] += len(x)
 
-    with decoder.watching(window, accumulate):
-        outputs = [decoder.forward(window, batch) for batch in batches]
+    with engine.holding(decoder, window), decoder.watching(window, accumulate):
+        outputs = engine.run(lambda batch: decoder.forward(window, batch), stream, size)
     statistics = {}
     for group, total in totals.items():
         mean = total / tokens[group]

@@ -58,22 +58,6 @@ def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = Tru
             parameter.requires_grad_(required_before)
 
 
-@contextlib.contextmanager
-def in_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
-    """All `parameters` hold their values rounded to `dtype` for a while, then again what they held.
-
-    Autocast rounds weights that need no gradient anew with every call. What is written to them meanwhile is lost.
-    """
-    before = [(parameter, parameter.data) for parameter in parameters]
-    for parameter, data in before:
-        parameter.data = data.to(dtype)
-    try:
-        yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
-
-
 def first(output):
     """The hidden states among what a module returned: the first of a tuple, or all of it."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,6 +1,5 @@
 """Models taken apart and put together again, family by family."""
 
-import contextlib
 import copy
 
 import pytest
@@ -13,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from recon.decoder import Decoder
 from recon.errors import ReconError
-from recon.structure import in_dtype
 from recon.windows import Window
 
 # How many matrices share an input, group by group, as they run through the first block.
@@ -346,29 +344,3 @@ def test_aliases_of_the_paper(made):
     decoder = made("llama")
     for alias, name in (("1/2", "half-block"), ("1", "block"), ("2", "2-blocks")):
         assert decoder.windows(alias) == decoder.windows(name)
-
-
-# ---- rounded weights
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_weights_are_rounded_for_a_while(tiny, fails):
-    decoder = Decoder(tiny("llama"))
-    before = [(p, p.data.clone(), p.data_ptr()) for p in decoder.weights()]
-    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
-        with in_dtype(decoder.weights(), torch.bfloat16):
-            assert all(torch.equal(p, data.bfloat16()) for p, data, _ in before)
-            if fails:
-                raise KeyError
-    assert all(torch.equal(p, data) and p.data_ptr() == place for p, data, place in before)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi"])
-def test_rounded_weights_give_the_bits_of_autocast(tiny, tokens, family):
-    decoder = Decoder(tiny(family))
-    window = decoder.windows("2-blocks")[0]
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        hidden = decoder.embed(tokens(2, 12))
-        expected = decoder.forward(window, hidden)
-        with in_dtype(decoder.weights(window), torch.bfloat16):
-            assert torch.equal(decoder.forward(window, hidden), expected)

@@ -1,6 +1,5 @@
 """The gradient solver on windows small enough to reason about."""
 
-import contextlib
 import math
 
 import pytest
@@ -9,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from recon.engine import Engine
 from recon.errors import ReconError
 from recon.solvers.gradient import Schedule, cosine, fit, get_loss, mse
 
@@ -38,7 +38,7 @@ def run(schedule, loss="mse", seed=0, scale=1.0, samples=8):
         loss,
         schedule,
         random,
-        contextlib.nullcontext(),
+        Engine("cpu", "float32"),
     )
     return weight, losses, mask
 
@@ -159,7 +159,7 @@ def test_samples_are_shuffled_anew_each_epoch_by_the_generator():
             "mse",
             Schedule(epochs=2),
             random,
-            contextlib.nullcontext(),
+            Engine("cpu", "float32"),
         )
         orders.append(seen)
     assert sorted(orders[0][:8]) == sorted(orders[0][8:]) == list(range(8))
@@ -176,7 +176,7 @@ def test_trained_in_float32_under_autocast():
         dtypes.append(output.dtype)
         return output
 
-    amp = torch.autocast("cpu", torch.bfloat16)
+    amp = Engine("cpu", "bfloat16")
     random = torch.Generator().manual_seed(0)
     losses = fit(forward, [weight], [(weight, mask)], inputs, targets, "mse", Schedule(epochs=3), random, amp)
     assert set(dtypes) == {torch.bfloat16} and weight.dtype == torch.float32

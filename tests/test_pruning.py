@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from recon import pruning
 from recon.criteria import CRITERIA
 from recon.decoder import Decoder
+from recon.engine import Engine
 from recon.errors import ReconError
 from recon.pruning import prune
 from recon.sparsity import Pattern
@@ -202,9 +203,9 @@ def test_gram_accumulates_in_float32_under_autocast(dense, tokens):
     name, seen = "model.layers.0.self_attn.q_proj", []
     handle = dense.model.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 32)))
     try:
-        with torch.autocast("cpu", torch.bfloat16):
-            batches = [dense.embed(batch) for batch in tokens(16, 60).split(2)]
-            _, statistics = gather(dense, dense.windows("block")[0], batches, "gram")
+        engine = Engine("cpu", "bfloat16")
+        stream = engine.run(dense.embed, tokens(16, 60), 2)
+        _, statistics = gather(engine, dense, dense.windows("block")[0], stream, 2, "gram")
     finally:
         handle.remove()
     x = torch.cat(seen)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from recon import device, evaluation, models, text
 from recon.activations import LIMIT
@@ -55,12 +56,13 @@ def bench(spec: BenchSpec, progress: bool = True) -> dict:
     Raises `ReconError` for bad input, and where the file holds measurements of another spec.
     """
     check_writable(spec.output.parent, "output")
-    settings = {k: v for k, v in asdict(spec).items() if k not in ("output", "sections")}
+    settings = {k: v for k, v in asdict(spec).items() if k not in ("output", "sections", "redo")}
     results = _read(spec.output, settings)
-    task = _Bench(spec, progress)
-    for section in tqdm(spec.sections, desc="bench", unit="section", disable=not progress):
+    missing = [section for section in spec.sections if spec.redo or section not in results["sections"]]
+    task = _Bench(spec, progress) if missing else None
+    for section in tqdm(missing, desc="bench", unit="section", disable=not progress):
         began = time.perf_counter()
-        found = getattr(task, section)()
+        found = json.loads(json.dumps(getattr(task, section)()))  # as it will be read
         where = environment(task.device, "auto")
         results["sections"][section] = {"results": found, "seconds": time.perf_counter() - began, "environment": where}
         temporary = spec.output.with_suffix(".part")
@@ -70,8 +72,9 @@ def bench(spec: BenchSpec, progress: bool = True) -> dict:
 
 
 def _read(path: Path, settings: dict) -> dict:
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     if not path.exists():
-        return {"settings": settings, "sections": {}}
+        return {"key": key, "settings": settings, "sections": {}}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         found = results["settings"]
@@ -92,7 +95,7 @@ class _Bench:
         self.spec, self.progress = spec, progress
         self.device = device.pick_device(spec.device)
         self.dtype = device.pick_compute_dtype("auto", self.device)
-        model, self.tokenizer = models.load(spec.model, None, self.device)
+        model, self.tokenizer = models.load(spec.model)
         self.dense = Decoder(model)
         evaluation.check_length(self.dense, max(spec.sequence_length, spec.evaluation_length))
         seed = generator(0, "calibration").initial_seed() % 2**32
@@ -105,7 +108,12 @@ class _Bench:
     def masks(self) -> dict[str, Tensor]:
         if self._masks is None:
             self._masks = prune(
-                copy.deepcopy(self.dense.model), self.samples, "wanda", self.spec.pattern, progress=self.progress
+                copy.deepcopy(self.dense.model),
+                self.samples,
+                "wanda",
+                self.spec.pattern,
+                device=self.device,
+                progress=self.progress,
             ).masks
         return self._masks
 
@@ -117,11 +125,15 @@ class _Bench:
         return student
 
     def reference(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict, **options) -> None:
+        for decoder in (student, dense):
+            decoder.model.to(self.device)
         reference.reconstruct(student, dense, samples, masks, progress=self.progress, **options)
+        for decoder in (student, dense):
+            decoder.model.to("cpu")
 
     def ours(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict, **options) -> None:
         options = {"schedule": Schedule(batch_size=reference.BATCH_SIZE)} | options
-        reconstruct(student, dense, samples, masks, compute_dtype="auto", progress=self.progress, **options)
+        reconstruct(student, dense, samples, masks, device=self.device, progress=self.progress, **options)
 
     def measured(self, loop: Callable, dense: Decoder, samples: Tensor, masks: dict, **options) -> tuple[dict, Decoder]:
         """Seconds and peak memory of one loop on a fresh pruned student, and the student."""
@@ -143,7 +155,7 @@ class _Bench:
     def perplexity(self, decoder: Decoder, description: str) -> float:
         spec = self.spec
         tokens = text.sample_tokens(spec.text, "evaluation", self.tokenizer, spec.evaluation_samples, spec.evaluation_length)
-        return evaluation.perplexity(decoder, tokens, "auto", self.progress, f"perplexity ({description})").value
+        return evaluation.perplexity(decoder, tokens, "auto", self.progress, f"perplexity ({description})", self.device).value
 
     # --- sections ---------------------------------------------------------------------------------------------
 
@@ -253,7 +265,7 @@ class _Bench:
             config.num_hidden_layers = 1
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:1]
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(self.device)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             decoder = Decoder(model)
             masks = prune(copy.deepcopy(model), None, "magnitude", self.spec.pattern, progress=False).masks
             yield round(sizes["hidden_size"]), decoder, masks
@@ -265,7 +277,7 @@ class _Bench:
             student = copy.deepcopy(self.dense.model)
             with device.PeakMemory(self.device) as peak:
                 began = time.perf_counter()
-                found = prune(student, self.samples, criterion, self.spec.pattern, progress=self.progress)
+                found = prune(student, self.samples, criterion, self.spec.pattern, device=self.device, progress=self.progress)
                 seconds = time.perf_counter() - began
             rows.append({"work": f"prune, {criterion}", "seconds": seconds, "peak_memory_bytes": peak.bytes})
             if criterion == "wanda":
@@ -281,6 +293,7 @@ class _Bench:
         rows = [{"loop": "dense", "perplexity": dense_perplexity}, {"loop": "pruned", "perplexity": pruned_perplexity}]
         runs: list[tuple[str, Callable, int, dict]] = [
             ("reference", self.reference, len(self.samples), {}),
+            ("reference, single samples", self.reference, len(self.samples), {"batch_size": 1}),
             ("ours, equal steps", self.ours, len(self.samples), {}),
         ]
         for name, (options, share) in RECIPES.items():
@@ -317,6 +330,22 @@ class _Bench:
             shared.append(time.perf_counter() - start)
         return {"runs": [asdict(one) for one in specs], "seconds_singly": singly, "seconds_in_study": shared,
                 "share": (time.perf_counter() - began) / sum(singly)}  # fmt: skip
+
+    def large(self) -> dict:
+        """Half-blocks of a random model of the shape of Llama-3-8B: time and memory do not depend on the values."""
+        spec = self.spec
+        if self.device.type != "cuda":
+            raise ReconError(f"section large needs a GPU, and the device is {str(self.device)!r}; leave it out")
+        config = LlamaConfig(
+            hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+            num_hidden_layers=spec.large_blocks, max_position_embeddings=8192, rope_theta=500000.0,
+        )  # fmt: skip
+        dense = Decoder(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+        draw = torch.Generator().manual_seed(0)
+        samples = torch.randint(config.vocab_size, (spec.large_samples, spec.large_length), generator=draw)
+        masks = {name: torch.rand(m.weight.shape, generator=draw) > 0.5 for name, m in dense.matrices().items()}
+        row, _ = self.measured(self.ours, dense, samples, masks)
+        return {"blocks": spec.large_blocks, "tokens": samples.numel()} | row
 
 
 def shortened(decoder: Decoder, blocks: int) -> Decoder:

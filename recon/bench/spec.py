@@ -5,7 +5,17 @@ from pathlib import Path
 
 from recon.errors import ReconError
 
-SECTIONS = ("products", "loops", "profile", "growth", "prune", "quality", "sweep")
+SECTIONS = {
+    "products": "the machine's speed at large squares and at the very products of reconstruction; the share reached",
+    "loops": "a straightforward loop and ours at equal steps, in turn on a shortened model",
+    "profile": "time by kind of operation, of both loops",
+    "growth": "time and memory against samples, sequence length, depth and width, of both loops",
+    "prune": "pruning alone, and the exact matrix solution",
+    "quality": "perplexity against time on the whole model, of both loops and of ours with less",
+    "sweep": "a study of 2 criteria x 5 repairs and pruning alone, against its runs done singly",
+    "large": "half-blocks of a random model of the shape of Llama-3-8B on a GPU (not done unless asked for)",
+}
+DEFAULT = tuple(name for name in SECTIONS if name != "large")
 
 
 @dataclass(frozen=True)
@@ -13,9 +23,11 @@ class BenchSpec:
     """What is measured, and on how much."""
 
     output: Path = Path("build/bench.json")
-    """File for the results (JSON); sections measured before are kept."""
-    sections: tuple[str, ...] = SECTIONS
-    """What to measure."""
+    """File for the results (JSON); what it holds already is not measured again."""
+    redo: bool = False
+    """Measure again what the file holds."""
+    sections: tuple[str, ...] = DEFAULT
+    """What to measure: products, loops, profile, growth, prune, quality, sweep, large."""
     model: str = "smollm2-135m"
     """A bundled name, a local folder, or a Hub id."""
     text: str = "wikipedia"
@@ -34,12 +46,28 @@ class BenchSpec:
     """Blocks of the shortened model that loops are timed on in turn."""
     repeats: int = 3
     """Rounds of timing in turn on the shortened model."""
+    large_samples: int = 128
+    """Samples for the section large."""
+    large_length: int = 2048
+    """Tokens per sample for the section large."""
+    large_blocks: int = 32
+    """Blocks of the model for the section large."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
     def __post_init__(self):
         if unknown := sorted(set(self.sections) - set(SECTIONS)):
             raise ReconError(f"unknown section {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
-        for name in ("samples", "sequence_length", "evaluation_samples", "evaluation_length", "blocks", "repeats"):
+        for name in (
+            "samples",
+            "sequence_length",
+            "evaluation_samples",
+            "evaluation_length",
+            "blocks",
+            "repeats",
+            "large_samples",
+            "large_length",
+            "large_blocks",
+        ):
             if getattr(self, name) < 1:
                 raise ReconError(f"{name} is {getattr(self, name)}; allowed: a whole number from 1 up")

@@ -1,5 +1,6 @@
 """One window fitted by gradient descent: AdamW, linear schedule with warm-up, the mask re-applied after every step."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recon.engine import Engine
 from recon.errors import ReconError
 
 
@@ -64,7 +66,7 @@ def fit(
     loss: str,
     schedule: Schedule,
     random: torch.Generator,
-    arithmetic,
+    engine: Engine,
 ) -> list[float]:
     """Trains `parameters` in place so that `forward(inputs)` comes close to `targets`; returns the loss of every step.
 
@@ -74,7 +76,7 @@ def fit(
         masks: pairs of parameter and keep-mask of its shape; dropped weights are exact zeros after every step.
         inputs, targets: (samples, length, in) and (samples, length, out).
         random: draws the order of samples anew for each epoch.
-        arithmetic: context for the forward pass, such as autocast.
+        engine: where and in what precision `forward` runs; `parameters` and `masks` are there already.
 
     The loss is divided by a constant, the mean square of the targets, so that AdamW's epsilon means the same for windows
     whose activations differ in size by orders of magnitude.
@@ -86,14 +88,19 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
     per_step = schedule.batch_size * schedule.accumulation
     losses: list[Tensor] = []
-    for _ in range(schedule.epochs):
-        order = torch.randperm(len(inputs), generator=random)
-        for chosen in order.split(per_step):
-            total = torch.zeros((), device=inputs.device)
-            for part in chosen.split(schedule.batch_size):
-                with arithmetic:
-                    output = forward(inputs[part])
-                value = criterion(output, targets[part]) / scale * (len(part) / len(chosen))
+    orders = [torch.randperm(len(inputs), generator=random) for _ in range(schedule.epochs)]
+    steps_of = [chosen for order in orders for chosen in order.split(per_step)]
+    batches = engine.batches(
+        [inputs, targets], [part.tolist() for chosen in steps_of for part in chosen.split(schedule.batch_size)]
+    )
+    with contextlib.closing(batches):
+        for chosen in steps_of:
+            total = torch.zeros((), device=engine.device)
+            for _ in chosen.split(schedule.batch_size):
+                x, y = next(batches)
+                with engine:
+                    output = forward(x)
+                value = criterion(output, y) / scale * (len(x) / len(chosen))
                 value.backward()
                 total += value.detach()
             optimizer.step()

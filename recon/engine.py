@@ -1,0 +1,137 @@
+"""Where and in what precision windows run: brings weights and batches to the compute device, for as long as they are needed."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from recon.attention import FastCausalAttention
+from recon.decoder import Decoder
+from recon.device import pick_compute_dtype, pick_device
+from recon.windows import Window
+
+
+class Engine(contextlib.AbstractContextManager):
+    """A compute device and a compute dtype. As a context: matrix products run in that dtype, parameters keep theirs.
+
+    Models may live elsewhere, such as in host memory beside a small GPU: one window at a time is then on the compute device,
+    and activations come and go batch by batch, copied while the device computes. Where they live on the compute
+    device already, nothing is copied.
+
+    Args:
+        device: a torch device or its name; None or "auto": see `recon.device.pick_device`.
+        compute_dtype: "auto", "bfloat16" or "float32".
+    """
+
+    def __init__(self, device: torch.device | str = "auto", compute_dtype: str = "auto"):
+        self.device = pick_device(str(device))
+        self.dtype = pick_compute_dtype(compute_dtype, self.device)
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self):
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32))
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            stack.enter_context(FastCausalAttention())
+        self._entered.append(stack)
+        return self
+
+    def __exit__(self, *exception):
+        self._entered.pop().close()
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    def holding(self, decoder: Decoder, window: Window, trained: Iterable[nn.Parameter] = ()):
+        """Context in which the blocks of `window` are on the compute device, and can run.
+
+        Its matrices are rounded to the compute dtype once, which autocast would do anew with every call, but for
+        `trained` parameters: those keep their dtype, and what becomes of them is written back.
+        """
+        tensors = chain.from_iterable(
+            chain(decoder.blocks[index].parameters(), decoder.blocks[index].buffers()) for index in window.blocks
+        )
+        return self._holding(tensors, decoder.weights(window), trained)
+
+    def holding_ends(self, decoder: Decoder):
+        """Context in which all but the blocks is on the compute device: embedding, last norm, head (rounded)."""
+        inside = {id(tensor) for block in decoder.blocks for tensor in chain(block.parameters(), block.buffers())}
+        tensors = chain(decoder.model.parameters(), decoder.model.buffers())
+        return self._holding((t for t in tensors if id(t) not in inside), decoder.head_weights(), ())
+
+    @contextlib.contextmanager
+    def _holding(self, tensors: Iterable[Tensor], rounded: Iterable[Tensor], trained: Iterable[Tensor]) -> Iterator[None]:
+        keep = {id(tensor) for tensor in trained}
+        round_off = {id(tensor) for tensor in rounded} - keep
+        homes: list[tuple[Tensor, Tensor]] = []
+        try:
+            for tensor in tensors:
+                dtype = self.dtype if id(tensor) in round_off else tensor.dtype
+                if self.elsewhere(tensor) or dtype != tensor.dtype:
+                    homes.append((tensor, tensor.data))
+                    tensor.data = tensor.data.to(self.device, dtype, copy=True)
+            yield
+        finally:
+            for tensor, home in homes:
+                if id(tensor) in keep:
+                    home.copy_(tensor.data)
+                tensor.data = home
+
+    def elsewhere(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has to be brought to the compute device."""
+        return tensor.device != self.device
+
+    # --- activations ----------------------------------------------------------------------------------------------
+
+    def run(self, function: Callable[[Tensor], Tensor], stream: Tensor, size: int, count: int | None = None) -> Tensor:
+        """`function` applied to `stream` (samples, ...), at most `size` samples at a time; the result lies where `stream` does.
+
+        count: no batch holds samples from both before and after this one.
+        """
+        edge = len(stream) if count is None else min(count, len(stream))
+        parts = [slice(a, min(a + size, end)) for start, end in ((0, edge), (edge, len(stream))) for a in range(start, end, size)]
+        result = None
+        with self, torch.no_grad():
+            for part, (batch,) in zip(parts, self.batches([stream], [range(p.start, p.stop) for p in parts])):
+                output = function(batch)
+                if result is None:
+                    pinned = self.elsewhere(stream) and self.device.type == "cuda"
+                    shape = (len(stream), *output.shape[1:])
+                    result = torch.empty(shape, dtype=output.dtype, device=stream.device, pin_memory=pinned)
+                result[part].copy_(output, non_blocking=True)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # until then the copies may be under way
+        return result
+
+    def batches(self, streams: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
+        """For each of `parts`, which are sample numbers, these samples of every stream, on the compute device.
+
+        On CUDA the next batch is copied on a stream of its own while the device works on the one before.
+        """
+        if self.device.type != "cuda" or not any(self.elsewhere(stream) for stream in streams):
+            for part in parts:
+                yield tuple(self._batch(stream, part) for stream in streams)
+            return
+        copying, computing = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        coming = None
+        for part in [*parts, None]:
+            ready = coming
+            if part is not None:
+                with torch.cuda.stream(copying):
+                    coming = tuple(self._batch(stream, part) for stream in streams)
+            if ready is not None:
+                yield ready
+            if part is not None:
+                computing.wait_stream(copying)
+                for tensor in coming:
+                    tensor.record_stream(computing)
+
+    def _batch(self, stream: Tensor, part: Sequence[int]) -> Tensor:
+        if isinstance(part, range):
+            batch = stream[part.start : part.stop]
+            return batch.to(self.device, non_blocking=True) if self.elsewhere(stream) else batch
+        if self.elsewhere(stream):
+            # Sample by sample: each is a slice of pinned memory, which the device can copy by itself.
+            return torch.stack([stream[index].to(self.device, non_blocking=True) for index in part])
+        return stream[torch.as_tensor(part, device=stream.device)]
