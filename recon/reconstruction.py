@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from recon.engine import Engine
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
 from recon.seeds import generator
-from recon.solvers.exact import masked_least_squares
+from recon.solvers.exact import Exact, masked_least_squares
 from recon.solvers.gradient import Schedule, fit, get_loss
 from recon.statistics import gather
 from recon.structure import requiring_gradients
@@ -68,6 +69,7 @@ def reconstruct(
     loss: str = "mse",
     schedule: Schedule = Schedule(),
     held_out: Tensor | None = None,
+    exact: Exact = Exact(),
     train: str = "matrices",
     activations: Activations | None = None,
     seed: int = 0,
@@ -86,6 +88,7 @@ def reconstruct(
         granularity: matrix, half-block, block, <k>-blocks, quarter or model.
         schedule: a window of k blocks is trained with 1/sqrt(k) of its learning rate: steps add up along the depth, and at
             the rate that suits a block, a quarter of the model or all of it diverges.
+        exact: how exact solutions are computed, where `solver` or `start` asks for them.
         propagation, solver, start, train: see `PROPAGATIONS`, `SOLVERS`, `STARTS`, `TRAINED`.
         device: where to compute; default: where `dense` is. Both models stay where they are, but for the window in hand.
         activations: where passes over the same dense model and samples, in the same batches, share what they know of it.
@@ -108,7 +111,7 @@ def reconstruct(
             found = tuple(masks[name].shape) if name in masks else None
             raise ReconError(f"mask of {name!r} has shape {found}; it must be {tuple(matrix.weight.shape)}")
     task = _Pass(
-        teacher, student, masks, propagation, solver, start, loss, schedule, train, seed,
+        teacher, student, masks, propagation, solver, start, loss, schedule, exact, train, seed,
         Engine(device or teacher.device, compute_dtype), len(samples),
         Activations(limit=0) if activations is None else activations,
     )  # fmt: skip
@@ -162,6 +165,7 @@ class _Pass:
     start: str
     loss: str
     schedule: Schedule
+    exact: Exact
     train: str
     seed: int
     engine: Engine
@@ -175,6 +179,9 @@ class _Pass:
         self.measured_on = "held_out" if first else "calibration"
         # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
         self.by_grams = self.solver == "exact" and self.propagation == "dense"
+        # Samples that Gram matrices are made of: whole batches, so that outputs have the same bits however they come about.
+        size = self.schedule.batch_size
+        self.read = min(self.count, -(-(self.exact.samples or self.count) // size) * size)
         self.kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
         embedded = self.known("embedded")
         if embedded is None:
@@ -243,7 +250,7 @@ class _Pass:
         given = self.inputs(self.teacher, window, self.dense) if self.propagation == "mixed" else inputs
         grams = {}
         if exact and window.matrices:
-            grams = dict.fromkeys(window.matrices, _product(inputs[: self.count], inputs[: self.count]))
+            grams = dict.fromkeys(window.matrices, _product(inputs[: self.read], inputs[: self.read]))
         elif exact:
             grams = self.gathered(window, given)[1]
         if self.propagation == "mixed" and not window.matrices:
@@ -284,26 +291,26 @@ class _Pass:
 
     def dense_grams(self, window: Window) -> dict[str, Tensor]:
         """Gram matrices of what the matrices of `window` read in the dense model; one run tells all those of a block."""
-        wanted = self.teacher.matrices(window)
-        grams = {name: self.known(f"gram {name}") for name in wanted}
-        if any(gram is None for gram in grams.values()):
+        # Matrices that share an input share its Gram matrix, which is kept once, under the first one's name.
+        first = {name: group[0] for index in window.blocks for group in self.teacher.groups[index] for name in group}
+        place = {name: f"gram of {first[name]}, {self.read} samples" for name in self.teacher.matrices(window)}
+        if any(self.known(key) is None for key in place.values()):
             whole = Window(window.blocks) if window.matrices else window
             outputs, found = self.gathered(whole, self.dense)
             if self.known(_place(whole)) is None:
                 self.keep(_place(whole), outputs)
-            stored: dict[int, Tensor] = {}
             for name, gram in found.items():
-                # Matrices that share an input share its Gram matrix, which is stored once.
-                self.kept[f"gram {name}"] = stored.setdefault(id(gram), gram)
-            grams = {name: self.kept[f"gram {name}"] for name in wanted}
-        return grams
+                if name == first[name]:
+                    self.keep(f"gram of {name}, {self.read} samples", gram)
+        return {name: self.known(key) for name, key in place.items()}
 
     def gathered(self, window: Window, stream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The teacher's outputs of `window`, of blocks or a half, for `stream`, and the Gram matrices on calibration samples."""
-        size = self.schedule.batch_size
-        outputs, grams = gather(self.engine, self.teacher, window, stream[: self.count], size, "gram")
-        if len(stream) > self.count:
-            outputs = torch.cat([outputs, self.forward(self.teacher, window, stream[self.count :])])
+        """The teacher's outputs of `window`, of blocks or a half, for `stream`, and Gram matrices on its first samples."""
+        outputs, grams = gather(self.engine, self.teacher, window, stream[: self.read], self.schedule.batch_size, "gram")
+        if len(rest := stream[self.read :]):
+            with self.engine.holding(self.teacher, window):
+                forward, edge = partial(self.teacher.forward, window), self.count - self.read
+                outputs = torch.cat([outputs, self.engine.run(forward, rest, self.schedule.batch_size, edge)])
         return outputs, grams
 
     @torch.no_grad()
@@ -317,23 +324,26 @@ class _Pass:
             cross = dense[name].weight.to(gram.device) @ gram
             if window.matrices and self.propagation == "mixed":
                 # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
-                wanted = targets[: self.count, :, column : column + rows].float()
+                wanted = targets[: self.read, :, column : column + rows].float()
                 bias = getattr(matrix.module, "bias", None)
-                cross = _product(wanted if bias is None else wanted - bias, inputs[: self.count])
+                cross = _product(wanted if bias is None else wanted - bias, inputs[: self.read])
             mask = self.masks[name].to(gram.device)
-            matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device)))
+            matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), self.exact.iterations))
             column += rows
 
     def descend(self, window: Window, inputs: Tensor, targets: Tensor, parameters: dict[str, nn.Parameter]) -> list[float]:
         """Trains the window by gradient descent; returns the loss of every step."""
         matrices = self.student.matrices(window)
+        inputs, targets = inputs[: self.count], targets[: self.count]
+        if window.matrices or window.half == "mlp":
+            inputs, targets = (t.unflatten(1, (self.schedule.pieces, -1)).flatten(0, 1) for t in (inputs, targets))
         with requiring_gradients(parameters.values()):
             return fit(
                 lambda x: self.student.forward(window, x),
                 list(parameters.values()),
                 [(m.module.weight, m.oriented(self.masks[name]).to(self.engine.device)) for name, m in matrices.items()],
-                inputs[: self.count],
-                targets[: self.count],
+                inputs,
+                targets,
                 self.loss,
                 self.schedule.scaled(len(window.blocks) ** -0.5),
                 generator(self.seed, "shuffle", window.name),

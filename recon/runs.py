@@ -220,7 +220,7 @@ class _Run:
         spec = self.spec
         return reconstruction.reconstruct(
             student, self.dense, self.samples, masks, spec.granularity, spec.propagation, spec.solver, spec.start,
-            spec.loss, spec.schedule, self.held_out, spec.train, self.activations(), spec.seed, spec.compute_dtype,
+            spec.loss, spec.schedule, self.held_out, spec.exact, spec.train, self.activations(), spec.seed, spec.compute_dtype,
             self.device, self.progress,
         )  # fmt: skip
 

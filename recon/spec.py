@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from recon import criteria, device, models, reconstruction, text
 from recon.errors import ReconError
+from recon.solvers.exact import Exact
 from recon.solvers.gradient import Schedule
 from recon.sparsity import SCOPES, Pattern
 from recon.windows import canonical
@@ -48,6 +49,10 @@ class RunSpec:
     """How a window is fitted: adamw, or exact (granularity matrix)."""
     start: str = "pruned"
     """Where fitting starts: pruned weights, or exact matrix solutions."""
+    exact_samples: int = 0
+    """Samples that exact solutions are computed from; 0: all."""
+    exact_iterations: int = 15
+    """Iterations of conjugate gradients for exact solutions, at most."""
     train: str = "matrices"
     """What is trained in a window: its matrices with their biases, or all of its parameters, norms included."""
     loss: str = "mse"
@@ -56,8 +61,10 @@ class RunSpec:
     """Peak learning rate of AdamW; a window of k blocks is trained with 1/sqrt(k) of it."""
     epochs: int = 1
     """Passes over the calibration samples, per window."""
-    batch_size: int = 2
+    batch_size: int = 1
     """Samples per forward pass."""
+    pieces: int = 1
+    """Pieces that samples are cut into where a window does not mix tokens (MLP halves, matrices): more steps, same work."""
     accumulation: int = 1
     """Forward passes per optimiser step."""
     warmup: float = 0.1
@@ -92,9 +99,19 @@ class RunSpec:
             if getattr(self, name) not in allowed:
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         minima = dict.fromkeys(
-            ("samples", "epochs", "batch_size", "accumulation", "evaluation_samples", "sparsegpt_block_size"), 1
+            (
+                "samples",
+                "epochs",
+                "batch_size",
+                "accumulation",
+                "evaluation_samples",
+                "sparsegpt_block_size",
+                "pieces",
+                "exact_iterations",
+            ),
+            1,
         )
-        minima |= {"sequence_length": 2, "evaluation_length": 2, "held_out_samples": 0, "seed": 0}
+        minima |= {"sequence_length": 2, "evaluation_length": 2, "held_out_samples": 0, "seed": 0, "exact_samples": 0}
         for name, least in minima.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -104,12 +121,18 @@ class RunSpec:
         for name in ("warmup", "sparsegpt_damping"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: a number from 0 to 1")
+        if self.sequence_length % self.pieces:
+            raise ReconError(f"pieces is {self.pieces}; allowed: a number that divides sequence_length, {self.sequence_length}")
         if not self.evaluation_texts:
             raise ReconError("evaluation_texts is empty; name at least one text")
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup)
+        return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup, self.pieces)
+
+    @property
+    def exact(self) -> Exact:
+        return Exact(self.exact_samples, self.exact_iterations)
 
     def key(self) -> str:
         """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema."""

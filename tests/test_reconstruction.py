@@ -15,6 +15,7 @@ from recon.errors import ReconError
 from recon.evaluation import drift, relative_error
 from recon.pruning import prune
 from recon.reconstruction import reconstruct, summary
+from recon.solvers.exact import Exact
 from recon.solvers.gradient import Schedule, fit
 from recon.windows import Window
 
@@ -192,7 +193,7 @@ def test_exact_never_raises_the_error(dense, pruned, tokens, propagation):
 @pytest.mark.parametrize("propagation", ["dense", "sparse", "mixed"])
 def test_half_blocks_lower_the_error_on_unseen_samples(dense, pruned, tokens, start, propagation):
     held_out = tokens(4, 16, seed=9)
-    schedule = Schedule(learning_rate=1e-2, epochs=4)
+    schedule = Schedule(learning_rate=1e-2, epochs=4, batch_size=2)
     for r in repair(pruned(), dense, tokens(32, 16), schedule, start=start, propagation=propagation, held_out=held_out):
         assert r.error_after["held_out"] < r.error_before["held_out"]
         assert r.losses[-1] < r.losses[0]
@@ -379,6 +380,50 @@ def test_held_out_samples_change_nothing(dense, pruned, tokens, options):
     assert reports[1][0].error_before["held_out"] != reports[2][0].error_before["held_out"]
 
 
+# ---- cheaper ways
+
+
+def test_pieces_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, monkeypatch):
+    given = []
+
+    def record(forward, parameters, masks, inputs, targets, *rest):
+        given.append((inputs, targets))
+        return fit(forward, parameters, masks, inputs, targets, *rest)
+
+    monkeypatch.setattr(reconstruction, "fit", record)
+    batch, schedule = tokens(3, 12), Schedule(pieces=4)
+    reports = repair(pruned(), dense, batch, schedule)
+    assert [len(report.losses) for report in reports] == [3, 12, 3, 12]
+    assert [len(report.losses) for report in repair(pruned(), dense, batch, schedule, granularity="block")] == [3, 3]
+    assert [len(report.losses) for report in repair(pruned(), dense, batch, schedule, granularity="matrix")] == [12] * 8
+    theirs = activations(dense.model, batch)
+    for found, expected in zip(given[1], theirs["block 0 mlp"], strict=True):
+        assert found.shape == (12, 3, 32)
+        assert_close(found.reshape(3, 12, 32), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("propagation", ["dense", "sparse", "mixed"])
+@pytest.mark.parametrize("options", [{"granularity": "matrix", "solver": "exact"}, {"start": "exact"}])
+def test_exact_samples_are_the_first_ones(dense, pruned, tokens, monkeypatch, propagation, options):
+    """The Gram matrices of the first samples alone: what the others hold does not matter, where nothing else is fitted on them."""
+    monkeypatch.setattr(reconstruction, "fit", lambda *a: [])
+    one, other = pruned(), pruned()
+    batch = tokens(6, 12)
+    repair(one, dense, batch, exact=Exact(samples=4), propagation=propagation, **options)
+    repair(
+        other, dense, torch.cat([batch[:4], tokens(3, 12, seed=8)]), exact=Exact(samples=4), propagation=propagation, **options
+    )
+    assert same(state(one), state(other))
+    repair(pruned(), dense, batch, exact=Exact(samples=99), propagation=propagation, **options)
+
+
+def test_exact_iterations_reach_the_solver(dense, pruned, tokens, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reconstruction, "masked_least_squares", lambda w, m, g, c, iterations: seen.append(iterations) or w)
+    repair(pruned(), dense, tokens(3, 12), exact=Exact(iterations=4), start="exact")
+    assert seen == [4] * 14
+
+
 # ---- what passes share
 
 
@@ -389,6 +434,7 @@ def test_shared_activations_change_no_bit(tiny, pruned, tokens, monkeypatch, fam
     cases = [
         {"granularity": "block"}, {"granularity": "half-block", "start": "exact"}, {"granularity": "matrix"},
         {"granularity": "matrix", "solver": "exact"}, {"granularity": "model"}, {"granularity": "half-block"},
+        {"granularity": "half-block", "start": "exact"},
     ]  # fmt: skip
     store, ran = Activations(), []
     forward = Decoder.forward

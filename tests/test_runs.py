@@ -54,7 +54,7 @@ def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
     assert record.tokens == {"calibration": 6 * 32, "held_out": 3 * 32, "evaluation": 3 * 63}
     assert "3 consecutive windows x 64 tokens" in record.protocol["evaluation"]
     assert {"git_commit", "git_dirty", "packages", "device", "threads", "compute_dtype"} <= set(record.environment)
-    assert len(record.windows) == 8 and all(len(window["losses"]) == 3 for window in record.windows)
+    assert len(record.windows) == 8 and all(len(window["losses"]) == spec.samples for window in record.windows)
     assert len(record.metrics["drift"]) == len(record.metrics["drift_pruned"]) == 4
 
 
@@ -129,7 +129,7 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
     changes = {
         "samples": 5, "sequence_length": 16, "criterion": "ria", "pattern": "2:4", "scope": "matrix", "prune_propagation": "dense",
         "sparsegpt_block_size": 64, "sparsegpt_damping": 0.1, "granularity": "block", "propagation": "mixed", "start": "exact",
-        "train": "all", "loss": "cosine", "learning_rate": 1e-3, "epochs": 2, "batch_size": 1, "accumulation": 2, "warmup": 0.2,
+        "train": "all", "pieces": 2, "exact_samples": 2, "exact_iterations": 3, "loss": "cosine", "learning_rate": 1e-3, "epochs": 2, "batch_size": 2, "accumulation": 2, "warmup": 0.2,
         "held_out_samples": 2, "evaluation_texts": (str(tiny_text), "news"), "evaluation_samples": 2, "evaluation_length": 32,
         "seed": 1, "compute_dtype": "float32", "revision": "main", "text": "news", "device": "cpu",
     }  # fmt: skip
@@ -164,6 +164,9 @@ def test_a_spec_is_frozen_and_takes_the_papers_names(spec):
         ({"solver": "sgd"}, r"unknown solver 'sgd'; allowed: adamw, exact"),
         ({"solver": "exact"}, r"solver exact fits single matrices, not granularity 'half-block'"),
         ({"start": "cold"}, r"unknown start 'cold'; allowed: pruned, exact"),
+        ({"pieces": 0}, r"pieces is 0; allowed: a whole number from 1 up"),
+        ({"pieces": 3}, r"pieces is 3; allowed: a number that divides sequence_length, 512"),
+        ({"exact_samples": -1}, r"exact_samples is -1; allowed: a whole number from 0 up"),
         ({"train": "norms"}, r"unknown train 'norms'; allowed: matrices, all"),
         ({"scope": "column"}, r"scope is 'column'; allowed: auto, row, matrix"),
         ({"compute_dtype": "int8"}, r"compute_dtype is 'int8'; allowed: auto, bfloat16, float32"),

@@ -18,9 +18,10 @@ class Schedule:
 
     learning_rate: float = 3e-3
     epochs: int = 1
-    batch_size: int = 2  # samples per forward pass
+    batch_size: int = 1  # samples per forward pass
     accumulation: int = 1  # forward passes per optimiser step
     warmup: float = 0.1  # share of the steps in which the learning rate rises
+    pieces: int = 1  # that samples are cut into where a window does not mix tokens: more steps from the same work
 
     def scaled(self, factor: float) -> "Schedule":
         """The same schedule with its learning rate multiplied by `factor`."""
