@@ -12,6 +12,7 @@ from recon.decoder import Decoder, Matrix
 from recon.engine import Engine
 from recon.errors import ReconError
 from recon.seeds import generator
+from recon.solvers.swaps import swap
 from recon.sparsity import Pattern, sparsity_of
 from recon.statistics import gather
 
@@ -42,6 +43,7 @@ def prune(
     propagation: str = "sparse",
     batch_size: int = 2,
     seed: int = 0,
+    swaps: int = 0,
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -58,6 +60,8 @@ def prune(
         propagation: statistics come from activations of the already pruned model ("sparse", as the Wanda and SparseGPT
             authors do) or of the dense one ("dense").
         batch_size: samples per forward pass; changes speed and memory, not the result beyond rounding.
+        swaps: exchanges of a pruned and a kept weight that are tried in each row after the criterion has chosen; see
+            `recon.solvers.swaps`.
         device: where to compute; default: where the model is. The model stays where it is, but for the block in hand.
         options: passed to the criterion (SparseGPT: `block_size`, `damping`).
 
@@ -72,19 +76,22 @@ def prune(
         raise ReconError(f"unknown pruning propagation {propagation!r}; allowed: sparse, dense")
     for name, matrix in decoder.matrices().items():
         pattern.check_columns(name, matrix.weight.shape[1])
-    if rule.statistics != "none" and samples is None:
-        raise ReconError(f"criterion {criterion!r} weighs activations and needs calibration samples")
+    check_swaps(swaps, criterion)
+    kind = "gram" if swaps else rule.statistics
+    if kind != "none" and samples is None:
+        what = f"criterion {criterion!r}" if rule.statistics != "none" else f"choosing by {criterion!r} with swaps"
+        raise ReconError(f"{what} weighs activations and needs calibration samples")
     engine = Engine(device or decoder.device, compute_dtype)
-    stream = engine.run(decoder.embed, samples, batch_size) if rule.statistics != "none" else None
+    stream = engine.run(decoder.embed, samples, batch_size) if kind != "none" else None
     masks = {}
     for window in tqdm(decoder.windows("block"), desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress):
         statistics: dict[str, Tensor] = {}
         if stream is not None:
-            outputs, statistics = gather(engine, decoder, window, stream, batch_size, rule.statistics)
+            outputs, statistics = gather(engine, decoder, window, stream, batch_size, kind)
         with engine.holding(decoder, window, trained=decoder.weights(window)):
             for name, matrix in decoder.matrices(window).items():
                 random = generator(seed, "criterion", name)
-                weight, mask = _prune_matrix(matrix, statistics.get(name), rule, pattern, scope, random, options)
+                weight, mask = _prune_matrix(matrix, statistics.get(name), rule, pattern, scope, random, swaps, options)
                 matrix.weight.copy_(weight)
                 masks[name] = mask.to(decoder.device)
         if stream is None or window.blocks[0] + 1 == len(decoder.blocks):
@@ -96,8 +103,25 @@ def prune(
     return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()})
 
 
-def _prune_matrix(matrix: Matrix, statistics, rule, pattern, scope, random, options) -> tuple[Tensor, Tensor]:
+def check_swaps(swaps: int, criterion: str) -> None:
+    """Raises `ReconError` where `swaps` are asked for after a criterion that has adapted the weights to its own mask."""
+    if swaps and not criteria.get(criterion).scores:
+        adequate = ", ".join(name for name, rule in criteria.CRITERIA.items() if rule.scores)
+        raise ReconError(f"swaps is {swaps}, but criterion {criterion!r} adapts weights to its own mask; swaps suit {adequate}")
+
+
+def _prune_matrix(
+    matrix: Matrix, statistics: Tensor | None, rule, pattern: Pattern, scope: str, random, swaps: int, options: dict
+) -> tuple[Tensor, Tensor]:
+    """The matrix's new weight and mask. `statistics` are a Gram matrix where there are `swaps`, else what `rule` asks for."""
+    weight, own = matrix.weight.float(), statistics
+    if swaps:
+        own = {"none": None, "norm": statistics.diagonal().sqrt(), "gram": statistics}[rule.statistics]
     try:
-        return rule.prune(matrix.weight.float(), statistics, pattern, scope, random, **options)
+        pruned, mask = rule.prune(weight, own, pattern, scope, random, **options)
     except ReconError as error:
         raise ReconError(f"matrix {matrix.name!r}: {error}") from None
+    if not swaps:
+        return pruned, mask
+    mask = swap(weight, mask, statistics, swaps, pattern.m)
+    return weight.masked_fill(~mask, 0.0), mask

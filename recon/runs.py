@@ -171,7 +171,7 @@ class _Run:
 
     def pruned_key(self) -> tuple:
         names = "model revision text samples sequence_length criterion pattern scope prune_propagation sparsegpt_block_size "
-        names += "sparsegpt_damping batch_size held_out_samples seed"
+        names += "sparsegpt_damping swaps batch_size held_out_samples seed"
         return (*(getattr(self.spec, name) for name in names.split()), self.protocol_key())
 
     def perplexities(self, decoder: Decoder, what: str) -> dict[str, evaluation.Perplexity]:
@@ -197,7 +197,7 @@ class _Run:
         with device.PeakMemory(self.device) as peak:
             pruned = pruning.prune(
                 student, self.samples, spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
-                spec.batch_size, spec.seed, spec.compute_dtype, self.device, self.progress, **options,
+                spec.batch_size, spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, **options,
             )  # fmt: skip
         seconds = time.perf_counter() - began
         dense = self.dense.matrices()

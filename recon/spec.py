@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 
-from recon import criteria, device, models, reconstruction, text
+from recon import criteria, device, models, pruning, reconstruction, text
 from recon.errors import ReconError
 from recon.solvers.exact import Exact
 from recon.solvers.gradient import Schedule
@@ -41,6 +41,8 @@ class RunSpec:
     """Columns that SparseGPT prunes at once."""
     sparsegpt_damping: float = 0.01
     """Added to SparseGPT's Hessian, as a share of its mean diagonal."""
+    swaps: int = 0
+    """Exchanges of a pruned and a kept weight tried in each row after the criterion has chosen (magnitude, Wanda, ...)."""
     granularity: str = "half-block"
     """Window: none (prune only), matrix, half-block, block, <k>-blocks, quarter, model."""
     propagation: str = "dense"
@@ -111,11 +113,12 @@ class RunSpec:
             ),
             1,
         )
-        minima |= {"sequence_length": 2, "evaluation_length": 2, "held_out_samples": 0, "seed": 0, "exact_samples": 0}
+        minima |= {"sequence_length": 2, "evaluation_length": 2, "held_out_samples": 0, "seed": 0, "exact_samples": 0, "swaps": 0}
         for name, least in minima.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ReconError(f"{name} is {value!r}; allowed: a whole number from {least} up")
+        pruning.check_swaps(self.swaps, self.criterion)
         if not (_is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
             raise ReconError(f"learning_rate is {self.learning_rate!r}; allowed: a number above 0")
         for name in ("warmup", "sparsegpt_damping"):

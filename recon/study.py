@@ -34,6 +34,7 @@ _PRUNED_BY = (
     "pattern",
     "scope",
     "prune_propagation",
+    "swaps",
 )
 
 

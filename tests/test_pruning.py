@@ -188,6 +188,29 @@ def test_batch_size_does_not_change_masks(fresh, tokens, criterion):
         assert torch.equal(mask, runs[2].masks[name])
 
 
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "random"])
+def test_swaps_lower_the_error_of_every_matrix(dense, fresh, tokens, criterion, pattern):
+    batch, errors = tokens(16, 30), {}
+    _, grams = gather(Engine("cpu", "float32"), dense, dense.windows("block")[0], dense.embed(batch), 2, "gram")
+    for swaps in (0, 30):
+        decoder = fresh()
+        result = prune(decoder, batch, criterion, pattern, "row", swaps=swaps, compute_dtype="float32", progress=False)
+        assert result.total_sparsity == 0.5
+        for name, gram in grams.items():
+            difference = decoder.matrices()[name].weight - dense.matrices()[name].weight
+            errors.setdefault(name, []).append(((difference @ gram) * difference).sum().item())
+            assert torch.equal(decoder.matrices()[name].weight, dense.matrices()[name].weight * result.masks[name])
+    assert all(after < 0.98 * before for before, after in errors.values())
+
+
+def test_swaps_need_samples_and_a_criterion_that_scores(fresh, tokens):
+    with pytest.raises(ReconError, match="choosing by 'magnitude' with swaps weighs activations"):
+        prune(fresh(), None, "magnitude", swaps=3)
+    with pytest.raises(ReconError, match="criterion 'sparsegpt' adapts weights to its own mask"):
+        prune(fresh(), tokens(2, 8), "sparsegpt", swaps=3)
+
+
 @pytest.mark.parametrize("width", [1, 255, 256, 257, 1536, 1537])
 def test_the_upper_triangle_makes_the_gram_matrix(width):
     parts = torch.randn(3, 40, width, generator=torch.Generator().manual_seed(0)).double()

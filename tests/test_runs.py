@@ -128,7 +128,7 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
     assert dataclasses.replace(spec).key() == key
     changes = {
         "samples": 5, "sequence_length": 16, "criterion": "ria", "pattern": "2:4", "scope": "matrix", "prune_propagation": "dense",
-        "sparsegpt_block_size": 64, "sparsegpt_damping": 0.1, "granularity": "block", "propagation": "mixed", "start": "exact",
+        "sparsegpt_block_size": 64, "sparsegpt_damping": 0.1, "swaps": 2, "granularity": "block", "propagation": "mixed", "start": "exact",
         "train": "all", "pieces": 2, "exact_samples": 2, "exact_iterations": 3, "loss": "cosine", "learning_rate": 1e-3, "epochs": 2, "batch_size": 2, "accumulation": 2, "warmup": 0.2,
         "held_out_samples": 2, "evaluation_texts": (str(tiny_text), "news"), "evaluation_samples": 2, "evaluation_length": 32,
         "seed": 1, "compute_dtype": "float32", "revision": "main", "text": "news", "device": "cpu",
@@ -164,6 +164,11 @@ def test_a_spec_is_frozen_and_takes_the_papers_names(spec):
         ({"solver": "sgd"}, r"unknown solver 'sgd'; allowed: adamw, exact"),
         ({"solver": "exact"}, r"solver exact fits single matrices, not granularity 'half-block'"),
         ({"start": "cold"}, r"unknown start 'cold'; allowed: pruned, exact"),
+        ({"swaps": -1}, r"swaps is -1; allowed: a whole number from 0 up"),
+        (
+            {"swaps": 5, "criterion": "sparsegpt"},
+            r"swaps is 5, but criterion 'sparsegpt' adapts weights.*suit magnitude, random, wanda, ria",
+        ),
         ({"pieces": 0}, r"pieces is 0; allowed: a whole number from 1 up"),
         ({"pieces": 3}, r"pieces is 3; allowed: a number that divides sequence_length, 512"),
         ({"exact_samples": -1}, r"exact_samples is -1; allowed: a whole number from 0 up"),

@@ -34,6 +34,11 @@ class Criterion:
     scope: str
     method: Callable[..., tuple[Tensor, Tensor]]
 
+    @property
+    def scores(self) -> bool:
+        """Whether it only scores weights, and leaves those that survive as they are."""
+        return isinstance(self.method, partial) and self.method.func is prune_by_score
+
     def prune(
         self,
         weight: Tensor,
