@@ -12,6 +12,13 @@ from recon.decoder import Decoder
 from recon.device import pick_compute_dtype, pick_device
 from recon.windows import Window
 
+TOKENS = 1024  # in a batch that nothing is trained on
+
+
+def batch_size(length: int) -> int:
+    """Samples of `length` tokens that go through a window at once where nothing is trained."""
+    return max(1, TOKENS // length)
+
 
 class Engine(contextlib.AbstractContextManager):
     """A compute device and a compute dtype. As a context: matrix products run in that dtype, parameters keep theirs.
@@ -84,11 +91,12 @@ class Engine(contextlib.AbstractContextManager):
 
     # --- activations ----------------------------------------------------------------------------------------------
 
-    def run(self, function: Callable[[Tensor], Tensor], stream: Tensor, size: int, count: int | None = None) -> Tensor:
-        """`function` applied to `stream` (samples, ...), at most `size` samples at a time; the result lies where `stream` does.
+    def run(self, function: Callable[[Tensor], Tensor], stream: Tensor, count: int | None = None) -> Tensor:
+        """`function` applied to `stream` (samples, length, ...), a batch at a time; the result lies where `stream` does.
 
         count: no batch holds samples from both before and after this one.
         """
+        size = batch_size(stream.shape[1])
         edge = len(stream) if count is None else min(count, len(stream))
         parts = [slice(a, min(a + size, end)) for start, end in ((0, edge), (edge, len(stream))) for a in range(start, end, size)]
         result = None

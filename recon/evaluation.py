@@ -42,12 +42,12 @@ def perplexity(
     check_length(decoder, tokens.shape[1])
     engine = Engine(device or decoder.device, compute_dtype)
     # Block by block, so that one block at a time has to be on the compute device.
-    stream = engine.run(decoder.embed, tokens, 1)
+    stream = engine.run(decoder.embed, tokens)
     windows = decoder.windows("block")
     with tqdm(total=len(windows) + 1, desc=description, unit="block", disable=not progress) as bar:
         for window in windows:
             with engine.holding(decoder, window):
-                stream = engine.run(lambda hidden, window=window: decoder.forward(window, hidden), stream, 1)
+                stream = engine.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)
             bar.update()
         with engine, engine.holding_ends(decoder):
             parts = [range(i, i + 1) for i in range(len(tokens))]
@@ -72,7 +72,6 @@ def drift(
     dense: Decoder,
     tokens: Tensor,
     compute_dtype: str = "auto",
-    batch_size: int = 2,
     device: torch.device | str | None = None,
 ) -> list[float]:
     """Relative squared error of the residual stream after each block, against the dense model: one number per block.
@@ -81,13 +80,13 @@ def drift(
     run on their own activations, so errors accumulate with depth.
     """
     engine = Engine(device or dense.device, compute_dtype)
-    ours, theirs = (engine.run(decoder.embed, tokens, batch_size) for decoder in (model, dense))
+    ours, theirs = (engine.run(decoder.embed, tokens) for decoder in (model, dense))
     errors = []
     for window in dense.windows("block"):
         with engine.holding(model, window):
-            ours = engine.run(lambda hidden, window=window: model.forward(window, hidden), ours, batch_size)
+            ours = engine.run(lambda hidden, window=window: model.forward(window, hidden), ours)
         with engine.holding(dense, window):
-            theirs = engine.run(lambda hidden, window=window: dense.forward(window, hidden), theirs, batch_size)
+            theirs = engine.run(lambda hidden, window=window: dense.forward(window, hidden), theirs)
         errors.append(relative_error(ours, theirs))
     return errors
 

@@ -41,7 +41,6 @@ def prune(
     pattern: str | Pattern = "0.5",
     scope: str = "auto",
     propagation: str = "sparse",
-    batch_size: int = 2,
     seed: int = 0,
     swaps: int = 0,
     compute_dtype: str = "auto",
@@ -59,7 +58,6 @@ def prune(
         scope: weights compete within a "row" (one output neuron) or the "matrix"; "auto" is the criterion's own default.
         propagation: statistics come from activations of the already pruned model ("sparse", as the Wanda and SparseGPT
             authors do) or of the dense one ("dense").
-        batch_size: samples per forward pass; changes speed and memory, not the result beyond rounding.
         swaps: exchanges of a pruned and a kept weight that are tried in each row after the criterion has chosen; see
             `recon.solvers.swaps`.
         device: where to compute; default: where the model is. The model stays where it is, but for the block in hand.
@@ -82,12 +80,12 @@ def prune(
         what = f"criterion {criterion!r}" if rule.statistics != "none" else f"choosing by {criterion!r} with swaps"
         raise ReconError(f"{what} weighs activations and needs calibration samples")
     engine = Engine(device or decoder.device, compute_dtype)
-    stream = engine.run(decoder.embed, samples, batch_size) if kind != "none" else None
+    stream = engine.run(decoder.embed, samples) if kind != "none" else None
     masks = {}
     for window in tqdm(decoder.windows("block"), desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress):
         statistics: dict[str, Tensor] = {}
         if stream is not None:
-            outputs, statistics = gather(engine, decoder, window, stream, batch_size, kind)
+            outputs, statistics = gather(engine, decoder, window, stream, kind)
         with engine.holding(decoder, window, trained=decoder.weights(window)):
             for name, matrix in decoder.matrices(window).items():
                 random = generator(seed, "criterion", name)
@@ -98,7 +96,7 @@ def prune(
             continue
         if propagation == "sparse":
             with engine.holding(decoder, window):
-                outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream, batch_size)
+                outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream)
         stream = outputs
     return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()})
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from recon.activations import Activations
 from recon.decoder import Decoder
-from recon.engine import Engine
+from recon.engine import Engine, batch_size
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
 from recon.seeds import generator
@@ -41,7 +41,7 @@ TRAINED = {
     "matrices": "the matrices of the window, with their biases",
     "all": "every parameter that the window's output depends on, norms included",
 }
-ERROR_SAMPLES = 4  # samples that a window's error is measured on before and after
+ERROR_SAMPLES = 2  # samples that a window's error is measured on before and after
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def reconstruct(
         exact: how exact solutions are computed, where `solver` or `start` asks for them.
         propagation, solver, start, train: see `PROPAGATIONS`, `SOLVERS`, `STARTS`, `TRAINED`.
         device: where to compute; default: where `dense` is. Both models stay where they are, but for the window in hand.
-        activations: where passes over the same dense model and samples, in the same batches, share what they know of it.
+        activations: where passes over the same dense model and samples share what they know of it.
         held_out: tokens (samples, length) that nothing is fitted on, to measure errors on.
 
     Raises:
@@ -180,7 +180,7 @@ class _Pass:
         # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
         self.by_grams = self.solver == "exact" and self.propagation == "dense"
         # Samples that Gram matrices are made of: whole batches, so that outputs have the same bits however they come about.
-        size = self.schedule.batch_size
+        size = batch_size(tokens.shape[1])
         self.read = min(self.count, -(-(self.exact.samples or self.count) // size) * size)
         self.kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
         embedded = self.known("embedded")
@@ -200,7 +200,7 @@ class _Pass:
 
     def over(self, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
         """`function` applied to `stream` (samples, ...) a batch at a time; no batch mixes calibration and held-out samples."""
-        return self.engine.run(function, stream, self.schedule.batch_size, self.count)
+        return self.engine.run(function, stream, self.count)
 
     def forward(self, decoder: Decoder, window: Window, stream: Tensor) -> Tensor:
         """The output of `window` for all of `stream`."""
@@ -306,11 +306,11 @@ class _Pass:
 
     def gathered(self, window: Window, stream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's outputs of `window`, of blocks or a half, for `stream`, and Gram matrices on its first samples."""
-        outputs, grams = gather(self.engine, self.teacher, window, stream[: self.read], self.schedule.batch_size, "gram")
+        outputs, grams = gather(self.engine, self.teacher, window, stream[: self.read], "gram")
         if len(rest := stream[self.read :]):
             with self.engine.holding(self.teacher, window):
                 forward, edge = partial(self.teacher.forward, window), self.count - self.read
-                outputs = torch.cat([outputs, self.engine.run(forward, rest, self.schedule.batch_size, edge)])
+                outputs = torch.cat([outputs, self.engine.run(forward, rest, edge)])
         return outputs, grams
 
     @torch.no_grad()

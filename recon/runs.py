@@ -171,7 +171,7 @@ class _Run:
 
     def pruned_key(self) -> tuple:
         names = "model revision text samples sequence_length criterion pattern scope prune_propagation sparsegpt_block_size "
-        names += "sparsegpt_damping swaps batch_size held_out_samples seed"
+        names += "sparsegpt_damping swaps held_out_samples seed"
         return (*(getattr(self.spec, name) for name in names.split()), self.protocol_key())
 
     def perplexities(self, decoder: Decoder, what: str) -> dict[str, evaluation.Perplexity]:
@@ -185,7 +185,7 @@ class _Run:
     def drift(self, student: Decoder) -> list[float]:
         if self.held_out is None:
             return []
-        return evaluation.drift(student, self.dense, self.held_out, self.spec.compute_dtype, self.spec.batch_size, self.device)
+        return evaluation.drift(student, self.dense, self.held_out, self.spec.compute_dtype, self.device)
 
     def prune(self, student: Decoder) -> _Pruned:
         """Prunes the student in place, and measures it."""
@@ -197,7 +197,7 @@ class _Run:
         with device.PeakMemory(self.device) as peak:
             pruned = pruning.prune(
                 student, self.samples, spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
-                spec.batch_size, spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, **options,
+                spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, **options,
             )  # fmt: skip
         seconds = time.perf_counter() - began
         dense = self.dense.matrices()
@@ -212,7 +212,7 @@ class _Run:
 
     def activations(self) -> Activations:
         """What is known of the dense model on this run's samples, in its batches."""
-        names = "model revision text samples sequence_length held_out_samples batch_size seed compute_dtype device"
+        names = "model revision text samples sequence_length held_out_samples seed compute_dtype device"
         key = tuple(getattr(self.spec, name) for name in names.split())
         return self.session.keep("activations", key, lambda: Activations(self.session.activation_bytes))
 

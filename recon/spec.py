@@ -52,7 +52,7 @@ class RunSpec:
     start: str = "pruned"
     """Where fitting starts: pruned weights, or exact matrix solutions."""
     exact_samples: int = 0
-    """Samples that exact solutions are computed from; 0: all."""
+    """Samples that exact solutions are computed from, rounded up to whole batches of 1,024 tokens; 0: all."""
     exact_iterations: int = 15
     """Iterations of conjugate gradients for exact solutions, at most."""
     train: str = "matrices"

@@ -12,14 +12,11 @@ _SPLIT = 256  # a Gram matrix is formed by quarters down to this size
 
 
 @torch.no_grad()
-def gather(
-    engine: Engine, decoder: Decoder, window: Window, stream: Tensor, size: int, kind: str
-) -> tuple[Tensor, dict[str, Tensor]]:
+def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Runs `window` on `stream` and gathers statistics of what its matrices read.
 
     Args:
         stream: inputs of the window, (samples, length, hidden).
-        size: samples per forward pass.
         kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in).
 
     Returns:
@@ -43,7 +40,7 @@ def gather(
         tokens[group] += len(x)
 
     with engine.holding(decoder, window), decoder.watching(window, accumulate):
-        outputs = engine.run(lambda batch: decoder.forward(window, batch), stream, size)
+        outputs = engine.run(lambda batch: decoder.forward(window, batch), stream)
     statistics = {}
     for group, total in totals.items():
         mean = total / tokens[group]

@@ -63,14 +63,15 @@ def test_what_is_trained_is_written_back_and_nothing_else(tiny, far):
 
 
 @pytest.mark.parametrize("size, count", [(2, None), (3, 5), (3, 0), (4, 7), (4, 99), (1, 3)])
-def test_run_goes_over_all_samples_and_mixes_none(size, count):
+def test_run_goes_over_all_samples_and_mixes_none(monkeypatch, size, count):
+    monkeypatch.setattr("recon.engine.TOKENS", 2 * size)
     stream, seen = torch.arange(14.0).view(7, 2), []
 
     def function(batch):
         seen.append(batch[:, 0].int().div(2).tolist())
         return batch.sum(1, keepdim=True)
 
-    assert torch.equal(Engine("cpu", "float32").run(function, stream, size, count), stream.sum(1, keepdim=True))
+    assert torch.equal(Engine("cpu", "float32").run(function, stream, count), stream.sum(1, keepdim=True))
     assert sum(seen, []) == list(range(7))
     assert all(len(numbers) <= size for numbers in seen)
     assert not any(numbers[0] < (count or 0) <= numbers[-1] for numbers in seen)

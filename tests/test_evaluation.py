@@ -58,7 +58,12 @@ def test_windows_longer_than_a_slice(tiny, tokens):
 
 def test_shortest_windows(tiny, tokens):
     model, batch = tiny("llama"), tokens(2, 2)
-    assert_close(perplexity(model, batch, compute_dtype="float32", progress=False).per_window, own_losses(model, batch))
+    assert_close(
+        perplexity(model, batch, compute_dtype="float32", progress=False).per_window,
+        own_losses(model, batch),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_bfloat16_is_close_and_not_the_same(tiny, tokens):
@@ -113,7 +118,7 @@ def test_drift_is_that_of_hidden_states(tiny, tokens):
     dense, batch = Decoder(tiny("llama")), tokens(5, 12)
     model = copy.deepcopy(dense.model)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    found = drift(Decoder(model, like=dense), dense, batch, compute_dtype="float32", batch_size=2)
+    found = drift(Decoder(model, like=dense), dense, batch, compute_dtype="float32")
     seen = {}
     for which in (dense.model, model):
         handles = [

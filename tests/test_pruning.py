@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import recon.engine
 from recon import pruning
 from recon.criteria import CRITERIA
 from recon.decoder import Decoder
@@ -165,7 +166,7 @@ def test_statistics_are_those_of_the_propagation(dense, fresh, tokens, monkeypat
         return original(matrix, statistics, *rest)
 
     monkeypatch.setattr(pruning, "_prune_matrix", record)
-    prune(decoder, samples, criterion, propagation=propagation, batch_size=2, compute_dtype="float32", progress=False)
+    prune(decoder, samples, criterion, propagation=propagation, compute_dtype="float32", progress=False)
     # Block 1 reads a model whose block 0 is pruned and which is dense from there on.
     partly = copy.deepcopy(dense.model)
     partly.model.layers[0].load_state_dict(decoder.model.model.layers[0].state_dict())
@@ -181,8 +182,11 @@ def test_statistics_are_those_of_the_propagation(dense, fresh, tokens, monkeypat
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt"])
-def test_batch_size_does_not_change_masks(fresh, tokens, criterion):
-    runs = [prune(fresh(), tokens(5, 16), criterion, batch_size=b, compute_dtype="float32", progress=False) for b in (1, 2, 5)]
+def test_batches_do_not_change_masks(fresh, tokens, monkeypatch, criterion):
+    runs = []
+    for size in (1, 2, 5):
+        monkeypatch.setattr(recon.engine, "TOKENS", 16 * size)
+        runs.append(prune(fresh(), tokens(5, 16), criterion, compute_dtype="float32", progress=False))
     for name, mask in runs[0].masks.items():
         assert torch.equal(mask, runs[1].masks[name])
         assert torch.equal(mask, runs[2].masks[name])
@@ -192,7 +196,7 @@ def test_batch_size_does_not_change_masks(fresh, tokens, criterion):
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "random"])
 def test_swaps_lower_the_error_of_every_matrix(dense, fresh, tokens, criterion, pattern):
     batch, errors = tokens(16, 30), {}
-    _, grams = gather(Engine("cpu", "float32"), dense, dense.windows("block")[0], dense.embed(batch), 2, "gram")
+    _, grams = gather(Engine("cpu", "float32"), dense, dense.windows("block")[0], dense.embed(batch), "gram")
     for swaps in (0, 30):
         decoder = fresh()
         result = prune(decoder, batch, criterion, pattern, "row", swaps=swaps, compute_dtype="float32", progress=False)
@@ -227,8 +231,8 @@ def test_gram_accumulates_in_float32_under_autocast(dense, tokens):
     handle = dense.model.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 32)))
     try:
         engine = Engine("cpu", "bfloat16")
-        stream = engine.run(dense.embed, tokens(16, 60), 2)
-        _, statistics = gather(engine, dense, dense.windows("block")[0], stream, 2, "gram")
+        stream = engine.run(dense.embed, tokens(16, 60))
+        _, statistics = gather(engine, dense, dense.windows("block")[0], stream, "gram")
     finally:
         handle.remove()
     x = torch.cat(seen)

@@ -407,6 +407,7 @@ def test_pieces_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, monk
 def test_exact_samples_are_the_first_ones(dense, pruned, tokens, monkeypatch, propagation, options):
     """The Gram matrices of the first samples alone: what the others hold does not matter, where nothing else is fitted on them."""
     monkeypatch.setattr(reconstruction, "fit", lambda *a: [])
+    monkeypatch.setattr("recon.engine.TOKENS", 2 * 12)  # whole batches are taken
     one, other = pruned(), pruned()
     batch = tokens(6, 12)
     repair(one, dense, batch, exact=Exact(samples=4), propagation=propagation, **options)
