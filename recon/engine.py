@@ -83,6 +83,7 @@ class Engine(contextlib.AbstractContextManager):
             for tensor, home in homes:
                 if id(tensor) in keep:
                     home.copy_(tensor.data)
+                tensor.grad = None  # it would be on the wrong device
                 tensor.data = home
 
     def elsewhere(self, tensor: Tensor) -> bool:

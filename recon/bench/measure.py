@@ -29,6 +29,7 @@ from recon.pruning import prune
 from recon.reconstruction import reconstruct
 from recon.runs import Session, run, share_recovered
 from recon.seeds import generator
+from recon.solvers.exact import Exact
 from recon.solvers.gradient import Schedule
 from recon.spec import RunSpec
 from recon.study import grid
@@ -37,11 +38,16 @@ log = logging.getLogger("recon")
 
 # Name -> options of `reconstruct`, share of the samples; what is tried on the way to the reference loop's perplexity.
 RECIPES: dict[str, tuple[dict, float]] = {
-    "all samples": ({}, 1.0),
-    "half of the samples": ({}, 0.5),
-    "a quarter of the samples, from exact": ({"start": "exact"}, 0.25),
-    "half of the samples, from exact": ({"start": "exact"}, 0.5),
-}
+    "single samples": ({}, 1.0),
+    "pieces": ({"schedule": Schedule(pieces=4)}, 1.0),
+    "pieces, half of the samples": ({"schedule": Schedule(pieces=4)}, 0.5),
+    "pieces, half of the samples, from exact": (
+        {"schedule": Schedule(pieces=4), "start": "exact", "exact": Exact(samples=16, iterations=4)}, 0.5
+    ),
+    "pieces, a quarter of the samples, from exact": (
+        {"schedule": Schedule(pieces=4), "start": "exact", "exact": Exact(samples=16, iterations=4)}, 0.25
+    ),
+}  # fmt: skip
 PHASES = {
     "matrix products": ("aten::mm", "aten::addmm"),
     "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data", "scaled_dot_product"),

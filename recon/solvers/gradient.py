@@ -83,7 +83,8 @@ def fit(
     whose activations differ in size by orders of magnitude.
     """
     criterion = get_loss(loss)
-    scale = 1.0 if loss == "cosine" else targets.float().square().mean().clamp_min(1e-30).item()
+    norm = torch.linalg.vector_norm(targets, dtype=torch.float32)  # unlike a square, it needs no room for all targets again
+    scale = 1.0 if loss == "cosine" else max(norm.item() ** 2 / targets.numel(), 1e-30)
     steps = schedule.steps(len(inputs))
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
