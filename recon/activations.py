@@ -24,7 +24,8 @@ class Activations:
 
     Args:
         limit: bytes in all; 0 keeps nothing.
-        folder: where the files are, for the moment that they have names; default: the system's temporary folder.
+        folder: where the files are, for the moment that they have names; default: the system's temporary folder, which on
+            some systems is in memory.
     """
 
     def __init__(self, limit: int = LIMIT, folder: Path | str | None = None):
@@ -53,6 +54,8 @@ class Activations:
         return mapped
 
     def _mapped(self, tensor: Tensor, size: int) -> Tensor:
+        if self.folder is not None:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix="recon-", dir=self.folder) as file:
             space = os.statvfs(file.name)
             if size + RESERVE > space.f_bavail * space.f_frsize:

@@ -12,7 +12,7 @@ from recon.windows import Window, canonical
 
 log = logging.getLogger("recon")
 
-EFFICIENCY = 0.4  # of a bare matrix product's speed that a whole pass reaches, measured on CPUs
+EFFICIENCY = 0.6  # of a bare matrix product's speed that a whole pass reaches, measured on CPUs
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.1) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recon import checkpoint, device, estimate, evaluation, models, pruning, reconstruction, text
 from recon.activations import Activations
+from recon.assets import cache_folder
 from recon.decoder import Decoder
 from recon.environment import environment
 from recon.seeds import generator
@@ -214,7 +215,7 @@ class _Run:
         """What is known of the dense model on this run's samples, in its batches."""
         names = "model revision text samples sequence_length held_out_samples seed compute_dtype device"
         key = tuple(getattr(self.spec, name) for name in names.split())
-        return self.session.keep("activations", key, lambda: Activations(self.session.activation_bytes))
+        return self.session.keep("activations", key, lambda: Activations(self.session.activation_bytes, cache_folder()))
 
     def reconstruct(self, student: Decoder, masks: dict[str, Tensor]) -> list[reconstruction.WindowReport]:
         spec = self.spec
