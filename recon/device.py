@@ -1,6 +1,7 @@
 """Where the arithmetic happens and in what precision; how much memory it took."""
 
 import contextlib
+import ctypes
 import resource
 from pathlib import Path
 
@@ -43,22 +44,34 @@ class PeakMemory(contextlib.AbstractContextManager):
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.bytes = 0
+        self.bytes = self.before = 0  # the peak; what was in use on entry
 
     def __enter__(self):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
         else:
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
+            self.before = _resident("VmRSS:")
         return self
 
     def __exit__(self, *exception):
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
             return
-        try:
-            status = Path("/proc/self/status").read_text()
-            self.bytes = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        except (OSError, IndexError):
-            self.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.bytes = _resident("VmHWM:")
+
+
+def _resident(name: str) -> int:
+    """Resident memory of this process in bytes, now (VmRSS:) or at its highest (VmHWM:); the highest where only that is known."""
+    try:
+        return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release_memory() -> None:
+    """Gives freed memory back to the operating system, so that resident memory is what is in use (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -140,16 +140,17 @@ class _Bench:
         reconstruct(student, dense, samples, masks, device=self.device, progress=self.progress, **options)
 
     def measured(self, loop: Callable, dense: Decoder, samples: Tensor, masks: dict, **options) -> tuple[dict, Decoder]:
-        """Seconds and peak memory of one loop on a fresh pruned student, and the student."""
+        """Seconds of one loop on a fresh pruned student, the memory that it took beyond what was there, and the student."""
         student = self.pruned(dense, masks)
         gc.collect()
+        device.release_memory()
         products.synchronize(self.device)
         with device.PeakMemory(self.device) as peak:
             began = time.perf_counter()
             loop(student, dense, samples, masks, **options)
             products.synchronize(self.device)
             seconds = time.perf_counter() - began
-        return {"seconds": seconds, "peak_memory_bytes": peak.bytes}, student
+        return {"seconds": seconds, "peak_memory_bytes": peak.bytes, "added_memory_bytes": peak.bytes - peak.before}, student
 
     def short(self, blocks: int | None = None) -> tuple[Decoder, dict[str, Tensor]]:
         """The first blocks of the model, and their masks (of magnitude: only time is measured on them)."""
