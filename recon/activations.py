@@ -2,6 +2,7 @@
 
 import logging
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Hashable
@@ -33,6 +34,7 @@ class Activations:
         self.folder = folder
         self.bytes = 0
         self._kept: dict[Hashable, Tensor] = {}
+        self._maps: list[mmap.mmap] = []
 
     def get(self, name: Hashable) -> Tensor | None:
         """The tensor kept under `name`, not to be changed in place, or None."""
@@ -62,5 +64,13 @@ class Activations:
                 raise OSError(f"{math.ceil(size / 2**20)} MiB more would leave less than {RESERVE / 2**30:.0f} GiB free")
             # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        return mapped.view(tensor.shape).copy_(tensor)
+            pages = mmap.mmap(file.fileno(), max(size, 1))
+        self._maps.append(pages)
+        mapped = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+        return mapped.copy_(tensor)
+
+    def release(self) -> None:
+        """Gives back the memory that the tensors' pages occupy; they are read again from disk (or its cache) when needed."""
+        for pages in self._maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                pages.madvise(mmap.MADV_DONTNEED)

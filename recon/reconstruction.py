@@ -368,6 +368,7 @@ class _Pass:
                 self.sparse = self.forward(self.student, whole, self.sparse)
         if window.ends_block:
             self.kept.clear()
+            self.activations.release()
 
 
 def _place(window: Window) -> str:

@@ -40,6 +40,19 @@ def test_files_have_no_names_and_the_disk_gets_its_room_back(tmp_path):
     assert not any(mine in line for line in open("/proc/self/maps"))
 
 
+def test_released_pages_are_read_again(tmp_path):
+    def resident():
+        return int(open("/proc/self/status").read().split("RssFile:")[1].split()[0]) // 1024  # MiB
+
+    store, tensor = Activations(folder=tmp_path), torch.arange(2**24, dtype=torch.float32)
+    before = resident()
+    kept = store.put("one", tensor)
+    assert resident() > before + 50
+    store.release()
+    assert resident() < before + 10
+    assert torch.equal(kept, tensor)
+
+
 def test_bounded(tmp_path):
     store = Activations(limit=100, folder=tmp_path)
     small, large = torch.ones(20), torch.ones(6)
