@@ -110,6 +110,7 @@ class _Bench:
 
     @property
     def masks(self) -> dict[str, Tensor]:
+        """Wanda's masks of the whole model, made once."""
         if self._masks is None:
             self._masks = prune(
                 copy.deepcopy(self.dense.model),
