@@ -173,6 +173,7 @@ class _Pass:
     activations: Activations
 
     def begin(self, tokens: Tensor) -> None:
+        """Embeds `tokens` (samples, length), calibration samples first, and decides what errors are measured on."""
         # Errors are measured on held-out samples or, where there are none, on the first calibration samples.
         first = self.count if len(tokens) > self.count else 0
         self.measured = slice(first, min(first + ERROR_SAMPLES, len(tokens)))

@@ -25,6 +25,7 @@ from recon.checkpoint import check_writable
 from recon.decoder import Decoder
 from recon.environment import environment
 from recon.errors import ReconError
+from recon.estimate import gemm_rate
 from recon.pruning import prune
 from recon.reconstruction import reconstruct
 from recon.runs import Session, run, share_recovered
@@ -36,7 +37,7 @@ from recon.study import grid
 
 log = logging.getLogger("recon")
 
-# Name -> options of `reconstruct`, share of the samples; what is tried on the way to the reference loop's perplexity.
+# What is tried on the way to the reference loop's perplexity: name -> options of `reconstruct`, share of the samples.
 PIECES = Schedule(pieces=4)
 FROM_EXACT = {"start": "exact", "exact": Exact(iterations=2)}  # few samples: more iterations would fit their noise
 RECIPES: dict[str, tuple[dict, float]] = {
@@ -168,7 +169,8 @@ class _Bench:
     def products(self) -> dict:
         """The machine's speed at large squares, and at the products of reconstruction, forward and backward."""
         rates = {
-            str(dtype).removeprefix("torch."): products.square_rate(self.device, dtype) for dtype in {self.dtype, torch.float32}
+            str(dtype).removeprefix("torch."): gemm_rate(self.device, dtype, size=2048, seconds=0.5)
+            for dtype in {self.dtype, torch.float32}
         }
         dense, masks = self.short(min(2, self.spec.blocks))
         with products.Recorder() as recorder:

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices: large squares, and the very products that a piece of work consists of."""
+"""The matrix products that a piece of work consists of, and how fast this machine does each alone."""
 
 import time
 from collections import Counter
@@ -64,9 +64,3 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def square_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """Floating-point operations per second of a product of two square matrices."""
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / timed(lambda: left @ right, device, least=0.5)
