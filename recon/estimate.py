@@ -6,8 +6,10 @@ import time
 import torch
 
 from recon import criteria
+from recon.adapters import ADAPTERS
 from recon.decoder import Decoder
 from recon.device import pick_compute_dtype
+from recon.statistics import triangle
 from recon.windows import Window, canonical
 
 log = logging.getLogger("recon")
@@ -26,33 +28,115 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, second
     return 2 * size**3 * count / (time.perf_counter() - began)
 
 
-def cost(spec, decoder: Decoder) -> tuple[dict[str, float], int]:
-    """FLOPs by phase and peak bytes in memory for a run of `spec` on the model of `decoder`; attention scores left out."""
-    matrices = decoder.matrices()
-    weights = sum(m.weight.numel() for m in matrices.values())
-    everything = sum(p.numel() for p in decoder.model.parameters())
-    head = decoder.model.get_output_embeddings()
-    head_weights = head.weight.numel() if head is not None else 0
-    tokens = spec.samples * spec.sequence_length
-    evaluated = len(spec.evaluation_texts) * spec.evaluation_samples * spec.evaluation_length
+def flops(spec, decoder: Decoder) -> dict[str, float]:
+    """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate".
+
+    In closed form from the shapes, as if the run shared nothing with others: two per weight and token for each product (forward,
+    weight gradient, input gradient), attention over the causal half, Gram matrices, adapters, exact solvers; no element-wise
+    work. Evaluation is that of perplexity.
+    """
+    model = _Model(decoder)
+    samples = spec.samples_by_phase
+    tokens = {phase: count * spec.sequence_length for phase, count in samples.items()}
+    forward = 2 * model.weights + model.attention(spec.sequence_length)
+    found = dict.fromkeys(("prune", "reconstruct", "retrain"), 0.0)
+
     rule = criteria.get(spec.criterion)
-    grams = sum(matrices[group[0]].weight.shape[1] ** 2 for groups in decoder.groups for group in groups)
-    flops = {"evaluate": (3 if spec.granularity != "none" else 2) * 2 * evaluated * (weights + head_weights)}
-    passes = 0 if rule.statistics == "none" else 2 if spec.prune_propagation == "sparse" else 1
-    flops["prune"] = passes * 2 * tokens * weights + (2 * tokens * grams if rule.statistics == "gram" else 0)
-    window_weights = 0
+    if rule.statistics != "none" or spec.swaps:
+        passes = 2 if spec.prune_propagation == "sparse" else 1
+        found["prune"] = passes * forward * tokens["prune"]
+    if rule.statistics == "gram" or spec.swaps:
+        found["prune"] += model.grams * tokens["prune"]
+    if spec.criterion == "sparsegpt":
+        found["prune"] += model.inverses
+
+    if spec.granularity != "none":
+        windows = decoder.windows(spec.granularity)
+        dense, sparse = spec.propagation != "sparse", spec.propagation != "dense"
+        # Targets; what feeds the windows of matrices; the student's own stream.
+        per_token = forward + (2 * model.weights if spec.granularity == "matrix" and dense else 0.0) + sparse * forward
+        if spec.solver == "adamw":
+            per_token += spec.epochs * (forward + 2 * model.weights)  # the student, and its weights' gradients
+            if spec.granularity != "matrix":
+                first = 0 if spec.train == "all" else sum(model.first(window) for window in windows)
+                per_token += spec.epochs * (2 * (model.weights - first) + 2 * model.attention(spec.sequence_length))
+            else:
+                per_token -= spec.epochs * model.attention(spec.sequence_length)
+            if spec.adapter != "none":
+                batches = spec.epochs * -(-samples["reconstruct"] // spec.batch_size)
+                found["reconstruct"] += batches * 6 * spec.rank * model.weights
+        if spec.solver == "exact" or spec.start == "exact":
+            used = min(spec.exact_samples or spec.samples, spec.samples) * spec.sequence_length
+            found["reconstruct"] += model.grams * used + 2 * model.products * (1 + spec.exact_iterations)
+        found["reconstruct"] += per_token * tokens["reconstruct"]
+
+    if spec.then != "none":
+        whole = forward + 2 * model.head
+        backward = 2 * (model.weights + model.head) + 2 * model.attention(spec.sequence_length)
+        if spec.then == "full":
+            backward += 2 * (model.weights + model.head)
+        elif spec.then == "lora":
+            backward += 3 * 2 * spec.rank * model.edges
+        elif spec.then in ADAPTERS:
+            backward += 2 * model.weights
+            batches = spec.then_epochs * -(-samples["retrain"] // spec.then_batch_size)
+            found["retrain"] += batches * 6 * spec.rank * model.weights
+        per_token = whole + backward + (whole if spec.objective == "distil" else 0) + (forward if spec.then_checkpointing else 0)
+        found["retrain"] += spec.then_epochs * per_token * tokens["retrain"]
+
+    evaluated = len(spec.evaluation_texts) * spec.evaluation_samples * spec.evaluation_length
+    repaired = spec.granularity != "none" or spec.then != "none"
+    found["evaluate"] = (2 + repaired) * evaluated * (
+        2 * (model.weights + model.head) + model.attention(spec.evaluation_length)
+    )  # fmt: skip
+    return found
+
+
+class _Model:
+    """Sizes of a model that its costs follow from."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.matrices = {name: matrix.weight.shape for name, matrix in decoder.matrices().items()}
+        shapes = self.matrices.values()
+        self.weights = sum(rows * columns for rows, columns in shapes)
+        self.edges = sum(rows + columns for rows, columns in shapes)
+        self.products = sum(rows * columns**2 for rows, columns in shapes)  # of every matrix with its Gram matrix
+        self.head = sum(weight.numel() for weight in decoder.head_weights())
+        read = [self.matrices[group[0]][1] for groups in decoder.groups for group in groups]
+        self.grams = sum(2 * triangle(columns) for columns in read)  # per token
+        self.inverses = sum(2 * columns**3 for columns in read) + self.products
+
+    def attention(self, length: int) -> float:
+        """Scores and weighted sums per token at `length` tokens, over the causal half; none where a block has no halves."""
+        width = 0
+        for index, halves in enumerate(self.decoder.halves):
+            if not isinstance(halves, str):
+                names = list(self.decoder.matrices(Window(range(index, index + 1), half="attention")))
+                width += self.matrices[names[-1]][1]
+        return 2.0 * length * width
+
+    def first(self, window: Window) -> int:
+        """Weights of `window` that read its input, through which no gradient has to go."""
+        names = list(self.decoder.matrices(window))
+        group = next(group for group in self.decoder.groups[window.blocks[0]] if names[0] in group)
+        return sum(self.matrices[name][0] * self.matrices[name][1] for name in group if name in names)
+
+
+def cost(spec, decoder: Decoder) -> tuple[dict[str, float], int]:
+    """FLOPs by phase (see `flops`) and, roughly, peak bytes in memory for a run of `spec` on the model of `decoder`."""
+    everything = sum(p.numel() for p in decoder.model.parameters())
+    trained = 0
     if canonical(spec.granularity) != "none":
-        windows: list[Window] = decoder.windows(spec.granularity)
-        window_weights = max(sum(p.numel() for p in decoder.parameters(w).values()) for w in windows)
-        steps = 3 * spec.epochs if spec.solver == "adamw" else 0
-        flops["reconstruct"] = 2 * tokens * weights * (1 + steps + (spec.granularity == "matrix"))
-        if spec.start == "exact" or spec.solver == "exact":
-            flops["reconstruct"] += 2 * tokens * grams
+        trained = max(sum(p.numel() for p in decoder.parameters(w).values()) for w in decoder.windows(spec.granularity))
+    if spec.then == "full":
+        trained = everything
+    elif spec.then != "none":
+        trained = max(trained, sum(matrix.weight.numel() for matrix in decoder.matrices().values()) // 2)
     hidden = decoder.model.config.get_text_config().hidden_size
-    activations = 4 * (tokens + spec.held_out_samples * spec.sequence_length) * hidden
+    activations = 4 * (spec.samples + spec.held_out_samples) * spec.sequence_length * hidden
     # Two models; inputs, targets and one stream on its way; weights' backup, gradient and two moments of AdamW.
-    peak = 4 * 2 * everything + 3 * activations + 4 * 4 * window_weights
-    return flops, peak
+    return flops(spec, decoder), 4 * 2 * everything + 3 * activations + 4 * 4 * trained
 
 
 def announce(spec, decoder: Decoder, device: torch.device) -> None:
@@ -60,7 +144,7 @@ def announce(spec, decoder: Decoder, device: torch.device) -> None:
     flops, peak = cost(spec, decoder)
     rate = EFFICIENCY * gemm_rate(device, pick_compute_dtype(spec.compute_dtype, device))
     seconds = {phase: count / rate for phase, count in flops.items()}
-    parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items())
+    parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items() if value)
     log.info(
         "%s, %s %s, %s: about %s on this machine (%s); about %.1f GiB",
         spec.model, spec.criterion, spec.pattern, spec.granularity, duration(sum(seconds.values())), parts, peak / 2**30,

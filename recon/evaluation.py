@@ -1,7 +1,7 @@
 """How well a model predicts held-out text, and how far it has drifted from the dense one."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,29 @@ from recon.engine import Engine
 from recon.errors import ReconError
 
 SLICE = 256  # tokens whose logits exist at once
+KL_WINDOWS = 8  # windows that the divergence from the dense model is measured on: the head runs for both models there
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`value` = exp(mean negative log-likelihood in nats) over `tokens` predicted tokens; `per_window` is that mean for each window."""
+    """`value` = exp(mean negative log-likelihood in nats) over `tokens` predicted tokens; `per_window` is that mean for each window.
+
+    `kl_per_window`: KL(dense || model) of the predictions in nats, mean over tokens, for the first windows; empty where there was
+    no dense model to compare with.
+    """
 
     value: float
     tokens: int
     per_window: list[float]
+    kl_per_window: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What predictions are compared with: a dense model, and its last block's output (windows, length, hidden)."""
+
+    decoder: Decoder
+    states: Tensor
 
 
 @torch.no_grad()
@@ -32,29 +46,59 @@ def perplexity(
     progress: bool = True,
     description: str = "perplexity",
     device: torch.device | str | None = None,
+    reference: Reference | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
     device: where to compute; default: where the model is.
+    reference: the dense model to measure the divergence from, on as many windows as its states are of.
     Raises `ReconError` where windows are longer than the model was made for.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     check_length(decoder, tokens.shape[1])
     engine = Engine(device or decoder.device, compute_dtype)
-    # Block by block, so that one block at a time has to be on the compute device.
-    stream = engine.run(decoder.embed, tokens)
     windows = decoder.windows("block")
     with tqdm(total=len(windows) + 1, desc=description, unit="block", disable=not progress) as bar:
-        for window in windows:
-            with engine.holding(decoder, window):
-                stream = engine.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)
-            bar.update()
+        stream = last_states(decoder, tokens, engine, bar)
         with engine, engine.holding_ends(decoder):
             parts = [range(i, i + 1) for i in range(len(tokens))]
             means = [_nll(decoder, *pair) / (tokens.shape[1] - 1) for pair in engine.batches([tokens, stream], parts)]
+        divergences = [] if reference is None else _divergences(decoder, reference, engine, tokens, stream)
         bar.update()
     mean = sum(means) / len(means)
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(means) * (tokens.shape[1] - 1), means)
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(means) * (tokens.shape[1] - 1), means, divergences)
+
+
+@torch.no_grad()
+def last_states(decoder: Decoder, tokens: Tensor, engine: Engine, bar: tqdm | None = None) -> Tensor:
+    """The last block's output for `tokens` (windows, length): (windows, length, hidden)."""
+    # Block by block, so that one block at a time has to be on the compute device.
+    stream = engine.run(decoder.embed, tokens)
+    for window in decoder.windows("block"):
+        with engine.holding(decoder, window):
+            stream = engine.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)
+        if bar is not None:
+            bar.update()
+    return stream
+
+
+def _divergences(decoder: Decoder, reference: Reference, engine: Engine, tokens: Tensor, stream: Tensor) -> list[float]:
+    """Mean over tokens of KL(dense || model) for the windows that `reference` has the states of."""
+    means = []
+    dense = reference.decoder
+    parts = [range(i, i + 1) for i in range(min(len(reference.states), len(stream)))]
+    with engine, engine.holding_ends(decoder), engine.holding_ends(dense):
+        for part, wanted, found in engine.batches([tokens, reference.states, stream], parts):
+            slices = zip(*(t[:, :-1].split(SLICE, 1) for t in (part, wanted, found)), strict=True)
+            total = sum(kl_divergence(dense.logits(t, w)[0], decoder.logits(t, f)[0]).sum().item() for t, w, f in slices)
+            means.append(total / (tokens.shape[1] - 1))
+    return means
+
+
+def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """KL(wanted || found) in nats for logits (tokens, vocabulary): (tokens,), in float32."""
+    p, q = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
 def _nll(decoder: Decoder, tokens: Tensor, hidden: Tensor) -> float:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recon.activations import Activations
-from recon.decoder import Decoder
+from recon.adapters import adapted, check_adapter
+from recon.decoder import Decoder, Matrix
 from recon.engine import Engine, batch_size
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
 from recon.seeds import generator
 from recon.solvers.exact import Exact, masked_least_squares
-from recon.solvers.gradient import Schedule, fit, get_loss
+from recon.solvers.gradient import Curve, Schedule, fit, get_loss
 from recon.statistics import gather
 from recon.structure import requiring_gradients
 from recon.windows import Window, canonical
@@ -53,8 +54,12 @@ class WindowReport:
     error_before: dict[str, float]  # on "held_out" samples or, where there are none, on "calibration" samples
     error_after: dict[str, float]
     losses: list[float]  # one per optimiser step, relative to the mean square of the targets
+    gradient_norms: list[float]  # see `recon.solvers.gradient.Curve`
+    movement: float  # |after - before| / |before| over the window's matrices
     seconds: float
-    status: str  # "repaired", or "restored" where fitting gave numbers that are not finite
+    # "repaired"; "restored" to what pruning left, where fitting gave numbers that are not finite; "rejected" and restored, where
+    # the error on held-out samples grew
+    status: str
 
 
 def reconstruct(
@@ -71,6 +76,8 @@ def reconstruct(
     held_out: Tensor | None = None,
     exact: Exact = Exact(),
     train: str = "matrices",
+    adapter: str = "none",
+    rank: int = 16,
     activations: Activations | None = None,
     seed: int = 0,
     compute_dtype: str = "auto",
@@ -90,6 +97,7 @@ def reconstruct(
             the rate that suits a block, a quarter of the model or all of it diverges.
         exact: how exact solutions are computed, where `solver` or `start` asks for them.
         propagation, solver, start, train: see `PROPAGATIONS`, `SOLVERS`, `STARTS`, `TRAINED`.
+        adapter, rank: a low-rank parametrisation that is trained in place of the matrices; see `recon.adapters.ADAPTERS`.
         device: where to compute; default: where `dense` is. Both models stay where they are, but for the window in hand.
         activations: where passes over the same dense model and samples share what they know of it.
         held_out: tokens (samples, length) that nothing is fitted on, to measure errors on.
@@ -99,7 +107,7 @@ def reconstruct(
     """
     teacher = dense if isinstance(dense, Decoder) else Decoder(dense)
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
-    check_options(granularity, propagation, solver, start, loss, train)
+    check_options(granularity, propagation, solver, start, loss, train, adapter, rank)
     check_length(teacher, samples.shape[1])
     for name, parameter in student.model.named_parameters():
         if parameter.dtype != torch.float32:
@@ -111,8 +119,8 @@ def reconstruct(
             found = tuple(masks[name].shape) if name in masks else None
             raise ReconError(f"mask of {name!r} has shape {found}; it must be {tuple(matrix.weight.shape)}")
     task = _Pass(
-        teacher, student, masks, propagation, solver, start, loss, schedule, exact, train, seed,
-        Engine(device or teacher.device, compute_dtype), len(samples),
+        teacher, student, masks, propagation, solver, start, loss, schedule, exact, train,
+        adapter, rank, seed, Engine(device or teacher.device, compute_dtype), len(samples),
         Activations(limit=0) if activations is None else activations,
     )  # fmt: skip
     task.begin(samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]]))
@@ -129,7 +137,16 @@ def reconstruct(
     return reports
 
 
-def check_options(granularity: str, propagation: str, solver: str, start: str, loss: str, train: str = "matrices") -> None:
+def check_options(
+    granularity: str,
+    propagation: str,
+    solver: str,
+    start: str,
+    loss: str,
+    train: str = "matrices",
+    adapter: str = "none",
+    rank: int = 16,
+) -> None:
     """Raises `ReconError` for unknown names and for combinations that have no meaning."""
     for kind, value, known in (
         ("propagation", propagation, PROPAGATIONS),
@@ -147,6 +164,10 @@ def check_options(granularity: str, propagation: str, solver: str, start: str, l
         )
     if solver == "exact" and loss != "mse":
         raise ReconError(f"solver exact minimises mse, not loss {loss!r}")
+    if adapter != "none":
+        check_adapter(adapter, rank)
+        if solver == "exact" or train == "all":
+            raise ReconError(f"adapter {adapter!r} is all that is trained; it goes with solver adamw and train matrices")
 
 
 @dataclass
@@ -167,6 +188,8 @@ class _Pass:
     schedule: Schedule
     exact: Exact
     train: str
+    adapter: str
+    rank: int
     seed: int
     engine: Engine
     count: int  # calibration samples
@@ -213,29 +236,53 @@ class _Pass:
         began = time.perf_counter()
         inputs, targets, grams = self.task_of(window)
         parameters = self.student.trained(window, self.train)
-        count = sum(parameter.numel() for parameter in parameters.values())
+        backup = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         before = self.error(window, inputs, targets)
-        with self.engine.holding(self.student, window, parameters.values()):
-            losses, status = self.fit(window, inputs, targets, grams, parameters)
-        after = self.error(window, inputs, targets)
+        count, curve = self.fit(window, inputs, targets, grams, parameters)
+        after, status = self.error(window, inputs, targets), "repaired"
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
+            log.warning("window %r: fitting gave NaN or infinite weights; its pruned-only weights are restored", window.name)
+            status = "restored"
+        elif self.measured_on == "held_out" and after["held_out"] > before["held_out"]:
+            # Too few steps at too high a rate do harm; text that was not fitted on tells.
+            status = "rejected"
+        if status != "repaired":
+            after = before
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(backup[name])
+        moved = sum((p.detach() - backup[name]).square().sum().item() for name, p in parameters.items())
+        norm = sum(weight.square().sum().item() for weight in backup.values())
         self.advance(window)
-        return WindowReport(window.name, count, before, after, losses, time.perf_counter() - began, status)
+        return WindowReport(
+            window.name, count, before, after, curve.losses, curve.gradient_norms, (moved / max(norm, 1e-30)) ** 0.5,
+            time.perf_counter() - began, status,
+        )  # fmt: skip
 
     def fit(
-        self, window: Window, inputs: Tensor, targets: Tensor, grams: dict[str, Tensor], parameters: dict[str, nn.Parameter]
-    ) -> tuple[list[float], str]:
-        """Changes the window's parameters; returns the loss of every step, and the status for the report."""
-        backup = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self,
+        window: Window,
+        inputs: Tensor,
+        targets: Tensor,
+        grams: dict[str, Tensor],
+        parameters: dict[str, nn.Parameter],
+    ) -> tuple[int, Curve]:
+        """Changes the window's `parameters`; returns how many numbers were trained, and how that went."""
+        matrices = self.student.matrices(window)
+        if self.adapter == "none":
+            with self.engine.holding(self.student, window, parameters.values()):
+                if grams:
+                    self.solve_exactly(window, inputs, targets, grams)
+                curve = self.descend(window, inputs, targets, parameters, matrices) if self.solver == "adamw" else Curve([], [])
+            return sum(parameter.numel() for parameter in parameters.values()), curve
         if grams:
-            self.solve_exactly(window, inputs, targets, grams)
-        losses = self.descend(window, inputs, targets, parameters) if self.solver == "adamw" else []
-        if all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
-            return losses, "repaired"
-        log.warning("window %r: fitting gave NaN or infinite weights; its pruned-only weights are restored", window.name)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(backup[name])
-        return losses, "restored"
+            with self.engine.holding(self.student, window, parameters.values()):
+                self.solve_exactly(window, inputs, targets, grams)
+        random = generator(self.seed, "adapters", window.name)
+        with adapted(matrices.values(), self.masks, self.adapter, self.rank, random) as low_rank:
+            with self.engine.holding(self.student, window, low_rank.values()):
+                curve = self.descend(window, inputs, targets, low_rank, {})
+            return sum(parameter.numel() for parameter in low_rank.values()), curve
 
     def task_of(self, window: Window) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The window's inputs and targets for all samples, and, where matrices are solved exactly, their Gram matrices."""
@@ -332,9 +379,10 @@ class _Pass:
             matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), self.exact.iterations))
             column += rows
 
-    def descend(self, window: Window, inputs: Tensor, targets: Tensor, parameters: dict[str, nn.Parameter]) -> list[float]:
-        """Trains the window by gradient descent; returns the loss of every step."""
-        matrices = self.student.matrices(window)
+    def descend(
+        self, window: Window, inputs: Tensor, targets: Tensor, parameters: dict[str, nn.Parameter], masked: dict[str, Matrix]
+    ) -> Curve:
+        """Trains `parameters` of the window by gradient descent; those of the matrices `masked` keep their zeros."""
         inputs, targets = inputs[: self.count], targets[: self.count]
         if window.matrices or window.half == "mlp":
             inputs, targets = (t.unflatten(1, (self.schedule.pieces, -1)).flatten(0, 1) for t in (inputs, targets))
@@ -342,7 +390,7 @@ class _Pass:
             return fit(
                 lambda x: self.student.forward(window, x),
                 list(parameters.values()),
-                [(m.module.weight, m.oriented(self.masks[name]).to(self.engine.device)) for name, m in matrices.items()],
+                [(m.module.weight, m.oriented(self.masks[name]).to(self.engine.device)) for name, m in masked.items()],
                 inputs,
                 targets,
                 self.loss,

@@ -1,4 +1,4 @@
-"""One run from a specification to a record: text -> decoder -> prune -> reconstruct -> evaluate."""
+"""One run from a specification to a record: text -> decoder -> prune -> reconstruct -> retrain -> evaluate."""
 
 import copy
 import hashlib
@@ -12,14 +12,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recon import checkpoint, device, estimate, evaluation, models, pruning, reconstruction, text
+from recon import checkpoint, device, estimate, evaluation, models, pruning, reconstruction, retraining, text, zero_shot
 from recon.activations import Activations
 from recon.assets import cache_folder
 from recon.decoder import Decoder
+from recon.engine import Engine
 from recon.environment import environment
 from recon.seeds import generator
 from recon.sparsity import Pattern, sparsity_of
 from recon.spec import RunRecord, RunSpec
+
+
+@dataclass
+class _Measured:
+    """How good a model is: perplexities by text, zero-shot results, drift along the depth, perplexity on held-out samples."""
+
+    perplexities: dict[str, evaluation.Perplexity]
+    zero_shot: dict
+    drift: list[float]
+    held_out: float | None
 
 
 @dataclass
@@ -28,8 +39,7 @@ class _Pruned:
 
     pruning: pruning.Pruning
     weights: dict[str, Tensor]
-    perplexities: dict[str, evaluation.Perplexity]
-    drift: list[float]
+    measured: _Measured
     seconds: float
     peak: int
 
@@ -100,7 +110,7 @@ class _Run:
         with self.phase("evaluate"):
             # Dense first: a wrong set-up shows before anything is pruned.
             key = (spec.model, spec.revision, self.protocol_key())
-            dense = self.session.keep("dense_perplexity", key, lambda: self.perplexities(self.dense, "dense"))
+            dense, self.references = self.session.keep("dense", key, self.measure_dense)
         model = copy.deepcopy(self.dense.model)
         student = Decoder(model, like=self.dense)
         pruned = self.session.keep("pruned", self.pruned_key(), lambda: self.prune(student))
@@ -109,15 +119,19 @@ class _Run:
                 matrix.weight.copy_(pruned.weights.get(name, matrix.weight) * pruned.pruning.masks[name])
         record.seconds["prune"] = pruned.seconds
         record.peak_memory_bytes_by_phase["prune"] = pruned.peak
-        repaired, drift = pruned.perplexities, pruned.drift
-        record.seconds["reconstruct"] = 0.0
+        repaired = pruned.measured
+        record.seconds["reconstruct"] = record.seconds["retrain"] = 0.0
         if spec.granularity != "none":
             with self.phase("reconstruct"):
                 record.windows = reconstruction.summary(self.reconstruct(student, pruned.pruning.masks))
+        if spec.then != "none":
+            with self.phase("retrain"):
+                record.retraining = asdict(self.retrain(student, pruned.pruning.masks))
+        if spec.granularity != "none" or spec.then != "none":
             with self.phase("evaluate"):
-                repaired = self.perplexities(student, "repaired")
-                drift = self.drift(student)
-        self.fill(student, dense, pruned, repaired, drift)
+                repaired = self.measure(student, "repaired")
+        self.fill(student, dense, pruned.measured, repaired)
+        record.flops = estimate.flops(spec, self.dense)
         record.shared = list(self.session.reused)
         record.environment = environment(self.device, spec.compute_dtype)
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
@@ -155,9 +169,12 @@ class _Run:
             Pattern.parse(spec.pattern).check_columns(name, matrix.weight.shape[1])
         for length in (spec.sequence_length, spec.evaluation_length):
             evaluation.check_length(self.dense, length)
+        zero_shot.check_tasks(spec.tasks)
         draw = text.sample_tokens
         seed = generator(spec.seed, "calibration").initial_seed() % 2**32
-        self.samples = draw(spec.text, "calibration", self.tokenizer, spec.samples, spec.sequence_length, seed)
+        most = max(spec.samples_by_phase.values())
+        # One draw for all phases: each reads the first so many of it.
+        self.calibration = draw(spec.text, "calibration", self.tokenizer, most, spec.sequence_length, seed)
         self.held_out = None
         if spec.held_out_samples:
             self.held_out = draw(spec.text, "validation", self.tokenizer, spec.held_out_samples, spec.sequence_length)
@@ -166,27 +183,50 @@ class _Run:
             for name in spec.evaluation_texts
         }
 
+    def samples(self, phase: str) -> Tensor:
+        """The calibration samples that `phase` reads."""
+        return self.calibration[: self.spec.samples_by_phase[phase]]
+
     def protocol_key(self) -> tuple:
-        spec = self.spec
-        return spec.evaluation_texts, spec.evaluation_samples, spec.evaluation_length, spec.device, spec.compute_dtype
+        names = "evaluation_texts evaluation_samples evaluation_length tasks task_limit text sequence_length held_out_samples "
+        return tuple(getattr(self.spec, name) for name in (names + "device compute_dtype").split())
 
     def pruned_key(self) -> tuple:
-        names = "model revision text samples sequence_length criterion pattern scope prune_propagation sparsegpt_block_size "
-        names += "sparsegpt_damping swaps held_out_samples seed"
-        return (*(getattr(self.spec, name) for name in names.split()), self.protocol_key())
+        names = "model revision criterion pattern scope prune_propagation sparsegpt_block_size sparsegpt_damping swaps seed"
+        return (*(getattr(self.spec, name) for name in names.split()), len(self.samples("prune")), self.protocol_key())
 
-    def perplexities(self, decoder: Decoder, what: str) -> dict[str, evaluation.Perplexity]:
-        return {
-            name: evaluation.perplexity(
-                decoder, tokens, self.spec.compute_dtype, self.progress, f"perplexity ({what}, {name})", self.device
-            )
-            for name, tokens in self.texts.items()
-        }
+    def measure(self, decoder: Decoder, what: str) -> _Measured:
+        """Everything that is measured of a model."""
+        spec = self.spec
 
-    def drift(self, student: Decoder) -> list[float]:
-        if self.held_out is None:
-            return []
-        return evaluation.drift(student, self.dense, self.held_out, self.spec.compute_dtype, self.device)
+        def perplexity(tokens: Tensor, name: str) -> evaluation.Perplexity:
+            return evaluation.perplexity(
+                decoder, tokens, spec.compute_dtype, self.progress, f"perplexity ({what}, {name})", self.device,
+                self.references.get(name),
+            )  # fmt: skip
+
+        perplexities = {name: perplexity(tokens, name) for name, tokens in self.texts.items()}
+        tasks = {}
+        if spec.tasks:
+            tasks = zero_shot.zero_shot(
+                decoder.model, self.tokenizer, spec.tasks, spec.task_limit or None,
+                compute_dtype=spec.compute_dtype, device=self.device, progress=self.progress,
+            )  # fmt: skip
+        drift, held_out = [], None
+        if self.held_out is not None:
+            held_out = perplexity(self.held_out, "held out").value
+            if decoder is not self.dense:
+                drift = evaluation.drift(decoder, self.dense, self.held_out, spec.compute_dtype, self.device)
+        return _Measured(perplexities, tasks, drift, held_out)
+
+    def measure_dense(self) -> tuple[_Measured, dict[str, evaluation.Reference]]:
+        """The dense model's own figures, and what the predictions of others are compared with, by text."""
+        engine = Engine(self.device, self.spec.compute_dtype)
+        self.references = {}
+        measured = self.measure(self.dense, "dense")
+        first = {name: tokens[: evaluation.KL_WINDOWS] for name, tokens in self.texts.items()}
+        states = {name: evaluation.last_states(self.dense, tokens, engine) for name, tokens in first.items()}
+        return measured, {name: evaluation.Reference(self.dense, state) for name, state in states.items()}
 
     def prune(self, student: Decoder) -> _Pruned:
         """Prunes the student in place, and measures it."""
@@ -197,7 +237,7 @@ class _Run:
         began = time.perf_counter()
         with device.PeakMemory(self.device) as peak:
             pruned = pruning.prune(
-                student, self.samples, spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
+                student, self.samples("prune"), spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
                 spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, **options,
             )  # fmt: skip
         seconds = time.perf_counter() - began
@@ -208,8 +248,8 @@ class _Run:
             if not torch.equal(matrix.weight, dense[name].weight * pruned.masks[name])
         }
         with self.phase("evaluate"):
-            perplexities, drift = self.perplexities(student, "pruned"), self.drift(student)
-        return _Pruned(pruned, weights, perplexities, drift, seconds, peak.bytes)
+            measured = self.measure(student, "pruned")
+        return _Pruned(pruned, weights, measured, seconds, peak.bytes)
 
     def activations(self) -> Activations:
         """What is known of the dense model on this run's samples, in its batches."""
@@ -220,26 +260,41 @@ class _Run:
     def reconstruct(self, student: Decoder, masks: dict[str, Tensor]) -> list[reconstruction.WindowReport]:
         spec = self.spec
         return reconstruction.reconstruct(
-            student, self.dense, self.samples, masks, spec.granularity, spec.propagation, spec.solver, spec.start,
-            spec.loss, spec.schedule, self.held_out, spec.exact, spec.train, self.activations(), spec.seed, spec.compute_dtype,
-            self.device, self.progress,
+            student, self.dense, self.samples("reconstruct"), masks, spec.granularity, spec.propagation, spec.solver, spec.start,
+            spec.loss, spec.schedule, self.held_out, spec.exact, spec.train, spec.adapter, spec.rank, self.activations(),
+            spec.seed, spec.compute_dtype, self.device, self.progress,
         )  # fmt: skip
 
-    def fill(self, student: Decoder, dense: dict, pruned: _Pruned, repaired: dict, drift: list[float]) -> None:
+    def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> retraining.RetrainingReport:
+        spec = self.spec
+
+        def merged() -> None:
+            name = spec.evaluation_texts[0]
+            found = evaluation.perplexity(
+                student, self.texts[name], spec.compute_dtype, self.progress, f"perplexity (merged, {name})", self.device
+            )
+            self.record.metrics["perplexity_before_masking"] = found.value
+
+        return retraining.retrain(
+            student, self.samples("retrain"), masks, spec.then, spec.objective, self.dense, spec.then_schedule, spec.rank,
+            spec.then_checkpointing, merged, spec.seed, spec.compute_dtype, self.device, self.progress,
+        )  # fmt: skip
+
+    def fill(self, student: Decoder, dense: _Measured, pruned: _Measured, repaired: _Measured) -> None:
         """Writes metrics, tokens and protocol into the record."""
         spec, metrics = self.spec, self.record.metrics
-        by_text = {}
+        by_text, states = {}, {"dense": dense, "pruned": pruned, "repaired": repaired}
         for name in spec.evaluation_texts:
-            values = [result[name].value for result in (dense, pruned.perplexities, repaired)]
+            results = {kind: measured.perplexities[name] for kind, measured in states.items()}
+            values = [result.value for result in results.values()]
             by_text[name] = {
                 "dense_perplexity": values[0],
                 "pruned_perplexity": values[1],
                 "perplexity": values[2],
                 "share_recovered": share_recovered(*values),
-                "nll_per_window": {
-                    kind: result[name].per_window
-                    for kind, result in (("dense", dense), ("pruned", pruned.perplexities), ("repaired", repaired))
-                },
+                "nll_per_window": {kind: result.per_window for kind, result in results.items()},
+                "kl_per_window": {kind: results[kind].kl_per_window for kind in ("pruned", "repaired")},
+                "kl": sum(results["repaired"].kl_per_window) / max(1, len(results["repaired"].kl_per_window)),
             }
         headline = by_text[spec.evaluation_texts[0]]
         metrics.update(
@@ -249,30 +304,43 @@ class _Run:
         zeros = sum(int((weight == 0).sum()) for weight in weights.values())
         metrics["sparsity"] = zeros / sum(weight.numel() for weight in weights.values())
         metrics["sparsity_by_matrix"] = {name: sparsity_of(weight) for name, weight in weights.items()}
+        metrics["kl"] = headline["kl"]
+        metrics["dense_held_out_perplexity"], metrics["held_out_perplexity"] = dense.held_out, repaired.held_out
+        if spec.tasks:
+            metrics["zero_shot"] = {kind: measured.zero_shot for kind, measured in states.items()}
+            metrics |= {
+                f"{prefix}accuracy": zero_shot.mean_accuracy(states[kind].zero_shot)
+                for prefix, kind in (("dense_", "dense"), ("pruned_", "pruned"), ("", "repaired"))
+            }
         metrics["held_out_error_pruned"] = pruned.drift[-1] if pruned.drift else None
-        metrics["held_out_error"] = drift[-1] if drift else None
-        metrics["drift_pruned"], metrics["drift"] = pruned.drift, drift
+        metrics["held_out_error"] = repaired.drift[-1] if repaired.drift else None
+        metrics["drift_pruned"], metrics["drift"] = pruned.drift, repaired.drift
         metrics["by_text"] = by_text
         self.record.tokens = {
-            "calibration": self.samples.numel(),
+            **{phase: self.samples(phase).numel() for phase in spec.samples_by_phase},
             "held_out": 0 if self.held_out is None else self.held_out.numel(),
-            "evaluation": sum(result.tokens for result in dense.values()),
+            "evaluation": sum(result.tokens for result in dense.perplexities.values()),
         }
         dtype = str(device.pick_compute_dtype(spec.compute_dtype, self.device)).removeprefix("torch.")
         self.record.protocol = {
-            "calibration": f"{spec.samples} x {spec.sequence_length} tokens of {spec.text} (calibration split), seed {spec.seed}",
+            "calibration": (
+                ", ".join(f"{phase} {count}" for phase, count in spec.samples_by_phase.items())
+                + f" x {spec.sequence_length} tokens of {spec.text} (calibration split), seed {spec.seed}"
+            ),
             "evaluation": (
                 "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
                 f"{spec.evaluation_samples} consecutive windows x {spec.evaluation_length} tokens of "
                 f"{', '.join(spec.evaluation_texts)} (evaluation split), every window on its own; {dtype} products, float32 loss"
             ),
+            "kl": f"KL(dense || model) per token, on the first {evaluation.KL_WINDOWS} evaluation windows",
+            "flops": "closed form from the shapes, as if the run shared nothing; see recon.estimate.flops",
             "held_out_error": (
                 "mean over tokens of |repaired - dense|^2 / |dense|^2 after the last block, on "
                 f"{spec.held_out_samples} x {spec.sequence_length} tokens of {spec.text} (validation split)"
             ),
             "share_recovered": "1 - log(repaired / dense) / log(pruned / dense), in perplexities",
             "token_hashes": {
-                "calibration": _hash(self.samples),
+                "calibration": _hash(self.calibration),
                 **{f"evaluation {name}": _hash(tokens) for name, tokens in self.texts.items()},
             },
         }

@@ -5,14 +5,14 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 
-from recon import criteria, device, models, pruning, reconstruction, text
+from recon import criteria, device, models, pruning, reconstruction, retraining, text
 from recon.errors import ReconError
 from recon.solvers.exact import Exact
 from recon.solvers.gradient import Schedule
 from recon.sparsity import SCOPES, Pattern
 from recon.windows import canonical
 
-SCHEMA = 2  # goes into every key: raised when the meaning of a record's numbers changes
+SCHEMA = 3  # goes into every key: raised when the meaning of a record's numbers changes, or a default of `RunSpec`
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class RunSpec:
     text: str = "wikipedia"
     """Calibration text: wikipedia, news, c4, wikitext2, or a .txt, .jsonl or .parquet file."""
     samples: int = 64
-    """Calibration samples."""
+    """Calibration samples that windows are repaired with."""
+    prune_samples: int = 0
+    """Calibration samples that the criterion sees; 0: as many as windows are repaired with."""
     sequence_length: int = 512
     """Tokens per calibration sample."""
     criterion: str = "wanda"
@@ -57,6 +59,10 @@ class RunSpec:
     """Iterations of conjugate gradients for exact solutions, at most."""
     train: str = "matrices"
     """What is trained in a window: its matrices with their biases, or all of its parameters, norms included."""
+    adapter: str = "none"
+    """Low-rank parametrisation of a window's matrices: none, lora, masklora, scalelora."""
+    rank: int = 16
+    """Rank of adapters, in windows and in retraining."""
     loss: str = "mse"
     """mse or cosine."""
     learning_rate: float = 3e-3
@@ -71,6 +77,22 @@ class RunSpec:
     """Forward passes per optimiser step."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises."""
+    then: str = "none"
+    """Retraining of the whole model afterwards: none, full, lora, masklora, scalelora, norms (biases and norms)."""
+    objective: str = "labels"
+    """What retraining learns from: labels (the next token), or distil (the dense model's predictions)."""
+    then_samples: int = 0
+    """Calibration samples for retraining; 0: as many as windows are repaired with."""
+    then_learning_rate: float = 3e-4
+    """Peak learning rate of retraining."""
+    then_epochs: int = 1
+    """Passes of retraining over its samples."""
+    then_batch_size: int = 1
+    """Samples per forward pass in retraining."""
+    then_accumulation: int = 1
+    """Forward passes per optimiser step in retraining."""
+    then_checkpointing: bool = False
+    """Retraining keeps the blocks' inputs alone and runs each block again in the backward pass: less memory, a third more time."""
     held_out_samples: int = 8
     """Samples of the text's validation split to measure errors on; nothing is fitted on them."""
     evaluation_texts: tuple[str, ...] = ("wikipedia",)
@@ -79,6 +101,10 @@ class RunSpec:
     """Windows per evaluation text."""
     evaluation_length: int = 1024
     """Tokens per evaluation window."""
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks: analogies, last_word (bundled); boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa (Hub)."""
+    task_limit: int = 200
+    """Questions per zero-shot task, at most; 0: all."""
     seed: int = 0
     """Seed of every random choice."""
     device: str = "auto"
@@ -91,8 +117,13 @@ class RunSpec:
         object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
         texts = self.evaluation_texts
         object.__setattr__(self, "evaluation_texts", (texts,) if isinstance(texts, str) else tuple(texts))
+        object.__setattr__(self, "tasks", (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks))
         criteria.get(self.criterion)
-        reconstruction.check_options(self.granularity, self.propagation, self.solver, self.start, self.loss, self.train)
+        reconstruction.check_options(
+            self.granularity, self.propagation, self.solver, self.start, self.loss, self.train, self.adapter, self.rank
+        )
+        if self.then != "none":
+            retraining.check_options(self.then, self.objective)
         for name, allowed in (
             ("scope", ("auto", *SCOPES)),
             ("prune_propagation", ("sparse", "dense")),
@@ -110,17 +141,25 @@ class RunSpec:
                 "sparsegpt_block_size",
                 "pieces",
                 "exact_iterations",
+                "rank",
+                "then_epochs",
+                "then_batch_size",
+                "then_accumulation",
             ),
             1,
         )
-        minima |= {"sequence_length": 2, "evaluation_length": 2, "held_out_samples": 0, "seed": 0, "exact_samples": 0, "swaps": 0}
+        minima |= {"sequence_length": 2, "evaluation_length": 2}
+        minima |= dict.fromkeys(
+            ("held_out_samples", "seed", "exact_samples", "swaps", "prune_samples", "then_samples", "task_limit"), 0
+        )
         for name, least in minima.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ReconError(f"{name} is {value!r}; allowed: a whole number from {least} up")
         pruning.check_swaps(self.swaps, self.criterion)
-        if not (_is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
-            raise ReconError(f"learning_rate is {self.learning_rate!r}; allowed: a number above 0")
+        for name in ("learning_rate", "then_learning_rate"):
+            if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
+                raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: a number above 0")
         for name in ("warmup", "sparsegpt_damping"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: a number from 0 to 1")
@@ -134,13 +173,30 @@ class RunSpec:
         return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup, self.pieces)
 
     @property
+    def then_schedule(self) -> Schedule:
+        return Schedule(self.then_learning_rate, self.then_epochs, self.then_batch_size, self.then_accumulation, self.warmup)
+
+    @property
+    def samples_by_phase(self) -> dict[str, int]:
+        """Calibration samples that each phase reads: the first so many of one random draw."""
+        return {
+            "prune": self.prune_samples or self.samples,
+            "reconstruct": self.samples,
+            "retrain": self.then_samples or self.samples,
+        }
+
+    @property
     def exact(self) -> Exact:
         return Exact(self.exact_samples, self.exact_iterations)
 
     def key(self) -> str:
-        """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema."""
+        """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema.
+
+        Fields at their defaults are left out, so that a new option does not disown old records.
+        """
+        defaults = {f.name: f.default for f in fields(self)}
         parts = {
-            "spec": asdict(self),
+            "spec": {name: value for name, value in asdict(self).items() if value != defaults[name]},
             "schema": SCHEMA,
             "model": models.fingerprint(self.model, self.revision),
             "texts": {name: text.fingerprint(name) for name in sorted({self.text, *self.evaluation_texts})},
@@ -162,12 +218,14 @@ class RunRecord:
     error: str | None = None
     metrics: dict = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     peak_memory_bytes_by_phase: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     protocol: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict)
     windows: list[dict] = field(default_factory=list)
+    retraining: dict = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
@@ -180,7 +238,17 @@ class RunRecord:
         wanted = {f.name for f in fields(cls)}
         if set(data) != wanted:
             raise ReconError(f"not a record: fields missing {sorted(wanted - set(data))}, unknown {sorted(set(data) - wanted)}")
-        for name in ("spec", "metrics", "seconds", "peak_memory_bytes_by_phase", "tokens", "protocol", "environment"):
+        for name in (
+            "spec",
+            "metrics",
+            "seconds",
+            "flops",
+            "peak_memory_bytes_by_phase",
+            "tokens",
+            "protocol",
+            "environment",
+            "retraining",
+        ):
             if not isinstance(data[name], dict):
                 raise ReconError(f"not a record: {name} is {type(data[name]).__name__}, not an object")
         spec = {name: tuple(value) if isinstance(value, list) else value for name, value in data["spec"].items()}

@@ -65,6 +65,14 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     add_gram(total[half:, half:], right)
 
 
+def triangle(columns: int) -> int:
+    """Products per token that `add_gram` forms for a Gram matrix (columns, columns)."""
+    if columns <= _SPLIT:
+        return columns**2
+    half = columns // 2
+    return triangle(half) + half * (columns - half) + triangle(columns - half)
+
+
 def mirrored(gram: Tensor) -> Tensor:
     """The symmetric matrix (in, in) with the upper triangle of `gram`."""
     upper = gram.triu()

@@ -28,13 +28,14 @@ _PRUNED_BY = (
     "revision",
     "seed",
     "text",
-    "samples",
     "sequence_length",
+    "prune_samples",
     "criterion",
     "pattern",
     "scope",
     "prune_propagation",
     "swaps",
+    "samples",
 )
 
 
@@ -141,8 +142,8 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     a record that says how, and the others go on; a failed run is tried again next time.
 
     Returns:
-        A frame with a column per field of the spec, `fit` (its short name, see `fit_options`), one per metric that is one number, `seconds_<phase>`, `peak_memory_bytes`,
-        `key`, `status` and `error`.
+        A frame with a column per field of the spec, `fit` (its short name, see `fit_options`), one per metric that is one number, `seconds_<phase>`,
+        `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `key`, `status` and `error`.
     """
     specs = list(specs)
     store = RecordStore(folder)
@@ -168,8 +169,9 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
             "fit": fit_name(record.spec),
             **{name: value for name, value in record.metrics.items() if not isinstance(value, dict | list)},
             **{f"seconds_{phase}": value for phase, value in record.seconds.items()},
+            **{f"flops_{phase}": value for phase, value in record.flops.items()},
             "peak_memory_bytes": record.peak_memory_bytes,
-            "peak_memory_bytes_reconstruct": record.peak_memory_bytes_by_phase.get("reconstruct"),
+            **{f"peak_memory_bytes_{phase}": value for phase, value in record.peak_memory_bytes_by_phase.items()},
             "key": record.key,
             "status": record.status,
             "error": record.error,

@@ -84,6 +84,11 @@ def prune_by_score(score, weight, statistics, pattern, scope, generator, **optio
     return weight.masked_fill(~mask, 0.0), mask
 
 
+def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Tensor]:
+    """Prunes nothing."""
+    return weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+
+
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
@@ -94,6 +99,14 @@ CRITERIA: dict[str, Criterion] = {
             statistics="none",
             scope="matrix",
             method=partial(prune_by_score, magnitude.score),
+        ),
+        Criterion(
+            name="none",
+            description="nothing goes: the dense model, as a control",
+            source="control",
+            statistics="none",
+            scope="row",
+            method=keep_all,
         ),
         Criterion(
             name="random",

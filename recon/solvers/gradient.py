@@ -57,7 +57,69 @@ def get_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return LOSSES[name]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """How a training went: `losses`, one per optimiser step, and the gradient's norm at every `NORM_EVERY`-th step from the first."""
+
+    losses: list[float]
+    gradient_norms: list[float]
+
+
+NORM_EVERY = 8  # steps: a norm reads all gradients once more, which costs a few per cent of a step
+
+
 @torch.enable_grad()
+def optimise(
+    loss: Callable[..., Tensor],
+    data: list[Tensor],
+    parameters: list[nn.Parameter],
+    masks: list[tuple[nn.Parameter, Tensor]],
+    schedule: Schedule,
+    random: torch.Generator,
+    engine: Engine,
+    step_done: Callable[[Tensor], None] = lambda value: None,
+) -> Curve:
+    """AdamW on `parameters`, in place, with the learning rate of `schedule`.
+
+    Args:
+        loss: called with a batch of each tensor in `data`; the mean over its samples of what is minimised.
+        data: tensors (samples, ...), shuffled together.
+        parameters: float32 leaves that require gradients.
+        masks: pairs of parameter and keep-mask of its shape; dropped weights are exact zeros after every step.
+        random: draws the order of samples anew for each epoch.
+        engine: brings the batches to where `parameters` and `masks` are already.
+        step_done: called with the loss after every step.
+    """
+    samples = len(data[0])
+    steps = schedule.steps(samples)
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
+    per_step = schedule.batch_size * schedule.accumulation
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+    orders = [torch.randperm(samples, generator=random) for _ in range(schedule.epochs)]
+    steps_of = [chosen for order in orders for chosen in order.split(per_step)]
+    batches = engine.batches(data, [part.tolist() for chosen in steps_of for part in chosen.split(schedule.batch_size)])
+    with contextlib.closing(batches):
+        for number, chosen in enumerate(steps_of):
+            total = torch.zeros((), device=engine.device)
+            for part in chosen.split(schedule.batch_size):
+                value = loss(*next(batches)) * (len(part) / len(chosen))
+                value.backward()
+                total += value.detach()
+            if number % NORM_EVERY == 0:
+                norms.append(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).detach())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for parameter, mask in masks:
+                    parameter.mul_(mask)
+            losses.append(total)
+            step_done(total)
+    return Curve(torch.stack(losses).tolist(), torch.stack(norms).tolist()) if losses else Curve([], [])
+
+
 def fit(
     forward: Callable[[Tensor], Tensor],
     parameters: list[nn.Parameter],
@@ -68,16 +130,13 @@ def fit(
     schedule: Schedule,
     random: torch.Generator,
     engine: Engine,
-) -> list[float]:
-    """Trains `parameters` in place so that `forward(inputs)` comes close to `targets`; returns the loss of every step.
+) -> Curve:
+    """Trains `parameters` in place so that `forward(inputs)` comes close to `targets`; see `optimise`.
 
     Args:
         forward: the window, (batch, length, in) -> (batch, length, out).
-        parameters: what is trained; float32 leaves that require gradients.
-        masks: pairs of parameter and keep-mask of its shape; dropped weights are exact zeros after every step.
         inputs, targets: (samples, length, in) and (samples, length, out).
-        random: draws the order of samples anew for each epoch.
-        engine: where and in what precision `forward` runs; `parameters` and `masks` are there already.
+        engine: where and in what precision `forward` runs.
 
     The loss is divided by a constant, the mean square of the targets, so that AdamW's epsilon means the same for windows
     whose activations differ in size by orders of magnitude.
@@ -85,31 +144,10 @@ def fit(
     criterion = get_loss(loss)
     norm = torch.linalg.vector_norm(targets, dtype=torch.float32)  # unlike a square, it needs no room for all targets again
     scale = 1.0 if loss == "cosine" else max(norm.item() ** 2 / targets.numel(), 1e-30)
-    steps = schedule.steps(len(inputs))
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
-    per_step = schedule.batch_size * schedule.accumulation
-    losses: list[Tensor] = []
-    orders = [torch.randperm(len(inputs), generator=random) for _ in range(schedule.epochs)]
-    steps_of = [chosen for order in orders for chosen in order.split(per_step)]
-    batches = engine.batches(
-        [inputs, targets], [part.tolist() for chosen in steps_of for part in chosen.split(schedule.batch_size)]
-    )
-    with contextlib.closing(batches):
-        for chosen in steps_of:
-            total = torch.zeros((), device=engine.device)
-            for _ in chosen.split(schedule.batch_size):
-                x, y = next(batches)
-                with engine:
-                    output = forward(x)
-                value = criterion(output, y) / scale * (len(x) / len(chosen))
-                value.backward()
-                total += value.detach()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for parameter, mask in masks:
-                    parameter.mul_(mask)
-            losses.append(total)
-    return torch.stack(losses).tolist() if losses else []
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        with engine:
+            output = forward(x)
+        return criterion(output, y) / scale
+
+    return optimise(distance, [inputs, targets], parameters, masks, schedule, random, engine)

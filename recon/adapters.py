@@ -1,0 +1,87 @@
+"""Low-rank parametrisations of pruned matrices, which train few parameters and merge into the weight again."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from recon.decoder import Matrix
+from recon.errors import ReconError
+
+ADAPTERS = {
+    "lora": "W + BA; merging fills the zeros, so the mask is applied once more (Hu et al. 2022, arXiv 2106.09685)",
+    "masklora": "W + M*(BA), merged without losing a zero (Zimmer et al. 2023, arXiv 2312.15230)",
+    "scalelora": "W*(1 + BA), zeros stay zeros (Zimmer et al. 2023, arXiv 2312.15230; Lu et al. 2024, arXiv 2405.16057)",
+}
+ALPHA = 2.0  # the factor alpha / rank in front of BA, as with the usual alpha = 2 * rank
+
+
+class LowRank(nn.Module):
+    """A weight W as a function of B (rows, rank), which starts at zero, and A (rank, columns), random: W itself at first.
+
+    Args:
+        weight: W as its module stores it, (rows, columns).
+        mask: keep-mask of the same shape.
+        kind: see `ADAPTERS`.
+    """
+
+    def __init__(self, weight: Tensor, mask: Tensor, kind: str, rank: int, random: torch.Generator):
+        super().__init__()
+        self.kind = kind
+        rows, columns = weight.shape
+        a = torch.empty(rank, columns)
+        nn.init.kaiming_uniform_(a, a=5**0.5, generator=random)  # as `peft` does
+        self.a = nn.Parameter(a.to(weight.device))
+        self.b = nn.Parameter(weight.new_zeros(rows, rank))
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # In float32: the merged weight is then what was trained.
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.kind == "lora":
+                return torch.addmm(weight, self.b, self.a, alpha=ALPHA)
+            if self.kind == "masklora":
+                return torch.addcmul(weight, self.b @ self.a, self.mask.to(weight.dtype), value=ALPHA)
+            return torch.addcmul(weight, self.b @ self.a, weight, value=ALPHA)
+
+
+def check_adapter(kind: str, rank: int) -> None:
+    """Raises `ReconError` for an unknown adapter or a rank below 1."""
+    if kind not in ADAPTERS:
+        raise ReconError(f"unknown adapter {kind!r}; allowed: {', '.join(ADAPTERS)}")
+    if rank < 1:
+        raise ReconError(f"rank is {rank}; allowed: a whole number from 1 up")
+
+
+@contextlib.contextmanager
+def adapted(
+    matrices: Iterable[Matrix], masks: dict[str, Tensor], kind: str, rank: int, random: torch.Generator
+) -> Iterator[dict[str, nn.Parameter]]:
+    """While active, `matrices` are parametrised by adapters; afterwards these are merged, masked where `masks` drop, and gone.
+
+    Args:
+        masks: keep-masks (out, in) by matrix name.
+
+    Yields:
+        The adapters' parameters by name, to be trained.
+    """
+    check_adapter(kind, rank)
+    matrices = list(matrices)
+    trained = {}
+    for matrix in matrices:
+        mask = matrix.oriented(masks[matrix.name]).to(matrix.module.weight.device)
+        adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
+        parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
+        trained |= {f"{matrix.name}.a": adapter.a, f"{matrix.name}.b": adapter.b}
+    try:
+        yield trained
+    finally:
+        with torch.no_grad():
+            for matrix in matrices:
+                original = matrix.module.parametrizations.weight.original
+                merged = matrix.module.weight * matrix.oriented(masks[matrix.name]).to(original.device)
+                # The very parameter that was there before comes back, so that whoever holds it sees the merged weight.
+                parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
+                original.copy_(merged)
