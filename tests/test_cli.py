@@ -106,10 +106,31 @@ def test_a_failed_run_leaves_a_record_that_says_how(small, tmp_path, capsys):
 
 def test_lists_name_everything(capsys):
     main(["models"])
-    assert all(name in capsys.readouterr().out for name in assets.BUNDLED_MODELS)
+    said = capsys.readouterr().out
+    assert all(name in said for name in assets.BUNDLED_MODELS)
     main(["criteria"])
     said = capsys.readouterr().out
     assert all(name in said and criterion.source in said for name, criterion in criteria.CRITERIA.items())
+
+
+@pytest.mark.parametrize(
+    "words, fetched",
+    [([], ["smollm2-135m"]), (["--models", "gemma3-270m"], ["gemma3-270m"]), (["--models", "all"], list(assets.BUNDLED_MODELS))],
+)
+def test_assets_fetches_the_models_asked_for(words, fetched, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(assets, "bundled_model", lambda name: calls.append(name) or f"folder of {name}")
+    monkeypatch.setattr("recon.text.documents", lambda name, split: [""])
+    main(["assets", *words])
+    assert calls == fetched and len(fetched) == len(set(fetched))
+    said = capsys.readouterr().out
+    assert all(f"{name}: folder of {name}\n" in said for name in fetched) and "news: 3 documents" in said
+
+
+def test_assets_refuses_an_unknown_model_before_it_fetches_any(capsys, monkeypatch):
+    monkeypatch.setattr(assets, "bundled_model", lambda name: pytest.fail("fetched before it was checked"))
+    said = refuse(["assets", "--models", "smollm2-135m", "gpt-17"], capsys)
+    assert "unknown bundled model 'gpt-17'; choose all or some of smollm2-135m, gemma3-270m" in said
 
 
 def test_help_names_every_option(capsys):
