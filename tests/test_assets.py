@@ -353,6 +353,24 @@ def test_the_bundled_model_is_a_sound_checkpoint():
         assert tokenizer.decode(model(**prompt).logits[0, -1].argmax()) == " Paris"
 
 
+@pytest.mark.slow
+def test_the_parts_of_gemma_are_one_file_and_a_sound_checkpoint(tmp_path):
+    from recon.evaluation import perplexity
+    from recon.models import load
+    from recon.text import sample_tokens
+
+    whole = assets._join([assets.fetch(part) for part in assets._GGUF["gemma3-270m"]], tmp_path / "whole")
+    # the whole file's hash, as its packager states it
+    assert assets.sha256(whole) == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+    model, tokenizer = load("gemma3-270m")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert sum(parameter.numel() for parameter in model.parameters()) == 268_098_176
+    assert "Gemma Terms of Use" in (assets.bundled_model("gemma3-270m") / "README.md").read_text()
+    tokens = sample_tokens("wikipedia", "evaluation", tokenizer, 2, 256)
+    assert 10 < perplexity(model, tokens, progress=False).value < 100
+
+
 def test_the_bundled_tokenizer_is_that_of_the_source_file():
     from transformers import AutoTokenizer
 
