@@ -81,7 +81,7 @@ class Claim:
         """Which runs against which, in words."""
         other = "the same before reconstruction" if self.other is None else _words(self.other)
         return {
-            "ratio": f"{_COSTS[self.cost]} with which {other} reaches the quality of {_words(self.ours)}",
+            "ratio": f"{_COSTS.get(self.cost)} with which {other} reaches the quality of {_words(self.ours)}",
             "gap": f"gap between criteria: {_words(self.ours)}, against {other}",
             "trend": f"gap between criteria against model size: {_words(self.ours)}",
         }.get(self.kind, f"{_words(self.ours)} against {other}")
@@ -158,13 +158,8 @@ class Verdict:
 
 # ---- records, read by the name of their fields
 
-_LATER = {
-    "then": "none",
-    "objective": "labels",
-    "then_samples": 0,
-    "then_learning_rate": 0.0,
-    "adapter": "none",
-}  # what a record lacking them did
+# What a record that lacks them did.
+_LATER = {"then": "none", "objective": "labels", "then_samples": 0, "then_learning_rate": 0.0, "adapter": "none"}
 _DEFAULTS = _LATER | {field.name: field.default for field in fields(RunSpec)}
 _TUNING = ("learning_rate", "then_learning_rate", "batch_size", "pieces", "accumulation", "warmup")
 _ELSEWHERE = (  # in the protocol, in what is judged one by one, or without influence on what is compared
@@ -487,7 +482,7 @@ def trend(claim: Claim, runs: list[_Run]) -> _Evidence | None:
 
 def parameters(model: str) -> float | None:
     """The number of parameters that a model's name states ("smollm2-135m", "Llama-3.1-8B"); None where it states none."""
-    found = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", Path(model).name, re.IGNORECASE)
+    found = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", Path(model.partition("@")[0]).name, re.IGNORECASE)
     return float(found[-1][0]) * {"m": 1e6, "b": 1e9}[found[-1][1].lower()] if found else None
 
 
@@ -633,10 +628,13 @@ def _verdict(claim: Claim, model: str, pattern: str, evidence: _Evidence, resamp
     else:
         diverged = [run.key for run in evidence.runs if not all(np.isfinite(values).all() for values in run.nll.values())]
         verdict, reason = UNSURE, f"not finite: {', '.join(diverged)}"
-    # Of a bounded effect, the bound that says something.
-    effect, bound = (lower, "") if lower == upper else (lower, ">") if lower > 0 else (upper, "<")
-    if bound == "<" and math.isinf(upper):
-        effect, bound = math.nan, ""
+    effect, bound = lower, ""
+    if lower != upper:  # a ratio of which bounds are known, perhaps only one
+        effect, bound = math.sqrt(lower * upper), ""
+        if math.isinf(upper):
+            effect, bound = (lower, ">") if lower > 0 else (math.nan, "")
+        elif lower == 0:
+            effect, bound = upper, "<"
     return Verdict(
         claim.id, claim.statement, GROUPS[claim.group][1], claim.comparison, model, pattern, effect, low, high, evidence.unit,
         evidence.seeds, verdict, reason, _protocol_words(evidence.runs), tuple(sorted(run.key for run in evidence.runs)), bound,
@@ -728,7 +726,7 @@ def to_markdown(verdicts: Sequence[Verdict]) -> str:
         mine = [verdict for verdict in verdicts if verdict.claim.partition(".")[0] == group]
         if not mine:
             continue
-        letters = {text: chr(ord("a") + i) for i, text in enumerate(dict.fromkeys(v.protocol for v in mine if v.protocol))}
+        protocols = {text: i for i, text in enumerate(dict.fromkeys(v.protocol for v in mine if v.protocol), 1)}
         rows = [
             (
                 f"{MARKS[v.verdict]} {v.verdict}",
@@ -738,15 +736,15 @@ def to_markdown(verdicts: Sequence[Verdict]) -> str:
                 _effect(v),
                 v.seeds or "",
                 v.reason,
-                letters.get(v.protocol, ""),
+                protocols.get(v.protocol, ""),
             )
             for v in mine
         ]
         lines += ["", f"## {group}. {title}", "", f"Paper: {source}.", ""]
         lines += _table(("verdict", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"), rows)
-        for text, letter in letters.items():
+        for text, number in protocols.items():
             count = len({key for v in mine if v.protocol == text for key in v.records})
-            lines += ["", f"Protocol {letter}: {text}; {count} records."]
+            lines += ["", f"Protocol {number}: {text}; {count} record{'s' * (count > 1)}."]
     return "\n".join(lines) + "\n"
 
 
