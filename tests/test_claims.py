@@ -101,6 +101,17 @@ def test_gap_between_criteria(gap_after, verdict):
     assert verdict_on("7", [r for r in records if r.spec["criterion"] == "wanda"]).reason == "no records"
 
 
+def test_noise_alone_makes_no_gap():
+    """Criteria that are all the same are apart by noise, and then more so after reconstruction: that is no evidence."""
+    verdicts = []
+    for trial in range(40):
+        records = [
+            r for c in ("magnitude", "wanda", "sparsegpt") for r in seeds(0.4, noise=0.01, criterion=c, held_out_samples=trial)
+        ]
+        verdicts.append(verdict_on("7", records, resamples=400).verdict)
+    assert verdicts.count(UNSURE) >= 33  # nine in ten: the worst and the best are chosen from the same data
+
+
 def family(gaps, names=("a-100m", "b-0.4b", "c-1.6B")):
     records = []
     for (model, gap), text_seed in zip(zip(names, gaps), range(9)):
