@@ -18,7 +18,7 @@ import pandas as pd
 
 from recon.errors import ReconError
 from recon.spec import RunRecord, RunSpec
-from recon.study import read_record
+from recon.study import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, PAGE, README = ROOT / "results" / "laptop", ROOT / "figures" / "claims.md", ROOT / "README.md"
@@ -158,20 +158,26 @@ class Verdict:
 
 # ---- records, read by the name of their fields
 
-# What a record that lacks them did.
-_LATER = {"then": "none", "objective": "labels", "then_samples": 0, "then_learning_rate": 0.0, "adapter": "none"}
-_DEFAULTS = _LATER | {field.name: field.default for field in fields(RunSpec)}
-_TUNING = ("learning_rate", "then_learning_rate", "batch_size", "pieces", "accumulation", "warmup")
+_DEFAULTS = {field.name: field.default for field in fields(RunSpec)}
+_TUNING = (
+    "learning_rate", "batch_size", "pieces", "accumulation", "warmup",
+    "then_learning_rate", "then_epochs", "then_batch_size", "then_accumulation",
+)  # fmt: skip
 _ELSEWHERE = (  # in the protocol, in what is judged one by one, or without influence on what is compared
-    "model", "revision", "pattern", "seed", "text", "samples", "then_samples", "sequence_length", "evaluation_texts",
-    "evaluation_samples", "evaluation_length", "held_out_samples", "device", "compute_dtype",
+    "model", "revision", "pattern", "seed", "text", "samples", "prune_samples", "then_samples", "sequence_length", "evaluation_texts",
+    "evaluation_samples", "evaluation_length", "held_out_samples", "tasks", "task_limit", "then_checkpointing", "device",
+    "compute_dtype",
 )  # fmt: skip
 _SETTING = [name for name in _DEFAULTS if name not in (*_TUNING, *_ELSEWHERE)]
 _IDLE = (  # fields that change nothing in a run where another has a certain value
     (("propagation", "solver", "start", "loss", "adapter"), lambda spec: spec["granularity"] == "none"),
     (("exact_samples", "exact_iterations"), lambda spec: "exact" not in (spec["solver"], spec["start"])),
     (("sparsegpt_block_size", "sparsegpt_damping"), lambda spec: spec["criterion"] != "sparsegpt"),
-    (("objective", "then_learning_rate"), lambda spec: spec["then"] == "none"),
+    (
+        ("objective", "then_learning_rate", "then_epochs", "then_batch_size", "then_accumulation"),
+        lambda spec: spec["then"] == "none",
+    ),
+    (("learning_rate", "batch_size", "pieces", "accumulation"), lambda spec: spec["granularity"] == "none"),
 )
 
 
@@ -179,7 +185,7 @@ class _Run:
     """A finished record, with what comparisons ask of it."""
 
     def __init__(self, record: RunRecord):
-        spec = _LATER | {name: value for name, value in _DEFAULTS.items() if name not in _LATER} | record.spec
+        spec = _DEFAULTS | record.spec
         for names, idle in _IDLE:
             if idle(spec):
                 spec.update({name: _DEFAULTS[name] for name in names})
@@ -206,7 +212,7 @@ class _Run:
         tokens = record.protocol.get("token_hashes", {}).get(f"evaluation {self.evaluated}", "")
         self.windows = (tokens, self.nll["dense"].size)
         self.protocol = (
-            spec["text"], spec["sequence_length"], self.evaluated, spec["evaluation_samples"], spec["evaluation_length"], self.dtype,
+            spec["text"], spec["sequence_length"], spec["prune_samples"] or spec["samples"], self.evaluated, spec["evaluation_samples"], spec["evaluation_length"], self.dtype,
         )  # fmt: skip
 
     def cost(self, kind: str) -> float:
@@ -682,11 +688,11 @@ def _rule(claim: Claim, evidence: _Evidence, low: float, high: float) -> tuple[s
 
 
 def _protocol_words(runs: list[_Run]) -> str:
-    text, length, evaluated, windows, evaluation_length, dtype = runs[0].protocol
+    text, length, pruned_on, evaluated, windows, evaluation_length, dtype = runs[0].protocol
     counts = sorted({count for run in runs for count in (run.samples, run.trained_samples)})
     samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"{samples} x {length} tokens of {_short(text)}; perplexity on {windows} x {evaluation_length} tokens of "
+        f"{samples} x {length} tokens of {_short(text)}, pruned on {pruned_on}; perplexity on {windows} x {evaluation_length} tokens of "
         f"{_short(evaluated)}" + (f", {dtype} products" if dtype else "")
     )
 
@@ -807,14 +813,6 @@ def show(verdicts: Sequence[Verdict], ids: Iterable[str]) -> "pd.io.formats.styl
     ]
     table = pd.DataFrame(rows, columns=["verdict", "claim", "model, pattern", "effect", "seeds", "why"])
     return table.style.hide(axis="index").set_properties(**{"text-align": "left"})
-
-
-def read_records(folder: Path | str) -> list[RunRecord]:
-    """The records in `folder`, by name. Raises `ReconError` if there is no such folder, and for a file that is no record."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ReconError(f"record folder {str(folder)!r} does not exist; give one with run records (*.json)")
-    return [read_record(path) for path in sorted(folder.glob("*.json"))]
 
 
 def _pages(records_folder: Path | str, page: Path | str, readme: Path | str) -> dict[Path, str]:

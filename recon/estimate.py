@@ -39,11 +39,12 @@ def flops(spec, decoder: Decoder) -> dict[str, float]:
     samples = spec.samples_by_phase
     tokens = {phase: count * spec.sequence_length for phase, count in samples.items()}
     forward = 2 * model.weights + model.attention(spec.sequence_length)
+    again = 1 - 1 / len(decoder.blocks)  # nothing reads what comes after the last block
     found = dict.fromkeys(("prune", "reconstruct", "retrain"), 0.0)
 
     rule = criteria.get(spec.criterion)
     if rule.statistics != "none" or spec.swaps:
-        passes = 2 if spec.prune_propagation == "sparse" else 1
+        passes = 1 + again if spec.prune_propagation == "sparse" else 1
         found["prune"] = passes * forward * tokens["prune"]
     if rule.statistics == "gram" or spec.swaps:
         found["prune"] += model.grams * tokens["prune"]
@@ -53,8 +54,11 @@ def flops(spec, decoder: Decoder) -> dict[str, float]:
     if spec.granularity != "none":
         windows = decoder.windows(spec.granularity)
         dense, sparse = spec.propagation != "sparse", spec.propagation != "dense"
-        # Targets; what feeds the windows of matrices; the student's own stream.
-        per_token = forward + (2 * model.weights if spec.granularity == "matrix" and dense else 0.0) + sparse * forward
+        per_token = forward + sparse * again * forward  # the dense model's pass, and the student's own
+        if spec.granularity == "matrix":
+            # Targets come matrix by matrix; inputs too, unless one run of the dense block tells them all.
+            targets = 0 if spec.solver == "exact" and not sparse else 2 * model.weights
+            per_token += targets - (0 if dense else forward) + sparse * (1 + dense) * model.prefixes
         if spec.solver == "adamw":
             per_token += spec.epochs * (forward + 2 * model.weights)  # the student, and its weights' gradients
             if spec.granularity != "matrix":
@@ -80,7 +84,7 @@ def flops(spec, decoder: Decoder) -> dict[str, float]:
         elif spec.then in ADAPTERS:
             backward += 2 * model.weights
             batches = spec.then_epochs * -(-samples["retrain"] // spec.then_batch_size)
-            found["retrain"] += batches * 6 * spec.rank * model.weights
+            found["retrain"] += batches * (6 + 2 * spec.then_checkpointing) * spec.rank * model.weights
         per_token = whole + backward + (whole if spec.objective == "distil" else 0) + (forward if spec.then_checkpointing else 0)
         found["retrain"] += spec.then_epochs * per_token * tokens["retrain"]
 
@@ -105,6 +109,9 @@ class _Model:
         self.head = sum(weight.numel() for weight in decoder.head_weights())
         read = [self.matrices[group[0]][1] for groups in decoder.groups for group in groups]
         self.grams = sum(2 * triangle(columns) for columns in read)  # per token
+        sizes = [[sum(self.matrices[name].numel() for name in group) for group in groups] for groups in decoder.groups]
+        # What runs before each group of matrices in its block, when only that group's input is wanted.
+        self.prefixes = sum(2.0 * sum(sizes_of[:number]) for sizes_of in sizes for number in range(len(sizes_of)))
         self.inverses = sum(2 * columns**3 for columns in read) + self.products
 
     def attention(self, length: int) -> float:

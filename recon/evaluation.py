@@ -13,7 +13,7 @@ from recon.engine import Engine
 from recon.errors import ReconError
 
 SLICE = 256  # tokens whose logits exist at once
-KL_WINDOWS = 8  # windows that the divergence from the dense model is measured on: the head runs for both models there
+KL_WINDOWS = 4  # windows that the divergence from the dense model is measured on: the head runs for both models there
 
 
 @dataclass(frozen=True)

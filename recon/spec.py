@@ -165,6 +165,9 @@ class RunSpec:
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: a number from 0 to 1")
         if self.sequence_length % self.pieces:
             raise ReconError(f"pieces is {self.pieces}; allowed: a number that divides sequence_length, {self.sequence_length}")
+        for name in ("prune_samples", "then_samples"):
+            if getattr(self, name) == self.samples:  # said in one way only: a key tells runs apart
+                object.__setattr__(self, name, 0)
         if not self.evaluation_texts:
             raise ReconError("evaluation_texts is empty; name at least one text")
 

@@ -95,6 +95,18 @@ def read_record(path: Path) -> RunRecord:
         raise ReconError(f"record {str(path)!r} cannot be read: {error}") from error
 
 
+def read_records(folder: Path | str, keys: Iterable[str] | None = None) -> list[RunRecord]:
+    """The records in `folder`: those of `keys`, in their order, or all, by name.
+
+    Raises `ReconError` if there is no such folder, and for a file that is missing or no record.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReconError(f"record folder {str(folder)!r} does not exist; give one with run records (*.json)")
+    paths = sorted(folder.glob("*.json")) if keys is None else [folder / f"{key}.json" for key in dict.fromkeys(keys)]
+    return [read_record(path) for path in paths]
+
+
 class RecordStore:
     """A folder with one JSON file per run, named after the run's key."""
 
