@@ -1,10 +1,13 @@
 """Writing a repaired model as a Hugging Face checkpoint that loads anywhere, zeros and all."""
 
+import copy
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,6 +66,22 @@ def check_writable(folder: Path, what: str) -> None:
         ) from None
 
 
+def check_places(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raises `ReconError` where the model made from the configuration of `model` has no parameters of these `names`.
+
+    Such may be biases that make up for what pruning removed: a checkpoint with them would load without them, unnoticed.
+    """
+    with torch.device("meta"):
+        made = type(model)(copy.deepcopy(model.config))
+    places = made.state_dict()
+    missing = [name for name in names if name not in places]
+    if missing:
+        raise ReconError(
+            f"{type(model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that pruning adds, "
+            "and a checkpoint would load without them; to save it, prune by another criterion, or by flap with compensate=False"
+        )
+
+
 def card(record) -> dict:
     """What the model card says, from the record."""
     spec, metrics = record.spec, record.metrics
@@ -84,8 +103,10 @@ def card(record) -> dict:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record, command: str) -> None:
     """Writes weights (safetensors), configuration, tokenizer and model card to `folder`, which appears only when complete.
 
-    Raises `ReconError` naming the folder where the disk is full or cannot be written; nothing half-written stays.
+    Raises `ReconError` naming the folder where the disk is full or cannot be written; nothing half-written stays. Also, before
+    anything is written, for a model that would not load as it is: see `check_places`.
     """
+    check_places(model, model.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -263,8 +263,13 @@ class Decoder:
             f"{self.path}.{index}.{suffix}": parameter
             for index in window.blocks
             for suffix, parameter in self.blocks[index].named_parameters()
-            if not window.half or suffix in self._half_parameters[index][window.half]
+            if not window.half or self._in_half(index, window.half, suffix)
         }
+
+    def _in_half(self, index: int, half: str, suffix: str) -> bool:
+        # Pruning may have given a matrix a bias that it did not have when the halves were found; it goes with its weight.
+        known = self._half_parameters[index][half]
+        return suffix in known or (suffix.endswith(".bias") and f"{suffix.removesuffix('bias')}weight" in known)
 
     def matrices(self, window: Window | None = None) -> dict[str, Matrix]:
         """The prunable matrices of `window` (default: of all blocks), by name, in the order in which they run."""

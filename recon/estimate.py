@@ -44,7 +44,7 @@ def flops(spec, decoder: Decoder) -> dict[str, float]:
 
     rule = criteria.get(spec.criterion)
     if rule.statistics != "none" or spec.swaps:
-        passes = 1 + again if spec.prune_propagation == "sparse" else 1
+        passes = 1 + again if spec.prune_propagation == "sparse" and rule.scope != "model" else 1
         found["prune"] = passes * forward * tokens["prune"]
     if rule.statistics == "gram" or spec.swaps:
         found["prune"] += model.grams * tokens["prune"]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recon import criteria
+from recon.criteria import Structured
 from recon.decoder import Decoder, Matrix
 from recon.engine import Engine
 from recon.errors import ReconError
@@ -15,16 +16,21 @@ from recon.seeds import generator
 from recon.solvers.swaps import swap
 from recon.sparsity import Pattern, sparsity_of
 from recon.statistics import gather
+from recon.units import find_units, prune_units, set_bias
 
 log = logging.getLogger("recon")
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a pruning pass found: `masks` by matrix name, bool (out, in), True = kept; and the sparsity of each matrix."""
+    """What a pruning pass found: `masks` by matrix name, bool (out, in), True = kept; and the sparsity of each matrix.
+
+    `biases`, (out,) by matrix name, are those that make up for what was removed; the matrix may have had none before.
+    """
 
     masks: dict[str, Tensor]
     sparsity: dict[str, float] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def total_sparsity(self) -> float:
@@ -54,33 +60,40 @@ def prune(
         model: a causal LM, or its `Decoder`.
         samples: calibration tokens (samples, length), needed by criteria that weigh activations.
         criterion: one of `recon.criteria.CRITERIA`.
-        pattern: unstructured sparsity such as "0.5", or N:M such as "2:4" (N kept of every M).
-        scope: weights compete within a "row" (one output neuron) or the "matrix"; "auto" is the criterion's own default.
+        pattern: unstructured sparsity such as "0.5", or N:M such as "2:4" (N kept of every M). Criteria that remove whole
+            heads and neurons take a sparsity only, as the share of all the weights here that is to go.
+        scope: weights compete within a "row" (one output neuron) or the "matrix"; "auto" is the criterion's own default, and
+            all that criteria of whole heads and neurons know.
         propagation: statistics come from activations of the already pruned model ("sparse", as the Wanda and SparseGPT
-            authors do) or of the dense one ("dense").
+            authors do) or of the dense one ("dense"). FLAP compares over the whole model before it removes anything: its
+            statistics are the dense model's, whatever this says.
         swaps: exchanges of a pruned and a kept weight that are tried in each row after the criterion has chosen; see
             `recon.solvers.swaps`.
         device: where to compute; default: where the model is. The model stays where it is, but for the block in hand.
-        options: passed to the criterion (SparseGPT: `block_size`, `damping`).
+        options: passed to the criterion (SparseGPT: `block_size`, `damping`; FLAP: `compensate`, False to change no bias).
 
     Raises:
-        ReconError: an unknown name, a pattern that does not divide a matrix, missing samples, NaN in weights or activations.
+        ReconError: an unknown name, a pattern that does not divide a matrix, missing samples, NaN in weights or activations, or a
+            model without heads and neurons that could be removed.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     rule = criteria.get(criterion)
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    check_options(criterion, pattern, scope, swaps)
     scope = rule.scope if scope == "auto" else scope
     if propagation not in ("sparse", "dense"):
         raise ReconError(f"unknown pruning propagation {propagation!r}; allowed: sparse, dense")
     for name, matrix in decoder.matrices().items():
         pattern.check_columns(name, matrix.weight.shape[1])
-    check_swaps(swaps, criterion)
     kind = "gram" if swaps else rule.statistics
     if kind != "none" and samples is None:
         what = f"criterion {criterion!r}" if rule.statistics != "none" else f"choosing by {criterion!r} with swaps"
         raise ReconError(f"{what} weighs activations and needs calibration samples")
     engine = Engine(device or decoder.device, compute_dtype)
     stream = engine.run(decoder.embed, samples) if kind != "none" else None
+    if isinstance(rule, Structured):
+        masks, biases = prune_units(decoder, rule, pattern, stream, propagation, engine, progress, **options)
+        return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, biases)
     masks = {}
     for window in tqdm(decoder.windows("block"), desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress):
         statistics: dict[str, Tensor] = {}
@@ -101,11 +114,44 @@ def prune(
     return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()})
 
 
-def check_swaps(swaps: int, criterion: str) -> None:
-    """Raises `ReconError` where `swaps` are asked for after a criterion that has adapted the weights to its own mask."""
-    if swaps and not criteria.get(criterion).scores:
+@torch.no_grad()
+def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None = None) -> None:
+    """Prunes a copy of the dense model, in place, as `pruning` found for another one.
+
+    weights: (out, in) by matrix name, of those that pruning changed beside zeroing.
+    """
+    for name, matrix in decoder.matrices().items():
+        matrix.weight.copy_((weights or {}).get(name, matrix.weight) * pruning.masks[name])
+        if name in pruning.biases:
+            set_bias(matrix.module, pruning.biases[name])
+
+
+def touched_biases(decoder: Decoder, criterion: str) -> list[str]:
+    """Full names of the biases that pruning the dense model by `criterion` may change, or add where there are none.
+
+    Raises `ReconError` where the criterion removes heads and neurons, and none are found.
+    """
+    rule = criteria.get(criterion)
+    halves = find_units(decoder) if isinstance(rule, Structured) else []
+    return [f"{half.reader.name}.bias" for half in halves if rule.compensates]
+
+
+def check_options(criterion: str, pattern: Pattern, scope: str, swaps: int) -> None:
+    """Raises `ReconError` for an unknown criterion and for what has no meaning together with the one given."""
+    rule = criteria.get(criterion)
+    if swaps and not rule.scores:
         adequate = ", ".join(name for name, rule in criteria.CRITERIA.items() if rule.scores)
-        raise ReconError(f"swaps is {swaps}, but criterion {criterion!r} adapts weights to its own mask; swaps suit {adequate}")
+        does = "removes whole heads and neurons" if isinstance(rule, Structured) else "adapts weights to its own mask"
+        raise ReconError(f"swaps is {swaps}, but criterion {criterion!r} {does}; swaps suit {adequate}")
+    if isinstance(rule, Structured) and pattern.m is not None:
+        raise ReconError(
+            f"pattern is {pattern}, but criterion {criterion!r} removes whole heads and neurons; "
+            "give the share of the weights that is to go, such as 0.2"
+        )
+    if isinstance(rule, Structured) and scope != "auto":
+        raise ReconError(
+            f"scope is {scope!r}, but criterion {criterion!r} compares whole heads and neurons within a {rule.scope}; allowed: auto"
+        )
 
 
 def _prune_matrix(

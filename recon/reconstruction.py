@@ -370,11 +370,14 @@ class _Pass:
             rows = matrix.weight.shape[0]
             gram = grams[name].to(matrix.weight.device)
             cross = dense[name].weight.to(gram.device) @ gram
+            bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
             if window.matrices and self.propagation == "mixed":
                 # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
                 wanted = targets[: self.read, :, column : column + rows].float()
-                bias = getattr(matrix.module, "bias", None)
                 cross = _product(wanted if bias is None else wanted - bias, inputs[: self.read])
+            elif bias is not None:
+                # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
+                bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
             mask = self.masks[name].to(gram.device)
             matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), self.exact.iterations))
             column += rows

@@ -106,6 +106,9 @@ class _Run:
         began = time.perf_counter()
         with self.phase("load"):
             self.load()
+            biases = pruning.touched_biases(self.dense, spec.criterion)
+            if save is not None:
+                checkpoint.check_places(self.dense.model, biases)
         estimate.announce(spec, self.dense, self.device)
         with self.phase("evaluate"):
             # Dense first: a wrong set-up shows before anything is pruned.
@@ -114,9 +117,7 @@ class _Run:
         model = copy.deepcopy(self.dense.model)
         student = Decoder(model, like=self.dense)
         pruned = self.session.keep("pruned", self.pruned_key(), lambda: self.prune(student))
-        with torch.no_grad():
-            for name, matrix in student.matrices().items():
-                matrix.weight.copy_(pruned.weights.get(name, matrix.weight) * pruned.pruning.masks[name])
+        pruning.apply(student, pruned.pruning, pruned.weights)
         record.seconds["prune"] = pruned.seconds
         record.peak_memory_bytes_by_phase["prune"] = pruned.peak
         repaired = pruned.measured

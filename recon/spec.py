@@ -156,7 +156,7 @@ class RunSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ReconError(f"{name} is {value!r}; allowed: a whole number from {least} up")
-        pruning.check_swaps(self.swaps, self.criterion)
+        pruning.check_options(self.criterion, Pattern.parse(self.pattern), self.scope, self.swaps)
         for name in ("learning_rate", "then_learning_rate"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: a number above 0")

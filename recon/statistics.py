@@ -17,7 +17,8 @@ def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kin
 
     Args:
         stream: inputs of the window, (samples, length, hidden).
-        kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in).
+        kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in); "moments": mean and
+            variance of each input column, (2, in).
 
     Returns:
         The window's outputs, and the statistics by matrix name in float32, on the engine's device. Matrices that share an
@@ -29,12 +30,15 @@ def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kin
     def accumulate(group: tuple[str, ...], x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1])
         if group not in totals:
-            totals[group] = x.new_zeros((x.shape[1],) * (2 if kind == "gram" else 1), dtype=torch.float32)
+            rows = {"norm": (), "gram": (x.shape[1],), "moments": (2,)}[kind]
+            totals[group] = x.new_zeros((*rows, x.shape[1]), dtype=torch.float32)
             tokens[group] = 0
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             if kind == "gram":
                 add_gram(totals[group], x)
+            elif kind == "moments":
+                add_moments(totals[group], tokens[group], x)
             else:
                 totals[group] += x.square().sum(0)
         tokens[group] += len(x)
@@ -43,11 +47,28 @@ def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kin
         outputs = engine.run(lambda batch: decoder.forward(window, batch), stream)
     statistics = {}
     for group, total in totals.items():
-        mean = total / tokens[group]
-        if not torch.isfinite(mean).all():
+        if not torch.isfinite(total).all():
             raise ReconError(f"the input of {group[0]!r} holds NaN or infinite activations on the calibration samples")
+        if kind == "moments":
+            statistics |= dict.fromkeys(group, total)
+            continue
+        mean = total / tokens[group]
         statistics |= dict.fromkeys(group, mirrored(mean) if kind == "gram" else mean.sqrt())
     return outputs, statistics
+
+
+def add_moments(total: Tensor, seen: int, x: Tensor) -> None:
+    """Brings `total` (2, in), mean and variance of the `seen` tokens so far, up to date for x (tokens, in) more, in place.
+
+    Means are taken off before anything is squared, so that a large mean costs no digits of a small variance (Chan, Golub &
+    LeVeque 1979).
+    """
+    share = len(x) / (seen + len(x))
+    mean = x.mean(0)
+    step = mean - total[0]
+    variance = (x - mean).square().mean(0)
+    total[1] += share * (variance - total[1] + (1 - share) * step.square())
+    total[0] += share * step
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:

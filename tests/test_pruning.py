@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import recon.engine
 from recon import pruning
-from recon.criteria import CRITERIA
+from recon.criteria import CRITERIA, Structured
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
@@ -38,7 +38,7 @@ def weights(decoder):
 
 @pytest.mark.parametrize("scope", ["row", "matrix", "auto"])
 @pytest.mark.parametrize("pattern", ["0.5", "0.7", "2:4", "4:8"])
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", [name for name, rule in CRITERIA.items() if not isinstance(rule, Structured)])
 def test_masks_are_exact_and_the_rest_is_untouched(fresh, tokens, criterion, pattern, scope):
     decoder = fresh()
     before = {name: p.detach().clone() for name, p in decoder.model.named_parameters()}
@@ -286,7 +286,7 @@ def test_options_reach_the_criterion(fresh, tokens):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"criterion": "wandas"}, "'wandas' is unknown; choose one of magnitude, random, wanda, ria, sparsegpt"),
+        ({"criterion": "wandas"}, "'wandas' is unknown; choose one of magnitude, random, wanda, ria, sparsegpt, wanda-sp, flap"),
         ({"propagation": "mixed"}, "unknown pruning propagation 'mixed'; allowed: sparse, dense"),
         ({"pattern": "3:2"}, "pattern '3:2'"),
         ({"scope": "column"}, "scope 'column' is unknown"),

@@ -2,7 +2,7 @@
 
 A criterion that only scores weights is a function ``score(weight, statistics, generator, **options) -> (out, in)``,
 higher = kept; one that also updates weights, such as SparseGPT, is a whole ``prune`` function. To add one, write its
-file and enter it in CRITERIA.
+file and enter it in CRITERIA. Criteria that remove whole units, heads and neurons, are `Structured`; `recon.units` runs them.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from recon.criteria import magnitude, random, ria, sparsegpt, wanda
+from recon.criteria import magnitude, random, ria, sparsegpt, structured, wanda
 from recon.errors import ReconError
 from recon.sparsity import Pattern, check_scope, keep_mask
 
@@ -89,7 +89,28 @@ def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Ten
     return weight.clone(), torch.ones_like(weight, dtype=torch.bool)
 
 
-CRITERIA: dict[str, Criterion] = {
+@dataclass(frozen=True)
+class Structured:
+    """A criterion that removes whole units of a half-block, attention heads or MLP neurons, and never single weights.
+
+    statistics: what it must know of the inputs X (tokens, in) of the matrix that reads the units: "norm" as above, or
+    "moments": (2, in), their mean and variance over tokens.
+    scope: what units compete within: a "half-block", so that the same share of each goes; or the "model".
+    score: called with the matrix (out, in) and these statistics; the scores (in,) of its columns, higher = kept.
+    compensates: whether the mean of what is removed goes into the matrix's bias.
+    """
+
+    name: str
+    description: str
+    source: str
+    statistics: str
+    scope: str
+    score: Callable[[Tensor, Tensor], Tensor]
+    compensates: bool = False
+    scores = False  # single weights, that is
+
+
+CRITERIA: dict[str, Criterion | Structured] = {
     criterion.name: criterion
     for criterion in (
         Criterion(
@@ -140,11 +161,28 @@ CRITERIA: dict[str, Criterion] = {
             scope="matrix",
             method=sparsegpt.prune,
         ),
+        Structured(
+            name="wanda-sp",
+            description="whole heads and neurons by Wanda's scores",
+            source="An et al. 2023, arXiv 2312.11983",
+            statistics="norm",
+            scope="half-block",
+            score=structured.wanda_sp,
+        ),
+        Structured(
+            name="flap",
+            description="whole heads and neurons that fluctuate least; their mean goes into a bias",
+            source="An et al. 2023, arXiv 2312.11983, WIFV with AL-AM",
+            statistics="moments",
+            scope="model",
+            score=structured.flap,
+            compensates=True,
+        ),
     )
 }
 
 
-def get(name: str) -> Criterion:
+def get(name: str) -> Criterion | Structured:
     """The criterion called ``name``. Raises ReconError, with the names that exist, for any other."""
     if name not in CRITERIA:
         raise ReconError(f"criterion {name!r} is unknown; choose one of {', '.join(CRITERIA)}")
