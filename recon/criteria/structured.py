@@ -37,14 +37,15 @@ def flap(weight: Tensor, moments: Tensor) -> Tensor:
 def keep_globally(scores: Sequence[Tensor], weights: Sequence[int], target: float) -> list[Tensor]:
     """For each half the units (count,) that are kept, True. All compete; a half may lose all or none.
 
-    From the lowest score up, a unit goes where that brings the number of weights removed nearer to ``target``.
+    From the lowest score up, every unit goes that fits into what ``target`` weights leave room for, give or take half of the
+    smallest unit: a head too large for the rest of the room stays, and neurons fill it up.
 
     scores: for each half, those of its units (count,). weights: for each half, how many go with one of its units.
     """
     size = [weight for score, weight in zip(scores, weights, strict=True) for _ in range(len(score))]
-    kept, removed = [True] * len(size), 0
+    kept, room = [True] * len(size), target + min(size) / 2
     for unit in torch.cat(list(scores)).argsort(stable=True).tolist():
-        if abs(removed + size[unit] - target) < abs(removed - target):
+        if size[unit] <= room:
             kept[unit] = False
-            removed += size[unit]
+            room -= size[unit]
     return list(torch.tensor(kept, device=scores[0].device).split([len(score) for score in scores]))
