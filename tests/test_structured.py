@@ -22,7 +22,7 @@ from recon.structure import distance
 from recon.units import find_units
 
 STRUCTURED = [name for name, rule in CRITERIA.items() if isinstance(rule, Structured)]
-# family -> changes, units of attention, and how the rows of each matrix that makes units divide: "name": [(rows, of a unit), ...]
+# family -> changes, units of attention, rows of each unit in the parts that each matrix that makes them is fused of, reader
 ATTENTION = {
     "llama": ({}, 2, {"q_proj": [16], "k_proj": [8], "v_proj": [8]}, "o_proj"),
     "qwen3": ({}, 2, {"q_proj": [16], "k_proj": [8], "v_proj": [8]}, "o_proj"),
@@ -34,7 +34,7 @@ ATTENTION = {
     "falcon": ({}, 2, {}, "dense"),  # one key/value head, fused with the queries of all: its rows stay
     "olmo2": ({}, 2, {"v_proj": [8]}, "o_proj"),  # a norm over all heads reads the rows of q and k
 }
-MLP = {
+MLP = {  # family -> how many parts each matrix that makes neurons is fused of, reader
     "llama": ({"gate_proj": 1, "up_proj": 1}, "down_proj"),
     "gpt2": ({"c_fc": 1}, "mlp.c_proj"),
     "opt": ({"fc1": 1}, "fc2"),
@@ -103,6 +103,7 @@ def inputs_of(model, names, samples):
 def test_key_value_groups_go_with_all_their_heads_or_stay(tiny, tokens, family, criterion):
     changes, units, makers, reader = ATTENTION[family]
     decoder = Decoder(tiny(family, **changes))
+    assert [half.count for half in find_units(decoder)][::2] == [units] * 3
     masks = pruned(decoder, tokens, criterion, "0.5").masks
     gone = 0
     for index in range(3):
@@ -177,7 +178,7 @@ def test_dropped_weights_are_zero_and_the_rest_is_untouched(fresh, dense, tokens
 def test_sparsity_is_as_close_as_whole_units_allow(tiny, tokens, family, pattern):
     neuron = {"llama": 3, "gpt2": 2, "opt": 2, "gpt_neox": 2}[family] * 32  # weights
     for criterion, off in [("flap", neuron / 2), ("wanda-sp", 3 * neuron / 2)]:  # the same number in each of three blocks
-        result = pruned(Decoder(tiny(family)), tokens, criterion, pattern)
+        result = pruned(Decoder(tiny(family, **ATTENTION[family][0])), tokens, criterion, pattern)
         total = sum(mask.numel() for mask in result.masks.values())
         assert abs(result.total_sparsity - float(pattern)) <= off / total + 1e-9
 
