@@ -66,7 +66,7 @@ def test_run_takes_its_options(small, tmp_path, words, fields):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--criterion", "magic"], "criterion 'magic' is unknown; choose one of magnitude, random, wanda"),
+        (["--criterion", "magic"], "criterion 'magic' is unknown; choose one of magnitude, none, random, wanda"),
         (["--pattern", "2:5"], "do not divide into the groups of 5"),
         (["--pattern", "4:2"], "'4:2'"),
         (["--pattern", "1.5"], "'1.5'"),

@@ -29,7 +29,7 @@ def run(schedule, loss="mse", seed=0, scale=1.0, samples=8):
     inputs, targets, start, mask = problem(samples, scale=scale)
     weight = nn.Parameter(start.clone())
     random = torch.Generator().manual_seed(seed)
-    losses = fit(
+    curve = fit(
         lambda x: F.linear(x, weight),
         [weight],
         [(weight, mask)],
@@ -40,7 +40,7 @@ def run(schedule, loss="mse", seed=0, scale=1.0, samples=8):
         random,
         Engine("cpu", "float32"),
     )
-    return weight, losses, mask
+    return weight, curve.losses, mask
 
 
 # ---- schedule
@@ -178,7 +178,7 @@ def test_trained_in_float32_under_autocast():
 
     amp = Engine("cpu", "bfloat16")
     random = torch.Generator().manual_seed(0)
-    losses = fit(forward, [weight], [(weight, mask)], inputs, targets, "mse", Schedule(epochs=3), random, amp)
+    losses = fit(forward, [weight], [(weight, mask)], inputs, targets, "mse", Schedule(epochs=3), random, amp).losses
     assert set(dtypes) == {torch.bfloat16} and weight.dtype == torch.float32
     assert losses[-1] < losses[0]
     assert (weight[~mask] == 0).all()
@@ -207,3 +207,26 @@ def test_losses_are_in_float32(loss):
 def test_unknown_loss_is_refused():
     with pytest.raises(ReconError, match="unknown loss 'kl'; allowed: mse, cosine"):
         get_loss("kl")
+
+
+def test_gradient_norms_are_those_of_every_eighth_step():
+    inputs, targets, start, mask = problem(20)
+    weight = nn.Parameter(start.clone())
+    scale = targets.square().mean()
+    order = torch.Generator().manual_seed(0)
+    first = torch.randperm(20, generator=order)[0]
+    expected = torch.autograd.grad(F.mse_loss(F.linear(inputs[first], weight), targets[first]), weight)[0].norm() / scale
+    random = torch.Generator().manual_seed(0)
+    curve = fit(
+        lambda x: F.linear(x, weight),
+        [weight],
+        [(weight, mask)],
+        inputs,
+        targets,
+        "mse",
+        Schedule(),
+        random,
+        Engine("cpu", "float32"),
+    )
+    assert len(curve.losses) == 20 and len(curve.gradient_norms) == 3
+    assert_close(curve.gradient_norms[0], expected.item(), rtol=1e-4, atol=0)

@@ -16,7 +16,7 @@ from recon.evaluation import drift, relative_error
 from recon.pruning import prune
 from recon.reconstruction import reconstruct, summary
 from recon.solvers.exact import Exact
-from recon.solvers.gradient import Schedule, fit
+from recon.solvers.gradient import Curve, Schedule, fit
 from recon.windows import Window
 
 FAST = Schedule(learning_rate=3e-3, epochs=2)
@@ -362,19 +362,20 @@ def test_parallel_halves_both_read_the_blocks_input(tiny, pruned, tokens, monkey
         assert_close(targets, goal["input"] + goal[half], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"start": "exact"}, {"granularity": "matrix", "solver": "exact", "propagation": "mixed"}]
-)
-def test_held_out_samples_change_nothing(dense, pruned, tokens, options):
+@pytest.mark.parametrize("options", [{}, {"start": "exact"}, {"granularity": "matrix", "solver": "exact"}])
+def test_held_out_samples_decide_only_what_is_kept(dense, pruned, tokens, options):
     models = [pruned() for _ in range(3)]
     reports = [
         repair(model, dense, tokens(4, 12), held_out=held, **options)
         for model, held in zip(models, (None, tokens(2, 12, seed=5), tokens(3, 12, seed=6)), strict=True)
     ]
-    for model in models[1:]:
-        for name, weight in state(model).items():
-            # Batches are cut at other places, so rounding may differ; what is learned may not.
-            assert_close(weight, state(models[0])[name], rtol=1e-4, atol=1e-5)
+    before, fitted = state(pruned()), state(models[0])
+    for model, found in zip(models[1:], reports[1:], strict=True):
+        for window, report in zip(dense.windows(options.get("granularity", "half-block")), found, strict=True):
+            expected = {"repaired": fitted, "rejected": before}[report.status]
+            for name, weight in model.trained(window, "matrices").items():
+                # Batches are cut at other places, so rounding may differ; what is learned may not.
+                assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
     assert set(reports[0][0].error_before) == {"calibration"}
     assert set(reports[1][0].error_before) == set(reports[1][0].error_after) == {"held_out"}
     assert reports[1][0].error_before["held_out"] != reports[2][0].error_before["held_out"]
@@ -406,7 +407,7 @@ def test_pieces_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, monk
 @pytest.mark.parametrize("options", [{"granularity": "matrix", "solver": "exact"}, {"start": "exact"}])
 def test_exact_samples_are_the_first_ones(dense, pruned, tokens, monkeypatch, propagation, options):
     """The Gram matrices of the first samples alone: what the others hold does not matter, where nothing else is fitted on them."""
-    monkeypatch.setattr(reconstruction, "fit", lambda *a: [])
+    monkeypatch.setattr(reconstruction, "fit", lambda *a: Curve([], []))
     monkeypatch.setattr("recon.engine.TOKENS", 2 * 12)  # whole batches are taken
     one, other = pruned(), pruned()
     batch = tokens(6, 12)
@@ -582,3 +583,27 @@ def test_reports_are_plain_data_in_order(dense, pruned, tokens):
     assert all(r["seconds"] > 0 for r in plain)
     expected = [sum(p.numel() for p in dense.trained(w, "matrices").values()) for w in dense.windows("half-block")]
     assert [r["parameters"] for r in plain] == expected
+
+
+# ---- adapters; windows that get worse
+
+
+@pytest.mark.parametrize("kind", ["lora", "masklora", "scalelora"])
+def test_adapters_repair_and_keep_zeros(dense, pruned, tokens, kind):
+    student, batch = pruned(), tokens(16, 12)
+    before = state(student)
+    reports = repair(student, dense, batch, Schedule(3e-2, epochs=4), adapter=kind, rank=4)
+    full = sum(p.numel() for p in student.weights())
+    assert sum(report.parameters for report in reports) < full
+    assert all(report.losses[-1] < report.losses[0] for report in reports)
+    for name, matrix in student.matrices().items():
+        assert not matrix.weight[before[f"{name}.weight"] == 0].any()
+
+
+def test_a_window_that_gets_worse_on_held_out_text_is_put_back(dense, pruned, tokens):
+    student = pruned()
+    before = state(student)
+    reports = repair(student, dense, tokens(2, 12), Schedule(learning_rate=3.0), held_out=tokens(2, 12, seed=1))
+    assert {report.status for report in reports} == {"rejected"}
+    assert all(report.error_after == report.error_before and report.movement == 0 for report in reports)
+    assert same(state(student), before)

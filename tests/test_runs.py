@@ -51,7 +51,7 @@ def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
     assert {"total", "prune", "reconstruct", "evaluate"} <= set(record.seconds)
     assert record.seconds["total"] >= record.seconds["reconstruct"] > 0
     assert record.peak_memory_bytes == max(record.peak_memory_bytes_by_phase.values()) > 0
-    assert record.tokens == {"calibration": 6 * 32, "held_out": 3 * 32, "evaluation": 3 * 63}
+    assert record.tokens == {"prune": 6 * 32, "reconstruct": 6 * 32, "retrain": 6 * 32, "held_out": 3 * 32, "evaluation": 3 * 63}
     assert "3 consecutive windows x 64 tokens" in record.protocol["evaluation"]
     assert {"git_commit", "git_dirty", "packages", "device", "threads", "compute_dtype"} <= set(record.environment)
     assert len(record.windows) == 8 and all(len(window["losses"]) == spec.samples for window in record.windows)
@@ -91,7 +91,7 @@ def test_a_run_among_others_equals_a_run_alone(spec, record):
     session = recon.Session()
     recon.run(dataclasses.replace(spec, granularity="none"), session, progress=False)
     shared = recon.run(spec, session, progress=False)
-    assert shared.shared == ["model", "dense_perplexity", "pruned"]
+    assert shared.shared == ["model", "dense", "pruned"]
     assert comparable(shared) == comparable(record)
     other = recon.run(dataclasses.replace(spec, seed=1), session, progress=False)
     assert "pruned" not in other.shared
@@ -132,6 +132,9 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
         "train": "all", "pieces": 2, "exact_samples": 2, "exact_iterations": 3, "loss": "cosine", "learning_rate": 1e-3, "epochs": 2, "batch_size": 2, "accumulation": 2, "warmup": 0.2,
         "held_out_samples": 2, "evaluation_texts": (str(tiny_text), "news"), "evaluation_samples": 2, "evaluation_length": 32,
         "seed": 1, "compute_dtype": "float32", "revision": "main", "text": "news", "device": "cpu",
+        "prune_samples": 4, "adapter": "lora", "rank": 8, "then": "masklora", "objective": "distil", "then_samples": 4,
+        "then_learning_rate": 1e-3, "then_epochs": 2, "then_batch_size": 2, "then_accumulation": 2, "then_checkpointing": True,
+        "tasks": ("analogies",), "task_limit": 50,
     }  # fmt: skip
     keys = {name: dataclasses.replace(spec, **{name: value}).key() for name, value in changes.items()}
     assert set(changes) | {"model", "solver"} == {field.name for field in dataclasses.fields(spec)}
@@ -140,6 +143,48 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
     other.write_text(open(tiny_text).read() + "\n\nOne more paragraph.")
     assert dataclasses.replace(spec, text=str(other), evaluation_texts=(str(other),)).key() != key
     assert text.fingerprint(str(other)) != text.fingerprint(str(tiny_text))
+
+
+def test_as_many_samples_said_in_another_way_are_the_same_run(spec):
+    assert dataclasses.replace(spec, prune_samples=6, then_samples=6).key() == spec.key()
+    assert dataclasses.replace(spec, prune_samples=6, samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 4}
+
+
+def test_an_option_added_later_does_not_disown_old_records(spec):
+    """A key is a hash of what differs from the defaults."""
+    later = dataclasses.make_dataclass("Later", [("quite_new", str, "default")], bases=(recon.RunSpec,), frozen=True)
+    fields = dataclasses.asdict(spec)
+    assert later(**fields).key() == spec.key() != later(**fields, quite_new="other").key()
+
+
+@pytest.mark.parametrize("then", ["masklora", "full"])
+def test_retraining_follows_reconstruction(spec, record, then):
+    found = recon.run(dataclasses.replace(spec, then=then, then_epochs=3, objective="distil"), progress=False)
+    assert found.windows and found.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
+    assert found.metrics["kl"] < record.metrics["kl"]
+    assert found.metrics["sparsity"] == 0.5
+    assert len(found.retraining["losses"]) == 3 * spec.samples and found.seconds["retrain"] > 0
+    assert found.flops["retrain"] > 0 and found.flops["reconstruct"] == record.flops["reconstruct"]
+
+
+def test_samples_by_phase_are_the_first_of_one_draw(spec, record):
+    """With as many samples as before to prune and repair with, more for retraining change nothing that comes before."""
+    more = recon.run(dataclasses.replace(spec, then="masklora", then_samples=9), progress=False)
+    assert more.tokens["retrain"] == 9 * 32
+    assert more.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
+    for window, other in zip(more.windows, record.windows, strict=True):
+        assert window["losses"] == other["losses"]
+
+
+def test_lora_says_what_its_mask_costs(spec):
+    found = recon.run(dataclasses.replace(spec, granularity="none", then="lora", then_learning_rate=3e-3), progress=False).metrics
+    assert found["sparsity"] == 0.5 and found["perplexity_before_masking"] != found["perplexity"]
+
+
+def test_the_dense_control_is_not_pruned(spec):
+    found = recon.run(dataclasses.replace(spec, criterion="none", granularity="none", then="masklora"), progress=False).metrics
+    assert found["sparsity"] == 0 and found["pruned_perplexity"] == found["dense_perplexity"] != found["perplexity"]
+    assert found["share_recovered"] is None
 
 
 def test_a_spec_is_frozen_and_takes_the_papers_names(spec):
