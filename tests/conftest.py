@@ -127,6 +127,7 @@ def tiny_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
     paragraphs = _paragraphs()
     (folder / "tiny_text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    (folder / "other.txt").write_text("\n\n".join(reversed(paragraphs)), encoding="utf-8")
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -17,17 +17,40 @@ SMALL = {
 }
 SMALL_BENCH = {"samples": 8, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "repeats": 1}
 PROMISED = {  # parameters, figures, number of run records
-    "0-quickstart": ({"new_tokens": 4}, ["quickstart-perplexity", "quickstart-error"], 2),
+    "0-quickstart": (SMALL | {"new_tokens": 4}, ["quickstart-perplexity", "quickstart-error"], 2),
     "1-granularity": (
         {
             "fits": ["none", "matrix exact", "half-block from exact"],
             "seeds": [0, 1],
-            "patterns": ["0.5", "2:4"],
+            "more_patterns": ["2:4"],
+            "more_fits": ["block"],
         },
-        ["granularity", "granularity-cost"],
-        12,
+        ["granularity", "granularity-all", "granularity-memory"],
+        7,
     ),
-    "6-cost": ({"sections": ["products", "growth", "profile", "quality"]}, ["cost-quality", "cost-operations", "cost-growth"], 0),
+    "2-sample-efficiency": (
+        {
+            "counts": [4, 6],
+            "then_counts": [4],
+            "methods": ["masklora", "lora"],
+            "search_count": 6,
+            "rates": {"reconstruction": [1e-3, 3e-3], "masklora": [1e-3, 3e-3]},
+        },
+        ["learning-rates", "sample-efficiency", "sample-efficiency-pareto"],
+        4 + 1 + 1 + 2 + 1 + 2 + 1,
+    ),
+    "3-criterion-convergence": ({"criteria": ["magnitude", "wanda"]}, ["criteria", "criteria-gap"], 4),
+    "4-propagation-and-loss": ({"propagations": ["dense", "mixed"]}, ["propagation", "propagation-drift"], 5),
+    "5-what-reviewers-asked": (
+        {"texts": [], "adapters": ["none", "masklora"], "adapter_rates": [1e-2, 3e-2], "fits": ["matrix", "half-block"]},
+        ["asked", "loss-curves", "costs", "error-accumulation"],
+        4 + 2 + 1 + 4,
+    ),
+    "6-cost": (
+        SMALL_BENCH | {"sections": ["products", "growth", "profile", "quality"]},
+        ["cost-quality", "cost-operations", "cost-growth"],
+        0,
+    ),
 }
 
 
@@ -38,13 +61,14 @@ def test_every_notebook_is_tried_here():
 @pytest.mark.parametrize("name", PROMISED)
 def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path, tiny_folder, tiny_text):
     own, figures, runs = PROMISED[name]
-    parameters = (
-        (SMALL if runs else SMALL_BENCH)
-        | own
-        | {"model": str(tiny_folder), "text": str(tiny_text), "output": str(tmp_path / "out")}
-    )
-    if name == "1-granularity":
-        parameters["evaluation_texts"] = [str(tiny_text)]
+    places = {"model": tiny_folder, "text": tiny_text}
+    parameters = own | {"output": str(tmp_path / "out")}
+    if "samples" in own:
+        parameters |= places
+    else:
+        parameters["common"] = SMALL | places | {"evaluation_texts": [tiny_text], "prune_samples": 6}
+    parameters |= {"models": [tiny_folder]} if name.startswith("3") else {}
+    parameters |= {"texts": [tiny_text, f"{tiny_folder}/other.txt"]} if "texts" in own else {}
     executed = tmp_path / "executed.ipynb"
     papermill.execute_notebook(
         str(ROOT / "notebooks" / f"{name}.ipynb"),

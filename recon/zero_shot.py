@@ -1,5 +1,0 @@
-"""placeholder until merged"""
-
-
-def check_tasks(names):
-    pass
