@@ -69,6 +69,12 @@ ASSETS: dict[str, Asset] = {
         "CC BY-SA 3.0",
         "English Wikipedia dump of 2016, its first 106 articles",
     ),
+    "analogy-questions": _gensim(
+        "questions-words.txt",
+        "8c29b3332afc46f3fb8be04cb5297bf96f39aa7131272dff57869b4485b22a36",
+        "Apache-2.0",
+        "Mikolov, Chen, Corrado & Dean (2013, arXiv 1301.3781), 19,544 word analogies",
+    ),
     "lee-background": _gensim(
         "lee_background.cor",
         "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
