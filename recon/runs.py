@@ -170,7 +170,8 @@ class _Run:
             Pattern.parse(spec.pattern).check_columns(name, matrix.weight.shape[1])
         for length in (spec.sequence_length, spec.evaluation_length):
             evaluation.check_length(self.dense, length)
-        zero_shot.check_tasks(spec.tasks)
+        if spec.tasks:
+            zero_shot.check_tasks(spec.tasks)
         draw = text.sample_tokens
         seed = generator(spec.seed, "calibration").initial_seed() % 2**32
         most = max(spec.samples_by_phase.values())
