@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 usage() {
     cat <<'TEXT'
 usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...]
+       ./run_all.sh figures [quick | laptop | paper]
        ./run_all.sh test [PYTEST ARGUMENT ...]
        ./run_all.sh lab
        ./run_all.sh --help
@@ -13,6 +14,7 @@ usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...]
   quick    every notebook on the bundled model, small: minutes on 2 cores (the default)
   laptop   every notebook on the bundled model, full grids, several seeds: hours, resumable
   paper    the paper's models and data: needs GPUs and access to the Hugging Face Hub
+  figures  draw every figure and judge every claim from the records that are there (laptop's, unless said); runs nothing
   test     the tests; arguments go to pytest (-m slow runs the slow ones)
   lab      open the notebooks in JupyterLab
 
@@ -100,6 +102,10 @@ quick | laptop | paper)
     "$bin/recon" assets
     JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.batch "$word" "$@"
     ;;
+figures)
+    set_up
+    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.batch "${1:-laptop}" --from-records
+    ;;
 test)
     set_up
     "$bin/recon" assets
@@ -110,7 +116,7 @@ lab)
     JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m jupyter lab notebooks/ "$@"
     ;;
 *)
-    printf 'run_all.sh: unknown word %q; known: quick, laptop, paper, test, lab, --help\n' "$word" >&2
+    printf 'run_all.sh: unknown word %q; known: quick, laptop, paper, figures, test, lab, --help\n' "$word" >&2
     exit 2
     ;;
 esac

@@ -25,7 +25,7 @@ import papermill
 import yaml
 from nbconvert import HTMLExporter
 
-from recon import figures
+from recon import claims, figures
 from recon.errors import ReconError
 from recon.estimate import duration
 
@@ -186,8 +186,11 @@ def execute(
     root: Path | str = ROOT,
     report: Callable[[str], None] = lambda line: None,
     stdout: TextIO | None = None,
+    compute: bool = True,
 ) -> list[Outcome]:
     """Runs the notebooks named (None: all) under `profile`, renders them and the index, and says how each went.
+
+    compute: False draws from the records that are there and runs nothing; notebooks that cannot are left out.
 
     Everything that can be checked is checked before the first one runs (`ReconError`). An exception inside a notebook
     is part of its `Outcome`. An interrupt by the user ends the list, with the notebook that was running "stopped".
@@ -195,6 +198,9 @@ def execute(
     """
     root = Path(root).resolve()
     paths, parameters = find_notebooks(notebooks, root), profile_parameters(profile, root)
+    if not compute:
+        paths = [path for path in paths if "compute" in parameter_names(path)]
+        parameters = {path.stem: parameters[path.stem] | {"compute": False} for path in paths}
     build = root / "build" / profile
     for folder in ("notebooks", "html"):
         (build / folder).mkdir(parents=True, exist_ok=True)
@@ -204,11 +210,21 @@ def execute(
         outcomes.append(_run(path, parameters[path.stem], build, stdout))
         if outcomes[-1].status == "stopped":
             break
-    folder = output_folders(profile, root)[0]
+    folder, records = output_folders(profile, root)
     if figures.saved(folder):
-        figures.gallery(folder)
+        figures.gallery(folder, _claims(profile, records, root))
     _index(profile, outcomes, build, root)
     return outcomes
+
+
+def _claims(profile: str, records: Path, root: Path) -> str:
+    """Renews the page of the paper's claims, where the profile's records allow a judgement; returns what to say of it above the figures."""
+    found = claims.read_records(records) if records.is_dir() else []
+    if not any(record.status == "done" for record in found):
+        return ""
+    page = output_folders(profile, root)[0] / "claims.md"
+    claims.write(records, page, root / "README.md" if profile == "laptop" else None)
+    return claims.to_summary(claims.judge(found))
 
 
 def _run(path: Path, parameters: dict, build: Path, stdout: TextIO | None) -> Outcome:
@@ -348,12 +364,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m recon.batch", description="Run the notebooks under a profile.")
     parser.add_argument("profile", choices=PROFILES, help="which sizes to run")
+    parser.add_argument("--from-records", action="store_true", help="run nothing: draw from the records that are there")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names of notebooks (default: all)")
     given = parser.parse_args(arguments)
     # papermill repeats through the log what the summary says.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        outcomes = execute(given.profile, given.notebooks or None, report=say, stdout=sys.stdout)
+        outcomes = execute(given.profile, given.notebooks or None, report=say, stdout=sys.stdout, compute=not given.from_records)
     except ReconError as error:
         parser.exit(2, f"recon.batch: {error}\n")
     say(summary(given.profile, outcomes))

@@ -815,9 +815,13 @@ def show(verdicts: Sequence[Verdict], ids: Iterable[str]) -> "pd.io.formats.styl
     return table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 
 
-def _pages(records_folder: Path | str, page: Path | str, readme: Path | str) -> dict[Path, str]:
-    """What the page and the README should hold."""
-    verdicts, readme = judge(read_records(records_folder)), Path(readme)
+def _pages(records_folder: Path | str, page: Path | str, readme: Path | str | None) -> dict[Path, str]:
+    """What the page and, where one is given, the README should hold."""
+    verdicts = judge(read_records(records_folder))
+    pages = {Path(page): to_markdown(verdicts)}
+    if readme is None:
+        return pages
+    readme = Path(readme)
     try:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
@@ -827,11 +831,11 @@ def _pages(records_folder: Path | str, page: Path | str, readme: Path | str) -> 
             f"README {str(readme)!r} must hold {START} and, after it, {END}, once each: the section goes between them"
         )
     head, tail = text.split(START)[0], text.split(END)[1]
-    return {Path(page): to_markdown(verdicts), readme: f"{head}{START}\n{to_summary(verdicts)}{END}{tail}"}
+    return pages | {readme: f"{head}{START}\n{to_summary(verdicts)}{END}{tail}"}
 
 
-def write(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str = README) -> list[Path]:
-    """Writes the page, and the README's section between `<!-- claims -->` and `<!-- /claims -->`; returns what changed.
+def write(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str | None = README) -> list[Path]:
+    """Writes the page, and the README's section between `<!-- claims -->` and `<!-- /claims -->` (None: no README); returns what changed.
 
     Raises `ReconError` as `judge` does, and for a README without these markers.
     """

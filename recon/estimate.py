@@ -6,6 +6,7 @@ import time
 import torch
 
 from recon import criteria
+from recon.activations import LIMIT
 from recon.adapters import ADAPTERS
 from recon.decoder import Decoder
 from recon.device import pick_compute_dtype
@@ -155,6 +156,31 @@ def announce(spec, decoder: Decoder, device: torch.device) -> None:
     log.info(
         "%s, %s %s, %s: about %s on this machine (%s); about %.1f GiB",
         spec.model, spec.criterion, spec.pattern, spec.granularity, duration(sum(seconds.values())), parts, peak / 2**30,
+    )  # fmt: skip
+
+
+def announce_study(specs: list, decoder: Decoder, device: torch.device) -> None:
+    """Logs the estimate for `specs`, runs of one study on the model of `decoder` that share what they can."""
+    spent, dense, pruned, peak, disk = 0.0, set(), set(), 0, 0
+    for spec in specs:
+        by_phase, bytes_needed = cost(spec, decoder)
+        once = by_phase["evaluate"] / (2 + (spec.granularity != "none" or spec.then != "none"))
+        spent += by_phase["evaluate"] - 2 * once + by_phase["reconstruct"] + by_phase["retrain"]
+        shared = (spec.evaluation_texts, spec.evaluation_samples, spec.evaluation_length)
+        if shared not in dense:
+            dense.add(shared)
+            spent += once
+        shared += (spec.criterion, spec.pattern, spec.seed, spec.text, spec.samples_by_phase["prune"])
+        if shared not in pruned:
+            pruned.add(shared)
+            spent += once + by_phase["prune"]
+        peak = max(peak, bytes_needed)
+        hidden = decoder.model.config.get_text_config().hidden_size
+        disk = max(disk, 4 * spec.samples * spec.sequence_length * hidden * 2 * len(decoder.blocks))
+    seconds = spent / (EFFICIENCY * gemm_rate(device, pick_compute_dtype(specs[0].compute_dtype, device)))
+    log.info(
+        "study: %d run%s of %s, about %s on this machine (%s); about %.1f GiB of memory, up to %.1f GiB of disk while it runs",
+        len(specs), "s" * (len(specs) > 1), specs[0].model, duration(seconds), device.type, peak / 2**30, min(disk, LIMIT) / 2**30,
     )  # fmt: skip
 
 

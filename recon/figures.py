@@ -95,10 +95,22 @@ def saved(folder: Path | str) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path, picture in pairs if picture.is_file()]
 
 
-def gallery(folder: Path | str) -> Path:
-    """Writes `folder`/README.md, a page that shows every figure there with its caption and links to its data."""
+def gallery(folder: Path | str, claims: str = "") -> Path:
+    """Writes `folder`/README.md, a page that shows every figure there with its caption and links to its data.
+
+    claims: what comes before them, about the claims that they bear on.
+    """
     folder = Path(folder)
     parts = ["# Figures", "", "Each figure with its data and where that came from. Written by `recon.figures.gallery`."]
+    if claims:
+        parts += [
+            "",
+            "## The paper's claims on this data",
+            "",
+            claims.strip(),
+            "",
+            "How each was judged: [claims.md](claims.md).",
+        ]
     for figure in saved(folder):
         name, commit = figure["name"], figure["git_commit"]
         origin = f"{len(figure['records'])} run records" + (f", commit `{commit[:10]}`" if commit else "")

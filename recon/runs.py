@@ -59,6 +59,15 @@ class Session:
         self._kept: dict[str, tuple[object, object]] = {}
         self.reused: list[str] = []
 
+    def load(self, model: str, revision: str | None) -> tuple[Decoder, object]:
+        """The dense model, taken apart, and its tokenizer."""
+
+        def make():
+            loaded, tokenizer = models.load(model, revision)
+            return Decoder(loaded), tokenizer
+
+        return self.keep("model", (model, revision), make)
+
     def keep(self, kind: str, key: object, make):
         """`make()`, or what it gave last time for the same `kind` if `key` has not changed since."""
         if kind in self._kept and self._kept[kind][0] == key:
@@ -157,12 +166,7 @@ class _Run:
     def load(self) -> None:
         """Loads model and texts, and refuses here whatever can be refused."""
         spec = self.spec
-
-        def make():
-            model, tokenizer = models.load(spec.model, spec.revision)
-            return Decoder(model), tokenizer
-
-        self.dense, self.tokenizer = self.session.keep("model", (spec.model, spec.revision), make)
+        self.dense, self.tokenizer = self.session.load(spec.model, spec.revision)
         self.session.dense, self.session.tokenizer = self.dense, self.tokenizer
         # Everything that can be refused is refused here, before the first long computation.
         self.dense.windows(spec.granularity if spec.granularity != "none" else "block")

@@ -7,14 +7,16 @@ import os
 import tempfile
 import traceback
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
+from recon import estimate
 from recon.activations import LIMIT
 from recon.checkpoint import check_writable
+from recon.device import pick_device
 from recon.errors import ReconError
 from recon.runs import Session, run
 from recon.spec import RunRecord, RunSpec
@@ -147,11 +149,13 @@ def run_or_record_failure(spec: RunSpec, session: Session | None = None, **optio
         return record, error
 
 
-def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = True) -> pd.DataFrame:
+def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = True, compute: bool = True) -> pd.DataFrame:
     """Runs what is missing of `specs` and returns one row per spec, in their order.
 
     Every finished run is a record in `folder` at once, so that a killed study goes on where it was. A run that fails leaves
     a record that says how, and the others go on; a failed run is tried again next time.
+
+    compute: False runs nothing; what has no record then has the status "missing".
 
     Returns:
         A frame with a column per field of the spec, `fit` (its short name, see `fit_options`), one per metric that is one number, `seconds_<phase>`,
@@ -162,15 +166,34 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     keys = [spec.key() for spec in specs]
     records = {key: store.get(key) for key in dict.fromkeys(keys)}
     missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
+    if not compute:
+        reason = f"not computed: no record in {Path(folder).name}/"
+        absent = {key: RunRecord(asdict(spec), key, "missing", reason) for key, spec in missing.items()}
+        return frame([records[key] or absent[key] for key in keys])
     order = sorted(missing, key=lambda key: [str(getattr(missing[key], name)) for name in _PRUNED_BY])
     session = Session(activation_bytes=LIMIT if len(order) > 1 else 0)
-    for key in tqdm(order, desc="study", unit="run", disable=not progress):
+    announced = set()
+    for number, key in enumerate(tqdm(order, desc="study", unit="run", disable=not progress)):
+        model = (missing[key].model, missing[key].revision)
+        if len(order) > 1 and model not in announced:
+            announced.add(model)
+            same = [missing[k] for k in order[number:] if (missing[k].model, missing[k].revision) == model]
+            _announce(same, session)
         record, error = run_or_record_failure(missing[key], session, progress=progress)
         store.put(record)
         records[key] = record
         if error is not None:
             log.error("run %s failed: %s", key, error)
     return frame([records[key] for key in keys])
+
+
+def _announce(specs: list[RunSpec], session: Session) -> None:
+    """Says how long the runs of one model will take; what keeps it from being loaded is left to the runs themselves to say."""
+    try:
+        decoder, _ = session.load(specs[0].model, specs[0].revision)
+        estimate.announce_study(specs, decoder, pick_device(specs[0].device))
+    except ReconError:
+        return
 
 
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:

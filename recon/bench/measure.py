@@ -55,15 +55,17 @@ PHASES = {
 }
 
 
-def bench(spec: BenchSpec, progress: bool = True) -> dict:
+def bench(spec: BenchSpec, progress: bool = True, compute: bool = True) -> dict:
     """Measures the sections of `spec`, writing `spec.output` after each; returns everything in that file.
+
+    compute: False measures nothing.
 
     Raises `ReconError` for bad input, and where the file holds measurements of another spec.
     """
     check_writable(spec.output.parent, "output")
     settings = {k: v for k, v in asdict(spec).items() if k not in ("output", "sections", "redo")}
     results = _read(spec.output, settings)
-    missing = [section for section in spec.sections if spec.redo or section not in results["sections"]]
+    missing = [section for section in spec.sections if compute and (spec.redo or section not in results["sections"])]
     task = _Bench(spec, progress) if missing else None
     for section in tqdm(missing, desc="bench", unit="section", disable=not progress):
         began = time.perf_counter()
