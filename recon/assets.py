@@ -143,6 +143,13 @@ def bundled_model(name: str) -> Path:
     return derived(name, source=_known(name, _GGUF, "bundled model"), version=CONVERSION, make=_convert)
 
 
+def origin(name: str) -> str:
+    """Hash of what a bundled model is made from, without making it. Raises `ReconError` for an unknown name."""
+    source = _known(name, _GGUF, "bundled model")
+    parts = [ASSETS[each].sha256 for each in ([source] if isinstance(source, str) else source)]
+    return hashlib.sha256(" ".join([*parts, str(CONVERSION)]).encode()).hexdigest()
+
+
 def derived(name: str, source: str | Sequence[str], version: int, make: Callable[[Path, Path], None]) -> Path:
     """Folder of files that `make(file, empty folder)` computes from an asset's file, made once and kept in the cache.
 

@@ -78,9 +78,12 @@ def check_finite(model: torch.nn.Module) -> None:
 def fingerprint(name: str, revision: str | None = None) -> str:
     """Hash of what `load(name, revision)` loads, without loading it.
 
-    For a folder, of its weights, configuration and tokenizer; for a Hub id, the commit. Raises `ReconError` for an unknown
-    model, and for one that the Hub does not have or that cannot be asked for.
+    For a bundled model, of what it is made from, the same on every machine; for a folder, of its weights, configuration and
+    tokenizer; for a Hub id, the commit. Raises `ReconError` for an unknown model, and for one that the Hub does not have or
+    that cannot be asked for.
     """
+    if name in assets.BUNDLED_MODELS:
+        return assets.origin(name)
     where = locate(name)
     if not Path(where).is_dir():
         from huggingface_hub import HfApi, try_to_load_from_cache

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from recon import models
+from recon import assets, models
 from recon.errors import ReconError
 
 
@@ -102,6 +102,15 @@ def test_fingerprint_does_not_depend_on_the_place(tiny_folder, folder):
     assert models.fingerprint(str(folder)) == models.fingerprint(tiny_folder)
     (folder / "README.md").write_text("a note")
     assert models.fingerprint(str(folder)) == models.fingerprint(tiny_folder)
+
+
+def test_fingerprint_of_a_bundled_model_is_that_of_its_source(monkeypatch, tmp_path):
+    """The converted files differ between versions of transformers, and nothing has to be fetched to tell runs apart."""
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path))
+    found = {name: models.fingerprint(name) for name in assets.BUNDLED_MODELS}
+    assert len(set(found.values())) == len(found) and not any(tmp_path.iterdir())
+    monkeypatch.setattr(assets, "CONVERSION", assets.CONVERSION + 1)
+    assert all(models.fingerprint(name) != value for name, value in found.items())
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
