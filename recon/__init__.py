@@ -16,6 +16,7 @@ _PUBLIC = {
     "perplexity": "evaluation",
     "prune": "pruning",
     "reconstruct": "reconstruction",
+    "retrain": "retraining",
     "run": "runs",
     "run_study": "study",
     "sample_tokens": "text",

@@ -71,6 +71,16 @@ def test_every_notebook_runs_with_its_parameters_though_one_fails(ran):
     assert "size 1" in (copies / "2-ends.ipynb").read_text()
 
 
+def test_from_records_runs_only_what_can_do_without_computing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(batch.ROOT))
+    write_notebook(tmp_path, "0-draws", "print('computes', compute)", parameters=PARAMETERS + "\ncompute: bool = True")
+    write_notebook(tmp_path, "1-computes", "print('computes')")
+    write_profile(tmp_path, "quick", {})
+    outcomes = batch.execute("quick", root=tmp_path, compute=False)
+    assert [(outcome.name, outcome.status) for outcome in outcomes] == [("0-draws", "finished")]
+    assert "computes False" in (tmp_path / "build/quick/notebooks/0-draws.ipynb").read_text()
+
+
 def test_a_failure_says_where_its_traceback_is(ran):
     root, outcomes, _ = ran
     assert outcomes[1].error == "KeyError: 'lost'"

@@ -48,8 +48,8 @@ PROMISED = {  # parameters, figures, number of run records
     ),
     "6-cost": (
         SMALL_BENCH | {"sections": ["products", "growth", "profile", "quality"]},
-        ["cost-quality", "cost-operations", "cost-growth"],
-        0,
+        ["cost-quality", "cost-operations", "cost-growth", "recipes"],
+        2,
     ),
 }
 
@@ -65,7 +65,9 @@ def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path,
     parameters = own | {"output": str(tmp_path / "out")}
     if "samples" in own:
         parameters |= places
-    else:
+    if name.startswith("6"):
+        parameters |= {"recipe_models": [tiny_folder]}
+    if "samples" not in own or name.startswith("6"):
         parameters["common"] = SMALL | places | {"evaluation_texts": [tiny_text], "prune_samples": 6}
     parameters |= {"models": [tiny_folder]} if name.startswith("3") else {}
     parameters |= {"texts": [tiny_text, f"{tiny_folder}/other.txt"]} if "texts" in own else {}

@@ -171,7 +171,7 @@ def test_a_set_up_that_failed_is_done_again(checkout):
 def test_help_sets_nothing_up(checkout, word):
     done, calls = checkout(word)
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("quick", "laptop", "paper", "test", "lab", ".venv"))
+    assert all(name in done.stdout for name in ("quick", "laptop", "paper", "figures", "test", "lab", ".venv"))
     assert calls == []
     assert sorted(path.name for path in checkout.here.iterdir()) == ["constraints.txt", "pyproject.toml", "run_all.sh"]
 
@@ -179,7 +179,7 @@ def test_help_sets_nothing_up(checkout, word):
 def test_an_unknown_word_is_refused_with_the_known_ones(checkout):
     done, calls = checkout("fast")
     assert done.returncode == 2
-    assert "unknown word fast; known: quick, laptop, paper, test, lab, --help" in done.stderr
+    assert "unknown word fast; known: quick, laptop, paper, figures, test, lab, --help" in done.stderr
     assert calls == []
 
 

@@ -54,6 +54,32 @@ def counted(monkeypatch):
     return done
 
 
+def test_without_computing_what_is_missing_is_said(base, counted, tmp_path):
+    specs = grid(base, granularity=["none", "block"])
+    run_study(specs[:1], tmp_path, progress=False)
+    found = run_study(specs, tmp_path, progress=False, compute=False)
+    assert list(found["status"]) == ["done", "missing"] and "no record" in found["error"][1]
+    assert len(counted) == 1 and len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_a_study_says_how_long_it_takes_once_per_model(base, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "recon"):
+        run_study(grid(base, granularity=["none", "block"]), tmp_path, progress=False)
+    said = [message for message in caplog.messages if message.startswith("study: ")]
+    assert len(said) == 1 and "2 runs of" in said[0] and "on this machine" in said[0]
+
+
+def test_records_are_read_in_the_order_asked_for(base, tmp_path):
+    specs = grid(base, granularity=["none", "block"])
+    keys = list(run_study(specs, tmp_path, progress=False)["key"])
+    assert [record.key for record in study.read_records(tmp_path, keys[::-1])] == keys[::-1]
+    assert {record.key for record in study.read_records(tmp_path)} == set(keys)
+    with pytest.raises(ReconError, match="gone"):
+        study.read_records(tmp_path, ["gone"])
+    with pytest.raises(ReconError, match="does not exist"):
+        study.read_records(tmp_path / "nowhere")
+
+
 def test_grid_has_every_combination(base):
     specs = grid(base, granularity=["block", "model"], seed=[0, 1, 2])
     assert [(spec.granularity, spec.seed) for spec in specs] == [(g, s) for g in ("block", "model") for s in (0, 1, 2)]
