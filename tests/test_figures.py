@@ -100,6 +100,12 @@ def test_lower_is_better_is_said_once_and_on_the_right_axis(fig):
         figures.lower_is_better(ax, "z")
 
 
+def test_gallery_puts_the_claims_first(fig, tmp_path):
+    figures.savefig(fig, "first", tmp_path, DATA, RECORDS)
+    text = figures.gallery(tmp_path, "| claim | verdict |").read_text()
+    assert text.index("| claim | verdict |") < text.index("claims.md") < text.index("## first")
+
+
 def test_gallery_shows_every_figure_with_its_data(fig, tmp_path):
     figures.savefig(fig, "second", tmp_path, DATA, RECORDS, "A caption with [brackets].")
     figures.savefig(fig, "first", tmp_path, DATA, RECORDS)
