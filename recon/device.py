@@ -53,18 +53,19 @@ class PeakMemory(contextlib.AbstractContextManager):
         else:
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-            self.before = _resident("VmRSS:")
+            self.before = resident()
         return self
 
     def __exit__(self, *exception):
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
             return
-        self.bytes = _resident("VmHWM:")
+        self.bytes = resident(highest=True)
 
 
-def _resident(name: str) -> int:
-    """Resident memory of this process in bytes, now (VmRSS:) or at its highest (VmHWM:); the highest where only that is known."""
+def resident(highest: bool = False) -> int:
+    """Resident memory of this process in bytes, now or at its highest; the highest where only that is known."""
+    name = "VmHWM:" if highest else "VmRSS:"
     try:
         return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) * 1024
     except (OSError, IndexError):

@@ -9,7 +9,7 @@ from recon import criteria
 from recon.activations import LIMIT
 from recon.adapters import ADAPTERS
 from recon.decoder import Decoder
-from recon.device import pick_compute_dtype
+from recon.device import pick_compute_dtype, resident
 from recon.statistics import triangle
 from recon.windows import Window, canonical
 
@@ -132,7 +132,7 @@ class _Model:
 
 
 def cost(spec, decoder: Decoder) -> tuple[dict[str, float], int]:
-    """FLOPs by phase (see `flops`) and, roughly, peak bytes in memory for a run of `spec` on the model of `decoder`."""
+    """FLOPs by phase (see `flops`) and, roughly, peak bytes that a run of `spec` adds to the process that holds the dense model."""
     everything = sum(p.numel() for p in decoder.model.parameters())
     trained = 0
     if canonical(spec.granularity) != "none":
@@ -143,8 +143,8 @@ def cost(spec, decoder: Decoder) -> tuple[dict[str, float], int]:
         trained = max(trained, sum(matrix.weight.numel() for matrix in decoder.matrices().values()) // 2)
     hidden = decoder.model.config.get_text_config().hidden_size
     activations = 4 * (spec.samples + spec.held_out_samples) * spec.sequence_length * hidden
-    # Two models; inputs, targets and one stream on its way; weights' backup, gradient and two moments of AdamW.
-    return flops(spec, decoder), 4 * 2 * everything + 3 * activations + 4 * 4 * trained
+    # The student; inputs, targets and one stream on its way; weights' backup, gradient and two moments of AdamW.
+    return flops(spec, decoder), 4 * everything + 3 * activations + 4 * 4 * trained
 
 
 def announce(spec, decoder: Decoder, device: torch.device) -> None:
@@ -155,7 +155,7 @@ def announce(spec, decoder: Decoder, device: torch.device) -> None:
     parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items() if value)
     log.info(
         "%s, %s %s, %s: about %s on this machine (%s); about %.1f GiB",
-        spec.model, spec.criterion, spec.pattern, spec.granularity, duration(sum(seconds.values())), parts, peak / 2**30,
+        spec.model, spec.criterion, spec.pattern, spec.granularity, duration(sum(seconds.values())), parts, (resident() + peak) / 2**30,
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def announce_study(specs: list, decoder: Decoder, device: torch.device) -> None:
     seconds = spent / (EFFICIENCY * gemm_rate(device, pick_compute_dtype(specs[0].compute_dtype, device)))
     log.info(
         "study: %d run%s of %s, about %s on this machine (%s); about %.1f GiB of memory, up to %.1f GiB of disk while it runs",
-        len(specs), "s" * (len(specs) > 1), specs[0].model, duration(seconds), device.type, peak / 2**30, min(disk, LIMIT) / 2**30,
+        len(specs), "s" * (len(specs) > 1), specs[0].model, duration(seconds), device.type, (resident() + peak) / 2**30, min(disk, LIMIT) / 2**30,
     )  # fmt: skip
 
 
