@@ -64,7 +64,7 @@ class RunSpec:
     rank: int = 16
     """Rank of adapters, in windows and in retraining."""
     loss: str = "mse"
-    """mse or cosine."""
+    """mse, cosine, or relative (squared error relative to each token's target)."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW; a window of k blocks is trained with 1/sqrt(k) of it."""
     epochs: int = 1
@@ -115,15 +115,21 @@ class RunSpec:
     def __post_init__(self):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
         object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
-        texts = self.evaluation_texts
-        object.__setattr__(self, "evaluation_texts", (texts,) if isinstance(texts, str) else tuple(texts))
-        object.__setattr__(self, "tasks", (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks))
+        for name in ("evaluation_texts", "tasks"):
+            value = getattr(self, name)
+            if not isinstance(value, str | list | tuple):
+                raise ReconError(f"{name} is {value!r}; allowed: a list of names")
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name in ("learning_rate", "then_learning_rate", "warmup", "sparsegpt_damping"):
+            if _is_number(getattr(self, name)):
+                object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one value, and have one key
         criteria.get(self.criterion)
         reconstruction.check_options(
             self.granularity, self.propagation, self.solver, self.start, self.loss, self.train, self.adapter, self.rank
         )
-        if self.then != "none":
-            retraining.check_options(self.then, self.objective)
+        retraining.check_options("full" if self.then == "none" else self.then, self.objective)
+        if not isinstance(self.then_checkpointing, bool):
+            raise ReconError(f"then_checkpointing is {self.then_checkpointing!r}; allowed: True, False")
         for name, allowed in (
             ("scope", ("auto", *SCOPES)),
             ("prune_propagation", ("sparse", "dense")),
@@ -165,9 +171,6 @@ class RunSpec:
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: a number from 0 to 1")
         if self.sequence_length % self.pieces:
             raise ReconError(f"pieces is {self.pieces}; allowed: a number that divides sequence_length, {self.sequence_length}")
-        for name in ("prune_samples", "then_samples"):
-            if getattr(self, name) == self.samples:  # said in one way only: a key tells runs apart
-                object.__setattr__(self, name, 0)
         if not self.evaluation_texts:
             raise ReconError("evaluation_texts is empty; name at least one text")
 
@@ -197,9 +200,12 @@ class RunSpec:
 
         Fields at their defaults are left out, so that a new option does not disown old records.
         """
-        defaults = {f.name: f.default for f in fields(self)}
+        defaults, spec = {f.name: f.default for f in fields(self)}, asdict(self)
+        for name in ("prune_samples", "then_samples"):
+            if spec[name] == self.samples:  # as many samples, said in another way
+                spec[name] = 0
         parts = {
-            "spec": {name: value for name, value in asdict(self).items() if value != defaults[name]},
+            "spec": {name: value for name, value in spec.items() if value != defaults[name]},
             "schema": SCHEMA,
             "model": models.fingerprint(self.model, self.revision),
             "texts": {name: text.fingerprint(name) for name in sorted({self.text, *self.evaluation_texts})},

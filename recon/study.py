@@ -31,7 +31,6 @@ _PRUNED_BY = (
     "seed",
     "text",
     "sequence_length",
-    "prune_samples",
     "criterion",
     "pattern",
     "scope",
@@ -162,15 +161,13 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
         `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `key`, `status` and `error`.
     """
     specs = list(specs)
-    store = RecordStore(folder)
     keys = [spec.key() for spec in specs]
+    if not compute:
+        return frame([_as_it_is(Path(folder), spec, key) for spec, key in zip(specs, keys, strict=True)])
+    store = RecordStore(folder)
     records = {key: store.get(key) for key in dict.fromkeys(keys)}
     missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
-    if not compute:
-        reason = f"not computed: no record in {Path(folder).name}/"
-        absent = {key: RunRecord(asdict(spec), key, "missing", reason) for key, spec in missing.items()}
-        return frame([records[key] or absent[key] for key in keys])
-    order = sorted(missing, key=lambda key: [str(getattr(missing[key], name)) for name in _PRUNED_BY])
+    order = sorted(missing, key=lambda key: _place(missing[key]))
     session = Session(activation_bytes=LIMIT if len(order) > 1 else 0)
     announced = set()
     for number, key in enumerate(tqdm(order, desc="study", unit="run", disable=not progress)):
@@ -187,13 +184,27 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     return frame([records[key] for key in keys])
 
 
+def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
+    """The record of a run, or one that says that there is none; nothing is written."""
+    path = folder / f"{key}.json"
+    if path.is_file():
+        return read_record(path)
+    return RunRecord(asdict(spec), key, "missing", f"not computed: no record in {folder.name}/")
+
+
+def _place(spec: RunSpec) -> list[str]:
+    """Where a run comes in a study: runs that start from one pruned state, and those on the same samples, stand together."""
+    names = [str(getattr(spec, name)) for name in _PRUNED_BY]
+    return [*names[:-1], str(spec.samples_by_phase["prune"]), names[-1]]
+
+
 def _announce(specs: list[RunSpec], session: Session) -> None:
-    """Says how long the runs of one model will take; what keeps it from being loaded is left to the runs themselves to say."""
+    """Says how long the runs of one model will take."""
     try:
         decoder, _ = session.load(specs[0].model, specs[0].revision)
         estimate.announce_study(specs, decoder, pick_device(specs[0].device))
-    except ReconError:
-        return
+    except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
+        log.debug("no estimate: %s", error)
 
 
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:

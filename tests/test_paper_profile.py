@@ -81,7 +81,9 @@ def test_paper_profile_runs_from_end_to_end(tmp_path, tiny_folder):
         "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
     }
-    code = "import sys; from recon import batch; found = batch.execute('paper', root=sys.argv[1], stdout=sys.stdout); print(found)"
+    code = (
+        "import sys; from recon import batch; found = batch.execute('paper', root=sys.argv[1], stdout=sys.stdout); print(found)"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(root)], env=environment, capture_output=True, text=True)
     assert done.stdout.count("status='finished'") == len(profile), done.stdout[-3000:] + done.stderr[-3000:]
     # Time, memory and disk are said before a study begins.

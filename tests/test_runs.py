@@ -146,7 +146,10 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
 
 
 def test_as_many_samples_said_in_another_way_are_the_same_run(spec):
-    assert dataclasses.replace(spec, prune_samples=6, then_samples=6).key() == spec.key()
+    said = dataclasses.replace(spec, prune_samples=6, then_samples=6)
+    assert said.key() == spec.key()
+    # What was said stands when another number of samples is asked for.
+    assert dataclasses.replace(said, samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 6}
     assert dataclasses.replace(spec, prune_samples=6, samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 4}
 
 

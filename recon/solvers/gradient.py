@@ -47,7 +47,16 @@ def cosine(output: Tensor, target: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(output.float(), target.float(), dim=-1)).mean()
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine}
+def relative(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of |output - target|^2 / |target|^2, in float32.
+
+    In the squared error, a few tokens with massive activations (Sun et al. 2024, arXiv 2402.17762) outweigh all others.
+    """
+    output, target = output.float(), target.float()
+    return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine, "relative": relative}
 
 
 def get_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -138,12 +147,12 @@ def fit(
         inputs, targets: (samples, length, in) and (samples, length, out).
         engine: where and in what precision `forward` runs.
 
-    The loss is divided by a constant, the mean square of the targets, so that AdamW's epsilon means the same for windows
+    The squared error is divided by a constant, the mean square of the targets, so that AdamW's epsilon means the same for windows
     whose activations differ in size by orders of magnitude.
     """
     criterion = get_loss(loss)
     norm = torch.linalg.vector_norm(targets, dtype=torch.float32)  # unlike a square, it needs no room for all targets again
-    scale = 1.0 if loss == "cosine" else max(norm.item() ** 2 / targets.numel(), 1e-30)
+    scale = max(norm.item() ** 2 / targets.numel(), 1e-30) if loss == "mse" else 1.0
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         with engine:
