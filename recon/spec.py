@@ -120,9 +120,6 @@ class RunSpec:
             if not isinstance(value, str | list | tuple):
                 raise ReconError(f"{name} is {value!r}; allowed: a list of names")
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        for name in ("learning_rate", "then_learning_rate", "warmup", "sparsegpt_damping"):
-            if _is_number(getattr(self, name)):
-                object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one value, and have one key
         criteria.get(self.criterion)
         reconstruction.check_options(
             self.granularity, self.propagation, self.solver, self.start, self.loss, self.train, self.adapter, self.rank
@@ -169,6 +166,8 @@ class RunSpec:
         for name in ("warmup", "sparsegpt_damping"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: a number from 0 to 1")
+        for name in ("learning_rate", "then_learning_rate", "warmup", "sparsegpt_damping"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one value, and have one key
         if self.sequence_length % self.pieces:
             raise ReconError(f"pieces is {self.pieces}; allowed: a number that divides sequence_length, {self.sequence_length}")
         if not self.evaluation_texts:

@@ -96,7 +96,7 @@ def test_learning_rates_reach_the_optimiser(monkeypatch):
 # ---- fitting
 
 
-@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize("loss", ["mse", "cosine", "relative"])
 def test_fitting_lowers_the_loss_and_keeps_zeros(loss):
     weight, losses, mask = run(Schedule(learning_rate=3e-2, epochs=20), loss)
     assert losses[-1] < 0.8 * losses[0]
@@ -104,7 +104,7 @@ def test_fitting_lowers_the_loss_and_keeps_zeros(loss):
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize("loss", ["mse", "cosine", "relative"])
 @pytest.mark.parametrize("samples", [8, 7])
 def test_accumulation_is_a_larger_batch(loss, samples):
     whole = run(Schedule(batch_size=4, epochs=3), loss, samples=samples)
@@ -130,7 +130,7 @@ def test_loss_of_each_step_is_that_before_the_step():
     assert_close(losses, [cosine(inputs @ start.T, targets).item()])
 
 
-@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize("loss", ["mse", "cosine", "relative"])
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_size_of_activations_does_not_matter(loss, scale):
     schedule = Schedule(learning_rate=1e-2, epochs=5)
