@@ -26,6 +26,7 @@ HOLDS, FAILS, UNSURE = "holds", "does not hold here", "not enough evidence"
 MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?"}
 MARGIN = 0.05  # of the damage log(pruned / dense); differences within the paper's own tables are smaller
 SEEDS = 3  # fewer say nothing about training noise
+MODELS = 3  # fewer make no trend: two differ in more than their size
 BUDGET = 0.15  # compute is equal within this share
 _COSTS = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
 START, END = "<!-- claims -->", "<!-- /claims -->"
@@ -219,15 +220,18 @@ class _Run:
         """Samples trained on last, or the flops or seconds of all training; NaN where the record does not say."""
         if kind == "samples":
             return self.trained_samples
+        if kind == "seconds" and "activations" in self.record.shared:
+            return math.nan  # the dense model's part was had for nothing
         spent = (getattr(self.record, "flops", None) if kind == "flops" else self.record.seconds) or {}
         return sum(spent.get(phase) or 0.0 for phase in ("reconstruct", "retrain")) or math.nan
 
 
-def _pick(runs: Iterable[_Run], options: dict) -> dict[int, _Run]:
-    """The runs that differ from the defaults by `options` alone, by seed, all with the same learning rates and batches.
+def _pick(runs: Iterable[_Run], options: dict, tuned: bool = False) -> dict[int, _Run]:
+    """The runs that differ from the defaults by `options` alone, by seed, all with the same learning rates.
 
-    Where there are several of these: the ones with the lowest held-out perplexity, mean over the seeds that all have; if
-    that is unknown, the default ones, or those closest to them. Never chosen by evaluation text.
+    Where there are several rates: those nearest the default ones, so that no side of a comparison is tuned more than the
+    other; if `tuned`, where every side had its rates chosen, those with the lowest held-out perplexity, mean over the seeds
+    that all have. Never chosen by evaluation text.
     """
     wanted = {name: {**_DEFAULTS, **options}[name] for name in _SETTING}
     choices: dict[tuple, dict[int, _Run]] = {}
@@ -238,14 +242,13 @@ def _pick(runs: Iterable[_Run], options: dict) -> dict[int, _Run]:
         return {}
 
     def distance(tuning: tuple) -> tuple:
-        other = [(name, value) for name, value in tuning if value != _DEFAULTS[name]]
-        return abs(math.log(dict(tuning)["learning_rate"] / _DEFAULTS["learning_rate"])), len(other), repr(tuning)
+        return *(abs(math.log(value / _DEFAULTS[name])) for name, value in tuning), repr(tuning)
 
     shared = set.intersection(*(set(found) for found in choices.values()))
     held_out = {
         tuning: [found[seed].record.metrics.get("held_out_perplexity") for seed in shared] for tuning, found in choices.items()
     }
-    if shared and not any(value is None for values in held_out.values() for value in values):
+    if tuned and shared and not any(value is None for values in held_out.values() for value in values):
         # A run that diverged has no finite perplexity, and is not chosen.
         return choices[min(choices, key=lambda t: (np.nan_to_num(np.mean(held_out[t]), nan=math.inf), *distance(t)))]
     return choices[min(choices, key=distance)]
@@ -265,6 +268,8 @@ class _Evidence:
     note: Callable[[np.ndarray], str] = lambda means: ""
     favours_other: bool = False
     """The claim's side was at a disadvantage: that it is behind proves nothing."""
+    lacks: str = ""
+    """What is missing for a verdict, whatever the interval."""
 
     @property
     def seeds(self) -> int:
@@ -296,7 +301,8 @@ def better(claim: Claim, runs: list[_Run]) -> _Evidence | None:
 
 def equal(claim: Claim, runs: list[_Run]) -> _Evidence | None:
     """The same difference as a share of the damage log(pruned / dense): within the margin, both are equal."""
-    ours, other = _pick(runs, claim.ours), _pick(runs, claim.other)
+    tuned = "adapter" in claim.ours  # their rates are searched, and those of full weights with them
+    ours, other = _pick(runs, claim.ours, tuned), _pick(runs, claim.other, tuned)
     if not (seeds := _common(ours, other)):
         return None
 
@@ -313,7 +319,7 @@ def _points(runs: list[_Run], options: dict, cost: str) -> dict[tuple[int, int],
     groups: dict[tuple[int, int], list[_Run]] = {}
     for run in runs:
         groups.setdefault((run.samples, run.trained_samples), []).append(run)
-    points = {count: _pick(group, options) for count, group in sorted(groups.items())}
+    points = {count: _pick(group, options, tuned=True) for count, group in sorted(groups.items())}
     points = {count: {seed: run for seed, run in found.items() if run.cost(cost) > 0} for count, found in points.items()}
     return {count: found for count, found in points.items() if found}
 
@@ -499,6 +505,7 @@ def trend(claim: Claim, runs: list[_Run]) -> _Evidence | None:
         lambda means: -(at @ gaps(means)) / (at @ at),
         "nats per token and doubling" if known else "nats per token and step",
         note,
+        lacks=f"{len(found)} models make no trend" if len(found) < MODELS else "",
     )
 
 
@@ -678,6 +685,8 @@ def _rule(claim: Claim, evidence: _Evidence, low: float, high: float) -> tuple[s
         verdict = HOLDS if low > claim.above else FAILS if high < claim.above else UNSURE
         where = {HOLDS: "above", FAILS: "below", UNSURE: "includes"}[verdict]
         reason = f"95 % interval {where} {claim.above:g}"
+    if evidence.lacks:
+        return UNSURE, f"{reason}; {evidence.lacks}"
     if verdict == FAILS and evidence.favours_other:
         return UNSURE, f"{reason}, but with less compute"
     if evidence.seeds < SEEDS:

@@ -10,6 +10,7 @@ from recon.activations import LIMIT
 from recon.adapters import ADAPTERS
 from recon.decoder import Decoder
 from recon.device import pick_compute_dtype, resident
+from recon.reconstruction import ERROR_SAMPLES
 from recon.statistics import triangle
 from recon.windows import Window, canonical
 
@@ -74,6 +75,9 @@ def flops(spec, decoder: Decoder) -> dict[str, float]:
             used = min(spec.exact_samples or spec.samples, spec.samples) * spec.sequence_length
             found["reconstruct"] += model.grams * used + 2 * model.products * (1 + spec.exact_iterations)
         found["reconstruct"] += per_token * tokens["reconstruct"]
+        # Errors: on held-out samples, through the dense windows too; before and after through the student's.
+        extra = ERROR_SAMPLES * spec.sequence_length
+        found["reconstruct"] += extra * forward * ((spec.held_out_samples > 0) + 2)
 
     if spec.then != "none":
         whole = forward + 2 * model.head
@@ -81,7 +85,7 @@ def flops(spec, decoder: Decoder) -> dict[str, float]:
         if spec.then == "full":
             backward += 2 * (model.weights + model.head)
         elif spec.then == "lora":
-            backward += 3 * 2 * spec.rank * model.edges
+            backward += (3 + spec.then_checkpointing) * 2 * spec.rank * model.edges
         elif spec.then in ADAPTERS:
             backward += 2 * model.weights
             batches = spec.then_epochs * -(-samples["retrain"] // spec.then_batch_size)
@@ -170,7 +174,8 @@ def announce_study(specs: list, decoder: Decoder, device: torch.device) -> None:
         if shared not in dense:
             dense.add(shared)
             spent += once
-        shared += (spec.criterion, spec.pattern, spec.seed, spec.text, spec.samples_by_phase["prune"])
+        shared += (spec.criterion, spec.pattern, spec.scope, spec.prune_propagation, spec.swaps, spec.seed, spec.text)
+        shared += (spec.samples_by_phase["prune"],)
         if shared not in pruned:
             pruned.add(shared)
             spent += once + by_phase["prune"]

@@ -25,9 +25,11 @@ _NAME = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 def style() -> None:
     """Sets the look of all figures: colours for colour-blind readers, markers and line styles that survive grey."""
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind")
-    colours = sns.color_palette("colorblind").as_hex()[:8]
-    lines = ["-", "--", "-.", ":"] * 2
-    markers = ["o", "s", "^", "D", "v", "P", "X", "*"]
+    colours = sns.color_palette("colorblind").as_hex()
+    del colours[7]  # grey is for levels to compare with
+    markers = ["o", "s", "^", "D", "v", "P", "X", "*", "h"]
+    # Twice as many styles as colours: the second time round, each colour comes with another marker and line.
+    colours, markers, lines = colours * 2, markers + markers[4:] + markers[:4], ["-", "--", "-.", ":"] * 4 + ["-", "--"]
     plt.rcParams.update(
         {
             "axes.prop_cycle": cycler(color=colours, linestyle=lines, marker=markers),

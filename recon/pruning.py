@@ -126,6 +126,25 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None 
             set_bias(matrix.module, pruning.biases[name])
 
 
+def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """`masks`, or where there are none, those that the zeros of a pruned model tell.
+
+    Raises `ReconError` naming a mask that is missing or does not fit, and a parameter that is not in float32, as what is
+    trained has to be.
+    """
+    for name, parameter in student.model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
+    matrices = student.matrices()
+    if masks is None:
+        return {name: matrix.weight != 0 for name, matrix in matrices.items()}
+    for name, matrix in matrices.items():
+        if name not in masks or masks[name].shape != matrix.weight.shape:
+            found = tuple(masks[name].shape) if name in masks else None
+            raise ReconError(f"mask of {name!r} has shape {found}; it must be {tuple(matrix.weight.shape)}")
+    return masks
+
+
 def touched_biases(decoder: Decoder, criterion: str) -> list[str]:
     """Full names of the biases that pruning the dense model by `criterion` may change, or add where there are none.
 

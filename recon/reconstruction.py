@@ -16,6 +16,7 @@ from recon.decoder import Decoder, Matrix
 from recon.engine import Engine, batch_size
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
+from recon.pruning import keep_masks
 from recon.seeds import generator
 from recon.solvers.exact import Exact, masked_least_squares
 from recon.solvers.gradient import Curve, Schedule, fit, get_loss
@@ -100,7 +101,8 @@ def reconstruct(
         adapter, rank: a low-rank parametrisation that is trained in place of the matrices; see `recon.adapters.ADAPTERS`.
         device: where to compute; default: where `dense` is. Both models stay where they are, but for the window in hand.
         activations: where passes over the same dense model and samples share what they know of it.
-        held_out: tokens (samples, length) that nothing is fitted on, to measure errors on.
+        held_out: tokens (samples, length) that nothing is fitted on, to measure errors on; a window whose error on the first
+            `ERROR_SAMPLES` of them grows is put back.
 
     Raises:
         ReconError: an unknown name, a combination that has no meaning, a mask that does not fit, or a model not in float32.
@@ -109,15 +111,7 @@ def reconstruct(
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
     check_options(granularity, propagation, solver, start, loss, train, adapter, rank)
     check_length(teacher, samples.shape[1])
-    for name, parameter in student.model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
-    if masks is None:
-        masks = {name: matrix.weight != 0 for name, matrix in student.matrices().items()}
-    for name, matrix in student.matrices().items():
-        if name not in masks or masks[name].shape != matrix.weight.shape:
-            found = tuple(masks[name].shape) if name in masks else None
-            raise ReconError(f"mask of {name!r} has shape {found}; it must be {tuple(matrix.weight.shape)}")
+    masks = keep_masks(student, masks)
     task = _Pass(
         teacher, student, masks, propagation, solver, start, loss, schedule, exact, train,
         adapter, rank, seed, Engine(device or teacher.device, compute_dtype), len(samples),
@@ -243,7 +237,7 @@ class _Pass:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
             log.warning("window %r: fitting gave NaN or infinite weights; its pruned-only weights are restored", window.name)
             status = "restored"
-        elif self.measured_on == "held_out" and after["held_out"] > before["held_out"]:
+        elif self.measured_on == "held_out" and not after["held_out"] <= before["held_out"]:
             # Too few steps at too high a rate do harm; text that was not fitted on tells.
             status = "rejected"
         if status != "repaired":
@@ -251,8 +245,9 @@ class _Pass:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(backup[name])
-        moved = sum((p.detach() - backup[name]).square().sum().item() for name, p in parameters.items())
-        norm = sum(weight.square().sum().item() for weight in backup.values())
+        matrices = {f"{name}.weight" for name in self.student.matrices(window)}
+        moved = sum((parameters[name].detach() - backup[name]).square().sum().item() for name in matrices)
+        norm = sum(backup[name].square().sum().item() for name in matrices)
         self.advance(window)
         return WindowReport(
             window.name, count, before, after, curve.losses, curve.gradient_norms, (moved / max(norm, 1e-30)) ** 0.5,

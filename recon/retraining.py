@@ -18,6 +18,7 @@ from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
 from recon.evaluation import check_length, kl_divergence
+from recon.pruning import keep_masks
 from recon.seeds import generator
 from recon.solvers.gradient import Schedule, optimise
 from recon.structure import replaced, requiring_gradients
@@ -83,15 +84,15 @@ def retrain(
         merged: called once LoRA is merged and before the mask is applied again, to see what that costs.
 
     Raises:
-        ReconError: an unknown name, a missing dense model, samples longer than the model was made for.
+        ReconError: an unknown name, a missing dense model, a mask that does not fit, a model not in float32, samples longer than
+            the model was made for.
     """
     check_options(method, objective)
     if objective == "distil" and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
     student = model if isinstance(model, Decoder) else Decoder(model)
     check_length(student, samples.shape[1])
-    if masks is None:
-        masks = {name: matrix.weight != 0 for name, matrix in student.matrices().items()}
+    masks = keep_masks(student, masks)
     engine = Engine(device or student.device, compute_dtype)
     teacher = None
     if objective == "distil":
@@ -103,7 +104,15 @@ def retrain(
         for decoder in filter(None, (student, teacher)):
             stack.enter_context(_at(decoder.model, engine.device))
         stack.enter_context(requiring_gradients(student.model.parameters(), False))
-        with _trained(student, masks, method, rank, seed, merged) as parameters:
+        aside = 0.0  # seconds of looking at the merged model
+
+        def look() -> None:
+            nonlocal aside
+            started = time.perf_counter()
+            merged()
+            aside = time.perf_counter() - started
+
+        with _trained(student, masks, method, rank, seed, look) as parameters:
             count = sum(p.numel() for p in parameters.values())
             kept = []
             if method == "full":
@@ -132,7 +141,7 @@ def retrain(
     moved = sum((m.weight - before[name]).square().sum().item() for name, m in student.matrices().items())
     norm = sum(weight.square().sum().item() for weight in before.values())
     movement = (moved / max(norm, 1e-30)) ** 0.5
-    return RetrainingReport(count, curve.losses, curve.gradient_norms, movement, time.perf_counter() - began, status)
+    return RetrainingReport(count, curve.losses, curve.gradient_norms, movement, time.perf_counter() - began - aside, status)
 
 
 @contextlib.contextmanager

@@ -136,7 +136,8 @@ class _Run:
                 record.windows = reconstruction.summary(self.reconstruct(student, pruned.pruning.masks))
         if spec.then != "none":
             with self.phase("retrain"):
-                record.retraining = asdict(self.retrain(student, pruned.pruning.masks))
+                report = self.retrain(student, pruned.pruning.masks)
+            record.retraining, record.seconds["retrain"] = asdict(report), report.seconds
         if spec.granularity != "none" or spec.then != "none":
             with self.phase("evaluate"):
                 repaired = self.measure(student, "repaired")
@@ -215,7 +216,7 @@ class _Run:
         tasks = {}
         if spec.tasks:
             tasks = zero_shot.zero_shot(
-                decoder.model, self.tokenizer, spec.tasks, spec.task_limit or None,
+                decoder, self.tokenizer, spec.tasks, spec.task_limit or None,
                 compute_dtype=spec.compute_dtype, device=self.device, progress=self.progress,
             )  # fmt: skip
         drift, held_out = [], None
@@ -340,10 +341,17 @@ class _Run:
             ),
             "kl": f"KL(dense || model) per token, on the first {evaluation.KL_WINDOWS} evaluation windows",
             "flops": "closed form from the shapes, as if the run shared nothing; see recon.estimate.flops",
-            "held_out_error": (
-                "mean over tokens of |repaired - dense|^2 / |dense|^2 after the last block, on "
+            "drift": (
+                "mean over tokens of |repaired - dense|^2 / |dense|^2 in the residual stream, on "
                 f"{spec.held_out_samples} x {spec.sequence_length} tokens of {spec.text} (validation split)"
             ),
+            "held_out_error": "drift after the last block",
+            "rejection": (
+                f"a window is put back where its own error on the first {reconstruction.ERROR_SAMPLES} of these samples grew"
+            ),
+            "zero_shot": f"{', '.join(spec.tasks)}: the first {spec.task_limit or 'all'} questions of each"
+            if spec.tasks
+            else "none",
             "share_recovered": "1 - log(repaired / dense) / log(pruned / dense), in perplexities",
             "token_hashes": {
                 "calibration": _hash(self.calibration),

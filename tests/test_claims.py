@@ -295,7 +295,7 @@ def test_few_seeds_say_nothing_about_noise(count):
     found = {verdict.claim: verdict for verdict in judge(everything(count)) if verdict.records}
     assert {claim.partition(".")[0] for claim in found} == set(claims.GROUPS)
     assert {name for name, verdict in found.items() if verdict.verdict != UNSURE} <= {"1"}
-    assert all(f"fewer than 3 seeds ({count})" in verdict.reason for verdict in found.values())
+    assert all(f"fewer than 3 seeds ({count})" in verdict.reason for name, verdict in found.items() if name != "8")
 
 
 def test_three_seeds_decide_the_same_comparisons():
@@ -308,7 +308,6 @@ def test_three_seeds_decide_the_same_comparisons():
         "5.masklora.samples.1",
         "6.masklora.reconstruction",
         "7",
-        "8",
         "9.mixed",
         "10",
         "11.masklora",
@@ -364,18 +363,32 @@ def test_the_same_seeds_are_on_both_sides():
 
 
 def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():
-    matrix = seeds(0.2, granularity="matrix")
-    tempting = seeds(0.9, learning_rate=1e-2, held_out=40.0)
-    chosen = seeds(0.5, learning_rate=1e-3, held_out=30.0)
-    default = seeds(0.4, held_out=35.0)
-    found = verdict_on("3", matrix + tempting + chosen + default)
-    assert found.effect == pytest.approx(0.3 * DAMAGE, abs=0.01)
+    plain = seeds(0.2)
+    tempting = seeds(0.9, adapter="masklora", learning_rate=1e-2, held_out=40.0)
+    chosen = seeds(0.5, adapter="masklora", learning_rate=1e-3, held_out=30.0)
+    default = seeds(0.4, adapter="masklora", held_out=35.0)
+    assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(-0.3, abs=0.01)
     default[0].metrics.pop("held_out_perplexity")  # no longer known for all
-    assert verdict_on("3", matrix + tempting + chosen + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
+    assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(-0.2, abs=0.01)
     # A rate tried with one seed alone is compared on that seed, and the winner keeps its other seeds.
-    trial = [record(0.9, learning_rate=1e-2, held_out=40.0)]
-    found = verdict_on("3", matrix + trial + chosen)
-    assert found.seeds == 3 and found.effect == pytest.approx(0.3 * DAMAGE, abs=0.01)
+    trial = [record(0.9, adapter="masklora", learning_rate=1e-2, held_out=40.0)]
+    found = verdict_on("11.masklora", plain + trial + chosen)
+    assert found.seeds == 3 and found.effect == pytest.approx(-0.3, abs=0.01)
+
+
+def test_no_side_is_tuned_where_the_others_are_not():
+    """Rates of half-blocks were searched for another claim: here they do not help it against matrices, which had one."""
+    matrix, default = seeds(0.2, granularity="matrix"), seeds(0.4, held_out=35.0)
+    tuned = seeds(0.5, learning_rate=1e-3, held_out=30.0)
+    assert verdict_on("3", matrix + tuned + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
+    # Nor do recipes that make more steps.
+    pieces = seeds(0.6, pieces=4, held_out=20.0)
+    assert verdict_on("3", matrix + pieces + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
+
+
+def test_two_models_make_no_trend():
+    found = verdict_on("8", family((0.3, 0.1), ("a-100m", "b-1b")))
+    assert found.verdict == UNSURE and found.effect > 0 and "2 models make no trend" in found.reason
 
 
 def test_records_older_than_a_field_did_what_its_default_says():

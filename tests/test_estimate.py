@@ -104,8 +104,9 @@ def test_what_is_not_done_costs_nothing():
 def test_twice_the_samples_cost_twice():
     decoder = Decoder(make_model("llama"))
     one, two = (estimate.flops(RunSpec(samples=n, then="norms"), decoder) for n in (16, 32))
-    for phase in ("prune", "reconstruct", "retrain"):
+    for phase in ("prune", "retrain"):
         assert two[phase] == 2 * one[phase]
+    assert 1.8 * one["reconstruct"] < two["reconstruct"] < 2 * one["reconstruct"]  # errors are measured on the same few samples
     assert one["evaluate"] == two["evaluate"]
 
 

@@ -82,8 +82,8 @@ def test_style_tells_lines_apart_without_colour():
     with matplotlib.rc_context():
         figures.style()
         cycle = list(plt.rcParams["axes.prop_cycle"])
-        assert len({(entry["linestyle"], entry["marker"]) for entry in cycle}) == len(cycle) == 8
-        assert len({entry["color"] for entry in cycle}) == 8
+        assert len({(entry["linestyle"], entry["marker"]) for entry in cycle}) == len(cycle) == 18
+        assert len({entry["color"] for entry in cycle}) == 9
         assert plt.rcParams["pdf.fonttype"] == 42
 
 

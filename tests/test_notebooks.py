@@ -42,7 +42,12 @@ PROMISED = {  # parameters, figures, number of run records
     "3-criterion-convergence": ({"criteria": ["magnitude", "wanda"]}, ["criteria", "criteria-gap"], 4),
     "4-propagation-and-loss": ({"propagations": ["dense", "mixed"]}, ["propagation", "propagation-drift"], 5),
     "5-what-reviewers-asked": (
-        {"texts": [], "adapters": ["none", "masklora"], "adapter_rates": [1e-2, 3e-2], "fits": ["matrix", "half-block"]},
+        {
+            "texts": [],
+            "adapters": ["none", "masklora"],
+            "adapter_rates": {"none": [3e-3], "masklora": [1e-2, 3e-2]},
+            "fits": ["matrix", "half-block"],
+        },
         ["asked", "loss-curves", "costs", "error-accumulation"],
         4 + 2 + 1 + 4,
     ),
