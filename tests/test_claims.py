@@ -367,13 +367,13 @@ def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():
     tempting = seeds(0.9, adapter="masklora", learning_rate=1e-2, held_out=40.0)
     chosen = seeds(0.5, adapter="masklora", learning_rate=1e-3, held_out=30.0)
     default = seeds(0.4, adapter="masklora", held_out=35.0)
-    assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(-0.3, abs=0.01)
+    assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(0.3, abs=0.01)
     default[0].metrics.pop("held_out_perplexity")  # no longer known for all
-    assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(-0.2, abs=0.01)
+    assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(0.2, abs=0.01)
     # A rate tried with one seed alone is compared on that seed, and the winner keeps its other seeds.
     trial = [record(0.9, adapter="masklora", learning_rate=1e-2, held_out=40.0)]
     found = verdict_on("11.masklora", plain + trial + chosen)
-    assert found.seeds == 3 and found.effect == pytest.approx(-0.3, abs=0.01)
+    assert found.seeds == 3 and found.effect == pytest.approx(0.3, abs=0.01)
 
 
 def test_no_side_is_tuned_where_the_others_are_not():
