@@ -94,7 +94,7 @@ class RunSpec:
     then_checkpointing: bool = False
     """Retraining keeps the blocks' inputs alone and runs each block again in the backward pass: less memory, a third more time."""
     held_out_samples: int = 8
-    """Samples of the text's validation split to measure errors on; nothing is fitted on them."""
+    """Samples of the text's validation split to measure errors on; a window that gets worse on the first two is put back."""
     evaluation_texts: tuple[str, ...] = ("wikipedia",)
     """Texts whose evaluation split perplexity is measured on; the first is the headline."""
     evaluation_samples: int = 40
