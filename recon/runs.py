@@ -158,11 +158,16 @@ class _Run:
     def phase(self, name: str) -> Iterator[None]:
         """Adds up seconds and keeps the highest peak memory of a phase, which may be entered more than once."""
         began = time.perf_counter()
+        device.release_memory()  # what is left from before counts as free, and not as this phase's
         with device.PeakMemory(self.device) as peak:
             yield
         self.record.seconds[name] = self.record.seconds.get(name, 0.0) + time.perf_counter() - began
-        peaks = self.record.peak_memory_bytes_by_phase
-        peaks[name] = max(peaks.get(name, 0), peak.bytes)
+        record = self.record
+        for found, value in (
+            (record.peak_memory_bytes_by_phase, peak.bytes),
+            (record.added_memory_bytes_by_phase, peak.bytes - peak.before),
+        ):
+            found[name] = max(found.get(name, 0), value)
 
     def load(self) -> None:
         """Loads model and texts, and refuses here whatever can be refused."""

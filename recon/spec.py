@@ -229,6 +229,7 @@ class RunRecord:
     flops: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     peak_memory_bytes_by_phase: dict[str, int] = field(default_factory=dict)
+    added_memory_bytes_by_phase: dict[str, int] = field(default_factory=dict)  # beyond what was in use before the phase
     tokens: dict[str, int] = field(default_factory=dict)
     protocol: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict)
@@ -252,6 +253,7 @@ class RunRecord:
             "seconds",
             "flops",
             "peak_memory_bytes_by_phase",
+            "added_memory_bytes_by_phase",
             "tokens",
             "protocol",
             "environment",

@@ -158,7 +158,8 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
 
     Returns:
         A frame with a column per field of the spec, `fit` (its short name, see `fit_options`), one per metric that is one number, `seconds_<phase>`,
-        `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `key`, `status` and `error`.
+        `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`,
+        `key`, `status` and `error`.
     """
     specs = list(specs)
     keys = [spec.key() for spec in specs]
@@ -218,6 +219,7 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
             **{f"flops_{phase}": value for phase, value in record.flops.items()},
             "peak_memory_bytes": record.peak_memory_bytes,
             **{f"peak_memory_bytes_{phase}": value for phase, value in record.peak_memory_bytes_by_phase.items()},
+            **{f"added_memory_bytes_{phase}": value for phase, value in record.added_memory_bytes_by_phase.items()},
             "key": record.key,
             "status": record.status,
             "error": record.error,

@@ -14,7 +14,7 @@ from recon.decoder import Decoder
 from recon.errors import ReconError
 from recon.runs import share_recovered
 
-TIMES = ("seconds", "peak_memory_bytes", "peak_memory_bytes_by_phase", "shared", "environment")
+TIMES = ("seconds", "peak_memory_bytes", "peak_memory_bytes_by_phase", "added_memory_bytes_by_phase", "shared", "environment")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,8 @@ def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
     assert {"total", "prune", "reconstruct", "evaluate"} <= set(record.seconds)
     assert record.seconds["total"] >= record.seconds["reconstruct"] > 0
     assert record.peak_memory_bytes == max(record.peak_memory_bytes_by_phase.values()) > 0
+    added = record.added_memory_bytes_by_phase
+    assert 0 <= added["reconstruct"] < record.peak_memory_bytes_by_phase["reconstruct"]
     assert record.tokens == {"prune": 6 * 32, "reconstruct": 6 * 32, "retrain": 6 * 32, "held_out": 3 * 32, "evaluation": 3 * 63}
     assert "3 consecutive windows x 64 tokens" in record.protocol["evaluation"]
     assert {"git_commit", "git_dirty", "packages", "device", "threads", "compute_dtype"} <= set(record.environment)
