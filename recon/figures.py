@@ -5,7 +5,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,7 @@ import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from recon import environment
 from recon.errors import ReconError
@@ -51,6 +53,24 @@ def lower_is_better(ax: Axes, axis: str = "y") -> None:
     if note not in label:
         # A long vertical label would stand out above the axes, so there the note gets a line of its own.
         getattr(ax, f"set_{axis}label")(f"{label}{' ' if axis == 'x' else chr(10)}{note}".strip())
+
+
+def log_scale(ax: Axes, axis: str = "y") -> None:
+    """Makes `axis` ("x" or "y") logarithmic, with plain numbers at a few round places; call it once all is drawn."""
+    if axis not in ("x", "y"):
+        raise ReconError(f"unknown axis {axis!r}; allowed: x, y")
+    getattr(ax, f"set_{axis}scale")("log")
+    low, high = getattr(ax, f"get_{axis}lim")()
+    places = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
+    ticks = getattr(ax, f"{axis}axis")
+    ticks.set_major_locator(LogLocator(subs=places, numticks=20))
+    ticks.set_major_formatter("{x:.4g}")
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def styles(names: Iterable[str]) -> dict[str, dict]:
+    """A colour, marker and line style for each name, so that it looks the same in every panel."""
+    return dict(zip(dict.fromkeys(names), cycle(plt.rcParams["axes.prop_cycle"])))
 
 
 def savefig(

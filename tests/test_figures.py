@@ -118,3 +118,20 @@ def test_gallery_shows_every_figure_with_its_data(fig, tmp_path):
     assert "![A caption with (brackets).](second.png)" in text
     assert "[data](second.csv)" in text
     assert "2 run records" in text
+
+
+@pytest.mark.parametrize(("low", "high", "shown"), [(33, 41, "35"), (50, 12000, "1000"), (0.2, 0.9, "0.5")])
+def test_log_scale_has_a_few_plain_numbers(low, high, shown):
+    fig, ax = plt.subplots()
+    ax.plot([low, high])
+    figures.log_scale(ax)
+    fig.canvas.draw()
+    bottom, top = ax.get_ylim()
+    labels = [label.get_text() for label, at in zip(ax.get_yticklabels(), ax.get_yticks(), strict=True) if bottom <= at <= top]
+    assert shown in labels and 2 <= len(labels) <= 9 and not any("e" in label for label in labels[:-1])
+    plt.close(fig)
+
+
+def test_styles_stay_with_their_names():
+    found = figures.styles(["b", "a", "b"])
+    assert list(found) == ["b", "a"] and found["a"] != found["b"]
