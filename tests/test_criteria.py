@@ -11,7 +11,7 @@ from recon.errors import ReconError
 from recon.sparsity import Pattern, keep_mask, sparsity_of
 
 # Criteria that remove whole units are tested in test_structured.py.
-BY_WEIGHT = [name for name, criterion in CRITERIA.items() if not isinstance(criterion, Structured)]
+BY_WEIGHT = [name for name, criterion in CRITERIA.items() if not isinstance(criterion, Structured) and name != "none"]
 PATTERNS = ["0", "0.3", "0.5", "0.9", "2:4", "1:8"]
 
 
@@ -203,6 +203,7 @@ def test_registry_names_statistics_and_scopes():
     found = {name: (criterion.statistics, criterion.scope) for name, criterion in CRITERIA.items()}
     assert found == {
         "magnitude": ("none", "matrix"),
+        "none": ("none", "row"),
         "random": ("none", "row"),
         "wanda": ("norm", "row"),
         "ria": ("norm", "matrix"),
@@ -211,7 +212,7 @@ def test_registry_names_statistics_and_scopes():
         "flap": ("moments", "model"),
     }
     with pytest.raises(
-        ReconError, match="'wandb' is unknown; choose one of magnitude, random, wanda, ria, sparsegpt, wanda-sp, flap"
+        ReconError, match="'wandb' is unknown; choose one of magnitude, none, random, wanda, ria, sparsegpt, wanda-sp, flap"
     ):
         get("wandb")
 
