@@ -47,7 +47,7 @@ def test_half_blocks_repair_the_bundled_model():
     assert metrics["dense_perplexity"] == pytest.approx(23.65, rel=0.02)
     assert metrics["pruned_perplexity"] > 1.6 * metrics["dense_perplexity"]
     assert metrics["share_recovered"] > 0.08
-    assert metrics["held_out_error"] < 0.93 * metrics["held_out_error_pruned"]
+    assert metrics["held_out_error"] < 0.96 * metrics["held_out_error_pruned"]  # windows put back included
 
 
 @pytest.mark.slow
