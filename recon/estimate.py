@@ -174,8 +174,7 @@ def announce_study(specs: list, decoder: Decoder, device: torch.device) -> None:
         if shared not in dense:
             dense.add(shared)
             spent += once
-        shared += (spec.criterion, spec.pattern, spec.scope, spec.prune_propagation, spec.swaps, spec.seed, spec.text)
-        shared += (spec.samples_by_phase["prune"],)
+        shared += spec.pruned_by
         if shared not in pruned:
             pruned.add(shared)
             spent += once + by_phase["prune"]

@@ -1,6 +1,7 @@
 """How well a model predicts held-out text, and how far it has drifted from the dense one."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -47,11 +48,13 @@ def perplexity(
     description: str = "perplexity",
     device: torch.device | str | None = None,
     reference: Reference | None = None,
+    states: Tensor | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
     device: where to compute; default: where the model is.
     reference: the dense model to measure the divergence from, on as many windows as its states are of.
+    states: the last block's output for `tokens`, (windows, length, hidden), where it is known.
     Raises `ReconError` where windows are longer than the model was made for.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
@@ -59,7 +62,7 @@ def perplexity(
     engine = Engine(device or decoder.device, compute_dtype)
     windows = decoder.windows("block")
     with tqdm(total=len(windows) + 1, desc=description, unit="block", disable=not progress) as bar:
-        stream = last_states(decoder, tokens, engine, bar)
+        stream = last_states(decoder, tokens, engine, bar) if states is None else states
         with engine, engine.holding_ends(decoder):
             parts = [range(i, i + 1) for i in range(len(tokens))]
             means = [_nll(decoder, *pair) / (tokens.shape[1] - 1) for pair in engine.batches([tokens, stream], parts)]
@@ -69,17 +72,23 @@ def perplexity(
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(means) * (tokens.shape[1] - 1), means, divergences)
 
 
-@torch.no_grad()
 def last_states(decoder: Decoder, tokens: Tensor, engine: Engine, bar: tqdm | None = None) -> Tensor:
     """The last block's output for `tokens` (windows, length): (windows, length, hidden)."""
+    for stream in residual_streams(decoder, tokens, engine):
+        last = stream
+        if bar is not None:
+            bar.update()
+    return last
+
+
+def residual_streams(decoder: Decoder, tokens: Tensor, engine: Engine) -> Iterator[Tensor]:
+    """The output (windows, length, hidden) of each block in turn for `tokens` (windows, length)."""
     # Block by block, so that one block at a time has to be on the compute device.
     stream = engine.run(decoder.embed, tokens)
     for window in decoder.windows("block"):
         with engine.holding(decoder, window):
             stream = engine.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)
-        if bar is not None:
-            bar.update()
-    return stream
+        yield stream
 
 
 def _divergences(decoder: Decoder, reference: Reference, engine: Engine, tokens: Tensor, stream: Tensor) -> list[float]:
@@ -117,22 +126,17 @@ def drift(
     tokens: Tensor,
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
-) -> list[float]:
-    """Relative squared error of the residual stream after each block, against the dense model: one number per block.
+) -> tuple[list[float], Tensor]:
+    """Relative squared error of the residual stream after each block, against the dense model; and the last stream of `model`.
 
     For a token with activations a (dense) and b it is |a - b|^2 / |a|^2, averaged over `tokens` (samples, length). Both models
     run on their own activations, so errors accumulate with depth.
     """
     engine = Engine(device or dense.device, compute_dtype)
-    ours, theirs = (engine.run(decoder.embed, tokens) for decoder in (model, dense))
     errors = []
-    for window in dense.windows("block"):
-        with engine.holding(model, window):
-            ours = engine.run(lambda hidden, window=window: model.forward(window, hidden), ours)
-        with engine.holding(dense, window):
-            theirs = engine.run(lambda hidden, window=window: dense.forward(window, hidden), theirs)
+    for ours, theirs in zip(*(residual_streams(decoder, tokens, engine) for decoder in (model, dense)), strict=True):
         errors.append(relative_error(ours, theirs))
-    return errors
+    return errors, ours
 
 
 def relative_error(output: Tensor, target: Tensor) -> float:

@@ -125,7 +125,7 @@ class _Run:
             dense, self.references = self.session.keep("dense", key, self.measure_dense)
         model = copy.deepcopy(self.dense.model)
         student = Decoder(model, like=self.dense)
-        pruned = self.session.keep("pruned", self.pruned_key(), lambda: self.prune(student))
+        pruned = self.session.keep("pruned", (*spec.pruned_by, self.protocol_key()), lambda: self.prune(student))
         pruning.apply(student, pruned.pruning, pruned.weights)
         record.seconds["prune"] = pruned.seconds
         record.peak_memory_bytes_by_phase["prune"] = pruned.peak
@@ -203,18 +203,14 @@ class _Run:
         names = "evaluation_texts evaluation_samples evaluation_length tasks task_limit text sequence_length held_out_samples "
         return tuple(getattr(self.spec, name) for name in (names + "device compute_dtype").split())
 
-    def pruned_key(self) -> tuple:
-        names = "model revision criterion pattern scope prune_propagation sparsegpt_block_size sparsegpt_damping swaps seed"
-        return (*(getattr(self.spec, name) for name in names.split()), len(self.samples("prune")), self.protocol_key())
-
     def measure(self, decoder: Decoder, what: str) -> _Measured:
         """Everything that is measured of a model."""
         spec = self.spec
 
-        def perplexity(tokens: Tensor, name: str) -> evaluation.Perplexity:
+        def perplexity(tokens: Tensor, name: str, states: Tensor | None = None) -> evaluation.Perplexity:
             return evaluation.perplexity(
                 decoder, tokens, spec.compute_dtype, self.progress, f"perplexity ({what}, {name})", self.device,
-                self.references.get(name),
+                self.references.get(name), states,
             )  # fmt: skip
 
         perplexities = {name: perplexity(tokens, name) for name, tokens in self.texts.items()}
@@ -226,9 +222,10 @@ class _Run:
             )  # fmt: skip
         drift, held_out = [], None
         if self.held_out is not None:
-            held_out = perplexity(self.held_out, "held out").value
+            states = None
             if decoder is not self.dense:
-                drift = evaluation.drift(decoder, self.dense, self.held_out, spec.compute_dtype, self.device)
+                drift, states = evaluation.drift(decoder, self.dense, self.held_out, spec.compute_dtype, self.device)
+            held_out = perplexity(self.held_out, "held out", states).value
         return _Measured(perplexities, tasks, drift, held_out)
 
     def measure_dense(self) -> tuple[_Measured, dict[str, evaluation.Reference]]:
@@ -278,6 +275,7 @@ class _Run:
         )  # fmt: skip
 
     def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> retraining.RetrainingReport:
+        """Retrains the student in place; notes the perplexity of a merged LoRA before its mask."""
         spec = self.spec
 
         def merged() -> None:

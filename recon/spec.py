@@ -191,6 +191,13 @@ class RunSpec:
         }
 
     @property
+    def pruned_by(self) -> tuple:
+        """What decides the pruned state that the run repairs; runs that agree on it can share that state."""
+        names = "model revision seed text sequence_length criterion pattern scope prune_propagation sparsegpt_block_size "
+        names += "sparsegpt_damping swaps"
+        return (*(getattr(self, name) for name in names.split()), self.samples_by_phase["prune"])
+
+    @property
     def exact(self) -> Exact:
         return Exact(self.exact_samples, self.exact_iterations)
 

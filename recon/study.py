@@ -24,21 +24,6 @@ from recon.windows import canonical
 
 log = logging.getLogger("recon")
 
-# Fields that decide which pruned state a run starts from; runs that agree on them are done one after another.
-_PRUNED_BY = (
-    "model",
-    "revision",
-    "seed",
-    "text",
-    "sequence_length",
-    "criterion",
-    "pattern",
-    "scope",
-    "prune_propagation",
-    "swaps",
-    "samples",
-)
-
 
 def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
     """Every combination of the values on `axes` (field name -> values), all else as in `base`.
@@ -64,6 +49,24 @@ def fit_name(spec: dict) -> str:
     if spec["solver"] == "exact" and spec["granularity"] == "matrix":
         return "matrix exact"
     return spec["granularity"] + (" from exact" if spec["start"] == "exact" else "")
+
+
+def recipe_name(spec: dict) -> str:
+    """The short name of how a spec trains: "reconstruction", a retraining method, both, or "pruned"."""
+    parts = ["reconstruction"] if spec["granularity"] != "none" else []
+    if spec["then"] != "none":
+        method = spec["then"] + (", distilled" if spec["objective"] == "distil" else "")
+        parts.append(f"then {method}" if parts else method)
+    name = ", ".join(parts) or "pruned"
+    return name if spec["criterion"] != "none" else f"dense, {name}"
+
+
+def best(runs: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Of the finished runs of each value of the column `by`, the one with the lowest perplexity on held-out text."""
+    if "held_out_perplexity" not in runs:
+        return runs.iloc[:0]
+    known = runs.dropna(subset="held_out_perplexity")
+    return known.loc[known.groupby(by)["held_out_perplexity"].idxmin()]
 
 
 def write_record(record: RunRecord, path: Path) -> None:
@@ -157,7 +160,7 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     compute: False runs nothing; what has no record then has the status "missing".
 
     Returns:
-        A frame with a column per field of the spec, `fit` (its short name, see `fit_options`), one per metric that is one number, `seconds_<phase>`,
+        A frame with a column per field of the spec, `fit` and `recipe` (short names, see `fit_name` and `recipe_name`), one per metric that is one number, `seconds_<phase>`,
         `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`,
         `key`, `status` and `error`.
     """
@@ -168,7 +171,8 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     store = RecordStore(folder)
     records = {key: store.get(key) for key in dict.fromkeys(keys)}
     missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
-    order = sorted(missing, key=lambda key: _place(missing[key]))
+    # Runs that start from one pruned state stand together, and among these the ones on as many samples.
+    order = sorted(missing, key=lambda key: [str(part) for part in (*missing[key].pruned_by, missing[key].samples)])
     session = Session(activation_bytes=LIMIT if len(order) > 1 else 0)
     announced = set()
     for number, key in enumerate(tqdm(order, desc="study", unit="run", disable=not progress)):
@@ -193,12 +197,6 @@ def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
     return RunRecord(asdict(spec), key, "missing", f"not computed: no record in {folder.name}/")
 
 
-def _place(spec: RunSpec) -> list[str]:
-    """Where a run comes in a study: runs that start from one pruned state, and those on the same samples, stand together."""
-    names = [str(getattr(spec, name)) for name in _PRUNED_BY]
-    return [*names[:-1], str(spec.samples_by_phase["prune"]), names[-1]]
-
-
 def _announce(specs: list[RunSpec], session: Session) -> None:
     """Says how long the runs of one model will take."""
     try:
@@ -214,6 +212,7 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         {
             **record.spec,
             "fit": fit_name(record.spec),
+            "recipe": recipe_name(record.spec),
             **{name: value for name, value in record.metrics.items() if not isinstance(value, dict | list)},
             **{f"seconds_{phase}": value for phase, value in record.seconds.items()},
             **{f"flops_{phase}": value for phase, value in record.flops.items()},

@@ -110,7 +110,7 @@ def test_relative_error_of_a_silent_token_is_finite():
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
 def test_drift_from_itself_is_nothing(tiny, tokens, family):
     decoder = Decoder(tiny(family))
-    assert drift(decoder, decoder, tokens(3, 12), compute_dtype="float32") == [0.0, 0.0, 0.0]
+    assert drift(decoder, decoder, tokens(3, 12), compute_dtype="float32")[0] == [0.0, 0.0, 0.0]
 
 
 @torch.no_grad()
@@ -118,7 +118,9 @@ def test_drift_is_that_of_hidden_states(tiny, tokens):
     dense, batch = Decoder(tiny("llama")), tokens(5, 12)
     model = copy.deepcopy(dense.model)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    found = drift(Decoder(model, like=dense), dense, batch, compute_dtype="float32")
+    found, states = drift(Decoder(model, like=dense), dense, batch, compute_dtype="float32")
+    known = perplexity(model, batch, "float32", progress=False, states=states)
+    assert known == perplexity(model, batch, "float32", progress=False)
     seen = {}
     for which in (dense.model, model):
         handles = [

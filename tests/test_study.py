@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 from conftest import heed_interrupts
 
@@ -208,3 +209,23 @@ def test_two_processes_on_one_folder_end_with_whole_records(tmp_path, tiny_folde
     for process in processes:
         assert process.communicate(timeout=240)[0].split() == ["done"] * 8
     assert {read_record(path).status for path in (tmp_path / "records").glob("*.json")} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"granularity": "none"}, "pruned"),
+        ({}, "reconstruction"),
+        ({"granularity": "none", "then": "lora"}, "lora"),
+        ({"then": "masklora", "objective": "distil"}, "reconstruction, then masklora, distilled"),
+        ({"granularity": "none", "criterion": "none", "then": "full"}, "dense, full"),
+    ],
+)
+def test_recipes_have_names(options, name):
+    assert study.recipe_name(recon.RunSpec(**options).__dict__) == name
+
+
+def test_the_best_is_chosen_on_held_out_text():
+    runs = pd.DataFrame({"a": ["x", "x", "y", "y"], "held_out_perplexity": [3.0, 2.0, None, 9.0], "perplexity": [1, 5, 0, 7]})
+    assert list(study.best(runs, "a").index) == [1, 3]
+    assert study.best(runs[["a"]], "a").empty
