@@ -55,13 +55,20 @@ def names(values: object) -> set[str]:
     return set().union(*map(names, each))
 
 
+def committed() -> set[Path]:
+    """What lies where the real paper profile writes."""
+    return {path for folder in ("figures/paper", "results/paper") for path in (ROOT / folder).rglob("*")}
+
+
 @pytest.mark.slow
 def test_paper_profile_runs_from_end_to_end(tmp_path, tiny_folder):
     profile = yaml.safe_load((ROOT / "notebooks/profiles/paper.yaml").read_text())
     small = shrunk(profile)
     small["6-cost"]["sections"] = ["products", "quality"]  # "large" needs a GPU
     root, hub = tmp_path / "root", tmp_path / "hub"
-    shutil.copytree(ROOT / "notebooks", root / "notebooks")
+    # A checkout of its own: what it writes as the paper profile's must never come to lie among real records.
+    for part in ("notebooks", "recon"):
+        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "notebooks/profiles/paper.yaml").write_text(yaml.safe_dump(small))
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     model = make_model("llama", vocab_size=len(tokenizer), num_hidden_layers=8, max_position_embeddings=256)
@@ -77,15 +84,17 @@ def test_paper_profile_runs_from_end_to_end(tmp_path, tiny_folder):
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "sitecustomize.py").write_text(STAND_IN)
     environment = os.environ | {
-        "PYTHONPATH": f"{tmp_path / 'start'}{os.pathsep}{ROOT}",
+        "PYTHONPATH": f"{tmp_path / 'start'}{os.pathsep}{root}",
         "STAND_IN_TEXTS": str(texts),
         "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
     }
     code = (
-        "import sys; from recon import batch; found = batch.execute('paper', root=sys.argv[1], stdout=sys.stdout); print(found)"
+        "import sys; from recon import batch; found = batch.execute('paper', stdout=sys.stdout); print(found)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(root)], env=environment, capture_output=True, text=True)
+    before = committed()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    assert committed() == before
     assert done.stdout.count("status='finished'") == len(profile), done.stdout[-3000:] + done.stderr[-3000:]
     # Time, memory and disk are said before a study begins.
     assert "on this machine" in done.stdout and "GiB of disk while it runs" in done.stdout
