@@ -1,17 +1,19 @@
 """How well a model predicts held-out text, and how far it has drifted from the dense one."""
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from recon.activations import Activations
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
+from recon.logits import kl_divergence, negative_log_likelihood
 
 SLICE = 256  # tokens whose logits exist at once
 KL_WINDOWS = 4  # windows that the divergence from the dense model is measured on: the head runs for both models there
@@ -63,10 +65,7 @@ def perplexity(
     windows = decoder.windows("block")
     with tqdm(total=len(windows) + 1, desc=description, unit="block", disable=not progress) as bar:
         stream = last_states(decoder, tokens, engine, bar) if states is None else states
-        with engine, engine.holding_ends(decoder):
-            parts = [range(i, i + 1) for i in range(len(tokens))]
-            means = [_nll(decoder, *pair) / (tokens.shape[1] - 1) for pair in engine.batches([tokens, stream], parts)]
-        divergences = [] if reference is None else _divergences(decoder, reference, engine, tokens, stream)
+        means, divergences = _scores(decoder, engine, tokens, stream, reference)
         bar.update()
     mean = sum(means) / len(means)
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(means) * (tokens.shape[1] - 1), means, divergences)
@@ -91,32 +90,33 @@ def residual_streams(decoder: Decoder, tokens: Tensor, engine: Engine) -> Iterat
         yield stream
 
 
-def _divergences(decoder: Decoder, reference: Reference, engine: Engine, tokens: Tensor, stream: Tensor) -> list[float]:
-    """Mean over tokens of KL(dense || model) for the windows that `reference` has the states of."""
-    means = []
-    dense = reference.decoder
-    parts = [range(i, i + 1) for i in range(min(len(reference.states), len(stream)))]
-    with engine, engine.holding_ends(decoder), engine.holding_ends(dense):
-        for part, wanted, found in engine.batches([tokens, reference.states, stream], parts):
-            slices = zip(*(t[:, :-1].split(SLICE, 1) for t in (part, wanted, found)), strict=True)
-            total = sum(kl_divergence(dense.logits(t, w)[0], decoder.logits(t, f)[0]).sum().item() for t, w, f in slices)
-            means.append(total / (tokens.shape[1] - 1))
-    return means
-
-
-def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """KL(wanted || found) in nats for logits (tokens, vocabulary): (tokens,), in float32."""
-    p, q = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-
-
-def _nll(decoder: Decoder, tokens: Tensor, hidden: Tensor) -> float:
-    """Sum of the negative log-likelihoods of tokens (1, length) but the first; a few logits exist at a time."""
-    parts = zip(tokens[:, :-1].split(SLICE, 1), hidden[:, :-1].split(SLICE, 1), tokens[:, 1:].split(SLICE, 1), strict=True)
-    return sum(
-        F.cross_entropy(decoder.logits(part, states)[0].float(), following[0], reduction="sum").double().item()
-        for part, states, following in parts
-    )
+def _scores(
+    decoder: Decoder, engine: Engine, tokens: Tensor, stream: Tensor, reference: Reference | None
+) -> tuple[list[float], list[float]]:
+    """Of each window, the mean over its predicted tokens of the negative log-likelihood; and of KL(dense || model), for the windows
+    that `reference` has the states of. `stream` (windows, length, hidden) is the last block's output for `tokens`."""
+    compared = 0 if reference is None else min(len(reference.states), len(tokens))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(engine)
+        stack.enter_context(engine.holding_ends(decoder))
+        if compared:
+            stack.enter_context(engine.holding_ends(reference.decoder))
+        likelihoods, divergences = [], []
+        for window, (part, found) in enumerate(engine.batches([tokens, stream], [range(i, i + 1) for i in range(len(tokens))])):
+            wanted = reference.states[window : window + 1].to(engine.device) if window < compared else None
+            likelihood = divergence = 0.0
+            for start in range(0, part.shape[1] - 1, SLICE):  # a few logits exist at a time
+                at = slice(start, min(start + SLICE, part.shape[1] - 1))
+                logits = decoder.logits(part[:, at], found[:, at])[0]
+                following = part[0, at.start + 1 : at.stop + 1]
+                likelihood += negative_log_likelihood(logits, following).double().sum().item()
+                if wanted is not None:
+                    dense = reference.decoder.logits(part[:, at], wanted[:, at])[0]
+                    divergence += kl_divergence(dense, logits).double().sum().item()
+            likelihoods.append(likelihood / (part.shape[1] - 1))
+            if wanted is not None:
+                divergences.append(divergence / (part.shape[1] - 1))
+    return likelihoods, divergences
 
 
 @torch.no_grad()
@@ -126,17 +126,29 @@ def drift(
     tokens: Tensor,
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
+    activations: Activations | None = None,
 ) -> tuple[list[float], Tensor]:
     """Relative squared error of the residual stream after each block, against the dense model; and the last stream of `model`.
 
     For a token with activations a (dense) and b it is |a - b|^2 / |a|^2, averaged over `tokens` (samples, length). Both models
     run on their own activations, so errors accumulate with depth.
+
+    activations: where calls with the same dense model and tokens share its streams.
     """
     engine = Engine(device or dense.device, compute_dtype)
     errors = []
-    for ours, theirs in zip(*(residual_streams(decoder, tokens, engine) for decoder in (model, dense)), strict=True):
+    wanted = _shared_streams(dense, tokens, engine, activations or Activations(limit=0))
+    for ours, theirs in zip(residual_streams(model, tokens, engine), wanted, strict=True):
         errors.append(relative_error(ours, theirs))
     return errors, ours
+
+
+def _shared_streams(decoder: Decoder, tokens: Tensor, engine: Engine, activations: Activations) -> Iterable[Tensor]:
+    """`residual_streams`, from `activations` where all of them are there."""
+    known = [activations.get(index) for index in range(len(decoder.blocks))]
+    if all(stream is not None for stream in known):
+        return known
+    return (activations.put(index, stream) for index, stream in enumerate(residual_streams(decoder, tokens, engine)))
 
 
 def relative_error(output: Tensor, target: Tensor) -> float:

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
@@ -17,7 +16,8 @@ from recon.adapters import ADAPTERS, ALPHA, adapted, check_adapter
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
-from recon.evaluation import check_length, kl_divergence
+from recon.evaluation import check_length
+from recon.logits import kl_divergence, negative_log_likelihood
 from recon.pruning import keep_masks
 from recon.seeds import generator
 from recon.solvers.gradient import Schedule, optimise
@@ -201,7 +201,7 @@ def _loss(student: Decoder, teacher: Decoder | None, engine: Engine, checkpointi
     with engine, replaced({block: partial(again, block.forward) for block in blocks}):
         logits = student.model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
     if teacher is None:
-        return F.cross_entropy(logits.float(), tokens[:, 1:].flatten())
+        return negative_log_likelihood(logits, tokens[:, 1:].flatten()).mean()
     with engine, torch.no_grad():
         wanted = teacher.model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
     return kl_divergence(wanted, logits).mean()

@@ -224,7 +224,10 @@ class _Run:
         if self.held_out is not None:
             states = None
             if decoder is not self.dense:
-                drift, states = evaluation.drift(decoder, self.dense, self.held_out, spec.compute_dtype, self.device)
+                names = "model revision text sequence_length held_out_samples compute_dtype device"
+                key = tuple(getattr(spec, name) for name in names.split())
+                shared = self.session.keep("held-out", key, self.store)
+                drift, states = evaluation.drift(decoder, self.dense, self.held_out, spec.compute_dtype, self.device, shared)
             held_out = perplexity(self.held_out, "held out", states).value
         return _Measured(perplexities, tasks, drift, held_out)
 
@@ -264,7 +267,10 @@ class _Run:
         """What is known of the dense model on this run's samples, in its batches."""
         names = "model revision text samples sequence_length held_out_samples seed compute_dtype device"
         key = tuple(getattr(self.spec, name) for name in names.split())
-        return self.session.keep("activations", key, lambda: Activations(self.session.activation_bytes, cache_folder()))
+        return self.session.keep("activations", key, self.store)
+
+    def store(self) -> Activations:
+        return Activations(self.session.activation_bytes, cache_folder())
 
     def reconstruct(self, student: Decoder, masks: dict[str, Tensor]) -> list[reconstruction.WindowReport]:
         spec = self.spec

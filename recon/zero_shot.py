@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
+from recon.logits import negative_log_likelihood
 
 BUNDLED = {
     "analogies": "word analogies, four choices (Mikolov et al. 2013; bundled in the gensim wheel)",
@@ -158,8 +158,8 @@ def _score(decoder: Decoder, states: Tensor, targets: Tensor) -> tuple[Tensor, T
     """Negative log-likelihood of each target (tokens,) after its state (tokens, hidden), and whether it is the likeliest."""
     losses, hits = [], []
     for part, following in zip(states.split(SLICE), targets.split(SLICE)):
-        logits = decoder.logits(following[:, None], part[:, None])[:, 0].float()
-        losses.append(F.cross_entropy(logits, following, reduction="none").double().cpu())
+        logits = decoder.logits(following[:, None], part[:, None])[:, 0]
+        losses.append(negative_log_likelihood(logits, following).double().cpu())
         hits.append((logits.argmax(-1) == following).cpu())
     return torch.cat(losses), torch.cat(hits)
 

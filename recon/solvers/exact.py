@@ -39,17 +39,18 @@ def masked_least_squares(weight: Tensor, mask: Tensor, gram: Tensor, cross: Tens
     # An input that is always zero has a zero row in G: no residual, and no reason to move its weights.
     inverse_diagonal = torch.where(gram.diagonal() > 0, 1 / gram.diagonal(), 0.0)
     weight = weight.masked_fill(~mask, 0.0)
-    residual = (cross - weight @ gram).masked_fill_(~mask, 0.0)
+    keep = mask.to(weight.dtype)  # a product with it is several times as fast as filling where a boolean says so
+    residual = (cross - weight @ gram).mul_(keep)
     scaled = residual * inverse_diagonal
     size = _row_dot(residual, scaled)
-    target = cross.masked_fill(~mask, 0.0)
+    target = cross * keep
     rounding = torch.finfo(gram.dtype).eps ** 2 * _row_dot(target, target * inverse_diagonal)
     direction = scaled.clone()
     for _ in range(iterations):
         active = size > rounding
         if not active.any():
             break
-        product = (direction @ gram).masked_fill_(~mask, 0.0)
+        product = (direction @ gram).mul_(keep)
         curvature = _row_dot(direction, product)
         active &= curvature > 0
         step = torch.where(active, size / curvature, 0.0)
