@@ -9,6 +9,7 @@ from conftest import FAMILIES
 from torch.testing import assert_close
 
 from recon import evaluation
+from recon.activations import Activations
 from recon.decoder import Decoder
 from recon.errors import ReconError
 from recon.evaluation import drift, perplexity, relative_error
@@ -134,3 +135,16 @@ def test_drift_is_that_of_hidden_states(tiny, tokens):
     assert found[0] == 0
     assert min(found[1:]) > 1e-3
     assert_close(found, [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)], rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def test_drift_shares_what_it_knows_of_the_dense_model(tiny, tokens, monkeypatch):
+    dense, batch = Decoder(tiny("llama")), tokens(5, 12)
+    model = copy.deepcopy(dense.model)
+    model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+    student, kept = Decoder(model, like=dense), Activations()
+    alone = drift(student, dense, batch)[0]
+    assert drift(student, dense, batch, activations=kept)[0] == alone
+    run = evaluation.residual_streams
+    monkeypatch.setattr(evaluation, "residual_streams", lambda decoder, *a: pytest.fail() if decoder is dense else run(decoder, *a))
+    assert drift(student, dense, batch, activations=kept)[0] == alone

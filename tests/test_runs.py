@@ -93,7 +93,7 @@ def test_a_run_among_others_equals_a_run_alone(spec, record):
     session = recon.Session()
     recon.run(dataclasses.replace(spec, granularity="none"), session, progress=False)
     shared = recon.run(spec, session, progress=False)
-    assert shared.shared == ["model", "dense", "pruned"]
+    assert shared.shared == ["model", "dense", "pruned", "held-out"]
     assert comparable(shared) == comparable(record)
     other = recon.run(dataclasses.replace(spec, seed=1), session, progress=False)
     assert "pruned" not in other.shared
