@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -74,12 +75,22 @@ def test_bad_input(spec):
         BenchSpec(sections=("speed",))
     with pytest.raises(ReconError, match=r"repeats is 0"):
         BenchSpec(repeats=0)
-    assert set(SECTIONS) - set(DEFAULT) == {"large"}
+    assert set(SECTIONS) - set(DEFAULT) == {"compile", "large"}
     with pytest.raises(ReconError, match=r"section large needs a GPU, and the device is 'cpu'"):
         bench(
             dataclasses.replace(spec, output=spec.output.with_name("large.json"), sections=("large",), device="cpu"),
             progress=False,
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_and_plain_are_timed_in_turn(spec):
+    other = dataclasses.replace(spec, output=spec.output.with_name("compile.json"), sections=("compile",), repeats=1)
+    found = bench(other, progress=False)
+    section = found["sections"]["compile"]["results"]
+    assert section["seconds_to_compile"] > 0 and all(row["plain"] > 0 and row["compiled"] > 0 for row in section["rows"])
+    assert "compiled / plain" in summary(found)
 
 
 def test_the_reference_loop_repairs_like_ours(tiny, tokens):

@@ -23,6 +23,7 @@ from recon.bench import products, reference
 from recon.bench.spec import BenchSpec
 from recon.checkpoint import check_writable
 from recon.decoder import Decoder
+from recon.engine import Engine
 from recon.environment import environment
 from recon.errors import ReconError
 from recon.estimate import gemm_rate
@@ -340,6 +341,39 @@ class _Bench:
             shared.append(time.perf_counter() - start)
         return {"runs": [asdict(one) for one in specs], "seconds_singly": singly, "seconds_in_study": shared,
                 "share": (time.perf_counter() - began) / sum(singly)}  # fmt: skip
+
+    def compile(self) -> dict:
+        """One block's forward and backward pass, plain and with its children compiled, in turn; on a batch of the loops'."""
+        plain, _ = self.short(1)
+        compiled = Decoder(copy.deepcopy(plain.model), like=plain)
+        # The children, whose forward never changes; the block's own is what windows silence halves of.
+        for child in compiled.blocks[0].children():
+            child.compile()
+        hidden = plain.embed(self.samples[: reference.BATCH_SIZE]).to(self.device)
+        [window] = plain.windows("block")
+        engine = Engine(self.device)
+
+        def step(decoder: Decoder) -> None:
+            with engine:
+                output = decoder.forward(window, hidden)
+            output.float().square().mean().backward()
+            decoder.model.zero_grad()
+
+        for decoder in (plain, compiled):
+            decoder.model.to(self.device)
+        step(plain)
+        began = time.perf_counter()
+        try:
+            step(compiled)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise ReconError(f"section compile needs a compiler that works, such as g++: {str(error).splitlines()[0]}") from error
+        first = time.perf_counter() - began
+        sides = {"plain": plain, "compiled": compiled}
+        rows = [
+            {name: products.timed(lambda decoder=decoder: step(decoder), self.device, 0.5, 1) for name, decoder in sides.items()}
+            for _ in tqdm(range(self.spec.repeats + 2), desc="compile", disable=not self.progress)
+        ]
+        return {"seconds_to_compile": first - rows[0]["compiled"], "rows": rows}
 
     def large(self) -> dict:
         """Half-blocks of a random model of the shape of Llama-3-8B: time and memory do not depend on the values."""

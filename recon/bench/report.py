@@ -22,6 +22,8 @@ def tables(results: dict) -> dict[str, pd.DataFrame]:
         made["Perplexity against time"] = quality(found["quality"])
     if "sweep" in found:
         made["Sweep"] = _sweep(found["sweep"])
+    if "compile" in found:
+        made["torch.compile"] = _compile(found["compile"])
     if "large" in found:
         made["8B-shaped"] = _in_gib(pd.DataFrame([found["large"]]))
     return made
@@ -80,6 +82,13 @@ def _sweep(section: dict) -> pd.DataFrame:
     )
     table.loc["all"] = ["", "", "", sum(section["seconds_singly"]), sum(section["seconds_in_study"])]
     return table
+
+
+def _compile(section: dict) -> pd.DataFrame:
+    rows = pd.DataFrame(section["rows"])
+    rows["compiled / plain"] = rows["compiled"] / rows["plain"]
+    table = rows.rename(columns={"plain": "plain, s", "compiled": "compiled, s"}).agg(["mean", "std"])
+    return table.assign(**{"to compile, s": [section["seconds_to_compile"], None]})
 
 
 def _in_gib(table: pd.DataFrame) -> pd.DataFrame:

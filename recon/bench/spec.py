@@ -13,9 +13,10 @@ SECTIONS = {
     "prune": "pruning alone, and the exact matrix solution",
     "quality": "perplexity against time on the whole model, of both loops and of ours with less",
     "sweep": "a study of 2 criteria x 5 repairs and pruning alone, against its runs done singly",
+    "compile": "a block's forward and backward passes through torch.compile (needs a C++ compiler; not done unless asked for)",
     "large": "half-blocks of a random model of the shape of Llama-3-8B on a GPU (not done unless asked for)",
 }
-DEFAULT = tuple(name for name in SECTIONS if name != "large")
+DEFAULT = tuple(name for name in SECTIONS if name not in ("compile", "large"))
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class BenchSpec:
     redo: bool = False
     """Measure again what the file holds."""
     sections: tuple[str, ...] = DEFAULT
-    """What to measure: products, loops, profile, growth, prune, quality, sweep, large."""
+    """What to measure: products, loops, profile, growth, prune, quality, sweep, compile, large."""
     model: str = "smollm2-135m"
     """A bundled name, a local folder, or a Hub id."""
     text: str = "wikipedia"
