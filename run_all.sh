@@ -12,7 +12,7 @@ usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...]
        ./run_all.sh --help
 
   quick    every notebook on the bundled model, small: minutes on 2 cores (the default)
-  laptop   every notebook on the bundled model, full grids, several seeds: hours, resumable
+  laptop   every notebook on the bundled model, full grids, three seeds of what is central: hours, resumable
   paper    the paper's models and data: needs GPUs and access to the Hugging Face Hub
   figures  draw every figure and judge every claim from the records that are there (laptop's, unless said); runs nothing
   test     the tests; arguments go to pytest (-m slow runs the slow ones)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from recon.decoder import Matrix
@@ -36,9 +37,9 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(a, a=5**0.5, generator=random)  # as `peft` does
         self.a = nn.Parameter(a.to(weight.device))
         self.b = nn.Parameter(weight.new_zeros(rows, rank))
-        # What BA is multiplied by, element by element, and in a dtype in which that is fast.
-        factor = {"lora": None, "masklora": mask.to(torch.bfloat16), "scalelora": None}[kind]
-        self.register_buffer("mask", factor, persistent=False)
+        if mask.device.type == "cpu":  # where a product with booleans takes several times as long
+            mask = mask.to(torch.bfloat16)
+        self.register_buffer("mask", mask if kind == "masklora" else None, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         device = weight.device.type
@@ -51,7 +52,7 @@ class _Merged(torch.autograd.Function):
     """W + ALPHA * factor * (BA) in `dtype`: weight (rows, columns), factor of that shape or None, b (rows, rank), a (rank, columns).
 
     A few rows at a time, so that nothing of the size of W but the result goes through main memory: several times as fast as the
-    same in whole matrices.
+    same in whole matrices. The weight itself gets no gradient.
     """
 
     @staticmethod
@@ -67,6 +68,7 @@ class _Merged(torch.autograd.Function):
         return merged
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, above: Tensor):
         factor, b, a = ctx.saved_tensors
         b_gradient, a_gradient = torch.empty_like(b), torch.zeros_like(a)

@@ -180,7 +180,7 @@ def announce_study(specs: list, decoder: Decoder, device: torch.device) -> None:
             spent += once + by_phase["prune"]
         peak = max(peak, bytes_needed)
         hidden = decoder.model.config.get_text_config().hidden_size
-        disk = max(disk, 4 * spec.samples * spec.sequence_length * hidden * 2 * len(decoder.blocks))
+        disk = max(disk, 4 * (2 * spec.samples + spec.held_out_samples) * spec.sequence_length * hidden * len(decoder.blocks))
     seconds = spent / (EFFICIENCY * gemm_rate(device, pick_compute_dtype(specs[0].compute_dtype, device)))
     log.info(
         "study: %d run%s of %s, about %s on this machine (%s); about %.1f GiB of memory, up to %.1f GiB of disk while it runs",

@@ -140,6 +140,8 @@ def drift(
     wanted = _shared_streams(dense, tokens, engine, activations or Activations(limit=0))
     for ours, theirs in zip(residual_streams(model, tokens, engine), wanted, strict=True):
         errors.append(relative_error(ours, theirs))
+    if activations is not None:
+        activations.release()  # read once per model: no reason to stay in memory until then
     return errors, ours
 
 

@@ -128,6 +128,13 @@ def reconstruct(
             reports.append(report)
             before, after = (next(iter(error.values())) for error in (report.error_before, report.error_after))
             bar.set_postfix_str(f"error {before:.2g} -> {after:.2g}")
+    rejected = sum(report.status == "rejected" for report in reports)
+    if 2 * rejected > len(reports):
+        log.warning(
+            "%d of %d windows got worse on held-out text and were put back: the learning rate, %g, is probably too high for this "
+            "model; try a third or a tenth of it",
+            rejected, len(reports), schedule.learning_rate,
+        )  # fmt: skip
     return reports
 
 

@@ -1,6 +1,7 @@
 """One run from a specification to a record: text -> decoder -> prune -> reconstruct -> retrain -> evaluate."""
 
 import copy
+import functools
 import hashlib
 import math
 import time
@@ -21,6 +22,8 @@ from recon.environment import environment
 from recon.seeds import generator
 from recon.sparsity import Pattern, sparsity_of
 from recon.spec import RunRecord, RunSpec
+
+HELD_OUT_SHARE = 0.25  # of what a session keeps on disk
 
 
 @dataclass
@@ -224,10 +227,9 @@ class _Run:
         if self.held_out is not None:
             states = None
             if decoder is not self.dense:
-                names = "model revision text sequence_length held_out_samples compute_dtype device"
-                key = tuple(getattr(spec, name) for name in names.split())
-                shared = self.session.keep("held-out", key, self.store)
-                drift, states = evaluation.drift(decoder, self.dense, self.held_out, spec.compute_dtype, self.device, shared)
+                drift, states = evaluation.drift(
+                    decoder, self.dense, self.held_out, spec.compute_dtype, self.device, self.held_out_streams
+                )
             held_out = perplexity(self.held_out, "held out", states).value
         return _Measured(perplexities, tasks, drift, held_out)
 
@@ -267,10 +269,18 @@ class _Run:
         """What is known of the dense model on this run's samples, in its batches."""
         names = "model revision text samples sequence_length held_out_samples seed compute_dtype device"
         key = tuple(getattr(self.spec, name) for name in names.split())
-        return self.session.keep("activations", key, self.store)
+        return self.kept_on_disk("activations", key, 1 - HELD_OUT_SHARE)
 
-    def store(self) -> Activations:
-        return Activations(self.session.activation_bytes, cache_folder())
+    @functools.cached_property
+    def held_out_streams(self) -> Activations:
+        """The dense model's residual streams on held-out text, which drift is measured from."""
+        names = "model revision text sequence_length held_out_samples compute_dtype device"
+        return self.kept_on_disk("held-out", tuple(getattr(self.spec, name) for name in names.split()), HELD_OUT_SHARE)
+
+    def kept_on_disk(self, kind: str, key: tuple, share: float) -> Activations:
+        """The session's store for `kind`, of that share of its bytes; an empty one that keeps nothing, where it has none."""
+        limit = int(share * self.session.activation_bytes)
+        return self.session.keep(kind, key, lambda: Activations(limit, cache_folder())) if limit else Activations(limit=0)
 
     def reconstruct(self, student: Decoder, masks: dict[str, Tensor]) -> list[reconstruction.WindowReport]:
         spec = self.spec

@@ -69,6 +69,48 @@ def best(runs: pd.DataFrame, by: str) -> pd.DataFrame:
     return known.loc[known.groupby(by)["held_out_perplexity"].idxmin()]
 
 
+def tuned_rates(base: RunSpec, rates: dict[str, Iterable[float]], folder: Path | str, compute: bool = True) -> dict[str, float]:
+    """By model, the one of its learning rates in `rates` after which half-blocks predict held-out text best.
+
+    What is too fast depends on the size of a model's weights, which differs by an order of magnitude between models. All else is as
+    in `base`, but for evaluation text, which plays no part: one window of it is read, so that these runs are under a protocol of
+    their own and never mix with what they choose for. They go through `folder` as others do; models none of whose runs are done are
+    left out.
+    """
+    specs = [
+        replace(base, model=model, granularity="half-block", learning_rate=float(rate), evaluation_samples=1, tasks=())
+        for model, candidates in rates.items()
+        for rate in candidates
+    ]
+    if not specs:
+        return {}
+    found = best(run_study(specs, folder, compute=compute), "model")
+    return dict(zip(found["model"], found["learning_rate"]))
+
+
+def at_rates(specs: Iterable[RunSpec], rates: dict[str, float]) -> list[RunSpec]:
+    """`specs` with the learning rate of their model in `rates`, where it is there and they repair by gradient descent."""
+    return [
+        replace(spec, learning_rate=rates[spec.model])
+        if spec.model in rates and spec.granularity != "none" and spec.solver == "adamw"
+        else spec
+        for spec in specs
+    ]
+
+
+def seed_words(runs: pd.DataFrame, by: str) -> str:
+    """Which seeds the values of the column `by` were run with: "seeds 0, 1, 2 (lora, norms: seed 0)"."""
+    seeds = runs.groupby(by, sort=False, observed=True)["seed"].agg(lambda found: tuple(sorted(set(found))))
+    groups = {found: [str(name) for name in seeds.index[[other == found for other in seeds]]] for found in dict.fromkeys(seeds)}
+    most = max(groups, key=lambda found: (len(groups[found]) * len(found), len(found)))
+
+    def words(found: tuple) -> str:
+        return f"seed{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
+
+    others = [f"{', '.join(names)}: {words(found)}" for found, names in groups.items() if found != most]
+    return words(most) + (f" ({'; '.join(others)})" if others else "")
+
+
 def write_record(record: RunRecord, path: Path) -> None:
     """Writes `record` as JSON; it appears under its name only when it is complete.
 

@@ -26,7 +26,8 @@ text.HUB["wikitext2"] = text.HubText(folder, data_files={p: f"{p}.jsonl" for p i
 SMALL = {  # what makes the paper's sizes small, by the name of the parameter or field
     "samples": 6, "prune_samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "seeds": [0],
     "counts": [4, 6], "then_counts": [6], "search_count": 6, "tasks": ["analogies"], "task_limit": 4, "blocks": 2, "repeats": 1,
-    "patterns": ["0.5", "2:4"], "more_patterns": ["0.6"], "more_fits": ["none", "half-block"], "methods": ["masklora", "lora"],
+    "patterns": ["0.5", "2:4"], "more_patterns": ["0.6"], "more_fits": ["none", "half-block"], "methods": ["masklora"],
+    "more_methods": ["lora"], "more_seeds": [0],
 }  # fmt: skip
 
 
@@ -55,9 +56,9 @@ def names(values: object) -> set[str]:
     return set().union(*map(names, each))
 
 
-def committed() -> set[Path]:
-    """What lies where the real paper profile writes."""
-    return {path for folder in ("figures/paper", "results/paper") for path in (ROOT / folder).rglob("*")}
+def committed() -> dict[Path, int]:
+    """What lies where the real paper profile writes, with the times of the last change."""
+    return {path: path.stat().st_mtime_ns for folder in ("figures/paper", "results/paper") for path in (ROOT / folder).rglob("*")}
 
 
 @pytest.mark.slow

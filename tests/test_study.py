@@ -229,3 +229,21 @@ def test_the_best_is_chosen_on_held_out_text():
     runs = pd.DataFrame({"a": ["x", "x", "y", "y"], "held_out_perplexity": [3.0, 2.0, None, 9.0], "perplexity": [1, 5, 0, 7]})
     assert list(study.best(runs, "a").index) == [1, 3]
     assert study.best(runs[["a"]], "a").empty
+
+
+def test_rates_are_chosen_by_model_on_held_out_text_and_kept_as_records(base, counted, tmp_path):
+    rates = {base.model: [1e-3, 1.0]}
+    chosen = study.tuned_rates(base, rates, tmp_path)
+    assert chosen == {base.model: 1e-3}  # a rate of 1 wrecks every window, or has it put back
+    assert {spec.evaluation_samples for spec in counted} == {1} and {spec.granularity for spec in counted} == {"half-block"}
+    assert study.tuned_rates(base, rates, tmp_path, compute=False) == chosen and len(counted) == 2
+    assert study.tuned_rates(base, {base.model: [0.1]}, tmp_path, compute=False) == study.tuned_rates(base, {}, tmp_path) == {}
+    specs = study.at_rates(grid(base, granularity=["none", "block"]), chosen)
+    assert [spec.learning_rate for spec in specs] == [base.learning_rate, 1e-3]
+    assert study.at_rates(specs, {"another": 0.5}) == specs
+
+
+def test_seeds_in_words():
+    runs = pd.DataFrame({"fit": [*"aaabbbcd"], "seed": [2, 1, 0, 0, 1, 2, 0, 0]})
+    assert study.seed_words(runs, "fit") == "seeds 0, 1, 2 (c, d: seed 0)"
+    assert study.seed_words(runs[runs["seed"] == 0], "fit") == "seed 0"

@@ -85,6 +85,8 @@ def _sweep(section: dict) -> pd.DataFrame:
 
 
 def _compile(section: dict) -> pd.DataFrame:
+    if "unavailable" in section:
+        return pd.DataFrame({"unavailable": [section["unavailable"]]})
     rows = pd.DataFrame(section["rows"])
     rows["compiled / plain"] = rows["compiled"] / rows["plain"]
     table = rows.rename(columns={"plain": "plain, s", "compiled": "compiled, s"}).agg(["mean", "std"])

@@ -106,8 +106,8 @@ def optimise(
     per_step = schedule.batch_size * schedule.accumulation
     losses: list[Tensor] = []
     norms: list[Tensor] = []
-    # Multiplying by zeros and ones in a floating-point dtype is several times as fast as by booleans.
-    masks = [(parameter, mask.to(torch.bfloat16)) for parameter, mask in masks]
+    if engine.device.type == "cpu":  # where a product with booleans takes several times as long
+        masks = [(parameter, mask.to(torch.bfloat16)) for parameter, mask in masks]
     orders = [torch.randperm(samples, generator=random) for _ in range(schedule.epochs)]
     steps_of = [chosen for order in orders for chosen in order.split(per_step)]
     batches = engine.batches(data, [part.tolist() for chosen in steps_of for part in chosen.split(schedule.batch_size)])
