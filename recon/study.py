@@ -77,8 +77,9 @@ def tuned_rates(base: RunSpec, rates: dict[str, Iterable[float]], folder: Path |
     their own and never mix with what they choose for. They go through `folder` as others do; models none of whose runs are done are
     left out.
     """
+    base = replace(base, granularity="half-block", evaluation_samples=1, tasks=(), task_limit=RunSpec.task_limit)
     specs = [
-        replace(base, model=model, granularity="half-block", learning_rate=float(rate), evaluation_samples=1, tasks=())
+        replace(base, model=model, learning_rate=float(rate))
         for model, candidates in rates.items()
         for rate in candidates
     ]
