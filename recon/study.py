@@ -78,11 +78,7 @@ def tuned_rates(base: RunSpec, rates: dict[str, Iterable[float]], folder: Path |
     left out.
     """
     base = replace(base, granularity="half-block", evaluation_samples=1, tasks=(), task_limit=RunSpec.task_limit)
-    specs = [
-        replace(base, model=model, learning_rate=float(rate))
-        for model, candidates in rates.items()
-        for rate in candidates
-    ]
+    specs = [replace(base, model=model, learning_rate=float(rate)) for model, candidates in rates.items() for rate in candidates]
     if not specs:
         return {}
     found = best(run_study(specs, folder, compute=compute), "model")

@@ -146,5 +146,7 @@ def test_drift_shares_what_it_knows_of_the_dense_model(tiny, tokens, monkeypatch
     alone = drift(student, dense, batch)[0]
     assert drift(student, dense, batch, activations=kept)[0] == alone
     run = evaluation.residual_streams
-    monkeypatch.setattr(evaluation, "residual_streams", lambda decoder, *a: pytest.fail() if decoder is dense else run(decoder, *a))
+    monkeypatch.setattr(
+        evaluation, "residual_streams", lambda decoder, *a: pytest.fail() if decoder is dense else run(decoder, *a)
+    )
     assert drift(student, dense, batch, activations=kept)[0] == alone

@@ -90,9 +90,7 @@ def test_paper_profile_runs_from_end_to_end(tmp_path, tiny_folder):
         "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
     }
-    code = (
-        "import sys; from recon import batch; found = batch.execute('paper', stdout=sys.stdout); print(found)"
-    )
+    code = "import sys; from recon import batch; found = batch.execute('paper', stdout=sys.stdout); print(found)"
     before = committed()
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
     assert committed() == before

@@ -605,6 +605,8 @@ def test_a_window_that_gets_worse_on_held_out_text_is_put_back(dense, pruned, to
     before = state(student)
     reports = repair(student, dense, tokens(2, 12), Schedule(learning_rate=3.0), held_out=tokens(2, 12, seed=1))
     assert {report.status for report in reports} == {"rejected"}
-    assert "4 of 4 windows got worse on held-out text" in caplog.text and "the learning rate, 3, is probably too high" in caplog.text
+    assert (
+        "4 of 4 windows got worse on held-out text" in caplog.text and "the learning rate, 3, is probably too high" in caplog.text
+    )
     assert all(report.error_after == report.error_before and report.movement == 0 for report in reports)
     assert same(state(student), before)
