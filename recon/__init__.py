@@ -10,6 +10,7 @@ _PUBLIC = {
     "Decoder": "decoder",
     "ReconError": "errors",
     "RunSpec": "spec",
+    "Schedule": "solvers.gradient",
     "Session": "runs",
     "grid": "study",
     "load": "models",
