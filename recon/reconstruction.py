@@ -399,7 +399,7 @@ class _Pass:
                 inputs,
                 targets,
                 self.loss,
-                self.schedule.scaled(len(window.blocks) ** -0.5),
+                self.schedule.scaled(1 / len(window.blocks)),
                 generator(self.seed, "shuffle", window.name),
                 self.engine,
             )
