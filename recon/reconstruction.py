@@ -44,6 +44,9 @@ TRAINED = {
     "all": "every parameter that the window's output depends on, norms included",
 }
 ERROR_SAMPLES = 2  # samples that a window's error is measured on before and after
+# Larger windows take smaller steps: the learning rate is divided by this power of their number of halves. With no power, or
+# the square root of the blocks, windows of 2 to 4 blocks of SmolLM2 get worse on held-out text; with the first, all 30 learn too little.
+SLOWING = 0.75
 
 
 @dataclass(frozen=True)
@@ -399,7 +402,7 @@ class _Pass:
                 inputs,
                 targets,
                 self.loss,
-                self.schedule.scaled(1 / len(window.blocks)),
+                self.schedule.scaled(window.halves**-SLOWING),
                 generator(self.seed, "shuffle", window.name),
                 self.engine,
             )

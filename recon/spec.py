@@ -66,7 +66,7 @@ class RunSpec:
     loss: str = "mse"
     """mse, cosine, or relative (squared error relative to each token's target)."""
     learning_rate: float = 3e-3
-    """Peak learning rate of AdamW; a window of k blocks is trained with 1/k of it."""
+    """Peak learning rate of AdamW; a window of n half-blocks is trained with it over n^0.75."""
     epochs: int = 1
     """Passes over the calibration samples, per window."""
     batch_size: int = 1

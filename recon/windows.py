@@ -36,6 +36,11 @@ class Window:
         """Whether this window's output is the next one's input."""
         return not self.matrices and not self.parallel
 
+    @property
+    def halves(self) -> int:
+        """How many halves of blocks are adapted together: 1 for a half or matrices of one, 2 for a block."""
+        return 1 if self.half or self.matrices else 2 * len(self.blocks)
+
 
 def canonical(granularity: str) -> str:
     """The name of a granularity, from any of its spellings; the paper's 1/2, 1, 2, ... are accepted.

@@ -610,3 +610,16 @@ def test_a_window_that_gets_worse_on_held_out_text_is_put_back(dense, pruned, to
     )
     assert all(report.error_after == report.error_before and report.movement == 0 for report in reports)
     assert same(state(student), before)
+
+
+@pytest.mark.parametrize("granularity, halves", [("matrix", 1), ("half-block", 1), ("block", 2), ("2-blocks", 4), ("model", 4)])
+def test_larger_windows_take_smaller_steps(dense, pruned, tokens, granularity, halves, monkeypatch):
+    rates = set()
+
+    def see(forward, parameters, masks, inputs, targets, loss, schedule, random, engine):
+        rates.add(schedule.learning_rate)
+        return Curve([], [])
+
+    monkeypatch.setattr(reconstruction, "fit", see)
+    repair(pruned(), dense, tokens(4, 16), Schedule(learning_rate=1.0), granularity=granularity)
+    assert rates == {pytest.approx(halves**-0.75)}
