@@ -79,8 +79,6 @@ def tuned_rates(base: RunSpec, rates: dict[str, Iterable[float]], folder: Path |
     """
     base = replace(base, granularity="half-block", evaluation_samples=1, tasks=(), task_limit=RunSpec.task_limit)
     specs = [replace(base, model=model, learning_rate=float(rate)) for model, candidates in rates.items() for rate in candidates]
-    if not specs:
-        return {}
     found = best(run_study(specs, folder, compute=compute), "model")
     return dict(zip(found["model"], found["learning_rate"]))
 
@@ -247,7 +245,7 @@ def _announce(specs: list[RunSpec], session: Session) -> None:
 
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """One row per record, as `run_study` describes."""
-    return pd.DataFrame(
+    rows = [
         {
             **record.spec,
             "fit": fit_name(record.spec),
@@ -263,4 +261,7 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
             "error": record.error,
         }
         for record in records
-    )
+    ]
+    # A study of nothing has the columns that every study has.
+    always = [*RunSpec.__dataclass_fields__, "fit", "recipe", "key", "status", "error"]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=always)

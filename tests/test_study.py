@@ -247,3 +247,10 @@ def test_seeds_in_words():
     runs = pd.DataFrame({"fit": [*"aaabbbcd"], "seed": [2, 1, 0, 0, 1, 2, 0, 0]})
     assert study.seed_words(runs, "fit") == "seeds 0, 1, 2 (c, d: seed 0)"
     assert study.seed_words(runs[runs["seed"] == 0], "fit") == "seed 0"
+
+
+def test_a_study_of_nothing_has_the_columns_of_any_other(tmp_path):
+    nothing = run_study([], tmp_path)
+    assert nothing.empty and {*recon.RunSpec.__dataclass_fields__, "fit", "recipe", "key", "status", "error"} <= set(nothing)
+    best = study.best(nothing, "adapter")
+    assert dict(zip(best["adapter"], best["learning_rate"], strict=True)) == {}
