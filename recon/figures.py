@@ -64,7 +64,7 @@ def log_scale(ax: Axes, axis: str = "y") -> None:
     places = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
     ticks = getattr(ax, f"{axis}axis")
     ticks.set_major_locator(LogLocator(subs=places, numticks=20))
-    ticks.set_major_formatter("{x:.4g}")
+    ticks.set_major_formatter("{x:g}")
     ticks.set_minor_formatter(NullFormatter())
 
 
