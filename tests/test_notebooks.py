@@ -32,6 +32,7 @@ PROMISED = {  # parameters, figures, number of run records
         {
             "counts": [4, 6],
             "then_counts": [4],
+            "more_counts": [4],
             "methods": ["masklora"],
             "more_methods": ["lora"],
             "search_count": 6,
