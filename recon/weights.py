@@ -1,0 +1,304 @@
+"""A model whose weights stay on disk: a skeleton, and its parameters read from safetensors for as long as they are needed."""
+
+import contextlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from recon.errors import ReconError
+
+PART = ".part"  # ends the names of files that are still being written; nothing ever reads one
+
+
+# --- the skeleton -----------------------------------------------------------------------------------------------------
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal LM of `config` in evaluation mode, without weights: its parameters are on torch's meta device, and untied.
+
+    Buffers that are computed, such as rotary frequencies, are there.
+    """
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def placeholder(shape: torch.Size, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """A tensor that takes no memory, full of NaN: whatever is computed from weights that are not there shows it."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def is_placeholder(tensor: Tensor) -> bool:
+    """Whether `tensor` is made by `placeholder`."""
+    return not any(tensor.stride()) and tensor.numel() > 1
+
+
+class Lazy:
+    """The parameters of a skeleton: there while they are asked for, and placeholders otherwise.
+
+    Args:
+        model: its parameters become placeholders, in float32 on the CPU; what is tied stays tied.
+        read: gives the values (float32, not shared with anything) of parameters by full name, in any order.
+        done: called with the names of parameters that have just been read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        read: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
+        done: Callable[[list[str]], None] = lambda names: None,
+    ):
+        self.read = read
+        self.done = done
+        self.parameters: dict[str, nn.Parameter] = {}
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for path, module in model.named_modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(placeholder(parameter.shape))
+                    self.parameters[f"{path}.{name}" if path else name] = made[parameter]
+                module._parameters[name] = made[parameter]
+        self._names = {parameter: name for name, parameter in self.parameters.items()}
+        self._users: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def present(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Context in which `parameters` of the model are there; those that an outer context asked for already stay till its end."""
+        names = [self._names[parameter] for parameter in dict.fromkeys(parameters)]
+        fresh = [name for name in names if not self._users[name]]
+        self._users.update(names)
+        try:
+            for name, value in self.read(fresh):
+                self.parameters[name].data = value
+            self.done(fresh)
+            yield
+        finally:
+            self._users.subtract(names)
+            for name in names:
+                if not self._users[name]:
+                    parameter = self.parameters[name]
+                    parameter.data, parameter.grad = placeholder(parameter.shape), None
+
+
+def made_up(parameters: dict[str, nn.Parameter]) -> Callable[[list[str]], Iterator[tuple[str, Tensor]]]:
+    """A `read` for `Lazy` that makes weights up: random ones of a usual size, to find a model's structure by.
+
+    Vectors and matrices overlap with themselves in memory, of which they take next to none: entry (i, j) is number i + j of a random
+    sequence. What has more dimensions repeats a random sequence.
+    """
+
+    def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for number, name in enumerate(parameters):
+            if name not in names:
+                continue
+            shape, random = parameters[name].shape, torch.Generator().manual_seed(number)
+            if len(shape) < 2:
+                noise = 0.2 * torch.randn(shape, generator=random)
+                yield name, noise + 1 if name.endswith("weight") else noise
+            elif len(shape) == 2:
+                rows, columns = shape
+                sequence = torch.randn(rows + columns, generator=random) / columns**0.5
+                yield name, sequence.as_strided((rows, columns), (1, 1))
+            else:
+                sequence = torch.randn(1_000_003, generator=random) / shape[-1] ** 0.5
+                yield name, sequence.repeat(-(-shape.numel() // len(sequence)))[: shape.numel()].view(shape)
+
+    return read
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Source:
+    """What a parameter is made from: entries of the checkpoint, each with the pattern of the converter that it matched."""
+
+    target: str
+    converter: WeightConverter | None
+    entries: list[tuple[str, str | None]] = field(default_factory=list)
+
+
+class Checkpoint:
+    """The weights in safetensors files, read parameter by parameter, as `from_pretrained` reads them.
+
+    Names are translated, and experts that files hold one by one are put together, by the rules of transformers for the model's
+    architecture.
+
+    Args:
+        model: a skeleton, or any model of the architecture.
+        files: safetensors files; where two hold the same entry, the later one counts.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: Iterable[Path] = ()):
+        self.model = model
+        self._known = model.state_dict()
+        self._transforms = get_model_conversion_mapping(model)
+        self._files: dict[str, object] = {}  # entry -> the open file that it is in
+        self._sources: dict[str, _Source] = {}  # parameter -> what it is made from
+        for file in files:
+            self.add(file)
+
+    def add(self, file: Path) -> None:
+        """Takes the entries of one more file; raises `ReconError` naming it where it is not a whole safetensors file."""
+        try:
+            opened = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ReconError(f"{str(file)!r} is not a whole safetensors file: {error}") from error
+        renamings = [each for each in self._transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in self._transforms if isinstance(each, WeightConverter)]
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        prefix = self.model.base_model_prefix
+        for entry in opened.keys():  # noqa: SIM118 - it is no mapping
+            target, pattern = rename_source_key(entry, renamings, converters, prefix, self._known)
+            if target not in self._known and entry in self._known:
+                target, pattern = rename_source_key(entry, [], [], prefix, self._known)
+            if target not in self._known:
+                continue
+            if entry not in self._files:
+                converter = by_pattern.get(pattern)
+                source = self._sources.setdefault(target, _Source(target, converter))
+                source.entries.append((entry, pattern))
+                source.entries.sort(key=lambda found: dot_natural_key(found[0]))
+                for other in converter.target_patterns[1:] if converter else ():
+                    self._sources[target.replace(converter.target_patterns[0], other)] = source
+            self._files[entry] = opened
+
+    @property
+    def transforms(self) -> list:
+        """The rules that apply to these files, which saving has to reverse."""
+        return [each for each in self._transforms if each.was_used()]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sources
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The parameters and buffers called `names`: floating-point ones in float32; nothing else holds their memory.
+
+        Raises `ReconError` naming one that is not there, or is of another shape than the model's.
+        """
+        wanted = dict.fromkeys(names)
+        while wanted:
+            name = next(iter(wanted))
+            if name not in self._sources:
+                raise ReconError(f"the checkpoint has no weight {name!r}")
+            for found, tensor in self._made(self._sources[name]).items():
+                if found in wanted:
+                    if tensor.shape != self._known[found].shape:
+                        raise ReconError(f"weight {found!r} is {tuple(tensor.shape)}, not {tuple(self._known[found].shape)}")
+                    yield found, tensor
+                wanted.pop(found, None)
+            if name in wanted:
+                raise ReconError(f"the checkpoint's weights do not make up {name!r}")
+
+    def _made(self, source: _Source) -> dict[str, Tensor]:
+        if source.converter is None:
+            return {source.target: self._entry(source.entries[-1][0])}
+        converter = deepcopy(source.converter)
+        for entry, pattern in source.entries:
+            converter.add_tensor(source.target, entry, pattern, self._entry(entry))
+        made = converter.convert(source.target, model=self.model, config=self.model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def _entry(self, name: str) -> Tensor:
+        tensor = self._files[name].get_tensor(name)
+        # A copy: what is in the file is mapped into memory, and must not change.
+        return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def open_model(config: PretrainedConfig, files: Iterable[Path]) -> tuple[PreTrainedModel, Checkpoint]:
+    """The skeleton of `config`, tied as `from_pretrained` would tie it, and its weights in `files`.
+
+    Raises `ReconError` naming weights that are missing.
+    """
+    model = skeleton(config)
+    checkpoint = Checkpoint(model, files)
+    missing = {name for name in model.state_dict() if name not in checkpoint}
+    missing -= {name for name in missing for kept in model._keys_to_ignore_on_load_missing or () if re.search(kept, name)}
+    # Where a checkpoint has both of what its configuration ties, their values decide.
+    pairs = {name for pair in model.all_tied_weights_keys.items() for name in pair if not set(pair) & missing}
+    for name, value in checkpoint.read(pairs):
+        _place(model, name, nn.Parameter(value))
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    if missing:
+        raise ReconError(f"weights that the configuration calls for are missing: {', '.join(sorted(missing))}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = {name for name in model.state_dict() if name not in parameters}
+    for name, value in checkpoint.read(name for name in stored if name in checkpoint):
+        model.get_buffer(name).data = value.to(model.get_buffer(name).dtype)
+    model._weight_conversions = checkpoint.transforms
+    return model, checkpoint
+
+
+def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, parameter)
+
+
+# --- files that are whole or not there --------------------------------------------------------------------------------
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes `tensors` to `path`, which appears when all of it is on the disk.
+
+    Raises `OSError` or safetensors' own error where that cannot be done, such as on a full disk; nothing half-written stays.
+    """
+    temporary = path.with_name(path.name + PART)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: object) -> None:
+    """As `write_safetensors`, for what JSON can hold."""
+    temporary = path.with_name(path.name + PART)
+    try:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Gives a written file its name, once it is on the disk; when this returns, so is the name."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until what was written to a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` by the names, and in the parts, that `save_pretrained` writes them in; see `Checkpoint`."""
+    return revert_weight_conversion(model, tensors)

@@ -1,0 +1,145 @@
+"""Weights read one by one are those that `from_pretrained` reads; what is not read is seen; files are whole or not there."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, UNDIVIDED, make_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from recon import weights
+from recon.errors import ReconError
+
+
+def opened(folder: Path):
+    return weights.open_model(AutoConfig.from_pretrained(folder), sorted(Path(folder).glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, *UNDIVIDED, "mixtral"])
+def test_what_is_read_is_what_transformers_reads(family, tied, tmp_path):
+    make_model(family, tie_word_embeddings=tied).save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model, checkpoint = opened(tmp_path)
+    lazy = weights.Lazy(model, checkpoint.read)
+    assert list(lazy.parameters) == [name for name, _ in whole.named_parameters()]
+    assert all(weights.is_placeholder(parameter) for parameter in model.parameters() if parameter.numel() > 1)
+    with lazy.present(model.parameters()):
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+        stored = weights.as_stored(model, {name: p.data for name, p in lazy.parameters.items()})
+    for name, tensor in whole.named_buffers():
+        assert torch.equal(model.get_buffer(name), tensor), name
+    expected = {}
+    for file in tmp_path.glob("*.safetensors"):
+        expected |= load_file(file)
+    parameters = {name for name in expected if name in stored}
+    assert parameters == set(stored) and all(torch.equal(expected[name], stored[name]) for name in parameters)
+
+
+def test_a_checkpoint_with_two_values_for_what_its_configuration_ties(tmp_path):
+    make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    entries = load_file(file)
+    for head in (entries["model.embed_tokens.weight"].clone(), torch.randn(99, 32)):
+        save_file(entries | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        model, checkpoint = opened(tmp_path)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (
+            whole.lm_head.weight is whole.model.embed_tokens.weight
+        )
+        with weights.Lazy(model, checkpoint.read).present([model.lm_head.weight]):
+            assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    make_model("llama").bfloat16().save_pretrained(tmp_path)
+    model, checkpoint = opened(tmp_path)
+    [(_, found)] = checkpoint.read(["lm_head.weight"])
+    assert found.dtype == torch.float32
+    assert torch.equal(found.bfloat16(), load_file(tmp_path / "model.safetensors")["lm_head.weight"])
+
+
+def test_parameters_are_there_while_somebody_needs_them(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    model, checkpoint = opened(tmp_path)
+    reads = []
+
+    def read(names):
+        reads.extend(names)
+        return checkpoint.read(names)
+
+    lazy = weights.Lazy(model, read)
+    head, norm = model.lm_head.weight, model.model.norm.weight
+    with lazy.present([head]):
+        with lazy.present([head, norm]):
+            head.data.add_(1)
+        assert not weights.is_placeholder(head) and weights.is_placeholder(norm)
+    assert reads == ["lm_head.weight", "model.norm.weight"]
+    assert weights.is_placeholder(head) and head.untyped_storage().nbytes() == 4
+    with lazy.present([head]):  # what was done to it is gone, and the file is as it was
+        assert torch.equal(head, load_file(tmp_path / "model.safetensors")["lm_head.weight"])
+
+
+def test_what_is_not_there_is_seen(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    model, checkpoint = opened(tmp_path)
+    lazy = weights.Lazy(model, checkpoint.read)
+    with lazy.present(p for name, p in model.named_parameters() if "layers.1.mlp.up_proj" not in name):
+        assert model(torch.tensor([[5, 6, 7]])).logits.isnan().all()
+
+
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_weights_that_do_not_fit_are_named(change, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    entries, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    wrong = {key: value for key, value in entries.items() if key != name} | (
+        {name: torch.ones(3, 32)} if change == "shape" else {}
+    )
+    save_file(wrong, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ReconError, match=rf"{name}.*(\(3, 32\), not \(64, 32\))?"):
+        model, checkpoint = opened(tmp_path)
+        list(checkpoint.read([name]))
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ReconError, match=r"model\.safetensors' is not a whole safetensors file"):
+        opened(tmp_path)
+
+
+def test_made_up_weights_take_no_memory_and_differ(tmp_path):
+    model = weights.skeleton(AutoConfig.for_model("mixtral", hidden_size=64, num_hidden_layers=1, num_local_experts=4))
+    lazy = weights.Lazy(model, lambda names: weights.made_up(lazy.parameters)(names))
+    with lazy.present(model.parameters()):
+        for name, parameter in model.named_parameters():
+            assert parameter.isfinite().all() and parameter.std() > 0
+            assert parameter.ndim != 2 or parameter.untyped_storage().nbytes() <= 4 * sum(parameter.shape), name
+        experts = model.model.layers[0].mlp.experts.down_proj
+        assert not torch.equal(experts[0], experts[1])
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_file_appears_whole_or_not_at_all(failing, tmp_path, monkeypatch):
+    file, old, new = tmp_path / "a.safetensors", {"x": torch.zeros(3)}, {"x": torch.ones(3)}
+    weights.write_safetensors(file, old)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, full)
+        with pytest.raises(OSError, match="No space left"):
+            weights.write_safetensors(file, new)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    with safe_open(file, framework="pt") as opened_file:
+        assert torch.equal(opened_file.get_tensor("x"), old["x"])
+    weights.write_safetensors(file, new)
+    assert torch.equal(load_file(file)["x"], new["x"])
