@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.errors import ReconError
+from recon.files import write_hashes
 
 CARD = """---
 base_model: {model}
@@ -101,7 +102,7 @@ def card(record) -> dict:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record, command: str) -> None:
-    """Writes weights (safetensors), configuration, tokenizer and model card to `folder`, which appears only when complete.
+    """Writes weights (safetensors) and their hashes, configuration, tokenizer and model card to `folder`, which appears only when complete.
 
     Raises `ReconError` naming the folder where the disk is full or cannot be written; nothing half-written stays. Also, before
     anything is written, for a model that would not load as it is: see `check_places`.
@@ -112,6 +113,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        write_hashes(temporary)
         text = CARD.format(command=command or "recon.run(...) from Python", **card(record))
         (temporary / "README.md").write_text(text, encoding="utf-8")
         temporary.chmod(0o755)

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from recon import assets
+from recon import assets, files
 from recon.errors import ReconError
 
 SUFFIXES = {".safetensors", ".json", ".model"}  # of the files in a folder that a model and its tokenizer are made of
@@ -36,27 +36,68 @@ def locate(name: str) -> str:
     return name
 
 
+def folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The folder with the checkpoint of the model called `name`, fetched from the Hub where need be, its files checked.
+
+    Raises `ReconError` for what `locate` and `recon.files.shards` refuse, a model that the Hub does not have, and one that
+    comes with code of its own, unless `trust_remote_code`.
+    """
+    where = locate(name)
+    found = Path(where)
+    if not found.is_dir():
+        try:
+            found = files.hub_snapshot(where, revision, trust_remote_code)
+        except Exception as error:  # huggingface_hub, its HTTP client and transformers each raise their own kinds
+            raise _not_loaded(name, revision, error) from error
+    try:
+        check_code(found, trust_remote_code)
+        files.shards(found)
+    except ReconError as error:
+        raise _not_loaded(name, revision, error) from error
+    return found
+
+
+def check_code(folder: Path, trust_remote_code: bool) -> None:
+    """Raises `ReconError` where the model in `folder` can only run by code that comes with it, unless that is trusted."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        own, kind = config.get("auto_map") or {}, config.get("model_type")
+    except (OSError, ValueError, AttributeError):  # transformers says what is wrong with it
+        return
+    if own and kind not in CONFIG_MAPPING and not trust_remote_code:
+        code = ", ".join(sorted(map(str, own.values()))) if isinstance(own, dict) else own
+        raise ReconError(
+            f"transformers does not know models of type {kind!r}, and the code that comes with it ({code}) is not run unless "
+            "you have read it and say so: trust_remote_code=True, or --trust-remote-code True"
+        )
+
+
+def _not_loaded(name: str, revision: str | None, error: Exception) -> ReconError:
+    at = f" at revision {revision!r}" if revision else ""
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return ReconError(f"model {name!r}{at} cannot be loaded: {kind}{error}")
+
+
 def load(
-    name: str, revision: str | None = None, device: torch.device | str = "cpu"
+    name: str, revision: str | None = None, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM `name` in float32 and its tokenizer, in evaluation mode, on `device`.
 
-    Weights come from safetensors only and no code from the Hub is run. Raises `ReconError` for an unknown model and for
-    weights that are missing, of the wrong shape, NaN or infinite, naming them (the first, where not finite).
+    Weights come from safetensors only, whose files are checked first (see `recon.files.shards`). Code that comes with a model
+    is run with `trust_remote_code` alone. Raises `ReconError` for an unknown model and for weights that are missing, of the
+    wrong shape, NaN or infinite, naming them (the first, where not finite).
     """
-    where = locate(name)
+    where = folder(name, revision, trust_remote_code)
     # The bar of transformers' weight loading flickers by in a second and would sit between our own bars.
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         model, found = AutoModelForCausalLM.from_pretrained(
-            where, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            where, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # refused below, by name
         )  # fmt: skip
     except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
-        at = f" at revision {revision!r}" if revision else ""
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise ReconError(f"model {name!r}{at} cannot be loaded: {kind}{error}") from error
+        raise _not_loaded(name, revision, error) from error
     if found["mismatched_keys"]:
         wrong = ", ".join(f"{key} is {tuple(has)}, not {tuple(wants)}" for key, has, wants in sorted(found["mismatched_keys"]))
         raise ReconError(f"model {name!r} has weights of other shapes than its config.json calls for: {wrong}")
@@ -75,11 +116,11 @@ def check_finite(model: torch.nn.Module) -> None:
             raise ReconError(f"parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}")
 
 
-def fingerprint(name: str, revision: str | None = None) -> str:
+def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
     """Hash of what `load(name, revision)` loads, without loading it.
 
     For a bundled model, of what it is made from, the same on every machine; for a folder, of its weights, configuration and
-    tokenizer; for a Hub id, the commit. Raises `ReconError` for an unknown model, and for one that the Hub does not have or
+    tokenizer (and of its code, where that is run); for a Hub id, the commit. Raises `ReconError` for an unknown model, and for one that the Hub does not have or
     that cannot be asked for.
     """
     if name in assets.BUNDLED_MODELS:
@@ -100,7 +141,8 @@ def fingerprint(name: str, revision: str | None = None) -> str:
                 f"model {name!r}{at} cannot be had from the Hub ({type(error).__name__}: {error}); "
                 f"give a local folder, or a bundled model: {', '.join(assets.BUNDLED_MODELS)}"
             ) from error
-    files = [p for p in Path(where).iterdir() if p.suffix in SUFFIXES or p.name in VOCABULARY_FILES]
+    suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
+    read = [p for p in Path(where).iterdir() if p.suffix in suffixes or p.name in VOCABULARY_FILES]
     # Ordered by name, so that the same files give the same hash wherever they lie.
-    digests = {p.name: assets.sha256(p) for p in files}
+    digests = {p.name: assets.sha256(p) for p in read}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

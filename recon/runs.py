@@ -62,14 +62,14 @@ class Session:
         self._kept: dict[str, tuple[object, object]] = {}
         self.reused: list[str] = []
 
-    def load(self, model: str, revision: str | None) -> tuple[Decoder, object]:
+    def load(self, model: str, revision: str | None, trust_remote_code: bool = False) -> tuple[Decoder, object]:
         """The dense model, taken apart, and its tokenizer."""
 
         def make():
-            loaded, tokenizer = models.load(model, revision)
+            loaded, tokenizer = models.load(model, revision, trust_remote_code=trust_remote_code)
             return Decoder(loaded), tokenizer
 
-        return self.keep("model", (model, revision), make)
+        return self.keep("model", (model, revision, trust_remote_code), make)
 
     def keep(self, kind: str, key: object, make):
         """`make()`, or what it gave last time for the same `kind` if `key` has not changed since."""
@@ -124,7 +124,7 @@ class _Run:
         estimate.announce(spec, self.dense, self.device)
         with self.phase("evaluate"):
             # Dense first: a wrong set-up shows before anything is pruned.
-            key = (spec.model, spec.revision, self.protocol_key())
+            key = (*spec.loaded_by, self.protocol_key())
             dense, self.references = self.session.keep("dense", key, self.measure_dense)
         model = copy.deepcopy(self.dense.model)
         student = Decoder(model, like=self.dense)
@@ -175,7 +175,7 @@ class _Run:
     def load(self) -> None:
         """Loads model and texts, and refuses here whatever can be refused."""
         spec = self.spec
-        self.dense, self.tokenizer = self.session.load(spec.model, spec.revision)
+        self.dense, self.tokenizer = self.session.load(*spec.loaded_by)
         self.session.dense, self.session.tokenizer = self.dense, self.tokenizer
         # Everything that can be refused is refused here, before the first long computation.
         self.dense.windows(spec.granularity if spec.granularity != "none" else "block")
@@ -267,15 +267,16 @@ class _Run:
 
     def activations(self) -> Activations:
         """What is known of the dense model on this run's samples, in its batches."""
-        names = "model revision text samples sequence_length held_out_samples seed compute_dtype device"
-        key = tuple(getattr(self.spec, name) for name in names.split())
+        names = "text samples sequence_length held_out_samples seed compute_dtype device"
+        key = (*self.spec.loaded_by, *(getattr(self.spec, name) for name in names.split()))
         return self.kept_on_disk("activations", key, 1 - HELD_OUT_SHARE)
 
     @functools.cached_property
     def held_out_streams(self) -> Activations:
         """The dense model's residual streams on held-out text, which drift is measured from."""
-        names = "model revision text sequence_length held_out_samples compute_dtype device"
-        return self.kept_on_disk("held-out", tuple(getattr(self.spec, name) for name in names.split()), HELD_OUT_SHARE)
+        names = "text sequence_length held_out_samples compute_dtype device"
+        key = (*self.spec.loaded_by, *(getattr(self.spec, name) for name in names.split()))
+        return self.kept_on_disk("held-out", key, HELD_OUT_SHARE)
 
     def kept_on_disk(self, kind: str, key: tuple, share: float) -> Activations:
         """The session's store for `kind`, of that share of its bytes; an empty one that keeps nothing, where it has none."""

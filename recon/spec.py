@@ -23,6 +23,8 @@ class RunSpec:
     """A bundled name (see `recon models`), a local folder, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    trust_remote_code: bool = False
+    """Run the code that comes with a model, for types of models that transformers does not know."""
     text: str = "wikipedia"
     """Calibration text: wikipedia, news, code, c4, wikitext2, or a .txt, .jsonl or .parquet file."""
     samples: int = 64
@@ -125,8 +127,9 @@ class RunSpec:
             self.granularity, self.propagation, self.solver, self.start, self.loss, self.train, self.adapter, self.rank
         )
         retraining.check_options("full" if self.then == "none" else self.then, self.objective)
-        if not isinstance(self.then_checkpointing, bool):
-            raise ReconError(f"then_checkpointing is {self.then_checkpointing!r}; allowed: True, False")
+        for name in ("then_checkpointing", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
         for name, allowed in (
             ("scope", ("auto", *SCOPES)),
             ("prune_propagation", ("sparse", "dense")),
@@ -191,11 +194,15 @@ class RunSpec:
         }
 
     @property
+    def loaded_by(self) -> tuple:
+        """What decides the dense model: its name, its revision, and whether code that comes with it is run."""
+        return self.model, self.revision, self.trust_remote_code
+
+    @property
     def pruned_by(self) -> tuple:
         """What decides the pruned state that the run repairs; runs that agree on it can share that state."""
-        names = "model revision seed text sequence_length criterion pattern scope prune_propagation sparsegpt_block_size "
-        names += "sparsegpt_damping swaps"
-        return (*(getattr(self, name) for name in names.split()), self.samples_by_phase["prune"])
+        names = "seed text sequence_length criterion pattern scope prune_propagation sparsegpt_block_size sparsegpt_damping swaps"
+        return (*self.loaded_by, *(getattr(self, name) for name in names.split()), self.samples_by_phase["prune"])
 
     @property
     def exact(self) -> Exact:
@@ -213,7 +220,7 @@ class RunSpec:
         parts = {
             "spec": {name: value for name, value in spec.items() if value != defaults[name]},
             "schema": SCHEMA,
-            "model": models.fingerprint(self.model, self.revision),
+            "model": models.fingerprint(*self.loaded_by),
             "texts": {name: text.fingerprint(name) for name in sorted({self.text, *self.evaluation_texts})},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

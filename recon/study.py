@@ -213,10 +213,10 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     session = Session(activation_bytes=LIMIT if len(order) > 1 else 0)
     announced = set()
     for number, key in enumerate(tqdm(order, desc="study", unit="run", disable=not progress)):
-        model = (missing[key].model, missing[key].revision)
+        model = missing[key].loaded_by
         if len(order) > 1 and model not in announced:
             announced.add(model)
-            same = [missing[k] for k in order[number:] if (missing[k].model, missing[k].revision) == model]
+            same = [missing[k] for k in order[number:] if missing[k].loaded_by == model]
             _announce(same, session)
         record, error = run_or_record_failure(missing[key], session, progress=progress)
         store.put(record)
@@ -237,7 +237,7 @@ def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
 def _announce(specs: list[RunSpec], session: Session) -> None:
     """Says how long the runs of one model will take."""
     try:
-        decoder, _ = session.load(specs[0].model, specs[0].revision)
+        decoder, _ = session.load(*specs[0].loaded_by)
         estimate.announce_study(specs, decoder, pick_device(specs[0].device))
     except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
         log.debug("no estimate: %s", error)
