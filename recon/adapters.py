@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
-from recon.decoder import Matrix
+from recon.decoder import Decoder, Matrix
 from recon.errors import ReconError
 
 ADAPTERS = {
@@ -94,6 +94,16 @@ def check_adapter(kind: str, rank: int) -> None:
         raise ReconError(f"unknown adapter {kind!r}; allowed: {', '.join(ADAPTERS)}")
     if rank < 1:
         raise ReconError(f"rank is {rank}; allowed: a whole number from 1 up")
+
+
+def check_adaptable(decoder: Decoder) -> None:
+    """Raises `ReconError` where a matrix of the model has no module of its own that could carry an adapter: an expert's."""
+    for name, matrix in decoder.matrices().items():
+        if matrix.expert is not None:
+            raise ReconError(
+                f"{name!r} is one expert's part of a parameter that holds those of {matrix.experts}, which no adapter fits; "
+                "train the matrices themselves (adapter none, or retraining full or norms)"
+            )
 
 
 @contextlib.contextmanager

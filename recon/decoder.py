@@ -7,7 +7,7 @@ found is checked against the model's own output when a `Decoder` is made.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
 from recon.structure import (
+    FusedProducts,
+    Product,
     distance,
     find_blocks,
     first,
+    fused_parameters,
     hidden_states,
     mixes_tokens,
     probe_tokens,
@@ -30,24 +33,76 @@ from recon.structure import (
 from recon.windows import Window, canonical, partition
 
 
+def _expert(name: str, expert: int) -> str:
+    """The name of one expert's matrix in the parameter called `name`."""
+    return f"{name}[{expert}]"
+
+
 class _Stop(Exception):
     """Ends a forward pass once what was wanted has been captured."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A prunable weight of a block. `weight` is a view of shape (out, in), whatever way round the module stores it."""
+    """A prunable matrix of a block: the weight of a module, or one expert's part of a parameter that holds those of all.
+
+    attribute: the parameter's name within the module.
+    expert, experts: which of the matrices in the parameter this is, of how many; None, 1: it is the only one.
+    transposed: whether it is stored as (in, out).
+    share: of all tokens, how many it reads on average: less than 1 for an expert.
+    """
 
     name: str
     module: nn.Module
+    attribute: str = "weight"
+    expert: int | None = None
+    experts: int = 1
+    transposed: bool = False
+    share: float = 1.0
+
+    @property
+    def module_name(self) -> str:
+        """Full name of the module."""
+        return self.name if self.expert is None else self.parameter_name.rpartition(".")[0]
+
+    @property
+    def parameter_name(self) -> str:
+        """Full name of the parameter that holds the matrix."""
+        return f"{self.name}.{self.attribute}" if self.expert is None else self.name.rpartition("[")[0]
+
+    @property
+    def bias_name(self) -> str:
+        """Full name that the parameter with the matrix's bias has, where there is one."""
+        return f"{self.name}.bias" if self.expert is None else f"{self.parameter_name}_bias"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the matrix, as it is stored."""
+        return getattr(self.module, self.attribute)
 
     @property
     def weight(self) -> Tensor:
-        return self.oriented(self.module.weight)
+        """The matrix (out, in): a view, whatever way round it is stored."""
+        stored = self.parameter
+        if self.expert is not None:
+            stored = stored.view(self.experts, -1, stored.shape[-1])[self.expert]
+        return self.oriented(stored)
 
     def oriented(self, stored: Tensor) -> Tensor:
-        """`stored` (laid out as the module's weight) as (out, in), and the reverse; a view."""
-        return stored.T if isinstance(self.module, Conv1D) else stored
+        """`stored` (laid out as the matrix is stored) as (out, in), and the reverse; a view."""
+        return stored.T if self.transposed else stored
+
+
+def stored(matrices: dict[str, Matrix], masks: dict[str, Tensor], device: torch.device) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters that hold `matrices`, each with its mask, laid out as the parameter is.
+
+    masks: (out, in) by matrix name.
+    """
+    parts: dict[nn.Parameter, list[Tensor]] = {}
+    for name, matrix in matrices.items():
+        parts.setdefault(matrix.parameter, []).append(matrix.oriented(masks[name]).to(device))
+    # Experts follow one another in the parameter as they do in `matrices`.
+    return [(p, found[0] if len(found) == 1 else torch.stack(found).view(p.shape)) for p, found in parts.items()]
 
 
 @dataclass(frozen=True)
@@ -72,12 +127,17 @@ class Decoder:
 
     def __init__(self, model: nn.Module, like: "Decoder | None" = None):
         self.model = model
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_experts_implementation"):
+                # Each expert's product is then one of its own, with its tokens alone, and can be seen.
+                module.config._experts_implementation = "eager"
         self.path = like.path if like else find_blocks(model)
         self.blocks: nn.ModuleList = model.get_submodule(self.path)
         self._calls: dict[tuple, list[tuple[tuple, dict]]] = {}
         if like:
             self._rebuild, self.halves, self._silence = like._rebuild, like.halves, like._silence
-            self.groups, self._half_parameters, self._calls = like.groups, like._half_parameters, like._calls
+            self.groups, self._matrices = like.groups, like._matrices
+            self._half_parameters, self._calls = like._half_parameters, like._calls
         else:
             self._discover()
 
@@ -155,14 +215,17 @@ class Decoder:
     @contextlib.contextmanager
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
         """While active, `see(group, input)` is called whenever a group of the window's matrices reads its input."""
-        wanted = set(self.matrices(window))
-        with contextlib.ExitStack() as hooks:
+        wanted = self.matrices(window)
+        fused = {matrix.parameter_name: matrix.parameter for matrix in wanted.values() if matrix.expert is not None}
+        with contextlib.ExitStack() as stack:
             for index in window.blocks:
                 for group in self.groups[index]:
-                    if group[0] in wanted:
+                    if group[0] in wanted and wanted[group[0]].expert is None:
                         module = self.model.get_submodule(group[0])
                         handle = module.register_forward_pre_hook(lambda m, args, group=group: see(group, args[0]))
-                        hooks.callback(handle.remove)
+                        stack.callback(handle.remove)
+            if fused:
+                stack.enter_context(FusedProducts(fused, lambda name, found: see((_expert(name, found.expert),), found.x)))
             yield
 
     def _run_block(self, index: int, hidden: Tensor, half: str | None = None) -> Tensor:
@@ -211,6 +274,7 @@ class Decoder:
         """
         granularity = canonical(granularity)
         if granularity == "matrix":
+            self._refuse_experts()
             windows = []
             for index, groups in enumerate(self.groups):
                 for number, group in enumerate(groups):
@@ -235,16 +299,26 @@ class Decoder:
                     "use granularity block (or k-blocks, quarter, model, matrix)"
                 )
 
+    def _refuse_experts(self) -> None:
+        for index, groups in enumerate(self.groups):
+            for name in (name for group in groups for name in group):
+                if self._matrices[name].expert is not None:
+                    raise ReconError(
+                        f"matrix windows do not fit this model: block {index} ({type(self.blocks[index]).__name__}) has experts, "
+                        f"such as {name!r}, each of which reads tokens of its own; use half-block, block or a larger granularity"
+                    )
+
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
         """The parameters of `window` that are trained, by full name: its "matrices" with their biases, or "all"."""
         parameters = self.parameters(window)
         if what == "all":
             return parameters
-        return {name: p for name, p in parameters.items() if name.rpartition(".")[0] in self.matrices(window)}
+        wanted = {name for m in self.matrices(window).values() for name in (m.parameter_name, m.bias_name)}
+        return {name: p for name, p in parameters.items() if name in wanted}
 
     def weights(self, window: Window | None = None) -> list[nn.Parameter]:
-        """The stored weights of the matrices of `window` (default: of all blocks)."""
-        return [matrix.module.weight for matrix in self.matrices(window).values()]
+        """The parameters that hold the matrices of `window` (default: of all blocks)."""
+        return list(dict.fromkeys(matrix.parameter for matrix in self.matrices(window).values()))
 
     def head_weights(self) -> list[nn.Parameter]:
         """The stored weight of the output head, which may be the embedding's as well; empty where there is none."""
@@ -278,9 +352,11 @@ class Decoder:
         if window and window.matrices:
             names = list(window.matrices)
         elif window and window.half:
-            trained = self.parameters(window)
-            names = [name for name in names if f"{name}.weight" in trained]
-        return {name: Matrix(name, self.model.get_submodule(name)) for name in names}
+            inside = self.parameters(window)
+            names = [name for name in names if self._matrices[name].parameter_name in inside]
+        found = (self._matrices[name] for name in names)
+        # Where the structure was found on another model, its matrices are that model's.
+        return {m.name: replace(m, module=self.model.get_submodule(m.module_name)) for m in found}
 
     # --- finding the structure ------------------------------------------------------------------------------------
 
@@ -309,6 +385,7 @@ class Decoder:
         self._silence: list[dict[str, Callable]] = []
         self._half_parameters: list[dict[str, frozenset[str]]] = []
         self.groups: list[list[tuple[str, ...]]] = []
+        self._matrices: dict[str, Matrix] = {}
         for index, (hidden, _) in enumerate(seen):
             self.groups.append(self._find_groups(index, hidden))
             self._find_halves(index, hidden)
@@ -334,37 +411,75 @@ class Decoder:
 
     def _find_groups(self, index: int, hidden: Tensor) -> list[tuple[str, ...]]:
         """The block's matrices in the order in which they run, grouped where they read the very same input."""
-        block, groups, inputs, handles = self.blocks[index], [], [], []
-        for name, module in block.named_modules():
-            if not isinstance(module, nn.Linear | Conv1D):
-                continue
+        block, prefix = self.blocks[index], f"{self.path}.{index}."
+        modules = {f"{prefix}{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        fused = {f"{prefix}{name}": parameter for name, parameter in fused_parameters(block).items()}
+        groups: list[list[str]] = []
+        ran: list[str] = []
+        inputs: list[Tensor | None] = []
+        products: dict[str, list[Product]] = {}
 
-            def note(module, args, name=f"{self.path}.{index}.{name}"):
-                if inputs and inputs[-1] is args[0]:
-                    groups[-1].append(name)
-                else:
-                    inputs.append(args[0])
-                    groups.append([name])
+        def note(name: str, x: Tensor) -> None:
+            ran.append(name)
+            if inputs and inputs[-1] is x:
+                groups[-1].append(name)
+            else:
+                inputs.append(x)
+                groups.append([name])
 
-            handles.append(module.register_forward_pre_hook(note))
-        try:
-            self._run_block(index, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
-        ran = sum(len(group) for group in groups)
-        if ran != len(handles) or len({n for g in groups for n in g}) != ran:
+        def note_product(name: str, product: Product) -> None:
+            if name not in products:
+                # Experts that the probe's tokens do not reach are there all the same.
+                groups.extend([_expert(name, expert)] for expert in range(product.experts))
+                inputs.append(None)
+            products.setdefault(name, []).append(product)
+
+        with contextlib.ExitStack() as stack:
+            for name, module in modules.items():
+                hook = module.register_forward_pre_hook(lambda m, args, name=name: note(name, args[0]))
+                stack.callback(hook.remove)
+            with FusedProducts(fused, note_product):
+                self._run_block(index, hidden)
+        kind = f"block {index} ({type(block).__name__})"
+        if len(ran) != len(modules) or len(set(ran)) != len(ran):
+            wrong = [name for name in modules if ran.count(name) != 1]
             raise ReconError(
-                f"block {index} ({type(block).__name__}) has {len(handles)} matrices but ran {ran} in one forward pass"
+                f"{kind} has {len(modules)} matrices but ran {len(ran)} in one forward pass; "
+                f"{wrong[0]!r}, for one, ran {ran.count(wrong[0])} times, and it must run once"
             )
-        for name, parameter in block.named_parameters():
-            owner = block.get_submodule(name.rpartition(".")[0])
-            if parameter.ndim > 2 and not isinstance(owner, nn.Conv1d):
+        for name, parameter in fused.items():
+            if name not in products and sum(size > 1 for size in parameter.shape) > 2:
                 raise ReconError(
-                    f"block {index} ({type(block).__name__}) holds the fused weight {name!r} of shape {tuple(parameter.shape)}; "
-                    "mixture-of-experts blocks cannot be pruned yet"
+                    f"{kind} holds the fused weight {name!r} of shape {tuple(parameter.shape)}, but no matrix product with a part of "
+                    "it was seen, as there must be for it to be pruned expert by expert"
                 )
-        return [tuple(group) for group in groups]
+        for name, module in modules.items():
+            self._matrices[name] = Matrix(name, module, transposed=isinstance(module, Conv1D))
+        for name, found in products.items():
+            owner, _, attribute = name.rpartition(".")
+            experts = found[0].experts
+            share = sum(len(product.x) for product in found) / (experts * hidden.shape[:-1].numel())
+            for expert in range(experts):
+                matrix = Matrix(
+                    _expert(name, expert), self.model.get_submodule(owner), attribute, expert, experts, found[0].transposed, share
+                )
+                self._matrices[matrix.name] = matrix
+        gates = self._gates(index, modules, products)
+        return [tuple(kept) for group in groups if (kept := [name for name in group if name not in gates])]
+
+    def _gates(self, index: int, modules: dict[str, nn.Module], products: dict[str, list[Product]]) -> set[str]:
+        """Of the `modules` of a block, by name, those that decide how much each expert has to say; they stay dense.
+
+        They are in the child of the block that the experts are in, and have an output for each, or one for all.
+        """
+        found = set()
+        for name, (product, *_) in products.items():
+            child = name.removeprefix(f"{self.path}.{index}.").partition(".")[0]
+            for other, module in modules.items():
+                outputs = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+                if other.startswith(f"{self.path}.{index}.{child}.") and outputs in (1, product.experts):
+                    found.add(other)
+        return found
 
     def _find_halves(self, index: int, hidden: Tensor) -> None:
         """Divides block `index` by silencing, and keeps the division only if the halves give the block back."""

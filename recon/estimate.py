@@ -108,16 +108,23 @@ class _Model:
         self.decoder = decoder
         self.matrices = {name: matrix.weight.shape for name, matrix in decoder.matrices().items()}
         shapes = self.matrices.values()
-        self.weights = sum(rows * columns for rows, columns in shapes)
+        # A matrix of an expert multiplies some of the tokens only.
+        self.share = {name: matrix.share for name, matrix in decoder.matrices().items()}
+        self.weights = sum(map(self.per_token, self.matrices))
         self.edges = sum(rows + columns for rows, columns in shapes)
         self.products = sum(rows * columns**2 for rows, columns in shapes)  # of every matrix with its Gram matrix
         self.head = sum(weight.numel() for weight in decoder.head_weights())
         read = [self.matrices[group[0]][1] for groups in decoder.groups for group in groups]
-        self.grams = sum(2 * triangle(columns) for columns in read)  # per token
-        sizes = [[sum(self.matrices[name].numel() for name in group) for group in groups] for groups in decoder.groups]
+        shares = [self.share[group[0]] for groups in decoder.groups for group in groups]
+        self.grams = sum(2 * triangle(columns) * share for columns, share in zip(read, shares, strict=True))  # per token
+        sizes = [[sum(map(self.per_token, group)) for group in groups] for groups in decoder.groups]
         # What runs before each group of matrices in its block, when only that group's input is wanted.
         self.prefixes = sum(2.0 * sum(sizes_of[:number]) for sizes_of in sizes for number in range(len(sizes_of)))
         self.inverses = sum(2 * columns**3 for columns in read) + self.products
+
+    def per_token(self, name: str) -> float:
+        """Weights of the matrix `name` that a token is multiplied by, on average."""
+        return self.share[name] * self.matrices[name].numel()
 
     def attention(self, length: int) -> float:
         """Scores and weighted sums per token at `length` tokens, over the causal half; none where a block has no halves."""
@@ -132,7 +139,7 @@ class _Model:
         """Weights of `window` that read its input, through which no gradient has to go."""
         names = list(self.decoder.matrices(window))
         group = next(group for group in self.decoder.groups[window.blocks[0]] if names[0] in group)
-        return sum(self.matrices[name][0] * self.matrices[name][1] for name in group if name in names)
+        return sum(self.per_token(name) for name in group if name in names)
 
 
 def cost(spec, decoder: Decoder) -> tuple[dict[str, float], int]:

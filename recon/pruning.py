@@ -15,7 +15,7 @@ from recon.errors import ReconError
 from recon.seeds import generator
 from recon.solvers.swaps import swap
 from recon.sparsity import Pattern, sparsity_of
-from recon.statistics import gather
+from recon.statistics import FEW, gather
 from recon.units import find_units, prune_units, set_bias
 
 log = logging.getLogger("recon")
@@ -26,11 +26,13 @@ class Pruning:
     """What a pruning pass found: `masks` by matrix name, bool (out, in), True = kept; and the sparsity of each matrix.
 
     `biases`, (out,) by matrix name, are those that make up for what was removed; the matrix may have had none before.
+    `starved` names the experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
     """
 
     masks: dict[str, Tensor]
     sparsity: dict[str, float] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    starved: list[str] = field(default_factory=list)
 
     @property
     def total_sparsity(self) -> float:
@@ -94,7 +96,7 @@ def prune(
     if isinstance(rule, Structured):
         masks, biases = prune_units(decoder, rule, pattern, stream, propagation, engine, progress, **options)
         return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, biases)
-    masks = {}
+    masks, starved = {}, []
     for window in tqdm(decoder.windows("block"), desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress):
         statistics: dict[str, Tensor] = {}
         if stream is not None:
@@ -102,7 +104,11 @@ def prune(
         with engine.holding(decoder, window, trained=decoder.weights(window)):
             for name, matrix in decoder.matrices(window).items():
                 random = generator(seed, "criterion", name)
-                weight, mask = _prune_matrix(matrix, statistics.get(name), rule, pattern, scope, random, swaps, options)
+                if kind != "none" and name not in statistics:
+                    starved.append(name)
+                    weight, mask = _prune_matrix(matrix, None, criteria.get("magnitude"), pattern, scope, random, 0, {})
+                else:
+                    weight, mask = _prune_matrix(matrix, statistics.get(name), rule, pattern, scope, random, swaps, options)
                 matrix.weight.copy_(weight)
                 masks[name] = mask.to(decoder.device)
         if stream is None or window.blocks[0] + 1 == len(decoder.blocks):
@@ -111,7 +117,14 @@ def prune(
             with engine.holding(decoder, window):
                 outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream)
         stream = outputs
-    return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()})
+    if starved:
+        some = ", ".join(starved[:3]) + (", ..." if len(starved) > 3 else "")
+        log.warning(
+            "%d of %d matrices belong to experts that fewer than %d calibration tokens were sent to, and were pruned by magnitude "
+            "instead of %s: %s; more samples help",
+            len(starved), len(masks), FEW, criterion, some,
+        )  # fmt: skip
+    return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, starved=starved)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recon.activations import Activations
-from recon.adapters import adapted, check_adapter
-from recon.decoder import Decoder, Matrix
+from recon.adapters import adapted, check_adaptable, check_adapter
+from recon.decoder import Decoder, Matrix, stored
 from recon.engine import Engine, batch_size
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
@@ -114,6 +114,8 @@ def reconstruct(
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
     check_options(granularity, propagation, solver, start, loss, train, adapter, rank)
     check_length(teacher, samples.shape[1])
+    if adapter != "none":
+        check_adaptable(student)
     masks = keep_masks(student, masks)
     task = _Pass(
         teacher, student, masks, propagation, solver, start, loss, schedule, exact, train,
@@ -255,7 +257,7 @@ class _Pass:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(backup[name])
-        matrices = {f"{name}.weight" for name in self.student.matrices(window)}
+        matrices = {matrix.parameter_name for matrix in self.student.matrices(window).values()}
         moved = sum((parameters[name].detach() - backup[name]).square().sum().item() for name in matrices)
         norm = sum(backup[name].square().sum().item() for name in matrices)
         self.advance(window)
@@ -355,7 +357,7 @@ class _Pass:
             for name, gram in found.items():
                 if name == first[name]:
                     self.keep(f"gram of {name}, {self.read} samples", gram)
-        return {name: self.known(key) for name, key in place.items()}
+        return {name: gram for name, key in place.items() if (gram := self.known(key)) is not None}
 
     def gathered(self, window: Window, stream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's outputs of `window`, of blocks or a half, for `stream`, and Gram matrices on its first samples."""
@@ -372,6 +374,8 @@ class _Pass:
         dense = self.teacher.matrices(window)
         column = 0
         for name, matrix in self.student.matrices(window).items():
+            if name not in grams:  # an expert that too few tokens are sent to
+                continue
             rows = matrix.weight.shape[0]
             gram = grams[name].to(matrix.weight.device)
             cross = dense[name].weight.to(gram.device) @ gram
@@ -398,7 +402,7 @@ class _Pass:
             return fit(
                 lambda x: self.student.forward(window, x),
                 list(parameters.values()),
-                [(m.module.weight, m.oriented(self.masks[name]).to(self.engine.device)) for name, m in masked.items()],
+                stored(masked, self.masks, self.engine.device),
                 inputs,
                 targets,
                 self.loss,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from recon.adapters import ADAPTERS, ALPHA, adapted, check_adapter
-from recon.decoder import Decoder
+from recon.adapters import ADAPTERS, ALPHA, adapted, check_adaptable, check_adapter
+from recon.decoder import Decoder, stored
 from recon.engine import Engine
 from recon.errors import ReconError
 from recon.evaluation import check_length
@@ -92,6 +92,8 @@ def retrain(
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
     student = model if isinstance(model, Decoder) else Decoder(model)
     check_length(student, samples.shape[1])
+    if method not in ("full", "norms"):
+        check_adaptable(student)
     masks = keep_masks(student, masks)
     engine = Engine(device or student.device, compute_dtype)
     teacher = None
@@ -116,8 +118,7 @@ def retrain(
             count = sum(p.numel() for p in parameters.values())
             kept = []
             if method == "full":
-                pairs = ((m.module.weight, m.oriented(masks[name])) for name, m in student.matrices().items())
-                kept = [(weight, mask.to(engine.device)) for weight, mask in pairs]
+                kept = stored(student.matrices(), masks, engine.device)
             steps = schedule.steps(len(samples))
             bar = stack.enter_context(
                 tqdm(total=steps, desc=f"retrain ({method}, {objective})", unit="step", disable=not progress)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recon import checkpoint, device, estimate, evaluation, models, pruning, reconstruction, retraining, text, zero_shot
 from recon.activations import Activations
+from recon.adapters import check_adaptable
 from recon.assets import cache_folder
 from recon.decoder import Decoder
 from recon.engine import Engine
@@ -130,6 +131,7 @@ class _Run:
         student = Decoder(model, like=self.dense)
         pruned = self.session.keep("pruned", (*spec.pruned_by, self.protocol_key()), lambda: self.prune(student))
         pruning.apply(student, pruned.pruning, pruned.weights)
+        record.metrics["starved_matrices"] = pruned.pruning.starved
         record.seconds["prune"] = pruned.seconds
         record.peak_memory_bytes_by_phase["prune"] = pruned.peak
         repaired = pruned.measured
@@ -179,6 +181,8 @@ class _Run:
         self.session.dense, self.session.tokenizer = self.dense, self.tokenizer
         # Everything that can be refused is refused here, before the first long computation.
         self.dense.windows(spec.granularity if spec.granularity != "none" else "block")
+        if spec.adapter != "none" or spec.then not in ("none", "full", "norms"):
+            check_adaptable(self.dense)
         for name, matrix in self.dense.matrices().items():
             Pattern.parse(spec.pattern).check_columns(name, matrix.weight.shape[1])
         for length in (spec.sequence_length, spec.evaluation_length):

@@ -8,6 +8,7 @@ from recon.engine import Engine
 from recon.errors import ReconError
 from recon.windows import Window
 
+FEW = 32  # tokens that say too little of what an expert reads
 _SPLIT = 256  # a Gram matrix is formed by quarters down to this size
 
 
@@ -23,12 +24,15 @@ def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kin
     Returns:
         The window's outputs, and the statistics by matrix name in float32, on the engine's device. Matrices that share an
         input share one tensor. They accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
+        An expert's are those of the tokens that are sent to it; one that fewer than FEW are sent to has none.
     """
     totals: dict[tuple[str, ...], Tensor] = {}
     tokens: dict[tuple[str, ...], int] = {}
 
     def accumulate(group: tuple[str, ...], x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1])
+        if not len(x):
+            return
         if group not in totals:
             rows = {"norm": (), "gram": (x.shape[1],), "moments": (2,)}[kind]
             totals[group] = x.new_zeros((*rows, x.shape[1]), dtype=torch.float32)
@@ -47,6 +51,8 @@ def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kin
         outputs = engine.run(lambda batch: decoder.forward(window, batch), stream)
     statistics = {}
     for group, total in totals.items():
+        if tokens[group] < min(FEW, stream.shape[0] * stream.shape[1]):
+            continue
         if not torch.isfinite(total).all():
             raise ReconError(f"the input of {group[0]!r} holds NaN or infinite activations on the calibration samples")
         if kind == "moments":

@@ -2,9 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
 
@@ -27,6 +31,82 @@ def probe_tokens(model: nn.Module) -> Tensor:
     """A few random tokens (2, PROBE_LENGTH) that models are run on to find their structure."""
     vocabulary = model.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (2, PROBE_LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product with one of the matrices that a parameter holds.
+
+    expert, experts: which of them, of how many.
+    transposed: whether they are stored as (in, out).
+    x: what the matrix reads, (tokens, in).
+    """
+
+    expert: int
+    experts: int
+    transposed: bool
+    x: Tensor
+
+
+class FusedProducts(TorchFunctionMode):
+    """Sees the matrix products with slices of parameters that hold the matrices of several experts, one slice each.
+
+    While active, `see(name, product)` is called before each product with one expert's matrix.
+
+    Args:
+        parameters: by name, those to look out for.
+    """
+
+    # The functions that multiply by a matrix, their second argument: whether they take it as (out, in).
+    FUNCTIONS = {F.linear: True} | dict.fromkeys(
+        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), False
+    )
+
+    def __init__(self, parameters: dict[str, nn.Parameter], see: Callable[[str, Product], None]):
+        super().__init__()
+        self.parameters, self.see = parameters, see
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.FUNCTIONS and len(args) >= 2:
+            for name, parameter in self.parameters.items():
+                for product in _products(args[0].detach(), args[1], self.FUNCTIONS[function], parameter):
+                    self.see(name, product)
+        return function(*args, **(kwargs or {}))
+
+
+def _products(x: Tensor, matrix: Tensor, out_by_in: bool, parameter: nn.Parameter) -> Iterator[Product]:
+    """The products with experts' matrices in that of `x` and `matrix`, where this is a view of `parameter`.
+
+    out_by_in: whether `matrix` is (out, in), not (in, out).
+    """
+    # A view is known by where it lies, however it was made.
+    start, row = matrix.data_ptr() - parameter.data_ptr(), parameter.shape[-1]
+    turned = matrix.stride()[-2:] == (1, row)
+    if not 0 <= start < parameter.nbytes or not (turned or matrix.stride()[-2:] == (row, 1)):
+        return
+    size = matrix.shape[-2] * matrix.shape[-1]
+    # Two dimensions hold one matrix that is nobody's, a router's, say; or several on top of one another.
+    fits = size < parameter.numel() if parameter.ndim == 2 else size == parameter.shape[-2] * row
+    if not fits or start % (size * parameter.element_size()):
+        return
+    first, experts = start // (size * parameter.element_size()), parameter.numel() // size
+    transposed = out_by_in == turned
+    if matrix.ndim == 2:
+        yield Product(first, experts, transposed, x.reshape(-1, x.shape[-1]))
+        return
+    for expert, rows in enumerate(x.expand(len(matrix), -1, -1), first):
+        # All experts at once: a token that is not for one is a row of zeros.
+        yield Product(expert, experts, transposed, rows[rows.any(-1)])
+
+
+def fused_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `block` that may hold several matrices each: all but vectors and those of the usual modules."""
+    usual = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
+    return {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if parameter.ndim >= 2 and not isinstance(block.get_submodule(name.rpartition(".")[0]), usual)
+    }
 
 
 @contextlib.contextmanager
@@ -75,6 +155,8 @@ def silent(args: tuple, kwargs: dict, output) -> Callable:
     def zeros(leaf, like: Tensor):
         if isinstance(leaf, Tensor) and leaf.shape[:-1] == given.shape[:-1]:
             return like.new_zeros(*like.shape[:-1], leaf.shape[-1])
+        if isinstance(leaf, Tensor) and leaf.shape[:-1] == (given.shape[:-1].numel(),):  # batch and length made one axis
+            return like.new_zeros(like.shape[:-1].numel(), leaf.shape[-1])
         return None
 
     def forward(*args, **kwargs):
@@ -96,7 +178,9 @@ def mixes_tokens(child: nn.Module, args: tuple, kwargs: dict) -> bool:
 
     again = child(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
     # `output` of the block's own run may have been changed in place since, so the child runs twice here.
-    return not torch.equal(first(child(*args, **kwargs))[..., 1:, :], first(again)[..., 1:, :])
+    plain, other = (first(out).reshape(*given.shape[:-1], -1)[..., 1:, :].float() for out in (child(*args, **kwargs), again))
+    # Experts multiply other batches of tokens once the first goes elsewhere, which rounds differently.
+    return bool((plain - other).abs().max() > tolerance(first(again)) / 1000 * plain.abs().max())
 
 
 def distance(found: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:

@@ -62,10 +62,15 @@ UNDIVIDED = {
         _SPECIAL | {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
     ),
 }
-REFUSED = {
-    "bert": ("BertConfig", {}),
+EXPERTS = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6}),
+    "llama4": (
+        "Llama4TextConfig",
+        {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 64, "attention_chunk_size": 32},
+    ),
 }
+REFUSED = {"bert": ("BertConfig", {})}
 FAMILIES = SEQUENTIAL | PARALLEL
 _OWN_NAMES = {"gpt2", "gptj", "bloom", "mpt"}  # families whose configurations call everything something else
 
@@ -77,7 +82,7 @@ def heed_interrupts() -> None:
 
 def make_model(family: str, seed: int = 0, std: float = 0.2, **changes) -> torch.nn.Module:
     """A random causal LM of `family` in float32: matrices ~ N(0, std^2), vectors their default plus noise like it."""
-    kind, own = (FAMILIES | UNDIVIDED | REFUSED)[family]
+    kind, own = (FAMILIES | UNDIVIDED | EXPERTS | REFUSED)[family]
     settings = (own if family in _OWN_NAMES else _COMMON | own) | changes
     config = getattr(transformers, kind)(**{key: value for key, value in settings.items() if value is not None})
     with torch.random.fork_rng():

@@ -309,9 +309,13 @@ def test_a_model_that_is_not_causal_is_refused(tiny):
         Decoder(tiny("bert"))
 
 
-def test_fused_experts_are_refused_by_name(tiny):
-    with pytest.raises(ReconError, match=r"block 0 \(MixtralDecoderLayer\) holds the fused weight 'mlp.experts.gate_up_proj'"):
-        Decoder(tiny("mixtral"))
+def test_fused_weights_that_are_in_no_product_are_refused_by_name(tiny):
+    model = tiny("llama")
+    model.model.layers[1].mlp.spare = nn.Parameter(torch.zeros(3, 4, 5))
+    with pytest.raises(
+        ReconError, match=r"block 1 \(LlamaDecoderLayer\) holds the fused weight 'model.layers.1.mlp.spare' of shape"
+    ):
+        Decoder(model)
 
 
 def test_a_model_without_blocks_is_refused():

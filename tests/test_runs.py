@@ -279,7 +279,9 @@ def test_an_empty_text_is_refused(spec, tmp_path):
     [
         ("bloom", {}, r"half-block windows do not fit this model: block 0 \(BloomBlock\)"),
         ("bert", {}, r"BertLMHeadModel is not a causal language model"),
-        ("mixtral", {}, r"mixture-of-experts"),
+        ("mixtral", {"granularity": "matrix"}, r"matrix windows do not fit this model: .* has experts"),
+        ("mixtral", {"then": "masklora"}, r"one expert's part of a parameter"),
+        ("mixtral", {"criterion": "flap", "pattern": "0.2"}, r"is an expert's; whole heads and neurons"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(spec, family, change, message, tmp_path, tiny_folder):
@@ -290,6 +292,18 @@ def test_models_that_do_not_fit_are_refused(spec, family, change, message, tmp_p
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ReconError, match=message):
         recon.run(dataclasses.replace(spec, model=str(tmp_path), **change), progress=False)
+
+
+def test_a_model_with_experts_runs_and_names_those_that_starve(spec, tmp_path, tiny_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    make_model("mixtral", vocab_size=len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    record = recon.run(dataclasses.replace(spec, model=str(tmp_path), samples=2, sequence_length=16), progress=False)
+    assert record.status == "done" and record.metrics["sparsity"] == 0.5
+    starved = record.metrics["starved_matrices"]
+    assert starved and set(starved) < set(record.metrics["sparsity_by_matrix"])
 
 
 def test_nan_weights_are_named(spec, tmp_path, tiny_folder):
