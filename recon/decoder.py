@@ -6,7 +6,7 @@ found is checked against the model's own output when a `Decoder` is made.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from recon.structure import (
     first,
     fused_parameters,
     hidden_states,
+    kind_of,
     mixes_tokens,
     probe_tokens,
     replaced,
@@ -30,7 +31,10 @@ from recon.structure import (
     silent,
     tolerance,
 )
+from recon.weights import Lazy, made_up
 from recon.windows import Window, canonical, partition
+
+_OTHER = {"attention": "mlp", "mlp": "attention"}
 
 
 def _expert(name: str, expert: int) -> str:
@@ -120,13 +124,16 @@ class Decoder:
         model: a causal LM from transformers, in evaluation mode.
         like: a decoder of the same architecture whose structure is taken over instead of being found anew (a pruned
             copy of a model has its structure, but is a poor thing to find it by).
+        lazy: where `model` is a skeleton, its parameters, brought into memory for as long as something here needs them. The
+            structure is then found with made-up weights, and blocks of one kind are taken to be built as the first of them.
 
     Raises:
         ReconError: no list of blocks is found, the model is not causal, or the blocks do not compose to its output.
     """
 
-    def __init__(self, model: nn.Module, like: "Decoder | None" = None):
+    def __init__(self, model: nn.Module, like: "Decoder | None" = None, lazy: Lazy | None = None):
         self.model = model
+        self.lazy = lazy
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_experts_implementation"):
                 # Each expert's product is then one of its own, with its tokens alone, and can be seen.
@@ -136,10 +143,12 @@ class Decoder:
         self._calls: dict[tuple, list[tuple[tuple, dict]]] = {}
         if like:
             self._rebuild, self.halves, self._silence = like._rebuild, like.halves, like._silence
-            self.groups, self._matrices = like.groups, like._matrices
+            self.groups, self._matrices, self._embedding = like.groups, like._matrices, like._embedding
             self._half_parameters, self._calls = like._half_parameters, like._calls
+        elif lazy:
+            self._discover_skeleton()
         else:
-            self._discover()
+            self._discover(range(len(self.blocks)))
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +170,7 @@ class Decoder:
             caught.append(hidden)
             raise _Stop
 
-        with replaced({self.blocks[0]: stop}), contextlib.suppress(_Stop):
+        with self.loaded_embedding(), replaced({self.blocks[0]: stop}), contextlib.suppress(_Stop):
             self._run_model(tokens)
         return caught[0]
 
@@ -174,7 +183,7 @@ class Decoder:
         """
         stubs: dict[nn.Module, Callable] = {block: lambda h, *a, **k: self._rebuild(h) for block in self.blocks[:-1]}
         stubs[self.blocks[-1]] = lambda h, *a, **k: self._rebuild(hidden)
-        with replaced(stubs):
+        with self.loaded_head(), replaced(stubs):
             return self._run_model(tokens).logits
 
     def forward(self, window: Window, hidden: Tensor) -> Tensor:
@@ -232,8 +241,7 @@ class Decoder:
         args, kwargs = self._call(hidden)[index]
         stubs = {}
         if half:
-            other = {"attention": "mlp", "mlp": "attention"}[half]
-            for child in self.halves[index].children[other]:
+            for child in self.halves[index].children[_OTHER[half]]:
                 stubs[self.blocks[index].get_submodule(child)] = self._silence[index][child]
         with replaced(stubs):
             return first(self.blocks[index](hidden, *args, **kwargs))
@@ -258,11 +266,52 @@ class Decoder:
                 return self._rebuild(h)
 
             tokens = torch.zeros(shape, dtype=torch.long)
-            with replaced(dict.fromkeys(self.blocks, bypass)), contextlib.suppress(_Stop), torch.no_grad():
+            with (
+                self.loaded_embedding(),
+                replaced(dict.fromkeys(self.blocks, bypass)),
+                contextlib.suppress(_Stop),
+                torch.no_grad(),
+            ):
                 self._run_model(tokens)
             # The block may be elsewhere than the model's ends.
             self._calls[shape, hidden.device] = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls)
         return self._calls[shape, hidden.device]
+
+    # --- weights that are in memory only while they are needed ----------------------------------------------------
+
+    def loaded(self, window: Window) -> contextlib.AbstractContextManager:
+        """Context in which all that it takes to run `window` is in memory. A model that is not a skeleton always is."""
+        return self._present(tensor for tensor in self.needed(window) if isinstance(tensor, nn.Parameter))
+
+    def loaded_embedding(self) -> contextlib.AbstractContextManager:
+        """As `loaded`, for what comes before the first block."""
+        return self._present(parameter for name, parameter in self._ends() if name in self._embedding)
+
+    def loaded_head(self) -> contextlib.AbstractContextManager:
+        """As `loaded`, for what comes after the last block."""
+        return self._present(parameter for name, parameter in self._ends() if name not in self._embedding)
+
+    def _present(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
+        return self.lazy.present(parameters) if self.lazy else contextlib.nullcontext()
+
+    def _ends(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters outside the blocks, by full name; those that are tied under each of their names."""
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not name.startswith(f"{self.path}."):
+                yield name, parameter
+
+    def needed(self, window: Window) -> list[Tensor]:
+        """The parameters and buffers that it takes to run `window`: those of its blocks, but for what is silenced in them."""
+        if window.matrices:
+            return list(self.parameters(window).values())
+        found = []
+        for index in window.blocks:
+            silenced = self.halves[index].children[_OTHER[window.half]] if window.half else ()
+            block = self.blocks[index]
+            for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+                if name.partition(".")[0] not in silenced:
+                    found.append(tensor)
+        return found
 
     # --- windows and what is in them ------------------------------------------------------------------------------
 
@@ -360,35 +409,80 @@ class Decoder:
 
     # --- finding the structure ------------------------------------------------------------------------------------
 
+    def _discover_skeleton(self) -> None:
+        """Finds the structure with made-up weights, in one block of each kind while the others are by-passed."""
+        first: dict[object, int] = {}
+        originals = [first.setdefault(kind_of(block), index) for index, block in enumerate(self.blocks)]
+        bypassed = {b: lambda h, *a, **k: self._rebuild(h) for i, b in enumerate(self.blocks) if originals[i] != i}
+        parameters = [parameter for _, parameter in self._ends()]
+        parameters += [parameter for index in set(originals) for parameter in self.blocks[index].parameters()]
+        with self.lazy.reading(made_up(self.lazy.parameters)), self.lazy.present(parameters), replaced(bypassed):
+            self._discover(originals)
+
     @torch.no_grad()
-    def _discover(self) -> None:
+    def _discover(self, originals: Sequence[int]) -> None:
+        """Finds the structure. Block i is taken to be built as block `originals[i]`, which is i itself where it is looked at."""
         tokens = probe_tokens(self.model)
+        chosen = [index for index, original in enumerate(originals) if index == original]
         seen, handles = [], []
-        for block in self.blocks:
-            handles.append(
-                block.register_forward_hook(lambda m, a, k, out: seen.append((hidden_states(a, k), out)), with_kwargs=True)
-            )
+
+        def see(block, args, kwargs, output):
+            seen.append(hidden_states(args, kwargs))
+            self._rebuild = (lambda h: (h, *output[1:])) if isinstance(output, tuple) else (lambda h: h)
+
+        for index in chosen:
+            handles.append(self.blocks[index].register_forward_hook(see, with_kwargs=True))
         try:
             expected = self._run_model(tokens).logits
         finally:
             for handle in handles:
                 handle.remove()
-        if len(seen) != len(self.blocks):
+        if len(seen) != len(chosen):
             raise ReconError(
-                f"the {len(self.blocks)} blocks at {self.path!r} ran {len(seen)} times in one forward pass, not once each"
+                f"the {len(chosen)} blocks at {self.path!r} ran {len(seen)} times in one forward pass, not once each"
             )
-        template = seen[0][1]
-        self._rebuild = (lambda h: (h, *template[1:])) if isinstance(template, tuple) else (lambda h: h)
+        self._find_embedding(tokens)
         self._check_causal(tokens, expected)
-        self._check_composition(tokens, expected)
+        self._check_composition(tokens, expected, chosen)
         self.halves: list[Halves | str] = []
         self._silence: list[dict[str, Callable]] = []
         self._half_parameters: list[dict[str, frozenset[str]]] = []
         self.groups: list[list[tuple[str, ...]]] = []
         self._matrices: dict[str, Matrix] = {}
-        for index, (hidden, _) in enumerate(seen):
-            self.groups.append(self._find_groups(index, hidden))
-            self._find_halves(index, hidden)
+        read = dict(zip(chosen, seen, strict=True))
+        for index, original in enumerate(originals):
+            if index == original:
+                self.groups.append(self._find_groups(index, read[index]))
+                self._find_halves(index, read[index])
+            else:
+                self._build_like(index, original)
+
+    def _build_like(self, index: int, original: int) -> None:
+        """Takes over what was found of the block `original` for the block `index`."""
+        theirs, ours = f"{self.path}.{original}.", f"{self.path}.{index}."
+        self.groups.append([tuple(ours + name.removeprefix(theirs) for name in group) for group in self.groups[original]])
+        for found in (self.halves, self._silence, self._half_parameters):
+            found.append(found[original])
+        for matrix in [matrix for name, matrix in self._matrices.items() if name.startswith(theirs)]:
+            name, module = (ours + path.removeprefix(theirs) for path in (matrix.name, matrix.module_name))
+            self._matrices[name] = replace(matrix, name=name, module=self.model.get_submodule(module))
+
+    def _find_embedding(self, tokens: Tensor) -> None:
+        """Notes the parameters outside the blocks that have a part in what the first block reads."""
+        self._embedding, handles = set(), []
+        owners: dict[str, list[str]] = {}
+        for name, _ in self._ends():
+            owners.setdefault(name.rpartition(".")[0], []).append(name)
+        for path, names in owners.items():
+            hook = self.model.get_submodule(path).register_forward_pre_hook(
+                lambda m, a, names=names: self._embedding.update(names)
+            )
+            handles.append(hook)
+        try:
+            self.embed(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _check_causal(self, tokens: Tensor, expected: Tensor) -> None:
         other = tokens.clone()
@@ -399,9 +493,9 @@ class Decoder:
             kind = type(self.model).__name__
             raise ReconError(f"{kind} is not a causal language model: changing the last token changes the predictions before it")
 
-    def _check_composition(self, tokens: Tensor, expected: Tensor) -> None:
+    def _check_composition(self, tokens: Tensor, expected: Tensor, chosen: Sequence[int]) -> None:
         hidden = self.embed(tokens)
-        for index in range(len(self.blocks)):
+        for index in chosen:
             hidden = self._run_block(index, hidden)
         if distance(self.logits(tokens, hidden), expected) > tolerance(expected):
             raise ReconError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recon.attention import FastCausalAttention
 from recon.decoder import Decoder
 from recon.device import pick_compute_dtype, pick_device
+from recon.weights import moved
 from recon.windows import Window
 
 TOKENS = 1024  # in a batch that nothing is trained on
@@ -50,22 +51,27 @@ class Engine(contextlib.AbstractContextManager):
 
     # --- weights --------------------------------------------------------------------------------------------------
 
-    def holding(self, decoder: Decoder, window: Window, trained: Iterable[nn.Parameter] = ()):
-        """Context in which the blocks of `window` are on the compute device, and can run.
+    @contextlib.contextmanager
+    def holding(self, decoder: Decoder, window: Window, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+        """Context in which what it takes to run `window` is on the compute device.
 
         Its matrices are rounded to the compute dtype once, which autocast would do anew with every call, but for
         `trained` parameters: those keep their dtype, and what becomes of them is written back.
         """
-        tensors = chain.from_iterable(
-            chain(decoder.blocks[index].parameters(), decoder.blocks[index].buffers()) for index in window.blocks
-        )
-        return self._holding(tensors, decoder.weights(window), trained)
+        with decoder.loaded(window), self._holding(decoder.needed(window), decoder.weights(window), trained):
+            yield
 
-    def holding_ends(self, decoder: Decoder):
-        """Context in which all but the blocks is on the compute device: embedding, last norm, head (rounded)."""
+    @contextlib.contextmanager
+    def holding_ends(self, decoder: Decoder) -> Iterator[None]:
+        """Context in which all but the blocks is on the compute device: last norm, head (rounded), and embedding.
+
+        Of a skeleton's embedding there is the placeholder alone: it takes part in no prediction, but is looked into.
+        """
         inside = {id(tensor) for block in decoder.blocks for tensor in chain(block.parameters(), block.buffers())}
         tensors = chain(decoder.model.parameters(), decoder.model.buffers())
-        return self._holding((t for t in tensors if id(t) not in inside), decoder.head_weights(), ())
+        ends = (tensor for tensor in tensors if id(tensor) not in inside)
+        with decoder.loaded_head(), self._holding(ends, decoder.head_weights(), ()):
+            yield
 
     @contextlib.contextmanager
     def _holding(self, tensors: Iterable[Tensor], rounded: Iterable[Tensor], trained: Iterable[Tensor]) -> Iterator[None]:
@@ -77,7 +83,7 @@ class Engine(contextlib.AbstractContextManager):
                 dtype = self.dtype if id(tensor) in round_off else tensor.dtype
                 if self.elsewhere(tensor) or dtype != tensor.dtype:
                     homes.append((tensor, tensor.data))
-                    tensor.data = tensor.data.to(self.device, dtype, copy=True)
+                    tensor.data = moved(tensor.data, self.device, dtype)
             yield
         finally:
             for tensor, home in homes:
@@ -91,6 +97,11 @@ class Engine(contextlib.AbstractContextManager):
         return tensor.device != self.device
 
     # --- activations ----------------------------------------------------------------------------------------------
+
+    def embed(self, decoder: Decoder, tokens: Tensor, count: int | None = None) -> Tensor:
+        """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run`."""
+        with decoder.loaded_embedding():
+            return self.run(decoder.embed, tokens, count)
 
     def run(self, function: Callable[[Tensor], Tensor], stream: Tensor, count: int | None = None) -> Tensor:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result lies where `stream` does.

@@ -83,7 +83,7 @@ def last_states(decoder: Decoder, tokens: Tensor, engine: Engine, bar: tqdm | No
 def residual_streams(decoder: Decoder, tokens: Tensor, engine: Engine) -> Iterator[Tensor]:
     """The output (windows, length, hidden) of each block in turn for `tokens` (windows, length)."""
     # Block by block, so that one block at a time has to be on the compute device.
-    stream = engine.run(decoder.embed, tokens)
+    stream = engine.embed(decoder, tokens)
     for window in decoder.windows("block"):
         with engine.holding(decoder, window):
             stream = engine.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)

@@ -92,7 +92,7 @@ def prune(
         what = f"criterion {criterion!r}" if rule.statistics != "none" else f"choosing by {criterion!r} with swaps"
         raise ReconError(f"{what} weighs activations and needs calibration samples")
     engine = Engine(device or decoder.device, compute_dtype)
-    stream = engine.run(decoder.embed, samples) if kind != "none" else None
+    stream = engine.embed(decoder, samples) if kind != "none" else None
     if isinstance(rule, Structured):
         masks, biases = prune_units(decoder, rule, pattern, stream, propagation, engine, progress, **options)
         return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, biases)

@@ -215,7 +215,7 @@ class _Pass:
         self.kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
         embedded = self.known("embedded")
         if embedded is None:
-            embedded = self.keep("embedded", self.over(self.teacher.embed, tokens))
+            embedded = self.keep("embedded", self.engine.embed(self.teacher, tokens, self.count))
         # Embeddings are not pruned, so both models start from the same activations.
         self.dense = embedded if self.propagation in ("dense", "mixed") else None
         self.sparse = embedded if self.propagation in ("sparse", "mixed") else None

@@ -1,6 +1,7 @@
 """Tools to find out how a model is built by running it: replaced forwards, probes, distances."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -136,6 +137,17 @@ def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = Tru
     finally:
         for parameter, required_before in before:
             parameter.requires_grad_(required_before)
+
+
+def kind_of(block: nn.Module) -> tuple:
+    """Equal for blocks that are built alike: of the same modules with the same settings, their numbers apart, and the same shapes."""
+
+    def settings(module: nn.Module) -> tuple:
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, str | int | float | None)}
+        return tuple(sorted((name, repr(value)) for name, value in plain.items() if not re.search("idx|index|layer_?id", name)))
+
+    modules = tuple((name, type(module), settings(module)) for name, module in block.named_modules())
+    return modules, tuple((name, parameter.shape) for name, parameter in block.named_parameters())
 
 
 def first(output):

@@ -52,6 +52,13 @@ def is_placeholder(tensor: Tensor) -> bool:
     return not any(tensor.stride()) and tensor.numel() > 1
 
 
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy of `tensor` in another place or dtype; of a placeholder, another one."""
+    if is_placeholder(tensor):
+        return placeholder(tensor.shape, dtype, device)
+    return tensor.to(device, dtype, copy=True)
+
+
 class Lazy:
     """The parameters of a skeleton: there while they are asked for, and placeholders otherwise.
 
@@ -83,9 +90,21 @@ class Lazy:
         self._users: Counter[str] = Counter()
 
     @contextlib.contextmanager
+    def reading(self, read: Callable[[list[str]], Iterator[tuple[str, Tensor]]]) -> Iterator[None]:
+        """Context in which values come from `read` instead."""
+        own, self.read, done, self.done = self.read, read, self.done, lambda names: None
+        try:
+            yield
+        finally:
+            self.read, self.done = own, done
+
+    @contextlib.contextmanager
     def present(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Context in which `parameters` of the model are there; those that an outer context asked for already stay till its end."""
-        names = [self._names[parameter] for parameter in dict.fromkeys(parameters)]
+        """Context in which `parameters` are there; those that an outer context asked for already stay till its end.
+
+        Parameters that were added to the model later, such as those of adapters, are left alone.
+        """
+        names = [self._names[parameter] for parameter in dict.fromkeys(parameters) if parameter in self._names]
         fresh = [name for name in names if not self._users[name]]
         self._users.update(names)
         try:

@@ -137,7 +137,7 @@ def log_likelihoods(
     for length, texts in chunks:
         # Filled up on the right: under causal attention that changes nothing for what stands before.
         tokens = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts])
-        stream = engine.run(decoder.embed, tokens)
+        stream = engine.embed(decoder, tokens)
         for window in windows:
             with engine.holding(decoder, window):
                 stream = engine.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)
