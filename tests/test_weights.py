@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, UNDIVIDED, make_model
+from conftest import EXPERTS, FAMILIES, UNDIVIDED, make_model, random_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from recon import weights
+from recon.decoder import Decoder
 from recon.errors import ReconError
 
 
@@ -143,3 +144,26 @@ def test_a_file_appears_whole_or_not_at_all(failing, tmp_path, monkeypatch):
         assert torch.equal(opened_file.get_tensor("x"), old["x"])
     weights.write_safetensors(file, new)
     assert torch.equal(load_file(file)["x"], new["x"])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
+def test_a_skeleton_is_taken_apart_like_the_model(family, tmp_path):
+    """With made-up weights, and one block of each kind: the structure is the same, and so are the bits of every window."""
+    whole = make_model(family)
+    whole.save_pretrained(tmp_path)
+    model, checkpoint = opened(tmp_path)
+    lazy = weights.Lazy(model, checkpoint.read)
+    expected, found = Decoder(whole), Decoder(model, lazy=lazy)
+    assert found.groups == expected.groups and found.halves == expected.halves
+    shapes = [{name: (m.weight.shape, m.share) for name, m in each.matrices().items()} for each in (expected, found)]
+    assert shapes[0] == shapes[1]
+    tokens = random_tokens(2, 8)
+    hidden = expected.embed(tokens)
+    assert torch.equal(found.embed(tokens), hidden)
+    with torch.no_grad():
+        for window in expected.windows("half-block"):
+            assert list(found.parameters(window)) == list(expected.parameters(window))
+            with found.loaded(window):
+                assert torch.equal(found.forward(window, hidden), expected.forward(window, hidden))
+        assert torch.equal(found.logits(tokens, hidden), expected.logits(tokens, hidden))
+    assert all(weights.is_placeholder(parameter) for parameter in model.parameters() if parameter.numel() > 1)
