@@ -25,7 +25,7 @@ import papermill
 import yaml
 from nbconvert import HTMLExporter
 
-from recon import claims, figures
+from recon import claims, figures, lock
 from recon.errors import ReconError
 from recon.estimate import duration
 
@@ -192,7 +192,7 @@ def execute(
 
     compute: False draws from the records that are there and runs nothing; notebooks that cannot are left out.
 
-    Everything that can be checked is checked before the first one runs (`ReconError`). An exception inside a notebook
+    Everything that can be checked is checked before the first one runs (`ReconError`), also that no other process is at it. An exception inside a notebook
     is part of its `Outcome`. An interrupt by the user ends the list, with the notebook that was running "stopped".
     `report` is called with a line per notebook; what notebooks print (estimates, results) also goes to `stdout`.
     """
@@ -202,18 +202,19 @@ def execute(
         paths = [path for path in paths if "compute" in parameter_names(path)]
         parameters = {path.stem: parameters[path.stem] | {"compute": False} for path in paths}
     build = root / "build" / profile
-    for folder in ("notebooks", "html"):
-        (build / folder).mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for number, path in enumerate(paths, 1):
-        report(f"[{number}/{len(paths)}] {path.stem}")
-        outcomes.append(_run(path, parameters[path.stem], build, stdout))
-        if outcomes[-1].status == "stopped":
-            break
-    folder, records = output_folders(profile, root)
-    if figures.saved(folder):
-        figures.gallery(folder, _claims(profile, records, root))
-    _index(profile, outcomes, build, root)
+    with lock.held(build / lock.NAME, f"output folder {str(build)!r}"):
+        for folder in ("notebooks", "html"):
+            (build / folder).mkdir(exist_ok=True)
+        outcomes = []
+        for number, path in enumerate(paths, 1):
+            report(f"[{number}/{len(paths)}] {path.stem}")
+            outcomes.append(_run(path, parameters[path.stem], build, stdout))
+            if outcomes[-1].status == "stopped":
+                break
+        folder, records = output_folders(profile, root)
+        if figures.saved(folder):
+            figures.gallery(folder, _claims(profile, records, root))
+        _index(profile, outcomes, build, root)
     return outcomes
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recon import checkpoint, device, estimate, evaluation, models, pruning, reconstruction, retraining, text, zero_shot
+from recon import checkpoint, device, estimate, evaluation, lock, models, pruning, reconstruction, retraining, text, zero_shot
 from recon.activations import Activations
 from recon.adapters import check_adaptable
 from recon.assets import cache_folder
@@ -98,11 +98,16 @@ def run(
         command: the command that asked for this run, for the model card.
 
     Raises:
-        ReconError: bad input, before anything long begins.
+        ReconError: bad input, or another process that saves to the same folder, before anything long begins.
     """
-    if save is not None:
-        checkpoint.check_target(Path(save))
-    return _Run(spec, session or Session(), progress).execute(None if save is None else Path(save), command)
+    task = _Run(spec, session or Session(), progress)
+    if save is None:
+        return task.execute(None, command)
+    save = Path(save)
+    # The folder itself appears only when it is complete, so the lock lies beside it.
+    with lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}"):
+        checkpoint.check_target(save)
+        return task.execute(save, command)
 
 
 class _Run:

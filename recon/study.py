@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from recon import estimate
+from recon import estimate, lock
 from recon.activations import LIMIT
 from recon.checkpoint import check_writable
 from recon.device import pick_device
@@ -174,6 +174,11 @@ class RecordStore:
             return None
         return record if record.status == "done" else None
 
+    def clear(self) -> None:
+        """Removes what processes that were killed while they wrote a record left of it; nobody else may be writing."""
+        for part in self.folder.glob(".*.json.*"):
+            part.unlink(missing_ok=True)
+
     def put(self, record: RunRecord) -> None:
         write_record(record, self.path(record.key))
 
@@ -196,6 +201,8 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
 
     compute: False runs nothing; what has no record then has the status "missing".
 
+    Raises `ReconError` where another process is at work on `folder`, naming it.
+
     Returns:
         A frame with a column per field of the spec, `fit` and `recipe` (short names, see `fit_name` and `recipe_name`), one per metric that is one number, `seconds_<phase>`,
         `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`,
@@ -206,6 +213,14 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     if not compute:
         return frame([_as_it_is(Path(folder), spec, key) for spec, key in zip(specs, keys, strict=True)])
     store = RecordStore(folder)
+    with lock.held(store.folder / lock.NAME, f"record folder {str(folder)!r}"):
+        records = _run_missing(specs, keys, store, progress)
+    return frame([records[key] for key in keys])
+
+
+def _run_missing(specs: list[RunSpec], keys: list[str], store: RecordStore, progress: bool) -> dict[str, RunRecord]:
+    """The records of all `keys`, those that are not in `store` computed and put there."""
+    store.clear()
     records = {key: store.get(key) for key in dict.fromkeys(keys)}
     missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
     # Runs that start from one pruned state stand together, and among these the ones on as many samples.
@@ -223,7 +238,7 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
         records[key] = record
         if error is not None:
             log.error("run %s failed: %s", key, error)
-    return frame([records[key] for key in keys])
+    return records
 
 
 def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
