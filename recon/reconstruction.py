@@ -97,8 +97,8 @@ def reconstruct(
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero, so that a model pruned by
             anything else can be repaired.
         granularity: matrix, half-block, block, <k>-blocks, quarter or model.
-        schedule: a window of k blocks is trained with 1/sqrt(k) of its learning rate: steps add up along the depth, and at
-            the rate that suits a block, a quarter of the model or all of it diverges.
+        schedule: a window of n half-blocks is trained with its learning rate divided by n ** `SLOWING`: steps add up along the
+            depth, and at the rate that suits a block, a quarter of the model or all of it diverges.
         exact: how exact solutions are computed, where `solver` or `start` asks for them.
         propagation, solver, start, train: see `PROPAGATIONS`, `SOLVERS`, `STARTS`, `TRAINED`.
         adapter, rank: a low-rank parametrisation that is trained in place of the matrices; see `recon.adapters.ADAPTERS`.
