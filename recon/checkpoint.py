@@ -92,6 +92,7 @@ def card(record) -> dict:
     ]
     return {
         **spec,
+        **({"criterion": f"the mask of {spec['pruned']}", "pattern": metrics["pattern"]} if spec["pruned"] else {}),
         "name": Path(spec["model"]).name,
         "revision": f" at {spec['revision']}" if spec["revision"] else "",
         "sparsity": metrics["sparsity"],

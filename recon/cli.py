@@ -25,28 +25,68 @@ class Run:
     """New folder for the repaired model as a Hugging Face checkpoint."""
 
     def __call__(self) -> None:
-        from recon.checkpoint import check_writable
-        from recon.study import run_or_record_failure, write_record
+        _run(self.spec, self.record, self.save)
 
-        if self.record:
-            if self.record.is_dir():
-                raise ReconError(f"record {str(self.record)!r} is a folder; name a file")
-            check_writable(self.record.parent, "record")
-        command = shlex.join(["recon", *sys.argv[1:]])
-        record, error = run_or_record_failure(self.spec, save=self.save, command=command)
-        if self.record:
-            write_record(record, self.record)
-        if error:
-            raise error
-        for text, values in record.metrics["by_text"].items():
-            share = values["share_recovered"]
-            recovered = "" if share is None else f"   share recovered {share:.2f}"
-            print(
-                f"{text}: perplexity dense {values['dense_perplexity']:.2f}, pruned {values['pruned_perplexity']:.2f}, "
-                f"repaired {values['perplexity']:.2f}{recovered}"
-            )
-        seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in record.seconds.items())
-        print(f"sparsity {record.metrics['sparsity']:.4f}; {seconds}; peak memory {record.peak_memory_bytes / 2**30:.2f} GiB")
+
+@dataclass(frozen=True)
+class _Given(RunSpec):
+    """A `RunSpec` as the command line asks for it where the mask is given: what decides about masks cannot be set."""
+
+    model: Annotated[str, tyro.conf.arg(name="dense")] = tyro.MISSING
+    """The model before it was pruned: a bundled name (see `recon models`), a local folder, or a Hub id."""
+    revision: Annotated[str | None, tyro.conf.arg(name="dense-revision")] = None
+    """Branch, tag or commit of the dense model, where it is a Hub id."""
+    pruned: str = tyro.MISSING
+    """The same model after something pruned it: a local folder, or a Hub id. The mask is wherever its matrices are zero."""
+    prune_samples: tyro.conf.Suppress[int] = 0
+    criterion: tyro.conf.Suppress[str] = RunSpec.criterion
+    pattern: tyro.conf.Suppress[str] = RunSpec.pattern
+    scope: tyro.conf.Suppress[str] = RunSpec.scope
+    prune_propagation: tyro.conf.Suppress[str] = RunSpec.prune_propagation
+    sparsegpt_block_size: tyro.conf.Suppress[int] = RunSpec.sparsegpt_block_size
+    sparsegpt_damping: tyro.conf.Suppress[float] = RunSpec.sparsegpt_damping
+    swaps: tyro.conf.Suppress[int] = 0
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Repair a model that something else pruned, against the dense one; print perplexities."""
+
+    spec: Annotated[_Given, tyro.conf.arg(name="")]
+    record: Path | None = None
+    """File for the record (JSON)."""
+    save: Path | None = None
+    """New folder for the repaired model as a Hugging Face checkpoint."""
+
+    def __call__(self) -> None:
+        _run(RunSpec(**self.spec.__dict__), self.record, self.save)
+
+
+def _run(spec: RunSpec, file: Path | None, save: Path | None) -> None:
+    """Runs `spec`, prints what came of it, and writes the record to `file` and the model to `save`, where they are named."""
+    from recon.checkpoint import check_writable
+    from recon.study import run_or_record_failure, write_record
+
+    if file:
+        if file.is_dir():
+            raise ReconError(f"record {str(file)!r} is a folder; name a file")
+        check_writable(file.parent, "record")
+    command = shlex.join(["recon", *sys.argv[1:]])
+    record, error = run_or_record_failure(spec, save=save, command=command)
+    if file:
+        write_record(record, file)
+    if error:
+        raise error
+    for text, values in record.metrics["by_text"].items():
+        share = values["share_recovered"]
+        recovered = "" if share is None else f"   share recovered {share:.2f}"
+        print(
+            f"{text}: perplexity dense {values['dense_perplexity']:.2f}, pruned {values['pruned_perplexity']:.2f}, "
+            f"repaired {values['perplexity']:.2f}{recovered}"
+        )
+    seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in record.seconds.items())
+    found = f" (given: {record.metrics['pattern']})" if spec.pruned else ""
+    print(f"sparsity {record.metrics['sparsity']:.4f}{found}; {seconds}; peak memory {record.peak_memory_bytes / 2**30:.2f} GiB")
 
 
 @dataclass(frozen=True)
@@ -111,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; bad input ends with its message and exit status 2, Ctrl-C with 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recon").setLevel(logging.INFO)
-    commands = {"run": Run, "models": Models, "criteria": Criteria, "assets": Assets, "bench": Bench}
+    commands = {"run": Run, "reconstruct": Reconstruct, "models": Models, "criteria": Criteria, "assets": Assets, "bench": Bench}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="recon", description="Prune a causal LM and repair it.", args=arguments,

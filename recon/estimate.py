@@ -44,7 +44,7 @@ def flops(spec, decoder: Decoder) -> dict[str, float]:
     again = 1 - 1 / len(decoder.blocks)  # nothing reads what comes after the last block
     found = dict.fromkeys(("prune", "reconstruct", "retrain"), 0.0)
 
-    rule = criteria.get(spec.criterion)
+    rule = criteria.get("none" if spec.pruned else spec.criterion)
     if rule.statistics != "none" or spec.swaps:
         passes = 1 + again if spec.prune_propagation == "sparse" and rule.scope != "model" else 1
         found["prune"] = passes * forward * tokens["prune"]

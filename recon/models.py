@@ -6,11 +6,19 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from recon import assets, files
 from recon.errors import ReconError
+from recon.weights import Checkpoint
 
 SUFFIXES = {".safetensors", ".json", ".model"}  # of the files in a folder that a model and its tokenizer are made of
 VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
@@ -114,6 +122,21 @@ def check_finite(model: torch.nn.Module) -> None:
         if not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())
             raise ReconError(f"parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}")
+
+
+def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """The weights of the pruned model `name`, opened to be read parameter by parameter; `dense` is what it was pruned from.
+
+    Its files are checked as those of `load`. Raises `ReconError` also for a model of another type than `dense`. See `recon.given`.
+    """
+    where = folder(name, revision, trust_remote_code)
+    try:
+        kind = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).model_type
+    except Exception as error:  # transformers raises many kinds
+        raise _not_loaded(name, revision, error) from error
+    if kind != dense.config.model_type:
+        raise ReconError(f"pruned model {name!r} is of type {kind!r}, and the dense one of type {dense.config.model_type!r}")
+    return Checkpoint(dense, files.shards(where))
 
 
 def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:

@@ -26,6 +26,7 @@ class Pruning:
     """What a pruning pass found: `masks` by matrix name, bool (out, in), True = kept; and the sparsity of each matrix.
 
     `biases`, (out,) by matrix name, are those that make up for what was removed; the matrix may have had none before.
+    `rest`, by full name, are other parameters that are not the dense model's, where a pruned model was given (see `recon.given`).
     `starved` names the experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
     """
 
@@ -33,6 +34,7 @@ class Pruning:
     sparsity: dict[str, float] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     starved: list[str] = field(default_factory=list)
+    rest: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def total_sparsity(self) -> float:
@@ -137,6 +139,8 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None 
         matrix.weight.copy_((weights or {}).get(name, matrix.weight) * pruning.masks[name])
         if name in pruning.biases:
             set_bias(matrix.module, pruning.biases[name])
+    for name, value in pruning.rest.items():
+        decoder.model.get_parameter(name).copy_(value)
 
 
 def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:

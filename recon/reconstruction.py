@@ -216,9 +216,12 @@ class _Pass:
         embedded = self.known("embedded")
         if embedded is None:
             embedded = self.keep("embedded", self.engine.embed(self.teacher, tokens, self.count))
-        # Embeddings are not pruned, so both models start from the same activations.
         self.dense = embedded if self.propagation in ("dense", "mixed") else None
-        self.sparse = embedded if self.propagation in ("sparse", "mixed") else None
+        self.sparse = None
+        if self.propagation in ("sparse", "mixed"):
+            # Embeddings are not pruned, so both models start from the same activations, unless something else changed them.
+            own = self.engine.embed(self.student, tokens, self.count)
+            self.sparse = embedded if torch.equal(own, embedded) else own
 
     def known(self, name: str) -> Tensor | None:
         """What this pass, or one before it in the same study, computed under `name`."""

@@ -13,7 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recon import checkpoint, device, estimate, evaluation, lock, models, pruning, reconstruction, retraining, text, zero_shot
+from recon import (
+    checkpoint,
+    device,
+    estimate,
+    evaluation,
+    given,
+    lock,
+    models,
+    pruning,
+    reconstruction,
+    retraining,
+    text,
+    zero_shot,
+)
 from recon.activations import Activations
 from recon.adapters import check_adaptable
 from recon.assets import cache_folder
@@ -21,8 +34,9 @@ from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.environment import environment
 from recon.seeds import generator
-from recon.sparsity import Pattern, sparsity_of
+from recon.sparsity import Pattern, found_pattern, sparsity_of
 from recon.spec import RunRecord, RunSpec
+from recon.weights import Checkpoint
 
 HELD_OUT_SHARE = 0.25  # of what a session keeps on disk
 
@@ -124,7 +138,7 @@ class _Run:
         began = time.perf_counter()
         with self.phase("load"):
             self.load()
-            biases = pruning.touched_biases(self.dense, spec.criterion)
+            biases = [] if spec.pruned else pruning.touched_biases(self.dense, spec.criterion)
             if save is not None:
                 checkpoint.check_places(self.dense.model, biases)
         estimate.announce(spec, self.dense, self.device)
@@ -137,6 +151,8 @@ class _Run:
         pruned = self.session.keep("pruned", (*spec.pruned_by, self.protocol_key()), lambda: self.prune(student))
         pruning.apply(student, pruned.pruning, pruned.weights)
         record.metrics["starved_matrices"] = pruned.pruning.starved
+        if spec.pruned:
+            record.metrics["pattern"] = str(found_pattern(pruned.pruning.masks.values()))
         record.seconds["prune"] = pruned.seconds
         record.peak_memory_bytes_by_phase["prune"] = pruned.peak
         repaired = pruned.measured
@@ -188,8 +204,11 @@ class _Run:
         self.dense.windows(spec.granularity if spec.granularity != "none" else "block")
         if spec.adapter != "none" or spec.then not in ("none", "full", "norms"):
             check_adaptable(self.dense)
-        for name, matrix in self.dense.matrices().items():
-            Pattern.parse(spec.pattern).check_columns(name, matrix.weight.shape[1])
+        if spec.pruned:
+            self.pruned = self.session.keep("given", spec.pruned_by, self.load_pruned)
+        else:
+            for name, matrix in self.dense.matrices().items():
+                Pattern.parse(spec.pattern).check_columns(name, matrix.weight.shape[1])
         for length in (spec.sequence_length, spec.evaluation_length):
             evaluation.check_length(self.dense, length)
         if spec.tasks:
@@ -206,6 +225,13 @@ class _Run:
             name: draw(name, "evaluation", self.tokenizer, spec.evaluation_samples, spec.evaluation_length)
             for name in spec.evaluation_texts
         }
+
+    def load_pruned(self) -> Checkpoint:
+        """The pruned model that was given, checked but not read into memory."""
+        spec = self.spec
+        opened = models.load_pruned(spec.pruned, self.dense.model, spec.pruned_revision, spec.trust_remote_code)
+        given.check_pruned(self.dense, opened)
+        return opened
 
     def samples(self, phase: str) -> Tensor:
         """The calibration samples that `phase` reads."""
@@ -259,10 +285,13 @@ class _Run:
             options = {"block_size": spec.sparsegpt_block_size, "damping": spec.sparsegpt_damping}
         began = time.perf_counter()
         with device.PeakMemory(self.device) as peak:
-            pruned = pruning.prune(
-                student, self.samples("prune"), spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
-                spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, **options,
-            )  # fmt: skip
+            if spec.pruned:
+                pruned = given.given(student, self.pruned)
+            else:
+                pruned = pruning.prune(
+                    student, self.samples("prune"), spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
+                    spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, **options,
+                )  # fmt: skip
         seconds = time.perf_counter() - began
         dense = self.dense.matrices()
         weights = {

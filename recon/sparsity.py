@@ -1,6 +1,7 @@
 """Sparsity patterns, and exact masks made from scores. Matrices are always (out, in)."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,30 @@ def keep_all_but(scores: Tensor, zeros: int) -> Tensor:
     # int32: the matrix scope counts through whole matrices, and int64 would double the largest buffer here.
     dropped |= tied & (tied.cumsum(1, dtype=torch.int32) <= places)
     return ~dropped
+
+
+def found_pattern(masks: Iterable[Tensor]) -> Pattern:
+    """The pattern that the ``masks`` (out, in) of a model's matrices follow: N:M where all of them keep at most N of every M
+    consecutive inputs and no N:M with fewer zeros would do; else their overall sparsity, to four digits.
+
+    Matrices without zeros are left aside. M is a power of two up to 32, and the smallest that holds. Raises ReconError where
+    nothing is kept.
+    """
+    masks = [mask for mask in masks if not mask.all()]
+    if not masks:
+        return Pattern(0.0)
+    kept = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    for m in (2, 4, 8, 16, 32):
+        n = round(kept * m)
+        # A few weights more may be zero, such as those that half precision rounds to it.
+        if 0 < n < m and abs(kept - n / m) < 0.005 and all(_keeps(mask, n, m) for mask in masks):
+            return Pattern(1 - n / m, n, m)
+    return Pattern(round(1 - kept, 4))
+
+
+def _keeps(mask: Tensor, n: int, m: int) -> bool:
+    """Whether at most ``n`` of every ``m`` consecutive inputs are kept."""
+    return mask.shape[1] % m == 0 and int(mask.reshape(-1, m).sum(1).max()) <= n
 
 
 def check_scope(scope: str) -> None:

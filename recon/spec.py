@@ -5,13 +5,17 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 
-from recon import criteria, device, models, pruning, reconstruction, retraining, text
+from recon import device, models, pruning, reconstruction, retraining, text
 from recon.errors import ReconError
 from recon.solvers.exact import Exact
 from recon.solvers.gradient import Schedule
 from recon.sparsity import SCOPES, Pattern
 from recon.windows import canonical
 
+GIVEN = "given"  # criterion and pattern of a run whose mask comes from elsewhere
+_MASK_OPTIONS = (
+    "criterion", "pattern", "scope", "prune_propagation", "prune_samples", "sparsegpt_block_size", "sparsegpt_damping", "swaps",
+)  # fmt: skip
 SCHEMA = 3  # goes into every key: raised when the meaning of a record's numbers changes, or a default of `RunSpec`
 
 
@@ -23,6 +27,10 @@ class RunSpec:
     """A bundled name (see `recon models`), a local folder, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    pruned: str | None = None
+    """A model that something else pruned, from `model`: its mask is read from its zeros, and criterion and pattern are "given"."""
+    pruned_revision: str | None = None
+    """Branch, tag or commit of the pruned model, where it is a Hub id."""
     trust_remote_code: bool = False
     """Run the code that comes with a model, for types of models that transformers does not know."""
     text: str = "wikipedia"
@@ -116,13 +124,15 @@ class RunSpec:
 
     def __post_init__(self):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
-        object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
+        if self.pruned is None:
+            object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
+        else:
+            self._take_mask_as_given()
         for name in ("evaluation_texts", "tasks"):
             value = getattr(self, name)
             if not isinstance(value, str | list | tuple):
                 raise ReconError(f"{name} is {value!r}; allowed: a list of names")
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        criteria.get(self.criterion)
         reconstruction.check_options(
             self.granularity, self.propagation, self.solver, self.start, self.loss, self.train, self.adapter, self.rank
         )
@@ -162,7 +172,8 @@ class RunSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ReconError(f"{name} is {value!r}; allowed: a whole number from {least} up")
-        pruning.check_options(self.criterion, Pattern.parse(self.pattern), self.scope, self.swaps)
+        if self.pruned is None:
+            pruning.check_options(self.criterion, Pattern.parse(self.pattern), self.scope, self.swaps)
         for name in ("learning_rate", "then_learning_rate"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: a number above 0")
@@ -176,6 +187,17 @@ class RunSpec:
         if not self.evaluation_texts:
             raise ReconError("evaluation_texts is empty; name at least one text")
 
+    def _take_mask_as_given(self) -> None:
+        """Marks as given what decides about the mask; refuses what would have decided about it."""
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in _MASK_OPTIONS:
+            if getattr(self, name) not in (defaults[name], GIVEN):
+                raise ReconError(
+                    f"{name} is {getattr(self, name)!r}, but the mask is read from the pruned model {self.pruned!r}; leave it out"
+                )
+        for name in ("criterion", "pattern"):
+            object.__setattr__(self, name, GIVEN)
+
     @property
     def schedule(self) -> Schedule:
         return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup, self.pieces)
@@ -188,7 +210,7 @@ class RunSpec:
     def samples_by_phase(self) -> dict[str, int]:
         """Calibration samples that each phase reads: the first so many of one random draw."""
         return {
-            "prune": self.prune_samples or self.samples,
+            "prune": 0 if self.pruned else self.prune_samples or self.samples,
             "reconstruct": self.samples,
             "retrain": self.then_samples or self.samples,
         }
@@ -201,6 +223,8 @@ class RunSpec:
     @property
     def pruned_by(self) -> tuple:
         """What decides the pruned state that the run repairs; runs that agree on it can share that state."""
+        if self.pruned is not None:
+            return (*self.loaded_by, self.pruned, self.pruned_revision)
         names = "seed text sequence_length criterion pattern scope prune_propagation sparsegpt_block_size sparsegpt_damping swaps"
         return (*self.loaded_by, *(getattr(self, name) for name in names.split()), self.samples_by_phase["prune"])
 
@@ -223,6 +247,8 @@ class RunSpec:
             "model": models.fingerprint(*self.loaded_by),
             "texts": {name: text.fingerprint(name) for name in sorted({self.text, *self.evaluation_texts})},
         }
+        if self.pruned is not None:
+            parts["pruned"] = models.fingerprint(self.pruned, self.pruned_revision, self.trust_remote_code)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

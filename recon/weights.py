@@ -175,6 +175,7 @@ class Checkpoint:
         self._transforms = get_model_conversion_mapping(model)
         self._files: dict[str, object] = {}  # entry -> the open file that it is in
         self._sources: dict[str, _Source] = {}  # parameter -> what it is made from
+        self.unknown: list[str] = []  # entries that the model has no place for
         for file in files:
             self.add(file)
 
@@ -193,6 +194,7 @@ class Checkpoint:
             if target not in self._known and entry in self._known:
                 target, pattern = rename_source_key(entry, [], [], prefix, self._known)
             if target not in self._known:
+                self.unknown.append(entry)
                 continue
             if entry not in self._files:
                 converter = by_pattern.get(pattern)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recon.errors import ReconError
-from recon.sparsity import Pattern, keep_mask, sparsity_of
+from recon.sparsity import Pattern, found_pattern, keep_mask, sparsity_of
 
 
 def random_scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -119,3 +119,27 @@ def test_more_entries_than_quantile_can_take():
 def test_sparsity_of_weights_and_masks():
     assert sparsity_of(torch.tensor([[0.0, 1.0], [-0.0, -2.0], [3.0, 4.0], [5.0, 6.0]])) == 0.25
     assert sparsity_of(torch.tensor([[False, True], [False, True]])) == 0.5
+
+
+@pytest.mark.parametrize("text", ["1:2", "2:4", "1:4", "4:8", "5:8", "0.5", "0.7", "0.3333"])
+def test_the_pattern_of_masks_is_found(text):
+    pattern = Pattern.parse(text)
+    masks = [keep_mask(random_scores(30, 64, seed), pattern, "matrix") for seed in range(3)]
+    found = found_pattern([*masks, torch.ones(4, 5, dtype=torch.bool)])  # what is not pruned has no part in it
+    assert str(found) == text if pattern.m else abs(found.sparsity - pattern.sparsity) < 5e-4 and found.m is None
+    # One group that keeps more makes it unstructured; a few zeros more do not.
+    masks[1][0] = False
+    assert found_pattern(masks).m is None or pattern.m
+    masks[1][0] = True
+    assert found_pattern(masks).m is None
+
+
+def test_the_pattern_of_masks_that_drop_nothing_or_no_whole_groups():
+    assert found_pattern([torch.ones(3, 4, dtype=torch.bool)]) == Pattern(0.0)
+    odd = torch.tensor([[True, False, True, False, True, False]])  # 1:2, but no 2:4: six columns
+    assert str(found_pattern([odd])) == "1:2"
+    mixed = [
+        keep_mask(random_scores(8, 16, 0), Pattern.parse("2:4"), "row"),
+        keep_mask(random_scores(8, 16, 1), Pattern.parse("4:8"), "row"),
+    ]
+    assert str(found_pattern(mixed)) == "4:8"

@@ -1,0 +1,106 @@
+"""A pruned model from elsewhere: its mask is read from its zeros, and what is repaired starts from its weights."""
+
+import logging
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from recon.decoder import Decoder
+from recon.errors import ReconError
+from recon.pruning import Pruning
+from recon.sparsity import sparsity_of
+from recon.weights import Checkpoint
+
+log = logging.getLogger("recon")
+
+LEAST = 0.01  # share of zeros in the matrices from which a model counts as pruned: dense ones have a few of their own
+
+
+def check_pruned(dense: nn.Module | Decoder, pruned: Checkpoint) -> None:
+    """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `given` refuses."""
+    decoder = dense if isinstance(dense, Decoder) else Decoder(dense)
+    zeros, sizes = dict.fromkeys(_holders(decoder), 0), {}
+    for name, value in read(decoder.model, pruned):
+        if name in zeros:
+            zeros[name], sizes[name] = value.numel() - int(value.count_nonzero()), value.numel()
+    _check_share(sum(zeros.values()) / sum(sizes.values()))
+
+
+@torch.no_grad()
+def given(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
+    """Gives `model`, a copy of the dense one, the weights of `pruned` in place; its mask is wherever those are zero.
+
+    All of its parameters are taken over, as what made the mask may have changed others (SparseGPT updates what survives),
+    and what was trained since may have changed any. Weights in half precision become float32, which loses nothing.
+
+    Raises:
+        ReconError: naming a parameter that one of the models has and the other does not, or that is of another shape, of
+            whole numbers, NaN or infinite; matrices of which less than `LEAST` are zero, or all.
+    """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    holders, rest = _holders(decoder), {}
+    for name, value in read(decoder.model, pruned):
+        parameter = decoder.model.get_parameter(name)
+        if name not in holders and not torch.equal(parameter.cpu(), value):
+            rest[name] = value
+            fresh = ((value == 0) & (parameter.cpu() != 0)).float().mean().item()
+            if fresh > LEAST:
+                log.warning("%s of %r, outside of the blocks' matrices, is zero: nothing keeps it so", f"{fresh:.0%}", name)
+        parameter.copy_(value)
+    masks = {name: matrix.weight != 0 for name, matrix in decoder.matrices().items()}
+    found = Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, rest=rest)
+    _check_share(found.total_sparsity)
+    if empty := [name for name, share in found.sparsity.items() if share == 1]:
+        log.warning("all of matrix %r is zero (%d such): reconstruction has nothing to repair there", empty[0], len(empty))
+    return found
+
+
+def read(model: nn.Module, pruned: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `model` by full name, with their values in `pruned`, float32, checked one by one; see `given`."""
+    ignored = "|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    surplus = [name for name in pruned.unknown if not (ignored and re.search(ignored, name))]
+    if surplus:
+        raise ReconError(f"pruned model: it has {surplus[0]!r}, which the dense one does not ({len(surplus)} such)")
+    for name, names in _tied(model).items():
+        stored = [other for other in names if other in pruned]
+        if not stored:
+            raise ReconError(f"pruned model: it lacks {name!r}")
+        try:
+            values = dict(pruned.read(stored))
+        except ReconError as error:
+            raise ReconError(f"pruned model: {error}") from error
+        value = values.pop(stored[0])
+        for other, its in values.items():
+            if not torch.equal(value, its):
+                raise ReconError(f"pruned model: {other!r} differs from {stored[0]!r}; in the dense model they are one")
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ReconError(f"pruned model: {name!r} is {kind}; weights must be floating-point: undo their quantisation first")
+        if not value.isfinite().all():
+            bad = int((~value.isfinite()).sum())
+            raise ReconError(f"pruned model: {name!r} holds {bad} NaN or infinite values of {value.numel()}")
+        yield name, value
+
+
+def _holders(decoder: Decoder) -> set[str]:
+    """Names of the parameters that hold the matrices."""
+    return {matrix.parameter_name for matrix in decoder.matrices().values()}
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """The name of each parameter, with all the names that it has."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {found[0]: found for found in names.values()}
+
+
+def _check_share(share: float) -> None:
+    if share < LEAST:
+        raise ReconError(
+            f"pruned model: {share:.2%} of its matrices is zero; a mask is read from zeros, and takes {LEAST:.0%} at least"
+        )
+    if share == 1:
+        raise ReconError("pruned model: all of its matrices are zero; something must survive")
