@@ -16,16 +16,48 @@ from recon.errors import ReconError
 PROBE_LENGTH = 8
 
 
-def find_blocks(model: nn.Module) -> str:
-    """Path of the `nn.ModuleList` of same-class children that holds the most parameters."""
-    sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-    }
-    if not sizes:
-        raise ReconError(f"{type(model).__name__} has no list of blocks of one class, so it cannot be taken apart")
-    return max(sizes, key=sizes.__getitem__)
+def find_blocks(model: nn.Module, run: bool = True) -> str:
+    """Path of the `nn.ModuleList` that holds the most parameters, of those that run.
+
+    run: whether the model is run to see which do; else all are taken to.
+
+    Raises `ReconError` that says which lists there are, where none will do.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
+    ran = {name: 0 if run else len(children) for name, children in lists.items()}
+    with contextlib.ExitStack() as hooks:
+        for name, children in lists.items():
+            for child in children:
+
+                def count(module, args, name=name):
+                    ran[name] += 1
+
+                hooks.callback(child.register_forward_pre_hook(count).remove)
+        if lists and run:
+            model(input_ids=probe_tokens(model).to(next(model.parameters()).device), use_cache=False)
+    running = [name for name in lists if ran[name]]
+    if not running:
+        raise ReconError(
+            f"{type(model).__name__} cannot be taken apart: its blocks have to be a torch.nn.ModuleList whose members run one after "
+            f"another, and it has {_described(lists, sizes, ran) or 'no such list'}"
+        )
+    path = max(running, key=sizes.__getitem__)
+    if ran[path] != len(lists[path]):
+        raise ReconError(
+            f"{type(model).__name__} cannot be taken apart: each of its blocks has to run once in a forward pass, and it has "
+            + _described(lists, sizes, ran)
+        )
+    return path
+
+
+def _described(lists: dict[str, nn.ModuleList], sizes: dict[str, int], ran: dict[str, int]) -> str:
+    """The largest of the `lists` of modules in words."""
+    most = sorted(lists, key=sizes.__getitem__, reverse=True)[:5]
+    return "; ".join(
+        f"{name!r}, {len(lists[name])} x {type(lists[name][0]).__name__}, {sizes[name]:,} parameters, run {ran[name]} times"
+        for name in most
+    )
 
 
 def probe_tokens(model: nn.Module) -> Tensor:
@@ -58,9 +90,9 @@ class FusedProducts(TorchFunctionMode):
         parameters: by name, those to look out for.
     """
 
-    # The functions that multiply by a matrix, their second argument: whether they take it as (out, in).
-    FUNCTIONS = {F.linear: True} | dict.fromkeys(
-        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), False
+    # The functions that multiply by a matrix: where it is among their arguments, after what it multiplies; whether it is (out, in).
+    FUNCTIONS = {F.linear: (1, True), torch.baddbmm: (2, False)} | dict.fromkeys(
+        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), (1, False)
     )
 
     def __init__(self, parameters: dict[str, nn.Parameter], see: Callable[[str, Product], None]):
@@ -68,9 +100,10 @@ class FusedProducts(TorchFunctionMode):
         self.parameters, self.see = parameters, see
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in self.FUNCTIONS and len(args) >= 2:
+        at, out_by_in = self.FUNCTIONS.get(function, (len(args), False))
+        if at < len(args):
             for name, parameter in self.parameters.items():
-                for product in _products(args[0].detach(), args[1], self.FUNCTIONS[function], parameter):
+                for product in _products(args[at - 1].detach(), args[at], out_by_in, parameter):
                     self.see(name, product)
         return function(*args, **(kwargs or {}))
 
@@ -152,7 +185,7 @@ def kind_of(block: nn.Module) -> tuple:
 
 def first(output):
     """The hidden states among what a module returned: the first of a tuple, or all of it."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def hidden_states(args: tuple, kwargs: dict) -> Tensor:
@@ -173,7 +206,7 @@ def silent(args: tuple, kwargs: dict, output) -> Callable:
 
     def forward(*args, **kwargs):
         like = hidden_states(args, kwargs)
-        return tuple(zeros(leaf, like) for leaf in output) if isinstance(output, tuple) else zeros(output, like)
+        return type(output)(zeros(leaf, like) for leaf in output) if isinstance(output, tuple | list) else zeros(output, like)
 
     return forward
 

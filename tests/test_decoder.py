@@ -319,8 +319,46 @@ def test_fused_weights_that_are_in_no_product_are_refused_by_name(tiny):
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(ReconError, match="Linear has no list of blocks"):
+    with pytest.raises(ReconError, match="Linear cannot be taken apart: .* it has no such list"):
         Decoder(nn.Linear(3, 3))
+
+
+def test_lists_that_will_not_do_are_described(tiny):
+    model = tiny("llama")
+    twice = model.model.forward
+    model.model.forward = lambda **kwargs: [twice(**kwargs), twice(**kwargs)][0]
+    with pytest.raises(
+        ReconError,
+        match=r"each of its blocks has to run once .*'model.layers', 3 x LlamaDecoderLayer, [\d,]+ parameters, run 6 times",
+    ):
+        Decoder(model)
+
+
+def test_a_list_that_does_not_run_is_passed_over(tiny, tokens):
+    """As that of an image encoder is, where there is text alone."""
+    model = tiny("llama")
+    model.vision = nn.ModuleList([nn.Linear(500, 500)])
+    assert Decoder(model).path == "model.layers"
+
+
+def test_blocks_that_share_weights_are_refused(tiny):
+    model = tiny("llama")
+    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(
+        ReconError,
+        match=r"blocks of LlamaForCausalLM share weights: 'model.layers.0.mlp.up_proj.weight' is 'model.layers.2.mlp.up_proj",
+    ):
+        Decoder(model)
+
+
+def test_modules_whose_input_is_not_seen_stay_dense_and_are_named(tiny, caplog):
+    decoder = Decoder(tiny("llama"))
+    assert decoder.dense_modules == [] and not caplog.records
+    model = tiny("llama")
+    model.model.layers[1].mlp.spare = nn.Linear(32, 32)
+    decoder = Decoder(model)
+    assert decoder.dense_modules == ["model.layers.1.mlp.spare"] and "model.layers.1.mlp.spare" in caplog.text
+    assert set(decoder.matrices()) == set(Decoder(tiny("llama")).matrices())
 
 
 def test_a_model_that_works_between_its_blocks_is_refused(tiny):
@@ -335,7 +373,10 @@ def test_a_model_that_works_between_its_blocks_is_refused(tiny):
         return BaseModelOutputWithPast(last_hidden_state=inner.norm(hidden))
 
     inner.forward = forward
-    with pytest.raises(ReconError, match="LlamaForCausalLM: its 3 blocks at 'model.layers', run one after another, do not give"):
+    with pytest.raises(
+        ReconError,
+        match=r"LlamaForCausalLM cannot be taken apart: its 3 blocks at 'model.layers' \(LlamaDecoderLayer\), run one after another, do not give",
+    ):
         Decoder(model)
 
 

@@ -247,7 +247,8 @@ def test_flops_count_the_experts_that_a_token_sees(made):
 def test_single_matrices_and_adapters_are_refused(made, fresh):
     decoder = made("mixtral")
     with pytest.raises(
-        ReconError, match=r"matrix windows .* block 0 \(MixtralDecoderLayer\) has experts, such as '.*gate_up_proj\[0\]'"
+        ReconError,
+        match=r"matrix windows .* block 0 \(MixtralDecoderLayer\) holds several matrices in one parameter, such as '.*gate_up_proj\[0\]'",
     ):
         decoder.windows("matrix")
     for call in (
