@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,7 @@ class Decoder:
         self.blocks: nn.ModuleList = model.get_submodule(self.path)
         self._calls: dict[tuple, list[tuple[tuple, dict]]] = {}
         if like:
-            self._rebuild, self.halves, self._silence = like._rebuild, like.halves, like._silence
+            self._outputs, self.halves, self._silence = like._outputs, like.halves, like._silence
             self.groups, self._matrices, self.dense_modules = like.groups, like._matrices, like.dense_modules
             self._embedding = like._embedding
             self._half_parameters, self._calls = like._half_parameters, like._calls
@@ -185,8 +186,9 @@ class Decoder:
         The model's own forward runs with its blocks by-passed, so final norms, scalings and soft caps are the model's own.
         `tokens` (batch, length) give the shape only.
         """
-        stubs: dict[nn.Module, Callable] = {block: lambda h, *a, **k: self._rebuild(h) for block in self.blocks[:-1]}
-        stubs[self.blocks[-1]] = lambda h, *a, **k: self._rebuild(hidden)
+        stubs = {block: partial(self._bypass, index) for index, block in enumerate(self.blocks)}
+        last = len(self.blocks) - 1
+        stubs[self.blocks[last]] = lambda *a, **k: self._bypass(last, hidden)
         with self.loaded_head(), replaced(stubs):
             return self._run_model(tokens).logits
 
@@ -250,6 +252,11 @@ class Decoder:
         with replaced(stubs):
             return first(self.blocks[index](hidden, *args, **kwargs))
 
+    def _bypass(self, index: int, hidden: Tensor, *args, **kwargs):
+        """`hidden` as the block `index` would return it."""
+        output = self._outputs[index]
+        return hidden if output is None else type(output)((hidden, *output[1:]))
+
     def _run_model(self, tokens: Tensor):
         return self.model(input_ids=tokens.to(self.device), use_cache=False)
 
@@ -267,7 +274,7 @@ class Decoder:
                 calls.append((args, kwargs))
                 if len(calls) == len(self.blocks):
                     raise _Stop
-                return self._rebuild(h)
+                return self._bypass(len(calls) - 1, h)
 
             tokens = torch.zeros(shape, dtype=torch.long)
             with (
@@ -418,7 +425,7 @@ class Decoder:
         """Finds the structure with made-up weights, in one block of each kind while the others are by-passed."""
         first: dict[object, int] = {}
         originals = [first.setdefault(kind_of(block), index) for index, block in enumerate(self.blocks)]
-        bypassed = {b: lambda h, *a, **k: self._rebuild(h) for i, b in enumerate(self.blocks) if originals[i] != i}
+        bypassed = {b: partial(self._bypass, o) for i, (b, o) in enumerate(zip(self.blocks, originals, strict=True)) if i != o}
         parameters = [parameter for _, parameter in self._ends()]
         parameters += [parameter for index in set(originals) for parameter in self.blocks[index].parameters()]
         with self.lazy.reading(made_up(self.lazy.parameters)), self.lazy.present(parameters), replaced(bypassed):
@@ -430,14 +437,14 @@ class Decoder:
         tokens = probe_tokens(self.model)
         chosen = [index for index, original in enumerate(originals) if index == original]
         seen, handles = [], []
+        self._outputs: dict[int, tuple | list | None] = {}  # what blocks return, where that is more than hidden states
 
-        def see(block, args, kwargs, output):
+        def see(index, block, args, kwargs, output):
             seen.append(hidden_states(args, kwargs))
-            several = isinstance(output, tuple | list)
-            self._rebuild = (lambda h: type(output)((h, *output[1:]))) if several else (lambda h: h)
+            self._outputs[index] = output if isinstance(output, tuple | list) else None
 
         for index in chosen:
-            handles.append(self.blocks[index].register_forward_hook(see, with_kwargs=True))
+            handles.append(self.blocks[index].register_forward_hook(partial(see, index), with_kwargs=True))
         try:
             expected = self._run_model(tokens).logits
         finally:
@@ -447,10 +454,11 @@ class Decoder:
             raise ReconError(
                 f"the {len(chosen)} blocks at {self.path!r} ran {len(seen)} times in one forward pass, not once each"
             )
+        self._outputs |= {index: self._outputs[original] for index, original in enumerate(originals)}
         self._check_apart()
         self._find_embedding(tokens)
         self._check_causal(tokens, expected)
-        self._check_composition(tokens, expected, chosen)
+        self._check_composition(tokens.flip(1)[:, 1:], chosen)
         self.halves: list[Halves | str] = []
         self._silence: list[dict[str, Callable]] = []
         self._half_parameters: list[dict[str, frozenset[str]]] = []
@@ -519,7 +527,9 @@ class Decoder:
             kind = type(self.model).__name__
             raise ReconError(f"{kind} is not a causal language model: changing the last token changes the predictions before it")
 
-    def _check_composition(self, tokens: Tensor, expected: Tensor, chosen: Sequence[int]) -> None:
+    def _check_composition(self, tokens: Tensor, chosen: Sequence[int]) -> None:
+        # Other tokens than those that blocks were seen to return something for, lest that be what makes it come out right.
+        expected = self._run_model(tokens).logits
         wrong = "do not give the model's own output"
         try:
             hidden = self.embed(tokens)
