@@ -102,6 +102,12 @@ def card(record) -> dict:
     }
 
 
+def write_card(folder: Path, record, command: str) -> None:
+    """Writes the model card of the run with this record to `folder`."""
+    text = CARD.format(command=command or "recon.run(...) from Python", **card(record))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record, command: str) -> None:
     """Writes weights (safetensors) and their hashes, configuration, tokenizer and model card to `folder`, which appears only when complete.
 
@@ -115,8 +121,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_hashes(temporary)
-        text = CARD.format(command=command or "recon.run(...) from Python", **card(record))
-        (temporary / "README.md").write_text(text, encoding="utf-8")
+        write_card(temporary, record, command)
         temporary.chmod(0o755)
         if folder.exists():
             folder.rmdir()  # empty, as checked before the run

@@ -5,7 +5,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -23,9 +23,11 @@ class Run:
     """File for the record (JSON)."""
     save: Path | None = None
     """New folder for the repaired model as a Hugging Face checkpoint."""
+    stream: Literal["auto", "yes", "no"] = "auto"
+    """Leave the model on disk and work on one window at a time; a killed run goes on when called again. auto: if it would not fit."""
 
     def __call__(self) -> None:
-        _run(self.spec, self.record, self.save)
+        _run(self.spec, self.record, self.save, self.stream)
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class Reconstruct:
     """File for the record (JSON)."""
     save: Path | None = None
     """New folder for the repaired model as a Hugging Face checkpoint."""
+    stream: Literal["auto", "yes", "no"] = "auto"
+    """As for `recon run`."""
 
     def __call__(self) -> None:
-        _run(RunSpec(**self.spec.__dict__), self.record, self.save)
+        _run(RunSpec(**self.spec.__dict__), self.record, self.save, self.stream)
 
 
-def _run(spec: RunSpec, file: Path | None, save: Path | None) -> None:
+def _run(spec: RunSpec, file: Path | None, save: Path | None, stream: str) -> None:
     """Runs `spec`, prints what came of it, and writes the record to `file` and the model to `save`, where they are named."""
     from recon.checkpoint import check_writable
     from recon.study import run_or_record_failure, write_record
@@ -72,7 +76,7 @@ def _run(spec: RunSpec, file: Path | None, save: Path | None) -> None:
             raise ReconError(f"record {str(file)!r} is a folder; name a file")
         check_writable(file.parent, "record")
     command = shlex.join(["recon", *sys.argv[1:]])
-    record, error = run_or_record_failure(spec, save=save, command=command)
+    record, error = run_or_record_failure(spec, save=save, command=command, stream=stream)
     if file:
         write_record(record, file)
     if error:

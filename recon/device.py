@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import resource
+import threading
 from pathlib import Path
 
 import torch
@@ -40,16 +41,28 @@ class PeakMemory(contextlib.AbstractContextManager):
     """Peak memory of what runs inside, in bytes: of the CUDA device where one is used, else resident memory of this process.
 
     Linux can restart its high-water mark (`/proc/self/clear_refs`); elsewhere the mark is that of the whole process so far.
+
+    Args:
+        anonymous: what is mapped from files does not count, as the system takes that memory back when it is needed. No mark is
+            kept of it, so that it is looked at every `INTERVAL` seconds (Linux only; elsewhere everything counts).
     """
 
-    def __init__(self, device: torch.device):
+    INTERVAL = 0.01
+
+    def __init__(self, device: torch.device, anonymous: bool = False):
         self.device = device
+        self.anonymous = anonymous and device.type != "cuda" and bool(resident_anonymous())
         self.bytes = self.before = 0  # the peak; what was in use on entry
 
     def __enter__(self):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
+        elif self.anonymous:
+            self.before = self.bytes = resident_anonymous()
+            self._stop = threading.Event()
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
         else:
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
@@ -59,8 +72,15 @@ class PeakMemory(contextlib.AbstractContextManager):
     def __exit__(self, *exception):
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
-            return
-        self.bytes = resident(highest=True)
+        elif self.anonymous:
+            self._stop.set()
+            self._thread.join()
+        else:
+            self.bytes = resident(highest=True)
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self.INTERVAL):
+            self.bytes = max(self.bytes, resident_anonymous())
 
 
 def resident(highest: bool = False) -> int:
@@ -70,6 +90,22 @@ def resident(highest: bool = False) -> int:
         return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) * 1024
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_anonymous() -> int:
+    """Resident memory of this process in bytes that is not mapped from files; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
+
+
+def available_memory() -> int:
+    """Bytes of memory that a process could still use without anything being swapped out; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
 
 
 def release_memory() -> None:

@@ -12,6 +12,7 @@ from recon.decoder import Decoder
 from recon.device import pick_compute_dtype, pick_device
 from recon.weights import moved
 from recon.windows import Window
+from recon.work import InMemory
 
 TOKENS = 1024  # in a batch that nothing is trained on
 
@@ -31,9 +32,11 @@ class Engine(contextlib.AbstractContextManager):
     Args:
         device: a torch device or its name; None or "auto": see `recon.device.pick_device`.
         compute_dtype: "auto", "bfloat16" or "float32".
+        work: where there is room for activations; default: memory.
     """
 
-    def __init__(self, device: torch.device | str = "auto", compute_dtype: str = "auto"):
+    def __init__(self, device: torch.device | str = "auto", compute_dtype: str = "auto", work: InMemory | None = None):
+        self.work = work or InMemory()
         self.device = pick_device(str(device))
         self.dtype = pick_compute_dtype(compute_dtype, self.device)
         self._entered: list[contextlib.ExitStack] = []
@@ -116,13 +119,18 @@ class Engine(contextlib.AbstractContextManager):
             for part, (batch,) in zip(parts, self.batches([stream], [range(p.start, p.stop) for p in parts])):
                 output = function(batch)
                 if result is None:
-                    pinned = self.elsewhere(stream) and self.device.type == "cuda"
-                    shape = (len(stream), *output.shape[1:])
-                    result = torch.empty(shape, dtype=output.dtype, device=stream.device, pin_memory=pinned)
+                    result = self.empty((len(stream), *output.shape[1:]), output.dtype, stream.device)
                 result[part].copy_(output, non_blocking=True)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # until then the copies may be under way
         return result
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor for activations that is to be filled."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        tensor = self.work.empty(shape, dtype)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def batches(self, streams: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
         """For each of `parts`, which are sample numbers, these samples of every stream, on the compute device.

@@ -14,6 +14,7 @@ from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
 from recon.logits import kl_divergence, negative_log_likelihood
+from recon.work import InMemory
 
 SLICE = 256  # tokens whose logits exist at once
 KL_WINDOWS = 4  # windows that the divergence from the dense model is measured on: the head runs for both models there
@@ -51,17 +52,19 @@ def perplexity(
     device: torch.device | str | None = None,
     reference: Reference | None = None,
     states: Tensor | None = None,
+    work: InMemory | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
     device: where to compute; default: where the model is.
     reference: the dense model to measure the divergence from, on as many windows as its states are of.
     states: the last block's output for `tokens`, (windows, length, hidden), where it is known.
+    work: where there is room for activations; default: memory.
     Raises `ReconError` where windows are longer than the model was made for.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     check_length(decoder, tokens.shape[1])
-    engine = Engine(device or decoder.device, compute_dtype)
+    engine = Engine(device or decoder.device, compute_dtype, work)
     windows = decoder.windows("block")
     with tqdm(total=len(windows) + 1, desc=description, unit="block", disable=not progress) as bar:
         stream = last_states(decoder, tokens, engine, bar) if states is None else states
@@ -127,6 +130,7 @@ def drift(
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
     activations: Activations | None = None,
+    work: InMemory | None = None,
 ) -> tuple[list[float], Tensor]:
     """Relative squared error of the residual stream after each block, against the dense model; and the last stream of `model`.
 
@@ -134,8 +138,9 @@ def drift(
     run on their own activations, so errors accumulate with depth.
 
     activations: where calls with the same dense model and tokens share its streams.
+    work: where there is room for activations; default: memory.
     """
-    engine = Engine(device or dense.device, compute_dtype)
+    engine = Engine(device or dense.device, compute_dtype, work)
     errors = []
     wanted = _shared_streams(dense, tokens, engine, activations or Activations(limit=0))
     for ours, theirs in zip(residual_streams(model, tokens, engine), wanted, strict=True):

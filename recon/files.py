@@ -159,17 +159,24 @@ def _check_hashes(folder: Path, paths: list[Path]) -> None:
             wanted[path] = target.name
     total = sum(path.stat().st_size for path in wanted)
     with tqdm(total=total, desc="verify weights", unit="B", unit_scale=True, disable=total < SLOW) as bar:
-        for path, digest in wanted.items():
-            found = path.stat()
-            if _digest(path.resolve(), found.st_size, found.st_mtime_ns) != digest:
-                raise ReconError(f"{path.name!r} is damaged: its content does not have the hash {digest[:12]}...; fetch it again")
-            bar.update(found.st_size)
+        for path, expected in wanted.items():
+            if digest(path) != expected:
+                raise ReconError(
+                    f"{path.name!r} is damaged: its content does not have the hash {expected[:12]}...; fetch it again"
+                )
+            bar.update(path.stat().st_size)
 
 
 def write_hashes(folder: Path) -> None:
     """Writes `SHA256SUMS` for the safetensors files of `folder`, for `shards` and for `sha256sum --check`."""
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
     (folder / HASHES).write_text("".join(lines), encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, computed once per process unless its size or time has changed."""
+    found = path.stat()
+    return _digest(path.resolve(), found.st_size, found.st_mtime_ns)
 
 
 @functools.cache

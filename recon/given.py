@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from recon.errors import ReconError
 from recon.pruning import Pruning
 from recon.sparsity import sparsity_of
 from recon.weights import Checkpoint
+from recon.work import InMemory
 
 log = logging.getLogger("recon")
 
@@ -52,9 +53,38 @@ def given(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
     masks = {name: matrix.weight != 0 for name, matrix in decoder.matrices().items()}
     found = Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, rest=rest)
     _check_share(found.total_sparsity)
-    if empty := [name for name, share in found.sparsity.items() if share == 1]:
-        log.warning("all of matrix %r is zero (%d such): reconstruction has nothing to repair there", empty[0], len(empty))
+    _warn_of_empty(found)
     return found
+
+
+@torch.no_grad()
+def given_by_block(student: Decoder, work: InMemory) -> Pruning:
+    """As `given`, for a student whose weights are those of the pruned model already, and in memory block by block.
+
+    work: what is finished already, and where the masks of every further block are noted.
+    """
+    done = work.finished("prune")
+    for window in student.windows("block")[len(done) :]:
+        with student.loaded(window):
+            masks = {name: matrix.weight != 0 for name, matrix in student.matrices(window).items()}
+        work.masks.update(masks)
+        done.append({name: sparsity_of(mask) for name, mask in masks.items()})
+        work.finish("prune", done[-1])
+    found = Pruning(work.masks, {name: share for shares in done for name, share in shares.items()})
+    _warn_of_empty(found)
+    return found
+
+
+def reader(model: nn.Module, pruned: Checkpoint) -> Callable[[list[str]], Iterator[tuple[str, Tensor]]]:
+    """For `recon.weights.Lazy`: reads parameters of `model` by full name from `pruned`, where they may have another of their names."""
+    names = _tied(model)
+
+    def reading(wanted: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in wanted:
+            [(_, value)] = pruned.read([next(other for other in names[name] if other in pruned)])
+            yield name, value
+
+    return reading
 
 
 def read(model: nn.Module, pruned: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -95,6 +125,11 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     return {found[0]: found for found in names.values()}
+
+
+def _warn_of_empty(found: Pruning) -> None:
+    if empty := [name for name, share in found.sparsity.items() if share == 1]:
+        log.warning("all of matrix %r is zero (%d such): reconstruction has nothing to repair there", empty[0], len(empty))
 
 
 def _check_share(share: float) -> None:

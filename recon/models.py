@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -18,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from recon import assets, files
 from recon.errors import ReconError
-from recon.weights import Checkpoint
+from recon.weights import Checkpoint, check_finite, open_model
 
 SUFFIXES = {".safetensors", ".json", ".model"}  # of the files in a folder that a model and its tokenizer are made of
 VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
@@ -112,16 +113,9 @@ def load(
     if found["missing_keys"]:
         missing = ", ".join(sorted(found["missing_keys"]))
         raise ReconError(f"model {name!r} lacks weights that its config.json calls for: {missing}")
-    check_finite(model)
+    for parameter, values in model.named_parameters():
+        check_finite(parameter, values)
     return model.eval().to(device), tokenizer
-
-
-def check_finite(model: torch.nn.Module) -> None:
-    """Raises `ReconError` naming the first parameter of `model` that holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            bad = int((~torch.isfinite(parameter)).sum())
-            raise ReconError(f"parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}")
 
 
 def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -137,6 +131,22 @@ def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, 
     if kind != dense.config.model_type:
         raise ReconError(f"pruned model {name!r} is of type {kind!r}, and the dense one of type {dense.config.model_type!r}")
     return Checkpoint(dense, files.shards(where))
+
+
+def skeleton(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Checkpoint, PreTrainedTokenizerBase]:
+    """What `load` gives, but with the model's parameters left on disk: see `recon.weights`."""
+    where = folder(name, revision, trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        model, checkpoint = open_model(config, files.shards(where), trust_remote_code)
+        if (where / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(where)
+    except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
+        raise _not_loaded(name, revision, error) from error
+    return model, checkpoint, tokenizer
 
 
 def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
@@ -167,5 +177,5 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
     suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
     read = [p for p in Path(where).iterdir() if p.suffix in suffixes or p.name in VOCABULARY_FILES]
     # Ordered by name, so that the same files give the same hash wherever they lie.
-    digests = {p.name: assets.sha256(p) for p in read}
+    digests = {p.name: files.digest(p) for p in read}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,7 @@ from recon.solvers.swaps import swap
 from recon.sparsity import Pattern, sparsity_of
 from recon.statistics import FEW, gather
 from recon.units import find_units, prune_units, set_bias
+from recon.work import InMemory
 
 log = logging.getLogger("recon")
 
@@ -56,6 +57,7 @@ def prune(
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
+    work: InMemory | None = None,
     **options,
 ) -> Pruning:
     """Prunes the matrices of every block of `model` in place, block by block; embeddings and output head are left alone.
@@ -74,6 +76,7 @@ def prune(
         swaps: exchanges of a pruned and a kept weight that are tried in each row after the criterion has chosen; see
             `recon.solvers.swaps`.
         device: where to compute; default: where the model is. The model stays where it is, but for the block in hand.
+        work: what is finished already, and where every finished block is noted; default: nothing, and nowhere.
         options: passed to the criterion (SparseGPT: `block_size`, `damping`; FLAP: `compensate`, False to change no bias).
 
     Raises:
@@ -93,40 +96,58 @@ def prune(
     if kind != "none" and samples is None:
         what = f"criterion {criterion!r}" if rule.statistics != "none" else f"choosing by {criterion!r} with swaps"
         raise ReconError(f"{what} weighs activations and needs calibration samples")
-    engine = Engine(device or decoder.device, compute_dtype)
-    stream = engine.embed(decoder, samples) if kind != "none" else None
+    work = work or InMemory()
+    engine = Engine(device or decoder.device, compute_dtype, work)
+    done = work.finished("prune")
+    stream = None
+    if kind != "none" and len(done) < len(decoder.blocks):
+        stream = work.streams("prune")["stream"] if done else engine.embed(decoder, samples)
     if isinstance(rule, Structured):
         masks, biases = prune_units(decoder, rule, pattern, stream, propagation, engine, progress, **options)
         return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, biases)
-    masks, starved = {}, []
-    for window in tqdm(decoder.windows("block"), desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress):
+    bar = tqdm(
+        decoder.windows("block")[len(done) :], desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress,
+        initial=len(done), total=len(decoder.blocks),
+    )  # fmt: skip
+    for window in bar:
         statistics: dict[str, Tensor] = {}
-        if stream is not None:
-            outputs, statistics = gather(engine, decoder, window, stream, kind)
-        with engine.holding(decoder, window, trained=decoder.weights(window)):
-            for name, matrix in decoder.matrices(window).items():
-                random = generator(seed, "criterion", name)
-                if kind != "none" and name not in statistics:
-                    starved.append(name)
-                    weight, mask = _prune_matrix(matrix, None, criteria.get("magnitude"), pattern, scope, random, 0, {})
-                else:
-                    weight, mask = _prune_matrix(matrix, statistics.get(name), rule, pattern, scope, random, swaps, options)
-                matrix.weight.copy_(weight)
-                masks[name] = mask.to(decoder.device)
-        if stream is None or window.blocks[0] + 1 == len(decoder.blocks):
-            continue
-        if propagation == "sparse":
-            with engine.holding(decoder, window):
-                outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream)
-        stream = outputs
+        outputs, starved = stream, []
+        with decoder.loaded(window):
+            if stream is not None:
+                outputs, statistics = gather(engine, decoder, window, stream, kind)
+            changed: dict[str, Tensor] = {}  # parameters in which more has changed than what is zero
+            with engine.holding(decoder, window, trained=decoder.weights(window)):
+                for name, matrix in decoder.matrices(window).items():
+                    random = generator(seed, "criterion", name)
+                    if kind != "none" and name not in statistics:
+                        starved.append(name)
+                        weight, mask = _prune_matrix(matrix, None, criteria.get("magnitude"), pattern, scope, random, 0, {})
+                    else:
+                        weight, mask = _prune_matrix(matrix, statistics.get(name), rule, pattern, scope, random, swaps, options)
+                    if not (rule.scores or torch.equal(weight, matrix.weight.masked_fill(~mask, 0.0).float())):
+                        changed[matrix.parameter_name] = matrix.parameter
+                    matrix.weight.copy_(weight)
+                    work.masks[name] = mask.to(decoder.device)
+            if stream is not None and window.blocks[0] + 1 < len(decoder.blocks):
+                if propagation == "sparse":
+                    with engine.holding(decoder, window):
+                        outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream)
+                stream = outputs
+            else:
+                stream = None
+            sparsity = {name: sparsity_of(work.masks[name]) for name in decoder.matrices(window)}
+            work.finish("prune", {"sparsity": sparsity, "starved": starved}, {"stream": stream}, changed)
+            done.append({"sparsity": sparsity, "starved": starved})
+    starved = [name for found in done for name in found["starved"]]
     if starved:
         some = ", ".join(starved[:3]) + (", ..." if len(starved) > 3 else "")
         log.warning(
             "%d of %d matrices belong to experts that fewer than %d calibration tokens were sent to, and were pruned by magnitude "
             "instead of %s: %s; more samples help",
-            len(starved), len(masks), FEW, criterion, some,
+            len(starved), len(work.masks), FEW, criterion, some,
         )  # fmt: skip
-    return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, starved=starved)
+    sparsity = {name: value for found in done for name, value in found["sparsity"].items()}
+    return Pruning(work.masks, sparsity, starved=starved)
 
 
 @torch.no_grad()
@@ -136,7 +157,7 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None 
     weights: (out, in) by matrix name, of those that pruning changed beside zeroing.
     """
     for name, matrix in decoder.matrices().items():
-        matrix.weight.copy_((weights or {}).get(name, matrix.weight) * pruning.masks[name])
+        matrix.weight.copy_((weights or {}).get(name, matrix.weight).masked_fill(~pruning.masks[name], 0.0))
         if name in pruning.biases:
             set_bias(matrix.module, pruning.biases[name])
     for name, value in pruning.rest.items():
@@ -153,6 +174,8 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
         if parameter.dtype != torch.float32:
             raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
     matrices = student.matrices()
+    if student.lazy:  # whose masks are of its own run
+        return masks
     if masks is None:
         return {name: matrix.weight != 0 for name, matrix in matrices.items()}
     for name, matrix in matrices.items():

@@ -23,6 +23,7 @@ from recon.solvers.gradient import Curve, Schedule, fit, get_loss
 from recon.statistics import gather
 from recon.structure import requiring_gradients
 from recon.windows import Window, canonical
+from recon.work import InMemory
 
 log = logging.getLogger("recon")
 
@@ -87,6 +88,7 @@ def reconstruct(
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
+    work: InMemory | None = None,
 ) -> list[WindowReport]:
     """Repairs `model` in place against `dense`, window by window; the pruned weights stay exact zeros.
 
@@ -106,6 +108,7 @@ def reconstruct(
         activations: where passes over the same dense model and samples share what they know of it.
         held_out: tokens (samples, length) that nothing is fitted on, to measure errors on; a window whose error on the first
             `ERROR_SAMPLES` of them grows is put back.
+        work: what is finished already, and where every finished window is noted; default: nothing, and nowhere.
 
     Raises:
         ReconError: an unknown name, a combination that has no meaning, a mask that does not fit, or a model not in float32.
@@ -116,16 +119,21 @@ def reconstruct(
     check_length(teacher, samples.shape[1])
     if adapter != "none":
         check_adaptable(student)
+    work = work or InMemory()
     masks = keep_masks(student, masks)
     task = _Pass(
         teacher, student, masks, propagation, solver, start, loss, schedule, exact, train,
-        adapter, rank, seed, Engine(device or teacher.device, compute_dtype), len(samples),
-        Activations(limit=0) if activations is None else activations,
+        adapter, rank, seed, Engine(device or teacher.device, compute_dtype, work), len(samples),
+        Activations(limit=0) if activations is None else activations, work,
     )  # fmt: skip
-    task.begin(samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]]))
-    reports = []
     windows = teacher.windows(granularity)
-    bar = tqdm(windows, desc=f"reconstruct ({granularity})", unit="window", disable=not progress)
+    reports = [WindowReport(**found) for found in work.finished("reconstruct")]
+    if len(reports) < len(windows):
+        task.begin(samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]]))
+    bar = tqdm(
+        windows[len(reports) :], desc=f"reconstruct ({granularity})", unit="window", disable=not progress,
+        initial=len(reports), total=len(windows),
+    )  # fmt: skip
     # Only the window in hand is trained; nothing else needs gradients.
     with bar, requiring_gradients(student.model.parameters(), False):
         for window in bar:
@@ -200,9 +208,13 @@ class _Pass:
     engine: Engine
     count: int  # calibration samples
     activations: Activations
+    work: InMemory
 
     def begin(self, tokens: Tensor) -> None:
-        """Embeds `tokens` (samples, length), calibration samples first, and decides what errors are measured on."""
+        """Embeds `tokens` (samples, length), calibration samples first, and decides what errors are measured on.
+
+        Where windows are finished already, the streams are those that the next one starts from.
+        """
         # Errors are measured on held-out samples or, where there are none, on the first calibration samples.
         first = self.count if len(tokens) > self.count else 0
         self.measured = slice(first, min(first + ERROR_SAMPLES, len(tokens)))
@@ -213,6 +225,9 @@ class _Pass:
         size = batch_size(tokens.shape[1])
         self.read = min(self.count, -(-(self.exact.samples or self.count) // size) * size)
         self.kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
+        if streams := self.work.streams("reconstruct"):
+            self.dense, self.sparse = streams.get("dense"), streams.get("sparse")
+            return
         embedded = self.known("embedded")
         if embedded is None:
             embedded = self.keep("embedded", self.engine.embed(self.teacher, tokens, self.count))
@@ -241,11 +256,28 @@ class _Pass:
             return self.over(lambda h: decoder.forward(window, h), stream)
 
     def repair(self, window: Window) -> WindowReport:
-        """Fits one window, measures it before and after, and moves the streams on."""
+        """Fits one window, measures it before and after, moves the streams on, and notes that it is finished."""
         began = time.perf_counter()
         inputs, targets, grams = self.task_of(window)
+        with self.student.loaded(window):
+            count, curve, before, after, moved, status = self.fit_and_measure(window, inputs, targets, grams)
+            self.advance(window)
+            report = WindowReport(
+                window.name, count, before, after, curve.losses, curve.gradient_norms, moved, time.perf_counter() - began, status
+            )
+            shard = {name: parameter.detach() for name, parameter in self.student.parameters(window).items()}
+            self.work.finish("reconstruct", asdict(report), {"dense": self.dense, "sparse": self.sparse}, shard=shard)
+        return report
+
+    def fit_and_measure(
+        self, window: Window, inputs: Tensor, targets: Tensor, grams: dict[str, Tensor]
+    ) -> tuple[int, Curve, dict[str, float], dict[str, float], float, str]:
+        """Fits one window: how many numbers were trained, and how that went; its errors before and after; how far it moved; its status.
+
+        What it does harm to is put back, and is then as it was before.
+        """
         parameters = self.student.trained(window, self.train)
-        backup = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        backup = {name: self.work.empty(p.shape, p.dtype).copy_(p.detach()) for name, p in parameters.items()}
         before = self.error(window, inputs, targets)
         count, curve = self.fit(window, inputs, targets, grams, parameters)
         after, status = self.error(window, inputs, targets), "repaired"
@@ -263,11 +295,7 @@ class _Pass:
         matrices = {matrix.parameter_name for matrix in self.student.matrices(window).values()}
         moved = sum((parameters[name].detach() - backup[name]).square().sum().item() for name in matrices)
         norm = sum(backup[name].square().sum().item() for name in matrices)
-        self.advance(window)
-        return WindowReport(
-            window.name, count, before, after, curve.losses, curve.gradient_norms, (moved / max(norm, 1e-30)) ** 0.5,
-            time.perf_counter() - began, status,
-        )  # fmt: skip
+        return count, curve, before, after, (moved / max(norm, 1e-30)) ** 0.5, status
 
     def fit(
         self,
@@ -334,17 +362,22 @@ class _Pass:
             block, seen = Window(window.blocks), {}
 
             def see(group: tuple[str, ...], x: Tensor) -> None:
-                # Matrices multiply what is rounded to the compute dtype, so nothing is lost by keeping that.
-                seen.setdefault(group, []).append(x.detach().to(self.dense.device, self.engine.dtype))
+                x = x.detach().reshape(-1, x.shape[-1])
+                if group not in seen:
+                    # Matrices multiply what is rounded to the compute dtype, so nothing is lost by keeping that.
+                    shape = (*stream.shape[:2], x.shape[1])
+                    seen[group] = self.engine.empty(shape, self.engine.dtype, stream.device)
+                    filled[group] = 0
+                seen[group].flatten(0, 1)[filled[group] : filled[group] + len(x)] = x
+                filled[group] += len(x)
 
-            stream = self.dense[self.measured] if self.by_grams else self.dense
+            stream, filled = self.dense[self.measured] if self.by_grams else self.dense, {}
             with self.teacher.watching(block, see):
                 outputs = self.forward(self.teacher, block, stream)
             if not self.by_grams:
                 self.keep(_place(block), outputs)
-            shape = stream.shape[:2]
             # Kept for this block only: they are larger than the stream that they come from.
-            self.kept |= {f"input of {first}": torch.cat(x).reshape(*shape, -1) for (first, *_), x in seen.items()}
+            self.kept |= {f"input of {first}": x for (first, *_), x in seen.items()}
         return self.kept[f"input of {group[0]}"]
 
     def dense_grams(self, window: Window) -> dict[str, Tensor]:
@@ -368,7 +401,8 @@ class _Pass:
         if len(rest := stream[self.read :]):
             with self.engine.holding(self.teacher, window):
                 forward, edge = partial(self.teacher.forward, window), self.count - self.read
-                outputs = torch.cat([outputs, self.engine.run(forward, rest, edge)])
+                parts = [outputs, self.engine.run(forward, rest, edge)]
+                outputs = torch.cat(parts, out=self.engine.empty(stream.shape, outputs.dtype, stream.device))
         return outputs, grams
 
     @torch.no_grad()
@@ -376,23 +410,24 @@ class _Pass:
         """Sets each matrix of the window to its masked least-squares solution."""
         dense = self.teacher.matrices(window)
         column = 0
-        for name, matrix in self.student.matrices(window).items():
-            if name not in grams:  # an expert that too few tokens are sent to
-                continue
-            rows = matrix.weight.shape[0]
-            gram = grams[name].to(matrix.weight.device)
-            cross = dense[name].weight.to(gram.device) @ gram
-            bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
-            if window.matrices and self.propagation == "mixed":
-                # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
-                wanted = targets[: self.read, :, column : column + rows].float()
-                cross = _product(wanted if bias is None else wanted - bias, inputs[: self.read])
-            elif bias is not None:
-                # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
-                bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
-            mask = self.masks[name].to(gram.device)
-            matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), self.exact.iterations))
-            column += rows
+        with self.teacher.loaded(window):
+            for name, matrix in self.student.matrices(window).items():
+                if name not in grams:  # an expert that too few tokens are sent to
+                    continue
+                rows = matrix.weight.shape[0]
+                gram = grams[name].to(matrix.weight.device)
+                cross = dense[name].weight.to(gram.device) @ gram
+                bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
+                if window.matrices and self.propagation == "mixed":
+                    # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
+                    wanted = targets[: self.read, :, column : column + rows].float()
+                    cross = _product(wanted if bias is None else wanted - bias, inputs[: self.read])
+                elif bias is not None:
+                    # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
+                    bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
+                mask = self.masks[name].to(gram.device)
+                matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), self.exact.iterations))
+                column += rows
 
     def descend(
         self, window: Window, inputs: Tensor, targets: Tensor, parameters: dict[str, nn.Parameter], masked: dict[str, Matrix]

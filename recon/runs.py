@@ -5,13 +5,14 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from recon import (
     checkpoint,
@@ -37,12 +38,13 @@ from recon.seeds import generator
 from recon.sparsity import Pattern, found_pattern, sparsity_of
 from recon.spec import RunRecord, RunSpec
 from recon.weights import Checkpoint
+from recon.work import InMemory
 
 HELD_OUT_SHARE = 0.25  # of what a session keeps on disk
 
 
 @dataclass
-class _Measured:
+class Measured:
     """How good a model is: perplexities by text, zero-shot results, drift along the depth, perplexity on held-out samples."""
 
     perplexities: dict[str, evaluation.Perplexity]
@@ -52,12 +54,12 @@ class _Measured:
 
 
 @dataclass
-class _Pruned:
+class Pruned:
     """A pruned state that several runs start from: weights of the matrices where pruning changed them, masks, figures."""
 
     pruning: pruning.Pruning
     weights: dict[str, Tensor]
-    measured: _Measured
+    measured: Measured
     seconds: float
     peak: int
 
@@ -103,6 +105,7 @@ def run(
     save: Path | str | None = None,
     command: str = "",
     progress: bool = True,
+    stream: str = "auto",
 ) -> RunRecord:
     """Prunes and repairs one model as `spec` says, and returns the record.
 
@@ -110,25 +113,35 @@ def run(
         session: what runs before this one left in memory to share.
         save: folder for the repaired model as a Hugging Face checkpoint; must not exist, or be empty.
         command: the command that asked for this run, for the model card.
+        stream: "yes": the model is never in memory as a whole, but read from disk window by window, and the run can be killed at
+            any time and goes on when it is called again (see `recon.streamed`); "no": it is loaded; "auto": it is loaded where it fits
+            into memory. The numbers are the same to the last bit.
 
     Raises:
         ReconError: bad input, or another process that saves to the same folder, before anything long begins.
     """
-    task = _Run(spec, session or Session(), progress)
+    from recon import streamed  # which builds on what is here
+
+    session, save = session or Session(), None if save is None else Path(save)
+    if streamed.wanted(stream, spec):
+        return streamed.run(spec, session, save, command, progress)
+    task = Run(spec, session, progress)
     if save is None:
         return task.execute(None, command)
-    save = Path(save)
     # The folder itself appears only when it is complete, so the lock lies beside it.
     with lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}"):
         checkpoint.check_target(save)
         return task.execute(save, command)
 
 
-class _Run:
+class Run:
+    """One run with its model in memory."""
+
     def __init__(self, spec: RunSpec, session: Session, progress: bool):
         self.spec, self.session, self.progress = spec, session, progress
         self.record = RunRecord(asdict(spec), spec.key())
         self.device = device.pick_device(spec.device)
+        self.work = InMemory()
         session.reused.clear()
         session.model = None  # frees the memory of the last run's model, unless somebody else holds it
 
@@ -144,12 +157,9 @@ class _Run:
         estimate.announce(spec, self.dense, self.device)
         with self.phase("evaluate"):
             # Dense first: a wrong set-up shows before anything is pruned.
-            key = (*spec.loaded_by, self.protocol_key())
-            dense, self.references = self.session.keep("dense", key, self.measure_dense)
-        model = copy.deepcopy(self.dense.model)
-        student = Decoder(model, like=self.dense)
-        pruned = self.session.keep("pruned", (*spec.pruned_by, self.protocol_key()), lambda: self.prune(student))
-        pruning.apply(student, pruned.pruning, pruned.weights)
+            dense, self.references = self.dense_measured()
+        student = self.copy_of_dense()
+        pruned = self.pruned_student(student)
         record.metrics["starved_matrices"] = pruned.pruning.starved
         if spec.pruned:
             record.metrics["pattern"] = str(found_pattern(pruned.pruning.masks.values()))
@@ -166,26 +176,67 @@ class _Run:
             record.retraining, record.seconds["retrain"] = asdict(report), report.seconds
         if spec.granularity != "none" or spec.then != "none":
             with self.phase("evaluate"):
-                repaired = self.measure(student, "repaired")
+                repaired = self.measured(student, "repaired")
         self.fill(student, dense, pruned.measured, repaired)
         record.flops = estimate.flops(spec, self.dense)
         record.shared = list(self.session.reused)
-        record.environment = environment(self.device, spec.compute_dtype)
+        record.environment = environment(self.device, spec.compute_dtype) | self.about()
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
         record.status = "done"
-        self.session.model = model
         if save is not None:
             with self.phase("save"):
-                checkpoint.save(model, self.tokenizer, save, record, command)
+                self.save(student, save, command)
         record.seconds["total"] = time.perf_counter() - began
         return record
+
+    # --- what a run does in another way where the model is streamed; see `recon.streamed` ----------------------------
+
+    def load_model(self) -> tuple[Decoder, PreTrainedTokenizerBase]:
+        """The dense model, taken apart, and its tokenizer."""
+        return self.session.load(*self.spec.loaded_by)
+
+    def dense_measured(self) -> tuple[Measured, dict[str, evaluation.Reference]]:
+        """What `measure_dense` gives, now or in an earlier run of the session."""
+        return self.session.keep("dense", (*self.spec.loaded_by, self.protocol_key()), self.measure_dense)
+
+    def copy_of_dense(self) -> Decoder:
+        """The student before anything is done to it."""
+        self.session.model = copy.deepcopy(self.dense.model)
+        return Decoder(self.session.model, like=self.dense)
+
+    def pruned_student(self, student: Decoder) -> Pruned:
+        """Prunes the student, as `prune` does now or did in an earlier run of the session."""
+        found = self.session.keep("pruned", (*self.spec.pruned_by, self.protocol_key()), lambda: self.prune(student))
+        pruning.apply(student, found.pruning, found.weights)
+        return found
+
+    def take_given(self, student: Decoder) -> pruning.Pruning:
+        """Gives the student the weights of the pruned model that the specification names."""
+        return given.given(student, self.pruned)
+
+    def measured(self, student: Decoder, what: str) -> Measured:
+        """What `measure` gives."""
+        return self.measure(student, what)
+
+    def save(self, student: Decoder, folder: Path, command: str) -> None:
+        """Writes the student to `folder`."""
+        checkpoint.save(student.model, self.tokenizer, folder, self.record, command)
+
+    def peak_memory(self) -> device.PeakMemory:
+        return device.PeakMemory(self.device)
+
+    def about(self) -> dict:
+        """What the record's environment says beside what it says of every run."""
+        return {}
+
+    # --- the same in any case -----------------------------------------------------------------------------------------
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds up seconds and keeps the highest peak memory of a phase, which may be entered more than once."""
         began = time.perf_counter()
         device.release_memory()  # what is left from before counts as free, and not as this phase's
-        with device.PeakMemory(self.device) as peak:
+        with self.peak_memory() as peak:
             yield
         self.record.seconds[name] = self.record.seconds.get(name, 0.0) + time.perf_counter() - began
         record = self.record
@@ -198,7 +249,7 @@ class _Run:
     def load(self) -> None:
         """Loads model and texts, and refuses here whatever can be refused."""
         spec = self.spec
-        self.dense, self.tokenizer = self.session.load(*spec.loaded_by)
+        self.dense, self.tokenizer = self.load_model()
         self.session.dense, self.session.tokenizer = self.dense, self.tokenizer
         # Everything that can be refused is refused here, before the first long computation.
         self.dense.windows(spec.granularity if spec.granularity != "none" else "block")
@@ -241,14 +292,14 @@ class _Run:
         names = "evaluation_texts evaluation_samples evaluation_length tasks task_limit text sequence_length held_out_samples "
         return tuple(getattr(self.spec, name) for name in (names + "device compute_dtype").split())
 
-    def measure(self, decoder: Decoder, what: str) -> _Measured:
+    def measure(self, decoder: Decoder, what: str) -> Measured:
         """Everything that is measured of a model."""
         spec = self.spec
 
         def perplexity(tokens: Tensor, name: str, states: Tensor | None = None) -> evaluation.Perplexity:
             return evaluation.perplexity(
                 decoder, tokens, spec.compute_dtype, self.progress, f"perplexity ({what}, {name})", self.device,
-                self.references.get(name), states,
+                self.references.get(name), states, self.work,
             )  # fmt: skip
 
         perplexities = {name: perplexity(tokens, name) for name, tokens in self.texts.items()}
@@ -263,45 +314,48 @@ class _Run:
             states = None
             if decoder is not self.dense:
                 drift, states = evaluation.drift(
-                    decoder, self.dense, self.held_out, spec.compute_dtype, self.device, self.held_out_streams
+                    decoder, self.dense, self.held_out, spec.compute_dtype, self.device, self.held_out_streams, self.work
                 )
             held_out = perplexity(self.held_out, "held out", states).value
-        return _Measured(perplexities, tasks, drift, held_out)
+        return Measured(perplexities, tasks, drift, held_out)
 
-    def measure_dense(self) -> tuple[_Measured, dict[str, evaluation.Reference]]:
+    def measure_dense(self) -> tuple[Measured, dict[str, evaluation.Reference]]:
         """The dense model's own figures, and what the predictions of others are compared with, by text."""
-        engine = Engine(self.device, self.spec.compute_dtype)
+        engine = Engine(self.device, self.spec.compute_dtype, self.work)
         self.references = {}
         measured = self.measure(self.dense, "dense")
         first = {name: tokens[: evaluation.KL_WINDOWS] for name, tokens in self.texts.items()}
         states = {name: evaluation.last_states(self.dense, tokens, engine) for name, tokens in first.items()}
         return measured, {name: evaluation.Reference(self.dense, state) for name, state in states.items()}
 
-    def prune(self, student: Decoder) -> _Pruned:
+    def prune(self, student: Decoder) -> Pruned:
         """Prunes the student in place, and measures it."""
         spec = self.spec
         options = {}
         if spec.criterion == "sparsegpt":
             options = {"block_size": spec.sparsegpt_block_size, "damping": spec.sparsegpt_damping}
         began = time.perf_counter()
-        with device.PeakMemory(self.device) as peak:
+        with self.peak_memory() as peak:
             if spec.pruned:
-                pruned = given.given(student, self.pruned)
+                pruned = self.take_given(student)
             else:
                 pruned = pruning.prune(
                     student, self.samples("prune"), spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
-                    spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, **options,
+                    spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, self.work, **options,
                 )  # fmt: skip
         seconds = time.perf_counter() - began
+        with self.phase("evaluate"):
+            measured = self.measured(student, "pruned")
+        return Pruned(pruned, self.changed(student, pruned.masks), measured, seconds, peak.bytes)
+
+    def changed(self, student: Decoder, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The matrices of a pruned student, (out, in) by name, in which more has changed than what is zero."""
         dense = self.dense.matrices()
-        weights = {
+        return {
             name: matrix.weight.clone()
             for name, matrix in student.matrices().items()
-            if not torch.equal(matrix.weight, dense[name].weight * pruned.masks[name])
+            if not torch.equal(matrix.weight, dense[name].weight * masks[name])
         }
-        with self.phase("evaluate"):
-            measured = self.measure(student, "pruned")
-        return _Pruned(pruned, weights, measured, seconds, peak.bytes)
 
     def activations(self) -> Activations:
         """What is known of the dense model on this run's samples, in its batches."""
@@ -326,7 +380,7 @@ class _Run:
         return reconstruction.reconstruct(
             student, self.dense, self.samples("reconstruct"), masks, spec.granularity, spec.propagation, spec.solver, spec.start,
             spec.loss, spec.schedule, self.held_out, spec.exact, spec.train, spec.adapter, spec.rank, self.activations(),
-            spec.seed, spec.compute_dtype, self.device, self.progress,
+            spec.seed, spec.compute_dtype, self.device, self.progress, self.work,
         )  # fmt: skip
 
     def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> retraining.RetrainingReport:
@@ -345,7 +399,7 @@ class _Run:
             spec.then_checkpointing, merged, spec.seed, spec.compute_dtype, self.device, self.progress,
         )  # fmt: skip
 
-    def fill(self, student: Decoder, dense: _Measured, pruned: _Measured, repaired: _Measured) -> None:
+    def fill(self, student: Decoder, dense: Measured, pruned: Measured, repaired: Measured) -> None:
         """Writes metrics, tokens and protocol into the record."""
         spec, metrics = self.spec, self.record.metrics
         by_text, states = {}, {"dense": dense, "pruned": pruned, "repaired": repaired}
@@ -365,10 +419,14 @@ class _Run:
         metrics.update(
             {name: headline[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "share_recovered")}
         )
-        weights = {name: matrix.weight for name, matrix in student.matrices().items()}
-        zeros = sum(int((weight == 0).sum()) for weight in weights.values())
-        metrics["sparsity"] = zeros / sum(weight.numel() for weight in weights.values())
-        metrics["sparsity_by_matrix"] = {name: sparsity_of(weight) for name, weight in weights.items()}
+        zeros, shares = 0, {}
+        for block in student.windows("block"):
+            with student.loaded(block):
+                for name, matrix in student.matrices(block).items():
+                    zeros += int((matrix.weight == 0).sum())
+                    shares[name] = sparsity_of(matrix.weight)
+        metrics["sparsity"] = zeros / sum(matrix.weight.numel() for matrix in student.matrices().values())
+        metrics["sparsity_by_matrix"] = shares
         metrics["kl"] = headline["kl"]
         metrics["dense_held_out_perplexity"], metrics["held_out_perplexity"] = dense.held_out, repaired.held_out
         if spec.tasks:

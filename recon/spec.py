@@ -232,6 +232,17 @@ class RunSpec:
     def exact(self) -> Exact:
         return Exact(self.exact_samples, self.exact_iterations)
 
+    def sources(self) -> dict:
+        """Hashes of the files that the run reads, and the schema of its record."""
+        found = {
+            "schema": SCHEMA,
+            "model": models.fingerprint(*self.loaded_by),
+            "texts": {name: text.fingerprint(name) for name in sorted({self.text, *self.evaluation_texts})},
+        }
+        if self.pruned is not None:
+            found["pruned"] = models.fingerprint(self.pruned, self.pruned_revision, self.trust_remote_code)
+        return found
+
     def key(self) -> str:
         """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema.
 
@@ -241,14 +252,7 @@ class RunSpec:
         for name in ("prune_samples", "then_samples"):
             if spec[name] == self.samples:  # as many samples, said in another way
                 spec[name] = 0
-        parts = {
-            "spec": {name: value for name, value in spec.items() if value != defaults[name]},
-            "schema": SCHEMA,
-            "model": models.fingerprint(*self.loaded_by),
-            "texts": {name: text.fingerprint(name) for name in sorted({self.text, *self.evaluation_texts})},
-        }
-        if self.pruned is not None:
-            parts["pruned"] = models.fingerprint(self.pruned, self.pruned_revision, self.trust_remote_code)
+        parts = {"spec": {name: value for name, value in spec.items() if value != defaults[name]}, **self.sources()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

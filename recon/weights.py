@@ -33,13 +33,14 @@ PART = ".part"  # ends the names of files that are still being written; nothing 
 # --- the skeleton -----------------------------------------------------------------------------------------------------
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal LM of `config` in evaluation mode, without weights: its parameters are on torch's meta device, and untied.
 
     Buffers that are computed, such as rotary frequencies, are there.
     """
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return made.eval()
 
 
 def placeholder(shape: torch.Size, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
@@ -176,6 +177,7 @@ class Checkpoint:
         self._files: dict[str, object] = {}  # entry -> the open file that it is in
         self._sources: dict[str, _Source] = {}  # parameter -> what it is made from
         self.unknown: list[str] = []  # entries that the model has no place for
+        self._finite: set[str] = set()  # parameters that were found to be
         for file in files:
             self.add(file)
 
@@ -216,7 +218,7 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers called `names`: floating-point ones in float32; nothing else holds their memory.
 
-        Raises `ReconError` naming one that is not there, or is of another shape than the model's.
+        Raises `ReconError` naming one that is not there, is of another shape than the model's, or holds NaN or infinity.
         """
         wanted = dict.fromkeys(names)
         while wanted:
@@ -227,6 +229,9 @@ class Checkpoint:
                 if found in wanted:
                     if tensor.shape != self._known[found].shape:
                         raise ReconError(f"weight {found!r} is {tuple(tensor.shape)}, not {tuple(self._known[found].shape)}")
+                    if found not in self._finite:
+                        check_finite(found, tensor)
+                        self._finite.add(found)
                     yield found, tensor
                 wanted.pop(found, None)
             if name in wanted:
@@ -247,12 +252,21 @@ class Checkpoint:
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def open_model(config: PretrainedConfig, files: Iterable[Path]) -> tuple[PreTrainedModel, Checkpoint]:
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises `ReconError` naming the parameter `name` where it holds NaN or infinity."""
+    bad = tensor.numel() - int(tensor.isfinite().sum())
+    if bad:
+        raise ReconError(f"parameter {name!r} holds {bad} NaN or infinite values of {tensor.numel()}")
+
+
+def open_model(
+    config: PretrainedConfig, files: Iterable[Path], trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Checkpoint]:
     """The skeleton of `config`, tied as `from_pretrained` would tie it, and its weights in `files`.
 
     Raises `ReconError` naming weights that are missing.
     """
-    model = skeleton(config)
+    model = skeleton(config, trust_remote_code)
     checkpoint = Checkpoint(model, files)
     missing = {name for name in model.state_dict() if name not in checkpoint}
     missing -= {name for name in missing for kept in model._keys_to_ignore_on_load_missing or () if re.search(kept, name)}

@@ -1,0 +1,244 @@
+"""A run whose model stays on disk: window by window, resumable at every moment, with the numbers of one in memory."""
+
+import logging
+import math
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from recon import checkpoint, criteria, device, evaluation, files, given, lock, models, pruning
+from recon.assets import cache_folder
+from recon.criteria import Structured
+from recon.decoder import Decoder
+from recon.errors import ReconError
+from recon.runs import Measured, Pruned, Run, Session
+from recon.spec import RunRecord, RunSpec
+from recon.weights import Lazy, sync, write_json
+from recon.work import RECORD, Work
+
+log = logging.getLogger("recon")
+
+UNFINISHED = ".unfinished"  # ends the name of the folder where a run works
+SHARD = 2**30  # bytes of the shards that hold what is in no window, unless a single block or matrix is larger
+STREAM = ("auto", "yes", "no")
+
+
+def wanted(stream: str, spec: RunSpec) -> bool:
+    """Whether a run of `spec` is streamed. Raises `ReconError` for an unknown word, and where it is to be but cannot."""
+    if stream not in STREAM:
+        raise ReconError(f"stream is {stream!r}; allowed: {', '.join(STREAM)}")
+    if stream == "no" or (stream == "auto" and not is_too_large(spec)):
+        return False
+    needs_all = None
+    if not spec.pruned and isinstance(criteria.get(spec.criterion), Structured):
+        needs_all = f"criterion {spec.criterion!r} removes whole heads and neurons"
+    elif spec.then != "none":
+        needs_all = f"retraining (then {spec.then!r}) trains the whole model at once"
+    if needs_all and stream == "yes":
+        raise ReconError(f"{needs_all}, which a streamed run cannot do, as it has one window in memory; use stream no")
+    if needs_all:
+        log.warning("model %r may not fit into memory, but %s and cannot be streamed", spec.model, needs_all)
+    return not needs_all
+
+
+def is_too_large(spec: RunSpec) -> bool:
+    """Whether the dense model and its repaired copy, in float32, would take more memory than there is to be had now."""
+    numbers = 0
+    for path in files.shards(models.folder(*spec.loaded_by)):
+        with safe_open(path, framework="pt") as file:
+            numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return 0 < device.available_memory() < 2 * 4 * numbers
+
+
+def run(spec: RunSpec, session: Session, save: Path | None, command: str, progress: bool) -> RunRecord:
+    """As `recon.run` with `stream="yes"`.
+
+    The run works in `<save>.unfinished`, or where nothing is saved, in a folder of the user's cache that is named by the
+    run's key. It is deleted when the run is done; until then, the same call goes on from the last finished step.
+    """
+    if save is None:
+        folder = cache_folder() / "unfinished" / spec.key()
+        held = lock.held(folder.with_name(f".{folder.name}{lock.NAME}"), f"unfinished run {spec.key()}")
+    else:
+        folder = save.with_name(save.name + UNFINISHED)
+        held = lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}")
+    with held:
+        if save is not None and not folder.exists():
+            checkpoint.check_target(save)
+        task = StreamedRun(spec, session, progress, folder)
+        done = task.work.finished(RECORD)
+        if not done:
+            if save is not None:
+                checkpoint.check_target(save)
+            record = task.execute(save, command)
+        else:
+            record = RunRecord.from_dict(done[0])
+            task.publish(save)
+        shutil.rmtree(folder)
+    return record
+
+
+class StreamedRun(Run):
+    """One run with its model on disk.
+
+    What is in memory, in float32 unless it says otherwise:
+
+    - pruning: one block, its matrices once more rounded to the compute dtype, and the statistics of their inputs (Gram matrices
+      where the criterion asks for them);
+    - reconstruction: the dense window with its matrices rounded, while targets are computed; then the window in hand,
+      its gradients, AdamW's two moments, and its masks (2 bytes a weight on CPUs);
+    - evaluation: one block and its rounded matrices; then the head, likewise;
+    - the embedding, while tokens are embedded;
+    - of one mini-batch, the activations inside the window.
+
+    Activations of all samples lie in mapped files where they are larger than `recon.activations.SMALL`, and so does what a window
+    was before it is fitted: the system keeps them in memory while there is room. So does the model's own file. On disk there are,
+    beside the repaired weights in float32, the masks (1 bit a weight), and two to four streams of activations.
+    """
+
+    def __init__(self, spec: RunSpec, session: Session, progress: bool, folder: Path):
+        super().__init__(spec, session, progress)
+        dtype = str(device.pick_compute_dtype(spec.compute_dtype, self.device))
+        computed = {"device": self.device.type, "compute_dtype": dtype}
+        self.work = Work(folder, {"spec": asdict(spec), **spec.sources(), **computed})
+        here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        for before in self.work.finished("opened"):
+            if before != here:
+                log.warning(
+                    "this run was begun with %s, and goes on with %s: the last bits of its numbers may differ", before, here
+                )
+                break
+        if not self.work.finished(RECORD):
+            self.resumed = len(self.work.finished("opened"))
+            self.work.finish("opened", here)
+
+    def load_model(self) -> tuple[Decoder, PreTrainedTokenizerBase]:
+        model, stored, tokenizer = models.skeleton(*self.spec.loaded_by)
+        decoder = Decoder(model, lazy=Lazy(model, stored.read))
+        return decoder, tokenizer
+
+    def dense_measured(self) -> tuple[Measured, dict[str, evaluation.Reference]]:
+        if not self.work.finished("dense"):
+            measured, references = self.measure_dense()
+            states = {str(number): reference.states for number, reference in enumerate(references.values())}
+            self.work.finish("dense", asdict(measured), states)
+            return measured, references
+        states = self.work.streams("dense").values()
+        references = {name: evaluation.Reference(self.dense, state) for name, state in zip(self.texts, states, strict=True)}
+        return _measured(self.work.finished("dense")[0]), references
+
+    def copy_of_dense(self) -> Decoder:
+        self.work.of = len(self.windows()) + len(self.remainder())
+        return self.work.student(
+            self.dense, given.reader(self.dense.model, self.pruned) if self.spec.pruned else self.dense.lazy.read
+        )
+
+    def pruned_student(self, student: Decoder) -> Pruned:
+        return self.prune(student)
+
+    def take_given(self, student: Decoder) -> pruning.Pruning:
+        return given.given_by_block(student, self.work)
+
+    def changed(self, student: Decoder, masks) -> dict[str, Tensor]:
+        return {}  # the student's weights are in files, and no other run starts from them
+
+    def measured(self, student: Decoder, what: str) -> Measured:
+        if not self.work.finished(what):
+            self.work.finish(what, asdict(self.measure(student, what)))
+        return _measured(self.work.finished(what)[0])
+
+    def peak_memory(self) -> device.PeakMemory:
+        return device.PeakMemory(self.device, anonymous=True)
+
+    def about(self) -> dict:
+        return {"streamed": True, "resumed": self.resumed}
+
+    # --- the checkpoint -------------------------------------------------------------------------------------------
+
+    def windows(self):
+        """The windows that are repaired; each is a shard of the checkpoint."""
+        return [] if self.spec.granularity == "none" else self.dense.windows(self.spec.granularity)
+
+    def remainder(self) -> list[list[str]]:
+        """The parameters and buffers that are in no window, by name, divided into shards."""
+        model = self.dense.model
+        taken = {name for window in self.windows() for name in self.dense.parameters(window)}
+        skipped = set(model._keys_to_ignore_on_save or ())
+        sizes = {name: 4 * parameter.numel() for name, parameter in self.dense.lazy.parameters.items()}
+        sizes |= {name: tensor.nbytes for name, tensor in model.state_dict().items() if name in dict(model.named_buffers())}
+        blocks: dict[str, list[str]] = {}  # what is in one block stays together, as transformers may store it in one piece
+        for name in sizes:
+            if name not in taken and name not in skipped:
+                inside = name.startswith(f"{self.dense.path}.")
+                number = name.removeprefix(f"{self.dense.path}.").partition(".")[0]
+                blocks.setdefault(f"block {number}" if inside else name, []).append(name)
+        shards, room = [], 0
+        for names in blocks.values():
+            size = sum(sizes[name] for name in names)
+            if size > room:
+                shards.append([])
+                room = SHARD
+            shards[-1] += names
+            room -= size
+        return shards
+
+    def save(self, student: Decoder, folder: Path, command: str) -> None:
+        """Completes the checkpoint beside the finished shards, and moves it to `folder` in one piece."""
+        model, work = student.model, self.work
+        for names in self.remainder()[len(work.finished("remainder")) :]:
+            parameters = {name: student.lazy.parameters[name] for name in names if name in student.lazy.parameters}
+            with student.lazy.present(parameters.values()):
+                tensors = {name: model.get_buffer(name) for name in names if name not in parameters}
+                tensors |= {name: parameter.detach() for name, parameter in parameters.items()}
+                work.finish("remainder", names, shard=tensors)
+        target = work.folder / "checkpoint"
+        try:
+            model.config.dtype, model.config.architectures = "float32", [type(model).__name__]
+            model.config.save_pretrained(target)
+            if model.can_generate():
+                model.generation_config.save_pretrained(target)
+            self.tokenizer.save_pretrained(target)
+            write_json(target / files.INDEX, _index(target))
+            entries = [entry["shard"] for entry in work.journal.entries if "shard" in entry]
+            hashes = "".join(f"{entry['sha256']}  {Path(entry['file']).name}\n" for entry in entries)
+            (target / files.HASHES).write_text(hashes, encoding="utf-8")
+            checkpoint.write_card(target, self.record, command)
+            for path in target.iterdir():
+                sync(path)
+            work.finish(RECORD, self.record.to_dict())
+            self.publish(folder)
+        except (OSError, SafetensorError) as error:
+            raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
+
+    def publish(self, folder: Path) -> None:
+        """Gives the complete checkpoint its place, unless it is there already."""
+        target = self.work.folder / "checkpoint"
+        if target.exists():
+            if folder.exists():
+                folder.rmdir()  # empty, as checked before the run
+            os.replace(target, folder)
+            sync(folder.parent)
+
+
+def _measured(found: dict) -> Measured:
+    perplexities = {name: evaluation.Perplexity(**values) for name, values in found["perplexities"].items()}
+    return Measured(**(found | {"perplexities": perplexities}))
+
+
+def _index(folder: Path) -> dict:
+    """The index of the shards in `folder`, as transformers writes it."""
+    places, size, numbers = {}, 0, 0
+    for path in sorted(folder.glob("model-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                tensor = file.get_tensor(name)
+                places[name] = path.name
+                size += tensor.nbytes
+                numbers += tensor.numel()
+    return {"metadata": {"total_parameters": numbers, "total_size": size}, "weight_map": dict(sorted(places.items()))}

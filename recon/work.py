@@ -1,0 +1,276 @@
+"""What a run keeps while it works: masks, repaired weights, activations, and which steps are finished."""
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from recon.activations import STREAM, Spill
+from recon.assets import sha256
+from recon.decoder import Decoder, Matrix
+from recon.errors import ReconError
+from recon.journal import Journal
+from recon.weights import Checkpoint, Lazy, as_stored, sync, write_safetensors
+
+RECORD = "record"  # the last phase: its one step holds the record of the whole run
+
+
+class InMemory:
+    """The work of a run whose model is in memory: nothing of it outlives the process. See `Work` for the other kind."""
+
+    def __init__(self):
+        self.masks: MutableMapping[str, Tensor] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU for activations, or for weights that are put aside."""
+        return torch.empty(shape, dtype=dtype)
+
+    def finished(self, phase: str) -> list:
+        """What the finished steps of `phase` found, in their order."""
+        return []
+
+    def streams(self, phase: str) -> dict[str, Tensor]:
+        """The activations that the next step of `phase` starts from, by name."""
+        return {}
+
+    def finish(
+        self,
+        phase: str,
+        found: object,
+        streams: dict[str, Tensor | None] | None = None,
+        weights: dict[str, Tensor] | None = None,
+        shard: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Ends one step of `phase`, with the masks that were set since the last one.
+
+        Args:
+            found: what `finished` is to tell of it, as JSON can hold it.
+            streams: activations that the next step starts from; they are not changed any more.
+            weights: parameters by full name as pruning left them, where it did more than to set some to zero.
+            shard: parameters by full name in their final state.
+        """
+
+
+class Work(InMemory):
+    """The work of a streamed run, in a folder: after a kill at any moment, a run of the same fingerprint goes on from the last step.
+
+    A step is finished when the journal says so, which it does once all that belongs to the step is on the disk. Files get their
+    names when they are complete, and activations go only after the next step's are noted; what else lies in
+    the folder is swept away when it is opened.
+
+        journal.jsonl    which run this is, and its finished steps
+        masks/           per block, the masks of its matrices, 8 weights to the byte
+        pruned/          per block, its weights as pruning left them, where it changed more than it zeroed
+        activations/     what the next step starts from
+        checkpoint/      finished shards, and in the end the whole checkpoint
+
+    Args:
+        folder: made where it does not exist.
+        fingerprint: all that decides what the steps find.
+
+    Raises:
+        ReconError: the folder holds the work of another run, naming what differs, or is damaged.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict):
+        super().__init__()
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        sync(folder.parent)
+        self.journal = Journal(folder / "journal.jsonl", fingerprint)
+        self.spill = Spill(folder / "activations")
+        self.masks = _Masks(self)
+        self.columns: dict[str, tuple[str, int]] = {}  # of a mask: the file that it is in, and its columns
+        self.pruned: dict[str, str] = {}  # parameter -> the file that it is in
+        self.shards: list[str] = []
+        self.of = 0  # shards that there will be
+        self.repaired: Checkpoint | None = None
+        self._kept: dict[str, tuple[Tensor, str]] = {}  # stream -> the tensor in hand, and the file that it is in
+        self._open: dict[str, object] = {}
+        if self.finished(RECORD):  # all is done, and the checkpoint may be where it belongs already
+            return
+        for name in ("masks", "pruned", "activations", "checkpoint"):
+            (folder / name).mkdir(exist_ok=True)
+        for entry in self.journal.entries:
+            self._check(entry)
+            self._take(entry)
+        self._sweep()
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def finished(self, phase: str) -> list:
+        return [entry["found"] for entry in self.journal.entries if entry["phase"] == phase]
+
+    def streams(self, phase: str) -> dict[str, Tensor]:
+        found = {}
+        for name, file in self._last(phase).get("streams", {}).items():
+            if file is not None:
+                with safe_open(self.folder / file, framework="pt") as opened:
+                    stored = opened.get_tensor(STREAM)
+                    # A copy: tensors in a file begin where they please, which can show in the last bits of what is computed.
+                    found[name] = self.empty(stored.shape, stored.dtype).copy_(stored)
+                self._kept[name] = found[name], file
+        return found
+
+    def finish(self, phase, found, streams=None, weights=None, shard=None) -> None:
+        number = len(self.finished(phase))
+        entry = {"phase": phase, "found": found}
+        before = set(self._last(phase).get("streams", {}).values())
+        try:
+            if self.masks.pending:
+                columns = {name: mask.shape[1] for name, mask in self.masks.pending.items()}
+                packed = {name: _pack(mask) for name, mask in self.masks.pending.items()}
+                entry["masks"] = self._write(f"masks/{number:05}.safetensors", packed) | {"columns": columns}
+            if weights:
+                entry["weights"] = self._write(f"pruned/{number:05}.safetensors", weights) | {"names": list(weights)}
+            if shard:
+                name = f"checkpoint/model-{len(self.shards) + 1:05}-of-{self.of:05}.safetensors"
+                entry["shard"] = self._write(name, as_stored(self.repaired.model, shard))
+            if streams is not None:
+                entry["streams"] = {name: self._keep(phase, number, name, tensor) for name, tensor in streams.items()}
+            self.journal.add(entry)
+        except (OSError, SafetensorError) as error:  # a full disk is either, by what was being written
+            raise self._unwritten(error) from error
+        self._take(entry)
+        self.masks.pending.clear()
+        for file in before - set(entry.get("streams", {}).values()) - {None}:
+            (self.folder / file).unlink(missing_ok=True)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        try:
+            return self.spill.empty(shape, dtype)
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: Exception) -> ReconError:
+        return ReconError(
+            f"work folder {str(self.folder)!r} cannot be written: {error}. What is finished is kept: with room on the disk, the same "
+            "command goes on from there"
+        )
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> dict:
+        path = self.folder / name
+        write_safetensors(path, tensors)
+        return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+    def _keep(self, phase: str, number: int, name: str, tensor: Tensor | None) -> str | None:
+        """The file that `tensor` is in, written where it is not yet."""
+        if tensor is None:
+            return None
+        kept, file = self._kept.get(name, (None, ""))
+        if kept is not tensor:
+            file = f"activations/{phase}-{name}-{number:05}.safetensors"
+            self.spill.keep(tensor, self.folder / file)
+            self._kept[name] = tensor, file
+        return file
+
+    def _last(self, phase: str) -> dict:
+        return next((entry for entry in reversed(self.journal.entries) if entry["phase"] == phase), {})
+
+    def _take(self, entry: dict) -> None:
+        """Counts on the files of a finished step from now on."""
+        for name, columns in entry.get("masks", {}).get("columns", {}).items():
+            self.columns[name] = entry["masks"]["file"], columns
+        for name in entry.get("weights", {}).get("names", ()):
+            self.pruned[name] = entry["weights"]["file"]
+        if "shard" in entry:
+            self.shards.append(entry["shard"]["file"])
+            if self.repaired is not None:
+                self.repaired.add(self.folder / self.shards[-1])
+
+    def _check(self, entry: dict) -> None:
+        """Raises `ReconError` where a file of a finished step is not what was written: masks by their hash, others by their size."""
+        for kind in ("masks", "weights", "shard"):
+            if kind in entry:
+                path, noted = self.folder / entry[kind]["file"], entry[kind]
+                size = path.stat().st_size if path.exists() else None
+                if size != noted["size"] or (kind == "masks" and sha256(path) != noted["sha256"]):
+                    wrong = "is missing" if size is None else "has changed since it was written"
+                    raise ReconError(f"{str(path)!r} {wrong}; delete {str(self.folder)!r} to begin anew")
+
+    def _sweep(self) -> None:
+        """Deletes what steps that were not finished left."""
+        counted = {self.folder / self.journal.path.name}
+        for entry in self.journal.entries:
+            counted |= {self.folder / entry[kind]["file"] for kind in ("masks", "weights", "shard") if kind in entry}
+        for phase in {entry["phase"] for entry in self.journal.entries}:
+            counted |= {self.folder / file for file in self._last(phase).get("streams", {}).values() if file}
+        for name in ("masks", "pruned", "activations", "checkpoint"):
+            for path in (self.folder / name).iterdir():
+                if path not in counted:
+                    path.unlink()
+
+    # --- the weights that the run has come to ---------------------------------------------------------------------
+
+    def tensor(self, file: str, name: str) -> Tensor:
+        """One tensor of a file of this folder, mapped; not to be changed in place."""
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        return self._open[file].get_tensor(name)
+
+    def student(self, dense: Decoder, start: Callable[[list[str]], Iterator[tuple[str, Tensor]]]) -> Decoder:
+        """A second skeleton beside `dense`, whose weights are what this run has made so far of those that `start` reads."""
+        model = deepcopy(dense.model)
+        self.repaired = Checkpoint(model, [self.folder / file for file in self.shards])
+        held: dict[str, list[Matrix]] = {}
+
+        def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+            repaired = [name for name in names if name in self.repaired]
+            pruned = [name for name in names if name in self.pruned and name not in self.repaired]
+            yield from self.repaired.read(repaired)
+            for name in pruned:
+                yield name, self.tensor(self.pruned[name], name).clone()
+            yield from start([name for name in names if name not in {*repaired, *pruned}])
+
+        def done(names: list[str]) -> None:
+            for name in names:
+                if name not in self.repaired and name not in self.pruned:
+                    for matrix in held.get(name, ()):
+                        if matrix.name in self.masks:
+                            matrix.weight.data.masked_fill_(~self.masks[matrix.name], 0.0)
+
+        decoder = Decoder(model, like=dense, lazy=Lazy(model, read, done))
+        for matrix in decoder.matrices().values():
+            held.setdefault(matrix.parameter_name, []).append(matrix)
+        return decoder
+
+
+class _Masks(MutableMapping):
+    """The masks of a run by matrix name, bool (out, in): those set since the last finished step, and those in its files."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.pending: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.pending:
+            return self.pending[name]
+        file, columns = self.work.columns[name]
+        return _unpack(self.work.tensor(file, name), columns)
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        self.pending[name] = mask
+
+    def __delitem__(self, name: str) -> None:
+        del self.pending[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.pending or name in self.work.columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.work.columns, **self.pending})
+
+    def __len__(self) -> int:
+        return len({**self.work.columns, **self.pending})
+
+
+def _pack(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+
+
+def _unpack(packed: Tensor, columns: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).view(np.bool_))

@@ -1,0 +1,323 @@
+"""A streamed run gives the bits of one in memory, whatever happens to it on the way, and never has the model in memory."""
+
+import dataclasses
+import errno
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from test_runs import comparable
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import recon
+from recon import activations, device, weights
+from recon.errors import ReconError
+from recon.streamed import StreamedRun
+from recon.weights import Lazy
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_folder, tiny_text):
+    return recon.RunSpec(
+        model=tiny_folder,
+        text=tiny_text,
+        samples=4,
+        sequence_length=16,
+        held_out_samples=2,
+        evaluation_texts=(tiny_text,),
+        evaluation_samples=2,
+        evaluation_length=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(spec, tmp_path_factory):
+    """What a run in memory gives: its record, and the folder that it saved to."""
+    folder = tmp_path_factory.mktemp("expected") / "saved"
+    return recon.run(spec, save=folder, progress=False, stream="no"), folder
+
+
+def assert_same(found, saved: Path, expected, other: Path) -> None:
+    """The same record but for times, and checkpoints that load as the same model."""
+    assert comparable(found) == comparable(expected)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (saved, other))
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (saved / name).read_bytes() == (other / name).read_bytes(), name
+
+
+CASES = {
+    "half-blocks": ("", {}),
+    "sparsegpt, mixed, transposed weights": ("gpt2", {"criterion": "sparsegpt", "granularity": "block", "propagation": "mixed"}),
+    "single matrices, exact": ("", {"granularity": "matrix", "solver": "exact"}),
+    "single matrices, mixed": ("", {"granularity": "matrix", "propagation": "mixed", "samples": 3, "pieces": 2}),
+    "parallel blocks": ("phi", {"criterion": "magnitude", "granularity": "2-blocks", "propagation": "sparse", "start": "exact"}),
+    "parallel halves, all trained": ("gpt_neox", {"train": "all", "prune_propagation": "dense"}),
+    "experts": ("mixtral", {"propagation": "sparse", "pattern": "2:4"}),
+    "adapters, swaps": ("gemma2", {"adapter": "masklora", "rank": 2, "swaps": 2}),
+    "pruned only": ("", {"granularity": "none", "criterion": "ria"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_of_a_run_in_memory(case, spec, expected, tiny_folder, tmp_path, monkeypatch):
+    family, changes = CASES[case]
+    spec = dataclasses.replace(spec, **changes)
+    if family:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+        make_model(family, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model", max_shard_size="40KB")
+        tokenizer.save_pretrained(tmp_path / "model")
+        spec = dataclasses.replace(spec, model=str(tmp_path / "model"))
+    if changes:
+        expected = recon.run(spec, save=tmp_path / "other", progress=False, stream="no"), tmp_path / "other"
+    monkeypatch.setattr(activations, "SMALL", 0 if case == "half-blocks" else 2**20)
+    found = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    assert_same(found, tmp_path / "saved", *expected)
+    assert found.environment["streamed"] and not list(tmp_path.glob("*.unfinished"))
+
+
+def test_masks_from_elsewhere(spec, expected, tmp_path):
+    """What is repaired starts from another run's checkpoint."""
+    options = {name: value for name, value in spec.__dict__.items() if name not in ("criterion", "pattern", "pruned")}
+    given = recon.RunSpec(**options, pruned=str(expected[1]))
+    kept = recon.run(given, save=tmp_path / "other", progress=False, stream="no")
+    found = recon.run(given, save=tmp_path / "saved", progress=False, stream="yes")
+    assert_same(found, tmp_path / "saved", kept, tmp_path / "other")
+
+
+def test_without_a_place_to_save_it_works_in_the_cache(spec, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("recon.streamed.cache_folder", lambda: tmp_path)
+    assert comparable(recon.run(spec, progress=False, stream="yes")) == comparable(expected[0])
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def test_no_more_than_two_windows_are_there_at_once(spec, tmp_path, monkeypatch):
+    there, most = {}, []
+
+    plain = Lazy.present
+
+    def present(lazy, parameters):
+        context = plain(lazy, parameters)
+
+        class Watching:
+            def __enter__(self):
+                context.__enter__()
+                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not weights.is_placeholder(p))
+                most.append(sum(there.values()))
+
+            def __exit__(self, *exception):
+                result = context.__exit__(*exception)
+                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not weights.is_placeholder(p))
+                return result
+
+        return Watching()
+
+    run = StreamedRun(spec, recon.Session(), False, tmp_path / "work")
+    run.load()
+    monkeypatch.setattr(Lazy, "present", present)
+    block = max(sum(p.numel() for p in block.parameters()) for block in run.dense.blocks)
+    ends = max(p.numel() for _, p in run.dense._ends())
+    run.dense_measured()
+    student = run.copy_of_dense()
+    run.pruned_student(student)
+    assert max(most) <= block + ends
+    most.clear()
+    run.reconstruct(student, run.work.masks)
+    matrices = [sum(m.weight.numel() for m in run.dense.matrices(w).values()) for w in run.dense.windows("half-block")]
+    assert max(matrices) < max(most) <= max(max(matrices) + block - sum(sorted(matrices)[-2:]), ends) + max(matrices)
+    assert not any(there.values())
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+class Death:
+    """Ends the process, as far as the disk is concerned, at the n-th time that something is put on the disk for good.
+
+    From then on nothing changes on the disk, whatever exception handlers and finalisers do.
+    """
+
+    def __init__(self, monkeypatch, points: int, error: BaseException | None = None):
+        self.left, self.error = points, error or Killed()
+        self.dead = False
+        for name in ("fsync", "replace", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self.wrap(getattr(os, name), counted=name in ("fsync", "replace")))
+        monkeypatch.setattr(Path, "unlink", self.wrap(Path.unlink, counted=False))
+
+    def wrap(self, function, counted):
+        def wrapped(*args, **options):
+            if self.dead:
+                return None
+            if counted:
+                self.left -= 1
+                if self.left == 0:
+                    self.dead = isinstance(self.error, Killed)
+                    raise self.error
+            return function(*args, **options)
+
+        return wrapped
+
+
+def attempt(spec, saved, monkeypatch, points, error=None):
+    """A run that dies on the way, or its record where it does not."""
+    with monkeypatch.context() as patch:
+        death = Death(patch, points, error)
+        try:
+            return recon.run(spec, save=saved, progress=False, stream="yes")
+        except Killed:
+            return None
+        finally:
+            gc.collect()
+            assert death.dead or death.left > 0 or error
+
+
+def test_killed_again_and_again(spec, expected, tmp_path, monkeypatch):
+    """After a few writes to the disk, and a few more each time, so that every kind of write is the last one now and then."""
+    monkeypatch.setattr(activations, "SMALL", 0)
+    saved, attempts, record = tmp_path / "saved", 0, None
+    while record is None:
+        assert attempts < 30
+        record = attempt(spec, saved, monkeypatch, 5 + 3 * attempts)
+        attempts += 1
+        assert record is not None or not saved.exists() or (saved / "README.md").exists()
+    assert attempts > 6
+    assert_same(record, saved, *expected)
+    assert record.environment["resumed"] > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def started(spec, tmp_path, monkeypatch, points=45) -> Path:
+    """The folder of a run that was killed on the way."""
+    assert attempt(spec, tmp_path / "saved", monkeypatch, points) is None
+    return tmp_path / "saved.unfinished"
+
+
+@pytest.mark.parametrize("place", ["fsync", "posix_fallocate"])
+def test_a_full_disk_loses_nothing(place, spec, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "SMALL", 0)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    if place == "fsync":
+        points = {"error": full}
+        with pytest.raises(
+            ReconError, match=r"saved\.unfinished' cannot be written: .*No space left on device.*same command goes on"
+        ):
+            attempt(spec, tmp_path / "saved", monkeypatch, 45, **points)
+    else:
+        work = started(spec, tmp_path, monkeypatch)
+        with monkeypatch.context() as patch, pytest.raises(ReconError, match=r"saved\.unfinished' cannot be written: .*No space"):
+            patch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(full))
+            recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+        assert (work / "journal.jsonl").exists()
+    record = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    assert record.environment["resumed"] > 0
+    assert_same(record, tmp_path / "saved", *expected)
+
+
+def test_what_is_not_whole_is_never_read(spec, expected, tmp_path, monkeypatch):
+    """Half a journal line, files under their final names that no line speaks of, and files that were being written."""
+    work = started(spec, tmp_path, monkeypatch)
+    journal = work / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:-20])
+    for place in ("masks/00099.safetensors", "checkpoint/model-00001-of-00009.safetensors", "activations/x.part"):
+        (work / place).write_bytes(b"nonsense")
+    record = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    assert_same(record, tmp_path / "saved", *expected)
+
+
+def test_the_work_of_another_run_is_refused(spec, tmp_path, monkeypatch, tiny_folder):
+    work = started(spec, tmp_path, monkeypatch)
+
+    def go(spec):
+        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+
+    with pytest.raises(ReconError, match=r"another run: spec\.learning_rate was 0\.003, is 0\.001\. "):
+        go(dataclasses.replace(spec, learning_rate=1e-3))
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_folder, copy)
+    entries = json.loads((work / "journal.jsonl").read_text().splitlines()[0])
+    with pytest.raises(ReconError, match=rf"spec\.model was '{tiny_folder}', is '{copy}'"):
+        go(dataclasses.replace(spec, model=str(copy)))
+    assert {"model", "texts", "spec", "compute_dtype"} <= set(entries)
+    mask = work / "masks/00000.safetensors"
+    changed = bytearray(mask.read_bytes())
+    changed[-1] ^= 1
+    mask.write_bytes(changed)
+    with pytest.raises(ReconError, match=r"masks/00000\.safetensors' has changed since it was written; delete"):
+        go(spec)
+    mask.unlink()
+    with pytest.raises(ReconError, match=r"masks/00000\.safetensors' is missing; delete"):
+        go(spec)
+
+
+# --- when a run is streamed -----------------------------------------------------------------------------------------------
+
+
+def test_auto_streams_what_does_not_fit(spec, monkeypatch):
+    from recon import streamed
+
+    assert not streamed.wanted("auto", spec) and streamed.wanted("yes", spec) and not streamed.wanted("no", spec)
+    numbers = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(spec.model).parameters())
+    for memory, wanted in ((8 * numbers + 1, False), (8 * numbers - 1, True), (0, False)):  # 0: the system does not tell
+        monkeypatch.setattr(device, "available_memory", lambda memory=memory: memory)
+        assert streamed.wanted("auto", spec) == wanted
+    with pytest.raises(ReconError, match="stream is 'maybe'; allowed: auto, yes, no"):
+        streamed.wanted("maybe", spec)
+
+
+@pytest.mark.parametrize("change", [{"criterion": "flap"}, {"then": "masklora"}])
+def test_what_needs_the_whole_model_is_not_streamed(change, spec, monkeypatch):
+    spec = dataclasses.replace(spec, **change)
+    with pytest.raises(ReconError, match=r"(flap|masklora).*which a streamed run cannot do"):
+        recon.run(spec, progress=False, stream="yes")
+
+
+@pytest.mark.slow
+def test_killed_for_real(spec, expected, tmp_path):
+    """SIGKILL at many moments, to a process of its own."""
+    arguments = [
+        f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(spec).items() if isinstance(value, int)
+    ]
+    command = [
+        sys.executable, "-m", "recon.cli", "run", "--model", spec.model, "--text", spec.text, "--evaluation-texts", spec.text,
+        "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "record.json"), "--stream", "yes",
+        *(a for a in arguments if not a.startswith(("--trust", "--then"))),
+    ]  # fmt: skip
+    killed = 0
+    for number in range(40):
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        journal, began = tmp_path / "saved.unfinished" / "journal.jsonl", time.monotonic()
+        lines = len(journal.read_bytes().splitlines()) if journal.exists() else 0
+        # A little after the second step of this process is finished, at another moment each time.
+        while process.poll() is None and time.monotonic() - began < 120:
+            if journal.exists() and len(journal.read_bytes().splitlines()) >= lines + 3:
+                time.sleep(0.013 * (number % 7))
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        _, complaint = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, complaint
+        killed += 1
+    assert process.returncode == 0 and killed > 4
+    record = recon.study.read_record(tmp_path / "record.json")
+    record.spec = expected[0].spec
+    found, wanted = comparable(record), comparable(expected[0])
+    assert found["metrics"] == wanted["metrics"] and found["windows"] == wanted["windows"]
