@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from recon.errors import ReconError
 
@@ -35,6 +36,11 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` is PyTorch's way to say that a device's memory is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 class PeakMemory(contextlib.AbstractContextManager):
@@ -109,6 +115,8 @@ def available_memory() -> int:
 
 
 def release_memory() -> None:
-    """Gives freed memory back to the operating system, so that resident memory is what is in use (glibc only)."""
+    """Gives freed memory back: to the operating system, so that resident memory is what is in use (glibc only), and to CUDA."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

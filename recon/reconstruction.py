@@ -65,6 +65,7 @@ class WindowReport:
     # "repaired"; "restored" to what pruning left, where fitting gave numbers that are not finite; "rejected" and restored, where
     # the error on held-out samples grew
     status: str
+    micro_batch: int = 0  # samples per forward pass; fewer than asked for where memory ran out; 0: no gradient descent
 
 
 def reconstruct(
@@ -209,6 +210,7 @@ class _Pass:
     count: int  # calibration samples
     activations: Activations
     work: InMemory
+    micro_batch: int = 0  # samples that memory has sufficed for, where it ran out before
 
     def begin(self, tokens: Tensor) -> None:
         """Embeds `tokens` (samples, length), calibration samples first, and decides what errors are measured on.
@@ -263,8 +265,9 @@ class _Pass:
             count, curve, before, after, moved, status = self.fit_and_measure(window, inputs, targets, grams)
             self.advance(window)
             report = WindowReport(
-                window.name, count, before, after, curve.losses, curve.gradient_norms, moved, time.perf_counter() - began, status
-            )
+                window.name, count, before, after, curve.losses, curve.gradient_norms, moved, time.perf_counter() - began, status,
+                curve.micro_batch,
+            )  # fmt: skip
             shard = {name: parameter.detach() for name, parameter in self.student.parameters(window).items()}
             self.work.finish("reconstruct", asdict(report), {"dense": self.dense, "sparse": self.sparse}, shard=shard)
         return report
@@ -281,8 +284,16 @@ class _Pass:
         before = self.error(window, inputs, targets)
         count, curve = self.fit(window, inputs, targets, grams, parameters)
         after, status = self.error(window, inputs, targets), "repaired"
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
-            log.warning("window %r: fitting gave NaN or infinite weights; its pruned-only weights are restored", window.name)
+        measured = {
+            "weights": parameters.values(),
+            "losses": map(torch.tensor, curve.losses),
+            "activations": map(torch.tensor, after.values()),
+        }
+        broken = [what for what, found in measured.items() if not all(bool(values.isfinite().all()) for values in found)]
+        if broken:
+            log.warning(
+                "window %r: fitting gave NaN or infinite %s; its pruned-only weights are restored", window.name, ", ".join(broken)
+            )
             status = "restored"
         elif self.measured_on == "held_out" and not after["held_out"] <= before["held_out"]:
             # Too few steps at too high a rate do harm; text that was not fitted on tells.
@@ -436,18 +447,24 @@ class _Pass:
         inputs, targets = inputs[: self.count], targets[: self.count]
         if window.matrices or window.half == "mlp":
             inputs, targets = (t.unflatten(1, (self.schedule.pieces, -1)).flatten(0, 1) for t in (inputs, targets))
-        with requiring_gradients(parameters.values()):
-            return fit(
-                lambda x: self.student.forward(window, x),
-                list(parameters.values()),
-                stored(masked, self.masks, self.engine.device),
-                inputs,
-                targets,
-                self.loss,
-                self.schedule.scaled(window.halves**-SLOWING),
-                generator(self.seed, "shuffle", window.name),
-                self.engine,
-            )
+        try:
+            with requiring_gradients(parameters.values()):
+                curve = fit(
+                    lambda x: self.student.forward(window, x),
+                    list(parameters.values()),
+                    stored(masked, self.masks, self.engine.device),
+                    inputs,
+                    targets,
+                    self.loss,
+                    self.schedule.scaled(window.halves**-SLOWING),
+                    generator(self.seed, "shuffle", window.name),
+                    self.engine,
+                    self.micro_batch,
+                )
+        except ReconError as error:
+            raise ReconError(f"window {window.name!r}: {error}") from error
+        self.micro_batch = curve.micro_batch
+        return curve
 
     def error(self, window: Window, inputs: Tensor, targets: Tensor) -> dict[str, float]:
         """The relative error of the window's output on the samples that errors are measured on."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class RetrainingReport:
     movement: float  # |after - before| / |before| over the matrices of the blocks
     seconds: float
     status: str  # "retrained", or "restored" where training gave numbers that are not finite
+    micro_batch: int = 0  # samples per forward pass; fewer than asked for where memory ran out
 
 
 def check_options(method: str, objective: str) -> None:
@@ -130,8 +132,11 @@ def retrain(
                     lambda value: bar.update(),
                 )  # fmt: skip
     status = "retrained"
+    broken = "" if all(map(math.isfinite, curve.losses)) else "losses"
     if not all(bool(torch.isfinite(p).all()) for p in student.model.parameters()):
-        log.warning("retraining (%s, %s) gave NaN or infinite weights; those before it are restored", method, objective)
+        broken = "weights"
+    if broken:
+        log.warning("retraining (%s, %s) gave NaN or infinite %s; the weights before it are restored", method, objective, broken)
         status = "restored"
         with torch.no_grad():
             for name, parameter in student.model.named_parameters():
@@ -142,7 +147,8 @@ def retrain(
     moved = sum((m.weight - before[name]).square().sum().item() for name, m in student.matrices().items())
     norm = sum(weight.square().sum().item() for weight in before.values())
     movement = (moved / max(norm, 1e-30)) ** 0.5
-    return RetrainingReport(count, curve.losses, curve.gradient_norms, movement, time.perf_counter() - began - aside, status)
+    seconds = time.perf_counter() - began - aside
+    return RetrainingReport(count, curve.losses, curve.gradient_norms, movement, seconds, status, curve.micro_batch)
 
 
 @contextlib.contextmanager

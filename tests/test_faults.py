@@ -1,6 +1,8 @@
-"""What goes wrong around a run: damaged model folders, a full disk, a Hub that cannot be reached, a death in mid-write."""
+"""What goes wrong around a run: damaged folders, full disks and memories, no Hub, numbers that are none, a death in mid-write."""
 
 import contextlib
+import copy
+import errno
 import json
 import os
 import resource
@@ -12,12 +14,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import make_model, random_tokens
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
 import recon
 from recon import models, study
 from recon.cli import main
+from recon.decoder import Decoder
 from recon.errors import ReconError
+from recon.solvers.gradient import LOSSES, Schedule
 from recon.study import grid, read_record, run_study, write_record
 
 
@@ -265,3 +272,178 @@ def test_a_session_shares_only_what_a_change_leaves_alone(spec, change, reused):
     shared = recon.run(replace(spec, **change), session, progress=False)
     assert shared.shared == reused
     assert shared.metrics == recon.run(replace(spec, **change), progress=False).metrics
+
+
+# ---- out of memory
+
+
+@pytest.fixture
+def pair():
+    """A dense model of three blocks and a pruned copy, as decoders."""
+    dense = Decoder(make_model("llama"))
+    student = Decoder(copy.deepcopy(dense.model), like=dense)
+    recon.prune(student, criterion="magnitude", progress=False)
+    return dense, student
+
+
+@contextlib.contextmanager
+def little_memory(decoder: Decoder, samples: int, spared: int = 0):
+    """Where gradients are needed, the blocks can take `samples` at a time, but for the first `spared` calls with more."""
+    calls = []
+
+    def run_out(block, args):
+        if torch.is_grad_enabled() and len(args[0]) > samples:
+            calls.append(1)
+            if len(calls) > spared:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
+
+    handles = [block.register_forward_pre_hook(run_out) for block in decoder.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+SCHEDULE = Schedule(1e-3, epochs=2, batch_size=3, accumulation=2)
+
+
+@pytest.mark.parametrize("spared", [0, 3], ids=["from the start", "in the middle of a step"])
+def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(pair, caplog, spared):
+    dense, student = pair
+    other, tokens = Decoder(copy.deepcopy(student.model), like=dense), random_tokens(7, 12)
+    options = {"granularity": "block", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
+    wanted = recon.reconstruct(student, dense, tokens, **options)
+    with little_memory(other, 1, spared):
+        found = recon.reconstruct(other, dense, tokens, **options)
+    assert [report.micro_batch for report in wanted] == [3] * 3 and [report.micro_batch for report in found] == [1] * 3
+    # Said once per halving, not once per window: what did not fit in one will not fit in the next.
+    said = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert (
+        len(said) == 2
+        and "with 3 samples at a time: 2 from here on (CUDA out of memory. Tried to allocate 20.00 MiB.)" in said[0]
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-6)
+        assert ours.status == theirs.status == "repaired"
+    for name, matrix in other.matrices().items():
+        assert_close(matrix.weight, student.matrices()[name].weight, rtol=1e-3, atol=1e-5)
+        assert torch.equal(matrix.weight == 0, student.matrices()[name].weight == 0)
+
+
+def test_retraining_is_done_in_smaller_parts_too(pair, caplog):
+    _, student = pair
+    other, tokens = Decoder(copy.deepcopy(student.model), like=student), random_tokens(7, 12)
+    options = {"method": "full", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
+    wanted = recon.retrain(student, tokens, **options)
+    with little_memory(other, 2):
+        found = recon.retrain(other, tokens, **options)
+    assert wanted.micro_batch == 3 and found.micro_batch == 2 and "3 samples at a time: 2 from here on" in caplog.text
+    assert_close(found.losses, wanted.losses, rtol=1e-4, atol=1e-6)
+
+
+def test_where_not_even_one_sample_fits_the_window_is_named(pair):
+    dense, student = pair
+    before = {name: p.clone() for name, p in student.model.named_parameters()}
+    with (
+        little_memory(student, 0),
+        pytest.raises(ReconError, match=r"window 'block 0 attention': memory of device cpu does not") as error,
+    ):
+        recon.reconstruct(student, dense, random_tokens(3, 12), schedule=SCHEDULE, compute_dtype="float32", progress=False)
+    assert "shorter samples, or smaller windows" in str(error.value)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in student.model.named_parameters())
+
+
+# ---- numbers that are none
+
+
+def test_windows_whose_activations_overflow_are_left_as_pruned(pair, caplog):
+    """The second block's MLP overflows, and with it all that follows."""
+    dense, student = pair
+    for decoder in pair:
+        with torch.no_grad():
+            decoder.model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e38)
+    before = {name: p.clone() for name, p in student.model.named_parameters()}
+    reports = recon.reconstruct(
+        student, dense, random_tokens(3, 12), schedule=Schedule(1e-3), compute_dtype="float32", progress=False
+    )
+    assert [report.status for report in reports] == ["repaired"] * 3 + ["restored"] * 3
+    assert "window 'block 1 mlp': fitting gave NaN or infinite" in caplog.text and "activations" in caplog.text
+    for number, window in enumerate(dense.windows("half-block")):
+        for name in dense.trained(window, "matrices"):
+            assert torch.equal(student.model.get_parameter(name), before[name]) == (number >= 3)
+
+
+def test_an_infinite_loss_restores_even_where_its_gradient_is_finite(pair, caplog, monkeypatch):
+    dense, student = pair
+    before = copy.deepcopy(student.model.state_dict())
+    monkeypatch.setitem(LOSSES, "mse", lambda output, target: (output - target).square().mean() + torch.inf)
+    reports = recon.reconstruct(
+        student, dense, random_tokens(3, 12), granularity="model", compute_dtype="float32", progress=False
+    )
+    assert [report.status for report in reports] == ["restored"]
+    assert "window 'block 0-2': fitting gave NaN or infinite losses; its pruned-only weights are restored" in caplog.text
+    monkeypatch.setattr("recon.retraining.negative_log_likelihood", lambda logits, tokens: logits.square().mean(-1) + torch.inf)
+    report = recon.retrain(student, random_tokens(3, 12), method="full", compute_dtype="float32", progress=False)
+    assert report.status == "restored" and "gave NaN or infinite losses; the weights before it are restored" in caplog.text
+    assert all(torch.equal(found, before[name]) for name, found in student.model.state_dict().items())
+
+
+# ---- interrupted, or nowhere to write
+
+
+@pytest.mark.parametrize("where", ["recon.pruning.prune", "recon.reconstruction.fit", "recon.checkpoint.write_hashes"])
+def test_an_interrupted_run_leaves_nothing_behind(spec, tmp_path, capsys, monkeypatch, where):
+    monkeypatch.setattr(where, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run in the background
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(
+                options(
+                    replace(spec, granularity="block"), "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "r.json")
+                )
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    errors = capsys.readouterr().err
+    assert end.value.code == 130 and "recon: interrupted" in errors and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["save", "record", "study"])
+def test_a_read_only_place_is_refused_before_anything_runs(spec, tmp_path, capsys, monkeypatch, place):
+    def read_only(**kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("recon.checkpoint.tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr("recon.models.load", lambda *args, **kwargs: pytest.fail("loaded before it was checked"))
+    with pytest.raises((SystemExit, ReconError)) as end:
+        if place == "study":
+            run_study([spec], tmp_path, progress=False)
+        else:
+            main(options(spec, f"--{place}", str(tmp_path / "out")))
+    said = str(end.value) + capsys.readouterr().err
+    assert f"cannot write to '{tmp_path}' (Read-only file system)" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("where", ["recon.checkpoint.write_hashes", "recon.checkpoint.os.replace"])
+def test_a_disk_that_is_full_when_a_model_is_saved(spec, tmp_path, monkeypatch, where):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(ReconError, match=r"checkpoint cannot be written to '.*saved'.*No space left on device"):
+        recon.run(spec, save=tmp_path / "saved", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bit_that_flips_in_what_was_saved_is_found(spec, tmp_path):
+    recon.run(spec, save=tmp_path / "saved", progress=False)
+    models.load(str(tmp_path / "saved"))
+    with open(tmp_path / "saved" / "model.safetensors", "r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 4]))
+    with pytest.raises(ReconError, match=r"saved' cannot be loaded: 'model.safetensors' is damaged"):
+        models.load(str(tmp_path / "saved"))

@@ -616,7 +616,7 @@ def test_a_window_that_gets_worse_on_held_out_text_is_put_back(dense, pruned, to
 def test_larger_windows_take_smaller_steps(dense, pruned, tokens, granularity, halves, monkeypatch):
     rates = set()
 
-    def see(forward, parameters, masks, inputs, targets, loss, schedule, random, engine):
+    def see(forward, parameters, masks, inputs, targets, loss, schedule, random, engine, micro_batch):
         rates.add(schedule.learning_rate)
         return Curve([], [])
 

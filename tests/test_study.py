@@ -204,13 +204,6 @@ def test_a_study_that_is_stopped_loses_nothing_and_does_nothing_twice(tmp_path, 
         assert ((folder / name).stat().st_ino, (folder / name).stat().st_mtime_ns) == state
 
 
-def test_two_processes_on_one_folder_end_with_whole_records(tmp_path, tiny_folder, tiny_text):
-    processes = [start(tmp_path / "records", tiny_folder, tiny_text) for _ in range(2)]
-    for process in processes:
-        assert process.communicate(timeout=240)[0].split() == ["done"] * 8
-    assert {read_record(path).status for path in (tmp_path / "records").glob("*.json")} == {"done"}
-
-
 @pytest.mark.parametrize(
     ("options", "name"),
     [

@@ -1,15 +1,19 @@
 """One window fitted by gradient descent: AdamW, linear schedule with warm-up, the mask re-applied after every step."""
 
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recon.device import out_of_memory, release_memory
 from recon.engine import Engine
 from recon.errors import ReconError
+
+log = logging.getLogger("recon")
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,14 @@ def get_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Curve:
-    """How a training went: `losses`, one per optimiser step, and the gradient's norm at every `NORM_EVERY`-th step from the first."""
+    """How a training went: `losses`, one per optimiser step, and the gradient's norm at every `NORM_EVERY`-th step from the first.
+
+    `micro_batch` is the number of samples per forward pass in the end: fewer than asked for where memory ran out.
+    """
 
     losses: list[float]
     gradient_norms: list[float]
+    micro_batch: int = 0
 
 
 NORM_EVERY = 8  # steps: a norm reads all gradients once more, which costs a few per cent of a step
@@ -87,8 +95,12 @@ def optimise(
     random: torch.Generator,
     engine: Engine,
     step_done: Callable[[Tensor], None] = lambda value: None,
+    micro_batch: int = 0,
 ) -> Curve:
     """AdamW on `parameters`, in place, with the learning rate of `schedule`.
+
+    Where the device's memory does not suffice for a step, that step is made anew from half as many samples at a time, whose gradients
+    add up to the same but for rounding, and so are all after it.
 
     Args:
         loss: called with a batch of each tensor in `data`; the mean over its samples of what is minimised.
@@ -98,6 +110,9 @@ def optimise(
         random: draws the order of samples anew for each epoch.
         engine: brings the batches to where `parameters` and `masks` are already.
         step_done: called with the loss after every step.
+        micro_batch: samples per forward pass, at most; 0: as many as `schedule` says.
+
+    Raises `ReconError` where memory does not suffice for one sample at a time.
     """
     samples = len(data[0])
     steps = schedule.steps(samples)
@@ -110,25 +125,52 @@ def optimise(
         masks = [(parameter, mask.to(torch.bfloat16)) for parameter, mask in masks]
     orders = [torch.randperm(samples, generator=random) for _ in range(schedule.epochs)]
     steps_of = [chosen for order in orders for chosen in order.split(per_step)]
-    batches = engine.batches(data, [part.tolist() for chosen in steps_of for part in chosen.split(schedule.batch_size)])
-    with contextlib.closing(batches):
-        for number, chosen in enumerate(steps_of):
-            total = torch.zeros((), device=engine.device)
-            for part in chosen.split(schedule.batch_size):
-                value = loss(*next(batches)) * (len(part) / len(chosen))
-                value.backward()
-                total += value.detach()
-            if number % NORM_EVERY == 0:
-                norms.append(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).detach())
-            optimizer.step()
-            scheduler.step()
+    size = min(micro_batch or schedule.batch_size, schedule.batch_size)
+    while len(losses) < steps:
+        parts = [part.tolist() for chosen in steps_of[len(losses) :] for part in chosen.split(size)]
+        with contextlib.closing(engine.batches(data, parts)) as batches:
+            while len(losses) < steps:
+                try:
+                    total = _add_gradients(loss, batches, steps_of[len(losses)], size, engine)
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    total, fault = None, str(error).splitlines()[0]
+                if total is None:  # and the exception, which holds on to all that was computed, is gone
+                    break
+                if len(losses) % NORM_EVERY == 0:
+                    norms.append(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).detach())
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    for parameter, mask in masks:
+                        parameter.mul_(mask)
+                losses.append(total)
+                step_done(total)
+        if total is None:
             optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for parameter, mask in masks:
-                    parameter.mul_(mask)
-            losses.append(total)
-            step_done(total)
-    return Curve(torch.stack(losses).tolist(), torch.stack(norms).tolist()) if losses else Curve([], [])
+            release_memory()
+            if size == 1:
+                raise ReconError(
+                    f"memory of device {engine.device} does not suffice for one sample at a time ({fault}); give shorter samples, or "
+                    "smaller windows"
+                )
+            log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
+            size = -(-size // 2)
+    return Curve(torch.stack(losses).tolist(), torch.stack(norms).tolist(), size) if losses else Curve([], [], size)
+
+
+def _add_gradients(
+    loss: Callable[..., Tensor], batches: Iterator[tuple[Tensor, ...]], chosen: Tensor, size: int, engine: Engine
+) -> Tensor:
+    """Adds the gradients of one step, on the samples `chosen`, `size` of them at a time; returns its loss."""
+    total = torch.zeros((), device=engine.device)
+    for part in chosen.split(size):
+        value = loss(*next(batches)) * (len(part) / len(chosen))
+        value.backward()
+        total += value.detach()
+    return total
 
 
 def fit(
@@ -141,6 +183,7 @@ def fit(
     schedule: Schedule,
     random: torch.Generator,
     engine: Engine,
+    micro_batch: int = 0,
 ) -> Curve:
     """Trains `parameters` in place so that `forward(inputs)` comes close to `targets`; see `optimise`.
 
@@ -148,6 +191,7 @@ def fit(
         forward: the window, (batch, length, in) -> (batch, length, out).
         inputs, targets: (samples, length, in) and (samples, length, out).
         engine: where and in what precision `forward` runs.
+        micro_batch: samples per forward pass, at most; 0: as many as `schedule` says.
 
     The squared error is divided by a constant, the mean square of the targets, so that AdamW's epsilon means the same for windows
     whose activations differ in size by orders of magnitude.
@@ -161,4 +205,4 @@ def fit(
             output = forward(x)
         return criterion(output, y) / scale
 
-    return optimise(distance, [inputs, targets], parameters, masks, schedule, random, engine)
+    return optimise(distance, [inputs, targets], parameters, masks, schedule, random, engine, micro_batch=micro_batch)
