@@ -1,6 +1,7 @@
 """Writing a repaired model as a Hugging Face checkpoint that loads anywhere, zeros and all."""
 
 import copy
+import glob
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.errors import ReconError
 from recon.files import write_hashes
+from recon.weights import PART
 
 CARD = """---
 base_model: {model}
@@ -111,12 +113,16 @@ def write_card(folder: Path, record, command: str) -> None:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record, command: str) -> None:
     """Writes weights (safetensors) and their hashes, configuration, tokenizer and model card to `folder`, which appears only when complete.
 
-    Raises `ReconError` naming the folder where the disk is full or cannot be written; nothing half-written stays. Also, before
-    anything is written, for a model that would not load as it is: see `check_places`.
+    The caller holds the folder's lock (see `recon.lock`). Raises `ReconError` naming the folder where the disk is full or cannot be
+    written; nothing half-written stays. Also, before anything is written, for a model that would not load as it is: see `check_places`.
     """
     check_places(model, model.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    for left in folder.parent.glob(
+        f".{glob.escape(folder.name)}.*{PART}"
+    ):  # by a process that was killed: nobody else saves here now
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PART, dir=folder.parent))
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

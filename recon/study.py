@@ -20,6 +20,7 @@ from recon.device import pick_device
 from recon.errors import ReconError
 from recon.runs import Session, run
 from recon.spec import RunRecord, RunSpec
+from recon.weights import PART
 from recon.windows import canonical
 
 log = logging.getLogger("recon")
@@ -113,7 +114,7 @@ def write_record(record: RunRecord, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(record.to_dict(), file, indent=1)
@@ -176,7 +177,7 @@ class RecordStore:
 
     def clear(self) -> None:
         """Removes what processes that were killed while they wrote a record left of it; nobody else may be writing."""
-        for part in self.folder.glob(".*.json.*"):
+        for part in self.folder.glob(f".*.json.*{PART}"):
             part.unlink(missing_ok=True)
 
     def put(self, record: RunRecord) -> None:

@@ -437,6 +437,15 @@ def test_a_disk_that_is_full_when_a_model_is_saved(spec, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_of_a_model_is_removed(spec, tmp_path):
+    """And nothing else that has a similar name."""
+    for name in (".saved.x7k2.part", ".saved.backup", ".other.x7k2.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half of it")
+    recon.run(spec, save=tmp_path / "saved", progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", ".saved.backup", ".other.x7k2.part"}
+
+
 def test_a_bit_that_flips_in_what_was_saved_is_found(spec, tmp_path):
     recon.run(spec, save=tmp_path / "saved", progress=False)
     models.load(str(tmp_path / "saved"))

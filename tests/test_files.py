@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, safetensors_conversion
 
 import recon
 from recon import files, models
@@ -208,7 +208,7 @@ def test_a_flipped_bit_in_what_was_saved_with_hashes_is_found(sharded):
 # ---- the Hub, and code that comes with a model
 
 
-def test_only_what_is_read_is_fetched_from_the_hub(sharded, folder, tmp_path, monkeypatch):
+def test_only_what_is_read_is_fetched_from_the_hub(sharded, folder, tiny_folder, tmp_path, monkeypatch):
     """A stand-in for the download: it copies what is asked for from a repository that has more."""
     from fnmatch import fnmatch
 
@@ -216,8 +216,8 @@ def test_only_what_is_read_is_fetched_from_the_hub(sharded, folder, tmp_path, mo
     (sharded / "modeling.py").write_text("raise SystemExit")
 
     def download(repository, revision, allow_patterns):
-        source = {"me/sharded": sharded, "me/single": folder}[repository]
-        target = tmp_path / "fetched" / repository
+        source = {"me/sharded": sharded, "me/single": folder if revision != "refs/pr/7" else Path(tiny_folder)}[repository]
+        target = tmp_path / "fetched" / repository / (revision or "main")
         target.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
             if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
@@ -229,10 +229,13 @@ def test_only_what_is_read_is_fetched_from_the_hub(sharded, folder, tmp_path, mo
     assert files.shards(found) and models.load("me/single")
     fetched = {file.name for file in found.iterdir()}
     assert {INDEX, "config.json", "tokenizer.json"} < fetched and not {"consolidated.safetensors", "modeling.py"} & fetched
+    # A repository with a pickle only: at no other revision than the newest does the Hub offer a conversion.
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     shutil.rmtree(tmp_path / "fetched")
+    monkeypatch.setattr(safetensors_conversion, "get_conversion_pr_reference", lambda api, name: "refs/pr/7")
     with pytest.raises(ReconError, match="model 'me/single' at revision 'v1' cannot be loaded: it has neither"):
         models.load("me/single", "v1")
+    assert models.load("me/single")
 
 
 MODEL = """

@@ -89,7 +89,7 @@ def test_a_save_folder_is_held_from_the_start(tmp_path, tiny_folder, tiny_text, 
 
 
 def test_what_a_killed_study_left_half_written_is_removed(tmp_path, tiny_folder, tiny_text):
-    half = tmp_path / ".0123456789abcdef.json.x7"
+    half = tmp_path / ".0123456789abcdef.json.x7.part"
     half.write_text('{"spec"')
     recon.run_study([spec(tiny_folder, tiny_text)], tmp_path, progress=False)
     assert not half.exists()
