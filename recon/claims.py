@@ -64,7 +64,7 @@ class Claim:
     noise: bool = True
     """Whether training noise could decide it: then it takes several seeds."""
     optional: bool = False
-    """Not listed where there are no records."""
+    """Of what the paper does not centre on: not listed where there are no records, and on the page only, not in the README."""
 
     @property
     def group(self) -> str:
@@ -130,7 +130,8 @@ def judge(records: Iterable[RunRecord], resamples: int = 2000, seed: int = 0) ->
     "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below; "equal" holds if the
     90 % interval is within the margin (two one-sided tests at 5 %), and does not if it is outside; a ratio as "better", with
     its own bound. All else is not enough evidence, and so is what fewer than three seeds say where training noise could
-    decide. Where several protocols allow a comparison, the one with the most records is taken. Failed runs are left out.
+    decide. Where several protocols allow a comparison, the one with the most records that enter is taken; of these, that of the
+    largest study: of most records in all. Failed runs are left out.
 
     Raises:
         ReconError: a record has nothing to judge by, or two records that state one protocol and model were not evaluated
@@ -151,11 +152,12 @@ def judge(records: Iterable[RunRecord], resamples: int = 2000, seed: int = 0) ->
         found = []
         for scope in sorted(scopes, key=lambda s: (s[0] not in ("", default[0]), s[0], s[1] != default[1], s[1])):
             candidates = [
-                (KINDS[claim.kind](group, claim.ours, claim.other, claim.cost), key) for key, group in scopes[scope].items()
+                (evidence, (len(evidence.runs), evidence.seeds, len(group), repr(key)))
+                for key, group in scopes[scope].items()
+                if (evidence := KINDS[claim.kind](group, claim.ours, claim.other, claim.cost)) is not None
             ]
-            candidates = [(evidence, key) for evidence, key in candidates if evidence is not None]
             if candidates:
-                evidence, _ = max(candidates, key=lambda pair: (len(pair[0].runs), pair[0].seeds, repr(pair[1])))
+                evidence, _ = max(candidates, key=lambda pair: pair[1])
                 found.append(_verdict(claim, *scope, evidence, resamples, seed))
         if not found and not claim.optional:
             found.append(_without(claim))
@@ -253,7 +255,9 @@ def _pages(records_folder: Path | str, page: Path | str, readme: Path | str | No
             f"README {str(readme)!r} must hold {START} and, after it, {END}, once each: the section goes between them"
         )
     head, tail = text.split(START)[0], text.split(END)[1]
-    return pages | {readme: f"{head}{START}\n{to_summary(verdicts)}{END}{tail}"}
+    optional = {claim.id for claim in CLAIMS if claim.optional}
+    central = [verdict for verdict in verdicts if verdict.claim not in optional]
+    return pages | {readme: f"{head}{START}\n{to_summary(central)}{END}{tail}"}
 
 
 def write(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str | None = README) -> list[Path]:

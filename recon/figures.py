@@ -55,6 +55,13 @@ def lower_is_better(ax: Axes, axis: str = "y") -> None:
         getattr(ax, f"set_{axis}label")(f"{label}{' ' if axis == 'x' else chr(10)}{note}".strip())
 
 
+def label_values(ax: Axes, places: Iterable[float], values: Iterable[float], side: str = "right") -> None:
+    """Writes each value beside its point, to the "left" or "right" of it: two series at the same places want different sides."""
+    shift, align = {"left": (-6, "right"), "right": (6, "left")}[side]
+    for place, value in zip(places, values, strict=True):
+        ax.annotate(f"{value:.3g}", (place, value), (shift, 0), textcoords="offset points", fontsize=7, va="center", ha=align)
+
+
 def log_scale(ax: Axes, axis: str = "y") -> None:
     """Makes `axis` ("x" or "y") logarithmic, with plain numbers at a few round places; call it once all is drawn."""
     if axis not in ("x", "y"):

@@ -172,6 +172,20 @@ def test_pages_hold_every_claim_and_say_where_records_lack():
     assert claims.to_markdown(nothing) and claims.to_summary(nothing).startswith("No records yet for")
 
 
+def test_of_protocols_with_as_many_seeds_that_of_the_largest_study_is_taken():
+    others = [r for count in (8, 128) for r in seeds(0.9, samples=count, prune_samples=64)]
+    found = verdict_on("1", [*others, *seeds(0.4), *seeds(0.2, granularity="matrix")])
+    assert found.effect == pytest.approx(0.4 * DAMAGE, abs=0.01) and found.protocol.startswith("64 x ")
+
+
+def test_the_readme_leaves_out_what_the_paper_does_not_centre_on(places):
+    records, page, readme = places
+    for run in seeds(0.1, granularity="none", then="lora", flops={"retrain": 1e9}):
+        write_record(run, records / f"{run.key}.json")
+    claims.write(*places)
+    assert "Retraining (lora)" in page.read_text() and "Retraining (lora)" not in readme.read_text()
+
+
 def test_summary_counts_over_models():
     records = everything() + seeds(0.9, model="other-1b", granularity="block")
     line = next(line for line in claims.to_summary(judge(records)).splitlines() if "equals block" in line)
