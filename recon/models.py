@@ -29,10 +29,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def locate(name: str) -> str:
     """Where `from_pretrained` finds the model called `name`: a folder, or the Hub id itself.
 
-    Raises `ReconError` for a name that is neither bundled, nor a folder with a config.json, nor shaped like a Hub id.
+    A GGUF file is unpacked into the cache once. Raises `ReconError` for a name that is neither bundled, nor a folder with a
+    config.json, nor a GGUF file, nor shaped like a Hub id.
     """
     if name in assets.BUNDLED_MODELS:
         return str(assets.bundled_model(name))
+    if is_gguf(name):
+        from recon import gguf  # takes a second to import
+
+        return str(gguf.converted(Path(name)))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ReconError(f"model folder {name!r} has no config.json; give a folder in the Hugging Face format")
@@ -43,6 +48,11 @@ def locate(name: str) -> str:
             f"unknown model {name!r}; bundled: {bundled}; or an existing local folder, or a Hub id (organisation/name)"
         )
     return name
+
+
+def is_gguf(name: str) -> bool:
+    """Whether `name` is that of an existing GGUF file."""
+    return name.endswith(".gguf") and Path(name).is_file()
 
 
 def folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -158,6 +168,8 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
     """
     if name in assets.BUNDLED_MODELS:
         return assets.origin(name)
+    if is_gguf(name):
+        return files.digest(Path(name))
     where = locate(name)
     if not Path(where).is_dir():
         from huggingface_hub import HfApi, try_to_load_from_cache

@@ -318,7 +318,7 @@ def test_a_part_that_is_not_the_pinned_one_is_refused(cache, monkeypatch):
 
 def test_a_bundled_model_is_converted_from_its_parts_together(downloads, monkeypatch):
     monkeypatch.setattr(assets, "_GGUF", {"standin": ("one", "two")})
-    monkeypatch.setattr(assets, "_convert", copy)
+    monkeypatch.setattr(assets, "convert_gguf", copy)
     folder = assets.bundled_model("standin")
     assert (folder / "whole.txt").read_bytes() == b"".join(CONTENT.values())
 
