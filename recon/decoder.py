@@ -7,6 +7,7 @@ found is checked against the model's own output when a `Decoder` is made.
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,9 +25,9 @@ from recon.structure import (
     find_blocks,
     first,
     fused_parameters,
-    hidden_states,
     kind_of,
     mixes_tokens,
+    placeholder_tokens,
     probe_tokens,
     replaced,
     requiring_gradients,
@@ -46,7 +47,28 @@ def _expert(name: str, expert: int) -> str:
     return f"{name}[{expert}]"
 
 
-class _Stop(Exception):
+def _routed(prefix: str, modules: dict[str, nn.Module], ran: dict[str, int]) -> dict[str, list[str]]:
+    """Of the `modules` of a block, by name, those that read tokens of their own, as experts do; each with all that are alike.
+
+    Their names differ in one number alone, and some read fewer tokens than other modules of the block, or none.
+
+    ran: how many tokens they read, where they ran.
+    """
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name in modules:
+        for number in re.finditer(r"\d+", name.removeprefix(prefix)):
+            start, stop = (len(prefix) + edge for edge in number.span())
+            alike.setdefault((name[:start], name[stop:]), []).append(name)
+    most, found = max(ran.values(), default=0), {}
+    for names in alike.values():
+        read = [ran.get(name, 0) for name in names]
+        if 0 < max(read) and min(read) < most:
+            # Where a name has several numbers, that of the expert is the one with the most values.
+            found |= {name: names for name in names if len(names) > max(1, len(found.get(name, ())))}
+    return found
+
+
+class Stop(Exception):
     """Ends a forward pass once what was wanted has been captured."""
 
 
@@ -58,6 +80,7 @@ class Matrix:
     expert, experts: which of the matrices in the parameter this is, of how many; None, 1: it is the only one.
     transposed: whether it is stored as (in, out).
     share: of all tokens, how many it reads on average: less than 1 for an expert.
+    routed: whether it reads tokens that are sent to it, as an expert does.
     """
 
     name: str
@@ -67,6 +90,7 @@ class Matrix:
     experts: int = 1
     transposed: bool = False
     share: float = 1.0
+    routed: bool = False
 
     @property
     def module_name(self) -> str:
@@ -122,7 +146,7 @@ class Halves:
 
 
 class Decoder:
-    """The blocks of a causal LM, callable one window at a time.
+    """The blocks of a causal LM, callable one window at a time; of an encoder-decoder it makes an `EncoderDecoder`.
 
     Args:
         model: a causal LM from transformers, in evaluation mode.
@@ -135,6 +159,13 @@ class Decoder:
         ReconError: no list of blocks is found, the model is not causal, or the blocks do not compose to its output.
     """
 
+    reading = ""  # what becomes of a sample before the model reads it, in words
+
+    def __new__(cls, model: nn.Module, *args, **kwargs):
+        if cls is Decoder and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            from recon.encoder_decoder import EncoderDecoder as cls  # which builds on this class
+        return super().__new__(cls)
+
     def __init__(self, model: nn.Module, like: "Decoder | None" = None, lazy: Lazy | None = None):
         self.model = model
         self.lazy = lazy
@@ -142,8 +173,9 @@ class Decoder:
             if hasattr(getattr(module, "config", None), "_experts_implementation"):
                 # Each expert's product is then one of its own, with its tokens alone, and can be seen.
                 module.config._experts_implementation = "eager"
-        self.path = like.path if like else find_blocks(model, run=lazy is None)
-        self.blocks: nn.ModuleList = model.get_submodule(self.path)
+        self.stacks = like.stacks if like else self._find_stacks()
+        self.blocks = nn.ModuleList(block for path in self.stacks for block in model.get_submodule(path))
+        self.names = [f"{path}.{index}" for path in self.stacks for index in range(len(model.get_submodule(path)))]
         self._calls: dict[tuple, list[tuple[tuple, dict]]] = {}
         if like:
             self._outputs, self.halves, self._silence = like._outputs, like.halves, like._silence
@@ -154,6 +186,15 @@ class Decoder:
             self._discover_skeleton()
         else:
             self._discover(range(len(self.blocks)))
+
+    def _find_stacks(self) -> list[str]:
+        """The paths of the lists of blocks, in the order in which they are computed."""
+        return [find_blocks(self.model, None if self.lazy else lambda: self.run(probe_tokens(self.model)))]
+
+    @property
+    def path(self) -> str:
+        """Path of the list of blocks, of the last where there are several."""
+        return self.stacks[-1]
 
     @property
     def device(self) -> torch.device:
@@ -173,10 +214,10 @@ class Decoder:
 
         def stop(hidden, *args, **kwargs):
             caught.append(hidden)
-            raise _Stop
+            raise Stop
 
-        with self.loaded_embedding(), replaced({self.blocks[0]: stop}), contextlib.suppress(_Stop):
-            self._run_model(tokens)
+        with self.loaded_embedding(), replaced({self.blocks[0]: stop}), contextlib.suppress(Stop):
+            self.run(tokens)
         return caught[0]
 
     @torch.no_grad()
@@ -190,7 +231,7 @@ class Decoder:
         last = len(self.blocks) - 1
         stubs[self.blocks[last]] = lambda *a, **k: self._bypass(last, hidden)
         with self.loaded_head(), replaced(stubs):
-            return self._run_model(tokens).logits
+            return self.run(tokens).logits
 
     def forward(self, window: Window, hidden: Tensor) -> Tensor:
         """Output of `window` for its input `hidden` (batch, length, input width).
@@ -216,11 +257,11 @@ class Decoder:
 
         def stop(module, args):
             caught.append(args[0])
-            raise _Stop
+            raise Stop
 
         handle = self.model.get_submodule(window.matrices[0]).register_forward_pre_hook(stop)
         try:
-            with contextlib.suppress(_Stop):
+            with contextlib.suppress(Stop):
                 self._run_block(window.blocks[0], hidden)
         finally:
             handle.remove()
@@ -257,8 +298,13 @@ class Decoder:
         output = self._outputs[index]
         return hidden if output is None else type(output)((hidden, *output[1:]))
 
-    def _run_model(self, tokens: Tensor):
+    def run(self, tokens: Tensor):
+        """What the whole model returns for `tokens` (batch, length): its logits are those of `predicted(tokens)`."""
         return self.model(input_ids=tokens.to(self.device), use_cache=False)
+
+    def predicted(self, sequence: Tensor) -> Tensor:
+        """The part of tokens, or of a residual stream, (batch, length, ...) that the model has logits for: all of it."""
+        return sequence
 
     def _call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
         """What the model passes to each block beside `hidden`: positions, rotary embeddings, masks.
@@ -273,17 +319,17 @@ class Decoder:
             def bypass(h, *args, **kwargs):
                 calls.append((args, kwargs))
                 if len(calls) == len(self.blocks):
-                    raise _Stop
+                    raise Stop
                 return self._bypass(len(calls) - 1, h)
 
-            tokens = torch.zeros(shape, dtype=torch.long)
+            tokens = placeholder_tokens(self.model, shape)
             with (
                 self.loaded_embedding(),
                 replaced(dict.fromkeys(self.blocks, bypass)),
-                contextlib.suppress(_Stop),
+                contextlib.suppress(Stop),
                 torch.no_grad(),
             ):
-                self._run_model(tokens)
+                self.run(tokens)
             # The block may be elsewhere than the model's ends.
             self._calls[shape, hidden.device] = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls)
         return self._calls[shape, hidden.device]
@@ -308,7 +354,7 @@ class Decoder:
     def _ends(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters outside the blocks, by full name; those that are tied under each of their names."""
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if not name.startswith(f"{self.path}."):
+            if not name.startswith(tuple(f"{path}." for path in self.stacks)):
                 yield name, parameter
 
     def needed(self, window: Window) -> list[Tensor]:
@@ -362,11 +408,10 @@ class Decoder:
     def _refuse_experts(self) -> None:
         for index, groups in enumerate(self.groups):
             for name in (name for group in groups for name in group):
-                if self._matrices[name].expert is not None:
+                if self._matrices[name].routed:
                     raise ReconError(
-                        f"matrix windows do not fit this model: block {index} ({type(self.blocks[index]).__name__}) holds several "
-                        f"matrices in one parameter, such as {name!r}, as experts do, each of which reads tokens of its own; "
-                        "use half-block, block or a larger granularity"
+                        f"matrix windows do not fit this model: block {index} ({type(self.blocks[index]).__name__}) has experts, "
+                        f"such as {name!r}, each of which reads tokens of its own; use half-block, block or a larger granularity"
                     )
 
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
@@ -395,7 +440,7 @@ class Decoder:
                 for suffix, parameter in self.model.get_submodule(name).named_parameters()
             }
         return {
-            f"{self.path}.{index}.{suffix}": parameter
+            f"{self.names[index]}.{suffix}": parameter
             for index in window.blocks
             for suffix, parameter in self.blocks[index].named_parameters()
             if not window.half or self._in_half(index, window.half, suffix)
@@ -436,23 +481,23 @@ class Decoder:
         """Finds the structure. Block i is taken to be built as block `originals[i]`, which is i itself where it is looked at."""
         tokens = probe_tokens(self.model)
         chosen = [index for index, original in enumerate(originals) if index == original]
-        seen, handles = [], []
+        ran, handles = [], []
         self._outputs: dict[int, tuple | list | None] = {}  # what blocks return, where that is more than hidden states
 
-        def see(index, block, args, kwargs, output):
-            seen.append(hidden_states(args, kwargs))
+        def see(index, block, args, output):
+            ran.append(index)
             self._outputs[index] = output if isinstance(output, tuple | list) else None
 
         for index in chosen:
-            handles.append(self.blocks[index].register_forward_hook(partial(see, index), with_kwargs=True))
+            handles.append(self.blocks[index].register_forward_hook(partial(see, index)))
         try:
-            expected = self._run_model(tokens).logits
+            expected = self.run(tokens).logits
         finally:
             for handle in handles:
                 handle.remove()
-        if len(seen) != len(chosen):
+        if ran != chosen:
             raise ReconError(
-                f"the {len(chosen)} blocks at {self.path!r} ran {len(seen)} times in one forward pass, not once each"
+                f"the blocks at {', '.join(self.stacks)} ran in the order {ran} in one forward pass, not one after another"
             )
         self._outputs |= {index: self._outputs[original] for index, original in enumerate(originals)}
         self._check_apart()
@@ -465,11 +510,13 @@ class Decoder:
         self.groups: list[list[tuple[str, ...]]] = []
         self._matrices: dict[str, Matrix] = {}
         self.dense_modules: list[str] = []
-        read = dict(zip(chosen, seen, strict=True))
+        hidden = self.embed(tokens)
+        self._call(hidden)  # made before anything watches
         for index, original in enumerate(originals):
             if index == original:
-                self.groups.append(self._find_groups(index, read[index]))
-                self._find_halves(index, read[index])
+                self.groups.append(self._find_groups(index, hidden))
+                self._find_halves(index, hidden)
+                hidden = self._run_block(index, hidden)
             else:
                 self._build_like(index, original)
         if self.dense_modules:
@@ -481,7 +528,7 @@ class Decoder:
 
     def _build_like(self, index: int, original: int) -> None:
         """Takes over what was found of the block `original` for the block `index`."""
-        theirs, ours = f"{self.path}.{original}.", f"{self.path}.{index}."
+        theirs, ours = f"{self.names[original]}.", f"{self.names[index]}."
         self.groups.append([tuple(ours + name.removeprefix(theirs) for name in group) for group in self.groups[original]])
         for found in (self.halves, self._silence, self._half_parameters):
             found.append(found[original])
@@ -511,17 +558,17 @@ class Decoder:
         owners: dict[nn.Parameter, str] = {}
         for index, block in enumerate(self.blocks):
             for name, parameter in block.named_parameters():
-                first_name = owners.setdefault(parameter, f"{self.path}.{index}.{name}")
-                if not first_name.startswith(f"{self.path}.{index}."):
+                first_name = owners.setdefault(parameter, f"{self.names[index]}.{name}")
+                if not first_name.startswith(f"{self.names[index]}."):
                     raise ReconError(
-                        f"blocks of {type(self.model).__name__} share weights: {first_name!r} is '{self.path}.{index}.{name}' too; what is "
+                        f"blocks of {type(self.model).__name__} share weights: {first_name!r} is '{self.names[index]}.{name}' too; what is "
                         "adapted for one block would change another, so each must have its own"
                     )
 
     def _check_causal(self, tokens: Tensor, expected: Tensor) -> None:
         other = tokens.clone()
         other[:, -1] = (tokens[:, -1] + 1) % self.model.config.get_text_config().vocab_size
-        early, again = expected[:, :-1].float(), self._run_model(other).logits[:, :-1].float()
+        early, again = expected[:, :-1].float(), self.run(other).logits[:, :-1].float()
         # Same shapes, same kernels: a causal model answers with the same bits, or nearly; leakage can be small, though.
         if (early - again).abs().max() > tolerance(expected) / 100 * early.abs().max():
             kind = type(self.model).__name__
@@ -529,35 +576,41 @@ class Decoder:
 
     def _check_composition(self, tokens: Tensor, chosen: Sequence[int]) -> None:
         # Other tokens than those that blocks were seen to return something for, lest that be what makes it come out right.
-        expected = self._run_model(tokens).logits
+        expected = self.run(tokens).logits
         wrong = "do not give the model's own output"
         try:
             hidden = self.embed(tokens)
             for index in chosen:
                 hidden = self._run_block(index, hidden)
-            if distance(self.logits(tokens, hidden), expected) <= tolerance(expected):
+            # Weights that are NaN are for others to refuse, by name.
+            if not distance(self.logits(self.predicted(tokens), self.predicted(hidden)), expected) > tolerance(expected):
                 return
         except Exception as error:  # whatever a model may raise that is not made for this
             wrong = f"fail ({type(error).__name__}: {error})"
+        where = " and ".join(map(repr, self.stacks))
         kinds = ", ".join(sorted({type(block).__name__ for block in self.blocks}))
         raise ReconError(
-            f"{type(self.model).__name__} cannot be taken apart: its {len(self.blocks)} blocks at {self.path!r} ({kinds}), run one "
+            f"{type(self.model).__name__} cannot be taken apart: its {len(self.blocks)} blocks at {where} ({kinds}), run one "
             f"after another, {wrong}. What one block returns has to be all that the next depends on, beside what is the same for all "
             "tokens; here something else passes between them"
         )
 
     def _find_groups(self, index: int, hidden: Tensor) -> list[tuple[str, ...]]:
         """The block's matrices in the order in which they run, grouped where they read the very same input."""
-        block, prefix = self.blocks[index], f"{self.path}.{index}."
+        block, prefix = self.blocks[index], f"{self.names[index]}."
         modules = {f"{prefix}{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         fused = {f"{prefix}{name}": parameter for name, parameter in fused_parameters(block).items()}
+        kind = f"block {index} ({type(block).__name__})"
+        tokens = hidden.shape[:-1].numel()
         groups: list[list[str]] = []
-        ran: list[str] = []
+        ran: dict[str, int] = {}  # by name, how many tokens it read
         inputs: list[Tensor | None] = []
         products: dict[str, list[Product]] = {}
 
         def note(name: str, x: Tensor) -> None:
-            ran.append(name)
+            if name in ran:
+                raise ReconError(f"{kind} runs the matrix {name!r} more than once in one forward pass; it must run once")
+            ran[name] = x.shape[:-1].numel()
             if inputs and inputs[-1] is x:
                 groups[-1].append(name)
             else:
@@ -577,44 +630,51 @@ class Decoder:
                 stack.callback(hook.remove)
             with FusedProducts(fused, note_product):
                 self._run_block(index, hidden)
-        kind = f"block {index} ({type(block).__name__})"
-        if len(set(ran)) != len(ran):
-            again = next(name for name in modules if ran.count(name) > 1)
-            raise ReconError(f"{kind} runs the matrix {again!r} {ran.count(again)} times in one forward pass; it must run once")
         for name, parameter in fused.items():
             if name not in products and sum(size > 1 for size in parameter.shape) > 2:
                 raise ReconError(
                     f"{kind} holds the fused weight {name!r} of shape {tuple(parameter.shape)}, but no matrix product with a part of "
                     "it was seen, as there must be for it to be pruned expert by expert"
                 )
-        for name in ran:
-            module = modules[name]
-            self._matrices[name] = Matrix(name, module, transposed=isinstance(module, Conv1D))
+        routed = _routed(prefix, modules, ran)
+        experts = {name: products[name][0].experts for name in products} | {name: len(alike) for name, alike in routed.items()}
+        gates = self._gates(prefix, modules, experts)
+        for name in [name for name in routed if name not in ran]:
+            # After one that is alike and did run.
+            at = max(number for number, group in enumerate(groups) if set(group) & set(routed[name]))
+            groups.insert(at + 1, [name])
+        for name, module in modules.items():
+            read = ran.get(name, 0)
+            if name in routed:
+                read = sum(ran.get(other, 0) for other in routed[name]) / len(routed[name])
+            turned = isinstance(module, Conv1D)
+            self._matrices[name] = Matrix(name, module, transposed=turned, share=read / tokens, routed=name in routed)
         for name, found in products.items():
             owner, _, attribute = name.rpartition(".")
-            experts = found[0].experts
-            share = sum(len(product.x) for product in found) / (experts * hidden.shape[:-1].numel())
-            for expert in range(experts):
+            share = sum(len(product.x) for product in found) / (experts[name] * tokens)
+            for expert in range(experts[name]):
                 matrix = Matrix(
-                    _expert(name, expert), self.model.get_submodule(owner), attribute, expert, experts, found[0].transposed, share
-                )
+                    _expert(name, expert), self.model.get_submodule(owner), attribute, expert, experts[name],
+                    found[0].transposed, share, routed=True,
+                )  # fmt: skip
                 self._matrices[matrix.name] = matrix
-        gates = self._gates(index, modules, products)
         # Modules that never run as such, whose input is therefore not seen, stay dense.
-        self.dense_modules += [name for name in modules if name not in ran and name not in gates]
+        self.dense_modules += [name for name in modules if name not in ran and name not in gates and name not in routed]
         return [tuple(kept) for group in groups if (kept := [name for name in group if name not in gates])]
 
-    def _gates(self, index: int, modules: dict[str, nn.Module], products: dict[str, list[Product]]) -> set[str]:
+    def _gates(self, prefix: str, modules: dict[str, nn.Module], experts: dict[str, int]) -> set[str]:
         """Of the `modules` of a block, by name, those that decide how much each expert has to say; they stay dense.
 
         They are in the child of the block that the experts are in, and have an output for each, or one for all.
+
+        experts: by name of what holds an expert, or several, how many there are.
         """
         found = set()
-        for name, (product, *_) in products.items():
-            child = name.removeprefix(f"{self.path}.{index}.").partition(".")[0]
+        for name, count in experts.items():
+            child = name.removeprefix(prefix).partition(".")[0]
             for other, module in modules.items():
                 outputs = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
-                if other.startswith(f"{self.path}.{index}.{child}.") and outputs in (1, product.experts):
+                if other.startswith(f"{prefix}{child}.") and other not in experts and outputs in (1, count):
                     found.add(other)
         return found
 

@@ -113,7 +113,8 @@ class _Model:
         self.weights = sum(map(self.per_token, self.matrices))
         self.edges = sum(rows + columns for rows, columns in shapes)
         self.products = sum(rows * columns**2 for rows, columns in shapes)  # of every matrix with its Gram matrix
-        self.head = sum(weight.numel() for weight in decoder.head_weights())
+        predicted = decoder.predicted(torch.empty(1, 2)).shape[1] / 2  # of all tokens; an encoder-decoder predicts half of them
+        self.head = predicted * sum(weight.numel() for weight in decoder.head_weights())
         read = [self.matrices[group[0]][1] for groups in decoder.groups for group in groups]
         shares = [self.share[group[0]] for groups in decoder.groups for group in groups]
         self.grams = sum(2 * triangle(columns) * share for columns, share in zip(read, shares, strict=True))  # per token

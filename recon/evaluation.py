@@ -68,7 +68,8 @@ def perplexity(
     windows = decoder.windows("block")
     with tqdm(total=len(windows) + 1, desc=description, unit="block", disable=not progress) as bar:
         stream = last_states(decoder, tokens, engine, bar) if states is None else states
-        means, divergences = _scores(decoder, engine, tokens, stream, reference)
+        tokens = decoder.predicted(tokens)
+        means, divergences = _scores(decoder, engine, tokens, decoder.predicted(stream), reference)
         bar.update()
     mean = sum(means) / len(means)
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(means) * (tokens.shape[1] - 1), means, divergences)
@@ -106,7 +107,8 @@ def _scores(
             stack.enter_context(engine.holding_ends(reference.decoder))
         likelihoods, divergences = [], []
         for window, (part, found) in enumerate(engine.batches([tokens, stream], [range(i, i + 1) for i in range(len(tokens))])):
-            wanted = reference.states[window : window + 1].to(engine.device) if window < compared else None
+            states = reference.states[window : window + 1] if window < compared else None
+            wanted = None if states is None else decoder.predicted(states).to(engine.device)
             likelihood = divergence = 0.0
             for start in range(0, part.shape[1] - 1, SLICE):  # a few logits exist at a time
                 at = slice(start, min(start + SLICE, part.shape[1] - 1))

@@ -10,6 +10,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -100,7 +101,7 @@ def _not_loaded(name: str, revision: str | None, error: Exception) -> ReconError
 def load(
     name: str, revision: str | None = None, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal LM `name` in float32 and its tokenizer, in evaluation mode, on `device`.
+    """The causal LM, or encoder-decoder, `name` in float32 and its tokenizer, in evaluation mode, on `device`.
 
     Weights come from safetensors only, whose files are checked first (see `recon.files.shards`). Code that comes with a model
     is run with `trust_remote_code` alone. Raises `ReconError` for an unknown model and for weights that are missing, of the
@@ -111,7 +112,9 @@ def load(
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, found = kind.from_pretrained(
             where, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # refused below, by name
         )  # fmt: skip

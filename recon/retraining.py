@@ -206,9 +206,9 @@ def _loss(student: Decoder, teacher: Decoder | None, engine: Engine, checkpointi
     # In the backward pass the blocks run under the engine again, which it is not part of otherwise.
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), engine))
     with engine, replaced({block: partial(again, block.forward) for block in blocks}):
-        logits = student.model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+        logits = student.run(tokens).logits[:, :-1].flatten(0, 1)
     if teacher is None:
-        return negative_log_likelihood(logits, tokens[:, 1:].flatten()).mean()
+        return negative_log_likelihood(logits, student.predicted(tokens)[:, 1:].flatten()).mean()
     with engine, torch.no_grad():
-        wanted = teacher.model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+        wanted = teacher.run(tokens).logits[:, :-1].flatten(0, 1)
     return kl_divergence(wanted, logits).mean()

@@ -264,6 +264,7 @@ class Run:
             evaluation.check_length(self.dense, length)
         if spec.tasks:
             zero_shot.check_tasks(spec.tasks)
+            zero_shot.check_model(self.dense)
         draw = text.sample_tokens
         seed = generator(spec.seed, "calibration").initial_seed() % 2**32
         most = max(spec.samples_by_phase.values())
@@ -455,6 +456,7 @@ class Run:
                 f"{spec.evaluation_samples} consecutive windows x {spec.evaluation_length} tokens of "
                 f"{', '.join(spec.evaluation_texts)} (evaluation split), every window on its own; {dtype} products, float32 loss"
             ),
+            **({"reading": self.dense.reading} if self.dense.reading else {}),
             "kl": f"KL(dense || model) per token, on the first {evaluation.KL_WINDOWS} evaluation windows",
             "flops": "closed form from the shapes, as if the run shared nothing; see recon.estimate.flops",
             "drift": (

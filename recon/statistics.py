@@ -49,9 +49,9 @@ def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kin
 
     with engine.holding(decoder, window), decoder.watching(window, accumulate):
         outputs = engine.run(lambda batch: decoder.forward(window, batch), stream)
-    statistics = {}
+    statistics, matrices = {}, decoder.matrices(window)
     for group, total in totals.items():
-        if tokens[group] < min(FEW, stream.shape[0] * stream.shape[1]):
+        if tokens[group] < FEW and matrices[group[0]].routed:
             continue
         if not torch.isfinite(total).all():
             raise ReconError(f"the input of {group[0]!r} holds NaN or infinite activations on the calibration samples")

@@ -16,14 +16,16 @@ from recon.errors import ReconError
 PROBE_LENGTH = 8
 
 
-def find_blocks(model: nn.Module, run: bool = True) -> str:
+def find_blocks(model: nn.Module, run: Callable[[], object] | None, within: str = "") -> str:
     """Path of the `nn.ModuleList` that holds the most parameters, of those that run.
 
-    run: whether the model is run to see which do; else all are taken to.
+    run: runs the model to see which do; None: all are taken to.
+    within: path of the module that it must be in.
 
     Raises `ReconError` that says which lists there are, where none will do.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    inside = ((name, module) for name, module in model.named_modules() if name.startswith(within))
+    lists = {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
     ran = {name: 0 if run else len(children) for name, children in lists.items()}
     with contextlib.ExitStack() as hooks:
@@ -35,7 +37,13 @@ def find_blocks(model: nn.Module, run: bool = True) -> str:
 
                 hooks.callback(child.register_forward_pre_hook(count).remove)
         if lists and run:
-            model(input_ids=probe_tokens(model).to(next(model.parameters()).device), use_cache=False)
+            try:
+                run()
+            except Exception as error:  # whatever a model may raise that needs more than text
+                said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+                raise ReconError(
+                    f"{type(model).__name__} does not run on tokens alone ({said}); models of text are supported"
+                ) from error
     running = [name for name in lists if ran[name]]
     if not running:
         raise ReconError(
@@ -141,6 +149,12 @@ def fused_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in block.named_parameters()
         if parameter.ndim >= 2 and not isinstance(block.get_submodule(name.rpartition(".")[0]), usual)
     }
+
+
+def placeholder_tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
+    """Tokens (batch, length) that stand for any, none of them padding."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return torch.full(shape, 1 if padding == 0 else 0)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def find_units(decoder: Decoder) -> list[Units]:
         ReconError: blocks do not divide into halves, or a half into units.
     """
     for name, matrix in decoder.matrices().items():
-        if matrix.expert is not None:
+        if matrix.routed:
             raise ReconError(f"{name!r} is an expert's; whole heads and neurons are not removed from models with experts")
     hidden = decoder.embed(probe_tokens(decoder.model))
     return [_units_of(decoder, window, hidden) for window in decoder.windows("half-block")]

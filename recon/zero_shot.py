@@ -52,6 +52,12 @@ def check_tasks(names: Sequence[str]) -> None:
         raise ReconError("zero-shot tasks need lm-eval, which is not installed: pip install 'recon[evaluation]'")
 
 
+def check_model(decoder: Decoder) -> None:
+    """Raises `ReconError` for a model that does not simply continue a text: an encoder-decoder."""
+    if decoder.reading:
+        raise ReconError(f"zero-shot tasks need a causal language model; {type(decoder.model).__name__} is an encoder-decoder")
+
+
 def zero_shot(
     model: nn.Module | Decoder,
     tokenizer,
@@ -85,6 +91,7 @@ def zero_shot(
     with _quiet():
         loaded = _load(tasks)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
+    check_model(decoder)
     engine = Engine(device or decoder.device, compute_dtype)
     # lm-eval draws bars of its own on stderr, which cannot be turned off; ours is bound to the real one.
     with tqdm(desc="zero-shot", unit="block", disable=not progress) as bar, _quiet(), contextlib.redirect_stderr(io.StringIO()):

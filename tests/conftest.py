@@ -21,6 +21,7 @@ _COMMON = _SPECIAL | {
     "max_position_embeddings": 64,
 }
 _GPT2 = _SPECIAL | {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+_T5GEMMA = _COMMON | {"num_hidden_layers": 2, "head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0}
 _OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_key_value_heads": None, "intermediate_size": None}
 
 # family -> name of its configuration class, what it is made with beside _COMMON (None drops an entry)
@@ -70,9 +71,22 @@ EXPERTS = {
         {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 64, "attention_chunk_size": 32},
     ),
 }
+ENCODER_DECODERS = {
+    "t5": (
+        "T5Config",
+        _SPECIAL | {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    ),
+    "bart": (
+        "BartConfig",
+        _SPECIAL
+        | {"vocab_size": VOCABULARY, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 2}
+        | {"decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64},
+    ),
+    "t5gemma": ("T5GemmaConfig", {"vocab_size": VOCABULARY} | {part: _T5GEMMA for part in ("encoder", "decoder")}),
+}
 REFUSED = {"bert": ("BertConfig", {})}
 FAMILIES = SEQUENTIAL | PARALLEL
-_OWN_NAMES = {"gpt2", "gptj", "bloom", "mpt"}  # families whose configurations call everything something else
+_OWN_NAMES = {"gpt2", "gptj", "bloom", "mpt", *ENCODER_DECODERS}  # families whose configurations call everything something else
 
 
 def heed_interrupts() -> None:
@@ -82,12 +96,13 @@ def heed_interrupts() -> None:
 
 def make_model(family: str, seed: int = 0, std: float = 0.2, **changes) -> torch.nn.Module:
     """A random causal LM of `family` in float32: matrices ~ N(0, std^2), vectors their default plus noise like it."""
-    kind, own = (FAMILIES | UNDIVIDED | EXPERTS | REFUSED)[family]
+    kind, own = (FAMILIES | UNDIVIDED | EXPERTS | ENCODER_DECODERS | REFUSED)[family]
     settings = (own if family in _OWN_NAMES else _COMMON | own) | changes
     config = getattr(transformers, kind)(**{key: value for key, value in settings.items() if value is not None})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        auto = transformers.AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else transformers.AutoModelForCausalLM
+        model = auto.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:

@@ -1,9 +1,9 @@
-"""Tiny random models of the families of causal LMs in transformers, each from its own configuration with small numbers put in."""
+"""Tiny random models of the families of causal LMs and encoder-decoders in transformers, each from its own configuration with small numbers put in."""
 
 import re
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 99
@@ -73,17 +73,24 @@ UNTRIED = (
     "blt cohere_compass_text dory dots3_note dots3_note_text gemma3n gemma4_assistant gemma4_unified_assistant inkling2_loop_text "
     "inkling2_text inkling_text musicgen musicgen_melody phi4_multimodal qwen4_exp reformer xmod zamba"
 ).split()
+APART = " (encoder-decoder)"
+ENCODER_DECODERS = (
+    "bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus pegasus_x plbart "
+    "prophetnet switch_transformers t5 t5gemma t5gemma2 umt5"
+).split()
 FAMILIES = sorted([kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in UNTRIED] + list(VARIANTS))
+FAMILIES += [kind + APART for kind in ENCODER_DECODERS]
 
 
 def small_model(family: str, seed: int = 0) -> torch.nn.Module:
-    """A random causal LM of `family` in float32, in evaluation mode."""
-    kind, variant = VARIANTS.get(family, (family, {}))
+    """A random model of `family` in float32, in evaluation mode."""
+    kind, variant = VARIANTS.get(family, (family.removesuffix(APART), {}))
+    auto = AutoModelForSeq2SeqLM if family.endswith(APART) else AutoModelForCausalLM
     default = CONFIG_MAPPING[kind]()
     config = type(default)(**(_shrunk(default.to_dict()) | CHANGES.get(kind, {}) | variant))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = auto.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -248,7 +248,7 @@ def test_single_matrices_and_adapters_are_refused(made, fresh):
     decoder = made("mixtral")
     with pytest.raises(
         ReconError,
-        match=r"matrix windows .* block 0 \(MixtralDecoderLayer\) holds several matrices in one parameter, such as '.*gate_up_proj\[0\]'",
+        match=r"matrix windows .* block 0 \(MixtralDecoderLayer\) has experts, such as '.*gate_up_proj\[0\]'",
     ):
         decoder.windows("matrix")
     for call in (
@@ -260,3 +260,59 @@ def test_single_matrices_and_adapters_are_refused(made, fresh):
             call()
     with pytest.raises(ReconError, match=r"gate_up_proj\[0\]' is an expert's; whole heads and neurons are not removed"):
         prune(fresh("mixtral"), random_tokens(2, 8), "wanda-sp", "0.2", progress=False)
+
+
+# ---- experts that are modules
+
+
+class Apart(torch.nn.Module):
+    """A mixture of experts with the weights of another, each expert a module of its own."""
+
+    def __init__(self, fused):
+        super().__init__()
+        experts = fused.experts
+        self.gate, self.top_k, self.act = torch.nn.Linear(32, experts.num_experts, bias=False), fused.top_k, experts.act_fn
+        self.gate.weight = fused.gate.weight
+        self.experts = torch.nn.ModuleList()
+        for up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+            expert = torch.nn.Module()
+            expert.up, expert.down = torch.nn.Linear(32, 128, bias=False), torch.nn.Linear(64, 32, bias=False)
+            expert.up.weight, expert.down.weight = torch.nn.Parameter(up.detach()), torch.nn.Parameter(down.detach())
+            self.experts.append(expert)
+
+    def forward(self, hidden):
+        flat = hidden.flatten(0, 1)
+        weights, chosen = self.gate(flat).softmax(-1).topk(self.top_k)
+        weights = weights / weights.sum(-1, keepdim=True)
+        output = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            if len(token):
+                gate, up = expert.up(flat[token]).chunk(2, -1)
+                output.index_add_(0, token, expert.down(self.act(gate) * up) * weights[token, place, None])
+        return output.view_as(hidden)
+
+
+def test_experts_that_are_modules_are_as_those_in_one_parameter(made):
+    fused, tokens = made("mixtral"), random_tokens(16, 20)
+    model = copy.deepcopy(fused.model)
+    for block in model.model.layers:
+        block.mlp = Apart(block.mlp)
+    decoder, engine = Decoder(model), Engine("cpu", "float32")
+    assert decoder.dense_modules == []  # although the probe does not reach every expert
+    assert not any(name.endswith("gate") for name in decoder.matrices())
+    assert {m.share for name, m in decoder.matrices().items() if "experts" in name} == {0.5}
+    gathered = []
+    for each in (fused, decoder):
+        window = each.windows("block")[0]
+        gathered.append(gather(engine, each, window, engine.run(each.embed, tokens), "gram"))
+    assert_close(gathered[0][0], gathered[1][0])
+    for expert in range(4):
+        for theirs, ours in (("gate_up_proj", "up"), ("down_proj", "down")):
+            expected = gathered[0][1].get(f"model.layers.0.mlp.experts.{theirs}[{expert}]")
+            found = gathered[1][1].get(f"model.layers.0.mlp.experts.{expert}.{ours}")
+            assert (found is None) == (expected is None)
+            if found is not None:
+                assert_close(found, expected)
+    with pytest.raises(ReconError, match=r"has experts, such as 'model.layers.0.mlp.experts.\d.up'"):
+        decoder.windows("matrix")

@@ -1,4 +1,4 @@
-"""Every family of causal LMs in transformers: taken apart, pruned and repaired, or refused with the reason.
+"""Every family of causal LMs in transformers, and encoder-decoders: taken apart, pruned and repaired, or refused with the reason.
 
 `python tests/test_families.py --write` writes what was found into the README.
 """
@@ -60,7 +60,7 @@ def described(family: str) -> tuple[str, ...]:
     fit = fitting(decoder)
     layouts = sorted({halves.layout for halves in decoder.halves if not isinstance(halves, str)})
     half = " and ".join(layouts) if "half-block" in fit else "no"
-    experts = any(matrix.expert is not None for matrix in decoder.matrices().values())
+    experts = any(matrix.routed for matrix in decoder.matrices().values())
     return ("no" if "matrix" not in fit else "yes", half, "yes", "yes" if experts else "no")
 
 
@@ -118,7 +118,7 @@ def decoder(request):
 def test_windows_give_the_model_back(decoder):
     """On other tokens, and more of them, than its structure was found with."""
     tokens = random_tokens(3, 11, seed=1)
-    expected = decoder.model(input_ids=tokens, use_cache=False).logits
+    expected = decoder.run(tokens).logits
     for granularity in ("half-block", "block"):
         if granularity not in fitting(decoder):
             continue
@@ -130,7 +130,7 @@ def test_windows_give_the_model_back(decoder):
                 hidden = hidden + decoder.forward(window, before) - before
             else:
                 hidden = decoder.forward(window, hidden)
-        assert distance(decoder.logits(tokens, hidden), expected) < 1e-4
+        assert distance(decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden)), expected) < 1e-4
 
 
 def test_pruned_and_repaired(decoder):
