@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'TEXT'
-usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...]
+usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...] [--executor ray [--address ADDRESS]]
        ./run_all.sh figures [quick | laptop | paper]
        ./run_all.sh test [PYTEST ARGUMENT ...]
        ./run_all.sh lab
@@ -19,6 +19,7 @@ usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...]
   lab      open the notebooks in JupyterLab
 
 NOTEBOOK restricts a profile to the notebooks named, such as 1-granularity.
+--executor ray computes their runs side by side, on the cores and GPUs of this machine or of the cluster at ADDRESS.
 Everything is installed into the active virtual or conda environment; where there is none, into .venv.
 TEXT
 }
@@ -89,12 +90,16 @@ print(hashlib.sha256(b"\0".join(files)).hexdigest(), sys.version.split()[0], pat
     : >build/setup.log
     say "Installing into $(dirname "$bin") (once; several minutes, log: build/setup.log)"
     pip_install 'pip>=24.1'
-    pip_install -c constraints.txt -e '.[notebooks,test,evaluation]'
+    pip_install -c constraints.txt -e '.[notebooks,test,evaluation,ray]'
     printf '%s\n' "$want" >"$stamp"
 }
 
 word=${1:-quick}
 shift || true
+if [[ $word == --executor* || $word == --address* ]]; then # options of the default
+    set -- "$word" "$@"
+    word=quick
+fi
 case $word in
 -h | --help | help) usage ;;
 quick | laptop | paper)

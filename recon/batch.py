@@ -6,6 +6,7 @@ Executed copies, HTML pages and an index go to build/<profile>/; what the notebo
 
 import argparse
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import papermill
 import yaml
 from nbconvert import HTMLExporter
 
-from recon import claims, figures, lock
+from recon import claims, executors, figures, lock
 from recon.errors import ReconError
 from recon.estimate import duration
 
@@ -187,10 +188,13 @@ def execute(
     report: Callable[[str], None] = lambda line: None,
     stdout: TextIO | None = None,
     compute: bool = True,
+    executor: str | None = None,
+    address: str | None = None,
 ) -> list[Outcome]:
     """Runs the notebooks named (None: all) under `profile`, renders them and the index, and says how each went.
 
     compute: False draws from the records that are there and runs nothing; notebooks that cannot are left out.
+    executor, address: what computes their studies, and the Ray cluster that they all share; see `recon.executors.shared`.
 
     Everything that can be checked is checked before the first one runs (`ReconError`), also that no other process is at it. An exception inside a notebook
     is part of its `Outcome`. An interrupt by the user ends the list, with the notebook that was running "stopped".
@@ -206,11 +210,12 @@ def execute(
         for folder in ("notebooks", "html"):
             (build / folder).mkdir(exist_ok=True)
         outcomes = []
-        for number, path in enumerate(paths, 1):
-            report(f"[{number}/{len(paths)}] {path.stem}")
-            outcomes.append(_run(path, parameters[path.stem], build, stdout))
-            if outcomes[-1].status == "stopped":
-                break
+        with executors.shared(executor, address) if compute else contextlib.nullcontext():
+            for number, path in enumerate(paths, 1):
+                report(f"[{number}/{len(paths)}] {path.stem}")
+                outcomes.append(_run(path, parameters[path.stem], build, stdout))
+                if outcomes[-1].status == "stopped":
+                    break
         folder, records = output_folders(profile, root)
         if figures.saved(folder):
             figures.gallery(folder, _claims(profile, records, root))
@@ -366,12 +371,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recon.batch", description="Run the notebooks under a profile.")
     parser.add_argument("profile", choices=PROFILES, help="which sizes to run")
     parser.add_argument("--from-records", action="store_true", help="run nothing: draw from the records that are there")
+    parser.add_argument(
+        "--executor", choices=tuple(executors.NAMED), help="what computes their studies (default: RECON_EXECUTOR, or serial)"
+    )
+    parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else one that is started on this machine")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names of notebooks (default: all)")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     # papermill repeats through the log what the summary says.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        outcomes = execute(given.profile, given.notebooks or None, report=say, stdout=sys.stdout, compute=not given.from_records)
+        outcomes = execute(
+            given.profile, given.notebooks or None, report=say, stdout=sys.stdout, compute=not given.from_records,
+            executor=given.executor, address=given.address,
+        )  # fmt: skip
     except ReconError as error:
         parser.exit(2, f"recon.batch: {error}\n")
     say(summary(given.profile, outcomes))

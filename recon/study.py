@@ -1,5 +1,6 @@
 """Many specs to one data frame, through a folder of records: what is done is skipped, what is killed is taken up again."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -13,11 +14,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from recon import estimate, lock
-from recon.activations import LIMIT
+from recon import executors, lock
 from recon.checkpoint import check_writable
-from recon.device import pick_device
 from recon.errors import ReconError
+from recon.executors import Executor
 from recon.runs import Session, run
 from recon.spec import RunRecord, RunSpec
 from recon.weights import PART
@@ -194,15 +194,28 @@ def run_or_record_failure(spec: RunSpec, session: Session | None = None, **optio
         return record, error
 
 
-def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = True, compute: bool = True) -> pd.DataFrame:
+def record_of(spec: RunSpec, session: Session, progress: bool) -> RunRecord:
+    """The record of `run(spec)`, also where it fails."""
+    return run_or_record_failure(spec, session, progress=progress)[0]
+
+
+def run_study(
+    specs: Iterable[RunSpec],
+    folder: Path | str,
+    progress: bool = True,
+    compute: bool = True,
+    executor: str | Executor | None = None,
+) -> pd.DataFrame:
     """Runs what is missing of `specs` and returns one row per spec, in their order.
 
     Every finished run is a record in `folder` at once, so that a killed study goes on where it was. A run that fails leaves
     a record that says how, and the others go on; a failed run is tried again next time.
 
     compute: False runs nothing; what has no record then has the status "missing".
+    executor: "serial", "ray", or an object of `recon.executors` with settings of its own; None: what the environment variable
+        RECON_EXECUTOR names, or serial. What a record says, and its name, do not depend on it.
 
-    Raises `ReconError` where another process is at work on `folder`, naming it.
+    Raises `ReconError` where another process is at work on `folder`, naming it, and where the executor cannot be had.
 
     Returns:
         A frame with a column per field of the spec, `fit` and `recipe` (short names, see `fit_name` and `recipe_name`), one per metric that is one number, `seconds_<phase>`,
@@ -213,32 +226,36 @@ def run_study(specs: Iterable[RunSpec], folder: Path | str, progress: bool = Tru
     keys = [spec.key() for spec in specs]
     if not compute:
         return frame([_as_it_is(Path(folder), spec, key) for spec, key in zip(specs, keys, strict=True)])
+    chosen = executors.get(executor)
     store = RecordStore(folder)
     with lock.held(store.folder / lock.NAME, f"record folder {str(folder)!r}"):
-        records = _run_missing(specs, keys, store, progress)
+        records = _run_missing(specs, keys, store, chosen, progress)
     return frame([records[key] for key in keys])
 
 
-def _run_missing(specs: list[RunSpec], keys: list[str], store: RecordStore, progress: bool) -> dict[str, RunRecord]:
+def _run_missing(
+    specs: list[RunSpec], keys: list[str], store: RecordStore, executor: Executor, progress: bool
+) -> dict[str, RunRecord]:
     """The records of all `keys`, those that are not in `store` computed and put there."""
     store.clear()
     records = {key: store.get(key) for key in dict.fromkeys(keys)}
     missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
     # Runs that start from one pruned state stand together, and among these the ones on as many samples.
     order = sorted(missing, key=lambda key: [str(part) for part in (*missing[key].pruned_by, missing[key].samples)])
-    session = Session(activation_bytes=LIMIT if len(order) > 1 else 0)
-    announced = set()
-    for number, key in enumerate(tqdm(order, desc="study", unit="run", disable=not progress)):
-        model = missing[key].loaded_by
-        if len(order) > 1 and model not in announced:
-            announced.add(model)
-            same = [missing[k] for k in order[number:] if missing[k].loaded_by == model]
-            _announce(same, session)
-        record, error = run_or_record_failure(missing[key], session, progress=progress)
-        store.put(record)
-        records[key] = record
-        if error is not None:
-            log.error("run %s failed: %s", key, error)
+    if not order:
+        return records
+    found, failed = executor.each({key: missing[key] for key in order}, record_of, progress), []
+    with contextlib.closing(found), tqdm(total=len(order), desc="study", unit="run", disable=not progress) as bar:
+        for record in found:
+            store.put(record)
+            records[record.key] = record
+            bar.update()
+            if record.status != "done":
+                failed.append(record.key)
+                said = record.error.strip()
+                log.error("run %s failed: %s", record.key, said.splitlines()[-1] if said.startswith("Traceback") else said)
+    if len(failed) > 1:
+        log.error("%d of %d runs failed; their records say how: %s", len(failed), len(order), ", ".join(failed))
     return records
 
 
@@ -248,15 +265,6 @@ def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
     if path.is_file():
         return read_record(path)
     return RunRecord(asdict(spec), key, "missing", f"not computed: no record in {folder.name}/")
-
-
-def _announce(specs: list[RunSpec], session: Session) -> None:
-    """Says how long the runs of one model will take."""
-    try:
-        decoder, _ = session.load(*specs[0].loaded_by)
-        estimate.announce_study(specs, decoder, pick_device(specs[0].device))
-    except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
-        log.debug("no estimate: %s", error)
 
 
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -19,6 +20,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from recon import batch
 from recon.errors import ReconError
 
+OUTCOME = batch.Outcome("0-a", "A", "finished", 1.0)
 PARAMETERS = 'profile: str = "quick"  # whose folders\nsize: int = 1  # how many'
 
 
@@ -79,6 +81,41 @@ def test_from_records_runs_only_what_can_do_without_computing(tmp_path, monkeypa
     outcomes = batch.execute("quick", root=tmp_path, compute=False)
     assert [(outcome.name, outcome.status) for outcome in outcomes] == [("0-draws", "finished")]
     assert "computes False" in (tmp_path / "build/quick/notebooks/0-draws.ipynb").read_text()
+
+
+def test_notebooks_inherit_the_executor_and_the_cluster(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    connected = []
+    context = SimpleNamespace(gcs_address="127.0.0.1:4321")
+    fake = SimpleNamespace(shutdown=lambda: connected.append("shut down"), get_runtime_context=lambda: context)
+    monkeypatch.setattr("recon.executors.connect", lambda address: connected.append(address) or fake)
+    seen = []
+
+    def run(path, *others):
+        seen.append((os.environ.get("RECON_EXECUTOR"), os.environ.get("RAY_ADDRESS")))
+        return OUTCOME
+
+    monkeypatch.setattr(batch, "_run", run)
+    write_notebook(tmp_path, "0-a", "1")
+    write_profile(tmp_path, "quick", {})
+    monkeypatch.setenv("RECON_EXECUTOR", "serial")
+    for options in ({}, {"executor": "ray"}, {"executor": "ray", "address": "10.0.0.1:6379"}):
+        batch.execute("quick", root=tmp_path, **options)
+    assert seen == [("serial", None), ("ray", "127.0.0.1:4321"), ("ray", "10.0.0.1:6379")]
+    assert connected == [None, "shut down", "10.0.0.1:6379", "shut down"]
+    assert os.environ["RECON_EXECUTOR"] == "serial" and "RAY_ADDRESS" not in os.environ
+    with pytest.raises(ReconError, match="the executor is serial; choose executor ray"):
+        batch.execute("quick", root=tmp_path, address="10.0.0.1:6379")
+    batch.execute("quick", root=tmp_path, executor="ray", compute=False)
+    assert len(connected) == 4  # nothing is computed
+
+
+def test_options_may_stand_before_the_names_of_notebooks(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(batch, "execute", lambda *words, **options: given.append((words, options)) or [OUTCOME])
+    assert batch.main(["quick", "--executor", "ray", "--address", "here:1", "0-a", "1-b"]) == 0
+    [(words, options)] = given
+    assert words == ("quick", ["0-a", "1-b"]) and (options["executor"], options["address"]) == ("ray", "here:1")
 
 
 def test_a_failure_says_where_its_traceback_is(ran):
@@ -185,7 +222,7 @@ def test_the_exit_status_tells_mistakes_from_failures(monkeypatch, capsys):
     assert caught.value.code == 2
     assert "unknown notebook 'no-such-notebook'" in capsys.readouterr().err
     for status, code in (("finished", 0), ("failed", 1), ("stopped", 130)):
-        outcomes = [batch.Outcome("0-a", "A", "finished", 1.0), batch.Outcome("1-b", "B", status, 1.0)]
+        outcomes = [OUTCOME, batch.Outcome("1-b", "B", status, 1.0)]
         monkeypatch.setattr(batch, "execute", lambda *given, outcomes=outcomes, **options: outcomes)
         assert batch.main(["quick"]) == code
         assert "Profile quick" in capsys.readouterr().out

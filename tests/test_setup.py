@@ -137,7 +137,7 @@ def checkout(tmp_path):
 
 INSTALL = [
     "python -m pip install --disable-pip-version-check pip>=24.1",
-    "python -m pip install --disable-pip-version-check -c constraints.txt -e .[notebooks,test,evaluation]",
+    "python -m pip install --disable-pip-version-check -c constraints.txt -e .[notebooks,test,evaluation,ray]",
 ]
 
 
@@ -149,6 +149,8 @@ def test_the_active_environment_is_set_up_once(checkout):
     assert calls == ["recon assets", "python -m recon.batch laptop 1-granularity"]
     assert done.stdout == ""
     assert checkout("test", "-m", "slow", "-k", "a b")[1] == ["recon assets", "python -m pytest -m slow -k a b"]
+    words = ["--executor", "ray", "--address", "10.0.0.1:6379"]
+    assert checkout(*words)[1] == ["recon assets", f"python -m recon.batch quick {' '.join(words)}"]
     assert checkout("lab")[1] == ["python -m jupyter lab notebooks/"]
     with (checkout.here / "constraints.txt").open("a") as file:
         file.write("# changed\n")

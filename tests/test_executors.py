@@ -1,0 +1,259 @@
+"""Runs spread over the nodes of a Ray cluster, which are processes of this machine; nodes and workers killed while they run."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import recon
+from recon import executors
+from recon.errors import ReconError
+from recon.executors import Ray, Request, Serial
+from recon.spec import RunRecord
+from recon.study import grid, read_record, run_study
+
+ray = pytest.importorskip("ray")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+cloudpickle = pytest.importorskip("ray.cloudpickle")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one CPU each; this process is connected to them."""
+    head = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # beside other work on the machine, workers would get next to nothing
+        made = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+        add_node(made)
+        ray.init(address=made.address, logging_level=logging.WARNING)
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+        yield made
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        ray.shutdown()
+        made.shutdown()
+
+
+def add_node(cluster):
+    return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+
+
+def specs(count: int, **options) -> dict[str, recon.RunSpec]:
+    """Specs by made-up keys; nothing is run of them."""
+    return {f"key {number}": recon.RunSpec(rank=number + 1, **options) for number in range(count)}
+
+
+class Notes:
+    """A stand-in for a run, which writes down who runs what in files of `folder`, and may wait or die there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, spec, session, progress) -> RunRecord:
+        assert not progress
+        key = f"key {spec.rank - 1}"
+        begun = self.folder / f"{key} begun by {os.getpid()} {time.monotonic_ns()}"
+        begun.write_text(ray.get_runtime_context().get_node_id())
+        if (self.folder / f"{key} dies").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self.folder / f"{key} breaks").exists():
+            raise RuntimeError("a bug")
+        while (self.folder / f"{key} waits").exists():
+            time.sleep(0.02)
+        kept = session.keep("pruned", spec.pruned_by, lambda: os.getpid())
+        return RunRecord(asdict(spec), key, "done", metrics={"threads": torch.get_num_threads(), "pid": kept})
+
+    def tell(self, key: str, what: str) -> Path:
+        (self.folder / f"{key} {what}").touch()
+        return self.folder / f"{key} {what}"
+
+    def begun(self, key: str = "key") -> list[Path]:
+        return sorted(self.folder.glob(f"{key}* begun by *"), key=lambda path: int(path.name.split()[-1]))
+
+    def wait_for(self, key: str) -> Path:
+        """The note of the process that has begun to run `key`."""
+        until = time.monotonic() + 120
+        while not (found := self.begun(key)) or not found[-1].read_text():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        return found[-1]
+
+
+@pytest.fixture
+def notes(tmp_path):
+    return Notes(tmp_path)
+
+
+def records(executor: Ray, made: dict[str, recon.RunSpec], notes: Notes) -> dict[str, RunRecord]:
+    return {record.key: record for record in executor.each(made, notes)}
+
+
+@contextlib.contextmanager
+def meanwhile(function, notes: Notes):
+    """Context beside which `function` runs; where that fails, nothing waits any longer, and the context fails as well."""
+
+    def run():
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+            for path in notes.folder.glob("* waits"):
+                path.unlink(missing_ok=True)
+
+    errors = []
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_a_study_has_the_same_records_on_a_cluster(cluster, tiny_folder, tiny_text, tmp_path):
+    base = recon.RunSpec(
+        model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
+        evaluation_samples=2, evaluation_length=64,
+    )  # fmt: skip
+    wanted = grid(base, granularity=["none", "9-blocks", "half-block"], seed=[0, 1])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as workers have: more could round differently
+    try:
+        serial = run_study(wanted, tmp_path / "serial", progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    # One of the runs is there already.
+    run_study(wanted[:1], tmp_path / "ray", progress=False)
+    [first] = (tmp_path / "ray").glob("*.json")
+    stamp = first.stat().st_mtime_ns
+    spread = run_study(wanted, tmp_path / "ray", progress=False, executor="ray")
+    assert first.stat().st_mtime_ns == stamp
+    columns = ["key", "granularity", "seed", "status", "error", "perplexity", "held_out_error", "sparsity", "flops_reconstruct"]
+    assert spread[columns].equals(serial[columns])
+    assert list(spread["status"]) == ["done", "done", "failed", "failed", "done", "done"]
+    assert spread["error"].str.contains("the model has 4").sum() == 2
+    [key] = spread["key"][(spread["granularity"] == "half-block") & (spread["seed"] == 1)]
+    one, other = (read_record(tmp_path / folder / f"{key}.json") for folder in ("serial", "ray"))
+    assert [w["losses"] for w in one.windows] == [w["losses"] for w in other.windows]
+    assert other.environment["threads"] == 1
+
+
+def test_the_next_run_shares_most_with_the_last_one_and_least_with_those_of_others():
+    queue = executors._Queue()
+    made = {
+        f"{model} {criterion} {granularity}": recon.RunSpec(model=model, criterion=criterion, granularity=granularity)
+        for model in ("a", "b") for criterion in ("wanda", "ria") for granularity in ("block", "model")
+    }  # fmt: skip
+    for key, spec in made.items():
+        queue.add(key, spec)
+    given = {"one": [], "two": []}
+    for _ in range(4):
+        for keys in given.values():
+            keys.append(queue.take(made[keys[-1]] if keys else None))
+    assert given == {
+        "one": ["a wanda block", "a wanda model", "b wanda block", "b wanda model"],
+        "two": ["a ria block", "a ria model", "b ria block", "b ria model"],
+    }
+    assert not queue
+
+
+def test_lost_workers_and_failing_runs_cost_nothing_but_themselves(cluster, notes, caplog):
+    held = {key: notes.tell(key, "waits") for key in ("key 0", "key 1")}
+    notes.tell("key 2", "breaks")
+    notes.tell("key 5", "dies")
+    # Two groups, so that the two workers have one each.
+    made = {key: replace(spec, criterion=["wanda", "ria"][number % 2]) for number, (key, spec) in enumerate(specs(6).items())}
+    made["key 6"] = replace(made["key 0"], rank=99)  # its record has another key
+
+    def kill():
+        notes.wait_for("key 0")
+        os.kill(int(notes.wait_for("key 1").name.split()[-2]), signal.SIGKILL)
+        for path in held.values():
+            path.unlink()
+
+    with caplog.at_level(logging.WARNING, "recon"), meanwhile(kill, notes):
+        found = {key: (record.status, record.error) for key, record in records(Ray(), made, notes).items()}
+    failed = {key: error for key, (status, error) in found.items() if status == "failed"}
+    assert found.keys() == made.keys() and failed.keys() == {"key 2", "key 5", "key 6"}
+    assert [len(notes.begun(key)) for key in made][:6] == [1, 2, 1, 1, 1, executors.ATTEMPTS]
+    assert "run key 1: its worker, process" in caplog.text and "is lost" in caplog.text
+    assert "RuntimeError: a bug" in failed["key 2"]
+    assert "3 workers were lost with this run in hand" in failed["key 5"]
+    assert "the files that it reads are others on" in failed["key 6"]
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_costs_its_runs_only_and_a_new_one_joins_in(cluster, notes):
+    held = {key: notes.tell(key, "waits") for key in ("key 0", "key 1")}
+
+    def lose():
+        places = {notes.wait_for(key).read_text(): key for key in held}
+        [node] = [node for node in cluster.worker_nodes if node.node_id in places]
+        lost.append(places.pop(node.node_id))
+        cluster.remove_node(node, allow_graceful=False)
+        # The node that is left is busy: the run can only be done by the one that joins.
+        joined.append(add_node(cluster).node_id)
+        held[lost[0]].unlink()
+        notes.wait_for("key 5")
+        [kept] = places.values()
+        held[kept].unlink()
+
+    lost, joined = [], []
+    with meanwhile(lose, notes):
+        found = records(Ray(), specs(6), notes)
+    assert {key: record.status for key, record in found.items()} == dict.fromkeys(specs(6), "done")
+    assert [len(notes.begun(key)) for key in specs(6)] == [1 + (key in lost) for key in specs(6)]
+    assert {path.read_text() for path in notes.begun(lost[0])[1:] + notes.begun("key 5")} == set(joined)
+
+
+def test_a_worker_with_other_code_is_refused(cluster, notes, monkeypatch):
+    monkeypatch.setattr(executors, "code", lambda: "0123456789abcdef")
+    with pytest.raises(ReconError, match="runs another version of recon than this process .*install the same one on every node"):
+        records(Ray(workers=1), specs(2), notes)
+    assert not notes.begun()
+
+
+def test_a_request_that_no_node_can_meet_is_refused(cluster, notes):
+    with pytest.raises(
+        ReconError, match=r"no node .* has room for a worker \(4 CPUs, 1 GPU, 1\.0 GiB\); the nodes have: .*CPU 1"
+    ):
+        records(Ray(threads=4, gpus=1, memory=2**30), specs(2), notes)
+    assert not notes.begun()
+
+
+def test_what_a_worker_asks_for():
+    assert Request(2, 0, 0).fits({"CPU": 7, "GPU": 1}) == 3
+    assert Request(1, 0.5, 2**30).fits({"CPU": 7, "GPU": 2, "memory": 3 * 2**30}) == 3
+    assert Request(1, 1, 0).fits({"CPU": 7}) == 0
+    nodes = [{"Alive": True, "Resources": {"CPU": 96.0, "GPU": 8.0}}, {"Alive": True, "Resources": {"CPU": 2.0}}]
+    cluster = type("ray", (), {"nodes": staticmethod(lambda: nodes)})
+    assert Ray().request(cluster, specs(2)) == Request(12, 1, 0)
+    assert Ray(gpus=0.5).request(cluster, specs(2)) == Request(6, 0.5, 0)
+    assert Ray().request(cluster, specs(2, device="cpu")) == Ray(gpus=0).request(cluster, specs(2)) == Request(1, 0, 0)
+    assert Ray(threads=3, memory=5).request(cluster, specs(1)) == Request(3, 1, 5)
+    with pytest.raises(ReconError, match="threads of executor ray is 0; allowed: from 1 up"):
+        Ray(threads=0)
+
+
+def test_executors_by_name(monkeypatch):
+    monkeypatch.delenv(executors.VARIABLE, raising=False)
+    assert executors.get(None) == Serial() and executors.get("ray") == Ray()
+    monkeypatch.setenv(executors.VARIABLE, "ray")
+    assert executors.get(None) == Ray() and executors.get("serial") == Serial()
+    own = Ray(threads=2)
+    assert executors.get(own) is own
+    with pytest.raises(ReconError, match="unknown executor 'dask'; allowed: serial, ray, or an object"):
+        executors.get("dask")
+
+
+def test_without_ray_it_is_said_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ReconError, match=r"Ray, which is not installed; install it: pip install 'recon\[ray\]'"):
+        run_study([recon.RunSpec()], tmp_path, executor="ray")
+    assert not list(tmp_path.glob("*.json"))
