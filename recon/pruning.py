@@ -164,6 +164,20 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None 
         decoder.model.get_parameter(name).copy_(value)
 
 
+def check_alike(pruned: nn.Module, dense: nn.Module) -> None:
+    """Raises `ReconError` naming a parameter of `dense` that `pruned` lacks, or has in another shape; pruning may have added biases."""
+    found = dict(pruned.named_parameters(remove_duplicate=False))
+    for name, parameter in dense.named_parameters(remove_duplicate=False):
+        if name not in found:
+            raise ReconError(
+                f"the pruned model, a {type(pruned).__name__}, lacks {name!r} of the dense one, a {type(dense).__name__}"
+            )
+        if found[name].shape != parameter.shape:
+            raise ReconError(
+                f"{name!r} is {tuple(found[name].shape)} in the pruned model, and {tuple(parameter.shape)} in the dense one"
+            )
+
+
 def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """`masks`, or where there are none, those that the zeros of a pruned model tell.
 

@@ -1,6 +1,7 @@
 """The pass that repairs a pruned model, one window at a time, so that each matches the dense model's activations."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from recon.decoder import Decoder, Matrix, stored
 from recon.engine import Engine, batch_size
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
-from recon.pruning import keep_masks
+from recon.pruning import check_alike, keep_masks
 from recon.seeds import generator
 from recon.solvers.exact import Exact, masked_least_squares
 from recon.solvers.gradient import Curve, Schedule, fit, get_loss
@@ -112,9 +113,11 @@ def reconstruct(
         work: what is finished already, and where every finished window is noted; default: nothing, and nowhere.
 
     Raises:
-        ReconError: an unknown name, a combination that has no meaning, a mask that does not fit, or a model not in float32.
+        ReconError: an unknown name, a combination that has no meaning, a mask that does not fit, models that differ in more than
+            their values, or a model not in float32.
     """
     teacher = dense if isinstance(dense, Decoder) else Decoder(dense)
+    check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
     check_options(granularity, propagation, solver, start, loss, train, adapter, rank)
     check_length(teacher, samples.shape[1])
@@ -284,12 +287,12 @@ class _Pass:
         before = self.error(window, inputs, targets)
         count, curve = self.fit(window, inputs, targets, grams, parameters)
         after, status = self.error(window, inputs, targets), "repaired"
-        measured = {
-            "weights": parameters.values(),
-            "losses": map(torch.tensor, curve.losses),
-            "activations": map(torch.tensor, after.values()),
+        finite = {
+            "weights": all(bool(parameter.isfinite().all()) for parameter in parameters.values()),
+            "losses": all(map(math.isfinite, curve.losses)),
+            "activations": all(map(math.isfinite, after.values())),
         }
-        broken = [what for what, found in measured.items() if not all(bool(values.isfinite().all()) for values in found)]
+        broken = [what for what, fine in finite.items() if not fine]
         if broken:
             log.warning(
                 "window %r: fitting gave NaN or infinite %s; its pruned-only weights are restored", window.name, ", ".join(broken)

@@ -188,6 +188,26 @@ def test_a_model_of_another_type_is_refused(spec, tmp_path):
         recon.run(replace(spec, pruned=str(tmp_path)), progress=False)
 
 
+@pytest.mark.parametrize(
+    "family, changes, said",
+    [
+        (
+            "llama",
+            {"intermediate_size": 48},
+            r"'model.layers.0.mlp.gate_proj.weight' is \(48, 32\) in the pruned model, and \(64, 32\)",
+        ),
+        (
+            "gpt2",
+            {},
+            "the pruned model, a GPT2LMHeadModel, lacks 'model.embed_tokens.weight' of the dense one, a LlamaForCausalLM",
+        ),
+    ],
+)
+def test_models_in_memory_must_be_alike(tokens, family, changes, said):
+    with pytest.raises(ReconError, match=said):
+        recon.reconstruct(make_model(family, **changes), make_model("llama"), tokens(2, 8), progress=False)
+
+
 def test_zeros_where_they_do_no_good_are_said(pruned_here, spoilt, caplog):
     state = pruned_here[1].model.state_dict()
     embedding = state[EMBEDDING].clone()
