@@ -6,9 +6,10 @@ found is checked against the model's own output when a `Decoder` is made.
 """
 
 import contextlib
+import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -338,24 +339,28 @@ class Decoder:
 
     def loaded(self, window: Window) -> contextlib.AbstractContextManager:
         """Context in which all that it takes to run `window` is in memory. A model that is not a skeleton always is."""
-        return self._present(tensor for tensor in self.needed(window) if isinstance(tensor, nn.Parameter))
+        if self.lazy is None:
+            return contextlib.nullcontext()
+        return self.lazy.present(tensor for tensor in self.needed(window) if isinstance(tensor, nn.Parameter))
 
     def loaded_embedding(self) -> contextlib.AbstractContextManager:
         """As `loaded`, for what comes before the first block."""
-        return self._present(parameter for name, parameter in self._ends() if name in self._embedding)
+        return self._loaded_ends(before=True)
 
     def loaded_head(self) -> contextlib.AbstractContextManager:
         """As `loaded`, for what comes after the last block."""
-        return self._present(parameter for name, parameter in self._ends() if name not in self._embedding)
+        return self._loaded_ends(before=False)
 
-    def _present(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
-        return self.lazy.present(parameters) if self.lazy else contextlib.nullcontext()
+    def _loaded_ends(self, before: bool) -> contextlib.AbstractContextManager:
+        if self.lazy is None:
+            return contextlib.nullcontext()
+        return self.lazy.present(parameter for name, parameter in self._ends.items() if (name in self._embedding) == before)
 
-    def _ends(self) -> Iterator[tuple[str, nn.Parameter]]:
+    @functools.cached_property
+    def _ends(self) -> dict[str, nn.Parameter]:
         """The parameters outside the blocks, by full name; those that are tied under each of their names."""
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if not name.startswith(tuple(f"{path}." for path in self.stacks)):
-                yield name, parameter
+        inside, named = tuple(f"{path}." for path in self.stacks), self.model.named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in named if not name.startswith(inside)}
 
     def needed(self, window: Window) -> list[Tensor]:
         """The parameters and buffers that it takes to run `window`: those of its blocks, but for what is silenced in them."""
@@ -471,7 +476,7 @@ class Decoder:
         first: dict[object, int] = {}
         originals = [first.setdefault(kind_of(block), index) for index, block in enumerate(self.blocks)]
         bypassed = {b: partial(self._bypass, o) for i, (b, o) in enumerate(zip(self.blocks, originals, strict=True)) if i != o}
-        parameters = [parameter for _, parameter in self._ends()]
+        parameters = list(self._ends.values())
         parameters += [parameter for index in set(originals) for parameter in self.blocks[index].parameters()]
         with self.lazy.reading(made_up(self.lazy.parameters)), self.lazy.present(parameters), replaced(bypassed):
             self._discover(originals)
@@ -541,7 +546,7 @@ class Decoder:
         """Notes the parameters outside the blocks that have a part in what the first block reads."""
         self._embedding, handles = set(), []
         owners: dict[str, list[str]] = {}
-        for name, _ in self._ends():
+        for name in self._ends:
             owners.setdefault(name.rpartition(".")[0], []).append(name)
         for path, names in owners.items():
             hook = self.model.get_submodule(path).register_forward_pre_hook(

@@ -171,13 +171,13 @@ class StreamedRun(Run):
         taken = {name for window in self.windows() for name in self.dense.parameters(window)}
         skipped = set(model._keys_to_ignore_on_save or ())
         sizes = {name: 4 * parameter.numel() for name, parameter in self.dense.lazy.parameters.items()}
-        sizes |= {name: tensor.nbytes for name, tensor in model.state_dict().items() if name in dict(model.named_buffers())}
+        buffers = dict(model.named_buffers())
+        sizes |= {name: buffers[name].nbytes for name in model.state_dict() if name in buffers}
+        home = {name: block for block in self.dense.names for name in sizes if name.startswith(f"{block}.")}
         blocks: dict[str, list[str]] = {}  # what is in one block stays together, as transformers may store it in one piece
         for name in sizes:
             if name not in taken and name not in skipped:
-                inside = name.startswith(f"{self.dense.path}.")
-                number = name.removeprefix(f"{self.dense.path}.").partition(".")[0]
-                blocks.setdefault(f"block {number}" if inside else name, []).append(name)
+                blocks.setdefault(home.get(name, name), []).append(name)
         shards, room = [], 0
         for names in blocks.values():
             size = sum(sizes[name] for name in names)
