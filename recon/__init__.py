@@ -8,7 +8,7 @@ import importlib
 # Public name -> module that holds it; imported on first use, so that `recon --help` does not wait for torch.
 _PUBLIC = {
     "Decoder": "decoder",
-    "Ray": "executors",
+    "Ray": "cluster",
     "ReconError": "errors",
     "RunSpec": "spec",
     "Schedule": "solvers.gradient",

@@ -26,7 +26,7 @@ import papermill
 import yaml
 from nbconvert import HTMLExporter
 
-from recon import claims, executors, figures, lock
+from recon import claims, cluster, figures, lock
 from recon.errors import ReconError
 from recon.estimate import duration
 
@@ -194,7 +194,7 @@ def execute(
     """Runs the notebooks named (None: all) under `profile`, renders them and the index, and says how each went.
 
     compute: False draws from the records that are there and runs nothing; notebooks that cannot are left out.
-    executor, address: what computes their studies, and the Ray cluster that they all share; see `recon.executors.shared`.
+    executor, address: what computes their studies, and the Ray cluster that they all share; see `recon.cluster.shared`.
 
     Everything that can be checked is checked before the first one runs (`ReconError`), also that no other process is at it. An exception inside a notebook
     is part of its `Outcome`. An interrupt by the user ends the list, with the notebook that was running "stopped".
@@ -210,7 +210,7 @@ def execute(
         for folder in ("notebooks", "html"):
             (build / folder).mkdir(exist_ok=True)
         outcomes = []
-        with executors.shared(executor, address) if compute else contextlib.nullcontext():
+        with cluster.shared(executor, address) if compute else contextlib.nullcontext():
             for number, path in enumerate(paths, 1):
                 report(f"[{number}/{len(paths)}] {path.stem}")
                 outcomes.append(_run(path, parameters[path.stem], build, stdout))
@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("profile", choices=PROFILES, help="which sizes to run")
     parser.add_argument("--from-records", action="store_true", help="run nothing: draw from the records that are there")
     parser.add_argument(
-        "--executor", choices=tuple(executors.NAMED), help="what computes their studies (default: RECON_EXECUTOR, or serial)"
+        "--executor", choices=cluster.EXECUTORS, help="what computes their studies (default: RECON_EXECUTOR, or serial)"
     )
     parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else one that is started on this machine")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names of notebooks (default: all)")

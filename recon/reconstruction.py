@@ -1,9 +1,11 @@
 """The pass that repairs a pruned model, one window at a time, so that each matches the dense model's activations."""
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -11,14 +13,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from recon import cluster
 from recon.activations import Activations
 from recon.adapters import adapted, check_adaptable, check_adapter
+from recon.cluster import Crew, Failure, Ray
 from recon.decoder import Decoder, Matrix, stored
 from recon.engine import Engine, batch_size
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
 from recon.pruning import check_alike, keep_masks
 from recon.seeds import generator
+from recon.shipping import Packed, revived, twin, without_weights
 from recon.solvers.exact import Exact, masked_least_squares
 from recon.solvers.gradient import Curve, Schedule, fit, get_loss
 from recon.statistics import gather
@@ -91,6 +96,7 @@ def reconstruct(
     device: torch.device | str | None = None,
     progress: bool = True,
     work: InMemory | None = None,
+    executor: str | Ray | None = "serial",
 ) -> list[WindowReport]:
     """Repairs `model` in place against `dense`, window by window; the pruned weights stay exact zeros.
 
@@ -111,11 +117,19 @@ def reconstruct(
         held_out: tokens (samples, length) that nothing is fitted on, to measure errors on; a window whose error on the first
             `ERROR_SAMPLES` of them grows is put back.
         work: what is finished already, and where every finished window is noted; default: nothing, and nowhere.
+        executor: "serial", or "ray" or `recon.Ray(...)`: workers then repair windows side by side, each with the weights of its
+            window alone. Under dense propagation only: there no window depends on another.
 
     Raises:
         ReconError: an unknown name, a combination that has no meaning, a mask that does not fit, models that differ in more than
             their values, or a model not in float32.
     """
+    settings = cluster.get(executor)
+    if settings is not None and propagation != "dense":
+        raise ReconError(
+            f"windows cannot be repaired side by side under {propagation} propagation: each one reads what those before it, repaired, "
+            "give out; choose propagation dense, or executor serial"
+        )
     teacher = dense if isinstance(dense, Decoder) else Decoder(dense)
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
@@ -132,17 +146,16 @@ def reconstruct(
     )  # fmt: skip
     windows = teacher.windows(granularity)
     reports = [WindowReport(**found) for found in work.finished("reconstruct")]
+    tokens = samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]])
     if len(reports) < len(windows):
-        task.begin(samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]]))
-    bar = tqdm(
-        windows[len(reports) :], desc=f"reconstruct ({granularity})", unit="window", disable=not progress,
-        initial=len(reports), total=len(windows),
-    )  # fmt: skip
+        task.begin(tokens)
+    bar = tqdm(desc=f"reconstruct ({granularity})", unit="window", disable=not progress, initial=len(reports), total=len(windows))
     # Only the window in hand is trained; nothing else needs gradients.
     with bar, requiring_gradients(student.model.parameters(), False):
-        for window in bar:
-            report = task.repair(window)
+        left = windows[len(reports) :]
+        for report in _side_by_side(task, left, tokens, settings) if settings else map(task.repair, left):
             reports.append(report)
+            bar.update()
             before, after = (next(iter(error.values())) for error in (report.error_before, report.error_after))
             bar.set_postfix_str(f"error {before:.2g} -> {after:.2g}")
     rejected = sum(report.status == "rejected" for report in reports)
@@ -216,20 +229,11 @@ class _Pass:
     micro_batch: int = 0  # samples that memory has sufficed for, where it ran out before
 
     def begin(self, tokens: Tensor) -> None:
-        """Embeds `tokens` (samples, length), calibration samples first, and decides what errors are measured on.
+        """Embeds `tokens` (samples, length), calibration samples first.
 
         Where windows are finished already, the streams are those that the next one starts from.
         """
-        # Errors are measured on held-out samples or, where there are none, on the first calibration samples.
-        first = self.count if len(tokens) > self.count else 0
-        self.measured = slice(first, min(first + ERROR_SAMPLES, len(tokens)))
-        self.measured_on = "held_out" if first else "calibration"
-        # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
-        self.by_grams = self.solver == "exact" and self.propagation == "dense"
-        # Samples that Gram matrices are made of: whole batches, so that outputs have the same bits however they come about.
-        size = batch_size(tokens.shape[1])
-        self.read = min(self.count, -(-(self.exact.samples or self.count) // size) * size)
-        self.kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
+        self.settle(*tokens.shape)
         if streams := self.work.streams("reconstruct"):
             self.dense, self.sparse = streams.get("dense"), streams.get("sparse")
             return
@@ -242,6 +246,19 @@ class _Pass:
             # Embeddings are not pruned, so both models start from the same activations, unless something else changed them.
             own = self.engine.embed(self.student, tokens, self.count)
             self.sparse = embedded if torch.equal(own, embedded) else own
+
+    def settle(self, samples: int, length: int) -> None:
+        """Decides what is measured and solved on which of all the samples, held-out ones included."""
+        # Errors are measured on held-out samples or, where there are none, on the first calibration samples.
+        first = self.count if samples > self.count else 0
+        self.measured = slice(first, min(first + ERROR_SAMPLES, samples))
+        self.measured_on = "held_out" if first else "calibration"
+        # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
+        self.by_grams = self.solver == "exact" and self.propagation == "dense"
+        # Samples that Gram matrices are made of: whole batches, so that outputs have the same bits however they come about.
+        size = batch_size(length)
+        self.read = min(self.count, -(-(self.exact.samples or self.count) // size) * size)
+        self.kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
 
     def known(self, name: str) -> Tensor | None:
         """What this pass, or one before it in the same study, computed under `name`."""
@@ -488,6 +505,137 @@ class _Pass:
         if window.ends_block:
             self.kept.clear()
             self.activations.release()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One window as a worker gets it: its weights, dense and pruned, its masks, and the dense activations that it starts from."""
+
+    window: Window
+    dense: dict[str, Packed]
+    pruned: dict[str, Packed]
+    masks: dict[str, Packed]
+    stream: object  # reference to a `Packed` that windows share
+
+
+class _Shard(InMemory):
+    """The work of a pass that repairs one window: what becomes of it."""
+
+    def finish(self, phase, found, streams=None, weights=None, shard=None) -> None:
+        self.found = found, {name: Packed.of(tensor) for name, tensor in shard.items()}
+
+
+class _Lone(_Pass):
+    """A pass over one window, whose streams lead nowhere."""
+
+    def advance(self, window: Window) -> None:
+        self.kept.clear()
+
+
+class _Windows:
+    """What a worker does: repairs one window after the other, none of which depends on another."""
+
+    def __init__(self, task: _Pass, tokens: Tensor):
+        self.decoder = without_weights(task.teacher)
+        self.on_cpu, self.dtype = task.engine.device.type == "cpu", str(task.engine.dtype).removeprefix("torch.")
+        self.options = (
+            task.propagation, task.solver, task.start, task.loss, task.schedule, task.exact, task.train, task.adapter, task.rank,
+            task.seed,
+        )  # fmt: skip
+        self.count, self.shape = task.count, tokens.shape
+        self.task: _Task | None = None
+        self.teacher: Decoder | None = None
+
+    def __call__(self, task: _Task) -> tuple[dict, dict[str, Packed]]:
+        import ray
+
+        self.task = task
+        if self.teacher is None:
+            self.teacher = revived(self.decoder, lambda name: self.value(self.task.dense, name))
+            self.student = twin(self.teacher, lambda name: self.value(self.task.pruned, name))
+        work, masks = _Shard(), {name: mask.tensor() for name, mask in task.masks.items()}
+        engine = Engine("cpu" if self.on_cpu else "auto", self.dtype, work)
+        lone = _Lone(self.teacher, self.student, masks, *self.options, engine, self.count, Activations(limit=0), work)
+        lone.settle(*self.shape)
+        lone.dense, lone.sparse = ray.get(task.stream).tensor(), None
+        with requiring_gradients(self.student.model.parameters(), False):
+            lone.repair(task.window)
+        return work.found
+
+    @staticmethod
+    def value(values: dict[str, Packed], name: str) -> Tensor | None:
+        return values[name].tensor() if name in values else None
+
+
+class _Waiting:
+    """Windows that wait for a worker, made ready one by one; see `recon.cluster.Tasks`."""
+
+    def __init__(self, task: _Pass, windows: list[Window], put: Callable[[Packed], object]):
+        self.task_of, self.put = task, put
+        self.left = deque(windows)
+        self.waiting: deque[str] = deque()
+        self.ready: dict[str, _Task] = {}  # by name, until they are finished
+        self.after: dict[str, Tensor | None] = {}  # the stream that the next window starts from
+        self.shared: tuple[Tensor | None, object] = None, None
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    def take(self, before: str | None) -> str:
+        return self.waiting.popleft()
+
+    def put_back(self, key: str) -> None:
+        self.waiting.appendleft(key)
+
+    def task(self, key: str) -> _Task:
+        return self.ready[key]
+
+    def make_ready(self) -> None:
+        """Packs the next window, and takes the dense activations on to the one after it."""
+        task, window = self.task_of, self.left.popleft()
+        if task.dense is not self.shared[0]:
+            self.shared = task.dense, self.put(Packed.of(task.dense))
+        read = Window(window.blocks) if window.matrices else window
+        masks = {name: Packed.of(task.masks[name]) for name in task.student.matrices(window)}
+        self.ready[window.name] = _Task(window, _packed(task.teacher, read), _packed(task.student, window), masks, self.shared[1])
+        task.advance(window)
+        self.after[window.name] = task.dense
+        self.waiting.append(window.name)
+
+
+def _packed(decoder: Decoder, window: Window) -> dict[str, Packed]:
+    """The parameters that it takes to run `window`, by full name."""
+    with decoder.loaded(window):
+        needed = {id(tensor) for tensor in decoder.needed(window)}
+        return {name: Packed.of(p) for name, p in decoder.model.named_parameters() if id(p) in needed}
+
+
+def _side_by_side(task: _Pass, windows: list[Window], tokens: Tensor, settings: Ray) -> Iterator[WindowReport]:
+    """The reports of `windows`, in their order, as workers repair them; `task` has begun with `tokens`."""
+    ray = cluster.connect(settings.address)
+    request = settings.request(ray, on_cpu=task.engine.device.type == "cpu")
+    waiting, done = _Waiting(task, windows, ray.put), {}
+    with contextlib.closing(Crew(ray, request, settings.workers, _Windows(task, tokens), waiting, "window")) as crew:
+        for window in windows:
+            while window.name not in done:
+                room = crew.capacity()
+                # Each worker has a window in hand and one that waits; what is finished out of turn waits as well.
+                more = bool(waiting.left) and len(waiting.ready) < 3 * room and len(waiting) < room
+                if more:
+                    waiting.make_ready()
+                for name, found in crew.step(timeout=0 if more else cluster.POLL):
+                    if isinstance(found, Failure):
+                        raise ReconError(f"window {name!r} was not repaired: {found.error}")
+                    done[name] = found
+            del waiting.ready[window.name]
+            found, shard = done.pop(window.name)
+            with task.student.loaded(window), torch.no_grad():
+                parameters = task.student.parameters(window)
+                for name, packed in shard.items():
+                    parameters[name].copy_(packed.tensor())
+                streams = {"dense": waiting.after.pop(window.name), "sparse": None}
+                task.work.finish("reconstruct", found, streams, shard={name: p.detach() for name, p in parameters.items()})
+            yield WindowReport(**found)
 
 
 def _place(window: Window) -> str:

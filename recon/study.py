@@ -14,10 +14,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from recon import executors, lock
+from recon import cluster, executors, lock
 from recon.checkpoint import check_writable
+from recon.cluster import Ray
 from recon.errors import ReconError
-from recon.executors import Executor
 from recon.runs import Session, run
 from recon.spec import RunRecord, RunSpec
 from recon.weights import PART
@@ -204,7 +204,7 @@ def run_study(
     folder: Path | str,
     progress: bool = True,
     compute: bool = True,
-    executor: str | Executor | None = None,
+    executor: str | Ray | None = None,
 ) -> pd.DataFrame:
     """Runs what is missing of `specs` and returns one row per spec, in their order.
 
@@ -212,8 +212,8 @@ def run_study(
     a record that says how, and the others go on; a failed run is tried again next time.
 
     compute: False runs nothing; what has no record then has the status "missing".
-    executor: "serial", "ray", or an object of `recon.executors` with settings of its own; None: what the environment variable
-        RECON_EXECUTOR names, or serial. What a record says, and its name, do not depend on it.
+    executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable RECON_EXECUTOR
+        names, or serial. What a record says, and its name, do not depend on it.
 
     Raises `ReconError` where another process is at work on `folder`, naming it, and where the executor cannot be had.
 
@@ -226,7 +226,7 @@ def run_study(
     keys = [spec.key() for spec in specs]
     if not compute:
         return frame([_as_it_is(Path(folder), spec, key) for spec, key in zip(specs, keys, strict=True)])
-    chosen = executors.get(executor)
+    chosen = cluster.get(executor)
     store = RecordStore(folder)
     with lock.held(store.folder / lock.NAME, f"record folder {str(folder)!r}"):
         records = _run_missing(specs, keys, store, chosen, progress)
@@ -234,7 +234,7 @@ def run_study(
 
 
 def _run_missing(
-    specs: list[RunSpec], keys: list[str], store: RecordStore, executor: Executor, progress: bool
+    specs: list[RunSpec], keys: list[str], store: RecordStore, executor: Ray | None, progress: bool
 ) -> dict[str, RunRecord]:
     """The records of all `keys`, those that are not in `store` computed and put there."""
     store.clear()
@@ -244,7 +244,7 @@ def _run_missing(
     order = sorted(missing, key=lambda key: [str(part) for part in (*missing[key].pruned_by, missing[key].samples)])
     if not order:
         return records
-    found, failed = executor.each({key: missing[key] for key in order}, record_of, progress), []
+    found, failed = executors.each({key: missing[key] for key in order}, record_of, executor, progress), []
     with contextlib.closing(found), tqdm(total=len(order), desc="study", unit="run", disable=not progress) as bar:
         for record in found:
             store.put(record)

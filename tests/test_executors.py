@@ -1,22 +1,27 @@
 """Runs spread over the nodes of a Ray cluster, which are processes of this machine; nodes and workers killed while they run."""
 
 import contextlib
+import copy
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import heed_interrupts
 
 import recon
+from recon import cluster as workers
 from recon import executors
+from recon.cluster import Ray, Request
 from recon.errors import ReconError
-from recon.executors import Ray, Request, Serial
 from recon.spec import RunRecord
 from recon.study import grid, read_record, run_study
 
@@ -92,26 +97,34 @@ def notes(tmp_path):
 
 
 def records(executor: Ray, made: dict[str, recon.RunSpec], notes: Notes) -> dict[str, RunRecord]:
-    return {record.key: record for record in executor.each(made, notes)}
+    return {record.key: record for record in executors.each(made, notes, executor)}
 
 
 @contextlib.contextmanager
 def meanwhile(function, notes: Notes):
-    """Context beside which `function` runs; where that fails, nothing waits any longer, and the context fails as well."""
+    """Context beside which `function` runs; where either fails, nothing waits any longer, and both fail."""
+
+    def release():
+        for path in notes.folder.glob("* waits"):
+            path.unlink(missing_ok=True)
 
     def run():
         try:
             function()
         except BaseException as error:
             errors.append(error)
-            for path in notes.folder.glob("* waits"):
-                path.unlink(missing_ok=True)
+            release()
 
     errors = []
     thread = threading.Thread(target=run)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    except BaseException:
+        release()
+        raise
+    finally:
+        thread.join()
     if errors:
         raise errors[0]
 
@@ -145,22 +158,20 @@ def test_a_study_has_the_same_records_on_a_cluster(cluster, tiny_folder, tiny_te
 
 
 def test_the_next_run_shares_most_with_the_last_one_and_least_with_those_of_others():
-    queue = executors._Queue()
     made = {
         f"{model} {criterion} {granularity}": recon.RunSpec(model=model, criterion=criterion, granularity=granularity)
         for model in ("a", "b") for criterion in ("wanda", "ria") for granularity in ("block", "model")
     }  # fmt: skip
-    for key, spec in made.items():
-        queue.add(key, spec)
+    queue = executors.Queue(made)
     given = {"one": [], "two": []}
     for _ in range(4):
         for keys in given.values():
-            keys.append(queue.take(made[keys[-1]] if keys else None))
+            keys.append(queue.take(keys[-1] if keys else None))
     assert given == {
         "one": ["a wanda block", "a wanda model", "b wanda block", "b wanda model"],
         "two": ["a ria block", "a ria model", "b ria block", "b ria model"],
     }
-    assert not queue
+    assert not len(queue)
 
 
 def test_lost_workers_and_failing_runs_cost_nothing_but_themselves(cluster, notes, caplog):
@@ -181,39 +192,36 @@ def test_lost_workers_and_failing_runs_cost_nothing_but_themselves(cluster, note
         found = {key: (record.status, record.error) for key, record in records(Ray(), made, notes).items()}
     failed = {key: error for key, (status, error) in found.items() if status == "failed"}
     assert found.keys() == made.keys() and failed.keys() == {"key 2", "key 5", "key 6"}
-    assert [len(notes.begun(key)) for key in made][:6] == [1, 2, 1, 1, 1, executors.ATTEMPTS]
+    assert [len(notes.begun(key)) for key in made][:6] == [1, 2, 1, 1, 1, workers.ATTEMPTS]
     assert "run key 1: its worker, process" in caplog.text and "is lost" in caplog.text
     assert "RuntimeError: a bug" in failed["key 2"]
-    assert "3 workers were lost with this run in hand" in failed["key 5"]
-    assert "the files that it reads are others on" in failed["key 6"]
+    assert "3 workers were lost with this in hand" in failed["key 5"]
+    assert "give all nodes the same" in failed["key 6"]
 
 
 @pytest.mark.slow
 def test_a_node_that_is_lost_costs_its_runs_only_and_a_new_one_joins_in(cluster, notes):
     held = {key: notes.tell(key, "waits") for key in ("key 0", "key 1")}
 
-    def lose():
+    found = {}
+    with meanwhile(lambda: found.update(records(Ray(), specs(6), notes)), notes):
         places = {notes.wait_for(key).read_text(): key for key in held}
         [node] = [node for node in cluster.worker_nodes if node.node_id in places]
-        lost.append(places.pop(node.node_id))
+        lost = places.pop(node.node_id)
         cluster.remove_node(node, allow_graceful=False)
         # The node that is left is busy: the run can only be done by the one that joins.
-        joined.append(add_node(cluster).node_id)
-        held[lost[0]].unlink()
+        joined = add_node(cluster).node_id
+        held[lost].unlink()
         notes.wait_for("key 5")
         [kept] = places.values()
         held[kept].unlink()
-
-    lost, joined = [], []
-    with meanwhile(lose, notes):
-        found = records(Ray(), specs(6), notes)
     assert {key: record.status for key, record in found.items()} == dict.fromkeys(specs(6), "done")
-    assert [len(notes.begun(key)) for key in specs(6)] == [1 + (key in lost) for key in specs(6)]
-    assert {path.read_text() for path in notes.begun(lost[0])[1:] + notes.begun("key 5")} == set(joined)
+    assert [len(notes.begun(key)) for key in specs(6)] == [1 + (key == lost) for key in specs(6)]
+    assert {path.read_text() for path in notes.begun(lost)[1:] + notes.begun("key 5")} == {joined}
 
 
 def test_a_worker_with_other_code_is_refused(cluster, notes, monkeypatch):
-    monkeypatch.setattr(executors, "code", lambda: "0123456789abcdef")
+    monkeypatch.setattr(workers, "code", lambda: "0123456789abcdef")
     with pytest.raises(ReconError, match="runs another version of recon than this process .*install the same one on every node"):
         records(Ray(workers=1), specs(2), notes)
     assert not notes.begun()
@@ -232,24 +240,24 @@ def test_what_a_worker_asks_for():
     assert Request(1, 0.5, 2**30).fits({"CPU": 7, "GPU": 2, "memory": 3 * 2**30}) == 3
     assert Request(1, 1, 0).fits({"CPU": 7}) == 0
     nodes = [{"Alive": True, "Resources": {"CPU": 96.0, "GPU": 8.0}}, {"Alive": True, "Resources": {"CPU": 2.0}}]
-    cluster = type("ray", (), {"nodes": staticmethod(lambda: nodes)})
-    assert Ray().request(cluster, specs(2)) == Request(12, 1, 0)
-    assert Ray(gpus=0.5).request(cluster, specs(2)) == Request(6, 0.5, 0)
-    assert Ray().request(cluster, specs(2, device="cpu")) == Ray(gpus=0).request(cluster, specs(2)) == Request(1, 0, 0)
-    assert Ray(threads=3, memory=5).request(cluster, specs(1)) == Request(3, 1, 5)
+    module = SimpleNamespace(nodes=lambda: nodes)
+    assert Ray().request(module, on_cpu=False) == Request(12, 1, 0)
+    assert Ray(gpus=0.5).request(module, on_cpu=False) == Request(6, 0.5, 0)
+    assert Ray().request(module, on_cpu=True) == Ray(gpus=0).request(module, on_cpu=False) == Request(1, 0, 0)
+    assert Ray(threads=3, memory=5).request(module, on_cpu=False) == Request(3, 1, 5)
     with pytest.raises(ReconError, match="threads of executor ray is 0; allowed: from 1 up"):
         Ray(threads=0)
 
 
 def test_executors_by_name(monkeypatch):
-    monkeypatch.delenv(executors.VARIABLE, raising=False)
-    assert executors.get(None) == Serial() and executors.get("ray") == Ray()
-    monkeypatch.setenv(executors.VARIABLE, "ray")
-    assert executors.get(None) == Ray() and executors.get("serial") == Serial()
+    monkeypatch.delenv(workers.VARIABLE, raising=False)
+    assert workers.get(None) is None and workers.get("ray") == Ray()
+    monkeypatch.setenv(workers.VARIABLE, "ray")
+    assert workers.get(None) == Ray() and workers.get("serial") is None
     own = Ray(threads=2)
-    assert executors.get(own) is own
-    with pytest.raises(ReconError, match="unknown executor 'dask'; allowed: serial, ray, or an object"):
-        executors.get("dask")
+    assert workers.get(own) is own
+    with pytest.raises(ReconError, match="unknown executor 'dask'; allowed: serial, ray, or recon.Ray"):
+        workers.get("dask")
 
 
 def test_without_ray_it_is_said_how_to_install_it(monkeypatch, tmp_path):
@@ -257,3 +265,94 @@ def test_without_ray_it_is_said_how_to_install_it(monkeypatch, tmp_path):
     with pytest.raises(ReconError, match=r"Ray, which is not installed; install it: pip install 'recon\[ray\]'"):
         run_study([recon.RunSpec()], tmp_path, executor="ray")
     assert not list(tmp_path.glob("*.json"))
+
+
+WAYS = {  # granularity, and how windows are fitted
+    "halves": ("half-block", {"schedule": recon.Schedule(3e-3, pieces=2)}),
+    "matrices exactly": ("matrix", {"solver": "exact"}),
+    "blocks from exact": ("2-blocks", {"start": "exact", "train": "all"}),
+    "adapters": ("block", {"adapter": "masklora", "rank": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "way", ["halves", "matrices exactly", *(pytest.param(way, marks=pytest.mark.slow) for way in [*WAYS][2:])]
+)
+def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny, tokens, way):
+    granularity, options = WAYS[way]
+    dense, samples, held_out = tiny("llama", tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
+    pruned = copy.deepcopy(dense)
+    recon.prune(pruned, samples, criterion="wanda", pattern="0.5", progress=False)
+    made, reports = {}, {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as workers have: more could round differently
+    try:
+        for executor in ("serial", Ray()):
+            made[executor] = copy.deepcopy(pruned)
+            reports[executor] = recon.reconstruct(
+                made[executor],
+                dense,
+                samples,
+                granularity=granularity,
+                held_out=held_out,
+                progress=False,
+                executor=executor,
+                **options,
+            )
+    finally:
+        torch.set_num_threads(threads)
+    serial, spread = (made[executor].state_dict() for executor in made)
+    assert all(torch.equal(serial[name], spread[name]) for name in serial)
+    assert any(not torch.equal(serial[name], pruned.state_dict()[name]) for name in serial)
+    one, other = ([replace(report, seconds=0) for report in reports[executor]] for executor in made)
+    assert one == other
+
+
+def test_windows_that_depend_on_one_another_are_not_spread(tiny, tokens):
+    for propagation in ("sparse", "mixed"):
+        with pytest.raises(
+            ReconError, match=f"side by side under {propagation} propagation: each one reads what those before it"
+        ):
+            recon.reconstruct(tiny("llama"), tiny("llama"), tokens(2, 8), propagation=propagation, executor="ray")
+
+
+SCRIPT = """
+import sys
+import recon
+base = recon.RunSpec(
+    model=sys.argv[1], text=sys.argv[2], samples=4, sequence_length=32, held_out_samples=2,
+    evaluation_texts=(sys.argv[2],), evaluation_samples=2, evaluation_length=64,
+)
+specs = recon.grid(base, granularity=["none", "half-block", "block", "model"], seed=[0, 1])
+runs = recon.run_study(specs, sys.argv[3], progress=False, executor=recon.Ray("local", workers=2))
+print(*runs["status"])
+"""
+
+
+@pytest.mark.slow
+def test_a_study_that_is_interrupted_goes_on_where_it_was(tmp_path, tiny_folder, tiny_text):
+    """With a cluster of its own, as on a laptop, which gets the interrupt from the terminal as well."""
+
+    def start():
+        words = [sys.executable, "-c", SCRIPT, tiny_folder, tiny_text, str(tmp_path / "records")]
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+        return subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings, start_new_session=True,
+            preexec_fn=heed_interrupts,
+        )  # fmt: skip
+
+    process = start()
+    until = time.monotonic() + 240
+    while len(list((tmp_path / "records").glob("*.json"))) < 2:
+        assert process.poll() is None and time.monotonic() < until, "the study ended or hung before it was to be interrupted"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and "KeyboardInterrupt" in said
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").glob("*.json")}
+    assert 2 <= len(before) < 8 and {read_record(path).status for path in before} == {"done"}
+    process = start()
+    answer, said = process.communicate(timeout=300)
+    assert answer.split() == ["done"] * 8, said
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(list((tmp_path / "records").glob("*.json"))) == 8
