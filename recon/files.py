@@ -4,8 +4,11 @@ A checkpoint is a folder in the Hugging Face format with its weights in safetens
 listed by an index. Nothing here unpickles, or runs code that comes with a model.
 """
 
+import contextlib
 import functools
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,13 +16,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from recon.assets import sha256
+from recon.assets import cache_folder, sha256
 from recon.errors import ReconError
 
 WEIGHTS, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # configuration and tokenizer, as patterns
 SLOW = 2**30  # bytes from which hashing gets a bar
+LARGE = 2**26  # bytes from which a file's hash is kept from one process to the next
 
 
 def shards(folder: Path | str) -> list[Path]:
@@ -174,12 +178,27 @@ def write_hashes(folder: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file, computed once per process unless its size or time has changed."""
+    """The SHA-256 of a file, computed anew where its size or time has changed; that of a large one is kept in the cache."""
     found = path.stat()
     return _digest(path.resolve(), found.st_size, found.st_mtime_ns)
 
 
 @functools.cache
 def _digest(path: Path, size: int, time: int) -> str:
-    """The SHA-256 of a file, computed anew where its size or time has changed."""
-    return sha256(path)
+    if size < LARGE:
+        return sha256(path)
+    known = cache_folder() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
+    stamp = {"path": str(path), "size": size, "mtime_ns": time}
+    try:
+        kept = json.loads(known.read_text(encoding="utf-8"))
+        if {name: kept[name] for name in stamp} == stamp:
+            return kept["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: it is computed
+        pass
+    stamp["sha256"] = sha256(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        known.parent.mkdir(parents=True, exist_ok=True)
+        temporary = known.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(stamp), encoding="utf-8")
+        os.replace(temporary, known)
+    return stamp["sha256"]

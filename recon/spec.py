@@ -24,7 +24,7 @@ class RunSpec:
     """Everything that can change a run's numbers."""
 
     model: str = "smollm2-135m"
-    """A bundled name (see `recon models`), a local folder, or a Hub id."""
+    """A bundled name (see `recon models`), a local folder, a GGUF file, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     pruned: str | None = None

@@ -1,5 +1,6 @@
 """Checkpoints whose files are damaged, lie, or lead elsewhere are refused by name; whole ones are found whole."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, safetensors_conversion
 
 import recon
 from recon import files, models
+from recon.assets import sha256
 from recon.errors import ReconError
 
 INDEX = "model.safetensors.index.json"
@@ -279,3 +281,20 @@ def test_weights_are_written_bit_by_bit(tiny_folder, folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ReconError, match=f"parameter '{name}' holds 1 NaN or infinite values"):
         models.load(str(folder))
+
+
+def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "LARGE", 4)
+    path, computed = tmp_path / "large", []
+    monkeypatch.setattr(files, "sha256", lambda path: computed.append(path) or sha256(path))
+    for content, count in ((b"first", 1), (b"first", 1), (b"other", 2)):
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
+            os.utime(path, ns=(0, len(computed)))
+        files._digest.cache_clear()  # as in another process
+        assert files.digest(path) == hashlib.sha256(content).hexdigest() and len(computed) == count
+    [kept] = (tmp_path / "cache" / "digests").iterdir()
+    kept.write_text("{}")
+    files._digest.cache_clear()
+    assert files.digest(path) == hashlib.sha256(b"other").hexdigest() and len(computed) == 3
