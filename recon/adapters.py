@@ -60,7 +60,7 @@ class _Merged(torch.autograd.Function):
         ctx.save_for_backward(factor, b, a)
         merged = torch.empty_like(weight, dtype=dtype, requires_grad=False)
         with torch.autocast(weight.device.type, enabled=False):
-            for part in _parts(weight):
+            for part in parts(weight):
                 change = b[part] @ a
                 if factor is not None:
                     change *= factor[part]
@@ -73,7 +73,7 @@ class _Merged(torch.autograd.Function):
         factor, b, a = ctx.saved_tensors
         b_gradient, a_gradient = torch.empty_like(b), torch.zeros_like(a)
         with torch.autocast(above.device.type, enabled=False):
-            for part in _parts(above):
+            for part in parts(above):
                 slope = above[part].float() * ALPHA
                 if factor is not None:
                     slope *= factor[part]
@@ -82,7 +82,7 @@ class _Merged(torch.autograd.Function):
         return None, None, b_gradient, a_gradient, None
 
 
-def _parts(matrix: Tensor) -> list[slice]:
+def parts(matrix: Tensor) -> list[slice]:
     """Rows of a matrix that are worked on at once."""
     rows = max(1, ELEMENTS.get(matrix.device.type, matrix.numel()) // matrix.shape[1])
     return [slice(start, start + rows) for start in range(0, len(matrix), rows)]

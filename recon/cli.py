@@ -26,8 +26,11 @@ class Run:
     stream: Literal["auto", "yes", "no"] = "auto"
     """Leave the model on disk and work on one window at a time; a killed run goes on when called again. auto: if it would not fit."""
 
+    force: bool = False
+    """Whether to run even what the plan says cannot fit here (see `recon plan`)."""
+
     def __call__(self) -> None:
-        _run(self.spec, self.record, self.save, self.stream)
+        _run(self.spec, self.record, self.save, self.stream, self.force)
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Reconstruct:
     """New folder for the repaired model as a Hugging Face checkpoint."""
     stream: Literal["auto", "yes", "no"] = "auto"
     """As for `recon run`."""
+    force: bool = False
+    """Whether to run even what the plan says cannot fit here (see `recon plan`)."""
 
     def __call__(self) -> None:
-        _run(RunSpec(**self.spec.__dict__), self.record, self.save, self.stream)
+        _run(RunSpec(**self.spec.__dict__), self.record, self.save, self.stream, self.force)
 
 
-def _run(spec: RunSpec, file: Path | None, save: Path | None, stream: str) -> None:
+def _run(spec: RunSpec, file: Path | None, save: Path | None, stream: str, force: bool) -> None:
     """Runs `spec`, prints what came of it, and writes the record to `file` and the model to `save`, where they are named."""
     from recon.checkpoint import check_writable
     from recon.study import run_or_record_failure, write_record
@@ -76,7 +81,7 @@ def _run(spec: RunSpec, file: Path | None, save: Path | None, stream: str) -> No
             raise ReconError(f"record {str(file)!r} is a folder; name a file")
         check_writable(file.parent, "record")
     command = shlex.join(["recon", *sys.argv[1:]])
-    record, error = run_or_record_failure(spec, save=save, command=command, stream=stream)
+    record, error = run_or_record_failure(spec, force=force, save=save, command=command, stream=stream)
     if file:
         write_record(record, file)
     if error:
@@ -91,6 +96,23 @@ def _run(spec: RunSpec, file: Path | None, save: Path | None, stream: str) -> No
     seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in record.seconds.items())
     found = f" (given: {record.metrics['pattern']})" if spec.pruned else ""
     print(f"sparsity {record.metrics['sparsity']:.4f}{found}; {seconds}; peak memory {record.peak_memory_bytes / 2**30:.2f} GiB")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what a run would take (memory, disk, time), and whether it fits here; no weights are read."""
+
+    spec: Annotated[RunSpec, tyro.conf.arg(name="")]
+    save: bool = False
+    """Whether the repaired model would be saved."""
+
+    def __call__(self) -> None:
+        from recon.plan import advice, plan
+
+        planned = plan(self.spec, self.save)
+        print(planned)
+        if planned.problem:
+            raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; bad input ends with its message and exit status 2, Ctrl-C with 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recon").setLevel(logging.INFO)
-    commands = {"run": Run, "reconstruct": Reconstruct, "models": Models, "criteria": Criteria, "assets": Assets, "bench": Bench}
+    commands = {
+        "run": Run, "reconstruct": Reconstruct, "plan": Plan, "models": Models, "criteria": Criteria, "assets": Assets, "bench": Bench,
+    }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="recon", description="Prune a causal LM and repair it.", args=arguments,

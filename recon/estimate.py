@@ -1,5 +1,6 @@
 """How long a run will take and how much memory it needs, roughly, said before it starts."""
 
+import functools
 import logging
 import time
 
@@ -28,6 +29,12 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, second
         (a @ b).sum().item()
         count += 1
     return 2 * size**3 * count / (time.perf_counter() - began)
+
+
+@functools.cache
+def speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a whole pass on this machine; measured once per process."""
+    return EFFICIENCY * gemm_rate(device, dtype)
 
 
 def flops(spec, decoder: Decoder) -> dict[str, float]:
@@ -162,7 +169,7 @@ def cost(spec, decoder: Decoder) -> tuple[dict[str, float], int]:
 def announce(spec, decoder: Decoder, device: torch.device) -> None:
     """Logs the estimate for a run of `spec`."""
     flops, peak = cost(spec, decoder)
-    rate = EFFICIENCY * gemm_rate(device, pick_compute_dtype(spec.compute_dtype, device))
+    rate = speed(device, pick_compute_dtype(spec.compute_dtype, device))
     seconds = {phase: count / rate for phase, count in flops.items()}
     parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items() if value)
     log.info(
@@ -189,7 +196,7 @@ def announce_study(specs: list, decoder: Decoder, device: torch.device) -> None:
         peak = max(peak, bytes_needed)
         hidden = decoder.model.config.get_text_config().hidden_size
         disk = max(disk, 4 * (2 * spec.samples + spec.held_out_samples) * spec.sequence_length * hidden * len(decoder.blocks))
-    seconds = spent / (EFFICIENCY * gemm_rate(device, pick_compute_dtype(specs[0].compute_dtype, device)))
+    seconds = spent / speed(device, pick_compute_dtype(specs[0].compute_dtype, device))
     log.info(
         "study: %d run%s of %s, about %s on this machine (%s); about %.1f GiB of memory, up to %.1f GiB of disk while it runs",
         len(specs), "s" * (len(specs) > 1), specs[0].model, duration(seconds), device.type, (resident() + peak) / 2**30, min(disk, LIMIT) / 2**30,

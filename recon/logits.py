@@ -27,17 +27,22 @@ def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
     return _Loss.apply(found, None, wanted)
 
 
+def parts(logits: Tensor) -> list[slice]:
+    """Rows of `logits` (tokens, vocabulary) that are worked on at once."""
+    rows = max(1, ELEMENTS.get(logits.device.type, ELSEWHERE) // logits.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
+
+
 class _Loss(torch.autograd.Function):
     """Arguments: logits (tokens, vocabulary), and what to predict: targets (tokens,) or other logits."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor | None, wanted: Tensor | None) -> Tensor:
-        tokens, vocabulary = logits.shape
-        rows = max(1, ELEMENTS.get(logits.device.type, ELSEWHERE) // vocabulary)
+        tokens = len(logits)
         losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
         # The gradient of the mean, ready to use: it is rounded to the logits' dtype once.
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        for part in (slice(start, start + rows) for start in range(0, tokens, rows)):
+        for part in parts(logits):
             found = logits[part].float().log_softmax(-1)
             if wanted is None:
                 losses[part] = F.nll_loss(found, targets[part], reduction="none")

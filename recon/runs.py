@@ -88,6 +88,11 @@ class Session:
 
         return self.keep("model", (model, revision, trust_remote_code), make)
 
+    def bytes_loaded(self, spec: RunSpec) -> int:
+        """How much of what a run of `spec` needs is in memory already: the weights of its model, or nothing."""
+        key, value = self._kept.get("model", (None, None))
+        return sum(p.nbytes for p in value[0].model.parameters()) if key == spec.loaded_by else 0
+
     def keep(self, kind: str, key: object, make):
         """`make()`, or what it gave last time for the same `kind` if `key` has not changed since."""
         if kind in self._kept and self._kept[kind][0] == key:
@@ -154,7 +159,7 @@ class Run:
             biases = [] if spec.pruned else pruning.touched_biases(self.dense, spec.criterion)
             if save is not None:
                 checkpoint.check_places(self.dense.model, biases)
-        estimate.announce(spec, self.dense, self.device)
+        self.announce()
         with self.phase("evaluate"):
             # Dense first: a wrong set-up shows before anything is pruned.
             dense, self.references = self.dense_measured()
@@ -178,7 +183,6 @@ class Run:
             with self.phase("evaluate"):
                 repaired = self.measured(student, "repaired")
         self.fill(student, dense, pruned.measured, repaired)
-        record.flops = estimate.flops(spec, self.dense)
         record.shared = list(self.session.reused)
         record.environment = environment(self.device, spec.compute_dtype) | self.about()
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
@@ -228,6 +232,10 @@ class Run:
     def about(self) -> dict:
         """What the record's environment says beside what it says of every run."""
         return {}
+
+    def announce(self) -> None:
+        """Says how long this will take."""
+        estimate.announce(self.spec, self.dense, self.device)
 
     # --- the same in any case -----------------------------------------------------------------------------------------
 
@@ -401,7 +409,8 @@ class Run:
         )  # fmt: skip
 
     def fill(self, student: Decoder, dense: Measured, pruned: Measured, repaired: Measured) -> None:
-        """Writes metrics, tokens and protocol into the record."""
+        """Writes metrics, tokens, operations and protocol into the record."""
+        self.record.flops = estimate.flops(self.spec, self.dense)
         spec, metrics = self.spec, self.record.metrics
         by_text, states = {}, {"dense": dense, "pruned": pruned, "repaired": repaired}
         for name in spec.evaluation_texts:

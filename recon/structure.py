@@ -213,7 +213,9 @@ def silent(args: tuple, kwargs: dict, output) -> Callable:
 
     def zeros(leaf, like: Tensor):
         if isinstance(leaf, Tensor) and leaf.shape[:-1] == given.shape[:-1]:
-            return like.new_zeros(*like.shape[:-1], leaf.shape[-1])
+            # Of the width of what is given, where it was so in `output`: the model may be another one of other widths.
+            width = like.shape[-1] if leaf.shape[-1] == given.shape[-1] else leaf.shape[-1]
+            return like.new_zeros(*like.shape[:-1], width)
         if isinstance(leaf, Tensor) and leaf.shape[:-1] == (given.shape[:-1].numel(),):  # batch and length made one axis
             return like.new_zeros(like.shape[:-1].numel(), leaf.shape[-1])
         return None

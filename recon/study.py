@@ -18,6 +18,7 @@ from recon import cluster, executors, lock
 from recon.checkpoint import check_writable
 from recon.cluster import Ray
 from recon.errors import ReconError
+from recon.plan import check
 from recon.runs import Session, run
 from recon.spec import RunRecord, RunSpec
 from recon.weights import PART
@@ -184,9 +185,19 @@ class RecordStore:
         write_record(record, self.path(record.key))
 
 
-def run_or_record_failure(spec: RunSpec, session: Session | None = None, **options) -> tuple[RunRecord, Exception | None]:
-    """`run(spec)`; where it fails, a record that says how, and the exception."""
+def run_or_record_failure(
+    spec: RunSpec, session: Session | None = None, force: bool = False, **options
+) -> tuple[RunRecord, Exception | None]:
+    """`run(spec)`; where it fails, a record that says how, and the exception.
+
+    A run that is long or large is planned first, and one that cannot fit into memory or on the disk fails at once, unless `force`.
+    """
     try:
+        save = options.get("save")
+        loaded = session.bytes_loaded(spec) if session else 0
+        planned = None if force else check(spec, save is not None, Path(save).parent if save else ".", loaded)
+        if planned:
+            log.info("%s", planned)
         return run(spec, session, **options), None
     except Exception as error:
         record = RunRecord(spec={**spec.__dict__}, key=spec.key(), status="failed")

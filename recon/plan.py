@@ -1,0 +1,316 @@
+"""What a run takes, before it starts and without weights: parameters, windows, memory, disk, operations, time; whether it fits here."""
+
+import bisect
+import contextlib
+import functools
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import AutoConfig, PretrainedConfig
+
+from recon import criteria, estimate, models
+from recon.decoder import Decoder
+from recon.device import available_memory, pick_compute_dtype, pick_device, resident
+from recon.errors import ReconError
+from recon.spec import RunSpec
+from recon.weights import Lazy, skeleton
+
+log = logging.getLogger("recon")
+
+GIB = 2**30
+LONG = 600  # seconds: runs that are expected to take longer are planned before they start
+LARGE = 0.3  # of the available memory: so are those that roughly take more
+GRANULARITIES = (
+    "half-block",
+    "block",
+    "2-blocks",
+    "4-blocks",
+    "8-blocks",
+    "quarter",
+)  # that are tried where a larger one does not fit
+NARROWEST = 64  # widths are divided by up to so much to find a model's structure
+
+
+class Shapes(NamedTuple):
+    """A model without weights: its configuration, and itself on torch's meta device, taken apart."""
+
+    config: PretrainedConfig
+    decoder: Decoder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of `spec` takes on this machine.
+
+    parameters, prunable: numbers of the model, and those of them in the matrices that are pruned.
+    windows, largest_window: how many are fitted one after another, and the parameters of the largest.
+    memory: peak bytes by phase, divided by what they are for; "process" is what this process takes already.
+    disk: bytes that the run writes and leaves.
+    tokens, flops, seconds: by phase.
+    available_memory, available_disk: bytes that can still be had here.
+    """
+
+    spec: RunSpec
+    parameters: int
+    prunable: int
+    windows: int
+    largest_window: int
+    memory: dict[str, dict[str, float]]
+    disk: int
+    tokens: dict[str, int]
+    flops: dict[str, float]
+    seconds: dict[str, float]
+    available_memory: int
+    available_disk: int
+
+    @property
+    def peak(self) -> dict[str, float]:
+        """The parts of the highest peak, in bytes."""
+        return max(self.memory.values(), key=lambda parts: sum(parts.values()))
+
+    @property
+    def peak_memory(self) -> float:
+        """Bytes at the highest peak, this process included."""
+        return sum(self.peak.values())
+
+    @property
+    def problem(self) -> str:
+        """Why the run cannot fit here; empty where it can."""
+        for what, needs, has in (
+            ("memory", self.peak_memory, self.available_memory + self.peak["process"]),
+            ("disk", self.disk, self.available_disk),
+        ):
+            if needs > has:
+                return f"needs {needs / GIB:.1f} GiB of {what}, of which there are {has / GIB:.1f} GiB"
+        return ""
+
+    def __str__(self) -> str:
+        spec, peak = self.spec, self.peak
+        parts = sorted(((size, name) for name, size in peak.items() if size >= 0.01 * self.peak_memory), reverse=True)
+        phases = {phase: sum(parts.values()) for phase, parts in self.memory.items()}
+        rows = [
+            ("model", f"{spec.model}: {self.parameters:,} parameters, {self.prunable:,} of them in matrices that are pruned"),
+            ("windows", f"{self.windows} of {spec.granularity}, the largest of {self.largest_window:,} parameters"),
+            ("tokens", ", ".join(f"{phase} {count:,}" for phase, count in self.tokens.items())),
+            ("operations", ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count)),
+            (
+                "time",
+                f"about {estimate.duration(sum(self.seconds.values()))} on this machine: "
+                + ", ".join(f"{phase} {estimate.duration(value)}" for phase, value in self.seconds.items() if value),
+            ),
+            ("disk", f"{self.disk / GIB:.2f} GiB of {self.available_disk / GIB:.0f} GiB free"),
+            ("memory", ", ".join(f"{phase} {size / GIB:.2f} GiB" for phase, size in phases.items())),
+            ("at its peak", ", ".join(f"{name} {size / GIB:.2f} GiB" for size, name in parts)),
+            (
+                "verdict",
+                self.problem
+                or f"fits: {self.peak_memory / GIB:.2f} GiB of {(self.available_memory + peak['process']) / GIB:.1f} GiB memory",
+            ),
+        ]
+        return "\n".join(f"{name:12} {value}" for name, value in rows)
+
+
+def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".") -> Plan:
+    """What a run of `spec` takes, from the configuration of its model alone: no weights are read, and no texts.
+
+    Args:
+        save: whether the repaired model is written as a checkpoint.
+        folder: where to; its disk counts.
+
+    Raises:
+        ReconError: a model that is unknown or cannot be taken apart, a granularity that it is too small for.
+    """
+    decoder = shapes_of(*spec.loaded_by).decoder
+    windows = decoder.windows(spec.granularity) if spec.granularity != "none" else []
+    flops = estimate.flops(spec, decoder)
+    device = pick_device(spec.device)
+    rate = estimate.speed(device, pick_compute_dtype(spec.compute_dtype, device))
+    parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
+    return Plan(
+        spec,
+        parameters,
+        sum(matrix.weight.numel() for matrix in decoder.matrices().values()),
+        len(windows),
+        max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0),
+        _memory(spec),
+        4 * parameters * save,
+        _tokens(spec),
+        flops,
+        {phase: count / rate for phase, count in flops.items()},
+        available_memory(),
+        shutil.disk_usage(folder).free,
+    )
+
+
+def _memory(spec: RunSpec, evaluated: bool = True) -> dict[str, dict[str, float]]:
+    """Peak bytes by phase and by what they are for."""
+    from recon.rehearsal import peaks  # slow to import
+
+    shapes, process = shapes_of(*spec.loaded_by), float(resident())
+    found = peaks(spec, shapes.config, shapes.decoder, evaluated).highest()
+    return {phase: {"process": process, **parts} for phase, parts in found.items()}
+
+
+def _tokens(spec: RunSpec) -> dict[str, int]:
+    """Tokens that each phase reads."""
+    phases = {
+        "prune": not spec.pruned and (criteria.get(spec.criterion).statistics != "none" or spec.swaps > 0),
+        "reconstruct": spec.granularity != "none",
+        "retrain": spec.then != "none",
+    }
+    tokens = {name: spec.samples_by_phase[name] * spec.sequence_length for name, there in phases.items() if there}
+    return {**tokens, "evaluate": len(spec.evaluation_texts) * spec.evaluation_samples * spec.evaluation_length}
+
+
+# --- what would fit ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """Options that a run could be given instead, ever smaller ones, and the phases that take less by them."""
+
+    phases: frozenset[str]
+    steps: list[dict]
+
+
+def advice(planned: Plan) -> str:
+    """The nearest run that would fit, where `planned` does not, and what it needs; empty where nothing here helps."""
+    limit = planned.available_memory + planned.peak["process"]
+    over = {phase for phase, parts in planned.memory.items() if sum(parts.values()) > limit}
+    if not over:
+        return ""
+    spec, changes = planned.spec, _changes(planned.spec)
+
+    @functools.cache
+    def need(number: int, step: int) -> float:
+        change = changes[number]
+        found = _memory(replace(spec, **change.steps[step]), evaluated="evaluate" in change.phases)
+        return max(sum(parts.values()) for phase, parts in found.items() if phase in over)
+
+    for number, change in enumerate(changes):
+        if not over <= change.phases or need(number, len(change.steps) - 1) > limit:
+            continue
+        # The first step that fits: they take ever less.
+        step = bisect.bisect_left(range(len(change.steps)), True, key=lambda step, n=number: need(n, step) <= limit)
+        return f"{_options(change.steps[step])} would fit, with {need(number, step) / GIB:.1f} GiB"
+    together: dict = {}
+    for change in changes:
+        if change.phases & over:
+            together |= change.steps[-1]
+    if together:
+        needs = max(sum(parts.values()) for parts in _memory(replace(spec, **together)).values())
+        if needs <= limit:
+            return f"{_options(together)} would fit, with {needs / GIB:.1f} GiB"
+        return f"even {_options(together)} would need {needs / GIB:.1f} GiB"
+    return ""
+
+
+def _changes(spec: RunSpec) -> list[Change]:
+    """What could be changed to take less memory, the least harmful first."""
+
+    def halves(name: str, least: int = 1) -> list[dict]:
+        sizes = [value] if (value := getattr(spec, name) // 2) >= least else []
+        while sizes and sizes[-1] // 2 >= least:
+            sizes.append(sizes[-1] // 2)
+        return [{name: size} for size in sizes]
+
+    decoder = shapes_of(*spec.loaded_by).decoder
+    found = [(("reconstruct",), halves("batch_size")), (("retrain",), halves("then_batch_size"))]
+    if spec.then != "none" and not spec.then_checkpointing:
+        found.append((("retrain",), [{"then_checkpointing": True}]))
+    found.append((("evaluate",), halves("evaluation_samples", 8)))
+    if spec.granularity not in ("none", "matrix"):
+        now, sizes = max(window.halves for window in decoder.windows(spec.granularity)), {}
+        for name in GRANULARITIES:
+            with contextlib.suppress(ReconError):  # it does not fit this model
+                sizes.setdefault(max(window.halves for window in decoder.windows(name)), name)
+        smaller = [{"granularity": sizes[size]} for size in sorted(sizes, reverse=True) if size < now]
+        found.append((("reconstruct",), smaller))
+    found.append((("prune", "reconstruct"), halves("samples", 8)))
+    return [Change(frozenset(phases), steps) for phases, steps in found if steps]
+
+
+def _options(changes: dict) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
+
+
+def check(spec: RunSpec, save: bool = False, folder: Path | str = ".", loaded: int = 0) -> Plan | None:
+    """The plan of a run that is long or large, once it is known to fit; None where a rough estimate says that it is neither.
+
+    loaded: bytes of the model's weights that are in memory already.
+
+    Raises `ReconError` for a run that cannot fit, with the nearest one that would.
+    """
+    try:
+        decoder = shapes_of(*spec.loaded_by).decoder
+        flops, roughly = estimate.cost(spec, decoder)
+        device = pick_device(spec.device)
+        seconds = sum(flops.values()) / estimate.speed(device, pick_compute_dtype(spec.compute_dtype, device))
+        if seconds < LONG and roughly < LARGE * available_memory():
+            return None
+        planned = plan(spec, save, folder)
+    except ReconError as error:  # the run itself will say what is wrong with it
+        log.debug("no plan: %s", error)
+        return None
+    planned = replace(planned, available_memory=planned.available_memory + loaded)
+    if planned.problem:
+        raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")
+    return planned
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Shapes:
+    """The model called `model` without weights: of the Hub's files, or those of a folder, the configuration alone is read.
+
+    Raises `ReconError` for what `recon.models.locate` refuses, and for a model that cannot be taken apart.
+    """
+    where = models.locate(model)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and huggingface_hub each raise their own kinds
+        raise ReconError(f"model {model!r}: its configuration cannot be read: {error}") from error
+    model = skeleton(config)
+    model.tie_weights()
+    return Shapes(config, Decoder(model, like=_structure(config)))
+
+
+def _structure(config: PretrainedConfig) -> Decoder:
+    """A model built as that of `config`, of much smaller widths where that is possible, taken apart."""
+    names = set(skeleton(config).state_dict())
+    factor = NARROWEST
+    while True:
+        try:
+            model = skeleton(narrowed(config, factor))
+            if set(model.state_dict()) == names:
+                return Decoder(model, lazy=Lazy(model, lambda names: iter(())))
+        except Exception:  # whatever a model of strange widths runs into
+            if factor == 1:
+                raise
+        factor //= 2
+
+
+def narrowed(config: PretrainedConfig, factor: int) -> PretrainedConfig:
+    """`config` with the widths of its layers divided by `factor`.
+
+    Raises `ReconError` where they do not divide.
+    """
+    if factor == 1:
+        return config
+    config = type(config).from_dict(config.to_dict())
+    text = config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, int) and _is_width(name):
+            if value % factor:
+                raise ReconError(f"{name} is {value}, which {factor} does not divide")
+            setattr(text, name, value // factor)
+    return config
+
+
+def _is_width(name: str) -> bool:
+    return name.endswith(("hidden_size", "intermediate_size", "_dim", "_rank", "n_embd", "n_inner", "d_model", "ffn_dim"))

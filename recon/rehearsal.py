@@ -1,0 +1,341 @@
+"""A run rehearsed on shapes: the pipeline itself on tensors that have no values, with every byte they would take written down.
+
+Nothing about memory is written here a second time. The passes run as they are, on torch's fake tensors, which know their shape,
+dtype and device and hold nothing; a ledger adds up what is alive at every place in the code. Blocks that are alike are not all
+rehearsed: what a few of them take tells what more would.
+"""
+
+import contextlib
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from recon import adapters, criteria, logits
+from recon.criteria import Structured, sparsegpt
+from recon.decoder import Decoder
+from recon.engine import Engine
+from recon.runs import Measured, Run, Session
+from recon.spec import RunRecord, RunSpec
+from recon.work import InMemory
+
+# What a tensor is for, by the function of this library that made it: the innermost one that is named here counts.
+PARTS = {
+    "Rehearsal.load": "dense model",
+    "Run.copy_of_dense": "pruned model",
+    "Run.prune": "pruned model",
+    "prune": "masks and scores",
+    "prune_units": "masks and scores",
+    "apply": "pruned model",
+    "_prune_matrix": "masks and scores",
+    "gather": "statistics of inputs",
+    "_Pass.begin": "activations of all samples",
+    "_Pass.dense_inputs": "activations of all samples",
+    "_Pass.error": "measuring errors",
+    "_Pass.repair": "copy of the window",
+    "_Pass.solve_exactly": "exact solutions",
+    "optimise": "gradients and AdamW",
+    "retrain": "copy of the model",
+    "Engine._holding": "weights in the compute dtype",
+    "Engine.run": "activations of all samples",
+    "Engine._batch": "one batch",
+    "Decoder.forward": "one batch",
+    "Decoder.embed": "one batch",
+    "Decoder.logits": "logits",
+    "_loss": "one batch",
+    "drift": "measuring errors",
+    "perplexity": "logits",
+}
+OTHER = "other"
+_HOME = str(Path(__file__).parent)
+
+
+@dataclass
+class Peaks:
+    """The most bytes alive at once at each place in the code, divided by what they are for (see `PARTS`).
+
+    A place is the phase, the kind of device, and the lines of this library that led to an allocation.
+    """
+
+    found: dict[tuple, dict[str, float]] = field(default_factory=dict)
+
+    def highest(self, device: str = "cpu") -> dict[str, dict[str, float]]:
+        """Of each phase, the parts of the highest peak on that kind of device."""
+        highest: dict[str, dict[str, float]] = {}
+        for (phase, where, *_), parts in self.found.items():
+            if where == device and sum(parts.values()) > sum(highest.get(phase, {}).values()):
+                highest[phase] = parts
+        return highest
+
+    def plus(self, other: "Peaks", factor: float) -> "Peaks":
+        """This and `factor` times the other's, place by place, as far as both know the place."""
+        both = {}
+        for place in self.found.keys() & other.found.keys():
+            mine, theirs = self.found[place], other.found[place]
+            both[place] = {part: mine.get(part, 0.0) + factor * theirs.get(part, 0.0) for part in mine | theirs}
+        return Peaks(both)
+
+
+class Ledger(TorchDispatchMode):
+    """While active, notes the bytes of all tensors that are made, and those that go."""
+
+    def __init__(self, equal: bool):
+        super().__init__()
+        self.equal = equal
+        self.phase = "copy"
+        self.peaks = Peaks()
+        self._alive: dict[str, dict[str, int]] = {}
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:
+            return _device(args[0])
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return _answer(args[0].dtype)
+        if function is torch.ops.aten.equal.default:
+            return self.equal
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return made
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size, device = storage._cdata, storage.nbytes(), _device(tensor).type
+        if key in self._known:
+            return
+        part, lines = _place()
+        alive = self._alive.setdefault(device, {})
+
+        def gone(_) -> None:
+            del self._known[key]
+            alive[part] -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        alive[part] = alive.get(part, 0) + size
+        place = (self.phase, device, lines)
+        if sum(alive.values()) > sum(self.peaks.found.get(place, {}).values()):
+            self.peaks.found[place] = dict(alive)
+
+
+def _device(tensor: Tensor) -> torch.device:
+    """Its device, without asking the modes that are active for it, as `tensor.device` would."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+
+
+def _place() -> tuple[str, tuple]:
+    """What the tensor that is being made is for, and the lines of this library that led to it."""
+    part, lines, frame = None, [], sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(_HOME) and code.co_filename != __file__ or code.co_qualname in PARTS:
+            lines.append((code, frame.f_lineno))
+            part = part or PARTS.get(code.co_qualname)
+        frame = frame.f_back
+    return part or OTHER, tuple(lines)
+
+
+def _answer(dtype: torch.dtype) -> bool | int | float:
+    """What a tensor without values says when it is asked for one: all is well, and nothing failed."""
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
+
+
+class _Answers(TorchFunctionMode):
+    """Answers what Python asks tensors without values; cuts short what would only be repeated."""
+
+    def __init__(self, order: int):
+        super().__init__()
+        self.order = order
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.tolist:
+            return _zeros(args[0].shape)
+        if function in (torch.Tensor.isnan, torch.isnan):
+            return _Nowhere(args[0])
+        if function is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return args[0].clone()  # all that a condition could choose
+        if function is torch.randperm:  # the order of samples: more steps would only repeat those before
+            args = (min(args[0], self.order),)
+        return function(*args, **(kwargs or {}))
+
+
+class _Nowhere:
+    """What `isnan` finds in a tensor: nothing."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def any(self) -> bool:
+        return False
+
+
+def _zeros(shape: torch.Size) -> list | int:
+    return [_zeros(shape[1:]) for _ in range(shape[0])] if shape else 0
+
+
+class _Fake(FakeTensorMode):
+    """Copies of fake tensors belong to the same mode."""
+
+    def __deepcopy__(self, memo: dict) -> "_Fake":
+        return self
+
+
+REPEATED = 2  # batches that a pass is rehearsed on: the second runs while what the first gave is still there
+
+
+@contextlib.contextmanager
+def _cut_short() -> Iterator[None]:
+    """While active, what is done over and over in the same memory is done once or twice."""
+    every_batch = Engine.batches
+
+    def some_batches(engine: Engine, streams, parts) -> Iterator[tuple[Tensor, ...]]:
+        parts = list(parts)
+        few = 1 if len(streams) > 1 else REPEATED  # predictions are repeated within a batch, slice by slice
+        return every_batch(engine, streams, parts[:few] if isinstance(parts[0], range) else parts)
+
+    def all_columns(weight: Tensor, *rest, **options) -> tuple[Tensor, Tensor, Tensor]:
+        return weight.clone(), torch.ones_like(weight, dtype=torch.bool), torch.zeros_like(weight)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, short in (
+            (Engine, "batches", some_batches),
+            (logits, "parts", _first_two(logits.parts)),
+            (adapters, "parts", _first_two(adapters.parts)),
+            (sparsegpt, "_prune_block", all_columns),
+            # Everything is on the one device already; a fake parameter that has a gradient cannot be told so.
+            (torch.nn.Module, "to", lambda module, *args, **kwargs: module),
+        ):
+            stack.enter_context(patch.object(owner, name, short))
+        yield
+
+
+def _first_two(parts: Callable[[Tensor], list[slice]]) -> Callable[[Tensor], list[slice]]:
+    return lambda tensor: parts(tensor)[:2]
+
+
+class Rehearsal(Run):
+    """The pipeline with a model, texts and measurements that are shapes alone."""
+
+    def __init__(self, spec: RunSpec, config: PretrainedConfig, like: Decoder, ledger: Ledger, evaluated: bool):
+        self.spec, self.session, self.progress = spec, Session(), False
+        self.record = RunRecord(asdict(spec), "")
+        self.device = torch.device("cpu")
+        self.work = InMemory()
+        self.config, self.like, self.ledger, self.evaluated = config, like, ledger, evaluated
+
+    def load(self) -> None:
+        """Makes a model and texts of the right shapes."""
+        spec = self.spec
+        model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
+        self.dense, self.tokenizer = Decoder(model, like=self.like), None
+        self.dense._calls = {}  # what blocks are called with is made anew, without values
+        self.dense.groups = self.dense.groups[: len(self.dense.blocks)]
+        most = max(spec.samples_by_phase.values())
+        self.calibration = torch.zeros(most, spec.sequence_length, dtype=torch.long)
+        self.held_out = torch.zeros(spec.held_out_samples, spec.sequence_length, dtype=torch.long)
+        self.held_out = self.held_out if spec.held_out_samples else None
+        shape = (spec.evaluation_samples, spec.evaluation_length)
+        self.texts = {name: torch.zeros(shape, dtype=torch.long) for name in spec.evaluation_texts}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is allocated inside belongs to the phase `name`."""
+        before, self.ledger.phase = self.ledger.phase, name
+        self.record.seconds[name] = 0.0
+        self.record.peak_memory_bytes_by_phase[name] = 0
+        try:
+            yield
+        finally:
+            self.ledger.phase = before
+
+    def announce(self) -> None:
+        """Says nothing."""
+
+    def prune(self, student: Decoder):
+        """As it is, in a phase of its own."""
+        with self.phase("prune"):
+            return super().prune(student)
+
+    def measure(self, decoder: Decoder, what: str) -> Measured:
+        """Once, of the pruned model: the dense one is measured beside less, and the repaired one beside the same."""
+        if self.evaluated and what == "pruned":
+            return super().measure(decoder, what)
+        return Measured({}, {}, [], None)
+
+    def fill(self, *measured) -> None:
+        """There are no figures to fill in."""
+
+
+def peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True) -> Peaks:
+    """Peaks of a run of `spec` on the model of `config`, whose structure is that of `like`.
+
+    evaluated: False leaves out what is measured of the model.
+
+    With blocks of equal shapes, bytes at a place in the code are so many, plus so many for each block of the model, plus so many for
+    each block of a window: these are found from models of a few blocks.
+    """
+    blocks = len(like.blocks)
+    size = 1 if spec.granularity == "none" else max(len(window.blocks) for window in like.windows(spec.granularity))
+    shapes = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in like.blocks}
+    if len(shapes) > 1 or blocks <= min(size, 2) + 2:
+        return rehearse(spec, config, like, evaluated)
+
+    def small(window: int, blocks: int) -> Peaks:
+        in_blocks = replace(spec, granularity=f"{window}-blocks") if size > 1 else spec
+        return rehearse(in_blocks, shortened(config, blocks), like, evaluated)
+
+    window = min(size, 2)
+    first, longer = small(window, window + 1), small(window, window + 2)
+    more, wider = blocks - window - 1, size - window
+    found = first.plus(longer, more).plus(first, -more)
+    return found.plus(small(window + 1, window + 2), wider).plus(longer, -wider) if wider else found
+
+
+def shortened(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
+    """`config` with the first so many of its blocks."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    before = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list | tuple) and len(value) == before:  # something for each block
+            setattr(text, name, value[:blocks])
+    text.num_hidden_layers = blocks
+    return config
+
+
+def rehearse(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True) -> Peaks:
+    """As `peaks`, of the model of `config` as it is; its blocks are built as the first ones of `like`."""
+    if spec.pruned:  # a given mask costs what the plainest criterion does, and the weights that come with it are kept
+        spec, unchanged = replace(spec, pruned=None, pruned_revision=None, criterion="magnitude", pattern="0.5"), False
+    else:
+        # Whether the weights that pruning leaves are those of the dense model: then they are not kept twice.
+        rule = criteria.get(spec.criterion)
+        unchanged = isinstance(rule, Structured) or rule.scores or spec.criterion == "none"
+    order = max(
+        batch * (accumulation + 1)
+        for batch, accumulation in (
+            (spec.batch_size, spec.accumulation),
+            (spec.then_batch_size, spec.then_accumulation),
+        )
+    )
+    # What is repeated in place is rehearsed once or twice.
+    spec = replace(
+        spec, epochs=1, then_epochs=1, swaps=min(spec.swaps, 2), exact_iterations=min(spec.exact_iterations, 2), tasks=()
+    )
+    ledger = Ledger(unchanged)
+    with _Fake(allow_non_fake_inputs=True), ledger, _Answers(order):
+        with _cut_short():
+            Rehearsal(spec, config, like, ledger, evaluated).execute(None, "")
+    return ledger.peaks
