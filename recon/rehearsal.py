@@ -8,6 +8,7 @@ rehearsed: what a few of them take tells what more would.
 import contextlib
 import copy
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,7 @@ from recon.criteria import Structured, sparsegpt
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.runs import Measured, Run, Session
+from recon.solvers.gradient import Schedule
 from recon.spec import RunRecord, RunSpec
 from recon.work import InMemory
 
@@ -196,9 +198,12 @@ REPEATED = 2  # batches that a pass is rehearsed on: the second runs while what 
 
 
 @contextlib.contextmanager
-def _cut_short() -> Iterator[None]:
-    """While active, what is done over and over in the same memory is done once or twice."""
-    every_batch = Engine.batches
+def _cut_short(order: int) -> Iterator[None]:
+    """While active, what is done over and over in the same memory is done once or twice.
+
+    order: samples that a training sees.
+    """
+    every_batch, every_step = Engine.batches, Schedule.steps
 
     def some_batches(engine: Engine, streams, parts) -> Iterator[tuple[Tensor, ...]]:
         parts = list(parts)
@@ -211,6 +216,7 @@ def _cut_short() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, short in (
             (Engine, "batches", some_batches),
+            (Schedule, "steps", lambda schedule, samples: every_step(schedule, min(samples, order))),
             (logits, "parts", _first_two(logits.parts)),
             (adapters, "parts", _first_two(adapters.parts)),
             (sparsegpt, "_prune_block", all_columns),
@@ -269,8 +275,9 @@ class Rehearsal(Run):
             return super().prune(student)
 
     def measure(self, decoder: Decoder, what: str) -> Measured:
-        """Once, of the pruned model: the dense one is measured beside less, and the repaired one beside the same."""
-        if self.evaluated and what == "pruned":
+        """Once, in the end: all that is kept is there then."""
+        repaired = self.spec.granularity != "none" or self.spec.then != "none"
+        if self.evaluated and what == ("repaired" if repaired else "pruned"):
             return super().measure(decoder, what)
         return Measured({}, {}, [], None)
 
@@ -335,7 +342,8 @@ def rehearse(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: 
         spec, epochs=1, then_epochs=1, swaps=min(spec.swaps, 2), exact_iterations=min(spec.exact_iterations, 2), tasks=()
     )
     ledger = Ledger(unchanged)
-    with _Fake(allow_non_fake_inputs=True), ledger, _Answers(order):
-        with _cut_short():
+    with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True), ledger, _Answers(order):
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # `nn.Parameter` is copied so
+        with _cut_short(order):
             Rehearsal(spec, config, like, ledger, evaluated).execute(None, "")
     return ledger.peaks
