@@ -48,6 +48,12 @@ def placeholder(shape: torch.Size, dtype: torch.dtype = torch.float32, device: t
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
 
 
+def second(model: PreTrainedModel) -> PreTrainedModel:
+    """A second skeleton beside `model`, tied as it is; its parameters are placeholders, whatever those of `model` hold now."""
+    # By itself, deepcopy would give placeholders memory.
+    return deepcopy(model, {id(parameter): nn.Parameter(placeholder(parameter.shape)) for parameter in model.parameters()})
+
+
 def is_placeholder(tensor: Tensor) -> bool:
     """Whether `tensor` is made by `placeholder`."""
     return not any(tensor.stride()) and tensor.numel() > 1

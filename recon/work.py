@@ -1,7 +1,6 @@
 """What a run keeps while it works: masks, repaired weights, activations, and which steps are finished."""
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from recon.assets import sha256
 from recon.decoder import Decoder, Matrix
 from recon.errors import ReconError
 from recon.journal import Journal
-from recon.weights import Checkpoint, Lazy, as_stored, sync, write_safetensors
+from recon.weights import Checkpoint, Lazy, as_stored, second, sync, write_safetensors
 
 RECORD = "record"  # the last phase: its one step holds the record of the whole run
 
@@ -214,7 +213,7 @@ class Work(InMemory):
 
     def student(self, dense: Decoder, start: Callable[[list[str]], Iterator[tuple[str, Tensor]]]) -> Decoder:
         """A second skeleton beside `dense`, whose weights are what this run has made so far of those that `start` reads."""
-        model = deepcopy(dense.model)
+        model = second(dense.model)
         self.repaired = Checkpoint(model, [self.folder / file for file in self.shards])
         held: dict[str, list[Matrix]] = {}
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from recon import weights
 from recon.decoder import Decoder
+from recon.device import resident_anonymous
 from recon.errors import ReconError
 
 
@@ -167,3 +168,15 @@ def test_a_skeleton_is_taken_apart_like_the_model(family, tmp_path):
                 assert torch.equal(found.forward(window, hidden), expected.forward(window, hidden))
         assert torch.equal(found.logits(tokens, hidden), expected.logits(tokens, hidden))
     assert all(weights.is_placeholder(parameter) for parameter in model.parameters() if parameter.numel() > 1)
+
+
+def test_a_second_skeleton_takes_no_memory():
+    model = weights.skeleton(AutoConfig.for_model("llama", num_hidden_layers=1, tie_word_embeddings=True))
+    model.tie_weights()
+    weights.Lazy(model, lambda names: iter(()))
+    before = resident_anonymous()
+    copy = weights.second(model)
+    assert sum(parameter.numel() for parameter in copy.parameters()) > 3e8
+    assert resident_anonymous() < before + 2**27
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight is not model.lm_head.weight
+    assert all(weights.is_placeholder(parameter) for parameter in copy.parameters())
