@@ -166,9 +166,24 @@ def cost(spec, decoder: Decoder) -> tuple[dict[str, float], int]:
     return flops(spec, decoder), 4 * everything + 3 * activations + 4 * 4 * trained
 
 
-def announce(spec, decoder: Decoder, device: torch.device) -> None:
+def streamed_peak(spec, decoder: Decoder) -> int:
+    """Roughly, peak bytes that a streamed run of `spec` adds to its process: one window while it is trained, or a block, or an end.
+
+    See `recon.streamed.StreamedRun` for what is in memory when.
+    """
+    blocks = [sum(p.numel() for p in block.parameters()) for block in decoder.blocks]
+    windows = [] if canonical(spec.granularity) == "none" else decoder.windows(spec.granularity)
+    trained = max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0)
+    ends = max((weight.numel() for weight in decoder.head_weights()), default=0)
+    # Weights, gradients, two moments and the rounded copy that autocast keeps, masks twice (1 byte, 2 bytes); or weights and rounded ones.
+    return max(21 * trained, 6 * max(blocks), 6 * ends)
+
+
+def announce(spec, decoder: Decoder, device: torch.device, streamed: bool = False) -> None:
     """Logs the estimate for a run of `spec`."""
     flops, peak = cost(spec, decoder)
+    if streamed:
+        peak = streamed_peak(spec, decoder)
     rate = speed(device, pick_compute_dtype(spec.compute_dtype, device))
     seconds = {phase: count / rate for phase, count in flops.items()}
     parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items() if value)

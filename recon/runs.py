@@ -235,7 +235,7 @@ class Run:
 
     def announce(self) -> None:
         """Says how long this will take."""
-        estimate.announce(self.spec, self.dense, self.device)
+        estimate.announce(self.spec, self.dense, self.device, streamed=self.dense.lazy is not None)
 
     # --- the same in any case -----------------------------------------------------------------------------------------
 
