@@ -40,6 +40,8 @@ from recon.windows import Window, canonical, partition
 
 log = logging.getLogger("recon")
 
+SHAPES = 64  # of batches that are known what blocks are called with for
+
 _OTHER = {"attention": "mlp", "mlp": "attention"}
 
 
@@ -310,8 +312,8 @@ class Decoder:
     def _call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
         """What the model passes to each block beside `hidden`: positions, rotary embeddings, masks.
 
-        With unpadded samples of equal length it depends only on the shape (batch, length), so one copy per shape and device
-        is kept. It is had by running the model with by-passed blocks, which costs next to nothing.
+        As samples are not padded and those of a batch are of equal length, it depends only on the shape (batch, length), so one copy
+        per shape and device is kept. It is had by running the model with by-passed blocks, which costs next to nothing.
         """
         shape = tuple(hidden.shape[:2])
         if (shape, hidden.device) not in self._calls:
@@ -332,8 +334,13 @@ class Decoder:
             ):
                 self.run(tokens)
             # The block may be elsewhere than the model's ends.
-            self._calls[shape, hidden.device] = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls)
+            self._keep_call(hidden, tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls))
         return self._calls[shape, hidden.device]
+
+    def _keep_call(self, hidden: Tensor, calls: list[tuple[tuple, dict]]) -> None:
+        if len(self._calls) >= SHAPES:
+            self._calls.pop(next(iter(self._calls)))
+        self._calls[tuple(hidden.shape[:2]), hidden.device] = calls
 
     # --- weights that are in memory only while they are needed ----------------------------------------------------
 

@@ -132,7 +132,7 @@ class EncoderDecoder(Decoder):
                     return _ENCODED if leaf is encoded[0] else leaf.to(hidden.device)
                 return leaf
 
-            self._calls[shape, hidden.device] = tree_map(kept, calls)
+            self._keep_call(hidden, tree_map(kept, calls))
         return self._calls[shape, hidden.device]
 
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]):

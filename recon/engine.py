@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recon.attention import FastCausalAttention
 from recon.decoder import Decoder
 from recon.device import pick_compute_dtype, pick_device
+from recon.ragged import Ragged, Samples, lengths, like, runs
 from recon.weights import moved
 from recon.windows import Window
 from recon.work import InMemory
@@ -17,9 +18,9 @@ from recon.work import InMemory
 TOKENS = 1024  # in a batch that nothing is trained on
 
 
-def batch_size(length: int) -> int:
-    """Samples of `length` tokens that go through a window at once where nothing is trained."""
-    return max(1, TOKENS // length)
+def in_batches(known: Sequence[int], count: int) -> list[range]:
+    """The numbers of samples, of `known` lengths, that go through a window together where nothing is trained; none across `count`."""
+    return runs(known, TOKENS, count)
 
 
 class Engine(contextlib.AbstractContextManager):
@@ -95,32 +96,34 @@ class Engine(contextlib.AbstractContextManager):
                 tensor.grad = None  # it would be on the wrong device
                 tensor.data = home
 
-    def elsewhere(self, tensor: Tensor) -> bool:
+    def elsewhere(self, tensor: Samples) -> bool:
         """Whether `tensor` has to be brought to the compute device."""
         return tensor.device != self.device
 
     # --- activations ----------------------------------------------------------------------------------------------
 
-    def embed(self, decoder: Decoder, tokens: Tensor, count: int | None = None) -> Tensor:
+    def embed(self, decoder: Decoder, tokens: Samples, count: int | None = None) -> Samples:
         """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run`."""
         with decoder.loaded_embedding():
             return self.run(decoder.embed, tokens, count)
 
-    def run(self, function: Callable[[Tensor], Tensor], stream: Tensor, count: int | None = None) -> Tensor:
+    def run(self, function: Callable[[Tensor], Tensor], stream: Samples, count: int | None = None) -> Samples:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result lies where `stream` does.
 
-        count: no batch holds samples from both before and after this one.
+        No batch holds samples of different lengths. count: none holds samples from both before and after this one.
         """
-        size = batch_size(stream.shape[1])
-        edge = len(stream) if count is None else min(count, len(stream))
-        parts = [slice(a, min(a + size, end)) for start, end in ((0, edge), (edge, len(stream))) for a in range(start, end, size)]
+        parts = in_batches(lengths(stream), len(stream) if count is None else count)
         result = None
         with self, torch.no_grad():
-            for part, (batch,) in zip(parts, self.batches([stream], [range(p.start, p.stop) for p in parts])):
+            for part, (batch,) in zip(parts, self.batches([stream], parts)):
                 output = function(batch)
+                if ragged := isinstance(stream, Ragged):
+                    output = output.flatten(0, 1)
                 if result is None:
-                    result = self.empty((len(stream), *output.shape[1:]), output.dtype, stream.device)
-                result[part].copy_(output, non_blocking=True)
+                    size = len(stream.flat) if ragged else len(stream)
+                    result = like(stream, self.empty((size, *output.shape[1:]), output.dtype, stream.device))
+                chosen = result[part.start : part.stop]
+                (chosen.flat if ragged else chosen).copy_(output, non_blocking=True)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # until then the copies may be under way
         return result
@@ -132,8 +135,8 @@ class Engine(contextlib.AbstractContextManager):
         tensor = self.work.empty(shape, dtype)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
-    def batches(self, streams: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
-        """For each of `parts`, which are sample numbers, these samples of every stream, on the compute device.
+    def batches(self, streams: Sequence[Samples], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
+        """For each of `parts`, which are numbers of samples of one length, these of every stream, on the compute device.
 
         On CUDA the next batch is copied on a stream of its own while the device works on the one before.
         """
@@ -155,7 +158,12 @@ class Engine(contextlib.AbstractContextManager):
                 for tensor in coming:
                     tensor.record_stream(computing)
 
-    def _batch(self, stream: Tensor, part: Sequence[int]) -> Tensor:
+    def _batch(self, stream: Samples, part: Sequence[int]) -> Tensor:
+        if isinstance(stream, Ragged):
+            length = stream.lengths[part[0]]
+            together = isinstance(part, range)
+            batch = stream[part.start : part.stop].flat.unflatten(0, (-1, length)) if together else stream[part]
+            return batch.to(self.device, non_blocking=True) if self.elsewhere(stream) else batch
         if isinstance(part, range):
             batch = stream[part.start : part.stop]
             return batch.to(self.device, non_blocking=True) if self.elsewhere(stream) else batch

@@ -18,10 +18,11 @@ from recon.activations import Activations
 from recon.adapters import adapted, check_adaptable, check_adapter
 from recon.cluster import Crew, Failure, Ray
 from recon.decoder import Decoder, Matrix, stored
-from recon.engine import Engine, batch_size
+from recon.engine import Engine, in_batches
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
 from recon.pruning import check_alike, keep_masks
+from recon.ragged import Ragged, Samples, flat, joined, lengths, like, shape
 from recon.seeds import generator
 from recon.shipping import Packed, revived, twin, without_weights
 from recon.solvers.exact import Exact, masked_least_squares
@@ -103,7 +104,7 @@ def reconstruct(
     Args:
         model: the pruned model, or its `Decoder`; same architecture as `dense`; parameters in float32.
         dense: the model as it was, left unchanged.
-        samples: calibration tokens (samples, length).
+        samples: calibration tokens (samples, length), or of unequal length.
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero, so that a model pruned by
             anything else can be repaired.
         granularity: matrix, half-block, block, <k>-blocks, quarter or model.
@@ -134,7 +135,11 @@ def reconstruct(
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
     check_options(granularity, propagation, solver, start, loss, train, adapter, rank)
-    check_length(teacher, samples.shape[1])
+    check_length(teacher, max(lengths(samples)))
+    if isinstance(samples, Ragged) and schedule.pieces > 1:
+        raise ReconError(f"pieces is {schedule.pieces}, but samples of unequal length are not cut; allowed: 1")
+    if isinstance(samples, Ragged) and settings is not None:
+        raise ReconError("samples of unequal length are not sent to workers; choose executor serial")
     if adapter != "none":
         check_adaptable(student)
     work = work or InMemory()
@@ -146,7 +151,7 @@ def reconstruct(
     )  # fmt: skip
     windows = teacher.windows(granularity)
     reports = [WindowReport(**found) for found in work.finished("reconstruct")]
-    tokens = samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]])
+    tokens = samples if held_out is None else joined(samples, held_out[:ERROR_SAMPLES])
     if len(reports) < len(windows):
         task.begin(tokens)
     bar = tqdm(desc=f"reconstruct ({granularity})", unit="window", disable=not progress, initial=len(reports), total=len(windows))
@@ -233,7 +238,7 @@ class _Pass:
 
         Where windows are finished already, the streams are those that the next one starts from.
         """
-        self.settle(*tokens.shape)
+        self.settle(lengths(tokens))
         if streams := self.work.streams("reconstruct"):
             self.dense, self.sparse = streams.get("dense"), streams.get("sparse")
             return
@@ -245,26 +250,26 @@ class _Pass:
         if self.propagation in ("sparse", "mixed"):
             # Embeddings are not pruned, so both models start from the same activations, unless something else changed them.
             own = self.engine.embed(self.student, tokens, self.count)
-            self.sparse = embedded if torch.equal(own, embedded) else own
+            self.sparse = embedded if torch.equal(flat(own), flat(embedded)) else own
 
-    def settle(self, samples: int, length: int) -> None:
-        """Decides what is measured and solved on which of all the samples, held-out ones included."""
+    def settle(self, known: list[int]) -> None:
+        """Decides what is measured and solved on which of all the samples, of `known` lengths, held-out ones included."""
         # Errors are measured on held-out samples or, where there are none, on the first calibration samples.
-        first = self.count if samples > self.count else 0
-        self.measured = slice(first, min(first + ERROR_SAMPLES, samples))
+        first = self.count if len(known) > self.count else 0
+        self.measured = slice(first, min(first + ERROR_SAMPLES, len(known)))
         self.measured_on = "held_out" if first else "calibration"
         # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
         self.by_grams = self.solver == "exact" and self.propagation == "dense"
         # Samples that Gram matrices are made of: whole batches, so that outputs have the same bits however they come about.
-        size = batch_size(length)
-        self.read = min(self.count, -(-(self.exact.samples or self.count) // size) * size)
+        wanted = min(self.exact.samples or self.count, self.count)
+        self.read = next(part.stop for part in in_batches(known, self.count) if part.stop >= wanted)
         self.kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
 
     def known(self, name: str) -> Tensor | None:
         """What this pass, or one before it in the same study, computed under `name`."""
         return self.kept[name] if name in self.kept else self.activations.get(name)
 
-    def keep(self, name: str, tensor: Tensor) -> Tensor:
+    def keep(self, name: str, tensor: Samples) -> Samples:
         self.kept[name] = self.activations.put(name, tensor)
         return self.kept[name]
 
@@ -396,10 +401,9 @@ class _Pass:
                 x = x.detach().reshape(-1, x.shape[-1])
                 if group not in seen:
                     # Matrices multiply what is rounded to the compute dtype, so nothing is lost by keeping that.
-                    shape = (*stream.shape[:2], x.shape[1])
-                    seen[group] = self.engine.empty(shape, self.engine.dtype, stream.device)
-                    filled[group] = 0
-                seen[group].flatten(0, 1)[filled[group] : filled[group] + len(x)] = x
+                    made = self.engine.empty(shape(stream, x.shape[1]), self.engine.dtype, stream.device)
+                    seen[group], filled[group] = like(stream, made), 0
+                flat(seen[group])[filled[group] : filled[group] + len(x)] = x
                 filled[group] += len(x)
 
             stream, filled = self.dense[self.measured] if self.by_grams else self.dense, {}
@@ -432,8 +436,10 @@ class _Pass:
         if len(rest := stream[self.read :]):
             with self.engine.holding(self.teacher, window):
                 forward, edge = partial(self.teacher.forward, window), self.count - self.read
-                parts = [outputs, self.engine.run(forward, rest, edge)]
-                outputs = torch.cat(parts, out=self.engine.empty(stream.shape, outputs.dtype, stream.device))
+                parts = [flat(outputs), flat(self.engine.run(forward, rest, edge))]
+                made = self.engine.empty(shape(stream, parts[0].shape[-1]), outputs.dtype, stream.device)
+                outputs = like(stream, made)
+                torch.cat(parts, out=flat(outputs))
         return outputs, grams
 
     @torch.no_grad()
@@ -451,8 +457,10 @@ class _Pass:
                 bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
                 if window.matrices and self.propagation == "mixed":
                     # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
-                    wanted = targets[: self.read, :, column : column + rows].float()
-                    cross = _product(wanted if bias is None else wanted - bias, inputs[: self.read])
+                    read = targets[: self.read]
+                    wanted = flat(read)[:, column : column + rows].float()
+                    wanted = (wanted if bias is None else wanted - bias).view(shape(read, rows))
+                    cross = _product(like(read, wanted), inputs[: self.read])
                 elif bias is not None:
                     # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
                     bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
@@ -465,7 +473,7 @@ class _Pass:
     ) -> Curve:
         """Trains `parameters` of the window by gradient descent; those of the matrices `masked` keep their zeros."""
         inputs, targets = inputs[: self.count], targets[: self.count]
-        if window.matrices or window.half == "mlp":
+        if self.schedule.pieces > 1 and (window.matrices or window.half == "mlp"):
             inputs, targets = (t.unflatten(1, (self.schedule.pieces, -1)).flatten(0, 1) for t in (inputs, targets))
         try:
             with requiring_gradients(parameters.values()):
@@ -542,7 +550,7 @@ class _Windows:
             task.propagation, task.solver, task.start, task.loss, task.schedule, task.exact, task.train, task.adapter, task.rank,
             task.seed,
         )  # fmt: skip
-        self.count, self.shape = task.count, tokens.shape
+        self.count, self.lengths = task.count, lengths(tokens)
         self.task: _Task | None = None
         self.teacher: Decoder | None = None
 
@@ -556,7 +564,7 @@ class _Windows:
         work, masks = _Shard(), {name: mask.tensor() for name, mask in task.masks.items()}
         engine = Engine("cpu" if self.on_cpu else "auto", self.dtype, work)
         lone = _Lone(self.teacher, self.student, masks, *self.options, engine, self.count, Activations(limit=0), work)
-        lone.settle(*self.shape)
+        lone.settle(self.lengths)
         lone.dense, lone.sparse = ray.get(task.stream).tensor(), None
         with requiring_gradients(self.student.model.parameters(), False):
             lone.repair(task.window)
@@ -646,10 +654,11 @@ def _place(window: Window) -> str:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Mean over tokens of the outer product: left (samples, length, a), right (samples, length, b) -> (a, b) float32."""
-    total = left.new_zeros(left.shape[-1], right.shape[-1], dtype=torch.float32)
+    rows, columns = flat(left).shape[-1], flat(right).shape[-1]
+    total = flat(left).new_zeros(rows, columns, dtype=torch.float32)
     for a, b in zip(left, right, strict=True):
         total.addmm_(a.float().T, b.float())
-    return total / (left.shape[0] * left.shape[1])
+    return total / len(flat(left))
 
 
 def summary(reports: list[WindowReport]) -> list[dict]:

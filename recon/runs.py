@@ -34,6 +34,7 @@ from recon.assets import cache_folder
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.environment import environment
+from recon.ragged import Samples, flat, lengths
 from recon.seeds import generator
 from recon.sparsity import Pattern, found_pattern, sparsity_of
 from recon.spec import RunRecord, RunSpec
@@ -277,7 +278,8 @@ class Run:
         seed = generator(spec.seed, "calibration").initial_seed() % 2**32
         most = max(spec.samples_by_phase.values())
         # One draw for all phases: each reads the first so many of it.
-        self.calibration = draw(spec.text, "calibration", self.tokenizer, most, spec.sequence_length, seed)
+        calibrate = text.sample_documents if spec.documents else draw
+        self.calibration = calibrate(spec.text, "calibration", self.tokenizer, most, spec.sequence_length, seed)
         self.held_out = None
         if spec.held_out_samples:
             self.held_out = draw(spec.text, "validation", self.tokenizer, spec.held_out_samples, spec.sequence_length)
@@ -293,7 +295,7 @@ class Run:
         given.check_pruned(self.dense, opened)
         return opened
 
-    def samples(self, phase: str) -> Tensor:
+    def samples(self, phase: str) -> Samples:
         """The calibration samples that `phase` reads."""
         return self.calibration[: self.spec.samples_by_phase[phase]]
 
@@ -368,7 +370,7 @@ class Run:
 
     def activations(self) -> Activations:
         """What is known of the dense model on this run's samples, in its batches."""
-        names = "text samples sequence_length held_out_samples seed compute_dtype device"
+        names = "text samples sequence_length documents held_out_samples seed compute_dtype device"
         key = (*self.spec.loaded_by, *(getattr(self.spec, name) for name in names.split()))
         return self.kept_on_disk("activations", key, 1 - HELD_OUT_SHARE)
 
@@ -450,7 +452,7 @@ class Run:
         metrics["drift_pruned"], metrics["drift"] = pruned.drift, repaired.drift
         metrics["by_text"] = by_text
         self.record.tokens = {
-            **{phase: self.samples(phase).numel() for phase in spec.samples_by_phase},
+            **{phase: sum(lengths(self.samples(phase))) for phase in spec.samples_by_phase},
             "held_out": 0 if self.held_out is None else self.held_out.numel(),
             "evaluation": sum(result.tokens for result in dense.perplexities.values()),
         }
@@ -458,7 +460,8 @@ class Run:
         self.record.protocol = {
             "calibration": (
                 ", ".join(f"{phase} {count}" for phase, count in spec.samples_by_phase.items())
-                + f" x {spec.sequence_length} tokens of {spec.text} (calibration split), seed {spec.seed}"
+                + (" documents of up to" if spec.documents else " x")
+                + f" {spec.sequence_length} tokens of {spec.text} (calibration split), seed {spec.seed}"
             ),
             "evaluation": (
                 "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
@@ -481,7 +484,7 @@ class Run:
             else "none",
             "share_recovered": "1 - log(repaired / dense) / log(pruned / dense), in perplexities",
             "token_hashes": {
-                "calibration": _hash(self.calibration),
+                "calibration": _hash(flat(self.calibration) if spec.documents else self.calibration),
                 **{f"evaluation {name}": _hash(tokens) for name, tokens in self.texts.items()},
             },
         }
