@@ -101,11 +101,11 @@ class Spill:
         self.small = SMALL if small is None else small
         self._files: dict[int, Path] = {}  # by where a tensor begins in memory
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU to be filled. Raises `OSError` where it is not small, and the disk is full."""
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """A tensor on the CPU to be filled; a small one is `pinned` on demand. Raises `OSError` where a large one finds the disk full."""
         size = math.prod(shape) * dtype.itemsize
         if size <= self.small:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
         content = {STREAM: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}}
         header = json.dumps(content).encode()
         header += b" " * (-(8 + len(header)) % _ALIGNMENT)

@@ -132,8 +132,7 @@ class Engine(contextlib.AbstractContextManager):
         """A tensor for activations that is to be filled."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
-        tensor = self.work.empty(shape, dtype)
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return self.work.empty(shape, dtype, pinned=self.device.type == "cuda")
 
     def batches(self, streams: Sequence[Samples], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
         """For each of `parts`, which are numbers of samples of one length, these of every stream, on the compute device.

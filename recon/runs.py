@@ -94,9 +94,13 @@ class Session:
         key, value = self._kept.get("model", (None, None))
         return sum(p.nbytes for p in value[0].model.parameters()) if key == spec.loaded_by else 0
 
+    def holds(self, kind: str, key: object) -> bool:
+        """Whether `keep` would give what it gave last time."""
+        return kind in self._kept and self._kept[kind][0] == key
+
     def keep(self, kind: str, key: object, make):
         """`make()`, or what it gave last time for the same `kind` if `key` has not changed since."""
-        if kind in self._kept and self._kept[kind][0] == key:
+        if self.holds(kind, key):
             self.reused.append(kind)
             return self._kept[kind][1]
         self._kept.pop(kind, None)  # frees the memory before the next one is made
@@ -129,7 +133,8 @@ def run(
     from recon import streamed  # which builds on what is here
 
     session, save = session or Session(), None if save is None else Path(save)
-    if streamed.wanted(stream, spec):
+    # What is in memory already fits into it.
+    if not (stream == "auto" and session.holds("model", spec.loaded_by)) and streamed.wanted(stream, spec):
         return streamed.run(spec, session, save, command, progress)
     task = Run(spec, session, progress)
     if save is None:

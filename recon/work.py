@@ -24,9 +24,12 @@ class InMemory:
     def __init__(self):
         self.masks: MutableMapping[str, Tensor] = {}
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU for activations, or for weights that are put aside."""
-        return torch.empty(shape, dtype=dtype)
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """A tensor on the CPU for activations, or for weights that are put aside.
+
+        pinned: in memory that a GPU can read by itself, unless it is in a file.
+        """
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
 
     def finished(self, phase: str) -> list:
         """What the finished steps of `phase` found, in their order."""
@@ -139,9 +142,9 @@ class Work(InMemory):
         for file in before - set(entry.get("streams", {}).values()) - {None}:
             (self.folder / file).unlink(missing_ok=True)
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
         try:
-            return self.spill.empty(shape, dtype)
+            return self.spill.empty(shape, dtype, pinned)
         except OSError as error:
             raise self._unwritten(error) from error
 
