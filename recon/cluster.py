@@ -117,6 +117,7 @@ def connect(address: str | None = None):
     if address is None and not os.environ.get("RAY_ADDRESS"):
         address = "local"
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 leaves workers next to nothing beside other programs
         options["include_dashboard"] = False
     try:
         ray.init(address, **options)

@@ -2,15 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recon.decoder import Decoder
-from recon.weights import Lazy, placeholder
+from recon.weights import Lazy, placeholder, second
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,12 @@ def without_weights(decoder: Decoder) -> bytes:
             parameter.data = placeholder(parameter.shape)
         for buffer in buffers:
             buffer.data = buffer.data.cpu()
+        kind = type(decoder)
+        # Cached properties may hold parameters, which come anew.
+        parts = {name: part for name, part in vars(decoder).items() if not isinstance(getattr(kind, name, None), cached_property)}
         # What blocks are called with is found anew, by shape and device; where weights are read from, is said by `revived`.
-        parts = {**vars(decoder), "lazy": None, "_calls": {}}
-        return cloudpickle.dumps((type(decoder), parts))
+        parts |= {"lazy": None, "_calls": {}}
+        return cloudpickle.dumps((kind, parts))
     finally:
         for tensor, home in homes:
             tensor.data = home
@@ -71,18 +74,19 @@ def revived(content: bytes, read: Read) -> Decoder:
 
 def twin(decoder: Decoder, read: Read) -> Decoder:
     """A second skeleton of the architecture of `decoder`, with other weights; `read` as for `revived`."""
-    return _lazy(Decoder(deepcopy(decoder.model), like=decoder), read)
+    return _lazy(Decoder(second(decoder.model), like=decoder), read)
 
 
 def _lazy(decoder: Decoder, read: Read) -> Decoder:
-    ends = dict(decoder._ends())
+    inside = {id(parameter) for parameter in decoder.blocks.parameters()}
+    outside = {name: p.shape for name, p in decoder.model.named_parameters() if id(p) not in inside}
 
     def values(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
             value = read(name)
-            if value is None and name not in ends:
+            if value is None and name not in outside:
                 raise KeyError(name)
-            yield name, torch.zeros(()).expand(ends[name].shape) if value is None else value.clone()
+            yield name, torch.zeros(()).expand(outside[name]) if value is None else value.clone()
 
     decoder.lazy = Lazy(decoder.model, values)
     return decoder
