@@ -23,7 +23,8 @@ def test_tensors_arrive_as_they_were(tensor):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
 def test_a_decoder_arrives_without_weights_and_runs_on_those_that_it_is_given(family):
-    model = make_model(family, **({"tie_word_embeddings": True} if family == "llama" else {}))
+    tied = {"tie_word_embeddings": True} if family == "llama" else {}
+    model = make_model(family, **tied)
     decoder, before = Decoder(model), {name: p.clone() for name, p in model.named_parameters()}
     sent = without_weights(decoder)
     assert not any(p.detach().numpy().tobytes() in sent for p in model.parameters() if p.ndim > 1)
@@ -31,7 +32,7 @@ def test_a_decoder_arrives_without_weights_and_runs_on_those_that_it_is_given(fa
     given = {}
     one = revived(sent, given.get)
     other = twin(one, lambda name: None if given.get(name) is None else 2 * given[name])
-    doubled = Decoder(make_model(family), like=decoder)
+    doubled = Decoder(make_model(family, **tied), like=decoder)
     hidden = decoder.embed(random_tokens(2, 8))
     with torch.no_grad():
         for parameter, own in zip(doubled.model.parameters(), model.parameters(), strict=True):
