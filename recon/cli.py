@@ -105,11 +105,13 @@ class Plan:
     spec: Annotated[RunSpec, tyro.conf.arg(name="")]
     save: bool = False
     """Whether the repaired model would be saved."""
+    stream: Literal["auto", "yes", "no"] = "auto"
+    """As for `recon run`."""
 
     def __call__(self) -> None:
         from recon.plan import advice, plan
 
-        planned = plan(self.spec, self.save)
+        planned = plan(self.spec, self.save, stream=self.stream)
         print(planned)
         if planned.problem:
             raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")

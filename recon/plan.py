@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig
 
-from recon import criteria, estimate, models
+from recon import criteria, estimate, models, streamed
 from recon.decoder import Decoder
 from recon.device import available_memory, pick_compute_dtype, pick_device, resident
 from recon.errors import ReconError
@@ -21,6 +21,7 @@ from recon.weights import Lazy, skeleton
 log = logging.getLogger("recon")
 
 GIB = 2**30
+PHASES = ("load", "copy", "prune", "reconstruct", "retrain", "evaluate")  # in their order
 LONG = 600  # seconds: runs that are expected to take longer are planned before they start
 LARGE = 0.3  # of the available memory: so are those that roughly take more
 GRANULARITIES = (
@@ -51,6 +52,7 @@ class Plan:
     disk: bytes that the run writes and leaves.
     tokens, flops, seconds: by phase.
     available_memory, available_disk: bytes that can still be had here.
+    streamed: whether the model stays on disk; see `recon.streamed`.
     """
 
     spec: RunSpec
@@ -65,6 +67,7 @@ class Plan:
     seconds: dict[str, float]
     available_memory: int
     available_disk: int
+    streamed: bool = False
 
     @property
     def peak(self) -> dict[str, float]:
@@ -90,9 +93,10 @@ class Plan:
     def __str__(self) -> str:
         spec, peak = self.spec, self.peak
         parts = sorted(((size, name) for name, size in peak.items() if size >= 0.01 * self.peak_memory), reverse=True)
-        phases = {phase: sum(parts.values()) for phase, parts in self.memory.items()}
+        phases = {phase: sum(self.memory[phase].values()) for phase in PHASES if phase in self.memory}
         rows = [
             ("model", f"{spec.model}: {self.parameters:,} parameters, {self.prunable:,} of them in matrices that are pruned"),
+            ("kept", "on disk, one window at a time in memory" if self.streamed else "in memory"),
             ("windows", f"{self.windows} of {spec.granularity}, the largest of {self.largest_window:,} parameters"),
             ("tokens", ", ".join(f"{phase} {count:,}" for phase, count in self.tokens.items())),
             ("operations", ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count)),
@@ -113,15 +117,17 @@ class Plan:
         return "\n".join(f"{name:12} {value}" for name, value in rows)
 
 
-def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".") -> Plan:
+def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: str = "auto") -> Plan:
     """What a run of `spec` takes, from the configuration of its model alone: no weights are read, and no texts.
 
     Args:
         save: whether the repaired model is written as a checkpoint.
         folder: where to; its disk counts.
+        stream: "yes": the model stays on disk; "no": it is in memory; "auto": on disk where it and its repaired copy would not fit into
+            memory, and the run can be streamed.
 
     Raises:
-        ReconError: a model that is unknown or cannot be taken apart, a granularity that it is too small for.
+        ReconError: a run that cannot be streamed but is to be, a model that is unknown or cannot be taken apart, a granularity that it is too small for.
     """
     decoder = shapes_of(*spec.loaded_by).decoder
     windows = decoder.windows(spec.granularity) if spec.granularity != "none" else []
@@ -129,28 +135,45 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".") -> Plan:
     device = pick_device(spec.device)
     rate = estimate.speed(device, pick_compute_dtype(spec.compute_dtype, device))
     parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
+    prunable = sum(matrix.weight.numel() for matrix in decoder.matrices().values())
+    on_disk = stream == "yes" and streamed.wanted("yes", spec)
+    if stream == "auto" and 0 < available_memory() < 2 * 4 * parameters:
+        on_disk = _can_be_streamed(spec)
+    disk = 4 * parameters * (save or on_disk)
+    if on_disk:  # masks, and streams: of both models, each before and after the window in hand
+        width = decoder.model.config.get_text_config().hidden_size
+        disk += prunable // 8 + 4 * 4 * width * (spec.samples + spec.held_out_samples) * spec.sequence_length
     return Plan(
         spec,
         parameters,
-        sum(matrix.weight.numel() for matrix in decoder.matrices().values()),
+        prunable,
         len(windows),
         max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0),
-        _memory(spec),
-        4 * parameters * save,
+        _memory(spec, on_disk=on_disk),
+        disk,
         _tokens(spec),
         flops,
         {phase: count / rate for phase, count in flops.items()},
         available_memory(),
         shutil.disk_usage(folder).free,
+        on_disk,
     )
 
 
-def _memory(spec: RunSpec, evaluated: bool = True) -> dict[str, dict[str, float]]:
+def _can_be_streamed(spec: RunSpec) -> bool:
+    try:
+        return streamed.wanted("yes", spec)
+    except ReconError:
+        return False
+
+
+def _memory(spec: RunSpec, evaluated: bool = True, on_disk: bool = False) -> dict[str, dict[str, float]]:
     """Peak bytes by phase and by what they are for."""
-    from recon.rehearsal import peaks  # slow to import
+    from recon.rehearsal import peaks, streamed_peaks  # slow to import
 
     shapes, process = shapes_of(*spec.loaded_by), float(resident())
-    found = peaks(spec, shapes.config, shapes.decoder, evaluated).highest()
+    rehearse = streamed_peaks if on_disk else peaks
+    found = rehearse(spec, shapes.config, shapes.decoder, evaluated).highest()
     return {phase: {"process": process, **parts} for phase, parts in found.items()}
 
 
@@ -182,12 +205,16 @@ def advice(planned: Plan) -> str:
     over = {phase for phase, parts in planned.memory.items() if sum(parts.values()) > limit}
     if not over:
         return ""
+    if not planned.streamed and _can_be_streamed(planned.spec):
+        needs = max(sum(parts.values()) for parts in _memory(planned.spec, on_disk=True).values())
+        if needs <= limit:
+            return f"--stream yes would fit, with {needs / GIB:.1f} GiB"
     spec, changes = planned.spec, _changes(planned.spec)
 
     @functools.cache
     def need(number: int, step: int) -> float:
         change = changes[number]
-        found = _memory(replace(spec, **change.steps[step]), evaluated="evaluate" in change.phases)
+        found = _memory(replace(spec, **change.steps[step]), "evaluate" in change.phases, planned.streamed)
         return max(sum(parts.values()) for phase, parts in found.items() if phase in over)
 
     for number, change in enumerate(changes):
@@ -201,7 +228,7 @@ def advice(planned: Plan) -> str:
         if change.phases & over:
             together |= change.steps[-1]
     if together:
-        needs = max(sum(parts.values()) for parts in _memory(replace(spec, **together)).values())
+        needs = max(sum(parts.values()) for parts in _memory(replace(spec, **together), on_disk=planned.streamed).values())
         if needs <= limit:
             return f"{_options(together)} would fit, with {needs / GIB:.1f} GiB"
         return f"even {_options(together)} would need {needs / GIB:.1f} GiB"
@@ -237,7 +264,7 @@ def _options(changes: dict) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
 
 
-def check(spec: RunSpec, save: bool = False, folder: Path | str = ".", loaded: int = 0) -> Plan | None:
+def check(spec: RunSpec, save: bool = False, folder: Path | str = ".", loaded: int = 0, stream: str = "auto") -> Plan | None:
     """The plan of a run that is long or large, once it is known to fit; None where a rough estimate says that it is neither.
 
     loaded: bytes of the model's weights that are in memory already.
@@ -251,7 +278,7 @@ def check(spec: RunSpec, save: bool = False, folder: Path | str = ".", loaded: i
         seconds = sum(flops.values()) / estimate.speed(device, pick_compute_dtype(spec.compute_dtype, device))
         if seconds < LONG and roughly < LARGE * available_memory():
             return None
-        planned = plan(spec, save, folder)
+        planned = plan(spec, save, folder, stream)
     except ReconError as error:  # the run itself will say what is wrong with it
         log.debug("no plan: %s", error)
         return None

@@ -27,14 +27,16 @@ from recon import adapters, criteria, logits
 from recon.criteria import Structured, sparsegpt
 from recon.decoder import Decoder
 from recon.engine import Engine
-from recon.runs import Measured, Run, Session
+from recon.runs import Measured, Pruned, Run, Session
 from recon.solvers.gradient import Schedule
 from recon.spec import RunRecord, RunSpec
+from recon.weights import Lazy, skeleton
 from recon.work import InMemory
 
 # What a tensor is for, by the function of this library that made it: the innermost one that is named here counts.
 PARTS = {
     "Rehearsal.load": "dense model",
+    "StreamedRehearsal.read": "weights in hand",
     "Run.copy_of_dense": "pruned model",
     "Run.prune": "pruned model",
     "prune": "masks and scores",
@@ -244,8 +246,7 @@ class Rehearsal(Run):
     def load(self) -> None:
         """Makes a model and texts of the right shapes."""
         spec = self.spec
-        model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
-        self.dense, self.tokenizer = Decoder(model, like=self.like), None
+        self.dense, self.tokenizer = self.decoder(self.like), None
         self.dense._calls = {}  # what blocks are called with is made anew, without values
         self.dense.groups = self.dense.groups[: len(self.dense.blocks)]
         most = max(spec.samples_by_phase.values())
@@ -254,6 +255,10 @@ class Rehearsal(Run):
         self.held_out = self.held_out if spec.held_out_samples else None
         shape = (spec.evaluation_samples, spec.evaluation_length)
         self.texts = {name: torch.zeros(shape, dtype=torch.long) for name in spec.evaluation_texts}
+
+    def decoder(self, like: Decoder) -> Decoder:
+        """The model, built as `like` is."""
+        return Decoder(AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval(), like=like)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -285,6 +290,55 @@ class Rehearsal(Run):
         """There are no figures to fill in."""
 
 
+class StreamedRehearsal(Rehearsal):
+    """The same with the model on disk: weights are there while they are asked for, as in `recon.streamed.StreamedRun`."""
+
+    def decoder(self, like: Decoder) -> Decoder:
+        """The model, none of whose weights is there yet."""
+        model = skeleton(self.config)
+        model.tie_weights()
+        lazy = Lazy(model, lambda names: self.read(lazy, names))
+        return Decoder(model, like=like, lazy=lazy)
+
+    def read(self, lazy: Lazy, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Weights of the right shapes."""
+        for name in names:
+            yield name, torch.empty(lazy.parameters[name].shape)
+
+    def copy_of_dense(self) -> Decoder:
+        """As on disk."""
+        return self.decoder(self.dense)
+
+    def pruned_student(self, student: Decoder) -> Pruned:
+        """Pruned once more by every run."""
+        return self.prune(student)
+
+    def changed(self, student: Decoder, masks) -> dict[str, Tensor]:
+        """They are in files."""
+        return {}
+
+
+ON_DISK = ("activations of all samples", "copy of the window")  # in mapped files, where a run is streamed
+
+
+def streamed_peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True) -> Peaks:
+    """As `peaks`, of a run whose model, masks and activations of all samples stay on disk.
+
+    One window more than the largest tells it all, if blocks have equal shapes: what else there is of the model takes no memory.
+    """
+    size = 1 if spec.granularity == "none" else max(len(window.blocks) for window in like.windows(spec.granularity))
+    if len(_shapes(like)) == 1 and size < len(like.blocks):
+        spec = replace(spec, granularity=f"{size}-blocks") if size > 1 else spec
+        config = shortened(config, size + 1)
+    found = rehearse(spec, config, like, evaluated, StreamedRehearsal).found
+    return Peaks({place: {n: size for n, size in parts.items() if n not in ON_DISK} for place, parts in found.items()})
+
+
+def _shapes(decoder: Decoder) -> set[tuple]:
+    """Shapes of the parameters of each kind of block."""
+    return {tuple((name, p.shape) for name, p in block.named_parameters()) for block in decoder.blocks}
+
+
 def peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True) -> Peaks:
     """Peaks of a run of `spec` on the model of `config`, whose structure is that of `like`.
 
@@ -295,8 +349,7 @@ def peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: boo
     """
     blocks = len(like.blocks)
     size = 1 if spec.granularity == "none" else max(len(window.blocks) for window in like.windows(spec.granularity))
-    shapes = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in like.blocks}
-    if len(shapes) > 1 or blocks <= min(size, 2) + 2:
+    if len(_shapes(like)) > 1 or blocks <= min(size, 2) + 2:
         return rehearse(spec, config, like, evaluated)
 
     def small(window: int, blocks: int) -> Peaks:
@@ -322,7 +375,9 @@ def shortened(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
     return config
 
 
-def rehearse(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True) -> Peaks:
+def rehearse(
+    spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True, kind: type[Rehearsal] = Rehearsal
+) -> Peaks:
     """As `peaks`, of the model of `config` as it is; its blocks are built as the first ones of `like`."""
     if spec.pruned:  # a given mask costs what the plainest criterion does, and the weights that come with it are kept
         spec, unchanged = replace(spec, pruned=None, pruned_revision=None, criterion="magnitude", pattern="0.5"), False
@@ -345,5 +400,5 @@ def rehearse(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: 
     with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True), ledger, _Answers(order):
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # `nn.Parameter` is copied so
         with _cut_short(order):
-            Rehearsal(spec, config, like, ledger, evaluated).execute(None, "")
+            kind(spec, config, like, ledger, evaluated).execute(None, "")
     return ledger.peaks

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from recon import cluster, executors, lock, streamed
+from recon import cluster, executors, lock
 from recon.checkpoint import check_writable
 from recon.cluster import Ray
 from recon.errors import ReconError
@@ -195,8 +195,8 @@ def run_or_record_failure(
     try:
         save = options.get("save")
         loaded = session.bytes_loaded(spec) if session else 0
-        in_memory = not streamed.wanted(options.get("stream", "auto"), spec)
-        planned = check(spec, save is not None, Path(save).parent if save else ".", loaded) if in_memory and not force else None
+        folder, stream = Path(save).parent if save else ".", options.get("stream", "auto")
+        planned = None if force else check(spec, save is not None, folder, loaded, stream)
         if planned:
             log.info("%s", planned)
         return run(spec, session, **options), None

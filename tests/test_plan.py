@@ -1,10 +1,13 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import FAMILIES, make_model
 from torch.utils._pytree import tree_leaves
+from transformers import AutoTokenizer
 
 from recon import cli, estimate, models, plan, study
 from recon.decoder import Decoder
@@ -124,6 +127,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read_and_told_what_would(
     def have(planned):
         monkeypatch.setattr(plan, "available_memory", lambda: int(planned.peak_memory - planned.peak["process"]) + 1000)
 
+    monkeypatch.setattr(plan, "_can_be_streamed", lambda spec: False)  # streaming would come before all else
     monkeypatch.setattr(models, "load", read)
     monkeypatch.setattr(plan, "LONG", 0)
     monkeypatch.setattr(plan, "resident", lambda: 0)
@@ -140,6 +144,25 @@ def test_what_cannot_fit_is_refused_before_weights_are_read_and_told_what_would(
         plan.check(large)
     # What is loaded already need not fit once more.
     assert plan.check(large, loaded=2**30)
+
+
+def test_a_streamed_run_takes_less_memory_and_more_disk(spec, monkeypatch):
+    monkeypatch.setattr(plan, "resident", lambda: 0)
+    spec = replace(spec, granularity="block", evaluation_samples=1)
+    here, on_disk = (plan.plan(spec, stream=stream) for stream in ("no", "yes"))
+    assert (here.streamed, on_disk.streamed) == (False, True)
+    assert on_disk.disk >= 4 * on_disk.parameters + on_disk.prunable // 8 > here.disk == 0
+    phase, other = (planned.memory["reconstruct"] for planned in (here, on_disk))
+    # A block of four, and nothing of the dense model beside it.
+    assert sum(other.values()) < 0.6 * sum(phase.values()) and other["dense model"] < 0.1 * phase["dense model"]
+
+    too_little = sum(on_disk.peak.values()) + 1000
+    monkeypatch.setattr(plan, "available_memory", lambda: int(too_little))
+    monkeypatch.setattr(plan, "LONG", 0)
+    with pytest.raises(ReconError, match="--stream yes would fit"):
+        plan.check(spec, stream="no")
+    with pytest.raises(ReconError, match="retraining"):
+        plan.plan(replace(spec, then="full"), stream="yes")
 
 
 def test_a_short_run_is_not_planned(spec, monkeypatch):
@@ -161,3 +184,66 @@ def test_72b_parameters_are_planned_without_weights(config_folder, monkeypatch, 
     weights = sum(p.nbytes for p in shapes.model.parameters())
     assert parts["dense model"] == pytest.approx(weights, rel=0.001)
     assert parts["pruned model"] == pytest.approx(weights, rel=0.01)
+
+
+# --- against measured memory: slow ------------------------------------------------------------------------------------
+
+SHAPES = {  # of random models with some 300 MB of weights each
+    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 32000},
+    "deep": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24, "vocab_size": 400},
+}
+MEASURED = {
+    "half-blocks": {"model": "wide", "samples": 32, "sequence_length": 512, "criterion": "wanda"},
+    "the whole model": {"model": "wide", "granularity": "model"},
+    "matrices": {"model": "wide", "granularity": "matrix", "samples": 16, "sequence_length": 256},
+    "SparseGPT": {"model": "wide", "granularity": "none", "criterion": "sparsegpt"},
+    "full retraining": {"model": "wide", "granularity": "none", "then": "full"},
+    "blocks, mixed": {"model": "deep", "granularity": "block", "propagation": "mixed", "batch_size": 4, "samples": 32},
+    "quarters, norms too": {"model": "deep", "granularity": "quarter", "train": "all"},
+    "streamed": {"model": "deep", "stream": "yes", "granularity": "8-blocks", "samples": 32},
+    "exact start": {"model": "smollm2-135m", "start": "exact", "exact_iterations": 2, "sequence_length": 256},
+}
+MEASURE = """
+import json, sys
+from recon.plan import plan
+from recon.runs import run
+from recon.spec import RunSpec
+
+spec, stream = RunSpec(**json.loads(sys.argv[1])), sys.argv[2]
+planned = plan(spec, stream=stream)
+measured = run(spec, stream=stream, progress=False).peak_memory_bytes
+print(json.dumps({"process": planned.peak["process"], "predicted": planned.peak_memory, "measured": measured}))
+"""
+
+
+@pytest.fixture(scope="session")
+def larger_models(tiny_folder, tmp_path_factory):
+    folders = {}
+    for name, shape in SHAPES.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folders[name])
+        options = {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+        }
+        make_model("llama", std=0.02, **shape, **options).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURED)
+def test_predicted_memory_is_within_a_fifth_of_what_a_run_takes(name, larger_models):
+    """Each in a process of its own; what the process takes before the run counts on neither side."""
+    options = {"samples": 8, "sequence_length": 128, "criterion": "magnitude", "held_out_samples": 2, "evaluation_samples": 4}
+    options |= {"evaluation_length": 256, **MEASURED[name]}
+    options["model"] = str(larger_models.get(options["model"], options["model"]))
+    stream = options.pop("stream", "no")
+    command = [sys.executable, "-c", MEASURE, json.dumps(options), stream]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    predicted, measured = ((found[what] - found["process"]) / 2**20 for what in ("predicted", "measured"))
+    print(f"{name}: predicted {predicted:.0f} MiB, measured {measured:.0f} MiB, ratio {predicted / measured:.3f}")
+    assert predicted == pytest.approx(measured, rel=0.2)
