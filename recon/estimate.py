@@ -37,16 +37,18 @@ def speed(device: torch.device, dtype: torch.dtype) -> float:
     return EFFICIENCY * gemm_rate(device, dtype)
 
 
-def flops(spec, decoder: Decoder) -> dict[str, float]:
+def flops(spec, decoder: Decoder, tokens: dict[str, int] | None = None) -> dict[str, float]:
     """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate".
 
     In closed form from the shapes, as if the run shared nothing with others: two per weight and token for each product (forward,
     weight gradient, input gradient), attention over the causal half, Gram matrices, adapters, exact solvers; no element-wise
     work. Evaluation is that of perplexity.
+
+    tokens: that each phase reads, by its name, where samples are not all as long as can be.
     """
     model = _Model(decoder)
     samples = spec.samples_by_phase
-    tokens = {phase: count * spec.sequence_length for phase, count in samples.items()}
+    tokens = {phase: count * spec.sequence_length for phase, count in samples.items()} | (tokens or {})
     forward = 2 * model.weights + model.attention(spec.sequence_length)
     again = 1 - 1 / len(decoder.blocks)  # nothing reads what comes after the last block
     found = dict.fromkeys(("prune", "reconstruct", "retrain"), 0.0)
@@ -79,7 +81,7 @@ def flops(spec, decoder: Decoder) -> dict[str, float]:
                 batches = spec.epochs * -(-samples["reconstruct"] // spec.batch_size)
                 found["reconstruct"] += batches * 6 * spec.rank * model.weights
         if spec.solver == "exact" or spec.start == "exact":
-            used = min(spec.exact_samples or spec.samples, spec.samples) * spec.sequence_length
+            used = tokens["reconstruct"] * min(spec.exact_samples or spec.samples, spec.samples) / spec.samples
             found["reconstruct"] += model.grams * used + 2 * model.products * (1 + spec.exact_iterations)
         found["reconstruct"] += per_token * tokens["reconstruct"]
         # Errors: on held-out samples, through the dense windows too; before and after through the student's.

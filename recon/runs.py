@@ -417,8 +417,9 @@ class Run:
 
     def fill(self, student: Decoder, dense: Measured, pruned: Measured, repaired: Measured) -> None:
         """Writes metrics, tokens, operations and protocol into the record."""
-        self.record.flops = estimate.flops(self.spec, self.dense)
         spec, metrics = self.spec, self.record.metrics
+        tokens = {phase: sum(lengths(self.samples(phase))) for phase in spec.samples_by_phase}
+        self.record.flops = estimate.flops(spec, self.dense, tokens)
         by_text, states = {}, {"dense": dense, "pruned": pruned, "repaired": repaired}
         for name in spec.evaluation_texts:
             results = {kind: measured.perplexities[name] for kind, measured in states.items()}
@@ -457,7 +458,7 @@ class Run:
         metrics["drift_pruned"], metrics["drift"] = pruned.drift, repaired.drift
         metrics["by_text"] = by_text
         self.record.tokens = {
-            **{phase: sum(lengths(self.samples(phase))) for phase in spec.samples_by_phase},
+            **tokens,
             "held_out": 0 if self.held_out is None else self.held_out.numel(),
             "evaluation": sum(result.tokens for result in dense.perplexities.values()),
         }

@@ -9,6 +9,7 @@ from conftest import make_model, random_tokens
 from torch.testing import assert_close
 
 import recon
+import recon.estimate
 from recon import text
 from recon.activations import Activations
 from recon.decoder import SHAPES, Decoder
@@ -224,6 +225,10 @@ def test_a_run_on_documents(tiny_folder, tiny_text):
     record = recon.run(documents, progress=False)
     assert record.status == "done" and record.metrics["sparsity"] == 0.5
     assert 6 * 16 <= record.tokens["reconstruct"] < 6 * 120
+    whole = recon.estimate.flops(documents, Decoder(recon.load(tiny_folder)[0]))["reconstruct"]
+    assert (
+        0.9 < record.flops["reconstruct"] / whole / (record.tokens["reconstruct"] / (6 * 120)) < 1.3
+    )  # errors are measured on held-out text
     assert "6 documents of up to 120 tokens" in record.protocol["calibration"]
     with pytest.raises(ReconError, match="pieces is 2, but documents of unequal length are not cut"):
         dataclasses.replace(documents, pieces=2)
