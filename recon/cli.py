@@ -126,7 +126,7 @@ class Models:
 
         for name, description in BUNDLED_MODELS.items():
             print(f"{name:16} {description}")
-        print("\nOr any causal LM: a local folder, or a Hub id (organisation/name) with --revision.")
+        print("\nOr any causal LM: a local folder, a GGUF file, or a Hub id (organisation/name) with --revision.")
 
 
 @dataclass(frozen=True)

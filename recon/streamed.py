@@ -211,7 +211,7 @@ class StreamedRun(Run):
             hashes = "".join(f"{entry['sha256']}  {Path(entry['file']).name}\n" for entry in entries)
             (target / files.HASHES).write_text(hashes, encoding="utf-8")
             checkpoint.write_card(target, self.record, command)
-            for path in target.iterdir():
+            for path in (*target.iterdir(), target):
                 sync(path)
             work.finish(RECORD, self.record.to_dict())
             self.publish(folder)

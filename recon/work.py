@@ -97,6 +97,7 @@ class Work(InMemory):
             return
         for name in ("masks", "pruned", "activations", "checkpoint"):
             (folder / name).mkdir(exist_ok=True)
+        sync(folder)
         for entry in self.journal.entries:
             self._check(entry)
             self._take(entry)
