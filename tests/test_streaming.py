@@ -22,6 +22,7 @@ import recon
 from recon import activations, device, weights
 from recon.errors import ReconError
 from recon.streamed import StreamedRun
+from recon.study import read_record
 from recon.weights import Lazy
 
 
@@ -297,11 +298,10 @@ def test_killed_for_real(spec, expected, tmp_path):
         "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "record.json"), "--stream", "yes",
         *(a for a in arguments if not a.startswith(("--trust", "--then"))),
     ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = 0
     for number in range(40):
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         journal, began = tmp_path / "saved.unfinished" / "journal.jsonl", time.monotonic()
         lines = len(journal.read_bytes().splitlines()) if journal.exists() else 0
         # A little after the second step of this process is finished, at another moment each time.
@@ -317,7 +317,7 @@ def test_killed_for_real(spec, expected, tmp_path):
         assert process.returncode == -signal.SIGKILL, complaint
         killed += 1
     assert process.returncode == 0 and killed > 4
-    record = recon.study.read_record(tmp_path / "record.json")
+    record = read_record(tmp_path / "record.json")
     record.spec = expected[0].spec
     found, wanted = comparable(record), comparable(expected[0])
     assert found["metrics"] == wanted["metrics"] and found["windows"] == wanted["windows"]
