@@ -154,6 +154,8 @@ def skeleton(
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        if config.is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, and the weights of these have to be in memory; use stream no")
         model, checkpoint = open_model(config, files.shards(where), trust_remote_code)
         if (where / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(where)

@@ -141,6 +141,10 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
     assert len(record.metrics["drift"]) == 4 and record.flops["reconstruct"] > 0
     with pytest.raises(ReconError, match="zero-shot tasks need a causal language model; T5For"):
         recon.run(dataclasses.replace(spec, tasks=("analogies",)), progress=False)
+    with pytest.raises(
+        ReconError, match="cannot be loaded: it is an encoder-decoder, and the weights of these have to be in memory"
+    ):
+        recon.run(spec, stream="yes", progress=False)
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "half-block"])
