@@ -124,7 +124,8 @@ def optimise(
     losses: list[Tensor] = []
     norms: list[Tensor] = []
     if engine.device.type == "cpu":  # where a product with booleans takes several times as long
-        masks = [(parameter, mask.to(torch.bfloat16)) for parameter, mask in masks]
+        # In the list itself, so that it does not keep the booleans alive, a byte a weight, while windows are fitted.
+        masks[:] = [(parameter, mask.to(torch.bfloat16)) for parameter, mask in masks]
     orders = [torch.randperm(samples, generator=random) for _ in range(schedule.epochs)]
     steps_of = [chosen for order in orders for chosen in order.split(per_step)]
     size = min(micro_batch or schedule.batch_size, schedule.batch_size)
