@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import AutoConfig, PretrainedConfig
 
 from recon import criteria, estimate, models, streamed
@@ -173,7 +174,13 @@ def _memory(spec: RunSpec, evaluated: bool = True, on_disk: bool = False) -> dic
 
     shapes, process = shapes_of(*spec.loaded_by), float(resident())
     rehearse = streamed_peaks if on_disk else peaks
-    found = rehearse(spec, shapes.config, shapes.decoder, evaluated).highest()
+    try:
+        found = rehearse(spec, shapes.config, shapes.decoder, evaluated).highest()
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ReconError(
+            f"no plan can be made for model {spec.model!r}: what it computes has shapes that depend on its weights ({error}), as "
+            "where experts read the tokens that are sent to them; the run itself needs no plan"
+        ) from error
     return {phase: {"process": process, **parts} for phase, parts in found.items()}
 
 
@@ -279,8 +286,8 @@ def check(spec: RunSpec, save: bool = False, folder: Path | str = ".", loaded: i
         if seconds < LONG and roughly < LARGE * available_memory():
             return None
         planned = plan(spec, save, folder, stream)
-    except ReconError as error:  # the run itself will say what is wrong with it
-        log.debug("no plan: %s", error)
+    except ReconError as error:  # the run itself will say what is wrong with it, if anything is
+        log.info("no plan: %s", error)
         return None
     planned = replace(planned, available_memory=planned.available_memory + loaded)
     if planned.problem:

@@ -55,6 +55,18 @@ def test_a_model_is_taken_apart_by_its_configuration_as_with_its_weights(family,
             assert shapes.matrices(window).keys() == real.matrices(window).keys()
 
 
+def test_a_model_whose_shapes_depend_on_its_weights_has_no_plan_and_runs_without_one(config_folder, monkeypatch):
+    config = {
+        "model_type": "mixtral", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    spec = RunSpec(model=config_folder(config), samples=4, sequence_length=32, evaluation_length=32)
+    with pytest.raises(ReconError, match="no plan can be made for model .*depend on its weights"):
+        plan.plan(spec)
+    monkeypatch.setattr(plan, "LARGE", 0)  # so that any run is looked at
+    assert plan.check(spec) is None
+
+
 def test_what_is_counted_is_what_is_there(spec, tmp_path):
     planned, saved = plan.plan(spec, save=True), tmp_path / "saved"
     record = run(spec, save=saved, progress=False)
