@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.errors import ReconError
 from recon.files import write_hashes
-from recon.weights import PART
+from recon.weights import PART, sync
 
 CARD = """---
 base_model: {model}
@@ -129,10 +129,19 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         write_hashes(temporary)
         write_card(temporary, record, command)
         temporary.chmod(0o755)
+        sync_all(temporary)
         if folder.exists():
             folder.rmdir()  # empty, as checked before the run
         os.replace(temporary, folder)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:  # a full disk is either, by what was being written
         raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_all(folder: Path) -> None:
+    """Waits until all that is in `folder` is on the disk, and what it is called."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
