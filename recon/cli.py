@@ -11,7 +11,7 @@ import tyro
 
 from recon.bench.spec import BenchSpec
 from recon.errors import ReconError
-from recon.spec import RunSpec
+from recon.spec import RunRecord, RunSpec
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,14 @@ def _run(spec: RunSpec, file: Path | None, save: Path | None, stream: str, force
             raise ReconError(f"record {str(file)!r} is a folder; name a file")
         check_writable(file.parent, "record")
     command = shlex.join(["recon", *sys.argv[1:]])
-    record, error = run_or_record_failure(spec, force=force, save=save, command=command, stream=stream)
-    if file:
-        write_record(record, file)
+
+    def note(record: RunRecord) -> None:
+        if file:
+            write_record(record, file)
+
+    record, error = run_or_record_failure(spec, force=force, save=save, command=command, stream=stream, on_done=note)
     if error:
+        note(record)
         raise error
     for text, values in record.metrics["by_text"].items():
         share = values["share_recovered"]

@@ -14,48 +14,55 @@ class Journal:
     A line counts once all of it is on the disk: of one that was being written when the process died, nothing is kept.
 
     Args:
-        path: the file; made where there is none.
+        path: the file; made with the first step, so that a run that is refused before it leaves nothing.
         fingerprint: all that decides what the steps find, as JSON can hold it.
 
     Raises:
-        ReconError: the file is that of another run, naming what differs; or it is damaged.
+        ReconError: the file is that of another run, naming what differs; or it is damaged, or cannot be read.
     """
 
     def __init__(self, path: Path, fingerprint: dict):
         self.path = path
         self.entries: list[dict] = []
-        fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read
-        whole = path.read_bytes() if path.exists() else b""
+        self._fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read
+        try:
+            whole = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise ReconError(f"{str(path)!r} cannot be read: {error.strerror}") from error
         whole = whole[: whole.rfind(b"\n") + 1]
         try:
             header, *self.entries = map(json.loads, whole.splitlines()) if whole else (None,)
         except ValueError as error:
             raise ReconError(f"{str(path)!r} is damaged ({error}); delete its folder to begin anew") from error
         self._end = len(whole)
-        if header is None:
-            self._append(fingerprint)
-            sync(path.parent)
-        elif found := differences(header, fingerprint):
+        if header is not None and (found := differences(header, self._fingerprint)):
             raise ReconError(
                 f"folder {str(path.parent)!r} holds the unfinished work of another run: {'; '.join(found)}. Run that command to go on "
                 "with it, delete the folder, or save to another one"
             )
 
-    def add(self, entry: dict) -> None:
-        """Notes one finished step; when this returns, it is on the disk. After an `OSError` it is not noted."""
-        self._append(entry)
-        self.entries.append(entry)
+    def finished(self, phase: str) -> list:
+        """What the finished steps of `phase` found, in their order."""
+        return [entry["found"] for entry in self.entries if entry["phase"] == phase]
 
-    def _append(self, content: dict) -> None:
-        line = json.dumps(content).encode() + b"\n"
+    def add(self, entry: dict) -> None:
+        """Notes one finished step; when this returns, it is on the disk. After an `OSError` it is not noted.
+
+        entry: has the step's "phase" and what it "found".
+        """
+        first = not self._end
+        lines = b"".join(json.dumps(each).encode() + b"\n" for each in ([self._fingerprint, entry] if first else [entry]))
         # What a killed or failed write left behind the last whole line is written over.
         with open(self.path, "r+b" if self.path.exists() else "xb") as file:
             file.truncate(self._end)
             file.seek(self._end)
-            file.write(line)
+            file.write(lines)
             file.flush()
             os.fsync(file.fileno())
-        self._end += len(line)
+        if first:
+            sync(self.path.parent)
+        self._end += len(lines)
+        self.entries.append(entry)
 
 
 def differences(before: object, now: object, name: str = "") -> list[str]:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,6 +116,7 @@ def run(
     command: str = "",
     progress: bool = True,
     stream: str = "auto",
+    on_done: Callable[[RunRecord], None] = lambda record: None,
 ) -> RunRecord:
     """Prunes and repairs one model as `spec` says, and returns the record.
 
@@ -126,6 +127,7 @@ def run(
         stream: "yes": the model is never in memory as a whole, but read from disk window by window, and the run can be killed at
             any time and goes on when it is called again (see `recon.streamed`); "no": it is loaded; "auto": it is loaded where it fits
             into memory. The numbers are the same to the last bit.
+        on_done: called with the record once the model is saved. Until it returns, a streamed run can give the record again.
 
     Raises:
         ReconError: bad input, or another process that saves to the same folder, before anything long begins.
@@ -135,14 +137,17 @@ def run(
     session, save = session or Session(), None if save is None else Path(save)
     # What is in memory already fits into it.
     if not (stream == "auto" and session.holds("model", spec.loaded_by)) and streamed.wanted(stream, spec):
-        return streamed.run(spec, session, save, command, progress)
+        return streamed.run(spec, session, save, command, progress, on_done)
     task = Run(spec, session, progress)
     if save is None:
-        return task.execute(None, command)
-    # The folder itself appears only when it is complete, so the lock lies beside it.
-    with lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}"):
-        checkpoint.check_target(save)
-        return task.execute(save, command)
+        record = task.execute(None, command)
+    else:
+        # The folder itself appears only when it is complete, so the lock lies beside it.
+        with lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}"):
+            checkpoint.check_target(save)
+            record = task.execute(save, command)
+    on_done(record)
+    return record
 
 
 class Run:

@@ -247,16 +247,21 @@ class RunSpec:
             found["pruned"] = models.fingerprint(self.pruned, self.pruned_revision, self.trust_remote_code)
         return found
 
+    def decisive(self) -> dict:
+        """The fields, the same for specs that say the same in different ways."""
+        spec = asdict(self)
+        for name in ("prune_samples", "then_samples"):
+            if spec[name] == self.samples:  # as many samples, said in another way
+                spec[name] = 0
+        return spec
+
     def key(self) -> str:
         """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema.
 
         Fields at their defaults are left out, so that a new option does not disown old records.
         """
-        defaults, spec = {f.name: f.default for f in fields(self)}, asdict(self)
-        for name in ("prune_samples", "then_samples"):
-            if spec[name] == self.samples:  # as many samples, said in another way
-                spec[name] = 0
-        parts = {"spec": {name: value for name, value in spec.items() if value != defaults[name]}, **self.sources()}
+        defaults = {f.name: f.default for f in fields(self)}
+        parts = {"spec": {name: value for name, value in self.decisive().items() if value != defaults[name]}, **self.sources()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

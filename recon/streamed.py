@@ -4,29 +4,32 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from recon import checkpoint, criteria, device, evaluation, files, given, lock, models, pruning
 from recon.assets import cache_folder
 from recon.criteria import Structured
 from recon.decoder import Decoder
+from recon.environment import environment
 from recon.errors import ReconError
+from recon.journal import Journal, differences
 from recon.runs import Measured, Pruned, Run, Session
 from recon.spec import RunRecord, RunSpec
 from recon.weights import Lazy, sync, write_json
-from recon.work import RECORD, Work
+from recon.work import Work
 
 log = logging.getLogger("recon")
 
 UNFINISHED = ".unfinished"  # ends the name of the folder where a run works
 SHARD = 2**30  # bytes of the shards that hold what is in no window, unless a single block or matrix is larger
 STREAM = ("auto", "yes", "no")
+RECORD = "record"  # the last phase: its one step holds the record of the whole run
 
 
 def wanted(stream: str, spec: RunSpec) -> bool:
@@ -42,11 +45,21 @@ def wanted(stream: str, spec: RunSpec) -> bool:
         needs_all = "a run on documents of unequal length keeps its activations in memory"
     elif spec.then != "none":
         needs_all = f"retraining (then {spec.then!r}) trains the whole model at once"
+    elif _is_encoder_decoder(spec):
+        needs_all = f"model {spec.model!r} is an encoder-decoder, whose weights have to be in memory"
     if needs_all and stream == "yes":
         raise ReconError(f"{needs_all}, which a streamed run cannot do, as it has one window in memory; use stream no")
     if needs_all:
         log.warning("model %r may not fit into memory, but %s and cannot be streamed", spec.model, needs_all)
     return not needs_all
+
+
+def _is_encoder_decoder(spec: RunSpec) -> bool:
+    folder = models.folder(*spec.loaded_by)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code).is_encoder_decoder
+    except Exception:  # transformers raises many kinds; loading the model will say what is wrong
+        return False
 
 
 def is_too_large(spec: RunSpec) -> bool:
@@ -58,11 +71,14 @@ def is_too_large(spec: RunSpec) -> bool:
     return 0 < device.available_memory() < 2 * 4 * numbers
 
 
-def run(spec: RunSpec, session: Session, save: Path | None, command: str, progress: bool) -> RunRecord:
+def run(
+    spec: RunSpec, session: Session, save: Path | None, command: str, progress: bool, on_done: Callable[[RunRecord], None]
+) -> RunRecord:
     """As `recon.run` with `stream="yes"`.
 
     The run works in `<save>.unfinished`, or where nothing is saved, in a folder of the user's cache that is named by the
-    run's key. It is deleted when the run is done; until then, the same call goes on from the last finished step.
+    run's key. It is deleted when the run is done; until then, the same call goes on from the last finished step, and gives the
+    same record when there is none left to do.
     """
     if save is None:
         folder = cache_folder() / "unfinished" / spec.key()
@@ -71,19 +87,48 @@ def run(spec: RunSpec, session: Session, save: Path | None, command: str, progre
         folder = save.with_name(save.name + UNFINISHED)
         held = lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}")
     with held:
-        if save is not None and not folder.exists():
-            checkpoint.check_target(save)
         task = StreamedRun(spec, session, progress, folder)
-        done = task.work.finished(RECORD)
-        if not done:
+        done = task.journal.finished(RECORD)
+        if done:
+            record = RunRecord.from_dict(done[0])
+        else:
             if save is not None:
                 checkpoint.check_target(save)
             record = task.execute(save, command)
-        else:
-            record = RunRecord.from_dict(done[0])
-            task.publish(save)
-        shutil.rmtree(folder)
+            task.work.finish(RECORD, record.to_dict())
+        if save is not None:
+            publish(folder / "checkpoint", save)
+        on_done(record)
+        try:
+            delete(task.journal)
+        except OSError as error:  # some network file systems keep files that are mapped
+            log.warning("work folder %r is no longer needed, but cannot be deleted: %s", str(folder), error)
     return record
+
+
+def publish(complete: Path, save: Path) -> None:
+    """Gives the complete checkpoint its place, unless it is there already."""
+    if not complete.exists():
+        return
+    try:
+        if save.exists():
+            save.rmdir()  # empty, as checked before the run
+        os.replace(complete, save)
+        sync(save.parent)
+    except OSError as error:
+        raise ReconError(
+            f"checkpoint cannot be moved to {str(save)!r}: {error}. It is complete in {str(complete)!r}; the same command moves it "
+            "when its place is free"
+        ) from error
+
+
+def delete(journal: Journal) -> None:
+    """Deletes a work folder. As long as anything else is in it, so is the journal: whoever is killed here, the record is there."""
+    for path in journal.path.parent.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    journal.path.unlink()
+    journal.path.parent.rmdir()
 
 
 class StreamedRun(Run):
@@ -108,17 +153,19 @@ class StreamedRun(Run):
         super().__init__(spec, session, progress)
         dtype = str(device.pick_compute_dtype(spec.compute_dtype, self.device))
         computed = {"device": self.device.type, "compute_dtype": dtype}
-        self.work = Work(folder, {"spec": asdict(spec), **spec.sources(), **computed})
-        here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        for before in self.work.finished("opened"):
-            if before != here:
-                log.warning(
-                    "this run was begun with %s, and goes on with %s: the last bits of its numbers may differ", before, here
-                )
-                break
-        if not self.work.finished(RECORD):
-            self.resumed = len(self.work.finished("opened"))
-            self.work.finish("opened", here)
+        self.journal = Journal(folder / "journal.jsonl", {"spec": spec.decisive(), **spec.sources(), **computed})
+
+    def load(self) -> None:
+        super().load()
+        self.work = Work(self.journal)  # only now: a run that is refused leaves nothing
+        here, before = environment(self.device, self.spec.compute_dtype), self.work.finished("opened")
+        if changed := next(filter(None, (differences(other, here) for other in before)), None):
+            log.warning(
+                "this run goes on in another environment than it was begun in (%s): the last bits of its numbers may differ",
+                "; ".join(changed),
+            )
+        self.resumed = len(before)
+        self.work.finish("opened", here)
 
     def load_model(self) -> tuple[Decoder, PreTrainedTokenizerBase]:
         model, stored, tokenizer = models.skeleton(*self.spec.loaded_by)
@@ -191,7 +238,7 @@ class StreamedRun(Run):
         return shards
 
     def save(self, student: Decoder, folder: Path, command: str) -> None:
-        """Completes the checkpoint beside the finished shards, and moves it to `folder` in one piece."""
+        """Completes the checkpoint beside the finished shards; `publish` moves it to `folder` in one piece."""
         model, work = student.model, self.work
         for names in self.remainder()[len(work.finished("remainder")) :]:
             parameters = {name: student.lazy.parameters[name] for name in names if name in student.lazy.parameters}
@@ -211,21 +258,9 @@ class StreamedRun(Run):
             hashes = "".join(f"{entry['sha256']}  {Path(entry['file']).name}\n" for entry in entries)
             (target / files.HASHES).write_text(hashes, encoding="utf-8")
             checkpoint.write_card(target, self.record, command)
-            for path in (*target.iterdir(), target):
-                sync(path)
-            work.finish(RECORD, self.record.to_dict())
-            self.publish(folder)
+            checkpoint.sync_all(target)
         except (OSError, SafetensorError) as error:
             raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
-
-    def publish(self, folder: Path) -> None:
-        """Gives the complete checkpoint its place, unless it is there already."""
-        target = self.work.folder / "checkpoint"
-        if target.exists():
-            if folder.exists():
-                folder.rmdir()  # empty, as checked before the run
-            os.replace(target, folder)
-            sync(folder.parent)
 
 
 def _measured(found: dict) -> Measured:
@@ -237,10 +272,11 @@ def _index(folder: Path) -> dict:
     """The index of the shards in `folder`, as transformers writes it."""
     places, size, numbers = {}, 0, 0
     for path in sorted(folder.glob("model-*.safetensors")):
+        with open(path, "rb") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+        size += path.stat().st_size - header  # tensors lie side by side behind it
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
-                tensor = file.get_tensor(name)
                 places[name] = path.name
-                size += tensor.nbytes
-                numbers += tensor.numel()
+                numbers += math.prod(file.get_slice(name).get_shape())
     return {"metadata": {"total_parameters": numbers, "total_size": size}, "weight_map": dict(sorted(places.items()))}

@@ -1,7 +1,7 @@
 """What a run keeps while it works: masks, repaired weights, activations, and which steps are finished."""
 
+import shutil
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from recon.errors import ReconError
 from recon.journal import Journal
 from recon.weights import Checkpoint, Lazy, as_stored, second, sync, write_safetensors
 
-RECORD = "record"  # the last phase: its one step holds the record of the whole run
+FOLDERS = ("masks", "pruned", "activations", "checkpoint")
 
 
 class InMemory:
@@ -71,19 +71,16 @@ class Work(InMemory):
         checkpoint/      finished shards, and in the end the whole checkpoint
 
     Args:
-        folder: made where it does not exist.
-        fingerprint: all that decides what the steps find.
+        journal: the run's; its folder is made where it does not exist.
 
     Raises:
-        ReconError: the folder holds the work of another run, naming what differs, or is damaged.
+        ReconError: the folder is damaged, or cannot be written.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict):
+    def __init__(self, journal: Journal):
         super().__init__()
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        sync(folder.parent)
-        self.journal = Journal(folder / "journal.jsonl", fingerprint)
+        self.journal, self.folder = journal, journal.path.parent
+        folder = self.folder
         self.spill = Spill(folder / "activations")
         self.masks = _Masks(self)
         self.columns: dict[str, tuple[str, int]] = {}  # of a mask: the file that it is in, and its columns
@@ -91,48 +88,58 @@ class Work(InMemory):
         self.shards: list[str] = []
         self.of = 0  # shards that there will be
         self.repaired: Checkpoint | None = None
-        self._kept: dict[str, tuple[Tensor, str]] = {}  # stream -> the tensor in hand, and the file that it is in
+        self._kept: dict[str, tuple[Tensor, dict]] = {}  # stream -> the tensor in hand, and what is noted of its file
         self._open: dict[str, object] = {}
-        if self.finished(RECORD):  # all is done, and the checkpoint may be where it belongs already
-            return
-        for name in ("masks", "pruned", "activations", "checkpoint"):
-            (folder / name).mkdir(exist_ok=True)
-        sync(folder)
         for entry in self.journal.entries:
-            self._check(entry)
+            for kind in ("masks", "weights", "shard"):
+                if kind in entry:
+                    self._check(entry[kind], whole=kind == "masks")
             self._take(entry)
-        self._sweep()
+        try:
+            for name in FOLDERS:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            sync(folder)
+            sync(folder.parent)
+        except OSError as error:
+            raise self._unwritten(error) from error
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def finished(self, phase: str) -> list:
-        return [entry["found"] for entry in self.journal.entries if entry["phase"] == phase]
+        return self.journal.finished(phase)
 
     def streams(self, phase: str) -> dict[str, Tensor]:
         found = {}
-        for name, file in self._last(phase).get("streams", {}).items():
-            if file is not None:
-                with safe_open(self.folder / file, framework="pt") as opened:
+        for name, noted in self._last(phase).get("streams", {}).items():
+            if noted is not None:
+                self._check(noted, whole=True)
+                with safe_open(self.folder / noted["file"], framework="pt") as opened:
                     stored = opened.get_tensor(STREAM)
                     # A copy: tensors in a file begin where they please, which can show in the last bits of what is computed.
                     found[name] = self.empty(stored.shape, stored.dtype).copy_(stored)
-                self._kept[name] = found[name], file
+                self._kept[name] = found[name], noted
         return found
 
     def finish(self, phase, found, streams=None, weights=None, shard=None) -> None:
         number = len(self.finished(phase))
         entry = {"phase": phase, "found": found}
-        before = set(self._last(phase).get("streams", {}).values())
+        before = self._stream_files(self._last(phase))
         try:
             if self.masks.pending:
                 columns = {name: mask.shape[1] for name, mask in self.masks.pending.items()}
                 packed = {name: _pack(mask) for name, mask in self.masks.pending.items()}
-                entry["masks"] = self._write(f"masks/{number:05}.safetensors", packed) | {"columns": columns}
+                name = f"masks/{number:05}.safetensors"
+                write_safetensors(self.folder / name, packed)
+                entry["masks"] = self._noted(name) | {"columns": columns}
             if weights:
-                entry["weights"] = self._write(f"pruned/{number:05}.safetensors", weights) | {"names": list(weights)}
+                name = f"pruned/{number:05}.safetensors"
+                write_safetensors(self.folder / name, weights)
+                entry["weights"] = self._noted(name) | {"names": list(weights)}
             if shard:
                 name = f"checkpoint/model-{len(self.shards) + 1:05}-of-{self.of:05}.safetensors"
-                entry["shard"] = self._write(name, as_stored(self.repaired.model, shard))
+                write_safetensors(self.folder / name, as_stored(self.repaired.model, shard))
+                entry["shard"] = self._noted(name)
             if streams is not None:
                 entry["streams"] = {name: self._keep(phase, number, name, tensor) for name, tensor in streams.items()}
             self.journal.add(entry)
@@ -140,7 +147,7 @@ class Work(InMemory):
             raise self._unwritten(error) from error
         self._take(entry)
         self.masks.pending.clear()
-        for file in before - set(entry.get("streams", {}).values()) - {None}:
+        for file in before - self._stream_files(entry):
             (self.folder / file).unlink(missing_ok=True)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
@@ -155,21 +162,26 @@ class Work(InMemory):
             "command goes on from there"
         )
 
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> dict:
+    def _noted(self, name: str) -> dict:
+        """What the journal says of a file that is written, for `_check`."""
         path = self.folder / name
-        write_safetensors(path, tensors)
         return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
 
-    def _keep(self, phase: str, number: int, name: str, tensor: Tensor | None) -> str | None:
-        """The file that `tensor` is in, written where it is not yet."""
+    def _keep(self, phase: str, number: int, name: str, tensor: Tensor | None) -> dict | None:
+        """What the journal says of the file that `tensor` is in, which is written where it is not yet."""
+        kept, noted = self._kept.pop(name, (None, None))
         if tensor is None:
             return None
-        kept, file = self._kept.get(name, (None, ""))
         if kept is not tensor:
             file = f"activations/{phase}-{name}-{number:05}.safetensors"
             self.spill.keep(tensor, self.folder / file)
-            self._kept[name] = tensor, file
-        return file
+            noted = self._noted(file)
+        self._kept[name] = tensor, noted
+        return noted
+
+    @staticmethod
+    def _stream_files(entry: dict) -> set[str]:
+        return {noted["file"] for noted in entry.get("streams", {}).values() if noted}
 
     def _last(self, phase: str) -> dict:
         return next((entry for entry in reversed(self.journal.entries) if entry["phase"] == phase), {})
@@ -185,15 +197,13 @@ class Work(InMemory):
             if self.repaired is not None:
                 self.repaired.add(self.folder / self.shards[-1])
 
-    def _check(self, entry: dict) -> None:
-        """Raises `ReconError` where a file of a finished step is not what was written: masks by their hash, others by their size."""
-        for kind in ("masks", "weights", "shard"):
-            if kind in entry:
-                path, noted = self.folder / entry[kind]["file"], entry[kind]
-                size = path.stat().st_size if path.exists() else None
-                if size != noted["size"] or (kind == "masks" and sha256(path) != noted["sha256"]):
-                    wrong = "is missing" if size is None else "has changed since it was written"
-                    raise ReconError(f"{str(path)!r} {wrong}; delete {str(self.folder)!r} to begin anew")
+    def _check(self, noted: dict, whole: bool) -> None:
+        """Raises `ReconError` where a file of a finished step is not what was written: by its hash if `whole`, or else by its size."""
+        path = self.folder / noted["file"]
+        size = path.stat().st_size if path.exists() else None
+        if size != noted["size"] or (whole and sha256(path) != noted["sha256"]):
+            wrong = "is missing" if size is None else "has changed since it was written"
+            raise ReconError(f"{str(path)!r} {wrong}; delete {str(self.folder)!r} to begin anew")
 
     def _sweep(self) -> None:
         """Deletes what steps that were not finished left."""
@@ -201,10 +211,12 @@ class Work(InMemory):
         for entry in self.journal.entries:
             counted |= {self.folder / entry[kind]["file"] for kind in ("masks", "weights", "shard") if kind in entry}
         for phase in {entry["phase"] for entry in self.journal.entries}:
-            counted |= {self.folder / file for file in self._last(phase).get("streams", {}).values() if file}
-        for name in ("masks", "pruned", "activations", "checkpoint"):
+            counted |= {self.folder / file for file in self._stream_files(self._last(phase))}
+        for name in FOLDERS:
             for path in (self.folder / name).iterdir():
-                if path not in counted:
+                if path.is_dir():  # of a tokenizer, in the checkpoint
+                    shutil.rmtree(path)
+                elif path not in counted:
                     path.unlink()
 
     # --- the weights that the run has come to ---------------------------------------------------------------------

@@ -5,6 +5,7 @@ import errno
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,15 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
+from safetensors.torch import load_file
+from test_faults import options
 from test_runs import comparable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recon
-from recon import activations, device, weights
+from recon import activations, device, environment, files, streamed, weights
+from recon.cli import main
 from recon.errors import ReconError
 from recon.streamed import StreamedRun
 from recon.study import read_record
 from recon.weights import Lazy
+from recon.work import Work
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,10 @@ def assert_same(found, saved: Path, expected, other: Path) -> None:
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (saved, other))
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    index = json.loads((saved / files.INDEX).read_text())["metadata"]
+    entries = [tensor for path in saved.glob("*.safetensors") for tensor in load_file(path).values()]
+    assert index["total_size"] == sum(tensor.nbytes for tensor in entries)
+    assert index["total_parameters"] == sum(tensor.numel() for tensor in entries)
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (saved / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -123,6 +132,7 @@ def test_no_more_than_two_windows_are_there_at_once(spec, tmp_path, monkeypatch)
 
         return Watching()
 
+    monkeypatch.setattr(activations, "SMALL", 0)
     run = StreamedRun(spec, recon.Session(), False, tmp_path / "work")
     run.load()
     monkeypatch.setattr(Lazy, "present", present)
@@ -131,6 +141,8 @@ def test_no_more_than_two_windows_are_there_at_once(spec, tmp_path, monkeypatch)
     run.dense_measured()
     student = run.copy_of_dense()
     run.pruned_student(student)
+    gc.collect()
+    assert "activations/prune" not in Path("/proc/self/maps").read_text()  # nor activations that were for the next window
     assert max(most) <= block + ends
     most.clear()
     run.reconstruct(student, run.work.masks)
@@ -147,7 +159,7 @@ class Killed(BaseException):
 
 
 class Death:
-    """Ends the process, as far as the disk is concerned, at the n-th time that something is put on the disk for good.
+    """Ends the process, as far as the disk is concerned, at the n-th time that something is put on the disk for good, or deleted.
 
     From then on nothing changes on the disk, whatever exception handlers and finalisers do.
     """
@@ -156,18 +168,17 @@ class Death:
         self.left, self.error = points, error or Killed()
         self.dead = False
         for name in ("fsync", "replace", "unlink", "rmdir"):
-            monkeypatch.setattr(os, name, self.wrap(getattr(os, name), counted=name in ("fsync", "replace")))
-        monkeypatch.setattr(Path, "unlink", self.wrap(Path.unlink, counted=False))
+            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
 
-    def wrap(self, function, counted):
+    def wrap(self, function):
         def wrapped(*args, **options):
             if self.dead:
                 return None
-            if counted:
-                self.left -= 1
-                if self.left == 0:
-                    self.dead = isinstance(self.error, Killed)
-                    raise self.error
+            finaliser = function.__name__ == "unlink" and str(args[0]).endswith(weights.PART)  # in which nothing can be raised
+            self.left -= not finaliser
+            if self.left == 0 and not finaliser:
+                self.dead = isinstance(self.error, Killed)
+                raise self.error
             return function(*args, **options)
 
         return wrapped
@@ -199,6 +210,131 @@ def test_killed_again_and_again(spec, expected, tmp_path, monkeypatch):
     assert_same(record, saved, *expected)
     assert record.environment["resumed"] > 5
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert record.seconds["total"] >= record.seconds["save"] > 0
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_killed_while_its_work_is_deleted_it_gives_the_record_again(saving, spec, tmp_path, monkeypatch):
+    """With all of it; whoever called it had the record before anything was deleted."""
+    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
+    monkeypatch.setattr("recon.streamed.cache_folder", lambda: tmp_path)
+    work = tmp_path / ("saved.unfinished" if saving else f"unfinished/{spec.key()}")
+    given = []
+    while not given or (work / "journal.jsonl").exists():  # one file or folder less each time
+        assert len(given) < 40
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+
+            def done(record, patch=patch):
+                given.append(record)
+                Death(patch, 2)
+
+            recon.run(spec, save=tmp_path / "saved" if saving else None, progress=False, stream="yes", on_done=done)
+        monkeypatch.setattr(StreamedRun, "execute", lambda *_: pytest.fail("computed anew"))
+    assert len(given) > 5 and all(record.to_dict() == given[0].to_dict() for record in given)
+    assert not saving or files.shards(tmp_path / "saved")
+
+
+def test_the_command_line_has_the_record_before_the_work_is_deleted(spec, tmp_path, monkeypatch):
+    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0, compute_dtype="float32")
+    command = options(spec, "--stream", "yes", "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "record.json"))
+
+    def die(*_):
+        raise Killed
+
+    for place in ("recon.study.write_record", "recon.streamed.delete"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(place, die)
+            main(command)
+        monkeypatch.setattr(StreamedRun, "execute", lambda *_: pytest.fail("computed anew"))
+    assert recon.study.read_record(tmp_path / "record.json").status == "done"
+
+
+@pytest.mark.parametrize("stream", ["yes", "no"])
+def test_what_has_been_saved_is_on_the_disk(stream, spec, tiny_folder, tmp_path, monkeypatch):
+    """All files with all of their content, and what the folders list, before the folder has its name; killed once before that."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}  # of which one is saved in a folder
+    tokenizer.save_pretrained(model)
+    spec = dataclasses.replace(spec, model=str(model), granularity="none", criterion="magnitude", held_out_samples=0)
+    saved = tmp_path / "saved"
+    if stream == "yes":
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr("recon.streamed.checkpoint.sync_all", lambda _: (_ for _ in ()).throw(Killed))
+            recon.run(spec, save=saved, progress=False, stream=stream)
+    synced, fsync, replace = {}, os.fsync, os.replace
+
+    def content(path) -> object:
+        return sorted(os.listdir(path)) if os.path.isdir(path) else os.stat(path).st_size
+
+    def note(descriptor):
+        synced[os.fstat(descriptor).st_ino] = content(f"/proc/self/fd/{descriptor}")
+        fsync(descriptor)
+
+    def check(source, target):
+        if Path(target) == saved:
+            for path in (Path(source), *Path(source).rglob("*")):
+                assert synced.get(path.stat().st_ino) == content(path), path
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    recon.run(spec, save=saved, progress=False, stream=stream)
+    assert "saved" in synced[tmp_path.stat().st_ino]
+    assert any(path.is_dir() for path in saved.iterdir())
+
+
+def test_a_place_to_save_that_was_filled_meanwhile(spec, tmp_path, monkeypatch):
+    spec, saved = dataclasses.replace(spec, granularity="none", held_out_samples=0), tmp_path / "saved"
+    finish = Work.finish
+
+    def fill(work, phase, *args, **options):
+        finish(work, phase, *args, **options)
+        if phase == "record":
+            saved.mkdir()
+            (saved / "something").touch()
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ReconError, match=r"cannot be moved to '.*saved'.*complete in '.*checkpoint'"),
+    ):
+        patch.setattr(Work, "finish", fill)
+        recon.run(spec, save=saved, progress=False, stream="yes")
+    (saved / "something").unlink()
+    recon.run(spec, save=saved, progress=False, stream="yes")
+    assert files.shards(saved)
+
+
+def test_a_run_that_is_refused_leaves_nothing_in_the_way(spec, tmp_path):
+    with pytest.raises(ReconError, match="sequence length 4000 is more than"):
+        recon.run(dataclasses.replace(spec, sequence_length=4000), save=tmp_path / "saved", progress=False, stream="yes")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_work_folder_that_cannot_be_made(spec, tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def full(path, *args, **options):
+        if path.name == "masks":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ReconError, match=r"saved\.unfinished' cannot be written: .*No space left"):
+        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+
+
+def test_the_same_said_in_another_way_goes_on(spec, tmp_path, monkeypatch, caplog):
+    """As many pruning samples as windows are repaired with, by number or by 0; another environment is said."""
+    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
+    started(spec, tmp_path, monkeypatch, 25)
+    here = environment.environment
+    monkeypatch.setattr("recon.streamed.environment", lambda *a: here(*a) | {"packages": {"torch": "1.0"}})
+    record = recon.run(
+        dataclasses.replace(spec, prune_samples=spec.samples), save=tmp_path / "saved", progress=False, stream="yes"
+    )
+    assert record.environment["resumed"] == 1
+    assert re.search(r"another environment .*packages\.torch was '.*', is '1\.0'", caplog.text)
 
 
 def started(spec, tmp_path, monkeypatch, points=45) -> Path:
@@ -265,12 +401,24 @@ def test_the_work_of_another_run_is_refused(spec, tmp_path, monkeypatch, tiny_fo
         go(spec)
 
 
+def test_damaged_activations_are_refused(spec, tmp_path, monkeypatch):
+    work = started(spec, tmp_path, monkeypatch, 90)
+    last = json.loads((work / "journal.jsonl").read_text().splitlines()[-1])
+    assert last["phase"] == "reconstruct"
+    stream = work / last["streams"]["dense"]["file"]
+    content = stream.read_bytes()
+    changed = bytearray(content)
+    changed[-3] ^= 64
+    for damaged, said in ((changed, "has changed"), (content[:100], "has changed"), (None, "is missing")):
+        stream.unlink() if damaged is None else stream.write_bytes(damaged)
+        with pytest.raises(ReconError, match=rf"activations/{stream.name}' {said}.*; delete"):
+            recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+
+
 # --- when a run is streamed -----------------------------------------------------------------------------------------------
 
 
 def test_auto_streams_what_does_not_fit(spec, monkeypatch):
-    from recon import streamed
-
     assert not streamed.wanted("auto", spec) and streamed.wanted("yes", spec) and not streamed.wanted("no", spec)
     numbers = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(spec.model).parameters())
     for memory, wanted in ((8 * numbers + 1, False), (8 * numbers - 1, True), (0, False)):  # 0: the system does not tell
@@ -285,6 +433,15 @@ def test_what_needs_the_whole_model_is_not_streamed(change, spec, monkeypatch):
     spec = dataclasses.replace(spec, **change)
     with pytest.raises(ReconError, match=r"(flap|masklora).*which a streamed run cannot do"):
         recon.run(spec, progress=False, stream="yes")
+
+
+def test_encoder_decoders_are_not_streamed(spec, tmp_path, monkeypatch, caplog):
+    make_model("t5").save_pretrained(tmp_path)
+    spec = dataclasses.replace(spec, model=str(tmp_path), granularity="block")
+    with pytest.raises(ReconError, match=r"encoder-decoder.*which a streamed run cannot do"):
+        recon.run(spec, progress=False, stream="yes")
+    monkeypatch.setattr(device, "available_memory", lambda: 1)
+    assert not streamed.wanted("auto", spec) and "is an encoder-decoder" in caplog.text
 
 
 @pytest.mark.slow
