@@ -55,11 +55,13 @@ def wanted(stream: str, spec: RunSpec) -> bool:
 
 
 def _is_encoder_decoder(spec: RunSpec) -> bool:
-    folder = models.folder(*spec.loaded_by)
+    """Whether the configuration of the run's model says so, which alone is read (`recon plan` asks)."""
+    where = models.locate(spec.model)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code).is_encoder_decoder
+        config = AutoConfig.from_pretrained(where, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except Exception:  # transformers raises many kinds; loading the model will say what is wrong
         return False
+    return config.is_encoder_decoder
 
 
 def is_too_large(spec: RunSpec) -> bool:

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import recon
+from recon import device, streamed
 from recon.decoder import Decoder
 from recon.encoder_decoder import EncoderDecoder
 from recon.engine import Engine
@@ -127,7 +128,7 @@ def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
         assert not matrix.weight[~masks[name]].any()
 
 
-def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
+def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path, monkeypatch, caplog):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     make_model("t5", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -142,9 +143,11 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
     with pytest.raises(ReconError, match="zero-shot tasks need a causal language model; T5For"):
         recon.run(dataclasses.replace(spec, tasks=("analogies",)), progress=False)
     with pytest.raises(
-        ReconError, match="cannot be loaded: it is an encoder-decoder, and the weights of these have to be in memory"
+        ReconError, match="is an encoder-decoder, whose weights have to be in memory, which a streamed run cannot do"
     ):
         recon.run(spec, stream="yes", progress=False)
+    monkeypatch.setattr(device, "available_memory", lambda: 1)
+    assert not streamed.wanted("auto", spec) and "is an encoder-decoder" in caplog.text
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "half-block"])

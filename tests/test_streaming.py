@@ -435,15 +435,6 @@ def test_what_needs_the_whole_model_is_not_streamed(change, spec, monkeypatch):
         recon.run(spec, progress=False, stream="yes")
 
 
-def test_encoder_decoders_are_not_streamed(spec, tmp_path, monkeypatch, caplog):
-    make_model("t5").save_pretrained(tmp_path)
-    spec = dataclasses.replace(spec, model=str(tmp_path), granularity="block")
-    with pytest.raises(ReconError, match=r"encoder-decoder.*which a streamed run cannot do"):
-        recon.run(spec, progress=False, stream="yes")
-    monkeypatch.setattr(device, "available_memory", lambda: 1)
-    assert not streamed.wanted("auto", spec) and "is an encoder-decoder" in caplog.text
-
-
 @pytest.mark.slow
 def test_killed_for_real(spec, expected, tmp_path):
     """SIGKILL at many moments, to a process of its own."""
