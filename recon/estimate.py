@@ -37,6 +37,12 @@ def speed(device: torch.device, dtype: torch.dtype) -> float:
     return EFFICIENCY * gemm_rate(device, dtype)
 
 
+def forward_flops(decoder: Decoder, length: int) -> float:
+    """Floating-point operations per token of one pass through all blocks, in samples of `length` tokens."""
+    model = _Model(decoder)
+    return 2 * model.weights + model.attention(length)
+
+
 def flops(spec, decoder: Decoder, tokens: dict[str, int] | None = None) -> dict[str, float]:
     """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate".
 

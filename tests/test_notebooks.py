@@ -58,6 +58,16 @@ PROMISED = {  # parameters, figures, number of run records
         ["cost-quality", "cost-operations", "cost-growth", "recipes"],
         2 + 2,
     ),
+    "7-scale": (
+        {
+            "seeds": [0],
+            "workers": [1],
+            "models": {"tiny": ["llama", 4, 32, 64, 4, 2, 99]},
+            "gpus": [1, 256],
+        },
+        ["scaling", "scaling-check"],
+        2,
+    ),
 }
 
 
