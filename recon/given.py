@@ -1,8 +1,7 @@
 """A pruned model from elsewhere: its mask is read from its zeros, and what is repaired starts from its weights."""
 
 import logging
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from recon.decoder import Decoder
 from recon.errors import ReconError
 from recon.pruning import Pruning
 from recon.sparsity import sparsity_of
-from recon.weights import Checkpoint
+from recon.weights import Checkpoint, tied
 from recon.work import InMemory
 
 log = logging.getLogger("recon")
@@ -37,8 +36,8 @@ def given(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
     and what was trained since may have changed any. Weights in half precision become float32, which loses nothing.
 
     Raises:
-        ReconError: naming a parameter that one of the models has and the other does not, or that is of another shape, of
-            whole numbers, NaN or infinite; matrices of which less than `LEAST` are zero, or all.
+        ReconError: naming a parameter that one of the models has and the other does not, or that is of another shape, NaN or
+            infinite; matrices of which less than `LEAST` are zero, or all.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     holders, rest = _holders(decoder), {}
@@ -75,25 +74,11 @@ def given_by_block(student: Decoder, work: InMemory) -> Pruning:
     return found
 
 
-def reader(model: nn.Module, pruned: Checkpoint) -> Callable[[list[str]], Iterator[tuple[str, Tensor]]]:
-    """For `recon.weights.Lazy`: reads parameters of `model` by full name from `pruned`, where they may have another of their names."""
-    names = _tied(model)
-
-    def reading(wanted: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in wanted:
-            [(_, value)] = pruned.read([next(other for other in names[name] if other in pruned)])
-            yield name, value
-
-    return reading
-
-
 def read(model: nn.Module, pruned: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """The parameters of `model` by full name, with their values in `pruned`, float32, checked one by one; see `given`."""
-    ignored = "|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    surplus = [name for name in pruned.unknown if not (ignored and re.search(ignored, name))]
-    if surplus:
+    if surplus := pruned.surplus:
         raise ReconError(f"pruned model: it has {surplus[0]!r}, which the dense one does not ({len(surplus)} such)")
-    for name, names in _tied(model).items():
+    for name, names in tied(model).items():
         stored = [other for other in names if other in pruned]
         if not stored:
             raise ReconError(f"pruned model: it lacks {name!r}")
@@ -105,26 +90,12 @@ def read(model: nn.Module, pruned: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         for other, its in values.items():
             if not torch.equal(value, its):
                 raise ReconError(f"pruned model: {other!r} differs from {stored[0]!r}; in the dense model they are one")
-        if not value.is_floating_point():
-            kind = str(value.dtype).removeprefix("torch.")
-            raise ReconError(f"pruned model: {name!r} is {kind}; weights must be floating-point: undo their quantisation first")
-        if not value.isfinite().all():
-            bad = int((~value.isfinite()).sum())
-            raise ReconError(f"pruned model: {name!r} holds {bad} NaN or infinite values of {value.numel()}")
         yield name, value
 
 
 def _holders(decoder: Decoder) -> set[str]:
     """Names of the parameters that hold the matrices."""
     return {matrix.parameter_name for matrix in decoder.matrices().values()}
-
-
-def _tied(model: nn.Module) -> dict[str, list[str]]:
-    """The name of each parameter, with all the names that it has."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return {found[0]: found for found in names.values()}
 
 
 def _warn_of_empty(found: Pruning) -> None:

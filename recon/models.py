@@ -134,7 +134,7 @@ def load(
 def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """The weights of the pruned model `name`, opened to be read parameter by parameter; `dense` is what it was pruned from.
 
-    Its files are checked as those of `load`. Raises `ReconError` also for a model of another type than `dense`. See `recon.given`.
+    Its files are checked as those of `load`. Raises `ReconError` also for a model of another type than `dense`, and quantised weights. See `recon.given`.
     """
     where = folder(name, revision, trust_remote_code)
     try:
@@ -143,7 +143,10 @@ def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, 
         raise _not_loaded(name, revision, error) from error
     if kind != dense.config.model_type:
         raise ReconError(f"pruned model {name!r} is of type {kind!r}, and the dense one of type {dense.config.model_type!r}")
-    return Checkpoint(dense, files.shards(where))
+    try:
+        return Checkpoint(dense, files.shards(where))
+    except ReconError as error:
+        raise ReconError(f"pruned model: {error}") from error
 
 
 def skeleton(

@@ -21,7 +21,7 @@ from recon.errors import ReconError
 from recon.journal import Journal, differences
 from recon.runs import Measured, Pruned, Run, Session
 from recon.spec import RunRecord, RunSpec
-from recon.weights import Lazy, sync, write_json
+from recon.weights import Lazy, reader, sync, write_json
 from recon.work import Work
 
 log = logging.getLogger("recon")
@@ -171,7 +171,7 @@ class StreamedRun(Run):
 
     def load_model(self) -> tuple[Decoder, PreTrainedTokenizerBase]:
         model, stored, tokenizer = models.skeleton(*self.spec.loaded_by)
-        decoder = Decoder(model, lazy=Lazy(model, stored.read))
+        decoder = Decoder(model, lazy=Lazy(model, reader(model, stored)))
         return decoder, tokenizer
 
     def dense_measured(self) -> tuple[Measured, dict[str, evaluation.Reference]]:
@@ -186,9 +186,7 @@ class StreamedRun(Run):
 
     def copy_of_dense(self) -> Decoder:
         self.work.of = len(self.windows()) + len(self.remainder())
-        return self.work.student(
-            self.dense, given.reader(self.dense.model, self.pruned) if self.spec.pruned else self.dense.lazy.read
-        )
+        return self.work.student(self.dense, reader(self.dense.model, self.pruned) if self.spec.pruned else self.dense.lazy.read)
 
     def pruned_student(self, student: Decoder) -> Pruned:
         return self.prune(student)

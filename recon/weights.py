@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 
 from recon.errors import ReconError
 
+PLAIN = ("F64", "F32", "BF16", "F16")  # how floating-point weights may be stored: others have scales that lie elsewhere
 PART = ".part"  # ends the names of files that are still being written; nothing ever reads one
 
 
@@ -178,7 +179,8 @@ class Checkpoint:
 
     def __init__(self, model: PreTrainedModel, files: Iterable[Path] = ()):
         self.model = model
-        self._known = model.state_dict()
+        # Shapes alone: tensors would stay in memory for as long as this is there.
+        self._known = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.state_dict().items()}
         self._transforms = get_model_conversion_mapping(model)
         self._files: dict[str, object] = {}  # entry -> the open file that it is in
         self._sources: dict[str, _Source] = {}  # parameter -> what it is made from
@@ -188,7 +190,10 @@ class Checkpoint:
             self.add(file)
 
     def add(self, file: Path) -> None:
-        """Takes the entries of one more file; raises `ReconError` naming it where it is not a whole safetensors file."""
+        """Takes the entries of one more file.
+
+        Raises `ReconError` naming the file where it is not a whole safetensors file, or an entry that is quantised.
+        """
         try:
             opened = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -204,6 +209,12 @@ class Checkpoint:
             if target not in self._known:
                 self.unknown.append(entry)
                 continue
+            kind = opened.get_slice(entry).get_dtype()
+            if self._known[target][1] and kind not in PLAIN:
+                raise ReconError(
+                    f"weight {entry!r} is stored as {kind}; allowed: {', '.join(PLAIN)}. Weights must be floating-point: undo their "
+                    "quantisation first"
+                )
             if entry not in self._files:
                 converter = by_pattern.get(pattern)
                 source = self._sources.setdefault(target, _Source(target, converter))
@@ -217,6 +228,14 @@ class Checkpoint:
     def transforms(self) -> list:
         """The rules that apply to these files, which saving has to reverse."""
         return [each for each in self._transforms if each.was_used()]
+
+    @property
+    def surplus(self) -> list[str]:
+        """The entries that the model has no place for, without those that its class says are to be ignored."""
+        ignored = list(self.model._keys_to_ignore_on_load_unexpected or ())
+        # As in transformers: old files have these for each layer, and they are computed.
+        ignored.append(r"rotary_emb\.inv_freq")
+        return [name for name in self.unknown if not any(re.search(pattern, name) for pattern in ignored)]
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
@@ -233,8 +252,8 @@ class Checkpoint:
                 raise ReconError(f"the checkpoint has no weight {name!r}")
             for found, tensor in self._made(self._sources[name]).items():
                 if found in wanted:
-                    if tensor.shape != self._known[found].shape:
-                        raise ReconError(f"weight {found!r} is {tuple(tensor.shape)}, not {tuple(self._known[found].shape)}")
+                    if tensor.shape != self._known[found][0]:
+                        raise ReconError(f"weight {found!r} is {tuple(tensor.shape)}, not {tuple(self._known[found][0])}")
                     if found not in self._finite:
                         check_finite(found, tensor)
                         self._finite.add(found)
@@ -258,6 +277,26 @@ class Checkpoint:
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
+def tied(model: nn.Module) -> dict[str, list[str]]:
+    """The name of each parameter, with all the names that it has."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {found[0]: found for found in names.values()}
+
+
+def reader(model: nn.Module, checkpoint: Checkpoint) -> Callable[[list[str]], Iterator[tuple[str, Tensor]]]:
+    """For `Lazy`: reads parameters of `model` by full name from `checkpoint`, which may have those that are tied under any name."""
+    stored = {name: next((other for other in names if other in checkpoint), name) for name, names in tied(model).items()}
+
+    def read(wanted: list[str]) -> Iterator[tuple[str, Tensor]]:
+        names = {stored[name]: name for name in wanted}
+        for found, value in checkpoint.read(names):
+            yield names[found], value
+
+    return read
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises `ReconError` naming the parameter `name` where it holds NaN or infinity."""
     bad = tensor.numel() - int(tensor.isfinite().sum())
@@ -270,10 +309,17 @@ def open_model(
 ) -> tuple[PreTrainedModel, Checkpoint]:
     """The skeleton of `config`, tied as `from_pretrained` would tie it, and its weights in `files`.
 
-    Raises `ReconError` naming weights that are missing.
+    Raises `ReconError` naming weights that are missing, that the model has no place for, or that are quantised.
     """
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        raise ReconError(
+            f"its weights are quantised ({method}), and are not read window by window; undo their quantisation first"
+        )
     model = skeleton(config, trust_remote_code)
     checkpoint = Checkpoint(model, files)
+    if surplus := checkpoint.surplus:
+        raise ReconError(f"it has weight {surplus[0]!r}, which {type(model).__name__} has no place for ({len(surplus)} such)")
     missing = {name for name in model.state_dict() if name not in checkpoint}
     missing -= {name for name in missing for kept in model._keys_to_ignore_on_load_missing or () if re.search(kept, name)}
     # Where a checkpoint has both of what its configuration ties, their values decide.

@@ -59,6 +59,46 @@ def test_a_checkpoint_with_two_values_for_what_its_configuration_ties(tmp_path):
             assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
 
 
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_what_is_tied_may_be_stored_under_any_of_its_names(stored, tmp_path):
+    made = make_model("llama", tie_word_embeddings=True)
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    entries = load_file(file)
+    entries[stored] = entries.pop("model.embed_tokens.weight")
+    save_file(entries, file, metadata={"format": "pt"})
+    model, checkpoint = opened(tmp_path)
+    with weights.Lazy(model, weights.reader(model, checkpoint)).present(model.parameters()):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert all(torch.equal(value, made.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda w: w.to(torch.float8_e4m3fn), "is stored as F8_E4M3; allowed: F64, F32, BF16, F16"),
+        (lambda w: (w * 100).to(torch.int8), "is stored as I8; allowed"),
+        ("scale", r"'model\.layers\.1\.mlp\.up_proj\.weight_scale_inv', which LlamaForCausalLM has no place for"),
+        ("config", r"weights are quantised \(fp8\)"),
+    ],
+    ids=["float8", "int8", "scale", "configuration"],
+)
+def test_quantised_weights_are_refused(change, said, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    entries = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # which old files have
+    save_file(entries, file, metadata={"format": "pt"})
+    opened(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    if change == "config":
+        config.quantization_config = {"quant_method": "fp8"}
+    else:
+        entries |= {f"{name}_scale_inv": torch.ones(1, 1)} if change == "scale" else {name: change(entries[name])}
+    save_file(entries, file, metadata={"format": "pt"})
+    with pytest.raises(ReconError, match=said):
+        weights.open_model(config, [file])
+
+
 def test_half_precision_becomes_float32(tmp_path):
     make_model("llama").bfloat16().save_pretrained(tmp_path)
     model, checkpoint = opened(tmp_path)
