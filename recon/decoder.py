@@ -728,6 +728,11 @@ class Decoder:
         # A norm that both halves of a parallel block read is trained with the first alone: the second, fitted later,
         # would spoil what the first was fitted to.
         self._half_parameters[index]["mlp"] -= self._half_parameters[index]["attention"]
+        # What no half's output depends on here, such as experts that the probe's tokens do not reach, goes with its child.
+        reached = frozenset().union(*self._half_parameters[index].values())
+        for half, names in children.items():
+            rest = (name for name in parameters if name not in reached and name.partition(".")[0] in names)
+            self._half_parameters[index][half] |= frozenset(rest)
 
     def _probe_children(self, index: int, hidden: Tensor) -> tuple[dict[str, tuple[str, ...]], dict[str, Callable]]:
         """Which children with matrices mix tokens (attention) and which do not (MLP), and a silent stand-in for each."""

@@ -152,6 +152,7 @@ def reconstruct(
     windows = teacher.windows(granularity)
     reports = [WindowReport(**found) for found in work.finished("reconstruct")]
     tokens = samples if held_out is None else joined(samples, held_out[:ERROR_SAMPLES])
+    task.micro_batch = reports[-1].micro_batch if reports else 0
     if len(reports) < len(windows):
         task.begin(tokens)
     bar = tqdm(desc=f"reconstruct ({granularity})", unit="window", disable=not progress, initial=len(reports), total=len(windows))

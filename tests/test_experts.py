@@ -316,3 +316,13 @@ def test_experts_that_are_modules_are_as_those_in_one_parameter(made):
                 assert_close(found, expected)
     with pytest.raises(ReconError, match=r"has experts, such as 'model.layers.0.mlp.experts.\d.up'"):
         decoder.windows("matrix")
+
+
+def test_experts_that_the_probe_does_not_reach_are_in_a_half_too():
+    model = make_model("mixtral", num_local_experts=32)
+    for block in model.model.layers:
+        block.mlp = Apart(block.mlp)
+    decoder = Decoder(model)
+    halves = [decoder.matrices(window) for window in decoder.windows("half-block")]
+    assert sorted(name for half in halves for name in half) == sorted(decoder.matrices())  # each in one
+    assert all((".mlp." in name) == (number % 2 == 1) for number, half in enumerate(halves) for name in half)

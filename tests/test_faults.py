@@ -26,6 +26,7 @@ from recon.decoder import Decoder
 from recon.errors import ReconError
 from recon.solvers.gradient import LOSSES, Schedule
 from recon.study import grid, read_record, run_study, write_record
+from recon.work import InMemory
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +330,18 @@ def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_resu
     for name, matrix in other.matrices().items():
         assert_close(matrix.weight, student.matrices()[name].weight, rtol=1e-3, atol=1e-5)
         assert torch.equal(matrix.weight == 0, student.matrices()[name].weight == 0)
+
+
+def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
+    dense, student = pair
+    tokens = random_tokens(7, 12)
+    options = {"granularity": "block", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
+    first, *_ = recon.reconstruct(Decoder(copy.deepcopy(student.model), like=dense), dense, tokens, **options)
+    done = InMemory()
+    done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]
+    done.streams = lambda phase: {"dense": dense.embed(tokens)}
+    found = recon.reconstruct(student, dense, tokens, **options, work=done)
+    assert first.micro_batch == 3 and [report.micro_batch for report in found] == [1] * 3
 
 
 def test_retraining_is_done_in_smaller_parts_too(pair, caplog):
