@@ -180,15 +180,16 @@ def write_hashes(folder: Path) -> None:
 def digest(path: Path) -> str:
     """The SHA-256 of a file, computed anew where its size or time has changed; that of a large one is kept in the cache."""
     found = path.stat()
-    return _digest(path.resolve(), found.st_size, found.st_mtime_ns)
+    # The time of change and the inode tell files apart that were given the same time of modification.
+    return _digest(path.resolve(), found.st_size, (found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
 
 
 @functools.cache
-def _digest(path: Path, size: int, time: int) -> str:
+def _digest(path: Path, size: int, state: tuple[int, int, int]) -> str:
     if size < LARGE:
         return sha256(path)
     known = cache_folder() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
-    stamp = {"path": str(path), "size": size, "mtime_ns": time}
+    stamp = {"path": str(path), "size": size, "state": list(state)}
     try:
         kept = json.loads(known.read_text(encoding="utf-8"))
         if {name: kept[name] for name in stamp} == stamp:

@@ -23,6 +23,7 @@ from recon.errors import ReconError
 from recon.weights import Checkpoint, check_finite, open_model
 
 SUFFIXES = {".safetensors", ".json", ".model"}  # of the files in a folder that a model and its tokenizer are made of
+ALIGNMENT = 64  # bytes, as torch allocates on CPUs
 VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -128,6 +129,9 @@ def load(
         raise ReconError(f"model {name!r} lacks weights that its config.json calls for: {missing}")
     for parameter, values in model.named_parameters():
         check_finite(parameter, values)
+        if values.data_ptr() % ALIGNMENT:
+            # Mapped from the file at any place; kernels give other last bits for such memory than for a tensor of its own.
+            values.data = values.data.clone()
     return model.eval().to(device), tokenizer
 
 

@@ -1,7 +1,7 @@
 """Sparsity patterns, and exact masks made from scores. Matrices are always (out, in)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -103,21 +103,24 @@ def keep_all_but(scores: Tensor, zeros: int) -> Tensor:
     return ~dropped
 
 
-def found_pattern(masks: Iterable[Tensor]) -> Pattern:
+def found_pattern(masks: Collection[Tensor]) -> Pattern:
     """The pattern that the ``masks`` (out, in) of a model's matrices follow: N:M where all of them keep at most N of every M
     consecutive inputs and no N:M with fewer zeros would do; else their overall sparsity, to four digits.
 
     Matrices without zeros are left aside. M is a power of two up to 32, and the smallest that holds. Raises ReconError where
-    nothing is kept.
+    nothing is kept. The masks may be made one by one as they are looked at: none is held, and they are gone through several times.
     """
-    masks = [mask for mask in masks if not mask.all()]
-    if not masks:
+    kept = numel = 0
+    for mask in masks:
+        if not mask.all():
+            kept, numel = kept + int(mask.sum()), numel + mask.numel()
+    if not numel:
         return Pattern(0.0)
-    kept = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    kept = kept / numel
     for m in (2, 4, 8, 16, 32):
         n = round(kept * m)
         # A few weights more may be zero, such as those that half precision rounds to it.
-        if 0 < n < m and abs(kept - n / m) < 0.005 and all(_keeps(mask, n, m) for mask in masks):
+        if 0 < n < m and abs(kept - n / m) < 0.005 and all(mask.all() or _keeps(mask, n, m) for mask in masks):
             return Pattern(1 - n / m, n, m)
     return Pattern(round(1 - kept, 4))
 

@@ -138,3 +138,8 @@ def test_fingerprint_changes_with_a_tokenizer_in_other_formats(folder, file):
 def test_fingerprint_of_an_unknown_model_is_refused():
     with pytest.raises(ReconError, match="unknown model 'nonsense'"):
         models.fingerprint("nonsense")
+
+
+def test_weights_lie_where_tensors_of_their_own_would(tiny_folder):
+    model, _ = models.load(tiny_folder)
+    assert {p.data_ptr() % models.ALIGNMENT for p in model.parameters()} == {0}
