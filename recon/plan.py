@@ -302,9 +302,12 @@ def check(spec: RunSpec, save: bool = False, folder: Path | str = ".", loaded: i
 def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Shapes:
     """The model called `model` without weights: of the Hub's files, or those of a folder, the configuration alone is read.
 
-    Raises `ReconError` for what `recon.models.locate` refuses, and for a model that cannot be taken apart.
+    Raises `ReconError` for what `recon.models` refuses, and for a model that cannot be taken apart.
     """
     where = models.locate(model)
+    if not Path(where).is_dir():
+        # The commit; asks the Hub once, where to read a file would ask again and again before it gave up.
+        revision = models.fingerprint(model, revision, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and huggingface_hub each raise their own kinds

@@ -75,7 +75,7 @@ def test_every_notebook_is_tried_here():
     assert sorted(PROMISED) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("6-cost", "7-scale") else n for n in PROMISED])
 def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path, tiny_folder, tiny_text):
     own, figures, runs = PROMISED[name]
     places = {"model": tiny_folder, "text": tiny_text}
