@@ -460,11 +460,12 @@ def test_killed_for_real(spec, expected, tmp_path):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         _, complaint = process.communicate()
-        if process.returncode == 0:
+        assert process.returncode in (0, -signal.SIGKILL), complaint
+        killed += process.returncode != 0
+        # Without its work folder it had done all there was to do, though it may not have left yet.
+        if process.returncode == 0 or (tmp_path / "saved").exists() and not journal.parent.exists():
             break
-        assert process.returncode == -signal.SIGKILL, complaint
-        killed += 1
-    assert process.returncode == 0 and killed > 4
+    assert killed > 4 and not journal.parent.exists()
     record = read_record(tmp_path / "record.json")
     record.spec = expected[0].spec
     found, wanted = comparable(record), comparable(expected[0])
