@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recon.bench import products, reference
 from recon.bench.measure import bench, shortened
-from recon.bench.report import summary, tables
+from recon.bench.report import summary, tables, workers
 from recon.bench.spec import DEFAULT, SECTIONS, BenchSpec
 from recon.decoder import Decoder
 from recon.errors import ReconError
@@ -56,6 +56,17 @@ def test_shares_are_shares(results):
     assert section["achieved_share_of_ceiling"] == [alone / seconds for seconds in section["seconds"]]
     sweep = results["sections"]["sweep"]["results"]
     assert len(sweep["runs"]) == len(sweep["seconds_in_study"]) == len(sweep["seconds_singly"]) == 12
+
+
+def test_overhead_of_workers_is_what_runs_do_not_account_for():
+    studies = [
+        {"workers": 0, "seconds": 40.0, "ends": [12.0, 25.0, 40.0], "own_seconds": [10.0, 12.0, 14.0]},
+        {"workers": 2, "seconds": 20.0, "ends": [12.0, 19.0, 20.0], "own_seconds": [10.0, 11.0, 5.0]},
+    ]
+    table = workers({"studies": studies, "windows": [{"workers": 0, "seconds": 9.0}, {"workers": 2, "seconds": 6.0}]})
+    assert table.loc[0, ["overhead per run, s", "most, s"]].tolist() == [1.0, 1.0]
+    assert table.loc[2, ["study, times as fast", "windows, times as fast"]].tolist() == [2.0, 1.5]
+    assert table.loc[2, ["overhead per run, s", "most, s"]].isna().all()
 
 
 def test_measured_sections_are_kept(spec, results, monkeypatch):

@@ -59,14 +59,10 @@ PROMISED = {  # parameters, figures, number of run records
         2 + 2,
     ),
     "7-scale": (
-        {
-            "seeds": [0],
-            "workers": [1],
-            "models": {"tiny": ["llama", 4, 32, 64, 4, 2, 99]},
-            "gpus": [1, 256],
-        },
+        {name: value for name, value in SMALL_BENCH.items() if name != "repeats"}
+        | {"models": {"tiny": ["llama", 4, 32, 64, 4, 2, 99]}, "gpus": [1, 256]},
         ["scaling", "scaling-check"],
-        2,
+        0,
     ),
 }
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from recon.activations import LIMIT
 from recon.bench import products, reference
 from recon.bench.spec import BenchSpec
 from recon.checkpoint import check_writable
+from recon.cluster import Ray
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.environment import environment
@@ -34,7 +36,7 @@ from recon.seeds import generator
 from recon.solvers.exact import Exact
 from recon.solvers.gradient import Schedule
 from recon.spec import RunSpec
-from recon.study import grid
+from recon.study import grid, run_study
 
 log = logging.getLogger("recon")
 
@@ -341,6 +343,54 @@ class _Bench:
             shared.append(time.perf_counter() - start)
         return {"runs": [asdict(one) for one in specs], "seconds_singly": singly, "seconds_in_study": shared,
                 "share": (time.perf_counter() - began) / sum(singly)}  # fmt: skip
+
+    def workers(self) -> dict:
+        """A study and the windows of one of its runs: serial on one thread, and by 1, 2, 4, ... Ray workers of one thread each."""
+        base = RunSpec(
+            model=self.spec.model, text=self.spec.text, evaluation_texts=(self.spec.text,), pattern=self.spec.pattern,
+            samples=self.spec.samples, sequence_length=self.spec.sequence_length, evaluation_samples=self.spec.evaluation_samples,
+            evaluation_length=self.spec.evaluation_length, device="cpu",
+        )  # fmt: skip
+        specs = grid(base, criterion=["magnitude", "wanda"], seed=range(self.spec.repeats))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        crews = [None, *(Ray(threads=1, workers=2**power) for power in range(cores.bit_length()) if 2**power <= cores)]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            products_alone = gemm_rate(torch.device("cpu"), self.dtype)
+            studies, windows = [], []
+            for crew in tqdm(crews, desc="workers", disable=not self.progress):
+                count = crew.workers if crew else 0
+                studies.append({"workers": count} | self._study(specs, crew))
+                student = self.pruned(self.dense, self.masks)
+                began = time.perf_counter()
+                reports = reconstruct(
+                    student, self.dense, self.samples, self.masks, granularity=base.granularity, device="cpu",
+                    executor=crew or "serial", progress=False,
+                )  # fmt: skip
+                seconds = time.perf_counter() - began
+                windows.append({"workers": count, "seconds": seconds, "in_windows": [report.seconds for report in reports]})
+        finally:
+            torch.set_num_threads(threads)
+        return {
+            "base": asdict(base),
+            "flops_per_second": products_alone,
+            "runs": len(specs),
+            "studies": studies,
+            "windows": windows,
+        }
+
+    def _study(self, specs: list[RunSpec], executor: Ray | None) -> dict:
+        """Seconds of a study; of each of its runs in the order of their ends, its own seconds, and when it was over."""
+        with tempfile.TemporaryDirectory() as folder:
+            start, began = time.time(), time.perf_counter()
+            found = run_study(specs, folder, progress=False, executor=executor or "serial")
+            seconds = time.perf_counter() - began
+            if failed := list(found["error"].dropna()):
+                raise ReconError(f"{len(failed)} runs failed, the first with: {failed[0]}")
+            ends = [(Path(folder) / f"{key}.json").stat().st_mtime - start for key in found["key"]]
+        rows = sorted(zip(ends, found["seconds_total"], strict=True))
+        return {"seconds": seconds, "ends": [end for end, _ in rows], "own_seconds": [own for _, own in rows]}
 
     def compile(self) -> dict:
         """One block's forward and backward pass, plain and with its children compiled, in turn; on a batch of the loops'."""

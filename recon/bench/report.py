@@ -22,6 +22,8 @@ def tables(results: dict) -> dict[str, pd.DataFrame]:
         made["Perplexity against time"] = quality(found["quality"])
     if "sweep" in found:
         made["Sweep"] = _sweep(found["sweep"])
+    if "workers" in found:
+        made["Workers"] = workers(found["workers"])
     if "compile" in found:
         made["torch.compile"] = _compile(found["compile"])
     if "large" in found:
@@ -53,6 +55,23 @@ def quality(section: list[dict]) -> pd.DataFrame:
     rows["share of the reference's time"] = rows["seconds"] / reference["seconds"]
     rows["reached"] = rows["perplexity"] <= reference["perplexity"]
     return rows.drop(columns=["peak_memory_bytes", "added_memory_bytes"], errors="ignore")  # one process after much else
+
+
+def workers(section: dict) -> pd.DataFrame:
+    """Seconds and speed-up of the study and the windows by workers (0: one after the other, in the process that asks).
+
+    Overhead is what passes from one run's end to the next one's beyond that run's own seconds, where one process does them all: the
+    first run is left out, as it waits for the process to start.
+    """
+    table = pd.DataFrame({what: {row["workers"]: row["seconds"] for row in section[what]} for what in ("studies", "windows")})
+    table.index.name, table.columns = "workers", ["study, s", "windows, s"]
+    for what in ("study", "windows"):
+        table[f"{what}, times as fast"] = table.at[0, f"{what}, s"] / table[f"{what}, s"]
+    for row in section["studies"]:
+        if row["workers"] < 2:
+            between = pd.Series(row["ends"]).diff().iloc[1:] - row["own_seconds"][1:]
+            table.loc[row["workers"], ["overhead per run, s", "most, s"]] = between.mean(), between.max()
+    return table
 
 
 def _products(section: dict) -> pd.DataFrame:

@@ -13,10 +13,11 @@ SECTIONS = {
     "prune": "pruning alone, and the exact matrix solution",
     "quality": "perplexity against time on the whole model, of both loops and of ours with less",
     "sweep": "a study of 2 criteria x 5 repairs and pruning alone, against its runs done singly",
+    "workers": "a study, and the windows of one model, one after the other and by Ray workers of one thread (not done unless asked for)",
     "compile": "a block's forward and backward passes through torch.compile (needs a C++ compiler; not done unless asked for)",
     "large": "half-blocks of a random model of the shape of Llama-3-8B on a GPU (not done unless asked for)",
 }
-DEFAULT = tuple(name for name in SECTIONS if name not in ("compile", "large"))
+DEFAULT = tuple(name for name in SECTIONS if name not in ("workers", "compile", "large"))
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class BenchSpec:
     redo: bool = False
     """Measure again what the file holds."""
     sections: tuple[str, ...] = DEFAULT
-    """What to measure: products, loops, profile, growth, prune, quality, sweep, compile, large."""
+    """What to measure: products, loops, profile, growth, prune, quality, sweep, workers, compile, large."""
     model: str = "smollm2-135m"
     """A bundled name, a local folder, or a Hub id."""
     text: str = "wikipedia"
@@ -46,7 +47,7 @@ class BenchSpec:
     blocks: int = 4
     """Blocks of the shortened model that loops are timed on in turn."""
     repeats: int = 3
-    """Rounds of timing in turn on the shortened model."""
+    """Rounds of timing in turn on the shortened model; seeds of the study that workers are timed on."""
     large_samples: int = 128
     """Samples for the section large."""
     large_length: int = 2048
