@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import resource
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -106,12 +107,45 @@ def resident_anonymous() -> int:
         return 0
 
 
-def available_memory() -> int:
-    """Bytes of memory that a process could still use without anything being swapped out; 0 where the system does not tell."""
+def available_memory(root: Path | str = "/") -> int:
+    """Bytes of memory that this process could still use without anything being swapped out; 0 where the system does not tell.
+
+    That is what the machine has left, or less where the process is in control groups with a limit, as containers and the jobs of
+    SLURM are.
+
+    root: the folder that /proc and /sys are in.
+    """
     try:
-        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+        left = int((Path(root) / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return 0
+    return max(1, min([left, *_left_in_groups(Path(root))]))
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What each of the control groups that this process is in leaves it, in bytes, where it has a limit of memory."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:  # number:controllers:path; version 2 names no controllers
+        number, controllers, place = line.split(":", 2)
+        if number == "0" and not controllers:
+            home, (limit, usage), prefix = root / "sys/fs/cgroup", ("memory.max", "memory.current"), ""
+        elif "memory" in controllers.split(","):
+            home, (limit, usage) = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            prefix = "total_"
+        else:
+            continue
+        # All groups around it count. In a container, the path may be one outside of it, and its own group is the root.
+        parts = [part for part in place.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            group = home.joinpath(*parts[:depth])
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no such group, or no limit ("max")
+                most, used = (int((group / name).read_text()) for name in (limit, usage))
+                pages = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                # Pages of files count as used, but are given up when memory is needed.
+                yield most - used + sum(int(pages[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
 
 
 def release_memory() -> None:

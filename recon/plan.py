@@ -124,8 +124,8 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
     Args:
         save: whether the repaired model is written as a checkpoint.
         folder: where to; its disk counts.
-        stream: "yes": the model stays on disk; "no": it is in memory; "auto": on disk where it and its repaired copy would not fit into
-            memory, and the run can be streamed.
+        stream: "yes": the model stays on disk; "no": it is in memory; "auto": on disk where its weights would not fit into memory as
+            often as they are needed, and the run can be streamed.
 
     Raises:
         ReconError: a run that cannot be streamed but is to be, a model that is unknown or cannot be taken apart, a granularity that it is too small for.
@@ -138,7 +138,7 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
     parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
     prunable = sum(matrix.weight.numel() for matrix in decoder.matrices().values())
     on_disk = stream == "yes" and streamed.wanted("yes", spec)
-    if stream == "auto" and 0 < available_memory() < 2 * 4 * parameters:
+    if stream == "auto" and 0 < available_memory() < streamed.bytes_in_memory(spec, parameters):
         on_disk = _can_be_streamed(spec)
     disk = 4 * parameters * (save or on_disk)
     if on_disk:  # masks, and streams: of both models, each before and after the window in hand

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from recon import adapters, criteria, logits
-from recon.criteria import Structured, sparsegpt
+from recon import adapters, logits
+from recon.criteria import sparsegpt
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.runs import Measured, Pruned, Run, Session
@@ -379,12 +379,9 @@ def rehearse(
     spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True, kind: type[Rehearsal] = Rehearsal
 ) -> Peaks:
     """As `peaks`, of the model of `config` as it is; its blocks are built as the first ones of `like`."""
-    if spec.pruned:  # a given mask costs what the plainest criterion does, and the weights that come with it are kept
-        spec, unchanged = replace(spec, pruned=None, pruned_revision=None, criterion="magnitude", pattern="0.5"), False
-    else:
-        # Whether the weights that pruning leaves are those of the dense model: then they are not kept twice.
-        rule = criteria.get(spec.criterion)
-        unchanged = isinstance(rule, Structured) or rule.scores or spec.criterion == "none"
+    ledger = Ledger(equal=not spec.changes_weights)
+    if spec.pruned:  # a given mask costs what the plainest criterion does
+        spec = replace(spec, pruned=None, pruned_revision=None, criterion="magnitude", pattern="0.5")
     order = max(
         batch * (accumulation + 1)
         for batch, accumulation in (
@@ -396,7 +393,6 @@ def rehearse(
     spec = replace(
         spec, epochs=1, then_epochs=1, swaps=min(spec.swaps, 2), exact_iterations=min(spec.exact_iterations, 2), tasks=()
     )
-    ledger = Ledger(unchanged)
     with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True), ledger, _Answers(order):
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # `nn.Parameter` is copied so
         with _cut_short(order):

@@ -5,7 +5,8 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 
-from recon import device, models, pruning, reconstruction, retraining, text
+from recon import criteria, device, models, pruning, reconstruction, retraining, text
+from recon.criteria import Structured
 from recon.errors import ReconError
 from recon.solvers.exact import Exact
 from recon.solvers.gradient import Schedule
@@ -231,6 +232,14 @@ class RunSpec:
             return (*self.loaded_by, self.pruned, self.pruned_revision)
         names = "seed text sequence_length documents criterion pattern scope prune_propagation sparsegpt_block_size sparsegpt_damping swaps"
         return (*self.loaded_by, *(getattr(self, name) for name in names.split()), self.samples_by_phase["prune"])
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether pruning may leave other weights than those of the dense model; a run in memory then keeps these as well."""
+        if self.pruned is not None:
+            return True
+        rule = criteria.get(self.criterion)
+        return not (isinstance(rule, Structured) or rule.scores or self.criterion == "none")
 
     @property
     def exact(self) -> Exact:

@@ -65,12 +65,18 @@ def _is_encoder_decoder(spec: RunSpec) -> bool:
 
 
 def is_too_large(spec: RunSpec) -> bool:
-    """Whether the dense model and its repaired copy, in float32, would take more memory than there is to be had now."""
+    """Whether the weights of a run in memory would take more than there is to be had now; see `bytes_in_memory`."""
     numbers = 0
     for path in files.shards(models.folder(*spec.loaded_by)):
         with safe_open(path, framework="pt") as file:
             numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return 0 < device.available_memory() < 2 * 4 * numbers
+    return 0 < device.available_memory() < bytes_in_memory(spec, numbers)
+
+
+def bytes_in_memory(spec: RunSpec, numbers: int) -> int:
+    """What a run in memory takes at least for a model of so many numbers: the dense model and its repaired copy, in float32, and once
+    more what pruning made of it, where that is more than zeros."""
+    return 4 * numbers * (2 + spec.changes_weights)
 
 
 def run(

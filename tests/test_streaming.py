@@ -424,6 +424,10 @@ def test_auto_streams_what_does_not_fit(spec, monkeypatch):
     for memory, wanted in ((8 * numbers + 1, False), (8 * numbers - 1, True), (0, False)):  # 0: the system does not tell
         monkeypatch.setattr(device, "available_memory", lambda memory=memory: memory)
         assert streamed.wanted("auto", spec) == wanted
+    # What pruning makes of the weights is kept where it is more than zeros.
+    monkeypatch.setattr(device, "available_memory", lambda: 8 * numbers + 1)
+    others = {"criterion": "sparsegpt"}, {"pruned": spec.model, "criterion": "given", "pattern": "given"}, {"criterion": "ria"}
+    assert [streamed.wanted("auto", dataclasses.replace(spec, **other)) for other in others] == [True, True, False]
     with pytest.raises(ReconError, match="stream is 'maybe'; allowed: auto, yes, no"):
         streamed.wanted("maybe", spec)
 
