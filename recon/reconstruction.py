@@ -138,8 +138,6 @@ def reconstruct(
     check_length(teacher, max(lengths(samples)))
     if isinstance(samples, Ragged) and schedule.pieces > 1:
         raise ReconError(f"pieces is {schedule.pieces}, but samples of unequal length are not cut; allowed: 1")
-    if isinstance(samples, Ragged) and settings is not None:
-        raise ReconError("samples of unequal length are not sent to workers; choose executor serial")
     if adapter != "none":
         check_adaptable(student)
     work = work or InMemory()
@@ -544,14 +542,14 @@ class _Lone(_Pass):
 class _Windows:
     """What a worker does: repairs one window after the other, none of which depends on another."""
 
-    def __init__(self, task: _Pass, tokens: Tensor):
+    def __init__(self, task: _Pass, tokens: Samples):
         self.decoder = without_weights(task.teacher)
         self.on_cpu, self.dtype = task.engine.device.type == "cpu", str(task.engine.dtype).removeprefix("torch.")
         self.options = (
             task.propagation, task.solver, task.start, task.loss, task.schedule, task.exact, task.train, task.adapter, task.rank,
             task.seed,
         )  # fmt: skip
-        self.count, self.lengths = task.count, lengths(tokens)
+        self.count, self.lengths, self.ragged = task.count, lengths(tokens), isinstance(tokens, Ragged)
         self.task: _Task | None = None
         self.teacher: Decoder | None = None
 
@@ -566,7 +564,8 @@ class _Windows:
         engine = Engine("cpu" if self.on_cpu else "auto", self.dtype, work)
         lone = _Lone(self.teacher, self.student, masks, *self.options, engine, self.count, Activations(limit=0), work)
         lone.settle(self.lengths)
-        lone.dense, lone.sparse = ray.get(task.stream).tensor(), None
+        stream = ray.get(task.stream).tensor()
+        lone.dense, lone.sparse = Ragged(stream, self.lengths) if self.ragged else stream, None
         with requiring_gradients(self.student.model.parameters(), False):
             lone.repair(task.window)
         return work.found
@@ -584,8 +583,8 @@ class _Waiting:
         self.left = deque(windows)
         self.waiting: deque[str] = deque()
         self.ready: dict[str, _Task] = {}  # by name, until they are finished
-        self.after: dict[str, Tensor | None] = {}  # the stream that the next window starts from
-        self.shared: tuple[Tensor | None, object] = None, None
+        self.after: dict[str, Samples | None] = {}  # the stream that the next window starts from
+        self.shared: tuple[Samples | None, object] = None, None
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -603,7 +602,8 @@ class _Waiting:
         """Packs the next window, and takes the dense activations on to the one after it."""
         task, window = self.task_of, self.left.popleft()
         if task.dense is not self.shared[0]:
-            self.shared = task.dense, self.put(Packed.of(task.dense))
+            stream = task.dense.flat if isinstance(task.dense, Ragged) else task.dense
+            self.shared = task.dense, self.put(Packed.of(stream))
         read = Window(window.blocks) if window.matrices else window
         masks = {name: Packed.of(task.masks[name]) for name in task.student.matrices(window)}
         self.ready[window.name] = _Task(window, _packed(task.teacher, read), _packed(task.student, window), masks, self.shared[1])
@@ -619,7 +619,7 @@ def _packed(decoder: Decoder, window: Window) -> dict[str, Packed]:
         return {name: Packed.of(p) for name, p in decoder.model.named_parameters() if id(p) in needed}
 
 
-def _side_by_side(task: _Pass, windows: list[Window], tokens: Tensor, settings: Ray) -> Iterator[WindowReport]:
+def _side_by_side(task: _Pass, windows: list[Window], tokens: Samples, settings: Ray) -> Iterator[WindowReport]:
     """The reports of `windows`, in their order, as workers repair them; `task` has begun with `tokens`."""
     ray = cluster.connect(settings.address)
     request = settings.request(ray, on_cpu=task.engine.device.type == "cpu")

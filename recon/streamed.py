@@ -41,8 +41,6 @@ def wanted(stream: str, spec: RunSpec) -> bool:
     needs_all = None
     if not spec.pruned and isinstance(criteria.get(spec.criterion), Structured):
         needs_all = f"criterion {spec.criterion!r} removes whole heads and neurons"
-    elif spec.documents:
-        needs_all = "a run on documents of unequal length keeps its activations in memory"
     elif spec.then != "none":
         needs_all = f"retraining (then {spec.then!r}) trains the whole model at once"
     elif _is_encoder_decoder(spec):

@@ -13,6 +13,7 @@ from recon.assets import sha256
 from recon.decoder import Decoder, Matrix
 from recon.errors import ReconError
 from recon.journal import Journal
+from recon.ragged import Ragged, Samples
 from recon.weights import Checkpoint, Lazy, as_stored, second, sync, write_safetensors
 
 FOLDERS = ("masks", "pruned", "activations", "checkpoint")
@@ -35,7 +36,7 @@ class InMemory:
         """What the finished steps of `phase` found, in their order."""
         return []
 
-    def streams(self, phase: str) -> dict[str, Tensor]:
+    def streams(self, phase: str) -> dict[str, Samples]:
         """The activations that the next step of `phase` starts from, by name."""
         return {}
 
@@ -43,7 +44,7 @@ class InMemory:
         self,
         phase: str,
         found: object,
-        streams: dict[str, Tensor | None] | None = None,
+        streams: dict[str, Samples | None] | None = None,
         weights: dict[str, Tensor] | None = None,
         shard: dict[str, Tensor] | None = None,
     ) -> None:
@@ -88,7 +89,7 @@ class Work(InMemory):
         self.shards: list[str] = []
         self.of = 0  # shards that there will be
         self.repaired: Checkpoint | None = None
-        self._kept: dict[str, tuple[Tensor, dict]] = {}  # stream -> the tensor in hand, and what is noted of its file
+        self._kept: dict[str, tuple[Samples, dict]] = {}  # stream -> what is in hand of it, and what is noted of its file
         self._open: dict[str, object] = {}
         for entry in self.journal.entries:
             for kind in ("masks", "weights", "shard"):
@@ -109,7 +110,7 @@ class Work(InMemory):
     def finished(self, phase: str) -> list:
         return self.journal.finished(phase)
 
-    def streams(self, phase: str) -> dict[str, Tensor]:
+    def streams(self, phase: str) -> dict[str, Samples]:
         found = {}
         for name, noted in self._last(phase).get("streams", {}).items():
             if noted is not None:
@@ -117,7 +118,8 @@ class Work(InMemory):
                 with safe_open(self.folder / noted["file"], framework="pt") as opened:
                     stored = opened.get_tensor(STREAM)
                     # A copy: tensors in a file begin where they please, which can show in the last bits of what is computed.
-                    found[name] = self.empty(stored.shape, stored.dtype).copy_(stored)
+                    values = self.empty(stored.shape, stored.dtype).copy_(stored)
+                found[name] = Ragged(values, noted["lengths"]) if "lengths" in noted else values
                 self._kept[name] = found[name], noted
         return found
 
@@ -167,16 +169,16 @@ class Work(InMemory):
         path = self.folder / name
         return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
 
-    def _keep(self, phase: str, number: int, name: str, tensor: Tensor | None) -> dict | None:
-        """What the journal says of the file that `tensor` is in, which is written where it is not yet."""
+    def _keep(self, phase: str, number: int, name: str, stream: Samples | None) -> dict | None:
+        """What the journal says of the file that `stream` is in, which is written where it is not yet."""
         kept, noted = self._kept.pop(name, (None, None))
-        if tensor is None:
+        if stream is None:
             return None
-        if kept is not tensor:
-            file = f"activations/{phase}-{name}-{number:05}.safetensors"
-            self.spill.keep(tensor, self.folder / file)
-            noted = self._noted(file)
-        self._kept[name] = tensor, noted
+        if kept is not stream:
+            file, ragged = f"activations/{phase}-{name}-{number:05}.safetensors", isinstance(stream, Ragged)
+            self.spill.keep(stream.flat if ragged else stream, self.folder / file)
+            noted = self._noted(file) | ({"lengths": stream.lengths} if ragged else {})
+        self._kept[name] = stream, noted
         return noted
 
     @staticmethod

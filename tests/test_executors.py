@@ -22,6 +22,7 @@ from recon import cluster as workers
 from recon import executors
 from recon.cluster import Ray, Request
 from recon.errors import ReconError
+from recon.ragged import Ragged
 from recon.spec import RunRecord
 from recon.study import grid, read_record, run_study
 
@@ -272,6 +273,7 @@ WAYS = {  # granularity, and how windows are fitted
     "matrices exactly": ("matrix", {"solver": "exact"}),
     "blocks from exact": ("2-blocks", {"start": "exact", "train": "all"}),
     "adapters": ("block", {"adapter": "masklora", "rank": 2}),
+    "samples of unequal length": ("half-block", {}),
 }
 
 
@@ -281,6 +283,8 @@ WAYS = {  # granularity, and how windows are fitted
 def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny, tokens, way):
     granularity, options = WAYS[way]
     dense, samples, held_out = tiny("llama", tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
+    if way == "samples of unequal length":
+        samples = Ragged.of([sample[: 16 - 3 * (number % 3)] for number, sample in enumerate(samples)])
     pruned = copy.deepcopy(dense)
     recon.prune(pruned, samples, criterion="wanda", pattern="0.5", progress=False)
     made, reports = {}, {}

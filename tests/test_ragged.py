@@ -232,7 +232,3 @@ def test_a_run_on_documents(tiny_folder, tiny_text):
     assert "6 documents of up to 120 tokens" in record.protocol["calibration"]
     with pytest.raises(ReconError, match="pieces is 2, but documents of unequal length are not cut"):
         dataclasses.replace(documents, pieces=2)
-    with pytest.raises(
-        ReconError, match="a run on documents of unequal length keeps its activations in memory, which a streamed run"
-    ):
-        recon.run(documents, stream="yes", progress=False)
