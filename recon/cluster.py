@@ -37,14 +37,15 @@ class Ray:
             process is connected to or `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
         threads: CPUs and threads per worker; None: one or, on GPUs, a GPU's share of its node's CPUs.
         gpus: GPUs per worker; None: one, where the cluster has any and nobody asks for the CPU; else none.
-        memory: bytes of a node's memory set aside for each worker; 0: none.
+        memory: bytes of a node's memory set aside for each worker; 0: none; None: what the run that takes most of its model is planned to
+            take (see `recon.plan`), or none where that is little.
         workers: how many at most, asked for even if the cluster has to grow for them; None: as many as its nodes have room for.
     """
 
     address: str | None = None
     threads: int | None = None
     gpus: float | None = None
-    memory: int = 0
+    memory: int | None = None
     workers: int | None = None
 
     def __post_init__(self):
@@ -53,8 +54,12 @@ class Ray:
             if value is not None and value < least:
                 raise ReconError(f"{name} of executor ray is {value!r}; allowed: from {least} up")
 
-    def request(self, ray, on_cpu: bool) -> "Request":
-        """What each worker needs of a node; `on_cpu`: what it computes is asked for on the CPU."""
+    def request(self, ray, on_cpu: bool, memory: int = 0) -> "Request":
+        """What each worker needs of a node.
+
+        on_cpu: what it computes is asked for on the CPU.
+        memory: bytes that it is planned to take, which count where the settings do not say.
+        """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         with_gpus = [node for node in nodes if node.get("GPU")]
         gpus, threads = self.gpus, self.threads
@@ -63,7 +68,7 @@ class Ray:
         if threads is None:
             shares = [int(node.get("CPU", 1) / node["GPU"] * gpus) for node in with_gpus] if gpus else []
             threads = max(1, min(shares, default=1))
-        return Request(threads, gpus, self.memory)
+        return Request(threads, gpus, memory if self.memory is None else self.memory)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ class Request:
         """How many such workers there is room for in `resources`, as Ray names them."""
         needs = {"CPU": self.threads, "GPU": self.gpus, "memory": self.memory}
         return min(int(resources.get(name, 0) / amount) for name, amount in needs.items() if amount)
+
+    def memory_there(self, ray) -> dict[float, float]:
+        """Bytes of the memory of nodes, and what each worker could have of it where as many are there as CPUs and GPUs have room for."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return {node["memory"]: node["memory"] / self.fits(node) for node in nodes if "memory" in node and self.fits(node)}
 
     def __str__(self) -> str:
         parts = [f"{self.threads} CPU{'s' * (self.threads > 1)}"]

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
-from recon import estimate
+from recon import estimate, plan
 from recon.activations import LIMIT
-from recon.cluster import Crew, Failure, Ray, connect
+from recon.cluster import Crew, Failure, Ray, Request, connect
 from recon.device import pick_device
 from recon.runs import Session
 from recon.spec import RunRecord, RunSpec
@@ -51,9 +52,44 @@ def _announce(specs: list[RunSpec], session: Session) -> None:
 
 def _spread(specs: dict[str, RunSpec], run: Run, settings: Ray) -> Iterator[RunRecord]:
     ray = connect(settings.address)
-    request = settings.request(ray, on_cpu=any(spec.device == "cpu" for spec in specs.values()))
+    on_cpu = any(spec.device == "cpu" for spec in specs.values())
+    room = settings.request(ray, on_cpu).memory_there(ray)
+    # Models that need workers of their own size come one after the other.
+    for memory, group in _by_memory(specs, min(room.values(), default=math.inf) if settings.memory is None else math.inf).items():
+        if settings.workers is None:  # the cluster does not grow: a run that is too large for any node will say so itself
+            memory = min(memory, max(room, default=memory))
+        yield from _by_workers(group, run, ray, settings.request(ray, on_cpu, int(memory)), settings.workers)
+
+
+def _by_memory(specs: dict[str, RunSpec], share: float) -> dict[int, dict[str, RunSpec]]:
+    """`specs` by the bytes that the largest run of their model takes by its plan; 0 where that is little of a worker's `share` of a node."""
+    models: dict[tuple, dict[str, RunSpec]] = {}
+    for key, spec in specs.items():
+        models.setdefault(spec.loaded_by, {})[key] = spec
+    found: dict[int, dict[str, RunSpec]] = {}
+    for group in models.values():
+        found.setdefault(_memory(group.values(), share), {}).update(group)
+    return found
+
+
+def _memory(specs: Iterable[RunSpec], share: float) -> int:
+    largest = next(iter(specs))
+    try:
+        decoder = plan.shapes_of(*largest.loaded_by).decoder
+        largest = max(specs, key=lambda spec: estimate.cost(spec, decoder)[1])
+        # The dense model is there too.
+        roughly = estimate.cost(largest, decoder)[1] + sum(p.nbytes for p in decoder.model.parameters())
+        if roughly < plan.LARGE * share:
+            return 0
+        return math.ceil(plan.plan(largest).peak_memory)
+    except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
+        log.info("no memory is set aside for runs of %r: %s", largest.model, error)
+        return 0
+
+
+def _by_workers(specs: dict[str, RunSpec], run: Run, ray, request: Request, limit: int | None) -> Iterator[RunRecord]:
     queue = Queue(specs)
-    with contextlib.closing(Crew(ray, request, settings.workers, _Runs(run), queue, "run")) as crew:
+    with contextlib.closing(Crew(ray, request, limit, _Runs(run), queue, "run")) as crew:
         while len(queue) or crew.in_hand:
             for key, found in crew.step():
                 if isinstance(found, Failure):

@@ -22,6 +22,7 @@ from recon import cluster as workers
 from recon import executors
 from recon.cluster import Ray, Request
 from recon.errors import ReconError
+from recon.plan import plan
 from recon.ragged import Ragged
 from recon.spec import RunRecord
 from recon.study import grid, read_record, run_study
@@ -245,9 +246,26 @@ def test_what_a_worker_asks_for():
     assert Ray().request(module, on_cpu=False) == Request(12, 1, 0)
     assert Ray(gpus=0.5).request(module, on_cpu=False) == Request(6, 0.5, 0)
     assert Ray().request(module, on_cpu=True) == Ray(gpus=0).request(module, on_cpu=False) == Request(1, 0, 0)
-    assert Ray(threads=3, memory=5).request(module, on_cpu=False) == Request(3, 1, 5)
+    assert Ray(threads=3, memory=5).request(module, on_cpu=False, memory=7) == Request(3, 1, 5)
+    assert Ray(memory=0).request(module, on_cpu=True, memory=7) == Request(1, 0, 0)
+    nodes[0]["Resources"]["memory"], nodes[1]["Resources"]["memory"] = 640.0, 80.0
+    assert Ray().request(module, on_cpu=False, memory=7) == Request(12, 1, 7)
+    assert Request(12, 1, 0).memory_there(module) == {640.0: 80.0}  # none fits on the other node
+    assert Request(1, 0, 0).memory_there(module) == {640.0: 640 / 96, 80.0: 40.0}
     with pytest.raises(ReconError, match="threads of executor ray is 0; allowed: from 1 up"):
         Ray(threads=0)
+
+
+def test_memory_is_set_aside_for_the_largest_run_of_a_model(tiny_folder, tiny_text):
+    base = recon.RunSpec(model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, evaluation_length=32)
+    specs = {spec.granularity: spec for spec in grid(base, granularity=["none", "half-block", "model"])}
+    specs["of no model"] = recon.RunSpec(model=f"{tiny_folder}/none")
+    assert list(executors._by_memory(specs, 1e12)) == [0]
+    asked = executors._by_memory(specs, 1e3)
+    largest = next(memory for memory, group in asked.items() if "model" in group)
+    assert {memory: [*group] for memory, group in asked.items()} == {largest: ["none", "half-block", "model"], 0: ["of no model"]}
+    planned = {name: plan(specs[name]).peak_memory for name in asked[largest]}
+    assert 0.9 < largest / planned["model"] < 1.1 and planned["model"] == max(planned.values())
 
 
 def test_executors_by_name(monkeypatch):
