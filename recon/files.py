@@ -21,7 +21,7 @@ from recon.errors import ReconError
 
 WEIGHTS, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # configuration and tokenizer, as patterns
+DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm")  # configuration and tokenizer, as patterns
 SLOW = 2**30  # bytes from which hashing gets a bar
 LARGE = 2**26  # bytes from which a file's hash is kept from one process to the next
 
@@ -38,11 +38,9 @@ def shards(folder: Path | str) -> list[Path]:
         ReconError: naming the file or tensor at fault; also where there are no weights, or pickled ones only.
     """
     folder = Path(folder)
-    # As in transformers, a single file goes before an index.
-    single = (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink()
-    placed = {WEIGHTS: None} if single else _read_index(folder)
-    paths = [_inside(folder, name) for name in placed]
-    for path, wanted in zip(paths, placed.values(), strict=True):
+    places = placed(folder)
+    paths = [_inside(folder, name) for name in places]
+    for path, wanted in zip(paths, places.values(), strict=True):
         found = tensor_names(path)
         if wanted is not None and (lacking := sorted(wanted - found)):
             raise ReconError(
@@ -56,6 +54,17 @@ def shards(folder: Path | str) -> list[Path]:
     return paths
 
 
+def placed(folder: Path) -> dict[str, set[str] | None]:
+    """The files that hold the weights of the checkpoint in `folder`, by name within it, with the tensors that the index places
+    in each; None where there is no index. Whether they exist is not looked at.
+
+    Raises `ReconError` as `shards`.
+    """
+    # As in transformers, a single file goes before an index.
+    single = (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink()
+    return {WEIGHTS: None} if single else _read_index(folder)
+
+
 def tensor_names(shard: Path) -> set[str]:
     """The names of the tensors in a safetensors file; raises `ReconError` where its header and its length do not agree."""
     try:
@@ -66,15 +75,38 @@ def tensor_names(shard: Path) -> set[str]:
         raise ReconError(f"{shard.name!r} ({size:,} bytes) is truncated or damaged: {error}; fetch or write it again") from error
 
 
+def commit(name: str, revision: str | None = None) -> str:
+    """The commit that `revision` of the model repository `name` means, the same for as long as this process lasts.
+
+    That is the one in the Hub's cache, which answers offline and leaves a run that goes on with the files that it began with; where
+    there is none, the newest one. Raises whatever huggingface_hub does where it cannot be had.
+    """
+    from huggingface_hub import constants
+
+    return _commit(name, revision, constants.HF_HUB_CACHE)
+
+
+@functools.cache
+def _commit(name: str, revision: str | None, cache: str) -> str:
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    # Folders in the cache are named after the commit.
+    found = try_to_load_from_cache(name, "config.json", cache, revision)
+    if not isinstance(found, str):
+        HfApi().model_info(name, revision=revision)  # says at once where the Hub cannot be reached
+        found = hf_hub_download(name, "config.json", revision=revision)
+    return Path(found).parent.name
+
+
 def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> Path:
-    """The folder in the Hub's cache with the files of the model repository `name`, fetched where they are missing.
+    """The folder in the Hub's cache with the files of the model repository `name` at `commit`, fetched where they are missing.
 
     code: whether Python files are fetched as well.
 
     Raises `ReconError` where there are no weights in safetensors. For old repositories, which hold pickles only, the
     Hub's own bot offers a conversion; it is taken, as transformers does.
     """
-    folder = _download(name, revision, code)
+    folder = _download(name, commit(name, revision), code)
     if not _has_weights(folder) and revision in (None, "main"):
         from huggingface_hub import HfApi
         from transformers.safetensors_conversion import get_conversion_pr_reference

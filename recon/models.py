@@ -1,5 +1,6 @@
 """Loading a causal LM and its tokenizer: a bundled name, a local folder, or a Hub id."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,7 +24,13 @@ from recon import assets, files
 from recon.errors import ReconError
 from recon.weights import Checkpoint, check_finite, open_model
 
-SUFFIXES = {".safetensors", ".json", ".model"}  # of the files in a folder that a model and its tokenizer are made of
+SUFFIXES = {
+    ".safetensors",
+    ".json",
+    ".model",
+    ".tiktoken",
+    ".spm",
+}  # of the files in a folder that a model and its tokenizer are made of
 ALIGNMENT = 64  # bytes, as torch allocates on CPUs
 VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -153,6 +161,21 @@ def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, 
         raise ReconError(f"pruned model: {error}") from error
 
 
+def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of the model called `name`; of a folder or the Hub's files, nothing else is read.
+
+    Raises `ReconError` for what `locate` and `fingerprint` refuse, and where it cannot be read.
+    """
+    where = locate(name)
+    if not Path(where).is_dir():
+        # Asks the Hub once, where to read a file would ask again and again before it gave up.
+        revision = fingerprint(name, revision, trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and huggingface_hub each raise their own kinds
+        raise ReconError(f"model {name!r}: its configuration cannot be read: {error}") from error
+
+
 def skeleton(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Checkpoint, PreTrainedTokenizerBase]:
@@ -182,16 +205,10 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
         return assets.origin(name)
     if is_gguf(name):
         return files.digest(Path(name))
-    where = locate(name)
-    if not Path(where).is_dir():
-        from huggingface_hub import HfApi, try_to_load_from_cache
-
-        # A cached copy answers offline: its folder is named after the commit.
-        cached = try_to_load_from_cache(where, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
+    where = Path(locate(name))
+    if not where.is_dir():
         try:
-            return HfApi().model_info(where, revision=revision).sha
+            return files.commit(str(where), revision)
         except Exception as error:  # huggingface_hub and its HTTP client each raise their own kinds
             at = f" at revision {revision!r}" if revision else ""
             raise ReconError(
@@ -199,7 +216,9 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
                 f"give a local folder, or a bundled model: {', '.join(assets.BUNDLED_MODELS)}"
             ) from error
     suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
-    read = [p for p in Path(where).iterdir() if p.suffix in suffixes or p.name in VOCABULARY_FILES]
+    read = {path.name for path in where.iterdir() if path.suffix in suffixes or path.name in VOCABULARY_FILES}
+    with contextlib.suppress(ReconError):  # an index that is none: loading the model will say so
+        read |= set(files.placed(where))  # shards may lie in folders below
     # Ordered by name, so that the same files give the same hash wherever they lie.
-    digests = {p.name: files.digest(p) for p in read}
+    digests = {name: files.digest(where / name) for name in read if (where / name).is_file()}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from recon import criteria, estimate, models, streamed
 from recon.decoder import Decoder
@@ -304,14 +304,7 @@ def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool =
 
     Raises `ReconError` for what `recon.models` refuses, and for a model that cannot be taken apart.
     """
-    where = models.locate(model)
-    if not Path(where).is_dir():
-        # The commit; asks the Hub once, where to read a file would ask again and again before it gave up.
-        revision = models.fingerprint(model, revision, trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers and huggingface_hub each raise their own kinds
-        raise ReconError(f"model {model!r}: its configuration cannot be read: {error}") from error
+    config = models.configuration(model, revision, trust_remote_code)
     model = skeleton(config)
     model.tie_weights()
     return Shapes(config, Decoder(model, like=_structure(config)))

@@ -27,7 +27,7 @@ class RunSpec:
     model: str = "smollm2-135m"
     """A bundled name (see `recon models`), a local folder, a GGUF file, or a Hub id."""
     revision: str | None = None
-    """Branch, tag or commit of a Hub id."""
+    """Branch, tag or commit of a Hub id; without it, the commit that is in the Hub's cache already, or else the newest."""
     pruned: str | None = None
     """A model that something else pruned, from `model`: its mask is read from its zeros, and criterion and pattern are "given"."""
     pruned_revision: str | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from recon import checkpoint, criteria, device, evaluation, files, given, lock, models, pruning
 from recon.assets import cache_folder
@@ -54,12 +54,10 @@ def wanted(stream: str, spec: RunSpec) -> bool:
 
 def _is_encoder_decoder(spec: RunSpec) -> bool:
     """Whether the configuration of the run's model says so, which alone is read (`recon plan` asks)."""
-    where = models.locate(spec.model)
     try:
-        config = AutoConfig.from_pretrained(where, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    except Exception:  # transformers raises many kinds; loading the model will say what is wrong
+        return models.configuration(*spec.loaded_by).is_encoder_decoder
+    except ReconError:  # loading the model will say what is wrong
         return False
-    return config.is_encoder_decoder
 
 
 def is_too_large(spec: RunSpec) -> bool:

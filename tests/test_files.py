@@ -227,6 +227,7 @@ def test_only_what_is_read_is_fetched_from_the_hub(sharded, folder, tiny_folder,
         return str(target)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(files, "commit", lambda name, revision: revision)
     found = models.folder("me/sharded")
     assert files.shards(found) and models.load("me/single")
     fetched = {file.name for file in found.iterdir()}
@@ -238,6 +239,35 @@ def test_only_what_is_read_is_fetched_from_the_hub(sharded, folder, tiny_folder,
     with pytest.raises(ReconError, match="model 'me/single' at revision 'v1' cannot be loaded: it has neither"):
         models.load("me/single", "v1")
     assert models.load("me/single")
+
+
+def test_what_is_loaded_from_the_hub_is_the_commit_that_its_fingerprint_names(sharded, tmp_path, monkeypatch):
+    """Though a newer one is out, and though another one comes out meanwhile."""
+    newest, cache = ["b" * 40], tmp_path / "hub"
+
+    def snapshot(repository, revision=None, allow_patterns=None):
+        commit = revision if revision and len(revision) == 40 else newest[0]
+        folder = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
+        if allow_patterns != ["config.json"] or not folder.is_dir():
+            shutil.copytree(sharded, folder, dirs_exist_ok=True)
+        if revision is None:
+            (folder.parents[1] / "refs").mkdir(exist_ok=True)
+            (folder.parents[1] / "refs" / "main").write_text(commit)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda name, file, revision: f"{snapshot(name, revision, [file])}/{file}"
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
+    first = models.fingerprint("me/model")
+    newest[0] = "c" * 40
+    assert first == "b" * 40 == models.folder("me/model").name
+    files._commit.cache_clear()  # as in another process
+    assert models.folder("me/model").name == first == models.fingerprint("me/model")
+    assert models.folder("me/model", "d" * 40).name == "d" * 40 == models.fingerprint("me/model", "d" * 40)
+    assert models.folder("me/other").name == "c" * 40 == models.fingerprint("me/other")
 
 
 MODEL = """

@@ -1,5 +1,7 @@
 """Loading by name or folder, and what tells one set of weights from another."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -127,12 +129,37 @@ def test_fingerprint_changes_with_one_weight(folder):
     assert models.fingerprint(str(folder)) != before
 
 
-@pytest.mark.parametrize("file", ["tokenizer.model", "merges.txt", "vocab.txt"])
+@pytest.mark.parametrize("file", ["tokenizer.model", "merges.txt", "vocab.txt", "qwen.tiktoken", "source.spm"])
 def test_fingerprint_changes_with_a_tokenizer_in_other_formats(folder, file):
     (folder / file).write_text("one")
     before = models.fingerprint(str(folder))
     (folder / file).write_text("two")
     assert models.fingerprint(str(folder)) != before
+
+
+def test_fingerprint_changes_with_a_shard_in_a_folder_below(folder):
+    (folder / "weights").mkdir()
+    file = folder / "weights" / "all.safetensors"
+    (folder / "model.safetensors").rename(file)
+    names = load_file(file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "weights/all.safetensors")})
+    )
+    before = models.fingerprint(str(folder))
+    save_file({name: weight + 1 for name, weight in names.items()}, file, metadata={"format": "pt"})
+    assert models.fingerprint(str(folder)) != before
+    # What is not there, or is no index, is for loading to refuse.
+    file.unlink()
+    assert models.fingerprint(str(folder)) != before
+    (folder / "model.safetensors.index.json").write_text("[]")
+    assert models.fingerprint(str(folder))
+
+
+def test_the_fingerprint_of_an_ordinary_folder_is_that_of_its_files_by_name(folder):
+    """As records were named by it from the start."""
+    read = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in read}
+    assert models.fingerprint(str(folder)) == hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def test_fingerprint_of_an_unknown_model_is_refused():
