@@ -79,6 +79,7 @@ class Session:
         self.activation_bytes = activation_bytes
         self._kept: dict[str, tuple[object, object]] = {}
         self.reused: list[str] = []
+        self.dense = self.tokenizer = self.model = None  # of the last run
 
     def load(self, model: str, revision: str | None, trust_remote_code: bool = False) -> tuple[Decoder, object]:
         """The dense model, taken apart, and its tokenizer."""
@@ -87,7 +88,15 @@ class Session:
             loaded, tokenizer = models.load(model, revision, trust_remote_code=trust_remote_code)
             return Decoder(loaded), tokenizer
 
-        return self.keep("model", (model, revision, trust_remote_code), make)
+        key = (model, revision, trust_remote_code)
+        if not self.holds("model", key):
+            self.clear()  # before there is a second model
+        return self.keep("model", key, make)
+
+    def clear(self) -> None:
+        """Forgets everything: all that is kept is of one model, or refers to it."""
+        self._kept.clear()
+        self.dense = self.tokenizer = self.model = None
 
     def bytes_loaded(self, spec: RunSpec) -> int:
         """How much of what a run of `spec` needs is in memory already: the weights of its model, or nothing."""

@@ -172,6 +172,7 @@ class StreamedRun(Run):
         self.work.finish("opened", here)
 
     def load_model(self) -> tuple[Decoder, PreTrainedTokenizerBase]:
+        self.session.clear()  # what earlier runs have in memory is of no use
         model, stored, tokenizer = models.skeleton(*self.spec.loaded_by)
         decoder = Decoder(model, lazy=Lazy(model, reader(model, stored)))
         return decoder, tokenizer

@@ -1,6 +1,9 @@
 import copy
 import dataclasses
+import gc
 import math
+import shutil
+import weakref
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import recon
-from recon import text
+from recon import models, text
 from recon.decoder import Decoder
 from recon.errors import ReconError
 from recon.runs import share_recovered
@@ -100,6 +103,27 @@ def test_a_run_among_others_equals_a_run_alone(spec, record):
     other = recon.run(dataclasses.replace(spec, seed=1), session, progress=False)
     assert other.shared == ["model", "dense", "held-out"]
     assert other.protocol["token_hashes"] != record.protocol["token_hashes"]
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_nothing_of_one_model_is_in_memory_when_the_next_is_loaded(stream, spec, tiny_folder, tmp_path, monkeypatch):
+    session, other = recon.Session(activation_bytes=2**20), shutil.copytree(tiny_folder, tmp_path / "other")
+    spec = dataclasses.replace(spec, granularity="none")
+    recon.run(spec, session, save=tmp_path / "pruned", progress=False)
+    options = {name: value for name, value in spec.__dict__.items() if name not in ("criterion", "pattern", "pruned")}
+    recon.run(recon.RunSpec(**options, pruned=str(tmp_path / "pruned")), session, progress=False)
+    before = [weakref.ref(model) for model in (session.dense.model, session.model)]
+    seen, read = [], models.AutoTokenizer.from_pretrained
+
+    def look(*args, **options):  # the first thing that is read
+        gc.collect()
+        seen.append([model() for model in before])
+        return read(*args, **options)
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", look)
+    monkeypatch.setattr("recon.streamed.cache_folder", lambda: tmp_path)
+    recon.run(dataclasses.replace(spec, model=str(other)), session, progress=False, stream=stream)
+    assert seen[0] == [None, None]
 
 
 def test_prune_only_changes_nothing_after_pruning(spec, record):
