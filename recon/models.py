@@ -2,11 +2,13 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import re
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -18,11 +20,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from recon import assets, files
 from recon.errors import ReconError
-from recon.weights import Checkpoint, check_finite, open_model
+from recon.weights import Checkpoint, check_finite, check_stored, check_unquantised, open_model, quantisation, warn_of_surplus
 
 SUFFIXES = {
     ".safetensors",
@@ -113,8 +116,11 @@ def load(
     """The causal LM, or encoder-decoder, `name` in float32 and its tokenizer, in evaluation mode, on `device`.
 
     Weights come from safetensors only, whose files are checked first (see `recon.files.shards`). Code that comes with a model
-    is run with `trust_remote_code` alone. Raises `ReconError` for an unknown model and for weights that are missing, of the
-    wrong shape, NaN or infinite, naming them (the first, where not finite).
+    is run with `trust_remote_code` alone. Weights that the model has no place for are left out, with a warning. Quantised ones are
+    taken where transformers undoes that while it reads them.
+
+    Raises `ReconError` for an unknown model, and for weights that are missing, of the wrong shape, NaN or infinite, naming them (the
+    first, where not finite); before any are read, for those quantised in another way.
     """
     where = folder(name, revision, trust_remote_code)
     # The bar of transformers' weight loading flickers by in a second and would sit between our own bars.
@@ -122,11 +128,14 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        undone = _undo_quantisation(config)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, found = kind.from_pretrained(
             where, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            config=config, ignore_mismatched_sizes=True,  # refused below, by name
         )  # fmt: skip
+        if not undone:
+            _check_stored(files.shards(where), model)
     except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
         raise _not_loaded(name, revision, error) from error
     if found["mismatched_keys"]:
@@ -135,12 +144,40 @@ def load(
     if found["missing_keys"]:
         missing = ", ".join(sorted(found["missing_keys"]))
         raise ReconError(f"model {name!r} lacks weights that its config.json calls for: {missing}")
+    warn_of_surplus(model, found["unexpected_keys"])
     for parameter, values in model.named_parameters():
         check_finite(parameter, values)
         if values.data_ptr() % ALIGNMENT:
             # Mapped from the file at any place; kernels give other last bits for such memory than for a tensor of its own.
             values.data = values.data.clone()
     return model.eval().to(device), tokenizer
+
+
+def _undo_quantisation(config: PretrainedConfig) -> bool:
+    """Has transformers undo the quantisation of weights while it reads them, where `config` says that they are; whether it does.
+
+    Raises `ReconError` for a way to quantise that it would keep.
+    """
+    found = quantisation(config)
+    if found is None:
+        return False
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(found["quant_method"])
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        check_unquantised(config)
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    # Where there is a GPU, it would not do so unasked.
+    config.quantization_config = found | {"dequantize": True}
+    return True
+
+
+def _check_stored(shards: list[Path], model: PreTrainedModel) -> None:
+    """Raises `ReconError` for a parameter whose values are read as they are stored, but mean something else."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for path in shards:
+        with safe_open(path, "pt") as file:
+            for name in parameters.intersection(file.keys()):
+                check_stored(name, file.get_slice(name).get_dtype())
 
 
 def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -150,12 +187,15 @@ def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, 
     """
     where = folder(name, revision, trust_remote_code)
     try:
-        kind = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).model_type
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds
         raise _not_loaded(name, revision, error) from error
-    if kind != dense.config.model_type:
-        raise ReconError(f"pruned model {name!r} is of type {kind!r}, and the dense one of type {dense.config.model_type!r}")
+    if config.model_type != dense.config.model_type:
+        raise ReconError(
+            f"pruned model {name!r} is of type {config.model_type!r}, and the dense one of type {dense.config.model_type!r}"
+        )
     try:
+        check_unquantised(config)
         return Checkpoint(dense, files.shards(where))
     except ReconError as error:
         raise ReconError(f"pruned model: {error}") from error

@@ -21,7 +21,7 @@ from recon.errors import ReconError
 from recon.journal import Journal, differences
 from recon.runs import Measured, Pruned, Run, Session
 from recon.spec import RunRecord, RunSpec
-from recon.weights import Lazy, reader, sync, write_json
+from recon.weights import Lazy, quantisation, reader, sync, write_json
 from recon.work import Work
 
 log = logging.getLogger("recon")
@@ -38,13 +38,12 @@ def wanted(stream: str, spec: RunSpec) -> bool:
         raise ReconError(f"stream is {stream!r}; allowed: {', '.join(STREAM)}")
     if stream == "no" or (stream == "auto" and not is_too_large(spec)):
         return False
-    needs_all = None
     if not spec.pruned and isinstance(criteria.get(spec.criterion), Structured):
         needs_all = f"criterion {spec.criterion!r} removes whole heads and neurons"
     elif spec.then != "none":
         needs_all = f"retraining (then {spec.then!r}) trains the whole model at once"
-    elif _is_encoder_decoder(spec):
-        needs_all = f"model {spec.model!r} is an encoder-decoder, whose weights have to be in memory"
+    else:
+        needs_all = _needs_memory(spec)
     if needs_all and stream == "yes":
         raise ReconError(f"{needs_all}, which a streamed run cannot do, as it has one window in memory; use stream no")
     if needs_all:
@@ -52,12 +51,17 @@ def wanted(stream: str, spec: RunSpec) -> bool:
     return not needs_all
 
 
-def _is_encoder_decoder(spec: RunSpec) -> bool:
-    """Whether the configuration of the run's model says so, which alone is read (`recon plan` asks)."""
+def _needs_memory(spec: RunSpec) -> str | None:
+    """Why the run's model has to be in memory, by its configuration, which alone is read (`recon plan` asks); None: it need not."""
     try:
-        return models.configuration(*spec.loaded_by).is_encoder_decoder
+        config = models.configuration(*spec.loaded_by)
     except ReconError:  # loading the model will say what is wrong
-        return False
+        return None
+    if config.is_encoder_decoder:
+        return f"model {spec.model!r} is an encoder-decoder, whose weights have to be in memory"
+    if found := quantisation(config):
+        return f"reading model {spec.model!r} undoes its quantisation ({found['quant_method']})"
+    return None
 
 
 def is_too_large(spec: RunSpec) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -26,6 +27,8 @@ from transformers.core_model_loading import (
 )
 
 from recon.errors import ReconError
+
+log = logging.getLogger("recon")
 
 PLAIN = ("F64", "F32", "BF16", "F16")  # how floating-point weights may be stored: others have scales that lie elsewhere
 PART = ".part"  # ends the names of files that are still being written; nothing ever reads one
@@ -209,12 +212,8 @@ class Checkpoint:
             if target not in self._known:
                 self.unknown.append(entry)
                 continue
-            kind = opened.get_slice(entry).get_dtype()
-            if self._known[target][1] and kind not in PLAIN:
-                raise ReconError(
-                    f"weight {entry!r} is stored as {kind}; allowed: {', '.join(PLAIN)}. Weights must be floating-point: undo their "
-                    "quantisation first"
-                )
+            if self._known[target][1]:
+                check_stored(entry, opened.get_slice(entry).get_dtype())
             if entry not in self._files:
                 converter = by_pattern.get(pattern)
                 source = self._sources.setdefault(target, _Source(target, converter))
@@ -232,9 +231,11 @@ class Checkpoint:
     @property
     def surplus(self) -> list[str]:
         """The entries that the model has no place for, without those that its class says are to be ignored."""
-        ignored = list(self.model._keys_to_ignore_on_load_unexpected or ())
+        ignored, buffers = list(self.model._keys_to_ignore_on_load_unexpected or ()), [n for n, _ in self.model.named_buffers()]
         # As in transformers: old files have these for each layer, and they are computed.
-        ignored.append(r"rotary_emb\.inv_freq")
+        for ending, pattern in (("rotary_emb.inv_freq", r"rotary_emb\.inv_freq"), ("position_ids", r"(^|\.)position_ids$")):
+            if any(name.endswith(ending) for name in buffers):
+                ignored.append(pattern)
         return [name for name in self.unknown if not any(re.search(pattern, name) for pattern in ignored)]
 
     def __contains__(self, name: str) -> bool:
@@ -297,6 +298,39 @@ def reader(model: nn.Module, checkpoint: Checkpoint) -> Callable[[list[str]], It
     return read
 
 
+def check_stored(name: str, kind: str) -> None:
+    """Raises `ReconError` where the weight `name` is stored as `kind`, a safetensors dtype, that does not tell its values by itself."""
+    if kind not in PLAIN:
+        raise ReconError(
+            f"weight {name!r} is stored as {kind}; allowed: {', '.join(PLAIN)}. Weights must be floating-point: undo their "
+            "quantisation first"
+        )
+
+
+def quantisation(config: PretrainedConfig) -> dict | None:
+    """How the weights of a model of this configuration are quantised, with "quant_method"; None where they are not."""
+    for part in (config, config.get_text_config()):
+        if found := getattr(part, "quantization_config", None):
+            found = dict(found) if isinstance(found, dict) else found.to_dict()
+            method = found.get("quant_method", "of an unknown kind")
+            return found | {"quant_method": getattr(method, "value", method)}
+    return None
+
+
+def check_unquantised(config: PretrainedConfig) -> None:
+    """Raises `ReconError` where the weights of a model of this configuration are quantised, naming how."""
+    if found := quantisation(config):
+        raise ReconError(f"its weights are quantised ({found['quant_method']}); undo their quantisation first")
+
+
+def warn_of_surplus(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Says that a checkpoint has entries of these `names`, if any, that `model` has no place for."""
+    if names := sorted(names):
+        log.warning(
+            "%s has no place for weight %r of its checkpoint (%d such): left out", type(model).__name__, names[0], len(names)
+        )
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises `ReconError` naming the parameter `name` where it holds NaN or infinity."""
     bad = tensor.numel() - int(tensor.isfinite().sum())
@@ -309,17 +343,14 @@ def open_model(
 ) -> tuple[PreTrainedModel, Checkpoint]:
     """The skeleton of `config`, tied as `from_pretrained` would tie it, and its weights in `files`.
 
-    Raises `ReconError` naming weights that are missing, that the model has no place for, or that are quantised.
+    As there, weights that the model has no place for are left out, with a warning.
+
+    Raises `ReconError` naming weights that are missing, or that are quantised.
     """
-    if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
-        raise ReconError(
-            f"its weights are quantised ({method}), and are not read window by window; undo their quantisation first"
-        )
+    check_unquantised(config)
     model = skeleton(config, trust_remote_code)
     checkpoint = Checkpoint(model, files)
-    if surplus := checkpoint.surplus:
-        raise ReconError(f"it has weight {surplus[0]!r}, which {type(model).__name__} has no place for ({len(surplus)} such)")
+    warn_of_surplus(model, checkpoint.surplus)
     missing = {name for name in model.state_dict() if name not in checkpoint}
     missing -= {name for name in missing for kept in model._keys_to_ignore_on_load_missing or () if re.search(kept, name)}
     # Where a checkpoint has both of what its configuration ties, their values decide.

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from recon import assets, models
+from recon import assets, models, streamed
 from recon.errors import ReconError
+from recon.spec import RunSpec
 
 
 @pytest.fixture
@@ -95,6 +96,80 @@ def test_missing_weights_are_refused(folder):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ReconError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         models.load(str(folder))
+
+
+def test_weights_without_a_place_are_left_out_with_a_warning_streamed_or_not(folder, caplog):
+    """As transformers does; not those that it ignores in old files."""
+    file = folder / "model.safetensors"
+    ignored = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    surplus = {"model.layers.9.mlp.up_proj.weight": torch.ones(3), "model.vision.weight": torch.ones(3)}
+    save_file(load_file(file) | ignored | surplus, file, metadata={"format": "pt"})
+    said = []
+    for read in (models.load, models.skeleton):
+        caplog.clear()
+        read(str(folder))
+        said.append([record.message for record in caplog.records if record.name == "recon"])
+    [only] = said[0]
+    assert said[1] == [only]
+    assert only.startswith(
+        "LlamaForCausalLM has no place for weight 'model.layers.9.mlp.up_proj.weight' of its checkpoint (2 such)"
+    )
+
+
+@pytest.mark.parametrize("kind, name", [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_weights_that_need_a_scale_are_refused_streamed_or_not(folder, kind, name):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"].to(kind)}, file, metadata={"format": "pt"})
+    for read in (models.load, models.skeleton):
+        with pytest.raises(
+            ReconError, match=f"weight 'model.norm.weight' is stored as {name}; allowed: .* undo their quantisation"
+        ):
+            read(str(folder))
+
+
+def quantised(folder: Path, **how) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}],
+    ids=lambda how: how["quant_method"],
+)
+def test_quantised_weights_are_refused_before_they_are_read(folder, tiny_folder, how, monkeypatch):
+    quantised(folder, **how)
+    dense = models.load(tiny_folder)[0]
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("is read"))
+    reads = (models.load, models.skeleton, lambda name: models.load_pruned(name, dense))
+    for read in reads:
+        with pytest.raises(
+            ReconError, match=rf"its weights are quantised \({how['quant_method']}\); undo their quantisation first"
+        ):
+            read(str(folder))
+
+
+def test_quantisation_that_transformers_undoes_is_undone(folder, monkeypatch):
+    """Weights in eighth precision with a scale for each block, whether there is a GPU that could compute with them or not."""
+    file = folder / "model.safetensors"
+    before, stored = load_file(file), {}
+    for name, weight in before.items():
+        stored[name] = weight
+        if name.endswith("_proj.weight"):
+            scale = weight.abs().max() / 448
+            stored |= {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.view(1, 1)}
+    save_file(stored, file, metadata={"format": "pt"})
+    quantised(folder, quant_method="fp8", activation_scheme="dynamic", weight_block_size=[128, 128])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model, _ = models.load(str(folder))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.allclose(parameter, before[name], rtol=2**-4, atol=before[name].abs().max() / 448 / 2**6)
+        assert torch.equal(parameter, before[name]) == (name not in stored or stored[name].dtype == torch.float32)
+    assert not hasattr(model.config, "quantization_config")
+    with pytest.raises(ReconError, match=r"undoes its quantisation \(fp8\), which a streamed run cannot do"):
+        streamed.wanted("yes", RunSpec(model=str(folder)))
 
 
 # ---- fingerprints
