@@ -143,7 +143,7 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
     disk = 4 * parameters * (save or on_disk)
     if on_disk:  # masks, and streams: of both models, each before and after the window in hand
         width = decoder.model.config.get_text_config().hidden_size
-        disk += prunable // 8 + 4 * 4 * width * (spec.samples + spec.held_out_samples) * spec.sequence_length
+        disk += prunable // 8 + 4 * spec.activation_bytes * width * (spec.samples + spec.held_out_samples) * spec.sequence_length
     return Plan(
         spec,
         parameters,
@@ -253,6 +253,8 @@ def _changes(spec: RunSpec) -> list[Change]:
 
     decoder = shapes_of(*spec.loaded_by).decoder
     found = [(("reconstruct",), halves("batch_size")), (("retrain",), halves("then_batch_size"))]
+    if spec.activation_dtype != "bfloat16":
+        found.append((("prune", "reconstruct"), [{"activation_dtype": "bfloat16"}]))
     if spec.then != "none" and not spec.then_checkpointing:
         found.append((("retrain",), [{"then_checkpointing": True}]))
     found.append((("evaluate",), halves("evaluation_samples", 8)))

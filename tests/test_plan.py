@@ -116,6 +116,7 @@ def _totals(found) -> dict[str, float]:
         {"granularity": "none", "criterion": "sparsegpt", "then": "full"},
         {"granularity": "block", "start": "exact", "swaps": 2},
         {"granularity": "none", "then": "masklora", "then_checkpointing": True},
+        {"granularity": "matrix", "activation_dtype": "bfloat16", "criterion": "wanda", "compute_dtype": "float32"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
