@@ -337,7 +337,8 @@ class Run:
         if spec.tasks:
             tasks = zero_shot.zero_shot(
                 decoder, self.tokenizer, spec.tasks, spec.task_limit or None,
-                compute_dtype=spec.compute_dtype, device=self.device, progress=self.progress,
+                compute_dtype=spec.compute_dtype, device=self.device, progress=self.progress, work=self.work,
+                phase=f"zero-shot, {what}",
             )  # fmt: skip
         drift, held_out = [], None
         if self.held_out is not None:

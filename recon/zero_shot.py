@@ -22,6 +22,7 @@ from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
 from recon.logits import negative_log_likelihood
+from recon.work import InMemory
 
 BUNDLED = {
     "analogies": "word analogies, four choices (Mikolov et al. 2013; bundled in the gensim wheel)",
@@ -66,6 +67,8 @@ def zero_shot(
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
+    work: InMemory | None = None,
+    phase: str = "zero-shot",
 ) -> dict:
     """Accuracy of `model` on `tasks` without examples in the prompt.
 
@@ -74,6 +77,7 @@ def zero_shot(
         limit: documents per task, the first ones; None takes all.
         compute_dtype: of the blocks' products; the logits are float32, as rounded ones would tie.
         device: where to compute; default: where the model is.
+        work: where there is room for activations, and which texts are finished already under the name `phase`; default: memory, and none.
 
     Returns:
         {"lm_eval_version": ..., "tasks": {task: {metric: value, metric + "_stderr": its standard error, "n": documents,
@@ -92,10 +96,10 @@ def zero_shot(
         loaded = _load(tasks)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     check_model(decoder)
-    engine = Engine(device or decoder.device, compute_dtype)
+    engine = Engine(device or decoder.device, compute_dtype, work)
     # lm-eval draws bars of its own on stderr, which cannot be turned off; ours is bound to the real one.
     with tqdm(desc="zero-shot", unit="block", disable=not progress) as bar, _quiet(), contextlib.redirect_stderr(io.StringIO()):
-        scorer = _scorer(tokenizer, lambda pairs: log_likelihoods(decoder, pairs, engine, bar))
+        scorer = _scorer(tokenizer, lambda pairs: log_likelihoods(decoder, pairs, engine, bar, phase))
         found = evaluate(lm=scorer, task_dict={"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=True)
     summaries = {name: _summary(found["results"][name], found["samples"][name], found["versions"][name]) for name in tasks}
     return {"lm_eval_version": lm_eval.__version__, "tasks": summaries}
@@ -108,13 +112,18 @@ def mean_accuracy(result: dict) -> float:
 
 @torch.no_grad()
 def log_likelihoods(
-    decoder: Decoder, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], engine: Engine, bar: tqdm | None = None
+    decoder: Decoder,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    engine: Engine,
+    bar: tqdm | None = None,
+    phase: str = "zero-shot",
 ) -> list[tuple[float, bool]]:
     """Of each pair of a context and a continuation (token ids, neither empty): log p(continuation | context) in nats, and
     whether greedy decoding would give the continuation.
 
     Contexts that are too long for the model are cut from the left. What is the beginning of something else that the model
-    has to read is not read twice: the choices of one token share their context's pass.
+    has to read is not read twice: the choices of one token share their context's pass. What the engine's work has finished of `phase`, the
+    answers to so many texts, is not computed again.
     """
     longest = decoder.max_length or 2**31
     asked: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)  # what the model reads -> (pair, end of its part)
@@ -140,8 +149,11 @@ def log_likelihoods(
     if bar is not None:
         bar.reset(total=len(chunks) * len(windows))
     exact = Engine(engine.device, "float32")
-    answers: dict[int, tuple[float, bool]] = {}
-    for length, texts in chunks:
+    finished = engine.work.finished(phase)
+    answers = {number: (likelihood, hit) for chunk in finished for number, likelihood, hit in chunk}
+    if bar is not None:
+        bar.update(len(finished) * len(windows))
+    for length, texts in chunks[len(finished) :]:
         # Filled up on the right: under causal attention that changes nothing for what stands before.
         tokens = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts])
         stream = engine.embed(decoder, tokens)
@@ -156,8 +168,12 @@ def log_likelihoods(
         with exact.holding_ends(decoder):
             losses, hits = _score(decoder, states.to(exact.device), targets.to(exact.device))
         sizes = [len(continuation) for *_, continuation in spans]
-        for (number, *_), loss, hit in zip(spans, losses.split(sizes), hits.split(sizes), strict=True):
-            answers[number] = (-loss.sum().item(), bool(hit.all()))
+        found = [
+            (number, -loss.sum().item(), bool(hit.all()))
+            for (number, *_), loss, hit in zip(spans, losses.split(sizes), hits.split(sizes), strict=True)
+        ]
+        answers |= {number: (likelihood, hit) for number, likelihood, hit in found}
+        engine.work.finish(phase, found)
     return [answers[number] for number in range(len(pairs))]
 
 

@@ -153,6 +153,16 @@ def test_no_more_than_two_windows_are_there_at_once(spec, tmp_path, monkeypatch)
     assert not any(there.values())
 
 
+def test_zero_shot_tasks_use_the_work_of_the_run(spec, tmp_path, monkeypatch):
+    run, asked = StreamedRun(dataclasses.replace(spec, tasks=("analogies",)), recon.Session(), False, tmp_path / "work"), []
+    run.load()
+    run.texts, run.held_out = {}, None
+    monkeypatch.setattr("recon.zero_shot.zero_shot", lambda *args, work, phase, **options: asked.append((work, phase)))
+    for what in ("dense", "pruned"):
+        run.measure(run.dense, what)
+    assert asked == [(run.work, "zero-shot, dense"), (run.work, "zero-shot, pruned")]
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------------
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recon import assets, text, zero_shot
+from recon import activations, assets, text, zero_shot
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
+from recon.journal import Journal
 from recon.tasks import documents
+from recon.work import Work
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
@@ -126,6 +128,36 @@ def test_nothing_is_read_twice(tiny, monkeypatch):
     found = zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "float32"))
     assert sorted(tuple(row[:4]) for row in read) == [(5, 6, 7, 8), (5, 7, 0, 0)]
     assert [v for v, _ in found] == pytest.approx([plain(decoder.model, *pair)[0] for pair in pairs], rel=1e-4)
+
+
+def test_activations_lie_in_files_and_finished_texts_are_not_read_again(tiny, tmp_path, monkeypatch):
+    """Interrupted in the third chunk; what then goes on reads that one and those after it, and gives the same bits."""
+    monkeypatch.setattr(zero_shot, "CHUNK", 100)
+    monkeypatch.setattr(activations, "SMALL", 0)
+    decoder, pairs, read, plain_embed = Decoder(tiny("llama")), random_pairs(), [], Engine.embed
+    expected = zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "float32"))
+
+    def go(dies_at: int | None) -> list:
+        read.clear()
+
+        def embed(engine, decoder, tokens):
+            if len(read) == dies_at:
+                raise KeyboardInterrupt
+            read.append(tokens)
+            stream = plain_embed(engine, decoder, tokens)
+            assert any((tmp_path / "activations").iterdir())
+            return stream
+
+        monkeypatch.setattr(Engine, "embed", embed)
+        work = Work(Journal(tmp_path / "journal.jsonl", {}))
+        return zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "float32", work), phase="zero-shot, dense")
+
+    with pytest.raises(KeyboardInterrupt):
+        go(dies_at=2)
+    assert go(dies_at=None) == expected
+    first = len(read)
+    assert go(dies_at=0) == expected and not read and first > 1
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1 + 2 + first
 
 
 def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, monkeypatch):
