@@ -134,6 +134,33 @@ class Models:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """List streamed runs that were begun without --save and not finished; the same command goes on with them."""
+
+    delete: tuple[str, ...] = ()
+    """Keys of runs whose work so far is to be deleted, or all."""
+
+    def __call__(self) -> None:
+        from recon.estimate import duration
+        from recon.unfinished import discard, unfinished
+
+        runs = unfinished()
+        if self.delete == ("all",):
+            keys = [run.key for run in runs if not run.in_use]
+        else:
+            keys = self.delete
+        for key in keys:
+            discard(key)
+            print(f"{key}: deleted")
+        for run in runs:
+            if run.key not in keys:
+                state = "at work" if run.in_use else f"{duration(run.age)} ago"
+                print(f"{run.key}  {run.size / 2**30:8.2f} GiB  {state:10}  {run.options or 'its journal is damaged'}")
+        if not runs:
+            print("there are none")
+
+
+@dataclass(frozen=True)
 class Criteria:
     """List the pruning criteria."""
 
@@ -184,7 +211,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recon").setLevel(logging.INFO)
     commands = {
-        "run": Run, "reconstruct": Reconstruct, "plan": Plan, "models": Models, "criteria": Criteria, "assets": Assets, "bench": Bench,
+        "run": Run, "reconstruct": Reconstruct, "plan": Plan, "unfinished": Unfinished, "models": Models, "criteria": Criteria,
+        "assets": Assets, "bench": Bench,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(

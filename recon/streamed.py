@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recon import checkpoint, criteria, device, evaluation, files, given, lock, models, pruning
-from recon.assets import cache_folder
+from recon import checkpoint, criteria, device, evaluation, files, given, lock, models, pruning, unfinished
 from recon.criteria import Structured
 from recon.decoder import Decoder
 from recon.environment import environment
@@ -21,6 +20,7 @@ from recon.errors import ReconError
 from recon.journal import Journal, differences
 from recon.runs import Measured, Pruned, Run, Session
 from recon.spec import RunRecord, RunSpec
+from recon.unfinished import JOURNAL
 from recon.weights import Lazy, quantisation, reader, sync, write_json
 from recon.work import Work
 
@@ -85,12 +85,12 @@ def run(
     """As `recon.run` with `stream="yes"`.
 
     The run works in `<save>.unfinished`, or where nothing is saved, in a folder of the user's cache that is named by the
-    run's key. It is deleted when the run is done; until then, the same call goes on from the last finished step, and gives the
+    run's key (see `recon.unfinished`). It is deleted when the run is done; until then, the same call goes on from the last finished step, and gives the
     same record when there is none left to do.
     """
     if save is None:
-        folder = cache_folder() / "unfinished" / spec.key()
-        held = lock.held(folder.with_name(f".{folder.name}{lock.NAME}"), f"unfinished run {spec.key()}")
+        key = spec.key()
+        folder, held = unfinished.folder_of(key), unfinished.held(key)
     else:
         folder = save.with_name(save.name + UNFINISHED)
         held = lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}")
@@ -161,7 +161,7 @@ class StreamedRun(Run):
         super().__init__(spec, session, progress)
         dtype = str(device.pick_compute_dtype(spec.compute_dtype, self.device))
         computed = {"device": self.device.type, "compute_dtype": dtype}
-        self.journal = Journal(folder / "journal.jsonl", {"spec": spec.decisive(), **spec.sources(), **computed})
+        self.journal = Journal(folder / JOURNAL, {"spec": spec.decisive(), **spec.sources(), **computed})
 
     def load(self) -> None:
         super().load()

@@ -121,7 +121,7 @@ def test_nothing_of_one_model_is_in_memory_when_the_next_is_loaded(stream, spec,
         return read(*args, **options)
 
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", look)
-    monkeypatch.setattr("recon.streamed.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("recon.unfinished.cache_folder", lambda: tmp_path)
     recon.run(dataclasses.replace(spec, model=str(other)), session, progress=False, stream=stream)
     assert seen[0] == [None, None]
 

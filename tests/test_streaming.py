@@ -108,7 +108,7 @@ def test_masks_from_elsewhere(spec, expected, tmp_path):
 
 
 def test_without_a_place_to_save_it_works_in_the_cache(spec, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("recon.streamed.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("recon.unfinished.cache_folder", lambda: tmp_path)
     assert comparable(recon.run(spec, progress=False, stream="yes")) == comparable(expected[0])
     assert not list((tmp_path / "unfinished").iterdir())
 
@@ -241,7 +241,7 @@ def test_killed_on_documents(spec, tmp_path, monkeypatch):
 def test_killed_while_its_work_is_deleted_it_gives_the_record_again(saving, spec, tmp_path, monkeypatch):
     """With all of it; whoever called it had the record before anything was deleted."""
     spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
-    monkeypatch.setattr("recon.streamed.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("recon.unfinished.cache_folder", lambda: tmp_path)
     work = tmp_path / ("saved.unfinished" if saving else f"unfinished/{spec.key()}")
     given = []
     while not given or (work / "journal.jsonl").exists():  # one file or folder less each time
