@@ -28,9 +28,13 @@ class Run:
 
     force: bool = False
     """Whether to run even what the plan says cannot fit here (see `recon plan`)."""
+    executor: Literal["serial", "ray"] = "serial"
+    """ray: windows are repaired side by side, on the cores and GPUs of this machine or of a cluster (dense propagation only)."""
+    address: str | None = None
+    """Of the Ray cluster; default: RAY_ADDRESS, else one that is started on this machine."""
 
     def __call__(self) -> None:
-        _run(self.spec, self.record, self.save, self.stream, self.force)
+        _run(self.spec, self.record, self.save, self.stream, self.force, self.executor, self.address)
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,26 @@ class Reconstruct:
     """As for `recon run`."""
     force: bool = False
     """Whether to run even what the plan says cannot fit here (see `recon plan`)."""
+    executor: Literal["serial", "ray"] = "serial"
+    """As for `recon run`."""
+    address: str | None = None
+    """As for `recon run`."""
 
     def __call__(self) -> None:
-        _run(RunSpec(**self.spec.__dict__), self.record, self.save, self.stream, self.force)
+        spec = RunSpec(**self.spec.__dict__)
+        _run(spec, self.record, self.save, self.stream, self.force, self.executor, self.address)
 
 
-def _run(spec: RunSpec, file: Path | None, save: Path | None, stream: str, force: bool) -> None:
+def _run(
+    spec: RunSpec, file: Path | None, save: Path | None, stream: str, force: bool, executor: str, address: str | None
+) -> None:
     """Runs `spec`, prints what came of it, and writes the record to `file` and the model to `save`, where they are named."""
     from recon.checkpoint import check_writable
+    from recon.cluster import Ray
     from recon.study import run_or_record_failure, write_record
 
+    if address is not None and executor != "ray":
+        raise ReconError(f"address {address!r} is that of a Ray cluster, but the executor is {executor}; choose executor ray")
     if file:
         if file.is_dir():
             raise ReconError(f"record {str(file)!r} is a folder; name a file")
@@ -86,7 +100,10 @@ def _run(spec: RunSpec, file: Path | None, save: Path | None, stream: str, force
         if file:
             write_record(record, file)
 
-    record, error = run_or_record_failure(spec, force=force, save=save, command=command, stream=stream, on_done=note)
+    workers = Ray(address) if executor == "ray" else executor
+    record, error = run_or_record_failure(
+        spec, force=force, save=save, command=command, stream=stream, on_done=note, executor=workers
+    )
     if error:
         note(record)
         raise error

@@ -75,6 +75,17 @@ class WindowReport:
     micro_batch: int = 0  # samples per forward pass; fewer than asked for where memory ran out; 0: no gradient descent
 
 
+def workers(executor: str | Ray | None, propagation: str) -> Ray | None:
+    """What to use of Ray for an executor (see `recon.cluster.get`); raises `ReconError` where windows depend on one another."""
+    settings = cluster.get(executor)
+    if settings is not None and propagation != "dense":
+        raise ReconError(
+            f"windows cannot be repaired side by side under {propagation} propagation: each one reads what those before it, repaired, "
+            "give out; choose propagation dense, or executor serial"
+        )
+    return settings
+
+
 def reconstruct(
     model: nn.Module | Decoder,
     dense: nn.Module | Decoder,
@@ -128,12 +139,7 @@ def reconstruct(
         ReconError: an unknown name, a combination that has no meaning, a mask that does not fit, models that differ in more than
             their values, or a model not in float32.
     """
-    settings = cluster.get(executor)
-    if settings is not None and propagation != "dense":
-        raise ReconError(
-            f"windows cannot be repaired side by side under {propagation} propagation: each one reads what those before it, repaired, "
-            "give out; choose propagation dense, or executor serial"
-        )
+    settings = workers(executor, propagation)
     teacher = dense if isinstance(dense, Decoder) else Decoder(dense)
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)

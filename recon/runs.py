@@ -31,6 +31,7 @@ from recon import (
 from recon.activations import Activations
 from recon.adapters import check_adaptable
 from recon.assets import cache_folder
+from recon.cluster import Ray
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.environment import environment
@@ -126,6 +127,7 @@ def run(
     progress: bool = True,
     stream: str = "auto",
     on_done: Callable[[RunRecord], None] = lambda record: None,
+    executor: str | Ray = "serial",
 ) -> RunRecord:
     """Prunes and repairs one model as `spec` says, and returns the record.
 
@@ -137,6 +139,7 @@ def run(
             any time and goes on when it is called again (see `recon.streamed`); "no": it is loaded; "auto": it is loaded where it fits
             into memory. The numbers are the same to the last bit.
         on_done: called with the record once the model is saved. Until it returns, a streamed run can give the record again.
+        executor: "serial", or "ray" or `recon.Ray(...)`: workers repair the windows side by side; see `recon.reconstruct`.
 
     Raises:
         ReconError: bad input, or another process that saves to the same folder, before anything long begins.
@@ -144,10 +147,11 @@ def run(
     from recon import streamed  # which builds on what is here
 
     session, save = session or Session(), None if save is None else Path(save)
+    reconstruction.workers(executor, spec.propagation)
     # What is in memory already fits into it.
     if not (stream == "auto" and session.holds("model", spec.loaded_by)) and streamed.wanted(stream, spec):
-        return streamed.run(spec, session, save, command, progress, on_done)
-    task = Run(spec, session, progress)
+        return streamed.run(spec, session, save, command, progress, on_done, executor)
+    task = Run(spec, session, progress, executor)
     if save is None:
         record = task.execute(None, command)
     else:
@@ -162,8 +166,8 @@ def run(
 class Run:
     """One run with its model in memory."""
 
-    def __init__(self, spec: RunSpec, session: Session, progress: bool):
-        self.spec, self.session, self.progress = spec, session, progress
+    def __init__(self, spec: RunSpec, session: Session, progress: bool, executor: str | Ray = "serial"):
+        self.spec, self.session, self.progress, self.executor = spec, session, progress, executor
         self.record = RunRecord(asdict(spec), spec.key())
         self.device = device.pick_device(spec.device)
         self.work = InMemory()
@@ -412,7 +416,7 @@ class Run:
         return reconstruction.reconstruct(
             student, self.dense, self.samples("reconstruct"), masks, spec.granularity, spec.propagation, spec.solver, spec.start,
             spec.loss, spec.schedule, self.held_out, spec.exact, spec.train, spec.adapter, spec.rank, self.activations(),
-            spec.seed, spec.compute_dtype, self.device, self.progress, self.work, activation_dtype=spec.activation_dtype,
+            spec.seed, spec.compute_dtype, self.device, self.progress, self.work, self.executor, spec.activation_dtype,
         )  # fmt: skip
 
     def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> retraining.RetrainingReport:

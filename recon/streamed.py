@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recon import checkpoint, criteria, device, evaluation, files, given, lock, models, pruning, unfinished
+from recon.cluster import Ray
 from recon.criteria import Structured
 from recon.decoder import Decoder
 from recon.environment import environment
@@ -80,7 +81,13 @@ def bytes_in_memory(spec: RunSpec, numbers: int) -> int:
 
 
 def run(
-    spec: RunSpec, session: Session, save: Path | None, command: str, progress: bool, on_done: Callable[[RunRecord], None]
+    spec: RunSpec,
+    session: Session,
+    save: Path | None,
+    command: str,
+    progress: bool,
+    on_done: Callable[[RunRecord], None],
+    executor: str | Ray = "serial",
 ) -> RunRecord:
     """As `recon.run` with `stream="yes"`.
 
@@ -95,7 +102,7 @@ def run(
         folder = save.with_name(save.name + UNFINISHED)
         held = lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}")
     with held:
-        task = StreamedRun(spec, session, progress, folder)
+        task = StreamedRun(spec, session, progress, folder, executor)
         done = task.journal.finished(RECORD)
         if done:
             record = RunRecord.from_dict(done[0])
@@ -157,8 +164,8 @@ class StreamedRun(Run):
     beside the repaired weights in float32, the masks (1 bit a weight), and two to four streams of activations.
     """
 
-    def __init__(self, spec: RunSpec, session: Session, progress: bool, folder: Path):
-        super().__init__(spec, session, progress)
+    def __init__(self, spec: RunSpec, session: Session, progress: bool, folder: Path, executor: str | Ray = "serial"):
+        super().__init__(spec, session, progress, executor)
         dtype = str(device.pick_compute_dtype(spec.compute_dtype, self.device))
         computed = {"device": self.device.type, "compute_dtype": dtype}
         self.journal = Journal(folder / JOURNAL, {"spec": spec.decisive(), **spec.sources(), **computed})

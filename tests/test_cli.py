@@ -79,6 +79,11 @@ def test_run_takes_its_options(small, tmp_path, words, fields):
         (["--text", "no-such.txt"], "no-such.txt"),
         (["--sequence-length", "300", "--samples", "2"], "sequence length 300 is more than the 256 tokens"),
         (["--sample", "3"], "--sample"),
+        (
+            ["--address", "10.0.0.1:6379"],
+            "address '10.0.0.1:6379' is that of a Ray cluster, but the executor is serial; choose executor ray",
+        ),
+        (["--executor", "ray", "--propagation", "mixed"], "cannot be repaired side by side under mixed propagation"),
     ],
 )
 def test_bad_input_ends_with_one_clear_message(small, words, message, capsys, tmp_path):

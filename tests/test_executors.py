@@ -329,7 +329,29 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
     assert one == other
 
 
-def test_windows_that_depend_on_one_another_are_not_spread(tiny, tokens):
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_the_windows_of_a_run_are_spread(cluster, stream, tiny_folder, tiny_text, tmp_path):
+    spec = recon.RunSpec(
+        model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
+        evaluation_samples=2, evaluation_length=32,
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        serial = recon.run(spec, save=tmp_path / "serial", progress=False, stream=stream)
+        spread = recon.run(spec, save=tmp_path / "spread", progress=False, stream=stream, executor=Ray())
+    finally:
+        torch.set_num_threads(threads)
+    assert spread.metrics == serial.metrics and len(spread.windows) == len(serial.windows) > 2
+    for path in (tmp_path / "serial").glob("*.safetensors"):
+        assert (tmp_path / "spread" / path.name).read_bytes() == path.read_bytes()
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_windows_that_depend_on_one_another_are_not_spread(tiny, tokens, tmp_path):
+    with pytest.raises(ReconError, match="cannot be repaired side by side under mixed propagation"):
+        recon.run(recon.RunSpec(propagation="mixed"), save=tmp_path / "saved", executor="ray")
+    assert not list(tmp_path.iterdir())
     for propagation in ("sparse", "mixed"):
         with pytest.raises(
             ReconError, match=f"side by side under {propagation} propagation: each one reads what those before it"
