@@ -166,6 +166,8 @@ def run(
 class Run:
     """One run with its model in memory."""
 
+    executor: str | Ray = "serial"
+
     def __init__(self, spec: RunSpec, session: Session, progress: bool, executor: str | Ray = "serial"):
         self.spec, self.session, self.progress, self.executor = spec, session, progress, executor
         self.record = RunRecord(asdict(spec), spec.key())
