@@ -1,5 +1,6 @@
 """`recon ...`: the command line, generated from the dataclasses."""
 
+import contextlib
 import logging
 import shlex
 import sys
@@ -94,6 +95,10 @@ def _run(
         if file.is_dir():
             raise ReconError(f"record {str(file)!r} is a folder; name a file")
         check_writable(file.parent, "record")
+    if file and save and (record := _done(spec, file, save)):
+        print(f"done already: record {str(file)!r}, model in {str(save)!r}")
+        _report(spec, record)
+        return
     command = shlex.join(["recon", *sys.argv[1:]])
 
     def note(record: RunRecord) -> None:
@@ -105,8 +110,39 @@ def _run(
         spec, force=force, save=save, command=command, stream=stream, on_done=note, executor=workers
     )
     if error:
-        note(record)
+        if not _known(spec, file):  # what is known of the very same run is not lost to a failure
+            note(record)
         raise error
+    _report(spec, record)
+
+
+def _done(spec: RunSpec, file: Path, save: Path) -> RunRecord | None:
+    """The record of `spec` in `file`, if it is that of the run that saved what is in `save`, and all of that is there."""
+    from recon import files, streamed
+
+    record = _known(spec, file)
+    if record is None or not (save / files.HASHES).exists() or streamed.begun(spec, save):
+        return None
+    with contextlib.suppress(ReconError):  # a damaged checkpoint
+        if record.environment.get("checkpoint") == files.sha256(save / files.HASHES) and files.shards(save):
+            return record
+    return None
+
+
+def _known(spec: RunSpec, file: Path | None) -> RunRecord | None:
+    """The record of a finished run of `spec` in `file`, if there is one."""
+    from recon.study import read_record
+
+    if file is None or not file.exists():
+        return None
+    with contextlib.suppress(ReconError):  # damaged, or no record
+        record = read_record(file)
+        return record if record.status == "done" and record.key == spec.key() else None
+    return None
+
+
+def _report(spec: RunSpec, record: RunRecord) -> None:
+    """Prints what came of a run."""
     for text, values in record.metrics["by_text"].items():
         share = values["share_recovered"]
         recovered = "" if share is None else f"   share recovered {share:.2f}"

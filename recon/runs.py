@@ -19,6 +19,7 @@ from recon import (
     device,
     estimate,
     evaluation,
+    files,
     given,
     lock,
     models,
@@ -137,7 +138,7 @@ def run(
         command: the command that asked for this run, for the model card.
         stream: "yes": the model is never in memory as a whole, but read from disk window by window, and the run can be killed at
             any time and goes on when it is called again (see `recon.streamed`); "no": it is loaded; "auto": it is loaded where it fits
-            into memory. The numbers are the same to the last bit.
+            into memory, unless it was begun streamed. The numbers are the same to the last bit.
         on_done: called with the record once the model is saved. Until it returns, a streamed run can give the record again.
         executor: "serial", or "ray" or `recon.Ray(...)`: workers repair the windows side by side; see `recon.reconstruct`.
 
@@ -148,6 +149,8 @@ def run(
 
     session, save = session or Session(), None if save is None else Path(save)
     reconstruction.workers(executor, spec.propagation)
+    if stream == "auto" and streamed.begun(spec, save):
+        stream = "yes"  # though it may fit into memory by now
     # What is in memory already fits into it.
     if not (stream == "auto" and session.holds("model", spec.loaded_by)) and streamed.wanted(stream, spec):
         return streamed.run(spec, session, save, command, progress, on_done, executor)
@@ -249,8 +252,9 @@ class Run:
         return self.measure(student, what)
 
     def save(self, student: Decoder, folder: Path, command: str) -> None:
-        """Writes the student to `folder`."""
+        """Writes the student to `folder`, and what tells the checkpoint from others into the record."""
         checkpoint.save(student.model, self.tokenizer, folder, self.record, command)
+        self.record.environment["checkpoint"] = files.sha256(folder / files.HASHES)
 
     def peak_memory(self) -> device.PeakMemory:
         return device.PeakMemory(self.device)

@@ -95,11 +95,10 @@ def run(
     run's key (see `recon.unfinished`). It is deleted when the run is done; until then, the same call goes on from the last finished step, and gives the
     same record when there is none left to do.
     """
+    folder = folder_of(spec, save)
     if save is None:
-        key = spec.key()
-        folder, held = unfinished.folder_of(key), unfinished.held(key)
+        held = unfinished.held(folder.name)
     else:
-        folder = save.with_name(save.name + UNFINISHED)
         held = lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}")
     with held:
         task = StreamedRun(spec, session, progress, folder, executor)
@@ -119,6 +118,16 @@ def run(
         except OSError as error:  # some network file systems keep files that are mapped
             log.warning("work folder %r is no longer needed, but cannot be deleted: %s", str(folder), error)
     return record
+
+
+def folder_of(spec: RunSpec, save: Path | None) -> Path:
+    """The folder where a streamed run of `spec` works."""
+    return unfinished.folder_of(spec.key()) if save is None else save.with_name(save.name + UNFINISHED)
+
+
+def begun(spec: RunSpec, save: Path | None) -> bool:
+    """Whether a streamed run of `spec` has finished a step already."""
+    return (folder_of(spec, save) / JOURNAL).exists()
 
 
 def publish(complete: Path, save: Path) -> None:
@@ -271,6 +280,7 @@ class StreamedRun(Run):
             entries = [entry["shard"] for entry in work.journal.entries if "shard" in entry]
             hashes = "".join(f"{entry['sha256']}  {Path(entry['file']).name}\n" for entry in entries)
             (target / files.HASHES).write_text(hashes, encoding="utf-8")
+            self.record.environment["checkpoint"] = files.sha256(target / files.HASHES)
             checkpoint.write_card(target, self.record, command)
             checkpoint.sync_all(target)
         except (OSError, SafetensorError) as error:

@@ -52,6 +52,31 @@ def test_run_writes_a_record_and_a_checkpoint(small, tmp_path, capsys):
     assert (saved / "model.safetensors").is_file() and (saved / "README.md").is_file()
 
 
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_the_same_command_again_finds_that_all_is_done(small, stream, tmp_path, capsys, monkeypatch):
+    """As machines that are taken away and given back repeat it; anything else than the same command does not pass for it."""
+    record, saved = tmp_path / "out.json", tmp_path / "saved"
+    words = ["--granularity", "none", "--stream", stream, "--record", str(record), "--save", str(saved)]
+    main(["run", *small, *words])
+    said, before = capsys.readouterr().out, record.read_text()
+    monkeypatch.setattr("recon.study.run", lambda *args, **options: pytest.fail("runs again"))
+    main(["run", *small, *words])
+    assert capsys.readouterr().out == f"done already: record '{record}', model in '{saved}'\n{said}"
+    monkeypatch.undo()
+    busy = "exists and is not an empty folder"
+    card = saved / "SHA256SUMS"
+    hashes = card.read_text()
+    card.write_text(hashes + "\n")  # of another checkpoint
+    assert busy in refuse(["run", *small, *words], capsys)
+    card.write_text(hashes)
+    shard = sorted(saved.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert busy in refuse(["run", *small, *words], capsys)
+    assert record.read_text() == before  # which a failure of the very same run does not replace
+    assert busy in refuse(["run", *small, *words, "--seed", "1"], capsys)
+    assert json.loads(record.read_text())["status"] == "failed"
+
+
 @pytest.mark.parametrize("words, fields", [
     (["--granularity", "none"], {"granularity": "none"}),
     (["--pattern", "2:4", "--granularity", "block"], {"pattern": "2:4", "granularity": "block"}),

@@ -329,6 +329,13 @@ def test_a_place_to_save_that_was_filled_meanwhile(spec, tmp_path, monkeypatch):
     assert files.shards(saved)
 
 
+def test_what_was_begun_streamed_goes_on_so_where_it_would_fit_by_now(spec, tmp_path, monkeypatch):
+    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
+    started(spec, tmp_path, monkeypatch, 25)
+    record = recon.run(spec, save=tmp_path / "saved", progress=False)
+    assert record.environment["resumed"] > 0 and not list(tmp_path.glob("*.unfinished"))
+
+
 def test_a_run_that_is_refused_leaves_nothing_in_the_way(spec, tmp_path):
     with pytest.raises(ReconError, match="sequence length 4000 is more than"):
         recon.run(dataclasses.replace(spec, sequence_length=4000), save=tmp_path / "saved", progress=False, stream="yes")
