@@ -5,10 +5,11 @@ import itertools
 import json
 import logging
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -206,9 +207,34 @@ def run_or_record_failure(
         return record, error
 
 
-def record_of(spec: RunSpec, session: Session, progress: bool) -> RunRecord:
-    """The record of `run(spec)`, also where it fails."""
-    return run_or_record_failure(spec, session, progress=progress)[0]
+@dataclass(frozen=True)
+class _Recorded:
+    """Computes a run of a study, here or in a worker: its record, also where it fails.
+
+    One that is done is written to the study's folder by whoever computed it, before a streamed run deletes its work: a death in between
+    loses nothing. A worker that does not see the folder, which it tells by the lock, leaves that to the process that asked for the study.
+    """
+
+    folder: Path
+    keys: frozenset[str]
+    owner: tuple[str, int]  # the process that holds the folder
+
+    def __call__(self, spec: RunSpec, session: Session, progress: bool) -> RunRecord:
+        return run_or_record_failure(spec, session, progress=progress, on_done=self.note)[0]
+
+    def note(self, record: RunRecord) -> None:
+        path = self.folder / f"{record.key}.json"
+        if self.owner == _process():
+            write_record(record, path)
+        elif record.key in self.keys and (self.folder / lock.NAME).exists():
+            try:
+                write_record(record, path)
+            except ReconError as error:
+                log.warning("%s; the process that asked for it will write it", error)
+
+
+def _process() -> tuple[str, int]:
+    return socket.gethostname(), os.getpid()
 
 
 def run_study(
@@ -256,10 +282,12 @@ def _run_missing(
     order = sorted(missing, key=lambda key: [str(part) for part in (*missing[key].pruned_by, missing[key].samples)])
     if not order:
         return records
-    found, failed = executors.each({key: missing[key] for key in order}, record_of, executor, progress), []
+    recorded = _Recorded(store.folder.resolve(), frozenset(order), _process())
+    found, failed = executors.each({key: missing[key] for key in order}, recorded, executor, progress), []
     with contextlib.closing(found), tqdm(total=len(order), desc="study", unit="run", disable=not progress) as bar:
         for record in found:
-            store.put(record)
+            if record.status != "done" or executor is not None:  # others are written already
+                store.put(record)
             records[record.key] = record
             bar.update()
             if record.status != "done":

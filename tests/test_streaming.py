@@ -273,6 +273,25 @@ def test_the_command_line_has_the_record_before_the_work_is_deleted(spec, tmp_pa
     assert recon.study.read_record(tmp_path / "record.json").status == "done"
 
 
+def test_a_study_has_the_record_before_the_work_is_deleted(spec, tmp_path, monkeypatch):
+    """Killed in between, it computes nothing anew."""
+    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
+    monkeypatch.setattr("recon.unfinished.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(streamed, "is_too_large", lambda spec: True)
+    work, records = tmp_path / "unfinished" / spec.key(), tmp_path / "records"
+
+    def die(*_):
+        raise Killed
+
+    for place in ("recon.study.write_record", "recon.streamed.delete"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(place, die)
+            recon.run_study([spec], records, progress=False)
+        monkeypatch.setattr(StreamedRun, "execute", lambda *_: pytest.fail("computed anew"))
+    assert work.exists() and read_record(records / f"{spec.key()}.json").environment["streamed"]
+    assert list(recon.run_study([spec], records, progress=False).status) == ["done"]
+
+
 @pytest.mark.parametrize("stream", ["yes", "no"])
 def test_what_has_been_saved_is_on_the_disk(stream, spec, tiny_folder, tmp_path, monkeypatch):
     """All files with all of their content, and what the folders list, before the folder has its name; killed once before that."""

@@ -13,6 +13,7 @@ from conftest import heed_interrupts
 import recon
 from recon import study
 from recon.errors import ReconError
+from recon.spec import RunRecord
 from recon.study import RecordStore, fit_name, fit_options, grid, read_record, run_study
 
 SCRIPT = """
@@ -247,3 +248,18 @@ def test_a_study_of_nothing_has_the_columns_of_any_other(tmp_path):
     assert nothing.empty and {*recon.RunSpec.__dataclass_fields__, "fit", "recipe", "key", "status", "error"} <= set(nothing)
     best = study.best(nothing, "adapter")
     assert dict(zip(best["adapter"], best["learning_rate"], strict=True)) == {}
+
+
+def test_a_worker_writes_the_record_where_it_sees_the_study(base, tmp_path, caplog):
+    record = RunRecord(spec={}, key="one", status="done")
+    worker = study._Recorded(tmp_path, frozenset({"one"}), ("another machine", 1))
+    worker.note(record)
+    assert not list(tmp_path.iterdir())  # a folder of that name, but not the one of a study
+    (tmp_path / ".lock").touch()
+    worker.note(RunRecord(spec={}, key="two", status="done"))
+    worker.note(record)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["one.json"]
+    os.remove(tmp_path / "one.json")
+    (tmp_path / "one.json").mkdir()
+    worker.note(record)
+    assert "the process that asked for it will write it" in caplog.text
