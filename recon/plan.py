@@ -307,9 +307,17 @@ def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool =
     Raises `ReconError` for what `recon.models` refuses, and for a model that cannot be taken apart.
     """
     config = models.configuration(model, revision, trust_remote_code)
+    return Shapes(config, decoder_of(config))
+
+
+def decoder_of(config: PretrainedConfig) -> Decoder:
+    """The model of `config` on torch's meta device, taken apart as a much narrower one is.
+
+    Raises `ReconError` for a model that cannot be taken apart.
+    """
     model = skeleton(config)
     model.tie_weights()
-    return Shapes(config, Decoder(model, like=_structure(config)))
+    return Decoder(model, like=_structure(config))
 
 
 def _structure(config: PretrainedConfig) -> Decoder:

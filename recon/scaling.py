@@ -8,9 +8,9 @@ from transformers import AutoConfig
 
 from recon import estimate
 from recon.decoder import Decoder
+from recon.plan import decoder_of
 from recon.reconstruction import ERROR_SAMPLES
 from recon.spec import RunSpec
-from recon.weights import Lazy, skeleton
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,4 @@ def windows_of(spec: RunSpec, decoder: Decoder, rate: float) -> Windows:
 
 def shape(kind: str, blocks: int, **sizes: int) -> Decoder:
     """A model of `kind` ("llama", "qwen2", ...) without weights, of so many blocks and these sizes, named as in its configuration."""
-    config = AutoConfig.for_model(kind, num_hidden_layers=blocks, **sizes)
-    model = skeleton(config)
-    return Decoder(model, lazy=Lazy(model, lambda names: iter(())))
+    return decoder_of(AutoConfig.for_model(kind, num_hidden_layers=blocks, **sizes))
