@@ -129,6 +129,9 @@ def connect(address: str | None = None):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 leaves workers next to nothing beside other programs
         options["include_dashboard"] = False
+        # Ray counts all of the machine's, of which a job of SLURM, say, may have a few.
+        if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < (os.cpu_count() or 0):
+            options["num_cpus"] = len(os.sched_getaffinity(0))
     try:
         ray.init(address, **options)
     except Exception as error:  # Ray has no class of its own for this
@@ -261,7 +264,8 @@ class Crew:
         self.members: dict[object, _Member] = {}  # by the answer that is waited for
         self.idle: list[_Member] = []  # workers that nothing is asked of
         self.looked, self.room = 0.0, -1
-        self.began, self.warned = time.monotonic(), False
+        self.alone, self.warned = time.monotonic(), False  # since when no worker is there, and whether that was said
+        self.stillborn = 0  # workers in a row that were lost before they had begun
         self.make = ray.remote(Worker).options(
             num_cpus=request.threads, num_gpus=request.gpus, memory=request.memory or None, max_restarts=0
         )
@@ -270,6 +274,11 @@ class Crew:
     def in_hand(self) -> int:
         """How many tasks are being done."""
         return sum(member.key is not None for member in self.members.values())
+
+    @property
+    def there(self) -> bool:
+        """Whether any worker has started, and is not known to be lost."""
+        return any(member.place for member in (*self.members.values(), *self.idle))
 
     def step(self, timeout: float = POLL) -> list[tuple[str, object]]:
         """Hands out what waits, and waits until something is done: tasks by key, with what they gave, or a `Failure`."""
@@ -281,9 +290,11 @@ class Crew:
             answered, _ = self.ray.wait(list(self.members), timeout=timeout)
         elif len(self.tasks):
             time.sleep(timeout)
-        if not self.warned and time.monotonic() - self.began > 10 * POLL:
+        if self.there:
+            self.alone, self.warned = time.monotonic(), False
+        elif not self.warned and time.monotonic() - self.alone > 10 * POLL:
             self.warned = True
-            log.warning("no worker has started yet; each needs %s of a node, and waits until that is free", self.request)
+            log.warning("no worker has started; each needs %s of a node, and waits until that is free", self.request)
         found = [self.hear(self.members.pop(answer), answer) for answer in answered]
         return [each for each in found if each is not None]
 
@@ -347,7 +358,7 @@ class Crew:
                 f"the Ray worker, {place}, runs another version of recon than this process ({place.code}, {code()}); "
                 "install the same one on every node"
             )
-        member.place, self.warned = place, True
+        member.place, self.stillborn = place, 0
 
     def give(self, member: _Member) -> None:
         key = self.tasks.take(member.before)
@@ -364,6 +375,11 @@ class Crew:
             if getattr(error, "actor_init_failed", False):
                 raise ReconError(f"a Ray worker cannot start: {words}") from error
             log.warning("a worker was lost before it had begun (%s)", type(error).__name__)
+            self.stillborn += 1
+            if self.stillborn >= ATTEMPTS * max(1, self.limit or self.room) and not self.there:
+                raise ReconError(
+                    f"{self.stillborn} Ray workers in a row were lost before they had begun, the last one by: {words}"
+                ) from error
             return None
         self.lost[key] = self.lost.get(key, 0) + 1
         log.warning("%s %s: its worker, %s, is lost (%s)", self.kind, key, member.place, type(error).__name__)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
-from recon import estimate, plan
+from recon import estimate, plan, streamed
 from recon.activations import LIMIT
 from recon.cluster import Crew, Failure, Ray, Request, connect
 from recon.device import pick_device
@@ -34,16 +34,27 @@ def _serial(specs: dict[str, RunSpec], run: Run, progress: bool) -> Iterator[Run
     several = len(specs) > 1
     session = Session(activation_bytes=LIMIT if several else 0)
     announced = set()
-    for spec in specs.values():
+    for key, spec in specs.items():
         if several and spec.loaded_by not in announced:
             announced.add(spec.loaded_by)
             _announce([other for other in specs.values() if other.loaded_by == spec.loaded_by], session)
-        yield run(spec, session, progress)
+        changed = "the model or texts that it reads have changed since the study began"
+        yield _under(key, spec, run(spec, session, progress), changed)
+
+
+def _under(key: str, spec: RunSpec, found: RunRecord, reason: str) -> RunRecord:
+    """What was `found` for `spec`; where it has another key than `key`, a record of that key that says so, with the reason."""
+    if found.key == key:
+        return found
+    error = f"its key is {found.key} by now: {reason}" if found.status == "done" else found.error
+    return RunRecord(asdict(spec), key, "failed", error)
 
 
 def _announce(specs: list[RunSpec], session: Session) -> None:
-    """Says how long the runs of one model will take."""
+    """Says how long the runs of one model will take, unless it is too large to be loaded for that; they may be streamed."""
     try:
+        if any(map(streamed.is_too_large, specs)):
+            return
         decoder, _ = session.load(*specs[0].loaded_by)
         estimate.announce_study(specs, decoder, pick_device(specs[0].device))
     except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
@@ -94,10 +105,10 @@ def _by_workers(specs: dict[str, RunSpec], run: Run, ray, request: Request, limi
             for key, found in crew.step():
                 if isinstance(found, Failure):
                     found = RunRecord(asdict(specs[key]), key, "failed", found.error)
-                elif found.key != key:
-                    words = f"its key is {found.key} there: the model or texts that it reads are others than here; give all nodes the same"
-                    found = RunRecord(asdict(specs[key]), key, "failed", f"a worker has computed another run; {words}")
-                yield found
+                others = (
+                    "where a worker computed it, the model or texts that it reads are others than here; give all nodes the same"
+                )
+                yield _under(key, specs[key], found, others)
             if not len(queue):
                 crew.dismiss()
 

@@ -202,7 +202,11 @@ def run_or_record_failure(
             log.info("%s", planned)
         return run(spec, session, **options), None
     except Exception as error:
-        record = RunRecord(spec={**spec.__dict__}, key=spec.key(), status="failed")
+        try:
+            key = spec.key()
+        except Exception:  # what it reads cannot be had any more, if it ever could
+            key = ""
+        record = RunRecord(spec={**spec.__dict__}, key=key, status="failed")
         record.error = "".join(traceback.format_exception(error)) if not isinstance(error, ReconError) else str(error)
         return record, error
 

@@ -222,6 +222,81 @@ def test_a_node_that_is_lost_costs_its_runs_only_and_a_new_one_joins_in(cluster,
     assert {path.read_text() for path in notes.begun(lost)[1:] + notes.begun("key 5")} == {joined}
 
 
+class Stillborn:
+    """A stand-in for Ray, whose workers are lost before they have begun."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError, RayTaskError=ZeroDivisionError)
+
+    def __init__(self):
+        self.made = 0
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}]
+
+    def put(self, thing):
+        return thing
+
+    def kill(self, actor):
+        pass
+
+    def remote(self, kind):
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=self.make))
+
+    def make(self, *args):
+        self.made += 1
+        return SimpleNamespace(place=SimpleNamespace(remote=object))
+
+    def wait(self, answers, timeout):
+        return answers[:1], answers[1:]
+
+    def get(self, answer):
+        raise RuntimeError("killed by the node")
+
+
+def test_workers_that_are_always_lost_before_they_begin_end_the_study():
+    cluster = Stillborn()
+    crew = workers.Crew(cluster, Request(1, 0, 0), None, None, executors.Queue(specs(4)), "run")
+    with pytest.raises(ReconError, match="6 Ray workers in a row were lost before they had begun, the last one by: killed by"):
+        for _ in range(50):
+            crew.step(0)
+    assert cluster.made <= 8
+
+
+def test_it_is_said_that_no_worker_is_there_also_when_all_are_lost_later(monkeypatch, caplog):
+    clock = [0.0]
+    monkeypatch.setattr(workers.time, "monotonic", lambda: clock[0])
+    cluster = Stillborn()
+    cluster.wait = lambda answers, timeout: ([], answers)
+    crew = workers.Crew(cluster, Request(1, 0, 0), None, None, executors.Queue(specs(4)), "run")
+
+    def said(seconds: float) -> bool:
+        caplog.clear()
+        clock[0] += seconds
+        crew.step(0)
+        return "no worker has started; each needs 1 CPU of a node" in caplog.text
+
+    assert [said(1), said(10 * workers.POLL), said(100)] == [False, True, False]
+    member = next(iter(crew.members.values()))
+    member.place = "process 1 on here"
+    assert not said(100)
+    member.place = None
+    assert [said(1), said(10 * workers.POLL)] == [False, True]
+
+
+def test_ray_on_this_machine_has_the_cpus_that_this_process_may_use(monkeypatch):
+    given = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    module = SimpleNamespace(is_initialized=lambda: False, init=lambda address, **options: given.update(options))
+    monkeypatch.setitem(sys.modules, "ray", module)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    workers.connect()
+    assert "num_cpus" not in given
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4, 5}, raising=False)
+    workers.connect()
+    assert given["num_cpus"] == 3
+
+
 def test_a_worker_with_other_code_is_refused(cluster, notes, monkeypatch):
     monkeypatch.setattr(workers, "code", lambda: "0123456789abcdef")
     with pytest.raises(ReconError, match="runs another version of recon than this process .*install the same one on every node"):

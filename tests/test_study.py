@@ -1,17 +1,20 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import heed_interrupts
 
 import recon
-from recon import study
+from recon import executors, study
 from recon.errors import ReconError
 from recon.spec import RunRecord
 from recon.study import RecordStore, fit_name, fit_options, grid, read_record, run_study
@@ -128,6 +131,36 @@ def test_a_corrupt_record_is_reported_set_aside_and_computed_anew(base, counted,
     assert len(counted) == 2 and again["perplexity"] == row["perplexity"]
     assert path.with_suffix(".corrupt").read_bytes() == spoilt
     assert read_record(path).status == "done"
+
+
+def test_a_run_whose_model_is_gone_fails_alone(base, tiny_folder, tmp_path, monkeypatch):
+    """Not even its key can be had any more; and one whose model has changed since the study began is not taken for it."""
+    gone, changed = (str(shutil.copytree(tiny_folder, tmp_path / name)) for name in ("gone", "changed"))
+    wanted = [replace(base, model=model, granularity="none") for model in (gone, changed, base.model)]
+    plain_run = study.run
+
+    def run(spec, *args, **options):
+        if Path(gone).exists():
+            shutil.rmtree(gone)
+            config = Path(changed) / "config.json"
+            config.write_text(config.read_text() + "\n")
+        return plain_run(spec, *args, **options)
+
+    monkeypatch.setattr(study, "run", run)
+    runs = run_study(wanted, tmp_path / "records", progress=False)
+    assert sorted(runs["status"]) == ["done", "failed", "failed"] and runs["status"].iloc[2] == "done"
+    assert "unknown model" in runs["error"].iloc[0]
+    assert "have changed since the study began" in runs["error"].iloc[1]
+    assert {path.stem for path in (tmp_path / "records").glob("*.json")} == set(runs["key"])
+
+
+def test_the_model_of_a_study_is_not_loaded_to_say_how_long_it_takes_where_it_is_to_be_streamed(base, monkeypatch):
+    asked = []
+    monkeypatch.setattr(executors.streamed, "is_too_large", lambda spec: asked.append(spec) or True)
+    monkeypatch.setattr(recon.Session, "load", lambda *args: pytest.fail("is loaded"))
+    wanted = {"a": base, "b": replace(base, seed=1)}
+    found = list(executors.each(wanted, lambda spec, *_: RunRecord({}, "a" if spec is base else "b", "done"), None))
+    assert len(found) == 2 and asked
 
 
 def test_a_failed_run_says_how_and_the_others_go_on(base, counted, tmp_path):
