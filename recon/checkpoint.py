@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.errors import ReconError
 from recon.files import write_hashes
-from recon.weights import PART, sync
+from recon.weights import PART, SAVED, rounded, sync
 
 CARD = """---
 base_model: {model}
@@ -34,7 +34,7 @@ Method: local reconstruction after pruning, arXiv 2510.14444.
 | sparsity of the pruned matrices, as counted | {sparsity:.4f} |
 | reconstruction | granularity {granularity}, propagation {propagation}, solver {solver}, start {start}, loss {loss} |
 | calibration | {calibration} |
-| licence | that of the base model |
+{rounding}| licence | that of the base model |
 
 | perplexity (lower is better) | dense | pruned | this model |
 |---|---|---|---|
@@ -55,6 +55,14 @@ def check_target(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ReconError(f"save folder {str(folder)!r} exists and is not an empty folder; name a new one")
     check_writable(folder.parent, "save folder")
+
+
+def check_dtype(dtype: str, folder: Path | None) -> None:
+    """Raises `ReconError` for an unknown dtype to save in, or one that is not the default where nothing is saved."""
+    if dtype not in SAVED:
+        raise ReconError(f"save_dtype is {dtype!r}; allowed: {', '.join(SAVED)}")
+    if dtype != "float32" and folder is None:
+        raise ReconError(f"save_dtype is {dtype!r}, but no folder to save to is named; name one, or leave it out")
 
 
 def check_writable(folder: Path, what: str) -> None:
@@ -104,14 +112,21 @@ def card(record) -> dict:
     }
 
 
-def write_card(folder: Path, record, command: str) -> None:
-    """Writes the model card of the run with this record to `folder`."""
-    text = CARD.format(command=command or "recon.run(...) from Python", **card(record))
+def write_card(folder: Path, record, command: str, dtype: str = "float32") -> None:
+    """Writes the model card of the run with this record to `folder`, where weights are in `dtype`."""
+    rounding = (
+        "" if dtype == "float32" else f"| weights | rounded to {dtype}, after all that is said here was measured in float32 |\n"
+    )
+    text = CARD.format(command=command or "recon.run(...) from Python", rounding=rounding, **card(record))
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record, command: str) -> None:
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record, command: str, dtype: str = "float32"
+) -> None:
     """Writes weights (safetensors) and their hashes, configuration, tokenizer and model card to `folder`, which appears only when complete.
+
+    dtype: see `recon.weights.SAVED`; in others than float32, the model itself is rounded to it, so that there is no second one in memory.
 
     The caller holds the folder's lock (see `recon.lock`). Raises `ReconError` naming the folder where the disk is full or cannot be
     written; nothing half-written stays. Also, before anything is written, for a model that would not load as it is: see `check_places`.
@@ -124,10 +139,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PART, dir=folder.parent))
     try:
+        _round_off(model, SAVED[dtype])
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_hashes(temporary)
-        write_card(temporary, record, command)
+        write_card(temporary, record, command, dtype)
         temporary.chmod(0o755)
         sync_all(temporary)
         if folder.exists():
@@ -138,6 +154,14 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _round_off(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Rounds all that is saved of `model`, in place."""
+    stored = model.state_dict()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in stored:
+            tensor.data = rounded(name, tensor.data, dtype)
 
 
 def sync_all(folder: Path) -> None:

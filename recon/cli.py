@@ -24,6 +24,8 @@ class Run:
     """File for the record (JSON)."""
     save: Path | None = None
     """New folder for the repaired model as a Hugging Face checkpoint."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What it is saved in: float32, as it was measured, or rounded after that, in half the room."""
     stream: Literal["auto", "yes", "no"] = "auto"
     """Leave the model on disk and work on one window at a time; a killed run goes on when called again. auto: if it would not fit."""
 
@@ -35,7 +37,7 @@ class Run:
     """Of the Ray cluster; default: RAY_ADDRESS, else one that is started on this machine."""
 
     def __call__(self) -> None:
-        _run(self.spec, self.record, self.save, self.stream, self.force, self.executor, self.address)
+        _run(self.spec, self.record, self.save, self.save_dtype, self.stream, self.force, self.executor, self.address)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Reconstruct:
     """File for the record (JSON)."""
     save: Path | None = None
     """New folder for the repaired model as a Hugging Face checkpoint."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """As for `recon run`."""
     stream: Literal["auto", "yes", "no"] = "auto"
     """As for `recon run`."""
     force: bool = False
@@ -78,11 +82,18 @@ class Reconstruct:
 
     def __call__(self) -> None:
         spec = RunSpec(**self.spec.__dict__)
-        _run(spec, self.record, self.save, self.stream, self.force, self.executor, self.address)
+        _run(spec, self.record, self.save, self.save_dtype, self.stream, self.force, self.executor, self.address)
 
 
 def _run(
-    spec: RunSpec, file: Path | None, save: Path | None, stream: str, force: bool, executor: str, address: str | None
+    spec: RunSpec,
+    file: Path | None,
+    save: Path | None,
+    save_dtype: str,
+    stream: str,
+    force: bool,
+    executor: str,
+    address: str | None,
 ) -> None:
     """Runs `spec`, prints what came of it, and writes the record to `file` and the model to `save`, where they are named."""
     from recon.checkpoint import check_writable
@@ -95,7 +106,7 @@ def _run(
         if file.is_dir():
             raise ReconError(f"record {str(file)!r} is a folder; name a file")
         check_writable(file.parent, "record")
-    if file and save and (record := _done(spec, file, save)):
+    if file and save and (record := _done(spec, file, save, save_dtype)):
         print(f"done already: record {str(file)!r}, model in {str(save)!r}")
         _report(spec, record)
         return
@@ -107,7 +118,7 @@ def _run(
 
     workers = Ray(address) if executor == "ray" else executor
     record, error = run_or_record_failure(
-        spec, force=force, save=save, command=command, stream=stream, on_done=note, executor=workers
+        spec, force=force, save=save, command=command, stream=stream, on_done=note, executor=workers, save_dtype=save_dtype
     )
     if error:
         if not _known(spec, file):  # what is known of the very same run is not lost to a failure
@@ -116,12 +127,17 @@ def _run(
     _report(spec, record)
 
 
-def _done(spec: RunSpec, file: Path, save: Path) -> RunRecord | None:
-    """The record of `spec` in `file`, if it is that of the run that saved what is in `save`, and all of that is there."""
+def _done(spec: RunSpec, file: Path, save: Path, save_dtype: str) -> RunRecord | None:
+    """The record of `spec` in `file`, if it is that of the run that saved what is in `save`, in that dtype, and all of that is there."""
     from recon import files, streamed
 
     record = _known(spec, file)
-    if record is None or not (save / files.HASHES).exists() or streamed.begun(spec, save):
+    if (
+        record is None
+        or record.environment.get("save_dtype", "float32") != save_dtype
+        or not (save / files.HASHES).exists()
+        or streamed.begun(spec, save)
+    ):
         return None
     with contextlib.suppress(ReconError):  # a damaged checkpoint
         if record.environment.get("checkpoint") == files.sha256(save / files.HASHES) and files.shards(save):
@@ -162,13 +178,15 @@ class Plan:
     spec: Annotated[RunSpec, tyro.conf.arg(name="")]
     save: bool = False
     """Whether the repaired model would be saved."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """As for `recon run`."""
     stream: Literal["auto", "yes", "no"] = "auto"
     """As for `recon run`."""
 
     def __call__(self) -> None:
         from recon.plan import advice, plan
 
-        planned = plan(self.spec, self.save, stream=self.stream)
+        planned = plan(self.spec, self.save, stream=self.stream, save_dtype=self.save_dtype)
         print(planned)
         if planned.problem:
             raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")

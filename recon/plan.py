@@ -17,7 +17,7 @@ from recon.decoder import Decoder
 from recon.device import available_memory, pick_compute_dtype, pick_device, resident
 from recon.errors import ReconError
 from recon.spec import RunSpec
-from recon.weights import Lazy, skeleton
+from recon.weights import SAVED, Lazy, skeleton
 
 log = logging.getLogger("recon")
 
@@ -118,7 +118,7 @@ class Plan:
         return "\n".join(f"{name:12} {value}" for name, value in rows)
 
 
-def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: str = "auto") -> Plan:
+def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: str = "auto", save_dtype: str = "float32") -> Plan:
     """What a run of `spec` takes, from the configuration of its model alone: no weights are read, and no texts.
 
     Args:
@@ -126,6 +126,7 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
         folder: where to; its disk counts.
         stream: "yes": the model stays on disk; "no": it is in memory; "auto": on disk where its weights would not fit into memory as
             often as they are needed, and the run can be streamed.
+        save_dtype: what the checkpoint is written in.
 
     Raises:
         ReconError: a run that cannot be streamed but is to be, a model that is unknown or cannot be taken apart, a granularity that it is too small for.
@@ -140,7 +141,11 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
     on_disk = stream == "yes" and streamed.wanted("yes", spec)
     if stream == "auto" and 0 < available_memory() < streamed.bytes_in_memory(spec, parameters):
         on_disk = _can_be_streamed(spec)
-    disk = 4 * parameters * (save or on_disk)
+    size = SAVED[save_dtype].itemsize
+    disk = size * parameters * (save or on_disk)
+    if on_disk and size < 4:  # until the run is done, what is not computed with as it is saved is there in float32 as well
+        repaired = sum(p.numel() for window in windows for p in decoder.parameters(window).values())
+        disk += 4 * (repaired - prunable * (pick_compute_dtype(spec.compute_dtype, device) == SAVED[save_dtype]) * bool(windows))
     if on_disk:  # masks, and streams: of both models, each before and after the window in hand
         width = decoder.model.config.get_text_config().hidden_size
         disk += prunable // 8 + 4 * spec.activation_bytes * width * (spec.samples + spec.held_out_samples) * spec.sequence_length
@@ -273,7 +278,14 @@ def _options(changes: dict) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
 
 
-def check(spec: RunSpec, save: bool = False, folder: Path | str = ".", loaded: int = 0, stream: str = "auto") -> Plan | None:
+def check(
+    spec: RunSpec,
+    save: bool = False,
+    folder: Path | str = ".",
+    loaded: int = 0,
+    stream: str = "auto",
+    save_dtype: str = "float32",
+) -> Plan | None:
     """The plan of a run that is long or large, once it is known to fit; None where a rough estimate says that it is neither.
 
     loaded: bytes of the model's weights that are in memory already.
@@ -287,7 +299,7 @@ def check(spec: RunSpec, save: bool = False, folder: Path | str = ".", loaded: i
         seconds = sum(flops.values()) / estimate.speed(device, pick_compute_dtype(spec.compute_dtype, device))
         if seconds < LONG and roughly < LARGE * available_memory():
             return None
-        planned = plan(spec, save, folder, stream)
+        planned = plan(spec, save, folder, stream, save_dtype)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is
         log.info("no plan: %s", error)
         return None

@@ -1,5 +1,6 @@
 """One run from a specification to a record: text -> decoder -> prune -> reconstruct -> retrain -> evaluate."""
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -40,7 +41,7 @@ from recon.ragged import Samples, flat, lengths
 from recon.seeds import generator
 from recon.sparsity import Pattern, found_pattern, sparsity_of
 from recon.spec import RunRecord, RunSpec
-from recon.weights import Checkpoint
+from recon.weights import SAVED, Checkpoint, rounded
 from recon.work import InMemory
 
 HELD_OUT_SHARE = 0.25  # of what a session keeps on disk
@@ -129,6 +130,7 @@ def run(
     stream: str = "auto",
     on_done: Callable[[RunRecord], None] = lambda record: None,
     executor: str | Ray = "serial",
+    save_dtype: str = "float32",
 ) -> RunRecord:
     """Prunes and repairs one model as `spec` says, and returns the record.
 
@@ -141,6 +143,8 @@ def run(
             into memory, unless it was begun streamed. The numbers are the same to the last bit.
         on_done: called with the record once the model is saved. Until it returns, a streamed run can give the record again.
         executor: "serial", or "ray" or `recon.Ray(...)`: workers repair the windows side by side; see `recon.reconstruct`.
+        save_dtype: what the model is saved in: "float32", as it was measured; or "bfloat16" or "float16", rounded after that, which halves
+            the files. A model in memory (`session.model`) is then left as it was saved.
 
     Raises:
         ReconError: bad input, or another process that saves to the same folder, before anything long begins.
@@ -148,13 +152,14 @@ def run(
     from recon import streamed  # which builds on what is here
 
     session, save = session or Session(), None if save is None else Path(save)
+    checkpoint.check_dtype(save_dtype, save)
     reconstruction.workers(executor, spec.propagation)
     if stream == "auto" and streamed.begun(spec, save):
         stream = "yes"  # though it may fit into memory by now
     # What is in memory already fits into it.
     if not (stream == "auto" and session.holds("model", spec.loaded_by)) and streamed.wanted(stream, spec):
-        return streamed.run(spec, session, save, command, progress, on_done, executor)
-    task = Run(spec, session, progress, executor)
+        return streamed.run(spec, session, save, command, progress, on_done, executor, save_dtype)
+    task = Run(spec, session, progress, executor, save_dtype)
     if save is None:
         record = task.execute(None, command)
     else:
@@ -171,8 +176,10 @@ class Run:
 
     executor: str | Ray = "serial"
 
-    def __init__(self, spec: RunSpec, session: Session, progress: bool, executor: str | Ray = "serial"):
-        self.spec, self.session, self.progress, self.executor = spec, session, progress, executor
+    def __init__(
+        self, spec: RunSpec, session: Session, progress: bool, executor: str | Ray = "serial", save_dtype: str = "float32"
+    ):
+        self.spec, self.session, self.progress, self.executor, self.save_dtype = spec, session, progress, executor, save_dtype
         self.record = RunRecord(asdict(spec), spec.key())
         self.device = device.pick_device(spec.device)
         self.work = InMemory()
@@ -188,6 +195,7 @@ class Run:
             biases = [] if spec.pruned else pruning.touched_biases(self.dense, spec.criterion)
             if save is not None:
                 checkpoint.check_places(self.dense.model, biases)
+                self.check_range()
         self.announce()
         with self.phase("evaluate"):
             # Dense first: a wrong set-up shows before anything is pruned.
@@ -219,6 +227,8 @@ class Run:
         if save is not None:
             with self.phase("save"):
                 self.save(student, save, command)
+            if self.save_dtype != "float32":
+                record.environment["save_dtype"] = self.save_dtype
         record.seconds["total"] = time.perf_counter() - began
         return record
 
@@ -253,7 +263,7 @@ class Run:
 
     def save(self, student: Decoder, folder: Path, command: str) -> None:
         """Writes the student to `folder`, and what tells the checkpoint from others into the record."""
-        checkpoint.save(student.model, self.tokenizer, folder, self.record, command)
+        checkpoint.save(student.model, self.tokenizer, folder, self.record, command, self.save_dtype)
         self.record.environment["checkpoint"] = files.sha256(folder / files.HASHES)
 
     def peak_memory(self) -> device.PeakMemory:
@@ -323,6 +333,14 @@ class Run:
         opened = models.load_pruned(spec.pruned, self.dense.model, spec.pruned_revision, spec.trust_remote_code)
         given.check_pruned(self.dense, opened)
         return opened
+
+    def check_range(self) -> None:
+        """Raises `ReconError` where the dense model has a weight that is infinite in the dtype that it is to be saved in."""
+        if self.save_dtype == "float16":  # the range of the others is that of float32
+            lazy = self.dense.lazy
+            for name, parameter in self.dense.model.named_parameters():
+                with lazy.present([parameter]) if lazy else contextlib.nullcontext():
+                    rounded(name, parameter.detach(), SAVED[self.save_dtype])
 
     def samples(self, phase: str) -> Samples:
         """The calibration samples that `phase` reads."""
@@ -441,6 +459,16 @@ class Run:
             spec.then_checkpointing, merged, spec.seed, spec.compute_dtype, self.device, self.progress,
         )  # fmt: skip
 
+    def counted(self, student: Decoder) -> tuple[int, dict[str, float]]:
+        """How many weights of the matrices are zero, and which share of each matrix."""
+        zeros, shares = 0, {}
+        for block in student.windows("block"):
+            with student.loaded(block):
+                for name, matrix in student.matrices(block).items():
+                    zeros += int((matrix.weight == 0).sum())
+                    shares[name] = sparsity_of(matrix.weight)
+        return zeros, shares
+
     def fill(self, student: Decoder, dense: Measured, pruned: Measured, repaired: Measured) -> None:
         """Writes metrics, tokens, operations and protocol into the record."""
         spec, metrics = self.spec, self.record.metrics
@@ -463,12 +491,7 @@ class Run:
         metrics.update(
             {name: headline[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "share_recovered")}
         )
-        zeros, shares = 0, {}
-        for block in student.windows("block"):
-            with student.loaded(block):
-                for name, matrix in student.matrices(block).items():
-                    zeros += int((matrix.weight == 0).sum())
-                    shares[name] = sparsity_of(matrix.weight)
+        zeros, shares = self.counted(student)
         metrics["sparsity"] = zeros / sum(matrix.weight.numel() for matrix in student.matrices().values())
         metrics["sparsity_by_matrix"] = shares
         metrics["kl"] = headline["kl"]

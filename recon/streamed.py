@@ -22,8 +22,8 @@ from recon.journal import Journal, differences
 from recon.runs import Measured, Pruned, Run, Session
 from recon.spec import RunRecord, RunSpec
 from recon.unfinished import JOURNAL
-from recon.weights import Lazy, quantisation, reader, sync, write_json
-from recon.work import Work
+from recon.weights import SAVED, Lazy, quantisation, reader, sync, write_json
+from recon.work import SAVE, Work
 
 log = logging.getLogger("recon")
 
@@ -88,6 +88,7 @@ def run(
     progress: bool,
     on_done: Callable[[RunRecord], None],
     executor: str | Ray = "serial",
+    save_dtype: str = "float32",
 ) -> RunRecord:
     """As `recon.run` with `stream="yes"`.
 
@@ -101,7 +102,7 @@ def run(
     else:
         held = lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}")
     with held:
-        task = StreamedRun(spec, session, progress, folder, executor)
+        task = StreamedRun(spec, session, progress, folder, executor, save_dtype)
         done = task.journal.finished(RECORD)
         if done:
             record = RunRecord.from_dict(done[0])
@@ -170,18 +171,28 @@ class StreamedRun(Run):
 
     Activations of all samples lie in mapped files where they are larger than `recon.activations.SMALL`, and so does what a window
     was before it is fitted: the system keeps them in memory while there is room. So does the model's own file. On disk there are,
-    beside the repaired weights in float32, the masks (1 bit a weight), and two to four streams of activations.
+    beside the repaired weights in the dtype that they are saved in, the masks (1 bit a weight), and two to four streams of activations.
+    Where weights are saved rounded, those that are computed with in another way are there in float32 as well until the run is done: norms
+    and biases where matrices are computed with in the same dtype, and else all.
     """
 
-    def __init__(self, spec: RunSpec, session: Session, progress: bool, folder: Path, executor: str | Ray = "serial"):
-        super().__init__(spec, session, progress, executor)
-        dtype = str(device.pick_compute_dtype(spec.compute_dtype, self.device))
-        computed = {"device": self.device.type, "compute_dtype": dtype}
+    def __init__(
+        self,
+        spec: RunSpec,
+        session: Session,
+        progress: bool,
+        folder: Path,
+        executor: str | Ray = "serial",
+        save_dtype: str = "float32",
+    ):
+        super().__init__(spec, session, progress, executor, save_dtype)
+        self.compute_dtype = device.pick_compute_dtype(spec.compute_dtype, self.device)
+        computed = {"device": self.device.type, "compute_dtype": str(self.compute_dtype), "save_dtype": save_dtype}
         self.journal = Journal(folder / JOURNAL, {"spec": spec.decisive(), **spec.sources(), **computed})
 
     def load(self) -> None:
         super().load()
-        self.work = Work(self.journal)  # only now: a run that is refused leaves nothing
+        self.work = Work(self.journal, SAVED[self.save_dtype])  # only now: a run that is refused leaves nothing
         here, before = environment(self.device, self.spec.compute_dtype), self.work.finished("opened")
         if changed := next(filter(None, (differences(other, here) for other in before)), None):
             log.warning(
@@ -209,6 +220,8 @@ class StreamedRun(Run):
 
     def copy_of_dense(self) -> Decoder:
         self.work.of = len(self.windows()) + len(self.remainder())
+        if self.work.dtype == self.compute_dtype:
+            self.work.rounded = {matrix.parameter_name for matrix in self.dense.matrices().values()}
         return self.work.student(self.dense, reader(self.dense.model, self.pruned) if self.spec.pruned else self.dense.lazy.read)
 
     def pruned_student(self, student: Decoder) -> Pruned:
@@ -224,6 +237,12 @@ class StreamedRun(Run):
         if not self.work.finished(what):
             self.work.finish(what, asdict(self.measure(student, what)))
         return _measured(self.work.finished(what)[0])
+
+    def counted(self, student: Decoder) -> tuple[int, dict[str, float]]:
+        if not self.work.finished("counted"):
+            self.work.finish("counted", super().counted(student))
+        zeros, shares = self.work.finished("counted")[0]
+        return zeros, shares
 
     def peak_memory(self) -> device.PeakMemory:
         return device.PeakMemory(self.device, anonymous=True)
@@ -263,15 +282,15 @@ class StreamedRun(Run):
     def save(self, student: Decoder, folder: Path, command: str) -> None:
         """Completes the checkpoint beside the finished shards; `publish` moves it to `folder` in one piece."""
         model, work = student.model, self.work
-        for names in self.remainder()[len(work.finished("remainder")) :]:
+        for names in self.remainder()[len(work.finished(SAVE)) :]:
             parameters = {name: student.lazy.parameters[name] for name in names if name in student.lazy.parameters}
             with student.lazy.present(parameters.values()):
                 tensors = {name: model.get_buffer(name) for name in names if name not in parameters}
                 tensors |= {name: parameter.detach() for name, parameter in parameters.items()}
-                work.finish("remainder", names, shard=tensors)
+                work.finish(SAVE, names, shard=tensors)
         target = work.folder / "checkpoint"
         try:
-            model.config.dtype, model.config.architectures = "float32", [type(model).__name__]
+            model.config.dtype, model.config.architectures = self.save_dtype, [type(model).__name__]
             model.config.save_pretrained(target)
             if model.can_generate():
                 model.generation_config.save_pretrained(target)
@@ -281,7 +300,7 @@ class StreamedRun(Run):
             hashes = "".join(f"{entry['sha256']}  {Path(entry['file']).name}\n" for entry in entries)
             (target / files.HASHES).write_text(hashes, encoding="utf-8")
             self.record.environment["checkpoint"] = files.sha256(target / files.HASHES)
-            checkpoint.write_card(target, self.record, command)
+            checkpoint.write_card(target, self.record, command, self.save_dtype)
             checkpoint.sync_all(target)
         except (OSError, SafetensorError) as error:
             raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error

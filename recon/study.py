@@ -197,7 +197,7 @@ def run_or_record_failure(
         save = options.get("save")
         loaded = session.bytes_loaded(spec) if session else 0
         folder, stream = Path(save).parent if save else ".", options.get("stream", "auto")
-        planned = None if force else check(spec, save is not None, folder, loaded, stream)
+        planned = None if force else check(spec, save is not None, folder, loaded, stream, options.get("save_dtype", "float32"))
         if planned:
             log.info("%s", planned)
         return run(spec, session, **options), None

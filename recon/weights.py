@@ -31,6 +31,7 @@ from recon.errors import ReconError
 log = logging.getLogger("recon")
 
 PLAIN = ("F64", "F32", "BF16", "F16")  # how floating-point weights may be stored: others have scales that lie elsewhere
+SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # that a repaired model can be saved in
 PART = ".part"  # ends the names of files that are still being written; nothing ever reads one
 
 
@@ -415,6 +416,23 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, where it is floating-point; zeros stay zeros.
+
+    Raises `ReconError` naming the parameter or buffer `name` where a finite number becomes infinite.
+    """
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    if not found.isfinite().all():
+        largest = tensor.abs().max().item()
+        raise ReconError(
+            f"{name!r} holds {largest:.4g}, and {str(dtype).removeprefix('torch.')} nothing above {torch.finfo(dtype).max:.4g}; save in "
+            "bfloat16 or float32"
+        )
+    return found
 
 
 def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,9 +14,11 @@ from recon.decoder import Decoder, Matrix
 from recon.errors import ReconError
 from recon.journal import Journal
 from recon.ragged import Ragged, Samples
-from recon.weights import Checkpoint, Lazy, as_stored, second, sync, write_safetensors
+from recon.weights import Checkpoint, Lazy, as_stored, rounded, second, sync, write_safetensors
 
-FOLDERS = ("masks", "pruned", "activations", "checkpoint")
+FOLDERS = ("masks", "pruned", "activations", "checkpoint", "exact")
+
+SAVE = "remainder"  # the phase that writes what is in no window: nothing is computed with what it writes
 
 
 class InMemory:
@@ -54,7 +56,7 @@ class InMemory:
             found: what `finished` is to tell of it, as JSON can hold it.
             streams: activations that the next step starts from; they are not changed any more.
             weights: parameters by full name as pruning left them, where it did more than to set some to zero.
-            shard: parameters by full name in their final state.
+            shard: parameters by full name in their final state, which later steps read, but for those that `save` writes.
         """
 
 
@@ -70,16 +72,21 @@ class Work(InMemory):
         pruned/          per block, its weights as pruning left them, where it changed more than it zeroed
         activations/     what the next step starts from
         checkpoint/      finished shards, and in the end the whole checkpoint
+        exact/           per shard that is saved rounded, what the run itself goes on with where that is not the same
 
     Args:
         journal: the run's; its folder is made where it does not exist.
+        dtype: what shards are written in.
 
     Raises:
         ReconError: the folder is damaged, or cannot be written.
     """
 
-    def __init__(self, journal: Journal):
+    def __init__(self, journal: Journal, dtype: torch.dtype = torch.float32):
         super().__init__()
+        self.dtype = dtype
+        self.rounded: set[str] = set()  # parameters that are rounded to that dtype whenever something is computed with them
+        self.exact: dict[str, str] = {}  # parameter -> the file with what it was before it was rounded
         self.journal, self.folder = journal, journal.path.parent
         folder = self.folder
         self.spill = Spill(folder / "activations")
@@ -92,7 +99,7 @@ class Work(InMemory):
         self._kept: dict[str, tuple[Samples, dict]] = {}  # stream -> what is in hand of it, and what is noted of its file
         self._open: dict[str, object] = {}
         for entry in self.journal.entries:
-            for kind in ("masks", "weights", "shard"):
+            for kind in ("masks", "weights", "shard", "exact"):
                 if kind in entry:
                     self._check(entry[kind], whole=kind == "masks")
             self._take(entry)
@@ -140,8 +147,14 @@ class Work(InMemory):
                 entry["weights"] = self._noted(name) | {"names": list(weights)}
             if shard:
                 name = f"checkpoint/model-{len(self.shards) + 1:05}-of-{self.of:05}.safetensors"
-                write_safetensors(self.folder / name, as_stored(self.repaired.model, shard))
+                stored = {name: rounded(name, tensor, self.dtype) for name, tensor in shard.items()}
+                write_safetensors(self.folder / name, as_stored(self.repaired.model, stored))
                 entry["shard"] = self._noted(name)
+                exact = {name: shard[name] for name in shard.keys() - self.rounded if _differs(stored[name], shard[name])}
+                if exact and phase != SAVE:
+                    name = f"exact/{len(self.shards) + 1:05}.safetensors"
+                    write_safetensors(self.folder / name, exact)
+                    entry["exact"] = self._noted(name) | {"names": list(exact)}
             if streams is not None:
                 entry["streams"] = {name: self._keep(phase, number, name, tensor) for name, tensor in streams.items()}
             self.journal.add(entry)
@@ -194,6 +207,8 @@ class Work(InMemory):
             self.columns[name] = entry["masks"]["file"], columns
         for name in entry.get("weights", {}).get("names", ()):
             self.pruned[name] = entry["weights"]["file"]
+        for name in entry.get("exact", {}).get("names", ()):
+            self.exact[name] = entry["exact"]["file"]
         if "shard" in entry:
             self.shards.append(entry["shard"]["file"])
             if self.repaired is not None:
@@ -211,7 +226,7 @@ class Work(InMemory):
         """Deletes what steps that were not finished left."""
         counted = {self.folder / self.journal.path.name}
         for entry in self.journal.entries:
-            counted |= {self.folder / entry[kind]["file"] for kind in ("masks", "weights", "shard") if kind in entry}
+            counted |= {self.folder / entry[kind]["file"] for kind in ("masks", "weights", "shard", "exact") if kind in entry}
         for phase in {entry["phase"] for entry in self.journal.entries}:
             counted |= {self.folder / file for file in self._stream_files(self._last(phase))}
         for name in FOLDERS:
@@ -238,7 +253,10 @@ class Work(InMemory):
         def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
             repaired = [name for name in names if name in self.repaired]
             pruned = [name for name in names if name in self.pruned and name not in self.repaired]
-            yield from self.repaired.read(repaired)
+            yield from self.repaired.read(name for name in repaired if name not in self.exact)
+            for name in repaired:
+                if name in self.exact:
+                    yield name, self.tensor(self.exact[name], name).clone()
             for name in pruned:
                 yield name, self.tensor(self.pruned[name], name).clone()
             yield from start([name for name in names if name not in {*repaired, *pruned}])
@@ -283,6 +301,11 @@ class _Masks(MutableMapping):
 
     def __len__(self) -> int:
         return len({**self.work.columns, **self.pending})
+
+
+def _differs(stored: Tensor, tensor: Tensor) -> bool:
+    """Whether `stored` is not `tensor` in another dtype, number for number."""
+    return stored is not tensor and not torch.equal(stored.to(tensor.dtype), tensor)
 
 
 def _pack(mask: Tensor) -> Tensor:

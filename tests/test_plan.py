@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from recon import cli, estimate, models, plan, study
 from recon.decoder import Decoder
+from recon.device import COMPUTE_DTYPES
 from recon.errors import ReconError
 from recon.rehearsal import Ledger, Rehearsal, peaks
 from recon.runs import Run, run
@@ -83,7 +84,7 @@ def test_what_is_counted_is_what_is_there(spec, tmp_path):
     assert record.tokens["reconstruct"] == planned.tokens["reconstruct"]
     file = saved / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert planned.disk == file.stat().st_size - header
+    assert planned.disk == file.stat().st_size - header == 2 * plan.plan(spec, save=True, save_dtype="bfloat16").disk
 
 
 class Counted(Ledger):
@@ -164,6 +165,8 @@ def test_a_streamed_run_takes_less_memory_and_more_disk(spec, monkeypatch):
     spec = replace(spec, granularity="block", evaluation_samples=1)
     here, on_disk = (plan.plan(spec, stream=stream) for stream in ("no", "yes"))
     assert (here.streamed, on_disk.streamed) == (False, True)
+    half, both = (plan.plan(replace(spec, compute_dtype=d), True, stream="yes", save_dtype="bfloat16") for d in COMPUTE_DTYPES)
+    assert half.disk == pytest.approx(on_disk.disk - 2 * on_disk.parameters, rel=0.05) and half.disk < on_disk.disk < both.disk
     assert on_disk.disk >= 4 * on_disk.parameters + on_disk.prunable // 8 > here.disk == 0
     phase, other = (planned.memory["reconstruct"] for planned in (here, on_disk))
     # A block of four, and nothing of the dense model beside it.

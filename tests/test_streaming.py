@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_faults import options
 from test_runs import comparable
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -168,6 +168,57 @@ def test_zero_shot_tasks_use_the_work_of_the_run(spec, tmp_path, monkeypatch):
 
 class Killed(BaseException):
     pass
+
+
+ROUNDED = {
+    "bfloat16": {
+        "compute_dtype": "bfloat16",
+        "train": "all",
+        "propagation": "sparse",
+    },  # norms are trained, and not rounded while used
+    "float16": {"compute_dtype": "float32", "granularity": "block"},
+}
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_saved_in_half_the_room(dtype, spec, tmp_path, monkeypatch):
+    """Weights are those of the run, rounded; streamed (killed on the way) as in memory, and with the record that nothing was lost for."""
+    spec, saved = dataclasses.replace(spec, **ROUNDED[dtype]), tmp_path / "saved"
+    plain = recon.run(spec, save=tmp_path / "plain", progress=False, stream="no")
+    kept = recon.run(spec, save=tmp_path / "other", progress=False, stream="no", save_dtype=dtype)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("recon.streamed.checkpoint.write_card", lambda *_: (_ for _ in ()).throw(Killed))
+        recon.run(spec, save=saved, progress=False, stream="yes", save_dtype=dtype)
+    work = saved.with_name("saved.unfinished")
+    sizes = {name: sum(path.stat().st_size for path in (work / name).glob("*")) for name in ("exact", "checkpoint")}
+    assert sizes["exact"] > 0 and (sizes["exact"] < 0.2 * sizes["checkpoint"]) == (dtype == "bfloat16")
+    with pytest.raises(ReconError, match=rf"another run: save_dtype was '{dtype}', is 'float32'"):
+        recon.run(spec, save=saved, progress=False, stream="yes")
+    found = recon.run(spec, save=saved, progress=False, stream="yes", save_dtype=dtype)
+    assert_same(found, saved, kept, tmp_path / "other")
+    assert comparable(found) == comparable(plain)
+    assert found.environment["save_dtype"] == dtype and "save_dtype" not in plain.environment
+    model, exact = (AutoModelForCausalLM.from_pretrained(folder) for folder in (saved, tmp_path / "plain"))
+    assert model.dtype == getattr(torch, dtype) and json.loads((saved / "config.json").read_text())["dtype"] == dtype
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), exact.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(model.dtype)) and torch.equal(ours == 0, theirs == 0), name
+    cards = [(folder / "README.md").read_text() for folder in (saved, tmp_path / "other", tmp_path / "plain")]
+    assert [f"rounded to {dtype}, after all" in card for card in cards] == [True, True, False]
+
+
+@pytest.mark.parametrize("stream", ["yes", "no"])
+def test_what_a_dtype_cannot_hold_is_named_before_anything_long(stream, spec, tiny_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    content = load_file(folder / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    content[name][1, 2] = -1e5
+    save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    spec = dataclasses.replace(spec, model=str(folder))
+    monkeypatch.setattr("recon.runs.Run.measure_dense", lambda *_: pytest.fail("has begun to compute"))
+    with pytest.raises(ReconError, match=rf"'{name}' holds 1e\+05, and float16 nothing above 6.55e\+04; save in bfloat16"):
+        recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream, save_dtype="float16")
+    with pytest.raises(ReconError, match="save_dtype is 'float16', but no folder to save to is named"):
+        recon.run(spec, progress=False, stream=stream, save_dtype="float16")
 
 
 class Death:
