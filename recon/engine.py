@@ -1,6 +1,7 @@
 """Where and in what precision windows run: brings weights and batches to the compute device, for as long as they are needed."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
@@ -9,19 +10,24 @@ from torch import Tensor, nn
 
 from recon.attention import FastCausalAttention
 from recon.decoder import Decoder
-from recon.device import ACTIVATION_DTYPES, pick_compute_dtype, pick_device
+from recon.device import ACTIVATION_DTYPES, out_of_memory, pick_compute_dtype, pick_device, release_memory
 from recon.errors import ReconError
 from recon.ragged import Ragged, Samples, lengths, like, runs
 from recon.weights import moved
 from recon.windows import Window
 from recon.work import InMemory
 
+log = logging.getLogger("recon")
+
 TOKENS = 1024  # in a batch that nothing is trained on
 
 
-def in_batches(known: Sequence[int], count: int) -> list[range]:
-    """The numbers of samples, of `known` lengths, that go through a window together where nothing is trained; none across `count`."""
-    return runs(known, TOKENS, count)
+def in_batches(known: Sequence[int], count: int, tokens: int | None = None) -> list[range]:
+    """The numbers of samples, of `known` lengths, that go through a window together where nothing is trained; none across `count`.
+
+    tokens: in a batch, at most, unless it is one sample; default: `TOKENS`.
+    """
+    return runs(known, tokens or TOKENS, count)
 
 
 class Engine(contextlib.AbstractContextManager):
@@ -51,6 +57,7 @@ class Engine(contextlib.AbstractContextManager):
         if activation_dtype not in ACTIVATION_DTYPES:
             raise ReconError(f"unknown activation dtype {activation_dtype!r}; allowed: {', '.join(ACTIVATION_DTYPES)}")
         self.activation_dtype = activation_dtype
+        self.tokens: int | None = None  # in a batch that nothing is trained on, where memory did not suffice for `TOKENS`
         self.work = work or InMemory()
         self.device = pick_device(str(device))
         self.dtype = pick_compute_dtype(compute_dtype, self.device)
@@ -121,12 +128,47 @@ class Engine(contextlib.AbstractContextManager):
         with decoder.loaded_embedding():
             return self.run(decoder.embed, tokens, count)
 
-    def run(self, function: Callable[[Tensor], Tensor], stream: Samples, count: int | None = None) -> Samples:
+    def run(
+        self,
+        function: Callable[[Tensor], Tensor],
+        stream: Samples,
+        count: int | None = None,
+        anew: Callable[[], None] = lambda: None,
+    ) -> Samples:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result lies where `stream` does.
 
         No batch holds samples of different lengths. count: none holds samples from both before and after this one.
+
+        Where the device's memory does not suffice for a batch, all of `stream` is run anew in batches of half as many samples, and so is
+        what comes later. A sample's result does not depend on the others in its batch, but for the order in which a device sums up
+        products, and so for the last bits; sums over batches are rounded in another order as well.
+
+        anew: called before that, to forget what was gathered along the way.
+
+        Raises `ReconError` where memory does not suffice for one sample at a time.
         """
-        parts = in_batches(lengths(stream), len(stream) if count is None else count)
+        known = lengths(stream)
+        while True:
+            parts = in_batches(known, len(stream) if count is None else count, self.tokens)
+            try:
+                return self._run(function, stream, parts)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                fault = str(error).splitlines()[0]
+            release_memory()  # now that the exception, which holds on to all that was computed, is gone
+            largest = max(parts, key=lambda part: (len(part) > 1) * len(part) * known[part[0]])
+            size = len(largest)
+            if size == 1:
+                raise ReconError(
+                    f"memory of device {self.device} does not suffice for one sample at a time ({fault}); give shorter samples, or "
+                    "smaller windows"
+                )
+            log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
+            self.tokens = -(-size // 2) * known[largest[0]]
+            anew()
+
+    def _run(self, function: Callable[[Tensor], Tensor], stream: Samples, parts: Sequence[range]) -> Samples:
         result = None
         with self, torch.no_grad():
             for part, (batch,) in zip(parts, self.batches([stream], parts)):

@@ -415,9 +415,13 @@ class _Pass:
                 flat(seen[group])[filled[group] : filled[group] + len(x)] = x
                 filled[group] += len(x)
 
+            def forget() -> None:
+                for group in filled:
+                    filled[group] = 0
+
             stream, filled = self.dense[self.measured] if self.by_grams else self.dense, {}
-            with self.teacher.watching(block, see):
-                outputs = self.forward(self.teacher, block, stream)
+            with self.teacher.watching(block, see), self.engine.holding(self.teacher, block):
+                outputs = self.engine.run(partial(self.teacher.forward, block), stream, self.count, forget)
             if not self.by_grams:
                 self.keep(_place(block), outputs)
             # Kept for this block only: they are larger than the stream that they come from.

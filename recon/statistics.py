@@ -48,8 +48,12 @@ def gather(engine: Engine, decoder: Decoder, window: Window, stream: Samples, ki
                 totals[group] += x.square().sum(0)
         tokens[group] += len(x)
 
+    def forget() -> None:
+        totals.clear()
+        tokens.clear()
+
     with engine.holding(decoder, window), decoder.watching(window, accumulate):
-        outputs = engine.run(lambda batch: decoder.forward(window, batch), stream)
+        outputs = engine.run(lambda batch: decoder.forward(window, batch), stream, anew=forget)
     statistics, matrices = {}, decoder.matrices(window)
     for group, total in totals.items():
         if tokens[group] < FEW and matrices[group[0]].routed:

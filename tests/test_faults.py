@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ import recon
 from recon import models, study
 from recon.cli import main
 from recon.decoder import Decoder
+from recon.engine import Engine
 from recon.errors import ReconError
 from recon.solvers.gradient import LOSSES, Schedule
+from recon.statistics import gather
 from recon.study import grid, read_record, run_study, write_record
 from recon.work import InMemory
 
@@ -288,12 +291,12 @@ def pair():
 
 
 @contextlib.contextmanager
-def little_memory(decoder: Decoder, samples: int, spared: int = 0):
-    """Where gradients are needed, the blocks can take `samples` at a time, but for the first `spared` calls with more."""
+def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bool = True):
+    """Where gradients are needed, or are not, the blocks can take `samples` at a time, but for the first `spared` calls with more."""
     calls = []
 
     def run_out(block, args):
-        if torch.is_grad_enabled() and len(args[0]) > samples:
+        if torch.is_grad_enabled() == gradients and len(args[0]) > samples:
             calls.append(1)
             if len(calls) > spared:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
@@ -304,6 +307,50 @@ def little_memory(decoder: Decoder, samples: int, spared: int = 0):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@pytest.mark.parametrize("spared", [0, 1])
+def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monkeypatch, caplog):
+    """Statistics, targets and errors count every token once, though memory runs out when some have been counted already."""
+    monkeypatch.setattr("recon.engine.TOKENS", 4 * 12)
+    dense, tokens = Decoder(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12)
+    found = []
+    for little in (False, True):
+        student = Decoder(copy.deepcopy(dense.model), like=dense)
+
+        def run_out(spared=spared, little=little, student=student):
+            """In the second half of a block, when the first has been looked at."""
+            stack = contextlib.ExitStack()
+            for decoder in (dense, student) if little else ():
+                halves = SimpleNamespace(blocks=[block.mlp for block in decoder.blocks])
+                stack.enter_context(little_memory(halves, 2, spared, False))
+            return stack
+
+        with run_out():
+            window, engine = dense.windows("block")[0], Engine("cpu", "float32")
+            grams = gather(engine, dense, window, engine.embed(dense, tokens), "gram")[1]
+        with run_out():
+            recon.prune(student, tokens, "wanda", compute_dtype="float32", progress=False)
+        with run_out():
+            recon.reconstruct(student, dense, tokens, granularity="matrix", compute_dtype="float32", progress=False)
+        with run_out():
+            value = recon.perplexity(student, tokens, compute_dtype="float32", progress=False).value
+        found.append((grams, value, [matrix.weight == 0 for matrix in student.matrices().values()]))
+    said = [r.message for r in caplog.records if "out of memory with 4 samples at a time: 2 from here on" in r.message]
+    assert len(said) == 4  # once in each pass
+    (grams, value, zeros), (others, other, same) = found
+    for name, gram in grams.items():
+        assert_close(others[name], gram, rtol=1e-4, atol=1e-6)
+    assert other == pytest.approx(value, rel=1e-3) and all(map(torch.equal, zeros, same))
+
+
+def test_where_one_sample_is_too_much_for_a_pass_it_is_said():
+    dense = Decoder(make_model("llama", num_hidden_layers=2))
+    with (
+        little_memory(dense, 0, gradients=False),
+        pytest.raises(ReconError, match="does not suffice for one sample at a time .CUDA"),
+    ):
+        recon.perplexity(dense, random_tokens(2, 12), progress=False)
 
 
 SCHEDULE = Schedule(1e-3, epochs=2, batch_size=3, accumulation=2)
