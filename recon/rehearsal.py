@@ -54,6 +54,7 @@ PARTS = {
     "Engine._holding": "weights in the compute dtype",
     "Engine.run": "activations of all samples",
     "Engine._batch": "one batch",
+    "Engine._read": "one batch",
     "Decoder.forward": "one batch",
     "Decoder.embed": "one batch",
     "Decoder.logits": "logits",
