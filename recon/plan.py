@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import PretrainedConfig
 
 from recon import criteria, estimate, models, streamed
 from recon.decoder import Decoder
-from recon.device import available_memory, pick_compute_dtype, pick_device, resident
+from recon.device import available_memory, pick_compute_dtype, pick_device, resident, resident_anonymous
 from recon.errors import ReconError
 from recon.spec import RunSpec
 from recon.weights import SAVED, Lazy, skeleton
@@ -177,14 +176,19 @@ def _memory(spec: RunSpec, evaluated: bool = True, on_disk: bool = False) -> dic
     """Peak bytes by phase and by what they are for."""
     from recon.rehearsal import peaks, streamed_peaks  # slow to import
 
-    shapes, process = shapes_of(*spec.loaded_by), float(resident())
+    shapes = shapes_of(*spec.loaded_by)
+    # Files that are mapped do not count where a run is streamed, and so neither do this process's own libraries.
+    process = float(resident_anonymous() or resident()) if on_disk else float(resident())
     rehearse = streamed_peaks if on_disk else peaks
     try:
         found = rehearse(spec, shapes.config, shapes.decoder, evaluated).highest()
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except ReconError:
+        raise
+    except Exception as error:  # whatever a model runs into that asks tensors without values for theirs
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise ReconError(
-            f"no plan can be made for model {spec.model!r}: what it computes has shapes that depend on its weights ({error}), as "
-            "where experts read the tokens that are sent to them; the run itself needs no plan"
+            f"no plan can be made for model {spec.model!r}: it does not run on tensors that have shapes and no values ({said}), as "
+            "where shapes depend on weights; the run itself needs no plan"
         ) from error
     return {phase: {"process": process, **parts} for phase, parts in found.items()}
 
@@ -358,8 +362,8 @@ def narrowed(config: PretrainedConfig, factor: int) -> PretrainedConfig:
     text = config.get_text_config()
     for name, value in list(vars(text).items()):
         if isinstance(value, int) and _is_width(name):
-            if value % factor:
-                raise ReconError(f"{name} is {value}, which {factor} does not divide")
+            if value % factor or value == factor:  # of matrices with one column it cannot be told which way round they lie
+                raise ReconError(f"{name} is {value}, which {factor} does not divide into 2 or more")
             setattr(text, name, value // factor)
     return config
 

@@ -7,23 +7,27 @@ rehearsed: what a few of them take tells what more would.
 
 import contextlib
 import copy
+import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from recon import adapters, logits
+from recon import adapters, logits, statistics
+from recon.activations import SMALL
 from recon.criteria import sparsegpt
 from recon.decoder import Decoder
 from recon.engine import Engine
@@ -47,6 +51,7 @@ PARTS = {
     "_Pass.begin": "activations of all samples",
     "_Pass.dense_inputs": "activations of all samples",
     "_Pass.error": "measuring errors",
+    "_Pass.copied": "copy of the window",
     "_Pass.repair": "copy of the window",
     "_Pass.solve_exactly": "exact solutions",
     "optimise": "gradients and AdamW",
@@ -61,7 +66,9 @@ PARTS = {
     "_loss": "one batch",
     "drift": "measuring errors",
     "perplexity": "logits",
+    "Spilled.mapped": "in mapped files",
 }
+FILES = "in mapped files"  # which are no memory that has to be there
 OTHER = "other"
 _HOME = str(Path(__file__).parent)
 
@@ -99,6 +106,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.equal = equal
         self.phase = "copy"
+        self.all_experts = False
         self.peaks = Peaks()
         self._alive: dict[str, dict[str, int]] = {}
         self._known: dict[int, weakref.ref] = {}
@@ -107,10 +115,16 @@ class Ledger(TorchDispatchMode):
         if function is torch.ops.prim.device.default:
             return _device(args[0])
         if function is torch.ops.aten._local_scalar_dense.default:
-            return _answer(args[0].dtype)
+            known = _known(args[0])
+            return _answer(args[0].dtype) if known is None else known.item()
         if function is torch.ops.aten.equal.default:
             return self.equal
         made = function(*args, **(kwargs or {}))
+        if function in ROUTERS:
+            _choose(made, self.all_experts, *args)
+        elif function.overloadpacket in COUNTERS and made.numel() <= VALUES:
+            with no_dispatch():
+                made.constant = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
@@ -122,6 +136,8 @@ class Ledger(TorchDispatchMode):
         if key in self._known:
             return
         part, lines = _place()
+        if part == FILES:
+            return
         alive = self._alive.setdefault(device, {})
 
         def gone(_) -> None:
@@ -157,6 +173,34 @@ def _answer(dtype: torch.dtype) -> bool | int | float:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
 
 
+ROUTERS = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)  # what chooses the experts of a token
+COUNTERS = tuple(getattr(torch.ops.aten, name) for name in ("zeros", "arange"))  # what choices are compared with, or written to
+EXPERTS = 8  # among which all tokens are divided, unless each has to be seen
+VALUES = 2**26  # entries of the largest tensor that has values
+
+
+def _known(tensor: Tensor) -> Tensor | None:
+    """The values of a tensor that does have some."""
+    return getattr(tensor, "constant", None)
+
+
+def _choose(made: Tensor | tuple[Tensor, Tensor], all_of_them: bool, tensor: Tensor, *options) -> None:
+    """Gives values to the choices that a router `made` along a dimension of `tensor`: each entry is chosen as often as any other.
+
+    What is computed from them, such as which tokens an expert reads, then has values and shapes as well: torch sees to that. How many
+    tokens go through all experts together is the same however they are divided, and a few experts are rehearsed faster than many.
+    """
+    one = isinstance(made, Tensor)
+    places, count, dim = (made, 1, (*options, None)[0]) if one else (made[1], options[0], (*options[1:], -1)[0])
+    if dim is None or places.numel() > VALUES:
+        return
+    among = tensor.shape[dim] if all_of_them else min(tensor.shape[dim], max(count, EXPERTS))
+    shape = places.shape if one else places.movedim(dim, -1).shape
+    with no_dispatch():
+        chosen = torch.arange(places.numel()).remainder_(among).view(shape)
+        places.constant = chosen if one else chosen.movedim(-1, dim)
+
+
 class _Answers(TorchFunctionMode):
     """Answers what Python asks tensors without values; cuts short what would only be repeated."""
 
@@ -166,10 +210,18 @@ class _Answers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.tolist:
-            return _zeros(args[0].shape)
+            known = _known(args[0])
+            return _zeros(args[0].shape) if known is None else known.tolist()
+        if function is torch.Tensor.__deepcopy__ and _known(args[0]) is not None:
+            args[0].constant = None  # which cannot be copied like this; what lies about as a module's attribute needs no values
         if function in (torch.Tensor.isnan, torch.isnan):
             return _Nowhere(args[0])
-        if function is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+        if (
+            function is torch.Tensor.__getitem__
+            and isinstance(args[1], Tensor)
+            and args[1].dtype == torch.bool
+            and _known(args[1]) is None
+        ):
             return args[0].clone()  # all that a condition could choose
         if function is torch.randperm:  # the order of samples: more steps would only repeat those before
             args = (min(args[0], self.order),)
@@ -201,12 +253,12 @@ REPEATED = 2  # batches that a pass is rehearsed on: the second runs while what 
 
 
 @contextlib.contextmanager
-def _cut_short(order: int) -> Iterator[None]:
+def _cut_short(order: int, ledger: Ledger) -> Iterator[None]:
     """While active, what is done over and over in the same memory is done once or twice.
 
     order: samples that a training sees.
     """
-    every_batch, every_step = Engine.batches, Schedule.steps
+    every_batch, every_step, watching = Engine.batches, Schedule.steps, Decoder.watching
 
     def some_batches(engine: Engine, streams, parts) -> Iterator[tuple[Tensor, ...]]:
         parts = list(parts)
@@ -216,15 +268,25 @@ def _cut_short(order: int) -> Iterator[None]:
     def all_columns(weight: Tensor, *rest, **options) -> tuple[Tensor, Tensor, Tensor]:
         return weight.clone(), torch.ones_like(weight, dtype=torch.bool), torch.zeros_like(weight)
 
+    @contextlib.contextmanager
+    def seeing_all(*args) -> Iterator[None]:
+        ledger.all_experts = True
+        with watching(*args):
+            yield
+        ledger.all_experts = False
+
     with contextlib.ExitStack() as stack:
         for owner, name, short in (
             (Engine, "batches", some_batches),
+            (Decoder, "watching", seeing_all),
             (Schedule, "steps", lambda schedule, samples: every_step(schedule, min(samples, order))),
             (logits, "parts", _first_two(logits.parts)),
             (adapters, "parts", _first_two(adapters.parts)),
             (sparsegpt, "_prune_block", all_columns),
             # Everything is on the one device already; a fake parameter that has a gradient cannot be told so.
             (torch.nn.Module, "to", lambda module, *args, **kwargs: module),
+            (statistics, "FEW", 0),  # few batches are no reason to leave an expert out
+            (fake_tensor, "CONSTANT_NUMEL_LIMIT", VALUES),
         ):
             stack.enter_context(patch.object(owner, name, short))
         yield
@@ -291,8 +353,44 @@ class Rehearsal(Run):
         """There are no figures to fill in."""
 
 
+class _MaskFiles(dict):
+    """Masks by name, in memory until they are written; then one is read anew each time that it is asked for."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        mask = super().__getitem__(name)
+        return mask if isinstance(mask, Tensor) else torch.empty(mask, dtype=torch.bool)
+
+    def write(self) -> None:
+        self.update({name: mask.shape if isinstance(mask, Tensor) else mask for name, mask in self.items()})
+
+
+class Spilled(InMemory):
+    """The work of a streamed run: masks are in files, and what else is large, as in `recon.work.Work`."""
+
+    def __init__(self):
+        self.masks = _MaskFiles()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """A tensor to be filled."""
+        if math.prod(shape) * dtype.itemsize > SMALL:
+            return self.mapped(shape, dtype)
+        return super().empty(shape, dtype, pinned)
+
+    def mapped(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """One that lies in a file."""
+        return torch.empty(shape, dtype=dtype)
+
+    def finish(self, *found, **kept) -> None:
+        """Writes the masks."""
+        self.masks.write()
+
+
 class StreamedRehearsal(Rehearsal):
     """The same with the model on disk: weights are there while they are asked for, as in `recon.streamed.StreamedRun`."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.work = Spilled()
 
     def decoder(self, like: Decoder) -> Decoder:
         """The model, none of whose weights is there yet."""
@@ -304,7 +402,9 @@ class StreamedRehearsal(Rehearsal):
     def read(self, lazy: Lazy, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Weights of the right shapes."""
         for name in names:
-            yield name, torch.empty(lazy.parameters[name].shape)
+            value = torch.empty(lazy.parameters[name].shape)
+            value.isfinite()  # which is checked of what is read for the first time
+            yield name, value
 
     def copy_of_dense(self) -> Decoder:
         """As on disk."""
@@ -319,11 +419,8 @@ class StreamedRehearsal(Rehearsal):
         return {}
 
 
-ON_DISK = ("activations of all samples", "copy of the window")  # in mapped files, where a run is streamed
-
-
 def streamed_peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True) -> Peaks:
-    """As `peaks`, of a run whose model, masks and activations of all samples stay on disk.
+    """As `peaks`, of a run whose model and masks stay on disk, and what else is large.
 
     One window more than the largest tells it all, if blocks have equal shapes: what else there is of the model takes no memory.
     """
@@ -331,8 +428,7 @@ def streamed_peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evalu
     if len(_shapes(like)) == 1 and size < len(like.blocks):
         spec = replace(spec, granularity=f"{size}-blocks") if size > 1 else spec
         config = shortened(config, size + 1)
-    found = rehearse(spec, config, like, evaluated, StreamedRehearsal).found
-    return Peaks({place: {n: size for n, size in parts.items() if n not in ON_DISK} for place, parts in found.items()})
+    return rehearse(spec, config, like, evaluated, StreamedRehearsal)
 
 
 def _shapes(decoder: Decoder) -> set[tuple]:
@@ -396,6 +492,6 @@ def rehearse(
     )
     with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True), ledger, _Answers(order):
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # `nn.Parameter` is copied so
-        with _cut_short(order):
+        with _cut_short(order, ledger):
             kind(spec, config, like, ledger, evaluated).execute(None, "")
     return ledger.peaks

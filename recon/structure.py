@@ -122,16 +122,18 @@ def _products(x: Tensor, matrix: Tensor, out_by_in: bool, parameter: nn.Paramete
     out_by_in: whether `matrix` is (out, in), not (in, out).
     """
     # A view is known by where it lies, however it was made.
-    start, row = matrix.data_ptr() - parameter.data_ptr(), parameter.shape[-1]
+    if matrix.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
+        return
+    start, row = matrix.storage_offset() - parameter.storage_offset(), parameter.shape[-1]
     turned = matrix.stride()[-2:] == (1, row)
-    if not 0 <= start < parameter.nbytes or not (turned or matrix.stride()[-2:] == (row, 1)):
+    if not 0 <= start < parameter.numel() or not (turned or matrix.stride()[-2:] == (row, 1)):
         return
     size = matrix.shape[-2] * matrix.shape[-1]
     # Two dimensions hold one matrix that is nobody's, a router's, say; or several on top of one another.
     fits = size < parameter.numel() if parameter.ndim == 2 else size == parameter.shape[-2] * row
-    if not fits or start % (size * parameter.element_size()):
+    if not fits or start % size:
         return
-    first, experts = start // (size * parameter.element_size()), parameter.numel() // size
+    first, experts = start // size, parameter.numel() // size
     transposed = out_by_in == turned
     if matrix.ndim == 2:
         yield Product(first, experts, transposed, x.reshape(-1, x.shape[-1]))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES, make_model
+from families import small_model
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
 
@@ -56,13 +57,23 @@ def test_a_model_is_taken_apart_by_its_configuration_as_with_its_weights(family,
             assert shapes.matrices(window).keys() == real.matrices(window).keys()
 
 
-def test_a_model_whose_shapes_depend_on_its_weights_has_no_plan_and_runs_without_one(config_folder, monkeypatch):
-    config = {
-        "model_type": "mixtral", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
-    }  # fmt: skip
-    spec = RunSpec(model=config_folder(config), samples=4, sequence_length=32, evaluation_length=32)
-    with pytest.raises(ReconError, match="no plan can be made for model .*depend on its weights"):
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_mixtures_of_experts_are_planned(family, spec, config_folder):
+    model = small_model(family)
+    spec = replace(spec, model=config_folder(model.config.to_dict()), granularity="block", criterion="wanda")
+    planned = plan.plan(replace(spec, evaluation_samples=1))
+    assert planned.parameters == sum(p.numel() for p in model.parameters())
+    decoder = plan.shapes_of(spec.model).decoder
+    trained = sum(p.numel() for p in decoder.trained(decoder.windows("block")[-1], "matrices").values())
+    # Gradients and two moments of all that is trained, experts that no token reached included.
+    assert planned.memory["reconstruct"]["gradients and AdamW"] >= 3 * 4 * trained
+
+
+def test_a_model_that_needs_values_has_no_plan_and_runs_without_one(config_folder, monkeypatch):
+    spec = RunSpec(
+        model=config_folder(small_model("phimoe").config.to_dict()), samples=4, sequence_length=32, evaluation_length=32
+    )
+    with pytest.raises(ReconError, match="no plan can be made for model .* shapes and no values"):
         plan.plan(spec)
     monkeypatch.setattr(plan, "LARGE", 0)  # so that any run is looked at
     assert plan.check(spec) is None
@@ -118,11 +129,15 @@ def _totals(found) -> dict[str, float]:
         {"granularity": "block", "start": "exact", "swaps": 2},
         {"granularity": "none", "then": "masklora", "then_checkpointing": True},
         {"granularity": "matrix", "activation_dtype": "bfloat16", "criterion": "wanda", "compute_dtype": "float32"},
+        {"family": "mixtral", "criterion": "wanda"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
-def test_the_rehearsal_takes_the_bytes_that_the_run_takes(spec, options):
+def test_the_rehearsal_takes_the_bytes_that_the_run_takes(spec, options, config_folder):
     """Shapes alone, on two or three blocks and a few batches, against every tensor of the whole run on four blocks."""
+    family, options = options.get("family"), {name: value for name, value in options.items() if name != "family"}
+    if family:  # with experts, among which random weights divide the tokens
+        spec = replace(spec, model=config_folder(make_model(family, num_hidden_layers=4).config.to_dict()))
     spec, (config, decoder) = replace(spec, **options), plan.shapes_of(spec.model)
     # Whether pruning changes weights decides, in a rehearsal, what the run sees for itself.
     ledger = Counted(equal=False)
@@ -131,7 +146,8 @@ def test_the_rehearsal_takes_the_bytes_that_the_run_takes(spec, options):
     real, rehearsed = _totals(ledger.peaks), _totals(peaks(spec, config, decoder))
     assert rehearsed.keys() == real.keys()
     for phase, total in real.items():
-        assert rehearsed[phase] == pytest.approx(total, rel=0.1), phase
+        # Random weights send more tokens to some experts than to others, which shows where weights are so small.
+        assert rehearsed[phase] == pytest.approx(total, rel=0.2 if family else 0.1), phase
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_read_and_told_what_would(spec, monkeypatch):
@@ -162,6 +178,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read_and_told_what_would(
 
 def test_a_streamed_run_takes_less_memory_and_more_disk(spec, monkeypatch):
     monkeypatch.setattr(plan, "resident", lambda: 0)
+    monkeypatch.setattr(plan, "resident_anonymous", lambda: 0)
     spec = replace(spec, granularity="block", evaluation_samples=1)
     here, on_disk = (plan.plan(spec, stream=stream) for stream in ("no", "yes"))
     assert (here.streamed, on_disk.streamed) == (False, True)
@@ -204,10 +221,14 @@ def test_72b_parameters_are_planned_without_weights(config_folder, monkeypatch, 
 
 # --- against measured memory: slow ------------------------------------------------------------------------------------
 
-SHAPES = {  # of random models with some 300 MB of weights each
+SHAPES = {  # of random models with 200 to 300 MB of weights each
     "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 32000},
     "deep": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24, "vocab_size": 400},
-}
+    "experts": {
+        "family": "mixtral", "num_local_experts": 8, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "vocab_size": 400,
+    },
+}  # fmt: skip
 MEASURED = {
     "half-blocks": {"model": "wide", "samples": 32, "sequence_length": 512, "criterion": "wanda"},
     "the whole model": {"model": "wide", "granularity": "model"},
@@ -216,6 +237,7 @@ MEASURED = {
     "full retraining": {"model": "wide", "granularity": "none", "then": "full"},
     "blocks, mixed": {"model": "deep", "granularity": "block", "propagation": "mixed", "batch_size": 4, "samples": 32},
     "quarters, norms too": {"model": "deep", "granularity": "quarter", "train": "all"},
+    "experts": {"model": "experts", "criterion": "wanda", "samples": 16, "sequence_length": 256},
     "streamed": {"model": "deep", "stream": "yes", "granularity": "model", "samples": 16},
     "exact start": {"model": "smollm2-135m", "start": "exact", "exact_iterations": 2, "sequence_length": 256},
 }
@@ -244,7 +266,7 @@ def larger_models(tiny_folder, tmp_path_factory):
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
         }
-        make_model("llama", std=0.02, **shape, **options).save_pretrained(folders[name])
+        make_model(**({"family": "llama", "std": 0.02} | shape | options)).save_pretrained(folders[name])
     return folders
 
 
@@ -262,5 +284,4 @@ def test_predicted_memory_is_within_a_fifth_of_what_a_run_takes(name, larger_mod
     found = json.loads(done.stdout.splitlines()[-1])
     predicted, measured = ((found[what] - found["process"]) / 2**20 for what in ("predicted", "measured"))
     print(f"{name}: predicted {predicted:.0f} MiB, measured {measured:.0f} MiB, ratio {predicted / measured:.3f}")
-    # Streamed runs come out a fifth too low; what is missing is not known yet.
-    assert predicted == pytest.approx(measured, rel=0.25 if stream == "yes" else 0.2)
+    assert predicted == pytest.approx(measured, rel=0.2)
