@@ -145,9 +145,8 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
     if on_disk and size < 4:  # until the run is done, what is not computed with as it is saved is there in float32 as well
         repaired = sum(p.numel() for window in windows for p in decoder.parameters(window).values())
         disk += 4 * (repaired - prunable * (pick_compute_dtype(spec.compute_dtype, device) == SAVED[save_dtype]) * bool(windows))
-    if on_disk:  # masks, and streams: of both models, each before and after the window in hand
-        width = decoder.model.config.get_text_config().hidden_size
-        disk += prunable // 8 + 4 * spec.activation_bytes * width * (spec.samples + spec.held_out_samples) * spec.sequence_length
+    if on_disk:
+        disk += prunable // 8 + _streams(spec, decoder)
     return Plan(
         spec,
         parameters,
@@ -163,6 +162,12 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
         shutil.disk_usage(folder).free,
         on_disk,
     )
+
+
+def _streams(spec: RunSpec, decoder: Decoder) -> int:
+    """Bytes of the activations that a streamed run keeps on disk: of both models, each before and after the window in hand."""
+    width = decoder.model.config.get_text_config().hidden_size
+    return 4 * spec.activation_bytes * width * (spec.samples + spec.held_out_samples) * spec.sequence_length
 
 
 def _can_be_streamed(spec: RunSpec) -> bool:
@@ -220,7 +225,7 @@ def advice(planned: Plan) -> str:
     limit = planned.available_memory + planned.peak["process"]
     over = {phase for phase, parts in planned.memory.items() if sum(parts.values()) > limit}
     if not over:
-        return ""
+        return _advice_on_disk(planned) if planned.problem else ""
     if not planned.streamed and _can_be_streamed(planned.spec):
         needs = max(sum(parts.values()) for parts in _memory(planned.spec, on_disk=True).values())
         if needs <= limit:
@@ -251,15 +256,33 @@ def advice(planned: Plan) -> str:
     return ""
 
 
+def _advice_on_disk(planned: Plan) -> str:
+    """What would fit onto the disk: less text, where its activations are what is too much; or another disk."""
+    elsewhere = f"a folder on a disk with {planned.disk / GIB:.1f} GiB free"
+    if not planned.streamed:
+        return f"save to {elsewhere}, or do not save the model"
+    spec, decoder = planned.spec, shapes_of(*planned.spec.loaded_by).decoder
+    rest = planned.disk - _streams(spec, decoder)
+    shorter = [] if spec.pieces > 1 else _halves(spec, "sequence_length", 128)  # it has to be a multiple of the pieces
+    rounded = [] if spec.activation_dtype == "bfloat16" else [{"activation_dtype": "bfloat16"}]
+    for change in (*rounded, *_halves(spec, "samples", 8), *shorter):
+        needs = rest + _streams(replace(spec, **change), decoder)
+        if needs <= planned.available_disk:
+            return f"{_options(change)} would fit, with {needs / GIB:.1f} GiB, as would {elsewhere}"
+    return f"with fewer or shorter samples, {rest / GIB:.1f} GiB of it stay; take {elsewhere}"
+
+
+def _halves(spec: RunSpec, name: str, least: int = 1) -> list[dict]:
+    """Options with half of what `spec` says of `name`, and with half of that, down to `least`."""
+    sizes = [value] if (value := getattr(spec, name) // 2) >= least else []
+    while sizes and sizes[-1] // 2 >= least:
+        sizes.append(sizes[-1] // 2)
+    return [{name: size} for size in sizes]
+
+
 def _changes(spec: RunSpec) -> list[Change]:
     """What could be changed to take less memory, the least harmful first."""
-
-    def halves(name: str, least: int = 1) -> list[dict]:
-        sizes = [value] if (value := getattr(spec, name) // 2) >= least else []
-        while sizes and sizes[-1] // 2 >= least:
-            sizes.append(sizes[-1] // 2)
-        return [{name: size} for size in sizes]
-
+    halves = functools.partial(_halves, spec)
     decoder = shapes_of(*spec.loaded_by).decoder
     found = [(("reconstruct",), halves("batch_size")), (("retrain",), halves("then_batch_size"))]
     if spec.activation_dtype != "bfloat16":

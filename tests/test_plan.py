@@ -198,6 +198,26 @@ def test_a_streamed_run_takes_less_memory_and_more_disk(spec, monkeypatch):
         plan.plan(replace(spec, then="full"), stream="yes")
 
 
+def test_where_the_disk_is_too_small_it_is_said_what_would_fit(spec, monkeypatch):
+    memory = {"reconstruct": {"process": 0.0}}
+    monkeypatch.setattr(plan, "_memory", lambda *args, **options: memory)
+    spec = replace(spec, granularity="block", samples=64)
+
+    def said(stream: str, free: int) -> str:
+        planned = replace(plan.plan(spec, save=True, stream=stream), available_disk=free)
+        assert "of disk" in planned.problem
+        return plan.advice(planned)
+
+    planned = plan.plan(spec, save=True, stream="yes")
+    activations = 4 * 4 * 32 * (64 + 2) * 32  # of two models, before and after a window, in float32
+    rest = planned.disk - activations
+    # Half the bytes in bfloat16; a quarter of the samples where not even that will do; and nothing where the weights alone are too many.
+    assert "--activation-dtype bfloat16 would fit" in said("yes", rest + activations // 2)
+    assert "--samples 16 would fit" in said("yes", rest + activations * (16 + 2) // (64 + 2))
+    assert "would fit" not in (too_few := said("yes", rest)) and "take a folder on a disk with" in too_few
+    assert "do not save" in said("no", 0)
+
+
 def test_a_short_run_is_not_planned(spec, monkeypatch):
     monkeypatch.setattr(plan, "plan", None)
     assert plan.check(spec) is None
