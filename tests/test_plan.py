@@ -10,7 +10,7 @@ from families import small_model
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
 
-from recon import cli, estimate, models, plan, study
+from recon import activations, cli, estimate, models, plan, rehearsal, study
 from recon.decoder import Decoder
 from recon.device import COMPUTE_DTYPES
 from recon.errors import ReconError
@@ -186,6 +186,13 @@ def test_a_streamed_run_takes_less_memory_and_more_disk(spec, monkeypatch):
     assert half.disk == pytest.approx(on_disk.disk - 2 * on_disk.parameters, rel=0.05) and half.disk < on_disk.disk < both.disk
     assert on_disk.disk >= 4 * on_disk.parameters + on_disk.prunable // 8 > here.disk == 0
     phase, other = (planned.memory["reconstruct"] for planned in (here, on_disk))
+    # What a window was before lies in a file where it is large, and these are all small.
+    copies = {}
+    for small in (activations.SMALL, 0):
+        with monkeypatch.context() as patched:
+            patched.setattr(rehearsal, "SMALL", small)
+            copies[small] = plan.plan(spec, stream="yes").memory["reconstruct"].get("copy of the window", 0)
+    assert copies[0] < 100 < 4 * on_disk.largest_window * 0.9 < copies[activations.SMALL]
     # A block of four, and nothing of the dense model beside it.
     assert sum(other.values()) < 0.6 * sum(phase.values()) and other["dense model"] < 0.1 * phase["dense model"]
 
