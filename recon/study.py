@@ -228,9 +228,11 @@ class _Recorded:
 
     def note(self, record: RunRecord) -> None:
         path = self.folder / f"{record.key}.json"
+        if record.key not in self.keys:  # what it reads has changed: it is another run's
+            return
         if self.owner == _process():
             write_record(record, path)
-        elif record.key in self.keys and (self.folder / lock.NAME).exists():
+        elif (self.folder / lock.NAME).exists():
             try:
                 write_record(record, path)
             except ReconError as error:

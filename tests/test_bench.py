@@ -86,7 +86,7 @@ def test_bad_input(spec):
         BenchSpec(sections=("speed",))
     with pytest.raises(ReconError, match=r"repeats is 0"):
         BenchSpec(repeats=0)
-    assert set(SECTIONS) - set(DEFAULT) == {"compile", "large"}
+    assert set(SECTIONS) - set(DEFAULT) == {"workers", "compile", "large"}
     with pytest.raises(ReconError, match=r"section large needs a GPU, and the device is 'cpu'"):
         bench(
             dataclasses.replace(spec, output=spec.output.with_name("large.json"), sections=("large",), device="cpu"),

@@ -276,6 +276,7 @@ def test_killed_again_and_again(spec, expected, tmp_path, monkeypatch):
     assert record.seconds["total"] >= record.seconds["save"] > 0
 
 
+@pytest.mark.slow
 def test_killed_on_documents(spec, tmp_path, monkeypatch):
     """Once in every phase; what streams are begun from again is of unequal length too."""
     monkeypatch.setattr(activations, "SMALL", 0)

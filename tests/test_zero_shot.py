@@ -195,7 +195,7 @@ def test_accuracy_is_the_share_of_right_answers(small, monkeypatch):
     model, tokenizer = small
     labels = [row["label"] for row in rows("analogies")[:40]]
 
-    def choose_first(decoder, pairs, engine, bar):
+    def choose_first(decoder, pairs, *_):
         return [(-float(number % 4), number % 4 == 0) for number in range(len(pairs))]
 
     monkeypatch.setattr(zero_shot, "log_likelihoods", choose_first)
@@ -261,7 +261,7 @@ def test_tasks_on_the_hub_are_lm_evals_own(name, small, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda path, *a, **k: asked.append(path) or standin)
     seen = []
 
-    def knows(decoder, pairs, engine, bar):
+    def knows(decoder, pairs, *_):
         seen.extend((tokenizer.decode(context), tokenizer.decode(continuation)) for context, continuation in pairs)
         return [(0.0 if pair == (prompt, right) else -1.0, False) for pair in seen]
 
