@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from recon.device import cores
 from recon.errors import ReconError
 
 log = logging.getLogger("recon")
@@ -84,10 +85,10 @@ class Request:
         needs = {"CPU": self.threads, "GPU": self.gpus, "memory": self.memory}
         return min(int(resources.get(name, 0) / amount) for name, amount in needs.items() if amount)
 
-    def memory_there(self, ray) -> dict[float, float]:
-        """Bytes of the memory of nodes, and what each worker could have of it where as many are there as CPUs and GPUs have room for."""
+    def memory_there(self, ray) -> list[tuple[float, float]]:
+        """Bytes of each node's memory, and what each worker could have of it where as many are there as CPUs and GPUs have room for."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return {node["memory"]: node["memory"] / self.fits(node) for node in nodes if "memory" in node and self.fits(node)}
+        return [(node["memory"], node["memory"] / self.fits(node)) for node in nodes if "memory" in node and self.fits(node)]
 
     def __str__(self) -> str:
         parts = [f"{self.threads} CPU{'s' * (self.threads > 1)}"]
@@ -129,9 +130,8 @@ def connect(address: str | None = None):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 leaves workers next to nothing beside other programs
         options["include_dashboard"] = False
-        # Ray counts all of the machine's, of which a job of SLURM, say, may have a few.
-        if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < (os.cpu_count() or 0):
-            options["num_cpus"] = len(os.sched_getaffinity(0))
+        if cores() < (os.cpu_count() or 0):  # Ray counts all of the machine's
+            options["num_cpus"] = cores()
     try:
         ray.init(address, **options)
     except Exception as error:  # Ray has no class of its own for this

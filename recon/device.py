@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import resource
 import threading
 from collections.abc import Iterator
@@ -38,6 +39,11 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def cores() -> int:
+    """CPUs that this process may use: a job of SLURM, say, may have a few of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def out_of_memory(error: Exception) -> bool:

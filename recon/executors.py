@@ -65,10 +65,11 @@ def _spread(specs: dict[str, RunSpec], run: Run, settings: Ray) -> Iterator[RunR
     ray = connect(settings.address)
     on_cpu = any(spec.device == "cpu" for spec in specs.values())
     room = settings.request(ray, on_cpu).memory_there(ray)
+    share = min((each for _, each in room), default=math.inf) if settings.memory is None else math.inf
     # Models that need workers of their own size come one after the other.
-    for memory, group in _by_memory(specs, min(room.values(), default=math.inf) if settings.memory is None else math.inf).items():
+    for memory, group in _by_memory(specs, share).items():
         if settings.workers is None:  # the cluster does not grow: a run that is too large for any node will say so itself
-            memory = min(memory, max(room, default=memory))
+            memory = min(memory, max((whole for whole, _ in room), default=memory))
         yield from _by_workers(group, run, ray, settings.request(ray, on_cpu, int(memory)), settings.workers)
 
 

@@ -300,7 +300,7 @@ class Rehearsal(Run):
     """The pipeline with a model, texts and measurements that are shapes alone."""
 
     def __init__(self, spec: RunSpec, config: PretrainedConfig, like: Decoder, ledger: Ledger, evaluated: bool):
-        self.spec, self.session, self.progress = spec, Session(), False
+        self.spec, self.session, self.progress, self.executor = spec, Session(), False, "serial"
         self.record = RunRecord(asdict(spec), "")
         self.device = torch.device("cpu")
         self.work = InMemory()

@@ -174,8 +174,6 @@ def run(
 class Run:
     """One run with its model in memory."""
 
-    executor: str | Ray = "serial"
-
     def __init__(
         self, spec: RunSpec, session: Session, progress: bool, executor: str | Ray = "serial", save_dtype: str = "float32"
     ):

@@ -227,6 +227,7 @@ class _Recorded:
         return run_or_record_failure(spec, session, progress=progress, on_done=self.note)[0]
 
     def note(self, record: RunRecord) -> None:
+        """Writes a record of this study, where its folder can be seen from here."""
         path = self.folder / f"{record.key}.json"
         if record.key not in self.keys:  # what it reads has changed: it is another run's
             return

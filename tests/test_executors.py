@@ -325,8 +325,8 @@ def test_what_a_worker_asks_for():
     assert Ray(memory=0).request(module, on_cpu=True, memory=7) == Request(1, 0, 0)
     nodes[0]["Resources"]["memory"], nodes[1]["Resources"]["memory"] = 640.0, 80.0
     assert Ray().request(module, on_cpu=False, memory=7) == Request(12, 1, 7)
-    assert Request(12, 1, 0).memory_there(module) == {640.0: 80.0}  # none fits on the other node
-    assert Request(1, 0, 0).memory_there(module) == {640.0: 640 / 96, 80.0: 40.0}
+    assert Request(12, 1, 0).memory_there(module) == [(640.0, 80.0)]  # none fits on the other node
+    assert Request(1, 0, 0).memory_there(module) == [(640.0, 640 / 96), (80.0, 40.0)]
     with pytest.raises(ReconError, match="threads of executor ray is 0; allowed: from 1 up"):
         Ray(threads=0)
 

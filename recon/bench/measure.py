@@ -352,8 +352,7 @@ class _Bench:
             evaluation_length=self.spec.evaluation_length, device="cpu",
         )  # fmt: skip
         specs = grid(base, criterion=["magnitude", "wanda"], seed=range(self.spec.repeats))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        crews = [None, *(Ray(threads=1, workers=2**power) for power in range(cores.bit_length()) if 2**power <= cores)]
+        crews = [None, *(Ray(threads=1, workers=2**power) for power in range(device.cores().bit_length()))]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
