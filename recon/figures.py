@@ -55,11 +55,16 @@ def lower_is_better(ax: Axes, axis: str = "y") -> None:
         getattr(ax, f"set_{axis}label")(f"{label}{' ' if axis == 'x' else chr(10)}{note}".strip())
 
 
+def number(value: float) -> str:
+    """`value` to three digits, zeros at the end included, so that labels beside one another are of one precision."""
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
 def label_values(ax: Axes, places: Iterable[float], values: Iterable[float], side: str = "right") -> None:
     """Writes each value beside its point, to the "left" or "right" of it: two series at the same places want different sides."""
     shift, align = {"left": (-6, "right"), "right": (6, "left")}[side]
     for place, value in zip(places, values, strict=True):
-        ax.annotate(f"{value:.3g}", (place, value), (shift, 0), textcoords="offset points", fontsize=7, va="center", ha=align)
+        ax.annotate(number(value), (place, value), (shift, 0), textcoords="offset points", fontsize=7, va="center", ha=align)
 
 
 def log_scale(ax: Axes, axis: str = "y") -> None:
@@ -142,7 +147,8 @@ def gallery(folder: Path | str, claims: str = "") -> Path:
         ]
     for figure in saved(folder):
         name, commit = figure["name"], figure["git_commit"]
-        origin = f"{len(figure['records'])} run records" + (f", commit `{commit[:10]}`" if commit else "")
+        count = len(figure["records"])
+        origin = f"{count} run record{'s' * (count > 1)}" + (f", commit `{commit[:10]}`" if commit else "")
         parts += ["", f"## {name}", "", f"![{_plain(figure['caption'] or name)}]({name}.png)", ""]
         parts += [figure["caption"], ""] if figure["caption"] else []
         parts += [f"[PDF]({name}.pdf) · [data]({name}.csv) · [provenance]({name}.json) ({origin})"]

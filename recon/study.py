@@ -97,7 +97,7 @@ def at_rates(specs: Iterable[RunSpec], rates: dict[str, float]) -> list[RunSpec]
 
 
 def seed_words(runs: pd.DataFrame, by: str) -> str:
-    """Which seeds the values of the column `by` were run with: "seeds 0, 1, 2 (lora, norms: seed 0)"."""
+    """Which seeds the values of the column `by` were run with: "seeds 0, 1, 2 (seed 0 for lora, norms)"."""
     seeds = runs.groupby(by, sort=False, observed=True)["seed"].agg(lambda found: tuple(sorted(set(found))))
     groups = {found: [str(name) for name in seeds.index[[other == found for other in seeds]]] for found in dict.fromkeys(seeds)}
     most = max(groups, key=lambda found: (len(groups[found]) * len(found), len(found)))
@@ -105,8 +105,16 @@ def seed_words(runs: pd.DataFrame, by: str) -> str:
     def words(found: tuple) -> str:
         return f"seed{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
 
-    others = [f"{', '.join(names)}: {words(found)}" for found, names in groups.items() if found != most]
+    def listed(names: list[str]) -> str:
+        return ", ".join(f"'{name}'" if "," in name else name for name in names)
+
+    others = [f"{words(found)} for {listed(names)}" for found, names in groups.items() if found != most]
     return words(most) + (f" ({'; '.join(others)})" if others else "")
+
+
+def rate_words(names: Iterable[str], rates: dict[str, float], default: float) -> str:
+    """The learning rate of each of `names`, `default` where `rates` has none: "0.003 for smollm2-135m, 0.0001 for gemma3-270m"."""
+    return ", ".join(f"{rates.get(name, default):g} for {name}" for name in dict.fromkeys(names))
 
 
 def write_record(record: RunRecord, path: Path) -> None:

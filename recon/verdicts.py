@@ -73,7 +73,8 @@ def to_markdown(verdicts: Sequence[Verdict]) -> str:
         "the claims, which runs each compares, and the rules.",
         "",
         f"{MARKS[HOLDS]} {HOLDS}, {MARKS[FAILS]} {FAILS}, {MARKS[UNSURE]} {UNSURE}. Effects are differences of log-perplexity between "
-        "runs with the same evaluation windows and seeds; positive is as claimed. In brackets, a bootstrap interval over seeds and "
+        "runs with the same evaluation windows and seeds; positive is as claimed, and of equivalences, where the side named first is "
+        "better. In brackets, a bootstrap interval over seeds and "
         "windows: 95 %, for equivalences 90 % (two one-sided tests). Two sides are equal within "
         f"{MARGIN:g} of the damage log(pruned / dense); differences within the paper's own tables are smaller. With fewer than "
         f"{SEEDS} seeds, what training noise could decide is {UNSURE}. \"Here\" is the model and protocol of the row.",

@@ -132,6 +132,11 @@ def test_log_scale_has_a_few_plain_numbers(low, high, shown):
     plt.close(fig)
 
 
+def test_numbers_beside_marks_have_three_digits():
+    values = [0.2, 0.6549, 9.9999, 38, 99.96, 213.7, 12345]
+    assert [figures.number(value) for value in values] == ["0.200", "0.655", "10.0", "38.0", "100", "214", "12345"]
+
+
 def test_styles_stay_with_their_names():
     found = figures.styles(["b", "a", "b"])
     assert list(found) == ["b", "a"] and found["a"] != found["b"]

@@ -274,8 +274,13 @@ def test_rates_are_chosen_by_model_on_held_out_text_and_kept_as_records(base, co
 
 def test_seeds_in_words():
     runs = pd.DataFrame({"fit": [*"aaabbbcd"], "seed": [2, 1, 0, 0, 1, 2, 0, 0]})
-    assert study.seed_words(runs, "fit") == "seeds 0, 1, 2 (c, d: seed 0)"
+    assert study.seed_words(runs, "fit") == "seeds 0, 1, 2 (seed 0 for c, d)"
+    assert study.seed_words(runs.replace("d", "d, e"), "fit") == "seeds 0, 1, 2 (seed 0 for c, 'd, e')"
     assert study.seed_words(runs[runs["seed"] == 0], "fit") == "seed 0"
+
+
+def test_learning_rates_in_words():
+    assert study.rate_words(["a", "b", "a"], {"b": 1e-4}, 3e-3) == "0.003 for a, 0.0001 for b"
 
 
 def test_a_study_of_nothing_has_the_columns_of_any_other(tmp_path):
