@@ -28,6 +28,7 @@ _TUNING = (
     "learning_rate", "batch_size", "pieces", "accumulation", "warmup",
     "then_learning_rate", "then_batch_size", "then_accumulation",
 )  # fmt: skip
+_RATES = ("learning_rate", "then_learning_rate")
 _ELSEWHERE = (  # in the protocol, in what is judged one by one, or without influence on what is compared
     "model", "revision", "pattern", "seed", "text", "samples", "prune_samples", "then_samples", "sequence_length", "evaluation_texts",
     "evaluation_samples", "evaluation_length", "held_out_samples", "tasks", "task_limit", "then_checkpointing", "device",
@@ -95,7 +96,8 @@ def _pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[int, 
 
     Where there are several rates: those nearest the default ones, so that no side of a comparison is tuned more than the
     other; if `tuned`, where every side had its rates chosen, those with the lowest held-out perplexity, mean over the seeds
-    that all have. Never chosen by evaluation text.
+    that all have. Nothing but rates is chosen so: batches, pieces and warm-up are those nearest the default ones. Never chosen by
+    evaluation text.
     """
     wanted = {name: {**DEFAULTS, **options}[name] for name in _SETTING}
     choices: dict[tuple, dict[int, Run]] = {}
@@ -109,6 +111,12 @@ def _pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[int, 
         # A warm-up may be 0, which is further from any default than a positive one.
         return *(abs(math.log(max(value, 1e-12) / DEFAULTS[name])) for name, value in tuning), repr(tuning)
 
+    def recipe(tuning: tuple) -> tuple:
+        return tuple((name, value) for name, value in tuning if name not in _RATES)
+
+    if tuned:
+        plainest = min(map(recipe, choices), key=distance)
+        choices = {tuning: found for tuning, found in choices.items() if recipe(tuning) == plainest}
     shared = set.intersection(*(set(found) for found in choices.values()))
     held_out = {
         tuning: [found[seed].record.metrics.get("held_out_perplexity") for seed in shared] for tuning, found in choices.items()
