@@ -32,6 +32,7 @@ from recon.estimate import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ("quick", "laptop", "paper")
+_QUIET = "--IPKernelApp.log_level=ERROR"  # kernels warn that they speak TCP, which stays within the machine
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PAGE = """\
@@ -249,6 +250,7 @@ def _run(path: Path, parameters: dict, build: Path, stdout: TextIO | None) -> Ou
             cwd=str(path.parent),
             progress_bar=sys.stderr.isatty(),
             stdout_file=stdout,
+            extra_arguments=[_QUIET],
         )
     except KeyboardInterrupt:
         status, error = "stopped", "stopped by the user"

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from itertools import cycle
 from pathlib import Path
 
@@ -121,6 +122,15 @@ def savefig(
         for path in sorted(Path(made).iterdir()):
             os.replace(path, folder / path.name)
     return folder / f"{name}.png"
+
+
+def show(caption: str = "") -> None:
+    """Shows the figure of a notebook's cell, and under it what `savefig` was told of it."""
+    from IPython.display import HTML, display  # comes with notebooks, not with the library
+
+    plt.show()
+    if caption:
+        display(HTML(f"<p><small>{escape(caption)}</small></p>"))
 
 
 def saved(folder: Path | str) -> list[dict]:

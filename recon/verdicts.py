@@ -138,4 +138,5 @@ def to_table(verdicts: Sequence[Verdict]) -> "pd.io.formats.style.Styler":
         for v in verdicts
     ]
     table = pd.DataFrame(rows, columns=["verdict", "claim", "model, pattern", "effect", "seeds", "why"])
-    return table.style.hide(axis="index").set_properties(**{"text-align": "left"})
+    left = [("text-align", "left")]
+    return table.style.hide(axis="index").set_properties(**dict(left)).set_table_styles([{"selector": "th", "props": left}])
