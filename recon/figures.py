@@ -124,6 +124,11 @@ def savefig(
     return folder / f"{name}.png"
 
 
+def sentence(words: str) -> str:
+    """`words` with a capital letter first, as in the middle of a caption."""
+    return words[:1].upper() + words[1:]
+
+
 def show(caption: str = "") -> None:
     """Shows the figure of a notebook's cell, and under it what `savefig` was told of it."""
     from IPython.display import HTML, display  # comes with notebooks, not with the library

@@ -137,6 +137,15 @@ def test_numbers_beside_marks_have_three_digits():
     assert [figures.number(value) for value in values] == ["0.200", "0.655", "10.0", "38.0", "100", "214", "12345"]
 
 
+def test_captions_under_figures_are_text(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *objects: shown.extend(objects))
+    monkeypatch.setattr(plt, "show", lambda: shown.append("figure"))
+    figures.show(figures.sentence("perplexity < 40."))
+    figures.show()
+    assert shown[::2] == ["figure", "figure"] and "Perplexity &lt; 40." in shown[1].data
+
+
 def test_styles_stay_with_their_names():
     found = figures.styles(["b", "a", "b"])
     assert list(found) == ["b", "a"] and found["a"] != found["b"]
