@@ -2,6 +2,7 @@
 
 import copy
 import glob
+import logging
 import os
 import shutil
 import tempfile
@@ -12,9 +13,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recon import files
+from recon.assets import sha256
 from recon.errors import ReconError
-from recon.files import write_hashes
-from recon.weights import PART, SAVED, rounded, sync
+from recon.spec import RunRecord, read_record
+from recon.weights import PART, SAVED, rounded, sync, write_json
+
+log = logging.getLogger("recon")
 
 CARD = """---
 base_model: {model}
@@ -55,6 +60,29 @@ def check_target(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ReconError(f"save folder {str(folder)!r} exists and is not an empty folder; name a new one")
     check_writable(folder.parent, "save folder")
+
+
+def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
+    """The record of the run called `key`, where that has saved its model in `folder`, in `dtype`; None where it has not.
+
+    Raises `ReconError` where it has, and the checkpoint is damaged.
+    """
+    try:
+        record = read_record(folder / files.RECORD)
+    except ReconError:  # whatever else may be there: see `check_target`
+        return None
+    if record.status != "done" or record.key != key or record.environment.get("save_dtype", "float32") != dtype:
+        return None
+    try:
+        files.shards(folder)
+        if record.environment.get("checkpoint") != sha256(folder / files.HASHES):
+            raise ReconError(f"{files.HASHES} is not what was written")
+    except (ReconError, OSError) as error:
+        raise ReconError(
+            f"save folder {str(folder)!r} holds the model of this very run, damaged: {error}; delete it to run anew, or name a new one"
+        ) from error
+    log.info("done already: the model and its record are in %r", str(folder))
+    return record
 
 
 def check_dtype(dtype: str, folder: Path | None) -> None:
@@ -121,10 +149,11 @@ def write_card(folder: Path, record, command: str, dtype: str = "float32") -> No
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def save(
+def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record, command: str, dtype: str = "float32"
-) -> None:
-    """Writes weights (safetensors) and their hashes, configuration, tokenizer and model card to `folder`, which appears only when complete.
+) -> Path:
+    """Writes weights (safetensors) and their hashes, configuration, tokenizer and model card to a new folder beside `folder`, and
+    returns it: what is left for `publish`.
 
     dtype: see `recon.weights.SAVED`; in others than float32, the model itself is rounded to it, so that there is no second one in memory.
 
@@ -142,18 +171,28 @@ def save(
         _round_off(model, SAVED[dtype])
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_hashes(temporary)
+        files.write_hashes(temporary)
         write_card(temporary, record, command, dtype)
         temporary.chmod(0o755)
         sync_all(temporary)
-        if folder.exists():
-            folder.rmdir()  # empty, as checked before the run
-        os.replace(temporary, folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by what was being written
-        raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
-    finally:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):  # a full disk is either, by what was being written
+            raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
+        raise
+    return temporary
+
+
+def publish(complete: Path, folder: Path, record: RunRecord) -> None:
+    """Gives the folder `complete` its place `folder`, with the record in it: whoever is killed, both are there or neither is.
+
+    Raises `OSError` where that cannot be done.
+    """
+    write_json(complete / files.RECORD, record.to_dict())
+    if folder.exists():
+        folder.rmdir()  # empty, as checked before the run
+    os.replace(complete, folder)
+    sync(folder.parent)
 
 
 def _round_off(model: PreTrainedModel, dtype: torch.dtype) -> None:

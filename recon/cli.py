@@ -106,10 +106,6 @@ def _run(
         if file.is_dir():
             raise ReconError(f"record {str(file)!r} is a folder; name a file")
         check_writable(file.parent, "record")
-    if file and save and (record := _done(spec, file, save, save_dtype)):
-        print(f"done already: record {str(file)!r}, model in {str(save)!r}")
-        _report(spec, record)
-        return
     command = shlex.join(["recon", *sys.argv[1:]])
 
     def note(record: RunRecord) -> None:
@@ -125,24 +121,6 @@ def _run(
             note(record)
         raise error
     _report(spec, record)
-
-
-def _done(spec: RunSpec, file: Path, save: Path, save_dtype: str) -> RunRecord | None:
-    """The record of `spec` in `file`, if it is that of the run that saved what is in `save`, in that dtype, and all of that is there."""
-    from recon import files, streamed
-
-    record = _known(spec, file)
-    if (
-        record is None
-        or record.environment.get("save_dtype", "float32") != save_dtype
-        or not (save / files.HASHES).exists()
-        or streamed.begun(spec, save)
-    ):
-        return None
-    with contextlib.suppress(ReconError):  # a damaged checkpoint
-        if record.environment.get("checkpoint") == files.sha256(save / files.HASHES) and files.shards(save):
-            return record
-    return None
 
 
 def _known(spec: RunSpec, file: Path | None) -> RunRecord | None:

@@ -20,6 +20,7 @@ from recon.assets import cache_folder, sha256
 from recon.errors import ReconError
 
 WEIGHTS, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
+RECORD = "record.json"  # in what `recon` saves: the record of the run that made it
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm")  # configuration and tokenizer, as patterns
 SLOW = 2**30  # bytes from which hashing gets a bar

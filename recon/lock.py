@@ -40,10 +40,12 @@ def held(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         # Removed while the lock is held. Whoever opened the file before finds that it is gone, and opens a new one.
-        for file in (note, path):
-            with contextlib.suppress(OSError):
-                file.unlink()
-        lock.release()
+        try:
+            for file in (note, path):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+        finally:  # also where Ctrl-C comes in between
+            lock.release()
 
 
 def _holder(note: Path) -> str:

@@ -257,6 +257,7 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
             ) from error
     suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
     read = {path.name for path in where.iterdir() if path.suffix in suffixes or path.name in VOCABULARY_FILES}
+    read.discard(files.RECORD)  # how long a run took makes no difference to its model
     with contextlib.suppress(ReconError):  # an index that is none: loading the model will say so
         read |= set(files.placed(where))  # shards may lie in folders below
     # Ordered by name, so that the same files give the same hash wherever they lie.

@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from recon.cluster import Ray
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.environment import environment
+from recon.errors import ReconError
 from recon.ragged import Samples, flat, lengths
 from recon.seeds import generator
 from recon.sparsity import Pattern, found_pattern, sparsity_of
@@ -136,7 +138,8 @@ def run(
 
     Args:
         session: what runs before this one left in memory to share.
-        save: folder for the repaired model as a Hugging Face checkpoint; must not exist, or be empty.
+        save: folder for the repaired model as a Hugging Face checkpoint, with the record; must not exist, or be empty. Where it holds
+            what this very run saved, that record is given, and nothing is loaded or computed.
         command: the command that asked for this run, for the model card.
         stream: "yes": the model is never in memory as a whole, but read from disk window by window, and the run can be killed at
             any time and goes on when it is called again (see `recon.streamed`); "no": it is loaded; "auto": it is loaded where it fits
@@ -165,10 +168,21 @@ def run(
     else:
         # The folder itself appears only when it is complete, so the lock lies beside it.
         with lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}"):
-            checkpoint.check_target(save)
-            record = task.execute(save, command)
+            record = checkpoint.finished(save, task.record.key, save_dtype)
+            if record is None:
+                checkpoint.check_target(save)
+                record = task.execute(save, command)
+                task.publish(save)
     on_done(record)
     return record
+
+
+def begun(spec: RunSpec, save: Path | str | None) -> bool:
+    """Whether some of a run of `spec` is on the disk already: what a streamed one has finished, or what it has saved."""
+    from recon import streamed
+
+    save = None if save is None else Path(save)
+    return streamed.begun(spec, save) or (save is not None and (save / files.RECORD).exists())
 
 
 class Run:
@@ -222,11 +236,11 @@ class Run:
         record.environment = environment(self.device, spec.compute_dtype) | self.about()
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
         record.status = "done"
+        if self.save_dtype != "float32":
+            record.environment["save_dtype"] = self.save_dtype
         if save is not None:
             with self.phase("save"):
                 self.save(student, save, command)
-            if self.save_dtype != "float32":
-                record.environment["save_dtype"] = self.save_dtype
         record.seconds["total"] = time.perf_counter() - began
         return record
 
@@ -260,9 +274,18 @@ class Run:
         return self.measure(student, what)
 
     def save(self, student: Decoder, folder: Path, command: str) -> None:
-        """Writes the student to `folder`, and what tells the checkpoint from others into the record."""
-        checkpoint.save(student.model, self.tokenizer, folder, self.record, command, self.save_dtype)
-        self.record.environment["checkpoint"] = files.sha256(folder / files.HASHES)
+        """Writes all of the student that `publish` moves to `folder`, and what tells the checkpoint from others into the record."""
+        self.complete = checkpoint.write(student.model, self.tokenizer, folder, self.record, command, self.save_dtype)
+        self.record.environment["checkpoint"] = files.sha256(self.complete / files.HASHES)
+
+    def publish(self, folder: Path) -> None:
+        """Gives what `save` wrote its place, with the record, which is complete by now."""
+        try:
+            checkpoint.publish(self.complete, folder, self.record)
+        except OSError as error:
+            raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
+        finally:
+            shutil.rmtree(self.complete, ignore_errors=True)
 
     def peak_memory(self) -> device.PeakMemory:
         return device.PeakMemory(self.device)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 from recon import criteria, device, models, pruning, reconstruction, retraining, text
 from recon.criteria import Structured
@@ -334,3 +335,11 @@ class RunRecord:
                 raise ReconError(f"not a record: {name} is {type(data[name]).__name__}, not an object")
         spec = {name: tuple(value) if isinstance(value, list) else value for name, value in data["spec"].items()}
         return cls(**{**data, "spec": spec})
+
+
+def read_record(path: Path) -> RunRecord:
+    """The record at `path`; raises `ReconError` naming the file where it is not a whole record."""
+    try:
+        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ReconError(f"record {str(path)!r} cannot be read: {error}") from error

@@ -1,10 +1,10 @@
 """A run whose model stays on disk: window by window, resumable at every moment, with the numbers of one in memory."""
 
+import contextlib
 import logging
 import math
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from recon.journal import Journal, differences
 from recon.runs import Measured, Pruned, Run, Session
 from recon.spec import RunRecord, RunSpec
 from recon.unfinished import JOURNAL
-from recon.weights import SAVED, Lazy, quantisation, reader, sync, write_json
+from recon.weights import SAVED, Lazy, quantisation, reader, write_json
 from recon.work import SAVE, Work
 
 log = logging.getLogger("recon")
@@ -103,16 +103,19 @@ def run(
         held = lock.held(save.parent / f".{save.name}{lock.NAME}", f"save folder {str(save)!r}")
     with held:
         task = StreamedRun(spec, session, progress, folder, executor, save_dtype)
-        done = task.journal.finished(RECORD)
-        if done:
-            record = RunRecord.from_dict(done[0])
-        else:
+        record = None if save is None else checkpoint.finished(save, task.record.key, save_dtype)
+        if record is None:
+            done = task.journal.finished(RECORD)
+            if done:
+                record = RunRecord.from_dict(done[0])
+            else:
+                if save is not None:
+                    checkpoint.check_target(save)
+                with _nothing_left_of_nothing(task.journal):
+                    record = task.execute(save, command)
+                task.work.finish(RECORD, record.to_dict())
             if save is not None:
-                checkpoint.check_target(save)
-            record = task.execute(save, command)
-            task.work.finish(RECORD, record.to_dict())
-        if save is not None:
-            publish(folder / "checkpoint", save)
+                publish(folder / "checkpoint", save, record)
         on_done(record)
         try:
             delete(task.journal)
@@ -131,15 +134,14 @@ def begun(spec: RunSpec, save: Path | None) -> bool:
     return (folder_of(spec, save) / JOURNAL).exists()
 
 
-def publish(complete: Path, save: Path) -> None:
-    """Gives the complete checkpoint its place, unless it is there already."""
+def publish(complete: Path, save: Path, record: RunRecord) -> None:
+    """Gives the complete checkpoint its place, with its record."""
     if not complete.exists():
-        return
+        raise ReconError(
+            f"the checkpoint has been moved to {str(save)!r}, and is not there any more; delete {str(complete.parent)!r} to begin anew"
+        )
     try:
-        if save.exists():
-            save.rmdir()  # empty, as checked before the run
-        os.replace(complete, save)
-        sync(save.parent)
+        checkpoint.publish(complete, save, record)
     except OSError as error:
         raise ReconError(
             f"checkpoint cannot be moved to {str(save)!r}: {error}. It is complete in {str(complete)!r}; the same command moves it "
@@ -147,8 +149,22 @@ def publish(complete: Path, save: Path) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def _nothing_left_of_nothing(journal: Journal) -> Iterator[None]:
+    """Where what is inside is refused before it has finished anything, its work folder goes: it would stand in the way of another try."""
+    try:
+        yield
+    except ReconError:
+        if all(entry["phase"] == "opened" for entry in journal.entries):
+            with contextlib.suppress(OSError):
+                delete(journal)
+        raise
+
+
 def delete(journal: Journal) -> None:
-    """Deletes a work folder. As long as anything else is in it, so is the journal: whoever is killed here, the record is there."""
+    """Deletes a work folder, if there is one. As long as anything else is in it, so is the journal: whoever is killed here, the record is there."""
+    if not journal.path.parent.exists():
+        return
     for path in journal.path.parent.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

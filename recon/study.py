@@ -20,8 +20,8 @@ from recon.checkpoint import check_writable
 from recon.cluster import Ray
 from recon.errors import ReconError
 from recon.plan import check
-from recon.runs import Session, run
-from recon.spec import RunRecord, RunSpec
+from recon.runs import Session, begun, run
+from recon.spec import RunRecord, RunSpec, read_record
 from recon.weights import PART
 from recon.windows import canonical
 
@@ -139,14 +139,6 @@ def write_record(record: RunRecord, path: Path) -> None:
         raise ReconError(f"record cannot be written to {str(path)!r}: {error.strerror}; choose a place with room") from error
 
 
-def read_record(path: Path) -> RunRecord:
-    """The record at `path`; raises `ReconError` naming the file where it is not a whole record."""
-    try:
-        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ReconError(f"record {str(path)!r} cannot be read: {error}") from error
-
-
 def read_records(folder: Path | str, keys: Iterable[str] | None = None) -> list[RunRecord]:
     """The records in `folder`: those of `keys`, in their order, or all, by name.
 
@@ -199,14 +191,14 @@ def run_or_record_failure(
 ) -> tuple[RunRecord, Exception | None]:
     """`run(spec)`; where it fails, a record that says how, and the exception.
 
-    A run that is long or large is planned first, and one that cannot fit into memory or on the disk fails at once, unless `force`.
+    A run that is long or large is planned first, and one that cannot fit into memory or on the disk fails at once, unless `force`, or
+    it has begun already: its own work is then what takes the room.
     """
     try:
-        save = options.get("save")
+        save, stream, dtype = options.get("save"), options.get("stream", "auto"), options.get("save_dtype", "float32")
         loaded = session.bytes_loaded(spec) if session else 0
-        folder, stream = Path(save).parent if save else ".", options.get("stream", "auto")
-        planned = None if force else check(spec, save is not None, folder, loaded, stream, options.get("save_dtype", "float32"))
-        if planned:
+        folder = "." if save is None else Path(save).parent
+        if not force and not begun(spec, save) and (planned := check(spec, save is not None, folder, loaded, stream, dtype)):
             log.info("%s", planned)
         return run(spec, session, **options), None
     except Exception as error:

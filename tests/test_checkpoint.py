@@ -1,13 +1,19 @@
 import errno
+import gc
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from test_streaming import Death, Killed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recon
+from recon import files, models
 from recon.decoder import Decoder
 from recon.errors import ReconError
+from recon.spec import read_record
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +73,49 @@ def test_the_card_says_what_it_is_and_nothing_is_pickled(saved, spec):
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-@pytest.mark.parametrize("what", ["save_pretrained", "os.replace"])
+@pytest.mark.parametrize("what", ["save_pretrained", "write_json", "os.replace"])
 def test_a_full_disk_names_the_folder_and_leaves_nothing(saved, spec, tmp_path, monkeypatch, what):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if what == "os.replace":
-        monkeypatch.setattr("recon.checkpoint.os.replace", full)
-    else:
-        monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    names = {"save_pretrained": "transformers.PreTrainedModel.save_pretrained"}
+    monkeypatch.setattr(names.get(what, f"recon.checkpoint.{what}"), full)
     with pytest.raises(ReconError, match=r"cannot be written to '.*repaired'.*No space left on device"):
         recon.run(spec, save=tmp_path / "repaired", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_at_any_moment_the_folder_is_there_with_its_record_or_not_at_all(spec, tmp_path, monkeypatch):
+    """Between any two things that are put on the disk for good, or deleted; the same call then ends with the record."""
+    spec, folder, session = replace(spec, granularity="none"), tmp_path / "repaired", recon.Session()
+    recon.run(spec, session, progress=False)  # what is not written is done once
+    left, record, states, before = 0, None, [], None
+    while record is None:
+        left += 1
+        assert left < 100
+        with monkeypatch.context() as patch:
+            death = Death(patch, left)
+            try:
+                record = recon.run(spec, session, save=folder, progress=False, stream="no")
+            except Killed:
+                gc.collect()
+        assert record is not None or death.dead
+        states.append(folder.exists())
+        if folder.exists():
+            written = read_record(folder / files.RECORD)
+            assert files.shards(folder) and written.key == spec.key() and written.seconds["total"] > written.seconds["save"] > 0
+        if folder.exists() and before is None:
+            before, left = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}, 0
+            monkeypatch.setattr("recon.runs.Run.execute", lambda *_: pytest.fail("computed anew"))
+    assert states.count(False) > 10 and states.count(True) > 2
+    assert record.to_dict() == written.to_dict()
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["repaired"]
+
+
+def test_the_record_does_not_tell_a_checkpoint_from_another_that_is_the_same(saved, tmp_path):
+    """How long a run took goes into no key of what reads its model."""
+    folder = shutil.copytree(saved[0], tmp_path / "copy")
+    before = models.fingerprint(str(folder))
+    (folder / files.RECORD).unlink()
+    assert models.fingerprint(str(folder)) == before == models.fingerprint(str(saved[0]))

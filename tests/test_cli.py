@@ -53,28 +53,43 @@ def test_run_writes_a_record_and_a_checkpoint(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
-def test_the_same_command_again_finds_that_all_is_done(small, stream, tmp_path, capsys, monkeypatch):
+def test_the_same_command_again_finds_that_all_is_done(small, stream, tmp_path, capsys, caplog, monkeypatch):
     """As machines that are taken away and given back repeat it; anything else than the same command does not pass for it."""
     record, saved = tmp_path / "out.json", tmp_path / "saved"
     words = ["--granularity", "none", "--stream", stream, "--record", str(record), "--save", str(saved)]
     main(["run", *small, *words])
     said, before = capsys.readouterr().out, record.read_text()
-    monkeypatch.setattr("recon.study.run", lambda *args, **options: pytest.fail("runs again"))
+    assert json.loads((saved / "record.json").read_text()) == json.loads(before)
+    files = {path: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr("recon.runs.Run.execute", lambda *_: pytest.fail("runs again"))
+    monkeypatch.setattr("recon.study.check", lambda *_: pytest.fail("plans what is done"))
     main(["run", *small, *words])
-    assert capsys.readouterr().out == f"done already: record '{record}', model in '{saved}'\n{said}"
-    monkeypatch.undo()
-    busy = "exists and is not an empty folder"
-    card = saved / "SHA256SUMS"
-    hashes = card.read_text()
-    card.write_text(hashes + "\n")  # of another checkpoint
-    assert busy in refuse(["run", *small, *words], capsys)
-    card.write_text(hashes)
-    shard = sorted(saved.glob("*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:-1])
-    assert busy in refuse(["run", *small, *words], capsys)
+    record.unlink()
+    main(["run", *small, *words])
+    assert capsys.readouterr().out == said + said and record.read_text() == before
+    assert f"done already: the model and its record are in '{saved}'" in caplog.text
+    hashes, shard = saved / "SHA256SUMS", sorted(saved.glob("*.safetensors"))[0]
+    for file, content, which in (
+        (hashes, files[hashes] + b"\n", "SHA256SUMS is not what was written"),
+        (shard, files[shard][:-1], f"'{shard.name}'"),
+        (shard, files[shard][:-1] + bytes([files[shard][-1] ^ 1]), f"'{shard.name}' is damaged"),
+    ):
+        file.write_bytes(content)
+        complaint = refuse(["run", *small, *words], capsys)
+        assert f"save folder '{saved}' holds the model of this very run, damaged: " in complaint and which in complaint
+        file.write_bytes(files[file])
     assert record.read_text() == before  # which a failure of the very same run does not replace
-    assert busy in refuse(["run", *small, *words, "--seed", "1"], capsys)
-    assert json.loads(record.read_text())["status"] == "failed"
+    for other in (["--seed", "1"], ["--save-dtype", "bfloat16"]):
+        assert "exists and is not an empty folder" in refuse(["run", *small, *words, *other], capsys)
+    assert {path: path.read_bytes() for path in saved.iterdir()} == files
+    main(["run", *small, *words])
+    assert record.read_text() == before
+
+
+def test_a_folder_with_a_record_that_is_none_is_somebody_elses(small, tmp_path, capsys):
+    (tmp_path / "record.json").write_text("{}")
+    assert "exists and is not an empty folder" in refuse(["run", *small, "--save", str(tmp_path)], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
 @pytest.mark.parametrize("words, fields", [

@@ -394,7 +394,7 @@ def test_a_bias_without_a_place_is_refused_before_anything_is_written(spec, fres
     decoder = fresh()
     pruned(decoder, tokens, "flap")
     with pytest.raises(ReconError, match=r"LlamaForCausalLM as configured has no place for 'model.*proj.bias'.*compensate=False"):
-        checkpoint.save(decoder.model, None, tmp_path / "model", None, "")
+        checkpoint.write(decoder.model, None, tmp_path / "model", None, "")
     monkeypatch.setattr("recon.evaluation.perplexity", lambda *args, **kwargs: pytest.fail("measured before it was refused"))
     with pytest.raises(ReconError, match="no place for 'model.layers.0.self_attn.o_proj.bias', one of 8 biases"):
         recon.run(spec, save=tmp_path / "model", progress=False)
