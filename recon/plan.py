@@ -12,6 +12,7 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from recon import criteria, estimate, models, streamed
+from recon.assets import cache_folder
 from recon.decoder import Decoder
 from recon.device import available_memory, pick_compute_dtype, pick_device, resident, resident_anonymous
 from recon.errors import ReconError
@@ -122,7 +123,7 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
 
     Args:
         save: whether the repaired model is written as a checkpoint.
-        folder: where to; its disk counts.
+        folder: where to; its disk counts, unless the run keeps in the cache what it writes.
         stream: "yes": the model stays on disk; "no": it is in memory; "auto": on disk where its weights would not fit into memory as
             often as they are needed, and the run can be streamed.
         save_dtype: what the checkpoint is written in.
@@ -159,9 +160,15 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
         flops,
         {phase: count / rate for phase, count in flops.items()},
         available_memory(),
-        shutil.disk_usage(folder).free,
+        _free(Path(folder) if save or not on_disk else cache_folder()),
         on_disk,
     )
+
+
+def _free(folder: Path) -> int:
+    """Bytes that can still be written to `folder`, which need not be there yet."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
 def _streams(spec: RunSpec, decoder: Decoder) -> int:

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,6 +229,37 @@ def test_where_the_disk_is_too_small_it_is_said_what_would_fit(spec, monkeypatch
 def test_a_short_run_is_not_planned(spec, monkeypatch):
     monkeypatch.setattr(plan, "plan", None)
     assert plan.check(spec) is None
+
+
+@pytest.mark.parametrize("stream, save", [("no", True), ("yes", True), ("yes", False)])
+def test_the_disk_that_counts_is_the_one_that_is_written_to(stream, save, spec, tmp_path, monkeypatch):
+    """Of the folder to save to, though it is yet to be made; of the cache, where a streamed run saves nothing."""
+    asked, usage = [], plan.shutil.disk_usage
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: asked.append(place) or usage(place))
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "results").mkdir()
+    plan.plan(spec, save, tmp_path / "results" / "some" / "where", stream)
+    assert asked == [tmp_path / ("results" if save else "cache")]
+
+
+def test_what_has_begun_is_not_planned_again(spec, tmp_path, monkeypatch):
+    """Its own work is on the disk by now, and what it takes would count twice."""
+    spec = replace(spec, granularity="none")
+    monkeypatch.setattr(plan, "LONG", 0)
+    monkeypatch.setattr(
+        "recon.streamed.checkpoint.write_card", lambda *_: (_ for _ in ()).throw(RuntimeError("the power is gone"))
+    )
+    _, error = study.run_or_record_failure(spec, save=tmp_path / "saved", stream="yes", progress=False)
+    assert str(error) == "the power is gone"
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "LONG", 0)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    for _ in range(2):
+        record, error = study.run_or_record_failure(spec, save=tmp_path / "saved", stream="yes", progress=False)
+        assert error is None and record.status == "done"
+    _, error = study.run_or_record_failure(spec, save=tmp_path / "other", stream="yes", progress=False)
+    assert "of disk, of which there are 0.0 GiB" in str(error)
 
 
 def test_72b_parameters_are_planned_without_weights(config_folder, monkeypatch, capsys):
