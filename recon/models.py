@@ -34,7 +34,6 @@ SUFFIXES = {
     ".tiktoken",
     ".spm",
 }  # of the files in a folder that a model and its tokenizer are made of
-ALIGNMENT = 64  # bytes, as torch allocates on CPUs
 VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -147,8 +146,8 @@ def load(
     warn_of_surplus(model, found["unexpected_keys"])
     for parameter, values in model.named_parameters():
         check_finite(parameter, values)
-        if values.data_ptr() % ALIGNMENT:
-            # Mapped from the file at any place; kernels give other last bits for such memory than for a tensor of its own.
+        if not values.untyped_storage().resizable():
+            # Mapped from the file, and would change with it. Besides, kernels give other last bits for memory that begins at any place.
             values.data = values.data.clone()
     return model.eval().to(device), tokenizer
 

@@ -186,7 +186,8 @@ class Checkpoint:
         # Shapes alone: tensors would stay in memory for as long as this is there.
         self._known = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.state_dict().items()}
         self._transforms = get_model_conversion_mapping(model)
-        self._files: dict[str, object] = {}  # entry -> the open file that it is in
+        self._files: dict[str, tuple[object, Path]] = {}  # entry -> the open file that it is in
+        self._states: dict[Path, os.stat_result] = {}  # of these, when they were opened
         self._sources: dict[str, _Source] = {}  # parameter -> what it is made from
         self.unknown: list[str] = []  # entries that the model has no place for
         self._finite: set[str] = set()  # parameters that were found to be
@@ -199,7 +200,7 @@ class Checkpoint:
         Raises `ReconError` naming the file where it is not a whole safetensors file, or an entry that is quantised.
         """
         try:
-            opened = safe_open(file, framework="pt")
+            self._states[file], opened = file.stat(), safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ReconError(f"{str(file)!r} is not a whole safetensors file: {error}") from error
         renamings = [each for each in self._transforms if isinstance(each, WeightRenaming)]
@@ -222,7 +223,7 @@ class Checkpoint:
                 source.entries.sort(key=lambda found: dot_natural_key(found[0]))
                 for other in converter.target_patterns[1:] if converter else ():
                     self._sources[target.replace(converter.target_patterns[0], other)] = source
-            self._files[entry] = opened
+            self._files[entry] = opened, file
 
     @property
     def transforms(self) -> list:
@@ -245,7 +246,8 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers called `names`: floating-point ones in float32; nothing else holds their memory.
 
-        Raises `ReconError` naming one that is not there, is of another shape than the model's, or holds NaN or infinity.
+        Raises `ReconError` naming one that is not there, is of another shape than the model's, or holds NaN or infinity; and a file
+        that has been written to since it was opened.
         """
         wanted = dict.fromkeys(names)
         while wanted:
@@ -274,9 +276,25 @@ class Checkpoint:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
     def _entry(self, name: str) -> Tensor:
-        tensor = self._files[name].get_tensor(name)
+        opened, path = self._files[name]
+        tensor = opened.get_tensor(name)
         # A copy: what is in the file is mapped into memory, and must not change.
-        return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        tensor = tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        if _written_to(path, self._states[path]):
+            raise ReconError(
+                f"{str(path)!r} has been written to while this run read from it; restore it, and give the same command again"
+            )
+        return tensor
+
+
+def _written_to(path: Path, before: os.stat_result) -> bool:
+    """Whether the file that was at `path` has been written to since, as its size and time tell; another one that took its place is not it."""
+    try:
+        now = path.stat()
+    except OSError:
+        return False
+    same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+    return same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:

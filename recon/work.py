@@ -101,7 +101,7 @@ class Work(InMemory):
         for entry in self.journal.entries:
             for kind in ("masks", "weights", "shard", "exact"):
                 if kind in entry:
-                    self._check(entry[kind], whole=kind == "masks")
+                    self._check(entry[kind])
             self._take(entry)
         try:
             for name in FOLDERS:
@@ -121,7 +121,7 @@ class Work(InMemory):
         found = {}
         for name, noted in self._last(phase).get("streams", {}).items():
             if noted is not None:
-                self._check(noted, whole=True)
+                self._check(noted)
                 with safe_open(self.folder / noted["file"], framework="pt") as opened:
                     stored = opened.get_tensor(STREAM)
                     # A copy: tensors in a file begin where they please, which can show in the last bits of what is computed.
@@ -214,11 +214,11 @@ class Work(InMemory):
             if self.repaired is not None:
                 self.repaired.add(self.folder / self.shards[-1])
 
-    def _check(self, noted: dict, whole: bool) -> None:
-        """Raises `ReconError` where a file of a finished step is not what was written: by its hash if `whole`, or else by its size."""
+    def _check(self, noted: dict) -> None:
+        """Raises `ReconError` where a file of a finished step is not what was written."""
         path = self.folder / noted["file"]
         size = path.stat().st_size if path.exists() else None
-        if size != noted["size"] or (whole and sha256(path) != noted["sha256"]):
+        if size != noted["size"] or sha256(path) != noted["sha256"]:
             wrong = "is missing" if size is None else "has changed since it was written"
             raise ReconError(f"{str(path)!r} {wrong}; delete {str(self.folder)!r} to begin anew")
 
