@@ -145,7 +145,7 @@ def load(
         raise ReconError(f"model {name!r} lacks weights that its config.json calls for: {missing}")
     warn_of_surplus(model, found["unexpected_keys"])
     for parameter, values in model.named_parameters():
-        check_finite(parameter, values)
+        check_finite(parameter, values, f"model {name!r}")
         if not values.untyped_storage().resizable():
             # Mapped from the file, and would change with it. Besides, kernels give other last bits for memory that begins at any place.
             values.data = values.data.clone()

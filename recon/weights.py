@@ -246,20 +246,22 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers called `names`: floating-point ones in float32; nothing else holds their memory.
 
-        Raises `ReconError` naming one that is not there, is of another shape than the model's, or holds NaN or infinity; and a file
-        that has been written to since it was opened.
+        Raises `ReconError` naming one that is not there, and with its file one that is of another shape than the model's, or holds NaN
+        or infinity; and a file that has been written to since it was opened.
         """
         wanted = dict.fromkeys(names)
         while wanted:
             name = next(iter(wanted))
             if name not in self._sources:
                 raise ReconError(f"the checkpoint has no weight {name!r}")
-            for found, tensor in self._made(self._sources[name]).items():
+            source = self._sources[name]
+            for found, tensor in self._made(source).items():
                 if found in wanted:
+                    file = repr(str(self._files[source.entries[-1][0]][1]))
                     if tensor.shape != self._known[found][0]:
-                        raise ReconError(f"weight {found!r} is {tuple(tensor.shape)}, not {tuple(self._known[found][0])}")
+                        raise ReconError(f"{file}: weight {found!r} is {tuple(tensor.shape)}, not {tuple(self._known[found][0])}")
                     if found not in self._finite:
-                        check_finite(found, tensor)
+                        check_finite(found, tensor, file)
                         self._finite.add(found)
                     yield found, tensor
                 wanted.pop(found, None)
@@ -277,24 +279,26 @@ class Checkpoint:
 
     def _entry(self, name: str) -> Tensor:
         opened, path = self._files[name]
+        _check_untouched(path, self._states[path])  # the system kills who reads what has been cut off a mapped file
         tensor = opened.get_tensor(name)
         # A copy: what is in the file is mapped into memory, and must not change.
         tensor = tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
-        if _written_to(path, self._states[path]):
-            raise ReconError(
-                f"{str(path)!r} has been written to while this run read from it; restore it, and give the same command again"
-            )
+        _check_untouched(path, self._states[path])
         return tensor
 
 
-def _written_to(path: Path, before: os.stat_result) -> bool:
-    """Whether the file that was at `path` has been written to since, as its size and time tell; another one that took its place is not it."""
+def _check_untouched(path: Path, before: os.stat_result) -> None:
+    """Raises `ReconError` where the file that was at `path` has been written to since, as its size and time tell; another one that took
+    its place is not it."""
     try:
         now = path.stat()
     except OSError:
-        return False
+        return
     same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
-    return same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
+    if same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise ReconError(
+            f"{str(path)!r} has been written to while this run read from it; restore it, and give the same command again"
+        )
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
@@ -350,11 +354,11 @@ def warn_of_surplus(model: PreTrainedModel, names: Iterable[str]) -> None:
         )
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises `ReconError` naming the parameter `name` where it holds NaN or infinity."""
+def check_finite(name: str, tensor: Tensor, owner: str) -> None:
+    """Raises `ReconError` naming the parameter `name`, and whose it is, where it holds NaN or infinity."""
     bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
-        raise ReconError(f"parameter {name!r} holds {bad} NaN or infinite values of {tensor.numel()}")
+        raise ReconError(f"{owner}: parameter {name!r} holds {bad} NaN or infinite values of {tensor.numel()}")
 
 
 def open_model(

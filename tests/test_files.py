@@ -328,3 +328,75 @@ def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
     kept.write_text("{}")
     files._digest.cache_clear()
     assert files.digest(path) == hashlib.sha256(b"other").hexdigest() and len(computed) == 3
+
+
+# ---- a run on what is damaged, in memory or streamed
+
+
+UP = "model.layers.2.mlp.up_proj.weight"
+
+
+def change_weights(folder: Path, change) -> None:
+    """Replaces tensor `UP` by what `change` makes of it, in the shard that has it."""
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][UP]
+    weights = load_file(file)
+    save_file(weights | {UP: change(weights[UP])}, file, metadata={"format": "pt"})
+
+
+def link_out(folder: Path, file: Path) -> None:
+    file.rename(folder.parent / "elsewhere.safetensors")
+    file.symlink_to("../elsewhere.safetensors")
+
+
+def pickle_only(folder: Path, file: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def own_code(folder: Path, file: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "modeling_own.py").write_text("raise SystemExit('was run')")
+
+
+def misplace(places: dict) -> dict:
+    return places | {UP: sorted(set(places.values()) - {places[UP]})[0]}
+
+
+DAMAGES = {
+    "truncated": (lambda folder, file: os.truncate(file, file.stat().st_size - 1), "'{file}' .* is truncated or damaged"),
+    "flipped": (lambda folder, file: flip_a_bit(file), "'{file}' is damaged: its content does not have the hash"),
+    "missing": (lambda folder, file: file.unlink(), "lacks the weights' file '{file}'"),
+    "index": (lambda folder, file: change_index(folder, misplace), f"places? tensor '{UP}'|holds tensor '{UP}'"),
+    "upwards": (lambda folder, file: change_index(folder, lambda p: p | {UP: "../x.safetensors"}), "names the file '../x.safetensors'"),
+    "link": (link_out, "'{file}' is a link that leads out of its folder"),
+    "pickle": (pickle_only, r"its weights are pickled \(pytorch_model.bin\)"),
+    "code": (own_code, r"type 'own', and the code that comes with it \(modeling_own.OwnConfig\) is not run unless"),
+    "shape": (lambda folder, file: change_weights(folder, lambda w: w[:5].contiguous()), rf"{UP}\S* is \(5, 32\), not \(64, 32\)"),
+    "integers": (lambda folder, file: change_weights(folder, lambda w: w.to(torch.int8)), f"'{UP}' is stored as I8; allowed"),
+    "NaN": (lambda folder, file: change_weights(folder, lambda w: w * torch.nan), f"'{UP}' holds 2048 NaN or infinite values"),
+    "infinity": (lambda folder, file: change_weights(folder, lambda w: w + torch.inf), f"'{UP}' holds 2048 NaN or infinite values"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_on_a_damaged_model_names_what_is_wrong_and_leaves_nothing(
+    damage, stream, sharded, tiny_text, tmp_path, monkeypatch
+):
+    """Neither a checkpoint nor a work folder, in which the same command would find another model once it is whole again."""
+    spoil, said = DAMAGES[damage]
+    file = sharded / json.loads((sharded / INDEX).read_text())["weight_map"][UP]
+    if damage == "flipped":
+        files.write_hashes(sharded)
+    spoil(sharded, file)
+    spec = recon.RunSpec(
+        model=str(sharded), text=tiny_text, samples=2, sequence_length=16, held_out_samples=0, granularity="block",
+        evaluation_texts=(tiny_text,), evaluation_samples=1, evaluation_length=16,
+    )  # fmt: skip
+    monkeypatch.setattr("recon.pruning.prune", lambda *a, **k: pytest.fail("has begun to prune"))
+    with pytest.raises(ReconError, match=f"(?s){sharded}.*({said.format(file=file.name)})"):
+        recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream)
+    assert {path.name for path in tmp_path.iterdir()} <= {"sharded", "elsewhere.safetensors"}

@@ -165,13 +165,15 @@ def test_everything_else_comes_from_the_given_model_too(spec, pruned_here, spoil
     ],
     ids=["shape", "missing", "surplus", "integers", "eighth precision", "NaN", "infinite norm", "tied"],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, monkeypatch, name, make, said):
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_path, monkeypatch, name, make, said, stream):
     state = pruned_here[1].model.state_dict()
     made = make(state[name].clone()) if name in state and name != "lm_head.weight" else make(None)
     folder = spoilt(**{name: made})
     monkeypatch.setattr("recon.evaluation.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
     with pytest.raises(ReconError, match=f"pruned model: .*{said}"):
-        recon.run(replace(spec, pruned=folder), progress=False)
+        recon.run(replace(spec, pruned=folder), save=tmp_path / "saved", progress=False, stream=stream)
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
 
 
 def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, tiny_folder, pruned_here, spoilt):
@@ -183,10 +185,11 @@ def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, ti
         recon.run(replace(spec, pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})), progress=False)
 
 
-def test_a_model_of_another_type_is_refused(spec, tmp_path):
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_a_model_of_another_type_is_refused(spec, tmp_path, stream):
     make_model("qwen2").save_pretrained(tmp_path)
     with pytest.raises(ReconError, match=f"pruned model '{tmp_path}' is of type 'qwen2', and the dense one of type 'llama'"):
-        recon.run(replace(spec, pruned=str(tmp_path)), progress=False)
+        recon.run(replace(spec, pruned=str(tmp_path)), progress=False, stream=stream)
 
 
 @pytest.mark.parametrize(

@@ -517,6 +517,42 @@ def test_damaged_activations_are_refused(spec, tmp_path, monkeypatch):
             recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
 
 
+@pytest.mark.parametrize("what, cut", [("dense", False), ("given", False), ("repaired", False), ("dense", True)])
+def test_a_shard_that_is_written_to_while_it_is_read_is_named(what, cut, spec, expected, tiny_folder, tmp_path, monkeypatch):
+    """In the model's own file, in the pruned model's, or in a window that is finished, a bit flips, or all is cut off that comes after
+    so many bytes, at which others are killed (SIGBUS); as it was again, the run goes on."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    options = {name: value for name, value in spec.__dict__.items() if name not in ("criterion", "pattern", "pruned")}
+    pruned = shutil.copytree(expected[1], tmp_path / "pruned")
+    spec = recon.RunSpec(**options | {"model": str(model)}, pruned=str(pruned))
+    file = {"dense": model / "model.safetensors", "given": pruned / "model.safetensors"}.get(what)
+    fit, calls, before = recon.reconstruction.fit, [], []
+
+    def flip(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            shard = file or sorted((tmp_path / "saved.unfinished" / "checkpoint").glob("*.safetensors"))[0]
+            content = shard.read_bytes()
+            before[:] = shard, content
+            with open(shard, "r+b") as opened:  # in place
+                opened.truncate(20_000) if cut else opened.write(content[:-100] + bytes([content[-100] ^ 1]))
+        return fit(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(ReconError) as error:
+        patch.setattr(recon.reconstruction, "fit", flip)
+        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    shard, content = before
+    assert f"'{shard}' has been written to while this run read from it" in str(error.value)
+    with pytest.raises(ReconError, match=r"another run: (model|pruned) was|has changed since it was written|is truncated"):
+        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    shard.write_bytes(content)
+    found = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    assert found.environment["resumed"] == 1
+    assert_same(
+        found, tmp_path / "saved", recon.run(spec, save=tmp_path / "other", progress=False, stream="no"), tmp_path / "other"
+    )
+
+
 # --- when a run is streamed -----------------------------------------------------------------------------------------------
 
 
