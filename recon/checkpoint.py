@@ -177,10 +177,16 @@ def write(
         sync_all(temporary)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):  # a full disk is either, by what was being written
+        if not_written(error):
             raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
         raise
     return temporary
+
+
+def not_written(error: BaseException) -> bool:
+    """Whether `error` is what saving a model and its tokenizer raises where the disk is full: by what was being written, Python's own
+    error, that of safetensors, or of tokenizers, which raises nothing more particular than `Exception`."""
+    return isinstance(error, OSError | SafetensorError) or type(error) is Exception
 
 
 def publish(complete: Path, folder: Path, record: RunRecord) -> None:

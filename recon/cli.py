@@ -118,7 +118,8 @@ def _run(
     )
     if error:
         if not _known(spec, file):  # what is known of the very same run is not lost to a failure
-            note(record)
+            with contextlib.suppress(ReconError):  # the failure itself says more than that it cannot be noted, as on a full disk
+                note(record)
         raise error
     _report(spec, record)
 

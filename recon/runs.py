@@ -236,9 +236,9 @@ class Run:
         record.environment = environment(self.device, spec.compute_dtype) | self.about()
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
         record.status = "done"
-        if self.save_dtype != "float32":
-            record.environment["save_dtype"] = self.save_dtype
         if save is not None:
+            if self.save_dtype != "float32":
+                record.environment["save_dtype"] = self.save_dtype
             with self.phase("save"):
                 self.save(student, save, command)
         record.seconds["total"] = time.perf_counter() - began

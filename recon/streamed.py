@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -145,7 +145,7 @@ def publish(complete: Path, save: Path, record: RunRecord) -> None:
     except OSError as error:
         raise ReconError(
             f"checkpoint cannot be moved to {str(save)!r}: {error}. It is complete in {str(complete)!r}; the same command moves it "
-            "when its place is free"
+            "when its place is free and there is room"
         ) from error
 
 
@@ -318,8 +318,13 @@ class StreamedRun(Run):
             self.record.environment["checkpoint"] = files.sha256(target / files.HASHES)
             checkpoint.write_card(target, self.record, command, self.save_dtype)
             checkpoint.sync_all(target)
-        except (OSError, SafetensorError) as error:
-            raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
+        except Exception as error:
+            if not checkpoint.not_written(error):
+                raise
+            raise ReconError(
+                f"checkpoint cannot be written to {str(folder)!r}: {error}. What is finished is kept: with room on the disk, the same command "
+                "goes on from there"
+            ) from error
 
 
 def _measured(found: dict) -> Measured:

@@ -190,6 +190,43 @@ def test_a_study_killed_while_it_writes_a_record_goes_on(spec, tmp_path, monkeyp
     assert (whole.stat().st_ino, whole.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+KILLED = """
+import os, resource, signal, sys
+from recon import cli, study
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "record":  # the checkpoint has its name, and nothing is known of the record
+    study.write_record = die
+else:  # the system kills whoever writes more than that to one file, in the middle of it
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+@pytest.mark.parametrize("place", ["record", "30000"], ids=["before the record", "in mid-write"])
+def test_a_run_that_is_killed_ends_with_its_record_when_it_is_repeated(stream, place, spec, tmp_path, monkeypatch):
+    """As if nothing had happened; the checkpoint is whole, and where it was there already, it is not touched."""
+    record, saved = tmp_path / "r.json", tmp_path / "saved"
+    spec = replace(spec, granularity="block", held_out_samples=2)
+    command = options(spec, "--stream", stream, "--record", str(record), "--save", str(saved))
+    done = subprocess.run([sys.executable, "-c", KILLED, place, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -(signal.SIGKILL if place == "record" else signal.SIGXFSZ), done.stderr
+    assert saved.exists() == (place == "record") and not record.exists()
+    assert any(path.suffix in (".part", ".unfinished") for path in tmp_path.iterdir()) == (stream == "yes" or place != "record")
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in saved.rglob("*")}
+    if place == "record":
+        monkeypatch.setattr("recon.runs.Run.execute", lambda *_: pytest.fail("computed anew"))
+    main(command)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "saved"]
+    assert not before or {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in saved.rglob("*")} == before
+    assert read_record(record).metrics == recon.run(spec, progress=False).metrics
+    assert read_record(record) == read_record(saved / "record.json") and models.load(str(saved))
+
+
 @pytest.mark.parametrize("name", ["spec", "metrics", "seconds", "peak_memory_bytes_by_phase"])
 @pytest.mark.parametrize("value", [None, [], 3, "done"])
 def test_a_record_with_a_field_of_the_wrong_kind_is_computed_anew(spec, tmp_path, caplog, name, value):
@@ -379,6 +416,29 @@ def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_resu
         assert torch.equal(matrix.weight == 0, student.matrices()[name].weight == 0)
 
 
+@pytest.mark.parametrize("propagation", ["dense", "mixed"])
+def test_a_streamed_run_that_is_short_of_memory_has_the_bits_of_one_that_is_not_streamed(spec, propagation, monkeypatch, caplog):
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    forward = LlamaDecoderLayer.forward
+
+    def run_out(block, hidden, *args, **options):
+        if hidden.shape[1] == spec.sequence_length and len(hidden) > (1 if torch.is_grad_enabled() else 2):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(block, hidden, *args, **options)
+
+    spec, records, said = replace(spec, granularity="block", batch_size=4, propagation=propagation), [], []
+    for stream in ("no", "yes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaDecoderLayer, "forward", run_out)
+            caplog.clear()
+            records.append(recon.run(spec, progress=False, stream=stream))
+        said.append([record.message for record in caplog.records if "out of memory" in record.message])
+    assert records[0].metrics == records[1].metrics and [window["micro_batch"] for window in records[1].windows] == [1] * 4
+    assert said[0] == said[1] and any("4 samples at a time: 2 from here on (CUDA out of memory.)" in each for each in said[0])
+    assert recon.run(spec, progress=False).metrics["perplexity"] == pytest.approx(records[1].metrics["perplexity"], rel=1e-3)
+
+
 def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
     dense, student = pair
     tokens = random_tokens(7, 12)
@@ -449,44 +509,86 @@ def test_an_infinite_loss_restores_even_where_its_gradient_is_finite(pair, caplo
     assert all(torch.equal(found, before[name]) for name, found in student.model.state_dict().items())
 
 
+@pytest.mark.parametrize("stream", ["no", "yes"])
+@pytest.mark.parametrize("broken", ["weights", "losses", "activations"])
+def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broken, stream, tmp_path, monkeypatch, caplog):
+    """In the record, in what is said, and in what is saved; windows before it are repaired, and so are those after it, if they can be."""
+    spec = replace(spec, model=str(folder), criterion="magnitude", granularity="block", evaluation_samples=1)
+    first = 2
+    if broken == "activations":  # overflow from there on
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.2.mlp.down_proj.weight"] *= 1e38
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    recon.run(replace(spec, granularity="none"), save=tmp_path / "pruned", progress=False)
+    fit, calls = recon.reconstruction.fit, []
+
+    def breaks(forward, parameters, *rest, **options):
+        curve = fit(forward, parameters, *rest, **options)
+        calls.append(1)
+        if len(calls) == first + 1 and broken == "weights":
+            with torch.no_grad():
+                parameters[0].view(-1)[3] = torch.nan
+        return replace(curve, losses=[torch.inf]) if len(calls) == first + 1 and broken == "losses" else curve
+
+    monkeypatch.setattr("recon.reconstruction.fit", breaks)
+    record = recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream)
+    restored = [2, 3] if broken == "activations" else [2]
+    assert [window["status"] == "restored" for window in record.windows] == [number in restored for number in range(4)]
+    assert "window 'block 2': fitting gave NaN or infinite" in caplog.text and broken in caplog.text
+    assert "its pruned-only weights are restored" in caplog.text
+    pruned, saved = (models.load(str(tmp_path / name))[0].state_dict() for name in ("pruned", "saved"))
+    for number in range(4):
+        name = f"model.layers.{number}.mlp.up_proj.weight"
+        assert torch.equal(pruned[name], saved[name]) == (number in restored)
+
+
 # ---- interrupted, or nowhere to write
 
 
-@pytest.mark.parametrize("where", ["recon.pruning.prune", "recon.reconstruction.fit", "recon.checkpoint.write_hashes"])
-def test_an_interrupted_run_leaves_nothing_behind(spec, tmp_path, capsys, monkeypatch, where):
-    monkeypatch.setattr(where, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+@pytest.mark.parametrize("stream", ["no", "yes"])
+@pytest.mark.parametrize("where", ["recon.pruning.prune", "recon.reconstruction.fit", "recon.checkpoint.write_card"])
+def test_an_interrupted_run_leaves_nothing_behind_but_what_it_goes_on_from(spec, tmp_path, capsys, monkeypatch, where, stream):
+    spec = replace(spec, granularity="block")
+    command = options(spec, "--stream", stream, "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "r.json"))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run in the background
     try:
-        with pytest.raises(SystemExit) as end:
-            main(
-                options(
-                    replace(spec, granularity="block"), "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "r.json")
-                )
-            )
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(where, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+            main(command)
     finally:
         signal.signal(signal.SIGINT, before)
     errors = capsys.readouterr().err
     assert end.value.code == 130 and "recon: interrupted" in errors and "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.unfinished"] * (stream == "yes")
+    if stream == "yes":
+        main(command)
+        found = read_record(tmp_path / "r.json")
+        assert found.environment["resumed"] == 1 and found.metrics == recon.run(spec, progress=False).metrics
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "saved"]
 
 
-@pytest.mark.parametrize("place", ["save", "record", "study"])
-def test_a_read_only_place_is_refused_before_anything_runs(spec, tmp_path, capsys, monkeypatch, place):
+@pytest.mark.parametrize(
+    "place, stream", [("study", "no"), *((p, s) for p in ("save", "record") for s in ("no", "yes")), ("cache", "yes")]
+)
+def test_a_read_only_place_is_refused_before_anything_runs(spec, tmp_path, capsys, monkeypatch, place, stream):
     def read_only(**kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("recon.checkpoint.tempfile.TemporaryFile", read_only)
-    monkeypatch.setattr("recon.models.load", lambda *args, **kwargs: pytest.fail("loaded before it was checked"))
+    monkeypatch.setattr("recon.unfinished.cache_folder", lambda: tmp_path)
+    for name in ("load", "skeleton"):
+        monkeypatch.setattr(f"recon.models.{name}", lambda *args, **kwargs: pytest.fail("loaded before it was checked"))
     with pytest.raises((SystemExit, ReconError)) as end:
         if place == "study":
             run_study([spec], tmp_path, progress=False)
         else:
-            main(options(spec, f"--{place}", str(tmp_path / "out")))
+            main(options(spec, "--stream", stream, *([f"--{place}", str(tmp_path / "out")] if place != "cache" else [])))
     said = str(end.value) + capsys.readouterr().err
-    assert f"cannot write to '{tmp_path}' (Read-only file system)" in said and "Traceback" not in said
+    where = tmp_path / "unfinished" if place == "cache" else tmp_path
+    assert f"cannot write to '{where}' (Read-only file system)" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("where", ["recon.checkpoint.write_hashes", "recon.checkpoint.os.replace"])
+@pytest.mark.parametrize("where", ["recon.files.write_hashes", "recon.checkpoint.os.replace"])
 def test_a_disk_that_is_full_when_a_model_is_saved(spec, tmp_path, monkeypatch, where):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -495,6 +597,45 @@ def test_a_disk_that_is_full_when_a_model_is_saved(spec, tmp_path, monkeypatch, 
     with pytest.raises(ReconError, match=r"checkpoint cannot be written to '.*saved'.*No space left on device"):
         recon.run(spec, save=tmp_path / "saved", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "where, said",
+    [
+        ("recon.streamed.write_json", "checkpoint cannot be written to '{saved}'"),
+        ("recon.checkpoint.write_card", "checkpoint cannot be written to '{saved}'"),
+        ("recon.checkpoint.write_json", "checkpoint cannot be moved to '{saved}'"),
+        ("recon.checkpoint.os.replace", "saved.unfinished' cannot be written"),
+        ("recon.study.tempfile.mkstemp", "record cannot be written to '{record}'"),
+    ],
+)
+def test_a_disk_that_is_full_when_a_streamed_run_ends_loses_nothing(spec, tmp_path, capsys, monkeypatch, where, said):
+    """In every step of its end; with room again, the same command goes on."""
+    record, saved = tmp_path / "r.json", tmp_path / "saved"
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    command = options(spec, "--stream", "yes", "--record", str(record), "--save", str(saved))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(where, full)
+        main(command)
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and "Traceback" not in errors
+    assert said.format(saved=saved, record=record) in errors and "No space left on device" in errors
+    main(command)
+    assert read_record(record).metrics == recon.run(spec, progress=False).metrics and models.load(str(saved))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "saved"]
+
+
+@pytest.mark.parametrize("size", [100, 3_000, 20_000, 50_000])
+def test_a_streamed_run_that_runs_out_of_room_goes_on_where_it_was(spec, tmp_path, size):
+    """Wherever a file could not grow beyond so many bytes: the journal, masks, activations, weights."""
+    spec = replace(spec, granularity="block", held_out_samples=2)
+    with room_for(size), pytest.raises(ReconError, match=r"saved.unfinished' cannot be written: .*File too large"):
+        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    found = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    assert found.metrics == recon.run(spec, progress=False).metrics and models.load(str(tmp_path / "saved"))
 
 
 def test_what_a_killed_process_left_of_a_model_is_removed(spec, tmp_path):

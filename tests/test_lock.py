@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import recon
-from recon import lock
+from recon import lock, unfinished
 from recon.errors import ReconError
 
 HOLD = """
@@ -81,11 +81,24 @@ def test_the_lock_is_given_up_where_what_it_protects_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_folder_is_held_from_the_start(tmp_path, tiny_folder, tiny_text, monkeypatch):
-    monkeypatch.setattr("recon.models.load", lambda *a, **k: pytest.fail("loaded before the folder was held"))
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_a_save_folder_is_held_from_the_start(stream, tmp_path, tiny_folder, tiny_text, monkeypatch):
+    for name in ("load", "skeleton"):
+        monkeypatch.setattr(f"recon.models.{name}", lambda *a, **k: pytest.fail("loaded before the folder was held"))
     with lock.held(tmp_path / f".out{lock.NAME}", "folder"):
         with pytest.raises(ReconError, match=f"save folder '{tmp_path}/out' is in use by process {os.getpid()}"):
-            recon.run(spec(tiny_folder, tiny_text), save=tmp_path / "out", progress=False)
+            recon.run(spec(tiny_folder, tiny_text), save=tmp_path / "out", progress=False, stream=stream)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_streamed_run_that_saves_nothing_is_held_too(tmp_path, tiny_folder, tiny_text, monkeypatch):
+    """Two processes with the same command would work in the same folder of the cache."""
+    monkeypatch.setattr("recon.unfinished.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("recon.models.skeleton", lambda *a, **k: pytest.fail("loaded before the folder was held"))
+    run = spec(tiny_folder, tiny_text)
+    with unfinished.held(run.key()):
+        with pytest.raises(ReconError, match=f"unfinished run {run.key()} is in use by process {os.getpid()}"):
+            recon.run(run, progress=False, stream="yes")
 
 
 def test_what_a_killed_study_left_half_written_is_removed(tmp_path, tiny_folder, tiny_text):

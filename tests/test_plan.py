@@ -235,6 +235,7 @@ def test_a_short_run_is_not_planned(spec, monkeypatch):
 def test_the_disk_that_counts_is_the_one_that_is_written_to(stream, save, spec, tmp_path, monkeypatch):
     """Of the folder to save to, though it is yet to be made; of the cache, where a streamed run saves nothing."""
     asked, usage = [], plan.shutil.disk_usage
+    monkeypatch.setattr(plan, "_memory", lambda *_, **__: {"load": {"process": 0.0}})
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: asked.append(place) or usage(place))
     monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
