@@ -29,7 +29,7 @@ tags: [pruned, sparse, reconstruction]
 
 # {name}: pruned {pattern} with {criterion}, repaired at {granularity} granularity
 
-A dense checkpoint with exact zeros: it loads with `AutoModelForCausalLM.from_pretrained` and needs no special kernel.
+A dense checkpoint with exact zeros: it loads with the `from_pretrained` of transformers and needs no special kernel.
 Method: local reconstruction after pruning, arXiv 2510.14444.
 
 | | |
