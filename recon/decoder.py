@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from recon.errors import ReconError
 from recon.structure import (
     FusedProducts,
     Product,
+    Returned,
     distance,
     find_blocks,
     first,
@@ -163,6 +164,8 @@ class Decoder:
     """
 
     reading = ""  # what becomes of a sample before the model reads it, in words
+    # What is found out about a model's structure, which holds for all that are built like it.
+    FOUND = ("stacks", "_outputs", "halves", "_silence", "groups", "_matrices", "dense_modules", "_embedding", "_half_parameters")
 
     def __new__(cls, model: nn.Module, *args, **kwargs):
         if cls is Decoder and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -176,18 +179,16 @@ class Decoder:
             if hasattr(getattr(module, "config", None), "_experts_implementation"):
                 # Each expert's product is then one of its own, with its tokens alone, and can be seen.
                 module.config._experts_implementation = "eager"
-        self.stacks = like.stacks if like else self._find_stacks()
+        if like:
+            vars(self).update({name: vars(like)[name] for name in self.FOUND})
+        else:
+            self.stacks = self._find_stacks()
         self.blocks = nn.ModuleList(block for path in self.stacks for block in model.get_submodule(path))
         self.names = [f"{path}.{index}" for path in self.stacks for index in range(len(model.get_submodule(path)))]
-        self._calls: dict[tuple, list[tuple[tuple, dict]]] = {}
-        if like:
-            self._outputs, self.halves, self._silence = like._outputs, like.halves, like._silence
-            self.groups, self._matrices, self.dense_modules = like.groups, like._matrices, like.dense_modules
-            self._embedding = like._embedding
-            self._half_parameters, self._calls = like._half_parameters, like._calls
-        elif lazy:
+        self._calls: dict[tuple, list[tuple[tuple, dict]]] = self._calls_of(like) if like else {}
+        if not like and lazy:
             self._discover_skeleton()
-        else:
+        elif not like:
             self._discover(range(len(self.blocks)))
 
     def _find_stacks(self) -> list[str]:
@@ -232,7 +233,7 @@ class Decoder:
         """
         stubs = {block: partial(self._bypass, index) for index, block in enumerate(self.blocks)}
         last = len(self.blocks) - 1
-        stubs[self.blocks[last]] = lambda *a, **k: self._bypass(last, hidden)
+        stubs[self.blocks[last]] = lambda h, *a, **k: self._bypass(last, hidden, *a, **k)
         with self.loaded_head(), replaced(stubs):
             return self.run(tokens).logits
 
@@ -297,9 +298,13 @@ class Decoder:
             return first(self.blocks[index](hidden, *args, **kwargs))
 
     def _bypass(self, index: int, hidden: Tensor, *args, **kwargs):
-        """`hidden` as the block `index` would return it."""
+        """`hidden` as the block `index` would return it, were it called with `args` and `kwargs` as well."""
         output = self._outputs[index]
-        return hidden if output is None else type(output)((hidden, *output[1:]))
+        return hidden if output is None else output.beside(hidden, args, kwargs)
+
+    def _passed_by(self, index: int, hidden: Tensor) -> Tensor:
+        """What the model makes of the residual stream `hidden` (batch, length, hidden) where it by-passes the block `index`."""
+        return hidden
 
     def run(self, tokens: Tensor):
         """What the whole model returns for `tokens` (batch, length): its logits are those of `predicted(tokens)`."""
@@ -337,6 +342,14 @@ class Decoder:
             self._keep_call(hidden, tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls))
         return self._calls[shape, hidden.device]
 
+    def _calls_of(self, like: "Decoder") -> dict[tuple, list[tuple[tuple, dict]]]:
+        """What the blocks of `like` are known to be called with, where these blocks are called with the same."""
+        return like._calls
+
+    def forget(self) -> None:
+        """Forgets what blocks are called with: to be called when weights have changed that it may be computed from."""
+        self._calls = {}
+
     def _keep_call(self, hidden: Tensor, calls: list[tuple[tuple, dict]]) -> None:
         if len(self._calls) >= SHAPES:
             self._calls.pop(next(iter(self._calls)))
@@ -346,22 +359,25 @@ class Decoder:
 
     def loaded(self, window: Window) -> contextlib.AbstractContextManager:
         """Context in which all that it takes to run `window` is in memory. A model that is not a skeleton always is."""
-        if self.lazy is None:
-            return contextlib.nullcontext()
-        return self.lazy.present(tensor for tensor in self.needed(window) if isinstance(tensor, nn.Parameter))
+        return self._present(tensor for tensor in self.needed(window) if isinstance(tensor, nn.Parameter))
 
     def loaded_embedding(self) -> contextlib.AbstractContextManager:
         """As `loaded`, for what comes before the first block."""
-        return self._loaded_ends(before=True)
+        return self._present(self._embedded)
 
     def loaded_head(self) -> contextlib.AbstractContextManager:
         """As `loaded`, for what comes after the last block."""
-        return self._loaded_ends(before=False)
+        # The embedding may go by a name under which nothing runs.
+        skipped = set(self._embedded).difference(self.head_weights())
+        return self._present(p for name, p in self._ends.items() if name not in self._embedding and p not in skipped)
 
-    def _loaded_ends(self, before: bool) -> contextlib.AbstractContextManager:
-        if self.lazy is None:
-            return contextlib.nullcontext()
-        return self.lazy.present(parameter for name, parameter in self._ends.items() if (name in self._embedding) == before)
+    def _present(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.lazy is None else self.lazy.present(parameters)
+
+    @property
+    def _embedded(self) -> list[nn.Parameter]:
+        """The parameters outside the blocks that have a part in what the first block reads."""
+        return [self._ends[name] for name in self._ends if name in self._embedding]
 
     @functools.cached_property
     def _ends(self) -> dict[str, nn.Parameter]:
@@ -487,7 +503,6 @@ class Decoder:
         parameters += [parameter for index in set(originals) for parameter in self.blocks[index].parameters()]
         with self.lazy.reading(made_up(self.lazy.parameters)), self.lazy.present(parameters), replaced(bypassed):
             self._discover(originals)
-        self._calls.clear()  # what blocks were called with came of made-up weights
 
     @torch.no_grad()
     def _discover(self, originals: Sequence[int]) -> None:
@@ -495,14 +510,14 @@ class Decoder:
         tokens = probe_tokens(self.model)
         chosen = [index for index, original in enumerate(originals) if index == original]
         ran, handles = [], []
-        self._outputs: dict[int, tuple | list | None] = {}  # what blocks return, where that is more than hidden states
+        self._outputs: dict[int, Returned | None] = {}
 
-        def see(index, block, args, output):
+        def see(index, block, args, kwargs, output):
             ran.append(index)
-            self._outputs[index] = output if isinstance(output, tuple | list) else None
+            self._outputs[index] = Returned.of(output, args[1:], kwargs)
 
         for index in chosen:
-            handles.append(self.blocks[index].register_forward_hook(partial(see, index)))
+            handles.append(self.blocks[index].register_forward_hook(partial(see, index), with_kwargs=True))
         try:
             expected = self.run(tokens).logits
         finally:
@@ -516,7 +531,7 @@ class Decoder:
         self._check_apart()
         self._find_embedding(tokens)
         self._check_causal(tokens, expected)
-        self._check_composition(tokens.flip(1)[:, 1:], chosen)
+        self._check_composition(tokens.flip(1)[:, 1:], originals)
         self.halves: list[Halves | str] = []
         self._silence: list[dict[str, Callable]] = []
         self._half_parameters: list[dict[str, frozenset[str]]] = []
@@ -532,6 +547,8 @@ class Decoder:
                 hidden = self._run_block(index, hidden)
             else:
                 self._build_like(index, original)
+                hidden = self._passed_by(index, hidden)
+        self._calls.clear()  # what blocks were called with may come of made-up weights
         if self.dense_modules:
             some = ", ".join(self.dense_modules[:3]) + (", ..." if len(self.dense_modules) > 3 else "")
             log.warning(
@@ -567,6 +584,9 @@ class Decoder:
             for handle in handles:
                 handle.remove()
 
+    def _find_passed_on(self, tokens: Tensor, originals: Sequence[int]) -> None:
+        """Notes what other blocks are called with comes of in some: nothing, where it comes of none; see `_call`."""
+
     def _check_apart(self) -> None:
         owners: dict[nn.Parameter, str] = {}
         for index, block in enumerate(self.blocks):
@@ -587,16 +607,18 @@ class Decoder:
             kind = type(self.model).__name__
             raise ReconError(f"{kind} is not a causal language model: changing the last token changes the predictions before it")
 
-    def _check_composition(self, tokens: Tensor, chosen: Sequence[int]) -> None:
+    def _check_composition(self, tokens: Tensor, originals: Sequence[int]) -> None:
         # Other tokens than those that blocks were seen to return something for, lest that be what makes it come out right.
         expected = self.run(tokens).logits
         wrong = "do not give the model's own output"
         try:
+            self._find_passed_on(probe_tokens(self.model), originals)
             hidden = self.embed(tokens)
-            for index in chosen:
-                hidden = self._run_block(index, hidden)
+            for index, original in enumerate(originals):
+                hidden = self._run_block(index, hidden) if index == original else self._passed_by(index, hidden)
             # Weights that are NaN are for others to refuse, by name.
-            if not distance(self.logits(self.predicted(tokens), self.predicted(hidden)), expected) > tolerance(expected):
+            gap = distance(self.logits(self.predicted(tokens), self.predicted(hidden)), expected)
+            if gap <= tolerance(expected) or not expected.isfinite().all():
                 return
         except Exception as error:  # whatever a model may raise that is not made for this
             wrong = f"fail ({type(error).__name__}: {error})"

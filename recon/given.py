@@ -49,6 +49,7 @@ def given(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
             if fresh > LEAST:
                 log.warning("%s of %r, outside of the blocks' matrices, is zero: nothing keeps it so", f"{fresh:.0%}", name)
         parameter.copy_(value)
+    decoder.forget()
     masks = {name: matrix.weight != 0 for name, matrix in decoder.matrices().items()}
     found = Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, rest=rest)
     _check_share(found.total_sparsity)

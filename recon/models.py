@@ -12,8 +12,6 @@ from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -25,7 +23,16 @@ from transformers.utils import logging as transformers_logging
 
 from recon import assets, files
 from recon.errors import ReconError
-from recon.weights import Checkpoint, check_finite, check_stored, check_unquantised, open_model, quantisation, warn_of_surplus
+from recon.weights import (
+    Checkpoint,
+    auto_class,
+    check_finite,
+    check_stored,
+    check_unquantised,
+    open_model,
+    quantisation,
+    warn_of_surplus,
+)
 
 SUFFIXES = {
     ".safetensors",
@@ -128,8 +135,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         undone = _undo_quantisation(config)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, found = kind.from_pretrained(
+        model, found = auto_class(config).from_pretrained(
             where, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
             config=config, ignore_mismatched_sizes=True,  # refused below, by name
         )  # fmt: skip
@@ -223,8 +229,6 @@ def skeleton(
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-        if config.is_encoder_decoder:
-            raise ValueError("it is an encoder-decoder, and the weights of these have to be in memory; use stream no")
         model, checkpoint = open_model(config, files.shards(where), trust_remote_code)
         if (where / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(where)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from recon import adapters, logits, statistics
 from recon.activations import SMALL
@@ -34,7 +34,7 @@ from recon.engine import Engine
 from recon.runs import Measured, Pruned, Run, Session
 from recon.solvers.gradient import Schedule
 from recon.spec import RunRecord, RunSpec
-from recon.weights import Lazy, skeleton
+from recon.weights import Lazy, auto_class, skeleton
 from recon.work import InMemory
 
 # What a tensor is for, by the function of this library that made it: the innermost one that is named here counts.
@@ -321,7 +321,7 @@ class Rehearsal(Run):
 
     def decoder(self, like: Decoder) -> Decoder:
         """The model, built as `like` is."""
-        return Decoder(AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval(), like=like)
+        return Decoder(auto_class(self.config).from_config(self.config, dtype=torch.float32).eval(), like=like)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

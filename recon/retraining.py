@@ -145,6 +145,7 @@ def retrain(
                     parameter.copy_(rest[name])
             for name, matrix in student.matrices().items():
                 matrix.weight.copy_(before[name])
+    student.forget()
     moved = sum((m.weight - before[name]).square().sum().item() for name, m in student.matrices().items())
     norm = sum(weight.square().sum().item() for weight in before.values())
     movement = (moved / max(norm, 1e-30)) ** 0.5

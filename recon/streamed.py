@@ -58,8 +58,6 @@ def _needs_memory(spec: RunSpec) -> str | None:
         config = models.configuration(*spec.loaded_by)
     except ReconError:  # loading the model will say what is wrong
         return None
-    if config.is_encoder_decoder:
-        return f"model {spec.model!r} is an encoder-decoder, whose weights have to be in memory"
     if found := quantisation(config):
         return f"reading model {spec.model!r} undoes its quantisation ({found['quant_method']})"
     return None

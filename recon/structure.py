@@ -16,6 +16,39 @@ from recon.errors import ReconError
 PROBE_LENGTH = 8
 
 
+@dataclass(frozen=True)
+class Returned:
+    """What a block returned beside hidden states.
+
+    kind: a tuple or a list.
+    rest: what came after the hidden states.
+    given: of what the block was called with after its hidden states, by number or name, which of `rest`, by number, is the very same.
+    """
+
+    kind: type
+    rest: tuple
+    given: dict[int, int | str]
+
+    @classmethod
+    def of(cls, output, args: tuple, kwargs: dict) -> "Returned | None":
+        """None where `output` is hidden states alone. args, kwargs: what the block was called with beside its hidden states."""
+        if not isinstance(output, tuple | list):
+            return None
+        named = [*enumerate(args), *kwargs.items()]
+        tensors = ((number, value) for number, value in enumerate(output[1:]) if isinstance(value, Tensor))
+        return cls(type(output), tuple(output[1:]), {n: name for n, value in tensors for name, arg in named if arg is value})
+
+    @property
+    def made(self) -> bool:
+        """Whether some tensor in it is the block's own."""
+        return any(isinstance(value, Tensor) and number not in self.given for number, value in enumerate(self.rest))
+
+    def beside(self, hidden: Tensor, args: tuple, kwargs: dict):
+        """It with other `hidden` states, and what a block that is called with `args` and `kwargs` would hand on of them."""
+        named = {**dict(enumerate(args)), **kwargs}
+        return self.kind((hidden, *(named.get(self.given.get(number), value) for number, value in enumerate(self.rest))))
+
+
 def find_blocks(model: nn.Module, run: Callable[[], object] | None, within: str = "") -> str:
     """Path of the `nn.ModuleList` that holds the most parameters, of those that run.
 
@@ -202,6 +235,22 @@ def kind_of(block: nn.Module) -> tuple:
 def first(output):
     """The hidden states among what a module returned: the first of a tuple, or all of it."""
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def reached(tensors: Iterable[object]) -> set[Tensor]:
+    """The tensors without a history, such as parameters, that those of `tensors` were computed from, where that was recorded."""
+    nodes, seen, found = [], set(), set()
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            nodes.append(tensor.grad_fn) if tensor.grad_fn else found.add(tensor)
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.add(node.variable)
+    return found
 
 
 def hidden_states(args: tuple, kwargs: dict) -> Tensor:

@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -38,13 +38,18 @@ PART = ".part"  # ends the names of files that are still being written; nothing 
 # --- the skeleton -----------------------------------------------------------------------------------------------------
 
 
+def auto_class(config: PretrainedConfig) -> type:
+    """The class of transformers that makes the model of `config`."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal LM of `config` in evaluation mode, without weights: its parameters are on torch's meta device, and untied.
+    """The causal LM, or encoder-decoder, of `config` in evaluation mode, without weights: its parameters are on torch's meta device, and untied.
 
     Buffers that are computed, such as rotary frequencies, are there.
     """
     with init_empty_weights(include_buffers=False):
-        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        made = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     return made.eval()
 
 
@@ -190,6 +195,7 @@ class Checkpoint:
         self._states: dict[Path, os.stat_result] = {}  # of these, when they were opened
         self._sources: dict[str, _Source] = {}  # parameter -> what it is made from
         self.unknown: list[str] = []  # entries that the model has no place for
+        self.computed: dict[str, Tensor] = {}  # parameters that no file has to have
         self._finite: set[str] = set()  # parameters that were found to be
         for file in files:
             self.add(file)
@@ -252,6 +258,10 @@ class Checkpoint:
         wanted = dict.fromkeys(names)
         while wanted:
             name = next(iter(wanted))
+            if name in self.computed:
+                yield name, self.computed[name].clone()
+                del wanted[name]
+                continue
             if name not in self._sources:
                 raise ReconError(f"the checkpoint has no weight {name!r}")
             source = self._sources[name]
@@ -383,6 +393,12 @@ def open_model(
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
         raise ReconError(f"weights that the configuration calls for are missing: {', '.join(sorted(missing))}")
+    for name, names in tied(model).items():
+        if not any(other in checkpoint for other in names):  # such as positions that are sines, which transformers computes
+            owner, shape = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name).shape
+            _place(model, name, nn.Parameter(torch.empty(shape)))
+            model._init_weights(owner)
+            checkpoint.computed[name] = model.get_parameter(name).detach()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = {name for name in model.state_dict() if name not in parameters}
     for name, value in checkpoint.read(name for name in stored if name in checkpoint):

@@ -8,17 +8,21 @@ import torch
 from conftest import ENCODER_DECODERS, make_model, random_tokens
 from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.models.t5.modeling_t5 import T5Attention
 
 import recon
-from recon import device, streamed
 from recon.decoder import Decoder
 from recon.encoder_decoder import EncoderDecoder
 from recon.engine import Engine
 from recon.errors import ReconError
 from recon.evaluation import perplexity
+from recon.given import given
+from recon.models import load_pruned
+from recon.plan import plan
 from recon.pruning import prune
 from recon.reconstruction import reconstruct
 from recon.retraining import retrain
+from recon.solvers.gradient import Schedule
 from recon.statistics import gather
 
 
@@ -41,16 +45,21 @@ def own_logits(model, tokens):
         return model(input_ids=tokens[:, :middle], decoder_input_ids=tokens[:, middle:], use_cache=False).logits
 
 
-@pytest.mark.parametrize("granularity", ["block", "2-blocks", "quarter", "model"])
-@pytest.mark.parametrize("family", ENCODER_DECODERS)
 @torch.no_grad()
-def test_windows_composed_are_the_model(made, family, granularity):
-    decoder, tokens = made(family), random_tokens(3, 13)
-    assert isinstance(decoder, EncoderDecoder) and len(decoder.blocks) == 4 and len(decoder.stacks) == 2
+def composed(decoder, tokens, granularity="block"):
+    """The logits that come of running one window after another."""
     hidden = decoder.embed(tokens)
     for window in decoder.windows(granularity):
         hidden = decoder.forward(window, hidden)
-    found = decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden))
+    return decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden))
+
+
+@pytest.mark.parametrize("granularity", ["block", "2-blocks", "quarter", "model"])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_windows_composed_are_the_model(made, family, granularity):
+    decoder, tokens = made(family), random_tokens(3, 13)
+    assert isinstance(decoder, EncoderDecoder) and len(decoder.blocks) == 4 and len(decoder.stacks) == 2
+    found = composed(decoder, tokens, granularity)
     assert_close(found, own_logits(decoder.model, tokens), rtol=1e-4, atol=1e-4)
 
 
@@ -128,7 +137,33 @@ def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
         assert not matrix.weight[~masks[name]].any()
 
 
-def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path, monkeypatch, caplog):
+def test_what_blocks_pass_on_is_found_and_belongs_to_no_window(made, tmp_path):
+    """Biases of relative positions: each block is called with those of its own model, however it was trained or where it came from."""
+    dense, tokens = made("t5"), random_tokens(16, 16)
+    biases = {f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for half in ("encoder", "decoder")}
+    assert dense._passed_on == biases and not made("bart")._passed_on
+    first = dense.windows("block")[0]
+    assert biases & set(dense.parameters(first)) and not biases & set(dense.trained(first, "all"))
+    student = Decoder(copy.deepcopy(dense.model), like=dense)
+    copied = Decoder(copy.deepcopy(dense.model), like=dense)
+    masks = prune(student, tokens, "wanda", progress=False).masks
+    composed(student, tokens[:2]), composed(copied, tokens[:2])
+    retrain(student, tokens, masks, "full", schedule=Schedule(learning_rate=1e-2), compute_dtype="float32", progress=False)
+    student.model.save_pretrained(tmp_path)
+    given(copied, load_pruned(str(tmp_path), dense.model))
+    for decoder in (student, copied, Decoder(make_model("t5", seed=1), like=dense), dense):
+        assert_close(composed(decoder, tokens[:2]), own_logits(decoder.model, tokens[:2]), rtol=1e-4, atol=1e-4)
+    assert all(not torch.equal(student.model.get_parameter(name), dense.model.get_parameter(name)) for name in biases)
+
+
+def test_what_blocks_pass_on_has_to_be_known(monkeypatch):
+    """A model is refused whose biases come of weights, but cannot be traced back to them."""
+    monkeypatch.setattr(T5Attention, "compute_bias", torch.no_grad()(T5Attention.compute_bias))
+    with pytest.raises(ReconError, match="cannot be taken apart: its 4 blocks .* do not give the model's own output"):
+        Decoder(make_model("t5"))
+
+
+def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     make_model("t5", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -142,12 +177,8 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path, mon
     assert len(record.metrics["drift"]) == 4 and record.flops["reconstruct"] > 0
     with pytest.raises(ReconError, match="zero-shot tasks need a causal language model; T5For"):
         recon.run(dataclasses.replace(spec, tasks=("analogies",)), progress=False)
-    with pytest.raises(
-        ReconError, match="is an encoder-decoder, whose weights have to be in memory, which a streamed run cannot do"
-    ):
-        recon.run(spec, stream="yes", progress=False)
-    monkeypatch.setattr(device, "available_memory", lambda: 1)
-    assert not streamed.wanted("auto", spec) and "is an encoder-decoder" in caplog.text
+    planned = plan(dataclasses.replace(spec, granularity="none", criterion="magnitude"), stream="yes")
+    assert planned.streamed and 0 < planned.memory["evaluate"]["weights in hand"] < 0.5 * 4 * planned.parameters
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "half-block"])

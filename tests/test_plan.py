@@ -131,13 +131,14 @@ def _totals(found) -> dict[str, float]:
         {"granularity": "none", "then": "masklora", "then_checkpointing": True},
         {"granularity": "matrix", "activation_dtype": "bfloat16", "criterion": "wanda", "compute_dtype": "float32"},
         {"family": "mixtral", "criterion": "wanda"},
+        {"family": "t5", "criterion": "wanda", "granularity": "block"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_the_rehearsal_takes_the_bytes_that_the_run_takes(spec, options, config_folder):
     """Shapes alone, on two or three blocks and a few batches, against every tensor of the whole run on four blocks."""
     family, options = options.get("family"), {name: value for name, value in options.items() if name != "family"}
-    if family:  # with experts, among which random weights divide the tokens
+    if family:  # such as with experts, among which random weights divide the tokens
         spec = replace(spec, model=config_folder(make_model(family, num_hidden_layers=4).config.to_dict()))
     spec, (config, decoder) = replace(spec, **options), plan.shapes_of(spec.model)
     # Whether pruning changes weights decides, in a rehearsal, what the run sees for itself.

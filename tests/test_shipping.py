@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import make_model, random_tokens
+from conftest import ENCODER_DECODERS, make_model, random_tokens
 
 from recon.decoder import Decoder
 from recon.shipping import Packed, revived, twin, without_weights
@@ -21,7 +21,7 @@ def test_tensors_arrive_as_they_were(tensor):
     assert torch.equal(found, tensor) and found.dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "t5", "bart"])
 def test_a_decoder_arrives_without_weights_and_runs_on_those_that_it_is_given(family):
     tied = {"tie_word_embeddings": True} if family == "llama" else {}
     model = make_model(family, **tied)
@@ -33,11 +33,11 @@ def test_a_decoder_arrives_without_weights_and_runs_on_those_that_it_is_given(fa
     one = revived(sent, given.get)
     other = twin(one, lambda name: None if given.get(name) is None else 2 * given[name])
     doubled = Decoder(make_model(family, **tied), like=decoder)
-    hidden = decoder.embed(random_tokens(2, 8))
+    hidden = decoder.embed(random_tokens(2, 10))
     with torch.no_grad():
         for parameter, own in zip(doubled.model.parameters(), model.parameters(), strict=True):
             parameter.copy_(2 * own)
-        for window in decoder.windows("half-block"):
+        for window in decoder.windows("block" if family in ENCODER_DECODERS else "half-block"):
             needed = {id(tensor) for tensor in decoder.needed(window)}
             given.clear()
             given.update({name: p for name, p in model.named_parameters() if id(p) in needed})

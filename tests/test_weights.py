@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXPERTS, FAMILIES, UNDIVIDED, make_model, random_tokens
+from conftest import ENCODER_DECODERS, EXPERTS, FAMILIES, UNDIVIDED, make_model, random_tokens
+from families import small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from recon import weights
 from recon.decoder import Decoder
@@ -57,6 +58,16 @@ def test_a_checkpoint_with_two_values_for_what_its_configuration_ties(tmp_path):
         )
         with weights.Lazy(model, checkpoint.read).present([model.lm_head.weight]):
             assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
+
+
+def test_parameters_that_are_computed_are_in_no_file(tmp_path):
+    small_model("marian (encoder-decoder)").save_pretrained(tmp_path)
+    whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model, checkpoint = opened(tmp_path)
+    assert set(checkpoint.computed) == {f"model.{half}.embed_positions.weight" for half in ("encoder", "decoder")}
+    with weights.Lazy(model, weights.reader(model, checkpoint)).present(model.parameters()):
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
@@ -186,25 +197,30 @@ def test_a_file_appears_whole_or_not_at_all(failing, tmp_path, monkeypatch):
     assert torch.equal(load_file(file)["x"], new["x"])
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
+LONGER = {"t5": {"num_layers": 4}, "bart": {"encoder_layers": 4, "decoder_layers": 3}}  # with several blocks of one kind in a row
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS, *ENCODER_DECODERS])
 def test_a_skeleton_is_taken_apart_like_the_model(family, tmp_path):
     """With made-up weights, and one block of each kind: the structure is the same, and so are the bits of every window."""
-    whole = make_model(family)
+    whole = make_model(family, **LONGER.get(family, {}))
     whole.save_pretrained(tmp_path)
     model, checkpoint = opened(tmp_path)
-    lazy = weights.Lazy(model, checkpoint.read)
+    lazy = weights.Lazy(model, weights.reader(model, checkpoint))
     expected, found = Decoder(whole), Decoder(model, lazy=lazy)
-    assert found.groups == expected.groups and found.halves == expected.halves
+    assert found.groups == expected.groups
+    assert family in ENCODER_DECODERS or found.halves == expected.halves  # whose blocks are not divided
     shapes = [{name: (m.weight.shape, m.share) for name, m in each.matrices().items()} for each in (expected, found)]
     assert shapes[0] == shapes[1]
-    tokens = random_tokens(2, 8)
+    tokens = random_tokens(2, 11)
     hidden = expected.embed(tokens)
     assert torch.equal(found.embed(tokens), hidden)
     with torch.no_grad():
-        for window in expected.windows("half-block"):
+        for window in expected.windows("block" if family in ENCODER_DECODERS else "half-block"):
             assert list(found.parameters(window)) == list(expected.parameters(window))
             with found.loaded(window):
                 assert torch.equal(found.forward(window, hidden), expected.forward(window, hidden))
+        tokens, hidden = expected.predicted(tokens), expected.predicted(hidden)
         assert torch.equal(found.logits(tokens, hidden), expected.logits(tokens, hidden))
     assert all(weights.is_placeholder(parameter) for parameter in model.parameters() if parameter.numel() > 1)
 
