@@ -23,7 +23,7 @@ WEIGHTS, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", "S
 RECORD = "record.json"  # in what `recon` saves: the record of the run that made it
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm")  # configuration and tokenizer, as patterns
-SLOW = 2**30  # bytes from which hashing gets a bar
+SLOW = 2**30  # bytes from which it is shown that they are hashed
 LARGE = 2**26  # bytes from which a file's hash is kept from one process to the next
 
 

@@ -182,7 +182,7 @@ def _check_stored(shards: list[Path], model: PreTrainedModel) -> None:
     for path in shards:
         with safe_open(path, "pt") as file:
             for name in parameters.intersection(file.keys()):
-                check_stored(name, file.get_slice(name).get_dtype())
+                check_stored(name, file.get_slice(name).get_dtype(), path)
 
 
 def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:

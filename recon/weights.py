@@ -221,7 +221,7 @@ class Checkpoint:
                 self.unknown.append(entry)
                 continue
             if self._known[target][1]:
-                check_stored(entry, opened.get_slice(entry).get_dtype())
+                check_stored(entry, opened.get_slice(entry).get_dtype(), file)
             if entry not in self._files:
                 converter = by_pattern.get(pattern)
                 source = self._sources.setdefault(target, _Source(target, converter))
@@ -331,11 +331,11 @@ def reader(model: nn.Module, checkpoint: Checkpoint) -> Callable[[list[str]], It
     return read
 
 
-def check_stored(name: str, kind: str) -> None:
-    """Raises `ReconError` where the weight `name` is stored as `kind`, a safetensors dtype, that does not tell its values by itself."""
+def check_stored(name: str, kind: str, file: Path) -> None:
+    """Raises `ReconError` where the weight `name` is stored in `file` as `kind`, a safetensors dtype, that does not tell its values by itself."""
     if kind not in PLAIN:
         raise ReconError(
-            f"weight {name!r} is stored as {kind}; allowed: {', '.join(PLAIN)}. Weights must be floating-point: undo their "
+            f"{str(file)!r}: weight {name!r} is stored as {kind}; allowed: {', '.join(PLAIN)}. Weights must be floating-point: undo their "
             "quantisation first"
         )
 

@@ -1,5 +1,6 @@
 """What a run keeps while it works: masks, repaired weights, activations, and which steps are finished."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
@@ -12,10 +13,14 @@ from recon.activations import STREAM, Spill
 from recon.assets import sha256
 from recon.decoder import Decoder, Matrix
 from recon.errors import ReconError
+from recon.files import SLOW
 from recon.journal import Journal
 from recon.ragged import Ragged, Samples
 from recon.weights import Checkpoint, Lazy, as_stored, rounded, second, sync, write_safetensors
 
+log = logging.getLogger("recon")
+
+KEPT = ("masks", "weights", "shard", "exact")  # what an entry of the journal may say of the files of a step, beside activations
 FOLDERS = ("masks", "pruned", "activations", "checkpoint", "exact")
 
 SAVE = "remainder"  # the phase that writes what is in no window: nothing is computed with what it writes
@@ -98,10 +103,12 @@ class Work(InMemory):
         self.repaired: Checkpoint | None = None
         self._kept: dict[str, tuple[Samples, dict]] = {}  # stream -> what is in hand of it, and what is noted of its file
         self._open: dict[str, object] = {}
+        kept = [entry[kind] for entry in self.journal.entries for kind in KEPT if kind in entry]
+        if (size := sum(noted["size"] for noted in kept)) > SLOW:
+            log.info("checking %.1f GiB that this run has written before", size / 2**30)
+        for noted in kept:
+            self._check(noted)
         for entry in self.journal.entries:
-            for kind in ("masks", "weights", "shard", "exact"):
-                if kind in entry:
-                    self._check(entry[kind])
             self._take(entry)
         try:
             for name in FOLDERS:
@@ -226,7 +233,7 @@ class Work(InMemory):
         """Deletes what steps that were not finished left."""
         counted = {self.folder / self.journal.path.name}
         for entry in self.journal.entries:
-            counted |= {self.folder / entry[kind]["file"] for kind in ("masks", "weights", "shard", "exact") if kind in entry}
+            counted |= {self.folder / entry[kind]["file"] for kind in KEPT if kind in entry}
         for phase in {entry["phase"] for entry in self.journal.entries}:
             counted |= {self.folder / file for file in self._stream_files(self._last(phase))}
         for name in FOLDERS:

@@ -400,3 +400,22 @@ def test_a_run_on_a_damaged_model_names_what_is_wrong_and_leaves_nothing(
     with pytest.raises(ReconError, match=f"(?s){sharded}.*({said.format(file=file.name)})"):
         recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream)
     assert {path.name for path in tmp_path.iterdir()} <= {"sharded", "elsewhere.safetensors"}
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "index", "upwards", "link", "pickle", "code", "integers"])
+def test_a_run_on_a_damaged_pruned_model_names_what_is_wrong_too(
+    damage, stream, sharded, tiny_folder, tiny_text, tmp_path, monkeypatch
+):
+    spoil, said = DAMAGES[damage]
+    file = sharded / json.loads((sharded / INDEX).read_text())["weight_map"][UP]
+    if damage == "flipped":
+        files.write_hashes(sharded)
+    spoil(sharded, file)
+    spec = recon.RunSpec(
+        model=tiny_folder, pruned=str(sharded), text=tiny_text, evaluation_texts=(tiny_text,), sequence_length=16
+    )
+    monkeypatch.setattr("recon.evaluation.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
+    with pytest.raises(ReconError, match=f"(?s){sharded}.*({said.format(file=file.name)})"):
+        recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream)
+    assert {path.name for path in tmp_path.iterdir()} <= {"sharded", "elsewhere.safetensors"}
