@@ -161,11 +161,22 @@ class Plan:
     """As for `recon run`."""
     stream: Literal["auto", "yes", "no"] = "auto"
     """As for `recon run`."""
+    memory: float | None = None
+    """GiB of host memory that the run may take; default: what is free here."""
+    device_memory: float | None = None
+    """GiB of memory of a GPU that the run may take; plans for such a GPU, whether one is here or not."""
 
     def __call__(self) -> None:
         from recon.plan import advice, plan
 
-        planned = plan(self.spec, self.save, stream=self.stream, save_dtype=self.save_dtype)
+        planned = plan(
+            self.spec,
+            self.save,
+            stream=self.stream,
+            save_dtype=self.save_dtype,
+            memory=self.memory,
+            device_memory=self.device_memory,
+        )
         print(planned)
         if planned.problem:
             raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")

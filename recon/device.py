@@ -129,6 +129,14 @@ def available_memory(root: Path | str = "/") -> int:
     return max(1, min([left, *_left_in_groups(Path(root))]))
 
 
+def available_on_device(device: torch.device) -> int:
+    """Bytes that this process could still use of the memory that a GPU has of its own; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def _left_in_groups(root: Path) -> Iterator[int]:
     """What each of the control groups that this process is in leaves it, in bytes, where it has a limit of memory."""
     try:

@@ -4,17 +4,27 @@ import bisect
 import contextlib
 import functools
 import logging
+import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from transformers import PretrainedConfig
 
 from recon import criteria, estimate, models, streamed
 from recon.assets import cache_folder
 from recon.decoder import Decoder
-from recon.device import available_memory, pick_compute_dtype, pick_device, resident, resident_anonymous
+from recon.device import (
+    COMPUTE_DTYPES,
+    available_memory,
+    available_on_device,
+    pick_compute_dtype,
+    pick_device,
+    resident,
+    resident_anonymous,
+)
 from recon.errors import ReconError
 from recon.spec import RunSpec
 from recon.weights import SAVED, Lazy, skeleton
@@ -33,6 +43,7 @@ GRANULARITIES = (
     "8-blocks",
     "quarter",
 )  # that are tried where a larger one does not fit
+HOST = torch.device("cpu")
 NARROWEST = 64  # widths are divided by up to so much to find a model's structure
 
 
@@ -43,17 +54,22 @@ class Shapes(NamedTuple):
     decoder: Decoder
 
 
+Phases = dict[str, dict[str, float]]  # bytes, by phase and by what they are for
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a run of `spec` takes on this machine.
+    """What a run of `spec` takes on this machine, or on one with another GPU.
 
     parameters, prunable: numbers of the model, and those of them in the matrices that are pruned.
     windows, largest_window: how many are fitted one after another, and the parameters of the largest.
-    memory: peak bytes by phase, divided by what they are for; "process" is what this process takes already.
+    memory: peak bytes of host memory by phase, divided by what they are for; "process" is what this process takes already.
     disk: bytes that the run writes and leaves.
-    tokens, flops, seconds: by phase.
-    available_memory, available_disk: bytes that can still be had here.
+    tokens, flops, seconds: by phase; no seconds where the device is not here.
+    available_memory, available_disk: bytes that can still be had.
     streamed: whether the model stays on disk; see `recon.streamed`.
+    device: where windows are computed.
+    device_memory, available_device_memory: as those of host memory, where the device has its own; else empty, and 0.
     """
 
     spec: RunSpec
@@ -61,7 +77,7 @@ class Plan:
     prunable: int
     windows: int
     largest_window: int
-    memory: dict[str, dict[str, float]]
+    memory: Phases
     disk: int
     tokens: dict[str, int]
     flops: dict[str, float]
@@ -69,56 +85,90 @@ class Plan:
     available_memory: int
     available_disk: int
     streamed: bool = False
+    device: torch.device = HOST
+    device_memory: Phases = field(default_factory=dict)
+    available_device_memory: int = 0
 
     @property
     def peak(self) -> dict[str, float]:
-        """The parts of the highest peak, in bytes."""
-        return max(self.memory.values(), key=lambda parts: sum(parts.values()))
+        """The parts of the highest peak of host memory, in bytes."""
+        return _highest(self.memory)
 
     @property
     def peak_memory(self) -> float:
-        """Bytes at the highest peak, this process included."""
+        """Bytes of host memory at its highest peak, this process included."""
         return sum(self.peak.values())
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Bytes that the run may take, by kind of device; what this process has already is included."""
+        host = {HOST.type: self.available_memory + self.peak["process"]}
+        return host | ({self.device.type: float(self.available_device_memory)} if self.device_memory else {})
 
     @property
     def problem(self) -> str:
         """Why the run cannot fit here; empty where it can."""
-        for what, needs, has in (
-            ("memory", self.peak_memory, self.available_memory + self.peak["process"]),
-            ("disk", self.disk, self.available_disk),
-        ):
-            if needs > has:
-                return f"needs {needs / GIB:.1f} GiB of {what}, of which there are {has / GIB:.1f} GiB"
-        return ""
+        needs = {"memory": self.peak_memory}
+        has = {"memory": self.limits[HOST.type], "disk": float(self.available_disk)}
+        if self.device_memory:
+            on_device = f"memory on {self.device}"
+            needs[on_device], has[on_device] = sum(_highest(self.device_memory).values()), self.limits[self.device.type]
+        needs["disk"] = float(self.disk)
+        return "; ".join(
+            f"needs {needs[what] / GIB:.1f} GiB of {what}, of which there are {has[what] / GIB:.1f} GiB"
+            for what in needs
+            if needs[what] > has[what]
+        )
 
     def __str__(self) -> str:
-        spec, peak = self.spec, self.peak
-        parts = sorted(((size, name) for name, size in peak.items() if size >= 0.01 * self.peak_memory), reverse=True)
-        phases = {phase: sum(self.memory[phase].values()) for phase in PHASES if phase in self.memory}
+        spec, limits = self.spec, self.limits
+        fits = f"fits: {self.peak_memory / GIB:.2f} GiB of {limits[HOST.type] / GIB:.1f} GiB memory"
+        on_device = []
+        if self.device_memory:
+            highest = sum(_highest(self.device_memory).values())
+            fits += f", {highest / GIB:.2f} GiB of {limits[self.device.type] / GIB:.1f} GiB on {self.device}"
+            on_device = [(f"on {self.device}", _by_phase(self.device_memory)), ("at its peak", _by_part(self.device_memory))]
+        times = ", ".join(f"{phase} {estimate.duration(value)}" for phase, value in self.seconds.items() if value)
+        time = f"about {estimate.duration(sum(self.seconds.values()))} on this machine: {times}"
         rows = [
             ("model", f"{spec.model}: {self.parameters:,} parameters, {self.prunable:,} of them in matrices that are pruned"),
             ("kept", "on disk, one window at a time in memory" if self.streamed else "in memory"),
             ("windows", f"{self.windows} of {spec.granularity}, the largest of {self.largest_window:,} parameters"),
             ("tokens", ", ".join(f"{phase} {count:,}" for phase, count in self.tokens.items())),
             ("operations", ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count)),
-            (
-                "time",
-                f"about {estimate.duration(sum(self.seconds.values()))} on this machine: "
-                + ", ".join(f"{phase} {estimate.duration(value)}" for phase, value in self.seconds.items() if value),
-            ),
+            ("time", time if self.seconds else f"not known: how fast {self.device} is can only be told where it is"),
             ("disk", f"{self.disk / GIB:.2f} GiB of {self.available_disk / GIB:.0f} GiB free"),
-            ("memory", ", ".join(f"{phase} {size / GIB:.2f} GiB" for phase, size in phases.items())),
-            ("at its peak", ", ".join(f"{name} {size / GIB:.2f} GiB" for size, name in parts)),
-            (
-                "verdict",
-                self.problem
-                or f"fits: {self.peak_memory / GIB:.2f} GiB of {(self.available_memory + peak['process']) / GIB:.1f} GiB memory",
-            ),
+            ("memory", _by_phase(self.memory)),
+            ("at its peak", _by_part(self.memory)),
+            *on_device,
+            ("verdict", self.problem or fits),
         ]
         return "\n".join(f"{name:12} {value}" for name, value in rows)
 
 
-def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: str = "auto", save_dtype: str = "float32") -> Plan:
+def _highest(memory: Phases) -> dict[str, float]:
+    return max(memory.values(), key=lambda parts: sum(parts.values()))
+
+
+def _by_phase(memory: Phases) -> str:
+    return ", ".join(f"{phase} {sum(memory[phase].values()) / GIB:.2f} GiB" for phase in PHASES if phase in memory)
+
+
+def _by_part(memory: Phases) -> str:
+    parts = _highest(memory)
+    large = sorted(((size, name) for name, size in parts.items() if size >= 0.01 * sum(parts.values())), reverse=True)
+    return ", ".join(f"{name} {size / GIB:.2f} GiB" for size, name in large)
+
+
+def plan(
+    spec: RunSpec,
+    save: bool = False,
+    folder: Path | str = ".",
+    stream: str = "auto",
+    save_dtype: str = "float32",
+    memory: float | None = None,
+    device_memory: float | None = None,
+) -> Plan:
     """What a run of `spec` takes, from the configuration of its model alone: no weights are read, and no texts.
 
     Args:
@@ -127,41 +177,50 @@ def plan(spec: RunSpec, save: bool = False, folder: Path | str = ".", stream: st
         stream: "yes": the model stays on disk; "no": it is in memory; "auto": on disk where its weights would not fit into memory as
             often as they are needed, and the run can be streamed.
         save_dtype: what the checkpoint is written in.
+        memory: GiB of host memory that the run may take; default: what can still be had here.
+        device_memory: GiB of a GPU's memory that the run may take: it is planned for one with so much, which need not be here.
 
     Raises:
-        ReconError: a run that cannot be streamed but is to be, a model that is unknown or cannot be taken apart, a granularity that it is too small for.
+        ReconError: a device that is not here, unless `device_memory` is given; a run that cannot be streamed but is to be, a model that is unknown or cannot be taken apart, a granularity that it is too small for.
     """
     decoder = shapes_of(*spec.loaded_by).decoder
     windows = decoder.windows(spec.granularity) if spec.granularity != "none" else []
     flops = estimate.flops(spec, decoder)
-    device = pick_device(spec.device)
-    rate = estimate.speed(device, pick_compute_dtype(spec.compute_dtype, device))
+    device = planned_device(spec.device, device_memory)
+    dtype = planned_dtype(spec.compute_dtype, device)
     parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
+    available = available_memory() if memory is None else int(memory * GIB)
     prunable = sum(matrix.weight.numel() for matrix in decoder.matrices().values())
     on_disk = stream == "yes" and streamed.wanted("yes", spec)
-    if stream == "auto" and 0 < available_memory() < streamed.bytes_in_memory(spec, parameters):
+    if stream == "auto" and 0 < available < streamed.bytes_in_memory(spec, parameters):
         on_disk = _can_be_streamed(spec)
     size = SAVED[save_dtype].itemsize
     disk = size * parameters * (save or on_disk)
     if on_disk and size < 4:  # until the run is done, what is not computed with as it is saved is there in float32 as well
         repaired = sum(p.numel() for window in windows for p in decoder.parameters(window).values())
-        disk += 4 * (repaired - prunable * (pick_compute_dtype(spec.compute_dtype, device) == SAVED[save_dtype]) * bool(windows))
+        disk += 4 * (repaired - prunable * (dtype == SAVED[save_dtype]) * bool(windows))
     if on_disk:
         disk += prunable // 8 + _streams(spec, decoder)
+    rate = estimate.speed(device, dtype) if is_here(device) else 0.0
+    device = device if device.type == "cuda" else HOST  # what others have is the host's
+    found = _memory(spec, on_disk=on_disk, device=device)
     return Plan(
         spec,
         parameters,
         prunable,
         len(windows),
         max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0),
-        _memory(spec, on_disk=on_disk),
+        found[HOST.type],
         disk,
         _tokens(spec),
         flops,
-        {phase: count / rate for phase, count in flops.items()},
-        available_memory(),
+        {phase: count / rate for phase, count in flops.items()} if rate else {},
+        available,
         _free(Path(folder) if save or not on_disk else cache_folder()),
         on_disk,
+        device,
+        found.get(device.type, {}) if device != HOST else {},
+        available_on_device(device) if device_memory is None else int(device_memory * GIB),
     )
 
 
@@ -169,6 +228,31 @@ def _free(folder: Path) -> int:
     """Bytes that can still be written to `folder`, which need not be there yet."""
     folder = folder.absolute()
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has the device."""
+    return device.type != "cuda" or torch.cuda.is_available()
+
+
+def planned_device(name: str, device_memory: float | None = None) -> torch.device:
+    """The device that a run is planned for: the first GPU where memory of one is given, which need not be here.
+
+    Raises `ReconError` for a device that is not here, where no memory is given.
+    """
+    if device_memory is not None and (name == "auto" or name.partition(":")[0] == "cuda"):
+        return torch.device("cuda", int(name.partition(":")[2] or 0))
+    if device_memory is not None:
+        raise ReconError(f"memory of a GPU is given to plan for, but the device is {name!r}; allowed: auto, cuda")
+    try:
+        return pick_device(name)
+    except ReconError as error:
+        raise ReconError(f"{error}; to plan for a GPU that is not here, say how much memory it has (--device-memory)") from None
+
+
+def planned_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in: on a GPU that is not here, what any since 2020 multiplies natively."""
+    return pick_compute_dtype(name if is_here(device) or name in COMPUTE_DTYPES else "bfloat16", device)
 
 
 def _streams(spec: RunSpec, decoder: Decoder) -> int:
@@ -184,16 +268,17 @@ def _can_be_streamed(spec: RunSpec) -> bool:
         return False
 
 
-def _memory(spec: RunSpec, evaluated: bool = True, on_disk: bool = False) -> dict[str, dict[str, float]]:
-    """Peak bytes by phase and by what they are for."""
+def _memory(spec: RunSpec, evaluated: bool = True, on_disk: bool = False, device: torch.device = HOST) -> dict[str, Phases]:
+    """Peak bytes by kind of device, by phase, and by what they are for."""
     from recon.rehearsal import peaks, streamed_peaks  # slow to import
 
     shapes = shapes_of(*spec.loaded_by)
     # Files that are mapped do not count where a run is streamed, and so neither do this process's own libraries.
     process = float(resident_anonymous() or resident()) if on_disk else float(resident())
     rehearse = streamed_peaks if on_disk else peaks
+    spec = replace(spec, compute_dtype=str(planned_dtype(spec.compute_dtype, device)).removeprefix("torch."))
     try:
-        found = rehearse(spec, shapes.config, shapes.decoder, evaluated).highest()
+        found = rehearse(spec, shapes.config, shapes.decoder, evaluated, device)
     except ReconError:
         raise
     except Exception as error:  # whatever a model runs into that asks tensors without values for theirs
@@ -202,7 +287,8 @@ def _memory(spec: RunSpec, evaluated: bool = True, on_disk: bool = False) -> dic
             f"no plan can be made for model {spec.model!r}: it does not run on tensors that have shapes and no values ({said}), as "
             "where shapes depend on weights; the run itself needs no plan"
         ) from error
-    return {phase: {"process": process, **parts} for phase, parts in found.items()}
+    host = {phase: {"process": process, **parts} for phase, parts in found.highest(HOST.type).items()}
+    return {device.type: found.highest(device.type), HOST.type: host}
 
 
 def _tokens(spec: RunSpec) -> dict[str, int]:
@@ -229,37 +315,59 @@ class Change:
 
 def advice(planned: Plan) -> str:
     """The nearest run that would fit, where `planned` does not, and what it needs; empty where nothing here helps."""
-    limit = planned.available_memory + planned.peak["process"]
-    over = {phase for phase, parts in planned.memory.items() if sum(parts.values()) > limit}
-    if not over:
+    limits = planned.limits
+
+    def over(memory: dict[str, Phases]) -> dict[tuple[str, str], float]:
+        """How many times what there is, by kind of device and phase, where that is more than once."""
+        shares = {
+            (kind, phase): sum(parts.values()) / max(limit, 1.0)
+            for kind, limit in limits.items()
+            for phase, parts in memory[kind].items()
+        }
+        return {place: share for place, share in shares.items() if share > 1}
+
+    def needs(memory: dict[str, Phases]) -> str:
+        return " and ".join(
+            f"{sum(_highest(memory[kind]).values()) / GIB:.1f} GiB" + f" on {planned.device}" * (kind != HOST.type)
+            for kind in limits
+            if kind in {kind for kind, _ in too_much}
+        )
+
+    too_much = over({HOST.type: planned.memory, planned.device.type: planned.device_memory or planned.memory})
+    if not too_much:
         return _advice_on_disk(planned) if planned.problem else ""
-    if not planned.streamed and _can_be_streamed(planned.spec):
-        needs = max(sum(parts.values()) for parts in _memory(planned.spec, on_disk=True).values())
-        if needs <= limit:
-            return f"--stream yes would fit, with {needs / GIB:.1f} GiB"
-    spec, changes = planned.spec, _changes(planned.spec)
+    spec, on_disk, options = planned.spec, planned.streamed, {}
+    if HOST.type in {kind for kind, _ in too_much} and not on_disk and _can_be_streamed(spec):
+        found = _memory(spec, on_disk=True, device=planned.device)
+        if not over(found):
+            return f"--stream yes would fit, with {needs(found)}"
+        if HOST.type not in {kind for kind, _ in over(found)}:  # which leaves the device's memory
+            on_disk, options, too_much = True, {"stream": "yes"}, over(found)
+    phases = {phase for _, phase in too_much}
+    changes = _changes(spec)
 
     @functools.cache
-    def need(number: int, step: int) -> float:
+    def changed(number: int, step: int) -> dict[str, Phases]:
         change = changes[number]
-        found = _memory(replace(spec, **change.steps[step]), "evaluate" in change.phases, planned.streamed)
-        return max(sum(parts.values()) for phase, parts in found.items() if phase in over)
+        return _memory(replace(spec, **change.steps[step]), "evaluate" in change.phases, on_disk, planned.device)
+
+    def fits(number: int, step: int) -> bool:
+        return not over(changed(number, step)).keys() & too_much.keys()
 
     for number, change in enumerate(changes):
-        if not over <= change.phases or need(number, len(change.steps) - 1) > limit:
+        if not phases <= change.phases or not fits(number, len(change.steps) - 1):
             continue
         # The first step that fits: they take ever less.
-        step = bisect.bisect_left(range(len(change.steps)), True, key=lambda step, n=number: need(n, step) <= limit)
-        return f"{_options(change.steps[step])} would fit, with {need(number, step) / GIB:.1f} GiB"
+        step = bisect.bisect_left(range(len(change.steps)), True, key=lambda step, n=number: fits(n, step))
+        return f"{_options(options | change.steps[step])} would fit, with {needs(changed(number, step))}"
     together: dict = {}
     for change in changes:
-        if change.phases & over:
+        if change.phases & phases:
             together |= change.steps[-1]
     if together:
-        needs = max(sum(parts.values()) for parts in _memory(replace(spec, **together), on_disk=planned.streamed).values())
-        if needs <= limit:
-            return f"{_options(together)} would fit, with {needs / GIB:.1f} GiB"
-        return f"even {_options(together)} would need {needs / GIB:.1f} GiB"
+        found = _memory(replace(spec, **together), on_disk=on_disk, device=planned.device)
+        verb = "even {} would need {}" if over(found) else "{} would fit, with {}"
+        return verb.format(_options(options | together), needs(found))
     return ""
 
 
@@ -331,7 +439,8 @@ def check(
         flops, roughly = estimate.cost(spec, decoder)
         device = pick_device(spec.device)
         seconds = sum(flops.values()) / estimate.speed(device, pick_compute_dtype(spec.compute_dtype, device))
-        if seconds < LONG and roughly < LARGE * available_memory():
+        least = min(available_memory(), available_on_device(device) or math.inf)
+        if seconds < LONG and roughly < LARGE * least:
             return None
         planned = plan(spec, save, folder, stream, save_dtype)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is

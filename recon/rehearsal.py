@@ -7,6 +7,7 @@ rehearsed: what a few of them take tells what more would.
 
 import contextlib
 import copy
+import itertools
 import math
 import sys
 import warnings
@@ -26,10 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from recon import adapters, logits, statistics
+from recon import adapters, logits, runs, statistics
 from recon.activations import SMALL
 from recon.criteria import sparsegpt
 from recon.decoder import Decoder
+from recon.device import PeakMemory
 from recon.engine import Engine
 from recon.runs import Measured, Pruned, Run, Session
 from recon.solvers.gradient import Schedule
@@ -68,6 +70,7 @@ PARTS = {
     "perplexity": "logits",
     "Spilled.mapped": "in mapped files",
 }
+HOST = torch.device("cpu")
 FILES = "in mapped files"  # which are no memory that has to be there
 OTHER = "other"
 _HOME = str(Path(__file__).parent)
@@ -83,7 +86,7 @@ class Peaks:
     found: dict[tuple, dict[str, float]] = field(default_factory=dict)
 
     def highest(self, device: str = "cpu") -> dict[str, dict[str, float]]:
-        """Of each phase, the parts of the highest peak on that kind of device."""
+        """Of each phase, the parts of the highest peak on that kind of device; none of phases that take nothing there."""
         highest: dict[str, dict[str, float]] = {}
         for (phase, where, *_), parts in self.found.items():
             if where == device and sum(parts.values()) > sum(highest.get(phase, {}).values()):
@@ -102,9 +105,10 @@ class Peaks:
 class Ledger(TorchDispatchMode):
     """While active, notes the bytes of all tensors that are made, and those that go."""
 
-    def __init__(self, equal: bool):
+    def __init__(self, equal: bool, device: torch.device = HOST):
         super().__init__()
         self.equal = equal
+        self.device = device
         self.phase = "copy"
         self.all_experts = False
         self.peaks = Peaks()
@@ -112,21 +116,25 @@ class Ledger(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.prim.device.default:
-            return _device(args[0])
+        if function is torch.ops.prim.device.default:  # torch's own code asks; see `_as_if_on`
+            return HOST if (device := _device(args[0])) == self.device else device
         if function is torch.ops.aten._local_scalar_dense.default:
             known = _known(args[0])
             return _answer(args[0].dtype) if known is None else known.item()
         if function is torch.ops.aten.equal.default:
             return self.equal
+        if kwargs and kwargs.get("device") == HOST and torch._C._current_autograd_node() is not None:
+            kwargs = kwargs | {"device": self.device}  # gradients are where all is computed, whatever the answer above was
         made = function(*args, **(kwargs or {}))
         if function in ROUTERS:
             _choose(made, self.all_experts, *args)
         elif function.overloadpacket in COUNTERS and made.numel() <= VALUES:
             with no_dispatch():
-                made.constant = function(*args, **(kwargs or {}))
+                made.constant = function(*args, **(kwargs or {}) | ({"device": HOST} if "device" in (kwargs or {}) else {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
+                if _known(tensor) is not None:  # values are computed on the host, wherever they are said to be
+                    tensor.fake_device = _where(args, kwargs) or tensor.fake_device
                 self._note(tensor)
         return made
 
@@ -136,7 +144,7 @@ class Ledger(TorchDispatchMode):
         if key in self._known:
             return
         part, lines = _place()
-        if part == FILES:
+        if part == FILES and device == HOST.type:
             size = 0  # of memory; noted all the same, as what is made of it is no other piece
         alive = self._alive.setdefault(device, {})
 
@@ -154,6 +162,14 @@ class Ledger(TorchDispatchMode):
 def _device(tensor: Tensor) -> torch.device:
     """Its device, without asking the modes that are active for it, as `tensor.device` would."""
     return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+
+
+def _where(args: tuple, kwargs: dict | None) -> torch.device | None:
+    """The device that is asked for, or that the tensors among the arguments are on."""
+    if kwargs and kwargs.get("device") is not None:
+        return torch.device(kwargs["device"])
+    found = [_device(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    return next((device for device in found if device != HOST), HOST) if found else None
 
 
 def _place() -> tuple[str, tuple]:
@@ -225,7 +241,15 @@ class _Answers(TorchFunctionMode):
             return args[0].clone()  # all that a condition could choose
         if function is torch.randperm:  # the order of samples: more steps would only repeat those before
             args = (min(args[0], self.order),)
-        return function(*args, **(kwargs or {}))
+        if function is torch.Tensor.to:
+            return _moved(*args, **(kwargs or {}))
+        made = function(*args, **(kwargs or {}))
+        if function == _SET_DATA:  # which leaves alone what Python knows of a tensor
+            args[0].fake_device = args[1].fake_device
+        return made
+
+
+_SET_DATA = torch.Tensor.data.__set__
 
 
 class _Nowhere:
@@ -240,6 +264,72 @@ class _Nowhere:
 
 def _zeros(shape: torch.Size) -> list | int:
     return [_zeros(shape[1:]) for _ in range(shape[0])] if shape else 0
+
+
+class _Stream(contextlib.nullcontext):
+    """Stands for a stream of a device that is not there: all is done at once."""
+
+    def __init__(self, *device):
+        super().__init__()
+
+    def wait_stream(self, other) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _as_if_on(device: torch.device) -> Iterator[None]:
+    """While active, there can be tensors without values on `device`, though this machine has none, nor this build of torch.
+
+    Python sees them there, and what mixes devices fails as it would. Torch's own code, which would look for a driver, takes them for
+    tensors of the CPU; so does autocast, whose lists for the two kinds of device agree on products.
+    """
+    if device == HOST:
+        yield
+        return
+    make, autocast = torch.Tensor._make_subclass, torch.autocast
+
+    def on_host(*args, **options):
+        return make(*args, **(options | {"device_for_backend_keys": HOST} if "device_for_backend_keys" in options else options))
+
+    def of_host(function):
+        return lambda device_type, *args, **options: function(HOST.type, *args, **options)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, stand_in in (
+            (torch.Tensor, "_make_subclass", on_host),
+            (torch, "autocast", of_host(autocast)),
+            (torch.amp, "autocast", of_host(autocast)),
+            (torch, "is_autocast_enabled", of_host(torch.is_autocast_enabled)),
+            (torch, "get_autocast_dtype", of_host(torch.get_autocast_dtype)),
+            (torch.cuda, "Stream", _Stream),
+            (torch.cuda, "current_stream", _Stream),
+            (torch.cuda, "stream", _Stream),
+            (torch.Tensor, "record_stream", lambda tensor, stream: None),
+        ):
+            stack.enter_context(patch.object(owner, name, stand_in))
+        yield
+
+
+def _moved(tensor: Tensor, *args, copy: bool = False, **options) -> Tensor:
+    """As `tensor.to`, which would look at what torch's own code takes for the tensor's device."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **options)
+    dtype = dtype or tensor.dtype
+    if device in (None, tensor.device) and dtype == tensor.dtype and not copy:
+        return tensor
+    return torch.ops.aten._to_copy(tensor, dtype=dtype, device=device or tensor.device)
+
+
+def _brought(module: torch.nn.Module, *args, **options) -> torch.nn.Module:
+    """As `module.to`, which does not know what to do with tensors without values; they keep their dtype."""
+    device = torch._C._nn._parse_to(*args, **options)[0]
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        for part in (tensor.grad, tensor):
+            if part is not None and device not in (None, part.device):
+                part.data = part.data.to(device)
+    return module
 
 
 class _Fake(FakeTensorMode):
@@ -283,8 +373,8 @@ def _cut_short(order: int, ledger: Ledger) -> Iterator[None]:
             (logits, "parts", _first_two(logits.parts)),
             (adapters, "parts", _first_two(adapters.parts)),
             (sparsegpt, "_prune_block", all_columns),
-            # Everything is on the one device already; a fake parameter that has a gradient cannot be told so.
-            (torch.nn.Module, "to", lambda module, *args, **kwargs: module),
+            (torch.nn.Module, "to", _brought),
+            (runs, "environment", lambda *args: {}),
             (statistics, "FEW", 0),  # few batches are no reason to leave an expert out
             (fake_tensor, "CONSTANT_NUMEL_LIMIT", VALUES),
         ):
@@ -299,10 +389,12 @@ def _first_two(parts: Callable[[Tensor], list[slice]]) -> Callable[[Tensor], lis
 class Rehearsal(Run):
     """The pipeline with a model, texts and measurements that are shapes alone."""
 
-    def __init__(self, spec: RunSpec, config: PretrainedConfig, like: Decoder, ledger: Ledger, evaluated: bool):
+    def __init__(
+        self, spec: RunSpec, config: PretrainedConfig, like: Decoder, ledger: Ledger, evaluated: bool, device: torch.device = HOST
+    ):
         self.spec, self.session, self.progress, self.executor = spec, Session(), False, "serial"
         self.record = RunRecord(asdict(spec), "")
-        self.device = torch.device("cpu")
+        self.device = device
         self.work = InMemory()
         self.config, self.like, self.ledger, self.evaluated = config, like, ledger, evaluated
 
@@ -333,6 +425,10 @@ class Rehearsal(Run):
             yield
         finally:
             self.ledger.phase = before
+
+    def peak_memory(self) -> PeakMemory:
+        """Of nobody's interest."""
+        return PeakMemory(HOST)
 
     def announce(self) -> None:
         """Says nothing."""
@@ -419,7 +515,9 @@ class StreamedRehearsal(Rehearsal):
         return {}
 
 
-def streamed_peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True) -> Peaks:
+def streamed_peaks(
+    spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True, device: torch.device = HOST
+) -> Peaks:
     """As `peaks`, of a run whose model and masks stay on disk, and what else is large.
 
     One window more than the largest tells it all, if blocks have equal shapes: what else there is of the model takes no memory.
@@ -428,7 +526,7 @@ def streamed_peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evalu
     if len(_shapes(like)) == 1 and size < len(like.blocks):
         spec = replace(spec, granularity=f"{size}-blocks") if size > 1 else spec
         config = shortened(config, size + 1)
-    return rehearse(spec, config, like, evaluated, StreamedRehearsal)
+    return rehearse(spec, config, like, evaluated, device, StreamedRehearsal)
 
 
 def _shapes(decoder: Decoder) -> set[tuple]:
@@ -436,10 +534,11 @@ def _shapes(decoder: Decoder) -> set[tuple]:
     return {tuple((name, p.shape) for name, p in block.named_parameters()) for block in decoder.blocks}
 
 
-def peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True) -> Peaks:
+def peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True, device: torch.device = HOST) -> Peaks:
     """Peaks of a run of `spec` on the model of `config`, whose structure is that of `like`.
 
     evaluated: False leaves out what is measured of the model.
+    device: where windows are computed, which need not be here.
 
     With blocks of equal shapes, bytes at a place in the code are so many, plus so many for each block of the model, plus so many for
     each block of a window: these are found from models of a few blocks.
@@ -447,11 +546,11 @@ def peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: boo
     blocks = len(like.blocks)
     size = 1 if spec.granularity == "none" else max(len(window.blocks) for window in like.windows(spec.granularity))
     if len(_shapes(like)) > 1 or blocks <= min(size, 2) + 2:
-        return rehearse(spec, config, like, evaluated)
+        return rehearse(spec, config, like, evaluated, device)
 
     def small(window: int, blocks: int) -> Peaks:
         in_blocks = replace(spec, granularity=f"{window}-blocks") if size > 1 else spec
-        return rehearse(in_blocks, shortened(config, blocks), like, evaluated)
+        return rehearse(in_blocks, shortened(config, blocks), like, evaluated, device)
 
     window = min(size, 2)
     first, longer = small(window, window + 1), small(window, window + 2)
@@ -473,10 +572,15 @@ def shortened(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
 
 
 def rehearse(
-    spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: bool = True, kind: type[Rehearsal] = Rehearsal
+    spec: RunSpec,
+    config: PretrainedConfig,
+    like: Decoder,
+    evaluated: bool = True,
+    device: torch.device = HOST,
+    kind: type[Rehearsal] = Rehearsal,
 ) -> Peaks:
     """As `peaks`, of the model of `config` as it is; its blocks are built as the first ones of `like`."""
-    ledger = Ledger(equal=not spec.changes_weights)
+    ledger = Ledger(equal=not spec.changes_weights, device=device)
     if spec.pruned:  # a given mask costs what the plainest criterion does
         spec = replace(spec, pruned=None, pruned_revision=None, criterion="magnitude", pattern="0.5")
     order = max(
@@ -492,6 +596,6 @@ def rehearse(
     )
     with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True), ledger, _Answers(order):
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # `nn.Parameter` is copied so
-        with _cut_short(order, ledger):
-            kind(spec, config, like, ledger, evaluated).execute(None, "")
+        with _as_if_on(device), _cut_short(order, ledger):
+            kind(spec, config, like, ledger, evaluated, device).execute(None, "")
     return ledger.peaks

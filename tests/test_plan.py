@@ -209,7 +209,7 @@ def test_a_streamed_run_takes_less_memory_and_more_disk(spec, monkeypatch):
 
 def test_where_the_disk_is_too_small_it_is_said_what_would_fit(spec, monkeypatch):
     memory = {"reconstruct": {"process": 0.0}}
-    monkeypatch.setattr(plan, "_memory", lambda *args, **options: memory)
+    monkeypatch.setattr(plan, "_memory", lambda *args, **options: {"cpu": memory})
     spec = replace(spec, granularity="block", samples=64)
 
     def said(stream: str, free: int) -> str:
@@ -225,6 +225,96 @@ def test_where_the_disk_is_too_small_it_is_said_what_would_fit(spec, monkeypatch
     assert "--samples 16 would fit" in said("yes", rest + activations * (16 + 2) // (64 + 2))
     assert "would fit" not in (too_few := said("yes", rest)) and "take a folder on a disk with" in too_few
     assert "do not save" in said("no", 0)
+
+
+# --- a GPU that is not here ---------------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "wanda", "propagation": "mixed", "activation_dtype": "bfloat16"},
+        {"criterion": "sparsegpt", "granularity": "matrix"},
+        {"criterion": "wanda-sp", "granularity": "2-blocks", "train": "all"},
+        {"criterion": "wanda", "start": "exact", "pieces": 2, "swaps": 2},
+        {"adapter": "masklora", "granularity": "block", "stream": "yes"},
+        {"granularity": "none", "then": "full", "then_checkpointing": True},
+        {"then": "lora", "objective": "distil"},
+        {"family": "mixtral", "criterion": "wanda", "granularity": "block"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_all_that_a_run_does_it_does_on_one_device(spec, options, config_folder):
+    """On tensors without values, torch refuses what mixes devices as it does on a GPU; and the host is left with what is kept."""
+    options = dict(options)
+    if family := options.pop("family", None):
+        spec = replace(spec, model=config_folder(small_model(family).config.to_dict()))
+    kind = rehearsal.StreamedRehearsal if options.pop("stream", "no") == "yes" else Rehearsal
+    spec = replace(spec, compute_dtype="bfloat16", **options)
+    config, decoder = plan.shapes_of(spec.model)
+    config = rehearsal.shortened(config, 2) if kind is Rehearsal and not family else config
+    found, on_host = (rehearsal.rehearse(spec, config, decoder, True, device, kind) for device in (CUDA, rehearsal.HOST))
+    here, there, alone = found.highest(), found.highest("cuda"), on_host.highest()
+    assert here.keys() == alone.keys() and there.keys() == alone.keys() - {"load", "copy"}
+    working = {"gradients and AdamW", "weights in the compute dtype", "logits", "statistics of inputs"}
+    kept = {"dense model", "pruned model", "activations of all samples"}
+
+    def size(parts: dict, names: set) -> float:
+        return sum(parts.get(name, 0.0) for name in names)
+
+    for phase, parts in there.items():
+        # What is computed with is there, and what is kept is here, where there is less of everything than without a device.
+        assert size(here[phase], working) == 0, phase  # of batches, the host embeds each
+        assert size(parts, kept) < 0.1 * size(parts, working | {"one batch"}), phase
+        assert sum(here[phase].values()) <= sum(alone[phase].values()), phase
+
+
+@pytest.mark.parametrize("granularity", ["2-blocks", "model"])
+def test_memory_of_a_device_follows_the_window(granularity, spec):
+    decoder = plan.shapes_of(spec.model).decoder
+    planned = plan.plan(replace(spec, granularity=granularity, evaluation_samples=1), device_memory=1)
+    assert planned.device == CUDA and planned.seconds == {} and planned.available_device_memory == 2**30
+    trained = max(sum(p.numel() for p in decoder.trained(w, "matrices").values()) for w in decoder.windows(granularity))
+    found = planned.device_memory["reconstruct"]
+    # The window itself, gradients and two moments, beside what its batch takes.
+    assert found["gradients and AdamW"] == pytest.approx(3 * 4 * trained, rel=0.35)
+    assert 4 * 4 * trained * 0.9 < sum(found.values()) < sum(planned.memory["reconstruct"].values())
+    assert "time         not known" in str(planned) and "GiB on cuda:0" in str(planned)
+
+
+def test_what_does_not_fit_onto_a_device_is_told_what_would(spec, monkeypatch):
+    halves = {"half-block": 1, "block": 2, "2-blocks": 4, "4-blocks": 8, "model": 8}
+
+    def memory(spec, evaluated=True, on_disk=False, device=rehearsal.HOST):
+        """Of a device, a GiB for each half-block of a window; of the host, one where the model is on disk, else ten."""
+        host = {"process": 0.0, "dense model": (1.0 if on_disk else 10.0) * plan.GIB}
+        return {"cuda": {"reconstruct": {"window": halves[spec.granularity] * float(plan.GIB)}}, "cpu": {"reconstruct": host}}
+
+    def said(stream: str, **room: float) -> tuple[str, str]:
+        planned = plan.plan(replace(spec, granularity="model"), stream=stream, **room)
+        return planned.problem, plan.advice(planned)
+
+    monkeypatch.setattr(plan, "_memory", memory)
+    assert said("no", memory=20, device_memory=9) == ("", "")
+    problem, advice = said("no", memory=20, device_memory=5)
+    assert problem == "needs 8.0 GiB of memory on cuda:0, of which there are 5.0 GiB"
+    assert advice == "--granularity 2-blocks would fit, with 4.0 GiB on cuda:0"
+    assert said("no", memory=5, device_memory=9)[1] == "--stream yes would fit, with 1.0 GiB"
+    # Where both are too little, the model has to stay on the disk, and the window has to be smaller.
+    problem, advice = said("no", memory=5, device_memory=2.5)
+    assert "of memory," in problem and "memory on cuda:0" in problem
+    assert advice == "--stream yes --granularity block would fit, with 2.0 GiB on cuda:0"
+    assert said("yes", memory=5, device_memory=0.5)[1].startswith("even --")
+
+
+def test_memory_of_a_device_is_that_of_a_gpu(spec):
+    with pytest.raises(ReconError, match="device is 'cpu'; allowed: auto, cuda"):
+        plan.plan(replace(spec, device="cpu"), device_memory=24)
+    if not torch.cuda.is_available():
+        with pytest.raises(ReconError, match="--device-memory"):
+            plan.plan(replace(spec, device="cuda"))
 
 
 def test_a_short_run_is_not_planned(spec, monkeypatch):
@@ -274,7 +364,7 @@ def test_72b_parameters_are_planned_without_weights(config_folder, monkeypatch, 
     assert "72,706,203,648 parameters" in said and "80 of block" in said and "fits" in said
     shapes = plan.shapes_of(folder).decoder
     spec = RunSpec(model=folder, granularity="block", criterion="magnitude", held_out_samples=0)
-    parts = max(plan._memory(spec, evaluated=False).values(), key=lambda parts: sum(parts.values()))
+    parts = max(plan._memory(spec, evaluated=False)["cpu"].values(), key=lambda parts: sum(parts.values()))
     weights = sum(p.nbytes for p in shapes.model.parameters())
     assert parts["dense model"] == pytest.approx(weights, rel=0.001)
     assert parts["pruned model"] == pytest.approx(weights, rel=0.01)
