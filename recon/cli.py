@@ -165,6 +165,8 @@ class Plan:
     """GiB of host memory that the run may take; default: what is free here."""
     device_memory: float | None = None
     """GiB of memory of a GPU that the run may take; plans for such a GPU, whether one is here or not."""
+    disk: float | None = None
+    """GiB that the run may write to the disk; default: what is free here."""
 
     def __call__(self) -> None:
         from recon.plan import advice, plan
@@ -176,6 +178,7 @@ class Plan:
             save_dtype=self.save_dtype,
             memory=self.memory,
             device_memory=self.device_memory,
+            disk=self.disk,
         )
         print(planned)
         if planned.problem:

@@ -168,6 +168,7 @@ def plan(
     save_dtype: str = "float32",
     memory: float | None = None,
     device_memory: float | None = None,
+    disk: float | None = None,
 ) -> Plan:
     """What a run of `spec` takes, from the configuration of its model alone: no weights are read, and no texts.
 
@@ -179,9 +180,11 @@ def plan(
         save_dtype: what the checkpoint is written in.
         memory: GiB of host memory that the run may take; default: what can still be had here.
         device_memory: GiB of a GPU's memory that the run may take: it is planned for one with so much, which need not be here.
+        disk: GiB that the run may write; default: what is free where it writes.
 
     Raises:
-        ReconError: a device that is not here, unless `device_memory` is given; a run that cannot be streamed but is to be, a model that is unknown or cannot be taken apart, a granularity that it is too small for.
+        ReconError: a device that is not here, unless `device_memory` is given; a run that cannot be streamed but is to be, a model
+            that is unknown or cannot be taken apart, a granularity that it is too small for.
     """
     decoder = shapes_of(*spec.loaded_by).decoder
     windows = decoder.windows(spec.granularity) if spec.granularity != "none" else []
@@ -195,12 +198,12 @@ def plan(
     if stream == "auto" and 0 < available < streamed.bytes_in_memory(spec, parameters):
         on_disk = _can_be_streamed(spec)
     size = SAVED[save_dtype].itemsize
-    disk = size * parameters * (save or on_disk)
+    written = size * parameters * (save or on_disk)
     if on_disk and size < 4:  # until the run is done, what is not computed with as it is saved is there in float32 as well
         repaired = sum(p.numel() for window in windows for p in decoder.parameters(window).values())
-        disk += 4 * (repaired - prunable * (dtype == SAVED[save_dtype]) * bool(windows))
+        written += 4 * (repaired - prunable * (dtype == SAVED[save_dtype]) * bool(windows))
     if on_disk:
-        disk += prunable // 8 + _streams(spec, decoder)
+        written += prunable // 8 + _streams(spec, decoder)
     rate = estimate.speed(device, dtype) if is_here(device) else 0.0
     device = device if device.type == "cuda" else HOST  # what others have is the host's
     found = _memory(spec, on_disk=on_disk, device=device)
@@ -211,12 +214,12 @@ def plan(
         len(windows),
         max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0),
         found[HOST.type],
-        disk,
+        written,
         _tokens(spec),
         flops,
         {phase: count / rate for phase, count in flops.items()} if rate else {},
         available,
-        _free(Path(folder) if save or not on_disk else cache_folder()),
+        _free(Path(folder) if save or not on_disk else cache_folder()) if disk is None else int(disk * GIB),
         on_disk,
         device,
         found.get(device.type, {}) if device != HOST else {},
