@@ -114,6 +114,9 @@ figures)
 test)
     set_up
     "$bin/recon" assets
+    if (($# == 0)); then # all of the fast ones, a file to a core; what is chosen by hand runs in one process, as its output is read
+        set -- --numprocesses logical --maxprocesses 4 --dist loadfile
+    fi
     exec "$bin/python" -m pytest "$@"
     ;;
 lab)

@@ -1,7 +1,11 @@
 """Tiny random models of many families, and a folder with one that has a tokenizer and a text of its own."""
 
+import os
 import random
 import signal
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each on a core of its own; so are the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
