@@ -115,7 +115,7 @@ test)
     set_up
     "$bin/recon" assets
     if (($# == 0)); then # all of the fast ones, a file to a core; what is chosen by hand runs in one process, as its output is read
-        set -- --numprocesses logical --maxprocesses 4 --dist loadfile
+        set -- --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
     fi
     exec "$bin/python" -m pytest "$@"
     ;;
