@@ -13,6 +13,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from recon.errors import ReconError
 
+HOST = torch.device("cpu")
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ACTIVATION_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # that activations of all samples are kept in
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import math
+import re
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from recon.assets import cache_folder
 from recon.decoder import Decoder
 from recon.device import (
     COMPUTE_DTYPES,
+    HOST,
     available_memory,
     available_on_device,
     pick_compute_dtype,
@@ -43,7 +45,6 @@ GRANULARITIES = (
     "8-blocks",
     "quarter",
 )  # that are tried where a larger one does not fit
-HOST = torch.device("cpu")
 NARROWEST = 64  # widths are divided by up to so much to find a model's structure
 
 
@@ -108,16 +109,15 @@ class Plan:
     @property
     def problem(self) -> str:
         """Why the run cannot fit here; empty where it can."""
-        needs = {"memory": self.peak_memory}
-        has = {"memory": self.limits[HOST.type], "disk": float(self.available_disk)}
+        rooms = [("memory", self.peak_memory, self.limits[HOST.type])]
         if self.device_memory:
-            on_device = f"memory on {self.device}"
-            needs[on_device], has[on_device] = sum(_highest(self.device_memory).values()), self.limits[self.device.type]
-        needs["disk"] = float(self.disk)
+            highest = sum(_highest(self.device_memory).values())
+            rooms.append((f"memory on {self.device}", highest, self.limits[self.device.type]))
+        rooms.append(("disk", self.disk, self.available_disk))
         return "; ".join(
-            f"needs {needs[what] / GIB:.1f} GiB of {what}, of which there are {has[what] / GIB:.1f} GiB"
-            for what in needs
-            if needs[what] > has[what]
+            f"needs {needs / GIB:.1f} GiB of {what}, of which there are {has / GIB:.1f} GiB"
+            for what, needs, has in rooms
+            if needs > has
         )
 
     def __str__(self) -> str:
@@ -243,10 +243,12 @@ def planned_device(name: str, device_memory: float | None = None) -> torch.devic
 
     Raises `ReconError` for a device that is not here, where no memory is given.
     """
-    if device_memory is not None and (name == "auto" or name.partition(":")[0] == "cuda"):
-        return torch.device("cuda", int(name.partition(":")[2] or 0))
     if device_memory is not None:
-        raise ReconError(f"memory of a GPU is given to plan for, but the device is {name!r}; allowed: auto, cuda")
+        if not (gpu := re.fullmatch(r"auto|cuda(?::(\d+))?", name)):
+            raise ReconError(
+                f"memory of a GPU is given to plan for, but the device is {name!r}; allowed: auto, cuda, cuda:NUMBER"
+            )
+        return torch.device("cuda", int(gpu[1] or 0))
     try:
         return pick_device(name)
     except ReconError as error:
@@ -320,14 +322,14 @@ def advice(planned: Plan) -> str:
     """The nearest run that would fit, where `planned` does not, and what it needs; empty where nothing here helps."""
     limits = planned.limits
 
-    def over(memory: dict[str, Phases]) -> dict[tuple[str, str], float]:
-        """How many times what there is, by kind of device and phase, where that is more than once."""
-        shares = {
-            (kind, phase): sum(parts.values()) / max(limit, 1.0)
+    def over(memory: dict[str, Phases]) -> set[tuple[str, str]]:
+        """The kinds of device and phases that take more than there is."""
+        return {
+            (kind, phase)
             for kind, limit in limits.items()
             for phase, parts in memory[kind].items()
+            if sum(parts.values()) > limit
         }
-        return {place: share for place, share in shares.items() if share > 1}
 
     def needs(memory: dict[str, Phases]) -> str:
         return " and ".join(
@@ -355,7 +357,7 @@ def advice(planned: Plan) -> str:
         return _memory(replace(spec, **change.steps[step]), "evaluate" in change.phases, on_disk, planned.device)
 
     def fits(number: int, step: int) -> bool:
-        return not over(changed(number, step)).keys() & too_much.keys()
+        return not over(changed(number, step)) & too_much
 
     for number, change in enumerate(changes):
         if not phases <= change.phases or not fits(number, len(change.steps) - 1):

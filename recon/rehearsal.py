@@ -31,7 +31,7 @@ from recon import adapters, logits, runs, statistics
 from recon.activations import SMALL
 from recon.criteria import sparsegpt
 from recon.decoder import Decoder
-from recon.device import PeakMemory
+from recon.device import HOST, PeakMemory
 from recon.engine import Engine
 from recon.runs import Measured, Pruned, Run, Session
 from recon.solvers.gradient import Schedule
@@ -70,7 +70,6 @@ PARTS = {
     "perplexity": "logits",
     "Spilled.mapped": "in mapped files",
 }
-HOST = torch.device("cpu")
 FILES = "in mapped files"  # which are no memory that has to be there
 OTHER = "other"
 _HOME = str(Path(__file__).parent)

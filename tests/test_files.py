@@ -381,23 +381,29 @@ DAMAGES = {
 }  # fmt: skip
 
 
+def spoiled(folder, damage: str) -> str:
+    """Does the damage to the checkpoint in `folder`; what is to be said of it, as a pattern."""
+    spoil, said = DAMAGES[damage]
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][UP]
+    if damage == "flipped":
+        files.write_hashes(folder)
+    spoil(folder, file)
+    return said.format(file=file.name)
+
+
 @pytest.mark.parametrize("stream", ["no", "yes"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_on_a_damaged_model_names_what_is_wrong_and_leaves_nothing(
     damage, stream, sharded, tiny_text, tmp_path, monkeypatch
 ):
     """Neither a checkpoint nor a work folder, in which the same command would find another model once it is whole again."""
-    spoil, said = DAMAGES[damage]
-    file = sharded / json.loads((sharded / INDEX).read_text())["weight_map"][UP]
-    if damage == "flipped":
-        files.write_hashes(sharded)
-    spoil(sharded, file)
+    said = spoiled(sharded, damage)
     spec = recon.RunSpec(
         model=str(sharded), text=tiny_text, samples=2, sequence_length=16, held_out_samples=0, granularity="block",
         evaluation_texts=(tiny_text,), evaluation_samples=1, evaluation_length=16,
     )  # fmt: skip
     monkeypatch.setattr("recon.pruning.prune", lambda *a, **k: pytest.fail("has begun to prune"))
-    with pytest.raises(ReconError, match=f"(?s){sharded}.*({said.format(file=file.name)})"):
+    with pytest.raises(ReconError, match=f"(?s){sharded}.*({said})"):
         recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream)
     assert {path.name for path in tmp_path.iterdir()} <= {"sharded", "elsewhere.safetensors"}
 
@@ -407,15 +413,11 @@ def test_a_run_on_a_damaged_model_names_what_is_wrong_and_leaves_nothing(
 def test_a_run_on_a_damaged_pruned_model_names_what_is_wrong_too(
     damage, stream, sharded, tiny_folder, tiny_text, tmp_path, monkeypatch
 ):
-    spoil, said = DAMAGES[damage]
-    file = sharded / json.loads((sharded / INDEX).read_text())["weight_map"][UP]
-    if damage == "flipped":
-        files.write_hashes(sharded)
-    spoil(sharded, file)
+    said = spoiled(sharded, damage)
     spec = recon.RunSpec(
         model=tiny_folder, pruned=str(sharded), text=tiny_text, evaluation_texts=(tiny_text,), sequence_length=16
     )
     monkeypatch.setattr("recon.evaluation.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
-    with pytest.raises(ReconError, match=f"(?s){sharded}.*({said.format(file=file.name)})"):
+    with pytest.raises(ReconError, match=f"(?s){sharded}.*({said})"):
         recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream)
     assert {path.name for path in tmp_path.iterdir()} <= {"sharded", "elsewhere.safetensors"}

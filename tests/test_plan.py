@@ -313,8 +313,9 @@ def test_what_does_not_fit_onto_a_device_is_told_what_would(spec, monkeypatch):
 
 
 def test_memory_of_a_device_is_that_of_a_gpu(spec):
-    with pytest.raises(ReconError, match="device is 'cpu'; allowed: auto, cuda"):
-        plan.plan(replace(spec, device="cpu"), device_memory=24)
+    for name in ("cpu", "cuda:first"):
+        with pytest.raises(ReconError, match=f"device is '{name}'; allowed: auto, cuda"):
+            plan.plan(replace(spec, device=name), device_memory=24)
     if not torch.cuda.is_available():
         with pytest.raises(ReconError, match="--device-memory"):
             plan.plan(replace(spec, device="cuda"))
