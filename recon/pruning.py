@@ -101,13 +101,13 @@ def prune(
         raise ReconError(f"{what} weighs activations and needs calibration samples")
     work = work or InMemory()
     engine = Engine(device or decoder.device, compute_dtype, work, activation_dtype)
+    if isinstance(rule, Structured):
+        sparsity, biases = prune_units(decoder, rule, pattern, samples, propagation, engine, work, progress, **options)
+        return Pruning(work.masks, sparsity, biases)
     done = work.finished("prune")
     stream = None
     if kind != "none" and len(done) < len(decoder.blocks):
         stream = work.streams("prune")["stream"] if done else engine.embed(decoder, samples)
-    if isinstance(rule, Structured):
-        masks, biases = prune_units(decoder, rule, pattern, stream, propagation, engine, progress, **options)
-        return Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, biases)
     bar = tqdm(
         decoder.windows("block")[len(done) :], desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress,
         initial=len(done), total=len(decoder.blocks),

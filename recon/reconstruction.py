@@ -583,6 +583,8 @@ class _Windows:
         if self.teacher is None:
             self.teacher = revived(self.decoder, lambda name: self.value(self.task.dense, name))
             self.student = twin(self.teacher, lambda name: self.value(self.task.pruned, name))
+        for name, value in task.pruned.items():
+            self.student.lazy.add(name, value.shape)
         work, masks = _Shard(), {name: mask.tensor() for name, mask in task.masks.items()}
         engine = Engine("cpu" if self.on_cpu else "auto", self.dtype, work, self.activation_dtype)
         lone = _Lone(self.teacher, self.student, masks, *self.options, engine, self.count, Activations(limit=0), work)

@@ -12,9 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recon import checkpoint, criteria, device, evaluation, files, given, lock, models, pruning, unfinished
+from recon import checkpoint, device, evaluation, files, given, lock, models, pruning, unfinished
 from recon.cluster import Ray
-from recon.criteria import Structured
 from recon.decoder import Decoder
 from recon.environment import environment
 from recon.errors import ReconError
@@ -39,9 +38,7 @@ def wanted(stream: str, spec: RunSpec) -> bool:
         raise ReconError(f"stream is {stream!r}; allowed: {', '.join(STREAM)}")
     if stream == "no" or (stream == "auto" and not is_too_large(spec)):
         return False
-    if not spec.pruned and isinstance(criteria.get(spec.criterion), Structured):
-        needs_all = f"criterion {spec.criterion!r} removes whole heads and neurons"
-    elif spec.then != "none":
+    if spec.then != "none":
         needs_all = f"retraining (then {spec.then!r}) trains the whole model at once"
     else:
         needs_all = _needs_memory(spec)

@@ -3,7 +3,7 @@
 Shapes stay: a removed unit is exact zeros in the columns of the matrix that reads it, and in the rows of those that make it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from recon.criteria.structured import keep_globally
 from recon.decoder import Decoder, Matrix
 from recon.engine import Engine
 from recon.errors import ReconError
-from recon.sparsity import Pattern, keep_all_but
+from recon.ragged import Samples
+from recon.sparsity import Pattern, keep_all_but, sparsity_of
 from recon.statistics import gather
-from recon.structure import probe_tokens
+from recon.structure import kind_of, probe_tokens
 from recon.windows import Window
+from recon.work import InMemory
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Units:
     rows: dict[str, Tensor]
     weights: int
 
+    def of(self, decoder: Decoder, window: Window) -> "Units":
+        """The same units in `window`, the same half of a block of the same kind."""
+        theirs, ours = (f"{decoder.names[w.blocks[0]]}." for w in (self.window, window))
+        rows = {ours + name.removeprefix(theirs): owner for name, owner in self.rows.items()}
+        reader = decoder.matrices(window)[ours + self.reader.name.removeprefix(theirs)]
+        return replace(self, window=window, reader=reader, rows=rows)
+
     def columns(self, kept: Tensor) -> Tensor:
         """Which of the reader's columns (in,) belong to the units `kept` (count,)."""
         return kept.repeat_interleave(self.reader.weight.shape[1] // self.count)
@@ -52,7 +61,7 @@ class Units:
 
 @torch.no_grad()
 def find_units(decoder: Decoder) -> list[Units]:
-    """The units of each half of each block, in the order in which they run.
+    """The units of each half of each block, in the order in which they run; those of blocks of one kind are found in the first of it.
 
     Raises:
         ReconError: blocks do not divide into halves, or a half into units.
@@ -61,7 +70,16 @@ def find_units(decoder: Decoder) -> list[Units]:
         if matrix.routed:
             raise ReconError(f"{name!r} is an expert's; whole heads and neurons are not removed from models with experts")
     hidden = decoder.embed(probe_tokens(decoder.model))
-    return [_units_of(decoder, window, hidden) for window in decoder.windows("half-block")]
+    first: dict[tuple, Units] = {}
+    units = []
+    for window in decoder.windows("half-block"):
+        (index,) = window.blocks
+        kind = kind_of(decoder.blocks[index]), window.half
+        if kind not in first:
+            with decoder.loaded(window):
+                first[kind] = _units_of(decoder, window, hidden)
+        units.append(first[kind].of(decoder, window))
+    return units
 
 
 def _units_of(decoder: Decoder, window: Window, hidden: Tensor) -> Units:
@@ -143,54 +161,103 @@ def prune_units(
     decoder: Decoder,
     rule: Structured,
     pattern: Pattern,
-    stream: Tensor,
+    samples: Samples,
     propagation: str,
     engine: Engine,
+    work: InMemory,
     progress: bool = True,
     compensate: bool | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Removes whole units in place until the pattern's share of all the blocks' weights is gone, as near as units allow.
 
     Args:
-        stream: inputs of the first block, (samples, length, hidden).
+        samples: calibration tokens.
         propagation: "sparse" or "dense"; a rule that compares over the whole model always reads the dense one.
+        work: what is finished already, and where the masks of every finished block are noted.
         compensate: whether the mean of what is removed goes into the reader's bias, which is added where there is none;
             default: what the rule's authors do. Needs the means of the inputs, which only some rules gather.
 
     Returns:
-        The masks of all matrices, bool (out, in), True = kept; and, by name of their matrix, the biases (out,) that changed.
+        The sparsity of all matrices; and, by name of their matrix, the biases (out,) that changed.
     """
     compensate = rule.compensates if compensate is None else compensate
     if compensate and not rule.compensates:
         raise ReconError(f"compensate is {compensate}, but criterion {rule.name!r} gathers no means to compensate with")
-    halves = find_units(decoder)
-    masks = {name: torch.ones_like(matrix.weight, dtype=torch.bool) for name, matrix in decoder.matrices().items()}
-    target = pattern.sparsity * sum(mask.numel() for mask in masks.values())
-    gone = _uniform_counts(halves, pattern, target)
-    statistics: dict[str, Tensor] = {}
-    for window in tqdm(decoder.windows("block"), desc=f"prune ({rule.name} {pattern})", unit="block", disable=not progress):
-        outputs, found = gather(engine, decoder, window, stream, rule.statistics)
-        here = [half for half in halves if half.window.blocks == window.blocks]
-        statistics |= {half.reader.name: found[half.reader.name].to(decoder.device) for half in here}
-        if rule.scope == "half-block":
-            for half in here:
-                scores = _score(rule, half, statistics[half.reader.name])
-                half.remove(masks, keep_all_but(scores[None], gone[half.window.name])[0])
-            _zero(decoder, window, masks)
-            if propagation == "sparse" and window.blocks[-1] + 1 < len(decoder.blocks):
-                with engine.holding(decoder, window):
-                    outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream)
-        stream = outputs
+    blocks, done = decoder.windows("block"), work.finished("prune")
     biases: dict[str, Tensor] = {}
-    if rule.scope == "model":
-        scores = [_score(rule, half, statistics[half.reader.name]) for half in halves]
-        for half, kept in zip(halves, keep_globally(scores, [half.weights for half in halves], target), strict=True):
-            half.remove(masks, kept)
-            if compensate and not kept.all():
-                biases[half.reader.name] = _compensated_bias(half, kept, statistics[half.reader.name][0])
-                set_bias(half.reader.module, biases[half.reader.name])
-        _zero(decoder, None, masks)
-    return masks, biases
+    if len(done) < len(blocks):
+        halves = find_units(decoder)
+        target = pattern.sparsity * sum(matrix.weight.numel() for matrix in decoder.matrices().values())
+        stream = None
+        if rule.scope == "model":
+            scores, means = _compare(decoder, rule, halves, samples, engine, work, progress)
+            chosen = keep_globally(scores, [half.weights for half in halves], target)
+            kept = {half.window.name: units for half, units in zip(halves, chosen, strict=True)}
+        else:
+            gone = _uniform_counts(halves, pattern, target)
+            stream = work.streams("prune")["stream"] if done else engine.embed(decoder, samples)
+    bar = tqdm(
+        blocks[len(done) :], desc=f"prune ({rule.name} {pattern})", unit="block", disable=not progress, initial=len(done),
+        total=len(blocks),
+    )  # fmt: skip
+    for window in bar:
+        here = [half for half in halves if half.window.blocks == window.blocks]
+        with decoder.loaded(window):
+            if rule.scope == "half-block":
+                outputs, statistics = gather(engine, decoder, window, stream, rule.statistics)
+                scores = {half.window.name: _score(rule, half, statistics[half.reader.name].to(decoder.device)) for half in here}
+                kept = {name: keep_all_but(found[None], gone[name])[0] for name, found in scores.items()}
+            masks = {name: torch.ones_like(matrix.weight, dtype=torch.bool) for name, matrix in decoder.matrices(window).items()}
+            changed: dict[str, Tensor] = {}
+            for half in here:
+                half.remove(masks, kept[half.window.name])
+                if compensate and not kept[half.window.name].all():
+                    bias = _compensated_bias(half, kept[half.window.name], means[half.window.name])
+                    biases[half.reader.name] = changed[half.reader.bias_name] = bias
+                    set_bias(half.reader.module, bias)
+            for name, matrix in decoder.matrices(window).items():
+                matrix.weight.masked_fill_(~masks[name], 0.0)
+            work.masks.update(masks)
+            if window == blocks[-1]:
+                stream = None
+            elif stream is not None:
+                if propagation == "sparse":
+                    with engine.holding(decoder, window):
+                        outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream)
+                stream = outputs
+            found = {"sparsity": {name: sparsity_of(mask) for name, mask in masks.items()}, "starved": []}
+            work.finish("prune", found, {"stream": stream}, changed)
+            done.append(found)
+    return {name: share for found in done for name, share in found["sparsity"].items()}, biases
+
+
+def _compare(
+    decoder: Decoder, rule: Structured, halves: list[Units], samples: Samples, engine: Engine, work: InMemory, progress: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """In the dense model, the scores (count,) of the units of each half; and, by its name, the means (in,) of what its reader reads."""
+    blocks, done = decoder.windows("block"), len(work.finished("compare"))
+    streams = work.streams("compare")
+    if not done:
+        nothing = torch.empty(0, device=decoder.device)
+        streams = {"stream": engine.embed(decoder, samples), "scores": nothing, "means": nothing}
+    bar = tqdm(
+        blocks[done:], desc=f"compare ({rule.name})", unit="block", disable=not progress, initial=done, total=len(blocks)
+    )  # fmt: skip
+    for window in bar:
+        scores, means = [streams["scores"]], [streams["means"]]
+        with decoder.loaded(window):
+            outputs, statistics = gather(engine, decoder, window, streams["stream"], rule.statistics)
+            for half in halves:
+                if half.window.blocks == window.blocks:
+                    moments = statistics[half.reader.name].to(decoder.device)
+                    scores.append(_score(rule, half, moments))
+                    means.append(moments[0])
+        outputs = None if window == blocks[-1] else outputs
+        streams = {"stream": outputs, "scores": torch.cat(scores), "means": torch.cat(means)}
+        work.finish("compare", None, streams)
+    means = streams["means"].split([half.reader.weight.shape[1] for half in halves])
+    names = [half.window.name for half in halves]
+    return list(streams["scores"].split([half.count for half in halves])), dict(zip(names, means, strict=True))
 
 
 def _score(rule: Structured, half: Units, statistics: Tensor) -> Tensor:
@@ -218,11 +285,6 @@ def _compensated_bias(half: Units, kept: Tensor, mean: Tensor) -> Tensor:
     module, weight = half.reader.module, half.reader.weight
     extra = weight.float() @ mean.masked_fill(half.columns(kept), 0.0)
     return (extra if module.bias is None else module.bias + extra).to(weight.dtype)
-
-
-def _zero(decoder: Decoder, window: Window | None, masks: dict[str, Tensor]) -> None:
-    for name, matrix in decoder.matrices(window).items():
-        matrix.weight.masked_fill_(~masks[name], 0.0)
 
 
 def set_bias(module: nn.Module, bias: Tensor) -> None:

@@ -91,6 +91,7 @@ class Lazy:
         read: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
         done: Callable[[list[str]], None] = lambda names: None,
     ):
+        self.model = model
         self.read = read
         self.done = done
         self.parameters: dict[str, nn.Parameter] = {}
@@ -105,6 +106,17 @@ class Lazy:
                 module._parameters[name] = made[parameter]
         self._names = {parameter: name for name, parameter in self.parameters.items()}
         self._users: Counter[str] = Counter()
+
+    def add(self, name: str, shape: torch.Size) -> bool:
+        """Takes in the parameter `name` that something else gave the model, or is to, such as a bias; False: it is known."""
+        path, _, attribute = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if getattr(module, attribute) in self._names:
+            return False
+        self.parameters[name] = nn.Parameter(placeholder(shape))
+        self._names[self.parameters[name]] = name
+        setattr(module, attribute, self.parameters[name])
+        return True
 
     @contextlib.contextmanager
     def reading(self, read: Callable[[list[str]], Iterator[tuple[str, Tensor]]]) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 
 import numpy as np
 import torch
@@ -101,6 +101,7 @@ class Work(InMemory):
         self.shards: list[str] = []
         self.of = 0  # shards that there will be
         self.repaired: Checkpoint | None = None
+        self.lazy: Lazy | None = None  # of the student
         self._kept: dict[str, tuple[Samples, dict]] = {}  # stream -> what is in hand of it, and what is noted of its file
         self._open: dict[str, object] = {}
         kept = [entry[kind] for entry in self.journal.entries for kind in KEPT if kind in entry]
@@ -214,12 +215,20 @@ class Work(InMemory):
             self.columns[name] = entry["masks"]["file"], columns
         for name in entry.get("weights", {}).get("names", ()):
             self.pruned[name] = entry["weights"]["file"]
+        if self.lazy is not None:
+            self._take_in(entry.get("weights", {}).get("names", ()))
         for name in entry.get("exact", {}).get("names", ()):
             self.exact[name] = entry["exact"]["file"]
         if "shard" in entry:
             self.shards.append(entry["shard"]["file"])
             if self.repaired is not None:
                 self.repaired.add(self.folder / self.shards[-1])
+
+    def _take_in(self, names: Iterable[str]) -> None:
+        """Gives the student those of the pruned parameters `names` that the dense model does not have, such as biases."""
+        fresh = [name for name in names if self.lazy.add(name, self.tensor(self.pruned[name], name).shape)]
+        if fresh or self.repaired is None:
+            self.repaired = Checkpoint(self.lazy.model, [self.folder / file for file in self.shards])
 
     def _check(self, noted: dict) -> None:
         """Raises `ReconError` where a file of a finished step is not what was written."""
@@ -254,7 +263,6 @@ class Work(InMemory):
     def student(self, dense: Decoder, start: Callable[[list[str]], Iterator[tuple[str, Tensor]]]) -> Decoder:
         """A second skeleton beside `dense`, whose weights are what this run has made so far of those that `start` reads."""
         model = second(dense.model)
-        self.repaired = Checkpoint(model, [self.folder / file for file in self.shards])
         held: dict[str, list[Matrix]] = {}
 
         def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -275,7 +283,9 @@ class Work(InMemory):
                         if matrix.name in self.masks:
                             matrix.weight.data.masked_fill_(~self.masks[matrix.name], 0.0)
 
-        decoder = Decoder(model, like=dense, lazy=Lazy(model, read, done))
+        self.lazy = Lazy(model, read, done)
+        self._take_in(self.pruned)
+        decoder = Decoder(model, like=dense, lazy=self.lazy)
         for matrix in decoder.matrices().values():
             held.setdefault(matrix.parameter_name, []).append(matrix)
         return decoder

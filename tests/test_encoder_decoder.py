@@ -24,6 +24,7 @@ from recon.reconstruction import reconstruct
 from recon.retraining import retrain
 from recon.solvers.gradient import Schedule
 from recon.statistics import gather
+from recon.structure import requiring_gradients
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,18 @@ def test_what_blocks_pass_on_is_found_and_belongs_to_no_window(made, tmp_path):
     for decoder in (student, copied, Decoder(make_model("t5", seed=1), like=dense), dense):
         assert_close(composed(decoder, tokens[:2]), own_logits(decoder.model, tokens[:2]), rtol=1e-4, atol=1e-4)
     assert all(not torch.equal(student.model.get_parameter(name), dense.model.get_parameter(name)) for name in biases)
+
+
+def test_finding_what_blocks_are_called_with_spoils_no_training_in_half_precision(made):
+    """It is found with placeholders, which autocast would round and keep as long as they are trained."""
+    dense = made("t5")
+    window, losses = dense.windows("2-blocks")[0], []
+    with Engine("cpu", "bfloat16") as engine, requiring_gradients(dense.parameters(window).values()):
+        hidden = engine.embed(dense, random_tokens(1, 16))
+        for _ in range(2):
+            dense.forget()
+            losses.append(dense.forward(window, hidden).square().mean().item())
+    assert losses[0] == losses[1]  # which NaN is not
 
 
 def test_what_blocks_pass_on_has_to_be_known(monkeypatch):

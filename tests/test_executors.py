@@ -365,20 +365,23 @@ WAYS = {  # granularity, and how windows are fitted
     "halves": ("half-block", {"schedule": recon.Schedule(3e-3, pieces=2)}),
     "matrices exactly": ("matrix", {"solver": "exact"}),
     "halves, activations in bfloat16": ("half-block", {"activation_dtype": "bfloat16"}),
+    "biases that pruning added": ("half-block", {"criterion": "flap", "pattern": "0.3"}),
     "blocks from exact": ("2-blocks", {"start": "exact", "train": "all"}),
     "adapters": ("block", {"adapter": "masklora", "rank": 2}),
     "samples of unequal length": ("half-block", {}),
 }
 
 
-@pytest.mark.parametrize("way", [*[*WAYS][:3], *(pytest.param(way, marks=pytest.mark.slow) for way in [*WAYS][3:])])
+@pytest.mark.parametrize("way", [*[*WAYS][:4], *(pytest.param(way, marks=pytest.mark.slow) for way in [*WAYS][4:])])
 def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny, tokens, way):
     granularity, options = WAYS[way]
+    options = {"criterion": "wanda", "pattern": "0.5"} | options
+    pruning = {name: options.pop(name) for name in ("criterion", "pattern")}
     dense, samples, held_out = tiny("llama", tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
     if way == "samples of unequal length":
         samples = Ragged.of([sample[: 16 - 3 * (number % 3)] for number, sample in enumerate(samples)])
     pruned = copy.deepcopy(dense)
-    recon.prune(pruned, samples, criterion="wanda", pattern="0.5", progress=False)
+    masks = recon.prune(pruned, samples, **pruning, progress=False).masks
     made, reports = {}, {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as workers have: more could round differently
@@ -389,6 +392,7 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
                 made[executor],
                 dense,
                 samples,
+                masks,
                 granularity=granularity,
                 held_out=held_out,
                 progress=False,
