@@ -85,6 +85,7 @@ class Matrix:
     transposed: whether it is stored as (in, out).
     share: of all tokens, how many it reads on average: less than 1 for an expert.
     routed: whether it reads tokens that are sent to it, as an expert does.
+    alone: whether it is multiplied by itself, and not with those of other experts at once.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Matrix:
     transposed: bool = False
     share: float = 1.0
     routed: bool = False
+    alone: bool = True
 
     @property
     def module_name(self) -> str:
@@ -117,12 +119,16 @@ class Matrix:
         return getattr(self.module, self.attribute)
 
     @property
+    def part(self) -> Tensor:
+        """The part of the parameter that is the matrix, laid out as it is stored: a view."""
+        if self.expert is None:
+            return self.parameter
+        return self.parameter.view(self.experts, -1, self.parameter.shape[-1])[self.expert]
+
+    @property
     def weight(self) -> Tensor:
         """The matrix (out, in): a view, whatever way round it is stored."""
-        stored = self.parameter
-        if self.expert is not None:
-            stored = stored.view(self.experts, -1, stored.shape[-1])[self.expert]
-        return self.oriented(stored)
+        return self.oriented(self.part)
 
     def oriented(self, stored: Tensor) -> Tensor:
         """`stored` (laid out as the matrix is stored) as (out, in), and the reverse; a view."""
@@ -286,6 +292,16 @@ class Decoder:
                         stack.callback(handle.remove)
             if fused:
                 stack.enter_context(FusedProducts(fused, lambda name, found: see((_expert(name, found.expert),), found.x)))
+            yield
+
+    @contextlib.contextmanager
+    def using(self, window: Window, weights: dict[str, Tensor]) -> Iterator[None]:
+        """While active, the experts of `window` whose matrices are `alone` are multiplied by `weights` instead.
+
+        weights: by matrix name, laid out as stored; of a matrix that has none, zeros come.
+        """
+        fused = {m.parameter_name: m.parameter for m in self.matrices(window).values() if m.expert is not None and m.alone}
+        with FusedProducts(fused, use=lambda name, expert: weights.get(_expert(name, expert))):
             yield
 
     def _run_block(self, index: int, hidden: Tensor, half: str | None = None) -> Tensor:
@@ -690,7 +706,7 @@ class Decoder:
             for expert in range(experts[name]):
                 matrix = Matrix(
                     _expert(name, expert), self.model.get_submodule(owner), attribute, expert, experts[name],
-                    found[0].transposed, share, routed=True,
+                    found[0].transposed, share, routed=True, alone=all(product.alone for product in found),
                 )  # fmt: skip
                 self._matrices[matrix.name] = matrix
         # Modules that never run as such, whose input is therefore not seen, stay dense.

@@ -154,12 +154,9 @@ class EncoderDecoder(Decoder):
             homes.append((tensor, tensor.data))
             known = name in self._passed_on or not isinstance(tensor, nn.Parameter)
             tensor.data = tensor.data.to(device) if known else placeholder(tensor.shape, tensor.dtype, device)
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # where they are trained, autocast would go on with placeholders that it has rounded
         try:
             yield
         finally:
-            torch.set_autocast_cache_enabled(cached)
             for tensor, home in homes:
                 tensor.data = home
 

@@ -65,7 +65,10 @@ class Engine(contextlib.AbstractContextManager):
 
     def __enter__(self):
         stack = contextlib.ExitStack()
-        stack.enter_context(torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32))
+        rounding = self.dtype != torch.float32
+        # Nothing is multiplied by twice in one pass, so rounded weights that are kept would take memory for nothing; and
+        # those of placeholders would stay when the weights are there.
+        stack.enter_context(torch.autocast(self.device.type, self.dtype, enabled=rounding, cache_enabled=False))
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             stack.enter_context(FastCausalAttention())
         self._entered.append(stack)

@@ -27,14 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from recon import adapters, logits, runs, statistics
+from recon import adapters, logits, reconstruction, runs, statistics
 from recon.activations import SMALL
 from recon.criteria import sparsegpt
 from recon.decoder import Decoder
 from recon.device import HOST, PeakMemory
 from recon.engine import Engine
 from recon.runs import Measured, Pruned, Run, Session
-from recon.solvers.gradient import Schedule
+from recon.solvers.gradient import Curve, Schedule, fit
 from recon.spec import RunRecord, RunSpec
 from recon.weights import Lazy, auto_class, skeleton
 from recon.work import InMemory
@@ -359,18 +359,29 @@ def _cut_short(order: int, ledger: Ledger) -> Iterator[None]:
 
     @contextlib.contextmanager
     def seeing_all(*args) -> Iterator[None]:
-        ledger.all_experts = True
-        with watching(*args):
+        with reached(), watching(*args):
             yield
+
+    @contextlib.contextmanager
+    def reached() -> Iterator[None]:
+        """All experts are, by some token."""
+        ledger.all_experts = True
+        yield
         ledger.all_experts = False
+
+    def train_all(*args) -> Curve:
+        with reached():
+            return fit(*args)
 
     with contextlib.ExitStack() as stack:
         for owner, name, short in (
             (Engine, "batches", some_batches),
             (Decoder, "watching", seeing_all),
+            (reconstruction, "fit", train_all),
             (Schedule, "steps", lambda schedule, samples: every_step(schedule, min(samples, order))),
             (logits, "parts", _first_two(logits.parts)),
             (adapters, "parts", _first_two(adapters.parts)),
+            (reconstruction, "by_expert", _first_two(reconstruction.by_expert)),
             (sparsegpt, "_prune_block", all_columns),
             (torch.nn.Module, "to", _brought),
             (runs, "environment", lambda *args: {}),
@@ -381,8 +392,8 @@ def _cut_short(order: int, ledger: Ledger) -> Iterator[None]:
         yield
 
 
-def _first_two(parts: Callable[[Tensor], list[slice]]) -> Callable[[Tensor], list[slice]]:
-    return lambda tensor: parts(tensor)[:2]
+def _first_two(parts: Callable[[object], list]) -> Callable[[object], list]:
+    return lambda whole: parts(whole)[:2]
 
 
 class Rehearsal(Run):

@@ -77,6 +77,8 @@ class RunSpec:
     """Low-rank parametrisation of a window's matrices: none, lora, masklora, scalelora."""
     rank: int = 16
     """Rank of adapters, in windows and in retraining."""
+    experts: str = "together"
+    """How the experts of a half-block are fitted: together, or apart, one after another, which takes the memory of one."""
     loss: str = "mse"
     """mse, cosine, or relative (squared error relative to each token's target)."""
     learning_rate: float = 3e-3
@@ -140,7 +142,15 @@ class RunSpec:
                 raise ReconError(f"{name} is {value!r}; allowed: a list of names")
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         reconstruction.check_options(
-            self.granularity, self.propagation, self.solver, self.start, self.loss, self.train, self.adapter, self.rank
+            self.granularity,
+            self.propagation,
+            self.solver,
+            self.start,
+            self.loss,
+            self.train,
+            self.adapter,
+            self.rank,
+            self.experts,
         )
         retraining.check_options("full" if self.then == "none" else self.then, self.objective)
         for name in ("documents", "then_checkpointing", "trust_remote_code"):

@@ -114,21 +114,24 @@ class Product:
     expert, experts: which of them, of how many.
     transposed: whether they are stored as (in, out).
     x: what the matrix reads, (tokens, in).
+    alone: whether it is multiplied by itself, and not with others at once.
     """
 
     expert: int
     experts: int
     transposed: bool
     x: Tensor
+    alone: bool
 
 
 class FusedProducts(TorchFunctionMode):
     """Sees the matrix products with slices of parameters that hold the matrices of several experts, one slice each.
 
-    While active, `see(name, product)` is called before each product with one expert's matrix.
-
     Args:
         parameters: by name, those to look out for.
+        see: called with a parameter's name and the product before each product with one expert's matrix.
+        use: called with a parameter's name and an expert, for one whose matrix is multiplied alone; gives what is multiplied
+            by instead, laid out as in the parameter, or None: what comes of it is zeros, and nothing is multiplied.
     """
 
     # The functions that multiply by a matrix: where it is among their arguments, after what it multiplies; whether it is (out, in).
@@ -136,17 +139,33 @@ class FusedProducts(TorchFunctionMode):
         (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), (1, False)
     )
 
-    def __init__(self, parameters: dict[str, nn.Parameter], see: Callable[[str, Product], None]):
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        see: Callable[[str, Product], None] = lambda name, product: None,
+        use: Callable[[str, int], Tensor | None] | None = None,
+    ):
         super().__init__()
-        self.parameters, self.see = parameters, see
+        self.parameters, self.see, self.use = parameters, see, use
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         at, out_by_in = self.FUNCTIONS.get(function, (len(args), False))
         if at < len(args):
+            args = list(args)
             for name, parameter in self.parameters.items():
                 for product in _products(args[at - 1].detach(), args[at], out_by_in, parameter):
                     self.see(name, product)
+                    if self.use is not None and product.alone:
+                        args[at - 1 : at + 1] = _other(args[at - 1], args[at], out_by_in, self.use(name, product.expert), product)
         return function(*args, **(kwargs or {}))
+
+
+def _other(x: Tensor, matrix: Tensor, out_by_in: bool, other: Tensor | None, product: Product) -> tuple[Tensor, Tensor]:
+    """What to multiply for the product of `x` with `other`, stored as `matrix` is, in place of that; None: for one of the shape of zeros."""
+    if other is not None:
+        return x, other.T if product.transposed == out_by_in else other
+    one = matrix[:, :1] if out_by_in else matrix[:1]
+    return x[..., :1], torch.zeros_like(one)
 
 
 def _products(x: Tensor, matrix: Tensor, out_by_in: bool, parameter: nn.Parameter) -> Iterator[Product]:
@@ -169,11 +188,11 @@ def _products(x: Tensor, matrix: Tensor, out_by_in: bool, parameter: nn.Paramete
     first, experts = start // size, parameter.numel() // size
     transposed = out_by_in == turned
     if matrix.ndim == 2:
-        yield Product(first, experts, transposed, x.reshape(-1, x.shape[-1]))
+        yield Product(first, experts, transposed, x.reshape(-1, x.shape[-1]), alone=True)
         return
     for expert, rows in enumerate(x.expand(len(matrix), -1, -1), first):
         # All experts at once: a token that is not for one is a row of zeros.
-        yield Product(expert, experts, transposed, rows[rows.any(-1)])
+        yield Product(expert, experts, transposed, rows[rows.any(-1)], alone=False)
 
 
 def fused_parameters(block: nn.Module) -> dict[str, nn.Parameter]:

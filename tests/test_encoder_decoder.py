@@ -158,7 +158,7 @@ def test_what_blocks_pass_on_is_found_and_belongs_to_no_window(made, tmp_path):
 
 
 def test_finding_what_blocks_are_called_with_spoils_no_training_in_half_precision(made):
-    """It is found with placeholders, which autocast would round and keep as long as they are trained."""
+    """It is found with placeholders, which autocast by itself would round and go on with where weights are trained."""
     dense = made("t5")
     window, losses = dense.windows("2-blocks")[0], []
     with Engine("cpu", "bfloat16") as engine, requiring_gradients(dense.parameters(window).values()):

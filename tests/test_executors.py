@@ -367,6 +367,7 @@ WAYS = {  # granularity, and how windows are fitted
     "halves, activations in bfloat16": ("half-block", {"activation_dtype": "bfloat16"}),
     "biases that pruning added": ("half-block", {"criterion": "flap", "pattern": "0.3"}),
     "blocks from exact": ("2-blocks", {"start": "exact", "train": "all"}),
+    "experts apart": ("half-block", {"family": "mixtral", "experts": "apart"}),
     "adapters": ("block", {"adapter": "masklora", "rank": 2}),
     "samples of unequal length": ("half-block", {}),
 }
@@ -375,9 +376,10 @@ WAYS = {  # granularity, and how windows are fitted
 @pytest.mark.parametrize("way", [*[*WAYS][:4], *(pytest.param(way, marks=pytest.mark.slow) for way in [*WAYS][4:])])
 def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny, tokens, way):
     granularity, options = WAYS[way]
-    options = {"criterion": "wanda", "pattern": "0.5"} | options
+    options = {"criterion": "wanda", "pattern": "0.5", "family": "llama"} | options
+    family = options.pop("family")
     pruning = {name: options.pop(name) for name in ("criterion", "pattern")}
-    dense, samples, held_out = tiny("llama", tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
+    dense, samples, held_out = tiny(family, tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
     if way == "samples of unequal length":
         samples = Ragged.of([sample[: 16 - 3 * (number % 3)] for number, sample in enumerate(samples)])
     pruned = copy.deepcopy(dense)

@@ -75,6 +75,7 @@ CASES = {
     "parallel blocks": ("phi", {"criterion": "magnitude", "granularity": "2-blocks", "propagation": "sparse", "start": "exact"}),
     "parallel halves, all trained": ("gpt_neox", {"train": "all", "prune_propagation": "dense"}),
     "experts": ("mixtral", {"propagation": "sparse", "pattern": "2:4"}),
+    "experts apart": ("gpt_oss", {"experts": "apart", "criterion": "sparsegpt"}),
     "adapters, swaps": ("gemma2", {"adapter": "masklora", "rank": 2, "swaps": 2}),
     "documents of unequal length": ("", {"documents": True, "propagation": "mixed"}),
     "activations in bfloat16": ("", {"propagation": "mixed", "start": "exact", "activation_dtype": "bfloat16"}),
@@ -151,8 +152,10 @@ def watch(monkeypatch) -> tuple[dict[Lazy, int], list[int]]:
     return there, most
 
 
-def test_no_more_than_two_windows_are_there_at_once(spec, tmp_path, monkeypatch):
+@pytest.mark.parametrize("criterion", ["wanda", "flap"])
+def test_no_more_than_two_windows_are_there_at_once(criterion, spec, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "SMALL", 0)
+    spec = dataclasses.replace(spec, criterion=criterion)
     run = StreamedRun(spec, recon.Session(), False, tmp_path / "work")
     run.load()
     there, most = watch(monkeypatch)
