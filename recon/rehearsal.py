@@ -124,6 +124,9 @@ class Ledger(TorchDispatchMode):
             return self.equal
         if kwargs and kwargs.get("device") == HOST and torch._C._current_autograd_node() is not None:
             kwargs = kwargs | {"device": self.device}  # gradients are where all is computed, whatever the answer above was
+        if function is torch.ops.aten._to_copy.default and "layout" in (kwargs or {}):
+            # Torch's own code, in the midst of something else, takes the tensor for one of the host; what Python asks for goes by `_moved`.
+            kwargs = {name: value for name, value in kwargs.items() if name != "device"}
         made = function(*args, **(kwargs or {}))
         if function in ROUTERS:
             _choose(made, self.all_experts, *args)
@@ -242,6 +245,8 @@ class _Answers(TorchFunctionMode):
             args = (min(args[0], self.order),)
         if function is torch.Tensor.to:
             return _moved(*args, **(kwargs or {}))
+        if function is torch.Tensor.cpu:
+            return _moved(args[0], HOST)
         made = function(*args, **(kwargs or {}))
         if function == _SET_DATA:  # which leaves alone what Python knows of a tensor
             args[0].fake_device = args[1].fake_device

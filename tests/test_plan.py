@@ -248,7 +248,7 @@ CUDA = torch.device("cuda", 0)
         {"granularity": "none", "then": "full", "then_checkpointing": True},
         {"then": "lora", "objective": "distil"},
         {"family": "mixtral", "criterion": "wanda", "granularity": "block"},
-        {"family": "mixtral", "experts": "apart", "stream": "yes"},
+        {"family": "qwen3_moe", "experts": "apart", "stream": "yes"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
