@@ -309,7 +309,8 @@ class Decoder:
         stubs = {}
         if half:
             for child in self.halves[index].children[_OTHER[half]]:
-                stubs[self.blocks[index].get_submodule(child)] = self._silence[index][child]
+                module = self.blocks[index].get_submodule(child)
+                stubs[module] = partial(self._silence[index][child], module)
         with replaced(stubs):
             return first(self.blocks[index](hidden, *args, **kwargs))
 

@@ -49,7 +49,8 @@ def cores() -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether `error` is PyTorch's way to say that a device's memory is used up."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    told = bool(error.args) and isinstance(error.args[0], str)  # which is what is looked at
+    return isinstance(error, torch.OutOfMemoryError) or (told and should_reduce_batch_size(error))
 
 
 class PeakMemory(contextlib.AbstractContextManager):

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -127,7 +128,7 @@ class Ledger(TorchDispatchMode):
         if function is torch.ops.aten._to_copy.default and "layout" in (kwargs or {}):
             # Torch's own code, in the midst of something else, takes the tensor for one of the host; what Python asks for goes by `_moved`.
             kwargs = {name: value for name, value in kwargs.items() if name != "device"}
-        made = function(*args, **(kwargs or {}))
+        made = (partial(_of_host, function) if function in CONVOLUTIONS else function)(*args, **(kwargs or {}))
         if function in ROUTERS:
             _choose(made, self.all_experts, *args)
         elif function.overloadpacket in COUNTERS and made.numel() <= VALUES:
@@ -161,6 +162,23 @@ class Ledger(TorchDispatchMode):
             self.peaks.found[place] = dict(alive)
 
 
+def _of_host(function: Callable, *args, **kwargs) -> object:
+    """What `function` makes, which asks the driver of its tensors' device; it is told that they are the host's, and what it makes is theirs."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    homes = [tensor.fake_device for tensor in tensors]
+    for tensor in tensors:
+        tensor.fake_device = HOST
+    try:
+        made = function(*args, **kwargs)
+    finally:
+        for tensor, home in zip(tensors, homes, strict=True):
+            tensor.fake_device = home
+    for tensor in tree_leaves(made):
+        if isinstance(tensor, FakeTensor):
+            tensor.fake_device = homes[0]
+    return made
+
+
 def _device(tensor: Tensor) -> torch.device:
     """Its device, without asking the modes that are active for it, as `tensor.device` would."""
     return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
@@ -191,6 +209,7 @@ def _answer(dtype: torch.dtype) -> bool | int | float:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
 
 
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 ROUTERS = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)  # what chooses the experts of a token
 COUNTERS = tuple(getattr(torch.ops.aten, name) for name in ("zeros", "arange"))  # what choices are compared with, or written to
 EXPERTS = 8  # among which all tokens are divided, unless each has to be seen

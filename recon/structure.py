@@ -278,21 +278,29 @@ def hidden_states(args: tuple, kwargs: dict) -> Tensor:
 
 
 def silent(args: tuple, kwargs: dict, output) -> Callable:
-    """A forward that returns zeros of the structure of `output`, for any batch and length."""
+    """A forward that returns zeros of the structure of `output`, for any batch and length; its first argument is the module that is silenced.
+
+    That may be of another model than the one that returned `output`, and of other widths.
+    """
     given = hidden_states(args, kwargs)
 
-    def zeros(leaf, like: Tensor):
-        if isinstance(leaf, Tensor) and leaf.shape[:-1] == given.shape[:-1]:
-            # Of the width of what is given, where it was so in `output`: the model may be another one of other widths.
-            width = like.shape[-1] if leaf.shape[-1] == given.shape[-1] else leaf.shape[-1]
+    def zeros(leaf, like: Tensor, module: nn.Module):
+        if not isinstance(leaf, Tensor):
+            return None
+        width = like.shape[-1] if leaf.shape[-1] == given.shape[-1] else leaf.shape[-1]
+        if isinstance(module, nn.Linear | Conv1D):
+            width = module.weight.shape[isinstance(module, Conv1D)]
+        if leaf.shape[:-1] == given.shape[:-1]:
             return like.new_zeros(*like.shape[:-1], width)
-        if isinstance(leaf, Tensor) and leaf.shape[:-1] == (given.shape[:-1].numel(),):  # batch and length made one axis
-            return like.new_zeros(like.shape[:-1].numel(), leaf.shape[-1])
+        if leaf.shape[:-1] == (given.shape[:-1].numel(),):  # batch and length made one axis
+            return like.new_zeros(like.shape[:-1].numel(), width)
         return None
 
-    def forward(*args, **kwargs):
+    def forward(module: nn.Module, *args, **kwargs):
         like = hidden_states(args, kwargs)
-        return type(output)(zeros(leaf, like) for leaf in output) if isinstance(output, tuple | list) else zeros(output, like)
+        if isinstance(output, tuple | list):
+            return type(output)(zeros(leaf, like, module) for leaf in output)
+        return zeros(output, like, module)
 
     return forward
 

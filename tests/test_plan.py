@@ -277,6 +277,17 @@ def test_all_that_a_run_does_it_does_on_one_device(spec, options, config_folder)
         assert sum(here[phase].values()) <= sum(alone[phase].values()), phase
 
 
+@pytest.mark.parametrize("family", ["llama4_text", "biogpt", "mamba", "lfm2", "qwen3_next"])
+def test_families_are_planned_with_and_without_a_gpu(family, spec, config_folder):
+    """Experts multiplied all at once, halves that are no module, convolutions, routers in another dtype; taken apart as narrower ones."""
+    spec = replace(spec, model=config_folder(small_model(family).config.to_dict()), evaluation_samples=1, granularity="block")
+    spec = replace(spec, compute_dtype="bfloat16")
+    if family != "mamba":
+        spec = replace(spec, granularity="half-block")
+    on_host, with_gpu = (plan.plan(spec, stream="yes", device_memory=memory) for memory in (None, 1))
+    assert on_host.device_memory == {} and sum(with_gpu.device_memory["reconstruct"].values()) > 0
+
+
 @pytest.mark.parametrize("granularity", ["2-blocks", "model"])
 def test_memory_of_a_device_follows_the_window(granularity, spec):
     decoder = plan.shapes_of(spec.model).decoder
