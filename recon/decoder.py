@@ -294,15 +294,13 @@ class Decoder:
                 stack.enter_context(FusedProducts(fused, lambda name, found: see((_expert(name, found.expert),), found.x)))
             yield
 
-    @contextlib.contextmanager
-    def using(self, window: Window, weights: dict[str, Tensor]) -> Iterator[None]:
-        """While active, the experts of `window` whose matrices are `alone` are multiplied by `weights` instead.
+    def using(self, window: Window, weights: dict[str, Tensor]) -> contextlib.AbstractContextManager:
+        """Context, to be entered any number of times, in which the experts of `window` that are `alone` are multiplied by `weights` instead.
 
         weights: by matrix name, laid out as stored; of a matrix that has none, zeros come.
         """
         fused = {m.parameter_name: m.parameter for m in self.matrices(window).values() if m.expert is not None and m.alone}
-        with FusedProducts(fused, use=lambda name, expert: weights.get(_expert(name, expert))):
-            yield
+        return FusedProducts(fused, use=lambda name, expert: weights.get(_expert(name, expert)))
 
     def _run_block(self, index: int, hidden: Tensor, half: str | None = None) -> Tensor:
         args, kwargs = self._call(hidden)[index]

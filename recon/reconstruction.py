@@ -543,17 +543,23 @@ class _Pass:
         def kept(names: Iterable[str]) -> list[tuple[nn.Parameter, Tensor]]:
             return [(leaves[name], alone[name].oriented(self.masks[name]).to(device)) for name in names]
 
-        def run(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-            with self.student.using(window, weights) if alone else contextlib.nullcontext():
-                return self.student.forward(window, x)
+        def by(weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+            """The window, with experts that multiply by `weights`; those that have none give nothing."""
+            context = self.student.using(window, weights) if alone else contextlib.nullcontext()
+
+            def forward(x: Tensor) -> Tensor:
+                with context:
+                    return self.student.forward(window, x)
+
+            return forward
 
         def train(trained: list[nn.Parameter], masks: list, weights: dict, dense: dict[str, Tensor] | None = None) -> Curve:
-            """With experts that multiply by `weights`; without the others, where those are given that multiply by `dense` in the dense model."""
-            wanted = None if dense is None else partial(run, dense)
+            """With experts that multiply by `weights`; they are to give what they give by `dense`, where those are some of them alone."""
+            wanted = None if dense is None else by(dense)
             random = generator(self.seed, "shuffle", window.name)
             try:
                 curve = fit(
-                    partial(run, weights), trained, masks, inputs, targets, self.loss, schedule, random, self.engine,
+                    by(weights), trained, masks, inputs, targets, self.loss, schedule, random, self.engine,
                     self.micro_batch, wanted,
                 )  # fmt: skip
             except ReconError as error:
@@ -570,7 +576,8 @@ class _Pass:
             dense = {name: self.kept[name].to(device) for name in names}
             curve += train([*own.values()], kept(names), own, dense)
         with requiring_gradients(rest):
-            return curve + train(rest, stored(others, self.masks, device), leaves) if rest else curve
+            fixed = {name: leaf.detach() for name, leaf in leaves.items()}
+            return curve + train(rest, stored(others, self.masks, device), fixed) if rest else curve
 
     def error(self, window: Window, inputs: Tensor, targets: Tensor) -> dict[str, float]:
         """The relative error of the window's output on the samples that errors are measured on."""

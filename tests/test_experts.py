@@ -219,8 +219,7 @@ def test_a_half_is_the_sum_of_what_its_experts_give(made, family):
     window = decoder.windows("half-block")[1]
     hidden = decoder.embed(random_tokens(2, 12))
     parts = {name: matrix.part for name, matrix in experts_of(decoder, 0).items()}
-    nothing = decoder.using(window, {})
-    with nothing:
+    with decoder.using(window, {}):
         base = decoder.forward(window, hidden)
     total = base.clone()
     for expert in range(4):
