@@ -1,5 +1,8 @@
 """How much memory there is, as the machine and the control groups of a process tell it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +70,13 @@ def test_groups_of_version_1(root):
     group(home / "job", 400_000, 300_000, (30_000, 1_000), version=1)
     group(home / "job/task", UNLIMITED_1, 10, version=1)
     assert within(root, lines) == 131_000
+
+
+@pytest.mark.parametrize("own, kept", [({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "7"}, "7")])
+def test_few_compiled_products_are_kept_unless_somebody_says_otherwise(own, kept):
+    """Of experts, no two products have one shape; the memory that it saves is in the slow tests of `test_plan.py`."""
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | own
+    command = [sys.executable, "-c", f"import recon, os; print(*(os.environ[name] for name in {names}))"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [kept, kept]
