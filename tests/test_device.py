@@ -72,7 +72,7 @@ def test_groups_of_version_1(root):
     assert within(root, lines) == 131_000
 
 
-@pytest.mark.parametrize("own, kept", [({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "7"}, "7")])
+@pytest.mark.parametrize("own, kept", [({}, "16"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "7"}, "7")])
 def test_few_compiled_products_are_kept_unless_somebody_says_otherwise(own, kept):
     """Of experts, no two products have one shape; the memory that it saves is in the slow tests of `test_plan.py`."""
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
