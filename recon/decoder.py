@@ -147,6 +147,11 @@ def stored(matrices: dict[str, Matrix], masks: dict[str, Tensor], device: torch.
     return [(p, found[0] if len(found) == 1 else torch.stack(found).view(p.shape)) for p, found in parts.items()]
 
 
+def _fused(matrices: dict[str, Matrix]) -> dict[str, nn.Parameter]:
+    """By full name, the parameters that hold those of `matrices` that are experts' parts of one."""
+    return {matrix.parameter_name: matrix.parameter for matrix in matrices.values() if matrix.expert is not None}
+
+
 @dataclass(frozen=True)
 class Halves:
     """How one block divides: the names of its children with weights that mix tokens, and of those that do not."""
@@ -282,7 +287,7 @@ class Decoder:
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
         """While active, `see(group, input)` is called whenever a group of the window's matrices reads its input."""
         wanted = self.matrices(window)
-        fused = {matrix.parameter_name: matrix.parameter for matrix in wanted.values() if matrix.expert is not None}
+        fused = _fused(wanted)
         with contextlib.ExitStack() as stack:
             for index in window.blocks:
                 for group in self.groups[index]:
@@ -299,8 +304,7 @@ class Decoder:
 
         weights: by matrix name, laid out as stored; of a matrix that has none, zeros come.
         """
-        fused = {m.parameter_name: m.parameter for m in self.matrices(window).values() if m.expert is not None and m.alone}
-        return FusedProducts(fused, use=lambda name, expert: weights.get(_expert(name, expert)))
+        return FusedProducts(_fused(self.matrices(window)), use=lambda name, expert: weights.get(_expert(name, expert)))
 
     def _run_block(self, index: int, hidden: Tensor, half: str | None = None) -> Tensor:
         args, kwargs = self._call(hidden)[index]

@@ -3,6 +3,7 @@
 Shapes stay: a removed unit is exact zeros in the columns of the matrix that reads it, and in the rows of those that make it.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ from recon.ragged import Samples
 from recon.sparsity import Pattern, keep_all_but, sparsity_of
 from recon.statistics import gather
 from recon.structure import kind_of, probe_tokens
+from recon.weights import made_up
 from recon.windows import Window
 from recon.work import InMemory
 
@@ -69,16 +71,19 @@ def find_units(decoder: Decoder) -> list[Units]:
     for name, matrix in decoder.matrices().items():
         if matrix.routed:
             raise ReconError(f"{name!r} is an expert's; whole heads and neurons are not removed from models with experts")
-    hidden = decoder.embed(probe_tokens(decoder.model))
     first: dict[tuple, Units] = {}
     units = []
-    for window in decoder.windows("half-block"):
-        (index,) = window.blocks
-        kind = kind_of(decoder.blocks[index]), window.half
-        if kind not in first:
-            with decoder.loaded(window):
-                first[kind] = _units_of(decoder, window, hidden)
-        units.append(first[kind].of(decoder, window))
+    # As all of a skeleton's structure: of its own weights, some may be pruned already when a run goes on.
+    weights = decoder.lazy.reading(made_up(decoder.lazy.parameters)) if decoder.lazy else contextlib.nullcontext()
+    with weights:
+        hidden = decoder.embed(probe_tokens(decoder.model))
+        for window in decoder.windows("half-block"):
+            (index,) = window.blocks
+            kind = kind_of(decoder.blocks[index]), window.half
+            if kind not in first:
+                with decoder.loaded(window):
+                    first[kind] = _units_of(decoder, window, hidden)
+            units.append(first[kind].of(decoder, window))
     return units
 
 

@@ -27,6 +27,7 @@ from recon.cli import main
 from recon.errors import ReconError
 from recon.streamed import StreamedRun
 from recon.study import read_record
+from recon.units import find_units
 from recon.weights import Lazy
 from recon.work import Work
 
@@ -360,6 +361,22 @@ def test_biases_that_pruning_adds_outlive_a_kill(change, spec, tmp_path, monkeyp
         attempts += 1
     assert phases >= {"compare", "prune", "reconstruct"}, attempts
     assert comparable(record) == comparable(expected)
+
+
+def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, tmp_path):
+    """When a run goes on, its first block may have lost all of a half, and says nothing of how others are built."""
+    run = StreamedRun(dataclasses.replace(spec, criterion="flap"), recon.Session(), False, tmp_path / "work")
+    run.load()
+    student = run.copy_of_dense()
+    run.work.masks.update({name: torch.zeros(m.weight.shape, dtype=torch.bool) for name, m in run.dense.matrices().items()})
+    with student.loaded(student.windows("block")[0]):
+        assert not any(parameter.any() for parameter in student.weights(student.windows("block")[0]))
+    in_memory = recon.Decoder(AutoModelForCausalLM.from_pretrained(spec.model))
+    for ours, theirs in zip(find_units(student), find_units(in_memory), strict=True):
+        assert (ours.window, ours.reader.name, ours.count, ours.weights) == (
+            theirs.window, theirs.reader.name, theirs.count, theirs.weights,
+        )  # fmt: skip
+        assert ours.rows.keys() == theirs.rows.keys() and all(torch.equal(ours.rows[n], theirs.rows[n]) for n in ours.rows)
 
 
 @pytest.mark.slow
