@@ -302,9 +302,9 @@ class Decoder:
     def using(self, window: Window, weights: dict[str, Tensor]) -> contextlib.AbstractContextManager:
         """Context, to be entered any number of times, in which the experts of `window` that are `alone` are multiplied by `weights` instead.
 
-        weights: by matrix name, laid out as stored; of a matrix that has none, zeros come.
+        weights: by matrix name, laid out as stored.
         """
-        return FusedProducts(_fused(self.matrices(window)), use=lambda name, expert: weights.get(_expert(name, expert)))
+        return FusedProducts(_fused(self.matrices(window)), use=lambda name, expert: weights[_expert(name, expert)])
 
     def _run_block(self, index: int, hidden: Tensor, half: str | None = None) -> Tensor:
         args, kwargs = self._call(hidden)[index]

@@ -83,8 +83,6 @@ def flops(spec, decoder: Decoder, tokens: dict[str, int] | None = None) -> dict[
                 per_token += spec.epochs * (2 * (model.weights - first) + 2 * model.attention(spec.sequence_length))
             else:
                 per_token -= spec.epochs * model.attention(spec.sequence_length)
-            if spec.experts == "apart":  # what each should give is computed along the way
-                per_token += spec.epochs * 2 * model.experts
             if spec.adapter != "none":
                 batches = spec.epochs * -(-samples["reconstruct"] // spec.batch_size)
                 found["reconstruct"] += batches * 6 * spec.rank * model.weights
@@ -128,7 +126,6 @@ class _Model:
         # A matrix of an expert multiplies some of the tokens only.
         self.share = {name: matrix.share for name, matrix in decoder.matrices().items()}
         self.weights = sum(map(self.per_token, self.matrices))
-        self.experts = sum(self.per_token(name) for name, matrix in decoder.matrices().items() if matrix.routed and matrix.alone)
         self.edges = sum(rows + columns for rows, columns in shapes)
         self.products = sum(rows * columns**2 for rows, columns in shapes)  # of every matrix with its Gram matrix
         predicted = decoder.predicted(torch.empty(1, 2)).shape[1] / 2  # of all tokens; an encoder-decoder predicts half of them

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from recon import criteria, estimate, models, reconstruction, streamed
+from recon import criteria, estimate, models, streamed
 from recon.assets import cache_folder
 from recon.decoder import Decoder
 from recon.device import (
@@ -416,23 +416,9 @@ def _changes(spec: RunSpec) -> list[Change]:
             with contextlib.suppress(ReconError):  # it does not fit this model
                 sizes.setdefault(max(window.halves for window in decoder.windows(name)), name)
         smaller = [{"granularity": sizes[size]} for size in sorted(sizes, reverse=True) if size < now]
-        if spec.experts == "together" and _can_be_apart(spec, decoder):
-            # As smaller windows do, it costs time and no quality.
-            smaller.append((smaller[-1] if smaller else {}) | {"experts": "apart"})
         found.append((("reconstruct",), smaller))
     found.append((("prune", "reconstruct"), halves("samples", 8)))
     return [Change(frozenset(phases), steps) for phases, steps in found if steps]
-
-
-def _can_be_apart(spec: RunSpec, decoder: Decoder) -> bool:
-    """Whether half-blocks of the model could be repaired expert by expert."""
-    try:
-        decoder.windows("half-block")
-        reconstruction.check_experts(decoder, "apart")
-        replace(spec, granularity="half-block", experts="apart")
-    except ReconError:
-        return False
-    return True
 
 
 def _options(changes: dict) -> str:

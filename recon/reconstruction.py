@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -50,10 +50,6 @@ STARTS = {
 TRAINED = {
     "matrices": "the matrices of the window, with their biases",
     "all": "every parameter that the window's output depends on, norms included",
-}
-EXPERTS = {
-    "together": "all of a window at once",
-    "apart": "one after another, each to give what it gives in the dense model: gradients and moments of one alone are in memory",
 }
 ERROR_SAMPLES = 2  # samples that a window's error is measured on before and after
 # Larger windows take smaller steps: the learning rate is divided by this power of their number of halves. With no power, or
@@ -115,7 +111,6 @@ def reconstruct(
     work: InMemory | None = None,
     executor: str | Ray | None = "serial",
     activation_dtype: str = "float32",
-    experts: str = "together",
 ) -> list[WindowReport]:
     """Repairs `model` in place against `dense`, window by window; the pruned weights stay exact zeros.
 
@@ -129,7 +124,7 @@ def reconstruct(
         schedule: a window of n half-blocks is trained with its learning rate divided by n ** `SLOWING`: steps add up along the
             depth, and at the rate that suits a block, a quarter of the model or all of it diverges.
         exact: how exact solutions are computed, where `solver` or `start` asks for them.
-        propagation, solver, start, train, experts: see `PROPAGATIONS`, `SOLVERS`, `STARTS`, `TRAINED`, `EXPERTS`.
+        propagation, solver, start, train: see `PROPAGATIONS`, `SOLVERS`, `STARTS`, `TRAINED`.
         adapter, rank: a low-rank parametrisation that is trained in place of the matrices; see `recon.adapters.ADAPTERS`.
         device: where to compute; default: where `dense` is. Both models stay where they are, but for the window in hand.
         activations: where passes over the same dense model and samples share what they know of it.
@@ -149,8 +144,7 @@ def reconstruct(
     teacher = dense if isinstance(dense, Decoder) else Decoder(dense)
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
-    check_options(granularity, propagation, solver, start, loss, train, adapter, rank, experts)
-    check_experts(teacher, experts)
+    check_options(granularity, propagation, solver, start, loss, train, adapter, rank)
     check_length(teacher, max(lengths(samples)))
     if isinstance(samples, Ragged) and schedule.pieces > 1:
         raise ReconError(f"pieces is {schedule.pieces}, but samples of unequal length are not cut; allowed: 1")
@@ -160,7 +154,7 @@ def reconstruct(
     masks = keep_masks(student, masks)
     task = _Pass(
         teacher, student, masks, propagation, solver, start, loss, schedule, exact, train,
-        adapter, rank, experts, seed, Engine(device or teacher.device, compute_dtype, work, activation_dtype), len(samples),
+        adapter, rank, seed, Engine(device or teacher.device, compute_dtype, work, activation_dtype), len(samples),
         Activations(limit=0) if activations is None else activations, work,
     )  # fmt: skip
     windows = teacher.windows(granularity)
@@ -197,7 +191,6 @@ def check_options(
     train: str = "matrices",
     adapter: str = "none",
     rank: int = 16,
-    experts: str = "together",
 ) -> None:
     """Raises `ReconError` for unknown names and for combinations that have no meaning."""
     for kind, value, known in (
@@ -205,7 +198,6 @@ def check_options(
         ("solver", solver, SOLVERS),
         ("start", start, STARTS),
         ("train", train, TRAINED),
-        ("experts", experts, EXPERTS),
     ):
         if value not in known:
             raise ReconError(f"unknown {kind} {value!r}; allowed: {', '.join(known)}")
@@ -217,27 +209,10 @@ def check_options(
         )
     if solver == "exact" and loss != "mse":
         raise ReconError(f"solver exact minimises mse, not loss {loss!r}")
-    if experts == "apart" and canonical(granularity) not in ("half-block", "none"):
-        raise ReconError(
-            f"experts apart are those of a half-block, not of granularity {granularity!r}; use granularity half-block"
-        )
-    if experts == "apart" and propagation == "mixed":
-        raise ReconError(
-            "experts apart are each to give what they give in the dense model, and under mixed propagation that reads something else; "
-            "use propagation dense or sparse"
-        )
     if adapter != "none":
         check_adapter(adapter, rank)
         if solver == "exact" or train == "all":
             raise ReconError(f"adapter {adapter!r} is all that is trained; it goes with solver adamw and train matrices")
-
-
-def check_experts(decoder: Decoder, experts: str) -> None:
-    """Raises `ReconError` where experts are to be fitted apart, and the model has none that could be."""
-    if experts == "apart" and not any(matrix.expert is not None and matrix.alone for matrix in decoder.matrices().values()):
-        raise ReconError(
-            f"experts apart: {type(decoder.model).__name__} has no experts that are in one parameter and multiplied one by one; use together"
-        )
 
 
 @dataclass
@@ -260,7 +235,6 @@ class _Pass:
     train: str
     adapter: str
     rank: int
-    experts: str
     seed: int
     engine: Engine
     count: int  # calibration samples
@@ -321,8 +295,6 @@ class _Pass:
         """Fits one window, measures it before and after, moves the streams on, and notes that it is finished."""
         began = time.perf_counter()
         inputs, targets, grams = self.task_of(window)
-        if self.experts == "apart":
-            self.keep_experts(window)
         with self.student.loaded(window):
             count, curve, before, after, moved, status = self.fit_and_measure(window, inputs, targets, grams)
             self.advance(window)
@@ -422,13 +394,6 @@ class _Pass:
         if self.propagation == "mixed" and not window.matrices:
             return inputs, self.dense_output(window), grams
         return inputs, self.forward(self.teacher, window, given), grams
-
-    @torch.no_grad()
-    def keep_experts(self, window: Window) -> None:
-        """Keeps the dense model's experts of `window`, rounded to the compute dtype as they are for every product."""
-        if experts := _alone(self.teacher.matrices(window)):
-            with self.teacher.loaded(window):
-                self.kept |= {name: matrix.part.detach().to(self.engine.dtype) for name, matrix in experts.items()}
 
     def inputs(self, decoder: Decoder, window: Window, stream: Tensor) -> Tensor:
         """What `window` reads where its block (or half) reads `stream`."""
@@ -531,53 +496,33 @@ class _Pass:
         inputs, targets = inputs[: self.count], targets[: self.count]
         if self.schedule.pieces > 1 and (window.matrices or window.half == "mlp"):
             inputs, targets = (t.unflatten(1, (self.schedule.pieces, -1)).flatten(0, 1) for t in (inputs, targets))
-        alone, device = _alone(masked), self.engine.device
+        # Experts' parts of one parameter that are multiplied one by one.
+        alone = {name: matrix for name, matrix in masked.items() if matrix.expert is not None and matrix.alone}
+        device = self.engine.device
         # Each expert's matrix as a parameter of its own, in the same memory: the gradient of the parameter that holds
         # them all would be made anew, in full, for every expert.
         leaves = {name: nn.Parameter(matrix.part.detach()) for name, matrix in alone.items()}
         holders = {matrix.parameter_name for matrix in alone.values()}
         rest = [parameter for name, parameter in parameters.items() if name not in holders]
         others = {name: matrix for name, matrix in masked.items() if name not in alone}
-        schedule = self.schedule.scaled(window.halves**-SLOWING)
+        masks = stored(others, self.masks, device)
+        masks += [(leaf, alone[name].oriented(self.masks[name]).to(device)) for name, leaf in leaves.items()]
+        using = self.student.using(window, leaves) if alone else contextlib.nullcontext()
 
-        def kept(names: Iterable[str]) -> list[tuple[nn.Parameter, Tensor]]:
-            return [(leaves[name], alone[name].oriented(self.masks[name]).to(device)) for name in names]
+        def forward(x: Tensor) -> Tensor:
+            with using:
+                return self.student.forward(window, x)
 
-        def by(weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-            """The window, with experts that multiply by `weights`; those that have none give nothing."""
-            context = self.student.using(window, weights) if alone else contextlib.nullcontext()
-
-            def forward(x: Tensor) -> Tensor:
-                with context:
-                    return self.student.forward(window, x)
-
-            return forward
-
-        def train(trained: list[nn.Parameter], masks: list, weights: dict, dense: dict[str, Tensor] | None = None) -> Curve:
-            """With experts that multiply by `weights`; they are to give what they give by `dense`, where those are some of them alone."""
-            wanted = None if dense is None else by(dense)
-            random = generator(self.seed, "shuffle", window.name)
-            try:
+        try:
+            with requiring_gradients(rest):
                 curve = fit(
-                    by(weights), trained, masks, inputs, targets, self.loss, schedule, random, self.engine,
-                    self.micro_batch, wanted,
+                    forward, [*rest, *leaves.values()], masks, inputs, targets, self.loss, self.schedule.scaled(window.halves**-SLOWING),
+                    generator(self.seed, "shuffle", window.name), self.engine, self.micro_batch,
                 )  # fmt: skip
-            except ReconError as error:
-                raise ReconError(f"window {window.name!r}: {error}") from error
-            self.micro_batch = curve.micro_batch
-            return curve
-
-        with requiring_gradients(rest):
-            if self.experts == "together" or not alone:
-                return train([*rest, *leaves.values()], stored(others, self.masks, device) + kept(alone), leaves)
-        curve = Curve([], [])
-        for names in by_expert(alone):
-            own = {name: leaves[name] for name in names}
-            dense = {name: self.kept[name].to(device) for name in names}
-            curve += train([*own.values()], kept(names), own, dense)
-        with requiring_gradients(rest):
-            fixed = {name: leaf.detach() for name, leaf in leaves.items()}
-            return curve + train(rest, stored(others, self.masks, device), fixed) if rest else curve
+        except ReconError as error:
+            raise ReconError(f"window {window.name!r}: {error}") from error
+        self.micro_batch = curve.micro_batch
+        return curve
 
     def error(self, window: Window, inputs: Tensor, targets: Tensor) -> dict[str, float]:
         """The relative error of the window's output on the samples that errors are measured on."""
@@ -634,7 +579,7 @@ class _Windows:
         self.activation_dtype = task.engine.activation_dtype
         self.options = (
             task.propagation, task.solver, task.start, task.loss, task.schedule, task.exact, task.train, task.adapter, task.rank,
-            task.experts, task.seed,
+            task.seed,
         )  # fmt: skip
         self.count, self.lengths, self.ragged = task.count, lengths(tokens), isinstance(tokens, Ragged)
         self.task: _Task | None = None
@@ -734,19 +679,6 @@ def _side_by_side(task: _Pass, windows: list[Window], tokens: Samples, settings:
                 streams = {"dense": waiting.after.pop(window.name), "sparse": None}
                 task.work.finish("reconstruct", found, streams, shard={name: p.detach() for name, p in parameters.items()})
             yield WindowReport(**found)
-
-
-def _alone(matrices: dict[str, Matrix]) -> dict[str, Matrix]:
-    """Those of `matrices` that are experts' parts of a parameter, and multiplied one by one."""
-    return {name: matrix for name, matrix in matrices.items() if matrix.expert is not None and matrix.alone}
-
-
-def by_expert(matrices: dict[str, Matrix]) -> list[list[str]]:
-    """The names of `matrices` that are `_alone`, those of each expert by themselves."""
-    found: dict[tuple, list[str]] = {}
-    for name, matrix in matrices.items():
-        found.setdefault((matrix.module_name, matrix.expert), []).append(name)
-    return list(found.values())
 
 
 def _place(window: Window) -> str:

@@ -405,7 +405,6 @@ def _cut_short(order: int, ledger: Ledger) -> Iterator[None]:
             (Schedule, "steps", lambda schedule, samples: every_step(schedule, min(samples, order))),
             (logits, "parts", _first_two(logits.parts)),
             (adapters, "parts", _first_two(adapters.parts)),
-            (reconstruction, "by_expert", _first_two(reconstruction.by_expert)),
             (sparsegpt, "_prune_block", all_columns),
             (torch.nn.Module, "to", _brought),
             (runs, "environment", lambda *args: {}),

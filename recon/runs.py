@@ -322,7 +322,6 @@ class Run:
         self.session.dense, self.session.tokenizer = self.dense, self.tokenizer
         # Everything that can be refused is refused here, before the first long computation.
         self.dense.windows(spec.granularity if spec.granularity != "none" else "block")
-        reconstruction.check_experts(self.dense, spec.experts)
         if spec.adapter != "none" or spec.then not in ("none", "full", "norms"):
             check_adaptable(self.dense)
         if spec.pruned:
@@ -462,7 +461,7 @@ class Run:
         return reconstruction.reconstruct(
             student, self.dense, self.samples("reconstruct"), masks, spec.granularity, spec.propagation, spec.solver, spec.start,
             spec.loss, spec.schedule, self.held_out, spec.exact, spec.train, spec.adapter, spec.rank, self.activations(),
-            spec.seed, spec.compute_dtype, self.device, self.progress, self.work, self.executor, spec.activation_dtype, spec.experts,
+            spec.seed, spec.compute_dtype, self.device, self.progress, self.work, self.executor, spec.activation_dtype,
         )  # fmt: skip
 
     def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> retraining.RetrainingReport:

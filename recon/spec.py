@@ -77,8 +77,6 @@ class RunSpec:
     """Low-rank parametrisation of a window's matrices: none, lora, masklora, scalelora."""
     rank: int = 16
     """Rank of adapters, in windows and in retraining."""
-    experts: str = "together"
-    """How the experts of a half-block are fitted: together, or apart, one after another, which takes the memory of one."""
     loss: str = "mse"
     """mse, cosine, or relative (squared error relative to each token's target)."""
     learning_rate: float = 3e-3
@@ -150,7 +148,6 @@ class RunSpec:
             self.train,
             self.adapter,
             self.rank,
-            self.experts,
         )
         retraining.check_options("full" if self.then == "none" else self.then, self.objective)
         for name in ("documents", "then_checkpointing", "trust_remote_code"):

@@ -131,7 +131,7 @@ class FusedProducts(TorchFunctionMode):
         parameters: by name, those to look out for.
         see: called with a parameter's name and the product before each product with one expert's matrix.
         use: called with a parameter's name and an expert, for one whose matrix is multiplied alone; gives what is multiplied
-            by instead, laid out as in the parameter, or None: what comes of it is zeros, and nothing is multiplied.
+            by instead, laid out as in the parameter.
     """
 
     # The functions that multiply by a matrix: where it is among their arguments, after what it multiplies; whether it is (out, in).
@@ -143,7 +143,7 @@ class FusedProducts(TorchFunctionMode):
         self,
         parameters: dict[str, nn.Parameter],
         see: Callable[[str, Product], None] = lambda name, product: None,
-        use: Callable[[str, int], Tensor | None] | None = None,
+        use: Callable[[str, int], Tensor] | None = None,
     ):
         super().__init__()
         self.parameters, self.see, self.use = parameters, see, use
@@ -156,16 +156,9 @@ class FusedProducts(TorchFunctionMode):
                 for product in _products(args[at - 1].detach(), args[at], out_by_in, parameter):
                     self.see(name, product)
                     if self.use is not None and product.alone:
-                        args[at - 1 : at + 1] = _other(args[at - 1], args[at], out_by_in, self.use(name, product.expert), product)
+                        other = self.use(name, product.expert)
+                        args[at] = other.T if product.transposed == out_by_in else other
         return function(*args, **(kwargs or {}))
-
-
-def _other(x: Tensor, matrix: Tensor, out_by_in: bool, other: Tensor | None, product: Product) -> tuple[Tensor, Tensor]:
-    """What to multiply for the product of `x` with `other`, stored as `matrix` is, in place of that; None: for one of the shape of zeros."""
-    if other is not None:
-        return x, other.T if product.transposed == out_by_in else other
-    one = matrix[:, :1] if out_by_in else matrix[:1]
-    return x[..., :1], torch.zeros_like(one)
 
 
 def _products(x: Tensor, matrix: Tensor, out_by_in: bool, parameter: nn.Parameter) -> Iterator[Product]:

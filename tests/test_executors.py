@@ -367,7 +367,7 @@ WAYS = {  # granularity, and how windows are fitted
     "halves, activations in bfloat16": ("half-block", {"activation_dtype": "bfloat16"}),
     "biases that pruning added": ("half-block", {"criterion": "flap", "pattern": "0.3"}),
     "blocks from exact": ("2-blocks", {"start": "exact", "train": "all"}),
-    "experts apart": ("half-block", {"family": "mixtral", "experts": "apart"}),
+    "experts": ("half-block", {"family": "mixtral"}),
     "adapters": ("block", {"adapter": "masklora", "rank": 2}),
     "samples of unequal length": ("half-block", {}),
 }

@@ -248,7 +248,7 @@ CUDA = torch.device("cuda", 0)
         {"granularity": "none", "then": "full", "then_checkpointing": True},
         {"then": "lora", "objective": "distil"},
         {"family": "mixtral", "criterion": "wanda", "granularity": "block"},
-        {"family": "qwen3_moe", "experts": "apart", "stream": "yes"},
+        {"family": "qwen3_moe", "stream": "yes"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -325,21 +325,6 @@ def test_what_does_not_fit_onto_a_device_is_told_what_would(spec, monkeypatch):
     assert advice == "--stream yes --granularity block would fit, with 2.0 GiB on cuda:0"
     assert said("yes", memory=5, device_memory=0.5)[1].startswith("even --")
     assert "of disk, of which there are 0.0 GiB" in said("yes", memory=20, device_memory=9, disk=1e-6)[0]
-
-
-def test_experts_one_by_one_are_what_would_fit(spec, config_folder):
-    """On a GPU: of gradients and moments there are those of one, where they are trained apart."""
-    small = small_model("mixtral").config.to_dict() | {"hidden_size": 256, "intermediate_size": 1024}
-    spec = replace(spec, model=config_folder(small), evaluation_samples=1)
-    plans = [plan.plan(replace(spec, experts=way), stream="yes", device_memory=1) for way in ("together", "apart")]
-    needs = [sum(plan._highest(planned.device_memory).values()) for planned in plans]
-    trained = [planned.device_memory["reconstruct"]["gradients and AdamW"] for planned in plans]
-    assert trained[1] < 0.3 * trained[0] and needs[1] < 0.7 * needs[0]
-    for granularity, said in (("half-block", ""), ("block", "--granularity half-block ")):
-        tight = replace(spec, granularity=granularity)
-        planned = plan.plan(tight, stream="yes", device_memory=(needs[1] + 0.2 * (needs[0] - needs[1])) / 2**30)
-        assert "of memory on cuda:0" in planned.problem
-        assert plan.advice(planned).startswith(f"{said}--experts apart would fit, with 0.0 GiB on cuda:0")
 
 
 def test_memory_of_a_device_is_that_of_a_gpu(spec):
@@ -423,7 +408,6 @@ MEASURED = {
     "blocks, mixed": {"model": "deep", "granularity": "block", "propagation": "mixed", "batch_size": 4, "samples": 32},
     "quarters, norms too": {"model": "deep", "granularity": "quarter", "train": "all"},
     "experts": {"model": "experts", "criterion": "wanda", "samples": 16, "sequence_length": 256},
-    "experts apart": {"model": "experts", "samples": 16, "sequence_length": 256, "experts": "apart"},
     "streamed": {"model": "deep", "stream": "yes", "granularity": "model", "samples": 16},
     "exact start": {"model": "smollm2-135m", "start": "exact", "exact_iterations": 2, "sequence_length": 256},
 }

@@ -76,7 +76,7 @@ CASES = {
     "parallel blocks": ("phi", {"criterion": "magnitude", "granularity": "2-blocks", "propagation": "sparse", "start": "exact"}),
     "parallel halves, all trained": ("gpt_neox", {"train": "all", "prune_propagation": "dense"}),
     "experts": ("mixtral", {"propagation": "sparse", "pattern": "2:4"}),
-    "experts apart": ("gpt_oss", {"experts": "apart", "criterion": "sparsegpt"}),
+    "experts, biases": ("gpt_oss", {"criterion": "sparsegpt"}),
     "adapters, swaps": ("gemma2", {"adapter": "masklora", "rank": 2, "swaps": 2}),
     "documents of unequal length": ("", {"documents": True, "propagation": "mixed"}),
     "activations in bfloat16": ("", {"propagation": "mixed", "start": "exact", "activation_dtype": "bfloat16"}),

@@ -83,9 +83,6 @@ class Curve:
     gradient_norms: list[float]
     micro_batch: int = 0
 
-    def __add__(self, later: "Curve") -> "Curve":
-        return Curve(self.losses + later.losses, self.gradient_norms + later.gradient_norms, later.micro_batch)
-
 
 NORM_EVERY = 8  # steps: a norm reads all gradients once more, which costs a few per cent of a step
 
@@ -177,8 +174,7 @@ def _add_gradients(
     tokens = [sum(known[number] for number in part) for part in parts]
     for count in tokens:
         value = loss(*next(batches)) * (count / sum(tokens))
-        if value.requires_grad:  # as where an expert is trained, and some token is sent to it
-            value.backward()
+        value.backward()
         total += value.detach()
     return total
 
@@ -194,7 +190,6 @@ def fit(
     random: torch.Generator,
     engine: Engine,
     micro_batch: int = 0,
-    wanted: Callable[[Tensor], Tensor] | None = None,
 ) -> Curve:
     """Trains `parameters` in place so that `forward(inputs)` comes close to `targets`; see `optimise`.
 
@@ -203,8 +198,6 @@ def fit(
         inputs, targets: (samples, length, in) and (samples, length, out).
         engine: where and in what precision `forward` runs.
         micro_batch: samples per forward pass, at most; 0: as many as `schedule` says.
-        wanted: where `forward` is a part of the window, what it should give, (batch, length, in) -> (batch, length, out); the rest of the
-            window is taken to give what it should.
 
     The squared error is divided by a constant, the mean square of the targets, so that AdamW's epsilon means the same for windows
     whose activations differ in size by orders of magnitude.
@@ -216,10 +209,6 @@ def fit(
     def distance(x: Tensor, y: Tensor) -> Tensor:
         with engine:
             output = forward(x)
-            if wanted is not None:
-                with torch.no_grad():
-                    part = wanted(x)
-                output = y + (output - part)
         return criterion(output, y) / scale
 
     return optimise(distance, [inputs, targets], parameters, masks, schedule, random, engine, micro_batch=micro_batch)
