@@ -15,7 +15,6 @@ from recon.errors import ReconError
 
 HOST = torch.device("cpu")
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-ACTIVATION_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # that activations of all samples are kept in
 
 
 def pick_device(name: str = "auto") -> torch.device:

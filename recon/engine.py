@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recon.attention import FastCausalAttention
 from recon.decoder import Decoder
-from recon.device import ACTIVATION_DTYPES, out_of_memory, pick_compute_dtype, pick_device, release_memory
+from recon.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
 from recon.errors import ReconError
 from recon.ragged import Ragged, Samples, lengths, like, runs
 from recon.weights import moved
@@ -41,8 +41,6 @@ class Engine(contextlib.AbstractContextManager):
         device: a torch device or its name; None or "auto": see `recon.device.pick_device`.
         compute_dtype: "auto", "bfloat16" or "float32".
         work: where there is room for activations; default: memory.
-        activation_dtype: what activations of all samples are kept in, between one pass and the next: "float32": as they were computed;
-            "bfloat16": rounded, and in float32 again when a batch of them is read.
 
     Raises `ReconError` for an unknown name of a dtype.
     """
@@ -52,11 +50,7 @@ class Engine(contextlib.AbstractContextManager):
         device: torch.device | str = "auto",
         compute_dtype: str = "auto",
         work: InMemory | None = None,
-        activation_dtype: str = "float32",
     ):
-        if activation_dtype not in ACTIVATION_DTYPES:
-            raise ReconError(f"unknown activation dtype {activation_dtype!r}; allowed: {', '.join(ACTIVATION_DTYPES)}")
-        self.activation_dtype = activation_dtype
         self.tokens: int | None = None  # in a batch that nothing is trained on, where memory did not suffice for `TOKENS`
         self.work = work or InMemory()
         self.device = pick_device(str(device))
@@ -180,16 +174,12 @@ class Engine(contextlib.AbstractContextManager):
                     output = output.flatten(0, 1)
                 if result is None:
                     size = len(stream.flat) if ragged else len(stream)
-                    result = like(stream, self.empty((size, *output.shape[1:]), self.kept(output.dtype), stream.device))
+                    result = like(stream, self.empty((size, *output.shape[1:]), output.dtype, stream.device))
                 chosen = result[part.start : part.stop]
                 (chosen.flat if ragged else chosen).copy_(output, non_blocking=True)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # until then the copies may be under way
         return result
-
-    def kept(self, dtype: torch.dtype) -> torch.dtype:
-        """What activations that are computed in `dtype` are kept in."""
-        return torch.bfloat16 if self.activation_dtype == "bfloat16" and dtype == torch.float32 else dtype
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor for activations that is to be filled."""
@@ -221,11 +211,6 @@ class Engine(contextlib.AbstractContextManager):
                     tensor.record_stream(computing)
 
     def _read(self, stream: Samples, part: Sequence[int]) -> Tensor:
-        batch = self._batch(stream, part)
-        rounded = self.activation_dtype == "bfloat16" and batch.dtype == torch.bfloat16
-        return batch.float() if rounded else batch
-
-    def _batch(self, stream: Samples, part: Sequence[int]) -> Tensor:
         if isinstance(stream, Ragged):
             length = stream.lengths[part[0]]
             together = isinstance(part, range)

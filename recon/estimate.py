@@ -169,7 +169,7 @@ def cost(spec, decoder: Decoder) -> tuple[dict[str, float], int]:
     elif spec.then != "none":
         trained = max(trained, sum(matrix.weight.numel() for matrix in decoder.matrices().values()) // 2)
     hidden = decoder.model.config.get_text_config().hidden_size
-    activations = spec.activation_bytes * (spec.samples + spec.held_out_samples) * spec.sequence_length * hidden
+    activations = 4 * (spec.samples + spec.held_out_samples) * spec.sequence_length * hidden
     # The student; inputs, targets and one stream on its way; weights' backup, gradient and two moments of AdamW.
     return flops(spec, decoder), 4 * everything + 3 * activations + 4 * 4 * trained
 
@@ -219,7 +219,7 @@ def announce_study(specs: list, decoder: Decoder, device: torch.device) -> None:
         peak = max(peak, bytes_needed)
         hidden = decoder.model.config.get_text_config().hidden_size
         tokens = (2 * spec.samples + spec.held_out_samples) * spec.sequence_length
-        disk = max(disk, spec.activation_bytes * tokens * hidden * len(decoder.blocks))
+        disk = max(disk, 4 * tokens * hidden * len(decoder.blocks))
     seconds = spent / speed(device, pick_compute_dtype(specs[0].compute_dtype, device))
     log.info(
         "study: %d run%s of %s, about %s on this machine (%s); about %.1f GiB of memory, up to %.1f GiB of disk while it runs",

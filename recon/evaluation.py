@@ -60,8 +60,6 @@ def perplexity(
     device: where to compute; default: where the model is.
     reference: the dense model to measure the divergence from, on as many windows as its states are of.
     states: the last block's output for `tokens`, (windows, length, hidden), where it is known.
-    Activations of all windows are kept in float32 from block to block, whatever repair keeps them in: what a model is worth does not
-    depend on it, and there are far fewer of them.
     work: where there is room for activations; default: memory.
     Raises `ReconError` where windows are longer than the model was made for.
     """

@@ -263,7 +263,7 @@ def planned_dtype(name: str, device: torch.device) -> torch.dtype:
 def _streams(spec: RunSpec, decoder: Decoder) -> int:
     """Bytes of the activations that a streamed run keeps on disk: of both models, each before and after the window in hand."""
     width = decoder.model.config.get_text_config().hidden_size
-    return 4 * spec.activation_bytes * width * (spec.samples + spec.held_out_samples) * spec.sequence_length
+    return 4 * 4 * width * (spec.samples + spec.held_out_samples) * spec.sequence_length
 
 
 def _can_be_streamed(spec: RunSpec) -> bool:
@@ -384,8 +384,7 @@ def _advice_on_disk(planned: Plan) -> str:
     spec, decoder = planned.spec, shapes_of(*planned.spec.loaded_by).decoder
     rest = planned.disk - _streams(spec, decoder)
     shorter = [] if spec.pieces > 1 else _halves(spec, "sequence_length", 128)  # it has to be a multiple of the pieces
-    rounded = [] if spec.activation_dtype == "bfloat16" else [{"activation_dtype": "bfloat16"}]
-    for change in (*rounded, *_halves(spec, "samples", 8), *shorter):
+    for change in (*_halves(spec, "samples", 8), *shorter):
         needs = rest + _streams(replace(spec, **change), decoder)
         if needs <= planned.available_disk:
             return f"{_options(change)} would fit, with {needs / GIB:.1f} GiB, as would {elsewhere}"
@@ -405,8 +404,6 @@ def _changes(spec: RunSpec) -> list[Change]:
     halves = functools.partial(_halves, spec)
     decoder = shapes_of(*spec.loaded_by).decoder
     found = [(("reconstruct",), halves("batch_size")), (("retrain",), halves("then_batch_size"))]
-    if spec.activation_dtype != "bfloat16":
-        found.append((("prune", "reconstruct"), [{"activation_dtype": "bfloat16"}]))
     if spec.then != "none" and not spec.then_checkpointing:
         found.append((("retrain",), [{"then_checkpointing": True}]))
     found.append((("evaluate",), halves("evaluation_samples", 8)))

@@ -59,7 +59,6 @@ def prune(
     device: torch.device | str | None = None,
     progress: bool = True,
     work: InMemory | None = None,
-    activation_dtype: str = "float32",
     **options,
 ) -> Pruning:
     """Prunes the matrices of every block of `model` in place, block by block; embeddings and output head are left alone.
@@ -79,7 +78,6 @@ def prune(
             `recon.solvers.swaps`.
         device: where to compute; default: where the model is. The model stays where it is, but for the block in hand.
         work: what is finished already, and where every finished block is noted; default: nothing, and nowhere.
-        activation_dtype: what activations of all samples are kept in from block to block; see `recon.engine.Engine`.
         options: passed to the criterion (SparseGPT: `block_size`, `damping`; FLAP: `compensate`, False to change no bias).
 
     Raises:
@@ -100,7 +98,7 @@ def prune(
         what = f"criterion {criterion!r}" if rule.statistics != "none" else f"choosing by {criterion!r} with swaps"
         raise ReconError(f"{what} weighs activations and needs calibration samples")
     work = work or InMemory()
-    engine = Engine(device or decoder.device, compute_dtype, work, activation_dtype)
+    engine = Engine(device or decoder.device, compute_dtype, work)
     if isinstance(rule, Structured):
         sparsity, biases = prune_units(decoder, rule, pattern, samples, propagation, engine, work, progress, **options)
         return Pruning(work.masks, sparsity, biases)

@@ -110,7 +110,6 @@ def reconstruct(
     progress: bool = True,
     work: InMemory | None = None,
     executor: str | Ray | None = "serial",
-    activation_dtype: str = "float32",
 ) -> list[WindowReport]:
     """Repairs `model` in place against `dense`, window by window; the pruned weights stay exact zeros.
 
@@ -133,8 +132,6 @@ def reconstruct(
         work: what is finished already, and where every finished window is noted; default: nothing, and nowhere.
         executor: "serial", or "ray" or `recon.Ray(...)`: workers then repair windows side by side, each with the weights of its
             window alone. Under dense propagation only: there no window depends on another.
-        activation_dtype: what inputs and targets of all samples are kept in from window to window, "float32" or "bfloat16", which
-            takes half the room; losses and all computations are as they are otherwise. See `recon.engine.Engine`.
 
     Raises:
         ReconError: an unknown name, a combination that has no meaning, a mask that does not fit, models that differ in more than
@@ -154,7 +151,7 @@ def reconstruct(
     masks = keep_masks(student, masks)
     task = _Pass(
         teacher, student, masks, propagation, solver, start, loss, schedule, exact, train,
-        adapter, rank, seed, Engine(device or teacher.device, compute_dtype, work, activation_dtype), len(samples),
+        adapter, rank, seed, Engine(device or teacher.device, compute_dtype, work), len(samples),
         Activations(limit=0) if activations is None else activations, work,
     )  # fmt: skip
     windows = teacher.windows(granularity)
@@ -417,8 +414,7 @@ class _Pass:
                 x = x.detach().reshape(-1, x.shape[-1])
                 if group not in seen:
                     # Matrices multiply what is rounded to the compute dtype, so nothing is lost by keeping that.
-                    dtype = self.engine.kept(self.engine.dtype)
-                    made = self.engine.empty(shape(stream, x.shape[1]), dtype, stream.device)
+                    made = self.engine.empty(shape(stream, x.shape[1]), self.engine.dtype, stream.device)
                     seen[group], filled[group] = like(stream, made), 0
                 flat(seen[group])[filled[group] : filled[group] + len(x)] = x
                 filled[group] += len(x)
@@ -576,7 +572,6 @@ class _Windows:
     def __init__(self, task: _Pass, tokens: Samples):
         self.decoder = without_weights(task.teacher)
         self.on_cpu, self.dtype = task.engine.device.type == "cpu", str(task.engine.dtype).removeprefix("torch.")
-        self.activation_dtype = task.engine.activation_dtype
         self.options = (
             task.propagation, task.solver, task.start, task.loss, task.schedule, task.exact, task.train, task.adapter, task.rank,
             task.seed,
@@ -595,7 +590,7 @@ class _Windows:
         for name, value in task.pruned.items():
             self.student.lazy.add(name, value.shape)
         work, masks = _Shard(), {name: mask.tensor() for name, mask in task.masks.items()}
-        engine = Engine("cpu" if self.on_cpu else "auto", self.dtype, work, self.activation_dtype)
+        engine = Engine("cpu" if self.on_cpu else "auto", self.dtype, work)
         lone = _Lone(self.teacher, self.student, masks, *self.options, engine, self.count, Activations(limit=0), work)
         lone.settle(self.lengths)
         stream = ray.get(task.stream).tensor()

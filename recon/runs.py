@@ -421,8 +421,7 @@ class Run:
             else:
                 pruned = pruning.prune(
                     student, self.samples("prune"), spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
-                    spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, self.work, spec.activation_dtype,
-                    **options,
+                    spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, self.work, **options,
                 )  # fmt: skip
         seconds = time.perf_counter() - began
         with self.phase("evaluate"):
@@ -440,7 +439,7 @@ class Run:
 
     def activations(self) -> Activations:
         """What is known of the dense model on this run's samples, in its batches."""
-        names = "text samples sequence_length documents held_out_samples seed compute_dtype device activation_dtype"
+        names = "text samples sequence_length documents held_out_samples seed compute_dtype device"
         key = (*self.spec.loaded_by, *(getattr(self.spec, name) for name in names.split()))
         return self.kept_on_disk("activations", key, 1 - HELD_OUT_SHARE)
 
@@ -461,7 +460,7 @@ class Run:
         return reconstruction.reconstruct(
             student, self.dense, self.samples("reconstruct"), masks, spec.granularity, spec.propagation, spec.solver, spec.start,
             spec.loss, spec.schedule, self.held_out, spec.exact, spec.train, spec.adapter, spec.rank, self.activations(),
-            spec.seed, spec.compute_dtype, self.device, self.progress, self.work, self.executor, spec.activation_dtype,
+            spec.seed, spec.compute_dtype, self.device, self.progress, self.work, self.executor,
         )  # fmt: skip
 
     def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> retraining.RetrainingReport:
@@ -545,11 +544,6 @@ class Run:
                 f"{', '.join(spec.evaluation_texts)} (evaluation split), every window on its own; {dtype} products, float32 loss"
             ),
             **({"reading": self.dense.reading} if self.dense.reading else {}),
-            **(
-                {"activations": f"{spec.activation_dtype} between windows, in pruning and repair; evaluation keeps float32"}
-                if spec.activation_dtype != "float32"
-                else {}
-            ),
             "kl": f"KL(dense || model) per token, on the first {evaluation.KL_WINDOWS} evaluation windows",
             "flops": "closed form from the shapes, as if the run shared nothing; see recon.estimate.flops",
             "drift": (

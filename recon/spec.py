@@ -125,8 +125,6 @@ class RunSpec:
     """auto, cpu, cuda, ..."""
     compute_dtype: str = "auto"
     """Matrix products in bfloat16 or float32; auto takes bfloat16 where the hardware multiplies it natively."""
-    activation_dtype: str = "float32"
-    """What inputs and targets of windows are kept in from one to the next: float32, or bfloat16, in half the room."""
 
     def __post_init__(self):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
@@ -157,7 +155,6 @@ class RunSpec:
             ("scope", ("auto", *SCOPES)),
             ("prune_propagation", ("sparse", "dense")),
             ("compute_dtype", ("auto", *device.COMPUTE_DTYPES)),
-            ("activation_dtype", tuple(device.ACTIVATION_DTYPES)),
         ):
             if getattr(self, name) not in allowed:
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
@@ -232,11 +229,6 @@ class RunSpec:
         }
 
     @property
-    def activation_bytes(self) -> int:
-        """Bytes that a number takes in the activations of all samples."""
-        return device.ACTIVATION_DTYPES[self.activation_dtype].itemsize
-
-    @property
     def loaded_by(self) -> tuple:
         """What decides the dense model: its name, its revision, and whether code that comes with it is run."""
         return self.model, self.revision, self.trust_remote_code
@@ -247,7 +239,6 @@ class RunSpec:
         if self.pruned is not None:
             return (*self.loaded_by, self.pruned, self.pruned_revision)
         names = "seed text sequence_length documents criterion pattern scope prune_propagation sparsegpt_block_size sparsegpt_damping swaps"
-        names += " activation_dtype"
         return (*self.loaded_by, *(getattr(self, name) for name in names.split()), self.samples_by_phase["prune"])
 
     @property

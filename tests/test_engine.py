@@ -79,19 +79,6 @@ def test_run_goes_over_all_samples_and_mixes_none(monkeypatch, size, count):
     assert not any(numbers[0] < (count or 0) <= numbers[-1] for numbers in seen)
 
 
-def test_activations_are_kept_in_half_the_room_and_read_in_float32():
-    """Rounded once, when a pass is done; a stream of another run's precision, or of tokens, is read as it is."""
-    engine, stream, seen = Engine("cpu", "float32", activation_dtype="bfloat16"), torch.randn(5, 4, 3), []
-    first = engine.run(lambda batch: batch * 1.7, stream)
-    assert first.dtype == torch.bfloat16 and torch.equal(first, (stream * 1.7).bfloat16())
-    second = engine.run(lambda batch: seen.append(batch.dtype) or batch / 3, first)
-    assert set(seen) == {torch.float32} and torch.equal(second, (first.float() / 3).bfloat16())
-    assert [b.dtype for b in next(engine.batches([first, torch.arange(5)], [[0, 3]]))] == [torch.float32, torch.int64]
-    assert Engine("cpu", "float32").run(lambda batch: batch, first).dtype == torch.bfloat16
-    with pytest.raises(ReconError, match="unknown activation dtype 'int8'; allowed: float32, bfloat16"):
-        Engine("cpu", activation_dtype="int8")
-
-
 def test_batches_of_several_streams(far):
     one, other = torch.arange(5), torch.arange(5) * 10
     parts = [[3, 1], range(2, 5), [0]]

@@ -364,7 +364,6 @@ def test_without_ray_it_is_said_how_to_install_it(monkeypatch, tmp_path):
 WAYS = {  # granularity, and how windows are fitted
     "halves": ("half-block", {"schedule": recon.Schedule(3e-3, pieces=2)}),
     "matrices exactly": ("matrix", {"solver": "exact"}),
-    "halves, activations in bfloat16": ("half-block", {"activation_dtype": "bfloat16"}),
     "biases that pruning added": ("half-block", {"criterion": "flap", "pattern": "0.3"}),
     "blocks from exact": ("2-blocks", {"start": "exact", "train": "all"}),
     "experts": ("half-block", {"family": "mixtral"}),
@@ -373,7 +372,7 @@ WAYS = {  # granularity, and how windows are fitted
 }
 
 
-@pytest.mark.parametrize("way", [*[*WAYS][:4], *(pytest.param(way, marks=pytest.mark.slow) for way in [*WAYS][4:])])
+@pytest.mark.parametrize("way", [*[*WAYS][:3], *(pytest.param(way, marks=pytest.mark.slow) for way in [*WAYS][3:])])
 def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny, tokens, way):
     granularity, options = WAYS[way]
     options = {"criterion": "wanda", "pattern": "0.5", "family": "llama"} | options

@@ -132,7 +132,7 @@ def _totals(found) -> dict[str, float]:
         {"granularity": "none", "criterion": "sparsegpt", "then": "full"},
         {"granularity": "block", "start": "exact", "swaps": 2},
         {"granularity": "none", "then": "masklora", "then_checkpointing": True},
-        {"granularity": "matrix", "activation_dtype": "bfloat16", "criterion": "wanda", "compute_dtype": "float32"},
+        {"granularity": "matrix", "criterion": "wanda", "compute_dtype": "float32"},
         {"family": "mixtral", "criterion": "wanda"},
         {"family": "t5", "criterion": "wanda", "granularity": "block"},
     ],
@@ -226,7 +226,6 @@ def test_where_the_disk_is_too_small_it_is_said_what_would_fit(spec, monkeypatch
     activations = 4 * 4 * 32 * (64 + 2) * 32  # of two models, before and after a window, in float32
     rest = planned.disk - activations
     # Half the bytes in bfloat16; a quarter of the samples where not even that will do; and nothing where the weights alone are too many.
-    assert "--activation-dtype bfloat16 would fit" in said("yes", rest + activations // 2)
     assert "--samples 16 would fit" in said("yes", rest + activations * (16 + 2) // (64 + 2))
     assert "would fit" not in (too_few := said("yes", rest)) and "take a folder on a disk with" in too_few
     assert "do not save" in said("no", 0)
@@ -240,7 +239,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.mark.parametrize(
     "options",
     [
-        {"criterion": "wanda", "propagation": "mixed", "activation_dtype": "bfloat16"},
+        {"criterion": "wanda", "propagation": "mixed"},
         {"criterion": "sparsegpt", "granularity": "matrix"},
         {"criterion": "wanda-sp", "granularity": "2-blocks", "train": "all"},
         {"criterion": "wanda", "start": "exact", "pieces": 2, "swaps": 2},

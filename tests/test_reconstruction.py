@@ -18,7 +18,6 @@ from recon.reconstruction import reconstruct, summary
 from recon.solvers.exact import Exact
 from recon.solvers.gradient import Curve, Schedule, fit
 from recon.windows import Window
-from recon.work import InMemory
 
 FAST = Schedule(learning_rate=3e-3, epochs=2)
 
@@ -624,30 +623,3 @@ def test_larger_windows_take_smaller_steps(dense, pruned, tokens, granularity, h
     monkeypatch.setattr(reconstruction, "fit", see)
     repair(pruned(), dense, tokens(4, 16), Schedule(learning_rate=1.0), granularity=granularity)
     assert list(rates) == [pytest.approx(halves**-0.75)]
-
-
-# ---- activations in half the room
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"propagation": "dense"}, {"propagation": "mixed", "start": "exact"}, {"granularity": "matrix", "solver": "exact"}],
-)
-def test_everything_that_is_kept_of_all_samples_is_rounded_and_little_is_lost(dense, tokens, monkeypatch, options):
-    kept, empty, samples = set(), InMemory.empty, tokens(6, 16)
-
-    def note(work, shape, dtype, pinned=False):
-        if len(shape) == 3:  # samples, length, width; copies of weights have two
-            kept.add(dtype)
-        return empty(work, shape, dtype, pinned)
-
-    monkeypatch.setattr(InMemory, "empty", note)
-    errors = {}
-    for dtype in ("float32", "bfloat16"):
-        student = Decoder(copy.deepcopy(dense.model), like=dense)
-        kept.clear()
-        prune(student, samples, "wanda", compute_dtype="float32", progress=False, activation_dtype=dtype)
-        repair(student, dense, samples, held_out=tokens(2, 16, seed=3), activation_dtype=dtype, **options)
-        assert kept == {getattr(torch, dtype)}
-        errors[dtype] = drift(student, dense, samples, compute_dtype="float32")[0][-1]
-    assert errors["bfloat16"] == pytest.approx(errors["float32"], rel=0.05) and errors["bfloat16"] != errors["float32"]

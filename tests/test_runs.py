@@ -163,7 +163,6 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
         "prune_samples": 4, "adapter": "lora", "rank": 8, "then": "masklora", "objective": "distil", "then_samples": 4,
         "then_learning_rate": 1e-3, "then_epochs": 2, "then_batch_size": 2, "then_accumulation": 2, "then_checkpointing": True,
         "tasks": ("analogies",), "task_limit": 50, "trust_remote_code": True, "pruned_revision": "v1", "documents": True,
-        "activation_dtype": "bfloat16",
     }  # fmt: skip
     keys = {name: dataclasses.replace(spec, **{name: value}).key() for name, value in changes.items()}
     assert set(changes) | {"model", "solver", "pruned"} == {field.name for field in dataclasses.fields(spec)}
@@ -252,7 +251,6 @@ def test_a_spec_is_frozen_and_takes_the_papers_names(spec):
         ({"train": "norms"}, r"unknown train 'norms'; allowed: matrices, all"),
         ({"scope": "column"}, r"scope is 'column'; allowed: auto, row, matrix"),
         ({"compute_dtype": "int8"}, r"compute_dtype is 'int8'; allowed: auto, bfloat16, float32"),
-        ({"activation_dtype": "float16"}, r"activation_dtype is 'float16'; allowed: float32, bfloat16"),
         ({"samples": 0}, r"samples is 0; allowed: a whole number from 1 up"),
         ({"samples": 1.5}, r"samples is 1.5"),
         ({"epochs": True}, r"epochs is True"),

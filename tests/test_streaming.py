@@ -79,7 +79,7 @@ CASES = {
     "experts, biases": ("gpt_oss", {"criterion": "sparsegpt"}),
     "adapters, swaps": ("gemma2", {"adapter": "masklora", "rank": 2, "swaps": 2}),
     "documents of unequal length": ("", {"documents": True, "propagation": "mixed"}),
-    "activations in bfloat16": ("", {"propagation": "mixed", "start": "exact", "activation_dtype": "bfloat16"}),
+    "mixed, from exact": ("", {"propagation": "mixed", "start": "exact"}),
     "whole heads and neurons": ("", {"criterion": "wanda-sp", "pattern": "0.3", "propagation": "sparse"}),
     "whole units, biases changed": (
         "gpt2",
@@ -108,7 +108,7 @@ def test_the_bits_of_a_run_in_memory(case, spec, expected, tiny_folder, tmp_path
         spec = dataclasses.replace(spec, model=saved_model(family, tiny_folder, tmp_path / "model"))
     if changes:
         expected = recon.run(spec, save=tmp_path / "other", progress=False, stream="no"), tmp_path / "other"
-    monkeypatch.setattr(activations, "SMALL", 0 if case in ("half-blocks", "activations in bfloat16") else 2**20)
+    monkeypatch.setattr(activations, "SMALL", 0 if case in ("half-blocks", "mixed, from exact") else 2**20)
     found = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
     assert_same(found, tmp_path / "saved", *expected)
     assert found.environment["streamed"] and not list(tmp_path.glob("*.unfinished"))

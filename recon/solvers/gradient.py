@@ -203,7 +203,7 @@ def fit(
     whose activations differ in size by orders of magnitude.
     """
     criterion = get_loss(loss)
-    norm = _norm(targets, by_sample=engine.activation_dtype != "float32")
+    norm = torch.linalg.vector_norm(flat(targets), dtype=torch.float32)  # unlike squares, it needs no room for all targets again
     scale = max(norm.item() ** 2 / flat(targets).numel(), 1e-30) if loss == "mse" else 1.0
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
@@ -212,11 +212,3 @@ def fit(
         return criterion(output, y) / scale
 
     return optimise(distance, [inputs, targets], parameters, masks, schedule, random, engine, micro_batch=micro_batch)
-
-
-def _norm(targets: Samples, by_sample: bool) -> Tensor:
-    """The root of the sum of squares. Unlike squares, it needs no room for all targets again, but where they are rounded: so
-    `by_sample`."""
-    if not by_sample:
-        return torch.linalg.vector_norm(flat(targets), dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack([_norm(sample[None], False) for sample in targets]))
