@@ -27,7 +27,6 @@ _PUBLIC = {
     "retrain": "retraining",
     "run": "runs",
     "run_study": "study",
-    "sample_documents": "text",
     "sample_tokens": "text",
 }
 __all__ = sorted(_PUBLIC)

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recon.ragged import Ragged, Samples, like
 from recon.weights import PART, publish, write_safetensors
 
 log = logging.getLogger("recon")
@@ -42,26 +41,25 @@ class Activations:
         self.limit = limit
         self.folder = folder
         self.bytes = 0
-        self._kept: dict[Hashable, Samples] = {}
+        self._kept: dict[Hashable, Tensor] = {}
         self._maps: list[mmap.mmap] = []
 
-    def get(self, name: Hashable) -> Samples | None:
+    def get(self, name: Hashable) -> Tensor | None:
         """What is kept under `name`, not to be changed in place, or None."""
         return self._kept.get(name)
 
-    def put(self, name: Hashable, found: Samples) -> Samples:
-        """Keeps `found` under `name`, where there is room; returns the copy kept, or else `found` itself."""
-        tensor = found.flat if isinstance(found, Ragged) else found
+    def put(self, name: Hashable, tensor: Tensor) -> Tensor:
+        """Keeps `tensor` under `name`, where there is room; returns the copy kept, or else `tensor` itself."""
         size = tensor.numel() * tensor.element_size()
         if name in self._kept or tensor.device.type != "cpu" or self.bytes + size > self.limit:
-            return self._kept.get(name, found)
+            return self._kept.get(name, tensor)
         try:
             mapped = self._mapped(tensor, size)
         except OSError as error:
             log.warning("activations are no longer kept on disk: %s", error)
             self.limit = self.bytes
-            return found
-        self._kept[name] = like(found, mapped)
+            return tensor
+        self._kept[name] = mapped
         self.bytes += size
         return self._kept[name]
 

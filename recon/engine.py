@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from recon.attention import FastCausalAttention
 from recon.decoder import Decoder
 from recon.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
 from recon.errors import ReconError
-from recon.ragged import Ragged, Samples, lengths, like, runs
 from recon.weights import moved
 from recon.windows import Window
 from recon.work import InMemory
@@ -22,12 +21,13 @@ log = logging.getLogger("recon")
 TOKENS = 1024  # in a batch that nothing is trained on
 
 
-def in_batches(known: Sequence[int], count: int, tokens: int | None = None) -> list[range]:
-    """The numbers of samples, of `known` lengths, that go through a window together where nothing is trained; none across `count`.
+def in_batches(samples: int, length: int, count: int, tokens: int | None = None) -> list[range]:
+    """The numbers of `samples`, of `length` tokens each, that go through a window together where nothing is trained; none across `count`.
 
     tokens: in a batch, at most, unless it is one sample; default: `TOKENS`.
     """
-    return runs(known, tokens or TOKENS, count)
+    size, edges = max(1, (tokens or TOKENS) // length), (0, min(count, samples), samples)
+    return [range(i, min(i + size, stop)) for start, stop in pairwise(edges) for i in range(start, stop, size)]
 
 
 class Engine(contextlib.AbstractContextManager):
@@ -114,13 +114,13 @@ class Engine(contextlib.AbstractContextManager):
                 tensor.grad = None  # it would be on the wrong device
                 tensor.data = home
 
-    def elsewhere(self, tensor: Samples) -> bool:
+    def elsewhere(self, tensor: Tensor) -> bool:
         """Whether `tensor` has to be brought to the compute device."""
         return tensor.device != self.device
 
     # --- activations ----------------------------------------------------------------------------------------------
 
-    def embed(self, decoder: Decoder, tokens: Samples, count: int | None = None) -> Samples:
+    def embed(self, decoder: Decoder, tokens: Tensor, count: int | None = None) -> Tensor:
         """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run`."""
         with decoder.loaded_embedding():
             return self.run(decoder.embed, tokens, count)
@@ -128,13 +128,13 @@ class Engine(contextlib.AbstractContextManager):
     def run(
         self,
         function: Callable[[Tensor], Tensor],
-        stream: Samples,
+        stream: Tensor,
         count: int | None = None,
         anew: Callable[[], None] = lambda: None,
-    ) -> Samples:
+    ) -> Tensor:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result lies where `stream` does.
 
-        No batch holds samples of different lengths. count: none holds samples from both before and after this one.
+        count: no batch holds samples from both before and after this one.
 
         Where the device's memory does not suffice for a batch, all of `stream` is run anew in batches of half as many samples, and so is
         what comes later. A sample's result does not depend on the others in its batch, but for the order in which a device sums up
@@ -144,9 +144,9 @@ class Engine(contextlib.AbstractContextManager):
 
         Raises `ReconError` where memory does not suffice for one sample at a time.
         """
-        known = lengths(stream)
+        samples, length = stream.shape[:2]
         while True:
-            parts = in_batches(known, len(stream) if count is None else count, self.tokens)
+            parts = in_batches(samples, length, samples if count is None else count, self.tokens)
             try:
                 return self._run(function, stream, parts)
             except Exception as error:
@@ -154,29 +154,24 @@ class Engine(contextlib.AbstractContextManager):
                     raise
                 fault = str(error).splitlines()[0]
             release_memory()  # now that the exception, which holds on to all that was computed, is gone
-            largest = max(parts, key=lambda part: (len(part) > 1) * len(part) * known[part[0]])
-            size = len(largest)
+            size = max(map(len, parts))
             if size == 1:
                 raise ReconError(
                     f"memory of device {self.device} does not suffice for one sample at a time ({fault}); give shorter samples, or "
                     "smaller windows"
                 )
             log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
-            self.tokens = -(-size // 2) * known[largest[0]]
+            self.tokens = -(-size // 2) * length
             anew()
 
-    def _run(self, function: Callable[[Tensor], Tensor], stream: Samples, parts: Sequence[range]) -> Samples:
+    def _run(self, function: Callable[[Tensor], Tensor], stream: Tensor, parts: Sequence[range]) -> Tensor:
         result = None
         with self, torch.no_grad():
             for part, (batch,) in zip(parts, self.batches([stream], parts)):
                 output = function(batch)
-                if ragged := isinstance(stream, Ragged):
-                    output = output.flatten(0, 1)
                 if result is None:
-                    size = len(stream.flat) if ragged else len(stream)
-                    result = like(stream, self.empty((size, *output.shape[1:]), output.dtype, stream.device))
-                chosen = result[part.start : part.stop]
-                (chosen.flat if ragged else chosen).copy_(output, non_blocking=True)
+                    result = self.empty((len(stream), *output.shape[1:]), output.dtype, stream.device)
+                result[part.start : part.stop].copy_(output, non_blocking=True)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # until then the copies may be under way
         return result
@@ -187,8 +182,8 @@ class Engine(contextlib.AbstractContextManager):
             return torch.empty(shape, dtype=dtype, device=device)
         return self.work.empty(shape, dtype, pinned=self.device.type == "cuda")
 
-    def batches(self, streams: Sequence[Samples], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
-        """For each of `parts`, which are numbers of samples of one length, these of every stream, on the compute device.
+    def batches(self, streams: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
+        """For each of `parts`, which are numbers of samples, these of every stream, on the compute device.
 
         On CUDA the next batch is copied on a stream of its own while the device works on the one before.
         """
@@ -210,12 +205,7 @@ class Engine(contextlib.AbstractContextManager):
                 for tensor in coming:
                     tensor.record_stream(computing)
 
-    def _read(self, stream: Samples, part: Sequence[int]) -> Tensor:
-        if isinstance(stream, Ragged):
-            length = stream.lengths[part[0]]
-            together = isinstance(part, range)
-            batch = stream[part.start : part.stop].flat.unflatten(0, (-1, length)) if together else stream[part]
-            return batch.to(self.device, non_blocking=True) if self.elsewhere(stream) else batch
+    def _read(self, stream: Tensor, part: Sequence[int]) -> Tensor:
         if isinstance(part, range):
             batch = stream[part.start : part.stop]
             return batch.to(self.device, non_blocking=True) if self.elsewhere(stream) else batch

@@ -43,18 +43,16 @@ def forward_flops(decoder: Decoder, length: int) -> float:
     return 2 * model.weights + model.attention(length)
 
 
-def flops(spec, decoder: Decoder, tokens: dict[str, int] | None = None) -> dict[str, float]:
+def flops(spec, decoder: Decoder) -> dict[str, float]:
     """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate".
 
     In closed form from the shapes, as if the run shared nothing with others: two per weight and token for each product (forward,
     weight gradient, input gradient), attention over the causal half, Gram matrices, adapters, exact solvers; no element-wise
     work. Evaluation is that of perplexity.
-
-    tokens: that each phase reads, by its name, where samples are not all as long as can be.
     """
     model = _Model(decoder)
     samples = spec.samples_by_phase
-    tokens = {phase: count * spec.sequence_length for phase, count in samples.items()} | (tokens or {})
+    tokens = {phase: count * spec.sequence_length for phase, count in samples.items()}
     forward = 2 * model.weights + model.attention(spec.sequence_length)
     again = 1 - 1 / len(decoder.blocks)  # nothing reads what comes after the last block
     found = dict.fromkeys(("prune", "reconstruct", "retrain"), 0.0)

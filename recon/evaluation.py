@@ -14,7 +14,6 @@ from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
 from recon.logits import kl_divergence, negative_log_likelihood
-from recon.ragged import Samples, flat
 from recon.work import InMemory
 
 SLICE = 256  # tokens whose logits exist at once
@@ -161,9 +160,9 @@ def _shared_streams(decoder: Decoder, tokens: Tensor, engine: Engine, activation
     return (activations.put(index, stream) for index, stream in enumerate(residual_streams(decoder, tokens, engine)))
 
 
-def relative_error(output: Samples, target: Samples) -> float:
+def relative_error(output: Tensor, target: Tensor) -> float:
     """Mean over tokens of |output - target|^2 / |target|^2; both (batch, length, width)."""
-    output, target = flat(output).float(), flat(target).float()
+    output, target = output.float(), target.float()
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)).mean().item()
 
 

@@ -12,7 +12,6 @@ from recon.criteria import Structured
 from recon.decoder import Decoder, Matrix
 from recon.engine import Engine
 from recon.errors import ReconError
-from recon.ragged import Samples
 from recon.seeds import generator
 from recon.solvers.swaps import swap
 from recon.sparsity import Pattern, sparsity_of
@@ -48,7 +47,7 @@ class Pruning:
 @torch.no_grad()
 def prune(
     model: nn.Module | Decoder,
-    samples: Samples | None = None,
+    samples: Tensor | None = None,
     criterion: str = "wanda",
     pattern: str | Pattern = "0.5",
     scope: str = "auto",
@@ -65,7 +64,7 @@ def prune(
 
     Args:
         model: a causal LM, or its `Decoder`.
-        samples: calibration tokens (samples, length), or of unequal length, needed by criteria that weigh activations.
+        samples: calibration tokens (samples, length), needed by criteria that weigh activations.
         criterion: one of `recon.criteria.CRITERIA`.
         pattern: unstructured sparsity such as "0.5", or N:M such as "2:4" (N kept of every M). Criteria that remove whole
             heads and neurons take a sparsity only, as the share of all the weights here that is to go.

@@ -22,7 +22,6 @@ from recon.engine import Engine, in_batches
 from recon.errors import ReconError
 from recon.evaluation import check_length, relative_error
 from recon.pruning import check_alike, keep_masks
-from recon.ragged import Ragged, Samples, flat, joined, lengths, like, shape
 from recon.seeds import generator
 from recon.shipping import Packed, revived, twin, without_weights
 from recon.solvers.exact import Exact, masked_least_squares
@@ -116,7 +115,7 @@ def reconstruct(
     Args:
         model: the pruned model, or its `Decoder`; same architecture as `dense`; parameters in float32.
         dense: the model as it was, left unchanged.
-        samples: calibration tokens (samples, length), or of unequal length.
+        samples: calibration tokens (samples, length).
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero, so that a model pruned by
             anything else can be repaired.
         granularity: matrix, half-block, block, <k>-blocks, quarter or model.
@@ -127,7 +126,7 @@ def reconstruct(
         adapter, rank: a low-rank parametrisation that is trained in place of the matrices; see `recon.adapters.ADAPTERS`.
         device: where to compute; default: where `dense` is. Both models stay where they are, but for the window in hand.
         activations: where passes over the same dense model and samples share what they know of it.
-        held_out: tokens (samples, length) that nothing is fitted on, to measure errors on; a window whose error on the first
+        held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on, to measure errors on; a window whose error on the first
             `ERROR_SAMPLES` of them grows is put back.
         work: what is finished already, and where every finished window is noted; default: nothing, and nowhere.
         executor: "serial", or "ray" or `recon.Ray(...)`: workers then repair windows side by side, each with the weights of its
@@ -142,9 +141,9 @@ def reconstruct(
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
     student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
     check_options(granularity, propagation, solver, start, loss, train, adapter, rank)
-    check_length(teacher, max(lengths(samples)))
-    if isinstance(samples, Ragged) and schedule.pieces > 1:
-        raise ReconError(f"pieces is {schedule.pieces}, but samples of unequal length are not cut; allowed: 1")
+    check_length(teacher, samples.shape[1])
+    if held_out is not None and held_out.shape[1] != samples.shape[1]:
+        raise ReconError(f"held-out samples of {held_out.shape[1]} tokens are not as long as calibration samples, {samples.shape[1]}")
     if adapter != "none":
         check_adaptable(student)
     work = work or InMemory()
@@ -156,7 +155,7 @@ def reconstruct(
     )  # fmt: skip
     windows = teacher.windows(granularity)
     reports = [WindowReport(**found) for found in work.finished("reconstruct")]
-    tokens = samples if held_out is None else joined(samples, held_out[:ERROR_SAMPLES])
+    tokens = samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]])
     task.micro_batch = reports[-1].micro_batch if reports else 0
     if len(reports) < len(windows):
         task.begin(tokens)
@@ -244,7 +243,7 @@ class _Pass:
 
         Where windows are finished already, the streams are those that the next one starts from.
         """
-        self.settle(lengths(tokens))
+        self.settle(*tokens.shape)
         if streams := self.work.streams("reconstruct"):
             self.dense, self.sparse = streams.get("dense"), streams.get("sparse")
             return
@@ -256,26 +255,26 @@ class _Pass:
         if self.propagation in ("sparse", "mixed"):
             # Embeddings are not pruned, so both models start from the same activations, unless something else changed them.
             own = self.engine.embed(self.student, tokens, self.count)
-            self.sparse = embedded if torch.equal(flat(own), flat(embedded)) else own
+            self.sparse = embedded if torch.equal(own, embedded) else own
 
-    def settle(self, known: list[int]) -> None:
-        """Decides what is measured and solved on which of all the samples, of `known` lengths, held-out ones included."""
+    def settle(self, samples: int, length: int) -> None:
+        """Decides what is measured and solved on which of all the `samples`, of `length` tokens each, held-out ones included."""
         # Errors are measured on held-out samples or, where there are none, on the first calibration samples.
-        first = self.count if len(known) > self.count else 0
-        self.measured = slice(first, min(first + ERROR_SAMPLES, len(known)))
+        first = self.count if samples > self.count else 0
+        self.measured = slice(first, min(first + ERROR_SAMPLES, samples))
         self.measured_on = "held_out" if first else "calibration"
         # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
         self.by_grams = self.solver == "exact" and self.propagation == "dense"
         # Samples that Gram matrices are made of: whole batches, so that outputs have the same bits however they come about.
         wanted = min(self.exact.samples or self.count, self.count)
-        self.read = next(part.stop for part in in_batches(known, self.count) if part.stop >= wanted)
+        self.read = next(part.stop for part in in_batches(samples, length, self.count) if part.stop >= wanted)
         self.kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
 
     def known(self, name: str) -> Tensor | None:
         """What this pass, or one before it in the same study, computed under `name`."""
         return self.kept[name] if name in self.kept else self.activations.get(name)
 
-    def keep(self, name: str, tensor: Samples) -> Samples:
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
         self.kept[name] = self.activations.put(name, tensor)
         return self.kept[name]
 
@@ -414,9 +413,9 @@ class _Pass:
                 x = x.detach().reshape(-1, x.shape[-1])
                 if group not in seen:
                     # Matrices multiply what is rounded to the compute dtype, so nothing is lost by keeping that.
-                    made = self.engine.empty(shape(stream, x.shape[1]), self.engine.dtype, stream.device)
-                    seen[group], filled[group] = like(stream, made), 0
-                flat(seen[group])[filled[group] : filled[group] + len(x)] = x
+                    seen[group] = self.engine.empty((*stream.shape[:2], x.shape[1]), self.engine.dtype, stream.device)
+                    filled[group] = 0
+                seen[group].flatten(0, 1)[filled[group] : filled[group] + len(x)] = x
                 filled[group] += len(x)
 
             def forget() -> None:
@@ -453,10 +452,9 @@ class _Pass:
         if len(rest := stream[self.read :]):
             with self.engine.holding(self.teacher, window):
                 forward, edge = partial(self.teacher.forward, window), self.count - self.read
-                parts = [flat(outputs), flat(self.engine.run(forward, rest, edge))]
-                made = self.engine.empty(shape(stream, parts[0].shape[-1]), outputs.dtype, stream.device)
-                outputs = like(stream, made)
-                torch.cat(parts, out=flat(outputs))
+                parts = [outputs, self.engine.run(forward, rest, edge)]
+                outputs = self.engine.empty((*stream.shape[:2], outputs.shape[-1]), outputs.dtype, stream.device)
+                torch.cat(parts, out=outputs)
         return outputs, grams
 
     @torch.no_grad()
@@ -474,10 +472,8 @@ class _Pass:
                 bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
                 if window.matrices and self.propagation == "mixed":
                     # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
-                    read = targets[: self.read]
-                    wanted = flat(read)[:, column : column + rows].float()
-                    wanted = (wanted if bias is None else wanted - bias).view(shape(read, rows))
-                    cross = _product(like(read, wanted), inputs[: self.read])
+                    wanted = targets[: self.read, :, column : column + rows].float()
+                    cross = _product(wanted if bias is None else wanted - bias, inputs[: self.read])
                 elif bias is not None:
                     # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
                     bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
@@ -569,14 +565,14 @@ class _Lone(_Pass):
 class _Windows:
     """What a worker does: repairs one window after the other, none of which depends on another."""
 
-    def __init__(self, task: _Pass, tokens: Samples):
+    def __init__(self, task: _Pass, tokens: Tensor):
         self.decoder = without_weights(task.teacher)
         self.on_cpu, self.dtype = task.engine.device.type == "cpu", str(task.engine.dtype).removeprefix("torch.")
         self.options = (
             task.propagation, task.solver, task.start, task.loss, task.schedule, task.exact, task.train, task.adapter, task.rank,
             task.seed,
         )  # fmt: skip
-        self.count, self.lengths, self.ragged = task.count, lengths(tokens), isinstance(tokens, Ragged)
+        self.count, self.shape = task.count, tokens.shape
         self.task: _Task | None = None
         self.teacher: Decoder | None = None
 
@@ -592,9 +588,8 @@ class _Windows:
         work, masks = _Shard(), {name: mask.tensor() for name, mask in task.masks.items()}
         engine = Engine("cpu" if self.on_cpu else "auto", self.dtype, work)
         lone = _Lone(self.teacher, self.student, masks, *self.options, engine, self.count, Activations(limit=0), work)
-        lone.settle(self.lengths)
-        stream = ray.get(task.stream).tensor()
-        lone.dense, lone.sparse = Ragged(stream, self.lengths) if self.ragged else stream, None
+        lone.settle(*self.shape)
+        lone.dense, lone.sparse = ray.get(task.stream).tensor(), None
         with requiring_gradients(self.student.model.parameters(), False):
             lone.repair(task.window)
         return work.found
@@ -612,8 +607,8 @@ class _Waiting:
         self.left = deque(windows)
         self.waiting: deque[str] = deque()
         self.ready: dict[str, _Task] = {}  # by name, until they are finished
-        self.after: dict[str, Samples | None] = {}  # the stream that the next window starts from
-        self.shared: tuple[Samples | None, object] = None, None
+        self.after: dict[str, Tensor | None] = {}  # the stream that the next window starts from
+        self.shared: tuple[Tensor | None, object] = None, None
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -631,8 +626,7 @@ class _Waiting:
         """Packs the next window, and takes the dense activations on to the one after it."""
         task, window = self.task_of, self.left.popleft()
         if task.dense is not self.shared[0]:
-            stream = task.dense.flat if isinstance(task.dense, Ragged) else task.dense
-            self.shared = task.dense, self.put(Packed.of(stream))
+            self.shared = task.dense, self.put(Packed.of(task.dense))
         read = Window(window.blocks) if window.matrices else window
         masks = {name: Packed.of(task.masks[name]) for name in task.student.matrices(window)}
         self.ready[window.name] = _Task(window, _packed(task.teacher, read), _packed(task.student, window), masks, self.shared[1])
@@ -648,7 +642,7 @@ def _packed(decoder: Decoder, window: Window) -> dict[str, Packed]:
         return {name: Packed.of(p) for name, p in decoder.model.named_parameters() if id(p) in needed}
 
 
-def _side_by_side(task: _Pass, windows: list[Window], tokens: Samples, settings: Ray) -> Iterator[WindowReport]:
+def _side_by_side(task: _Pass, windows: list[Window], tokens: Tensor, settings: Ray) -> Iterator[WindowReport]:
     """The reports of `windows`, in their order, as workers repair them; `task` has begun with `tokens`."""
     ray = cluster.connect(settings.address)
     request = settings.request(ray, on_cpu=task.engine.device.type == "cpu")
@@ -684,11 +678,10 @@ def _place(window: Window) -> str:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Mean over tokens of the outer product: left (samples, length, a), right (samples, length, b) -> (a, b) float32."""
-    rows, columns = flat(left).shape[-1], flat(right).shape[-1]
-    total = flat(left).new_zeros(rows, columns, dtype=torch.float32)
+    total = left.new_zeros(left.shape[-1], right.shape[-1], dtype=torch.float32)
     for a, b in zip(left, right, strict=True):
         total.addmm_(a.float().T, b.float())
-    return total / len(flat(left))
+    return total / left.shape[:2].numel()
 
 
 def summary(reports: list[WindowReport]) -> list[dict]:

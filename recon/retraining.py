@@ -20,7 +20,6 @@ from recon.errors import ReconError
 from recon.evaluation import check_length
 from recon.logits import kl_divergence, negative_log_likelihood
 from recon.pruning import keep_masks
-from recon.ragged import Samples, lengths
 from recon.seeds import generator
 from recon.solvers.gradient import Schedule, optimise
 from recon.structure import replaced, requiring_gradients
@@ -60,7 +59,7 @@ def check_options(method: str, objective: str) -> None:
 
 def retrain(
     model: nn.Module | Decoder,
-    samples: Samples,
+    samples: Tensor,
     masks: dict[str, Tensor] | None = None,
     method: str = "masklora",
     objective: str = "labels",
@@ -78,7 +77,7 @@ def retrain(
 
     Args:
         model: the pruned model, or its `Decoder`, in float32; all of it is on the compute device meanwhile.
-        samples: tokens (samples, length), or of unequal length.
+        samples: tokens (samples, length).
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
         method, objective: see `METHODS` and `OBJECTIVES`.
         dense: the model to learn from, for objective distil.
@@ -94,7 +93,7 @@ def retrain(
     if objective == "distil" and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
     student = model if isinstance(model, Decoder) else Decoder(model)
-    check_length(student, max(lengths(samples)))
+    check_length(student, samples.shape[1])
     if method not in ("full", "norms"):
         check_adaptable(student)
     masks = keep_masks(student, masks)

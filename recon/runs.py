@@ -39,7 +39,6 @@ from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.environment import environment
 from recon.errors import ReconError
-from recon.ragged import Samples, flat, lengths
 from recon.seeds import generator
 from recon.sparsity import Pattern, found_pattern, sparsity_of
 from recon.spec import RunRecord, RunSpec
@@ -338,8 +337,7 @@ class Run:
         seed = generator(spec.seed, "calibration").initial_seed() % 2**32
         most = max(spec.samples_by_phase.values())
         # One draw for all phases: each reads the first so many of it.
-        calibrate = text.sample_documents if spec.documents else draw
-        self.calibration = calibrate(spec.text, "calibration", self.tokenizer, most, spec.sequence_length, seed)
+        self.calibration = draw(spec.text, "calibration", self.tokenizer, most, spec.sequence_length, seed)
         self.held_out = None
         if spec.held_out_samples:
             self.held_out = draw(spec.text, "validation", self.tokenizer, spec.held_out_samples, spec.sequence_length)
@@ -363,7 +361,7 @@ class Run:
                 with lazy.present([parameter]) if lazy else contextlib.nullcontext():
                     rounded(name, parameter.detach(), SAVED[self.save_dtype])
 
-    def samples(self, phase: str) -> Samples:
+    def samples(self, phase: str) -> Tensor:
         """The calibration samples that `phase` reads."""
         return self.calibration[: self.spec.samples_by_phase[phase]]
 
@@ -439,7 +437,7 @@ class Run:
 
     def activations(self) -> Activations:
         """What is known of the dense model on this run's samples, in its batches."""
-        names = "text samples sequence_length documents held_out_samples seed compute_dtype device"
+        names = "text samples sequence_length held_out_samples seed compute_dtype device"
         key = (*self.spec.loaded_by, *(getattr(self.spec, name) for name in names.split()))
         return self.kept_on_disk("activations", key, 1 - HELD_OUT_SHARE)
 
@@ -492,8 +490,8 @@ class Run:
     def fill(self, student: Decoder, dense: Measured, pruned: Measured, repaired: Measured) -> None:
         """Writes metrics, tokens, operations and protocol into the record."""
         spec, metrics = self.spec, self.record.metrics
-        tokens = {phase: sum(lengths(self.samples(phase))) for phase in spec.samples_by_phase}
-        self.record.flops = estimate.flops(spec, self.dense, tokens)
+        tokens = {phase: count * spec.sequence_length for phase, count in spec.samples_by_phase.items()}
+        self.record.flops = estimate.flops(spec, self.dense)
         by_text, states = {}, {"dense": dense, "pruned": pruned, "repaired": repaired}
         for name in spec.evaluation_texts:
             results = {kind: measured.perplexities[name] for kind, measured in states.items()}
@@ -535,8 +533,7 @@ class Run:
         self.record.protocol = {
             "calibration": (
                 ", ".join(f"{phase} {count}" for phase, count in spec.samples_by_phase.items())
-                + (" documents of up to" if spec.documents else " x")
-                + f" {spec.sequence_length} tokens of {spec.text} (calibration split), seed {spec.seed}"
+                + f" x {spec.sequence_length} tokens of {spec.text} (calibration split), seed {spec.seed}"
             ),
             "evaluation": (
                 "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
@@ -559,7 +556,7 @@ class Run:
             else "none",
             "share_recovered": "1 - log(repaired / dense) / log(pruned / dense), in perplexities",
             "token_hashes": {
-                "calibration": _hash(flat(self.calibration) if spec.documents else self.calibration),
+                "calibration": _hash(self.calibration),
                 **{f"evaluation {name}": _hash(tokens) for name, tokens in self.texts.items()},
             },
         }

@@ -43,8 +43,6 @@ class RunSpec:
     """Calibration samples that the criterion sees; 0: as many as windows are repaired with."""
     sequence_length: int = 512
     """Tokens per calibration sample."""
-    documents: bool = False
-    """Calibration samples are documents of natural length, each from its beginning, of up to sequence_length tokens; no padding."""
     criterion: str = "wanda"
     """What decides which weights go (see `recon criteria`)."""
     pattern: str = "0.5"
@@ -148,7 +146,7 @@ class RunSpec:
             self.rank,
         )
         retraining.check_options("full" if self.then == "none" else self.then, self.objective)
-        for name in ("documents", "then_checkpointing", "trust_remote_code"):
+        for name in ("then_checkpointing", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise ReconError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
         for name, allowed in (
@@ -195,8 +193,6 @@ class RunSpec:
             object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one value, and have one key
         if self.sequence_length % self.pieces:
             raise ReconError(f"pieces is {self.pieces}; allowed: a number that divides sequence_length, {self.sequence_length}")
-        if self.documents and self.pieces > 1:
-            raise ReconError(f"pieces is {self.pieces}, but documents of unequal length are not cut; allowed: 1")
         if not self.evaluation_texts:
             raise ReconError("evaluation_texts is empty; name at least one text")
 
@@ -238,7 +234,7 @@ class RunSpec:
         """What decides the pruned state that the run repairs; runs that agree on it can share that state."""
         if self.pruned is not None:
             return (*self.loaded_by, self.pruned, self.pruned_revision)
-        names = "seed text sequence_length documents criterion pattern scope prune_propagation sparsegpt_block_size sparsegpt_damping swaps"
+        names = "seed text sequence_length criterion pattern scope prune_propagation sparsegpt_block_size sparsegpt_damping swaps"
         return (*self.loaded_by, *(getattr(self, name) for name in names.split()), self.samples_by_phase["prune"])
 
     @property

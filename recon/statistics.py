@@ -6,7 +6,6 @@ from torch import Tensor
 from recon.decoder import Decoder
 from recon.engine import Engine
 from recon.errors import ReconError
-from recon.ragged import Samples
 from recon.windows import Window
 
 FEW = 32  # tokens that say too little of what an expert reads
@@ -14,7 +13,7 @@ _SPLIT = 256  # a Gram matrix is formed by quarters down to this size
 
 
 @torch.no_grad()
-def gather(engine: Engine, decoder: Decoder, window: Window, stream: Samples, kind: str) -> tuple[Samples, dict[str, Tensor]]:
+def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Runs `window` on `stream` and gathers statistics of what its matrices read.
 
     Args:

@@ -17,7 +17,6 @@ import torch
 
 from recon import assets, wikitext
 from recon.errors import ReconError
-from recon.ragged import Ragged
 
 SPLITS = ("calibration", "validation", "evaluation")
 TEXTS = {
@@ -63,7 +62,6 @@ HUB = {
 
 CLEANING = 1  # raise it when `wikitext.prose` changes: the cleaned Wikipedia articles are cached under this number
 SHORTEST_ARTICLE = 1000  # characters; stubs and disambiguation pages leave less
-SHORTEST = 16  # tokens of a document that is sampled by itself
 
 # tokenizer -> {(text, split): tokens}; an entry disappears together with its tokenizer
 _TOKENS: WeakKeyDictionary = WeakKeyDictionary()
@@ -129,34 +127,6 @@ def sample_tokens(
     else:
         chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     return tokens[: windows * sequence_length].view(windows, sequence_length)[chosen]
-
-
-def sample_documents(name: str, split: str, tokenizer, samples: int, longest: int, seed: int) -> Ragged:
-    """Documents of one split, each from its beginning, of natural length: tokens of unequal length, in a random order.
-
-    Each is tokenised by itself, with the special tokens that the tokenizer puts in front by default. Those shorter than SHORTEST tokens
-    are passed over.
-
-    Args:
-        samples: number of documents.
-        longest: tokens that are kept of each, at most.
-        seed: draws the documents without replacement.
-
-    Raises:
-        ReconError: as `documents`; fewer documents in the split than samples.
-    """
-    if samples < 1:
-        raise ReconError(f"samples must be at least 1, not {samples}")
-    texts, found = documents(name, split), []
-    for number in torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist():
-        tokens = tokenizer(texts[number], return_tensors="pt", verbose=False).input_ids[0, :longest]
-        if len(tokens) >= min(SHORTEST, longest):
-            found.append(tokens)
-        if len(found) == samples:
-            return Ragged.of(found)
-    raise ReconError(
-        f"{samples} documents are more than the {split} split of text {name!r} holds: it has {len(found)} of at least {SHORTEST} tokens"
-    )
 
 
 def fingerprint(name: str) -> str:

@@ -15,7 +15,6 @@ from recon.criteria.structured import keep_globally
 from recon.decoder import Decoder, Matrix
 from recon.engine import Engine
 from recon.errors import ReconError
-from recon.ragged import Samples
 from recon.sparsity import Pattern, keep_all_but, sparsity_of
 from recon.statistics import gather
 from recon.structure import kind_of, probe_tokens
@@ -166,7 +165,7 @@ def prune_units(
     decoder: Decoder,
     rule: Structured,
     pattern: Pattern,
-    samples: Samples,
+    samples: Tensor,
     propagation: str,
     engine: Engine,
     work: InMemory,
@@ -237,7 +236,7 @@ def prune_units(
 
 
 def _compare(
-    decoder: Decoder, rule: Structured, halves: list[Units], samples: Samples, engine: Engine, work: InMemory, progress: bool
+    decoder: Decoder, rule: Structured, halves: list[Units], samples: Tensor, engine: Engine, work: InMemory, progress: bool
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """In the dense model, the scores (count,) of the units of each half; and, by its name, the means (in,) of what its reader reads."""
     blocks, done = decoder.windows("block"), len(work.finished("compare"))

@@ -15,7 +15,6 @@ from recon.decoder import Decoder, Matrix
 from recon.errors import ReconError
 from recon.files import SLOW
 from recon.journal import Journal
-from recon.ragged import Ragged, Samples
 from recon.weights import Checkpoint, Lazy, as_stored, rounded, second, sync, write_safetensors
 
 log = logging.getLogger("recon")
@@ -43,7 +42,7 @@ class InMemory:
         """What the finished steps of `phase` found, in their order."""
         return []
 
-    def streams(self, phase: str) -> dict[str, Samples]:
+    def streams(self, phase: str) -> dict[str, Tensor]:
         """The activations that the next step of `phase` starts from, by name."""
         return {}
 
@@ -51,7 +50,7 @@ class InMemory:
         self,
         phase: str,
         found: object,
-        streams: dict[str, Samples | None] | None = None,
+        streams: dict[str, Tensor | None] | None = None,
         weights: dict[str, Tensor] | None = None,
         shard: dict[str, Tensor] | None = None,
     ) -> None:
@@ -102,7 +101,7 @@ class Work(InMemory):
         self.of = 0  # shards that there will be
         self.repaired: Checkpoint | None = None
         self.lazy: Lazy | None = None  # of the student
-        self._kept: dict[str, tuple[Samples, dict]] = {}  # stream -> what is in hand of it, and what is noted of its file
+        self._kept: dict[str, tuple[Tensor, dict]] = {}  # stream -> what is in hand of it, and what is noted of its file
         self._open: dict[str, object] = {}
         kept = [entry[kind] for entry in self.journal.entries for kind in KEPT if kind in entry]
         if (size := sum(noted["size"] for noted in kept)) > SLOW:
@@ -125,7 +124,7 @@ class Work(InMemory):
     def finished(self, phase: str) -> list:
         return self.journal.finished(phase)
 
-    def streams(self, phase: str) -> dict[str, Samples]:
+    def streams(self, phase: str) -> dict[str, Tensor]:
         found = {}
         for name, noted in self._last(phase).get("streams", {}).items():
             if noted is not None:
@@ -133,8 +132,7 @@ class Work(InMemory):
                 with safe_open(self.folder / noted["file"], framework="pt") as opened:
                     stored = opened.get_tensor(STREAM)
                     # A copy: tensors in a file begin where they please, which can show in the last bits of what is computed.
-                    values = self.empty(stored.shape, stored.dtype).copy_(stored)
-                found[name] = Ragged(values, noted["lengths"]) if "lengths" in noted else values
+                    found[name] = self.empty(stored.shape, stored.dtype).copy_(stored)
                 self._kept[name] = found[name], noted
         return found
 
@@ -190,15 +188,15 @@ class Work(InMemory):
         path = self.folder / name
         return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
 
-    def _keep(self, phase: str, number: int, name: str, stream: Samples | None) -> dict | None:
+    def _keep(self, phase: str, number: int, name: str, stream: Tensor | None) -> dict | None:
         """What the journal says of the file that `stream` is in, which is written where it is not yet."""
         kept, noted = self._kept.pop(name, (None, None))
         if stream is None:
             return None
         if kept is not stream:
-            file, ragged = f"activations/{phase}-{name}-{number:05}.safetensors", isinstance(stream, Ragged)
-            self.spill.keep(stream.flat if ragged else stream, self.folder / file)
-            noted = self._noted(file) | ({"lengths": stream.lengths} if ragged else {})
+            file = f"activations/{phase}-{name}-{number:05}.safetensors"
+            self.spill.keep(stream, self.folder / file)
+            noted = self._noted(file)
         self._kept[name] = stream, noted
         return noted
 

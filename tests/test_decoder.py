@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
-from recon.decoder import Decoder
+from recon.decoder import SHAPES, Decoder
 from recon.errors import ReconError
 from recon.windows import Window
 
@@ -389,3 +389,11 @@ def test_aliases_of_the_paper(made):
     decoder = made("llama")
     for alias, name in (("1/2", "half-block"), ("1", "block"), ("2", "2-blocks")):
         assert decoder.windows(alias) == decoder.windows(name)
+
+
+@torch.no_grad()
+def test_what_blocks_are_called_with_is_known_for_so_many_shapes(tiny):
+    decoder = Decoder(tiny("llama", num_hidden_layers=1))
+    for length in range(1, SHAPES + 10):
+        decoder.forward(decoder.windows("block")[0], torch.zeros(1, length, 32))
+    assert len(decoder._calls) == SHAPES

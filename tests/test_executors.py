@@ -23,7 +23,6 @@ from recon import executors
 from recon.cluster import Ray, Request
 from recon.errors import ReconError
 from recon.plan import plan
-from recon.ragged import Ragged
 from recon.spec import RunRecord
 from recon.study import grid, read_record, run_study
 
@@ -368,7 +367,6 @@ WAYS = {  # granularity, and how windows are fitted
     "blocks from exact": ("2-blocks", {"start": "exact", "train": "all"}),
     "experts": ("half-block", {"family": "mixtral"}),
     "adapters": ("block", {"adapter": "masklora", "rank": 2}),
-    "samples of unequal length": ("half-block", {}),
 }
 
 
@@ -379,8 +377,6 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
     family = options.pop("family")
     pruning = {name: options.pop(name) for name in ("criterion", "pattern")}
     dense, samples, held_out = tiny(family, tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
-    if way == "samples of unequal length":
-        samples = Ragged.of([sample[: 16 - 3 * (number % 3)] for number, sample in enumerate(samples)])
     pruned = copy.deepcopy(dense)
     masks = recon.prune(pruned, samples, **pruning, progress=False).masks
     made, reports = {}, {}

@@ -546,9 +546,11 @@ def test_bad_options_are_refused_before_anything_changes(dense, pruned, tokens, 
     assert same(before, state(student))
 
 
-def test_too_long_samples_are_refused(dense, pruned, tokens):
+def test_samples_of_another_length_are_refused(dense, pruned, tokens):
     with pytest.raises(ReconError, match="sequence length 65 is more than the 64 tokens"):
         repair(pruned(), dense, tokens(2, 65))
+    with pytest.raises(ReconError, match="held-out samples of 8 tokens are not as long as calibration samples, 16"):
+        repair(pruned(), dense, tokens(2, 16), held_out=tokens(2, 8))
 
 
 def test_half_blocks_of_undivided_models_are_refused(tiny, pruned, tokens):

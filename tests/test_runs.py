@@ -162,7 +162,7 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
         "seed": 1, "compute_dtype": "float32", "revision": "main", "text": "news", "device": "cpu",
         "prune_samples": 4, "adapter": "lora", "rank": 8, "then": "masklora", "objective": "distil", "then_samples": 4,
         "then_learning_rate": 1e-3, "then_epochs": 2, "then_batch_size": 2, "then_accumulation": 2, "then_checkpointing": True,
-        "tasks": ("analogies",), "task_limit": 50, "trust_remote_code": True, "pruned_revision": "v1", "documents": True,
+        "tasks": ("analogies",), "task_limit": 50, "trust_remote_code": True, "pruned_revision": "v1",
     }  # fmt: skip
     keys = {name: dataclasses.replace(spec, **{name: value}).key() for name, value in changes.items()}
     assert set(changes) | {"model", "solver", "pruned"} == {field.name for field in dataclasses.fields(spec)}

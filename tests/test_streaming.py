@@ -78,7 +78,6 @@ CASES = {
     "experts": ("mixtral", {"propagation": "sparse", "pattern": "2:4"}),
     "experts, biases": ("gpt_oss", {"criterion": "sparsegpt"}),
     "adapters, swaps": ("gemma2", {"adapter": "masklora", "rank": 2, "swaps": 2}),
-    "documents of unequal length": ("", {"documents": True, "propagation": "mixed"}),
     "mixed, from exact": ("", {"propagation": "mixed", "start": "exact"}),
     "whole heads and neurons": ("", {"criterion": "wanda-sp", "pattern": "0.3", "propagation": "sparse"}),
     "whole units, biases changed": (
@@ -377,19 +376,6 @@ def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, tmp
             theirs.window, theirs.reader.name, theirs.count, theirs.weights,
         )  # fmt: skip
         assert ours.rows.keys() == theirs.rows.keys() and all(torch.equal(ours.rows[n], theirs.rows[n]) for n in ours.rows)
-
-
-@pytest.mark.slow
-def test_killed_on_documents(spec, tmp_path, monkeypatch):
-    """Once in every phase; what streams are begun from again is of unequal length too."""
-    monkeypatch.setattr(activations, "SMALL", 0)
-    spec = dataclasses.replace(spec, documents=True, propagation="mixed")
-    wanted, record, attempts = recon.run(spec, progress=False, stream="no"), None, 0
-    while record is None:
-        assert attempts < 30
-        record = attempt(spec, tmp_path / "saved", monkeypatch, 40)
-        attempts += 1
-    assert attempts > 2 and comparable(record) == comparable(wanted)
 
 
 @pytest.mark.parametrize("saving", [True, False])

@@ -31,12 +31,12 @@ def begin(monkeypatch, tmp_path):
 def test_runs_are_listed_with_what_they_are(begin, capsys):
     assert unfinished.unfinished() == []
     begin("aaa", 5 * 2**20, 7200, samples=8, evaluation_texts=("news", "code"))
-    folder = begin("bbb", model="some/model", documents=True)
+    folder = begin("bbb", model="some/model", then_checkpointing=True)
     first, second = unfinished.unfinished()
     assert (first.key, second.key) == ("bbb", "aaa") and not first.in_use
     assert 5 * 2**20 < second.size < 6 * 2**20 and second.age == pytest.approx(7200, abs=60)
     assert second.options == "--model smollm2-135m --samples 8 --evaluation-texts news code"
-    assert first.options == "--model some/model --documents True"
+    assert first.options == "--model some/model --then-checkpointing True"
     with unfinished.held("bbb"):
         main(["unfinished"])
     (folder / unfinished.JOURNAL).write_text("{")

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from recon.device import out_of_memory, release_memory
 from recon.engine import Engine
 from recon.errors import ReconError
-from recon.ragged import Samples, flat, lengths
-from recon.ragged import batches as parts_of
 
 log = logging.getLogger("recon")
 
@@ -90,7 +88,7 @@ NORM_EVERY = 8  # steps: a norm reads all gradients once more, which costs a few
 @torch.enable_grad()
 def optimise(
     loss: Callable[..., Tensor],
-    data: list[Samples],
+    data: list[Tensor],
     parameters: list[nn.Parameter],
     masks: list[tuple[nn.Parameter, Tensor]],
     schedule: Schedule,
@@ -106,7 +104,7 @@ def optimise(
 
     Args:
         loss: called with a batch of each tensor in `data`; the mean over its samples of what is minimised.
-        data: samples (samples, length, ...), of the same lengths, shuffled together. No forward pass has some of different lengths.
+        data: samples (samples, ...), shuffled together.
         parameters: float32 leaves that require gradients.
         masks: pairs of parameter and keep-mask of its shape; dropped weights are exact zeros after every step.
         random: draws the order of samples anew for each epoch.
@@ -130,12 +128,11 @@ def optimise(
     steps_of = [chosen for order in orders for chosen in order.split(per_step)]
     size = min(micro_batch or schedule.batch_size, schedule.batch_size)
     while len(losses) < steps:
-        parts = [part for chosen in steps_of[len(losses) :] for part in parts_of(data[0], chosen.tolist(), size)]
+        parts = [part for chosen in steps_of[len(losses) :] for part in parts_of(chosen, size)]
         with contextlib.closing(engine.batches(data, parts)) as batches:
             while len(losses) < steps:
                 try:
-                    chosen = steps_of[len(losses)].tolist()
-                    total = _add_gradients(loss, batches, data[0], parts_of(data[0], chosen, size), engine)
+                    total = _add_gradients(loss, batches, parts_of(steps_of[len(losses)], size), engine)
                 except Exception as error:
                     if not out_of_memory(error):
                         raise
@@ -165,15 +162,19 @@ def optimise(
     return Curve(torch.stack(losses).tolist(), torch.stack(norms).tolist(), size) if losses else Curve([], [], size)
 
 
+def parts_of(chosen: Tensor, size: int) -> list[list[int]]:
+    """The numbers of samples in `chosen`, at most `size` at a time."""
+    return [part.tolist() for part in chosen.split(size)]
+
+
 def _add_gradients(
-    loss: Callable[..., Tensor], batches: Iterator[tuple[Tensor, ...]], samples: Samples, parts: list[list[int]], engine: Engine
+    loss: Callable[..., Tensor], batches: Iterator[tuple[Tensor, ...]], parts: list[list[int]], engine: Engine
 ) -> Tensor:
-    """Adds the gradients of one step, on the numbers of `samples` in `parts`, in which every token counts alike; returns its loss."""
+    """Adds the gradients of one step, on samples of the numbers in `parts`, in which each counts alike; returns its loss."""
     total = torch.zeros((), device=engine.device)
-    known = lengths(samples)
-    tokens = [sum(known[number] for number in part) for part in parts]
-    for count in tokens:
-        value = loss(*next(batches)) * (count / sum(tokens))
+    samples = sum(map(len, parts))
+    for part in parts:
+        value = loss(*next(batches)) * (len(part) / samples)
         value.backward()
         total += value.detach()
     return total
@@ -183,8 +184,8 @@ def fit(
     forward: Callable[[Tensor], Tensor],
     parameters: list[nn.Parameter],
     masks: list[tuple[nn.Parameter, Tensor]],
-    inputs: Samples,
-    targets: Samples,
+    inputs: Tensor,
+    targets: Tensor,
     loss: str,
     schedule: Schedule,
     random: torch.Generator,
@@ -203,8 +204,8 @@ def fit(
     whose activations differ in size by orders of magnitude.
     """
     criterion = get_loss(loss)
-    norm = torch.linalg.vector_norm(flat(targets), dtype=torch.float32)  # unlike squares, it needs no room for all targets again
-    scale = max(norm.item() ** 2 / flat(targets).numel(), 1e-30) if loss == "mse" else 1.0
+    norm = torch.linalg.vector_norm(targets, dtype=torch.float32)  # unlike squares, it needs no room for all targets again
+    scale = max(norm.item() ** 2 / targets.numel(), 1e-30) if loss == "mse" else 1.0
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         with engine:
