@@ -10,24 +10,23 @@ import os
 # before the first one. Experts read other numbers of tokens every time, which makes that hundreds of megabytes.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "16")
-
 # Public name -> module that holds it; imported on first use, so that `recon --help` does not wait for torch.
 _PUBLIC = {
-    "Decoder": "decoder",
-    "Ray": "cluster",
+    "Decoder": "model.decoder",
+    "Ray": "experiment.cluster",
     "ReconError": "errors",
-    "RunSpec": "spec",
-    "Schedule": "solvers.gradient",
-    "Session": "runs",
-    "grid": "study",
-    "load": "models",
-    "perplexity": "evaluation",
-    "prune": "pruning",
-    "reconstruct": "reconstruction",
-    "retrain": "retraining",
-    "run": "runs",
-    "run_study": "study",
-    "sample_tokens": "text",
+    "RunSpec": "experiment.config",
+    "Schedule": "kernels.gradient_descent",
+    "Session": "experiment.run",
+    "grid": "experiment.study",
+    "load": "data.models",
+    "perplexity": "evaluate.perplexity",
+    "prune": "methods.prune",
+    "reconstruct": "methods.reconstruct",
+    "retrain": "methods.retrain",
+    "run": "experiment.run",
+    "run_study": "experiment.study",
+    "sample_tokens": "data.text",
 }
 __all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"

@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from recon.bench.spec import BenchSpec
 from recon.errors import ReconError
-from recon.spec import RunRecord, RunSpec
+from recon.experiment.config import RunSpec
+from recon.experiment.record import RunRecord
+from recon.paper.bench.spec import BenchSpec
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ def _run(
     address: str | None,
 ) -> None:
     """Runs `spec`, prints what came of it, and writes the record to `file` and the model to `save`, where they are named."""
-    from recon.checkpoint import check_writable
-    from recon.cluster import Ray
-    from recon.study import run_or_record_failure, write_record
+    from recon.experiment.cluster import Ray
+    from recon.experiment.study import run_or_record_failure, write_record
+    from recon.runtime.storage import check_writable
 
     if address is not None and executor != "ray":
         raise ReconError(f"address {address!r} is that of a Ray cluster, but the executor is {executor}; choose executor ray")
@@ -126,7 +127,7 @@ def _run(
 
 def _known(spec: RunSpec, file: Path | None) -> RunRecord | None:
     """The record of a finished run of `spec` in `file`, if there is one."""
-    from recon.study import read_record
+    from recon.experiment.record import read_record
 
     if file is None or not file.exists():
         return None
@@ -169,7 +170,7 @@ class Plan:
     """GiB that the run may write to the disk; default: what is free here."""
 
     def __call__(self) -> None:
-        from recon.plan import advice, plan
+        from recon.experiment.plan import advice, plan
 
         planned = plan(
             self.spec,
@@ -190,7 +191,7 @@ class Models:
     """List the bundled models."""
 
     def __call__(self) -> None:
-        from recon.assets import BUNDLED_MODELS
+        from recon.data.assets import BUNDLED_MODELS
 
         for name, description in BUNDLED_MODELS.items():
             print(f"{name:16} {description}")
@@ -205,8 +206,8 @@ class Unfinished:
     """Keys of runs whose work so far is to be deleted, or all."""
 
     def __call__(self) -> None:
-        from recon.estimate import duration
-        from recon.unfinished import discard, unfinished
+        from recon.experiment.estimate import duration
+        from recon.experiment.unfinished import discard, unfinished
 
         runs = unfinished()
         if self.delete == ("all",):
@@ -229,7 +230,7 @@ class Criteria:
     """List the pruning criteria."""
 
     def __call__(self) -> None:
-        from recon.criteria import CRITERIA
+        from recon.kernels.criteria import CRITERIA
 
         for name, criterion in CRITERIA.items():
             print(f"{name:10} {criterion.description} (compares within a {criterion.scope}; {criterion.source})")
@@ -243,7 +244,7 @@ class Assets:
     """Bundled models (see `recon models`), or all; the default is what the quick profile needs."""
 
     def __call__(self) -> None:
-        from recon import assets, text
+        from recon.data import assets, text
 
         models = tuple(assets.BUNDLED_MODELS) if self.models == ("all",) else self.models
         for name in models:
@@ -263,8 +264,8 @@ class Bench:
     spec: Annotated[BenchSpec, tyro.conf.arg(name="")]
 
     def __call__(self) -> None:
-        from recon.bench.measure import bench
-        from recon.bench.report import summary
+        from recon.paper.bench.measure import bench
+        from recon.paper.bench.report import summary
 
         print(summary(bench(self.spec)))
         print(f"\nresults: {self.spec.output}")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import recon
-from recon import assets, criteria
 from recon.cli import main
+from recon.data import assets
+from recon.kernels import criteria
 
 
 @pytest.fixture
@@ -61,8 +62,8 @@ def test_the_same_command_again_finds_that_all_is_done(small, stream, tmp_path, 
     said, before = capsys.readouterr().out, record.read_text()
     assert json.loads((saved / "record.json").read_text()) == json.loads(before)
     files = {path: path.read_bytes() for path in saved.iterdir()}
-    monkeypatch.setattr("recon.runs.Run.execute", lambda *_: pytest.fail("runs again"))
-    monkeypatch.setattr("recon.study.check", lambda *_: pytest.fail("plans what is done"))
+    monkeypatch.setattr("recon.experiment.run.Run.execute", lambda *_: pytest.fail("runs again"))
+    monkeypatch.setattr("recon.experiment.study.check", lambda *_: pytest.fail("plans what is done"))
     main(["run", *small, *words])
     record.unlink()
     main(["run", *small, *words])
@@ -132,7 +133,7 @@ def test_bad_input_ends_with_one_clear_message(small, words, message, capsys, tm
 
 @pytest.mark.parametrize("option", ["--record", "--save"])
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(small, option, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("recon.models.load", lambda *a, **k: pytest.fail("loaded before it was checked"))
+    monkeypatch.setattr("recon.data.models.load", lambda *a, **k: pytest.fail("loaded before it was checked"))
     (tmp_path / "file").write_text("")
     assert "cannot write to" in refuse(["run", *small, option, str(tmp_path / "file" / "inside" / "out")], capsys)
 
@@ -165,7 +166,7 @@ def test_lists_name_everything(capsys):
 def test_assets_fetches_the_models_asked_for(words, fetched, capsys, monkeypatch):
     calls = []
     monkeypatch.setattr(assets, "bundled_model", lambda name: calls.append(name) or f"folder of {name}")
-    monkeypatch.setattr("recon.text.documents", lambda name, split: [""])
+    monkeypatch.setattr("recon.data.text.documents", lambda name, split: [""])
     main(["assets", *words])
     assert calls == fetched and len(fetched) == len(set(fetched))
     said = capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Bundled assets, texts, the Hub, GGUF, checkpoints."""

@@ -1,0 +1,237 @@
+"""The files of a checkpoint: where they are, and whether they are whole and safe, before anything is read from them.
+
+A checkpoint is a folder in the Hugging Face format with its weights in safetensors: one `model.safetensors`, or shards
+listed by an index. Nothing here unpickles, or runs code that comes with a model.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from recon.errors import ReconError
+from recon.runtime.storage import SLOW, cache_folder, sha256
+
+WEIGHTS, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
+RECORD = "record.json"  # in what `recon` saves: the record of the run that made it
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm")  # configuration and tokenizer, as patterns
+LARGE = 2**26  # bytes from which a file's hash is kept from one process to the next
+
+
+def shards(folder: Path | str) -> list[Path]:
+    """The safetensors files that hold the weights of the checkpoint in `folder`, checked without reading any values.
+
+    Every file lies inside the folder (or among the blobs of the same repository in the Hub's cache), is as long as its header
+    says, and holds exactly the tensors that the index places there. Where the checkpoint carries hashes, they agree: a
+    blob in the Hub's cache is named after its SHA-256, and what `recon` saves comes with `SHA256SUMS`, in the format of
+    `sha256sum`. A file is hashed once per process.
+
+    Raises:
+        ReconError: naming the file or tensor at fault; also where there are no weights, or pickled ones only.
+    """
+    folder = Path(folder)
+    places = placed(folder)
+    paths = [_inside(folder, name) for name in places]
+    for path, wanted in zip(paths, places.values(), strict=True):
+        found = tensor_names(path)
+        if wanted is not None and (lacking := sorted(wanted - found)):
+            raise ReconError(
+                f"{INDEX} places tensor {lacking[0]!r} in {path.name!r}, which does not hold it ({len(lacking)} such)"
+            )
+        if wanted is not None and (surplus := sorted(found - wanted)):
+            raise ReconError(
+                f"{path.name!r} holds tensor {surplus[0]!r}, which {INDEX} does not place there ({len(surplus)} such)"
+            )
+    _check_hashes(folder, paths)
+    return paths
+
+
+def placed(folder: Path) -> dict[str, set[str] | None]:
+    """The files that hold the weights of the checkpoint in `folder`, by name within it, with the tensors that the index places
+    in each; None where there is no index. Whether they exist is not looked at.
+
+    Raises `ReconError` as `shards`.
+    """
+    # As in transformers, a single file goes before an index.
+    single = (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink()
+    return {WEIGHTS: None} if single else _read_index(folder)
+
+
+def tensor_names(shard: Path) -> set[str]:
+    """The names of the tensors in a safetensors file; raises `ReconError` where its header and its length do not agree."""
+    try:
+        with safe_open(shard, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        size = shard.stat().st_size
+        raise ReconError(f"{shard.name!r} ({size:,} bytes) is truncated or damaged: {error}; fetch or write it again") from error
+
+
+def commit(name: str, revision: str | None = None) -> str:
+    """The commit that `revision` of the model repository `name` means, the same for as long as this process lasts.
+
+    That is the one in the Hub's cache, which answers offline and leaves a run that goes on with the files that it began with; where
+    there is none, the newest one. Raises whatever huggingface_hub does where it cannot be had.
+    """
+    from huggingface_hub import constants
+
+    return _commit(name, revision, constants.HF_HUB_CACHE)
+
+
+@functools.cache
+def _commit(name: str, revision: str | None, cache: str) -> str:
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    # Folders in the cache are named after the commit.
+    found = try_to_load_from_cache(name, "config.json", cache, revision)
+    if not isinstance(found, str):
+        HfApi().model_info(name, revision=revision)  # says at once where the Hub cannot be reached
+        found = hf_hub_download(name, "config.json", revision=revision)
+    return Path(found).parent.name
+
+
+def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> Path:
+    """The folder in the Hub's cache with the files of the model repository `name` at `commit`, fetched where they are missing.
+
+    code: whether Python files are fetched as well.
+
+    Raises `ReconError` where there are no weights in safetensors. For old repositories, which hold pickles only, the
+    Hub's own bot offers a conversion; it is taken, as transformers does.
+    """
+    folder = _download(name, commit(name, revision), code)
+    if not _has_weights(folder) and revision in (None, "main"):
+        from huggingface_hub import HfApi
+        from transformers.safetensors_conversion import get_conversion_pr_reference
+
+        folder = _download(name, get_conversion_pr_reference(HfApi(), name), code)
+    if not _has_weights(folder):
+        raise ReconError(f"it has neither {WEIGHTS} nor {INDEX}, and other formats are not read")
+    return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
+def _download(name: str, revision: str | None, code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def get(patterns: Iterable[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+    folder = get((*DESCRIPTIONS, "*.py") if code else DESCRIPTIONS)
+    # Repositories may hold the same weights several times, in other formats or precisions: only what is read is fetched.
+    return get(_read_index(folder) if (folder / INDEX).is_file() else [WEIGHTS])
+
+
+def _read_index(folder: Path) -> dict[str, set[str]]:
+    """By file name, the tensors that the index of `folder` places there."""
+    path = folder / INDEX
+    if not path.is_file():
+        pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED)
+        if pickled:
+            raise ReconError(
+                f"its weights are pickled ({', '.join(pickled[:3])}), and reading a pickle can run any code; give a checkpoint in "
+                f"safetensors ({WEIGHTS}), as transformers' save_pretrained writes"
+            )
+        raise ReconError(f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}; weights are read from safetensors only")
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        placed: dict[str, set[str]] = {}
+        for tensor, file in places.items():
+            placed.setdefault(file, set()).add(tensor)
+        names = sorted(placed)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ReconError(
+            f"{INDEX} is no index ({type(error).__name__}: {error}); it must be an object whose weight_map says which file "
+            "each tensor lies in"
+        ) from error
+    if not names:
+        raise ReconError(f"{INDEX} has an empty weight_map; it must say which file each tensor lies in")
+    for name in names:
+        # Read on its own terms on every system: what is a plain name here must not be a path there.
+        kinds = (PurePosixPath(name), PureWindowsPath(name))
+        if any(kind.is_absolute() or kind.drive or ".." in kind.parts for kind in kinds) or not name.endswith(".safetensors"):
+            raise ReconError(f"{INDEX} names the file {name!r}; allowed: safetensors files inside the folder")
+    return {name: placed[name] for name in names}
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`; raises `ReconError` where it is missing, or is a link that leads elsewhere."""
+    path, home = folder / name, folder.resolve()
+    # In the Hub's cache, files are links from snapshots/<commit>/ to blobs/ beside it.
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    target = path.resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ReconError(
+            f"{name!r} is a link that leads out of its folder, to {str(target)!r}; put the file itself there, or name its own folder"
+        )
+    if not target.is_file():
+        raise ReconError(f"{str(folder)!r} lacks the weights' file {name!r}; fetch or write it again")
+    return path
+
+
+def _check_hashes(folder: Path, paths: list[Path]) -> None:
+    """Raises `ReconError` naming a file whose content is not what its hash, where there is one, says."""
+    stored = {}
+    if (folder / HASHES).is_file():
+        lines = (folder / HASHES).read_text(encoding="utf-8").splitlines()
+        matches = (re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in lines)
+        stored = {match[2]: match[1] for match in matches if match}
+    wanted = {}
+    for path in paths:
+        target, name = path.resolve(), path.relative_to(folder).as_posix()
+        if name in stored:
+            wanted[path] = stored[name]
+        elif target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
+            wanted[path] = target.name
+    total = sum(path.stat().st_size for path in wanted)
+    with tqdm(total=total, desc="verify weights", unit="B", unit_scale=True, disable=total < SLOW) as bar:
+        for path, expected in wanted.items():
+            if digest(path) != expected:
+                raise ReconError(
+                    f"{path.name!r} is damaged: its content does not have the hash {expected[:12]}...; fetch it again"
+                )
+            bar.update(path.stat().st_size)
+
+
+def write_hashes(folder: Path) -> None:
+    """Writes `SHA256SUMS` for the safetensors files of `folder`, for `shards` and for `sha256sum --check`."""
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    (folder / HASHES).write_text("".join(lines), encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, computed anew where its size or time has changed; that of a large one is kept in the cache."""
+    found = path.stat()
+    # The time of change and the inode tell files apart that were given the same time of modification.
+    return _digest(path.resolve(), found.st_size, (found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+
+
+@functools.cache
+def _digest(path: Path, size: int, state: tuple[int, int, int]) -> str:
+    if size < LARGE:
+        return sha256(path)
+    known = cache_folder() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
+    stamp = {"path": str(path), "size": size, "state": list(state)}
+    try:
+        kept = json.loads(known.read_text(encoding="utf-8"))
+        if {name: kept[name] for name in stamp} == stamp:
+            return kept["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: it is computed
+        pass
+    stamp["sha256"] = sha256(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        known.parent.mkdir(parents=True, exist_ok=True)
+        temporary = known.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(stamp), encoding="utf-8")
+        os.replace(temporary, known)
+    return stamp["sha256"]

@@ -1,0 +1,271 @@
+"""Calibration and evaluation text as token windows: bundled corpora, local files, and the hub's C4 and WikiText-2.
+
+Every text is a list of documents in a fixed order, dealt to three disjoint splits by position. Tokens follow the
+protocol of GPTQ, SparseGPT and Wanda: the documents of a split are joined, tokenised in one go and cut into windows.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+
+from recon.data import assets, wikitext
+from recon.errors import ReconError
+
+SPLITS = ("calibration", "validation", "evaluation")
+TEXTS = {
+    "wikipedia": "about 90 English Wikipedia articles of 2016 as plain prose (bundled in the gensim wheel)",
+    "news": "the Lee corpora, 343 short news articles of 2001 and 2002 (bundled in the gensim wheel)",
+    "code": "20 files of Python source, docstrings included (the gensim wheel's own)",
+    "c4": "allenai/c4, English web pages (hub)",
+    "wikitext2": "Salesforce/wikitext, wikitext-2-raw-v1 (hub)",
+}
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SEPARATOR = "\n\n"
+# Which documents belong to which split: the document's position modulo 8. News is short, so half of it evaluates.
+DEAL = {"calibration": {0, 1, 2, 4, 6}, "validation": {5}, "evaluation": {3, 7}}
+DEAL_NEWS = {"calibration": {1, 3, 7}, "validation": {5}, "evaluation": {0, 2, 4, 6}}
+DEAL_C4_TRAIN = {"calibration": {0, 1, 2, 3, 4, 6, 7}, "validation": {5}}
+
+
+@dataclass(frozen=True)
+class HubText:
+    """Where the hub keeps a text; `path` may also be a local folder in the same format, `limits` bounds documents."""
+
+    path: str
+    config: str | None = None
+    data_files: dict[str, str] | None = None
+    revision: str | None = None
+    limits: dict[str, int] | None = None
+
+
+# 24,000 pages of C4 are about 10 million calibration tokens (2,048 samples of 4,096 fit); 1,100 pages are the
+# published protocol's evaluation text.
+HUB = {
+    "c4": HubText(
+        "allenai/c4",
+        data_files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        limits={"train": 24_000, "validation": 1_100},
+    ),
+    "wikitext2": HubText("Salesforce/wikitext", config="wikitext-2-raw-v1"),
+}
+CLEANING = 1  # raise it when `wikitext.prose` changes: the cleaned Wikipedia articles are cached under this number
+SHORTEST_ARTICLE = 1000  # characters; stubs and disambiguation pages leave less
+# tokenizer -> {(text, split): tokens}; an entry disappears together with its tokenizer
+_TOKENS: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def documents(name: str, split: str) -> list[str]:
+    """The documents of one split of a text, in order.
+
+    Args:
+        name: a key of `TEXTS`, or the path of a .txt (paragraphs parted by blank lines), .jsonl (key "text") or
+            .parquet (column "text") file.
+        split: "calibration", "validation" or "evaluation"; no document is in two of them.
+
+    Raises:
+        ReconError: unknown text or split, an unreadable or malformed file, a hub that cannot be reached.
+    """
+    if split not in SPLITS:
+        raise ReconError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    if name == "c4":
+        # C4's own validation file stays for evaluation alone
+        if split == "evaluation":
+            return _hub("c4", "validation")
+        return _deal(_hub("c4", "train"), DEAL_C4_TRAIN, split)
+    if name == "wikitext2":
+        return _hub("wikitext2", {"calibration": "train", "validation": "validation", "evaluation": "test"}[split])
+    if name == "news":
+        return _deal(_news(), DEAL_NEWS, split)
+    if name == "code":
+        return _deal(_code(), DEAL, split)
+    return _deal(_wikipedia() if name == "wikipedia" else _read_file(_local(name)), DEAL, split)
+
+
+def sample_tokens(
+    name: str, split: str, tokenizer, samples: int, sequence_length: int, seed: int | None = None
+) -> torch.LongTensor:
+    """Non-overlapping windows of one split's tokens, shape (samples, sequence_length).
+
+    The split's documents are joined by blank lines and tokenised at once, with the special tokens that the tokenizer
+    puts in front by default and no others: the protocol of the published perplexities (Frantar & Alistarh 2023,
+    arXiv 2301.00774).
+
+    Args:
+        samples: number of windows.
+        sequence_length: tokens per window.
+        seed: draws the windows at random without replacement; None takes the first ones in order (evaluation).
+
+    Raises:
+        ReconError: as `documents`; an empty split; fewer windows in the split than samples.
+    """
+    if samples < 1:
+        raise ReconError(f"samples must be at least 1, not {samples}")
+    if sequence_length < 2:
+        raise ReconError(f"sequence_length must be at least 2 tokens, not {sequence_length}")
+    tokens = _tokens(name, split, tokenizer)
+    windows = len(tokens) // sequence_length
+    if samples > windows:
+        raise ReconError(
+            f"{samples} samples of {sequence_length} tokens are more than the {split} split of text {name!r} holds: "
+            f"it has {len(tokens)} tokens, {windows} samples of that length"
+        )
+    if seed is None:
+        chosen = torch.arange(samples)
+    else:
+        chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
+    return tokens[: windows * sequence_length].view(windows, sequence_length)[chosen]
+
+
+def fingerprint(name: str) -> str:
+    """SHA-256 of the text's documents, split by split; of a hub text, of where it is taken from and its revision."""
+    if name in HUB:
+        return hashlib.sha256(json.dumps(asdict(HUB[name]), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([documents(name, split) for split in SPLITS]).encode()).hexdigest()
+
+
+def _tokens(name: str, split: str, tokenizer) -> torch.LongTensor:
+    """All tokens of a split, shape (tokens,), kept for as long as the tokenizer lives."""
+    kept = _TOKENS.setdefault(tokenizer, {})
+    # a local file may be edited, a hub text repointed, between two calls
+    state = _local(name).stat().st_mtime_ns if name not in TEXTS else HUB.get(name) and fingerprint(name)
+    key = (name, split, state)
+    if key not in kept:
+        text = SEPARATOR.join(documents(name, split))
+        if not text.strip():
+            raise ReconError(
+                f"the {split} split of text {name!r} is empty: documents are dealt to the splits by position, and "
+                "there are too few"
+            )
+        # verbose=False: a text longer than the model's context is what is wanted here, not a mistake
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        kept[key] = ids
+    return kept[key]
+
+
+def _deal(texts: list[str], deal: dict[str, set[int]], split: str) -> list[str]:
+    """The documents of `split`; repeated ones count once, or the same document could sit in two splits."""
+    return [text for position, text in enumerate(dict.fromkeys(texts)) if position % 8 in deal[split]]
+
+
+def _news() -> list[str]:
+    """One article per line; ISO-8859-1 is what the Lee corpora are written in."""
+    lines = (line for name in ("lee-background", "lee") for line in assets.fetch(name).open(encoding="latin-1"))
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _code() -> list[str]:
+    """Whole files: one library's functions repeat one another's docstrings, and must not sit in different splits."""
+    return [assets.fetch(f"gensim/{path}").read_text(encoding="utf-8").strip() for path in assets.CODE]
+
+
+def _wikipedia() -> list[str]:
+    folder = assets.derived("wikipedia", source="enwiki-sample", version=CLEANING, make=_clean_dump)
+    return [row["text"] for row in _json_lines(folder / "articles.jsonl")]
+
+
+def _clean_dump(dump: Path, folder: Path) -> None:
+    """Write the prose of the dump's articles, one {"title", "text"} per line."""
+    with (folder / "articles.jsonl").open("w", encoding="utf-8") as file:
+        for title, source in wikitext.articles(dump):
+            text = wikitext.prose(source)
+            if len(text) >= SHORTEST_ARTICLE:
+                file.write(json.dumps({"title": title, "text": text}) + "\n")
+
+
+def _hub(name: str, part: str) -> list[str]:
+    """The rows of one part ("train", "validation", "test") of a hub text."""
+    import datasets  # slow to import, and bundled text does not need it
+
+    source = HUB[name]
+    try:
+        rows = datasets.load_dataset(
+            source.path,
+            source.config,
+            data_files=source.data_files,
+            split=part,
+            revision=source.revision,
+            streaming=True,
+        )
+        return [row["text"] for row in islice(rows, (source.limits or {}).get(part))]
+    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own kinds
+        raise ReconError(
+            f"text {name!r} could not be read from {source.path} ({type(error).__name__}: {error}); "
+            "'wikipedia', 'news' and 'code' need no hub"
+        ) from error
+
+
+def _local(name: str) -> Path:
+    """The readable, supported file that `name` is the path of."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        if not path.suffix and os.sep not in name:
+            raise ReconError(
+                f"unknown text {name!r}; choose one of {', '.join(TEXTS)}, or the path of a {', '.join(SUFFIXES)} file"
+            )
+        raise ReconError(f"there is no text file {name!r} (texts known by name: {', '.join(TEXTS)})")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ReconError(f"text file {name!r} ends in {path.suffix!r}; supported are {', '.join(SUFFIXES)}")
+    return path
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        if path.suffix.lower() == ".txt":
+            texts = _paragraphs(path)
+        elif path.suffix.lower() == ".jsonl":
+            texts = [row["text"] for row in _json_lines(path)]
+        else:
+            texts = _parquet(path)
+    except (UnicodeDecodeError, OSError) as error:
+        raise ReconError(f"text file '{path}' cannot be read: {error}") from error
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ReconError(f"text file '{path}' is empty")
+    return texts
+
+
+def _paragraphs(path: Path) -> list[str]:
+    blocks, lines = [], []
+    for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            blocks.append("\n".join(lines))
+            lines = []
+    return blocks
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ReconError(f"text file '{path}', line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ReconError(f"text file '{path}', line {number}: no string under the key \"text\"")
+            yield row
+
+
+def _parquet(path: Path) -> list[str]:
+    import datasets
+
+    try:
+        rows = list(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+    except Exception as error:  # datasets and pyarrow each raise their own kinds
+        raise ReconError(f"text file '{path}' cannot be read as Parquet ({type(error).__name__}: {error})") from error
+    if rows and "text" not in rows[0]:
+        raise ReconError(f"text file '{path}' has no column \"text\"; its columns are {', '.join(rows[0])}")
+    return [row["text"] for row in rows if row["text"]]

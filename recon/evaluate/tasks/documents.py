@@ -1,0 +1,102 @@
+"""Documents of the bundled tasks, made once from pinned assets and shuffled, so that the first ones are a fair sample."""
+
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from recon.data import assets, text
+
+ANALOGIES = 1  # raise it when `analogy_rows` changes: the documents are cached under this number
+PER_SECTION = 100  # analogies
+DISTRACTORS = 3
+LAST_WORD = 1  # the same for `last_word_rows`; the text that they come from is part of the name
+SENTENCES = 4  # before the one whose last word is asked for, at most; two at least
+WORDS = range(30, 151)  # in a passage, without its last word
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
+_LAST_WORD = re.compile(r"(.*\s)([A-Za-z]{4,})[.!?]", re.DOTALL)
+
+
+def analogies(**_):
+    """lm-eval's data set of the analogies: rows "section", "a", "b", "c", "choices", "label"."""
+    folder = assets.derived("analogies", "analogy-questions", ANALOGIES, _write_analogies)
+    return _dataset(folder)
+
+
+def last_word(**_):
+    """lm-eval's data set of the passages: rows "text" (all but the last word) and "word"."""
+    name = f"last-word-{text.fingerprint('wikipedia')[:8]}"
+    articles = text.documents("wikipedia", "evaluation")  # here, as it takes the lock on the cache that `derived` takes
+    folder = assets.derived(name, "enwiki-sample", LAST_WORD, lambda _, folder: _write(folder, last_word_rows(articles)))
+    return _dataset(folder)
+
+
+def analogy_rows(lines: Iterable[str]) -> list[dict]:
+    """Multiple choice from lines "a b c d" under headings ": section"; as many of each section, in turn.
+
+    The distractors are answers to other questions of the section: none of a, b and c, and no other answer for c.
+    """
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for line in lines:
+        words = line.split()
+        if words[0] == ":":
+            questions = sections[words[1]] = []
+        else:
+            questions.append(tuple(words))
+    draw = random.Random(0)
+    chosen = {}
+    for section, questions in sections.items():
+        answers = defaultdict(set)
+        for _, _, c, d in questions:
+            answers[c].add(d)
+        every = sorted({question[3] for question in questions})
+        chosen[section] = []
+        for a, b, c, d in draw.sample(questions, PER_SECTION):
+            wrong = [word for word in every if word not in {a, b, c, *answers[c]}]
+            choices = [d, *draw.sample(wrong, DISTRACTORS)]
+            draw.shuffle(choices)
+            row = {"section": section, "a": a, "b": b, "c": c, "choices": choices, "label": choices.index(d)}
+            chosen[section].append(row)
+    return [chosen[section][turn] for turn in range(PER_SECTION) for section in draw.sample(list(chosen), len(chosen))]
+
+
+def last_word_rows(articles: Iterable[str]) -> list[dict]:
+    """Passages of whole sentences that end in a word of letters, four at least, that the passage holds before.
+
+    No two passages share a sentence.
+    """
+    rows = []
+    for article in articles:
+        before: list[str] = []
+        for sentence in _SENTENCE_END.split(article):
+            sentence = " ".join(sentence.split())
+            parts = _LAST_WORD.fullmatch(sentence)
+            if parts and len(before) >= 2:
+                passage = " ".join([*before[-SENTENCES:], parts[1].strip()])
+                if len(passage.split()) in WORDS and parts[2] in re.findall("[A-Za-z]+", passage):
+                    rows.append({"text": passage, "word": parts[2]})
+                    before = []
+                    continue
+            before.append(sentence)
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def _write_analogies(questions: Path, folder: Path) -> None:
+    with questions.open(encoding="utf-8") as lines:
+        _write(folder, analogy_rows(lines))
+
+
+def _write(folder: Path, rows: list[dict]) -> None:
+    with (folder / "documents.jsonl").open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def _dataset(folder: Path):
+    import datasets  # slow to import
+
+    with (folder / "documents.jsonl").open(encoding="utf-8") as lines:
+        return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}

@@ -1,0 +1,165 @@
+"""Windows of one model reconstructed side by side by Ray workers."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recon.errors import ReconError
+from recon.experiment import cluster
+from recon.experiment.cluster import Crew, Failure, Ray
+from recon.experiment.shipping import Packed, revived, twin, without_weights
+from recon.methods.reconstruct import WindowReport, _Pass
+from recon.model.decoder import Decoder
+from recon.model.discovery import requiring_gradients
+from recon.model.windows import Window
+from recon.runtime.activations import Activations
+from recon.runtime.execution import Engine
+from recon.runtime.store import InMemory
+
+
+def workers(executor: str | Ray | None, propagation: str) -> Ray | None:
+    """What to use of Ray for an executor (see `recon.experiment.cluster.get`); raises `ReconError` where windows depend on one another."""
+    settings = cluster.get(executor)
+    if settings is not None and propagation != "dense":
+        raise ReconError(
+            f"windows cannot be repaired side by side under {propagation} propagation: each one reads what those before it, repaired, "
+            "give out; choose propagation dense, or executor serial"
+        )
+    return settings
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One window as a worker gets it: its weights, dense and pruned, its masks, and the dense activations that it starts from."""
+
+    window: Window
+    dense: dict[str, Packed]
+    pruned: dict[str, Packed]
+    masks: dict[str, Packed]
+    stream: object  # reference to a `Packed` that windows share
+
+
+class _Shard(InMemory):
+    """The work of a pass that repairs one window: what becomes of it."""
+
+    def finish(self, phase, found, streams=None, weights=None, shard=None) -> None:
+        self.found = found, {name: Packed.of(tensor) for name, tensor in shard.items()}
+
+
+class _Lone(_Pass):
+    """A pass over one window, whose streams lead nowhere."""
+
+    def advance(self, window: Window) -> None:
+        self.kept.clear()
+
+
+class _Windows:
+    """What a worker does: repairs one window after the other, none of which depends on another."""
+
+    def __init__(self, task: _Pass, tokens: Tensor):
+        self.decoder = without_weights(task.teacher)
+        self.on_cpu, self.dtype = task.engine.device.type == "cpu", str(task.engine.dtype).removeprefix("torch.")
+        self.options = (
+            task.propagation, task.solver, task.start, task.loss, task.schedule, task.exact, task.train, task.adapter, task.rank,
+            task.seed,
+        )  # fmt: skip
+        self.count, self.shape = task.count, tokens.shape
+        self.task: _Task | None = None
+        self.teacher: Decoder | None = None
+
+    def __call__(self, task: _Task) -> tuple[dict, dict[str, Packed]]:
+        import ray
+
+        self.task = task
+        if self.teacher is None:
+            self.teacher = revived(self.decoder, lambda name: self.value(self.task.dense, name))
+            self.student = twin(self.teacher, lambda name: self.value(self.task.pruned, name))
+        for name, value in task.pruned.items():
+            self.student.lazy.add(name, value.shape)
+        work, masks = _Shard(), {name: mask.tensor() for name, mask in task.masks.items()}
+        engine = Engine("cpu" if self.on_cpu else "auto", self.dtype, work)
+        lone = _Lone(self.teacher, self.student, masks, *self.options, engine, self.count, Activations(limit=0), work)
+        lone.settle(*self.shape)
+        lone.dense, lone.sparse = ray.get(task.stream).tensor(), None
+        with requiring_gradients(self.student.model.parameters(), False):
+            lone.repair(task.window)
+        return work.found
+
+    @staticmethod
+    def value(values: dict[str, Packed], name: str) -> Tensor | None:
+        return values[name].tensor() if name in values else None
+
+
+class _Waiting:
+    """Windows that wait for a worker, made ready one by one; see `recon.experiment.cluster.Tasks`."""
+
+    def __init__(self, task: _Pass, windows: list[Window], put: Callable[[Packed], object]):
+        self.task_of, self.put = task, put
+        self.left = deque(windows)
+        self.waiting: deque[str] = deque()
+        self.ready: dict[str, _Task] = {}  # by name, until they are finished
+        self.after: dict[str, Tensor | None] = {}  # the stream that the next window starts from
+        self.shared: tuple[Tensor | None, object] = None, None
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    def take(self, before: str | None) -> str:
+        return self.waiting.popleft()
+
+    def put_back(self, key: str) -> None:
+        self.waiting.appendleft(key)
+
+    def task(self, key: str) -> _Task:
+        return self.ready[key]
+
+    def make_ready(self) -> None:
+        """Packs the next window, and takes the dense activations on to the one after it."""
+        task, window = self.task_of, self.left.popleft()
+        if task.dense is not self.shared[0]:
+            self.shared = task.dense, self.put(Packed.of(task.dense))
+        read = Window(window.blocks) if window.matrices else window
+        masks = {name: Packed.of(task.masks[name]) for name in task.student.matrices(window)}
+        self.ready[window.name] = _Task(window, _packed(task.teacher, read), _packed(task.student, window), masks, self.shared[1])
+        task.advance(window)
+        self.after[window.name] = task.dense
+        self.waiting.append(window.name)
+
+
+def _packed(decoder: Decoder, window: Window) -> dict[str, Packed]:
+    """The parameters that it takes to run `window`, by full name."""
+    with decoder.loaded(window):
+        needed = {id(tensor) for tensor in decoder.needed(window)}
+        return {name: Packed.of(p) for name, p in decoder.model.named_parameters() if id(p) in needed}
+
+
+def _side_by_side(task: _Pass, windows: list[Window], tokens: Tensor, settings: Ray) -> Iterator[WindowReport]:
+    """The reports of `windows`, in their order, as workers repair them; `task` has begun with `tokens`."""
+    ray = cluster.connect(settings.address)
+    request = settings.request(ray, on_cpu=task.engine.device.type == "cpu")
+    waiting, done = _Waiting(task, windows, ray.put), {}
+    with contextlib.closing(Crew(ray, request, settings.workers, _Windows(task, tokens), waiting, "window")) as crew:
+        for window in windows:
+            while window.name not in done:
+                room = crew.capacity()
+                # Each worker has a window in hand and one that waits; what is finished out of turn waits as well.
+                more = bool(waiting.left) and len(waiting.ready) < 3 * room and len(waiting) < room
+                if more:
+                    waiting.make_ready()
+                for name, found in crew.step(timeout=0 if more else cluster.POLL):
+                    if isinstance(found, Failure):
+                        raise ReconError(f"window {name!r} was not repaired: {found.error}")
+                    done[name] = found
+            del waiting.ready[window.name]
+            found, shard = done.pop(window.name)
+            with task.student.loaded(window), torch.no_grad():
+                parameters = task.student.parameters(window)
+                for name, packed in shard.items():
+                    parameters[name].copy_(packed.tensor())
+                streams = {"dense": waiting.after.pop(window.name), "sparse": None}
+                task.work.finish("reconstruct", found, streams, shard={name: p.detach() for name, p in parameters.items()})
+            yield WindowReport(**found)

@@ -1,0 +1,1 @@
+"""The paper on tensors: criteria, patterns, least squares, losses, adapters."""

@@ -1,0 +1,1 @@
+"""The passes over a model: prune, reconstruct, retrain."""

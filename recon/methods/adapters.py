@@ -1,0 +1,55 @@
+"""Low-rank adapters around the matrices of a model, merged at the end without losing a zero."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from recon.errors import ReconError
+from recon.kernels.adapters import LowRank, check_adapter
+from recon.model.decoder import Decoder
+from recon.model.matrices import Matrix
+
+
+def check_adaptable(decoder: Decoder) -> None:
+    """Raises `ReconError` where a matrix of the model has no module of its own that could carry an adapter: an expert's."""
+    for name, matrix in decoder.matrices().items():
+        if matrix.expert is not None:
+            raise ReconError(
+                f"{name!r} is one expert's part of a parameter that holds those of {matrix.experts}, which no adapter fits; "
+                "train the matrices themselves (adapter none, or retraining full or norms)"
+            )
+
+
+@contextlib.contextmanager
+def adapted(
+    matrices: Iterable[Matrix], masks: dict[str, Tensor], kind: str, rank: int, random: torch.Generator
+) -> Iterator[dict[str, nn.Parameter]]:
+    """While active, `matrices` are parametrised by adapters; afterwards these are merged, masked where `masks` drop, and gone.
+
+    Args:
+        masks: keep-masks (out, in) by matrix name.
+
+    Yields:
+        The adapters' parameters by name, to be trained.
+    """
+    check_adapter(kind, rank)
+    matrices = list(matrices)
+    trained = {}
+    for matrix in matrices:
+        mask = matrix.oriented(masks[matrix.name]).to(matrix.module.weight.device)
+        adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
+        parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
+        trained |= {f"{matrix.name}.a": adapter.a, f"{matrix.name}.b": adapter.b}
+    try:
+        yield trained
+    finally:
+        with torch.no_grad():
+            for matrix in matrices:
+                original = matrix.module.parametrizations.weight.original
+                merged = matrix.module.weight * matrix.oriented(masks[matrix.name]).to(original.device)
+                # The very parameter that was there before comes back, so that whoever holds it sees the merged weight.
+                parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
+                original.copy_(merged)

@@ -1,0 +1,112 @@
+"""A pruned model from elsewhere: its mask is read from its zeros, and what is repaired starts from its weights."""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from recon.errors import ReconError
+from recon.kernels.patterns import sparsity_of
+from recon.methods.prune import Pruning
+from recon.model.decoder import Decoder
+from recon.runtime.store import InMemory
+from recon.runtime.weights import Checkpoint, tied
+
+log = logging.getLogger("recon")
+LEAST = 0.01  # share of zeros in the matrices from which a model counts as pruned: dense ones have a few of their own
+
+
+def check_pruned(dense: nn.Module | Decoder, pruned: Checkpoint) -> None:
+    """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `given` refuses."""
+    decoder = dense if isinstance(dense, Decoder) else Decoder(dense)
+    zeros, sizes = dict.fromkeys(_holders(decoder), 0), {}
+    for name, value in read(decoder.model, pruned):
+        if name in zeros:
+            zeros[name], sizes[name] = value.numel() - int(value.count_nonzero()), value.numel()
+    _check_share(sum(zeros.values()) / sum(sizes.values()))
+
+
+@torch.no_grad()
+def given(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
+    """Gives `model`, a copy of the dense one, the weights of `pruned` in place; its mask is wherever those are zero.
+
+    All of its parameters are taken over, as what made the mask may have changed others (SparseGPT updates what survives),
+    and what was trained since may have changed any. Weights in half precision become float32, which loses nothing.
+
+    Raises:
+        ReconError: naming a parameter that one of the models has and the other does not, or that is of another shape, NaN or
+            infinite; matrices of which less than `LEAST` are zero, or all.
+    """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    holders, rest = _holders(decoder), {}
+    for name, value in read(decoder.model, pruned):
+        parameter = decoder.model.get_parameter(name)
+        if name not in holders and not torch.equal(parameter.cpu(), value):
+            rest[name] = value
+            fresh = ((value == 0) & (parameter.cpu() != 0)).float().mean().item()
+            if fresh > LEAST:
+                log.warning("%s of %r, outside of the blocks' matrices, is zero: nothing keeps it so", f"{fresh:.0%}", name)
+        parameter.copy_(value)
+    decoder.forget()
+    masks = {name: matrix.weight != 0 for name, matrix in decoder.matrices().items()}
+    found = Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, rest=rest)
+    _check_share(found.total_sparsity)
+    _warn_of_empty(found)
+    return found
+
+
+@torch.no_grad()
+def given_by_block(student: Decoder, work: InMemory) -> Pruning:
+    """As `given`, for a student whose weights are those of the pruned model already, and in memory block by block.
+
+    work: what is finished already, and where the masks of every further block are noted.
+    """
+    done = work.finished("prune")
+    for window in student.windows("block")[len(done) :]:
+        with student.loaded(window):
+            masks = {name: matrix.weight != 0 for name, matrix in student.matrices(window).items()}
+        work.masks.update(masks)
+        done.append({name: sparsity_of(mask) for name, mask in masks.items()})
+        work.finish("prune", done[-1])
+    found = Pruning(work.masks, {name: share for shares in done for name, share in shares.items()})
+    _warn_of_empty(found)
+    return found
+
+
+def read(model: nn.Module, pruned: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `model` by full name, with their values in `pruned`, float32, checked one by one; see `given`."""
+    if surplus := pruned.surplus:
+        raise ReconError(f"pruned model: it has {surplus[0]!r}, which the dense one does not ({len(surplus)} such)")
+    for name, names in tied(model).items():
+        stored = [other for other in names if other in pruned]
+        if not stored:
+            raise ReconError(f"pruned model: it lacks {name!r}")
+        try:
+            values = dict(pruned.read(stored))
+        except ReconError as error:
+            raise ReconError(f"pruned model: {error}") from error
+        value = values.pop(stored[0])
+        for other, its in values.items():
+            if not torch.equal(value, its):
+                raise ReconError(f"pruned model: {other!r} differs from {stored[0]!r}; in the dense model they are one")
+        yield name, value
+
+
+def _holders(decoder: Decoder) -> set[str]:
+    """Names of the parameters that hold the matrices."""
+    return {matrix.parameter_name for matrix in decoder.matrices().values()}
+
+
+def _warn_of_empty(found: Pruning) -> None:
+    if empty := [name for name, share in found.sparsity.items() if share == 1]:
+        log.warning("all of matrix %r is zero (%d such): reconstruction has nothing to repair there", empty[0], len(empty))
+
+
+def _check_share(share: float) -> None:
+    if share < LEAST:
+        raise ReconError(
+            f"pruned model: {share:.2%} of its matrices is zero; a mask is read from zeros, and takes {LEAST:.0%} at least"
+        )
+    if share == 1:
+        raise ReconError("pruned model: all of its matrices are zero; something must survive")

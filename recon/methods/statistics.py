@@ -1,0 +1,67 @@
+"""Statistics of what the matrices of a window read, gathered in one pass over calibration samples."""
+
+import torch
+from torch import Tensor
+
+from recon.errors import ReconError
+from recon.kernels.moments import add_gram, add_moments, mirrored
+from recon.model.decoder import Decoder
+from recon.model.windows import Window
+from recon.runtime.execution import Engine
+
+FEW = 32  # tokens that say too little of what an expert reads
+
+
+@torch.no_grad()
+def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Runs `window` on `stream` and gathers statistics of what its matrices read.
+
+    Args:
+        stream: inputs of the window, (samples, length, hidden).
+        kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in); "moments": mean and
+            variance of each input column, (2, in).
+
+    Returns:
+        The window's outputs, and the statistics by matrix name in float32, on the engine's device. Matrices that share an
+        input share one tensor. They accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
+        An expert's are those of the tokens that are sent to it; one that fewer than FEW are sent to has none.
+    """
+    totals: dict[tuple[str, ...], Tensor] = {}
+    tokens: dict[tuple[str, ...], int] = {}
+
+    def accumulate(group: tuple[str, ...], x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])
+        if not len(x):
+            return
+        if group not in totals:
+            rows = {"norm": (), "gram": (x.shape[1],), "moments": (2,)}[kind]
+            totals[group] = x.new_zeros((*rows, x.shape[1]), dtype=torch.float32)
+            tokens[group] = 0
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if kind == "gram":
+                add_gram(totals[group], x)
+            elif kind == "moments":
+                add_moments(totals[group], tokens[group], x)
+            else:
+                totals[group] += x.square().sum(0)
+        tokens[group] += len(x)
+
+    def forget() -> None:
+        totals.clear()
+        tokens.clear()
+
+    with engine.holding(decoder, window), decoder.watching(window, accumulate):
+        outputs = engine.run(lambda batch: decoder.forward(window, batch), stream, anew=forget)
+    statistics, matrices = {}, decoder.matrices(window)
+    for group, total in totals.items():
+        if tokens[group] < FEW and matrices[group[0]].routed:
+            continue
+        if not torch.isfinite(total).all():
+            raise ReconError(f"the input of {group[0]!r} holds NaN or infinite activations on the calibration samples")
+        if kind == "moments":
+            statistics |= dict.fromkeys(group, total)
+            continue
+        mean = total / tokens[group]
+        statistics |= dict.fromkeys(group, mirrored(mean) if kind == "gram" else mean.sqrt())
+    return outputs, statistics

@@ -1,0 +1,1 @@
+"""A causal LM as embedding, blocks and head, found by structure."""

@@ -1,0 +1,82 @@
+"""The prunable matrices of a model, by name, as views (out, in) of the parameters that hold them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A prunable matrix of a block: the weight of a module, or one expert's part of a parameter that holds those of all.
+
+    attribute: the parameter's name within the module.
+    expert, experts: which of the matrices in the parameter this is, of how many; None, 1: it is the only one.
+    transposed: whether it is stored as (in, out).
+    share: of all tokens, how many it reads on average: less than 1 for an expert.
+    routed: whether it reads tokens that are sent to it, as an expert does.
+    alone: whether it is multiplied by itself, and not with those of other experts at once.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str = "weight"
+    expert: int | None = None
+    experts: int = 1
+    transposed: bool = False
+    share: float = 1.0
+    routed: bool = False
+    alone: bool = True
+
+    @property
+    def module_name(self) -> str:
+        """Full name of the module."""
+        return self.name if self.expert is None else self.parameter_name.rpartition(".")[0]
+
+    @property
+    def parameter_name(self) -> str:
+        """Full name of the parameter that holds the matrix."""
+        return f"{self.name}.{self.attribute}" if self.expert is None else self.name.rpartition("[")[0]
+
+    @property
+    def bias_name(self) -> str:
+        """Full name that the parameter with the matrix's bias has, where there is one."""
+        return f"{self.name}.bias" if self.expert is None else f"{self.parameter_name}_bias"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the matrix, as it is stored."""
+        return getattr(self.module, self.attribute)
+
+    @property
+    def part(self) -> Tensor:
+        """The part of the parameter that is the matrix, laid out as it is stored: a view."""
+        if self.expert is None:
+            return self.parameter
+        return self.parameter.view(self.experts, -1, self.parameter.shape[-1])[self.expert]
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (out, in): a view, whatever way round it is stored."""
+        return self.oriented(self.part)
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """`stored` (laid out as the matrix is stored) as (out, in), and the reverse; a view."""
+        return stored.T if self.transposed else stored
+
+
+def stored(matrices: dict[str, Matrix], masks: dict[str, Tensor], device: torch.device) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters that hold `matrices`, each with its mask, laid out as the parameter is.
+
+    masks: (out, in) by matrix name.
+    """
+    parts: dict[nn.Parameter, list[Tensor]] = {}
+    for name, matrix in matrices.items():
+        parts.setdefault(matrix.parameter, []).append(matrix.oriented(masks[name]).to(device))
+    # Experts follow one another in the parameter as they do in `matrices`.
+    return [(p, found[0] if len(found) == 1 else torch.stack(found).view(p.shape)) for p, found in parts.items()]
+
+
+def _fused(matrices: dict[str, Matrix]) -> dict[str, nn.Parameter]:
+    """By full name, the parameters that hold those of `matrices` that are experts' parts of one."""
+    return {matrix.parameter_name: matrix.parameter for matrix in matrices.values() if matrix.expert is not None}

@@ -1,0 +1,1 @@
+"""Claims, statistics, tables, figures, notebooks, the benchmark."""

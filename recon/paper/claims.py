@@ -1,0 +1,308 @@
+"""The paper's claims as data, and a verdict on each from run records: `python -m recon.paper.claims`.
+
+What a claim compares is computed in `recon.paper.comparisons`, the interval in `recon.paper.statistics`; `recon.paper.verdicts` makes tables of it.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from recon.errors import ReconError
+from recon.experiment.record import RunRecord
+from recon.experiment.study import read_records
+from recon.paper.comparisons import COSTS, DEFAULTS, KINDS, MARGIN, SEEDS, Evidence, Run, check_windows, protocol, protocol_words
+from recon.paper.statistics import bounds, interval
+from recon.paper.verdicts import FAILS, HOLDS, UNSURE, Verdict, to_markdown, to_summary, to_table
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS, PAGE, README = ROOT / "results" / "laptop", ROOT / "figures" / "claims.md", ROOT / "README.md"
+START, END = "<!-- claims -->", "<!-- /claims -->"
+# Group -> what it is about, and where the paper (arXiv 2510.14444) says so.
+GROUPS = {
+    "1": ("Reconstruction repairs", "abstract"),
+    "2": ("From half a block up, the size of the window hardly matters", "abstract; Figure 1, Table 3"),
+    "3": ("Single matrices are worse", "abstract; Figure 1, Table 3"),
+    "4": ("Single matrices are worse even at their exact optimum", "abstract; Figure 1, Table 3"),
+    "5": (
+        "Retraining needs many times the samples and compute for the same quality",
+        "abstract (over an order of magnitude); Table 1, Figure 3 (131,072 samples against 2,048; 13.6 to 130 times the time)",
+    ),
+    "6": ("Reconstruction followed by retraining is better than either alone at equal compute", "Table 1, Figure 3"),
+    "7": ("With reconstruction, the pruning criterion matters less", "abstract; Table 4, Figure 5"),
+    "8": ("After reconstruction, the gap between criteria shrinks with model size", "abstract; Table 4, Figure 5"),
+    "9": ("Propagation does not matter", "Appendix B"),
+    "10": ("The loss does not matter", "Appendix B"),
+    "11": ("Adapters inside the window are enough", "abstract"),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One comparison. `ours` and `other` are the fields of `RunSpec` that differ from its defaults on either side; a tuple of
+    values stands for several runs, and `other` None for the same runs before reconstruction."""
+
+    id: str
+    """Group, then what tells it from the others of that group: "2.block"."""
+    statement: str
+    kind: str
+    """better, equal, ratio, combined, gap or trend: see the function of that name in `recon.paper.comparisons`."""
+    ours: dict
+    other: dict | None = None
+    cost: str = ""
+    """What a ratio is of: samples, flops or seconds."""
+    above: float = 0.0
+    """What the effect has to exceed."""
+    margin: float = 0.0
+    """Of an equivalence, as a share of the damage."""
+    noise: bool = True
+    """Whether training noise could decide it: then it takes several seeds."""
+    optional: bool = False
+    """Of what the paper does not centre on: not listed where there are no records, and on the page only, not in the README."""
+
+    @property
+    def group(self) -> str:
+        return self.id.partition(".")[0]
+
+    @property
+    def comparison(self) -> str:
+        """Which runs against which, in words."""
+        other = "the same before reconstruction" if self.other is None else _words(self.other)
+        return {
+            "ratio": f"{COSTS.get(self.cost)} with which {other} reaches the quality of {_words(self.ours)}",
+            "gap": f"gap between criteria: {_words(self.ours)}, against {other}",
+            "trend": f"gap between criteria against model size: {_words(self.ours)}",
+        }.get(self.kind, f"{_words(self.ours)} against {other}")
+
+
+def _words(options: dict) -> str:
+    return ", ".join(f"{name} {' / '.join(value) if isinstance(value, tuple) else value}" for name, value in options.items())
+
+
+def _claims() -> Iterator[Claim]:
+    half, alone = {"granularity": "half-block"}, {"granularity": "none"}
+    yield Claim("1", "Half-blocks reconstructed are better than the pruned model", "better", half, noise=False)
+    for coarse in ("block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"):
+        yield Claim(f"2.{coarse}", f"Half-block equals {coarse}", "equal", half, {"granularity": coarse}, margin=MARGIN)
+    yield Claim("3", "Half-block is better than single matrices (AdamW)", "better", half, {"granularity": "matrix"})
+    exact = {"granularity": "matrix", "solver": "exact"}
+    yield Claim("4", "Half-block is better than single matrices solved exactly", "better", half, exact)
+    for then in ("masklora", "lora", "scalelora", "full", "norms"):
+        for cost in ("samples", "flops", "seconds"):
+            for times in (1, 10):
+                more = f"more than {times} times the" if times > 1 else "more"
+                yield Claim(
+                    f"5.{then}.{cost}.{times}", f"Retraining ({then}) needs {more} {COSTS[cost]} for the quality of reconstruction",
+                    "ratio", half, alone | {"then": then}, cost, times, optional=then != "masklora",
+                )  # fmt: skip
+    for then in ("masklora", "lora", "scalelora", "full", "norms"):
+        both, rest = half | {"then": then}, {"optional": then != "masklora", "cost": "flops"}
+        said = f"Reconstruction, then retraining ({then}), is better than"
+        yield Claim(f"6.{then}.reconstruction", f"{said} reconstruction alone", "combined", both, half, **rest)
+        yield Claim(f"6.{then}.retraining", f"{said} retraining alone", "combined", both, alone | {"then": then}, **rest)
+    criteria = half | {"criterion": ("magnitude", "wanda", "sparsegpt")}
+    yield Claim("7", "The gap between criteria is smaller after reconstruction than before", "gap", criteria)
+    yield Claim("8", "The gap between criteria after reconstruction shrinks with model size", "trend", criteria)
+    for propagation in ("sparse", "mixed"):
+        ours, other = half | {"propagation": propagation}, half | {"propagation": "dense"}
+        yield Claim(f"9.{propagation}", f"Propagation {propagation} equals dense", "equal", ours, other, margin=MARGIN)
+    ours, other = half | {"loss": "cosine"}, half | {"loss": "mse"}
+    yield Claim("10", "Cosine loss equals mean squared error", "equal", ours, other, margin=MARGIN)
+    for adapter in ("masklora", "lora", "scalelora"):
+        ours, other = half | {"adapter": adapter}, half | {"adapter": "none"}
+        said = f"Windows trained through {adapter} equal windows trained in full"
+        yield Claim(f"11.{adapter}", said, "equal", ours, other, margin=MARGIN, optional=adapter != "masklora")
+
+
+CLAIMS = tuple(_claims())
+
+
+def judge(records: Iterable[RunRecord], resamples: int = 2000, seed: int = 0) -> list[Verdict]:
+    """A verdict on every claim, for each model and pattern that records allow to compare; the same for any order of records
+    (but for models whose names do not state their size).
+
+    "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below; "equal" holds if the
+    90 % interval is within the margin (two one-sided tests at 5 %), and does not if it is outside; a ratio as "better", with
+    its own bound. All else is not enough evidence, and so is what fewer than three seeds say where training noise could
+    decide. Where several protocols allow a comparison, the one with the most records that enter is taken; of these, that of the
+    largest study: of most records in all. Failed runs are left out.
+
+    Raises:
+        ReconError: a record has nothing to judge by, or two records that state one protocol and model were not evaluated
+            on the same windows.
+    """
+    runs = [Run(record) for record in records if record.status == "done"]
+    order = {model: index for index, model in enumerate(dict.fromkeys(run.model for run in runs))}
+    runs.sort(key=lambda run: (order[run.model], run.key))
+    check_windows(runs)
+    # The default model and pattern are what the other claims start from, so they come first.
+    default = (DEFAULTS["model"], DEFAULTS["pattern"])
+    verdicts = []
+    for claim in CLAIMS:
+        scopes: dict[tuple[str, str], dict[tuple, list[Run]]] = {}
+        for run in runs:
+            scope = ("" if claim.kind == "trend" else run.model, run.pattern)
+            scopes.setdefault(scope, {}).setdefault(protocol(run, claim.kind, claim.cost), []).append(run)
+        found = []
+        for scope in sorted(scopes, key=lambda s: (s[0] not in ("", default[0]), s[0], s[1] != default[1], s[1])):
+            candidates = [
+                (evidence, (len(evidence.runs), evidence.seeds, len(group), repr(key)))
+                for key, group in scopes[scope].items()
+                if (evidence := KINDS[claim.kind](group, claim.ours, claim.other, claim.cost)) is not None
+            ]
+            if candidates:
+                evidence, _ = max(candidates, key=lambda pair: pair[1])
+                found.append(_verdict(claim, *scope, evidence, resamples, seed))
+        if not found and not claim.optional:
+            found.append(_without(claim))
+        verdicts += found
+    return verdicts
+
+
+def _without(claim: Claim) -> Verdict:
+    nothing = math.nan
+    return Verdict(
+        claim.id, *GROUPS[claim.group], claim.statement, claim.comparison, "", "", nothing, nothing, nothing, "", 0,
+        UNSURE, "no records", "", (),
+    )  # fmt: skip
+
+
+def _verdict(claim: Claim, model: str, pattern: str, evidence: Evidence, resamples: int, seed: int) -> Verdict:
+    level = 0.90 if claim.kind == "equal" else 0.95
+    means = np.concatenate([part.mean((1, 2)) for part in evidence.parts])[:, None]
+    lower = upper = low = high = math.nan
+    if np.isfinite(means).all():
+        lower, upper = (float(bound[0]) for bound in bounds(evidence.statistic(means)))
+        low, high = interval(evidence.parts, evidence.statistic, level, resamples, seed)
+        if claim.kind == "ratio":
+            lower, upper, low, high = (float(np.exp2(value)) for value in (lower, upper, low, high))
+        verdict, reason = _rule(claim, evidence, low, high)
+        if note := evidence.note(means):
+            reason += f"; {note}"
+    else:
+        diverged = [run.key for run in evidence.runs if not all(np.isfinite(values).all() for values in run.nll.values())]
+        verdict, reason = UNSURE, f"not finite: {', '.join(diverged)}"
+    effect, bound = lower, ""
+    if lower != upper:  # a ratio of which bounds are known, perhaps only one
+        effect, bound = math.sqrt(lower * upper), ""
+        if math.isinf(upper):
+            effect, bound = (lower, ">") if lower > 0 else (math.nan, "")
+        elif lower == 0:
+            effect, bound = upper, "<"
+    return Verdict(
+        claim.id, *GROUPS[claim.group], claim.statement, claim.comparison, model, pattern, effect, low, high, evidence.unit,
+        evidence.seeds, verdict, reason, protocol_words(evidence.runs), tuple(sorted(run.key for run in evidence.runs)), bound,
+    )  # fmt: skip
+
+
+def _rule(claim: Claim, evidence: Evidence, low: float, high: float) -> tuple[str, str]:
+    """The verdict, and why, from the interval."""
+    if math.isnan(low):
+        return UNSURE, "pruning did no harm that could be measured by"
+    if claim.kind == "equal":
+        inside, outside = -claim.margin < low and high < claim.margin, low > claim.margin or high < -claim.margin
+        what = f"90 % interval {{}} ±{claim.margin:g} of the damage"
+        verdict, reason = (
+            (HOLDS, what.format("within")) if inside else (FAILS, what.format("outside")) if outside
+            else (UNSURE, what.format("reaches across"))
+        )  # fmt: skip
+    else:
+        verdict = HOLDS if low > claim.above else FAILS if high < claim.above else UNSURE
+        where = {HOLDS: "above", FAILS: "below", UNSURE: "includes"}[verdict]
+        reason = f"95 % interval {where} {claim.above:g}"
+    if evidence.lacks:
+        return UNSURE, f"{reason}; {evidence.lacks}"
+    if verdict == FAILS and evidence.favours_other:
+        return UNSURE, f"{reason}, but with less compute"
+    if evidence.seeds < SEEDS:
+        reason += f"; fewer than {SEEDS} seeds ({evidence.seeds})"
+        if claim.noise:
+            return UNSURE, f"{reason}: training noise unknown"
+    return verdict, reason
+
+
+def show(verdicts: Sequence[Verdict], ids: Iterable[str]) -> "pd.io.formats.style.Styler":
+    """The verdicts on the claims called `ids` ("2.block", or "2" for its whole group) as a table for a notebook.
+
+    Raises `ReconError` for an id that is no claim.
+    """
+    ids = [ids] if isinstance(ids, str) else list(ids)
+    known = {name for claim in CLAIMS for name in (claim.id, claim.group)}
+    if unknown := [name for name in ids if name not in known]:
+        raise ReconError(f"unknown claim {unknown[0]!r}; allowed: {', '.join([*GROUPS, *(claim.id for claim in CLAIMS)])}")
+    return to_table([verdict for verdict in verdicts if verdict.claim in ids or verdict.group in ids])
+
+
+def _pages(records_folder: Path | str, page: Path | str, readme: Path | str | None) -> dict[Path, str]:
+    """What the page and, where one is given, the README should hold."""
+    verdicts = judge(read_records(records_folder))
+    pages = {Path(page): to_markdown(verdicts)}
+    if readme is None:
+        return pages
+    readme = Path(readme)
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReconError(f"README {str(readme)!r} cannot be read: {error.strerror}") from error
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ReconError(
+            f"README {str(readme)!r} must hold {START} and, after it, {END}, once each: the section goes between them"
+        )
+    head, tail = text.split(START)[0], text.split(END)[1]
+    optional = {claim.id for claim in CLAIMS if claim.optional}
+    central = [verdict for verdict in verdicts if verdict.claim not in optional]
+    return pages | {readme: f"{head}{START}\n{to_summary(central)}{END}{tail}"}
+
+
+def write(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str | None = README) -> list[Path]:
+    """Writes the page, and the README's section between `<!-- claims -->` and `<!-- /claims -->` (None: no README); returns what changed.
+
+    Raises `ReconError` as `judge` does, and for a README without these markers.
+    """
+    changed = []
+    for path, text in _pages(records_folder, page, readme).items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            changed.append(path)
+    return changed
+
+
+def stale(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str = README) -> list[str]:
+    """A message for each of the page and the README that is not what the records give; empty if both are."""
+    return [
+        f"{path} is not what the records in {records_folder} give; run: python -m recon.paper.claims"
+        for path, text in _pages(records_folder, page, readme).items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, 1 with --check if something is not current, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recon.paper.claims", description="Judge the paper's claims from run records."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; say what is not current")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of records (default: results/laptop)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page to write (default: figures/claims.md)")
+    parser.add_argument("--readme", type=Path, default=README, help="file with the markers (default: README.md)")
+    given = parser.parse_args(arguments)
+    try:
+        if given.check:
+            messages = stale(given.records, given.page, given.readme)
+            print("\n".join(messages) or "current")
+            return int(bool(messages))
+        changed = write(given.records, given.page, given.readme)
+    except ReconError as error:
+        parser.exit(2, f"recon.paper.claims: {error}\n")
+    print("\n".join(f"written: {path}" for path in changed) or "current")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,435 @@
+"""What a claim compares: which run records enter, and what is computed from them, for each kind of comparison.
+
+An effect is a difference of log-perplexity in nats per token, paired: both sides have the same evaluation windows and the same
+seeds. Only records of one protocol are compared.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from recon.errors import ReconError
+from recon.experiment.config import RunSpec
+from recon.experiment.record import RunRecord
+
+MARGIN = 0.05  # of the damage log(pruned / dense); differences within the paper's own tables are smaller
+SEEDS = 3  # fewer say nothing about training noise
+MODELS = 3  # fewer make no trend: two differ in more than their size
+BUDGET = 0.15  # compute is equal within this share
+COSTS = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
+DEFAULTS = {field.name: field.default for field in fields(RunSpec)}
+_TUNING = (
+    "learning_rate", "batch_size", "pieces", "accumulation", "warmup",
+    "then_learning_rate", "then_batch_size", "then_accumulation",
+)  # fmt: skip
+_RATES = ("learning_rate", "then_learning_rate")
+_ELSEWHERE = (  # in the protocol, in what is judged one by one, or without influence on what is compared
+    "model", "revision", "pattern", "seed", "text", "samples", "prune_samples", "then_samples", "sequence_length", "evaluation_texts",
+    "evaluation_samples", "evaluation_length", "held_out_samples", "tasks", "task_limit", "then_checkpointing", "device",
+    "compute_dtype",
+)  # fmt: skip
+_SETTING = [name for name in DEFAULTS if name not in (*_TUNING, *_ELSEWHERE)]
+_IDLE = (  # fields that change nothing in a run where another has a certain value
+    (("propagation", "solver", "start", "loss", "adapter"), lambda spec: spec["granularity"] == "none"),
+    (("exact_samples", "exact_iterations"), lambda spec: "exact" not in (spec["solver"], spec["start"])),
+    (("sparsegpt_block_size", "sparsegpt_damping"), lambda spec: spec["criterion"] != "sparsegpt"),
+    (
+        ("objective", "then_learning_rate", "then_epochs", "then_batch_size", "then_accumulation"),
+        lambda spec: spec["then"] == "none",
+    ),
+    (("learning_rate", "batch_size", "pieces", "accumulation"), lambda spec: spec["granularity"] == "none"),
+)
+
+
+class Run:
+    """A finished record, with what comparisons ask of it."""
+
+    def __init__(self, record: RunRecord):
+        spec = DEFAULTS | record.spec
+        for names, idle in _IDLE:
+            if idle(spec):
+                spec.update({name: DEFAULTS[name] for name in names})
+        self.record, self.spec, self.seed = record, spec, spec["seed"]
+        self.key, self.pattern = record.key, spec["pattern"]
+        self.model = spec["model"] + (f"@{spec['revision']}" if spec["revision"] else "")
+        self.samples = spec["samples"]
+        self.trained_samples = (spec["then_samples"] or spec["samples"]) if spec["then"] != "none" else spec["samples"]
+        self.setting = {name: spec[name] for name in _SETTING}
+        self.tuning = tuple((name, spec[name]) for name in _TUNING)
+        texts = spec["evaluation_texts"]
+        self.evaluated = texts if isinstance(texts, str) else texts[0]
+        try:
+            nll = record.metrics["by_text"][self.evaluated]["nll_per_window"]
+            self.nll = {state: np.array(nll[state], float) for state in ("dense", "pruned", "repaired")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReconError(f"record {self.key}: no nll_per_window of {self.evaluated!r} to judge by: {error!r}") from error
+        if len({values.shape for values in self.nll.values()}) > 1 or self.nll["dense"].ndim != 1 or not self.nll["dense"].size:
+            raise ReconError(
+                f"record {self.key}: nll_per_window has {[v.shape for v in self.nll.values()]} values; they must agree"
+            )
+        self.dtype = record.environment.get("compute_dtype", "")
+        self.machine = (record.environment.get("device", ""), record.environment.get("threads", 0))
+        tokens = record.protocol.get("token_hashes", {}).get(f"evaluation {self.evaluated}", "")
+        self.windows = (tokens, self.nll["dense"].size)
+        self.protocol = (
+            spec["text"], spec["sequence_length"], spec["prune_samples"] or spec["samples"], self.evaluated, spec["evaluation_samples"], spec["evaluation_length"], self.dtype,
+        )  # fmt: skip
+
+    def cost(self, kind: str) -> float:
+        """Samples trained on last, or the flops or seconds of all training; NaN where the record does not say."""
+        if kind == "samples":
+            return self.trained_samples
+        if kind == "seconds" and "activations" in self.record.shared:
+            return math.nan  # the dense model's part was had for nothing
+        spent = (getattr(self.record, "flops", None) if kind == "flops" else self.record.seconds) or {}
+        return sum(spent.get(phase) or 0.0 for phase in ("reconstruct", "retrain")) or math.nan
+
+
+def _pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[int, Run]:
+    """The runs that differ from the defaults by `options` alone, by seed, all with the same learning rates.
+
+    Where there are several rates: those nearest the default ones, so that no side of a comparison is tuned more than the
+    other; if `tuned`, where every side had its rates chosen, those with the lowest held-out perplexity, mean over the seeds
+    that all have. Nothing but rates is chosen so: batches, pieces and warm-up are those nearest the default ones. Never chosen by
+    evaluation text.
+    """
+    wanted = {name: {**DEFAULTS, **options}[name] for name in _SETTING}
+    choices: dict[tuple, dict[int, Run]] = {}
+    for run in runs:
+        if run.setting == wanted:
+            choices.setdefault(run.tuning, {}).setdefault(run.seed, run)
+    if not choices:
+        return {}
+
+    def distance(tuning: tuple) -> tuple:
+        # A warm-up may be 0, which is further from any default than a positive one.
+        return *(abs(math.log(max(value, 1e-12) / DEFAULTS[name])) for name, value in tuning), repr(tuning)
+
+    def recipe(tuning: tuple) -> tuple:
+        return tuple((name, value) for name, value in tuning if name not in _RATES)
+
+    if tuned:
+        plainest = min(map(recipe, choices), key=distance)
+        choices = {tuning: found for tuning, found in choices.items() if recipe(tuning) == plainest}
+    shared = set.intersection(*(set(found) for found in choices.values()))
+    held_out = {
+        tuning: [found[seed].record.metrics.get("held_out_perplexity") for seed in shared] for tuning, found in choices.items()
+    }
+    if tuned and shared and not any(value is None for values in held_out.values() for value in values):
+        # A run that diverged has no finite perplexity, and is not chosen.
+        return choices[min(choices, key=lambda t: (np.nan_to_num(np.mean(held_out[t]), nan=math.inf), *distance(t)))]
+    return choices[min(choices, key=distance)]
+
+
+def protocol(run: Run, kind: str, cost: str = "") -> tuple:
+    """What runs have to share to enter one comparison of this kind, and of this cost where it is about one."""
+    shared = run.protocol
+    if kind not in ("ratio", "combined"):
+        shared += (run.samples,)
+    if kind != "trend":  # tokenizers differ between models, and so do windows
+        shared += run.windows
+    if cost == "seconds":
+        shared += run.machine
+    return shared
+
+
+def check_windows(runs: list[Run]) -> None:
+    """Raises `ReconError` if the dense model's negative log-likelihoods differ where windows and model are said to be the same."""
+    first: dict[tuple, Run] = {}
+    for run in runs:
+        known = first.setdefault((run.model, run.protocol, run.windows), run)
+        # Kernels of other machines differ by far less than this, other windows by far more.
+        if not np.allclose(known.nll["dense"], run.nll["dense"], rtol=0, atol=0.02, equal_nan=True):
+            raise ReconError(
+                f"records {known.key} and {run.key} state the same model and protocol, but the dense model's negative "
+                "log-likelihoods differ: they were not evaluated on the same windows; keep them in folders of their own"
+            )
+
+
+def protocol_words(runs: list[Run]) -> str:
+    """What runs that were compared have read and were evaluated on."""
+    text, length, pruned_on, evaluated, windows, evaluation_length, dtype = runs[0].protocol
+    counts = sorted({count for run in runs for count in (run.samples, run.trained_samples)})
+    samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return (
+        f"{samples} x {length} tokens of {short(text)}, pruned on {pruned_on}; perplexity on {windows} x {evaluation_length} tokens of "
+        f"{short(evaluated)}" + (f", {dtype} products" if dtype else "")
+    )
+
+
+def short(name: str) -> str:
+    """A model or text by its name; a folder or file anywhere on this machine by its last part."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+@dataclass
+class Evidence:
+    """Which runs enter a comparison, and what is computed from their means."""
+
+    runs: list[Run]
+    parts: list[np.ndarray]
+    """Mean negative log-likelihoods, (means, seeds, windows); parts are drawn independently of one another."""
+    statistic: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, np.ndarray]]
+    """From means (means of all parts, draws) to effects (draws,), or to lower and upper bounds of them."""
+    unit: str = "nats per token"
+    note: Callable[[np.ndarray], str] = lambda means: ""
+    favours_other: bool = False
+    """The claim's side was at a disadvantage: that it is behind proves nothing."""
+    lacks: str = ""
+    """What is missing for a verdict, whatever the interval."""
+
+    @property
+    def seeds(self) -> int:
+        return min(part.shape[1] for part in self.parts)
+
+
+def _stack(sides: Sequence[tuple[dict[int, Run], str]], seeds: Sequence[int]) -> np.ndarray:
+    """Negative log-likelihoods (sides, seeds, windows) of each side's runs in the state named."""
+    return np.array([[runs[seed].nll[state] for seed in seeds] for runs, state in sides])
+
+
+def _used(sides: Iterable[dict[int, Run]], seeds: Sequence[int]) -> list[Run]:
+    return list({run.key: run for side in sides for run in (side[seed] for seed in seeds)}.values())
+
+
+def _common(*sides: dict[int, Run]) -> list[int]:
+    return sorted(set.intersection(*map(set, sides)))
+
+
+def better(runs: list[Run], ours: dict, other: dict | None, cost: str = "") -> Evidence | None:
+    """Log-perplexity of the other side minus ours: above 0, ours is better."""
+    mine = _pick(runs, ours)
+    theirs, state = (mine, "pruned") if other is None else (_pick(runs, other), "repaired")
+    if not (seeds := _common(mine, theirs)):
+        return None
+    values = _stack([(mine, "repaired"), (theirs, state)], seeds)
+    return Evidence(_used([mine, theirs], seeds), [values], lambda means: means[1] - means[0])
+
+
+def equal(runs: list[Run], ours: dict, other: dict, cost: str = "") -> Evidence | None:
+    """The same difference as a share of the damage log(pruned / dense): within the margin, both are equal."""
+    tuned = "adapter" in ours  # their rates are searched, and those of full weights with them
+    mine, theirs = _pick(runs, ours, tuned), _pick(runs, other, tuned)
+    if not (seeds := _common(mine, theirs)):
+        return None
+
+    def share(means: np.ndarray) -> np.ndarray:
+        damage = means[3] - means[2]
+        return (means[1] - means[0]) / np.where(damage > 0, damage, math.nan)
+
+    values = _stack([(mine, "repaired"), (theirs, "repaired"), (mine, "dense"), (mine, "pruned")], seeds)
+    return Evidence(_used([mine, theirs], seeds), [values], share, "of the damage")
+
+
+def _points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], dict[int, Run]]:
+    """The runs of one method by samples (for pruning, trained on last) and seed, as far as their cost is known."""
+    groups: dict[tuple[int, int], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.samples, run.trained_samples), []).append(run)
+    points = {count: _pick(group, options, tuned=True) for count, group in sorted(groups.items())}
+    points = {count: {seed: run for seed, run in found.items() if run.cost(cost) > 0} for count, found in points.items()}
+    return {count: found for count, found in points.items() if found}
+
+
+def _curve(runs: list[Run], options: dict, cost: str) -> list[dict[int, Run]]:
+    """One point per number of samples trained on: the one with the most seeds, then with most samples to prune by."""
+    best: dict[int, tuple[int, int]] = {}
+    points = _points(runs, options, cost)
+    for samples, trained in points:
+        rank = len(points[samples, trained]), samples
+        if trained not in best or rank > (len(points[best[trained]]), best[trained][0]):
+            best[trained] = samples, trained
+    return [points[count] for count in best.values()]
+
+
+def ratio(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | None:
+    """Cost at which the other side reaches the quality that ours has at each of its sample counts, over the cost of ours.
+
+    The median over these counts. Quality of the other side is interpolated against log2 of its cost, piecewise linearly
+    through its running best (which is in favour of the other side). Where that never reaches our quality the ratio is
+    above what its last point gives, where its first point is better already it is below what that gives: bounds, and the
+    interval runs from that of the lower to that of the upper ones.
+    """
+    mine, theirs = _curve(runs, ours, cost), _curve(runs, other, cost)
+    # Points that lack seeds are left out where enough of the others have them.
+    choices = {frozenset(a) & frozenset(b) for a in mine for b in theirs}
+    if mine and theirs:
+        choices.add(frozenset(_common(*mine, *theirs)))
+
+    def having(points: list[dict[int, Run]], seeds: frozenset) -> list[dict[int, Run]]:
+        return [point for point in points if seeds <= set(point)]
+
+    def rank(seeds: frozenset) -> tuple:
+        return min(len(seeds), SEEDS), len(having(mine, seeds)) + len(having(theirs, seeds)), len(seeds), sorted(seeds)
+
+    choices = [seeds for seeds in choices if seeds and having(mine, seeds) and having(theirs, seeds)]
+    if not choices:
+        return None
+    best = max(choices, key=rank)
+    seeds, mine, theirs = sorted(best), having(mine, best), having(theirs, best)
+
+    def costs(points: list[dict[int, Run]]) -> np.ndarray:
+        return np.array([np.mean([math.log2(point[seed].cost(cost)) for seed in seeds]) for point in points])
+
+    at, their_at = costs(mine), costs(theirs)
+    order = np.argsort(their_at, kind="stable")
+    theirs, their_at = [theirs[index] for index in order], their_at[order]
+
+    def bounds(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lower, upper = _reach(means[: len(at)], means[len(at) :], their_at)
+        return lower - at[:, None], upper - at[:, None]
+
+    def note(means: np.ndarray) -> str:
+        lower, upper = (np.exp2(bound[:, 0]) for bound in bounds(means))
+        each = [f"{point[seeds[0]].samples}: {_bounded(*pair)}" for point, pair in zip(mine, zip(lower, upper))]
+        return "ratio by samples of reconstruction: " + ", ".join(each)
+
+    values = _stack([(point, "repaired") for point in (*mine, *theirs)], seeds)
+
+    def statistic(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lower, upper = bounds(means)
+        return np.median(lower, axis=0), np.median(upper, axis=0)
+
+    return Evidence(_used([*mine, *theirs], seeds), [values], statistic, f"times the {COSTS[cost]}", note)
+
+
+def _bounded(lower: float, upper: float) -> str:
+    if lower == upper:
+        return f"{lower:.3g}"
+    return f"> {lower:.3g}" if lower > 0 else f"< {upper:.3g}" if math.isfinite(upper) else "?"
+
+
+def _reach(targets: np.ndarray, curve: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where `curve` (points, draws) over `at` (points,), ascending, first falls to `targets` (targets, draws).
+
+    Returns lower and upper bounds (targets, draws): the same, but inf above where it never does, -inf below where it
+    starts lower.
+    """
+    curve = np.minimum.accumulate(curve, axis=0)
+    there = curve[None] <= targets[:, None]
+    index = there.argmax(1)
+    before = np.maximum(index - 1, 0)
+    high, low = (np.take_along_axis(curve, where, 0) for where in (before, index))
+    share = np.where(high > low, (high - targets) / np.where(high > low, high - low, 1.0), 1.0)
+    found = at[before] + share * (at[index] - at[before])
+    never, early = ~there.any(1), (index == 0) & (curve[0] < targets)
+    lower = np.where(never, at[-1], np.where(early, -np.inf, found))
+    return lower, np.where(never, np.inf, np.where(early, at[0], found))
+
+
+def combined(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | None:
+    """`better`, at equal compute within BUDGET; if there is no such pair, with less compute on our side.
+
+    Of several pairs of budgets: the one with the most seeds (up to SEEDS), then equal compute, then the largest budget.
+    """
+    pairs = []
+    for count, mine in _points(runs, ours, cost).items():
+        for their_count, theirs in _points(runs, other, cost).items():
+            if not (seeds := _common(mine, theirs)):
+                continue
+            spent, they_spent = (sum(side[seed].cost(cost) for seed in seeds) / len(seeds) for side in (mine, theirs))
+            if spent <= (1 + BUDGET) * they_spent:
+                fair = spent >= (1 - BUDGET) * they_spent
+                closeness = -abs(math.log(spent / they_spent))
+                pairs.append(((min(len(seeds), SEEDS), fair, spent, closeness, count, their_count), mine, theirs, seeds))
+    if not pairs:
+        return None
+    (_, fair, spent, _, count, their_count), mine, theirs, seeds = max(pairs, key=lambda pair: pair[0])
+    they_spent = sum(theirs[seed].cost(cost) for seed in seeds) / len(seeds)
+    note = (
+        f"{COSTS[cost]} {spent:.3g} (samples {count[0]}, then {count[1]}) against {they_spent:.3g} (samples {their_count[1]})"
+        + ("" if fair else ": less compute on the combination's side")
+    )
+    values = _stack([(mine, "repaired"), (theirs, "repaired")], seeds)
+    return Evidence(
+        _used([mine, theirs], seeds), [values], lambda means: means[1] - means[0], note=lambda _: note, favours_other=not fair
+    )
+
+
+def _by_criterion(runs: list[Run], options: dict) -> dict[str, dict[int, Run]]:
+    found = {name: _pick(runs, options | {"criterion": name}) for name in options["criterion"]}
+    return {name: side for name, side in found.items() if side}
+
+
+def _contrast(values: np.ndarray) -> np.ndarray:
+    """Weights (criteria,) that give the gap of means, from `values` (criteria, seeds, windows): 1 for the worst, -1 for the best.
+
+    Which they are is not asked anew in every draw: the largest minus the smallest of a draw is never below zero, so that noise
+    alone would make a gap, and an interval that excludes none. Chosen from the same data, the gap is still a little too large
+    where criteria hardly differ.
+    """
+    means, weights = values.mean((1, 2)), np.zeros(len(values))
+    weights[means.argmax()] += 1
+    weights[means.argmin()] -= 1
+    return weights
+
+
+def gap(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Evidence | None:
+    """Gap between criteria (largest minus smallest log-perplexity) after pruning, minus that after reconstruction."""
+    found = _by_criterion(runs, ours)
+    if len(found) < 2 or not (seeds := _common(*found.values())):
+        return None
+    parts = [_stack([(side, state) for side in found.values()], seeds) for state in ("pruned", "repaired")]
+    before, after = (_contrast(part) for part in parts)
+
+    def note(means: np.ndarray) -> str:
+        sizes = before @ means[: len(found), 0], after @ means[len(found) :, 0]
+        return f"{', '.join(found)}: gap {sizes[0]:.3f} before, {sizes[1]:.3f} after"
+
+    return Evidence(
+        _used(found.values(), seeds),
+        [np.concatenate(parts)],
+        lambda means: np.concatenate([before, -after]) @ means,
+        note=note,
+    )
+
+
+def trend(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Evidence | None:
+    """Minus the slope of the gap between criteria after reconstruction, per doubling of the parameters that models' names
+    state; where one does not, per step in the order in which models are given."""
+    models: dict[str, dict[tuple, list[Run]]] = {}
+    for run in runs:
+        models.setdefault(run.model, {}).setdefault(run.windows, []).append(run)
+    # Windows are the same within a model only: tokenizers differ.
+    found = {model: _by_criterion(max(groups.values(), key=len), ours) for model, groups in models.items()}
+    found = {model: sides for model, sides in found.items() if len(sides) > 1 and _common(*sides.values())}
+    names = [name for name in ours["criterion"] if all(name in sides for sides in found.values())]
+    if len(found) < 2 or len(names) < 2:
+        return None
+    known = len({parameters(model) for model in found} - {None}) == len(found)
+    found = {model: found[model] for model in (sorted(found, key=parameters) if known else found)}
+    at = np.log2([parameters(model) for model in found]) if known else np.arange(len(found), dtype=float)
+    at = at - at.mean()
+    seeds = {model: _common(*(sides[name] for name in names)) for model, sides in found.items()}
+    found = {model: {name: sides[name] for name in names} for model, sides in found.items()}
+    parts = [_stack([(side, "repaired") for side in sides.values()], seeds[model]) for model, sides in found.items()]
+    contrasts = np.concatenate([_contrast(part) for part in parts])
+
+    def gaps(means: np.ndarray) -> np.ndarray:
+        return (contrasts[:, None] * means).reshape(len(parts), len(names), -1).sum(1)
+
+    def note(means: np.ndarray) -> str:
+        each = [f"{short(model)} {size:.3f}" for model, size in zip(found, gaps(means)[:, 0])]
+        return f"gap between {', '.join(names)}: {', '.join(each)}"
+
+    return Evidence(
+        [run for model, sides in found.items() for run in _used(sides.values(), seeds[model])],
+        parts,
+        lambda means: -(at @ gaps(means)) / (at @ at),
+        "nats per token and doubling" if known else "nats per token and step",
+        note,
+        lacks=f"{len(found)} models make no trend" if len(found) < MODELS else "",
+    )
+
+
+def parameters(model: str) -> float | None:
+    """The number of parameters that a model's name states ("smollm2-135m", "Llama-3.1-8B"); None where it states none."""
+    found = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", Path(model.partition("@")[0]).name, re.IGNORECASE)
+    return float(found[-1][0]) * {"m": 1e6, "b": 1e9}[found[-1][1].lower()] if found else None
+
+
+KINDS = {"better": better, "equal": equal, "ratio": ratio, "combined": combined, "gap": gap, "trend": trend}

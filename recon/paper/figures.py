@@ -1,0 +1,187 @@
+"""One look for every figure, and one way to save it: with its data and where that came from."""
+
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from recon.errors import ReconError
+from recon.experiment import environment
+
+PACKAGES = ("recon", "torch", "transformers", "numpy", "pandas", "matplotlib", "seaborn")
+_NAME = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
+
+
+def style() -> None:
+    """Sets the look of all figures: colours for colour-blind readers, markers and line styles that survive grey."""
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind")
+    colours = sns.color_palette("colorblind").as_hex()
+    del colours[7]  # grey is for levels to compare with
+    markers = ["o", "s", "^", "D", "v", "P", "X", "*", "h"]
+    # Twice as many styles as colours: the second time round, each colour comes with another marker and line.
+    colours, markers, lines = colours * 2, markers + markers[4:] + markers[:4], ["-", "--", "-.", ":"] * 4 + ["-", "--"]
+    plt.rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=colours, linestyle=lines, marker=markers),
+            "figure.figsize": (5.5, 3.4),  # inches: the width of a single-column text
+            "figure.dpi": 110,
+            "savefig.bbox": "tight",
+            "pdf.fonttype": 42,  # TrueType, embedded: text in the PDF stays text
+        }
+    )
+
+
+def lower_is_better(ax: Axes, axis: str = "y") -> None:
+    """Says in the label of `axis` ("x" or "y") that smaller values are better."""
+    arrow = {"x": "\N{LEFTWARDS ARROW}", "y": "\N{DOWNWARDS ARROW}"}.get(axis)
+    if arrow is None:
+        raise ReconError(f"unknown axis {axis!r}; allowed: x, y")
+    note = f"(lower is better {arrow})"
+    label = getattr(ax, f"get_{axis}label")()
+    if note not in label:
+        # A long vertical label would stand out above the axes, so there the note gets a line of its own.
+        getattr(ax, f"set_{axis}label")(f"{label}{' ' if axis == 'x' else chr(10)}{note}".strip())
+
+
+def number(value: float) -> str:
+    """`value` to three digits, zeros at the end included, so that labels beside one another are of one precision."""
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def label_values(ax: Axes, places: Iterable[float], values: Iterable[float], side: str = "right") -> None:
+    """Writes each value beside its point, to the "left" or "right" of it: two series at the same places want different sides."""
+    shift, align = {"left": (-6, "right"), "right": (6, "left")}[side]
+    for place, value in zip(places, values, strict=True):
+        ax.annotate(number(value), (place, value), (shift, 0), textcoords="offset points", fontsize=7, va="center", ha=align)
+
+
+def log_scale(ax: Axes, axis: str = "y") -> None:
+    """Makes `axis` ("x" or "y") logarithmic, with plain numbers at a few round places; call it once all is drawn."""
+    if axis not in ("x", "y"):
+        raise ReconError(f"unknown axis {axis!r}; allowed: x, y")
+    getattr(ax, f"set_{axis}scale")("log")
+    low, high = getattr(ax, f"get_{axis}lim")()
+    places = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
+    ticks = getattr(ax, f"{axis}axis")
+    ticks.set_major_locator(LogLocator(subs=places, numticks=20))
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def styles(names: Iterable[str]) -> dict[str, dict]:
+    """A colour, marker and line style for each name, so that it looks the same in every panel."""
+    return dict(zip(dict.fromkeys(names), cycle(plt.rcParams["axes.prop_cycle"])))
+
+
+def savefig(
+    fig: Figure, name: str, folder: Path | str, data: pd.DataFrame, records: Sequence[Mapping], caption: str = ""
+) -> Path:
+    """Writes `<name>.pdf`, `.png` (200 dpi), `.csv` and `.json` into `folder`; returns the path of the PNG.
+
+    `data` is what is drawn, a row per mark. `records` are the run records behind it; the JSON file holds their "key"s,
+    the caption, the git commit and the package versions. The same figure from the same code gives the same bytes. Each
+    file appears whole or not at all. Raises `ReconError` for a name that does not suit a file, for empty data, and for
+    a record without a key.
+    """
+    if not _NAME.fullmatch(name):
+        allowed = "lower-case letters, digits, and - _ . between them"
+        raise ReconError(f"figure name {name!r} does not suit a file; allowed: {allowed}")
+    if data.empty:
+        raise ReconError(f"figure {name!r} has no data; give the rows that are drawn")
+    if keyless := [index for index, record in enumerate(records) if "key" not in record]:
+        raise ReconError(f"figure {name!r}: records {keyless} have no 'key'; give the records of the runs")
+    provenance = {
+        "name": name,
+        "caption": caption,
+        "records": sorted({record["key"] for record in records}),
+        **environment.commit(),
+        "packages": _versions(),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
+        stem = Path(made) / name
+        # No date in the PDF, so that drawing again changes nothing.
+        fig.savefig(f"{stem}.pdf", metadata={"CreationDate": None})
+        fig.savefig(f"{stem}.png", dpi=200)
+        data.to_csv(f"{stem}.csv", index=False, float_format="%.6g", lineterminator="\n")
+        Path(f"{stem}.json").write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in sorted(Path(made).iterdir()):
+            os.replace(path, folder / path.name)
+    return folder / f"{name}.png"
+
+
+def sentence(words: str) -> str:
+    """`words` with a capital letter first, as in the middle of a caption."""
+    return words[:1].upper() + words[1:]
+
+
+def show(caption: str = "") -> None:
+    """Shows the figure of a notebook's cell, and under it what `savefig` was told of it."""
+    from IPython.display import HTML, display  # comes with notebooks, not with the library
+
+    plt.show()
+    if caption:
+        display(HTML(f"<p><small>{escape(caption)}</small></p>"))
+
+
+def saved(folder: Path | str) -> list[dict]:
+    """The provenance of each figure in `folder`, by name: JSON files of `savefig` that have their PNG beside them."""
+    pairs = [(path, path.with_name(f"{path.stem}.png")) for path in sorted(Path(folder).glob("*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path, picture in pairs if picture.is_file()]
+
+
+def gallery(folder: Path | str, claims: str = "") -> Path:
+    """Writes `folder`/README.md, a page that shows every figure there with its caption and links to its data.
+
+    claims: what comes before them, about the claims that they bear on.
+    """
+    folder = Path(folder)
+    parts = ["# Figures", "", "Each figure with its data and where that came from. Written by `recon.paper.figures.gallery`."]
+    if claims:
+        parts += [
+            "",
+            "## The paper's claims on this data",
+            "",
+            claims.strip(),
+            "",
+            "How each was judged: [claims.md](claims.md).",
+        ]
+    for figure in saved(folder):
+        name, commit = figure["name"], figure["git_commit"]
+        count = len(figure["records"])
+        origin = f"{count} run record{'s' * (count > 1)}" + (f", commit `{commit[:10]}`" if commit else "")
+        parts += ["", f"## {name}", "", f"![{_plain(figure['caption'] or name)}]({name}.png)", ""]
+        parts += [figure["caption"], ""] if figure["caption"] else []
+        parts += [f"[PDF]({name}.pdf) · [data]({name}.csv) · [provenance]({name}.json) ({origin})"]
+    page = folder / "README.md"
+    page.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def _plain(text: str) -> str:
+    """`text` on one line and without brackets, for the alternative text of a Markdown image."""
+    return " ".join(text.replace("[", "(").replace("]", ")").split())
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # the library also runs from a checkout that is not installed
+    return installed

@@ -1,0 +1,1 @@
+"""Where tensors live while a pass runs."""

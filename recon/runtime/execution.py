@@ -1,0 +1,214 @@
+"""Where and in what precision windows run: brings weights and batches to the compute device, for as long as they are needed."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, pairwise
+
+import torch
+from torch import Tensor, nn
+
+from recon.errors import ReconError
+from recon.model.decoder import Decoder
+from recon.model.skeleton import moved
+from recon.model.windows import Window
+from recon.runtime.attention import FastCausalAttention
+from recon.runtime.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
+from recon.runtime.store import InMemory
+
+log = logging.getLogger("recon")
+TOKENS = 1024  # in a batch that nothing is trained on
+
+
+def in_batches(samples: int, length: int, count: int, tokens: int | None = None) -> list[range]:
+    """The numbers of `samples`, of `length` tokens each, that go through a window together where nothing is trained; none across `count`.
+
+    tokens: in a batch, at most, unless it is one sample; default: `TOKENS`.
+    """
+    size, edges = max(1, (tokens or TOKENS) // length), (0, min(count, samples), samples)
+    return [range(i, min(i + size, stop)) for start, stop in pairwise(edges) for i in range(start, stop, size)]
+
+
+class Engine(contextlib.AbstractContextManager):
+    """A compute device and a compute dtype. As a context: matrix products run in that dtype, parameters keep theirs.
+
+    Models may live elsewhere, such as in host memory beside a small GPU: one window at a time is then on the compute device,
+    and activations come and go batch by batch, copied while the device computes. Where they live on the compute
+    device already, nothing is copied.
+
+    Args:
+        device: a torch device or its name; None or "auto": see `recon.runtime.device.pick_device`.
+        compute_dtype: "auto", "bfloat16" or "float32".
+        work: where there is room for activations; default: memory.
+
+    Raises `ReconError` for an unknown name of a dtype.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "auto",
+        compute_dtype: str = "auto",
+        work: InMemory | None = None,
+    ):
+        self.tokens: int | None = None  # in a batch that nothing is trained on, where memory did not suffice for `TOKENS`
+        self.work = work or InMemory()
+        self.device = pick_device(str(device))
+        self.dtype = pick_compute_dtype(compute_dtype, self.device)
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self):
+        stack = contextlib.ExitStack()
+        rounding = self.dtype != torch.float32
+        # Nothing is multiplied by twice in one pass, so rounded weights that are kept would take memory for nothing; and
+        # those of placeholders would stay when the weights are there.
+        stack.enter_context(torch.autocast(self.device.type, self.dtype, enabled=rounding, cache_enabled=False))
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            stack.enter_context(FastCausalAttention())
+        self._entered.append(stack)
+        return self
+
+    def __exit__(self, *exception):
+        self._entered.pop().close()
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def holding(self, decoder: Decoder, window: Window, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+        """Context in which what it takes to run `window` is on the compute device.
+
+        Its matrices are rounded to the compute dtype once, which autocast would do anew with every call, but for
+        `trained` parameters: those keep their dtype, and what becomes of them is written back.
+        """
+        with decoder.loaded(window), self._holding(decoder.needed(window), decoder.weights(window), trained):
+            yield
+
+    @contextlib.contextmanager
+    def holding_ends(self, decoder: Decoder) -> Iterator[None]:
+        """Context in which all but the blocks is on the compute device: last norm, head (rounded), and embedding.
+
+        Of a skeleton's embedding there is the placeholder alone: it takes part in no prediction, but is looked into.
+        """
+        inside = {id(tensor) for block in decoder.blocks for tensor in chain(block.parameters(), block.buffers())}
+        tensors = chain(decoder.model.parameters(), decoder.model.buffers())
+        ends = (tensor for tensor in tensors if id(tensor) not in inside)
+        with decoder.loaded_head(), self._holding(ends, decoder.head_weights(), ()):
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self, tensors: Iterable[Tensor], rounded: Iterable[Tensor], trained: Iterable[Tensor]) -> Iterator[None]:
+        keep = {id(tensor) for tensor in trained}
+        round_off = {id(tensor) for tensor in rounded} - keep
+        homes: list[tuple[Tensor, Tensor]] = []
+        try:
+            for tensor in tensors:
+                dtype = self.dtype if id(tensor) in round_off else tensor.dtype
+                if self.elsewhere(tensor) or dtype != tensor.dtype:
+                    homes.append((tensor, tensor.data))
+                    tensor.data = moved(tensor.data, self.device, dtype)
+            yield
+        finally:
+            for tensor, home in homes:
+                if id(tensor) in keep:
+                    home.copy_(tensor.data)
+                tensor.grad = None  # it would be on the wrong device
+                tensor.data = home
+
+    def elsewhere(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has to be brought to the compute device."""
+        return tensor.device != self.device
+
+    # --- activations ----------------------------------------------------------------------------------------------
+
+    def embed(self, decoder: Decoder, tokens: Tensor, count: int | None = None) -> Tensor:
+        """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run`."""
+        with decoder.loaded_embedding():
+            return self.run(decoder.embed, tokens, count)
+
+    def run(
+        self,
+        function: Callable[[Tensor], Tensor],
+        stream: Tensor,
+        count: int | None = None,
+        anew: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """`function` applied to `stream` (samples, length, ...), a batch at a time; the result lies where `stream` does.
+
+        count: no batch holds samples from both before and after this one.
+
+        Where the device's memory does not suffice for a batch, all of `stream` is run anew in batches of half as many samples, and so is
+        what comes later. A sample's result does not depend on the others in its batch, but for the order in which a device sums up
+        products, and so for the last bits; sums over batches are rounded in another order as well.
+
+        anew: called before that, to forget what was gathered along the way.
+
+        Raises `ReconError` where memory does not suffice for one sample at a time.
+        """
+        samples, length = stream.shape[:2]
+        while True:
+            parts = in_batches(samples, length, samples if count is None else count, self.tokens)
+            try:
+                return self._run(function, stream, parts)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                fault = str(error).splitlines()[0]
+            release_memory()  # now that the exception, which holds on to all that was computed, is gone
+            size = max(map(len, parts))
+            if size == 1:
+                raise ReconError(
+                    f"memory of device {self.device} does not suffice for one sample at a time ({fault}); give shorter samples, or "
+                    "smaller windows"
+                )
+            log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
+            self.tokens = -(-size // 2) * length
+            anew()
+
+    def _run(self, function: Callable[[Tensor], Tensor], stream: Tensor, parts: Sequence[range]) -> Tensor:
+        result = None
+        with self, torch.no_grad():
+            for part, (batch,) in zip(parts, self.batches([stream], parts)):
+                output = function(batch)
+                if result is None:
+                    result = self.empty((len(stream), *output.shape[1:]), output.dtype, stream.device)
+                result[part.start : part.stop].copy_(output, non_blocking=True)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # until then the copies may be under way
+        return result
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor for activations that is to be filled."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return self.work.empty(shape, dtype, pinned=self.device.type == "cuda")
+
+    def batches(self, streams: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
+        """For each of `parts`, which are numbers of samples, these of every stream, on the compute device.
+
+        On CUDA the next batch is copied on a stream of its own while the device works on the one before.
+        """
+        if self.device.type != "cuda" or not any(self.elsewhere(stream) for stream in streams):
+            for part in parts:
+                yield tuple(self._read(stream, part) for stream in streams)
+            return
+        copying, computing = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        coming = None
+        for part in [*parts, None]:
+            ready = coming
+            if part is not None:
+                with torch.cuda.stream(copying):
+                    coming = tuple(self._read(stream, part) for stream in streams)
+            if ready is not None:
+                yield ready
+            if part is not None:
+                computing.wait_stream(copying)
+                for tensor in coming:
+                    tensor.record_stream(computing)
+
+    def _read(self, stream: Tensor, part: Sequence[int]) -> Tensor:
+        if isinstance(part, range):
+            batch = stream[part.start : part.stop]
+            return batch.to(self.device, non_blocking=True) if self.elsewhere(stream) else batch
+        if self.elsewhere(stream):
+            # Sample by sample: each is a slice of pinned memory, which the device can copy by itself.
+            return torch.stack([stream[index].to(self.device, non_blocking=True) for index in part])
+        return stream[torch.as_tensor(part, device=stream.device)]

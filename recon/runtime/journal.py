@@ -1,0 +1,73 @@
+"""A file that says what a run has finished, so that the same run can go on from there after it was killed."""
+
+import json
+import os
+from pathlib import Path
+
+from recon.errors import ReconError
+from recon.runtime.storage import sync
+
+
+class Journal:
+    """The finished steps of a run, one JSON object a line, after a first line that says which run it is.
+
+    A line counts once all of it is on the disk: of one that was being written when the process died, nothing is kept.
+
+    Args:
+        path: the file; made with the first step, so that a run that is refused before it leaves nothing.
+        fingerprint: all that decides what the steps find, as JSON can hold it.
+
+    Raises:
+        ReconError: the file is that of another run, naming what differs; or it is damaged, or cannot be read.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict):
+        self.path = path
+        self.entries: list[dict] = []
+        self._fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read
+        try:
+            whole = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise ReconError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+        whole = whole[: whole.rfind(b"\n") + 1]
+        try:
+            header, *self.entries = map(json.loads, whole.splitlines()) if whole else (None,)
+        except ValueError as error:
+            raise ReconError(f"{str(path)!r} is damaged ({error}); delete its folder to begin anew") from error
+        self._end = len(whole)
+        if header is not None and (found := differences(header, self._fingerprint)):
+            raise ReconError(
+                f"folder {str(path.parent)!r} holds the unfinished work of another run: {'; '.join(found)}. Run that command to go on "
+                "with it, delete the folder, or save to another one"
+            )
+
+    def finished(self, phase: str) -> list:
+        """What the finished steps of `phase` found, in their order."""
+        return [entry["found"] for entry in self.entries if entry["phase"] == phase]
+
+    def add(self, entry: dict) -> None:
+        """Notes one finished step; when this returns, it is on the disk. After an `OSError` it is not noted.
+
+        entry: has the step's "phase" and what it "found".
+        """
+        first = not self._end
+        lines = b"".join(json.dumps(each).encode() + b"\n" for each in ([self._fingerprint, entry] if first else [entry]))
+        # What a killed or failed write left behind the last whole line is written over.
+        with open(self.path, "r+b" if self.path.exists() else "xb") as file:
+            file.truncate(self._end)
+            file.seek(self._end)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        if first:
+            sync(self.path.parent)
+        self._end += len(lines)
+        self.entries.append(entry)
+
+
+def differences(before: object, now: object, name: str = "") -> list[str]:
+    """What differs between two values as JSON holds them: "spec.samples was 8, is 4"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [found for key in keys for found in differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if before == now else [f"{name} was {before!r}, is {now!r}"]

@@ -1,1 +1,0 @@
-"""How one window is fitted: solvers are pure functions on tensors."""

@@ -1,1 +1,0 @@
-"""The bundled zero-shot tasks: task files for lm-eval and the documents that they are made of."""

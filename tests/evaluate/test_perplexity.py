@@ -1,0 +1,153 @@
+"""Perplexity against the models' own loss, and distances between models."""
+
+import copy
+import math
+
+import pytest
+import torch
+from fixtures.models import FAMILIES
+from torch.testing import assert_close
+
+from recon.errors import ReconError
+from recon.evaluate import perplexity as evaluation
+from recon.evaluate.perplexity import drift, perplexity
+from recon.kernels.losses import relative_error
+from recon.model.decoder import Decoder
+from recon.runtime.activations import Activations
+
+
+@torch.no_grad()
+def own_losses(model, tokens):
+    """Mean negative log-likelihood of each window, by transformers itself."""
+    return [model(input_ids=window[None], labels=window[None], use_cache=False).loss.item() for window in tokens]
+
+
+# ---- perplexity
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("slice_length", [7, 256])
+def test_perplexity_is_the_models_own(tiny, tokens, monkeypatch, family, slice_length):
+    monkeypatch.setattr(evaluation, "SLICE", slice_length)
+    model, batch = tiny(family), tokens(3, 31)
+    result = perplexity(model, batch, compute_dtype="float32", progress=False)
+    expected = own_losses(model, batch)
+    assert_close(result.per_window, expected, rtol=1e-5, atol=1e-5)
+    assert result.value == pytest.approx(math.exp(sum(expected) / 3), rel=1e-4)
+    assert result.tokens == 3 * 30
+
+
+@pytest.mark.parametrize(
+    "family, setting, plain",
+    [("gemma2", "final_logit_softcapping", None), ("cohere", "logit_scale", 1.0), ("granite", "logits_scaling", 1.0)],
+)
+def test_caps_and_scales_of_logits_count(tiny, tokens, family, setting, plain):
+    model, batch = tiny(family), tokens(2, 20)
+    capped = perplexity(model, batch, compute_dtype="float32", progress=False).value
+    setattr(model.config, setting, plain)
+    for name in (setting, "logits_scaling"):  # some models read it once, when they are made
+        if name in vars(model):
+            setattr(model, name, plain)
+    uncapped = perplexity(model, batch, compute_dtype="float32", progress=False).value
+    assert abs(capped / uncapped - 1) > 1e-3
+
+
+def test_windows_longer_than_a_slice(tiny, tokens):
+    model, batch = tiny("llama", max_position_embeddings=600), tokens(2, 2 * evaluation.SLICE + 30)
+    result = perplexity(model, batch, compute_dtype="float32", progress=False)
+    assert_close(result.per_window, own_losses(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_shortest_windows(tiny, tokens):
+    model, batch = tiny("llama"), tokens(2, 2)
+    assert_close(
+        perplexity(model, batch, compute_dtype="float32", progress=False).per_window,
+        own_losses(model, batch),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_bfloat16_is_close_and_not_the_same(tiny, tokens):
+    decoder, batch = Decoder(tiny("llama")), tokens(2, 31)
+    one, other = (perplexity(decoder, batch, compute_dtype=dtype, progress=False).value for dtype in ("float32", "bfloat16"))
+    assert one != other
+    assert other == pytest.approx(one, rel=0.05)
+
+
+def test_a_hopeless_model_has_infinite_perplexity(tiny, tokens):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    assert perplexity(model, tokens(1, 20), compute_dtype="float32", progress=False).value == math.inf
+
+
+@pytest.mark.parametrize("family, longest", [("llama", 64), ("gpt2", 64), ("opt", 64)])
+def test_too_long_sequences_are_refused(tiny, tokens, family, longest):
+    model = tiny(family)
+    perplexity(model, tokens(1, longest), progress=False)
+    with pytest.raises(ReconError, match="sequence length 65 is more than the 64 tokens that the model was made for"):
+        perplexity(model, tokens(1, longest + 1), progress=False)
+
+
+# ---- distances
+
+
+def test_relative_error_by_hand():
+    target = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 10.0]]])
+    output = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[2.0, 1.0], [0.0, 5.0]]])
+    assert relative_error(output, target) == pytest.approx((0 + 1 + 1 / 4 + 25 / 100) / 4)
+    assert relative_error(target, target) == 0
+
+
+def test_relative_error_weighs_tokens_alike():
+    target = torch.tensor([[[1000.0, 0.0], [1.0, 0.0]]])
+    assert relative_error(torch.tensor([[[1000.0, 0.0], [0.0, 0.0]]]), target) == pytest.approx(0.5)
+
+
+def test_relative_error_of_a_silent_token_is_finite():
+    assert math.isfinite(relative_error(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_drift_from_itself_is_nothing(tiny, tokens, family):
+    decoder = Decoder(tiny(family))
+    assert drift(decoder, decoder, tokens(3, 12), compute_dtype="float32")[0] == [0.0, 0.0, 0.0]
+
+
+@torch.no_grad()
+def test_drift_is_that_of_hidden_states(tiny, tokens):
+    dense, batch = Decoder(tiny("llama")), tokens(5, 12)
+    model = copy.deepcopy(dense.model)
+    model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+    found, states = drift(Decoder(model, like=dense), dense, batch, compute_dtype="float32")
+    known = perplexity(model, batch, "float32", progress=False, states=states)
+    assert known == perplexity(model, batch, "float32", progress=False)
+    seen = {}
+    for which in (dense.model, model):
+        handles = [
+            layer.register_forward_hook(lambda m, a, out, key=(which, n): seen.update({key: out}))
+            for n, layer in enumerate(which.model.layers)
+        ]
+        which(input_ids=batch, use_cache=False)
+        for handle in handles:
+            handle.remove()
+    ours, theirs = ([seen[which, n] for n in range(3)] for which in (model, dense.model))
+    assert found[0] == 0
+    assert min(found[1:]) > 1e-3
+    assert_close(found, [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)], rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def test_drift_shares_what_it_knows_of_the_dense_model(tiny, tokens, monkeypatch):
+    dense, batch = Decoder(tiny("llama")), tokens(5, 12)
+    model = copy.deepcopy(dense.model)
+    model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+    student, kept = Decoder(model, like=dense), Activations()
+    alone = drift(student, dense, batch)[0]
+    assert drift(student, dense, batch, activations=kept)[0] == alone
+    run = evaluation.residual_streams
+    monkeypatch.setattr(
+        evaluation, "residual_streams", lambda decoder, *a: pytest.fail() if decoder is dense else run(decoder, *a)
+    )
+    assert drift(student, dense, batch, activations=kept)[0] == alone

@@ -1,0 +1,342 @@
+"""Zero-shot tasks: log-likelihoods against the plain model and lm-eval's own, documents as they are described, no network."""
+
+import importlib.util
+import random
+import re
+import socket
+import statistics
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recon.data import assets, text
+from recon.errors import ReconError
+from recon.evaluate import zero_shot
+from recon.evaluate.tasks import documents
+from recon.model.decoder import Decoder
+from recon.runtime import activations
+from recon.runtime.execution import Engine
+from recon.runtime.journal import Journal
+from recon.runtime.store import Work
+
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+
+@pytest.fixture(scope="module")
+def small(tiny_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_folder).eval(), AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: pytest.fail(f"connected to {address}"))
+
+
+def rows(name: str) -> list[dict]:
+    return getattr(documents, name)()["test"].to_list()
+
+
+# --- names
+
+
+def test_unknown_tasks_are_refused_with_the_known_ones_before_anything_is_done(monkeypatch, small):
+    monkeypatch.setattr(zero_shot, "_load", lambda names: pytest.fail("loaded before the names were checked"))
+    with pytest.raises(ReconError) as error:
+        zero_shot.zero_shot(*small, ["analogies", "riddles"])
+    for word in ("unknown task 'riddles'", *zero_shot.BUNDLED, *zero_shot.HUB):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("names", [[], ["boolq", "boolq"]])
+def test_tasks_are_named_once(names):
+    with pytest.raises(ReconError, match="one or more, each named once"):
+        zero_shot.check_tasks(names)
+
+
+def test_without_lm_eval_it_says_how_to_install_it(monkeypatch, small):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ReconError, match=r"pip install 'recon\[evaluation\]'"):
+        zero_shot.zero_shot(*small, ["analogies"])
+
+
+@needs_lm_eval
+def test_a_limit_below_one_is_refused(small):
+    with pytest.raises(ReconError, match="limit must be at least 1 document per task, or None for all, not 0"):
+        zero_shot.zero_shot(*small, ["analogies"], limit=0)
+
+
+# --- log-likelihoods
+
+
+def random_pairs(count: int = 40, longest: int = 40) -> list[tuple[list[int], list[int]]]:
+    """Pairs of many lengths; of every context, two continuations of one token and one of several that begins alike."""
+    draw = random.Random(0)
+    pairs = []
+    for _ in range(count // 4):
+        context = draw.choices(range(3, 99), k=draw.randint(1, longest))
+        first, other = draw.sample(range(3, 99), 2)
+        pairs += [(context, [first]), (context, [other]), (context, [first, *draw.choices(range(3, 99), k=draw.randint(1, 9))])]
+        pairs.append((draw.choices(range(3, 99), k=draw.randint(1, longest)), draw.choices(range(3, 99), k=3)))
+    draw.shuffle(pairs)
+    return pairs
+
+
+def plain(model, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """One pair at a time, in float32, by the model's own forward."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*context, *continuation]])).logits[0, len(context) - 1 : -1]
+    targets = torch.tensor(continuation)
+    value = logits.log_softmax(-1).gather(1, targets[:, None]).sum().item()
+    return value, torch.equal(logits.argmax(-1), targets)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mistral", "opt", "gpt2", "gpt_neox", "phi"])
+def test_log_likelihoods_are_the_models_own(tiny, family, monkeypatch):
+    monkeypatch.setattr(zero_shot, "CHUNK", 100)
+    monkeypatch.setattr(zero_shot, "SLICE", 7)
+    model, pairs = tiny(family), random_pairs()
+    greedy = [(context, [int(model(torch.tensor([context])).logits[0, -1].argmax())]) for context, _ in pairs[:5]]
+    found = zero_shot.log_likelihoods(Decoder(model), pairs + greedy, Engine("cpu", "float32"))
+    expected = [plain(model, *pair) for pair in pairs + greedy]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-4, abs=1e-4)
+    assert [hit for _, hit in found] == [hit for _, hit in expected]
+    assert all(hit for _, hit in found[len(pairs) :]) and not all(hit for _, hit in found)
+
+
+def test_bfloat16_is_near(tiny):
+    model, pairs = tiny("llama", std=0.1), random_pairs()
+    found = zero_shot.log_likelihoods(Decoder(model), pairs, Engine("cpu", "bfloat16"))
+    errors = [abs(value - plain(model, *pair)[0]) / len(pair[1]) for (value, _), pair in zip(found, pairs, strict=True)]
+    assert 0 < statistics.fmean(errors) < 0.01
+
+
+def test_texts_that_are_too_long_lose_their_beginning(tiny):
+    model = tiny("llama", max_position_embeddings=24)
+    context, continuation = list(range(3, 33)), [40, 41, 42]
+    [(value, _)] = zero_shot.log_likelihoods(Decoder(model), [(context, continuation)], Engine("cpu", "float32"))
+    assert value == pytest.approx(plain(model, context[-22:], continuation)[0], rel=1e-4)
+    with pytest.raises(ReconError, match="continuation of 25 tokens is more than the model's 24"):
+        zero_shot.log_likelihoods(Decoder(model), [([3], [4] * 25)], Engine("cpu", "float32"))
+
+
+def test_nothing_is_read_twice(tiny, monkeypatch):
+    read = []
+    decoder = Decoder(tiny("llama"))
+    embed = decoder.embed
+    monkeypatch.setattr(decoder, "embed", lambda tokens: read.extend(tokens.tolist()) or embed(tokens))
+    pairs = [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([5, 6, 7], [8, 10]), ([5, 6, 7], [8, 11]), ([5, 7], [8])]
+    found = zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "float32"))
+    assert sorted(tuple(row[:4]) for row in read) == [(5, 6, 7, 8), (5, 7, 0, 0)]
+    assert [v for v, _ in found] == pytest.approx([plain(decoder.model, *pair)[0] for pair in pairs], rel=1e-4)
+
+
+def test_activations_lie_in_files_and_finished_texts_are_not_read_again(tiny, tmp_path, monkeypatch):
+    """Interrupted in the third chunk; what then goes on reads that one and those after it, and gives the same bits."""
+    monkeypatch.setattr(zero_shot, "CHUNK", 100)
+    monkeypatch.setattr(activations, "SMALL", 0)
+    decoder, pairs, read, plain_embed = Decoder(tiny("llama")), random_pairs(), [], Engine.embed
+    expected = zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "float32"))
+
+    def go(dies_at: int | None) -> list:
+        read.clear()
+
+        def embed(engine, decoder, tokens):
+            if len(read) == dies_at:
+                raise KeyboardInterrupt
+            read.append(tokens)
+            stream = plain_embed(engine, decoder, tokens)
+            assert any((tmp_path / "activations").iterdir())
+            return stream
+
+        monkeypatch.setattr(Engine, "embed", embed)
+        work = Work(Journal(tmp_path / "journal.jsonl", {}))
+        return zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "float32", work), phase="zero-shot, dense")
+
+    with pytest.raises(KeyboardInterrupt):
+        go(dies_at=2)
+    assert go(dies_at=None) == expected
+    first = len(read)
+    assert go(dies_at=0) == expected and not read and first > 1
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1 + 2 + first
+
+
+def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, monkeypatch):
+    decoder, pairs = Decoder(tiny("llama")), random_pairs()
+    near = zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "bfloat16"))
+    monkeypatch.setattr(Engine, "elsewhere", lambda self, tensor: True)
+    assert zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "bfloat16")) == near
+
+
+# --- through lm-eval
+
+
+@needs_lm_eval
+def test_the_bundled_tasks_agree_with_lm_evals_own_model(small, offline):
+    from lm_eval.api.metrics import mean_stderr
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = small
+    names = list(zero_shot.BUNDLED)
+    found = zero_shot.zero_shot(model, tokenizer, names, limit=12, compute_dtype="float32", progress=False)["tasks"]
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5)
+    expected = evaluate(lm=theirs, task_dict={"tasks": zero_shot._load(names)}, limit=12, bootstrap_iters=0)
+    for name in names:
+        assert found[name]["n"] == 12 and found[name]["version"] == 1.0
+        assert found[name]["acc"] == expected["results"][name]["acc,none"]
+        values = [sample["acc"] for sample in expected["samples"][name]]
+        assert found[name]["acc_stderr"] == pytest.approx(mean_stderr(values))
+    assert 0 < found["analogies"]["acc"] < 1
+    assert found["last_word"]["perplexity"] == pytest.approx(expected["results"]["last_word"]["perplexity,none"], rel=1e-3)
+
+
+@needs_lm_eval
+def test_accuracy_is_the_share_of_right_answers(small, monkeypatch):
+    model, tokenizer = small
+    labels = [row["label"] for row in rows("analogies")[:40]]
+
+    def choose_first(decoder, pairs, *_):
+        return [(-float(number % 4), number % 4 == 0) for number in range(len(pairs))]
+
+    monkeypatch.setattr(zero_shot, "log_likelihoods", choose_first)
+    found = zero_shot.zero_shot(model, tokenizer, ["analogies"], limit=40, progress=False)["tasks"]["analogies"]
+    share = labels.count(0) / 40
+    assert found["acc"] == share and 0 < share < 1
+    assert found["acc_stderr"] == pytest.approx((share * (1 - share) / 39) ** 0.5)
+
+
+@needs_lm_eval
+def test_perplexity_is_that_of_the_words(small, monkeypatch):
+    values = [-1.0, -2.0, -6.0]
+    monkeypatch.setattr(zero_shot, "log_likelihoods", lambda *a: [(value, value > -2) for value in values])
+    found = zero_shot.zero_shot(*small, ["last_word"], limit=3, progress=False)["tasks"]["last_word"]
+    assert found["perplexity"] == pytest.approx(20.0855, rel=1e-4) and found["acc"] == pytest.approx(1 / 3)
+    assert found["perplexity_stderr"] == pytest.approx(20.0855 * statistics.stdev(values) / 3**0.5, rel=1e-4)
+
+
+@needs_lm_eval
+def test_it_is_quiet_leaves_everything_as_it_was_and_knows_its_documents(small, capfd, monkeypatch):
+    model, tokenizer = small
+    before, state = [parameter.clone() for parameter in model.parameters()], torch.get_rng_state()
+    results = [zero_shot.zero_shot(model, tokenizer, ["analogies"], limit, progress=False) for limit in (3, 3, 4)]
+    assert results[0] == results[1]
+    assert results[0]["tasks"]["analogies"]["hash"] != results[2]["tasks"]["analogies"]["hash"]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    said = capfd.readouterr()
+    assert not said.out and not said.err
+    zero_shot.zero_shot(model, tokenizer, ["analogies"], limit=3)
+    assert "zero-shot: 100%" in capfd.readouterr().err
+
+
+CHOICES = {"text": ["one", "two", "three", "four"], "label": ["A", "B", "C", "D"]}
+STANDINS = {  # a document as the hub has it, the prompt that is expected, the right answer
+    "boolq": ({"passage": "A b.", "question": "is a b", "label": 1}, "A b.\nQuestion: is a b?\nAnswer:", " yes"),
+    "rte": ({"sentence1": "A.", "sentence2": "B.", "label": 0}, "A.\nQuestion: B. True or False?\nAnswer:", " True"),
+    "hellaswag": (
+        {"activity_label": "Run", "ctx_a": "He runs.", "ctx_b": "then he", "endings": CHOICES["text"], "label": "2"},
+        "Run: He runs. Then he",
+        " three",
+    ),
+    "winogrande": (
+        {"sentence": "Ann saw Bea and _ waved.", "option1": "Ann", "option2": "Bea", "answer": "2"},
+        "Ann saw Bea and Bea",
+        " waved.",
+    ),
+    "arc_easy": ({"question": "Why?", "choices": CHOICES, "answerKey": "B"}, "Question: Why?\nAnswer:", " two"),
+    "arc_challenge": ({"question": "Why?", "choices": CHOICES, "answerKey": "D"}, "Question: Why?\nAnswer:", " four"),
+    "openbookqa": ({"question_stem": "Why is", "choices": CHOICES, "answerKey": "C"}, "Why is", " three"),
+}
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("name", zero_shot.HUB)
+def test_tasks_on_the_hub_are_lm_evals_own(name, small, monkeypatch):
+    import datasets
+
+    model, tokenizer = small
+    document, prompt, right = STANDINS[name]
+    standin = datasets.DatasetDict({part: datasets.Dataset.from_list([document] * 2) for part in ("train", "validation", "test")})
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *a, **k: asked.append(path) or standin)
+    seen = []
+
+    def knows(decoder, pairs, *_):
+        seen.extend((tokenizer.decode(context), tokenizer.decode(continuation)) for context, continuation in pairs)
+        return [(0.0 if pair == (prompt, right) else -1.0, False) for pair in seen]
+
+    monkeypatch.setattr(zero_shot, "log_likelihoods", knows)
+    found = zero_shot.zero_shot(model, tokenizer, [name], progress=False)["tasks"][name]
+    assert len(asked) == 1 and "/" in asked[0]
+    assert (prompt, right) in seen
+    assert found["acc"] == 1.0 and found["n"] == 2 and found["version"] >= 1.0
+
+
+@needs_lm_eval
+def test_a_hub_that_cannot_be_reached_is_named(small, monkeypatch):
+    import datasets
+
+    def fail(*a, **k):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ReconError, match=r"task 'boolq' cannot be had from the hub \(ConnectionError: no route\); analogies and"):
+        zero_shot.zero_shot(*small, ["analogies", "boolq"], progress=False)
+
+
+def test_mean_accuracy_counts_each_task_once():
+    tasks = {"analogies": {"acc": 0.5, "n": 10}, "last_word": {"acc": 0.25, "n": 1000, "perplexity": 9.0}}
+    assert zero_shot.mean_accuracy({"lm_eval_version": "0", "tasks": tasks}) == 0.375
+
+
+# --- documents
+
+
+def test_analogies_are_what_the_questions_say():
+    questions = assets.fetch("analogy-questions").read_text(encoding="utf-8").splitlines()
+    known, answers, words, section = set(), {}, {}, None
+    for line in questions:
+        if line.startswith(":"):
+            section = line[2:]
+        else:
+            a, b, c, d = line.split()
+            known.add((section, a, b, c, d))
+            answers.setdefault((section, c), set()).add(d)
+            words.setdefault(section, set()).add(d)
+    documents_ = rows("analogies")
+    assert len(words) == 14 and len(documents_) == 14 * documents.PER_SECTION
+    for row in documents_:
+        key = tuple(row[name] for name in ("section", "a", "b", "c"))
+        assert len(set(row["choices"])) == 4 and not {row["a"], row["b"], row["c"]} & set(row["choices"])
+        right = answers[row["section"], row["c"]] & set(row["choices"])
+        assert right == {row["choices"][row["label"]]} and (*key, *right) in known
+        assert set(row["choices"]) <= words[row["section"]]
+    assert Counter(row["section"] for row in documents_[:42]) == dict.fromkeys(words, 3)  # a limit takes a fair sample
+    assert all(300 < count < 400 for count in Counter(row["label"] for row in documents_).values())
+    assert documents.analogy_rows(questions) == documents_
+
+
+def test_last_words_occur_before_in_passages_of_the_evaluation_split():
+    documents_ = rows("last_word")
+    articles = {split: [" ".join(text_.split()) for text_ in text.documents("wikipedia", split)] for split in text.SPLITS}
+    assert len(documents_) > 300
+    where = []
+    for row in documents_:
+        assert re.fullmatch("[A-Za-z]{4,}", row["word"]) and row["word"] in re.findall("[A-Za-z]+", row["text"])
+        assert len(row["text"].split()) in documents.WORDS and not row["text"][-1].isspace()
+        whole = f"{row['text']} {row['word']}"
+        assert not any(whole in article for split in ("calibration", "validation") for article in articles[split])
+        [number] = [number for number, article in enumerate(articles["evaluation"]) if whole in article]
+        where.append((number, start := articles["evaluation"][number].index(whole), start + len(whole)))
+    for (one, _, end), (other, start, _) in zip(sorted(where), sorted(where)[1:]):
+        assert one != other or end < start  # no two share a sentence
+    assert [number for number, *_ in where] != sorted(number for number, *_ in where)
+
+
+def test_passages_are_cut_as_described():
+    filler = [f"Sentence {number} speaks of many other things under heading {number}." for number in range(9)]
+    article = " ".join([*filler[:6], "In the end it speaks of other things.", *filler[6:], "Nothing like a zebra."])
+    [row] = documents.last_word_rows([article, "Too short. Too short. It is short."])
+    assert row == {"text": " ".join([*filler[2:6], "In the end it speaks of other"]), "word": "things"}

@@ -1,0 +1,250 @@
+"""Criteria against their formulas, written out entry by entry."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from recon.errors import ReconError
+from recon.kernels.criteria import CRITERIA, Structured, get
+from recon.kernels.patterns import Pattern, keep_mask, sparsity_of
+
+# Criteria that remove whole units are tested in test_structured.py.
+BY_WEIGHT = [name for name, criterion in CRITERIA.items() if not isinstance(criterion, Structured) and name != "none"]
+PATTERNS = ["0", "0.3", "0.5", "0.9", "2:4", "1:8"]
+
+
+def problem(rows: int = 6, columns: int = 16, tokens: int = 64, dtype=torch.float64, seed: int = 0):
+    """A weight (rows, columns), and inputs (tokens, columns) that are correlated and of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=dtype)
+    inputs = torch.randn(tokens, columns, generator=generator, dtype=dtype)
+    inputs = inputs @ (torch.randn(columns, columns, generator=generator, dtype=dtype) / columns**0.5)
+    sizes = torch.logspace(-1, 1, columns, dtype=dtype)[torch.randperm(columns, generator=generator)]
+    return weight, inputs * sizes
+
+
+def statistics_for(criterion, inputs):
+    if criterion.statistics == "norm":
+        return inputs.square().mean(0).sqrt()
+    return inputs.T @ inputs / len(inputs) if criterion.statistics == "gram" else None
+
+
+def prune(name, weight, inputs, pattern, scope="row", seed=0, **options):
+    criterion = get(name)
+    statistics = statistics_for(criterion, inputs)
+    generator = torch.Generator().manual_seed(seed)
+    return criterion.prune(weight, statistics, Pattern.parse(pattern), scope, generator, **options)
+
+
+def magnitude_score(weight, inputs, i, j):
+    return abs(weight[i][j])
+
+
+def wanda_score(weight, inputs, i, j):
+    return abs(weight[i][j]) * math.sqrt(sum(token[j] ** 2 for token in inputs))
+
+
+def ria_score(weight, inputs, i, j, a=0.5):
+    column = sum(abs(row[j]) for row in weight)
+    row = sum(abs(entry) for entry in weight[i])
+    return (abs(weight[i][j]) / column + abs(weight[i][j]) / row) * math.sqrt(sum(t[j] ** 2 for t in inputs)) ** a
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "name, score, options",
+    [
+        ("magnitude", magnitude_score, {}),
+        ("wanda", wanda_score, {}),
+        ("ria", ria_score, {}),
+        ("ria", ria_score, {"a": 1.0}),
+    ],
+)
+def test_scores_follow_the_formula(name, score, options, pattern, scope):
+    weight, inputs = problem()
+    entries = weight.tolist(), inputs.tolist()
+    scores = torch.tensor([[score(*entries, i, j, **options) for j in range(16)] for i in range(6)])
+    pruned, mask = prune(name, weight, inputs, pattern, scope, **options)
+    assert torch.equal(mask, keep_mask(scores, Pattern.parse(pattern), scope))
+    assert torch.equal(pruned, torch.where(mask, weight, 0.0))
+
+
+def sparsegpt_reference(weight, gram, pattern, scope, block_size, damping):
+    """Algorithm 1 without its short cuts: a fresh inverse per column, and every update made at once."""
+    weight, mask = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    rows, columns = weight.shape
+    hessian = gram + damping * gram.diagonal().mean() * torch.eye(columns, dtype=gram.dtype)
+    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(columns)]
+    pivots = torch.stack([inverse[0, 0] for inverse in inverses])
+    width = pattern.m or block_size
+    for j in range(columns):
+        if j % width == 0:
+            stop = min(j + width, columns)
+            costs = (weight[:, j:stop] ** 2 / pivots[j:stop]).tolist()
+            places = [(costs[i][k], i, j + k) for i in range(rows) for k in range(stop - j)]
+            if pattern.m or scope == "row":
+                zeros = pattern.zeros(stop) - pattern.zeros(j)
+                dropped = [place for i in range(rows) for place in sorted(p for p in places if p[1] == i)[:zeros]]
+            else:
+                dropped = sorted(places)[: pattern.zeros(rows * stop) - pattern.zeros(rows * j)]
+            for _, i, column in dropped:
+                mask[i, column] = False
+        for i in range(rows):
+            if not mask[i, j]:
+                weight[i, j:] -= weight[i, j].clone() / pivots[j] * inverses[j][0]
+                weight[i, j] = 0.0
+    return weight, mask
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("block_size", [1, 5, 16, 128])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sparsegpt_follows_the_algorithm(pattern, block_size, scope):
+    weight, inputs = problem()
+    gram = inputs.T @ inputs / len(inputs)
+    expected = sparsegpt_reference(weight, gram, Pattern.parse(pattern), scope, block_size, damping=0.02)
+    pruned, mask = prune("sparsegpt", weight, inputs, pattern, scope, block_size=block_size, damping=0.02)
+    assert torch.equal(mask, expected[1])
+    torch.testing.assert_close(pruned, expected[0], rtol=1e-9, atol=1e-10)
+
+
+def test_sparsegpt_compensates_one_column_as_least_squares_would():
+    """Each row's only dropped weight is in the first column, so that the best fit uses all the others."""
+    weight, inputs = problem(rows=4, columns=8)
+    weight[:, 0] = 1e-9
+    gram = inputs.T @ inputs / len(inputs)
+    pruned, mask = get("sparsegpt").prune(weight, gram, Pattern.parse("0.125"), "row", None, damping=1e-12)
+    assert mask.tolist() == [[False] + [True] * 7] * 4
+    best = torch.linalg.lstsq(inputs[:, 1:], inputs @ weight.T).solution.T
+    torch.testing.assert_close(pruned[:, 1:] - weight[:, 1:], best - weight[:, 1:], rtol=1e-3, atol=1e-15)
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_sparsegpt_has_less_error_than_masks_without_update(pattern):
+    weight, inputs = problem(rows=48, columns=96, tokens=512, dtype=torch.float32)
+    target = inputs @ weight.T
+    updated, mask = prune("sparsegpt", weight, inputs, pattern, "matrix")
+
+    def error(pruned):
+        return (inputs @ pruned.T - target).square().mean().item()
+
+    assert error(updated) < 0.8 * error(torch.where(mask, weight, 0.0)), "the update makes up for part of its own mask"
+    for name in ("wanda", "magnitude"):
+        assert error(updated) < error(prune(name, weight, inputs, pattern, get(name).scope)[0])
+
+
+def test_sparsegpt_raises_the_damping_until_it_can_factorise(caplog):
+    weight, inputs = problem(rows=8, columns=32, tokens=4, dtype=torch.float32)  # a Gram matrix of rank 4
+    with caplog.at_level(logging.WARNING, logger="recon"):
+        pruned, mask = prune("sparsegpt", weight, inputs, "0.5", damping=1e-12)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == "SparseGPT: the Hessian is not positive definite at damping 1e-12; trying 1e-11"
+    assert len(messages) > 1
+    assert pruned.isfinite().all() and mask.sum(1).tolist() == [16] * 8
+
+
+def test_sparsegpt_refuses_what_is_no_gram_matrix():
+    with pytest.raises(ReconError, match="at any damping up to 1e.07"):
+        get("sparsegpt").prune(torch.ones(2, 4), -torch.eye(4), Pattern.parse("0.5"), "row", None)
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("pattern", ["0.25", "0.5", "2:4"])
+def test_sparsegpt_zeroes_inputs_that_are_always_zero(pattern, scope):
+    weight, inputs = problem()
+    dead = [0, 5, 6, 11]
+    inputs[:, dead] = 0.0
+    pruned, mask = prune("sparsegpt", weight, inputs, pattern, scope, block_size=8)
+    assert (pruned[:, dead] == 0).all()
+    assert int((~mask).sum()) == Pattern.parse(pattern).zeros(weight.numel())
+    if pattern == "0.5":
+        assert not mask[:, dead].any(), "weights of dead inputs are the first to go"
+
+
+@pytest.mark.parametrize("name", BY_WEIGHT)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("rows, columns", [(5, 40), (33, 264)])
+def test_counts_are_exact_and_zeros_are_plus_zero(name, pattern, scope, rows, columns):
+    weight, inputs = problem(rows, columns, dtype=torch.float32)
+    weight = -weight.abs()
+    before = weight.clone()
+    pruned, mask = prune(name, weight, inputs, pattern, scope)
+    parsed = Pattern.parse(pattern)
+    size = parsed.m or (columns if scope == "row" else rows * columns)
+    assert set((~mask).reshape(-1, size).sum(1).tolist()) == {parsed.zeros(size)}
+    assert torch.equal(weight, before), "the given weight must stay as it is"
+    assert pruned.dtype == torch.float32 and pruned.shape == weight.shape
+    assert (pruned[~mask] == 0).all() and not pruned[~mask].signbit().any()
+    assert sparsity_of(pruned) == pytest.approx(sparsity_of(mask), abs=1e-12)
+
+
+def test_random_follows_its_generator_and_no_position():
+    weight, inputs = problem(rows=2000, columns=16)
+    first, again, other = (prune("random", weight, inputs, "0.5", seed=seed)[1] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert (first.double().mean(0) - 0.5).abs().max() < 0.06  # five standard deviations of a mean of 2000 coins
+    with pytest.raises(ReconError, match="'random' was given no generator"):
+        get("random").prune(weight, None, Pattern.parse("0.5"), "row", None)
+
+
+def test_ria_ignores_rows_and_columns_of_zeros():
+    weight, inputs = problem()
+    weight[2], weight[:, 3] = 0.0, 0.0
+    _, mask = prune("ria", weight, inputs, "0.2", "matrix")
+    assert (weight[~mask] == 0).all(), "the 19 weights to drop are among the 21 zeros"
+
+
+def test_registry_names_statistics_and_scopes():
+    assert CRITERIA and all(name == criterion.name for name, criterion in CRITERIA.items())
+    found = {name: (criterion.statistics, criterion.scope) for name, criterion in CRITERIA.items()}
+    assert found == {
+        "magnitude": ("none", "matrix"),
+        "none": ("none", "row"),
+        "random": ("none", "row"),
+        "wanda": ("norm", "row"),
+        "ria": ("norm", "matrix"),
+        "sparsegpt": ("gram", "matrix"),
+        "wanda-sp": ("norm", "half-block"),
+        "flap": ("moments", "model"),
+    }
+    with pytest.raises(
+        ReconError, match="'wandb' is unknown; choose one of magnitude, none, random, wanda, ria, sparsegpt, wanda-sp, flap"
+    ):
+        get("wandb")
+
+
+@pytest.mark.parametrize("name", BY_WEIGHT)
+def test_bad_input_is_refused(name):
+    weight, inputs = problem()
+    with pytest.raises(ReconError, match="'rows' is unknown"):
+        prune(name, weight, inputs, "0.5", "rows")
+    with pytest.raises(ReconError, match="16 input columns.*2:5"):
+        prune(name, weight, inputs, "2:5")
+    with pytest.raises(TypeError, match="no_such_option"):
+        prune(name, weight, inputs, "0.5", no_such_option=1)
+    weight[1, 2] = float("nan")
+    with pytest.raises(ReconError, match=f"'{name}': 1 of 96 entries of the weight are NaN"):
+        prune(name, weight, inputs, "0.5")
+
+
+@pytest.mark.parametrize("name", [name for name in BY_WEIGHT if CRITERIA[name].statistics != "none"])
+def test_bad_statistics_are_refused(name):
+    weight, inputs = problem()
+    generator, pattern = torch.Generator(), Pattern.parse("0.5")
+    with pytest.raises(ReconError, match=rf"'{name}': statistics of shape None do not fit .*\(6, 16\)"):
+        get(name).prune(weight, None, pattern, "row", generator)
+    with pytest.raises(ReconError, match=rf"'{name}': statistics of shape \(12,"):
+        prune(name, weight, inputs[:, :12], "0.5")
+    inputs[0, 0] = float("nan")
+    with pytest.raises(ReconError, match=f"'{name}': .* of the statistics are NaN or infinite"):
+        prune(name, weight, inputs, "0.5")
+
+
+@pytest.mark.parametrize("options, message", [({"block_size": 0}, "block_size is 0"), ({"damping": 0.0}, "damping is 0.0")])
+def test_bad_sparsegpt_options_are_refused(options, message):
+    with pytest.raises(ReconError, match=f"'sparsegpt': {message}"):
+        prune("sparsegpt", *problem(), "0.5", **options)

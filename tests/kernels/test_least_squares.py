@@ -1,0 +1,134 @@
+"""Masked least squares against a direct solution, row by row."""
+
+import pytest
+import torch
+
+from recon.kernels.least_squares import masked_least_squares
+from recon.kernels.patterns import Pattern, keep_mask
+
+
+def problem(rows=24, columns=96, tokens=2048, outliers=4, seed=0):
+    """A dense weight, a mask, and inputs as in a language model: correlated, of unequal size, a few of them huge."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    factors = randn(tokens, columns // 2) * torch.logspace(0, -1.5, columns // 2, dtype=torch.float64)
+    inputs = factors @ randn(columns // 2, columns) / (columns // 2) ** 0.5 + 0.05 * randn(tokens, columns)
+    inputs *= torch.exp(0.7 * randn(columns))
+    inputs[:, torch.randperm(columns, generator=generator)[:outliers]] *= 100
+    dense = randn(rows, columns)
+    mask = keep_mask(dense.abs() * inputs.square().mean(0).sqrt(), Pattern.parse("0.5"), "row")
+    return dense, mask, inputs
+
+
+def moments(dense, inputs):
+    gram = inputs.T @ inputs / len(inputs)
+    return gram, dense @ gram
+
+
+def errors(weight, dense, inputs):
+    """Per row, the mean squared difference of outputs, in float64."""
+    return (inputs @ (weight.double() - dense).T).square().mean(0)
+
+
+def direct_solution(mask, inputs, targets):
+    solution = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, kept in enumerate(mask):
+        solution[row, kept] = torch.linalg.lstsq(inputs[:, kept], targets[:, row]).solution
+    return solution
+
+
+@pytest.mark.parametrize("start", ["dense", "zero"])
+def test_converges_to_the_direct_solution(start):
+    dense, mask, inputs = problem()
+    weight = masked_least_squares(dense if start == "dense" else 0 * dense, mask, *moments(dense, inputs), iterations=500)
+    torch.testing.assert_close(weight, direct_solution(mask, inputs, inputs @ dense.T), rtol=1e-6, atol=1e-6)
+    assert (weight[~mask] == 0).all() and not weight[~mask].signbit().any()
+
+
+def test_fits_targets_that_no_weight_on_these_inputs_makes():
+    dense, mask, inputs = problem()
+    targets = (inputs * 1.1 + 0.3).tanh() @ dense.T
+    cross = targets.T @ inputs / len(inputs)
+    weight = masked_least_squares(dense, mask, moments(dense, inputs)[0], cross, iterations=500)
+    torch.testing.assert_close(weight, direct_solution(mask, inputs, targets), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_default_iterations_in_float32_come_close_to_the_optimum(seed):
+    dense, mask, inputs = problem(seed=seed)
+    gram, cross = moments(dense, inputs)
+    weight = masked_least_squares(dense.float(), mask, gram.float(), cross.float())
+    optimum = errors(direct_solution(mask, inputs, inputs @ dense.T), dense, inputs).sum()
+    assert errors(dense * mask, dense, inputs).sum() > 10 * optimum
+    assert optimum <= errors(weight, dense, inputs).sum() < 1.3 * optimum
+    assert weight.dtype == torch.float32 and (weight[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 5, 15, 300])
+def test_no_row_ends_worse_than_it_started(iterations):
+    dense, mask, inputs = problem()
+    gram, cross = moments(dense, inputs)
+    optimum = direct_solution(mask, inputs, inputs @ dense.T)
+    for start in (dense, optimum):
+        weight = masked_least_squares(start.float(), mask, gram.float(), cross.float(), iterations)
+        before, after = (errors(value, dense, inputs) for value in (start.float() * mask, weight))
+        assert (after <= before * (1 + 1e-5)).all()
+        if start is dense and iterations:
+            assert (after < before).all()
+
+
+def test_rows_are_independent_of_one_another():
+    dense, mask, inputs = problem()
+    gram, cross = moments(dense, inputs)
+    together = masked_least_squares(dense, mask, gram, cross, iterations=10)
+    for row in (0, 7):
+        alone = masked_least_squares(dense[[row]], mask[[row]], gram, cross[[row]], iterations=10)
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-9, atol=1e-9)
+
+
+def test_solved_rows_empty_rows_and_dead_inputs_give_no_nan():
+    dense, mask, inputs = problem()
+    inputs[:, 5] = 0.0
+    mask[:, 5] = True
+    mask[0] = True  # solved at the start
+    mask[1] = False  # nothing to solve
+    weight = masked_least_squares(dense, mask, *moments(dense, inputs), iterations=500)
+    assert weight.isfinite().all()
+    torch.testing.assert_close(weight[0], dense[0])
+    assert (weight[1] == 0).all()
+    assert torch.equal(weight[2:, 5], dense[2:, 5]), "an input that is always zero is no reason to move a weight"
+
+
+def test_given_tensors_stay_as_they_are():
+    dense, mask, inputs = problem()
+    gram, cross = moments(dense, inputs)
+    given = dense, mask, gram, cross
+    copies = [tensor.clone() for tensor in given]
+    masked_least_squares(*given)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, copies, strict=True))
+
+
+@pytest.mark.parametrize("target", ["of the dense weight", "from outputs"])
+def test_a_gram_matrix_formed_in_bfloat16_ruins_the_solution(target):
+    """Why moments are made outside autocast: the same bfloat16 activations, accumulated in two precisions."""
+    dense, mask, inputs = problem()
+    means = 5 * inputs.std(0) * torch.linspace(-1, 1, inputs.shape[1], dtype=torch.float64)
+    inputs = (inputs + means).bfloat16()
+    outputs = (inputs.double() @ dense.T).bfloat16()
+
+    def error(dtype):
+        batches = [batch.to(dtype) for batch in inputs.chunk(16)]
+        gram = sum(batch.T @ batch for batch in batches).float()
+        if target == "from outputs":
+            pairs = zip(outputs.chunk(16), batches, strict=True)
+            cross = sum(output.to(dtype).T @ batch for output, batch in pairs).float()
+        else:
+            cross = dense.float() @ gram
+        weight = masked_least_squares(dense.float(), mask, gram, cross)
+        return errors(weight, dense, inputs.double()).sum()
+
+    pruned_only = errors((dense * mask).float(), dense, inputs.double()).sum()
+    assert error(torch.float32) < 0.1 * pruned_only < pruned_only < 0.1 * error(torch.bfloat16)

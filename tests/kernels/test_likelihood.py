@@ -1,0 +1,61 @@
+"""Losses by rows against torch's own, values and gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from recon.kernels import likelihood as logits
+from recon.kernels.likelihood import kl_divergence, negative_log_likelihood
+
+
+@pytest.fixture
+def draw():
+    random = torch.Generator().manual_seed(0)
+    found, wanted = (4 * torch.randn(13, 50, generator=random) for _ in range(2))
+    return found, wanted, torch.randint(50, (13,), generator=random)
+
+
+@pytest.mark.parametrize("elements", [1, 50, 170, 2**20])  # one row at a time, several, all; the last part is shorter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_likelihoods_and_their_gradients_are_torchs(draw, monkeypatch, elements, dtype):
+    monkeypatch.setitem(logits.ELEMENTS, "cpu", elements)
+    found, _, targets = draw
+    ours, theirs = (found.to(dtype).requires_grad_() for _ in range(2))
+    loss, expected = negative_log_likelihood(ours, targets), F.cross_entropy(theirs.float(), targets, reduction="none")
+    assert_close(loss, expected)
+    (3 * loss.mean()).backward()
+    (3 * expected.mean()).backward()
+    assert ours.grad.dtype == dtype
+    assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("elements", [1, 170, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergences_and_their_gradients_are_torchs(draw, monkeypatch, elements, dtype):
+    monkeypatch.setitem(logits.ELEMENTS, "cpu", elements)
+    found, wanted, _ = draw
+    ours, theirs = (found.to(dtype).requires_grad_() for _ in range(2))
+    p, q = wanted.log_softmax(-1), theirs.float().log_softmax(-1)
+    loss, expected = kl_divergence(wanted, ours), (p.exp() * (p - q)).sum(-1)
+    assert_close(loss, expected)
+    loss.mean().backward()
+    expected.mean().backward()
+    assert_close(ours.grad, theirs.grad)
+    assert_close(kl_divergence(wanted, wanted), torch.zeros(13))
+
+
+def test_weighted_tokens_have_weighted_gradients(draw):
+    found, _, targets = draw
+    ours, theirs = (found.clone().requires_grad_() for _ in range(2))
+    weights = torch.linspace(0, 2, 13)
+    (weights * negative_log_likelihood(ours, targets)).sum().backward()
+    (weights * F.cross_entropy(theirs, targets, reduction="none")).sum().backward()
+    assert_close(ours.grad, theirs.grad)
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(draw):
+    found, _, targets = draw
+    assert not negative_log_likelihood(found, targets).requires_grad
+    with torch.no_grad():
+        assert not negative_log_likelihood(found.requires_grad_(), targets).requires_grad

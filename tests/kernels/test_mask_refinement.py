@@ -1,0 +1,75 @@
+"""Exchanges of pruned and kept weights: the change of the error is what a brute-force reckoning says, and counts stay."""
+
+import itertools
+
+import pytest
+import torch
+
+from recon.kernels.criteria import CRITERIA
+from recon.kernels.mask_refinement import swap
+from recon.kernels.patterns import Pattern
+
+
+def problem(rows=6, columns=12, tokens=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(columns, columns, generator=generator, dtype=torch.float64)  # inputs that go together
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64), x.T @ x / tokens
+
+
+def error(weight, mask, gram):
+    difference = weight * ~mask
+    return ((difference @ gram) * difference).sum(1)
+
+
+def start(weight, gram, pattern):
+    return CRITERIA["wanda"].prune(weight, gram.diagonal().sqrt(), Pattern.parse(pattern), "row", None)[1]
+
+
+@pytest.mark.parametrize("pattern, group", [("0.5", None), ("0.75", None), ("2:4", 4), ("1:3", 3)])
+@pytest.mark.parametrize("seed", range(4))
+def test_each_exchange_lowers_the_error_and_keeps_the_counts(pattern, group, seed):
+    weight, gram = problem(seed=seed)
+    mask = start(weight, gram, pattern)
+    errors = [error(weight, swap(weight, mask, gram, steps, group), gram) for steps in range(8)]
+    for before, after in itertools.pairwise(errors):
+        assert (after <= before * (1 + 1e-9)).all()
+    assert errors[-1].sum() < errors[0].sum()
+    refined = swap(weight, mask, gram, 100, group)
+    size = group or weight.shape[1]
+    assert torch.equal(refined.view(-1, size).sum(1), mask.view(-1, size).sum(1))
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_one_step_is_the_exchange_that_brute_force_predicts(group):
+    weight, gram = problem(rows=5)
+    mask = start(weight, gram, "2:4")
+    after = swap(weight, mask, gram, 1, group)
+    for r in range(len(weight)):
+        out, into = (mask[r] & ~after[r]).nonzero().flatten().tolist(), (after[r] & ~mask[r]).nonzero().flatten().tolist()
+        assert len(out) == len(into) <= 1
+        changes = {}
+        for i, j in itertools.product(mask[r].nonzero().flatten().tolist(), (~mask[r]).nonzero().flatten().tolist()):
+            if group is None or i // group == j // group:
+                other = mask[r].clone()
+                other[i], other[j] = False, True
+                changes[i, j] = (
+                    error(weight[r : r + 1], other[None], gram) - error(weight[r : r + 1], mask[r : r + 1], gram)
+                ).item()
+        if out:
+            assert changes[out[0], into[0]] < 0  # an improvement, though not always the best pair
+        if min(changes.values()) >= 0:
+            assert not out
+
+
+def test_uncorrelated_inputs_leave_wanda_alone():
+    weight, _ = problem()
+    gram = torch.diag(torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.1)
+    mask = start(weight, gram, "0.5")
+    assert torch.equal(swap(weight, mask, gram, 50), mask)
+
+
+def test_nothing_kept_or_nothing_pruned():
+    weight, gram = problem()
+    for mask in (torch.ones_like(weight, dtype=torch.bool), torch.zeros_like(weight, dtype=torch.bool)):
+        assert torch.equal(swap(weight, mask, gram, 5), mask)

@@ -1,0 +1,145 @@
+"""Patterns and masks against brute force and sorting by hand."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from recon.errors import ReconError
+from recon.kernels.patterns import Pattern, found_pattern, keep_mask, sparsity_of
+
+
+def random_scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def drop_smallest(scores: list[float], zeros: int) -> list[bool]:
+    """The reference: sort by (score, position) and drop the first ``zeros``."""
+    order = sorted(range(len(scores)), key=lambda position: (scores[position], position))
+    dropped = set(order[:zeros])
+    return [position not in dropped for position in range(len(scores))]
+
+
+@pytest.mark.parametrize(
+    "text, sparsity, n, m",
+    [
+        ("0.5", 0.5, None, None),
+        ("0", 0.0, None, None),
+        ("0.625", 0.625, None, None),
+        ("2:4", 0.5, 2, 4),
+        ("2:5", 0.6, 2, 5),
+    ],
+)
+def test_parse_and_back(text, sparsity, n, m):
+    pattern = Pattern.parse(text)
+    assert (pattern.sparsity, pattern.n, pattern.m) == (pytest.approx(sparsity), n, m)
+    assert Pattern.parse(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize(
+    "text", ["4:2", "4:4", "0:4", "0:0", "1.5", "1", "-0.1", "nan", "inf", "abc", "", "2:", "2:4:8", "-2:4", "2.0:4"]
+)
+def test_bad_patterns_are_refused(text):
+    with pytest.raises(ReconError, match="such as '2:4'") as error:
+        Pattern.parse(text)
+    assert str(error.value).startswith(f"pattern {text!r} is neither")
+
+
+@pytest.mark.parametrize("fields", [(1.0,), (0.5, 2), (0.5, None, 4), (0.5, 3, 4), (0.0, 4, 4)])
+def test_bad_fields_are_refused(fields):
+    with pytest.raises(ReconError, match="such as '2:4'"):
+        Pattern(*fields)
+
+
+def test_columns_must_divide_into_groups():
+    with pytest.raises(ReconError) as error:
+        Pattern.parse("2:5").check_columns("layers.3.mlp.up_proj", 576)
+    for part in ("layers.3.mlp.up_proj", "576", "2:5"):
+        assert part in str(error.value)
+    Pattern.parse("2:4").check_columns("layers.3.mlp.up_proj", 576)
+    Pattern.parse("0.3").check_columns("layers.3.mlp.up_proj", 577)
+
+
+@pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (1, 4), (3, 5), (4, 8)])
+def test_n_of_m_keeps_the_best_of_all_subsets(n, m):
+    scores = random_scores(5, 3 * m)
+    mask = keep_mask(scores, Pattern.parse(f"{n}:{m}"), "row")
+    for row, kept in zip(scores.tolist(), mask.tolist(), strict=True):
+        for start in range(0, len(row), m):
+            best = max(combinations(range(start, start + m), n), key=lambda subset: sum(row[j] for j in subset))
+            assert [j for j in range(start, start + m) if kept[j]] == list(best)
+
+
+@pytest.mark.parametrize("levels", [None, 3], ids=["distinct", "tied"])
+@pytest.mark.parametrize("sparsity", ["0", "0.01", "0.3", "0.5", "0.77", "0.99"])
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_unstructured_equals_sorting(scope, sparsity, levels):
+    scores = random_scores(7, 31)
+    if levels:
+        scores = (scores * levels).floor()
+    mask = keep_mask(scores, Pattern.parse(sparsity), scope)
+    groups = scores.tolist() if scope == "row" else [scores.flatten().tolist()]
+    expected = [drop_smallest(group, round(float(sparsity) * len(group))) for group in groups]
+    assert mask.flatten().tolist() == [kept for group in expected for kept in group]
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0, float("inf")])
+@pytest.mark.parametrize("text, scope", [("0.4", "row"), ("0.4", "matrix"), ("2:4", "row")])
+def test_equal_scores_keep_the_count_and_the_later_positions(text, scope, fill):
+    pattern = Pattern.parse(text)
+    mask = keep_mask(torch.full((6, 20), fill), pattern, scope)
+    size = {"row": 20, "matrix": 120}[scope] if pattern.m is None else pattern.m
+    zeros = pattern.zeros(size)
+    assert mask.reshape(-1, size).tolist() == [[False] * zeros + [True] * (size - zeros)] * (120 // size)
+
+
+def test_infinite_scores_are_kept_and_nan_refused():
+    scores = random_scores(4, 8)
+    scores[1, 3] = float("inf")
+    assert keep_mask(scores, Pattern.parse("0.9"), "matrix")[1, 3]
+    scores[2, 5] = float("nan")
+    with pytest.raises(ReconError, match="1 of 32 scores are NaN"):
+        keep_mask(scores, Pattern.parse("0.9"), "matrix")
+
+
+def test_scope_and_columns_of_scores_are_checked():
+    with pytest.raises(ReconError, match="'column' is unknown; choose one of row, matrix"):
+        keep_mask(random_scores(4, 8), Pattern.parse("0.5"), "column")
+    with pytest.raises(ReconError, match="10 input columns"):
+        keep_mask(random_scores(4, 10), Pattern.parse("2:4"), "row")
+
+
+def test_more_entries_than_quantile_can_take():
+    scores = random_scores(4097, 4096)  # torch.quantile stops at 2^24
+    mask = keep_mask(scores, Pattern.parse("0.5"), "matrix")
+    assert int(mask.sum()) == scores.numel() - round(0.5 * scores.numel())
+    assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_sparsity_of_weights_and_masks():
+    assert sparsity_of(torch.tensor([[0.0, 1.0], [-0.0, -2.0], [3.0, 4.0], [5.0, 6.0]])) == 0.25
+    assert sparsity_of(torch.tensor([[False, True], [False, True]])) == 0.5
+
+
+@pytest.mark.parametrize("text", ["1:2", "2:4", "1:4", "4:8", "5:8", "0.5", "0.7", "0.3333"])
+def test_the_pattern_of_masks_is_found(text):
+    pattern = Pattern.parse(text)
+    masks = [keep_mask(random_scores(30, 64, seed), pattern, "matrix") for seed in range(3)]
+    found = found_pattern([*masks, torch.ones(4, 5, dtype=torch.bool)])  # what is not pruned has no part in it
+    assert str(found) == text if pattern.m else abs(found.sparsity - pattern.sparsity) < 5e-4 and found.m is None
+    # One group that keeps more makes it unstructured; a few zeros more do not.
+    masks[1][0] = False
+    assert found_pattern(masks).m is None or pattern.m
+    masks[1][0] = True
+    assert found_pattern(masks).m is None
+
+
+def test_the_pattern_of_masks_that_drop_nothing_or_no_whole_groups():
+    assert found_pattern([torch.ones(3, 4, dtype=torch.bool)]) == Pattern(0.0)
+    odd = torch.tensor([[True, False, True, False, True, False]])  # 1:2, but no 2:4: six columns
+    assert str(found_pattern([odd])) == "1:2"
+    mixed = [
+        keep_mask(random_scores(8, 16, 0), Pattern.parse("2:4"), "row"),
+        keep_mask(random_scores(8, 16, 1), Pattern.parse("4:8"), "row"),
+    ]
+    assert str(found_pattern(mixed)) == "4:8"

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from fixtures.models import make_model
+from torch.nn.utils import parametrize
+
+from recon.errors import ReconError
+from recon.kernels import adapters
+from recon.kernels.adapters import ADAPTERS, ALPHA, LowRank
+from recon.methods.adapters import adapted
+from recon.model.decoder import Decoder
+from recon.runtime.seeds import generator
+
+
+def pruned(family: str):
+    decoder = Decoder(make_model(family))
+    masks = {}
+    random = torch.Generator().manual_seed(0)
+    for name, matrix in decoder.matrices().items():
+        masks[name] = torch.rand(matrix.weight.shape, generator=random) > 0.5
+        with torch.no_grad():
+            matrix.weight.mul_(masks[name])
+    return decoder, masks
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_nothing_changes_until_it_is_trained(family, kind, tokens):
+    decoder, masks = pruned(family)
+    parameters, batch = dict(decoder.model.named_parameters()), tokens(2, 9)
+    before = decoder.model(batch).logits
+    with adapted(decoder.matrices().values(), masks, kind, 4, generator(0, "test")) as trained:
+        torch.testing.assert_close(decoder.model(batch).logits, before)
+        assert all(parameter.is_leaf and parameter.requires_grad for parameter in trained.values())
+    assert torch.equal(decoder.model(batch).logits, before)
+    after = dict(decoder.model.named_parameters())
+    assert after.keys() == parameters.keys() and all(after[name] is parameters[name] for name in parameters)
+    assert not any(parametrize.is_parametrized(module) for module in decoder.model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_merging_gives_the_formula_and_loses_no_zero(family, kind):
+    decoder, masks = pruned(family)
+    matrices = decoder.matrices()
+    before = {name: matrix.weight.detach().clone() for name, matrix in matrices.items()}
+    with adapted(matrices.values(), masks, kind, 4, generator(0, "test")) as trained:
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+        low_rank = {name: (trained[f"{name}.b"].detach() @ trained[f"{name}.a"].detach()).clone() for name in matrices}
+    for name, matrix in matrices.items():
+        product = ALPHA * matrix.oriented(low_rank[name])
+        grown = before[name] * (1 + product) if kind == "scalelora" else before[name] + product
+        torch.testing.assert_close(matrix.weight, grown * masks[name])
+        assert not matrix.weight[~masks[name]].any() and not torch.equal(matrix.weight, before[name])
+
+
+@pytest.mark.parametrize("elements", [1, 40, 2**18])  # one row at a time, several, all
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_gradients_are_those_of_the_formula(monkeypatch, kind, elements):
+    monkeypatch.setitem(adapters.ELEMENTS, "cpu", elements)
+    random = torch.Generator().manual_seed(0)
+    weight, above = (torch.randn(7, 11, generator=random) for _ in range(2))
+    mask = torch.rand(7, 11, generator=random) > 0.5
+    adapter = LowRank(weight, mask, kind, 3, random)
+    with torch.no_grad():
+        adapter.b.normal_(generator=random)
+    a, b = (parameter.detach().clone().requires_grad_() for parameter in (adapter.a, adapter.b))
+    factor = {"lora": 1.0, "masklora": mask, "scalelora": weight}[kind]
+    expected = weight + ALPHA * factor * (b @ a)
+    torch.testing.assert_close(adapter(weight), expected)
+    (adapter(weight) * above).sum().backward()
+    (expected * above).sum().backward()
+    torch.testing.assert_close(adapter.a.grad, a.grad)
+    torch.testing.assert_close(adapter.b.grad, b.grad)
+
+
+def test_under_autocast_the_merged_weight_is_rounded_once():
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 11, generator=random)
+    adapter = LowRank(weight, torch.ones(7, 11, dtype=torch.bool), "masklora", 3, random)
+    with torch.no_grad():
+        adapter.b.normal_(generator=random)
+    exact = adapter(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapter(weight), exact.bfloat16())
+
+
+def test_an_error_inside_leaves_plain_modules():
+    decoder, masks = pruned("llama")
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        adapted(decoder.matrices().values(), masks, "masklora", 2, generator(0, "t")),
+    ):
+        raise RuntimeError("inside")
+    assert not any(parametrize.is_parametrized(module) for module in decoder.model.modules())
+
+
+@pytest.mark.parametrize(("kind", "rank", "words"), [("dora", 4, "'dora'; allowed: lora, masklora"), ("lora", 0, "rank is 0")])
+def test_unknown_adapters_are_refused_by_name(kind, rank, words):
+    decoder, masks = pruned("llama")
+    with pytest.raises(ReconError, match=words), adapted(decoder.matrices().values(), masks, kind, rank, generator(0, "t")):
+        pass

@@ -1,0 +1,276 @@
+"""A pruned model from elsewhere: its zeros are the mask, its weights the start, and what does not fit is refused by name."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.models import make_model
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import recon
+from recon.cli import main
+from recon.data import models
+from recon.errors import ReconError
+from recon.kernels.losses import relative_error
+from recon.methods import external_mask as given
+from recon.methods.prune import Pruning
+from recon.model.decoder import Decoder
+from recon.runtime.execution import Engine
+
+UP = "model.layers.2.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_folder, tiny_text) -> recon.RunSpec:
+    return recon.RunSpec(
+        model=tiny_folder, text=tiny_text, samples=4, sequence_length=16, held_out_samples=2, granularity="half-block",
+        evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=16, compute_dtype="float32",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pruned_here(spec):
+    """The tiny model pruned by SparseGPT, which also updates what survives: the spec of that, and the session with the model."""
+    only, session = replace(spec, criterion="sparsegpt", pattern="2:4", granularity="none"), recon.Session()
+    recon.run(only, session, progress=False)
+    return only, session
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(pruned_here, tmp_path_factory) -> str:
+    """That model as a checkpoint of several shards."""
+    folder = tmp_path_factory.mktemp("pruned")
+    pruned_here[1].model.save_pretrained(folder, max_shard_size="60KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    return str(folder)
+
+
+@pytest.fixture
+def spoilt(pruned_here, tmp_path):
+    """Factory of checkpoints of the pruned model, in one file, with some tensors replaced (None: left out)."""
+
+    def make(**changes) -> str:
+        folder = tmp_path / "spoilt"
+        pruned_here[1].model.save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors") | changes
+        kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        return str(folder)
+
+    return make
+
+
+def take(folder: str, dense) -> tuple[Decoder, Pruning]:
+    """A copy of the dense model (or of its decoder's) that was given the checkpoint in `folder`."""
+    decoder = dense if isinstance(dense, Decoder) else Decoder(dense)
+    student = Decoder(copy.deepcopy(decoder.model), like=decoder)
+    return student, given.given(student, models.load_pruned(folder, decoder.model))
+
+
+# ---- the mask, and the run from it
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"granularity": "matrix", "solver": "exact", "propagation": "mixed"},
+        {"granularity": "2-blocks", "propagation": "sparse", "learning_rate": 3e-4},
+        {"granularity": "model", "then": "masklora"},
+        {"granularity": "none", "then": "full"},
+    ],
+    ids=str,
+)
+def test_a_run_from_a_given_mask_is_that_of_the_criterion_that_made_it(spec, pruned_here, pruned_folder, changes):
+    made = recon.run(replace(pruned_here[0], **{"granularity": "half-block"} | changes), progress=False)
+    found = recon.run(replace(spec, pruned=pruned_folder, **changes), progress=False)
+    assert found.metrics["pattern"] == "2:4" and found.metrics["sparsity"] == 0.5
+    for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "sparsity_by_matrix", "drift"):
+        assert found.metrics[name] == made.metrics[name], name
+    assert [w["losses"] for w in found.windows] == [w["losses"] for w in made.windows]
+    assert found.spec["criterion"] == found.spec["pattern"] == "given" and found.tokens["prune"] == 0
+    assert found.metrics["perplexity"] != found.metrics["pruned_perplexity"]
+
+
+def test_runs_that_share_a_given_mask_read_it_once(spec, pruned_folder):
+    session = recon.Session()
+    recon.run(replace(spec, pruned=pruned_folder, granularity="none"), session, progress=False)
+    own = recon.run(replace(spec, pruned=pruned_folder, seed=1), session, progress=False)
+    assert {"given", "pruned"} <= set(own.shared)
+    assert own.metrics == recon.run(replace(spec, pruned=pruned_folder, seed=1), progress=False).metrics
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral"])
+def test_masks_are_found_however_matrices_are_stored(family, tmp_path):
+    dense = make_model(family)
+    pruned = copy.deepcopy(dense)
+    wanted = recon.prune(pruned, criterion="magnitude", pattern="0.4", progress=False)
+    pruned.save_pretrained(tmp_path)
+    student, found = take(str(tmp_path), dense)
+    assert found.masks.keys() == wanted.masks.keys() and not found.rest
+    assert all(torch.equal(found.masks[name], mask) for name, mask in wanted.masks.items())
+    assert all(torch.equal(found, kept) for found, kept in zip(student.model.parameters(), pruned.parameters(), strict=True))
+
+
+def test_half_precision_is_taken_as_it_is(pruned_here, tmp_path):
+    model = copy.deepcopy(pruned_here[1].model).bfloat16()
+    model.save_pretrained(tmp_path)
+    student, found = take(str(tmp_path), pruned_here[1].dense)
+    assert all(p.dtype == torch.float32 for p in student.model.parameters())
+    assert all(
+        torch.equal(ours, theirs.float()) for ours, theirs in zip(student.model.parameters(), model.parameters(), strict=True)
+    )
+    assert found.total_sparsity == 0.5
+
+
+def test_everything_else_comes_from_the_given_model_too(spec, pruned_here, spoilt):
+    """Norms and embeddings that changed since; a window then reads what the given model's embedding gives."""
+    state, dense = pruned_here[1].model.state_dict(), pruned_here[1].dense
+    changes = {"model.norm.weight": state["model.norm.weight"] * 2, EMBEDDING: state[EMBEDDING] + 0.1}
+    folder, session = spoilt(**changes), recon.Session()
+    run = replace(spec, pruned=folder, granularity="block", propagation="mixed")
+    for _ in range(2):  # the second starts from what the session kept
+        record = recon.run(replace(run, granularity="none"), session, progress=False)
+        found = session.model.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in (state | changes).items() if name != "lm_head.weight")
+    record = recon.run(run, session, progress=False)
+    tokens = recon.sample_tokens(spec.text, "validation", session.tokenizer, 2, 16)
+    student, _ = take(folder, dense)
+    window = dense.windows("block")[0]
+    with Engine("cpu", "float32"), torch.no_grad():
+        output = student.forward(window, student.embed(tokens))
+        target = dense.forward(window, dense.embed(tokens))
+    assert_close(record.windows[0]["error_before"]["held_out"], relative_error(output, target))
+
+
+# ---- what does not fit
+
+
+@pytest.mark.parametrize(
+    "name, make, said",
+    [
+        (UP, lambda w: w[:5].contiguous(), rf"weight '{UP}' is \(5, 32\), not \(64, 32\)"),
+        (UP, lambda w: None, f"it lacks '{UP}'"),
+        ("model.layers.9.mlp.up_proj.weight", lambda w: torch.ones(3), r"it has 'model.layers.9.mlp.up_proj.weight', which the dense"),
+        (UP, lambda w: w.to(torch.int8), rf"'{UP}' is stored as I8; allowed: .* Weights must be floating-point"),
+        (UP, lambda w: w.to(torch.float8_e4m3fn), rf"'{UP}' is stored as F8_E4M3; allowed"),
+        (UP, lambda w: w.fill_(torch.nan), f"'{UP}' holds 2048 NaN or infinite values of 2048"),
+        ("model.norm.weight", lambda w: w * torch.inf, "'model.norm.weight' holds 32 NaN or infinite values of 32"),
+        ("lm_head.weight", lambda w: torch.ones(400, 32), f"'lm_head.weight' differs from '{EMBEDDING}'"),
+    ],
+    ids=["shape", "missing", "surplus", "integers", "eighth precision", "NaN", "infinite norm", "tied"],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_path, monkeypatch, name, make, said, stream):
+    state = pruned_here[1].model.state_dict()
+    made = make(state[name].clone()) if name in state and name != "lm_head.weight" else make(None)
+    folder = spoilt(**{name: made})
+    monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
+    with pytest.raises(ReconError, match=f"pruned model: .*{said}"):
+        recon.run(replace(spec, pruned=folder), save=tmp_path / "saved", progress=False, stream=stream)
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
+
+
+def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, tiny_folder, pruned_here, spoilt):
+    with pytest.raises(ReconError, match="pruned model: 0.00% of its matrices is zero; a mask is read from zeros"):
+        recon.run(replace(spec, pruned=tiny_folder), progress=False)
+    names = {matrix.parameter_name for matrix in pruned_here[1].dense.matrices().values()}
+    state = pruned_here[1].model.state_dict()
+    with pytest.raises(ReconError, match="all of its matrices are zero"):
+        recon.run(replace(spec, pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})), progress=False)
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_a_model_of_another_type_is_refused(spec, tmp_path, stream):
+    make_model("qwen2").save_pretrained(tmp_path)
+    with pytest.raises(ReconError, match=f"pruned model '{tmp_path}' is of type 'qwen2', and the dense one of type 'llama'"):
+        recon.run(replace(spec, pruned=str(tmp_path)), progress=False, stream=stream)
+
+
+@pytest.mark.parametrize(
+    "family, changes, said",
+    [
+        (
+            "llama",
+            {"intermediate_size": 48},
+            r"'model.layers.0.mlp.gate_proj.weight' is \(48, 32\) in the pruned model, and \(64, 32\)",
+        ),
+        (
+            "gpt2",
+            {},
+            "the pruned model, a GPT2LMHeadModel, lacks 'model.embed_tokens.weight' of the dense one, a LlamaForCausalLM",
+        ),
+    ],
+)
+def test_models_in_memory_must_be_alike(tokens, family, changes, said):
+    with pytest.raises(ReconError, match=said):
+        recon.reconstruct(make_model(family, **changes), make_model("llama"), tokens(2, 8), progress=False)
+
+
+def test_zeros_where_they_do_no_good_are_said(pruned_here, spoilt, caplog):
+    state = pruned_here[1].model.state_dict()
+    embedding = state[EMBEDDING].clone()
+    embedding[:100] = 0
+    _, found = take(spoilt(**{UP: torch.zeros_like(state[UP]), EMBEDDING: embedding}), pruned_here[1].dense)
+    assert f"all of matrix '{UP.removesuffix('.weight')}' is zero (1 such)" in caplog.text
+    assert f"of '{EMBEDDING}', outside of the blocks' matrices, is zero: nothing keeps it so" in caplog.text
+    assert found.sparsity[UP.removesuffix(".weight")] == 1
+
+
+# ---- the spec
+
+
+@pytest.mark.parametrize(
+    "options", [{"criterion": "magnitude"}, {"pattern": "2:4"}, {"swaps": 3}, {"prune_samples": 8}, {"scope": "row"}]
+)
+def test_what_would_decide_about_the_mask_is_refused(options):
+    [(name, value)] = options.items()
+    with pytest.raises(ReconError, match=f"{name} is '?{value}'?, but the mask is read from the pruned model 'B'; leave it out"):
+        recon.RunSpec(pruned="B", **options)
+    with pytest.raises(ReconError, match="given"):
+        recon.RunSpec(criterion="given")
+
+
+def test_the_key_depends_on_the_given_weights(spec, pruned_folder, tmp_path):
+    copied = Path(shutil.copytree(pruned_folder, tmp_path / "copy"))
+    run = replace(spec, pruned=str(copied))
+    before, file = run.key(), sorted(copied.glob("*.safetensors"))[0]
+    assert replace(run, seed=run.seed).key() == before != spec.key()
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    save_file(weights | {name: weights[name] + 1}, file, metadata={"format": "pt"})
+    assert run.key() != before
+
+
+# ---- the command line
+
+
+def test_reconstruct_repairs_and_saves_a_given_model(spec, tiny_folder, tiny_text, pruned_here, pruned_folder, tmp_path, capsys):
+    words = [
+        "reconstruct", "--dense", tiny_folder, "--pruned", pruned_folder, "--text", tiny_text, "--samples", "4", "--sequence-length", "16",
+        "--evaluation-texts", tiny_text, "--evaluation-samples", "2", "--evaluation-length", "16", "--held-out-samples", "2",
+        "--compute-dtype", "float32", "--record", str(tmp_path / "r.json"), "--save", str(tmp_path / "saved"),
+    ]  # fmt: skip
+    main(words)
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["metrics"]["perplexity"] == recon.run(replace(spec, pruned=pruned_folder), progress=False).metrics["perplexity"]
+    assert "sparsity 0.5000 (given: 2:4)" in capsys.readouterr().out
+    repaired, before = Decoder(models.load(str(tmp_path / "saved"))[0]), Decoder(pruned_here[1].model, like=pruned_here[1].dense)
+    for name, matrix in before.matrices().items():
+        assert torch.equal(repaired.matrices()[name].weight == 0, matrix.weight == 0)
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert f"pruned 2:4 with the mask of {pruned_folder}" in card and f"base_model: {tiny_folder}" in card
+    for missing, said in (
+        (["--dense", "A"], "--pruned"),
+        (["--pruned", "B"], "--dense"),
+        ([*words[1:], "--criterion", "ria"], "criterion"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["reconstruct", *missing])
+        assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -1,0 +1,473 @@
+"""Whole heads and neurons: all or nothing in the masks, gone from the function, and chosen as slow references choose."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import recon
+from recon.errors import ReconError
+from recon.experiment import checkpoint
+from recon.kernels.criteria import CRITERIA, Structured, wanda
+from recon.kernels.criteria.structured import flap, keep_globally, wanda_sp
+from recon.kernels.gradient_descent import Schedule
+from recon.kernels.moments import add_moments
+from recon.methods import prune as pruning
+from recon.methods.prune import prune
+from recon.methods.reconstruct import reconstruct
+from recon.methods.statistics import gather
+from recon.methods.structured import find_units
+from recon.model.decoder import Decoder
+from recon.model.discovery import distance
+from recon.runtime.execution import Engine
+
+STRUCTURED = [name for name, rule in CRITERIA.items() if isinstance(rule, Structured)]
+# family -> changes, units of attention, rows of each unit in the parts that each matrix that makes them is fused of, reader
+ATTENTION = {
+    "llama": ({}, 2, {"q_proj": [16], "k_proj": [8], "v_proj": [8]}, "o_proj"),
+    "qwen3": ({}, 2, {"q_proj": [16], "k_proj": [8], "v_proj": [8]}, "o_proj"),
+    "gpt2": ({}, 4, {"c_attn": [8, 8, 8]}, "attn.c_proj"),
+    "opt": ({}, 4, {"q_proj": [8], "k_proj": [8], "v_proj": [8]}, "out_proj"),
+    "phi3": ({}, 2, {"qkv_proj": [16, 8, 8]}, "o_proj"),
+    "gpt_neox": ({"num_key_value_heads": None}, 4, {"query_key_value": [24]}, "attention.dense"),
+    "phi": ({}, 2, {"q_proj": [16], "k_proj": [8], "v_proj": [8]}, "self_attn.dense"),
+    "falcon": ({}, 2, {}, "dense"),  # one key/value head, fused with the queries of all: its rows stay
+    "olmo2": ({}, 2, {"v_proj": [8]}, "o_proj"),  # a norm over all heads reads the rows of q and k
+}
+MLP = {  # family -> how many parts each matrix that makes neurons is fused of, reader
+    "llama": ({"gate_proj": 1, "up_proj": 1}, "down_proj"),
+    "gpt2": ({"c_fc": 1}, "mlp.c_proj"),
+    "opt": ({"fc1": 1}, "fc2"),
+    "phi3": ({"gate_up_proj": 2}, "down_proj"),
+    "gpt_neox": ({"dense_h_to_4h": 1}, "dense_4h_to_h"),
+    "phi": ({"fc1": 1}, "fc2"),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tiny):
+    """A decoder whose model no test changes: grouped queries, three blocks."""
+    return Decoder(tiny("llama"))
+
+
+@pytest.fixture
+def fresh(dense):
+    """Factory of copies of `dense`."""
+    return lambda: Decoder(copy.deepcopy(dense.model), like=dense)
+
+
+def pruned(decoder, tokens, criterion, pattern="0.3", **options):
+    return prune(decoder, tokens(8, 20), criterion, pattern, compute_dtype="float32", progress=False, **options)
+
+
+def of_block(masks, index, suffix):
+    """The mask of the matrix of block `index` whose name ends in `suffix`."""
+    (name,) = [name for name in masks if f".{index}." in name and name.endswith(suffix)]
+    return masks[name]
+
+
+def lines(mask, dim):
+    """Which lines of `mask` along `dim` are kept; each must be all or nothing."""
+    assert torch.equal(mask.any(dim), mask.all(dim))
+    return mask.any(dim)
+
+
+def parts(kept, sizes):
+    """The units that each of the fused parts of a matrix keeps, by rows: parts of sizes[i] rows for each unit."""
+    units = len(kept) // sum(sizes)
+    return [part.view(units, -1) for part in kept.split([size * units for size in sizes])]
+
+
+@torch.no_grad()
+def inputs_of(model, names, samples):
+    """What the matrices `names` read in `model`, (tokens, in) in float64."""
+    seen = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen[name].append(args[0].reshape(-1, args[0].shape[-1]).double())
+        )
+        for name in names
+    ]
+    for sample in samples:
+        model(input_ids=sample[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(x) for name, x in seen.items()}
+
+
+# ---- masks and function
+
+
+@pytest.mark.parametrize("criterion", STRUCTURED)
+@pytest.mark.parametrize("family", ATTENTION)
+def test_key_value_groups_go_with_all_their_heads_or_stay(tiny, tokens, family, criterion):
+    changes, units, makers, reader = ATTENTION[family]
+    decoder = Decoder(tiny(family, **changes))
+    assert [half.count for half in find_units(decoder)][::2] == [units] * 3
+    masks = pruned(decoder, tokens, criterion, "0.5").masks
+    gone = 0
+    for index in range(3):
+        kept = lines(of_block(masks, index, reader), 0).view(units, -1)
+        assert torch.equal(kept.any(1), kept.all(1))
+        gone += int((~kept.any(1)).sum())
+        attention = [h.window for h in find_units(decoder) if h.window.blocks[0] == index and h.window.half == "attention"][0]
+        for name in [*decoder.matrices(attention)][:-1]:
+            rows = lines(masks[name], 1)
+            sizes = makers.get(name.rpartition(".")[2])
+            if sizes is None:
+                assert rows.all()
+                continue
+            for part in parts(rows, sizes):
+                assert torch.equal(part, kept.any(1, keepdim=True).expand_as(part))
+    assert 0 < gone < 3 * units
+
+
+@pytest.mark.parametrize("criterion", STRUCTURED)
+@pytest.mark.parametrize("family", MLP)
+def test_neurons_go_from_all_their_matrices(tiny, tokens, family, criterion):
+    makers, reader = MLP[family]
+    masks = pruned(Decoder(tiny(family)), tokens, criterion).masks
+    for index in range(3):
+        kept = lines(of_block(masks, index, reader), 0)
+        assert 0 < kept.sum() < len(kept)
+        for name, fused in makers.items():
+            assert torch.equal(lines(of_block(masks, index, name), 1), kept.repeat(fused))
+
+
+@pytest.mark.parametrize("criterion, compensate", [("wanda-sp", None), ("flap", False), ("flap", True)])
+@pytest.mark.parametrize("family", [*ATTENTION, "cohere", "gemma3", "glm4", "gptj", "starcoder2"])
+@torch.no_grad()
+def test_the_model_is_the_dense_one_with_units_silenced(tiny, tokens, family, criterion, compensate):
+    decoder = Decoder(tiny(family))
+    model, batch = copy.deepcopy(decoder.model), tokens(8, 20)
+    options = {} if compensate is None else {"compensate": compensate}
+    masks = pruned(decoder, tokens, criterion, **options).masks
+    readers = [half.reader.name for half in find_units(Decoder(model))]
+    means = {name: x.mean(0).float() for name, x in inputs_of(model, readers, batch).items()}
+    before = model(input_ids=batch, use_cache=False).logits
+    for name in readers:
+
+        def silence(module, args, kept=lines(masks[name], 0), mean=means[name]):
+            return torch.where(kept, args[0], mean if compensate else torch.zeros_like(mean))
+
+        model.get_submodule(name).register_forward_pre_hook(silence)
+    expected = model(input_ids=batch, use_cache=False).logits
+    assert distance(decoder.model(input_ids=batch, use_cache=False).logits, expected) < 1e-5
+    assert distance(expected, before) > 1e-2  # which is what makes this a test
+
+
+@pytest.mark.parametrize("criterion", STRUCTURED)
+def test_dropped_weights_are_zero_and_the_rest_is_untouched(fresh, dense, tokens, criterion):
+    decoder = fresh()
+    result = pruned(decoder, tokens, criterion)
+    assert set(result.masks) == set(decoder.matrices()) == set(result.sparsity)
+    before = dict(dense.model.named_parameters())
+    for name, parameter in decoder.model.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        if kind == "bias":
+            assert criterion == "flap" and torch.equal(parameter, result.biases[owner])
+        elif owner in result.masks:
+            assert result.masks[owner].dtype == torch.bool
+            assert torch.equal(parameter, before[name] * result.masks[owner]) and not parameter[parameter == 0].signbit().any()
+        else:
+            assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("pattern", ["0", "0.1", "0.2", "0.37", "0.5", "0.8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_sparsity_is_as_close_as_whole_units_allow(tiny, tokens, family, pattern):
+    neuron = {"llama": 3, "gpt2": 2, "opt": 2, "gpt_neox": 2}[family] * 32  # weights
+    for criterion, off in [("flap", neuron / 2), ("wanda-sp", 3 * neuron / 2)]:  # the same number in each of three blocks
+        result = pruned(Decoder(tiny(family, **ATTENTION[family][0])), tokens, criterion, pattern)
+        total = sum(mask.numel() for mask in result.masks.values())
+        assert abs(result.total_sparsity - float(pattern)) <= off / total + 1e-9
+
+
+def test_wanda_sp_removes_the_same_number_everywhere_and_flap_does_not(fresh, tokens):
+    rates = {}
+    for criterion in STRUCTURED:
+        found = pruned(fresh(), tokens, criterion, "0.4").sparsity
+        rates[criterion] = {suffix: {v for n, v in found.items() if n.endswith(suffix)} for suffix in ("o_proj", "down_proj")}
+    assert all(len(values) == 1 for values in rates["wanda-sp"].values())
+    assert len(rates["flap"]["down_proj"]) > 1
+
+
+def test_wanda_sp_leaves_something_of_every_half(tiny, tokens):
+    decoder = Decoder(tiny("llama", num_key_value_heads=1))
+    masks = pruned(decoder, tokens, "wanda-sp", "0.98").masks
+    assert all(mask.any() for mask in masks.values())
+
+
+# ---- what is chosen
+
+
+@pytest.mark.parametrize("propagation", ["sparse", "dense"])
+def test_wanda_sp_drops_the_lowest_scores_of_what_it_reads(fresh, dense, tokens, propagation):
+    decoder = fresh()
+    masks = pruned(decoder, tokens, "wanda-sp", propagation=propagation).masks
+    partly = copy.deepcopy(dense.model)
+    if propagation == "sparse":
+        partly.model.layers[0].load_state_dict(decoder.model.model.layers[0].state_dict())
+        partly.model.layers[1].load_state_dict(decoder.model.model.layers[1].state_dict())
+    name = "model.layers.2.mlp.down_proj"
+    norm = inputs_of(partly, [name], tokens(8, 20))[name].square().sum(0).sqrt()
+    scores = (dense.matrices()[name].weight.abs() * norm).sum(0)
+    kept = lines(masks[name], 0)
+    assert scores[~kept].max() < scores[kept].min()
+
+
+@pytest.mark.parametrize("propagation", ["sparse", "dense"])
+def test_flap_compares_over_the_whole_dense_model(fresh, dense, tokens, propagation):
+    masks = pruned(fresh(), tokens, "flap", "0.5", propagation=propagation).masks
+    readers = {kind: [name for name in masks if name.endswith(kind)] for kind in ("o_proj", "down_proj")}
+    inputs = inputs_of(dense.model, sum(readers.values(), []), tokens(8, 20))
+    scores, kept = {}, {}
+    for kind, names in readers.items():
+        scores[kind], kept[kind] = [], []
+        for name in names:
+            one = inputs[name].var(0) * dense.matrices()[name].weight.double().square().sum(0)
+            one = (one - one.mean()) / one.std()
+            units = 2 if kind == "o_proj" else 64
+            scores[kind].append(one.view(units, -1).mean(1))
+            kept[kind].append(lines(masks[name], 0).view(units, -1)[:, 0])
+        scores[kind], kept[kind] = torch.cat(scores[kind]), torch.cat(kept[kind])
+        assert scores[kind][~kept[kind]].max() < scores[kind][kept[kind]].min()  # over all blocks
+    # Heads and neurons are weighed against one another too, but for the last few that fill up the target.
+    highest = scores["down_proj"][~kept["down_proj"]].max()
+    assert (scores["o_proj"][kept["o_proj"]] > highest).sum() >= kept["o_proj"].sum() - 1
+    assert scores["o_proj"][~kept["o_proj"]].max() < scores["down_proj"][kept["down_proj"]].min()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_units_go_in_order_until_the_target_is_met(seed):
+    draw = torch.Generator().manual_seed(seed)
+    scores = [torch.rand(n, generator=draw) for n in (3, 40, 3, 40)]
+    weights, target = [100, 7, 100, 7], 300
+    kept = keep_globally(scores, weights, target)
+    removed = sum(int((~k).sum()) * w for k, w in zip(kept, weights, strict=True))
+    assert abs(removed - target) <= 3.5
+    for size in (100, 7):
+        of_size = [i for i, w in enumerate(weights) if w == size]
+        all_scores, all_kept = torch.cat([scores[i] for i in of_size]), torch.cat([kept[i] for i in of_size])
+        assert all_kept.all() or all_scores[~all_kept].max() < all_scores[all_kept].min()
+    assert all(k.all() for k in keep_globally(scores, weights, 0))
+
+
+def test_scores_follow_their_formulas():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 12, generator=draw, dtype=torch.float64)
+    x = torch.randn(200, 12, generator=draw, dtype=torch.float64) * torch.rand(12, generator=draw, dtype=torch.float64) + 3
+    norm = x.square().mean(0).sqrt()
+    assert_close(wanda_sp(weight, norm), wanda.score(weight, norm, None).sum(0))
+    fluctuation = torch.stack([sum((t[j] - x[:, j].mean()) ** 2 for t in x) * weight[:, j].norm() ** 2 for j in range(12)])
+    standard = (fluctuation - fluctuation.mean()) / fluctuation.std(correction=0)
+    assert_close(flap(weight, torch.stack([x.mean(0), x.var(0)])), standard)
+    assert flap(weight, torch.zeros(2, 12, dtype=torch.float64)).eq(0).all()  # inputs that never change
+
+
+# ---- means, variances, and the bias that makes up for means
+
+
+def test_a_large_mean_costs_no_digits_of_the_variance():
+    draw = torch.Generator().manual_seed(0)
+    batches = [1000 + 0.1 * i + 0.1 * torch.randn(n, 6, generator=draw) for i, n in enumerate((64, 1, 30, 64))]
+    total, seen = torch.zeros(2, 6), 0
+    for x in batches:
+        add_moments(total, seen, x)
+        seen += len(x)
+    x = torch.cat(batches).double()
+    assert_close(total.double(), torch.stack([x.mean(0), x.var(0, correction=0)]), rtol=1e-3, atol=1e-4)
+    naive = torch.cat(batches).square().mean(0) - torch.cat(batches).mean(0).square()
+    assert ((naive.double() - x.var(0, correction=0)) / x.var(0, correction=0)).abs().max() > 1e-1  # what this guards against
+
+
+def test_moments_are_those_of_a_slow_loop(dense, tokens):
+    batch, engine = tokens(70, 20), Engine("cpu", "float32")  # more than one batch
+    stream = engine.run(dense.embed, batch)
+    _, found = gather(engine, dense, dense.windows("block")[0], stream, "moments")
+    for name, x in inputs_of(dense.model, list(found), batch).items():
+        assert_close(found[name].double(), torch.stack([x.mean(0), x.var(0, correction=0)]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@torch.no_grad()
+def test_compensation_leaves_no_mean_error_on_calibration_data(tiny, tokens, family):
+    plain = Decoder(tiny(family))
+    inputs = inputs_of(plain.model, [half.reader.name for half in find_units(plain)], tokens(8, 20))
+    errors = {}
+    for compensate in (False, True):
+        decoder = Decoder(copy.deepcopy(plain.model), like=plain)
+        result = pruned(decoder, tokens, "flap", compensate=compensate)
+        assert bool(result.biases) == compensate
+        for name, x in inputs.items():
+            x = x.float()
+            difference = decoder.model.get_submodule(name)(x) - plain.model.get_submodule(name)(x)
+            if result.masks[name].all():
+                assert not difference.any()
+            else:
+                errors.setdefault(name, []).append((difference.mean(0).norm().item(), difference.square().mean().item()))
+    assert errors
+    for (mean, square), (mean_with, square_with) in errors.values():
+        assert mean_with < 1e-4 * mean and square_with < square
+
+
+def test_a_bias_is_part_of_its_half_and_survives_a_copy(fresh, dense, tokens):
+    decoder = fresh()
+    result = pruned(decoder, tokens, "flap", "0.5")
+    again = Decoder(copy.deepcopy(decoder.model), like=dense)
+    for window in again.windows("half-block"):
+        *_, name = again.matrices(window)
+        trained = again.trained(window, "matrices")
+        assert (f"{name}.bias" in trained) == (name in result.biases)
+    assert not any(name.endswith("bias") for name, _ in dense.model.named_parameters())
+    apart = Decoder(copy.deepcopy(dense.model), like=dense)
+    pruning.apply(apart, result)
+    for name, parameter in decoder.model.named_parameters():
+        assert torch.equal(apart.model.get_parameter(name), parameter)
+    with torch.no_grad():
+        apart.model.get_submodule(name := next(iter(result.biases))).bias.add_(1)
+    assert torch.equal(decoder.model.get_submodule(name).bias, result.biases[name])  # no tensor is shared
+
+
+@pytest.mark.parametrize("granularity, train", [("half-block", "matrices"), ("block", "all"), ("matrix", "matrices")])
+@pytest.mark.parametrize("criterion", STRUCTURED)
+def test_repair_keeps_units_gone_and_trains_the_new_biases(fresh, dense, tokens, criterion, granularity, train):
+    student, samples = fresh(), tokens(16, 20, seed=1)
+    result = pruned(student, tokens, criterion)
+    reports = reconstruct(
+        student, dense, samples, result.masks, granularity, "dense", train=train, schedule=Schedule(3e-3, epochs=2),
+        compute_dtype="float32", progress=False,
+    )  # fmt: skip
+    before, after = (sum(r[kind]["calibration"] for r in map(vars, reports)) for kind in ("error_before", "error_after"))
+    assert after < before
+    for name, matrix in student.matrices().items():
+        assert not matrix.weight[~result.masks[name]].any()
+    for name, bias in result.biases.items():
+        assert not torch.equal(student.model.get_submodule(name).bias, bias)
+
+
+@pytest.mark.parametrize("granularity, solver, start", [("matrix", "exact", "pruned"), ("half-block", "adamw", "exact")])
+@pytest.mark.parametrize("propagation", ["dense", "sparse"])
+def test_exact_solutions_do_not_add_to_the_compensation(fresh, dense, tokens, granularity, solver, start, propagation):
+    """They fit weights alone, to the dense matrices, so they start over from the dense biases: here from none."""
+    students, reports = [], []
+    for compensate in (True, False):
+        student = fresh()
+        result = pruned(student, tokens, "flap", compensate=compensate)
+        reports += reconstruct(
+            student, dense, tokens(16, 20, seed=1), result.masks, granularity, propagation, solver, start,
+            schedule=Schedule(1e-30), compute_dtype="float32", progress=False,
+        )  # fmt: skip
+        students.append(student)
+    for name, matrix in students[0].matrices().items():
+        assert_close(matrix.weight, students[1].matrices()[name].weight)
+        assert matrix.module.bias is None or matrix.module.bias.abs().max() < 1e-6
+    assert all(r.error_after["calibration"] <= r.error_before["calibration"] * 1.001 for r in reports[len(reports) // 2 :])
+
+
+# ---- runs and checkpoints
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_folder, tiny_text):
+    return recon.RunSpec(
+        model=str(tiny_folder), text=str(tiny_text), criterion="flap", pattern="0.3", samples=6, sequence_length=32,
+        held_out_samples=2, evaluation_texts=(str(tiny_text),), evaluation_samples=3, evaluation_length=64,
+    )  # fmt: skip
+
+
+def test_runs_share_the_biases_with_the_pruned_state(spec):
+    session = recon.Session()
+    first = recon.run(spec, session, progress=False)
+    alone = recon.run(replace(spec, granularity="none"), session, progress=False)
+    assert "pruned" in alone.shared
+    assert first.metrics["sparsity"] == alone.metrics["sparsity"] == pytest.approx(0.3, abs=0.01)
+    assert first.metrics["pruned_perplexity"] == alone.metrics["perplexity"]
+    assert alone.metrics["perplexity"] == recon.run(replace(spec, granularity="none"), progress=False).metrics["perplexity"]
+    texts = recon.sample_tokens(spec.text, "evaluation", session.tokenizer, 3, 64)
+    assert recon.perplexity(session.model, texts, progress=False).value == alone.metrics["perplexity"]
+    with_biases = dict(session.model.named_parameters())
+    assert any(name.endswith("proj.bias") for name in with_biases)
+
+
+def test_a_bias_without_a_place_is_refused_before_anything_is_written(spec, fresh, tokens, tmp_path, monkeypatch):
+    decoder = fresh()
+    pruned(decoder, tokens, "flap")
+    with pytest.raises(ReconError, match=r"LlamaForCausalLM as configured has no place for 'model.*proj.bias'.*compensate=False"):
+        checkpoint.write(decoder.model, None, tmp_path / "model", None, "")
+    monkeypatch.setattr(
+        "recon.evaluate.perplexity.perplexity", lambda *args, **kwargs: pytest.fail("measured before it was refused")
+    )
+    with pytest.raises(ReconError, match="no place for 'model.layers.0.self_attn.o_proj.bias', one of 8 biases"):
+        recon.run(spec, save=tmp_path / "model", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "family, criterion, compensate", [("gpt2", "flap", True), ("opt", "flap", True), ("llama", "flap", False)]
+)
+def test_what_has_a_place_can_be_saved(tiny, tokens, tmp_path, family, criterion, compensate):
+    decoder = Decoder(tiny(family))
+    pruned(decoder, tokens, criterion, compensate=compensate)
+    checkpoint.check_places(decoder.model, decoder.model.state_dict())
+    decoder.model.save_pretrained(tmp_path)
+    loaded = type(decoder.model).from_pretrained(tmp_path).eval()
+    batch = tokens(2, 12)
+    assert torch.equal(loaded(input_ids=batch).logits, decoder.model(input_ids=batch).logits)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("criterion", STRUCTURED)
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"pattern": "2:4"}, "pattern is 2:4, but criterion '{}' removes whole heads and neurons"),
+        ({"scope": "row"}, "scope is 'row', but criterion '{}' compares whole heads and neurons"),
+        (
+            {"swaps": 3},
+            "swaps is 3, but criterion '{}' removes whole heads and neurons; swaps suit magnitude, random, wanda, ria$",
+        ),
+    ],
+)
+def test_what_has_no_meaning_is_refused(fresh, dense, tokens, criterion, given, message):
+    decoder = fresh()
+    with pytest.raises(ReconError, match=message.format(criterion)):
+        prune(decoder, tokens(2, 8), criterion, **{"pattern": "0.2"} | given)
+    assert all(torch.equal(m.weight, dense.matrices()[name].weight) for name, m in decoder.matrices().items())
+    with pytest.raises(ReconError, match=message.format(criterion)):
+        recon.RunSpec(criterion=criterion, **{"pattern": "0.2"} | given)
+
+
+def test_options_and_samples_are_checked(fresh, tokens):
+    with pytest.raises(ReconError, match="compensate is True, but criterion 'wanda-sp' gathers no means"):
+        pruned(fresh(), tokens, "wanda-sp", compensate=True)
+    with pytest.raises(TypeError, match="damping"):
+        pruned(fresh(), tokens, "flap", damping=0.1)
+    for criterion in STRUCTURED:
+        with pytest.raises(ReconError, match=f"'{criterion}' weighs activations and needs calibration samples"):
+            prune(fresh(), criterion=criterion, pattern="0.2")
+
+
+@pytest.mark.parametrize("criterion", STRUCTURED)
+def test_models_without_units_are_refused(tiny, fresh, tokens, criterion):
+    with pytest.raises(ReconError, match="half-block windows do not fit this model: block 0 .BloomBlock."):
+        pruned(tiny("bloom"), tokens, criterion)
+    decoder = fresh()
+    decoder.model.config.num_attention_heads = 5
+    with pytest.raises(
+        ReconError, match="32 columns of 'model.layers.0.self_attn.o_proj' do not divide into num_attention_heads 5"
+    ):
+        pruned(decoder, tokens, criterion)
+
+
+@pytest.mark.parametrize("criterion", STRUCTURED)
+def test_nan_is_refused_by_name(fresh, tokens, criterion):
+    decoder = fresh()
+    with torch.no_grad():
+        decoder.model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
+    with pytest.raises(ReconError, match="model.layers.1.mlp.down_proj'.* NaN|input of 'model.layers.2.* NaN"):
+        pruned(decoder, tokens, criterion)

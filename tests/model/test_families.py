@@ -1,0 +1,167 @@
+"""Every family of causal LMs in transformers, and encoder-decoders: taken apart, pruned and repaired, or refused with the reason.
+
+`python tests/test_families.py --write` writes what was found into the README.
+"""
+
+import copy
+import functools
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.families import FAMILIES, UNTRIED, VOCABULARY, small_model
+
+from recon import prune, reconstruct
+from recon.errors import ReconError
+from recon.kernels.gradient_descent import Schedule
+from recon.model.decoder import Decoder
+from recon.model.discovery import distance
+
+README = Path(__file__).parents[2] / "README.md"
+MARKERS = ("<!-- families -->", "<!-- /families -->")
+GRANULARITIES = ("matrix", "half-block", "block")
+
+
+@functools.cache
+def found(family: str) -> Decoder | str:
+    """The family's decoder, whose model nothing changes, or the reason why there is none."""
+    try:
+        return Decoder(small_model(family))
+    except ReconError as error:
+        return str(error)
+
+
+def fitting(decoder: Decoder) -> list[str]:
+    """The granularities that the model can be repaired at."""
+    fit = []
+    for granularity in GRANULARITIES:
+        try:
+            decoder.windows(granularity)
+            fit.append(granularity)
+        except ReconError:
+            pass
+    return fit
+
+
+def random_tokens(samples: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- what the README says
+
+
+def described(family: str) -> tuple[str, ...]:
+    """What the README says of a family: yes or no for each granularity, and the layout of its halves; or why it is refused."""
+    decoder = found(family)
+    if isinstance(decoder, str):
+        return (decoder,)
+    fit = fitting(decoder)
+    layouts = sorted({halves.layout for halves in decoder.halves if not isinstance(halves, str)})
+    half = " and ".join(layouts) if "half-block" in fit else "no"
+    experts = any(matrix.routed for matrix in decoder.matrices().values())
+    return ("no" if "matrix" not in fit else "yes", half, "yes", "yes" if experts else "no")
+
+
+def table() -> str:
+    """The README's table: families by what works for them."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for family in FAMILIES:
+        groups.setdefault(described(family), []).append(family)
+    works = sorted((what, names) for what, names in groups.items() if len(what) > 1)
+    refused = sorted((name, reason) for (reason, *rest), names in groups.items() if not rest for name in names)
+    count = sum(len(names) for _, names in works)
+    lines = [
+        f"{count} families of transformers, each as a tiny random model; k-blocks, quarter and model work wherever block does.",
+        "",
+        "| matrix | half-block: halves are | block | experts | families |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(what)} | {', '.join(names)} |" for what, names in reversed(works)),
+        "",
+        "Refused, with what the message says:",
+        "",
+        "| family | reason |",
+        "|---|---|",
+        *(f"| {name} | {reason.replace('|', ' ')} |" for name, reason in refused),
+        "",
+        f"Not tried, for want of a small model of text alone: {', '.join(UNTRIED)}.",
+    ]
+    return "\n".join(lines)
+
+
+def in_readme() -> str:
+    return README.read_text(encoding="utf-8").split(MARKERS[0])[1].split(MARKERS[1])[0].strip()
+
+
+def test_the_readme_says_what_works():
+    assert in_readme() == table(), "run: python tests/test_families.py --write"
+
+
+# ---- pieces give the model back
+
+
+def working() -> list[str]:
+    """The families that work, by the README's table, whose rows of five cells end with their names."""
+    rows = [line.strip("| ").split(" | ") for line in in_readme().splitlines() if line.startswith("| ")]
+    return sorted(name for row in rows[1:] if len(row) == 5 for name in row[-1].split(", "))
+
+
+@pytest.fixture(params=working())
+def decoder(request):
+    made = found(request.param)
+    assert isinstance(made, Decoder), made
+    return made
+
+
+@torch.no_grad()
+def test_windows_give_the_model_back(decoder):
+    """On other tokens, and more of them, than its structure was found with."""
+    tokens = random_tokens(3, 11, seed=1)
+    expected = decoder.run(tokens).logits
+    for granularity in ("half-block", "block"):
+        if granularity not in fitting(decoder):
+            continue
+        hidden = decoder.embed(tokens)
+        for window in decoder.windows(granularity):
+            if window.parallel and window.half == "attention":
+                before, hidden = hidden, decoder.forward(window, hidden)
+            elif window.parallel:
+                hidden = hidden + decoder.forward(window, before) - before
+            else:
+                hidden = decoder.forward(window, hidden)
+        assert distance(decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden)), expected) < 1e-4
+
+
+def test_pruned_and_repaired(decoder):
+    tokens = random_tokens(8, 16, seed=2)
+    pruned = Decoder(copy.deepcopy(decoder.model), like=decoder)
+    masks = prune(pruned, tokens, "wanda", "0.5", compute_dtype="float32", progress=False).masks
+    holders = {matrix.parameter_name for matrix in decoder.matrices().values()}
+    for name, parameter in pruned.model.named_parameters():
+        assert name in holders or torch.equal(parameter, decoder.model.get_parameter(name))
+    for name, matrix in pruned.matrices().items():
+        dense = decoder.matrices()[name].weight
+        assert ((~masks[name]).sum(1) == round(0.5 * dense.shape[1])).all()
+        assert torch.equal(matrix.weight, dense * masks[name])
+    for granularity in fitting(decoder):
+        student = Decoder(copy.deepcopy(pruned.model), like=decoder)
+        reports = reconstruct(
+            student, decoder, tokens, masks, granularity, held_out=tokens[:2], schedule=Schedule(learning_rate=1e-3),
+            compute_dtype="float32", progress=False,
+        )  # fmt: skip
+        for report in reports:
+            before, after = report.error_before["held_out"], report.error_after["held_out"]
+            assert after < before if report.status == "repaired" else report.status == "rejected"
+        assert any(report.status == "repaired" for report in reports)
+        for name, matrix in student.matrices().items():
+            assert not matrix.weight[~masks[name]].any()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(__doc__)
+    warnings.simplefilter("ignore")
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(MARKERS[0])
+    README.write_text(f"{before}{MARKERS[0]}\n{table()}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}", encoding="utf-8")

@@ -1,0 +1,317 @@
+"""Which made-up records enter a comparison, and what is computed from them, as the verdict on a claim tells it."""
+
+import math
+
+import numpy as np
+import pytest
+from fixtures.made_up import DAMAGE, record, seeds, verdict_on
+
+from recon.errors import ReconError
+from recon.paper import comparisons
+from recon.paper.claims import judge
+from recon.paper.verdicts import FAILS, HOLDS, UNSURE, to_markdown
+
+# ---- which runs enter
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"samples": 128},
+        {"sequence_length": 256},
+        {"text": "news"},
+        {"evaluation_texts": ("news",)},
+        {"evaluation_samples": 8},
+        {"evaluation_length": 512},
+        {"hash": "other windows"},
+        {"pattern": "2:4"},
+        {"model": "another"},
+        {"revision": "v2"},
+        {"swaps": 3},
+        {"epochs": 2},
+        {"criterion": "magnitude"},
+        {"prune_propagation": "dense"},
+    ],
+    ids=lambda other: "-".join(other),
+)
+def test_protocols_are_not_mixed(other):
+    assert verdict_on("3", seeds() + seeds(0.2, granularity="matrix")).records
+    assert verdict_on("3", seeds() + seeds(0.2, granularity="matrix", **other)).reason == "no records"
+
+
+def test_other_windows_under_the_same_name_are_refused():
+    records = seeds() + seeds(0.2, granularity="matrix", text_seed=1)
+    with pytest.raises(ReconError, match="records [0-9a-f]{16} and [0-9a-f]{16} state the same model and protocol, but"):
+        judge(records)
+
+
+def test_the_same_seeds_are_on_both_sides():
+    matrix = [record(0.2, seed=seed, granularity="matrix") for seed in (2, 3, 4, 5)]
+    ours = [record(0.4, seed=seed) for seed in (0, 1, 2, 3, 4)]
+    found = verdict_on("3", ours + matrix)
+    assert found.seeds == 3 and sorted(found.records) == sorted(r.key for r in ours[2:] + matrix[:3])
+
+
+def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():
+    plain = seeds(0.2)
+    tempting = seeds(0.9, adapter="masklora", learning_rate=1e-2, held_out=40.0)
+    chosen = seeds(0.5, adapter="masklora", learning_rate=1e-3, held_out=30.0)
+    default = seeds(0.4, adapter="masklora", held_out=35.0)
+    assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(0.3, abs=0.01)
+    default[0].metrics.pop("held_out_perplexity")  # no longer known for all
+    assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(0.2, abs=0.01)
+    # A rate tried with one seed alone is compared on that seed, and the winner keeps its other seeds.
+    trial = [record(0.9, adapter="masklora", learning_rate=1e-2, held_out=40.0)]
+    found = verdict_on("11.masklora", plain + trial + chosen)
+    assert found.seeds == 3 and found.effect == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_run_without_warmup_is_one_choice_among_others():
+    runs = [*seeds(0.4), *seeds(0.4, warmup=0.0), *seeds(0.2, granularity="matrix")]
+    assert verdict_on("3", runs).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
+
+
+def test_no_side_is_tuned_where_the_others_are_not():
+    """Rates of half-blocks were searched for another claim: here they do not help it against matrices, which had one."""
+    matrix, default = seeds(0.2, granularity="matrix"), seeds(0.4, held_out=35.0)
+    tuned = seeds(0.5, learning_rate=1e-3, held_out=30.0)
+    assert verdict_on("3", matrix + tuned + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
+    # Nor do recipes that make more steps.
+    pieces = seeds(0.6, pieces=4, held_out=20.0)
+    assert verdict_on("3", matrix + pieces + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
+    # Not even where rates were chosen on every side.
+    adapters = seeds(0.5, adapter="masklora", held_out=30.0)
+    assert verdict_on("11.masklora", adapters + pieces + default + tuned).effect == pytest.approx(0.0, abs=0.01)
+
+
+def test_records_older_than_a_field_did_what_its_default_says():
+    records = seeds() + seeds(0.2, granularity="matrix")
+    new = verdict_on("3", records)
+    for found in records:
+        for name in ("then", "objective", "adapter", "pieces", "swaps"):
+            del found.spec[name]
+    assert verdict_on("3", records) == new
+
+
+def test_options_that_do_nothing_do_not_divide():
+    """A half-block run is the same whatever SparseGPT's options, which it does not use, were."""
+    matrix = seeds(0.2, granularity="matrix", sparsegpt_damping=0.1, exact_iterations=3, objective="distil", device="cpu")
+    assert verdict_on("3", seeds() + matrix).verdict == HOLDS
+    assert verdict_on("4", seeds() + seeds(0.2, granularity="matrix", solver="exact", exact_iterations=3)).reason == "no records"
+
+
+def test_records_without_windows_are_named():
+    [broken] = seeds(count=1)
+    del broken.metrics["by_text"]["wikipedia"]["nll_per_window"]["pruned"]
+    with pytest.raises(ReconError, match=f"record {broken.key}: no nll_per_window of 'wikipedia'.*pruned"):
+        judge([broken])
+    broken.metrics["by_text"]["wikipedia"]["nll_per_window"]["pruned"] = [1.0]
+    with pytest.raises(ReconError, match=f"record {broken.key}: nll_per_window has"):
+        judge([broken])
+
+
+def test_reconstruction_is_compared_with_its_own_pruned_model():
+    assert verdict_on("1", seeds(0.4)).verdict == HOLDS
+    assert verdict_on("1", seeds(-0.1)).verdict == FAILS
+    assert verdict_on("1", seeds(0.0003, noise=0.02)).verdict == UNSURE
+
+
+# ---- gaps between criteria
+
+
+@pytest.mark.parametrize("gap_after, verdict", [(0.02, HOLDS), (0.3, FAILS), (0.1, UNSURE)])
+def test_gap_between_criteria(gap_after, verdict):
+    """Pruned models are 0.1 nats apart, reconstructed ones `gap_after`."""
+    records = []
+    for criterion, step in (("magnitude", 1), ("wanda", 0), ("sparsegpt", 0.5)):
+        damage = DAMAGE + 0.1 * step
+        records += seeds(1 - (0.4 + gap_after * step) / damage, damage=damage, criterion=criterion)
+    found = verdict_on("7", records)
+    assert found.verdict == verdict and found.effect == pytest.approx(0.1 - gap_after, abs=0.01)
+    assert "magnitude, wanda, sparsegpt: gap 0.100 before" in found.reason
+    assert verdict_on("7", [r for r in records if r.spec["criterion"] == "wanda"]).reason == "no records"
+
+
+def test_noise_alone_makes_no_gap():
+    """Criteria that are all the same are apart by noise, and then more so after reconstruction: that is no evidence."""
+    verdicts = []
+    for trial in range(40):
+        records = [
+            r for c in ("magnitude", "wanda", "sparsegpt") for r in seeds(0.4, noise=0.01, criterion=c, held_out_samples=trial)
+        ]
+        verdicts.append(verdict_on("7", records, resamples=400).verdict)
+    assert verdicts.count(UNSURE) >= 33  # nine in ten: the worst and the best are chosen from the same data
+
+
+def family(gaps, names=("a-100m", "b-0.4b", "c-1.6B")):
+    records = []
+    for (model, gap), text_seed in zip(zip(names, gaps), range(9)):
+        for criterion, step in (("magnitude", 1), ("wanda", 0)):
+            options = {"model": model, "text_seed": text_seed, "hash": model}  # every tokenizer has its own windows
+            records += seeds(0.5 - gap * step / DAMAGE, criterion=criterion, **options)
+    return records
+
+
+@pytest.mark.parametrize("gaps, verdict", [((0.3, 0.2, 0.1), HOLDS), ((0.1, 0.2, 0.3), FAILS), ((0.2, 0.2, 0.2), UNSURE)])
+def test_gap_against_model_size(gaps, verdict):
+    records = family(gaps)
+    found = verdict_on("8", records)
+    assert found.verdict == verdict and found.model == ""
+    # Two doublings from model to model.
+    assert found.effect == pytest.approx((gaps[0] - gaps[1]) / 2, abs=0.01) and "doubling" in found.unit
+    again = verdict_on("8", list(reversed(records)))
+    assert (again.effect, again.low, again.high) == (found.effect, found.low, found.high)
+    unnamed = verdict_on("8", family(gaps, ("x", "y", "z")))
+    assert unnamed.verdict == verdict and unnamed.effect == pytest.approx(gaps[0] - gaps[1], abs=0.01)
+
+
+def test_two_models_make_no_trend():
+    found = verdict_on("8", family((0.3, 0.1), ("a-100m", "b-1b")))
+    assert found.verdict == UNSURE and found.effect > 0 and "2 models make no trend" in found.reason
+
+
+def test_parameters_by_name():
+    sizes = {"smollm2-135m": 135e6, "meta-llama/Llama-3.1-8B": 8e9, "Qwen/Qwen2.5-0.5B-Instruct": 5e8, "gemma-3-270m-it": 27e7}
+    assert {name: comparisons.parameters(name) for name in sizes} == sizes
+    assert [comparisons.parameters(name) for name in ("gpt2", "phi-2", "opt-125@8b")] == [None] * 3
+
+
+# ---- ratios
+
+COUNTS = (16, 32, 64, 128)
+
+
+def curve(best, counts, noise=0.0005, flops=None, **options):
+    """Three seeds at each count; `best` recovered at 128, 0.08 less per halving."""
+    return [
+        record(best - 0.08 * (7 - math.log2(n)), seed=s, noise=noise, flops=flops and flops(n), **options, **spec)
+        for n in counts
+        for spec in [{"samples": 64, "then_samples": n} if "then" in options else {"samples": n, "prune_samples": 64}]
+        for s in range(3)
+    ]
+
+
+@pytest.mark.parametrize("doublings, verdict, tenfold", [(5, HOLDS, HOLDS), (2, HOLDS, FAILS), (-1, FAILS, FAILS)])
+def test_ratio_of_samples_at_equal_quality(doublings, verdict, tenfold):
+    counts = [2**power for power in range(2, 15)]
+    records = curve(0.5, COUNTS) + curve(0.5 - 0.08 * doublings, counts, granularity="none", then="masklora")
+    found = verdict_on("5.masklora.samples.1", records)
+    assert found.verdict == verdict and verdict_on("5.masklora.samples.10", records).verdict == tenfold
+    assert found.low < 2.0**doublings < found.high and found.effect == pytest.approx(2.0**doublings, rel=0.05)
+    assert found.bound == "" and found.high / found.low < 1.2
+
+
+def test_more_passes_are_another_method_and_no_tuning():
+    """A slightly better recipe at ten times the cost must not stand for the cost of the method."""
+    other = {"granularity": "none", "then": "masklora"}
+    records = curve(0.5, COUNTS, flops=lambda n: {"reconstruct": float(n)}, held_out=30)
+    records += curve(0.5, (8, *COUNTS, 256), flops=lambda n: {"retrain": float(n)}, held_out=30, **other)
+    records += curve(0.51, (8, *COUNTS, 256), flops=lambda n: {"retrain": 10.0 * n}, held_out=29, then_epochs=10, **other)
+    assert verdict_on("5.masklora.flops.1", records).effect == pytest.approx(1, rel=0.05)
+
+
+def test_ratio_that_is_only_known_to_be_above():
+    """Retraining never gets there: all that its largest run shows is a bound."""
+    records = curve(0.9, COUNTS) + curve(0.1, [128, 1024], granularity="none", then="masklora")
+    found = verdict_on("5.masklora.samples.1", records)
+    bound = 1024 / math.sqrt(32 * 64)  # the median over four counts
+    assert (found.bound, found.effect, found.high) == (">", pytest.approx(bound), math.inf) and found.low == pytest.approx(bound)
+    assert found.verdict == HOLDS and verdict_on("5.masklora.samples.10", records).verdict == HOLDS
+    assert "128: > 8" in found.reason and "> 22.6 [22.6, ∞]" in to_markdown([found])
+    # With fewer samples tried, the bound is too low to say that it is ten times: that is no evidence against it either.
+    few = [r for r in records if r.spec["then_samples"] != 1024]
+    assert verdict_on("5.masklora.samples.10", few).verdict == UNSURE
+    assert verdict_on("5.masklora.samples.1", few).verdict == HOLDS
+
+
+def test_ratio_that_is_only_known_to_be_below():
+    """Retraining is better from its first run on."""
+    records = curve(0.3, COUNTS) + curve(0.9, [32, 128], granularity="none", then="masklora")
+    found = verdict_on("5.masklora.samples.1", records)
+    bound = 32 / math.sqrt(32 * 64)
+    assert (found.bound, found.effect, found.low) == ("<", pytest.approx(bound), 0.0) and found.verdict == FAILS
+
+
+def test_methods_that_tie_have_ratio_one_and_no_verdict():
+    tied = [seeds(share, samples=n, noise=0.0) for n, share in zip(COUNTS, (0.1, 0.2, 0.3, 0.4))]
+    other = [
+        seeds(share, samples=n, noise=0.0, granularity="none", then="masklora") for n, share in zip(COUNTS, (0.1, 0.2, 0.3, 0.4))
+    ]
+    found = verdict_on("5.masklora.samples.1", sum(tied + other, []))
+    assert (found.effect, found.bound, found.verdict) == (pytest.approx(1.0), "", UNSURE)
+    better = verdict_on("3", seeds(noise=0.0) + seeds(noise=0.0, granularity="matrix"))
+    assert better.effect == pytest.approx(0.0, abs=1e-12) and better.verdict == UNSURE
+
+
+def test_ratio_of_compute():
+    reconstruction = curve(0.5, COUNTS, flops=lambda n: {"prune": 1e9, "reconstruct": 3e9 * n})
+    cost = {"granularity": "none", "then": "lora", "flops": lambda n: {"prune": 1e9, "retrain": 6e9 * n}}
+    retraining = curve(0.5, (8, *COUNTS, 256), **cost)
+    found = verdict_on("5.lora.flops.1", reconstruction + retraining)
+    assert found.verdict == HOLDS and found.effect == pytest.approx(2.0, rel=0.05) and found.low < 2 < found.high
+    assert verdict_on("5.lora.samples.1", reconstruction + retraining).effect == pytest.approx(1.0, rel=0.05)
+    assert verdict_on("5.lora.flops.10", reconstruction + retraining).verdict == FAILS
+    assert not [v for v in judge(reconstruction) if v.claim.startswith("5.lora")]  # optional: not listed without records
+
+
+def test_runs_on_other_machines_are_not_timed_against_each_other():
+    reconstruction = curve(0.5, COUNTS)
+    retraining = curve(0.1, COUNTS, granularity="none", then="masklora")
+    for found in retraining:
+        found.seconds = {"reconstruct": 0.0, "retrain": 50.0}
+    assert verdict_on("5.masklora.seconds.10", reconstruction + retraining).verdict == HOLDS
+    for found in retraining:
+        found.environment["threads"] = 64
+    assert verdict_on("5.masklora.seconds.10", reconstruction + retraining).reason == "no records"
+    assert verdict_on("5.masklora.samples.1", reconstruction + retraining).records
+
+
+def test_points_without_enough_seeds_do_not_spoil_a_ratio():
+    records = curve(0.5, COUNTS) + curve(0.34, [16, 64, 256, 1024], granularity="none", then="masklora")
+    records.append(record(0.9, granularity="none", then="masklora", then_samples=4096))
+    found = verdict_on("5.masklora.samples.1", records)
+    assert found.seeds == 3 and found.effect == pytest.approx(4, rel=0.05)
+
+
+def test_reach_agrees_with_a_search_point_by_point():
+    draw = np.random.default_rng(0)
+    at, curve_, targets = np.arange(5.0), draw.normal(size=(5, 200)), draw.normal(size=(3, 200))
+    lower, upper = comparisons._reach(targets, curve_, at)
+    for k in range(200):
+        best = np.minimum.accumulate(curve_[:, k])
+        for i, target in enumerate(targets[:, k]):
+            fine = np.linspace(0, 4, 40001)
+            hits = fine[np.interp(fine, at, best) <= target]
+            if not len(hits):
+                assert (lower[i, k], upper[i, k]) == (4, np.inf)
+            elif hits[0] == 0:
+                assert (lower[i, k], upper[i, k]) == (-np.inf, 0)
+            else:
+                assert lower[i, k] == upper[i, k] == pytest.approx(hits[0], abs=2e-4)
+
+
+# ---- reconstruction, then retraining
+
+
+def budgeted(recovered, flops, **spec):
+    return seeds(recovered, flops={"prune": 1e12, "reconstruct": flops / 2, "retrain": flops / 2}, **spec)
+
+
+def test_combination_is_compared_at_equal_compute():
+    both = {"then": "masklora", "then_samples": 32}
+    equal = budgeted(0.5, 1.0e9, **both) + budgeted(0.4, 1.1e9) + budgeted(0.9, 9e9, samples=512)
+    found = verdict_on("6.masklora.reconstruction", equal)
+    assert found.verdict == HOLDS and found.effect == pytest.approx(0.1 * DAMAGE, abs=0.01)
+    assert verdict_on("6.masklora.retraining", equal).reason == "no records"
+    worse = budgeted(0.3, 1.0e9, **both) + budgeted(0.4, 1.1e9)
+    assert verdict_on("6.masklora.reconstruction", worse).verdict == FAILS
+
+
+def test_combination_with_less_compute_may_win_but_not_lose():
+    both = {"then": "masklora", "then_samples": 32}
+    win = verdict_on("6.masklora.reconstruction", budgeted(0.5, 1e9, **both) + budgeted(0.4, 5e9))
+    lose = verdict_on("6.masklora.reconstruction", budgeted(0.3, 1e9, **both) + budgeted(0.4, 5e9))
+    assert win.verdict == HOLDS and "less compute" in win.reason
+    assert lose.verdict == UNSURE and "but with less compute" in lose.reason
+    more = verdict_on("6.masklora.reconstruction", budgeted(0.5, 9e9, **both) + budgeted(0.4, 5e9))
+    assert more.reason == "no records"

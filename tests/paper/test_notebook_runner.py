@@ -1,0 +1,290 @@
+"""Running notebooks under a profile: what runs, what is refused, what is left behind; and the notebooks themselves."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import yaml
+from fixtures.processes import heed_interrupts
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from recon.errors import ReconError
+from recon.paper import notebooks as batch
+
+OUTCOME = batch.Outcome("0-a", "A", "finished", 1.0)
+PARAMETERS = 'profile: str = "quick"  # whose folders\nsize: int = 1  # how many'
+
+
+def write_notebook(root: Path, name: str, *code: str, parameters: str | None = PARAMETERS, title: str = "") -> None:
+    cells = [new_markdown_cell(f"# {title}")] if title else []
+    if parameters is not None:
+        cells.append(new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    cells += [new_code_cell(source) for source in code]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    (root / "notebooks" / "profiles").mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), root / "notebooks" / f"{name}.ipynb")
+
+
+def write_profile(root: Path, profile: str, values: object) -> None:
+    (root / "notebooks" / "profiles" / f"{profile}.yaml").write_text(yaml.safe_dump(values))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A root with three notebooks, run once: one with a figure, one that fails, one after it."""
+    root = tmp_path_factory.mktemp("root")
+    draw = """
+import sys, matplotlib.pyplot as plt, pandas as pd
+from recon.paper import figures
+fig, ax = plt.subplots()
+ax.plot([1, 2])
+folder = "../build/quick/figures"
+figures.savefig(fig, "a-line", folder, pd.DataFrame({"y": [1, 2]}), [], caption="A <line> & more")
+print("size", size, profile, sys.executable)"""
+    write_notebook(root, "0-draws", draw, title="Draws & saves")
+    write_notebook(root, "1-fails", "raise KeyError('lost')", "print('never')")
+    write_notebook(root, "2-ends", "print('size', size)", title="Ends")
+    write_profile(root, "quick", {"0-draws": {"size": 7}, "1-fails": None})
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(batch.ROOT))  # so that a checkout that is not installed can be tested as well
+        return root, batch.execute("quick", root=root, report=lines.append), lines
+
+
+def test_every_notebook_runs_with_its_parameters_though_one_fails(ran):
+    root, outcomes, lines = ran
+    assert [(o.name, o.title, o.status) for o in outcomes] == [
+        ("0-draws", "Draws & saves", "finished"),
+        ("1-fails", "1-fails", "failed"),
+        ("2-ends", "Ends", "finished"),
+    ]
+    assert lines == ["[1/3] 0-draws", "[2/3] 1-fails", "[3/3] 2-ends"]
+    copies = root / "build/quick/notebooks"
+    assert f"size 7 quick {sys.executable}" in (copies / "0-draws.ipynb").read_text()
+    assert "size 1" in (copies / "2-ends.ipynb").read_text()
+
+
+def test_from_records_runs_only_what_can_do_without_computing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(batch.ROOT))
+    write_notebook(tmp_path, "0-draws", "print('computes', compute)", parameters=PARAMETERS + "\ncompute: bool = True")
+    write_notebook(tmp_path, "1-computes", "print('computes')")
+    write_profile(tmp_path, "quick", {})
+    outcomes = batch.execute("quick", root=tmp_path, compute=False)
+    assert [(outcome.name, outcome.status) for outcome in outcomes] == [("0-draws", "finished")]
+    assert "computes False" in (tmp_path / "build/quick/notebooks/0-draws.ipynb").read_text()
+
+
+def test_notebooks_inherit_the_executor_and_the_cluster(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    connected = []
+    context = SimpleNamespace(gcs_address="127.0.0.1:4321")
+    fake = SimpleNamespace(shutdown=lambda: connected.append("shut down"), get_runtime_context=lambda: context)
+    monkeypatch.setattr("recon.experiment.cluster.connect", lambda address: connected.append(address) or fake)
+    seen = []
+
+    def run(path, *others):
+        seen.append((os.environ.get("RECON_EXECUTOR"), os.environ.get("RAY_ADDRESS")))
+        return OUTCOME
+
+    monkeypatch.setattr(batch, "_run", run)
+    write_notebook(tmp_path, "0-a", "1")
+    write_profile(tmp_path, "quick", {})
+    monkeypatch.setenv("RECON_EXECUTOR", "serial")
+    for options in ({}, {"executor": "ray"}, {"executor": "ray", "address": "10.0.0.1:6379"}):
+        batch.execute("quick", root=tmp_path, **options)
+    assert seen == [("serial", None), ("ray", "127.0.0.1:4321"), ("ray", "10.0.0.1:6379")]
+    assert connected == [None, "shut down", "10.0.0.1:6379", "shut down"]
+    assert os.environ["RECON_EXECUTOR"] == "serial" and "RAY_ADDRESS" not in os.environ
+    with pytest.raises(ReconError, match="the executor is serial; choose executor ray"):
+        batch.execute("quick", root=tmp_path, address="10.0.0.1:6379")
+    batch.execute("quick", root=tmp_path, executor="ray", compute=False)
+    assert len(connected) == 4  # nothing is computed
+
+
+def test_options_may_stand_before_the_names_of_notebooks(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(batch, "execute", lambda *words, **options: given.append((words, options)) or [OUTCOME])
+    assert batch.main(["quick", "--executor", "ray", "--address", "here:1", "0-a", "1-b"]) == 0
+    [(words, options)] = given
+    assert words == ("quick", ["0-a", "1-b"]) and (options["executor"], options["address"]) == ("ray", "here:1")
+
+
+def test_a_failure_says_where_its_traceback_is(ran):
+    root, outcomes, _ = ran
+    assert outcomes[1].error == "KeyError: 'lost'"
+    text = batch.summary("quick", outcomes, root)
+    assert "2 of 3 notebooks finished" in text
+    assert "KeyError: 'lost'" in text
+    problem = root / "build/quick/notebooks/1-fails.error.txt"
+    assert str(problem) in text
+    assert "raise KeyError('lost')" in problem.read_text()
+    assert "\x1b" not in problem.read_text()
+    assert "KeyError" in (root / "build/quick/html/1-fails.html").read_text()
+    for place in (root / "build/quick/figures", root / "build/quick/html/index.html", root / "build/quick/notebooks"):
+        assert f"{place}\n" in text + "\n"
+
+
+def test_the_index_links_what_is_there_and_needs_nothing_else(ran):
+    root, outcomes, _ = ran
+    html = root / "build/quick/html"
+    index = (html / "index.html").read_text()
+    links = re.findall(r'href="([^"]+)"', index)
+    assert links[:3] == ["0-draws.html", "1-fails.html", "2-ends.html"]
+    assert [link for link in links if not (html / link).is_file()] == []
+    assert len(links) == 6  # three notebooks; the figure, its PDF and its data
+    assert "http" not in index
+    assert "Draws &amp; saves" in index
+    assert "A &lt;line&gt; &amp; more" in index
+    assert 'src="data:image/png;base64,' in index
+    assert '<html lang="en">' in index
+    assert index.count('class="failed"') == 1
+    assert "a-line" in (root / "build/quick/figures/README.md").read_text()
+
+
+def test_one_notebook_alone_leaves_the_others_in_the_index(ran):
+    root, _, _ = ran
+    outcomes = batch.execute("quick", ["2-ends.ipynb"], root)
+    assert [o.name for o in outcomes] == ["2-ends"]
+    index = (root / "build/quick/html/index.html").read_text()
+    assert all(f'href="{name}.html"' in index for name in ("0-draws", "1-fails", "2-ends"))
+
+
+def refused(root: Path, profile: str = "quick", notebooks: list[str] | None = None) -> str:
+    with pytest.raises(ReconError) as caught:
+        batch.execute(profile, notebooks, root)
+    assert not (root / "build").exists()
+    return str(caught.value)
+
+
+def test_unknown_things_are_refused_before_anything_runs(tmp_path):
+    assert "no notebooks" in refused(tmp_path)
+    write_notebook(tmp_path, "0-a", "1 / 0")
+    assert "profile 'quick' has no file" in refused(tmp_path)
+    assert "unknown profile 'fast'; allowed: quick, laptop, paper" in refused(tmp_path, "fast")
+    write_profile(tmp_path, "quick", {"0-a": {"sizes": 3}})
+    message = refused(tmp_path)
+    assert "notebook '0-a' has no parameter 'sizes', which profile 'quick' sets; known: profile, size" in message
+    write_profile(tmp_path, "quick", {"0-b": {}})
+    assert "unknown notebook '0-b'; known: 0-a" in refused(tmp_path)
+    write_profile(tmp_path, "quick", {"0-a": 3})
+    assert "must map each notebook's name to a mapping" in refused(tmp_path)
+    (tmp_path / "notebooks/profiles/quick.yaml").write_text("a: [")
+    assert "is not YAML" in refused(tmp_path)
+    write_profile(tmp_path, "quick", {})
+    assert "unknown notebook '1-z'; known: 0-a" in refused(tmp_path, notebooks=["1-z"])
+
+
+def test_a_notebook_must_have_one_parameters_cell_with_profile(tmp_path):
+    write_notebook(tmp_path, "0-a", "1", parameters=None)
+    write_profile(tmp_path, "quick", {})
+    assert "'0-a' has 0 cells tagged 'parameters'" in refused(tmp_path)
+    write_notebook(tmp_path, "0-a", "1", parameters="size: int = 1  # how many")
+    assert "has no parameter 'profile'" in refused(tmp_path)
+
+
+def test_each_profile_has_folders_of_its_own(tmp_path):
+    owned = [folder for profile in batch.PROFILES for folder in batch.output_folders(profile, tmp_path)]
+    assert len(set(owned)) == 6
+    assert batch.output_folders("laptop", tmp_path) == (tmp_path / "figures", tmp_path / "results/laptop")
+    for profile in batch.PROFILES:
+        for folder in batch.output_folders(profile, tmp_path):
+            assert batch.check_output(folder / "deep/er", profile, tmp_path) == (folder / "deep/er").resolve()
+            for other in set(batch.PROFILES) - {profile}:
+                with pytest.raises(ReconError, match=f"belongs to profile '{profile}', not '{other}'"):
+                    batch.check_output(folder / "deep/er", other, tmp_path)
+    with pytest.raises(ReconError, match="belongs to profile 'laptop'"):
+        batch.check_output(tmp_path / "build/quick/../../figures", "quick", tmp_path)
+
+
+def test_an_output_folder_takes_the_place_of_the_profiles(tmp_path):
+    assert batch.folders("quick", "", tmp_path) == batch.output_folders("quick", tmp_path)
+    assert batch.folders("quick", "mine", tmp_path) == (tmp_path / "mine/figures", tmp_path / "mine/records")
+    with pytest.raises(ReconError, match="belongs to profile 'laptop'"):
+        batch.folders("quick", ".", tmp_path)
+
+
+def test_the_exit_status_tells_mistakes_from_failures(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        batch.main(["fast"])
+    assert caught.value.code == 2
+    assert "quick" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        batch.main(["quick", "no-such-notebook"])
+    assert caught.value.code == 2
+    assert "unknown notebook 'no-such-notebook'" in capsys.readouterr().err
+    for status, code in (("finished", 0), ("failed", 1), ("stopped", 130)):
+        outcomes = [OUTCOME, batch.Outcome("1-b", "B", status, 1.0)]
+        monkeypatch.setattr(batch, "execute", lambda *given, outcomes=outcomes, **options: outcomes)
+        assert batch.main(["quick"]) == code
+        assert "Profile quick" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_was_finished(tmp_path):
+    write_notebook(tmp_path, "0-a", "print('done')")
+    write_notebook(tmp_path, "1-b", "open('started', 'w').close()", "import time; time.sleep(120)")
+    write_notebook(tmp_path, "2-c", "print('never')")
+    write_profile(tmp_path, "quick", {})
+    code = "import sys; from recon import batch; print([o.status for o in batch.execute('quick', root=sys.argv[1])])"
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=batch.ROOT,
+        env=os.environ,
+        preexec_fn=heed_interrupts,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "notebooks/started").exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=60)
+    assert output.strip() == "['finished', 'stopped']"
+    index = (tmp_path / "build/quick/html/index.html").read_text()
+    assert index.count('class="finished"') == index.count('class="stopped"') == 1
+
+
+# The notebooks of this repository
+
+NOTEBOOKS = sorted((batch.ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+    assert {path.stem for path in (batch.ROOT / "notebooks/profiles").glob("*.yaml")} == set(batch.PROFILES)
+
+
+@pytest.mark.parametrize("profile", batch.PROFILES)
+def test_profiles_name_only_parameters_that_notebooks_have(profile):
+    parameters = batch.profile_parameters(profile)
+    assert set(parameters) == {path.stem for path in NOTEBOOKS}
+    assert all(values["profile"] == profile for values in parameters.values())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code
+    assert [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_has_a_type_a_value_and_a_help_text(path):
+    names = batch.parameter_names(path)
+    cells = nbformat.read(path, as_version=4).cells
+    [cell] = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    lines = cell.source.splitlines()
+    assert [re.match(r"\w+", line)[0] for line in lines] == names
+    for line in lines:
+        assert re.fullmatch(r"\w+: [\w\[\], |]+ = .+  # \S.*", line), line
+        [statement] = ast.parse(line).body
+        ast.literal_eval(statement.value)

@@ -1,0 +1,111 @@
+"""The notebooks, executed through Papermill at a tiny size."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "samples": 6,
+    "sequence_length": 32,
+    "held_out_samples": 2,
+    "evaluation_samples": 2,
+    "evaluation_length": 64,
+}
+SMALL_BENCH = {"samples": 8, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "repeats": 1}
+PROMISED = {  # parameters, figures, number of run records
+    "0-quickstart": (SMALL | {"new_tokens": 4}, ["quickstart-perplexity", "quickstart-error"], 2),
+    "1-granularity": (
+        {
+            "fits": ["none", "matrix exact", "half-block from exact"],
+            "seeds": [0, 1],
+            "more_patterns": ["2:4"],
+            "more_fits": ["block"],
+        },
+        ["granularity", "granularity-all", "granularity-memory"],
+        7 + 2,
+    ),
+    "2-sample-efficiency": (
+        {
+            "counts": [4, 6],
+            "then_counts": [4],
+            "more_counts": [4],
+            "methods": ["masklora"],
+            "more_methods": ["lora"],
+            "search_count": 6,
+            "rates": {"reconstruction": [1e-3, 3e-3], "masklora": [1e-3, 3e-3]},
+        },
+        ["learning-rates", "sample-efficiency", "sample-efficiency-pareto"],
+        4 + 1 + 1 + 2 + 1 + 2 + 1,
+    ),
+    "3-criterion-convergence": ({"criteria": ["magnitude", "wanda"]}, ["criteria", "criteria-gap"], 4 + 2),
+    "4-propagation-and-loss": ({"propagations": ["dense", "mixed"]}, ["propagation", "propagation-drift"], 5),
+    "5-what-reviewers-asked": (
+        {
+            "texts": [],
+            "adapters": ["none", "masklora"],
+            "adapter_rates": {"none": [3e-3], "masklora": [1e-2, 3e-2]},
+            "fits": ["matrix", "half-block"],
+        },
+        ["asked", "loss-curves", "costs", "error-accumulation"],
+        4 + 2 + 1 + 4,
+    ),
+    "6-cost": (
+        SMALL_BENCH | {"sections": ["products", "growth", "profile", "quality"]},
+        ["cost-quality", "cost-operations", "cost-growth", "recipes"],
+        2 + 2,
+    ),
+    "7-scale": (
+        {name: value for name, value in SMALL_BENCH.items() if name != "repeats"}
+        | {"models": {"tiny": ["llama", 4, 32, 64, 4, 2, 99]}, "gpus": [1, 256]},
+        ["scaling", "scaling-check"],
+        0,
+    ),
+}
+
+
+def test_every_notebook_is_tried_here():
+    assert sorted(PROMISED) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("6-cost", "7-scale") else n for n in PROMISED])
+def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path, tiny_folder, tiny_text):
+    own, figures, runs = PROMISED[name]
+    places = {"model": tiny_folder, "text": tiny_text}
+    parameters = own | {"output": str(tmp_path / "out")}
+    if "samples" in own:
+        parameters |= places
+    if name.startswith("6"):
+        parameters |= {"recipe_models": [tiny_folder]}
+    if "samples" not in own or name.startswith("6"):
+        parameters["common"] = SMALL | places | {"evaluation_texts": [tiny_text], "prune_samples": 6}
+    parameters |= {"models": [tiny_folder]} if name.startswith("3") else {}
+    parameters |= {"rates": {tiny_folder: [1e-3, 3e-3]}} if name[0] in "136" else {}
+    parameters |= {"texts": [tiny_text, f"{tiny_folder}/other.txt"]} if "texts" in own else {}
+    executed = tmp_path / "executed.ipynb"
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / f"{name}.ipynb"),
+        str(executed),
+        parameters=parameters,
+        kernel_name="python3",
+        cwd=str(ROOT / "notebooks"),
+        progress_bar=False,
+    )
+    records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out/records").glob("*.json")}
+    assert len(records) == runs
+    assert {record["status"] for record in records.values()} <= {"done"}
+    for path in (tmp_path / "out/records/bench").glob("*.json"):
+        measured = json.loads(path.read_text())
+        records[measured["key"]] = measured
+    for figure in figures:
+        made = {path.suffix: path for path in (tmp_path / "out/figures").glob(f"{figure}.*")}
+        assert sorted(made) == [".csv", ".json", ".pdf", ".png"]
+        assert all(path.stat().st_size > 30 for path in made.values())
+        provenance = json.loads(made[".json"].read_text())
+        assert provenance["records"] and set(provenance["records"]) <= set(records)
+    outputs = [output for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == len(figures)
