@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from recon.errors import ReconError
 from recon.kernels.likelihood import negative_log_likelihood
 from recon.model.decoder import Decoder
-from recon.runtime.execution import Engine
-from recon.runtime.store import InMemory
+from recon.runtime.execution import Execution
+from recon.runtime.store import MemoryStore
 
 BUNDLED = {
     "analogies": "word analogies, four choices (Mikolov et al. 2013; bundled in the gensim wheel)",
@@ -67,7 +67,7 @@ def zero_shot(
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
-    work: InMemory | None = None,
+    store: MemoryStore | None = None,
     phase: str = "zero-shot",
 ) -> dict:
     """Accuracy of `model` on `tasks` without examples in the prompt.
@@ -96,10 +96,10 @@ def zero_shot(
         loaded = _load(tasks)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     check_model(decoder)
-    engine = Engine(device or decoder.device, compute_dtype, work)
+    execution = Execution(device or decoder.device, compute_dtype, store)
     # lm-eval draws bars of its own on stderr, which cannot be turned off; ours is bound to the real one.
     with tqdm(desc="zero-shot", unit="block", disable=not progress) as bar, _quiet(), contextlib.redirect_stderr(io.StringIO()):
-        scorer = _scorer(tokenizer, lambda pairs: log_likelihoods(decoder, pairs, engine, bar, phase))
+        scorer = _scorer(tokenizer, lambda pairs: log_likelihoods(decoder, pairs, execution, bar, phase))
         found = evaluate(lm=scorer, task_dict={"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=True)
     summaries = {name: _summary(found["results"][name], found["samples"][name], found["versions"][name]) for name in tasks}
     return {"lm_eval_version": lm_eval.__version__, "tasks": summaries}
@@ -114,7 +114,7 @@ def mean_accuracy(result: dict) -> float:
 def log_likelihoods(
     decoder: Decoder,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    engine: Engine,
+    execution: Execution,
     bar: tqdm | None = None,
     phase: str = "zero-shot",
 ) -> list[tuple[float, bool]]:
@@ -122,7 +122,7 @@ def log_likelihoods(
     whether greedy decoding would give the continuation.
 
     Contexts that are too long for the model are cut from the left. What is the beginning of something else that the model
-    has to read is not read twice: the choices of one token share their context's pass. What the engine's work has finished of `phase`, the
+    has to read is not read twice: the choices of one token share their context's pass. What the execution's work has finished of `phase`, the
     answers to so many texts, is not computed again.
     """
     longest = decoder.max_length or 2**31
@@ -148,18 +148,18 @@ def log_likelihoods(
     windows = decoder.windows("block")
     if bar is not None:
         bar.reset(total=len(chunks) * len(windows))
-    exact = Engine(engine.device, "float32")
-    finished = engine.work.finished(phase)
+    exact = Execution(execution.device, "float32")
+    finished = execution.store.finished(phase)
     answers = {number: (likelihood, hit) for chunk in finished for number, likelihood, hit in chunk}
     if bar is not None:
         bar.update(len(finished) * len(windows))
     for length, texts in chunks[len(finished) :]:
         # Filled up on the right: under causal attention that changes nothing for what stands before.
         tokens = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts])
-        stream = engine.embed(decoder, tokens)
+        stream = execution.embed(decoder, tokens)
         for window in windows:
-            with engine.holding(decoder, window):
-                stream = engine.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)
+            with execution.holding(decoder, window):
+                stream = execution.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)
             if bar is not None:
                 bar.update()
         spans = [(number, row, end, pairs[number][1]) for row, text in enumerate(texts) for number, end in asked[text]]
@@ -173,7 +173,7 @@ def log_likelihoods(
             for (number, *_), loss, hit in zip(spans, losses.split(sizes), hits.split(sizes), strict=True)
         ]
         answers |= {number: (likelihood, hit) for number, likelihood, hit in found}
-        engine.work.finish(phase, found)
+        execution.store.finish(phase, found)
     return [answers[number] for number in range(len(pairs))]
 
 

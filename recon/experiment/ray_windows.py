@@ -17,8 +17,8 @@ from recon.model.decoder import Decoder
 from recon.model.discovery import requiring_gradients
 from recon.model.windows import Window
 from recon.runtime.activations import Activations
-from recon.runtime.execution import Engine
-from recon.runtime.store import InMemory
+from recon.runtime.execution import Execution
+from recon.runtime.store import MemoryStore
 
 
 def workers(executor: str | Ray | None, propagation: str) -> Ray | None:
@@ -43,7 +43,7 @@ class _Task:
     stream: object  # reference to a `Packed` that windows share
 
 
-class _Shard(InMemory):
+class _Shard(MemoryStore):
     """The work of a pass that repairs one window: what becomes of it."""
 
     def finish(self, phase, found, streams=None, weights=None, shard=None) -> None:
@@ -62,7 +62,7 @@ class _Windows:
 
     def __init__(self, task: _Pass, tokens: Tensor):
         self.decoder = without_weights(task.teacher)
-        self.on_cpu, self.dtype = task.engine.device.type == "cpu", str(task.engine.dtype).removeprefix("torch.")
+        self.on_cpu, self.dtype = task.execution.device.type == "cpu", str(task.execution.dtype).removeprefix("torch.")
         self.options = (
             task.propagation, task.solver, task.start, task.loss, task.schedule, task.exact, task.train, task.adapter, task.rank,
             task.seed,
@@ -80,14 +80,14 @@ class _Windows:
             self.student = twin(self.teacher, lambda name: self.value(self.task.pruned, name))
         for name, value in task.pruned.items():
             self.student.lazy.add(name, value.shape)
-        work, masks = _Shard(), {name: mask.tensor() for name, mask in task.masks.items()}
-        engine = Engine("cpu" if self.on_cpu else "auto", self.dtype, work)
-        lone = _Lone(self.teacher, self.student, masks, *self.options, engine, self.count, Activations(limit=0), work)
+        store, masks = _Shard(), {name: mask.tensor() for name, mask in task.masks.items()}
+        execution = Execution("cpu" if self.on_cpu else "auto", self.dtype, store)
+        lone = _Lone(self.teacher, self.student, masks, *self.options, execution, self.count, Activations(limit=0), store)
         lone.settle(*self.shape)
         lone.dense, lone.sparse = ray.get(task.stream).tensor(), None
         with requiring_gradients(self.student.model.parameters(), False):
             lone.repair(task.window)
-        return work.found
+        return store.found
 
     @staticmethod
     def value(values: dict[str, Packed], name: str) -> Tensor | None:
@@ -140,7 +140,7 @@ def _packed(decoder: Decoder, window: Window) -> dict[str, Packed]:
 def _side_by_side(task: _Pass, windows: list[Window], tokens: Tensor, settings: Ray) -> Iterator[WindowReport]:
     """The reports of `windows`, in their order, as workers repair them; `task` has begun with `tokens`."""
     ray = cluster.connect(settings.address)
-    request = settings.request(ray, on_cpu=task.engine.device.type == "cpu")
+    request = settings.request(ray, on_cpu=task.execution.device.type == "cpu")
     waiting, done = _Waiting(task, windows, ray.put), {}
     with contextlib.closing(Crew(ray, request, settings.workers, _Windows(task, tokens), waiting, "window")) as crew:
         for window in windows:
@@ -161,5 +161,5 @@ def _side_by_side(task: _Pass, windows: list[Window], tokens: Tensor, settings: 
                 for name, packed in shard.items():
                     parameters[name].copy_(packed.tensor())
                 streams = {"dense": waiting.after.pop(window.name), "sparse": None}
-                task.work.finish("reconstruct", found, streams, shard={name: p.detach() for name, p in parameters.items()})
+                task.store.finish("reconstruct", found, streams, shard={name: p.detach() for name, p in parameters.items()})
             yield WindowReport(**found)

@@ -43,8 +43,8 @@ from recon.model.decoder import Decoder
 from recon.model.skeleton import Lazy, auto_class, skeleton
 from recon.runtime.activations import SMALL
 from recon.runtime.device import HOST, PeakMemory
-from recon.runtime.execution import Engine
-from recon.runtime.store import InMemory
+from recon.runtime.execution import Execution
+from recon.runtime.store import MemoryStore
 
 # What a tensor is for, by the function of this library that made it: the innermost one that is named here counts.
 PARTS = {
@@ -65,10 +65,10 @@ PARTS = {
     "_Pass.solve_exactly": "exact solutions",
     "optimise": "gradients and AdamW",
     "retrain": "copy of the model",
-    "Engine._holding": "weights in the compute dtype",
-    "Engine.run": "activations of all samples",
-    "Engine._batch": "one batch",
-    "Engine._read": "one batch",
+    "Execution._holding": "weights in the compute dtype",
+    "Execution.run": "activations of all samples",
+    "Execution._batch": "one batch",
+    "Execution._read": "one batch",
     "Decoder.forward": "one batch",
     "Decoder.embed": "one batch",
     "Decoder.logits": "logits",
@@ -377,12 +377,12 @@ def _cut_short(order: int, ledger: Ledger) -> Iterator[None]:
 
     order: samples that a training sees.
     """
-    every_batch, every_step, watching = Engine.batches, Schedule.steps, Decoder.watching
+    every_batch, every_step, watching = Execution.batches, Schedule.steps, Decoder.watching
 
-    def some_batches(engine: Engine, streams, parts) -> Iterator[tuple[Tensor, ...]]:
+    def some_batches(execution: Execution, streams, parts) -> Iterator[tuple[Tensor, ...]]:
         parts = list(parts)
         few = 1 if len(streams) > 1 else REPEATED  # predictions are repeated within a batch, slice by slice
-        return every_batch(engine, streams, parts[:few] if isinstance(parts[0], range) else parts)
+        return every_batch(execution, streams, parts[:few] if isinstance(parts[0], range) else parts)
 
     def all_columns(weight: Tensor, *rest, **options) -> tuple[Tensor, Tensor, Tensor]:
         return weight.clone(), torch.ones_like(weight, dtype=torch.bool), torch.zeros_like(weight)
@@ -405,7 +405,7 @@ def _cut_short(order: int, ledger: Ledger) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for owner, name, short in (
-            (Engine, "batches", some_batches),
+            (Execution, "batches", some_batches),
             (Decoder, "watching", seeing_all),
             (reconstruction, "fit", train_all),
             (Schedule, "steps", lambda schedule, samples: every_step(schedule, min(samples, order))),
@@ -434,7 +434,7 @@ class Rehearsal(Run):
         self.spec, self.session, self.progress, self.executor = spec, Session(), False, "serial"
         self.record = RunRecord(asdict(spec), "")
         self.device = device
-        self.work = InMemory()
+        self.store = MemoryStore()
         self.config, self.like, self.ledger, self.evaluated = config, like, ledger, evaluated
 
     def load(self) -> None:
@@ -499,8 +499,8 @@ class _MaskFiles(dict):
         self.update({name: mask.shape if isinstance(mask, Tensor) else mask for name, mask in self.items()})
 
 
-class Spilled(InMemory):
-    """The work of a streamed run: masks are in files, and what else is large, as in `recon.runtime.store.Work`."""
+class Spilled(MemoryStore):
+    """The work of a streamed run: masks are in files, and what else is large, as in `recon.runtime.store.FolderStore`."""
 
     def __init__(self):
         self.masks = _MaskFiles()
@@ -525,7 +525,7 @@ class StreamedRehearsal(Rehearsal):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.work = Spilled()
+        self.store = Spilled()
 
     def decoder(self, like: Decoder) -> Decoder:
         """The model, none of whose weights is there yet."""

@@ -34,10 +34,10 @@ from recon.methods.adapters import check_adaptable
 from recon.model.decoder import Decoder
 from recon.runtime import device, lock
 from recon.runtime.activations import Activations
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 from recon.runtime.storage import cache_folder
-from recon.runtime.store import InMemory
+from recon.runtime.store import MemoryStore
 from recon.runtime.weights import SAVED, Checkpoint, rounded
 
 HELD_OUT_SHARE = 0.25  # of what a session keeps on disk
@@ -188,7 +188,7 @@ class Run:
         self.spec, self.session, self.progress, self.executor, self.save_dtype = spec, session, progress, executor, save_dtype
         self.record = RunRecord(asdict(spec), spec.key())
         self.device = device.pick_device(spec.device)
-        self.work = InMemory()
+        self.store = MemoryStore()
         session.reused.clear()
         session.model = None  # frees the memory of the last run's model, unless somebody else holds it
 
@@ -371,7 +371,7 @@ class Run:
         def perplexity(tokens: Tensor, name: str, states: Tensor | None = None) -> evaluation.Perplexity:
             return evaluation.perplexity(
                 decoder, tokens, spec.compute_dtype, self.progress, f"perplexity ({what}, {name})", self.device,
-                self.references.get(name), states, self.work,
+                self.references.get(name), states, self.store,
             )  # fmt: skip
 
         perplexities = {name: perplexity(tokens, name) for name, tokens in self.texts.items()}
@@ -379,7 +379,7 @@ class Run:
         if spec.tasks:
             tasks = zero_shot.zero_shot(
                 decoder, self.tokenizer, spec.tasks, spec.task_limit or None,
-                compute_dtype=spec.compute_dtype, device=self.device, progress=self.progress, work=self.work,
+                compute_dtype=spec.compute_dtype, device=self.device, progress=self.progress, store=self.store,
                 phase=f"zero-shot, {what}",
             )  # fmt: skip
         drift, held_out = [], None
@@ -387,18 +387,18 @@ class Run:
             states = None
             if decoder is not self.dense:
                 drift, states = evaluation.drift(
-                    decoder, self.dense, self.held_out, spec.compute_dtype, self.device, self.held_out_streams, self.work
+                    decoder, self.dense, self.held_out, spec.compute_dtype, self.device, self.held_out_streams, self.store
                 )
             held_out = perplexity(self.held_out, "held out", states).value
         return Measured(perplexities, tasks, drift, held_out)
 
     def measure_dense(self) -> tuple[Measured, dict[str, evaluation.Reference]]:
         """The dense model's own figures, and what the predictions of others are compared with, by text."""
-        engine = Engine(self.device, self.spec.compute_dtype, self.work)
+        execution = Execution(self.device, self.spec.compute_dtype, self.store)
         self.references = {}
         measured = self.measure(self.dense, "dense")
         first = {name: tokens[: evaluation.KL_WINDOWS] for name, tokens in self.texts.items()}
-        states = {name: evaluation.last_states(self.dense, tokens, engine) for name, tokens in first.items()}
+        states = {name: evaluation.last_states(self.dense, tokens, execution) for name, tokens in first.items()}
         return measured, {name: evaluation.Reference(self.dense, state) for name, state in states.items()}
 
     def prune(self, student: Decoder) -> Pruned:
@@ -414,7 +414,7 @@ class Run:
             else:
                 pruned = pruning.prune(
                     student, self.samples("prune"), spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
-                    spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, self.work, **options,
+                    spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, self.store, **options,
                 )  # fmt: skip
         seconds = time.perf_counter() - began
         with self.phase("evaluate"):
@@ -453,7 +453,7 @@ class Run:
         return reconstruction.reconstruct(
             student, self.dense, self.samples("reconstruct"), masks, spec.granularity, spec.propagation, spec.solver, spec.start,
             spec.loss, spec.schedule, self.held_out, spec.exact, spec.train, spec.adapter, spec.rank, self.activations(),
-            spec.seed, spec.compute_dtype, self.device, self.progress, self.work, self.executor,
+            spec.seed, spec.compute_dtype, self.device, self.progress, self.store, self.executor,
         )  # fmt: skip
 
     def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> retraining.RetrainingReport:

@@ -29,7 +29,7 @@ from recon.model.skeleton import Lazy
 from recon.runtime import device, lock
 from recon.runtime.journal import Journal, differences
 from recon.runtime.storage import write_json
-from recon.runtime.store import SAVE, Work
+from recon.runtime.store import SAVE, FolderStore
 from recon.runtime.weights import SAVED, quantisation, reader
 
 log = logging.getLogger("recon")
@@ -115,7 +115,7 @@ def run(
                     checkpoint.check_target(save)
                 with _nothing_left_of_nothing(task.journal):
                     record = task.execute(save, command)
-                task.work.finish(RECORD, record.to_dict())
+                task.store.finish(RECORD, record.to_dict())
             if save is not None:
                 publish(folder / "checkpoint", save, record)
         on_done(record)
@@ -210,15 +210,15 @@ class StreamedRun(Run):
 
     def load(self) -> None:
         super().load()
-        self.work = Work(self.journal, SAVED[self.save_dtype])  # only now: a run that is refused leaves nothing
-        here, before = environment(self.device, self.spec.compute_dtype), self.work.finished("opened")
+        self.store = FolderStore(self.journal, SAVED[self.save_dtype])  # only now: a run that is refused leaves nothing
+        here, before = environment(self.device, self.spec.compute_dtype), self.store.finished("opened")
         if changed := next(filter(None, (differences(other, here) for other in before)), None):
             log.warning(
                 "this run goes on in another environment than it was begun in (%s): the last bits of its numbers may differ",
                 "; ".join(changed),
             )
         self.resumed = len(before)
-        self.work.finish("opened", here)
+        self.store.finish("opened", here)
 
     def load_model(self) -> tuple[Decoder, PreTrainedTokenizerBase]:
         self.session.clear()  # what earlier runs have in memory is of no use
@@ -227,39 +227,39 @@ class StreamedRun(Run):
         return decoder, tokenizer
 
     def dense_measured(self) -> tuple[Measured, dict[str, evaluation.Reference]]:
-        if not self.work.finished("dense"):
+        if not self.store.finished("dense"):
             measured, references = self.measure_dense()
             states = {str(number): reference.states for number, reference in enumerate(references.values())}
-            self.work.finish("dense", asdict(measured), states)
+            self.store.finish("dense", asdict(measured), states)
             return measured, references
-        states = self.work.streams("dense").values()
+        states = self.store.streams("dense").values()
         references = {name: evaluation.Reference(self.dense, state) for name, state in zip(self.texts, states, strict=True)}
-        return _measured(self.work.finished("dense")[0]), references
+        return _measured(self.store.finished("dense")[0]), references
 
     def copy_of_dense(self) -> Decoder:
-        self.work.of = len(self.windows()) + len(self.remainder())
-        if self.work.dtype == self.compute_dtype:
-            self.work.rounded = {matrix.parameter_name for matrix in self.dense.matrices().values()}
-        return self.work.student(self.dense, reader(self.dense.model, self.pruned) if self.spec.pruned else self.dense.lazy.read)
+        self.store.of = len(self.windows()) + len(self.remainder())
+        if self.store.dtype == self.compute_dtype:
+            self.store.rounded = {matrix.parameter_name for matrix in self.dense.matrices().values()}
+        return self.store.student(self.dense, reader(self.dense.model, self.pruned) if self.spec.pruned else self.dense.lazy.read)
 
     def pruned_student(self, student: Decoder) -> Pruned:
         return self.prune(student)
 
     def take_given(self, student: Decoder) -> pruning.Pruning:
-        return given.given_by_block(student, self.work)
+        return given.given_by_block(student, self.store)
 
     def changed(self, student: Decoder, masks) -> dict[str, Tensor]:
         return {}  # the student's weights are in files, and no other run starts from them
 
     def measured(self, student: Decoder, what: str) -> Measured:
-        if not self.work.finished(what):
-            self.work.finish(what, asdict(self.measure(student, what)))
-        return _measured(self.work.finished(what)[0])
+        if not self.store.finished(what):
+            self.store.finish(what, asdict(self.measure(student, what)))
+        return _measured(self.store.finished(what)[0])
 
     def counted(self, student: Decoder) -> tuple[int, dict[str, float]]:
-        if not self.work.finished("counted"):
-            self.work.finish("counted", super().counted(student))
-        zeros, shares = self.work.finished("counted")[0]
+        if not self.store.finished("counted"):
+            self.store.finish("counted", super().counted(student))
+        zeros, shares = self.store.finished("counted")[0]
         return zeros, shares
 
     def peak_memory(self) -> device.PeakMemory:
@@ -299,14 +299,14 @@ class StreamedRun(Run):
 
     def save(self, student: Decoder, folder: Path, command: str) -> None:
         """Completes the checkpoint beside the finished shards; `publish` moves it to `folder` in one piece."""
-        model, work = student.model, self.work
-        for names in self.remainder()[len(work.finished(SAVE)) :]:
+        model, store = student.model, self.store
+        for names in self.remainder()[len(store.finished(SAVE)) :]:
             parameters = {name: student.lazy.parameters[name] for name in names if name in student.lazy.parameters}
             with student.lazy.present(parameters.values()):
                 tensors = {name: model.get_buffer(name) for name in names if name not in parameters}
                 tensors |= {name: parameter.detach() for name, parameter in parameters.items()}
-                work.finish(SAVE, names, shard=tensors)
-        target = work.folder / "checkpoint"
+                store.finish(SAVE, names, shard=tensors)
+        target = store.folder / "checkpoint"
         try:
             model.config.dtype, model.config.architectures = self.save_dtype, [type(model).__name__]
             model.config.save_pretrained(target)
@@ -314,7 +314,7 @@ class StreamedRun(Run):
                 model.generation_config.save_pretrained(target)
             self.tokenizer.save_pretrained(target)
             write_json(target / files.INDEX, _index(target))
-            entries = [entry["shard"] for entry in work.journal.entries if "shard" in entry]
+            entries = [entry["shard"] for entry in store.journal.entries if "shard" in entry]
             hashes = "".join(f"{entry['sha256']}  {Path(entry['file']).name}\n" for entry in entries)
             (target / files.HASHES).write_text(hashes, encoding="utf-8")
             self.record.environment["checkpoint"] = files.sha256(target / files.HASHES)

@@ -10,7 +10,7 @@ from recon.errors import ReconError
 from recon.kernels.patterns import sparsity_of
 from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
-from recon.runtime.store import InMemory
+from recon.runtime.store import MemoryStore
 from recon.runtime.weights import Checkpoint, tied
 
 log = logging.getLogger("recon")
@@ -57,19 +57,19 @@ def given(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
 
 
 @torch.no_grad()
-def given_by_block(student: Decoder, work: InMemory) -> Pruning:
+def given_by_block(student: Decoder, store: MemoryStore) -> Pruning:
     """As `given`, for a student whose weights are those of the pruned model already, and in memory block by block.
 
     work: what is finished already, and where the masks of every further block are noted.
     """
-    done = work.finished("prune")
+    done = store.finished("prune")
     for window in student.windows("block")[len(done) :]:
         with student.loaded(window):
             masks = {name: matrix.weight != 0 for name, matrix in student.matrices(window).items()}
-        work.masks.update(masks)
+        store.masks.update(masks)
         done.append({name: sparsity_of(mask) for name, mask in masks.items()})
-        work.finish("prune", done[-1])
-    found = Pruning(work.masks, {name: share for shares in done for name, share in shares.items()})
+        store.finish("prune", done[-1])
+    found = Pruning(store.masks, {name: share for shares in done for name, share in shares.items()})
     _warn_of_empty(found)
     return found
 

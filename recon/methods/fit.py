@@ -11,7 +11,7 @@ from recon.errors import ReconError
 from recon.kernels.gradient_descent import NORM_EVERY, Curve, Schedule
 from recon.kernels.losses import get_loss
 from recon.runtime.device import out_of_memory, release_memory
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 
 log = logging.getLogger("recon")
 
@@ -24,7 +24,7 @@ def optimise(
     masks: list[tuple[nn.Parameter, Tensor]],
     schedule: Schedule,
     random: torch.Generator,
-    engine: Engine,
+    execution: Execution,
     step_done: Callable[[Tensor], None] = lambda value: None,
     micro_batch: int = 0,
 ) -> Curve:
@@ -39,7 +39,7 @@ def optimise(
         parameters: float32 leaves that require gradients.
         masks: pairs of parameter and keep-mask of its shape; dropped weights are exact zeros after every step.
         random: draws the order of samples anew for each epoch.
-        engine: brings the batches to where `parameters` and `masks` are already.
+        execution: brings the batches to where `parameters` and `masks` are already.
         step_done: called with the loss after every step.
         micro_batch: samples per forward pass, at most; 0: as many as `schedule` says.
 
@@ -52,7 +52,7 @@ def optimise(
     per_step = schedule.batch_size * schedule.accumulation
     losses: list[Tensor] = []
     norms: list[Tensor] = []
-    if engine.device.type == "cpu":  # where a product with booleans takes several times as long
+    if execution.device.type == "cpu":  # where a product with booleans takes several times as long
         # In the list itself, so that it does not keep the booleans alive, a byte a weight, while windows are fitted.
         masks[:] = [(parameter, mask.to(torch.bfloat16)) for parameter, mask in masks]
     orders = [torch.randperm(samples, generator=random) for _ in range(schedule.epochs)]
@@ -60,10 +60,10 @@ def optimise(
     size = min(micro_batch or schedule.batch_size, schedule.batch_size)
     while len(losses) < steps:
         parts = [part for chosen in steps_of[len(losses) :] for part in parts_of(chosen, size)]
-        with contextlib.closing(engine.batches(data, parts)) as batches:
+        with contextlib.closing(execution.batches(data, parts)) as batches:
             while len(losses) < steps:
                 try:
-                    total = _add_gradients(loss, batches, parts_of(steps_of[len(losses)], size), engine)
+                    total = _add_gradients(loss, batches, parts_of(steps_of[len(losses)], size), execution)
                 except Exception as error:
                     if not out_of_memory(error):
                         raise
@@ -85,7 +85,7 @@ def optimise(
             release_memory()
             if size == 1:
                 raise ReconError(
-                    f"memory of device {engine.device} does not suffice for one sample at a time ({fault}); give shorter samples, or "
+                    f"memory of device {execution.device} does not suffice for one sample at a time ({fault}); give shorter samples, or "
                     "smaller windows"
                 )
             log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
@@ -99,10 +99,10 @@ def parts_of(chosen: Tensor, size: int) -> list[list[int]]:
 
 
 def _add_gradients(
-    loss: Callable[..., Tensor], batches: Iterator[tuple[Tensor, ...]], parts: list[list[int]], engine: Engine
+    loss: Callable[..., Tensor], batches: Iterator[tuple[Tensor, ...]], parts: list[list[int]], execution: Execution
 ) -> Tensor:
     """Adds the gradients of one step, on samples of the numbers in `parts`, in which each counts alike; returns its loss."""
-    total = torch.zeros((), device=engine.device)
+    total = torch.zeros((), device=execution.device)
     samples = sum(map(len, parts))
     for part in parts:
         value = loss(*next(batches)) * (len(part) / samples)
@@ -120,7 +120,7 @@ def fit(
     loss: str,
     schedule: Schedule,
     random: torch.Generator,
-    engine: Engine,
+    execution: Execution,
     micro_batch: int = 0,
 ) -> Curve:
     """Trains `parameters` in place so that `forward(inputs)` comes close to `targets`; see `optimise`.
@@ -128,7 +128,7 @@ def fit(
     Args:
         forward: the window, (batch, length, in) -> (batch, length, out).
         inputs, targets: (samples, length, in) and (samples, length, out).
-        engine: where and in what precision `forward` runs.
+        execution: where and in what precision `forward` runs.
         micro_batch: samples per forward pass, at most; 0: as many as `schedule` says.
 
     The squared error is divided by a constant, the mean square of the targets, so that AdamW's epsilon means the same for windows
@@ -139,8 +139,8 @@ def fit(
     scale = max(norm.item() ** 2 / targets.numel(), 1e-30) if loss == "mse" else 1.0
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
-        with engine:
+        with execution:
             output = forward(x)
         return criterion(output, y) / scale
 
-    return optimise(distance, [inputs, targets], parameters, masks, schedule, random, engine, micro_batch=micro_batch)
+    return optimise(distance, [inputs, targets], parameters, masks, schedule, random, execution, micro_batch=micro_batch)

@@ -16,9 +16,9 @@ from recon.methods.statistics import FEW, gather
 from recon.methods.structured import find_units, prune_units, set_bias
 from recon.model.decoder import Decoder
 from recon.model.matrices import Matrix
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
-from recon.runtime.store import InMemory
+from recon.runtime.store import MemoryStore
 
 log = logging.getLogger("recon")
 
@@ -58,7 +58,7 @@ def prune(
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
-    work: InMemory | None = None,
+    store: MemoryStore | None = None,
     **options,
 ) -> Pruning:
     """Prunes the matrices of every block of `model` in place, block by block; embeddings and output head are left alone.
@@ -97,15 +97,15 @@ def prune(
     if kind != "none" and samples is None:
         what = f"criterion {criterion!r}" if rule.statistics != "none" else f"choosing by {criterion!r} with swaps"
         raise ReconError(f"{what} weighs activations and needs calibration samples")
-    work = work or InMemory()
-    engine = Engine(device or decoder.device, compute_dtype, work)
+    store = store or MemoryStore()
+    execution = Execution(device or decoder.device, compute_dtype, store)
     if isinstance(rule, Structured):
-        sparsity, biases = prune_units(decoder, rule, pattern, samples, propagation, engine, work, progress, **options)
-        return Pruning(work.masks, sparsity, biases)
-    done = work.finished("prune")
+        sparsity, biases = prune_units(decoder, rule, pattern, samples, propagation, execution, store, progress, **options)
+        return Pruning(store.masks, sparsity, biases)
+    done = store.finished("prune")
     stream = None
     if kind != "none" and len(done) < len(decoder.blocks):
-        stream = work.streams("prune")["stream"] if done else engine.embed(decoder, samples)
+        stream = store.streams("prune")["stream"] if done else execution.embed(decoder, samples)
     bar = tqdm(
         decoder.windows("block")[len(done) :], desc=f"prune ({criterion} {pattern})", unit="block", disable=not progress,
         initial=len(done), total=len(decoder.blocks),
@@ -115,9 +115,9 @@ def prune(
         outputs, starved = stream, []
         with decoder.loaded(window):
             if stream is not None:
-                outputs, statistics = gather(engine, decoder, window, stream, kind)
+                outputs, statistics = gather(execution, decoder, window, stream, kind)
             changed: dict[str, Tensor] = {}  # parameters in which more has changed than what is zero
-            with engine.holding(decoder, window, trained=decoder.weights(window)):
+            with execution.holding(decoder, window, trained=decoder.weights(window)):
                 for name, matrix in decoder.matrices(window).items():
                     random = generator(seed, "criterion", name)
                     if kind != "none" and name not in statistics:
@@ -128,16 +128,16 @@ def prune(
                     if not (rule.scores or torch.equal(weight, matrix.weight.masked_fill(~mask, 0.0).float())):
                         changed[matrix.parameter_name] = matrix.parameter
                     matrix.weight.copy_(weight)
-                    work.masks[name] = mask.to(decoder.device)
+                    store.masks[name] = mask.to(decoder.device)
             if stream is not None and window.blocks[0] + 1 < len(decoder.blocks):
                 if propagation == "sparse":
-                    with engine.holding(decoder, window):
-                        outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream)
+                    with execution.holding(decoder, window):
+                        outputs = execution.run(lambda batch, window=window: decoder.forward(window, batch), stream)
                 stream = outputs
             else:
                 stream = None
-            sparsity = {name: sparsity_of(work.masks[name]) for name in decoder.matrices(window)}
-            work.finish("prune", {"sparsity": sparsity, "starved": starved}, {"stream": stream}, changed)
+            sparsity = {name: sparsity_of(store.masks[name]) for name in decoder.matrices(window)}
+            store.finish("prune", {"sparsity": sparsity, "starved": starved}, {"stream": stream}, changed)
             done.append({"sparsity": sparsity, "starved": starved})
     starved = [name for found in done for name in found["starved"]]
     if starved:
@@ -145,10 +145,10 @@ def prune(
         log.warning(
             "%d of %d matrices belong to experts that fewer than %d calibration tokens were sent to, and were pruned by magnitude "
             "instead of %s: %s; more samples help",
-            len(starved), len(work.masks), FEW, criterion, some,
+            len(starved), len(store.masks), FEW, criterion, some,
         )  # fmt: skip
     sparsity = {name: value for found in done for name, value in found["sparsity"].items()}
-    return Pruning(work.masks, sparsity, starved=starved)
+    return Pruning(store.masks, sparsity, starved=starved)
 
 
 @torch.no_grad()

@@ -26,9 +26,9 @@ from recon.model.discovery import requiring_gradients
 from recon.model.matrices import Matrix, stored
 from recon.model.windows import Window, canonical
 from recon.runtime.activations import Activations
-from recon.runtime.execution import Engine, in_batches
+from recon.runtime.execution import Execution, in_batches
 from recon.runtime.seeds import generator
-from recon.runtime.store import InMemory
+from recon.runtime.store import MemoryStore
 
 log = logging.getLogger("recon")
 PROPAGATIONS = {
@@ -94,7 +94,7 @@ def reconstruct(
     compute_dtype: str = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
-    work: InMemory | None = None,
+    store: MemoryStore | None = None,
     executor: object = "serial",
 ) -> list[WindowReport]:
     """Repairs `model` in place against `dense`, window by window; the pruned weights stay exact zeros.
@@ -137,15 +137,15 @@ def reconstruct(
         )
     if adapter != "none":
         check_adaptable(student)
-    work = work or InMemory()
+    store = store or MemoryStore()
     masks = keep_masks(student, masks)
     task = _Pass(
         teacher, student, masks, propagation, solver, start, loss, schedule, exact, train,
-        adapter, rank, seed, Engine(device or teacher.device, compute_dtype, work), len(samples),
-        Activations(limit=0) if activations is None else activations, work,
+        adapter, rank, seed, Execution(device or teacher.device, compute_dtype, store), len(samples),
+        Activations(limit=0) if activations is None else activations, store,
     )  # fmt: skip
     windows = teacher.windows(granularity)
-    reports = [WindowReport(**found) for found in work.finished("reconstruct")]
+    reports = [WindowReport(**found) for found in store.finished("reconstruct")]
     tokens = samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]])
     task.micro_batch = reports[-1].micro_batch if reports else 0
     if len(reports) < len(windows):
@@ -223,10 +223,10 @@ class _Pass:
     adapter: str
     rank: int
     seed: int
-    engine: Engine
+    execution: Execution
     count: int  # calibration samples
     activations: Activations
-    work: InMemory
+    store: MemoryStore
     micro_batch: int = 0  # samples that memory has sufficed for, where it ran out before
 
     def begin(self, tokens: Tensor) -> None:
@@ -235,17 +235,17 @@ class _Pass:
         Where windows are finished already, the streams are those that the next one starts from.
         """
         self.settle(*tokens.shape)
-        if streams := self.work.streams("reconstruct"):
+        if streams := self.store.streams("reconstruct"):
             self.dense, self.sparse = streams.get("dense"), streams.get("sparse")
             return
         embedded = self.known("embedded")
         if embedded is None:
-            embedded = self.keep("embedded", self.engine.embed(self.teacher, tokens, self.count))
+            embedded = self.keep("embedded", self.execution.embed(self.teacher, tokens, self.count))
         self.dense = embedded if self.propagation in ("dense", "mixed") else None
         self.sparse = None
         if self.propagation in ("sparse", "mixed"):
             # Embeddings are not pruned, so both models start from the same activations, unless something else changed them.
-            own = self.engine.embed(self.student, tokens, self.count)
+            own = self.execution.embed(self.student, tokens, self.count)
             self.sparse = embedded if torch.equal(own, embedded) else own
 
     def settle(self, samples: int, length: int) -> None:
@@ -271,11 +271,11 @@ class _Pass:
 
     def over(self, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
         """`function` applied to `stream` (samples, ...) a batch at a time; no batch mixes calibration and held-out samples."""
-        return self.engine.run(function, stream, self.count)
+        return self.execution.run(function, stream, self.count)
 
     def forward(self, decoder: Decoder, window: Window, stream: Tensor) -> Tensor:
         """The output of `window` for all of `stream`."""
-        with self.engine.holding(decoder, window):
+        with self.execution.holding(decoder, window):
             return self.over(lambda h: decoder.forward(window, h), stream)
 
     def repair(self, window: Window) -> WindowReport:
@@ -290,7 +290,7 @@ class _Pass:
                 curve.micro_batch,
             )  # fmt: skip
             shard = {name: parameter.detach() for name, parameter in self.student.parameters(window).items()}
-            self.work.finish("reconstruct", asdict(report), {"dense": self.dense, "sparse": self.sparse}, shard=shard)
+            self.store.finish("reconstruct", asdict(report), {"dense": self.dense, "sparse": self.sparse}, shard=shard)
         return report
 
     def fit_and_measure(
@@ -332,7 +332,7 @@ class _Pass:
     def copied(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Copies of `parameters`, in one piece of memory: where there is room for large ones alone, such as on disk, it is one."""
         steps = [-(-p.numel() // ALIGNED) * ALIGNED for p in parameters.values()]
-        room = self.work.empty((sum(steps),), torch.float32).split(steps)
+        room = self.store.empty((sum(steps),), torch.float32).split(steps)
         found = zip(parameters.items(), room, strict=True)
         return {name: part[: p.numel()].view(p.shape).copy_(p.detach()) for (name, p), part in found}
 
@@ -347,17 +347,17 @@ class _Pass:
         """Changes the window's `parameters`; returns how many numbers were trained, and how that went."""
         matrices = self.student.matrices(window)
         if self.adapter == "none":
-            with self.engine.holding(self.student, window, parameters.values()):
+            with self.execution.holding(self.student, window, parameters.values()):
                 if grams:
                     self.solve_exactly(window, inputs, targets, grams)
                 curve = self.descend(window, inputs, targets, parameters, matrices) if self.solver == "adamw" else Curve([], [])
             return sum(parameter.numel() for parameter in parameters.values()), curve
         if grams:
-            with self.engine.holding(self.student, window, parameters.values()):
+            with self.execution.holding(self.student, window, parameters.values()):
                 self.solve_exactly(window, inputs, targets, grams)
         random = generator(self.seed, "adapters", window.name)
         with adapted(matrices.values(), self.masks, self.adapter, self.rank, random) as low_rank:
-            with self.engine.holding(self.student, window, low_rank.values()):
+            with self.execution.holding(self.student, window, low_rank.values()):
                 curve = self.descend(window, inputs, targets, low_rank, {})
             return sum(parameter.numel() for parameter in low_rank.values()), curve
 
@@ -386,7 +386,7 @@ class _Pass:
         """What `window` reads where its block (or half) reads `stream`."""
         if not window.matrices:
             return stream
-        with self.engine.holding(decoder, Window(window.blocks)):
+        with self.execution.holding(decoder, Window(window.blocks)):
             return self.over(lambda h: decoder.inputs(window, h), stream)
 
     def dense_output(self, window: Window) -> Tensor:
@@ -404,7 +404,7 @@ class _Pass:
                 x = x.detach().reshape(-1, x.shape[-1])
                 if group not in seen:
                     # Matrices multiply what is rounded to the compute dtype, so nothing is lost by keeping that.
-                    seen[group] = self.engine.empty((*stream.shape[:2], x.shape[1]), self.engine.dtype, stream.device)
+                    seen[group] = self.execution.empty((*stream.shape[:2], x.shape[1]), self.execution.dtype, stream.device)
                     filled[group] = 0
                 seen[group].flatten(0, 1)[filled[group] : filled[group] + len(x)] = x
                 filled[group] += len(x)
@@ -414,8 +414,8 @@ class _Pass:
                     filled[group] = 0
 
             stream, filled = self.dense[self.measured] if self.by_grams else self.dense, {}
-            with self.teacher.watching(block, see), self.engine.holding(self.teacher, block):
-                outputs = self.engine.run(partial(self.teacher.forward, block), stream, self.count, forget)
+            with self.teacher.watching(block, see), self.execution.holding(self.teacher, block):
+                outputs = self.execution.run(partial(self.teacher.forward, block), stream, self.count, forget)
             if not self.by_grams:
                 self.keep(_place(block), outputs)
             # Kept for this block only: they are larger than the stream that they come from.
@@ -439,12 +439,12 @@ class _Pass:
 
     def gathered(self, window: Window, stream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's outputs of `window`, of blocks or a half, for `stream`, and Gram matrices on its first samples."""
-        outputs, grams = gather(self.engine, self.teacher, window, stream[: self.read], "gram")
+        outputs, grams = gather(self.execution, self.teacher, window, stream[: self.read], "gram")
         if len(rest := stream[self.read :]):
-            with self.engine.holding(self.teacher, window):
+            with self.execution.holding(self.teacher, window):
                 forward, edge = partial(self.teacher.forward, window), self.count - self.read
-                parts = [outputs, self.engine.run(forward, rest, edge)]
-                outputs = self.engine.empty((*stream.shape[:2], outputs.shape[-1]), outputs.dtype, stream.device)
+                parts = [outputs, self.execution.run(forward, rest, edge)]
+                outputs = self.execution.empty((*stream.shape[:2], outputs.shape[-1]), outputs.dtype, stream.device)
                 torch.cat(parts, out=outputs)
         return outputs, grams
 
@@ -481,7 +481,7 @@ class _Pass:
             inputs, targets = (t.unflatten(1, (self.schedule.pieces, -1)).flatten(0, 1) for t in (inputs, targets))
         # Experts' parts of one parameter that are multiplied one by one.
         alone = {name: matrix for name, matrix in masked.items() if matrix.expert is not None and matrix.alone}
-        device = self.engine.device
+        device = self.execution.device
         # Each expert's matrix as a parameter of its own, in the same memory: the gradient of the parameter that holds
         # them all would be made anew, in full, for every expert.
         leaves = {name: nn.Parameter(matrix.part.detach()) for name, matrix in alone.items()}
@@ -500,7 +500,7 @@ class _Pass:
             with requiring_gradients(rest):
                 curve = fit(
                     forward, [*rest, *leaves.values()], masks, inputs, targets, self.loss, self.schedule.scaled(window.halves**-SLOWING),
-                    generator(self.seed, "shuffle", window.name), self.engine, self.micro_batch,
+                    generator(self.seed, "shuffle", window.name), self.execution, self.micro_batch,
                 )  # fmt: skip
         except ReconError as error:
             raise ReconError(f"window {window.name!r}: {error}") from error

@@ -23,7 +23,7 @@ from recon.methods.prune import keep_masks
 from recon.model.decoder import Decoder, check_length
 from recon.model.discovery import replaced, requiring_gradients
 from recon.model.matrices import stored
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
 log = logging.getLogger("recon")
@@ -98,7 +98,7 @@ def retrain(
     if method not in ("full", "norms"):
         check_adaptable(student)
     masks = keep_masks(student, masks)
-    engine = Engine(device or student.device, compute_dtype)
+    execution = Execution(device or student.device, compute_dtype)
     teacher = None
     if objective == "distil":
         teacher = dense if isinstance(dense, Decoder) else Decoder(dense, like=student)
@@ -107,7 +107,7 @@ def retrain(
     rest = {name: p.detach().clone() for name, p in student.model.named_parameters()} if method in ("full", "norms") else {}
     with contextlib.ExitStack() as stack:
         for decoder in filter(None, (student, teacher)):
-            stack.enter_context(_at(decoder.model, engine.device))
+            stack.enter_context(_at(decoder.model, execution.device))
         stack.enter_context(requiring_gradients(student.model.parameters(), False))
         aside = 0.0  # seconds of looking at the merged model
 
@@ -121,15 +121,15 @@ def retrain(
             count = sum(p.numel() for p in parameters.values())
             kept = []
             if method == "full":
-                kept = stored(student.matrices(), masks, engine.device)
+                kept = stored(student.matrices(), masks, execution.device)
             steps = schedule.steps(len(samples))
             bar = stack.enter_context(
                 tqdm(total=steps, desc=f"retrain ({method}, {objective})", unit="step", disable=not progress)
             )
             with requiring_gradients(parameters.values()):
                 curve = optimise(
-                    partial(_loss, student, teacher, engine, checkpointing),
-                    [samples], list(parameters.values()), kept, schedule, generator(seed, "retrain"), engine,
+                    partial(_loss, student, teacher, execution, checkpointing),
+                    [samples], list(parameters.values()), kept, schedule, generator(seed, "retrain"), execution,
                     lambda value: bar.update(),
                 )  # fmt: skip
     status = "retrained"
@@ -202,15 +202,15 @@ def _peft(model: nn.Module, names: list[str], rank: int, seed: int) -> Iterator[
         tuner.merge_and_unload(progressbar=False)
 
 
-def _loss(student: Decoder, teacher: Decoder | None, engine: Engine, checkpointing: bool, tokens: Tensor) -> Tensor:
+def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:
     """Mean over predicted tokens, in nats; tokens (batch, length)."""
     blocks = student.blocks if checkpointing else ()
-    # In the backward pass the blocks run under the engine again, which it is not part of otherwise.
-    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), engine))
-    with engine, replaced({block: partial(again, block.forward) for block in blocks}):
+    # In the backward pass the blocks run under the execution again, which it is not part of otherwise.
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), execution))
+    with execution, replaced({block: partial(again, block.forward) for block in blocks}):
         logits = student.run(tokens).logits[:, :-1].flatten(0, 1)
     if teacher is None:
         return negative_log_likelihood(logits, student.predicted(tokens)[:, 1:].flatten()).mean()
-    with engine, torch.no_grad():
+    with execution, torch.no_grad():
         wanted = teacher.run(tokens).logits[:, :-1].flatten(0, 1)
     return kl_divergence(wanted, logits).mean()

@@ -7,13 +7,13 @@ from recon.errors import ReconError
 from recon.kernels.moments import add_gram, add_moments, mirrored
 from recon.model.decoder import Decoder
 from recon.model.windows import Window
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 
 FEW = 32  # tokens that say too little of what an expert reads
 
 
 @torch.no_grad()
-def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
+def gather(execution: Execution, decoder: Decoder, window: Window, stream: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Runs `window` on `stream` and gathers statistics of what its matrices read.
 
     Args:
@@ -22,7 +22,7 @@ def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kin
             variance of each input column, (2, in).
 
     Returns:
-        The window's outputs, and the statistics by matrix name in float32, on the engine's device. Matrices that share an
+        The window's outputs, and the statistics by matrix name in float32, on the execution's device. Matrices that share an
         input share one tensor. They accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
         An expert's are those of the tokens that are sent to it; one that fewer than FEW are sent to has none.
     """
@@ -51,8 +51,8 @@ def gather(engine: Engine, decoder: Decoder, window: Window, stream: Tensor, kin
         totals.clear()
         tokens.clear()
 
-    with engine.holding(decoder, window), decoder.watching(window, accumulate):
-        outputs = engine.run(lambda batch: decoder.forward(window, batch), stream, anew=forget)
+    with execution.holding(decoder, window), decoder.watching(window, accumulate):
+        outputs = execution.run(lambda batch: decoder.forward(window, batch), stream, anew=forget)
     statistics, matrices = {}, decoder.matrices(window)
     for group, total in totals.items():
         if tokens[group] < FEW and matrices[group[0]].routed:

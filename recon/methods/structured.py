@@ -20,8 +20,8 @@ from recon.model.discovery import kind_of, probe_tokens
 from recon.model.matrices import Matrix
 from recon.model.skeleton import made_up
 from recon.model.windows import Window
-from recon.runtime.execution import Engine
-from recon.runtime.store import InMemory
+from recon.runtime.execution import Execution
+from recon.runtime.store import MemoryStore
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ def prune_units(
     pattern: Pattern,
     samples: Tensor,
     propagation: str,
-    engine: Engine,
-    work: InMemory,
+    execution: Execution,
+    store: MemoryStore,
     progress: bool = True,
     compensate: bool | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -188,19 +188,19 @@ def prune_units(
     compensate = rule.compensates if compensate is None else compensate
     if compensate and not rule.compensates:
         raise ReconError(f"compensate is {compensate}, but criterion {rule.name!r} gathers no means to compensate with")
-    blocks, done = decoder.windows("block"), work.finished("prune")
+    blocks, done = decoder.windows("block"), store.finished("prune")
     biases: dict[str, Tensor] = {}
     if len(done) < len(blocks):
         halves = find_units(decoder)
         target = pattern.sparsity * sum(matrix.weight.numel() for matrix in decoder.matrices().values())
         stream = None
         if rule.scope == "model":
-            scores, means = _compare(decoder, rule, halves, samples, engine, work, progress)
+            scores, means = _compare(decoder, rule, halves, samples, execution, store, progress)
             chosen = keep_globally(scores, [half.weights for half in halves], target)
             kept = {half.window.name: units for half, units in zip(halves, chosen, strict=True)}
         else:
             gone = _uniform_counts(halves, pattern, target)
-            stream = work.streams("prune")["stream"] if done else engine.embed(decoder, samples)
+            stream = store.streams("prune")["stream"] if done else execution.embed(decoder, samples)
     bar = tqdm(
         blocks[len(done) :], desc=f"prune ({rule.name} {pattern})", unit="block", disable=not progress, initial=len(done),
         total=len(blocks),
@@ -209,7 +209,7 @@ def prune_units(
         here = [half for half in halves if half.window.blocks == window.blocks]
         with decoder.loaded(window):
             if rule.scope == "half-block":
-                outputs, statistics = gather(engine, decoder, window, stream, rule.statistics)
+                outputs, statistics = gather(execution, decoder, window, stream, rule.statistics)
                 scores = {half.window.name: _score(rule, half, statistics[half.reader.name].to(decoder.device)) for half in here}
                 kept = {name: keep_all_but(found[None], gone[name])[0] for name, found in scores.items()}
             masks = {name: torch.ones_like(matrix.weight, dtype=torch.bool) for name, matrix in decoder.matrices(window).items()}
@@ -222,36 +222,42 @@ def prune_units(
                     set_bias(half.reader.module, bias)
             for name, matrix in decoder.matrices(window).items():
                 matrix.weight.masked_fill_(~masks[name], 0.0)
-            work.masks.update(masks)
+            store.masks.update(masks)
             if window == blocks[-1]:
                 stream = None
             elif stream is not None:
                 if propagation == "sparse":
-                    with engine.holding(decoder, window):
-                        outputs = engine.run(lambda batch, window=window: decoder.forward(window, batch), stream)
+                    with execution.holding(decoder, window):
+                        outputs = execution.run(lambda batch, window=window: decoder.forward(window, batch), stream)
                 stream = outputs
             found = {"sparsity": {name: sparsity_of(mask) for name, mask in masks.items()}, "starved": []}
-            work.finish("prune", found, {"stream": stream}, changed)
+            store.finish("prune", found, {"stream": stream}, changed)
             done.append(found)
     return {name: share for found in done for name, share in found["sparsity"].items()}, biases
 
 
 def _compare(
-    decoder: Decoder, rule: Structured, halves: list[Units], samples: Tensor, engine: Engine, work: InMemory, progress: bool
+    decoder: Decoder,
+    rule: Structured,
+    halves: list[Units],
+    samples: Tensor,
+    execution: Execution,
+    store: MemoryStore,
+    progress: bool,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """In the dense model, the scores (count,) of the units of each half; and, by its name, the means (in,) of what its reader reads."""
-    blocks, done = decoder.windows("block"), len(work.finished("compare"))
-    streams = work.streams("compare")
+    blocks, done = decoder.windows("block"), len(store.finished("compare"))
+    streams = store.streams("compare")
     if not done:
         nothing = torch.empty(0, device=decoder.device)
-        streams = {"stream": engine.embed(decoder, samples), "scores": nothing, "means": nothing}
+        streams = {"stream": execution.embed(decoder, samples), "scores": nothing, "means": nothing}
     bar = tqdm(
         blocks[done:], desc=f"compare ({rule.name})", unit="block", disable=not progress, initial=done, total=len(blocks)
     )  # fmt: skip
     for window in bar:
         scores, means = [streams["scores"]], [streams["means"]]
         with decoder.loaded(window):
-            outputs, statistics = gather(engine, decoder, window, streams["stream"], rule.statistics)
+            outputs, statistics = gather(execution, decoder, window, streams["stream"], rule.statistics)
             for half in halves:
                 if half.window.blocks == window.blocks:
                     moments = statistics[half.reader.name].to(decoder.device)
@@ -259,7 +265,7 @@ def _compare(
                     means.append(moments[0])
         outputs = None if window == blocks[-1] else outputs
         streams = {"stream": outputs, "scores": torch.cat(scores), "means": torch.cat(means)}
-        work.finish("compare", None, streams)
+        store.finish("compare", None, streams)
     means = streams["means"].split([half.reader.weight.shape[1] for half in halves])
     names = [half.window.name for half in halves]
     return list(streams["scores"].split([half.count for half in halves])), dict(zip(names, means, strict=True))

@@ -14,7 +14,7 @@ from recon.model.skeleton import moved
 from recon.model.windows import Window
 from recon.runtime.attention import FastCausalAttention
 from recon.runtime.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
-from recon.runtime.store import InMemory
+from recon.runtime.store import MemoryStore
 
 log = logging.getLogger("recon")
 TOKENS = 1024  # in a batch that nothing is trained on
@@ -29,7 +29,7 @@ def in_batches(samples: int, length: int, count: int, tokens: int | None = None)
     return [range(i, min(i + size, stop)) for start, stop in pairwise(edges) for i in range(start, stop, size)]
 
 
-class Engine(contextlib.AbstractContextManager):
+class Execution(contextlib.AbstractContextManager):
     """A compute device and a compute dtype. As a context: matrix products run in that dtype, parameters keep theirs.
 
     Models may live elsewhere, such as in host memory beside a small GPU: one window at a time is then on the compute device,
@@ -48,10 +48,10 @@ class Engine(contextlib.AbstractContextManager):
         self,
         device: torch.device | str = "auto",
         compute_dtype: str = "auto",
-        work: InMemory | None = None,
+        store: MemoryStore | None = None,
     ):
         self.tokens: int | None = None  # in a batch that nothing is trained on, where memory did not suffice for `TOKENS`
-        self.work = work or InMemory()
+        self.store = store or MemoryStore()
         self.device = pick_device(str(device))
         self.dtype = pick_compute_dtype(compute_dtype, self.device)
         self._entered: list[contextlib.ExitStack] = []
@@ -179,7 +179,7 @@ class Engine(contextlib.AbstractContextManager):
         """A tensor for activations that is to be filled."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
-        return self.work.empty(shape, dtype, pinned=self.device.type == "cuda")
+        return self.store.empty(shape, dtype, pinned=self.device.type == "cuda")
 
     def batches(self, streams: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
         """For each of `parts`, which are numbers of samples, these of every stream, on the compute device.

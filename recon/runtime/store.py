@@ -24,8 +24,8 @@ FOLDERS = ("masks", "pruned", "activations", "checkpoint", "exact")
 SAVE = "remainder"  # the phase that writes what is in no window: nothing is computed with what it writes
 
 
-class InMemory:
-    """The work of a run whose model is in memory: nothing of it outlives the process. See `Work` for the other kind."""
+class MemoryStore:
+    """The work of a run whose model is in memory: nothing of it outlives the process. See `FolderStore` for the other kind."""
 
     def __init__(self):
         self.masks: MutableMapping[str, Tensor] = {}
@@ -63,7 +63,7 @@ class InMemory:
         """
 
 
-class Work(InMemory):
+class FolderStore(MemoryStore):
     """The work of a streamed run, in a folder: after a kill at any moment, a run of the same fingerprint goes on from the last step.
 
     A step is finished when the journal says so, which it does once all that belongs to the step is on the disk. Files get their
@@ -291,15 +291,15 @@ class Work(InMemory):
 class _Masks(MutableMapping):
     """The masks of a run by matrix name, bool (out, in): those set since the last finished step, and those in its files."""
 
-    def __init__(self, work: Work):
-        self.work = work
+    def __init__(self, store: FolderStore):
+        self.store = store
         self.pending: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.pending:
             return self.pending[name]
-        file, columns = self.work.columns[name]
-        return _unpack(self.work.tensor(file, name), columns)
+        file, columns = self.store.columns[name]
+        return _unpack(self.store.tensor(file, name), columns)
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
         self.pending[name] = mask
@@ -308,13 +308,13 @@ class _Masks(MutableMapping):
         del self.pending[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.pending or name in self.work.columns
+        return name in self.pending or name in self.store.columns
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self.work.columns, **self.pending})
+        return iter({**self.store.columns, **self.pending})
 
     def __len__(self) -> int:
-        return len({**self.work.columns, **self.pending})
+        return len({**self.store.columns, **self.pending})
 
 
 def _differs(stored: Tensor, tensor: Tensor) -> bool:

@@ -17,9 +17,9 @@ from recon.evaluate import zero_shot
 from recon.evaluate.tasks import documents
 from recon.model.decoder import Decoder
 from recon.runtime import activations
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 from recon.runtime.journal import Journal
-from recon.runtime.store import Work
+from recon.runtime.store import FolderStore
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
@@ -98,7 +98,7 @@ def test_log_likelihoods_are_the_models_own(tiny, family, monkeypatch):
     monkeypatch.setattr(zero_shot, "SLICE", 7)
     model, pairs = tiny(family), random_pairs()
     greedy = [(context, [int(model(torch.tensor([context])).logits[0, -1].argmax())]) for context, _ in pairs[:5]]
-    found = zero_shot.log_likelihoods(Decoder(model), pairs + greedy, Engine("cpu", "float32"))
+    found = zero_shot.log_likelihoods(Decoder(model), pairs + greedy, Execution("cpu", "float32"))
     expected = [plain(model, *pair) for pair in pairs + greedy]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-4, abs=1e-4)
     assert [hit for _, hit in found] == [hit for _, hit in expected]
@@ -107,7 +107,7 @@ def test_log_likelihoods_are_the_models_own(tiny, family, monkeypatch):
 
 def test_bfloat16_is_near(tiny):
     model, pairs = tiny("llama", std=0.1), random_pairs()
-    found = zero_shot.log_likelihoods(Decoder(model), pairs, Engine("cpu", "bfloat16"))
+    found = zero_shot.log_likelihoods(Decoder(model), pairs, Execution("cpu", "bfloat16"))
     errors = [abs(value - plain(model, *pair)[0]) / len(pair[1]) for (value, _), pair in zip(found, pairs, strict=True)]
     assert 0 < statistics.fmean(errors) < 0.01
 
@@ -115,10 +115,10 @@ def test_bfloat16_is_near(tiny):
 def test_texts_that_are_too_long_lose_their_beginning(tiny):
     model = tiny("llama", max_position_embeddings=24)
     context, continuation = list(range(3, 33)), [40, 41, 42]
-    [(value, _)] = zero_shot.log_likelihoods(Decoder(model), [(context, continuation)], Engine("cpu", "float32"))
+    [(value, _)] = zero_shot.log_likelihoods(Decoder(model), [(context, continuation)], Execution("cpu", "float32"))
     assert value == pytest.approx(plain(model, context[-22:], continuation)[0], rel=1e-4)
     with pytest.raises(ReconError, match="continuation of 25 tokens is more than the model's 24"):
-        zero_shot.log_likelihoods(Decoder(model), [([3], [4] * 25)], Engine("cpu", "float32"))
+        zero_shot.log_likelihoods(Decoder(model), [([3], [4] * 25)], Execution("cpu", "float32"))
 
 
 def test_nothing_is_read_twice(tiny, monkeypatch):
@@ -127,7 +127,7 @@ def test_nothing_is_read_twice(tiny, monkeypatch):
     embed = decoder.embed
     monkeypatch.setattr(decoder, "embed", lambda tokens: read.extend(tokens.tolist()) or embed(tokens))
     pairs = [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([5, 6, 7], [8, 10]), ([5, 6, 7], [8, 11]), ([5, 7], [8])]
-    found = zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "float32"))
+    found = zero_shot.log_likelihoods(decoder, pairs, Execution("cpu", "float32"))
     assert sorted(tuple(row[:4]) for row in read) == [(5, 6, 7, 8), (5, 7, 0, 0)]
     assert [v for v, _ in found] == pytest.approx([plain(decoder.model, *pair)[0] for pair in pairs], rel=1e-4)
 
@@ -136,23 +136,23 @@ def test_activations_lie_in_files_and_finished_texts_are_not_read_again(tiny, tm
     """Interrupted in the third chunk; what then goes on reads that one and those after it, and gives the same bits."""
     monkeypatch.setattr(zero_shot, "CHUNK", 100)
     monkeypatch.setattr(activations, "SMALL", 0)
-    decoder, pairs, read, plain_embed = Decoder(tiny("llama")), random_pairs(), [], Engine.embed
-    expected = zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "float32"))
+    decoder, pairs, read, plain_embed = Decoder(tiny("llama")), random_pairs(), [], Execution.embed
+    expected = zero_shot.log_likelihoods(decoder, pairs, Execution("cpu", "float32"))
 
     def go(dies_at: int | None) -> list:
         read.clear()
 
-        def embed(engine, decoder, tokens):
+        def embed(execution, decoder, tokens):
             if len(read) == dies_at:
                 raise KeyboardInterrupt
             read.append(tokens)
-            stream = plain_embed(engine, decoder, tokens)
+            stream = plain_embed(execution, decoder, tokens)
             assert any((tmp_path / "activations").iterdir())
             return stream
 
-        monkeypatch.setattr(Engine, "embed", embed)
-        work = Work(Journal(tmp_path / "journal.jsonl", {}))
-        return zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "float32", work), phase="zero-shot, dense")
+        monkeypatch.setattr(Execution, "embed", embed)
+        store = FolderStore(Journal(tmp_path / "journal.jsonl", {}))
+        return zero_shot.log_likelihoods(decoder, pairs, Execution("cpu", "float32", store), phase="zero-shot, dense")
 
     with pytest.raises(KeyboardInterrupt):
         go(dies_at=2)
@@ -164,9 +164,9 @@ def test_activations_lie_in_files_and_finished_texts_are_not_read_again(tiny, tm
 
 def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, monkeypatch):
     decoder, pairs = Decoder(tiny("llama")), random_pairs()
-    near = zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "bfloat16"))
-    monkeypatch.setattr(Engine, "elsewhere", lambda self, tensor: True)
-    assert zero_shot.log_likelihoods(decoder, pairs, Engine("cpu", "bfloat16")) == near
+    near = zero_shot.log_likelihoods(decoder, pairs, Execution("cpu", "bfloat16"))
+    monkeypatch.setattr(Execution, "elsewhere", lambda self, tensor: True)
+    assert zero_shot.log_likelihoods(decoder, pairs, Execution("cpu", "bfloat16")) == near
 
 
 # --- through lm-eval

@@ -32,8 +32,8 @@ from recon.kernels.gradient_descent import Schedule
 from recon.kernels.losses import LOSSES
 from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
-from recon.runtime.execution import Engine
-from recon.runtime.store import InMemory
+from recon.runtime.execution import Execution
+from recon.runtime.store import MemoryStore
 
 
 @pytest.fixture(scope="module")
@@ -360,8 +360,8 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
             return stack
 
         with run_out():
-            window, engine = dense.windows("block")[0], Engine("cpu", "float32")
-            grams = gather(engine, dense, window, engine.embed(dense, tokens), "gram")[1]
+            window, execution = dense.windows("block")[0], Execution("cpu", "float32")
+            grams = gather(execution, dense, window, execution.embed(dense, tokens), "gram")[1]
         with run_out():
             recon.prune(student, tokens, "wanda", compute_dtype="float32", progress=False)
         with run_out():
@@ -440,10 +440,10 @@ def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
     tokens = random_tokens(7, 12)
     options = {"granularity": "block", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
     first, *_ = recon.reconstruct(Decoder(copy.deepcopy(student.model), like=dense), dense, tokens, **options)
-    done = InMemory()
+    done = MemoryStore()
     done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]
     done.streams = lambda phase: {"dense": dense.embed(tokens)}
-    found = recon.reconstruct(student, dense, tokens, **options, work=done)
+    found = recon.reconstruct(student, dense, tokens, **options, store=done)
     assert first.micro_batch == 3 and [report.micro_batch for report in found] == [1] * 3
 
 

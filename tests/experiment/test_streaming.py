@@ -30,7 +30,7 @@ from recon.experiment.streamed import StreamedRun
 from recon.methods.structured import find_units
 from recon.model.skeleton import Lazy
 from recon.runtime import activations, device, weights
-from recon.runtime.store import Work
+from recon.runtime.store import FolderStore
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_no_more_than_two_windows_are_there_at_once(criterion, spec, tmp_path, m
     assert "activations/prune" not in Path("/proc/self/maps").read_text()  # nor activations that were for the next window
     assert max(most) <= block + ends
     most.clear()
-    run.reconstruct(student, run.work.masks)
+    run.reconstruct(student, run.store.masks)
     matrices = [sum(m.weight.numel() for m in run.dense.matrices(w).values()) for w in run.dense.windows("half-block")]
     assert max(matrices) < max(most) <= max(max(matrices) + block - sum(sorted(matrices)[-2:]), ends) + max(matrices)
     assert not any(there.values())
@@ -193,7 +193,7 @@ def test_of_an_encoder_decoder_too(spec, tiny_folder, tmp_path, monkeypatch):
     assert max(blocks) <= max(most) <= max(max(blocks) + passed_on, ends) + norm + ends
     assert ends + norm in most  # the head alone
     most.clear()
-    run.reconstruct(student, run.work.masks)
+    run.reconstruct(student, run.store.masks)
     window = max(sum(blocks[at : at + 2]) for at in range(0, 8, 2))
     assert window <= max(most) <= 2 * (window + passed_on + norm) + ends < sum(blocks) + 2 * ends
     assert not any(there.values())
@@ -203,10 +203,10 @@ def test_zero_shot_tasks_use_the_work_of_the_run(spec, tmp_path, monkeypatch):
     run, asked = StreamedRun(dataclasses.replace(spec, tasks=("analogies",)), recon.Session(), False, tmp_path / "work"), []
     run.load()
     run.texts, run.held_out = {}, None
-    monkeypatch.setattr("recon.evaluate.zero_shot.zero_shot", lambda *args, work, phase, **options: asked.append((work, phase)))
+    monkeypatch.setattr("recon.evaluate.zero_shot.zero_shot", lambda *args, store, phase, **options: asked.append((store, phase)))
     for what in ("dense", "pruned"):
         run.measure(run.dense, what)
-    assert asked == [(run.work, "zero-shot, dense"), (run.work, "zero-shot, pruned")]
+    assert asked == [(run.store, "zero-shot, dense"), (run.store, "zero-shot, pruned")]
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------------
@@ -231,8 +231,8 @@ def test_saved_in_half_the_room(dtype, spec, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("recon.experiment.streamed.checkpoint.write_card", lambda *_: (_ for _ in ()).throw(Killed))
         recon.run(spec, save=saved, progress=False, stream="yes", save_dtype=dtype)
-    work = saved.with_name("saved.unfinished")
-    sizes = {name: sum(path.stat().st_size for path in (work / name).glob("*")) for name in ("exact", "checkpoint")}
+    store = saved.with_name("saved.unfinished")
+    sizes = {name: sum(path.stat().st_size for path in (store / name).glob("*")) for name in ("exact", "checkpoint")}
     assert sizes["exact"] > 0 and (sizes["exact"] < 0.2 * sizes["checkpoint"]) == (dtype == "bfloat16")
     with pytest.raises(ReconError, match=rf"another run: save_dtype was '{dtype}', is 'float32'"):
         recon.run(spec, save=saved, progress=False, stream="yes")
@@ -338,7 +338,7 @@ def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, tmp
     run = StreamedRun(dataclasses.replace(spec, criterion="flap"), recon.Session(), False, tmp_path / "work")
     run.load()
     student = run.copy_of_dense()
-    run.work.masks.update({name: torch.zeros(m.weight.shape, dtype=torch.bool) for name, m in run.dense.matrices().items()})
+    run.store.masks.update({name: torch.zeros(m.weight.shape, dtype=torch.bool) for name, m in run.dense.matrices().items()})
     with student.loaded(student.windows("block")[0]):
         assert not any(parameter.any() for parameter in student.weights(student.windows("block")[0]))
     in_memory = recon.Decoder(AutoModelForCausalLM.from_pretrained(spec.model))
@@ -354,9 +354,9 @@ def test_killed_while_its_work_is_deleted_it_gives_the_record_again(saving, spec
     """With all of it; whoever called it had the record before anything was deleted."""
     spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
-    work = tmp_path / ("saved.unfinished" if saving else f"unfinished/{spec.key()}")
+    store = tmp_path / ("saved.unfinished" if saving else f"unfinished/{spec.key()}")
     given = []
-    while not given or (work / "journal.jsonl").exists():  # one file or folder less each time
+    while not given or (store / "journal.jsonl").exists():  # one file or folder less each time
         assert len(given) < 40
         with monkeypatch.context() as patch, pytest.raises(Killed):
 
@@ -390,7 +390,7 @@ def test_a_study_has_the_record_before_the_work_is_deleted(spec, tmp_path, monke
     spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
     monkeypatch.setattr(streamed, "is_too_large", lambda spec: True)
-    work, records = tmp_path / "unfinished" / spec.key(), tmp_path / "records"
+    store, records = tmp_path / "unfinished" / spec.key(), tmp_path / "records"
 
     def die(*_):
         raise Killed
@@ -400,7 +400,7 @@ def test_a_study_has_the_record_before_the_work_is_deleted(spec, tmp_path, monke
             patch.setattr(place, die)
             recon.run_study([spec], records, progress=False)
         monkeypatch.setattr(StreamedRun, "execute", lambda *_: pytest.fail("computed anew"))
-    assert work.exists() and read_record(records / f"{spec.key()}.json").environment["streamed"]
+    assert store.exists() and read_record(records / f"{spec.key()}.json").environment["streamed"]
     assert list(recon.run_study([spec], records, progress=False).status) == ["done"]
 
 
@@ -441,10 +441,10 @@ def test_what_has_been_saved_is_on_the_disk(stream, spec, tiny_folder, tmp_path,
 
 def test_a_place_to_save_that_was_filled_meanwhile(spec, tmp_path, monkeypatch):
     spec, saved = dataclasses.replace(spec, granularity="none", held_out_samples=0), tmp_path / "saved"
-    finish = Work.finish
+    finish = FolderStore.finish
 
-    def fill(work, phase, *args, **options):
-        finish(work, phase, *args, **options)
+    def fill(store, phase, *args, **options):
+        finish(store, phase, *args, **options)
         if phase == "record":
             saved.mkdir()
             (saved / "something").touch()
@@ -453,7 +453,7 @@ def test_a_place_to_save_that_was_filled_meanwhile(spec, tmp_path, monkeypatch):
         monkeypatch.context() as patch,
         pytest.raises(ReconError, match=r"cannot be moved to '.*saved'.*complete in '.*checkpoint'"),
     ):
-        patch.setattr(Work, "finish", fill)
+        patch.setattr(FolderStore, "finish", fill)
         recon.run(spec, save=saved, progress=False, stream="yes")
     (saved / "something").unlink()
     recon.run(spec, save=saved, progress=False, stream="yes")
@@ -516,11 +516,11 @@ def test_a_full_disk_loses_nothing(place, spec, expected, tmp_path, monkeypatch)
         ):
             attempt(spec, tmp_path / "saved", monkeypatch, 45, **points)
     else:
-        work = started(spec, tmp_path, monkeypatch)
+        store = started(spec, tmp_path, monkeypatch)
         with monkeypatch.context() as patch, pytest.raises(ReconError, match=r"saved\.unfinished' cannot be written: .*No space"):
             patch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(full))
             recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
-        assert (work / "journal.jsonl").exists()
+        assert (store / "journal.jsonl").exists()
     record = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
     assert record.environment["resumed"] > 0
     assert_same(record, tmp_path / "saved", *expected)
@@ -528,18 +528,18 @@ def test_a_full_disk_loses_nothing(place, spec, expected, tmp_path, monkeypatch)
 
 def test_what_is_not_whole_is_never_read(spec, expected, tmp_path, monkeypatch):
     """Half a journal line, files under their final names that no line speaks of, and files that were being written."""
-    work = started(spec, tmp_path, monkeypatch)
-    journal = work / "journal.jsonl"
+    store = started(spec, tmp_path, monkeypatch)
+    journal = store / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:-20])
     for place in ("masks/00099.safetensors", "checkpoint/model-00001-of-00009.safetensors", "activations/x.part"):
-        (work / place).write_bytes(b"nonsense")
+        (store / place).write_bytes(b"nonsense")
     record = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
     assert_same(record, tmp_path / "saved", *expected)
 
 
 def test_the_work_of_another_run_is_refused(spec, tmp_path, monkeypatch, tiny_folder):
-    work = started(spec, tmp_path, monkeypatch)
+    store = started(spec, tmp_path, monkeypatch)
 
     def go(spec):
         recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
@@ -548,11 +548,11 @@ def test_the_work_of_another_run_is_refused(spec, tmp_path, monkeypatch, tiny_fo
         go(dataclasses.replace(spec, learning_rate=1e-3))
     copy = tmp_path / "model"
     shutil.copytree(tiny_folder, copy)
-    entries = json.loads((work / "journal.jsonl").read_text().splitlines()[0])
+    entries = json.loads((store / "journal.jsonl").read_text().splitlines()[0])
     with pytest.raises(ReconError, match=rf"spec\.model was '{tiny_folder}', is '{copy}'"):
         go(dataclasses.replace(spec, model=str(copy)))
     assert {"model", "texts", "spec", "compute_dtype"} <= set(entries)
-    mask = work / "masks/00000.safetensors"
+    mask = store / "masks/00000.safetensors"
     changed = bytearray(mask.read_bytes())
     changed[-1] ^= 1
     mask.write_bytes(changed)
@@ -564,10 +564,10 @@ def test_the_work_of_another_run_is_refused(spec, tmp_path, monkeypatch, tiny_fo
 
 
 def test_damaged_activations_are_refused(spec, tmp_path, monkeypatch):
-    work = started(spec, tmp_path, monkeypatch, 90)
-    last = json.loads((work / "journal.jsonl").read_text().splitlines()[-1])
+    store = started(spec, tmp_path, monkeypatch, 90)
+    last = json.loads((store / "journal.jsonl").read_text().splitlines()[-1])
     assert last["phase"] == "reconstruct"
-    stream = work / last["streams"]["dense"]["file"]
+    stream = store / last["streams"]["dense"]["file"]
     content = stream.read_bytes()
     changed = bytearray(content)
     changed[-3] ^= 64

@@ -20,7 +20,7 @@ from recon.kernels.losses import relative_error
 from recon.methods import external_mask as given
 from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 
 UP = "model.layers.2.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -143,7 +143,7 @@ def test_everything_else_comes_from_the_given_model_too(spec, pruned_here, spoil
     tokens = recon.sample_tokens(spec.text, "validation", session.tokenizer, 2, 16)
     student, _ = take(folder, dense)
     window = dense.windows("block")[0]
-    with Engine("cpu", "float32"), torch.no_grad():
+    with Execution("cpu", "float32"), torch.no_grad():
         output = student.forward(window, student.embed(tokens))
         target = dense.forward(window, dense.embed(tokens))
     assert_close(record.windows[0]["error_before"]["held_out"], relative_error(output, target))

@@ -12,7 +12,7 @@ from recon.errors import ReconError
 from recon.kernels.gradient_descent import Schedule
 from recon.kernels.losses import cosine, get_loss, mse
 from recon.methods.fit import fit
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 
 
 def problem(samples=8, length=5, width=6, scale=1.0, seed=0):
@@ -40,7 +40,7 @@ def run(schedule, loss="mse", seed=0, scale=1.0, samples=8):
         loss,
         schedule,
         random,
-        Engine("cpu", "float32"),
+        Execution("cpu", "float32"),
     )
     return weight, curve.losses, mask
 
@@ -161,7 +161,7 @@ def test_samples_are_shuffled_anew_each_epoch_by_the_generator():
             "mse",
             Schedule(epochs=2),
             random,
-            Engine("cpu", "float32"),
+            Execution("cpu", "float32"),
         )
         orders.append(seen)
     assert sorted(orders[0][:8]) == sorted(orders[0][8:]) == list(range(8))
@@ -178,7 +178,7 @@ def test_trained_in_float32_under_autocast():
         dtypes.append(output.dtype)
         return output
 
-    amp = Engine("cpu", "bfloat16")
+    amp = Execution("cpu", "bfloat16")
     random = torch.Generator().manual_seed(0)
     losses = fit(forward, [weight], [(weight, mask)], inputs, targets, "mse", Schedule(epochs=3), random, amp).losses
     assert set(dtypes) == {torch.bfloat16} and weight.dtype == torch.float32
@@ -228,7 +228,7 @@ def test_gradient_norms_are_those_of_every_eighth_step():
         "mse",
         Schedule(),
         random,
-        Engine("cpu", "float32"),
+        Execution("cpu", "float32"),
     )
     assert len(curve.losses) == 20 and len(curve.gradient_norms) == 3
     assert_close(curve.gradient_norms[0], expected.item(), rtol=1e-4, atol=0)

@@ -15,7 +15,7 @@ from recon.methods import prune as pruning
 from recon.methods.prune import prune
 from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_batches_do_not_change_masks(fresh, tokens, monkeypatch, criterion):
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "random"])
 def test_swaps_lower_the_error_of_every_matrix(dense, fresh, tokens, criterion, pattern):
     batch, errors = tokens(16, 30), {}
-    _, grams = gather(Engine("cpu", "float32"), dense, dense.windows("block")[0], dense.embed(batch), "gram")
+    _, grams = gather(Execution("cpu", "float32"), dense, dense.windows("block")[0], dense.embed(batch), "gram")
     for swaps in (0, 30):
         decoder = fresh()
         result = prune(decoder, batch, criterion, pattern, "row", swaps=swaps, compute_dtype="float32", progress=False)
@@ -233,9 +233,9 @@ def test_gram_accumulates_in_float32_under_autocast(dense, tokens):
     name, seen = "model.layers.0.self_attn.q_proj", []
     handle = dense.model.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 32)))
     try:
-        engine = Engine("cpu", "bfloat16")
-        stream = engine.run(dense.embed, tokens(16, 60))
-        _, statistics = gather(engine, dense, dense.windows("block")[0], stream, "gram")
+        execution = Execution("cpu", "bfloat16")
+        stream = execution.run(dense.embed, tokens(16, 60))
+        _, statistics = gather(execution, dense, dense.windows("block")[0], stream, "gram")
     finally:
         handle.remove()
     x = torch.cat(seen)

@@ -12,7 +12,7 @@ from recon.kernels.likelihood import kl_divergence
 from recon.methods.prune import prune
 from recon.methods.retrain import METHODS, retrain
 from recon.model.decoder import Decoder
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
 QUICK = Schedule(learning_rate=3e-3, batch_size=2)
@@ -162,7 +162,7 @@ def test_bad_options_are_refused(options, words, tokens):
 def test_perplexity_tells_the_divergence_from_a_reference(tokens):
     dense, model, _ = halved()
     batch = tokens(3, 12)
-    reference = Reference(Decoder(dense), last_states(Decoder(dense), batch[:2], Engine("cpu", "float32")))
+    reference = Reference(Decoder(dense), last_states(Decoder(dense), batch[:2], Execution("cpu", "float32")))
     found = perplexity(model, batch, "float32", progress=False, reference=reference)
     with torch.no_grad():
         expected = [kl_divergence(dense(b[None]).logits[0, :-1], model(b[None]).logits[0, :-1]).mean().item() for b in batch]

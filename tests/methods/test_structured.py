@@ -21,7 +21,7 @@ from recon.methods.statistics import gather
 from recon.methods.structured import find_units
 from recon.model.decoder import Decoder
 from recon.model.discovery import distance
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 
 STRUCTURED = [name for name, rule in CRITERIA.items() if isinstance(rule, Structured)]
 # family -> changes, units of attention, rows of each unit in the parts that each matrix that makes them is fused of, reader
@@ -284,9 +284,9 @@ def test_a_large_mean_costs_no_digits_of_the_variance():
 
 
 def test_moments_are_those_of_a_slow_loop(dense, tokens):
-    batch, engine = tokens(70, 20), Engine("cpu", "float32")  # more than one batch
-    stream = engine.run(dense.embed, batch)
-    _, found = gather(engine, dense, dense.windows("block")[0], stream, "moments")
+    batch, execution = tokens(70, 20), Execution("cpu", "float32")  # more than one batch
+    stream = execution.run(dense.embed, batch)
+    _, found = gather(execution, dense, dense.windows("block")[0], stream, "moments")
     for name, x in inputs_of(dense.model, list(found), batch).items():
         assert_close(found[name].double(), torch.stack([x.mean(0), x.var(0, correction=0)]), rtol=1e-4, atol=1e-5)
 

@@ -24,7 +24,7 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.model.discovery import requiring_gradients
 from recon.model.encoder_decoder import EncoderDecoder
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,10 @@ def test_statistics_are_those_of_the_model_as_a_whole(made, family):
     own_logits(decoder.model, tokens)
     for handle in handles:
         handle.remove()
-    engine, found = Engine("cpu", "float32"), {}
-    stream = engine.run(decoder.embed, tokens)
+    execution, found = Execution("cpu", "float32"), {}
+    stream = execution.run(decoder.embed, tokens)
     for window in decoder.windows("block"):
-        stream, statistics = gather(engine, decoder, window, stream, "norm")
+        stream, statistics = gather(execution, decoder, window, stream, "norm")
         found |= statistics
     assert set(found) == set(names)
     for name in names:
@@ -161,8 +161,8 @@ def test_finding_what_blocks_are_called_with_spoils_no_training_in_half_precisio
     """It is found with placeholders, which autocast by itself would round and go on with where weights are trained."""
     dense = made("t5")
     window, losses = dense.windows("2-blocks")[0], []
-    with Engine("cpu", "bfloat16") as engine, requiring_gradients(dense.parameters(window).values()):
-        hidden = engine.embed(dense, random_tokens(1, 16))
+    with Execution("cpu", "bfloat16") as execution, requiring_gradients(dense.parameters(window).values()):
+        hidden = execution.embed(dense, random_tokens(1, 16))
         for _ in range(2):
             dense.forget()
             losses.append(dense.forward(window, hidden).square().mean().item())

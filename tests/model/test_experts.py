@@ -23,7 +23,7 @@ from recon.model.decoder import Decoder
 from recon.model.discovery import requiring_gradients
 from recon.model.experts import FusedProducts
 from recon.model.matrices import stored
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
 FAMILIES = ["mixtral", "gpt_oss", "llama4"]  # (experts, out, in); (experts, in, out) with biases; all experts in one product
@@ -138,8 +138,8 @@ def test_products_are_seen_whatever_way_they_are_written():
 def test_statistics_are_those_of_the_tokens_sent_there(made, family, kind):
     decoder, tokens = made(family), random_tokens(16, 20)
     window = decoder.windows("block")[0]
-    engine = Engine("cpu", "float32")
-    _, found = gather(engine, decoder, window, engine.run(decoder.embed, tokens), kind)
+    execution = Execution("cpu", "float32")
+    _, found = gather(execution, decoder, window, execution.run(decoder.embed, tokens), kind)
     expected = slow_inputs(decoder, 0, tokens)
     assert set(expected) == set(experts_of(decoder, 0))
     assert len({len(x) for x in expected.values()}) > 1  # experts differ in what they get
@@ -238,7 +238,7 @@ def test_experts_are_trained_as_the_parameter_that_holds_them_all_would_be(made,
     masks = [prune(decoder, criterion="magnitude", progress=False).masks for decoder in (ours, theirs)][0]
     schedule = Schedule(learning_rate=1e-3)
     reports = reconstruct(ours, dense, tokens, masks, schedule=schedule, compute_dtype="float32", progress=False)
-    engine, stream = Engine("cpu", "float32"), dense.embed(tokens)
+    execution, stream = Execution("cpu", "float32"), dense.embed(tokens)
     for window, report in zip(dense.windows("half-block"), reports, strict=True):
         with torch.no_grad():
             target = dense.forward(window, stream)
@@ -246,7 +246,7 @@ def test_experts_are_trained_as_the_parameter_that_holds_them_all_would_be(made,
         with requiring_gradients(theirs.model.parameters(), False), requiring_gradients(parameters):
             kept = stored(theirs.matrices(window), masks, torch.device("cpu"))
             random = generator(0, "shuffle", window.name)
-            curve = fit(partial(theirs.forward, window), parameters, kept, stream, target, "mse", schedule, random, engine)
+            curve = fit(partial(theirs.forward, window), parameters, kept, stream, target, "mse", schedule, random, execution)
         assert_close(report.losses, curve.losses, rtol=1e-4, atol=1e-7)
         stream = target
     for name, matrix in theirs.matrices().items():
@@ -354,14 +354,14 @@ def test_experts_that_are_modules_are_as_those_in_one_parameter(made):
     model = copy.deepcopy(fused.model)
     for block in model.model.layers:
         block.mlp = Apart(block.mlp)
-    decoder, engine = Decoder(model), Engine("cpu", "float32")
+    decoder, execution = Decoder(model), Execution("cpu", "float32")
     assert decoder.dense_modules == []  # although the probe does not reach every expert
     assert not any(name.endswith("gate") for name in decoder.matrices())
     assert {m.share for name, m in decoder.matrices().items() if "experts" in name} == {0.5}
     gathered = []
     for each in (fused, decoder):
         window = each.windows("block")[0]
-        gathered.append(gather(engine, each, window, engine.run(each.embed, tokens), "gram"))
+        gathered.append(gather(execution, each, window, execution.run(each.embed, tokens), "gram"))
     assert_close(gathered[0][0], gathered[1][0])
     for expert in range(4):
         for theirs, ours in (("gate_up_proj", "up"), ("down_proj", "down")):

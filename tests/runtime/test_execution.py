@@ -1,4 +1,4 @@
-"""The engine: weights rounded and moved for a while, batches in order, and the same results from another device's point of view."""
+"""The execution: weights rounded and moved for a while, batches in order, and the same results from another device's point of view."""
 
 import contextlib
 import copy
@@ -10,25 +10,25 @@ from recon.evaluate.perplexity import drift, perplexity
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.model.decoder import Decoder
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 
 
 @pytest.fixture
 def far(monkeypatch):
-    """Everything is treated as if it were on another device than the engine's, and is copied there and back."""
+    """Everything is treated as if it were on another device than the execution's, and is copied there and back."""
     moved = []
-    monkeypatch.setattr(Engine, "elsewhere", lambda self, tensor: moved.append(1) or True)
+    monkeypatch.setattr(Execution, "elsewhere", lambda self, tensor: moved.append(1) or True)
     return moved
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_weights_are_rounded_for_a_while(tiny, fails):
-    decoder, engine = Decoder(tiny("llama")), Engine("cpu", "bfloat16")
+    decoder, execution = Decoder(tiny("llama")), Execution("cpu", "bfloat16")
     window = decoder.windows("2-blocks")[0]
     before = [(p, p.data.clone(), p.data_ptr()) for p in decoder.model.parameters()]
     rounded = {id(p) for p in decoder.weights(window)}
     with pytest.raises(KeyError) if fails else contextlib.nullcontext():
-        with engine.holding(decoder, window):
+        with execution.holding(decoder, window):
             for p, data, _ in before:
                 assert torch.equal(p, data.bfloat16() if id(p) in rounded else data)
             if fails:
@@ -38,22 +38,22 @@ def test_weights_are_rounded_for_a_while(tiny, fails):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi"])
 def test_rounded_weights_give_the_bits_of_autocast(tiny, tokens, family):
-    decoder, engine = Decoder(tiny(family)), Engine("cpu", "bfloat16")
+    decoder, execution = Decoder(tiny(family)), Execution("cpu", "bfloat16")
     window = decoder.windows("2-blocks")[0]
-    with engine, torch.no_grad():
+    with execution, torch.no_grad():
         hidden = decoder.embed(tokens(2, 12))
         expected = decoder.forward(window, hidden)
-        with engine.holding(decoder, window):
+        with execution.holding(decoder, window):
             assert torch.equal(decoder.forward(window, hidden), expected)
 
 
 def test_what_is_trained_is_written_back_and_nothing_else(tiny, far):
-    decoder, engine = Decoder(tiny("llama")), Engine("cpu", "bfloat16")
+    decoder, execution = Decoder(tiny("llama")), Execution("cpu", "bfloat16")
     window = decoder.windows("half-block")[0]
     before = {name: (p, p.data.clone(), p.data_ptr()) for name, p in decoder.model.named_parameters()}
     trained = decoder.trained(window, "matrices")
     needed = {name for name in before if name.startswith("model.layers.0.") and ".mlp." not in name}  # the other half is silenced
-    with engine.holding(decoder, window, trained.values()), torch.no_grad():
+    with execution.holding(decoder, window, trained.values()), torch.no_grad():
         for name, (p, _, place) in before.items():
             assert (p.data_ptr() != place) == (name in needed)
             assert p.dtype == torch.float32 or name not in trained
@@ -72,7 +72,7 @@ def test_run_goes_over_all_samples_and_mixes_none(monkeypatch, size, count):
         seen.append(batch[:, 0].int().div(2).tolist())
         return batch.sum(1, keepdim=True)
 
-    assert torch.equal(Engine("cpu", "float32").run(function, stream, count), stream.sum(1, keepdim=True))
+    assert torch.equal(Execution("cpu", "float32").run(function, stream, count), stream.sum(1, keepdim=True))
     assert sum(seen, []) == list(range(7))
     assert all(len(numbers) <= size for numbers in seen)
     assert not any(numbers[0] < (count or 0) <= numbers[-1] for numbers in seen)
@@ -81,7 +81,7 @@ def test_run_goes_over_all_samples_and_mixes_none(monkeypatch, size, count):
 def test_batches_of_several_streams(far):
     one, other = torch.arange(5), torch.arange(5) * 10
     parts = [[3, 1], range(2, 5), [0]]
-    assert [(a.tolist(), b.tolist()) for a, b in Engine("cpu").batches([one, other], parts)] == [
+    assert [(a.tolist(), b.tolist()) for a, b in Execution("cpu").batches([one, other], parts)] == [
         ([3, 1], [30, 10]),
         ([2, 3, 4], [20, 30, 40]),
         ([0], [0]),
@@ -106,7 +106,7 @@ def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, tokens, monkeypa
 
     near = results()
     moved = []
-    monkeypatch.setattr(Engine, "elsewhere", lambda self, tensor: moved.append(1) or True)
+    monkeypatch.setattr(Execution, "elsewhere", lambda self, tensor: moved.append(1) or True)
     far = results()
     assert moved and all(torch.equal(a, b) for a, b in zip(near[0], far[0], strict=True))
     assert near[1:] == far[1:]

@@ -35,7 +35,7 @@ from recon.paper.bench import products, reference
 from recon.paper.bench.spec import BenchSpec
 from recon.runtime import device
 from recon.runtime.activations import LIMIT
-from recon.runtime.execution import Engine
+from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 from recon.runtime.storage import check_writable
 
@@ -399,10 +399,10 @@ class _Bench:
             child.compile()
         hidden = plain.embed(self.samples[: reference.BATCH_SIZE]).to(self.device)
         [window] = plain.windows("block")
-        engine = Engine(self.device)
+        execution = Execution(self.device)
 
         def step(decoder: Decoder) -> None:
-            with engine:
+            with execution:
                 output = decoder.forward(window, hidden)
             output.float().square().mean().backward()
             decoder.model.zero_grad()

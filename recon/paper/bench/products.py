@@ -45,15 +45,15 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def timed(work: Callable[[], object], device: torch.device, least: float = 0.05, tries: int = 5) -> float:
+def timed(store: Callable[[], object], device: torch.device, least: float = 0.05, tries: int = 5) -> float:
     """Seconds that `work` takes: the best of `tries` means, each over at least `least` / `tries` seconds."""
-    work()
+    store()
     synchronize(device)
     best = float("inf")
     for _ in range(tries):
         count, began = 0, time.perf_counter()
         while count == 0 or time.perf_counter() - began < least / tries:
-            work()
+            store()
             synchronize(device)
             count += 1
         best = min(best, (time.perf_counter() - began) / count)
