@@ -105,11 +105,11 @@ case $word in
 quick | laptop | paper)
     set_up
     "$bin/recon" assets
-    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.paper.notebooks "$word" "$@"
+    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.paper.runner "$word" "$@"
     ;;
 figures)
     set_up
-    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.paper.notebooks "${1:-laptop}" --from-records
+    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.paper.runner "${1:-laptop}" --from-records
     ;;
 test)
     set_up

@@ -144,13 +144,13 @@ INSTALL = [
 def test_the_active_environment_is_set_up_once(checkout):
     done, calls = checkout()
     assert done.returncode == 0, done.stderr
-    assert calls == [*INSTALL, "recon assets", "python -m recon.paper.notebooks quick"]
+    assert calls == [*INSTALL, "recon assets", "python -m recon.paper.runner quick"]
     done, calls = checkout("laptop", "1-granularity")
-    assert calls == ["recon assets", "python -m recon.paper.notebooks laptop 1-granularity"]
+    assert calls == ["recon assets", "python -m recon.paper.runner laptop 1-granularity"]
     assert done.stdout == ""
     assert checkout("test", "-m", "slow", "-k", "a b")[1] == ["recon assets", "python -m pytest -m slow -k a b"]
     words = ["--executor", "ray", "--address", "10.0.0.1:6379"]
-    assert checkout(*words)[1] == ["recon assets", f"python -m recon.paper.notebooks quick {' '.join(words)}"]
+    assert checkout(*words)[1] == ["recon assets", f"python -m recon.paper.runner quick {' '.join(words)}"]
     assert checkout("lab")[1] == ["python -m jupyter lab notebooks/"]
     with (checkout.here / "constraints.txt").open("a") as file:
         file.write("# changed\n")
@@ -209,7 +209,7 @@ def test_the_pip_section_installs_in_a_fresh_environment(tmp_path):
     subprocess.run([python, "-m", "pip", "install", "-q", "pip>=24.1"], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", "-U", "-r", "pip.txt"], cwd=here, check=True)
     code = (
-        "import recon, recon.paper.notebooks, recon.paper.figures, recon.cli, lm_eval.models.huggingface; print(recon.__file__)"
+        "import recon, recon.paper.runner, recon.paper.figures, recon.cli, lm_eval.models.huggingface; print(recon.__file__)"
     )
     done = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True)
     assert done.stdout.strip() == str(here / "recon" / "__init__.py"), done.stderr

@@ -69,7 +69,7 @@ def to_markdown(verdicts: Sequence[Verdict]) -> str:
     lines = [
         "# Do the paper's claims hold?",
         "",
-        "Every claim of arXiv 2510.14444 that run records can judge. Written by `python -m recon.paper.claims`; `recon/claims.py` states",
+        "Every claim of arXiv 2510.14444 that run records can judge. Written by `python -m recon.paper.claims`; `recon/paper/claims.py` states",
         "the claims, which runs each compares, and the rules.",
         "",
         f"{MARKS[HOLDS]} {HOLDS}, {MARKS[FAILS]} {FAILS}, {MARKS[UNSURE]} {UNSURE}. Effects are differences of log-perplexity between "

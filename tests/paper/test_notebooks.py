@@ -1,13 +1,18 @@
-"""The notebooks, executed through Papermill at a tiny size."""
+"""The notebooks: their parameters, and executed through Papermill at a tiny size."""
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 
+from recon.paper import runner
+
 ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {
     "samples": 6,
     "sequence_length": 32,
@@ -68,7 +73,7 @@ PROMISED = {  # parameters, figures, number of run records
 
 
 def test_every_notebook_is_tried_here():
-    assert sorted(PROMISED) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert sorted(PROMISED) == [path.stem for path in NOTEBOOKS]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("6-cost", "7-scale") else n for n in PROMISED])
@@ -109,3 +114,35 @@ def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path,
     outputs = [output for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == len(figures)
+
+
+def test_every_profile_has_its_file():
+    assert {path.stem for path in (ROOT / "notebooks/profiles").glob("*.yaml")} == set(runner.PROFILES)
+
+
+@pytest.mark.parametrize("profile", runner.PROFILES)
+def test_profiles_name_only_parameters_that_notebooks_have(profile):
+    parameters = runner.profile_parameters(profile)
+    assert set(parameters) == {path.stem for path in NOTEBOOKS}
+    assert all(values["profile"] == profile for values in parameters.values())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code
+    assert [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_has_a_type_a_value_and_a_help_text(path):
+    names = runner.parameter_names(path)
+    cells = nbformat.read(path, as_version=4).cells
+    [cell] = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    lines = cell.source.splitlines()
+    assert [re.match(r"\w+", line)[0] for line in lines] == names
+    for line in lines:
+        assert re.fullmatch(r"\w+: [\w\[\], |]+ = .+  # \S.*", line), line
+        [statement] = ast.parse(line).body
+        ast.literal_eval(statement.value)

@@ -91,7 +91,7 @@ def test_paper_profile_runs_from_end_to_end(tmp_path, tiny_folder):
         "HF_HUB_OFFLINE": "1",
     }
     # The notebooks of the paper; 7-scale, beyond it, measures the bundled model on this machine whatever the profile.
-    code = f"import sys; from recon import batch; print(batch.execute('paper', {sorted(profile)}, stdout=sys.stdout))"
+    code = f"import sys; from recon.paper import runner; print(runner.execute('paper', {sorted(profile)}, stdout=sys.stdout))"
     before = committed()
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
     assert committed() == before

@@ -1,0 +1,316 @@
+"""Runs the notebooks under a profile and renders them: `python -m recon.paper.runner quick`.
+
+Notebooks do not depend on one another: one that fails is recorded, and the others go on. Executed copies, HTML pages and an
+index go to build/<profile>/; figures and records to `folders`.
+"""
+
+import argparse
+import base64
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+import jinja2
+import nbformat
+import papermill
+import yaml
+from nbconvert import HTMLExporter
+
+from recon.errors import ReconError
+from recon.experiment import cluster
+from recon.experiment.estimate import duration
+from recon.paper import claims, figures
+from recon.runtime import lock, storage
+
+ROOT = Path(__file__).resolve().parents[2]
+PROFILES = {  # where their notebooks write figures and records
+    "quick": ("build/quick/figures", "build/quick/records"),
+    "laptop": ("figures", "results/laptop"),
+    "paper": ("figures/paper", "results/paper"),
+}
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one notebook went: `status` is "finished", "failed" or "stopped" (by the user); `error` is one line."""
+
+    name: str
+    title: str
+    status: str
+    seconds: float
+    error: str = ""
+
+
+def folders(profile: str, output: Path | str = "", root: Path | str = ROOT) -> tuple[Path, Path]:
+    """Where a notebook writes: (figures, records), those of `profile`, or folders inside `output` (relative to `root`).
+
+    Raises:
+        ReconError: `profile` is unknown, or `output` lies inside the folders of another profile.
+    """
+    if profile not in PROFILES:
+        raise ReconError(f"unknown profile {profile!r}; allowed: {', '.join(PROFILES)}")
+    root = Path(root)
+    if not output:
+        figure_folder, record_folder = PROFILES[profile]
+        return root / figure_folder, root / record_folder
+    owners = {(root / folder).resolve(): name for name, both in PROFILES.items() for folder in both}
+    chosen = (root / output).resolve()
+    for path in (chosen / "figures", chosen / "records"):
+        # figures/paper lies inside figures: the innermost folder decides.
+        owner = next((owners[parent] for parent in (path, *path.parents) if parent in owners), profile)
+        if owner != profile:
+            raise ReconError(f"output folder {str(output)!r} belongs to profile {owner!r}, not {profile!r}; give another")
+    return chosen / "figures", chosen / "records"
+
+
+def find_notebooks(names: Sequence[str] | None = None, root: Path | str = ROOT) -> list[Path]:
+    """The notebooks in root/notebooks, by name: those called `names` (with or without .ipynb), or all.
+
+    Raises:
+        ReconError: there are none, or none of a given name.
+    """
+    folder = Path(root) / "notebooks"
+    found = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+    if not found:
+        raise ReconError(f"no notebooks (*.ipynb) in {str(folder)!r}")
+    wanted = {Path(name).name.removesuffix(".ipynb"): name for name in names or found}
+    if unknown := [given for stem, given in wanted.items() if stem not in found]:
+        raise ReconError(f"unknown notebook {unknown[0]!r}; known: {', '.join(found)}")
+    return [path for stem, path in found.items() if stem in wanted]
+
+
+def profile_parameters(profile: str, root: Path | str = ROOT) -> dict[str, dict]:
+    """The parameters of each notebook under `profile`, by its name: those in root/notebooks/profiles/<profile>.yaml, and `profile`.
+
+    Raises:
+        ReconError: the file is missing or is not a mapping of mappings, or names a notebook or a parameter that does not exist.
+    """
+    folders(profile)
+    source = Path(root) / "notebooks" / "profiles" / f"{profile}.yaml"
+    if not source.is_file():
+        raise ReconError(f"profile {profile!r} has no file {str(source)!r}")
+    try:
+        given = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ReconError(f"{str(source)!r} is not YAML: {error}") from None
+    if not isinstance(given, dict) or not all(isinstance(values, dict | None) for values in given.values()):
+        raise ReconError(f"{str(source)!r} must map each notebook's name to a mapping of parameters to values")
+    known = {path.stem: path for path in find_notebooks(root=root)}
+    if unknown := [name for name in given if name not in known]:
+        raise ReconError(f"{str(source)!r} names an unknown notebook {unknown[0]!r}; known: {', '.join(known)}")
+    parameters = {name: {**(given.get(name) or {}), "profile": profile} for name in known}
+    for name, path in known.items():
+        names = parameter_names(path)
+        if unknown := [parameter for parameter in parameters[name] if parameter not in names]:
+            raise ReconError(
+                f"notebook {name!r} has no parameter {unknown[0]!r}, which profile {profile!r} sets; "
+                f"known: {', '.join(names) or 'none'}"
+            )
+    return parameters
+
+
+def parameter_names(path: Path | str) -> list[str]:
+    """The parameters that a notebook declares. Raises `ReconError` unless exactly one cell is tagged `parameters`."""
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = sum("parameters" in cell.metadata.get("tags", []) for cell in cells)
+    if tagged != 1:
+        raise ReconError(f"notebook {Path(path).stem!r} has {tagged} cells tagged 'parameters'; it must have one")
+    return list(papermill.inspect_notebook(str(path)))
+
+
+def execute(
+    profile: str,
+    notebooks: Sequence[str] | None = None,
+    root: Path | str = ROOT,
+    stdout: TextIO | None = None,
+    compute: bool = True,
+    executor: str | None = None,
+    address: str | None = None,
+) -> list[Outcome]:
+    """Runs notebooks under `profile`, renders them and the index, and says how each went.
+
+    An exception inside a notebook is part of its `Outcome`. An interrupt by the user ends the list with the running notebook,
+    "stopped".
+
+    Args:
+        notebooks: names; None: all.
+        stdout: gets a line per notebook, and what it prints.
+        compute: False runs nothing: notebooks draw from the records that are there; those that cannot are left out.
+        executor, address: what computes studies, and the Ray cluster that all notebooks share; see `recon.experiment.cluster.shared`.
+
+    Raises:
+        ReconError: the call, the profile or a notebook's parameters are wrong, or another process runs this profile. Nothing has
+            been run by then.
+    """
+    root = Path(root).resolve()
+    paths, parameters = find_notebooks(notebooks, root), profile_parameters(profile, root)
+    if not compute:
+        paths = [path for path in paths if "compute" in parameter_names(path)]
+        parameters = {path.stem: parameters[path.stem] | {"compute": False} for path in paths}
+    build = root / "build" / profile
+    with lock.held(build / lock.NAME, f"output folder {str(build)!r}"):
+        for folder in ("notebooks", "html"):
+            (build / folder).mkdir(exist_ok=True)
+        outcomes = []
+        with cluster.shared(executor, address) if compute else contextlib.nullcontext():
+            for number, path in enumerate(paths, 1):
+                if stdout:
+                    print(f"[{number}/{len(paths)}] {path.stem}", file=stdout, flush=True)
+                outcomes.append(_run(path, parameters[path.stem], build, stdout))
+                if outcomes[-1].status == "stopped":
+                    break
+        if figures.saved(folders(profile, root=root)[0]):
+            _write_gallery(profile, root)
+        _write_index(profile, outcomes, root)
+    return outcomes
+
+
+def _run(path: Path, parameters: dict, build: Path, stdout: TextIO | None) -> Outcome:
+    """Executes one notebook into build/notebooks and renders it into build/html, whether it fails or not."""
+    copy, problem = build / "notebooks" / path.name, build / "notebooks" / f"{path.stem}.error.txt"
+    html = build / "html" / f"{path.stem}.html"
+    for old in (copy, problem, html):
+        old.unlink(missing_ok=True)
+    status, error, start = "finished", "", time.monotonic()
+    try:
+        papermill.execute_notebook(
+            str(path), str(copy), parameters, kernel_name="python3", cwd=str(path.parent), progress_bar=sys.stderr.isatty(),
+            stdout_file=stdout, extra_arguments=["--IPKernelApp.log_level=ERROR"],  # kernels warn that they use TCP
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        status, error = "stopped", "stopped by the user"
+    except Exception as exception:  # whatever goes wrong in a notebook or its kernel: the others do not depend on it
+        status, error = "failed", _one_line(exception)
+        problem.write_text(_ANSI.sub("", traceback.format_exc()), encoding="utf-8")
+    seconds = round(time.monotonic() - start, 1)
+    if copy.is_file():
+        html.write_text(_render(copy), encoding="utf-8")
+    return Outcome(path.stem, _title(path), status, seconds, error)
+
+
+def _render(copy: Path) -> str:
+    """An executed notebook as one HTML page that loads nothing from elsewhere."""
+    notebook = nbformat.read(copy, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # progress bars are live widgets, empty frames on a page
+            cell.outputs = [output for output in cell.outputs if _WIDGET not in output.get("data", {})]
+    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="")
+    return exporter.from_notebook_node(notebook, {"metadata": {"name": copy.stem}})[0]
+
+
+def _one_line(exception: Exception) -> str:
+    if isinstance(exception, papermill.PapermillExecutionError):
+        name, text = exception.ename, exception.evalue
+    else:
+        name, text = type(exception).__name__, str(exception)
+    return f"{name}: {' '.join(_ANSI.sub('', text).split())}"[:300]
+
+
+def _title(path: Path) -> str:
+    """The first Markdown heading of a notebook; its name if it has none."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown" and (heading := re.search(r"^#+\s+(.+)$", cell.source, re.MULTILINE)):
+            return heading[1].strip()
+    return path.stem
+
+
+def _write_gallery(profile: str, root: Path) -> None:
+    """Writes the page of figures and, where the profile's records allow a judgement, that of the paper's claims."""
+    figure_folder, record_folder = folders(profile, root=root)
+    records = claims.read_records(record_folder) if record_folder.is_dir() else []
+    judged = ""
+    if any(record.status == "done" for record in records):
+        claims.write(record_folder, figure_folder / "claims.md", root / "README.md" if profile == "laptop" else None)
+        judged = claims.to_summary(claims.judge(records))
+    figures.gallery(figure_folder, judged)
+
+
+def _write_index(profile: str, outcomes: list[Outcome], root: Path) -> None:
+    """Writes build/<profile>/html/index.html: the latest outcome of each notebook, also of earlier runs, and the figures."""
+    build, figure_folder = root / "build" / profile, folders(profile, root=root)[0]
+    store, html = build / "outcomes.json", build / "html"
+    try:
+        latest = {name: Outcome(**fields) for name, fields in json.loads(store.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        latest = {}  # none yet, or of another version
+    latest |= {outcome.name: outcome for outcome in outcomes}
+    latest = {path.stem: latest[path.stem] for path in find_notebooks(root=root) if path.stem in latest}
+    storage.write_json(store, {name: asdict(outcome) for name, outcome in latest.items()})
+    pictures = [
+        figure
+        | {
+            "place": Path(os.path.relpath(figure_folder / figure["name"], html)).as_posix(),
+            "png": base64.b64encode((figure_folder / f"{figure['name']}.png").read_bytes()).decode(),
+        }
+        for figure in figures.saved(figure_folder)
+    ]
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("recon.paper", "."), autoescape=True, trim_blocks=True)
+    environment.filters["duration"] = duration
+    page = environment.get_template("index.html.jinja").render(
+        profile=profile, outcomes=latest.values(), rendered={path.stem for path in html.glob("*.html")}, figures=pictures
+    )
+    (html / "index.html").write_text(page, encoding="utf-8")
+
+
+def summary(profile: str, outcomes: Sequence[Outcome], root: Path | str = ROOT) -> str:
+    """What ran, for how long, where everything is, and which notebooks failed with what."""
+    root = Path(root).resolve()
+    here = Path.cwd()
+
+    def shown(path: Path) -> str:
+        return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+    build, width = root / "build" / profile, max(len(outcome.name) for outcome in outcomes)
+    finished = sum(outcome.status == "finished" for outcome in outcomes)
+    lines = ["", f"Profile {profile}: {finished} of {len(outcomes)} notebooks finished"]
+    for outcome in outcomes:
+        lines.append(f"  {outcome.name:<{width}}  {outcome.status:<8}  {duration(outcome.seconds):>8}")
+        if outcome.error:
+            lines.append(f"  {'':<{width}}  {outcome.error}")
+        if outcome.status == "failed":
+            lines.append(f"  {'':<{width}}  traceback: {shown(build / 'notebooks' / f'{outcome.name}.error.txt')}")
+    figure_folder, record_folder = folders(profile, root=root)
+    places = {
+        "figures": figure_folder, "records": record_folder, "executed notebooks": build / "notebooks",
+        "to read in a browser": build / "html" / "index.html",
+    }  # fmt: skip
+    return "\n".join(lines + [f"{what + ':':<22}{shown(path)}" for what, path in places.items()])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, 1 if a notebook failed, 2 for a mistake in the call, 130 if stopped."""
+    parser = argparse.ArgumentParser(prog="python -m recon.paper.runner", description="Run the notebooks under a profile.")
+    parser.add_argument("profile", choices=PROFILES, help="which sizes to run")
+    parser.add_argument("--from-records", action="store_true", help="run nothing: draw from the records that are there")
+    parser.add_argument(
+        "--executor", choices=cluster.EXECUTORS, help="what computes their studies (default: RECON_EXECUTOR, or serial)"
+    )
+    parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else one that is started on this machine")
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names of notebooks (default: all)")
+    given = parser.parse_intermixed_args(arguments)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it logs what the summary says
+    try:
+        outcomes = execute(
+            given.profile, given.notebooks or None, stdout=sys.stdout, compute=not given.from_records,
+            executor=given.executor, address=given.address,
+        )  # fmt: skip
+    except ReconError as error:
+        parser.exit(2, f"recon.paper.runner: {error}\n")
+    print(summary(given.profile, outcomes), flush=True)
+    statuses = {outcome.status for outcome in outcomes}
+    return 130 if "stopped" in statuses else int("failed" in statuses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
