@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recon.data import files, models, text
-from recon.errors import ReconError
+from recon.errors import ReconError, need
 from recon.evaluate import perplexity as evaluation
 from recon.evaluate import zero_shot
 from recon.experiment import checkpoint, estimate, ray_windows
@@ -312,6 +312,10 @@ class Run:
     def load(self) -> None:
         """Loads model and texts, and refuses here whatever can be refused."""
         spec = self.spec
+        if spec.tasks:
+            zero_shot.check_tasks(spec.tasks)
+        if spec.then == "lora":
+            need("peft", "lora", "retraining by lora")
         self.dense, self.tokenizer = self.load_model()
         self.session.dense, self.session.tokenizer = self.dense, self.tokenizer
         # Everything that can be refused is refused here, before the first long computation.
@@ -326,7 +330,6 @@ class Run:
         for length in (spec.sequence_length, spec.evaluation_length):
             evaluation.check_length(self.dense, length)
         if spec.tasks:
-            zero_shot.check_tasks(spec.tasks)
             zero_shot.check_model(self.dense)
         draw = text.sample_tokens
         seed = generator(spec.seed, "calibration").initial_seed() % 2**32
@@ -367,27 +370,25 @@ class Run:
     def measure(self, decoder: Decoder, what: str) -> Measured:
         """Everything that is measured of a model."""
         spec = self.spec
+        execution = Execution(self.device, spec.compute_dtype, self.store)
 
         def perplexity(tokens: Tensor, name: str, states: Tensor | None = None) -> evaluation.Perplexity:
             return evaluation.perplexity(
-                decoder, tokens, spec.compute_dtype, self.progress, f"perplexity ({what}, {name})", self.device,
-                self.references.get(name), states, self.store,
+                decoder, tokens, execution=execution, reference=self.references.get(name), states=states,
+                description=f"perplexity ({what}, {name})", progress=self.progress,
             )  # fmt: skip
 
         perplexities = {name: perplexity(tokens, name) for name, tokens in self.texts.items()}
         tasks = {}
         if spec.tasks:
-            tasks = zero_shot.zero_shot(
-                decoder, self.tokenizer, spec.tasks, spec.task_limit or None,
-                compute_dtype=spec.compute_dtype, device=self.device, progress=self.progress, store=self.store,
-                phase=f"zero-shot, {what}",
-            )  # fmt: skip
+            limit = spec.task_limit or None
+            tasks = zero_shot.zero_shot(decoder, self.tokenizer, spec.tasks, limit, execution=execution, progress=self.progress)
         drift, held_out = [], None
         if self.held_out is not None:
             states = None
             if decoder is not self.dense:
                 drift, states = evaluation.drift(
-                    decoder, self.dense, self.held_out, spec.compute_dtype, self.device, self.held_out_streams, self.store
+                    decoder, self.dense, self.held_out, execution=execution, activations=self.held_out_streams
                 )
             held_out = perplexity(self.held_out, "held out", states).value
         return Measured(perplexities, tasks, drift, held_out)
@@ -463,8 +464,9 @@ class Run:
         def merged() -> None:
             name = spec.evaluation_texts[0]
             found = evaluation.perplexity(
-                student, self.texts[name], spec.compute_dtype, self.progress, f"perplexity (merged, {name})", self.device
-            )
+                student, self.texts[name], execution=Execution(self.device, spec.compute_dtype),
+                description=f"perplexity (merged, {name})", progress=self.progress,
+            )  # fmt: skip
             self.record.metrics["perplexity_before_masking"] = found.value
 
         return retraining.retrain(
@@ -546,7 +548,7 @@ class Run:
             "rejection": (
                 f"a window is put back where its own error on the first {reconstruction.ERROR_SAMPLES} of these samples grew"
             ),
-            "zero_shot": f"{', '.join(spec.tasks)}: the first {spec.task_limit or 'all'} questions of each"
+            "zero_shot": f"{', '.join(spec.tasks)}: the first {spec.task_limit or 'all'} questions of each; scored by lm-eval, float32 logits"
             if spec.tasks
             else "none",
             "share_recovered": "1 - log(repaired / dense) / log(pruned / dense), in perplexities",

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.models import make_model, random_tokens
+from fixtures.models import FLOAT32, make_model, random_tokens
 from fixtures.runs import options
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -367,7 +367,7 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
         with run_out():
             recon.reconstruct(student, dense, tokens, granularity="matrix", compute_dtype="float32", progress=False)
         with run_out():
-            value = recon.perplexity(student, tokens, compute_dtype="float32", progress=False).value
+            value = recon.perplexity(student, tokens, execution=FLOAT32, progress=False).value
         found.append((grams, value, [matrix.weight == 0 for matrix in student.matrices().values()]))
     said = [r.message for r in caplog.records if "out of memory with 4 samples at a time: 2 from here on" in r.message]
     assert len(said) == 4  # once in each pass

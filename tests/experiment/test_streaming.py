@@ -199,14 +199,13 @@ def test_of_an_encoder_decoder_too(spec, tiny_folder, tmp_path, monkeypatch):
     assert not any(there.values())
 
 
-def test_zero_shot_tasks_use_the_work_of_the_run(spec, tmp_path, monkeypatch):
+def test_zero_shot_tasks_use_the_store_of_the_run(spec, tmp_path, monkeypatch):
     run, asked = StreamedRun(dataclasses.replace(spec, tasks=("analogies",)), recon.Session(), False, tmp_path / "work"), []
     run.load()
     run.texts, run.held_out = {}, None
-    monkeypatch.setattr("recon.evaluate.zero_shot.zero_shot", lambda *args, store, phase, **options: asked.append((store, phase)))
-    for what in ("dense", "pruned"):
-        run.measure(run.dense, what)
-    assert asked == [(run.store, "zero-shot, dense"), (run.store, "zero-shot, pruned")]
+    monkeypatch.setattr("recon.evaluate.zero_shot.zero_shot", lambda *args, execution, **options: asked.append(execution.store))
+    run.measure(run.dense, "dense")
+    assert asked == [run.store]
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from fixtures.models import FLOAT32
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -111,10 +112,10 @@ def test_other_families(tiny, pruned, tokens, family, granularity):
     student = pruned(dense)
     masks = {name: matrix.weight != 0 for name, matrix in student.matrices().items()}
     batch = tokens(12, 16)
-    before = drift(student, dense, batch, compute_dtype="float32")[0][-1]
+    before = drift(student, dense, batch, execution=FLOAT32)[0][-1]
     repair(student, dense, batch, granularity=granularity, start="exact", schedule=Schedule(learning_rate=1e-3, epochs=4))
     assert all(torch.equal(matrix.weight != 0, masks[name]) for name, matrix in student.matrices().items())
-    assert drift(student, dense, batch, compute_dtype="float32")[0][-1] < before
+    assert drift(student, dense, batch, execution=FLOAT32)[0][-1] < before
 
 
 def test_masks_are_read_from_zeros(dense, pruned, tokens):
@@ -212,9 +213,9 @@ def test_exact_start_begins_lower(dense, pruned, tokens):
 def test_parallel_half_blocks_lower_the_drift(tiny, pruned, tokens, family, propagation):
     dense = Decoder(tiny(family))
     student, unseen = pruned(dense), tokens(4, 16, seed=9)
-    before = drift(student, dense, unseen, compute_dtype="float32")[0]
+    before = drift(student, dense, unseen, execution=FLOAT32)[0]
     repair(student, dense, tokens(32, 16), Schedule(epochs=3), propagation=propagation)
-    after = drift(student, dense, unseen, compute_dtype="float32")[0]
+    after = drift(student, dense, unseen, execution=FLOAT32)[0]
     assert all(b < 0.9 * a for a, b in zip(before, after, strict=True))
 
 

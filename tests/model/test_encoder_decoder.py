@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from fixtures.models import ENCODER_DECODERS, make_model, random_tokens
+from fixtures.models import ENCODER_DECODERS, FLOAT32, make_model, random_tokens
 from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -111,7 +111,7 @@ def test_pruned_repaired_and_saved(made, tmp_path, family):
     model = copy.deepcopy(dense.model)
     result = prune(model, tokens, "wanda", "2:4", progress=False)
     assert result.total_sparsity == 0.5 and not result.starved
-    pruned = perplexity(model, tokens, "float32", progress=False)
+    pruned = perplexity(model, tokens, execution=FLOAT32, progress=False)
     assert pruned.tokens == 12 * 7  # of the decoder's 8 tokens all but the first
     reports = reconstruct(model, dense, tokens, result.masks, "block", "sparse", compute_dtype="float32", progress=False)
     assert [report.name for report in reports] == [f"block {index}" for index in range(4)]
@@ -125,7 +125,7 @@ def test_pruned_repaired_and_saved(made, tmp_path, family):
 def test_perplexity_is_that_of_the_second_half_given_the_first(made):
     decoder, tokens = made("bart"), random_tokens(3, 20)
     likelihood = own_logits(decoder.model, tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 11:, None])
-    found = perplexity(decoder, tokens, "float32", progress=False, reference=None)
+    found = perplexity(decoder, tokens, execution=FLOAT32, progress=False, reference=None)
     assert found.value == pytest.approx(likelihood.mean().neg().exp().item(), rel=1e-4)
 
 

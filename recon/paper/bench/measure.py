@@ -166,7 +166,8 @@ class _Bench:
     def perplexity(self, decoder: Decoder, description: str) -> float:
         spec = self.spec
         tokens = text.sample_tokens(spec.text, "evaluation", self.tokenizer, spec.evaluation_samples, spec.evaluation_length)
-        return evaluation.perplexity(decoder, tokens, "auto", self.progress, f"perplexity ({description})", self.device).value
+        execution, what = Execution(self.device), f"perplexity ({description})"
+        return evaluation.perplexity(decoder, tokens, execution=execution, description=what, progress=self.progress).value
 
     # --- sections ---------------------------------------------------------------------------------------------
 

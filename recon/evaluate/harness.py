@@ -1,0 +1,63 @@
+"""A decoder as a language model of lm-eval. Import it only where lm-eval is installed."""
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from recon.evaluate.perplexity import last_states
+from recon.model.decoder import Decoder
+from recon.runtime.execution import Execution
+
+ELEMENTS = {"cpu": 2**27}  # logits that exist at once, by kind of device; lm-eval makes as many log-probabilities of them
+ELSEWHERE = 2**29
+
+
+@dataclass(frozen=True)
+class BlockByBlock:
+    """What lm-eval takes for a transformers model: runs one block at a time, so that weights may be elsewhere or on disk."""
+
+    decoder: Decoder
+    execution: Execution
+
+    @property
+    def device(self) -> torch.device:
+        return self.execution.device
+
+    @property
+    def config(self):
+        return self.decoder.model.config
+
+    def __call__(self, tokens: Tensor) -> SimpleNamespace:
+        """`logits` (batch, length, vocabulary) for `tokens` (batch, length): in float32, as choices would tie in bfloat16."""
+        states = last_states(self.decoder, tokens, self.execution)
+        with Execution(self.device, "float32").holding_ends(self.decoder):
+            return SimpleNamespace(logits=self.decoder.logits(tokens, states))
+
+
+class Scorer(HFLM):
+    """lm-eval's scorer of log-likelihoods, with as many requests in a batch as memory for logits allows.
+
+    Each batch brings all weights to the compute device once, so batches should be large.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer, execution: Execution):
+        tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
+        model = BlockByBlock(decoder, execution)
+        super().__init__(model, backend="causal", tokenizer=tokenizer, max_length=decoder.max_length)
+
+    def _loglikelihood_tokens(self, requests, **options):
+        groups = defaultdict(list)  # of similar lengths: at most 1, 2, 4, ... tokens
+        for number, (_, context, continuation) in enumerate(requests):
+            groups[1 << (len(context) + len(continuation) - 1).bit_length()].append(number)
+        room = ELEMENTS.get(self.device.type, ELSEWHERE) // self.config.get_text_config().vocab_size
+        answers = {}
+        for length, numbers in groups.items():
+            self.batch_size_per_gpu = max(1, room // length)
+            found = super()._loglikelihood_tokens([requests[number] for number in numbers], **options)
+            answers |= zip(numbers, found, strict=True)
+        return [answers[number] for number in range(len(requests))]
