@@ -3,7 +3,6 @@
 import copy
 import glob
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recon.data import files
 from recon.errors import ReconError
 from recon.experiment.record import RunRecord, read_record
-from recon.runtime.storage import PART, check_writable, sha256, sync, write_json
+from recon.runtime.storage import PART, check_writable, remove_unfinished, rename, sha256, sync_all, write_json
 from recon.runtime.weights import SAVED, rounded
 
 log = logging.getLogger("recon")
@@ -149,10 +148,7 @@ def write(
     """
     check_places(model, model.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(
-        f".{glob.escape(folder.name)}.*{PART}"
-    ):  # by a process that was killed: nobody else saves here now
-        shutil.rmtree(left, ignore_errors=True)
+    remove_unfinished(folder.parent, glob.escape(folder.name))  # nobody else saves here now
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PART, dir=folder.parent))
     try:
         _round_off(model, SAVED[dtype])
@@ -184,8 +180,7 @@ def publish(complete: Path, folder: Path, record: RunRecord) -> None:
     write_json(complete / files.RECORD, record.to_dict())
     if folder.exists():
         folder.rmdir()  # empty, as checked before the run
-    os.replace(complete, folder)
-    sync(folder.parent)
+    rename(complete, folder)
 
 
 def _round_off(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -194,10 +189,3 @@ def _round_off(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in stored:
             tensor.data = rounded(name, tensor.data, dtype)
-
-
-def sync_all(folder: Path) -> None:
-    """Waits until all that is in `folder` is on the disk, and what it is called."""
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)

@@ -500,7 +500,7 @@ class _MaskFiles(dict):
 
 
 class Spilled(MemoryStore):
-    """The work of a streamed run: masks are in files, and what else is large, as in `recon.runtime.store.FolderStore`."""
+    """The work of a streamed run: masks are in files, and what else is large, as in `recon.runtime.folder_store.FolderStore`."""
 
     def __init__(self):
         self.masks = _MaskFiles()

@@ -27,9 +27,9 @@ from recon.methods import prune as pruning
 from recon.model.decoder import Decoder
 from recon.model.skeleton import Lazy
 from recon.runtime import device, lock
+from recon.runtime.folder_store import SAVE, FolderStore
 from recon.runtime.journal import Journal, differences
-from recon.runtime.storage import write_json
-from recon.runtime.store import SAVE, FolderStore
+from recon.runtime.storage import sync_all, write_json
 from recon.runtime.weights import SAVED, quantisation, reader
 
 log = logging.getLogger("recon")
@@ -170,7 +170,7 @@ def delete(journal: Journal) -> None:
     for path in journal.path.parent.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-    journal.path.unlink()
+    journal.path.unlink(missing_ok=True)
     journal.path.parent.rmdir()
 
 
@@ -237,10 +237,10 @@ class StreamedRun(Run):
         return _measured(self.store.finished("dense")[0]), references
 
     def copy_of_dense(self) -> Decoder:
-        self.store.of = len(self.windows()) + len(self.remainder())
-        if self.store.dtype == self.compute_dtype:
-            self.store.rounded = {matrix.parameter_name for matrix in self.dense.matrices().values()}
-        return self.store.student(self.dense, reader(self.dense.model, self.pruned) if self.spec.pruned else self.dense.lazy.read)
+        start = reader(self.dense.model, self.pruned) if self.spec.pruned else self.dense.lazy.read
+        saved_as_computed = SAVED[self.save_dtype] == self.compute_dtype
+        rounded = {matrix.parameter_name for matrix in self.dense.matrices().values()} if saved_as_computed else set()
+        return self.store.student(self.dense, start, len(self.windows()) + len(self.remainder()), rounded)
 
     def pruned_student(self, student: Decoder) -> Pruned:
         return self.prune(student)
@@ -319,7 +319,7 @@ class StreamedRun(Run):
             (target / files.HASHES).write_text(hashes, encoding="utf-8")
             self.record.environment["checkpoint"] = files.sha256(target / files.HASHES)
             checkpoint.write_card(target, self.record, command, self.save_dtype)
-            checkpoint.sync_all(target)
+            sync_all(target)
         except Exception as error:
             if not checkpoint.not_written(error):
                 raise

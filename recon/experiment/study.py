@@ -2,11 +2,9 @@
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import socket
-import tempfile
 import traceback
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +22,7 @@ from recon.experiment.record import RunRecord, read_record
 from recon.experiment.run import Session, begun, run
 from recon.model.windows import canonical
 from recon.runtime import lock
-from recon.runtime.storage import PART, check_writable
+from recon.runtime.storage import check_writable, remove_unfinished, write_json
 
 log = logging.getLogger("recon")
 
@@ -124,18 +122,7 @@ def write_record(record: RunRecord, path: Path) -> None:
     Raises `ReconError` naming the path where that cannot be done.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(record.to_dict(), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_json(path, record.to_dict())
     except OSError as error:
         raise ReconError(f"record cannot be written to {str(path)!r}: {error.strerror}; choose a place with room") from error
 
@@ -180,8 +167,7 @@ class RecordStore:
 
     def clear(self) -> None:
         """Removes what processes that were killed while they wrote a record left of it; nobody else may be writing."""
-        for part in self.folder.glob(f".*.json.*{PART}"):
-            part.unlink(missing_ok=True)
+        remove_unfinished(self.folder, "*.json")
 
     def put(self, record: RunRecord) -> None:
         write_record(record, self.path(record.key))

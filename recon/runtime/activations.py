@@ -1,4 +1,7 @@
-"""Activations on disk, mapped into memory: what several runs of a study would each compute anew, and what does not fit into it."""
+"""Activations in files that are mapped into memory: those that several runs of a study share, and those that memory is too small for.
+
+The operating system keeps as much of such files in memory as there is room for, and writes the rest to disk.
+"""
 
 import json
 import logging
@@ -13,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recon.runtime.storage import PART, publish, write_safetensors
+from recon.runtime.storage import PART, rename, write_safetensors
 
 log = logging.getLogger("recon")
 LIMIT = 16 * 2**30  # bytes
@@ -24,16 +27,38 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  #
 STREAM = "stream"  # the tensor's name in the file
 
 
+def mapped(
+    shape: Sequence[int], dtype: torch.dtype, folder: Path | str | None, header: bytes = b""
+) -> tuple[Tensor, mmap.mmap, Path]:
+    """A tensor to be filled, the mapped pages of a new file in `folder` that it views behind `header`, and the file.
+
+    The pages go with the last tensor that views them. Raises `OSError` where the disk is full.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    handle, name = tempfile.mkstemp(prefix="recon-", suffix=PART, dir=folder)
+    path = Path(name)
+    with open(handle, "rb+") as file:
+        try:
+            # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
+            os.posix_fallocate(file.fileno(), 0, len(header) + size)
+            pages = mmap.mmap(file.fileno(), len(header) + size)
+        except BaseException:
+            path.unlink()
+            raise
+    pages[: len(header)] = header
+    tensor = torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=len(header)).view(*shape)
+    return tensor, pages, path
+
+
 class Activations:
     """Keeps tensors by name until `limit` bytes are full; what does not fit is not kept.
 
-    Each tensor is a file that is deleted as soon as it is mapped: the operating system reads it from disk or from its cache,
-    and frees it when the last tensor that views it goes, or the process dies, however it dies.
+    Their files are deleted as soon as they are mapped, so that the operating system frees them when the last tensor that views
+    them goes, or the process dies, however it dies.
 
     Args:
         limit: bytes in all; 0 keeps nothing.
-        folder: where the files are, for the moment that they have names; default: the system's temporary folder, which on
-            some systems is in memory.
+        folder: where the files are; default: the system's temporary folder, which on some systems is in memory.
     """
 
     def __init__(self, limit: int = LIMIT, folder: Path | str | None = None):
@@ -49,32 +74,27 @@ class Activations:
 
     def put(self, name: Hashable, tensor: Tensor) -> Tensor:
         """Keeps `tensor` under `name`, where there is room; returns the copy kept, or else `tensor` itself."""
-        size = tensor.numel() * tensor.element_size()
-        if name in self._kept or tensor.device.type != "cpu" or self.bytes + size > self.limit:
+        if name in self._kept or tensor.device.type != "cpu" or self.bytes + tensor.nbytes > self.limit:
             return self._kept.get(name, tensor)
         try:
-            mapped = self._mapped(tensor, size)
+            self._kept[name] = self._room(tensor).copy_(tensor)
         except OSError as error:
             log.warning("activations are no longer kept on disk: %s", error)
             self.limit = self.bytes
             return tensor
-        self._kept[name] = mapped
-        self.bytes += size
+        self.bytes += tensor.nbytes
         return self._kept[name]
 
-    def _mapped(self, tensor: Tensor, size: int) -> Tensor:
+    def _room(self, tensor: Tensor) -> Tensor:
         if self.folder is not None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix="recon-", dir=self.folder) as file:
-            space = os.statvfs(file.name)
-            if size + RESERVE > space.f_bavail * space.f_frsize:
-                raise OSError(f"{math.ceil(size / 2**20)} MiB more would leave less than {RESERVE / 2**30:.0f} GiB free")
-            # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            pages = mmap.mmap(file.fileno(), max(size, 1))
+        space = os.statvfs(self.folder or tempfile.gettempdir())
+        if tensor.nbytes + RESERVE > space.f_bavail * space.f_frsize:
+            raise OSError(f"{math.ceil(tensor.nbytes / 2**20)} MiB more would leave less than {RESERVE / 2**30:.0f} GiB free")
+        room, pages, path = mapped(tensor.shape, tensor.dtype, self.folder)
+        path.unlink()
         self._maps.append(pages)
-        mapped = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
-        return mapped.copy_(tensor)
+        return room
 
     def release(self) -> None:
         """Gives back the memory that the tensors' pages occupy; they are read again from disk (or its cache) when needed."""
@@ -84,13 +104,11 @@ class Activations:
 
 
 class Spill:
-    """Room for activations: in memory for small ones, else in files that are mapped into memory, and go when their tensor goes.
-
-    The operating system keeps as much of the files in memory as there is room for, and writes the rest to disk.
+    """Room for activations: in memory for small ones, else in mapped safetensors files, which go with their tensors unless kept.
 
     Args:
-        folder: where the files are; they end in `recon.runtime.weights.PART` until they are kept.
-        small: bytes up to which a tensor stays in memory.
+        folder: where the files are; until they are kept, their names end in `recon.runtime.storage.PART`.
+        small: bytes up to which a tensor stays in memory; default: `SMALL`.
     """
 
     def __init__(self, folder: Path, small: int | None = None):
@@ -99,26 +117,13 @@ class Spill:
         self._files: dict[int, Path] = {}  # by where a tensor begins in memory
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
-        """A tensor on the CPU to be filled; a small one is `pinned` on demand. Raises `OSError` where a large one finds the disk full."""
+        """A tensor on the CPU to be filled; a small one is `pinned` on demand. Raises `OSError` if the disk is too full for a large one."""
         size = math.prod(shape) * dtype.itemsize
         if size <= self.small:
             return torch.empty(shape, dtype=dtype, pin_memory=pinned)
-        content = {STREAM: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}}
-        header = json.dumps(content).encode()
+        header = json.dumps({STREAM: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}}).encode()
         header += b" " * (-(8 + len(header)) % _ALIGNMENT)
-        begin = 8 + len(header)
-        handle, name = tempfile.mkstemp(suffix=PART, dir=self.folder)
-        path = Path(name)
-        with open(handle, "rb+") as file:
-            try:
-                # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
-                os.posix_fallocate(file.fileno(), 0, begin + size)
-                pages = mmap.mmap(file.fileno(), begin + size)
-            except BaseException:
-                path.unlink()
-                raise
-        pages[:begin] = len(header).to_bytes(8, "little") + header
-        tensor = torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=begin).view(*shape)
+        tensor, pages, path = mapped(shape, dtype, self.folder, len(header).to_bytes(8, "little") + header)
         weakref.finalize(pages, self._drop, self._files, tensor.data_ptr(), path)
         self._files[tensor.data_ptr()] = path
         return tensor
@@ -126,15 +131,15 @@ class Spill:
     @staticmethod
     def _drop(files: dict[int, Path], place: int, path: Path) -> None:
         files.pop(place, None)
-        path.unlink(missing_ok=True)  # where it was kept, it has another name by now
+        path.unlink(missing_ok=True)  # a file that is kept has another name by now
 
     def keep(self, tensor: Tensor, path: Path) -> None:
         """Writes `tensor` to the safetensors file `path`, which appears when all of it is on the disk.
 
-        Where the tensor is in a file already, that file gets the name, and stays when the tensor goes.
+        A tensor that is in a file already stays there: that file is renamed, and stays when the tensor goes.
         """
         file = self._files.pop(tensor.data_ptr(), None)
         if file is None or not file.exists():
             write_safetensors(path, {STREAM: tensor})
         else:
-            publish(file, path)
+            rename(file, path)

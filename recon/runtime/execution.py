@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,13 @@ from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.skeleton import moved
 from recon.model.windows import Window
+from recon.runtime.activations import Activations
 from recon.runtime.attention import FastCausalAttention
 from recon.runtime.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
 from recon.runtime.store import MemoryStore
 
 log = logging.getLogger("recon")
+Result = TypeVar("Result")
 TOKENS = 1024  # in a batch that nothing is trained on
 
 
@@ -49,7 +52,14 @@ class Execution(contextlib.AbstractContextManager):
         device: torch.device | str = "auto",
         compute_dtype: str = "auto",
         store: MemoryStore | None = None,
+        progress: bool = True,
+        cache: Activations | None = None,
     ):
+        self.progress = progress
+        self.cache = cache or Activations(limit=0)
+        self.micro_batch: int | None = (
+            None  # samples per forward pass in training, where memory did not suffice for as many as asked for
+        )
         self.tokens: int | None = None  # in a batch that nothing is trained on, where memory did not suffice for `TOKENS`
         self.store = store or MemoryStore()
         self.device = pick_device(str(device))
@@ -144,24 +154,39 @@ class Execution(contextlib.AbstractContextManager):
         Raises `ReconError` where memory does not suffice for one sample at a time.
         """
         samples, length = stream.shape[:2]
+        edge = samples if count is None else count
+        size = max(map(len, in_batches(samples, length, edge, self.tokens)))
+
+        def attempt(fewer: int) -> Tensor:
+            if fewer < size:
+                self.tokens = fewer * length
+                anew()
+            return self._run(function, stream, in_batches(samples, length, edge, self.tokens))
+
+        return self.halving(attempt, size)[0]
+
+    def halving(self, attempt: Callable[[int], Result], size: int) -> tuple[Result, int]:
+        """`attempt(size)`, tried again with half the size whenever memory runs out; and the size that memory sufficed for.
+
+        size: samples at a time.
+
+        Raises `ReconError` where memory does not suffice for one sample at a time.
+        """
         while True:
-            parts = in_batches(samples, length, samples if count is None else count, self.tokens)
             try:
-                return self._run(function, stream, parts)
+                return attempt(size), size
             except Exception as error:
                 if not out_of_memory(error):
                     raise
                 fault = str(error).splitlines()[0]
             release_memory()  # now that the exception, which holds on to all that was computed, is gone
-            size = max(map(len, parts))
             if size == 1:
                 raise ReconError(
                     f"memory of device {self.device} does not suffice for one sample at a time ({fault}); give shorter samples, or "
                     "smaller windows"
                 )
             log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
-            self.tokens = -(-size // 2) * length
-            anew()
+            size = -(-size // 2)
 
     def _run(self, function: Callable[[Tensor], Tensor], stream: Tensor, parts: Sequence[range]) -> Tensor:
         result = None

@@ -1,11 +1,16 @@
-"""A file that says what a run has finished, so that the same run can go on from there after it was killed."""
+"""What a run has finished, and the files of that, so that the same run can go on from there after it was killed."""
 
 import json
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import Tensor
+
 from recon.errors import ReconError
-from recon.runtime.storage import sync
+from recon.runtime.storage import sha256, sync, write_safetensors
 
 
 class Journal:
@@ -63,6 +68,51 @@ class Journal:
             sync(self.path.parent)
         self._end += len(lines)
         self.entries.append(entry)
+
+
+class StepFiles:
+    """The files in a run's folder. The journal notes each by its name, size and hash."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: dict[str, object] = {}
+
+    def write(self, name: str, tensors: dict[str, Tensor], **more) -> dict:
+        """Writes the safetensors file `name`; returns what the journal is to say of it, and `more`."""
+        write_safetensors(self.folder / name, tensors)
+        return self.noted(name) | more
+
+    def noted(self, name: str) -> dict:
+        """What the journal is to say of the file `name`."""
+        path = self.folder / name
+        return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+    def check(self, noted: dict) -> None:
+        """Raises `ReconError` if a file of a finished step is missing, or is not what was written."""
+        path = self.folder / noted["file"]
+        size = path.stat().st_size if path.exists() else None
+        if size != noted["size"] or sha256(path) != noted["sha256"]:
+            wrong = "is missing" if size is None else "has changed since it was written"
+            raise ReconError(f"{str(path)!r} {wrong}; delete {str(self.folder)!r} to begin anew")
+
+    def tensor(self, name: str, entry: str) -> Tensor:
+        """The tensor `entry` of the file `name`, mapped; not to be changed in place."""
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name].get_tensor(entry)
+
+    def sweep(self, folders: Iterable[str], finished: Iterable[str]) -> None:
+        """Makes `folders`, and deletes all files in them but those of `finished` steps."""
+        counted = {self.folder / name for name in finished}
+        for name in folders:
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            for path in (self.folder / name).iterdir():
+                if path.is_dir():  # some tokenizers save folders in the checkpoint
+                    shutil.rmtree(path)
+                elif path not in counted:
+                    path.unlink()
+        sync(self.folder)
+        sync(self.folder.parent)
 
 
 def differences(before: object, now: object, name: str = "") -> list[str]:

@@ -23,7 +23,6 @@ from transformers.core_model_loading import (
 
 from recon.errors import ReconError
 from recon.model.skeleton import skeleton
-from recon.runtime.storage import _place
 
 log = logging.getLogger("recon")
 PLAIN = ("F64", "F32", "BF16", "F16")  # how floating-point weights may be stored: others have scales that lie elsewhere
@@ -193,6 +192,11 @@ def reader(model: nn.Module, checkpoint: Checkpoint) -> Callable[[list[str]], It
             yield names[found], value
 
     return read
+
+
+def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, parameter)
 
 
 def check_stored(name: str, kind: str, file: Path) -> None:

@@ -73,7 +73,9 @@ def test_the_card_says_what_it_is_and_nothing_is_pickled(saved, spec):
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-@pytest.mark.parametrize("what", ["PreTrainedModel", "PreTrainedTokenizerBase", "write_json", "os.replace"])
+@pytest.mark.parametrize(
+    "what", ["PreTrainedModel", "PreTrainedTokenizerBase", "experiment.checkpoint.write_json", "runtime.storage.os.replace"]
+)
 def test_a_full_disk_names_the_folder_and_leaves_nothing(saved, spec, tmp_path, monkeypatch, what):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -82,7 +84,7 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(saved, spec, tmp_path, 
         raise Exception("No space left on device (os error 28)")
 
     names = {name: f"transformers.{name}.save_pretrained" for name in ("PreTrainedModel", "PreTrainedTokenizerBase")}
-    monkeypatch.setattr(names.get(what, f"recon.experiment.checkpoint.{what}"), full_in_rust if "Tokenizer" in what else full)
+    monkeypatch.setattr(names.get(what, f"recon.{what}"), full_in_rust if "Tokenizer" in what else full)
     with pytest.raises(ReconError, match=r"cannot be written to '.*repaired'.*No space left on device"):
         recon.run(spec, save=tmp_path / "repaired", progress=False)
     assert list(tmp_path.iterdir()) == []

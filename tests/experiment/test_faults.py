@@ -588,7 +588,7 @@ def test_a_read_only_place_is_refused_before_anything_runs(spec, tmp_path, capsy
     assert f"cannot write to '{where}' (Read-only file system)" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("where", ["recon.data.files.write_hashes", "recon.experiment.checkpoint.os.replace"])
+@pytest.mark.parametrize("where", ["recon.data.files.write_hashes", "recon.runtime.storage.os.replace"])
 def test_a_disk_that_is_full_when_a_model_is_saved(spec, tmp_path, monkeypatch, where):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -605,8 +605,8 @@ def test_a_disk_that_is_full_when_a_model_is_saved(spec, tmp_path, monkeypatch, 
         ("recon.experiment.streamed.write_json", "checkpoint cannot be written to '{saved}'"),
         ("recon.experiment.checkpoint.write_card", "checkpoint cannot be written to '{saved}'"),
         ("recon.experiment.checkpoint.write_json", "checkpoint cannot be moved to '{saved}'"),
-        ("recon.experiment.checkpoint.os.replace", "saved.unfinished' cannot be written"),
-        ("recon.experiment.study.tempfile.mkstemp", "record cannot be written to '{record}'"),
+        ("recon.runtime.storage.os.replace", "saved.unfinished' cannot be written"),
+        ("recon.experiment.study.write_json", "record cannot be written to '{record}'"),
     ],
 )
 def test_a_disk_that_is_full_when_a_streamed_run_ends_loses_nothing(spec, tmp_path, capsys, monkeypatch, where, said):

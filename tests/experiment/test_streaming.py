@@ -28,9 +28,9 @@ from recon.experiment import environment, streamed
 from recon.experiment.record import read_record
 from recon.experiment.streamed import StreamedRun
 from recon.methods.structured import find_units
-from recon.model.skeleton import Lazy
-from recon.runtime import activations, device, weights
-from recon.runtime.store import FolderStore
+from recon.model.skeleton import Lazy, auto_class, is_placeholder
+from recon.runtime import activations, device
+from recon.runtime.folder_store import FolderStore
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def expected(spec, tmp_path_factory):
 def assert_same(found, saved: Path, expected, other: Path) -> None:
     """The same record but for times, and checkpoints that load as the same model."""
     assert comparable(found) == comparable(expected)
-    kind = weights.auto_class(AutoConfig.from_pretrained(other))
+    kind = auto_class(AutoConfig.from_pretrained(other))
     ours, theirs = (kind.from_pretrained(folder).state_dict() for folder in (saved, other))
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -139,12 +139,12 @@ def watch(monkeypatch) -> tuple[dict[Lazy, int], list[int]]:
         class Watching:
             def __enter__(self):
                 context.__enter__()
-                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not weights.is_placeholder(p))
+                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not is_placeholder(p))
                 most.append(sum(there.values()))
 
             def __exit__(self, *exception):
                 result = context.__exit__(*exception)
-                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not weights.is_placeholder(p))
+                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not is_placeholder(p))
                 return result
 
         return Watching()
@@ -414,7 +414,7 @@ def test_what_has_been_saved_is_on_the_disk(stream, spec, tiny_folder, tmp_path,
     saved = tmp_path / "saved"
     if stream == "yes":
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr("recon.experiment.streamed.checkpoint.sync_all", lambda _: (_ for _ in ()).throw(Killed))
+            patch.setattr("recon.experiment.streamed.sync_all", lambda _: (_ for _ in ()).throw(Killed))
             recon.run(spec, save=saved, progress=False, stream=stream)
     synced, fsync, replace = {}, os.fsync, os.replace
 

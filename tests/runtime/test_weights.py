@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
+from recon.model.skeleton import Lazy, is_placeholder, made_up, second, skeleton
 from recon.runtime import weights
 from recon.runtime.device import resident_anonymous
+from recon.runtime.storage import write_safetensors
 
 
 def opened(folder: Path):
@@ -29,9 +31,9 @@ def test_what_is_read_is_what_transformers_reads(family, tied, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     model, checkpoint = opened(tmp_path)
-    lazy = weights.Lazy(model, checkpoint.read)
+    lazy = Lazy(model, checkpoint.read)
     assert list(lazy.parameters) == [name for name, _ in whole.named_parameters()]
-    assert all(weights.is_placeholder(parameter) for parameter in model.parameters() if parameter.numel() > 1)
+    assert all(is_placeholder(parameter) for parameter in model.parameters() if parameter.numel() > 1)
     with lazy.present(model.parameters()):
         for name, tensor in whole.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor), name
@@ -56,7 +58,7 @@ def test_a_checkpoint_with_two_values_for_what_its_configuration_ties(tmp_path):
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == (
             whole.lm_head.weight is whole.model.embed_tokens.weight
         )
-        with weights.Lazy(model, checkpoint.read).present([model.lm_head.weight]):
+        with Lazy(model, checkpoint.read).present([model.lm_head.weight]):
             assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
 
 
@@ -65,7 +67,7 @@ def test_parameters_that_are_computed_are_in_no_file(tmp_path):
     whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32)
     model, checkpoint = opened(tmp_path)
     assert set(checkpoint.computed) == {f"model.{half}.embed_positions.weight" for half in ("encoder", "decoder")}
-    with weights.Lazy(model, weights.reader(model, checkpoint)).present(model.parameters()):
+    with Lazy(model, weights.reader(model, checkpoint)).present(model.parameters()):
         for name, tensor in whole.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -79,7 +81,7 @@ def test_what_is_tied_may_be_stored_under_any_of_its_names(stored, tmp_path):
     entries[stored] = entries.pop("model.embed_tokens.weight")
     save_file(entries, file, metadata={"format": "pt"})
     model, checkpoint = opened(tmp_path)
-    with weights.Lazy(model, weights.reader(model, checkpoint)).present(model.parameters()):
+    with Lazy(model, weights.reader(model, checkpoint)).present(model.parameters()):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert all(torch.equal(value, made.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -126,14 +128,14 @@ def test_parameters_are_there_while_somebody_needs_them(tmp_path):
         reads.extend(names)
         return checkpoint.read(names)
 
-    lazy = weights.Lazy(model, read)
+    lazy = Lazy(model, read)
     head, norm = model.lm_head.weight, model.model.norm.weight
     with lazy.present([head]):
         with lazy.present([head, norm]):
             head.data.add_(1)
-        assert not weights.is_placeholder(head) and weights.is_placeholder(norm)
+        assert not is_placeholder(head) and is_placeholder(norm)
     assert reads == ["lm_head.weight", "model.norm.weight"]
-    assert weights.is_placeholder(head) and head.untyped_storage().nbytes() == 4
+    assert is_placeholder(head) and head.untyped_storage().nbytes() == 4
     with lazy.present([head]):  # what was done to it is gone, and the file is as it was
         assert torch.equal(head, load_file(tmp_path / "model.safetensors")["lm_head.weight"])
 
@@ -141,7 +143,7 @@ def test_parameters_are_there_while_somebody_needs_them(tmp_path):
 def test_what_is_not_there_is_seen(tmp_path):
     make_model("llama").save_pretrained(tmp_path)
     model, checkpoint = opened(tmp_path)
-    lazy = weights.Lazy(model, checkpoint.read)
+    lazy = Lazy(model, checkpoint.read)
     with lazy.present(p for name, p in model.named_parameters() if "layers.1.mlp.up_proj" not in name):
         assert model(torch.tensor([[5, 6, 7]])).logits.isnan().all()
 
@@ -168,8 +170,8 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def test_made_up_weights_take_no_memory_and_differ(tmp_path):
-    model = weights.skeleton(AutoConfig.for_model("mixtral", hidden_size=64, num_hidden_layers=1, num_local_experts=4))
-    lazy = weights.Lazy(model, lambda names: weights.made_up(lazy.parameters)(names))
+    model = skeleton(AutoConfig.for_model("mixtral", hidden_size=64, num_hidden_layers=1, num_local_experts=4))
+    lazy = Lazy(model, lambda names: made_up(lazy.parameters)(names))
     with lazy.present(model.parameters()):
         for name, parameter in model.named_parameters():
             assert parameter.isfinite().all() and parameter.std() > 0
@@ -181,7 +183,7 @@ def test_made_up_weights_take_no_memory_and_differ(tmp_path):
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_file_appears_whole_or_not_at_all(failing, tmp_path, monkeypatch):
     file, old, new = tmp_path / "a.safetensors", {"x": torch.zeros(3)}, {"x": torch.ones(3)}
-    weights.write_safetensors(file, old)
+    write_safetensors(file, old)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -189,11 +191,11 @@ def test_a_file_appears_whole_or_not_at_all(failing, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, failing, full)
         with pytest.raises(OSError, match="No space left"):
-            weights.write_safetensors(file, new)
+            write_safetensors(file, new)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     with safe_open(file, framework="pt") as opened_file:
         assert torch.equal(opened_file.get_tensor("x"), old["x"])
-    weights.write_safetensors(file, new)
+    write_safetensors(file, new)
     assert torch.equal(load_file(file)["x"], new["x"])
 
 
@@ -206,7 +208,7 @@ def test_a_skeleton_is_taken_apart_like_the_model(family, tmp_path):
     whole = make_model(family, **LONGER.get(family, {}))
     whole.save_pretrained(tmp_path)
     model, checkpoint = opened(tmp_path)
-    lazy = weights.Lazy(model, weights.reader(model, checkpoint))
+    lazy = Lazy(model, weights.reader(model, checkpoint))
     expected, found = Decoder(whole), Decoder(model, lazy=lazy)
     assert found.groups == expected.groups
     assert family in ENCODER_DECODERS or found.halves == expected.halves  # whose blocks are not divided
@@ -222,16 +224,16 @@ def test_a_skeleton_is_taken_apart_like_the_model(family, tmp_path):
                 assert torch.equal(found.forward(window, hidden), expected.forward(window, hidden))
         tokens, hidden = expected.predicted(tokens), expected.predicted(hidden)
         assert torch.equal(found.logits(tokens, hidden), expected.logits(tokens, hidden))
-    assert all(weights.is_placeholder(parameter) for parameter in model.parameters() if parameter.numel() > 1)
+    assert all(is_placeholder(parameter) for parameter in model.parameters() if parameter.numel() > 1)
 
 
 def test_a_second_skeleton_takes_no_memory():
-    model = weights.skeleton(AutoConfig.for_model("llama", num_hidden_layers=1, tie_word_embeddings=True))
+    model = skeleton(AutoConfig.for_model("llama", num_hidden_layers=1, tie_word_embeddings=True))
     model.tie_weights()
-    weights.Lazy(model, lambda names: iter(()))
+    Lazy(model, lambda names: iter(()))
     before = resident_anonymous()
-    copy = weights.second(model)
+    copy = second(model)
     assert sum(parameter.numel() for parameter in copy.parameters()) > 3e8
     assert resident_anonymous() < before + 2**27
     assert copy.lm_head.weight is copy.model.embed_tokens.weight is not model.lm_head.weight
-    assert all(weights.is_placeholder(parameter) for parameter in copy.parameters())
+    assert all(is_placeholder(parameter) for parameter in copy.parameters())

@@ -1,0 +1,187 @@
+"""A store in a folder, from which a killed run goes on."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from recon.errors import ReconError
+from recon.model.decoder import Decoder
+from recon.runtime.activations import STREAM, Spill
+from recon.runtime.journal import Journal, StepFiles
+from recon.runtime.storage import SLOW
+from recon.runtime.student import StudentWeights
+
+log = logging.getLogger("recon")
+KINDS = ("masks", "weights", "shard", "exact")  # of the files of a step, beside activations
+FOLDERS = ("masks", "pruned", "activations", "checkpoint", "exact")
+SAVE = "remainder"  # the phase that writes what is in no window: nothing is computed with what it writes
+
+
+class FolderStore:
+    """The `Store` of a streamed run, in a folder: a run that was killed at any moment goes on from its last finished step.
+
+    A step is finished once the journal says so. The journal says so once all files of the step are on the disk. The activations
+    that a step started from are deleted only after that. Opening the folder deletes whatever an unfinished step left.
+
+        journal.jsonl    which run this is, and its finished steps
+        masks/           per block, the masks of its matrices, 8 weights to the byte
+        pruned/          per block, its weights as pruning left them, if pruning did more than set some to zero
+        activations/     what the next step starts from
+        checkpoint/      finished shards, and in the end the whole checkpoint
+        exact/           for shards that are saved rounded, the values that the run itself goes on with where these differ
+
+    Args:
+        journal: the run's; its folder is made if need be.
+        dtype: what shards are written in.
+
+    Raises:
+        ReconError: the folder is damaged, or cannot be written.
+    """
+
+    def __init__(self, journal: Journal, dtype: torch.dtype = torch.float32):
+        self.journal, self.folder = journal, journal.path.parent
+        self.files = StepFiles(self.folder)
+        self.masks = FileMasks(self.files)
+        self.weights = StudentWeights(self.files, dtype)
+        self._spill = Spill(self.folder / "activations")
+        self._kept: dict[str, tuple[Tensor, dict]] = {}  # stream -> its tensor, and what the journal says of its file
+        written = [entry[kind] for entry in journal.entries for kind in KINDS if kind in entry]
+        if (size := sum(noted["size"] for noted in written)) > SLOW:
+            log.info("checking %.1f GiB that this run has written before", size / 2**30)
+        for noted in written:
+            self.files.check(noted)
+        for entry in journal.entries:
+            self._take(entry)
+        last = [self._last(phase) for phase in {entry["phase"] for entry in journal.entries}]
+        with self._writing():
+            self.files.sweep(FOLDERS, {noted["file"] for noted in written}.union(*map(_stream_files, last)))
+
+    def finished(self, phase: str) -> list:
+        return self.journal.finished(phase)
+
+    def streams(self, phase: str) -> dict[str, Tensor]:
+        found = {}
+        for name, noted in self._last(phase).get("streams", {}).items():
+            if noted is not None:
+                self.files.check(noted)
+                with safe_open(self.folder / noted["file"], framework="pt") as opened:
+                    stored = opened.get_tensor(STREAM)
+                    # A copy: tensors in a file may begin anywhere, which can change the last bits of what is computed.
+                    found[name] = self.empty(stored.shape, stored.dtype).copy_(stored)
+                self._kept[name] = found[name], noted
+        return found
+
+    def finish(self, phase, found, streams=None, weights=None, shard=None) -> None:
+        number, last = len(self.finished(phase)), self._last(phase)
+        entry = {"phase": phase, "found": found}
+        with self._writing():
+            if self.masks.pending:
+                entry["masks"] = self.masks.write(f"masks/{number:05}.safetensors")
+            if weights:
+                entry["weights"] = self.files.write(f"pruned/{number:05}.safetensors", weights, names=list(weights))
+            if shard:
+                entry |= self.weights.write(shard, keep_exact=phase != SAVE)
+            if streams is not None:
+                entry["streams"] = {name: self._keep(f"{phase}-{name}-{number:05}", name, each) for name, each in streams.items()}
+            self.journal.add(entry)
+        self._take(entry)
+        for file in _stream_files(last) - _stream_files(entry):
+            (self.folder / file).unlink(missing_ok=True)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        with self._writing():
+            return self._spill.empty(shape, dtype, pinned)
+
+    def student(
+        self,
+        dense: Decoder,
+        start: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
+        shards: int,
+        rounded: Collection[str] = (),
+    ) -> Decoder:
+        """The student, a second skeleton beside `dense`; see `recon.runtime.student.StudentWeights.decoder`."""
+        return self.weights.decoder(dense, start, self.masks, shards, rounded)
+
+    def _keep(self, file: str, name: str, stream: Tensor | None) -> dict | None:
+        """What the journal says of the file that `stream` is in, which is written unless it is that of the step before."""
+        kept, noted = self._kept.pop(name, (None, None))
+        if stream is None:
+            return None
+        if kept is not stream:
+            file = f"activations/{file}.safetensors"
+            self._spill.keep(stream, self.folder / file)
+            noted = self.files.noted(file)
+        self._kept[name] = stream, noted
+        return noted
+
+    def _last(self, phase: str) -> dict:
+        """What the journal says of the last finished step of `phase`."""
+        return next((entry for entry in reversed(self.journal.entries) if entry["phase"] == phase), {})
+
+    def _take(self, entry: dict) -> None:
+        """Reads from the files of a finished step from now on."""
+        self.masks.take(entry)
+        self.weights.take(entry)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:  # a full disk raises either
+            raise ReconError(
+                f"work folder {str(self.folder)!r} cannot be written: {error}. What is finished is kept: with room on the disk, the "
+                "same command goes on from there"
+            ) from error
+
+
+def _stream_files(entry: dict) -> set[str]:
+    """The files of the activations that a step left."""
+    return {noted["file"] for noted in entry.get("streams", {}).values() if noted}
+
+
+class FileMasks(MutableMapping):
+    """The masks of a run by matrix name, bool (out, in): those set since the last finished step, and those in its files."""
+
+    def __init__(self, files: StepFiles):
+        self._files = files
+        self._places: dict[str, tuple[str, int]] = {}  # mask -> its file, and how many columns it has
+        self.pending: dict[str, Tensor] = {}
+
+    def write(self, name: str) -> dict:
+        """Writes the masks that are pending to the file `name`; returns what the journal is to say of it."""
+        columns = {name: mask.shape[1] for name, mask in self.pending.items()}
+        packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1)) for name, mask in self.pending.items()}
+        return self._files.write(name, packed, columns=columns)
+
+    def take(self, entry: dict) -> None:
+        """Reads the masks of a finished step from its file from now on."""
+        for name, columns in entry.get("masks", {}).get("columns", {}).items():
+            self._places[name] = entry["masks"]["file"], columns
+        self.pending.clear()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.pending:
+            return self.pending[name]
+        file, columns = self._places[name]
+        packed = self._files.tensor(file, name)
+        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).view(np.bool_))
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        self.pending[name] = mask
+
+    def __delitem__(self, name: str) -> None:
+        del self.pending[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.pending or name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._places, **self.pending})
+
+    def __len__(self) -> int:
+        return len({**self._places, **self.pending})
