@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
-from transformers import get_linear_schedule_with_warmup
 
 from recon.model.decoder import Decoder
 from recon.model.discovery import requiring_gradients
@@ -30,10 +29,14 @@ def reconstruct(
     seed: int = 0,
     progress: bool = True,
 ) -> None:
-    """Repairs the pruned `student` (parameters in float32) in place: dense propagation, half-blocks, one epoch.
+    """Reconstructs the pruned `student` (parameters in float32) in place: dense propagation, half-blocks, one epoch.
 
     samples: tokens (samples, length); masks: True = kept, by matrix name, (out, in).
     """
+    from transformers import (
+        get_linear_schedule_with_warmup,
+    )  # slow to import, and the command line reads the benchmark's sections
+
     dtype = pick_compute_dtype("auto", dense.device)
     autocast = torch.autocast(dense.device.type, dtype, enabled=dtype != torch.float32)
     with torch.no_grad(), autocast:

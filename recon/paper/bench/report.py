@@ -1,4 +1,4 @@
-"""What `recon bench` measured, as tables: for the command line and for the notebook."""
+"""What `recon bench` measured, as tables: for the command line and for the notebooks."""
 
 import pandas as pd
 
@@ -6,29 +6,7 @@ import pandas as pd
 def tables(results: dict) -> dict[str, pd.DataFrame]:
     """One table per section measured, by title."""
     found = {name: section["results"] for name, section in results["sections"].items()}
-    made: dict[str, pd.DataFrame] = {}
-    if "products" in found:
-        made["Speed of matrix products"] = _products(found["products"])
-    if "loops" in found:
-        made["Equal steps"] = loops(found["loops"])
-    if "profile" in found:
-        made["Time by kind of operation, s"] = pd.DataFrame({name: part["phases"] for name, part in found["profile"].items()})
-    if "growth" in found:
-        rows = pd.DataFrame(found["growth"])
-        made["Growth, s"] = rows.pivot_table(index=["axis", "value"], columns="loop", values="seconds", sort=False)
-    if "prune" in found:
-        made["Pruning alone, and the exact solution"] = _in_gib(pd.DataFrame(found["prune"]).set_index("work"))
-    if "quality" in found:
-        made["Perplexity against time"] = quality(found["quality"])
-    if "sweep" in found:
-        made["Sweep"] = _sweep(found["sweep"])
-    if "workers" in found:
-        made["Workers"] = workers(found["workers"])
-    if "compile" in found:
-        made["torch.compile"] = _compile(found["compile"])
-    if "large" in found:
-        made["8B-shaped"] = _in_gib(pd.DataFrame([found["large"]]))
-    return made
+    return {title: table(found[name]) for name, (title, table) in TABLES.items() if name in found}
 
 
 def summary(results: dict) -> str:
@@ -36,16 +14,40 @@ def summary(results: dict) -> str:
     return "\n\n".join(f"{title}\n{table.round(3).to_string()}" for title, table in tables(results).items())
 
 
+def products(section: dict) -> pd.DataFrame:
+    """Speed at large squares and at reconstruction's own products, and the share of its time that these alone would take."""
+    speeds = {f"large squares, {dtype}": rate / 1e12 for dtype, rate in section["square_flops_per_second"].items()}
+    for kind, seconds in section["seconds_at_ceiling"].items():
+        if seconds:
+            speeds[f"{kind} of reconstruction"] = section["flops"][kind] / seconds / 1e12
+    shares, last = (
+        pd.Series(section["achieved_share_of_ceiling"]),
+        "share of reconstruction's time that its products alone would take",
+    )
+    table = pd.DataFrame({"TFLOP/s": speeds | {last: None}, "share": dict.fromkeys(speeds, "")})
+    table.loc[last, "share"] = f"{shares.mean():.2f} ± {shares.std():.2f}"
+    return table
+
+
 def loops(section: dict) -> pd.DataFrame:
     """Mean, spread and ratio of seconds and of memory beyond the models over the rounds; each ratio is taken within a round."""
     rows = pd.DataFrame(section["rows"])
-    seconds = rows.pivot(index="round", columns="loop", values="seconds")
-    memory = rows.pivot(index="round", columns="loop", values="added_memory_bytes") / 2**30
-    for table in (seconds, memory):
-        table["ratio"] = table["reference"] / table["ours"]
-    columns = ["reference", "ours", "ratio"]
-    parts = {"seconds": seconds, "memory added, GiB": memory}
-    return pd.DataFrame({(what, how): getattr(t[columns], how)() for what, t in parts.items() for how in ("mean", "std")}).T
+    rows["memory added, GiB"] = rows["added_memory_bytes"] / 2**30
+    parts = {}
+    for quantity in ("seconds", "memory added, GiB"):
+        table = rows.pivot(index="round", columns="loop", values=quantity)[["reference", "ours"]]
+        parts[quantity] = table.assign(ratio=table["reference"] / table["ours"]).agg(["mean", "std"])
+    return pd.concat(parts)
+
+
+def profile(section: dict) -> pd.DataFrame:
+    """Seconds by kind of operation and loop."""
+    return pd.DataFrame({name: part["phases"] for name, part in section.items()})
+
+
+def growth(section: list[dict]) -> pd.DataFrame:
+    """Seconds by axis, value and loop."""
+    return pd.DataFrame(section).pivot_table(index=["axis", "value"], columns="loop", values="seconds", sort=False)
 
 
 def quality(section: list[dict]) -> pd.DataFrame:
@@ -58,10 +60,18 @@ def quality(section: list[dict]) -> pd.DataFrame:
     return rows.drop(columns=["peak_memory_bytes", "added_memory_bytes"], errors="ignore")  # one process after much else
 
 
-def workers(section: dict) -> pd.DataFrame:
-    """Seconds and speed-up of the study and the windows by workers (0: one after the other, in the process that asks).
+def sweep(section: dict) -> pd.DataFrame:
+    """Seconds of each run, done singly and in a study."""
+    table = pd.DataFrame(section["runs"])[["criterion", "granularity", "solver"]]
+    table["singly, s"], table["in a study, s"] = section["seconds_singly"], section["seconds_in_study"]
+    table.loc["all"] = ["", "", "", *table[["singly, s", "in a study, s"]].sum()]
+    return table
 
-    Overhead is what passes from one run's end to the next one's beyond that run's own seconds, where one process does them all: the
+
+def workers(section: dict) -> pd.DataFrame:
+    """Seconds and speed-up of the study and the windows by workers (0: one after the other, in this process).
+
+    Overhead is what passes from one run's end to the next one's beyond that run's own seconds, where one process does them all. The
     first run is left out, as it waits for the process to start.
     """
     table = pd.DataFrame({what: {row["workers"]: row["seconds"] for row in section[what]} for what in ("studies", "windows")})
@@ -75,36 +85,8 @@ def workers(section: dict) -> pd.DataFrame:
     return table
 
 
-def _products(section: dict) -> pd.DataFrame:
-    squares = {f"large squares, {dtype}": rate / 1e12 for dtype, rate in section["square_flops_per_second"].items()}
-    own = {
-        f"{kind} of reconstruction": section["flops"][kind] / section["seconds_at_ceiling"][kind] / 1e12
-        for kind in section["flops"]
-        if section["seconds_at_ceiling"][kind]
-    }
-    shares = pd.Series(section["achieved_share_of_ceiling"])
-    table = pd.DataFrame({"TFLOP/s": squares | own})
-    table.loc["share of reconstruction's time that its products alone would take", "TFLOP/s"] = None
-    table["share"] = ""
-    table.loc[table.index[-1], "share"] = f"{shares.mean():.2f} ± {shares.std():.2f}"
-    return table
-
-
-def _sweep(section: dict) -> pd.DataFrame:
-    table = pd.DataFrame(
-        {
-            "criterion": [run["criterion"] for run in section["runs"]],
-            "granularity": [run["granularity"] for run in section["runs"]],
-            "solver": [run["solver"] for run in section["runs"]],
-            "singly, s": section["seconds_singly"],
-            "in a study, s": section["seconds_in_study"],
-        }
-    )
-    table.loc["all"] = ["", "", "", sum(section["seconds_singly"]), sum(section["seconds_in_study"])]
-    return table
-
-
-def _compile(section: dict) -> pd.DataFrame:
+def compile(section: dict) -> pd.DataFrame:
+    """Seconds of a pass, plain and compiled; or why nothing could be compiled."""
     if "unavailable" in section:
         return pd.DataFrame({"unavailable": [section["unavailable"]]})
     rows = pd.DataFrame(section["rows"])
@@ -114,6 +96,19 @@ def _compile(section: dict) -> pd.DataFrame:
 
 
 def _in_gib(table: pd.DataFrame) -> pd.DataFrame:
-    table = table.copy()
     table["peak memory, GiB"] = table.pop("peak_memory_bytes") / 2**30
     return table.drop(columns="added_memory_bytes", errors="ignore")
+
+
+TABLES = {  # section -> title, table
+    "products": ("Speed of matrix products", products),
+    "loops": ("Equal steps", loops),
+    "profile": ("Time by kind of operation, s", profile),
+    "growth": ("Growth, s", growth),
+    "prune": ("Pruning alone, and the exact solution", lambda section: _in_gib(pd.DataFrame(section).set_index("work"))),
+    "quality": ("Perplexity against time", quality),
+    "sweep": ("Sweep", sweep),
+    "workers": ("Workers", workers),
+    "compile": ("torch.compile", compile),
+    "large": ("8B-shaped", lambda section: _in_gib(pd.DataFrame([section]))),
+}

@@ -1,23 +1,16 @@
 """What `recon bench` is asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from recon.errors import ReconError
+from recon.paper.bench.sections import SECTIONS
 
-SECTIONS = {
-    "products": "the machine's speed at large squares and at the very products of reconstruction; the share reached",
-    "loops": "a straightforward loop and ours at equal steps, in turn on a shortened model",
-    "profile": "time by kind of operation, of both loops",
-    "growth": "time and memory against samples, sequence length, depth and width, of both loops",
-    "prune": "pruning alone, and the exact matrix solution",
-    "quality": "perplexity against time on the whole model, of both loops and of ours with less",
-    "sweep": "a study of 2 criteria x 5 repairs and pruning alone, against its runs done singly",
-    "workers": "a study, and the windows of one model, one after the other and by Ray workers of one thread (not done unless asked for)",
-    "compile": "a block's forward and backward passes through torch.compile (needs a C++ compiler; not done unless asked for)",
-    "large": "half-blocks of a random model of the shape of Llama-3-8B on a GPU (not done unless asked for)",
-}
-DEFAULT = tuple(name for name in SECTIONS if name not in ("workers", "compile", "large"))
+DEFAULT = tuple(name for name, section in SECTIONS.items() if section.default)
+_HELP = "What to measure. " + "; ".join(f"{name}: {section.description}" for name, section in SECTIONS.items())
 
 
 @dataclass(frozen=True)
@@ -28,8 +21,7 @@ class BenchSpec:
     """File for the results (JSON); what it holds already is not measured again."""
     redo: bool = False
     """Measure again what the file holds."""
-    sections: tuple[str, ...] = DEFAULT
-    """What to measure: products, loops, profile, growth, prune, quality, sweep, workers, compile, large."""
+    sections: Annotated[tuple[str, ...], tyro.conf.arg(help=_HELP)] = DEFAULT
     model: str = "smollm2-135m"
     """A bundled name, a local folder, or a Hub id."""
     text: str = "wikipedia"
@@ -60,16 +52,6 @@ class BenchSpec:
     def __post_init__(self):
         if unknown := sorted(set(self.sections) - set(SECTIONS)):
             raise ReconError(f"unknown section {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
-        for name in (
-            "samples",
-            "sequence_length",
-            "evaluation_samples",
-            "evaluation_length",
-            "blocks",
-            "repeats",
-            "large_samples",
-            "large_length",
-            "large_blocks",
-        ):
-            if getattr(self, name) < 1:
-                raise ReconError(f"{name} is {getattr(self, name)}; allowed: a whole number from 1 up")
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise ReconError(f"{field.name} is {getattr(self, field.name)}; allowed: a whole number from 1 up")

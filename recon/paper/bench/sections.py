@@ -1,0 +1,336 @@
+"""The sections of the benchmark: each is a function of a `Subject` that returns plain data, and is registered by its name.
+
+Heavy modules are imported by the sections that use them: the command line reads the registry for its help.
+"""
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, profiler
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from recon.errors import ReconError
+from recon.experiment.config import RunSpec
+from recon.experiment.estimate import gemm_rate
+from recon.kernels.gradient_descent import Schedule
+from recon.kernels.least_squares import Exact
+from recon.methods.reconstruct import reconstruct
+from recon.model.decoder import Decoder
+from recon.paper.bench import products as matrix_products
+from recon.paper.bench import reference
+from recon.paper.bench.subject import Subject, pruned
+from recon.runtime import device
+from recon.runtime.execution import Execution
+
+# What is tried on the way to the reference loop's perplexity: name -> options of `reconstruct`, share of the samples.
+PIECES = Schedule(pieces=4)
+FROM_EXACT = {"start": "exact", "exact": Exact(iterations=2)}  # few samples: more iterations would fit their noise
+RECIPES: dict[str, tuple[dict, float]] = {
+    "single samples": ({}, 1.0),
+    "pieces": ({"schedule": PIECES}, 1.0),
+    "pieces, half of the samples": ({"schedule": PIECES}, 0.5),
+    "pieces, 3/8 of the samples, from exact": ({"schedule": PIECES} | FROM_EXACT, 0.375),
+    "pieces, a quarter of the samples, from exact": ({"schedule": PIECES.scaled(2 / 3)} | FROM_EXACT, 0.25),
+}
+PHASES = {  # kind of operation -> parts of their names
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data", "scaled_dot_product"),
+    "optimiser": ("adamw", "aten::lerp", "aten::addcdiv", "aten::addcmul", "aten::sqrt"),
+    "copies and casts": ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "aten::stack"),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the benchmark."""
+
+    measure: Callable[[Subject], dict | list]
+    description: str
+    default: bool
+
+
+SECTIONS: dict[str, Section] = {}
+
+
+def section(description: str, default: bool = True):
+    """Registers a function as the section of its name. default: whether it is measured unless sections are named."""
+
+    def register(measure: Callable) -> Callable:
+        SECTIONS[measure.__name__] = Section(measure, description, default)
+        return measure
+
+    return register
+
+
+@section("the machine's speed at large squares and at the very products of reconstruction; the share reached")
+def products(subject: Subject) -> dict:
+    dtypes = {subject.dtype, torch.float32}
+    rates = {str(t).removeprefix("torch."): gemm_rate(subject.device, t, size=2048, seconds=0.5) for t in dtypes}
+    dense, masks = subject.short(min(2, subject.spec.blocks))
+    with FlopCounterMode(display=False) as counter, matrix_products.Recorder() as recorder:
+        subject.ours(pruned(dense, masks), dense, subject.samples, masks)
+    by_operator = counter.get_flop_counts()["Global"]
+    flops = {"weights": 0, "attention": by_operator.get(torch.ops.aten.bmm, 0)}
+    flops["weights"] = sum(by_operator.get(operator, 0) for operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    rows = [
+        {
+            "left": list(product.left[0]), "right": list(product.right[0]),
+            "kind": "attention" if len(product.left[0]) == 3 else "weights",
+            "layout": "".join("n" if side[1][-1] == 1 else "t" for side in (product.left, product.right)),
+            "dtype": str(product.left[2]).removeprefix("torch."),
+            "count": count, "seconds_alone": product.seconds(subject.device),
+        }
+        for product, count in tqdm(recorder.counts.items(), desc="products", disable=not subject.progress)
+    ]  # fmt: skip
+    ceiling = {kind: sum(row["count"] * row["seconds_alone"] for row in rows if row["kind"] == kind) for kind in flops}
+    seconds = [subject.measured(subject.ours, dense, subject.samples, masks)[0]["seconds"] for _ in range(subject.spec.repeats)]
+    return {
+        "square_flops_per_second": rates, "blocks": len(dense.blocks), "products": rows, "flops": flops,
+        "seconds_at_ceiling": ceiling, "seconds": seconds,
+        "achieved_share_of_ceiling": [ceiling["weights"] / each for each in seconds],
+    }  # fmt: skip
+
+
+@section("a straightforward loop and ours at equal steps, in turn on a shortened model")
+def loops(subject: Subject) -> dict:
+    dense, masks = subject.short(subject.spec.blocks)
+    rows = [
+        {"loop": name, "round": number} | subject.measured(loop, dense, subject.samples, masks)[0]
+        for number in range(subject.spec.repeats)
+        for name, loop in subject.loops.items()
+    ]
+    return {"blocks": len(dense.blocks), "rows": rows}
+
+
+@section("time by kind of operation, of both loops on a shortened model")
+def profile(subject: Subject) -> dict:
+    found = {}
+    for name, loop in subject.loops.items():
+        dense, masks = subject.short(2)
+        student = pruned(dense, masks)
+        cuda = [profiler.ProfilerActivity.CUDA] if subject.device.type == "cuda" else []
+        with profiler.profile(activities=[profiler.ProfilerActivity.CPU, *cuda]) as profiled:
+            loop(student, dense, subject.samples, masks)
+        own = "self_device_time_total" if cuda else "self_cpu_time_total"
+        rows = [{"operation": e.key, "seconds": getattr(e, own) / 1e6, "calls": e.count} for e in profiled.key_averages()]
+        phases = dict.fromkeys([*PHASES, "everything else"], 0.0)
+        for row in rows:
+            parts = (phase for phase, names in PHASES.items() if any(part in row["operation"] for part in names))
+            phases[next(parts, "everything else")] += row["seconds"]
+        found[name] = {"phases": phases, "operations": sorted(rows, key=lambda row: row["seconds"], reverse=True)[:20]}
+    return found
+
+
+@section("time and memory against samples, sequence length, depth and width, of both loops")
+def growth(subject: Subject) -> list[dict]:
+    few, length = max(4, subject.spec.samples // 8), subject.spec.sequence_length
+    one = subject.short(1)
+    cases: list[tuple[str, int, Decoder, dict, Tensor]] = []  # axis, value, dense model, masks, samples
+    cases += [("samples", few * share, *one, subject.samples[: few * share]) for share in (1, 2, 4)]
+    cases += [("sequence length", length // share, *one, subject.samples[:few, : length // share]) for share in (4, 2, 1)]
+    depths = [blocks for blocks in (1, 2, 4) if blocks <= len(subject.dense.blocks)]
+    cases += [("depth", blocks, *subject.short(blocks), subject.samples[:few]) for blocks in depths]
+    cases += [("width", width, dense, subject.magnitude_masks(dense), subject.samples[:few]) for width, dense in _widths(subject)]
+    rows = []
+    for axis, value, dense, masks, samples in tqdm(cases, desc="growth", disable=not subject.progress):
+        for name, loop in subject.loops.items():
+            row, _ = subject.measured(loop, dense, samples.contiguous(), masks)
+            rows.append({"axis": axis, "value": value, "loop": name} | row)
+    return rows
+
+
+def _widths(subject: Subject) -> Iterator[tuple[int, Decoder]]:
+    """Hidden size and a random model of one block, of the model's kind, at a third, once and twice its width, where it divides."""
+    from transformers import AutoModelForCausalLM
+
+    for factor in (1 / 3, 1, 2):
+        config = copy.deepcopy(subject.dense.model.config)
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        sizes = {name: getattr(config, name) * factor for name in names if hasattr(config, name)}
+        if any(abs(size - round(size)) > 1e-6 or round(size) < 1 for size in sizes.values()):
+            continue
+        for name, size in sizes.items():
+            setattr(config, name, round(size))
+        config.num_hidden_layers = 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1]
+        yield config.hidden_size, Decoder(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+
+
+@section("pruning alone, and the exact matrix solution")
+def prune(subject: Subject) -> list[dict]:
+    rows = []
+    for criterion in ("magnitude", "wanda", "sparsegpt"):
+        with device.PeakMemory(subject.device) as peak:
+            began = time.perf_counter()
+            subject.prune(criterion)
+            seconds = time.perf_counter() - began
+        rows.append({"work": f"prune, {criterion}", "seconds": seconds, "peak_memory_bytes": peak.bytes})
+    exact, _ = subject.measured(subject.ours, subject.dense, subject.samples, subject.masks, granularity="matrix", solver="exact")
+    return [*rows, {"work": "matrix, exact"} | exact]
+
+
+@section("perplexity against time on the whole model, of both loops and of ours with less")
+def quality(subject: Subject) -> list[dict]:
+    from recon.experiment.run import share_recovered
+
+    dense, masks = subject.dense, subject.masks
+    levels = {"dense": subject.perplexity(dense, "dense"), "pruned": subject.perplexity(pruned(dense, masks), "pruned")}
+    rows = [{"loop": name, "perplexity": level} for name, level in levels.items()]
+    runs: list[tuple[str, Callable, float, dict]] = [  # name, loop, share of the samples, options
+        ("reference", subject.reference, 1.0, {}),
+        ("reference, single samples", subject.reference, 1.0, {"batch_size": 1}),
+        ("ours, equal steps", subject.ours, 1.0, {}),
+    ]
+    for name, (options, share) in RECIPES.items():
+        runs.append((f"ours, {name}", subject.ours, share, {"schedule": Schedule()} | options))
+    for name, loop, share, options in runs:
+        samples = subject.samples[: round(share * len(subject.samples))]
+        row, student = subject.measured(loop, dense, samples, masks, **options)
+        value = subject.perplexity(student, name)
+        recovered = share_recovered(*levels.values(), value)
+        rows.append({"loop": name, "samples": len(samples), "perplexity": value, "share_recovered": recovered} | row)
+    return rows
+
+
+def _run_spec(subject: Subject, **options) -> RunSpec:
+    """The benchmark's cell as a run."""
+    spec = subject.spec
+    cell = {
+        "model": spec.model, "text": spec.text, "evaluation_texts": (spec.text,), "samples": spec.samples,
+        "sequence_length": spec.sequence_length, "evaluation_samples": spec.evaluation_samples,
+        "evaluation_length": spec.evaluation_length, "device": spec.device,
+    }  # fmt: skip
+    return RunSpec(**cell | options)
+
+
+@section("a study of 2 criteria x 6 granularities or solvers, against its runs done singly")
+def sweep(subject: Subject) -> dict:
+    from recon.experiment.run import Session, run
+    from recon.experiment.study import grid
+    from recon.runtime.activations import LIMIT
+
+    spec = subject.spec
+    base = _run_spec(
+        subject, pattern=spec.pattern, samples=max(2, spec.samples // 4), sequence_length=spec.sequence_length // 2,
+        evaluation_samples=max(1, spec.evaluation_samples // 10),
+    )  # fmt: skip
+    criteria = ["magnitude", "wanda"]
+    specs = grid(base, criterion=criteria, granularity=["none", "half-block", "block", "quarter"])
+    specs += grid(replace(base, granularity="matrix"), criterion=criteria, solver=["adamw", "exact"])
+    specs.sort(key=lambda one: one.criterion)
+
+    def seconds(session: Session | None) -> list[float]:
+        found = []
+        for one in specs:
+            began = time.perf_counter()
+            run(one, session, progress=False)
+            found.append(time.perf_counter() - began)
+        return found
+
+    singly, shared = seconds(None), seconds(Session(activation_bytes=LIMIT))
+    runs = [asdict(one) for one in specs]
+    return {"runs": runs, "seconds_singly": singly, "seconds_in_study": shared, "share": sum(shared) / sum(singly)}
+
+
+@section("a study, and the windows of one model, one after the other and by Ray workers of one thread", default=False)
+def workers(subject: Subject) -> dict:
+    from recon.experiment.cluster import Ray
+    from recon.experiment.study import grid
+
+    base = _run_spec(subject, device="cpu")
+    specs = grid(base, criterion=["magnitude", "wanda"], seed=range(subject.spec.repeats))
+    crews = [None, *(Ray(threads=1, workers=2**power) for power in range(device.cores().bit_length()))]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rate = gemm_rate(torch.device("cpu"), subject.dtype)
+        studies, windows = [], []
+        for crew in tqdm(crews, desc="workers", disable=not subject.progress):
+            count = {"workers": crew.workers if crew else 0}
+            studies.append(count | _study(specs, crew or "serial"))
+            student = pruned(subject.dense, subject.masks)
+            began = time.perf_counter()
+            reports = reconstruct(
+                student, subject.dense, subject.samples, subject.masks, granularity=base.granularity, device="cpu",
+                executor=crew or "serial", progress=False,
+            )  # fmt: skip
+            seconds = time.perf_counter() - began
+            windows.append(count | {"seconds": seconds, "in_windows": [report.seconds for report in reports]})
+    finally:
+        torch.set_num_threads(threads)
+    return {"base": asdict(base), "flops_per_second": rate, "runs": len(specs), "studies": studies, "windows": windows}
+
+
+def _study(specs: list[RunSpec], executor) -> dict:
+    """Seconds of a study; in the order in which its runs ended, when that was, and their own seconds."""
+    from recon.experiment.study import run_study
+
+    with tempfile.TemporaryDirectory() as folder:
+        start, began = time.time(), time.perf_counter()
+        found = run_study(specs, folder, progress=False, executor=executor)
+        seconds = time.perf_counter() - began
+        if failed := list(found["error"].dropna()):
+            raise ReconError(f"{len(failed)} runs failed, the first with: {failed[0]}")
+        ends = [(Path(folder) / f"{key}.json").stat().st_mtime - start for key in found["key"]]
+    rows = sorted(zip(ends, found["seconds_total"], strict=True))
+    return {"seconds": seconds, "ends": [end for end, _ in rows], "own_seconds": [own for _, own in rows]}
+
+
+@section("a block's forward and backward passes through torch.compile (needs a C++ compiler)", default=False)
+def compile(subject: Subject) -> dict:
+    plain, _ = subject.short(1)
+    compiled = Decoder(copy.deepcopy(plain.model), like=plain)
+    # The block's children: its own forward is replaced where a window silences half of it.
+    for child in compiled.blocks[0].children():
+        child.compile()
+    hidden = plain.embed(subject.samples[: reference.BATCH_SIZE]).to(subject.device)
+    [window] = plain.windows("block")
+    execution = Execution(subject.device)
+
+    def step(decoder: Decoder) -> None:
+        with execution:
+            output = decoder.forward(window, hidden)
+        output.float().square().mean().backward()
+        decoder.model.zero_grad()
+
+    sides = {"plain": plain, "compiled": compiled}
+    for decoder in sides.values():
+        decoder.model.to(subject.device)
+    step(plain)
+    began = time.perf_counter()
+    try:
+        step(compiled)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        return {"unavailable": f"no compiler that works, such as g++: {str(error).splitlines()[0]}"}
+    first = time.perf_counter() - began
+    rows = [
+        {name: matrix_products.seconds(lambda decoder=decoder: step(decoder), least=0.5) for name, decoder in sides.items()}
+        for _ in tqdm(range(subject.spec.repeats + 2), desc="compile", disable=not subject.progress)
+    ]
+    return {"seconds_to_compile": first - rows[0]["compiled"], "rows": rows}
+
+
+@section("half-blocks of a random model of the shape of Llama-3-8B on a GPU", default=False)
+def large(subject: Subject) -> dict:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    spec = subject.spec
+    if subject.device.type != "cuda":
+        raise ReconError(f"section large needs a GPU, and the device is {str(subject.device)!r}; leave it out")
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+        num_hidden_layers=spec.large_blocks, max_position_embeddings=8192, rope_theta=500000.0,
+    )  # fmt: skip
+    dense = Decoder(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    draw = torch.Generator().manual_seed(0)  # time and memory do not depend on the values
+    samples = torch.randint(config.vocab_size, (spec.large_samples, spec.large_length), generator=draw)
+    masks = {name: torch.rand(m.weight.shape, generator=draw) > 0.5 for name, m in dense.matrices().items()}
+    row, _ = subject.measured(subject.ours, dense, samples, masks)
+    return {"blocks": spec.large_blocks, "tokens": samples.numel()} | row
