@@ -27,6 +27,7 @@ _PUBLIC = {
     "run": "experiment.run",
     "run_study": "experiment.study",
     "sample_tokens": "data.text",
+    "take_apart": "model.discovery",
 }
 __all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"

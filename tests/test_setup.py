@@ -208,9 +208,7 @@ def test_the_pip_section_installs_in_a_fresh_environment(tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "pip>=24.1"], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", "-U", "-r", "pip.txt"], cwd=here, check=True)
-    code = (
-        "import recon, recon.paper.runner, recon.paper.figures, recon.cli, lm_eval.models.huggingface; print(recon.__file__)"
-    )
+    code = "import recon, recon.paper.runner, recon.paper.figures, recon.cli, lm_eval.models.huggingface; print(recon.__file__)"
     done = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True)
     assert done.stdout.strip() == str(here / "recon" / "__init__.py"), done.stderr
     subprocess.run([python, "-m", "pip", "check"], check=True)

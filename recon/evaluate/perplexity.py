@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from recon.kernels.likelihood import kl_divergence, negative_log_likelihood
 from recon.kernels.losses import relative_error
-from recon.model.decoder import Decoder, check_length
+from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
@@ -60,8 +61,8 @@ def perplexity(
     states: the last block's output for `tokens`, (windows, length, hidden), where it is known.
     Raises `ReconError` where windows are longer than the model was made for.
     """
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
-    check_length(decoder, tokens.shape[1])
+    decoder = take_apart(model)
+    decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)
     with tqdm(total=len(decoder.blocks) + 1, desc=description, unit="block", disable=not progress) as bar:
         stream = last_states(decoder, tokens, execution, bar) if states is None else states

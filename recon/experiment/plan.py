@@ -20,6 +20,7 @@ from recon.experiment import estimate, streamed
 from recon.experiment.config import RunSpec
 from recon.kernels import criteria
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.skeleton import Lazy, skeleton
 from recon.runtime.device import (
     COMPUTE_DTYPES,
@@ -470,7 +471,7 @@ def decoder_of(config: PretrainedConfig) -> Decoder:
     """
     model = skeleton(config)
     model.tie_weights()
-    return Decoder(model, like=_structure(config))
+    return take_apart(model, like=_structure(config))
 
 
 def _structure(config: PretrainedConfig) -> Decoder:
@@ -481,7 +482,7 @@ def _structure(config: PretrainedConfig) -> Decoder:
         try:
             model = skeleton(narrowed(config, factor))
             if set(model.state_dict()) == names:
-                return Decoder(model, lazy=Lazy(model, lambda names: iter(())))
+                return take_apart(model, lazy=Lazy(model, lambda names: iter(())))
         except Exception:  # whatever a model of strange widths runs into
             if factor == 1:
                 raise

@@ -14,7 +14,7 @@ from recon.experiment.cluster import Crew, Failure, Ray
 from recon.experiment.shipping import Packed, revived, twin, without_weights
 from recon.methods.reconstruct import WindowReport, _Pass
 from recon.model.decoder import Decoder
-from recon.model.discovery import requiring_gradients
+from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution

@@ -34,12 +34,13 @@ from recon.experiment.record import RunRecord
 from recon.experiment.run import Measured, Pruned, Run, Session
 from recon.kernels import adapters
 from recon.kernels import likelihood as logits
-from recon.kernels import moments as statistics
 from recon.kernels.criteria import sparsegpt
 from recon.kernels.gradient_descent import Curve, Schedule
 from recon.methods import reconstruct as reconstruction
+from recon.methods import statistics
 from recon.methods.fit import fit
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.skeleton import Lazy, auto_class, skeleton
 from recon.runtime.activations import SMALL
 from recon.runtime.device import HOST, PeakMemory
@@ -70,8 +71,8 @@ PARTS = {
     "Execution._batch": "one batch",
     "Execution._read": "one batch",
     "Decoder.forward": "one batch",
-    "Decoder.embed": "one batch",
-    "Decoder.logits": "logits",
+    "Blocks.embed": "one batch",
+    "Blocks.logits": "logits",
     "_loss": "one batch",
     "drift": "measuring errors",
     "perplexity": "logits",
@@ -441,8 +442,9 @@ class Rehearsal(Run):
         """Makes a model and texts of the right shapes."""
         spec = self.spec
         self.dense, self.tokenizer = self.decoder(self.like), None
-        self.dense._calls = {}  # what blocks are called with is made anew, without values
-        self.dense.groups = self.dense.groups[: len(self.dense.blocks)]
+        self.dense.forget()  # what blocks are called with is made anew, without values
+        structure = self.dense.structure
+        self.dense.structure = replace(structure, blocks=structure.blocks[: len(self.dense.blocks)])
         most = max(spec.samples_by_phase.values())
         self.calibration = torch.zeros(most, spec.sequence_length, dtype=torch.long)
         self.held_out = torch.zeros(spec.held_out_samples, spec.sequence_length, dtype=torch.long)
@@ -452,7 +454,7 @@ class Rehearsal(Run):
 
     def decoder(self, like: Decoder) -> Decoder:
         """The model, built as `like` is."""
-        return Decoder(auto_class(self.config).from_config(self.config, dtype=torch.float32).eval(), like=like)
+        return take_apart(auto_class(self.config).from_config(self.config, dtype=torch.float32).eval(), like=like)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -532,7 +534,7 @@ class StreamedRehearsal(Rehearsal):
         model = skeleton(self.config)
         model.tie_weights()
         lazy = Lazy(model, lambda names: self.read(lazy, names))
-        return Decoder(model, like=like, lazy=lazy)
+        return take_apart(model, like=like, lazy=lazy)
 
     def read(self, lazy: Lazy, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Weights of the right shapes."""

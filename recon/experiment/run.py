@@ -32,6 +32,7 @@ from recon.methods import reconstruct as reconstruction
 from recon.methods import retrain as retraining
 from recon.methods.adapters import check_adaptable
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime import device, lock
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
@@ -85,7 +86,7 @@ class Session:
 
         def make():
             loaded, tokenizer = models.load(model, revision, trust_remote_code=trust_remote_code)
-            return Decoder(loaded), tokenizer
+            return take_apart(loaded), tokenizer
 
         key = (model, revision, trust_remote_code)
         if not self.holds("model", key):
@@ -251,7 +252,7 @@ class Run:
     def copy_of_dense(self) -> Decoder:
         """The student before anything is done to it."""
         self.session.model = copy.deepcopy(self.dense.model)
-        return Decoder(self.session.model, like=self.dense)
+        return take_apart(self.session.model, like=self.dense)
 
     def pruned_student(self, student: Decoder) -> Pruned:
         """Prunes the student, as `prune` does now or did in an earlier run of the session."""
@@ -328,7 +329,7 @@ class Run:
             for name, matrix in self.dense.matrices().items():
                 Pattern.parse(spec.pattern).check_columns(name, matrix.weight.shape[1])
         for length in (spec.sequence_length, spec.evaluation_length):
-            evaluation.check_length(self.dense, length)
+            self.dense.check_length(length)
         if spec.tasks:
             zero_shot.check_model(self.dense)
         draw = text.sample_tokens

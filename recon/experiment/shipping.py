@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.skeleton import Lazy, placeholder, second
 
 
@@ -48,7 +49,7 @@ def without_weights(decoder: Decoder) -> bytes:
         # Cached properties may hold parameters, which come anew.
         parts = {name: part for name, part in vars(decoder).items() if not isinstance(getattr(kind, name, None), cached_property)}
         # What blocks are called with is found anew, by shape and device; where weights are read from, is said by `revived`.
-        parts |= {"lazy": None, "_calls": {}}
+        parts |= {"lazy": None, "calls": {}}
         return cloudpickle.dumps((kind, parts))
     finally:
         for tensor, home in homes:
@@ -74,7 +75,7 @@ def revived(content: bytes, read: Read) -> Decoder:
 
 def twin(decoder: Decoder, read: Read) -> Decoder:
     """A second skeleton of the architecture of `decoder`, with other weights; `read` as for `revived`."""
-    return _lazy(Decoder(second(decoder.model), like=decoder), read)
+    return _lazy(take_apart(second(decoder.model), like=decoder), read)
 
 
 def _lazy(decoder: Decoder, read: Read) -> Decoder:

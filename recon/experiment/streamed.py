@@ -25,6 +25,7 @@ from recon.experiment.unfinished import JOURNAL
 from recon.methods import external_mask as given
 from recon.methods import prune as pruning
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.skeleton import Lazy
 from recon.runtime import device, lock
 from recon.runtime.folder_store import SAVE, FolderStore
@@ -223,7 +224,7 @@ class StreamedRun(Run):
     def load_model(self) -> tuple[Decoder, PreTrainedTokenizerBase]:
         self.session.clear()  # what earlier runs have in memory is of no use
         model, stored, tokenizer = models.skeleton(*self.spec.loaded_by)
-        decoder = Decoder(model, lazy=Lazy(model, reader(model, stored)))
+        decoder = take_apart(model, lazy=Lazy(model, reader(model, stored)))
         return decoder, tokenizer
 
     def dense_measured(self) -> tuple[Measured, dict[str, evaluation.Reference]]:

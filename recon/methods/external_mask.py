@@ -10,6 +10,7 @@ from recon.errors import ReconError
 from recon.kernels.patterns import sparsity_of
 from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime.store import MemoryStore
 from recon.runtime.weights import Checkpoint, tied
 
@@ -19,7 +20,7 @@ LEAST = 0.01  # share of zeros in the matrices from which a model counts as prun
 
 def check_pruned(dense: nn.Module | Decoder, pruned: Checkpoint) -> None:
     """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `given` refuses."""
-    decoder = dense if isinstance(dense, Decoder) else Decoder(dense)
+    decoder = take_apart(dense)
     zeros, sizes = dict.fromkeys(_holders(decoder), 0), {}
     for name, value in read(decoder.model, pruned):
         if name in zeros:
@@ -38,7 +39,7 @@ def given(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
         ReconError: naming a parameter that one of the models has and the other does not, or that is of another shape, NaN or
             infinite; matrices of which less than `LEAST` are zero, or all.
     """
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    decoder = take_apart(model)
     holders, rest = _holders(decoder), {}
     for name, value in read(decoder.model, pruned):
         parameter = decoder.model.get_parameter(name)

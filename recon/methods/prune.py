@@ -15,6 +15,7 @@ from recon.kernels.patterns import Pattern, sparsity_of
 from recon.methods.statistics import FEW, gather
 from recon.methods.structured import find_units, prune_units, set_bias
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.matrices import Matrix
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
@@ -84,7 +85,7 @@ def prune(
         ReconError: an unknown name, a pattern that does not divide a matrix, missing samples, NaN in weights or activations, or a
             model without heads and neurons that could be removed.
     """
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    decoder = take_apart(model)
     rule = criteria.get(criterion)
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     check_options(criterion, pattern, scope, swaps)

@@ -21,9 +21,10 @@ from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.fit import fit
 from recon.methods.prune import check_alike, keep_masks
 from recon.methods.statistics import gather
-from recon.model.decoder import Decoder, check_length
-from recon.model.discovery import requiring_gradients
+from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.matrices import Matrix, stored
+from recon.model.modules import requiring_gradients
 from recon.model.windows import Window, canonical
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution, in_batches
@@ -126,11 +127,11 @@ def reconstruct(
     from recon.experiment.ray_windows import _side_by_side, workers
 
     settings = workers(executor, propagation)
-    teacher = dense if isinstance(dense, Decoder) else Decoder(dense)
+    teacher = take_apart(dense)
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
-    student = model if isinstance(model, Decoder) else Decoder(model, like=teacher)
+    student = take_apart(model, like=teacher)
     check_options(granularity, propagation, solver, start, loss, train, adapter, rank)
-    check_length(teacher, samples.shape[1])
+    teacher.check_length(samples.shape[1])
     if held_out is not None and held_out.shape[1] != samples.shape[1]:
         raise ReconError(
             f"held-out samples of {held_out.shape[1]} tokens are not as long as calibration samples, {samples.shape[1]}"

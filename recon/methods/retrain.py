@@ -20,9 +20,10 @@ from recon.kernels.likelihood import kl_divergence, negative_log_likelihood
 from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.fit import optimise
 from recon.methods.prune import keep_masks
-from recon.model.decoder import Decoder, check_length
-from recon.model.discovery import replaced, requiring_gradients
+from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.matrices import stored
+from recon.model.modules import replaced, requiring_gradients
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
@@ -93,21 +94,22 @@ def retrain(
     check_options(method, objective)
     if objective == "distil" and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
-    student = model if isinstance(model, Decoder) else Decoder(model)
-    check_length(student, samples.shape[1])
+    student = take_apart(model)
+    student.check_length(samples.shape[1])
     if method not in ("full", "norms"):
         check_adaptable(student)
     masks = keep_masks(student, masks)
     execution = Execution(device or student.device, compute_dtype)
     teacher = None
     if objective == "distil":
-        teacher = dense if isinstance(dense, Decoder) else Decoder(dense, like=student)
+        teacher = take_apart(dense, like=student)
     began = time.perf_counter()
     before = {name: matrix.weight.detach().clone() for name, matrix in student.matrices().items()}
     rest = {name: p.detach().clone() for name, p in student.model.named_parameters()} if method in ("full", "norms") else {}
     with contextlib.ExitStack() as stack:
         for decoder in filter(None, (student, teacher)):
             stack.enter_context(_at(decoder.model, execution.device))
+        stack.enter_context(student.experts_apart())  # also where checkpointed blocks run again
         stack.enter_context(requiring_gradients(student.model.parameters(), False))
         aside = 0.0  # seconds of looking at the merged model
 

@@ -16,8 +16,8 @@ from recon.kernels.criteria.structured import keep_globally
 from recon.kernels.patterns import Pattern, keep_all_but, sparsity_of
 from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
-from recon.model.discovery import kind_of, probe_tokens
 from recon.model.matrices import Matrix
+from recon.model.modules import kind_of, probe_tokens
 from recon.model.skeleton import made_up
 from recon.model.windows import Window
 from recon.runtime.execution import Execution

@@ -1,1 +1,1 @@
-"""A causal LM as embedding, blocks and head, found by structure."""
+"""A causal LM, or encoder-decoder, as embedding, blocks and head, found by structure."""

@@ -1,59 +1,65 @@
-"""Tools to find out how a model is built by running it: replaced forwards, probes, distances."""
+"""Takes a model apart: finds by running it how it is built, and checks that its pieces give its own output.
+
+No architecture is known here by name. The blocks are the largest list of modules that run, and what is in them is found by watching
+and silencing their children; see `recon.model.groups` and `recon.model.halves`.
+"""
 
 import contextlib
-import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
+from recon.model.decoder import Decoder
+from recon.model.encoder_decoder import EncoderDecoder
+from recon.model.groups import find_matrices
+from recon.model.halves import find_halves
+from recon.model.modules import distance, kind_of, probe_tokens, replaced, tolerance
+from recon.model.skeleton import Lazy, made_up
+from recon.model.structure import BlockStructure, Output, Structure
 
-PROBE_LENGTH = 8
+log = logging.getLogger("recon")
 
 
-@dataclass(frozen=True)
-class Returned:
-    """What a block returned beside hidden states.
+def take_apart(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Lazy | None = None) -> Decoder:
+    """The `Decoder` of a causal LM, or of an encoder-decoder. A `Decoder` is returned as it is.
 
-    kind: a tuple or a list.
-    rest: what came after the hidden states.
-    given: of what the block was called with after its hidden states, by number or name, which of `rest`, by number, is the very same.
+    Args:
+        model: a model from transformers, in evaluation mode.
+        like: a decoder of the same architecture, whose structure is taken over instead of being found anew. A pruned copy of a
+            model has its structure, but cannot be relied on to show it.
+        lazy: where `model` is a skeleton, its parameters, which are in memory only while they are needed. The structure is then
+            found with random weights, in one block of each kind.
+
+    Raises:
+        ReconError: no list of blocks is found, the model is not causal, or its blocks do not give its own output.
     """
-
-    kind: type
-    rest: tuple
-    given: dict[int, int | str]
-
-    @classmethod
-    def of(cls, output, args: tuple, kwargs: dict) -> "Returned | None":
-        """None where `output` is hidden states alone. args, kwargs: what the block was called with beside its hidden states."""
-        if not isinstance(output, tuple | list):
-            return None
-        named = [*enumerate(args), *kwargs.items()]
-        tensors = ((number, value) for number, value in enumerate(output[1:]) if isinstance(value, Tensor))
-        return cls(type(output), tuple(output[1:]), {n: name for n, value in tensors for name, arg in named if arg is value})
-
-    @property
-    def made(self) -> bool:
-        """Whether some tensor in it is the block's own."""
-        return any(isinstance(value, Tensor) and number not in self.given for number, value in enumerate(self.rest))
-
-    def beside(self, hidden: Tensor, args: tuple, kwargs: dict):
-        """It with other `hidden` states, and what a block that is called with `args` and `kwargs` would hand on of them."""
-        named = {**dict(enumerate(args)), **kwargs}
-        return self.kind((hidden, *(named.get(self.given.get(number), value) for number, value in enumerate(self.rest))))
+    if isinstance(model, Decoder):
+        return model
+    kind = EncoderDecoder if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else Decoder
+    if like:
+        calls = None if any(block.shared for block in like.structure.blocks) else like.calls
+        return kind(model, like.structure, lazy, calls)
+    decoder = kind(model, lazy=lazy)
+    run = None if lazy else lambda: decoder.run(probe_tokens(model))
+    decoder.structure = Structure(tuple(find_blocks(model, run, within) for within in decoder.stack_owners))
+    with decoder.experts_apart(), torch.no_grad():
+        _Discovery(decoder).find()
+    return decoder
 
 
 def find_blocks(model: nn.Module, run: Callable[[], object] | None, within: str = "") -> str:
-    """Path of the `nn.ModuleList` that holds the most parameters, of those that run.
+    """Path of the `nn.ModuleList` with the most parameters among those whose members run.
 
-    run: runs the model to see which do; None: all are taken to.
-    within: path of the module that it must be in.
+    run: runs the model; None: all lists are taken to run.
+    within: path of the module that the list must be in.
 
-    Raises `ReconError` that says which lists there are, where none will do.
+    Raises:
+        ReconError: `run` fails, or there is no such list whose members run once each; names the lists there are.
     """
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(within))
     lists = {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}
@@ -70,163 +76,166 @@ def find_blocks(model: nn.Module, run: Callable[[], object] | None, within: str 
         if lists and run:
             try:
                 run()
-            except Exception as error:  # whatever a model may raise that needs more than text
+            except Exception as error:  # a model may raise anything where it needs more than text
                 said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
                 raise ReconError(
                     f"{type(model).__name__} does not run on tokens alone ({said}); models of text are supported"
                 ) from error
-    running = [name for name in lists if ran[name]]
-    if not running:
-        raise ReconError(
-            f"{type(model).__name__} cannot be taken apart: its blocks have to be a torch.nn.ModuleList whose members run one after "
-            f"another, and it has {_described(lists, sizes, ran) or 'no such list'}"
+    path = max((name for name in lists if ran[name]), key=sizes.__getitem__, default=None)
+    if path is None or ran[path] != len(lists[path]):
+        largest = sorted(lists, key=sizes.__getitem__, reverse=True)[:5]
+        described = "; ".join(
+            f"{name!r}, {len(lists[name])} x {type(lists[name][0]).__name__}, {sizes[name]:,} parameters, run {ran[name]} times"
+            for name in largest
         )
-    path = max(running, key=sizes.__getitem__)
-    if ran[path] != len(lists[path]):
         raise ReconError(
-            f"{type(model).__name__} cannot be taken apart: each of its blocks has to run once in a forward pass, and it has "
-            + _described(lists, sizes, ran)
+            f"{type(model).__name__} cannot be taken apart: its blocks have to be a torch.nn.ModuleList, and each of its blocks has to "
+            f"run once in a forward pass; it has {described or 'no such list'}"
         )
     return path
 
 
-def _described(lists: dict[str, nn.ModuleList], sizes: dict[str, int], ran: dict[str, int]) -> str:
-    """The largest of the `lists` of modules in words."""
-    most = sorted(lists, key=sizes.__getitem__, reverse=True)[:5]
-    return "; ".join(
-        f"{name!r}, {len(lists[name])} x {type(lists[name][0]).__name__}, {sizes[name]:,} parameters, run {ran[name]} times"
-        for name in most
-    )
+class _Discovery:
+    """Finds the structure of a model whose lists of blocks are known.
 
-
-def probe_tokens(model: nn.Module) -> Tensor:
-    """A few random tokens (2, PROBE_LENGTH) that models are run on to find their structure."""
-    vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (2, PROBE_LENGTH), generator=torch.Generator().manual_seed(0))
-
-
-def placeholder_tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
-    """Tokens (batch, length) that stand for any, none of them padding."""
-    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return torch.full(shape, 1 if padding == 0 else 0)
-
-
-@contextlib.contextmanager
-def replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
-    """The forward of each module is `stubs[module]` for a while."""
-    # A module may already carry a forward of its own, such as that of accelerate's hooks.
-    own = {module: vars(module).get("forward") for module in stubs}
-    for module, stub in stubs.items():
-        module.forward = stub
-    try:
-        yield
-    finally:
-        for module, forward in own.items():
-            del module.forward  # the class's own forward shows again
-            if forward is not None:
-                module.forward = forward
-
-
-@contextlib.contextmanager
-def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = True) -> Iterator[None]:
-    """All `parameters` require gradients, or none, for a while."""
-    before = [(parameter, parameter.requires_grad) for parameter in parameters]
-    for parameter, _ in before:
-        parameter.requires_grad_(required)
-    try:
-        yield
-    finally:
-        for parameter, required_before in before:
-            parameter.requires_grad_(required_before)
-
-
-def kind_of(block: nn.Module) -> tuple:
-    """Equal for blocks that are built alike: of the same modules with the same settings, their numbers apart, and the same shapes."""
-
-    def settings(module: nn.Module) -> tuple:
-        plain = {name: value for name, value in vars(module).items() if isinstance(value, str | int | float | None)}
-        return tuple(sorted((name, repr(value)) for name, value in plain.items() if not re.search("idx|index|layer_?id", name)))
-
-    modules = tuple((name, type(module), settings(module)) for name, module in block.named_modules())
-    return modules, tuple((name, parameter.shape) for name, parameter in block.named_parameters())
-
-
-def first(output):
-    """The hidden states among what a module returned: the first of a tuple, or all of it."""
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def reached(tensors: Iterable[object]) -> set[Tensor]:
-    """The tensors without a history, such as parameters, that those of `tensors` were computed from, where that was recorded."""
-    nodes, seen, found = [], set(), set()
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            nodes.append(tensor.grad_fn) if tensor.grad_fn else found.add(tensor)
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-            if hasattr(node, "variable"):
-                found.add(node.variable)
-    return found
-
-
-def hidden_states(args: tuple, kwargs: dict) -> Tensor:
-    """The first tensor among a module's arguments: by convention the hidden states."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-
-def silent(args: tuple, kwargs: dict, output) -> Callable:
-    """A forward that returns zeros of the structure of `output`, for any batch and length; its first argument is the module that is silenced.
-
-    That may be of another model than the one that returned `output`, and of other widths.
+    originals: index of a block -> the first block that is built alike, which alone is looked at. In a model with its own weights
+        every block is looked at.
+    found: what is known so far, by index of a block that is looked at.
     """
-    given = hidden_states(args, kwargs)
 
-    def zeros(leaf, like: Tensor, module: nn.Module):
-        if not isinstance(leaf, Tensor):
-            return None
-        width = like.shape[-1] if leaf.shape[-1] == given.shape[-1] else leaf.shape[-1]
-        if isinstance(module, nn.Linear | Conv1D):
-            width = module.weight.shape[isinstance(module, Conv1D)]
-        if leaf.shape[:-1] == given.shape[:-1]:
-            return like.new_zeros(*like.shape[:-1], width)
-        if leaf.shape[:-1] == (given.shape[:-1].numel(),):  # batch and length made one axis
-            return like.new_zeros(like.shape[:-1].numel(), width)
-        return None
+    def __init__(self, decoder: Decoder):
+        self.decoder, self.model = decoder, decoder.model
+        first: dict[tuple, int] = {}
+        blocks = enumerate(decoder.blocks)
+        self.originals = [first.setdefault(kind_of(block), index) if decoder.lazy else index for index, block in blocks]
+        self.found = {index: BlockStructure() for index in sorted(set(self.originals))}
 
-    def forward(module: nn.Module, *args, **kwargs):
-        like = hidden_states(args, kwargs)
-        if isinstance(output, tuple | list):
-            return type(output)(zeros(leaf, like, module) for leaf in output)
-        return zeros(output, like, module)
+    def find(self) -> None:
+        """Finds the structure; of a skeleton with random weights, in blocks of each kind while the others are by-passed."""
+        if self.decoder.lazy is None:
+            return self._find()
+        lazy, blocks = self.decoder.lazy, self.decoder.blocks
+        parameters = [*self.decoder.ends.values(), *(p for index in self.found for p in blocks[index].parameters())]
+        bypassed = {blocks[i]: partial(self._bypass, original) for i, original in enumerate(self.originals) if i != original}
+        with lazy.reading(made_up(lazy.parameters)), lazy.present(parameters), replaced(bypassed):
+            self._find()
 
-    return forward
+    def _bypass(self, original: int, hidden: Tensor, *args, **kwargs):
+        output = self.found[original].output
+        return hidden if output is None else output.beside(hidden, args, kwargs)
 
+    def _find(self) -> None:
+        decoder, tokens = self.decoder, probe_tokens(self.model)
+        expected = self._find_outputs(tokens)
+        self._check_apart()
+        self._find_embedding(tokens)
+        self._check_causal(tokens, expected)
+        self._check_composition(tokens.flip(1)[:, 1:])
+        hidden = decoder.embed(tokens)
+        decoder.call(hidden)  # made before anything is watched
+        for index, original in enumerate(self.originals):
+            if index == original:
+                self._note(index, **find_matrices(decoder, index, hidden))
+                if decoder.divisible:
+                    self._note(index, halves=find_halves(decoder, index, hidden))
+                hidden = decoder.run_block(index, hidden)
+            else:
+                hidden = decoder.skip_block(index, hidden)
+        decoder.forget()  # the blocks' arguments may come of random weights
+        if dense := decoder.dense_modules:
+            log.warning(
+                "%d matrices of %s do not run as modules of their own on text alone and stay dense: %s",
+                len(dense), type(self.model).__name__, ", ".join(dense[:3]) + (", ..." if len(dense) > 3 else ""),
+            )  # fmt: skip
 
-def mixes_tokens(child: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether changing the first token's input changes the output at any other token."""
-    given = hidden_states(args, kwargs)
-    changed = given.clone()
-    # The token axis is the last but one, also where a block flattens (batch, length) into one axis.
-    changed[..., 0, :] = changed[..., 0, :].flip(-1) + 1
+    def _note(self, index: int, **found) -> None:
+        """Adds what was `found` to the structure of block `index`, and of all that are built alike."""
+        self.found[index] = replace(self.found[index], **found)
+        blocks = tuple(self.found[original] for original in self.originals)
+        self.decoder.structure = replace(self.decoder.structure, blocks=blocks)
 
-    def swap(value):
-        return changed if value is given else value
+    def _find_outputs(self, tokens: Tensor) -> Tensor:
+        """Notes what blocks return beside hidden states; returns the model's logits for `tokens`."""
+        ran = []
 
-    again = child(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
-    # `output` of the block's own run may have been changed in place since, so the child runs twice here.
-    plain, other = (first(out).reshape(*given.shape[:-1], -1)[..., 1:, :].float() for out in (child(*args, **kwargs), again))
-    # Experts multiply other batches of tokens once the first goes elsewhere, which rounds differently.
-    return bool((plain - other).abs().max() > tolerance(first(again)) / 1000 * plain.abs().max())
+        def see(index, block, args, kwargs, output):
+            ran.append(index)
+            self._note(index, output=Output.of(output, args[1:], kwargs))
 
+        with contextlib.ExitStack() as hooks:
+            for index in self.found:
+                hook = self.decoder.blocks[index].register_forward_hook(partial(see, index), with_kwargs=True)
+                hooks.callback(hook.remove)
+            logits = self.decoder.run(tokens).logits
+        if ran != list(self.found):
+            stacks = ", ".join(self.decoder.structure.stacks)
+            raise ReconError(f"the blocks at {stacks} ran in the order {ran} in one forward pass, not one after another")
+        return logits
 
-def distance(found: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:
-    """Relative error of `found`, measured against how far `expected` is from `origin`."""
-    return ((found - expected).float().norm() / (expected - origin).float().norm().clamp_min(1e-30)).item()
+    def _find_embedding(self, tokens: Tensor) -> None:
+        """Notes the parameters outside the blocks whose modules run before the first block."""
+        found, owners = set(), {}
+        for name in self.decoder.ends:
+            owners.setdefault(name.rpartition(".")[0], []).append(name)
+        with contextlib.ExitStack() as hooks:
+            for path, names in owners.items():
+                module = self.model.get_submodule(path)
+                hooks.callback(module.register_forward_pre_hook(lambda m, a, names=names: found.update(names)).remove)
+            self.decoder.embed(tokens)
+        self.decoder.structure = replace(self.decoder.structure, embedding=frozenset(found))
 
+    def _check_apart(self) -> None:
+        owners: dict[nn.Parameter, str] = {}
+        for path, block in zip(self.decoder.names, self.decoder.blocks, strict=True):
+            for name, parameter in block.named_parameters():
+                owner = owners.setdefault(parameter, f"{path}.{name}")
+                if not owner.startswith(f"{path}."):
+                    raise ReconError(
+                        f"blocks of {type(self.model).__name__} share weights: {owner!r} is '{path}.{name}' too; what is adapted for "
+                        "one block would change another, so each must have its own"
+                    )
 
-def tolerance(tensor: Tensor) -> float:
-    """The `distance` that rounding in the dtype of `tensor` may bring about."""
-    return 1e-3 if tensor.dtype == torch.float32 else 5e-2
+    def _check_causal(self, tokens: Tensor, expected: Tensor) -> None:
+        other = tokens.clone()
+        other[:, -1] = (tokens[:, -1] + 1) % self.model.config.get_text_config().vocab_size
+        early, again = expected[:, :-1].float(), self.decoder.run(other).logits[:, :-1].float()
+        # The tolerance is small: shapes and kernels are the same, so a causal model gives nearly the same bits, and little may leak.
+        if (early - again).abs().max() > tolerance(expected) / 100 * early.abs().max():
+            kind = type(self.model).__name__
+            raise ReconError(f"{kind} is not a causal language model: changing the last token changes the predictions before it")
+
+    def _check_composition(self, tokens: Tensor) -> None:
+        """Checks that the pieces give the model's logits, on other tokens than those that the blocks' outputs were noted for."""
+        decoder = self.decoder
+        expected = decoder.run(tokens).logits
+        wrong = "do not give the model's own output"
+        try:
+            self._find_shared(probe_tokens(self.model))
+            hidden = decoder.embed(tokens)
+            for index, original in enumerate(self.originals):
+                hidden = decoder.run_block(index, hidden) if index == original else decoder.skip_block(index, hidden)
+            gap = distance(decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden)), expected)
+            # Weights that are NaN are refused elsewhere, by name.
+            if gap <= tolerance(expected) or not expected.isfinite().all():
+                return
+        except Exception as error:  # a model that is built otherwise may raise anything
+            wrong = f"fail ({type(error).__name__}: {error})"
+        where = " and ".join(map(repr, decoder.structure.stacks))
+        kinds = ", ".join(sorted({type(block).__name__ for block in decoder.blocks}))
+        raise ReconError(
+            f"{type(self.model).__name__} cannot be taken apart: its {len(decoder.blocks)} blocks at {where} ({kinds}), run one "
+            f"after another, {wrong}. What one block returns has to be all that the next depends on, beside what is the same for all "
+            "tokens; here something else passes between them"
+        )
+
+    def _find_shared(self, tokens: Tensor) -> None:
+        """Notes parameters that other blocks' arguments are computed from, and what runs after the encoder's last block."""
+        for index in self.found:  # until it is known better
+            self._note(index, shared=frozenset(name for name, _ in self.decoder.blocks[index].named_parameters()))
+        shared = self.decoder.find_shared(tokens)
+        for index in self.found:
+            path = f"{self.decoder.names[index]}."
+            own = frozenset(name.removeprefix(path) for name in shared if name.startswith(path))
+            self._note(index, shared=own)
+        finishing = self.decoder.find_finishing(tokens)
+        self.decoder.structure = replace(self.decoder.structure, finishing=finishing)

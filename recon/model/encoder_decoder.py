@@ -1,158 +1,102 @@
-"""An encoder-decoder as a chain of blocks: those of the encoder, then those of the decoder."""
+"""An encoder-decoder as a chain of blocks: the encoder's, then the decoder's."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from recon.errors import ReconError
-from recon.model.decoder import Decoder, Stop
-from recon.model.discovery import find_blocks, first, placeholder_tokens, probe_tokens, reached, replaced, requiring_gradients
+from recon.model.decoder import Decoder
+from recon.model.modules import first, placeholder_tokens, replaced, requiring_gradients, sources
 from recon.model.skeleton import placeholder
 from recon.model.windows import Window, canonical
 
-_ENCODED = object()  # stands for the encoder's output among what a block is called with
+_ENCODED = object()  # stands for the encoder's output among a block's arguments
 
 
 class EncoderDecoder(Decoder):
-    """The blocks of an encoder-decoder, callable one window at a time.
+    """An encoder-decoder whose windows can be run, watched and trained one at a time.
 
-    A sample is cut in two: the encoder reads its first half, and the decoder, which reads the encoder's output as well, the second,
-    which it predicts. So is the residual stream (batch, length, hidden) throughout: an encoder block changes its first half, a
-    decoder block its second. Hence errors and losses, means over all tokens, count the half that a block leaves alone as well.
+    Each sample is cut in two: the encoder reads its first half, and the decoder predicts the second, given the first. The residual
+    stream (batch, length, hidden) is divided in the same way: an encoder block changes its first half, a decoder block its second.
+    Errors and losses are means over all tokens, and so include the half that a block does not change.
 
-    Windows are made of whole blocks. What one block computes for others as well, such as biases of relative positions, is no window's own:
-    the parameters that it is computed from are not trained.
+    Windows are made of whole blocks. Parameters that other blocks' arguments are computed from, such as biases of relative
+    positions, belong to no window and are not trained.
     """
 
-    FOUND = (*Decoder.FOUND, "_passed_on", "_finishing")
     reading = "the encoder reads the first half of each sample, and the decoder predicts the second"
-    _preparing = False
-
-    def _find_stacks(self) -> list[str]:
-        run = None if self.lazy else lambda: self.run(probe_tokens(self.model))
-        return [find_blocks(self.model, run, self._path_of(half)) for half in self._halves]
+    divisible = False
+    _observing = False  # while blocks run for the arguments of others
 
     @property
-    def _halves(self):
-        return self.model.get_encoder(), self.model.get_decoder()
-
-    def _path_of(self, wanted) -> str:
-        return next(name for name, module in self.model.named_modules() if module is wanted)
-
-    @property
-    def first(self) -> int:
-        """Number of the decoder's first block."""
-        return len(self.model.get_submodule(self.stacks[0]))
-
-    @property
-    def max_length(self) -> int | None:
-        """The longest sequence, in tokens, encoder's and decoder's together."""
-        longest = super().max_length
-        return None if longest is None else 2 * longest
+    def stack_owners(self) -> tuple[str, str]:
+        paths = {module: name for name, module in self.model.named_modules()}
+        return paths[self.model.get_encoder()], paths[self.model.get_decoder()]
 
     def run(self, tokens: Tensor):
-        tokens = tokens.to(self.device)
-        read, predicted = _cut(tokens)
-        return self.model(input_ids=read, decoder_input_ids=predicted, use_cache=False)
+        read, predicted = _cut(tokens.to(self.device))
+        with self.experts_apart():
+            return self.model(input_ids=read, decoder_input_ids=predicted, use_cache=False)
+
+    def run_head(self, tokens: Tensor):
+        with self.experts_apart():
+            return self.model(input_ids=tokens[:, :1], decoder_input_ids=tokens, use_cache=False)
 
     def predicted(self, sequence: Tensor) -> Tensor:
         """The part of tokens, or of a residual stream, (batch, length, ...) that the decoder reads: the second half."""
         return _cut(sequence)[1]
 
-    @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        caught = []
-
-        def catch(index: int, hidden: Tensor, *args, **kwargs):
-            caught.append(hidden)
-            if index:
-                raise Stop
-            return self._bypass(index, hidden, *args, **kwargs)
-
-        ends = {self.blocks[index]: partial(catch, index) for index in (0, self.first)}
-        with self.loaded_embedding(), replaced(self._bypassed() | ends), contextlib.suppress(Stop):
-            self.run(tokens)
-        return torch.cat(caught, 1)
-
-    @torch.no_grad()
-    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What the model makes of `hidden` (batch, length, hidden), the last block's output for the decoder's `tokens`."""
-        with self.loaded_head(), replaced(self._bypassed() | self._ending(len(self.blocks) - 1, hidden)):
-            return self.model(input_ids=tokens[:, :1], decoder_input_ids=tokens, use_cache=False).logits
-
-    def _bypassed(self) -> dict:
-        return {block: partial(self._bypass, index) for index, block in enumerate(self.blocks)}
-
-    def _ending(self, last: int, hidden: Tensor) -> dict:
-        """What has the block `last` return `hidden`, whatever it is called with."""
-        return {self.blocks[last]: lambda h, *args, **kwargs: self._bypass(last, hidden, *args, **kwargs)}
-
-    def _passed_by(self, index: int, hidden: Tensor) -> Tensor:
+    def run_block(self, index: int, hidden: Tensor, silenced: Mapping[str, Callable] = {}) -> Tensor:
         read, predicted = _cut(hidden)
-        return torch.cat([self._finished(read), predicted], 1) if index == self.first - 1 else hidden
+        args, kwargs = tree_map(lambda leaf: read if leaf is _ENCODED else leaf, self.call(hidden)[index])
+        with self.experts_apart():
+            if index >= self.starts[1]:
+                return torch.cat([read, first(self.blocks[index](predicted, *args, **kwargs))], 1)
+            return self.skip_block(index, torch.cat([first(self.blocks[index](read, *args, **kwargs)), predicted], 1))
 
-    def _run_block(self, index: int, hidden: Tensor, half: str | None = None) -> Tensor:
+    def skip_block(self, index: int, hidden: Tensor) -> Tensor:
         read, predicted = _cut(hidden)
-        args, kwargs = tree_map(lambda leaf: read if leaf is _ENCODED else leaf, self._call(hidden)[index])
-        if index >= self.first:
-            return torch.cat([read, first(self.blocks[index](predicted, *args, **kwargs))], 1)
-        return self._passed_by(index, torch.cat([first(self.blocks[index](read, *args, **kwargs)), predicted], 1))
+        return torch.cat([self._finished(read), predicted], 1) if index == self.starts[1] - 1 else hidden
 
     def _finished(self, hidden: Tensor) -> Tensor:
-        """What the encoder makes of its last block's output `hidden` (batch, length, hidden), for the decoder to read."""
-        with replaced(self._bypassed() | self._ending(self.first - 1, hidden)):
-            # Its embedding may be elsewhere than what comes after the blocks, or not be there: nothing comes of it.
-            return self._halves[0](input_ids=placeholder_tokens(self.model, hidden.shape[:2]).to(self.device))[0]
+        """The encoder's output where its last block returns `hidden`, both (batch, length, hidden)."""
+        with replaced(self.bypassed(self.starts[1] - 1, hidden)):
+            # Its embedding may be on another device than its last norm, or be a placeholder: what it gives is not used.
+            return self.model.get_encoder()(input_ids=placeholder_tokens(self.model, hidden.shape[:2]).to(self.device))[0]
 
-    def _call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
-        """What the model passes to each block beside its hidden states; where that is the encoder's output, `_ENCODED`.
+    # --- what blocks are called with ------------------------------------------------------------------------------
 
-        Blocks that pass on to others what depends on the length alone, such as the biases of relative positions, run for it, without
-        weights but those that it is computed from.
-        """
-        shape = tuple(hidden.shape[:2])
-        if (shape, hidden.device) not in self._calls:
-            with torch.no_grad(), self.loaded_embedding():
-                calls = self._calls_for(placeholder_tokens(self.model, shape))
-            self._keep_call(hidden, tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls))
-        return self._calls[shape, hidden.device]
-
-    def _calls_for(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
-        calls: list[tuple[tuple, dict]] = []
+    def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
+        """As in a causal LM; the encoder's output is replaced by `_ENCODED`."""
         encoded: list[Tensor] = []
-
-        def call(index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
-            calls.append((args, kwargs))
-            if self._outputs[index] is None or not self._outputs[index].made:
-                return self._bypass(index, hidden, *args, **kwargs)
-            with self._passing_on(index, hidden.device):
-                return forward(hidden, *args, **kwargs)
-
-        hook = self._halves[0].register_forward_hook(lambda module, args, output: encoded.append(output[0]))
-        self._preparing = True
+        hook = self.model.get_encoder().register_forward_hook(lambda module, args, output: encoded.append(output[0]))
+        self._observing = True
         try:
-            with replaced({block: partial(call, index, block.forward) for index, block in enumerate(self.blocks)}):
-                self.run(tokens)
+            calls = super().observe_calls(tokens)
         finally:
-            self._preparing = False
+            self._observing = False
             hook.remove()
         return tree_map(lambda leaf: _ENCODED if leaf is encoded[0] else leaf, calls)
 
+    def stand_in(self, index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
+        """The block itself, where it computes arguments of others, such as biases of relative positions; otherwise it is by-passed."""
+        output = self.structure.blocks[index].output
+        if output is None or not output.made:
+            return self.bypass(index, hidden, *args, **kwargs)
+        with self._sharing(index, hidden.device):
+            return forward(hidden, *args, **kwargs)
+
     @contextlib.contextmanager
-    def _passing_on(self, index: int, device: torch.device) -> Iterator[None]:
-        """Context in which block `index`, wherever it was, is on `device`, with placeholders for all weights but those of `_passed_on`."""
-        block, homes = self.blocks[index], []
-        named = (
-            (f"{self.names[index]}.{name}", tensor) for name, tensor in chain(block.named_parameters(), block.named_buffers())
-        )
-        for name, tensor in named:
+    def _sharing(self, index: int, device: torch.device) -> Iterator[None]:
+        """Context in which block `index` is on `device`, with placeholders for all weights but those that are shared."""
+        block, shared, homes = self.blocks[index], self.structure.blocks[index].shared, []
+        for name, tensor in chain(block.named_parameters(), block.named_buffers()):
             homes.append((tensor, tensor.data))
-            known = name in self._passed_on or not isinstance(tensor, nn.Parameter)
+            known = name in shared or not isinstance(tensor, nn.Parameter)
             tensor.data = tensor.data.to(device) if known else placeholder(tensor.shape, tensor.dtype, device)
         try:
             yield
@@ -160,54 +104,54 @@ class EncoderDecoder(Decoder):
             for tensor, home in homes:
                 tensor.data = home
 
-    def _calls_of(self, like: Decoder) -> dict:
-        return {} if self._passed_on else super()._calls_of(like)
-
-    def _find_passed_on(self, tokens: Tensor, originals: Sequence[int]) -> None:
-        """Notes the blocks' parameters, by full name, that what other blocks are called with is computed from."""
+    def find_shared(self, tokens: Tensor) -> list[str]:
+        """Traces the blocks' arguments back to parameters of blocks."""
         inside = {
-            f"{self.names[index]}.{name}": p for index, block in enumerate(self.blocks) for name, p in block.named_parameters()
+            f"{path}.{name}": p
+            for path, block in zip(self.names, self.blocks, strict=True)
+            for name, p in block.named_parameters()
         }
-        self._passed_on = frozenset(inside)
         with torch.enable_grad(), requiring_gradients(inside.values()):
-            found = reached(tree_leaves(self._calls_for(tokens)))
-        names = [name for name, parameter in inside.items() if parameter in found]  # blocks that are alike pass on alike
-        blocks = [(f"{self.names[original]}.", f"{self.names[index]}.") for index, original in enumerate(originals)]
-        self._passed_on = frozenset(
-            ours + name.removeprefix(theirs) for theirs, ours in blocks for name in names if name.startswith(theirs)
-        )
-        self._find_finishing(tokens)
+            found = sources(tree_leaves(self.observe_calls(tokens)))
+        return [name for name, parameter in inside.items() if parameter in found]
 
-    def _find_finishing(self, tokens: Tensor) -> None:
-        """Notes the modules, by path, that what the encoder makes of its last block's output is made by."""
+    def find_finishing(self, tokens: Tensor) -> tuple[str, ...]:
+        """The modules that run after the encoder's last block."""
         read, ended = _cut(self.embed(tokens))[0], []
         with contextlib.ExitStack() as hooks:
             for path, module in self.model.named_modules():
                 hooks.callback(module.register_forward_hook(lambda m, args, output, path=path: ended.append(path)).remove)
             self._finished(read)
-        self._finishing = tuple(ended[ended.index(self.names[self.first - 1]) + 1 :])
+        return tuple(ended[ended.index(self.names[self.starts[1] - 1]) + 1 :])
 
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]):
-        # Not what matrices read while their blocks run to find out what they are called with.
-        return super().watching(window, lambda group, x: None if self._preparing else see(group, x))
+        """As in a causal LM; not while blocks run for the arguments of others."""
+        return super().watching(window, lambda group, x: None if self._observing else see(group, x))
+
+    # --- what is in a window --------------------------------------------------------------------------------------
+
+    @property
+    def shared(self) -> list[str]:
+        """Full names of the blocks' parameters that other blocks' arguments are computed from."""
+        blocks = zip(self.names, self.structure.blocks, strict=True)
+        return sorted(f"{path}.{name}" for path, block in blocks for name in block.shared)
 
     def needed(self, window: Window) -> list[Tensor]:
-        """As for a causal LM, and what blocks are called with is computed from; the encoder's last needs what comes after it as well."""
-        found = super().needed(window) + [self.model.get_parameter(name) for name in sorted(self._passed_on)]
-        if self.first - 1 in window.blocks:
-            modules = [self.model.get_submodule(path) for path in self._finishing]
-            ends = (tensor for m in modules for tensor in chain(m.parameters(recurse=False), m.buffers(recurse=False)))
-            found += ends
+        """As in a causal LM, with shared parameters; for the encoder's last block, with everything before the encoder's output."""
+        found = super().needed(window) + [self.model.get_parameter(name) for name in self.shared]
+        if self.starts[1] - 1 in window.blocks:
+            modules = [self.model.get_submodule(path) for path in self.structure.finishing]
+            found += (tensor for m in modules for tensor in chain(m.parameters(recurse=False), m.buffers(recurse=False)))
         return list({id(tensor): tensor for tensor in found}.values())
 
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in super().trained(window, what).items() if name not in self._passed_on}
+        return {name: p for name, p in super().trained(window, what).items() if name not in self.shared}
 
     def windows(self, granularity: str) -> list[Window]:
         if canonical(granularity) in ("matrix", "half-block"):
             raise ReconError(
-                f"granularity {granularity!r} does not fit {type(self.model).__name__}: an encoder-decoder is repaired by whole blocks; "
-                "use block or a larger granularity"
+                f"granularity {granularity!r} does not fit {type(self.model).__name__}: an encoder-decoder is reconstructed by whole "
+                "blocks; use block or a larger granularity"
             )
         return super().windows(granularity)
 

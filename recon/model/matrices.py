@@ -1,6 +1,6 @@
 """The prunable matrices of a model, by name, as views (out, in) of the parameters that hold them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +8,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Matrix:
-    """A prunable matrix of a block: the weight of a module, or one expert's part of a parameter that holds those of all.
+    """A prunable matrix of a block: the weight of a module, or one expert's part of a parameter that holds several.
 
+    name: full name of the module, or of the parameter with the expert's number in brackets; relative to the block in a `Structure`.
+    module: holds the parameter; None in a `Structure`, which belongs to no model.
     attribute: the parameter's name within the module.
     expert, experts: which of the matrices in the parameter this is, of how many; None, 1: it is the only one.
     transposed: whether it is stored as (in, out).
-    share: of all tokens, how many it reads on average: less than 1 for an expert.
-    routed: whether it reads tokens that are sent to it, as an expert does.
-    alone: whether it is multiplied by itself, and not with those of other experts at once.
+    share: mean fraction of all tokens that it reads: less than 1 for an expert.
+    routed: whether it reads only tokens that are sent to it, as an expert does.
+    alone: whether it is multiplied by itself, and not together with those of other experts.
     """
 
     name: str
-    module: nn.Module
+    module: nn.Module | None = None
     attribute: str = "weight"
     expert: int | None = None
     experts: int = 1
@@ -27,6 +29,10 @@ class Matrix:
     share: float = 1.0
     routed: bool = False
     alone: bool = True
+
+    def within(self, path: str, block: nn.Module) -> "Matrix":
+        """The matrix of `block`, whose full name is `path`, that has this one's name within the block."""
+        return replace(self, name=f"{path}.{self.name}", module=block.get_submodule(self.module_name))
 
     @property
     def module_name(self) -> str:
@@ -57,7 +63,7 @@ class Matrix:
 
     @property
     def weight(self) -> Tensor:
-        """The matrix (out, in): a view, whatever way round it is stored."""
+        """The matrix (out, in): a view, also where it is stored transposed."""
         return self.oriented(self.part)
 
     def oriented(self, stored: Tensor) -> Tensor:
@@ -73,10 +79,5 @@ def stored(matrices: dict[str, Matrix], masks: dict[str, Tensor], device: torch.
     parts: dict[nn.Parameter, list[Tensor]] = {}
     for name, matrix in matrices.items():
         parts.setdefault(matrix.parameter, []).append(matrix.oriented(masks[name]).to(device))
-    # Experts follow one another in the parameter as they do in `matrices`.
+    # Experts are in the same order in the parameter as in `matrices`.
     return [(p, found[0] if len(found) == 1 else torch.stack(found).view(p.shape)) for p, found in parts.items()]
-
-
-def _fused(matrices: dict[str, Matrix]) -> dict[str, nn.Parameter]:
-    """By full name, the parameters that hold those of `matrices` that are experts' parts of one."""
-    return {matrix.parameter_name: matrix.parameter for matrix in matrices.values() if matrix.expert is not None}

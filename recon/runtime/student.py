@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.matrices import Matrix
 from recon.model.skeleton import Lazy, second
 from recon.runtime.journal import StepFiles
@@ -48,7 +49,7 @@ class StudentWeights:
         self._matrices: dict[str, list[Matrix]] = {}  # by the name of the parameter that they are in
         self._lazy = Lazy(second(dense.model), self._read, self._apply_masks)
         self._admit(self._pruned)
-        decoder = Decoder(self._lazy.model, like=dense, lazy=self._lazy)
+        decoder = take_apart(self._lazy.model, like=dense, lazy=self._lazy)
         for matrix in decoder.matrices().values():
             self._matrices.setdefault(matrix.parameter_name, []).append(matrix)
         return decoder

@@ -12,7 +12,7 @@ from recon.errors import ReconError
 from recon.evaluate import perplexity as evaluation
 from recon.evaluate.perplexity import drift, perplexity
 from recon.kernels.losses import relative_error
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
@@ -70,7 +70,7 @@ def test_shortest_windows(tiny, tokens):
 
 
 def test_bfloat16_is_close_and_not_the_same(tiny, tokens):
-    decoder, batch = Decoder(tiny("llama")), tokens(2, 31)
+    decoder, batch = take_apart(tiny("llama")), tokens(2, 31)
     one, other = (
         perplexity(decoder, batch, execution=Execution("cpu", dtype), progress=False).value for dtype in ("float32", "bfloat16")
     )
@@ -114,16 +114,16 @@ def test_relative_error_of_a_silent_token_is_finite():
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
 def test_drift_from_itself_is_nothing(tiny, tokens, family):
-    decoder = Decoder(tiny(family))
+    decoder = take_apart(tiny(family))
     assert drift(decoder, decoder, tokens(3, 12), execution=FLOAT32)[0] == [0.0, 0.0, 0.0]
 
 
 @torch.no_grad()
 def test_drift_is_that_of_hidden_states(tiny, tokens):
-    dense, batch = Decoder(tiny("llama")), tokens(5, 12)
+    dense, batch = take_apart(tiny("llama")), tokens(5, 12)
     model = copy.deepcopy(dense.model)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    found, states = drift(Decoder(model, like=dense), dense, batch, execution=FLOAT32)
+    found, states = drift(take_apart(model, like=dense), dense, batch, execution=FLOAT32)
     known = perplexity(model, batch, execution=FLOAT32, progress=False, states=states)
     assert known == perplexity(model, batch, execution=FLOAT32, progress=False)
     seen = {}
@@ -143,10 +143,10 @@ def test_drift_is_that_of_hidden_states(tiny, tokens):
 
 @torch.no_grad()
 def test_drift_shares_what_it_knows_of_the_dense_model(tiny, tokens, monkeypatch):
-    dense, batch = Decoder(tiny("llama")), tokens(5, 12)
+    dense, batch = take_apart(tiny("llama")), tokens(5, 12)
     model = copy.deepcopy(dense.model)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    student, kept = Decoder(model, like=dense), Activations()
+    student, kept = take_apart(model, like=dense), Activations()
     alone = drift(student, dense, batch)[0]
     assert drift(student, dense, batch, activations=kept)[0] == alone
     run = evaluation.residual_streams

@@ -13,7 +13,7 @@ import recon
 from recon.data import files, models
 from recon.errors import ReconError
 from recon.experiment.record import read_record
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def saved(spec, tmp_path_factory):
 
 
 def zeros(model) -> dict[str, torch.Tensor]:
-    return {name: matrix.weight == 0 for name, matrix in Decoder(model).matrices().items()}
+    return {name: matrix.weight == 0 for name, matrix in take_apart(model).matrices().items()}
 
 
 def test_it_loads_anywhere_with_the_same_perplexity(saved, spec):

@@ -11,7 +11,7 @@ from recon.experiment.config import RunSpec
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 
 
 class Counter(TorchDispatchMode):
@@ -61,22 +61,22 @@ def test_closed_form_agrees_with_what_is_counted(options, tokens):
     """Nearly: errors are measured on two samples more, and the counter does not see into the attention kernel."""
     spec = RunSpec(**{**COMMON, **options})
     dense = make_model("llama", **SIZES)
-    teacher, model, batch = Decoder(dense), copy.deepcopy(dense), tokens(spec.samples, spec.sequence_length)
+    teacher, model, batch = take_apart(dense), copy.deepcopy(dense), tokens(spec.samples, spec.sequence_length)
     phase = "prune" if spec.granularity == "none" and spec.then == "none" else "retrain" if spec.then != "none" else "reconstruct"
     common = {"compute_dtype": "float32", "progress": False}
     if phase != "prune":
         masks = prune(model, criterion="magnitude", progress=False).masks
     with Counter() as counter:
         if phase == "prune":
-            prune(Decoder(model, like=teacher), batch, spec.criterion, propagation=spec.prune_propagation, **common)
+            prune(take_apart(model, like=teacher), batch, spec.criterion, propagation=spec.prune_propagation, **common)
         elif phase == "retrain":
             retrain(
-                Decoder(model, like=teacher), batch, masks, spec.then, spec.objective, teacher, spec.then_schedule, spec.rank,
+                take_apart(model, like=teacher), batch, masks, spec.then, spec.objective, teacher, spec.then_schedule, spec.rank,
                 spec.then_checkpointing, **common,
             )  # fmt: skip
         else:
             reconstruct(
-                Decoder(model, like=teacher), teacher, batch, masks, spec.granularity, spec.propagation, schedule=spec.schedule,
+                take_apart(model, like=teacher), teacher, batch, masks, spec.granularity, spec.propagation, schedule=spec.schedule,
                 train=spec.train, adapter=spec.adapter, rank=spec.rank, **common,
             )  # fmt: skip
     assert estimate.flops(spec, teacher)[phase] == pytest.approx(counter.flops, rel=0.07)
@@ -84,25 +84,25 @@ def test_closed_form_agrees_with_what_is_counted(options, tokens):
 
 def test_gram_matrices_and_exact_solutions_are_counted(tokens):
     dense = make_model("llama", **SIZES)
-    teacher, batch = Decoder(dense), tokens(32, 48)
+    teacher, batch = take_apart(dense), tokens(32, 48)
     spec = RunSpec(samples=32, sequence_length=48, held_out_samples=0, granularity="matrix", solver="exact", exact_iterations=4)
     model = copy.deepcopy(dense)
     masks = prune(model, criterion="magnitude", progress=False).masks
     with Counter() as counter:
         reconstruct(
-            Decoder(model, like=teacher), teacher, batch, masks, "matrix", solver="exact", exact=spec.exact,
+            take_apart(model, like=teacher), teacher, batch, masks, "matrix", solver="exact", exact=spec.exact,
             compute_dtype="float32", progress=False,
         )  # fmt: skip
     assert estimate.flops(spec, teacher)["reconstruct"] == pytest.approx(counter.flops, rel=0.15)
 
 
 def test_what_is_not_done_costs_nothing():
-    found = estimate.flops(RunSpec(granularity="none", criterion="magnitude"), Decoder(make_model("llama")))
+    found = estimate.flops(RunSpec(granularity="none", criterion="magnitude"), take_apart(make_model("llama")))
     assert (found["prune"], found["reconstruct"], found["retrain"]) == (0, 0, 0) and found["evaluate"] > 0
 
 
 def test_twice_the_samples_cost_twice():
-    decoder = Decoder(make_model("llama"))
+    decoder = take_apart(make_model("llama"))
     one, two = (estimate.flops(RunSpec(samples=n, then="norms"), decoder) for n in (16, 32))
     for phase in ("prune", "retrain"):
         assert two[phase] == 2 * one[phase]
@@ -111,6 +111,6 @@ def test_twice_the_samples_cost_twice():
 
 
 def test_the_head_is_known_even_where_it_is_the_embedding():
-    decoder = Decoder(make_model("llama", tie_word_embeddings=True))
+    decoder = take_apart(make_model("llama", tie_word_embeddings=True))
     assert estimate._Model(decoder).head == 99 * 32
     assert torch.is_tensor(decoder.head_weights()[0])

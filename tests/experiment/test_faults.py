@@ -32,6 +32,7 @@ from recon.kernels.gradient_descent import Schedule
 from recon.kernels.losses import LOSSES
 from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime.execution import Execution
 from recon.runtime.store import MemoryStore
 
@@ -317,8 +318,8 @@ def test_a_session_shares_only_what_a_change_leaves_alone(spec, change, reused):
 @pytest.fixture
 def pair():
     """A dense model of three blocks and a pruned copy, as decoders."""
-    dense = Decoder(make_model("llama"))
-    student = Decoder(copy.deepcopy(dense.model), like=dense)
+    dense = take_apart(make_model("llama"))
+    student = take_apart(copy.deepcopy(dense.model), like=dense)
     recon.prune(student, criterion="magnitude", progress=False)
     return dense, student
 
@@ -346,10 +347,10 @@ def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bo
 def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monkeypatch, caplog):
     """Statistics, targets and errors count every token once, though memory runs out when some have been counted already."""
     monkeypatch.setattr("recon.runtime.execution.TOKENS", 4 * 12)
-    dense, tokens = Decoder(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12)
+    dense, tokens = take_apart(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12)
     found = []
     for little in (False, True):
-        student = Decoder(copy.deepcopy(dense.model), like=dense)
+        student = take_apart(copy.deepcopy(dense.model), like=dense)
 
         def run_out(spared=spared, little=little, student=student):
             """In the second half of a block, when the first has been looked at."""
@@ -378,7 +379,7 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
 
 
 def test_where_one_sample_is_too_much_for_a_pass_it_is_said():
-    dense = Decoder(make_model("llama", num_hidden_layers=2))
+    dense = take_apart(make_model("llama", num_hidden_layers=2))
     with (
         little_memory(dense, 0, gradients=False),
         pytest.raises(ReconError, match="does not suffice for one sample at a time .CUDA"),
@@ -392,7 +393,7 @@ SCHEDULE = Schedule(1e-3, epochs=2, batch_size=3, accumulation=2)
 @pytest.mark.parametrize("spared", [0, 3], ids=["from the start", "in the middle of a step"])
 def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(pair, caplog, spared):
     dense, student = pair
-    other, tokens = Decoder(copy.deepcopy(student.model), like=dense), random_tokens(7, 12)
+    other, tokens = take_apart(copy.deepcopy(student.model), like=dense), random_tokens(7, 12)
     options = {"granularity": "block", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
     wanted = recon.reconstruct(student, dense, tokens, **options)
     with little_memory(other, 1, spared):
@@ -439,7 +440,7 @@ def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
     dense, student = pair
     tokens = random_tokens(7, 12)
     options = {"granularity": "block", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
-    first, *_ = recon.reconstruct(Decoder(copy.deepcopy(student.model), like=dense), dense, tokens, **options)
+    first, *_ = recon.reconstruct(take_apart(copy.deepcopy(student.model), like=dense), dense, tokens, **options)
     done = MemoryStore()
     done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]
     done.streams = lambda phase: {"dense": dense.embed(tokens)}
@@ -449,7 +450,7 @@ def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
 
 def test_retraining_is_done_in_smaller_parts_too(pair, caplog):
     _, student = pair
-    other, tokens = Decoder(copy.deepcopy(student.model), like=student), random_tokens(7, 12)
+    other, tokens = take_apart(copy.deepcopy(student.model), like=student), random_tokens(7, 12)
     options = {"method": "full", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
     wanted = recon.retrain(student, tokens, **options)
     with little_memory(other, 2):

@@ -31,7 +31,7 @@ def test_it_writes_english(bundled):
 
 
 def test_its_structure(bundled):
-    decoder = recon.Decoder(bundled[0])
+    decoder = recon.take_apart(bundled[0])
     assert len(decoder.blocks) == 30
     assert {halves.layout for halves in decoder.halves} == {"sequential"}
     assert len(decoder.matrices()) == 7 * 30

@@ -18,7 +18,7 @@ from recon.experiment import estimate, plan, rehearsal, study
 from recon.experiment.config import RunSpec
 from recon.experiment.rehearsal import Ledger, Rehearsal, peaks
 from recon.experiment.run import Run, run
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime import activations
 from recon.runtime.device import COMPUTE_DTYPES
 
@@ -50,7 +50,7 @@ def spec(tiny_folder, tiny_text):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2", "phi", "bloom"])
 def test_a_model_is_taken_apart_by_its_configuration_as_with_its_weights(family, config_folder):
     model = make_model(family)
-    real, shapes = Decoder(model), plan.shapes_of(config_folder(model.config.to_dict())).decoder
+    real, shapes = take_apart(model), plan.shapes_of(config_folder(model.config.to_dict())).decoder
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in shapes.model.named_parameters()}
     assert all(p.device.type == "meta" for p in shapes.model.parameters())
     assert shapes.groups == real.groups
@@ -90,7 +90,7 @@ def test_what_is_counted_is_what_is_there(spec, tmp_path):
     planned, saved = plan.plan(spec, save=True), tmp_path / "saved"
     record = run(spec, save=saved, progress=False)
     model, _ = models.load(str(saved))
-    decoder = Decoder(model)
+    decoder = take_apart(model)
     assert planned.parameters == sum(p.numel() for p in model.parameters())
     assert planned.prunable == sum(m.weight.numel() for m in decoder.matrices().values())
     assert planned.windows == len(record.windows)

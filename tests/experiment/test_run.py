@@ -16,7 +16,7 @@ import recon
 from recon.data import models, text
 from recon.errors import ReconError
 from recon.experiment.run import share_recovered
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_pruned_state_that_is_reused_is_that_of_the_criterion(spec, criterion)
     recon.run(only, session, progress=False)
     dense = session.dense.matrices()
     changed = 0
-    for name, matrix in Decoder(first).matrices().items():
+    for name, matrix in take_apart(first).matrices().items():
         assert torch.equal(matrix.weight, session.model.get_submodule(name).weight)
         kept = matrix.weight != 0
         changed += int((matrix.weight[kept] != dense[name].weight[kept]).sum())
@@ -341,7 +341,7 @@ def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
     samples = recon.sample_tokens(str(tiny_text), "calibration", tokenizer, samples=6, sequence_length=32, seed=0)
     pruned = copy.deepcopy(model)
     recon.prune(pruned, samples, criterion="wanda", pattern="2:4", progress=False)
-    before = Decoder(pruned, like=Decoder(model)).matrices()
+    before = take_apart(pruned, like=take_apart(model)).matrices()
     zeros = {name: matrix.weight == 0 for name, matrix in before.items()}
     recon.reconstruct(pruned, model, samples, granularity="half-block", progress=False)
     assert all(torch.equal(pruned.get_submodule(name).weight == 0, zero) for name, zero in zeros.items())
@@ -353,7 +353,7 @@ def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
 
 def test_a_frozen_model_is_taken_apart_like_any_other(tiny, tokens):
     frozen = tiny("llama").requires_grad_(False)
-    expected, found = recon.Decoder(tiny("llama")), recon.Decoder(frozen)
+    expected, found = recon.take_apart(tiny("llama")), recon.take_apart(frozen)
     for window in expected.windows("half-block"):
         assert list(found.parameters(window)) == list(expected.parameters(window)) != []
     assert not any(parameter.requires_grad for parameter in frozen.parameters())

@@ -7,7 +7,7 @@ import torch
 from fixtures.models import ENCODER_DECODERS, make_model, random_tokens
 
 from recon.experiment.shipping import Packed, revived, twin, without_weights
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.skeleton import is_placeholder
 
 pytest.importorskip("ray")
@@ -25,14 +25,14 @@ def test_tensors_arrive_as_they_were(tensor):
 def test_a_decoder_arrives_without_weights_and_runs_on_those_that_it_is_given(family):
     tied = {"tie_word_embeddings": True} if family == "llama" else {}
     model = make_model(family, **tied)
-    decoder, before = Decoder(model), {name: p.clone() for name, p in model.named_parameters()}
+    decoder, before = take_apart(model), {name: p.clone() for name, p in model.named_parameters()}
     sent = without_weights(decoder)
     assert not any(p.detach().numpy().tobytes() in sent for p in model.parameters() if p.ndim > 1)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     given = {}
     one = revived(sent, given.get)
     other = twin(one, lambda name: None if given.get(name) is None else 2 * given[name])
-    doubled = Decoder(make_model(family, **tied), like=decoder)
+    doubled = take_apart(make_model(family, **tied), like=decoder)
     hidden = decoder.embed(random_tokens(2, 10))
     with torch.no_grad():
         for parameter, own in zip(doubled.model.parameters(), model.parameters(), strict=True):

@@ -161,7 +161,7 @@ def test_no_more_than_two_windows_are_there_at_once(criterion, spec, tmp_path, m
     run.load()
     there, most = watch(monkeypatch)
     block = max(sum(p.numel() for p in block.parameters()) for block in run.dense.blocks)
-    ends = max(p.numel() for p in run.dense._ends.values())
+    ends = max(p.numel() for p in run.dense.ends.values())
     run.dense_measured()
     student = run.copy_of_dense()
     run.pruned_student(student)
@@ -183,8 +183,8 @@ def test_of_an_encoder_decoder_too(spec, tiny_folder, tmp_path, monkeypatch):
     run.load()
     there, most = watch(monkeypatch)
     blocks = [sum(p.numel() for p in block.parameters()) for block in run.dense.blocks]
-    passed_on = sum(run.dense.model.get_parameter(name).numel() for name in run.dense._passed_on)
-    ends, norm = max(p.numel() for p in run.dense._ends.values()), 32
+    passed_on = sum(run.dense.model.get_parameter(name).numel() for name in run.dense.shared)
+    ends, norm = max(p.numel() for p in run.dense.ends.values()), 32
     assert 0 < passed_on < min(blocks) / 10
     run.dense_measured()
     student = run.copy_of_dense()
@@ -340,7 +340,7 @@ def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, tmp
     run.store.masks.update({name: torch.zeros(m.weight.shape, dtype=torch.bool) for name, m in run.dense.matrices().items()})
     with student.loaded(student.windows("block")[0]):
         assert not any(parameter.any() for parameter in student.weights(student.windows("block")[0]))
-    in_memory = recon.Decoder(AutoModelForCausalLM.from_pretrained(spec.model))
+    in_memory = recon.take_apart(AutoModelForCausalLM.from_pretrained(spec.model))
     for ours, theirs in zip(find_units(student), find_units(in_memory), strict=True):
         assert (ours.window, ours.reader.name, ours.count, ours.weights) == (
             theirs.window, theirs.reader.name, theirs.count, theirs.weights,

@@ -7,12 +7,12 @@ from recon.errors import ReconError
 from recon.kernels import adapters
 from recon.kernels.adapters import ADAPTERS, ALPHA, LowRank
 from recon.methods.adapters import adapted
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime.seeds import generator
 
 
 def pruned(family: str):
-    decoder = Decoder(make_model(family))
+    decoder = take_apart(make_model(family))
     masks = {}
     random = torch.Generator().manual_seed(0)
     for name, matrix in decoder.matrices().items():

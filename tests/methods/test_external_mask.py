@@ -20,6 +20,7 @@ from recon.kernels.losses import relative_error
 from recon.methods import external_mask as given
 from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime.execution import Execution
 
 UP = "model.layers.2.mlp.up_proj.weight"
@@ -68,8 +69,8 @@ def spoilt(pruned_here, tmp_path):
 
 def take(folder: str, dense) -> tuple[Decoder, Pruning]:
     """A copy of the dense model (or of its decoder's) that was given the checkpoint in `folder`."""
-    decoder = dense if isinstance(dense, Decoder) else Decoder(dense)
-    student = Decoder(copy.deepcopy(decoder.model), like=decoder)
+    decoder = take_apart(dense)
+    student = take_apart(copy.deepcopy(decoder.model), like=decoder)
     return student, given.given(student, models.load_pruned(folder, decoder.model))
 
 
@@ -261,7 +262,10 @@ def test_reconstruct_repairs_and_saves_a_given_model(spec, tiny_folder, tiny_tex
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["metrics"]["perplexity"] == recon.run(replace(spec, pruned=pruned_folder), progress=False).metrics["perplexity"]
     assert "sparsity 0.5000 (given: 2:4)" in capsys.readouterr().out
-    repaired, before = Decoder(models.load(str(tmp_path / "saved"))[0]), Decoder(pruned_here[1].model, like=pruned_here[1].dense)
+    repaired, before = (
+        take_apart(models.load(str(tmp_path / "saved"))[0]),
+        take_apart(pruned_here[1].model, like=pruned_here[1].dense),
+    )
     for name, matrix in before.matrices().items():
         assert torch.equal(repaired.matrices()[name].weight == 0, matrix.weight == 0)
     card = (tmp_path / "saved" / "README.md").read_text()

@@ -14,20 +14,20 @@ from recon.kernels.patterns import Pattern
 from recon.methods import prune as pruning
 from recon.methods.prune import prune
 from recon.methods.statistics import gather
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime.execution import Execution
 
 
 @pytest.fixture(scope="module")
 def dense(tiny):
     """A decoder whose model no test changes; two blocks."""
-    return Decoder(tiny("llama", num_hidden_layers=2))
+    return take_apart(tiny("llama", num_hidden_layers=2))
 
 
 @pytest.fixture
 def fresh(dense):
     """Factory of copies of `dense`."""
-    return lambda: Decoder(copy.deepcopy(dense.model), like=dense)
+    return lambda: take_apart(copy.deepcopy(dense.model), like=dense)
 
 
 def weights(decoder):

@@ -19,6 +19,7 @@ from recon.methods.fit import fit
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct, summary
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.windows import Window
 from recon.runtime.activations import Activations
 
@@ -28,7 +29,7 @@ FAST = Schedule(learning_rate=3e-3, epochs=2)
 @pytest.fixture(scope="module")
 def dense(tiny):
     """A decoder whose model no test changes; two blocks."""
-    return Decoder(tiny("llama", num_hidden_layers=2))
+    return take_apart(tiny("llama", num_hidden_layers=2))
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def pruned(dense, tokens):
     """Factory of pruned copies of `dense` (or of another decoder)."""
 
     def make(of=dense, pattern="0.5"):
-        student = Decoder(copy.deepcopy(of.model), like=of)
+        student = take_apart(copy.deepcopy(of.model), like=of)
         prune(student, tokens(4, 16, seed=1), "wanda", pattern, compute_dtype="float32", progress=False)
         return student
 
@@ -108,7 +109,7 @@ def test_groups_of_m_stay(dense, pruned, tokens, pattern):
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "falcon", "gemma2"])
 @pytest.mark.parametrize("granularity", ["matrix", "half-block", "block"])
 def test_other_families(tiny, pruned, tokens, family, granularity):
-    dense = Decoder(tiny(family))
+    dense = take_apart(tiny(family))
     student = pruned(dense)
     masks = {name: matrix.weight != 0 for name, matrix in student.matrices().items()}
     batch = tokens(12, 16)
@@ -165,7 +166,7 @@ def test_exact_matrices_are_least_squares_solutions(dense, pruned, tokens):
 @torch.no_grad()
 def test_exact_matrices_under_mixed_propagation(tiny, pruned, tokens):
     """Least squares of the dense outputs on the repaired model's inputs, where these differ from the dense ones."""
-    dense = Decoder(tiny("qwen2", num_hidden_layers=1))
+    dense = take_apart(tiny("qwen2", num_hidden_layers=1))
     student, batch = pruned(dense), tokens(32, 32)
     repair(student, dense, batch, granularity="matrix", solver="exact", propagation="mixed")
     hidden = dense.embed(batch)
@@ -211,7 +212,7 @@ def test_exact_start_begins_lower(dense, pruned, tokens):
 @pytest.mark.parametrize("family", ["gpt_neox", "phi"])
 @pytest.mark.parametrize("propagation", ["dense", "sparse", "mixed"])
 def test_parallel_half_blocks_lower_the_drift(tiny, pruned, tokens, family, propagation):
-    dense = Decoder(tiny(family))
+    dense = take_apart(tiny(family))
     student, unseen = pruned(dense), tokens(4, 16, seed=9)
     before = drift(student, dense, unseen, execution=FLOAT32)[0]
     repair(student, dense, tokens(32, 16), Schedule(epochs=3), propagation=propagation)
@@ -220,7 +221,7 @@ def test_parallel_half_blocks_lower_the_drift(tiny, pruned, tokens, family, prop
 
 
 def test_fitting_a_parallel_mlp_half_does_not_spoil_attention(tiny, pruned, tokens):
-    dense = Decoder(tiny("phi", num_hidden_layers=1))  # one norm feeds both halves
+    dense = take_apart(tiny("phi", num_hidden_layers=1))  # one norm feeds both halves
     student, batch = pruned(dense), tokens(8, 16)
     reports = repair(student, dense, batch, Schedule(learning_rate=1e-2, epochs=3))
     window, hidden = dense.windows("half-block")[0], dense.embed(batch)
@@ -331,7 +332,7 @@ def test_each_window_gets_the_inputs_and_targets_of_the_propagation(
 
 @pytest.mark.parametrize("propagation", ["dense", "sparse", "mixed"])
 def test_parallel_halves_both_read_the_blocks_input(tiny, pruned, tokens, monkeypatch, propagation):
-    dense = Decoder(tiny("gpt_neox", num_hidden_layers=2))
+    dense = take_apart(tiny("gpt_neox", num_hidden_layers=2))
     student, batch, given = pruned(dense), tokens(5, 12), []
 
     def record(forward, parameters, masks, inputs, targets, *rest):
@@ -435,7 +436,7 @@ def test_exact_iterations_reach_the_solver(dense, pruned, tokens, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("propagation", ["dense", "mixed"])
 def test_shared_activations_change_no_bit(tiny, pruned, tokens, monkeypatch, family, propagation):
-    dense, batch, held_out = Decoder(tiny(family)), tokens(5, 12), tokens(3, 12, seed=7)
+    dense, batch, held_out = take_apart(tiny(family)), tokens(5, 12), tokens(3, 12, seed=7)
     cases = [
         {"granularity": "block"}, {"granularity": "half-block", "start": "exact"}, {"granularity": "matrix"},
         {"granularity": "matrix", "solver": "exact"}, {"granularity": "model"}, {"granularity": "half-block"},
@@ -557,7 +558,7 @@ def test_samples_of_another_length_are_refused(dense, pruned, tokens):
 
 
 def test_half_blocks_of_undivided_models_are_refused(tiny, pruned, tokens):
-    dense = Decoder(tiny("bloom"))
+    dense = take_apart(tiny("bloom"))
     with pytest.raises(ReconError, match="half-block windows do not fit this model"):
         repair(pruned(dense), dense, tokens(2, 8))
     repair(pruned(dense), dense, tokens(2, 8), granularity="block")

@@ -11,7 +11,7 @@ from recon.kernels.gradient_descent import Schedule
 from recon.kernels.likelihood import kl_divergence
 from recon.methods.prune import prune
 from recon.methods.retrain import METHODS, retrain
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
@@ -31,7 +31,7 @@ def run(model, tokens, masks=None, **options):
 
 
 def zeros_hold(model, masks) -> bool:
-    return not any(matrix.weight[~masks[name]].any() for name, matrix in Decoder(model).matrices().items())
+    return not any(matrix.weight[~masks[name]].any() for name, matrix in take_apart(model).matrices().items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -51,7 +51,7 @@ def test_every_method_lowers_the_loss_and_keeps_every_zero(family, method, token
 def test_only_what_a_method_trains_changes(method, tokens):
     _, model, masks = halved("opt")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    matrices = {f"{name}.weight" for name in Decoder(model).matrices()}
+    matrices = {f"{name}.weight" for name in take_apart(model).matrices()}
     run(model, tokens(4, 12), masks, method=method)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     if method == "norms":
@@ -77,7 +77,7 @@ def test_full_retraining_is_masked_adamw_step_by_step(tokens):
         optimizer.param_groups[0]["lr"] = 1e-3 * schedule.factor(step, 4)
         optimizer.step()
         with torch.no_grad():
-            for name, matrix in Decoder(other).matrices().items():
+            for name, matrix in take_apart(other).matrices().items():
                 matrix.weight.mul_(masks[name])
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
@@ -91,7 +91,7 @@ def test_lora_by_peft_equals_the_adapter_of_windows_before_merging(tokens):
     filled = []
     report = run(
         model, batch, masks, method="lora", schedule=Schedule(1e-2, batch_size=4, epochs=3),
-        merged=lambda: filled.append(all((m.weight[~masks[n]] != 0).any() for n, m in Decoder(model).matrices().items())),
+        merged=lambda: filled.append(all((m.weight[~masks[n]] != 0).any() for n, m in take_apart(model).matrices().items())),
     )  # fmt: skip
     assert report.losses[0] == pytest.approx(expected, rel=1e-4)
     assert filled == [True] and zeros_hold(model, masks)
@@ -162,7 +162,7 @@ def test_bad_options_are_refused(options, words, tokens):
 def test_perplexity_tells_the_divergence_from_a_reference(tokens):
     dense, model, _ = halved()
     batch = tokens(3, 12)
-    reference = Reference(Decoder(dense), last_states(Decoder(dense), batch[:2], Execution("cpu", "float32")))
+    reference = Reference(take_apart(dense), last_states(take_apart(dense), batch[:2], Execution("cpu", "float32")))
     found = perplexity(model, batch, execution=FLOAT32, progress=False, reference=reference)
     with torch.no_grad():
         expected = [kl_divergence(dense(b[None]).logits[0, :-1], model(b[None]).logits[0, :-1]).mean().item() for b in batch]

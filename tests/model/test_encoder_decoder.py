@@ -21,9 +21,9 @@ from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
 from recon.methods.statistics import gather
-from recon.model.decoder import Decoder
-from recon.model.discovery import requiring_gradients
+from recon.model.discovery import take_apart
 from recon.model.encoder_decoder import EncoderDecoder
+from recon.model.modules import requiring_gradients
 from recon.runtime.execution import Execution
 
 
@@ -34,7 +34,7 @@ def made():
 
     def make(family):
         if family not in kept:
-            kept[family] = Decoder(make_model(family))
+            kept[family] = take_apart(make_model(family))
         return kept[family]
 
     return make
@@ -59,7 +59,7 @@ def composed(decoder, tokens, granularity="block"):
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_windows_composed_are_the_model(made, family, granularity):
     decoder, tokens = made(family), random_tokens(3, 13)
-    assert isinstance(decoder, EncoderDecoder) and len(decoder.blocks) == 4 and len(decoder.stacks) == 2
+    assert isinstance(decoder, EncoderDecoder) and len(decoder.blocks) == 4 and len(decoder.structure.stacks) == 2
     found = composed(decoder, tokens, granularity)
     assert_close(found, own_logits(decoder.model, tokens), rtol=1e-4, atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_a_block_changes_its_own_half_and_a_decoder_block_reads_both(made, famil
 @torch.no_grad()
 def test_statistics_are_those_of_the_model_as_a_whole(made, family):
     """Also where a batch is of a shape not met before, for which the model is run to see what its blocks are called with."""
-    decoder, tokens = Decoder(copy.deepcopy(made(family).model)), random_tokens(5, 14)
+    decoder, tokens = take_apart(copy.deepcopy(made(family).model)), random_tokens(5, 14)
     names, seen = list(decoder.matrices()), {}
     handles = [
         decoder.model.get_submodule(name).register_forward_pre_hook(
@@ -117,7 +117,7 @@ def test_pruned_repaired_and_saved(made, tmp_path, family):
     assert [report.name for report in reports] == [f"block {index}" for index in range(4)]
     assert all(report.error_after["calibration"] < report.error_before["calibration"] for report in reports)
     model.save_pretrained(tmp_path)
-    again = Decoder(AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), like=dense)
+    again = take_apart(AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), like=dense)
     for name, matrix in again.matrices().items():
         assert torch.equal(matrix.weight == 0, ~result.masks[name])
 
@@ -134,7 +134,7 @@ def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
     masks = prune(model, criterion="magnitude", progress=False).masks
     report = retrain(model, random_tokens(16, 16), masks, "full", progress=False)
     assert report.losses[-1] < report.losses[0]
-    for name, matrix in Decoder(model, like=made("t5")).matrices().items():
+    for name, matrix in take_apart(model, like=made("t5")).matrices().items():
         assert not matrix.weight[~masks[name]].any()
 
 
@@ -142,17 +142,17 @@ def test_what_blocks_pass_on_is_found_and_belongs_to_no_window(made, tmp_path):
     """Biases of relative positions: each block is called with those of its own model, however it was trained or where it came from."""
     dense, tokens = made("t5"), random_tokens(16, 16)
     biases = {f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for half in ("encoder", "decoder")}
-    assert dense._passed_on == biases and not made("bart")._passed_on
+    assert set(dense.shared) == biases and not made("bart").shared
     first = dense.windows("block")[0]
     assert biases & set(dense.parameters(first)) and not biases & set(dense.trained(first, "all"))
-    student = Decoder(copy.deepcopy(dense.model), like=dense)
-    copied = Decoder(copy.deepcopy(dense.model), like=dense)
+    student = take_apart(copy.deepcopy(dense.model), like=dense)
+    copied = take_apart(copy.deepcopy(dense.model), like=dense)
     masks = prune(student, tokens, "wanda", progress=False).masks
     composed(student, tokens[:2]), composed(copied, tokens[:2])
     retrain(student, tokens, masks, "full", schedule=Schedule(learning_rate=1e-2), compute_dtype="float32", progress=False)
     student.model.save_pretrained(tmp_path)
     given(copied, load_pruned(str(tmp_path), dense.model))
-    for decoder in (student, copied, Decoder(make_model("t5", seed=1), like=dense), dense):
+    for decoder in (student, copied, take_apart(make_model("t5", seed=1), like=dense), dense):
         assert_close(composed(decoder, tokens[:2]), own_logits(decoder.model, tokens[:2]), rtol=1e-4, atol=1e-4)
     assert all(not torch.equal(student.model.get_parameter(name), dense.model.get_parameter(name)) for name in biases)
 
@@ -173,7 +173,7 @@ def test_what_blocks_pass_on_has_to_be_known(monkeypatch):
     """A model is refused whose biases come of weights, but cannot be traced back to them."""
     monkeypatch.setattr(T5Attention, "compute_bias", torch.no_grad()(T5Attention.compute_bias))
     with pytest.raises(ReconError, match="cannot be taken apart: its 4 blocks .* do not give the model's own output"):
-        Decoder(make_model("t5"))
+        take_apart(make_model("t5"))
 
 
 def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
@@ -197,6 +197,6 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
 @pytest.mark.parametrize("granularity", ["matrix", "half-block"])
 def test_parts_of_blocks_are_refused(made, granularity):
     with pytest.raises(
-        ReconError, match=f"granularity '{granularity}' does not fit BartFor.*: an encoder-decoder is repaired by whole"
+        ReconError, match=f"granularity '{granularity}' does not fit BartFor.*: an encoder-decoder is reconstructed by whole"
     ):
         made("bart").windows(granularity)

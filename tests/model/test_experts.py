@@ -19,10 +19,10 @@ from recon.methods.fit import fit
 from recon.methods.prune import prune
 from recon.methods.retrain import retrain
 from recon.methods.statistics import FEW, gather
-from recon.model.decoder import Decoder
-from recon.model.discovery import requiring_gradients
+from recon.model.discovery import take_apart
 from recon.model.experts import FusedProducts
 from recon.model.matrices import stored
+from recon.model.modules import requiring_gradients
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
@@ -36,7 +36,7 @@ def made():
 
     def make(family):
         if family not in kept:
-            kept[family] = Decoder(make_model(family, num_hidden_layers=2))
+            kept[family] = take_apart(make_model(family, num_hidden_layers=2))
         return kept[family]
 
     return make
@@ -45,7 +45,7 @@ def made():
 @pytest.fixture
 def fresh(made):
     """Family -> a copy of its decoder."""
-    return lambda family: Decoder(copy.deepcopy(made(family).model), like=made(family))
+    return lambda family: take_apart(copy.deepcopy(made(family).model), like=made(family))
 
 
 def experts_of(decoder, block=None):
@@ -193,7 +193,7 @@ def test_pruned_repaired_and_saved_zeros_stay(made, fresh, tmp_path, family, pat
         assert torch.equal(decoder.model.get_parameter(name), before)
     decoder.model.save_pretrained(tmp_path)
     again = type(decoder.model).from_pretrained(tmp_path, dtype=torch.float32)
-    again = Decoder(again.eval(), like=made(family))
+    again = take_apart(again.eval(), like=made(family))
     for name, matrix in again.matrices().items():
         assert torch.equal(matrix.weight, decoder.matrices()[name].weight)
         assert not matrix.weight[~result.masks[name]].any()
@@ -288,11 +288,45 @@ def test_masks_are_stored_as_their_parameters_are(made):
         assert torch.equal(mask[matrix.expert].T, masks[name])
 
 
+# ---- the user's configuration
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+def test_the_configuration_is_left_as_it_was_and_the_bits_do_not_depend_on_it(made, implementation):
+    model, tokens = copy.deepcopy(made("mixtral").model), random_tokens(2, 12)
+    model.set_experts_implementation(implementation)
+    before, ran = model.config.to_dict(), []
+    decoder = take_apart(model)
+    for block in decoder.blocks:
+        block.register_forward_pre_hook(lambda *args: ran.append(model.config._experts_implementation))
+    found = decoder.run(tokens).logits
+    for window in decoder.windows("half-block"):
+        decoder.forward(window, decoder.embed(tokens))
+    with pytest.raises(RuntimeError):
+        decoder.forward(decoder.windows("block")[0], torch.zeros(2, 12, 31))
+    assert ran and set(ran) == {"eager"}
+    assert model.config._experts_implementation == implementation and model.config.to_dict() == before
+    assert torch.equal(found, made("mixtral").run(tokens).logits)
+
+
+def test_blocks_that_run_again_in_the_backward_pass_run_in_the_same_way(made):
+    """As checkpointed ones do, whatever the model's configuration says."""
+    found = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(made("mixtral").model)
+        model.set_experts_implementation("batched_mm")
+        masks = prune(model, criterion="magnitude", progress=False).masks
+        retrain(model, random_tokens(4, 12), masks, "full", checkpointing=checkpointing, compute_dtype="float32", progress=False)
+        found.append(model.lm_head.weight)
+        assert model.config._experts_implementation == "batched_mm"
+    assert torch.equal(*found)
+
+
 # ---- costs and refusals
 
 
 def test_flops_count_the_experts_that_a_token_sees(made):
-    all_of_them, half = (Decoder(make_model("mixtral", num_experts_per_tok=k, num_hidden_layers=2)) for k in (4, 2))
+    all_of_them, half = (take_apart(make_model("mixtral", num_experts_per_tok=k, num_hidden_layers=2)) for k in (4, 2))
     spec = dataclasses.replace(RunSpec(), criterion="wanda", granularity="half-block")
     full, sparse = (estimate.flops(spec, decoder) for decoder in (all_of_them, half))
     experts = sum(m.weight.numel() for m in experts_of(half).values())
@@ -304,7 +338,7 @@ def test_single_matrices_and_adapters_are_refused(made, fresh):
     decoder = made("mixtral")
     with pytest.raises(
         ReconError,
-        match=r"matrix windows .* block 0 \(MixtralDecoderLayer\) has experts, such as '.*gate_up_proj\[0\]'",
+        match=r"matrix windows .* MixtralForCausalLM has experts, such as '.*gate_up_proj\[0\]'",
     ):
         decoder.windows("matrix")
     for call in (
@@ -354,7 +388,7 @@ def test_experts_that_are_modules_are_as_those_in_one_parameter(made):
     model = copy.deepcopy(fused.model)
     for block in model.model.layers:
         block.mlp = Apart(block.mlp)
-    decoder, execution = Decoder(model), Execution("cpu", "float32")
+    decoder, execution = take_apart(model), Execution("cpu", "float32")
     assert decoder.dense_modules == []  # although the probe does not reach every expert
     assert not any(name.endswith("gate") for name in decoder.matrices())
     assert {m.share for name, m in decoder.matrices().items() if "experts" in name} == {0.5}
@@ -378,7 +412,7 @@ def test_experts_that_the_probe_does_not_reach_are_in_a_half_too():
     model = make_model("mixtral", num_local_experts=32)
     for block in model.model.layers:
         block.mlp = Apart(block.mlp)
-    decoder = Decoder(model)
+    decoder = take_apart(model)
     halves = [decoder.matrices(window) for window in decoder.windows("half-block")]
     assert sorted(name for half in halves for name in half) == sorted(decoder.matrices())  # each in one
     assert all((".mlp." in name) == (number % 2 == 1) for number, half in enumerate(halves) for name in half)

@@ -17,7 +17,8 @@ from recon import prune, reconstruct
 from recon.errors import ReconError
 from recon.kernels.gradient_descent import Schedule
 from recon.model.decoder import Decoder
-from recon.model.discovery import distance
+from recon.model.discovery import take_apart
+from recon.model.modules import distance
 
 README = Path(__file__).parents[2] / "README.md"
 MARKERS = ("<!-- families -->", "<!-- /families -->")
@@ -28,7 +29,7 @@ GRANULARITIES = ("matrix", "half-block", "block")
 def found(family: str) -> Decoder | str:
     """The family's decoder, whose model nothing changes, or the reason why there is none."""
     try:
-        return Decoder(small_model(family))
+        return take_apart(small_model(family))
     except ReconError as error:
         return str(error)
 
@@ -135,7 +136,7 @@ def test_windows_give_the_model_back(decoder):
 
 def test_pruned_and_repaired(decoder):
     tokens = random_tokens(8, 16, seed=2)
-    pruned = Decoder(copy.deepcopy(decoder.model), like=decoder)
+    pruned = take_apart(copy.deepcopy(decoder.model), like=decoder)
     masks = prune(pruned, tokens, "wanda", "0.5", compute_dtype="float32", progress=False).masks
     holders = {matrix.parameter_name for matrix in decoder.matrices().values()}
     for name, parameter in pruned.model.named_parameters():
@@ -145,7 +146,7 @@ def test_pruned_and_repaired(decoder):
         assert ((~masks[name]).sum(1) == round(0.5 * dense.shape[1])).all()
         assert torch.equal(matrix.weight, dense * masks[name])
     for granularity in fitting(decoder):
-        student = Decoder(copy.deepcopy(pruned.model), like=decoder)
+        student = take_apart(copy.deepcopy(pruned.model), like=decoder)
         reports = reconstruct(
             student, decoder, tokens, masks, granularity, held_out=tokens[:2], schedule=Schedule(learning_rate=1e-3),
             compute_dtype="float32", progress=False,

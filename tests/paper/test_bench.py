@@ -15,7 +15,7 @@ from recon.evaluate.perplexity import drift
 from recon.kernels.gradient_descent import Schedule
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.paper.bench import products, reference
 from recon.paper.bench.measure import bench
 from recon.paper.bench.report import TABLES, summary, tables, workers
@@ -109,8 +109,8 @@ def test_compiled_and_plain_are_timed_in_turn(spec):
 
 def test_the_reference_loop_repairs_like_ours(tiny, tokens):
     """Same windows, data, steps and learning rates: it ends near where ours does, zeros included."""
-    dense, samples, unseen = Decoder(tiny("llama")), tokens(32, 16), tokens(8, 16, seed=9)
-    students = [Decoder(copy.deepcopy(dense.model), like=dense) for _ in range(3)]
+    dense, samples, unseen = take_apart(tiny("llama")), tokens(32, 16), tokens(8, 16, seed=9)
+    students = [take_apart(copy.deepcopy(dense.model), like=dense) for _ in range(3)]
     masks = [prune(student, samples, compute_dtype="float32", progress=False).masks for student in students][0]
     reference.reconstruct(students[0], dense, samples, masks, progress=False)
     reconstruct(students[1], dense, samples, masks, schedule=Schedule(batch_size=2), train="all", progress=False)
@@ -123,8 +123,8 @@ def test_the_reference_loop_repairs_like_ours(tiny, tokens):
 
 
 def test_products_are_counted_as_torch_counts_them(tiny, tokens):
-    dense, samples = Decoder(tiny("llama")), tokens(4, 16)
-    student = Decoder(copy.deepcopy(dense.model), like=dense)
+    dense, samples = take_apart(tiny("llama")), tokens(4, 16)
+    student = take_apart(copy.deepcopy(dense.model), like=dense)
     masks = prune(student, samples, progress=False).masks
     with FlopCounterMode(display=False) as theirs, products.Recorder() as ours:
         reconstruct(student, dense, samples, masks, granularity="block", progress=False)
@@ -140,7 +140,7 @@ def test_a_products_time_is_that_of_its_layout():
 
 
 def test_shortened_runs_its_first_blocks(tiny, tokens):
-    dense = Decoder(tiny("llama"))
+    dense = take_apart(tiny("llama"))
     short = shortened(dense, 2)
     assert len(short.blocks) == 2 and len(dense.blocks) == 3
     hidden = dense.embed(tokens(2, 8))

@@ -9,7 +9,7 @@ import torch
 from recon.evaluate.perplexity import drift, perplexity
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.runtime.execution import Execution
 
 
@@ -23,7 +23,7 @@ def far(monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_weights_are_rounded_for_a_while(tiny, fails):
-    decoder, execution = Decoder(tiny("llama")), Execution("cpu", "bfloat16")
+    decoder, execution = take_apart(tiny("llama")), Execution("cpu", "bfloat16")
     window = decoder.windows("2-blocks")[0]
     before = [(p, p.data.clone(), p.data_ptr()) for p in decoder.model.parameters()]
     rounded = {id(p) for p in decoder.weights(window)}
@@ -38,7 +38,7 @@ def test_weights_are_rounded_for_a_while(tiny, fails):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi"])
 def test_rounded_weights_give_the_bits_of_autocast(tiny, tokens, family):
-    decoder, execution = Decoder(tiny(family)), Execution("cpu", "bfloat16")
+    decoder, execution = take_apart(tiny(family)), Execution("cpu", "bfloat16")
     window = decoder.windows("2-blocks")[0]
     with execution, torch.no_grad():
         hidden = decoder.embed(tokens(2, 12))
@@ -48,7 +48,7 @@ def test_rounded_weights_give_the_bits_of_autocast(tiny, tokens, family):
 
 
 def test_what_is_trained_is_written_back_and_nothing_else(tiny, far):
-    decoder, execution = Decoder(tiny("llama")), Execution("cpu", "bfloat16")
+    decoder, execution = take_apart(tiny("llama")), Execution("cpu", "bfloat16")
     window = decoder.windows("half-block")[0]
     before = {name: (p, p.data.clone(), p.data_ptr()) for name, p in decoder.model.named_parameters()}
     trained = decoder.trained(window, "matrices")
@@ -92,10 +92,10 @@ def test_batches_of_several_streams(far):
     "options", [{}, {"start": "exact"}, {"granularity": "matrix"}, {"propagation": "mixed", "granularity": "block"}]
 )
 def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, tokens, monkeypatch, options):
-    dense, samples, held_out = Decoder(tiny("llama")), tokens(5, 16), tokens(3, 16, seed=1)
+    dense, samples, held_out = take_apart(tiny("llama")), tokens(5, 16), tokens(3, 16, seed=1)
 
     def results():
-        student = Decoder(copy.deepcopy(dense.model), like=dense)
+        student = take_apart(copy.deepcopy(dense.model), like=dense)
         prune(student, samples, "sparsegpt", compute_dtype="bfloat16", progress=False)
         reconstruct(student, dense, samples, held_out=held_out, compute_dtype="bfloat16", progress=False, **options)
         return (

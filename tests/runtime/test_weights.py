@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from recon.errors import ReconError
-from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.model.skeleton import Lazy, is_placeholder, made_up, second, skeleton
 from recon.runtime import weights
 from recon.runtime.device import resident_anonymous
@@ -209,7 +209,7 @@ def test_a_skeleton_is_taken_apart_like_the_model(family, tmp_path):
     whole.save_pretrained(tmp_path)
     model, checkpoint = opened(tmp_path)
     lazy = Lazy(model, weights.reader(model, checkpoint))
-    expected, found = Decoder(whole), Decoder(model, lazy=lazy)
+    expected, found = take_apart(whole), take_apart(model, lazy=lazy)
     assert found.groups == expected.groups
     assert family in ENCODER_DECODERS or found.halves == expected.halves  # whose blocks are not divided
     shapes = [{name: (m.weight.shape, m.share) for name, m in each.matrices().items()} for each in (expected, found)]

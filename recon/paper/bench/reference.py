@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from recon.model.decoder import Decoder
-from recon.model.discovery import requiring_gradients
+from recon.model.modules import requiring_gradients
 from recon.runtime.device import pick_compute_dtype
 
 BATCH_SIZE = 2

@@ -22,6 +22,7 @@ from recon.kernels.gradient_descent import Schedule
 from recon.kernels.least_squares import Exact
 from recon.methods.reconstruct import reconstruct
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.paper.bench import products as matrix_products
 from recon.paper.bench import reference
 from recon.paper.bench.subject import Subject, pruned
@@ -160,7 +161,7 @@ def _widths(subject: Subject) -> Iterator[tuple[int, Decoder]]:
         config.num_hidden_layers = 1
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1]
-        yield config.hidden_size, Decoder(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+        yield config.hidden_size, take_apart(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
 
 
 @section("pruning alone, and the exact matrix solution")
@@ -286,7 +287,7 @@ def _study(specs: list[RunSpec], executor) -> dict:
 @section("a block's forward and backward passes through torch.compile (needs a C++ compiler)", default=False)
 def compile(subject: Subject) -> dict:
     plain, _ = subject.short(1)
-    compiled = Decoder(copy.deepcopy(plain.model), like=plain)
+    compiled = take_apart(copy.deepcopy(plain.model), like=plain)
     # The block's children: its own forward is replaced where a window silences half of it.
     for child in compiled.blocks[0].children():
         child.compile()
@@ -328,7 +329,7 @@ def large(subject: Subject) -> dict:
         hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
         num_hidden_layers=spec.large_blocks, max_position_embeddings=8192, rope_theta=500000.0,
     )  # fmt: skip
-    dense = Decoder(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    dense = take_apart(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
     draw = torch.Generator().manual_seed(0)  # time and memory do not depend on the values
     samples = torch.randint(config.vocab_size, (spec.large_samples, spec.large_length), generator=draw)
     masks = {name: torch.rand(m.weight.shape, generator=draw) > 0.5 for name, m in dense.matrices().items()}

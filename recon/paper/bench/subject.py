@@ -15,6 +15,7 @@ from recon.kernels.gradient_descent import Schedule
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
 from recon.paper.bench import reference
 from recon.runtime import device
 from recon.runtime.execution import Execution
@@ -29,8 +30,8 @@ class Subject:
         self.device = device.pick_device(spec.device)
         self.dtype = device.pick_compute_dtype("auto", self.device)
         model, self.tokenizer = models.load(spec.model)
-        self.dense = Decoder(model)
-        evaluation.check_length(self.dense, max(spec.sequence_length, spec.evaluation_length))
+        self.dense = take_apart(model)
+        self.dense.check_length(max(spec.sequence_length, spec.evaluation_length))
         seed = generator(0, "calibration").initial_seed() % 2**32
         self.samples = text.sample_tokens(spec.text, "calibration", self.tokenizer, spec.samples, spec.sequence_length, seed)
 
@@ -98,7 +99,7 @@ class Subject:
 
 def pruned(dense: Decoder, masks: dict[str, Tensor]) -> Decoder:
     """A copy of `dense` with what `masks` do not keep set to zero."""
-    student = Decoder(copy.deepcopy(dense.model), like=dense)
+    student = take_apart(copy.deepcopy(dense.model), like=dense)
     with torch.no_grad():
         for name, matrix in student.matrices().items():
             matrix.weight.mul_(masks[name])
@@ -114,4 +115,4 @@ def shortened(decoder: Decoder, blocks: int) -> Decoder:
     finally:
         decoder.model.set_submodule(decoder.path, whole)
     model.config.num_hidden_layers = blocks
-    return Decoder(model)
+    return take_apart(model)

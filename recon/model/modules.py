@@ -1,0 +1,93 @@
+"""Helpers on modules and models: stand-in forwards, gradients for a while, random tokens to find structure by."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+PROBE_LENGTH = 8
+
+
+def probe_tokens(model: nn.Module) -> Tensor:
+    """Random tokens (2, PROBE_LENGTH) that a model's structure is found with."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (2, PROBE_LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def placeholder_tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
+    """Tokens (batch, length) for passes that depend on the shape alone; none of them is padding."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return torch.full(shape, 1 if padding == 0 else 0)
+
+
+def first(output):
+    """The hidden states among what a module returned: the first of a tuple, or all of it."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def distance(found: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:
+    """Error of `found` relative to the distance between `expected` and `origin`."""
+    return ((found - expected).float().norm() / (expected - origin).float().norm().clamp_min(1e-30)).item()
+
+
+def tolerance(tensor: Tensor) -> float:
+    """The largest `distance` that is taken for rounding in the dtype of `tensor`."""
+    return 1e-3 if tensor.dtype == torch.float32 else 5e-2
+
+
+def kind_of(block: nn.Module) -> tuple:
+    """Equal for blocks that are built alike: the same modules with the same settings, except block numbers, and the same shapes."""
+
+    def settings(module: nn.Module) -> tuple:
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, str | int | float | None)}
+        return tuple(sorted((name, repr(value)) for name, value in plain.items() if not re.search("idx|index|layer_?id", name)))
+
+    modules = tuple((name, type(module), settings(module)) for name, module in block.named_modules())
+    return modules, tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+
+
+@contextlib.contextmanager
+def replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Context in which the forward of each module is `stubs[module]`."""
+    # A module may already carry a forward of its own, such as that of accelerate's hooks.
+    own = {module: vars(module).get("forward") for module in stubs}
+    for module, stub in stubs.items():
+        module.forward = stub
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            del module.forward  # uncovers the class's forward
+            if forward is not None:
+                module.forward = forward
+
+
+@contextlib.contextmanager
+def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = True) -> Iterator[None]:
+    """Context in which all `parameters` require gradients, or none do."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    for parameter, _ in before:
+        parameter.requires_grad_(required)
+    try:
+        yield
+    finally:
+        for parameter, required_before in before:
+            parameter.requires_grad_(required_before)
+
+
+def sources(tensors: Iterable[object]) -> set[Tensor]:
+    """The leaves of the autograd graph, such as parameters, that `tensors` were computed from."""
+    nodes, seen, found = [], set(), set()
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            nodes.append(tensor.grad_fn) if tensor.grad_fn else found.add(tensor)
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.add(node.variable)
+    return found

@@ -1,0 +1,104 @@
+"""How a model is built: what discovery finds once, and all models of the same architecture share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from recon.model.matrices import Matrix
+
+OTHER = {"attention": "mlp", "mlp": "attention"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a block returned beside hidden states.
+
+    kind: tuple or list.
+    rest: what came after the hidden states.
+    given: index in `rest` -> number or name of the block's argument that it is; those arguments are handed on unchanged.
+    """
+
+    kind: type
+    rest: tuple
+    given: dict[int, int | str]
+
+    @classmethod
+    def of(cls, output, args: tuple, kwargs: dict) -> "Output | None":
+        """None where `output` is hidden states alone. args, kwargs: the block's arguments beside its hidden states."""
+        if not isinstance(output, tuple | list):
+            return None
+        named = [*enumerate(args), *kwargs.items()]
+        tensors = ((number, value) for number, value in enumerate(output[1:]) if isinstance(value, Tensor))
+        return cls(type(output), tuple(output[1:]), {n: name for n, value in tensors for name, arg in named if arg is value})
+
+    @property
+    def made(self) -> bool:
+        """Whether the block computes a tensor in it, rather than handing on an argument."""
+        return any(isinstance(value, Tensor) and number not in self.given for number, value in enumerate(self.rest))
+
+    def beside(self, hidden: Tensor, args: tuple, kwargs: dict):
+        """The same output with other `hidden` states, from a block that is called with `args` and `kwargs`."""
+        named = {**dict(enumerate(args)), **kwargs}
+        return self.kind((hidden, *(named.get(self.given.get(number), value) for number, value in enumerate(self.rest))))
+
+
+@dataclass(frozen=True)
+class Halves:
+    """How a block divides into an attention half, which mixes tokens, and an MLP half, which does not.
+
+    layout: "sequential" (the MLP half reads the attention half's output) or "parallel" (both read the block's input).
+    children: "attention" | "mlp" -> names of the block's children with matrices in that half.
+    silence: child -> function that takes the child and its arguments, and returns zeros in the structure of its output.
+    parameters: "attention" | "mlp" -> names of the parameters that the half's output depends on.
+    """
+
+    layout: str
+    children: dict[str, tuple[str, ...]]
+    silence: dict[str, Callable] = field(compare=False, repr=False)
+    parameters: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def silenced(self, half: str) -> dict[str, Callable]:
+        """What stands in for the children of the other half while `half` runs."""
+        return {child: self.silence[child] for child in self.children[OTHER[half]]}
+
+    def has(self, half: str, parameter: str) -> bool:
+        """Whether `parameter` belongs to `half`. A bias that pruning has added goes with its weight."""
+        known = self.parameters[half]
+        return parameter in known or (parameter.endswith(".bias") and f"{parameter.removesuffix('bias')}weight" in known)
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """How a block is built. All names are relative to the block, so blocks that are built alike share one structure.
+
+    output: see `Output`; None: hidden states alone.
+    groups: names of its matrices in the order in which they run; those of a group read the same input.
+    matrices: by name, in the same order; without modules.
+    dense: names of linear modules that are not pruned, as they did not run as modules when the structure was found.
+    halves: or why the block does not divide.
+    shared: names of parameters that arguments of other blocks are computed from. They belong to no window.
+    """
+
+    output: Output | None = None
+    groups: tuple[tuple[str, ...], ...] = ()
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    dense: tuple[str, ...] = ()
+    halves: Halves | str = "was not divided"
+    shared: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a model is built.
+
+    stacks: paths of the lists of blocks, in the order in which they run.
+    blocks: of each block of all stacks.
+    embedding: names of the parameters outside the blocks that the first block's input depends on.
+    finishing: paths of the modules between the encoder's last block and its output.
+    """
+
+    stacks: tuple[str, ...] = ()
+    blocks: tuple[BlockStructure, ...] = ()
+    embedding: frozenset[str] = frozenset()
+    finishing: tuple[str, ...] = ()
