@@ -90,7 +90,7 @@ print(hashlib.sha256(b"\0".join(files)).hexdigest(), sys.version.split()[0], pat
     : >build/setup.log
     say "Installing into $(dirname "$bin") (once; several minutes, log: build/setup.log)"
     pip_install 'pip>=24.1'
-    pip_install -c constraints.txt -e '.[notebooks,test,evaluation,lora,ray]'
+    pip_install -c constraints.txt -e '.[notebooks,test,evaluation,ray]'
     printf '%s\n' "$want" >"$stamp"
 }
 

@@ -1,122 +1,122 @@
-"""`recon ...`: the command line, generated from the dataclasses."""
+"""`recon ...`: the command line, generated from the configs."""
 
 import contextlib
 import logging
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from recon.errors import ReconError
-from recon.experiment.config import RunSpec
+from recon.experiment.config import RunSpec, options, place
 from recon.experiment.record import RunRecord
+from recon.options import described
 from recon.paper.bench.spec import BenchSpec
 
 
-@dataclass(frozen=True)
-class Run:
-    """Prune and repair one model; print its perplexities."""
+def flat(name: str, doc: str, without: tuple[str, ...] = (), **changed: tuple) -> type:
+    """A dataclass with the options of a `RunSpec` by flat name, as the command line shows them.
 
-    spec: Annotated[RunSpec, tyro.conf.arg(name="")]
+    without: options that cannot be given. changed: by option, its name on the command line, default and help, where they are others.
+    """
+    rows = []
+    for option, each in options().items():
+        if option not in without:
+            shown, default, help = changed.get(option, (option, each.default, described(each)))
+            argument = tyro.conf.arg(name=shown.replace("_", "-"), help=help)
+            rows.append((option, Annotated[each.type, argument], default))
+    rows.sort(key=lambda row: row[2] is not tyro.MISSING)
+    return make_dataclass(name, rows, frozen=True, namespace={"__doc__": doc})
+
+
+Spec = flat("Spec", "What is run.", without=("pruned", "pruned_revision"))
+External = flat(
+    "External",
+    "What is run where the mask is read from a pruned model.",
+    without=tuple(name for name, each in options().items() if place(name)[0] == "pruning"),
+    model=(
+        "dense",
+        tyro.MISSING,
+        "The model before it was pruned: a bundled name (see `recon models`), a local folder, or a Hub id.",
+    ),
+    revision=("dense-revision", None, "Branch, tag or commit of the dense model, where it is a Hub id."),
+    pruned=(
+        "pruned",
+        tyro.MISSING,
+        "The same model after something pruned it: a local folder, or a Hub id. Its mask is wherever it is zero.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a run is carried out, which changes no number."""
+
     record: Path | None = None
     """File for the record (JSON)."""
     save: Path | None = None
-    """New folder for the repaired model as a Hugging Face checkpoint."""
+    """New folder for the reconstructed model as a Hugging Face checkpoint."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What it is saved in: float32, as it was measured, or rounded after that, in half the room."""
     stream: Literal["auto", "yes", "no"] = "auto"
     """Leave the model on disk and work on one window at a time; a killed run goes on when called again. auto: if it would not fit."""
-
     force: bool = False
-    """Whether to run even what the plan says cannot fit here (see `recon plan`)."""
+    """Run even what the plan says cannot fit here (see `recon plan`)."""
     executor: Literal["serial", "ray"] = "serial"
-    """ray: windows are repaired side by side, on the cores and GPUs of this machine or of a cluster (dense propagation only)."""
+    """ray: windows are reconstructed side by side, on the cores and GPUs of this machine or of a cluster (dense propagation only)."""
     address: str | None = None
     """Of the Ray cluster; default: RAY_ADDRESS, else one that is started on this machine."""
 
-    def __call__(self) -> None:
-        _run(self.spec, self.record, self.save, self.save_dtype, self.stream, self.force, self.executor, self.address)
-
 
 @dataclass(frozen=True)
-class _Given(RunSpec):
-    """A `RunSpec` as the command line asks for it where the mask is given: what decides about masks cannot be set."""
+class Run:
+    """Prune and reconstruct one model; print its perplexities."""
 
-    model: Annotated[str, tyro.conf.arg(name="dense")] = tyro.MISSING
-    """The model before it was pruned: a bundled name (see `recon models`), a local folder, or a Hub id."""
-    revision: Annotated[str | None, tyro.conf.arg(name="dense-revision")] = None
-    """Branch, tag or commit of the dense model, where it is a Hub id."""
-    pruned: str = tyro.MISSING
-    """The same model after something pruned it: a local folder, or a Hub id. The mask is wherever its matrices are zero."""
-    prune_samples: tyro.conf.Suppress[int] = 0
-    criterion: tyro.conf.Suppress[str] = RunSpec.criterion
-    pattern: tyro.conf.Suppress[str] = RunSpec.pattern
-    scope: tyro.conf.Suppress[str] = RunSpec.scope
-    prune_propagation: tyro.conf.Suppress[str] = RunSpec.prune_propagation
-    sparsegpt_block_size: tyro.conf.Suppress[int] = RunSpec.sparsegpt_block_size
-    sparsegpt_damping: tyro.conf.Suppress[float] = RunSpec.sparsegpt_damping
-    swaps: tyro.conf.Suppress[int] = 0
+    spec: Annotated[Spec, tyro.conf.arg(name="")]
+    output: Annotated[Output, tyro.conf.arg(name="")]
+
+    def __call__(self) -> None:
+        _run(RunSpec.of(**vars(self.spec)), self.output)
 
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Repair a model that something else pruned, against the dense one; print perplexities."""
+    """Reconstruct a model that something else pruned, against the dense one; print perplexities."""
 
-    spec: Annotated[_Given, tyro.conf.arg(name="")]
-    record: Path | None = None
-    """File for the record (JSON)."""
-    save: Path | None = None
-    """New folder for the repaired model as a Hugging Face checkpoint."""
-    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """As for `recon run`."""
-    stream: Literal["auto", "yes", "no"] = "auto"
-    """As for `recon run`."""
-    force: bool = False
-    """Whether to run even what the plan says cannot fit here (see `recon plan`)."""
-    executor: Literal["serial", "ray"] = "serial"
-    """As for `recon run`."""
-    address: str | None = None
-    """As for `recon run`."""
+    spec: Annotated[External, tyro.conf.arg(name="")]
+    output: Annotated[Output, tyro.conf.arg(name="")]
 
     def __call__(self) -> None:
-        spec = RunSpec(**self.spec.__dict__)
-        _run(spec, self.record, self.save, self.save_dtype, self.stream, self.force, self.executor, self.address)
+        _run(RunSpec.of(**vars(self.spec)), self.output)
 
 
-def _run(
-    spec: RunSpec,
-    file: Path | None,
-    save: Path | None,
-    save_dtype: str,
-    stream: str,
-    force: bool,
-    executor: str,
-    address: str | None,
-) -> None:
-    """Runs `spec`, prints what came of it, and writes the record to `file` and the model to `save`, where they are named."""
+def _run(spec: RunSpec, output: Output) -> None:
+    """Runs `spec`, prints what came of it, and writes the record and the model where they are to go."""
     from recon.experiment.cluster import Ray
     from recon.experiment.study import run_or_record_failure, write_record
     from recon.runtime.storage import check_writable
 
-    if address is not None and executor != "ray":
-        raise ReconError(f"address {address!r} is that of a Ray cluster, but the executor is {executor}; choose executor ray")
+    file = output.record
+    if output.address is not None and output.executor != "ray":
+        raise ReconError(
+            f"address {output.address!r} is that of a Ray cluster, but the executor is {output.executor}; choose executor ray"
+        )
     if file:
         if file.is_dir():
             raise ReconError(f"record {str(file)!r} is a folder; name a file")
         check_writable(file.parent, "record")
-    command = shlex.join(["recon", *sys.argv[1:]])
 
     def note(record: RunRecord) -> None:
         if file:
             write_record(record, file)
 
-    workers = Ray(address) if executor == "ray" else executor
     record, error = run_or_record_failure(
-        spec, force=force, save=save, command=command, stream=stream, on_done=note, executor=workers, save_dtype=save_dtype
-    )
+        spec, force=output.force, save=output.save, command=shlex.join(["recon", *sys.argv[1:]]), stream=output.stream, on_done=note,
+        executor=Ray(output.address) if output.executor == "ray" else output.executor, save_dtype=output.save_dtype,
+    )  # fmt: skip
     if error:
         if not _known(spec, file):  # what is known of the very same run is not lost to a failure
             with contextlib.suppress(ReconError):  # the failure itself says more than that it cannot be noted, as on a full disk
@@ -147,7 +147,7 @@ def _report(spec: RunSpec, record: RunRecord) -> None:
             f"repaired {values['perplexity']:.2f}{recovered}"
         )
     seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in record.seconds.items())
-    found = f" (given: {record.metrics['pattern']})" if spec.pruned else ""
+    found = f" (given: {record.metrics['pattern']})" if spec.model.pruned else ""
     print(f"sparsity {record.metrics['sparsity']:.4f}{found}; {seconds}; peak memory {record.peak_memory_bytes / 2**30:.2f} GiB")
 
 
@@ -155,7 +155,7 @@ def _report(spec: RunSpec, record: RunRecord) -> None:
 class Plan:
     """Say what a run would take (memory, disk, time), and whether it fits here; no weights are read."""
 
-    spec: Annotated[RunSpec, tyro.conf.arg(name="")]
+    spec: Annotated[Spec, tyro.conf.arg(name="")]
     save: bool = False
     """Whether the repaired model would be saved."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -173,7 +173,7 @@ class Plan:
         from recon.experiment.plan import advice, plan
 
         planned = plan(
-            self.spec,
+            RunSpec.of(**vars(self.spec)),
             self.save,
             stream=self.stream,
             save_dtype=self.save_dtype,
@@ -281,8 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(
-            commands, prog="recon", description="Prune a causal LM and repair it.", args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            commands, prog="recon", description="Prune a causal LM and reconstruct it.", args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )()  # fmt: skip
     except ReconError as error:
         print(f"recon: {error}", file=sys.stderr)

@@ -137,7 +137,7 @@ def checkout(tmp_path):
 
 INSTALL = [
     "python -m pip install --disable-pip-version-check pip>=24.1",
-    "python -m pip install --disable-pip-version-check -c constraints.txt -e .[notebooks,test,evaluation,lora,ray]",
+    "python -m pip install --disable-pip-version-check -c constraints.txt -e .[notebooks,test,evaluation,ray]",
 ]
 
 

@@ -51,64 +51,75 @@ def flops(spec, decoder: Decoder) -> dict[str, float]:
     """
     model = _Model(decoder)
     samples = spec.samples_by_phase
-    tokens = {phase: count * spec.sequence_length for phase, count in samples.items()}
-    forward = 2 * model.weights + model.attention(spec.sequence_length)
+    tokens = {phase: count * spec.calibration.sequence_length for phase, count in samples.items()}
+    forward = 2 * model.weights + model.attention(spec.calibration.sequence_length)
     again = 1 - 1 / len(decoder.blocks)  # nothing reads what comes after the last block
     found = dict.fromkeys(("prune", "reconstruct", "retrain"), 0.0)
 
-    rule = criteria.get("none" if spec.pruned else spec.criterion)
-    if rule.statistics != "none" or spec.swaps:
-        passes = 1 + again if spec.prune_propagation == "sparse" and rule.scope != "model" else 1
+    rule = criteria.get("none" if spec.model.pruned else spec.pruning.criterion)
+    if rule.statistics != "none" or spec.pruning.mask_refinement:
+        passes = 1 + again if spec.pruning.statistics == "sparse" and rule.scope != "model" else 1
         found["prune"] = passes * forward * tokens["prune"]
-    if rule.statistics == "gram" or spec.swaps:
+    if rule.statistics == "gram" or spec.pruning.mask_refinement:
         found["prune"] += model.grams * tokens["prune"]
-    if spec.criterion == "sparsegpt":
+    if spec.pruning.criterion == "sparsegpt":
         found["prune"] += model.inverses
 
-    if spec.granularity != "none":
-        windows = decoder.windows(spec.granularity)
-        dense, sparse = spec.propagation != "sparse", spec.propagation != "dense"
+    if spec.reconstruction.granularity != "none":
+        windows = decoder.windows(spec.reconstruction.granularity)
+        dense, sparse = spec.reconstruction.propagation != "sparse", spec.reconstruction.propagation != "dense"
         per_token = forward + sparse * again * forward  # the dense model's pass, and the student's own
-        if spec.granularity == "matrix":
+        if spec.reconstruction.granularity == "matrix":
             # Targets come matrix by matrix; inputs too, unless one run of the dense block tells them all.
-            targets = 0 if spec.solver == "exact" and not sparse else 2 * model.weights
+            targets = 0 if spec.reconstruction.solver == "exact" and not sparse else 2 * model.weights
             per_token += targets - (0 if dense else forward) + sparse * (1 + dense) * model.prefixes
-        if spec.solver == "adamw":
-            per_token += spec.epochs * (forward + 2 * model.weights)  # the student, and its weights' gradients
-            if spec.granularity != "matrix":
-                first = 0 if spec.train == "all" else sum(model.first(window) for window in windows)
-                per_token += spec.epochs * (2 * (model.weights - first) + 2 * model.attention(spec.sequence_length))
+        if spec.reconstruction.solver == "adamw":
+            per_token += spec.reconstruction.epochs * (forward + 2 * model.weights)  # the student, and its weights' gradients
+            if spec.reconstruction.granularity != "matrix":
+                first = 0 if spec.reconstruction.train == "all" else sum(model.first(window) for window in windows)
+                per_token += spec.reconstruction.epochs * (
+                    2 * (model.weights - first) + 2 * model.attention(spec.calibration.sequence_length)
+                )
             else:
-                per_token -= spec.epochs * model.attention(spec.sequence_length)
-            if spec.adapter != "none":
-                batches = spec.epochs * -(-samples["reconstruct"] // spec.batch_size)
-                found["reconstruct"] += batches * 6 * spec.rank * model.weights
-        if spec.solver == "exact" or spec.start == "exact":
-            used = tokens["reconstruct"] * min(spec.exact_samples or spec.samples, spec.samples) / spec.samples
-            found["reconstruct"] += model.grams * used + 2 * model.products * (1 + spec.exact_iterations)
+                per_token -= spec.reconstruction.epochs * model.attention(spec.calibration.sequence_length)
+            if spec.reconstruction.adapter != "none":
+                batches = spec.reconstruction.epochs * -(-samples["reconstruct"] // spec.reconstruction.batch_size)
+                found["reconstruct"] += batches * 6 * spec.reconstruction.rank * model.weights
+        if spec.reconstruction.solver == "exact" or spec.reconstruction.start == "exact":
+            used = (
+                tokens["reconstruct"]
+                * min(spec.reconstruction.exact_samples or spec.calibration.samples, spec.calibration.samples)
+                / spec.calibration.samples
+            )
+            found["reconstruct"] += model.grams * used + 2 * model.products * (1 + spec.reconstruction.exact_iterations)
         found["reconstruct"] += per_token * tokens["reconstruct"]
         # Errors: on held-out samples, through the dense windows too; before and after through the student's.
-        extra = ERROR_SAMPLES * spec.sequence_length
-        found["reconstruct"] += extra * forward * ((spec.held_out_samples > 0) + 2)
+        extra = ERROR_SAMPLES * spec.calibration.sequence_length
+        found["reconstruct"] += extra * forward * ((spec.calibration.held_out_samples > 0) + 2)
 
-    if spec.then != "none":
+    if spec.retraining.method != "none":
         whole = forward + 2 * model.head
-        backward = 2 * (model.weights + model.head) + 2 * model.attention(spec.sequence_length)
-        if spec.then == "full":
+        backward = 2 * (model.weights + model.head) + 2 * model.attention(spec.calibration.sequence_length)
+        if spec.retraining.method == "full":
             backward += 2 * (model.weights + model.head)
-        elif spec.then == "lora":
-            backward += (3 + spec.then_checkpointing) * 2 * spec.rank * model.edges
-        elif spec.then in ADAPTERS:
+        elif spec.retraining.method == "lora":
+            backward += (3 + spec.retraining.checkpointing) * 2 * spec.reconstruction.rank * model.edges
+        elif spec.retraining.method in ADAPTERS:
             backward += 2 * model.weights
-            batches = spec.then_epochs * -(-samples["retrain"] // spec.then_batch_size)
-            found["retrain"] += batches * (6 + 2 * spec.then_checkpointing) * spec.rank * model.weights
-        per_token = whole + backward + (whole if spec.objective == "distil" else 0) + (forward if spec.then_checkpointing else 0)
-        found["retrain"] += spec.then_epochs * per_token * tokens["retrain"]
+            batches = spec.retraining.epochs * -(-samples["retrain"] // spec.retraining.batch_size)
+            found["retrain"] += batches * (6 + 2 * spec.retraining.checkpointing) * spec.reconstruction.rank * model.weights
+        per_token = (
+            whole
+            + backward
+            + (whole if spec.retraining.objective == "distil" else 0)
+            + (forward if spec.retraining.checkpointing else 0)
+        )
+        found["retrain"] += spec.retraining.epochs * per_token * tokens["retrain"]
 
-    evaluated = len(spec.evaluation_texts) * spec.evaluation_samples * spec.evaluation_length
-    repaired = spec.granularity != "none" or spec.then != "none"
+    evaluated = len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length
+    repaired = spec.reconstruction.granularity != "none" or spec.retraining.method != "none"
     found["evaluate"] = (2 + repaired) * evaluated * (
-        2 * (model.weights + model.head) + model.attention(spec.evaluation_length)
+        2 * (model.weights + model.head) + model.attention(spec.evaluation.length)
     )  # fmt: skip
     return found
 
@@ -159,14 +170,16 @@ def cost(spec, decoder: Decoder) -> tuple[dict[str, float], int]:
     """FLOPs by phase (see `flops`) and, roughly, peak bytes that a run of `spec` adds to the process that holds the dense model."""
     everything = sum(p.numel() for p in decoder.model.parameters())
     trained = 0
-    if canonical(spec.granularity) != "none":
-        trained = max(sum(p.numel() for p in decoder.parameters(w).values()) for w in decoder.windows(spec.granularity))
-    if spec.then == "full":
+    if canonical(spec.reconstruction.granularity) != "none":
+        trained = max(
+            sum(p.numel() for p in decoder.parameters(w).values()) for w in decoder.windows(spec.reconstruction.granularity)
+        )
+    if spec.retraining.method == "full":
         trained = everything
-    elif spec.then != "none":
+    elif spec.retraining.method != "none":
         trained = max(trained, sum(matrix.weight.numel() for matrix in decoder.matrices().values()) // 2)
     hidden = decoder.model.config.get_text_config().hidden_size
-    activations = 4 * (spec.samples + spec.held_out_samples) * spec.sequence_length * hidden
+    activations = 4 * (spec.calibration.samples + spec.calibration.held_out_samples) * spec.calibration.sequence_length * hidden
     # The student; inputs, targets and one stream on its way; weights' backup, gradient and two moments of AdamW.
     return flops(spec, decoder), 4 * everything + 3 * activations + 4 * 4 * trained
 
@@ -177,7 +190,7 @@ def streamed_peak(spec, decoder: Decoder) -> int:
     See `recon.experiment.streamed.StreamedRun` for what is in memory when.
     """
     blocks = [sum(p.numel() for p in block.parameters()) for block in decoder.blocks]
-    windows = [] if canonical(spec.granularity) == "none" else decoder.windows(spec.granularity)
+    windows = [] if canonical(spec.reconstruction.granularity) == "none" else decoder.windows(spec.reconstruction.granularity)
     trained = max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0)
     ends = max((weight.numel() for weight in decoder.head_weights()), default=0)
     # Weights, gradients, two moments and the rounded copy that autocast keeps, masks twice (1 byte, 2 bytes); or weights and rounded ones.
@@ -189,12 +202,12 @@ def announce(spec, decoder: Decoder, device: torch.device, streamed: bool = Fals
     flops, peak = cost(spec, decoder)
     if streamed:
         peak = streamed_peak(spec, decoder)
-    rate = speed(device, pick_compute_dtype(spec.compute_dtype, device))
+    rate = speed(device, pick_compute_dtype(spec.compute.compute_dtype, device))
     seconds = {phase: count / rate for phase, count in flops.items()}
     parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items() if value)
     log.info(
         "%s, %s %s, %s: about %s on this machine (%s); about %.1f GiB",
-        spec.model, spec.criterion, spec.pattern, spec.granularity, duration(sum(seconds.values())), parts, (resident() + peak) / 2**30,
+        spec.model.model, spec.pruning.criterion, spec.pruning.pattern, spec.reconstruction.granularity, duration(sum(seconds.values())), parts, (resident() + peak) / 2**30,
     )  # fmt: skip
 
 
@@ -203,9 +216,9 @@ def announce_study(specs: list, decoder: Decoder, device: torch.device) -> None:
     spent, dense, pruned, peak, disk = 0.0, set(), set(), 0, 0
     for spec in specs:
         by_phase, bytes_needed = cost(spec, decoder)
-        once = by_phase["evaluate"] / (2 + (spec.granularity != "none" or spec.then != "none"))
+        once = by_phase["evaluate"] / (2 + (spec.reconstruction.granularity != "none" or spec.retraining.method != "none"))
         spent += by_phase["evaluate"] - 2 * once + by_phase["reconstruct"] + by_phase["retrain"]
-        shared = (spec.evaluation_texts, spec.evaluation_samples, spec.evaluation_length)
+        shared = (spec.evaluation.texts, spec.evaluation.samples, spec.evaluation.length)
         if shared not in dense:
             dense.add(shared)
             spent += once
@@ -215,7 +228,7 @@ def announce_study(specs: list, decoder: Decoder, device: torch.device) -> None:
             spent += once + by_phase["prune"]
         peak = max(peak, bytes_needed)
         hidden = decoder.model.config.get_text_config().hidden_size
-        tokens = (2 * spec.samples + spec.held_out_samples) * spec.sequence_length
+        tokens = (2 * spec.calibration.samples + spec.calibration.held_out_samples) * spec.calibration.sequence_length
         disk = max(disk, 4 * tokens * hidden * len(decoder.blocks))
     seconds = spent / speed(device, pick_compute_dtype(specs[0].compute_dtype, device))
     log.info(

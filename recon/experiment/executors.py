@@ -5,7 +5,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 
 from recon.experiment import estimate, plan, streamed
 from recon.experiment.cluster import Crew, Failure, Ray, Request, connect
@@ -47,7 +46,7 @@ def _under(key: str, spec: RunSpec, found: RunRecord, reason: str) -> RunRecord:
     if found.key == key:
         return found
     error = f"its key is {found.key} by now: {reason}" if found.status == "done" else found.error
-    return RunRecord(asdict(spec), key, "failed", error)
+    return RunRecord(spec.flat(), key, "failed", error)
 
 
 def _announce(specs: list[RunSpec], session: Session) -> None:
@@ -63,7 +62,7 @@ def _announce(specs: list[RunSpec], session: Session) -> None:
 
 def _spread(specs: dict[str, RunSpec], run: Run, settings: Ray) -> Iterator[RunRecord]:
     ray = connect(settings.address)
-    on_cpu = any(spec.device == "cpu" for spec in specs.values())
+    on_cpu = any(spec.compute.device == "cpu" for spec in specs.values())
     room = settings.request(ray, on_cpu).memory_there(ray)
     share = min((each for _, each in room), default=math.inf) if settings.memory is None else math.inf
     # Models that need workers of their own size come one after the other.
@@ -95,7 +94,7 @@ def _memory(specs: Iterable[RunSpec], share: float) -> int:
             return 0
         return math.ceil(plan.plan(largest).peak_memory)
     except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
-        log.info("no memory is set aside for runs of %r: %s", largest.model, error)
+        log.info("no memory is set aside for runs of %r: %s", largest.model.model, error)
         return 0
 
 
@@ -105,7 +104,7 @@ def _by_workers(specs: dict[str, RunSpec], run: Run, ray, request: Request, limi
         while len(queue) or crew.in_hand:
             for key, found in crew.step():
                 if isinstance(found, Failure):
-                    found = RunRecord(asdict(specs[key]), key, "failed", found.error)
+                    found = RunRecord(specs[key].flat(), key, "failed", found.error)
                 others = (
                     "where a worker computed it, the model or texts that it reads are others than here; give all nodes the same"
                 )

@@ -134,9 +134,15 @@ class Plan:
         times = ", ".join(f"{phase} {estimate.duration(value)}" for phase, value in self.seconds.items() if value)
         time = f"about {estimate.duration(sum(self.seconds.values()))} on this machine: {times}"
         rows = [
-            ("model", f"{spec.model}: {self.parameters:,} parameters, {self.prunable:,} of them in matrices that are pruned"),
+            (
+                "model",
+                f"{spec.model.model}: {self.parameters:,} parameters, {self.prunable:,} of them in matrices that are pruned",
+            ),
             ("kept", "on disk, one window at a time in memory" if self.streamed else "in memory"),
-            ("windows", f"{self.windows} of {spec.granularity}, the largest of {self.largest_window:,} parameters"),
+            (
+                "windows",
+                f"{self.windows} of {spec.reconstruction.granularity}, the largest of {self.largest_window:,} parameters",
+            ),
             ("tokens", ", ".join(f"{phase} {count:,}" for phase, count in self.tokens.items())),
             ("operations", ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count)),
             ("time", time if self.seconds else f"not known: how fast {self.device} is can only be told where it is"),
@@ -190,10 +196,10 @@ def plan(
             that is unknown or cannot be taken apart, a granularity that it is too small for.
     """
     decoder = shapes_of(*spec.loaded_by).decoder
-    windows = decoder.windows(spec.granularity) if spec.granularity != "none" else []
+    windows = decoder.windows(spec.reconstruction.granularity) if spec.reconstruction.granularity != "none" else []
     flops = estimate.flops(spec, decoder)
-    device = planned_device(spec.device, device_memory)
-    dtype = planned_dtype(spec.compute_dtype, device)
+    device = planned_device(spec.compute.device, device_memory)
+    dtype = planned_dtype(spec.compute.compute_dtype, device)
     parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
     available = available_memory() if memory is None else int(memory * GIB)
     prunable = sum(matrix.weight.numel() for matrix in decoder.matrices().values())
@@ -266,7 +272,7 @@ def planned_dtype(name: str, device: torch.device) -> torch.dtype:
 def _streams(spec: RunSpec, decoder: Decoder) -> int:
     """Bytes of the activations that a streamed run keeps on disk: of both models, each before and after the window in hand."""
     width = decoder.model.config.get_text_config().hidden_size
-    return 4 * 4 * width * (spec.samples + spec.held_out_samples) * spec.sequence_length
+    return 4 * 4 * width * (spec.calibration.samples + spec.calibration.held_out_samples) * spec.calibration.sequence_length
 
 
 def _can_be_streamed(spec: RunSpec) -> bool:
@@ -284,7 +290,7 @@ def _memory(spec: RunSpec, evaluated: bool = True, on_disk: bool = False, device
     # Files that are mapped do not count where a run is streamed, and so neither do this process's own libraries.
     process = float(resident_anonymous() or resident()) if on_disk else float(resident())
     rehearse = streamed_peaks if on_disk else peaks
-    spec = replace(spec, compute_dtype=str(planned_dtype(spec.compute_dtype, device)).removeprefix("torch."))
+    spec = spec.replaced(compute_dtype=str(planned_dtype(spec.compute.compute_dtype, device)).removeprefix("torch."))
     try:
         found = rehearse(spec, shapes.config, shapes.decoder, evaluated, device)
     except ReconError:
@@ -292,7 +298,7 @@ def _memory(spec: RunSpec, evaluated: bool = True, on_disk: bool = False, device
     except Exception as error:  # whatever a model runs into that asks tensors without values for theirs
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise ReconError(
-            f"no plan can be made for model {spec.model!r}: it does not run on tensors that have shapes and no values ({said}), as "
+            f"no plan can be made for model {spec.model.model!r}: it does not run on tensors that have shapes and no values ({said}), as "
             "where shapes depend on weights; the run itself needs no plan"
         ) from error
     host = {phase: {"process": process, **parts} for phase, parts in found.highest(HOST.type).items()}
@@ -302,12 +308,13 @@ def _memory(spec: RunSpec, evaluated: bool = True, on_disk: bool = False, device
 def _tokens(spec: RunSpec) -> dict[str, int]:
     """Tokens that each phase reads."""
     phases = {
-        "prune": not spec.pruned and (criteria.get(spec.criterion).statistics != "none" or spec.swaps > 0),
-        "reconstruct": spec.granularity != "none",
-        "retrain": spec.then != "none",
+        "prune": not spec.model.pruned
+        and (criteria.get(spec.pruning.criterion).statistics != "none" or spec.pruning.mask_refinement > 0),
+        "reconstruct": spec.reconstruction.granularity != "none",
+        "retrain": spec.retraining.method != "none",
     }
-    tokens = {name: spec.samples_by_phase[name] * spec.sequence_length for name, there in phases.items() if there}
-    return {**tokens, "evaluate": len(spec.evaluation_texts) * spec.evaluation_samples * spec.evaluation_length}
+    tokens = {name: spec.samples_by_phase[name] * spec.calibration.sequence_length for name, there in phases.items() if there}
+    return {**tokens, "evaluate": len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length}
 
 
 @dataclass(frozen=True)
@@ -354,7 +361,7 @@ def advice(planned: Plan) -> str:
     @functools.cache
     def changed(number: int, step: int) -> dict[str, Phases]:
         change = changes[number]
-        return _memory(replace(spec, **change.steps[step]), "evaluate" in change.phases, on_disk, planned.device)
+        return _memory(spec.replaced(**change.steps[step]), "evaluate" in change.phases, on_disk, planned.device)
 
     def fits(number: int, step: int) -> bool:
         return not over(changed(number, step)) & too_much
@@ -370,7 +377,7 @@ def advice(planned: Plan) -> str:
         if change.phases & phases:
             together |= change.steps[-1]
     if together:
-        found = _memory(replace(spec, **together), on_disk=on_disk, device=planned.device)
+        found = _memory(spec.replaced(**together), on_disk=on_disk, device=planned.device)
         verb = "even {} would need {}" if over(found) else "{} would fit, with {}"
         return verb.format(_options(options | together), needs(found))
     return ""
@@ -383,9 +390,11 @@ def _advice_on_disk(planned: Plan) -> str:
         return f"save to {elsewhere}, or do not save the model"
     spec, decoder = planned.spec, shapes_of(*planned.spec.loaded_by).decoder
     rest = planned.disk - _streams(spec, decoder)
-    shorter = [] if spec.pieces > 1 else _halves(spec, "sequence_length", 128)  # it has to be a multiple of the pieces
+    shorter = (
+        [] if spec.reconstruction.chunks > 1 else _halves(spec, "sequence_length", 128)
+    )  # it has to be a multiple of the pieces
     for change in (*_halves(spec, "samples", 8), *shorter):
-        needs = rest + _streams(replace(spec, **change), decoder)
+        needs = rest + _streams(spec.replaced(**change), decoder)
         if needs <= planned.available_disk:
             return f"{_options(change)} would fit, with {needs / GIB:.1f} GiB, as would {elsewhere}"
     return f"with fewer or shorter samples, {rest / GIB:.1f} GiB of it stay; take {elsewhere}"
@@ -403,12 +412,12 @@ def _changes(spec: RunSpec) -> list[Change]:
     """What could be changed to take less memory, the least harmful first."""
     halves = functools.partial(_halves, spec)
     decoder = shapes_of(*spec.loaded_by).decoder
-    found = [(("reconstruct",), halves("batch_size")), (("retrain",), halves("then_batch_size"))]
-    if spec.then != "none" and not spec.then_checkpointing:
-        found.append((("retrain",), [{"then_checkpointing": True}]))
+    found = [(("reconstruct",), halves("batch_size")), (("retrain",), halves("retrain_batch_size"))]
+    if spec.retraining.method != "none" and not spec.retraining.checkpointing:
+        found.append((("retrain",), [{"retrain_checkpointing": True}]))
     found.append((("evaluate",), halves("evaluation_samples", 8)))
-    if spec.granularity not in ("none", "matrix"):
-        now, sizes = max(window.halves for window in decoder.windows(spec.granularity)), {}
+    if spec.reconstruction.granularity not in ("none", "matrix"):
+        now, sizes = max(window.halves for window in decoder.windows(spec.reconstruction.granularity)), {}
         for name in GRANULARITIES:
             with contextlib.suppress(ReconError):  # it does not fit this model
                 sizes.setdefault(max(window.halves for window in decoder.windows(name)), name)
@@ -439,8 +448,8 @@ def check(
     try:
         decoder = shapes_of(*spec.loaded_by).decoder
         flops, roughly = estimate.cost(spec, decoder)
-        device = pick_device(spec.device)
-        seconds = sum(flops.values()) / estimate.speed(device, pick_compute_dtype(spec.compute_dtype, device))
+        device = pick_device(spec.compute.device)
+        seconds = sum(flops.values()) / estimate.speed(device, pick_compute_dtype(spec.compute.compute_dtype, device))
         least = min(available_memory(), available_on_device(device) or math.inf)
         if seconds < LONG and roughly < LARGE * least:
             return None

@@ -1,9 +1,11 @@
 """Windows of one model reconstructed side by side by Ray workers."""
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,24 +14,26 @@ from recon.errors import ReconError
 from recon.experiment import cluster
 from recon.experiment.cluster import Crew, Failure, Ray
 from recon.experiment.shipping import Packed, revived, twin, without_weights
-from recon.methods.reconstruct import WindowReport, _Pass
+from recon.methods.reconstruct import Reconstruction, WindowReport
 from recon.model.decoder import Decoder
 from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
-from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
-from recon.runtime.store import MemoryStore
 
 
-def workers(executor: str | Ray | None, propagation: str) -> Ray | None:
-    """What to use of Ray for an executor (see `recon.experiment.cluster.get`); raises `ReconError` where windows depend on one another."""
+def loop(executor: str | Ray | None) -> Callable | None:
+    """The loop over windows for an executor (see `recon.experiment.cluster.get`): None: one after another."""
     settings = cluster.get(executor)
-    if settings is not None and propagation != "dense":
+    return None if settings is None else partial(side_by_side, settings)
+
+
+def check(executor: str | Ray | None, propagation: str) -> None:
+    """Raises `ReconError` where windows depend on one another and are to be fitted side by side."""
+    if cluster.get(executor) is not None and propagation != "dense":
         raise ReconError(
-            f"windows cannot be repaired side by side under {propagation} propagation: each one reads what those before it, repaired, "
+            f"windows cannot be reconstructed side by side under {propagation} propagation: each reads what those before it, reconstructed, "
             "give out; choose propagation dense, or executor serial"
         )
-    return settings
 
 
 @dataclass(frozen=True)
@@ -43,31 +47,13 @@ class _Task:
     stream: object  # reference to a `Packed` that windows share
 
 
-class _Shard(MemoryStore):
-    """The work of a pass that repairs one window: what becomes of it."""
-
-    def finish(self, phase, found, streams=None, weights=None, shard=None) -> None:
-        self.found = found, {name: Packed.of(tensor) for name, tensor in shard.items()}
-
-
-class _Lone(_Pass):
-    """A pass over one window, whose streams lead nowhere."""
-
-    def advance(self, window: Window) -> None:
-        self.kept.clear()
-
-
 class _Windows:
-    """What a worker does: repairs one window after the other, none of which depends on another."""
+    """What a worker does: reconstructs one window after the other, none of which depends on another."""
 
-    def __init__(self, task: _Pass, tokens: Tensor):
+    def __init__(self, task: Reconstruction):
         self.decoder = without_weights(task.teacher)
         self.on_cpu, self.dtype = task.execution.device.type == "cpu", str(task.execution.dtype).removeprefix("torch.")
-        self.options = (
-            task.propagation, task.solver, task.start, task.loss, task.schedule, task.exact, task.train, task.adapter, task.rank,
-            task.seed,
-        )  # fmt: skip
-        self.count, self.shape = task.count, tokens.shape
+        self.config, self.seed, self.count, self.shape = task.config, task.seed, task.count, task.shape
         self.task: _Task | None = None
         self.teacher: Decoder | None = None
 
@@ -80,14 +66,17 @@ class _Windows:
             self.student = twin(self.teacher, lambda name: self.value(self.task.pruned, name))
         for name, value in task.pruned.items():
             self.student.lazy.add(name, value.shape)
-        store, masks = _Shard(), {name: mask.tensor() for name, mask in task.masks.items()}
-        execution = Execution("cpu" if self.on_cpu else "auto", self.dtype, store)
-        lone = _Lone(self.teacher, self.student, masks, *self.options, execution, self.count, Activations(limit=0), store)
-        lone.settle(*self.shape)
-        lone.dense, lone.sparse = ray.get(task.stream).tensor(), None
+        masks = {name: mask.tensor() for name, mask in task.masks.items()}
+        execution = Execution("cpu" if self.on_cpu else "auto", self.dtype)
+        alone = Reconstruction(self.teacher, self.student, masks, self.config, execution, self.seed, self.count, self.shape)
+        alone.propagation.dense, window = ray.get(task.stream).tensor(), task.window
+        began = time.perf_counter()
         with requiring_gradients(self.student.model.parameters(), False):
-            lone.repair(task.window)
-        return store.found
+            aim = alone.propagation.task(window)
+            with self.student.loaded(window):
+                report = alone.reconstruct(window, aim)
+                shard = {name: Packed.of(parameter) for name, parameter in self.student.parameters(window).items()}
+        return asdict(report) | {"seconds": time.perf_counter() - began}, shard
 
     @staticmethod
     def value(values: dict[str, Packed], name: str) -> Tensor | None:
@@ -97,7 +86,7 @@ class _Windows:
 class _Waiting:
     """Windows that wait for a worker, made ready one by one; see `recon.experiment.cluster.Tasks`."""
 
-    def __init__(self, task: _Pass, windows: list[Window], put: Callable[[Packed], object]):
+    def __init__(self, task: Reconstruction, windows: list[Window], put: Callable[[Packed], object]):
         self.task_of, self.put = task, put
         self.left = deque(windows)
         self.waiting: deque[str] = deque()
@@ -120,13 +109,13 @@ class _Waiting:
     def make_ready(self) -> None:
         """Packs the next window, and takes the dense activations on to the one after it."""
         task, window = self.task_of, self.left.popleft()
-        if task.dense is not self.shared[0]:
-            self.shared = task.dense, self.put(Packed.of(task.dense))
+        if task.propagation.dense is not self.shared[0]:
+            self.shared = task.propagation.dense, self.put(Packed.of(task.propagation.dense))
         read = Window(window.blocks) if window.matrices else window
         masks = {name: Packed.of(task.masks[name]) for name in task.student.matrices(window)}
         self.ready[window.name] = _Task(window, _packed(task.teacher, read), _packed(task.student, window), masks, self.shared[1])
-        task.advance(window)
-        self.after[window.name] = task.dense
+        task.propagation.advance(window)
+        self.after[window.name] = task.propagation.dense
         self.waiting.append(window.name)
 
 
@@ -137,12 +126,12 @@ def _packed(decoder: Decoder, window: Window) -> dict[str, Packed]:
         return {name: Packed.of(p) for name, p in decoder.model.named_parameters() if id(p) in needed}
 
 
-def _side_by_side(task: _Pass, windows: list[Window], tokens: Tensor, settings: Ray) -> Iterator[WindowReport]:
-    """The reports of `windows`, in their order, as workers repair them; `task` has begun with `tokens`."""
+def side_by_side(settings: Ray, task: Reconstruction, windows: list[Window]) -> Iterator[WindowReport]:
+    """The reports of `windows`, in their order, as workers repair them."""
     ray = cluster.connect(settings.address)
     request = settings.request(ray, on_cpu=task.execution.device.type == "cpu")
     waiting, done = _Waiting(task, windows, ray.put), {}
-    with contextlib.closing(Crew(ray, request, settings.workers, _Windows(task, tokens), waiting, "window")) as crew:
+    with contextlib.closing(Crew(ray, request, settings.workers, _Windows(task), waiting, "window")) as crew:
         for window in windows:
             while window.name not in done:
                 room = crew.capacity()
@@ -152,7 +141,7 @@ def _side_by_side(task: _Pass, windows: list[Window], tokens: Tensor, settings: 
                     waiting.make_ready()
                 for name, found in crew.step(timeout=0 if more else cluster.POLL):
                     if isinstance(found, Failure):
-                        raise ReconError(f"window {name!r} was not repaired: {found.error}")
+                        raise ReconError(f"window {name!r} was not reconstructed: {found.error}")
                     done[name] = found
             del waiting.ready[window.name]
             found, shard = done.pop(window.name)
@@ -161,5 +150,5 @@ def _side_by_side(task: _Pass, windows: list[Window], tokens: Tensor, settings: 
                 for name, packed in shard.items():
                     parameters[name].copy_(packed.tensor())
                 streams = {"dense": waiting.after.pop(window.name), "sparse": None}
-                task.store.finish("reconstruct", found, streams, shard={name: p.detach() for name, p in parameters.items()})
-            yield WindowReport(**found)
+                report = task.finish(window, WindowReport(**found), streams, found["seconds"])
+            yield report

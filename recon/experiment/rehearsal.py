@@ -13,7 +13,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -446,11 +446,11 @@ class Rehearsal(Run):
         structure = self.dense.structure
         self.dense.structure = replace(structure, blocks=structure.blocks[: len(self.dense.blocks)])
         most = max(spec.samples_by_phase.values())
-        self.calibration = torch.zeros(most, spec.sequence_length, dtype=torch.long)
-        self.held_out = torch.zeros(spec.held_out_samples, spec.sequence_length, dtype=torch.long)
-        self.held_out = self.held_out if spec.held_out_samples else None
-        shape = (spec.evaluation_samples, spec.evaluation_length)
-        self.texts = {name: torch.zeros(shape, dtype=torch.long) for name in spec.evaluation_texts}
+        self.calibration = torch.zeros(most, spec.calibration.sequence_length, dtype=torch.long)
+        self.held_out = torch.zeros(spec.calibration.held_out_samples, spec.calibration.sequence_length, dtype=torch.long)
+        self.held_out = self.held_out if spec.calibration.held_out_samples else None
+        shape = (spec.evaluation.samples, spec.evaluation.length)
+        self.texts = {name: torch.zeros(shape, dtype=torch.long) for name in spec.evaluation.texts}
 
     def decoder(self, like: Decoder) -> Decoder:
         """The model, built as `like` is."""
@@ -481,7 +481,7 @@ class Rehearsal(Run):
 
     def measure(self, decoder: Decoder, what: str) -> Measured:
         """Once, in the end: all that is kept is there then."""
-        repaired = self.spec.granularity != "none" or self.spec.then != "none"
+        repaired = self.spec.reconstruction.granularity != "none" or self.spec.retraining.method != "none"
         if self.evaluated and what == ("repaired" if repaired else "pruned"):
             return super().measure(decoder, what)
         return Measured({}, {}, [], None)
@@ -563,9 +563,13 @@ def streamed_peaks(
 
     One window more than the largest tells it all, if blocks have equal shapes: what else there is of the model takes no memory.
     """
-    size = 1 if spec.granularity == "none" else max(len(window.blocks) for window in like.windows(spec.granularity))
+    size = (
+        1
+        if spec.reconstruction.granularity == "none"
+        else max(len(window.blocks) for window in like.windows(spec.reconstruction.granularity))
+    )
     if len(_shapes(like)) == 1 and size < len(like.blocks):
-        spec = replace(spec, granularity=f"{size}-blocks") if size > 1 else spec
+        spec = spec.replaced(granularity=f"{size}-blocks") if size > 1 else spec
         config = shortened(config, size + 1)
     return rehearse(spec, config, like, evaluated, device, StreamedRehearsal)
 
@@ -585,12 +589,16 @@ def peaks(spec: RunSpec, config: PretrainedConfig, like: Decoder, evaluated: boo
     each block of a window: these are found from models of a few blocks.
     """
     blocks = len(like.blocks)
-    size = 1 if spec.granularity == "none" else max(len(window.blocks) for window in like.windows(spec.granularity))
+    size = (
+        1
+        if spec.reconstruction.granularity == "none"
+        else max(len(window.blocks) for window in like.windows(spec.reconstruction.granularity))
+    )
     if len(_shapes(like)) > 1 or blocks <= min(size, 2) + 2:
         return rehearse(spec, config, like, evaluated, device)
 
     def small(window: int, blocks: int) -> Peaks:
-        in_blocks = replace(spec, granularity=f"{window}-blocks") if size > 1 else spec
+        in_blocks = spec.replaced(granularity=f"{window}-blocks") if size > 1 else spec
         return rehearse(in_blocks, shortened(config, blocks), like, evaluated, device)
 
     window = min(size, 2)
@@ -622,18 +630,22 @@ def rehearse(
 ) -> Peaks:
     """As `peaks`, of the model of `config` as it is; its blocks are built as the first ones of `like`."""
     ledger = Ledger(equal=not spec.changes_weights, device=device)
-    if spec.pruned:  # a given mask costs what the plainest criterion does
-        spec = replace(spec, pruned=None, pruned_revision=None, criterion="magnitude", pattern="0.5")
+    if spec.model.pruned:  # a given mask costs what the plainest criterion does
+        spec = spec.replaced(pruned=None, pruned_revision=None, criterion="magnitude", pattern="0.5")
     order = max(
         batch * (accumulation + 1)
         for batch, accumulation in (
-            (spec.batch_size, spec.accumulation),
-            (spec.then_batch_size, spec.then_accumulation),
+            (spec.reconstruction.batch_size, spec.reconstruction.accumulation),
+            (spec.retraining.batch_size, spec.retraining.accumulation),
         )
     )
     # What is repeated in place is rehearsed once or twice.
-    spec = replace(
-        spec, epochs=1, then_epochs=1, swaps=min(spec.swaps, 2), exact_iterations=min(spec.exact_iterations, 2), tasks=()
+    spec = spec.replaced(
+        epochs=1,
+        retrain_epochs=1,
+        mask_refinement=min(spec.pruning.mask_refinement, 2),
+        exact_iterations=min(spec.reconstruction.exact_iterations, 2),
+        tasks=(),
     )
     with warnings.catch_warnings(), _Fake(allow_non_fake_inputs=True), ledger, _Answers(order):
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # `nn.Parameter` is copied so

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recon.data import files, models, text
-from recon.errors import ReconError, need
+from recon.errors import ReconError
 from recon.evaluate import perplexity as evaluation
 from recon.evaluate import zero_shot
 from recon.experiment import checkpoint, estimate, ray_windows
@@ -26,11 +26,12 @@ from recon.experiment.config import RunSpec
 from recon.experiment.environment import environment
 from recon.experiment.record import RunRecord
 from recon.kernels.patterns import Pattern, found_pattern, sparsity_of
-from recon.methods import external_mask as given
+from recon.methods import external_mask
 from recon.methods import prune as pruning
 from recon.methods import reconstruct as reconstruction
 from recon.methods import retrain as retraining
 from recon.methods.adapters import check_adaptable
+from recon.methods.callbacks import Callback
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.runtime import device, lock
@@ -151,7 +152,7 @@ def run(
 
     session, save = session or Session(), None if save is None else Path(save)
     checkpoint.check_dtype(save_dtype, save)
-    ray_windows.workers(executor, spec.propagation)
+    ray_windows.check(executor, spec.reconstruction.propagation)
     if stream == "auto" and streamed.begun(spec, save):
         stream = "yes"  # though it may fit into memory by now
     # What is in memory already fits into it.
@@ -187,8 +188,8 @@ class Run:
         self, spec: RunSpec, session: Session, progress: bool, executor: str | Ray = "serial", save_dtype: str = "float32"
     ):
         self.spec, self.session, self.progress, self.executor, self.save_dtype = spec, session, progress, executor, save_dtype
-        self.record = RunRecord(asdict(spec), spec.key())
-        self.device = device.pick_device(spec.device)
+        self.record = RunRecord(spec.flat(), spec.key())
+        self.device = device.pick_device(spec.compute.device)
         self.store = MemoryStore()
         session.reused.clear()
         session.model = None  # frees the memory of the last run's model, unless somebody else holds it
@@ -199,7 +200,7 @@ class Run:
         began = time.perf_counter()
         with self.phase("load"):
             self.load()
-            biases = [] if spec.pruned else pruning.touched_biases(self.dense, spec.criterion)
+            biases = [] if spec.model.pruned else pruning.touched_biases(self.dense, spec.pruning.criterion)
             if save is not None:
                 checkpoint.check_places(self.dense.model, biases)
                 self.check_range()
@@ -209,26 +210,26 @@ class Run:
             dense, self.references = self.dense_measured()
         student = self.copy_of_dense()
         pruned = self.pruned_student(student)
-        record.metrics["starved_matrices"] = pruned.pruning.starved
-        if spec.pruned:
+        record.metrics["under_calibrated_matrices"] = pruned.pruning.under_calibrated
+        if spec.model.pruned:
             record.metrics["pattern"] = str(found_pattern(pruned.pruning.masks.values()))
         record.seconds["prune"] = pruned.seconds
         record.peak_memory_bytes_by_phase["prune"] = pruned.peak
         repaired = pruned.measured
         record.seconds["reconstruct"] = record.seconds["retrain"] = 0.0
-        if spec.granularity != "none":
+        if spec.reconstruction.granularity != "none":
             with self.phase("reconstruct"):
-                record.windows = reconstruction.summary(self.reconstruct(student, pruned.pruning.masks))
-        if spec.then != "none":
+                record.windows = [asdict(report) for report in self.reconstruct(student, pruned.pruning.masks)]
+        if spec.retraining.method != "none":
             with self.phase("retrain"):
                 report = self.retrain(student, pruned.pruning.masks)
             record.retraining, record.seconds["retrain"] = asdict(report), report.seconds
-        if spec.granularity != "none" or spec.then != "none":
+        if spec.reconstruction.granularity != "none" or spec.retraining.method != "none":
             with self.phase("evaluate"):
                 repaired = self.measured(student, "repaired")
         self.fill(student, dense, pruned.measured, repaired)
         record.shared = list(self.session.reused)
-        record.environment = environment(self.device, spec.compute_dtype) | self.about()
+        record.environment = environment(self.device, spec.compute.compute_dtype) | self.about()
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
         record.status = "done"
         if save is not None:
@@ -262,7 +263,7 @@ class Run:
 
     def take_given(self, student: Decoder) -> pruning.Pruning:
         """Gives the student the weights of the pruned model that the specification names."""
-        return given.given(student, self.pruned)
+        return external_mask.take_over(student, self.pruned)
 
     def measured(self, student: Decoder, what: str) -> Measured:
         """What `measure` gives."""
@@ -313,43 +314,49 @@ class Run:
     def load(self) -> None:
         """Loads model and texts, and refuses here whatever can be refused."""
         spec = self.spec
-        if spec.tasks:
-            zero_shot.check_tasks(spec.tasks)
-        if spec.then == "lora":
-            need("peft", "lora", "retraining by lora")
+        if spec.evaluation.tasks:
+            zero_shot.check_tasks(spec.evaluation.tasks)
         self.dense, self.tokenizer = self.load_model()
         self.session.dense, self.session.tokenizer = self.dense, self.tokenizer
         # Everything that can be refused is refused here, before the first long computation.
-        self.dense.windows(spec.granularity if spec.granularity != "none" else "block")
-        if spec.adapter != "none" or spec.then not in ("none", "full", "norms"):
+        self.dense.windows(spec.reconstruction.granularity if spec.reconstruction.granularity != "none" else "block")
+        if spec.reconstruction.adapter != "none" or spec.retraining.method not in ("none", "full", "norms"):
             check_adaptable(self.dense)
-        if spec.pruned:
+        if spec.model.pruned:
             self.pruned = self.session.keep("given", spec.pruned_by, self.load_pruned)
         else:
             for name, matrix in self.dense.matrices().items():
-                Pattern.parse(spec.pattern).check_columns(name, matrix.weight.shape[1])
-        for length in (spec.sequence_length, spec.evaluation_length):
+                Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
+        for length in (spec.calibration.sequence_length, spec.evaluation.length):
             self.dense.check_length(length)
-        if spec.tasks:
+        if spec.evaluation.tasks:
             zero_shot.check_model(self.dense)
         draw = text.sample_tokens
         seed = generator(spec.seed, "calibration").initial_seed() % 2**32
         most = max(spec.samples_by_phase.values())
         # One draw for all phases: each reads the first so many of it.
-        self.calibration = draw(spec.text, "calibration", self.tokenizer, most, spec.sequence_length, seed)
+        self.calibration = draw(
+            spec.calibration.text, "calibration", self.tokenizer, most, spec.calibration.sequence_length, seed
+        )
         self.held_out = None
-        if spec.held_out_samples:
-            self.held_out = draw(spec.text, "validation", self.tokenizer, spec.held_out_samples, spec.sequence_length)
+        if spec.calibration.held_out_samples:
+            self.held_out = draw(
+                spec.calibration.text,
+                "validation",
+                self.tokenizer,
+                spec.calibration.held_out_samples,
+                spec.calibration.sequence_length,
+            )
         self.texts = {
-            name: draw(name, "evaluation", self.tokenizer, spec.evaluation_samples, spec.evaluation_length)
-            for name in spec.evaluation_texts
+            name: draw(name, "evaluation", self.tokenizer, spec.evaluation.samples, spec.evaluation.length)
+            for name in spec.evaluation.texts
         }
 
     def load_pruned(self) -> Checkpoint:
         """The pruned model that was given, checked but not read into memory."""
         spec = self.spec
-        opened = models.load_pruned(spec.pruned, self.dense.model, spec.pruned_revision, spec.trust_remote_code)
-        given.check_pruned(self.dense, opened)
+        opened = models.load_pruned(spec.model.pruned, self.dense.model, spec.model.pruned_revision, spec.model.trust_remote_code)
+        external_mask.check_pruned(self.dense, opened)
         return opened
 
     def check_range(self) -> None:
@@ -366,12 +373,12 @@ class Run:
 
     def protocol_key(self) -> tuple:
         names = "evaluation_texts evaluation_samples evaluation_length tasks task_limit text sequence_length held_out_samples "
-        return tuple(getattr(self.spec, name) for name in (names + "device compute_dtype").split())
+        return tuple(self.spec.get(name) for name in (names + "device compute_dtype").split())
 
     def measure(self, decoder: Decoder, what: str) -> Measured:
         """Everything that is measured of a model."""
         spec = self.spec
-        execution = Execution(self.device, spec.compute_dtype, self.store)
+        execution = self.execution()
 
         def perplexity(tokens: Tensor, name: str, states: Tensor | None = None) -> evaluation.Perplexity:
             return evaluation.perplexity(
@@ -381,9 +388,11 @@ class Run:
 
         perplexities = {name: perplexity(tokens, name) for name, tokens in self.texts.items()}
         tasks = {}
-        if spec.tasks:
-            limit = spec.task_limit or None
-            tasks = zero_shot.zero_shot(decoder, self.tokenizer, spec.tasks, limit, execution=execution, progress=self.progress)
+        if spec.evaluation.tasks:
+            limit = spec.evaluation.task_limit or None
+            tasks = zero_shot.zero_shot(
+                decoder, self.tokenizer, spec.evaluation.tasks, limit, execution=execution, progress=self.progress
+            )
         drift, held_out = [], None
         if self.held_out is not None:
             states = None
@@ -396,7 +405,7 @@ class Run:
 
     def measure_dense(self) -> tuple[Measured, dict[str, evaluation.Reference]]:
         """The dense model's own figures, and what the predictions of others are compared with, by text."""
-        execution = Execution(self.device, self.spec.compute_dtype, self.store)
+        execution = self.execution()
         self.references = {}
         measured = self.measure(self.dense, "dense")
         first = {name: tokens[: evaluation.KL_WINDOWS] for name, tokens in self.texts.items()}
@@ -406,18 +415,12 @@ class Run:
     def prune(self, student: Decoder) -> Pruned:
         """Prunes the student in place, and measures it."""
         spec = self.spec
-        options = {}
-        if spec.criterion == "sparsegpt":
-            options = {"block_size": spec.sparsegpt_block_size, "damping": spec.sparsegpt_damping}
         began = time.perf_counter()
         with self.peak_memory() as peak:
-            if spec.pruned:
+            if spec.model.pruned:
                 pruned = self.take_given(student)
             else:
-                pruned = pruning.prune(
-                    student, self.samples("prune"), spec.criterion, spec.pattern, spec.scope, spec.prune_propagation,
-                    spec.seed, spec.swaps, spec.compute_dtype, self.device, self.progress, self.store, **options,
-                )  # fmt: skip
+                pruned = pruning.prune(student, self.samples("prune"), spec.pruning, seed=spec.seed, execution=self.execution())
         seconds = time.perf_counter() - began
         with self.phase("evaluate"):
             measured = self.measured(student, "pruned")
@@ -435,14 +438,14 @@ class Run:
     def activations(self) -> Activations:
         """What is known of the dense model on this run's samples, in its batches."""
         names = "text samples sequence_length held_out_samples seed compute_dtype device"
-        key = (*self.spec.loaded_by, *(getattr(self.spec, name) for name in names.split()))
+        key = (*self.spec.loaded_by, *(self.spec.get(name) for name in names.split()))
         return self.kept_on_disk("activations", key, 1 - HELD_OUT_SHARE)
 
     @functools.cached_property
     def held_out_streams(self) -> Activations:
         """The dense model's residual streams on held-out text, which drift is measured from."""
         names = "text sequence_length held_out_samples compute_dtype device"
-        key = (*self.spec.loaded_by, *(getattr(self.spec, name) for name in names.split()))
+        key = (*self.spec.loaded_by, *(self.spec.get(name) for name in names.split()))
         return self.kept_on_disk("held-out", key, HELD_OUT_SHARE)
 
     def kept_on_disk(self, kind: str, key: tuple, share: float) -> Activations:
@@ -453,27 +456,32 @@ class Run:
     def reconstruct(self, student: Decoder, masks: dict[str, Tensor]) -> list[reconstruction.WindowReport]:
         spec = self.spec
         return reconstruction.reconstruct(
-            student, self.dense, self.samples("reconstruct"), masks, spec.granularity, spec.propagation, spec.solver, spec.start,
-            spec.loss, spec.schedule, self.held_out, spec.exact, spec.train, spec.adapter, spec.rank, self.activations(),
-            spec.seed, spec.compute_dtype, self.device, self.progress, self.store, self.executor,
+            student, self.dense, self.samples("reconstruct"), spec.reconstruction, masks=masks, held_out=self.held_out,
+            seed=spec.seed, execution=self.execution(self.activations()), loop=ray_windows.loop(self.executor),
         )  # fmt: skip
 
     def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> retraining.RetrainingReport:
         """Retrains the student in place; notes the perplexity of a merged LoRA before its mask."""
         spec = self.spec
 
-        def merged() -> None:
-            name = spec.evaluation_texts[0]
-            found = evaluation.perplexity(
-                student, self.texts[name], execution=Execution(self.device, spec.compute_dtype),
-                description=f"perplexity (merged, {name})", progress=self.progress,
-            )  # fmt: skip
-            self.record.metrics["perplexity_before_masking"] = found.value
+        run = self
+
+        class Merged(Callback):
+            def on_merged(self) -> None:
+                name = spec.evaluation.texts[0]
+                found = evaluation.perplexity(
+                    student, run.texts[name], execution=Execution(run.device, spec.compute.compute_dtype),
+                    description=f"perplexity (merged, {name})", progress=run.progress,
+                )  # fmt: skip
+                run.record.metrics["perplexity_before_masking"] = found.value
 
         return retraining.retrain(
-            student, self.samples("retrain"), masks, spec.then, spec.objective, self.dense, spec.then_schedule, spec.rank,
-            spec.then_checkpointing, merged, spec.seed, spec.compute_dtype, self.device, self.progress,
+            student, self.samples("retrain"), spec.retraining, masks=masks, dense=self.dense, seed=spec.seed,
+            execution=self.execution(), callbacks=[Merged()],
         )  # fmt: skip
+
+    def execution(self, cache: Activations | None = None) -> Execution:
+        return Execution(self.device, self.spec.compute.compute_dtype, self.store, self.progress, cache)
 
     def counted(self, student: Decoder) -> tuple[int, dict[str, float]]:
         """How many weights of the matrices are zero, and which share of each matrix."""
@@ -488,10 +496,10 @@ class Run:
     def fill(self, student: Decoder, dense: Measured, pruned: Measured, repaired: Measured) -> None:
         """Writes metrics, tokens, operations and protocol into the record."""
         spec, metrics = self.spec, self.record.metrics
-        tokens = {phase: count * spec.sequence_length for phase, count in spec.samples_by_phase.items()}
+        tokens = {phase: count * spec.calibration.sequence_length for phase, count in spec.samples_by_phase.items()}
         self.record.flops = estimate.flops(spec, self.dense)
         by_text, states = {}, {"dense": dense, "pruned": pruned, "repaired": repaired}
-        for name in spec.evaluation_texts:
+        for name in spec.evaluation.texts:
             results = {kind: measured.perplexities[name] for kind, measured in states.items()}
             values = [result.value for result in results.values()]
             by_text[name] = {
@@ -503,7 +511,7 @@ class Run:
                 "kl_per_window": {kind: results[kind].kl_per_window for kind in ("pruned", "repaired")},
                 "kl": sum(results["repaired"].kl_per_window) / max(1, len(results["repaired"].kl_per_window)),
             }
-        headline = by_text[spec.evaluation_texts[0]]
+        headline = by_text[spec.evaluation.texts[0]]
         metrics.update(
             {name: headline[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "share_recovered")}
         )
@@ -512,7 +520,7 @@ class Run:
         metrics["sparsity_by_matrix"] = shares
         metrics["kl"] = headline["kl"]
         metrics["dense_held_out_perplexity"], metrics["held_out_perplexity"] = dense.held_out, repaired.held_out
-        if spec.tasks:
+        if spec.evaluation.tasks:
             metrics["zero_shot"] = {kind: measured.zero_shot for kind, measured in states.items()}
             metrics |= {
                 f"{prefix}accuracy": zero_shot.mean_accuracy(states[kind].zero_shot)
@@ -527,30 +535,30 @@ class Run:
             "held_out": 0 if self.held_out is None else self.held_out.numel(),
             "evaluation": sum(result.tokens for result in dense.perplexities.values()),
         }
-        dtype = str(device.pick_compute_dtype(spec.compute_dtype, self.device)).removeprefix("torch.")
+        dtype = str(device.pick_compute_dtype(spec.compute.compute_dtype, self.device)).removeprefix("torch.")
         self.record.protocol = {
             "calibration": (
                 ", ".join(f"{phase} {count}" for phase, count in spec.samples_by_phase.items())
-                + f" x {spec.sequence_length} tokens of {spec.text} (calibration split), seed {spec.seed}"
+                + f" x {spec.calibration.sequence_length} tokens of {spec.calibration.text} (calibration split), seed {spec.seed}"
             ),
             "evaluation": (
                 "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
-                f"{spec.evaluation_samples} consecutive windows x {spec.evaluation_length} tokens of "
-                f"{', '.join(spec.evaluation_texts)} (evaluation split), every window on its own; {dtype} products, float32 loss"
+                f"{spec.evaluation.samples} consecutive windows x {spec.evaluation.length} tokens of "
+                f"{', '.join(spec.evaluation.texts)} (evaluation split), every window on its own; {dtype} products, float32 loss"
             ),
             **({"reading": self.dense.reading} if self.dense.reading else {}),
             "kl": f"KL(dense || model) per token, on the first {evaluation.KL_WINDOWS} evaluation windows",
             "flops": "closed form from the shapes, as if the run shared nothing; see recon.experiment.estimate.flops",
             "drift": (
                 "mean over tokens of |repaired - dense|^2 / |dense|^2 in the residual stream, on "
-                f"{spec.held_out_samples} x {spec.sequence_length} tokens of {spec.text} (validation split)"
+                f"{spec.calibration.held_out_samples} x {spec.calibration.sequence_length} tokens of {spec.calibration.text} (validation split)"
             ),
             "held_out_error": "drift after the last block",
             "rejection": (
                 f"a window is put back where its own error on the first {reconstruction.ERROR_SAMPLES} of these samples grew"
             ),
-            "zero_shot": f"{', '.join(spec.tasks)}: the first {spec.task_limit or 'all'} questions of each; scored by lm-eval, float32 logits"
-            if spec.tasks
+            "zero_shot": f"{', '.join(spec.evaluation.tasks)}: the first {spec.evaluation.task_limit or 'all'} questions of each; scored by lm-eval, float32 logits"
+            if spec.evaluation.tasks
             else "none",
             "share_recovered": "1 - log(repaired / dense) / log(pruned / dense), in perplexities",
             "token_hashes": {

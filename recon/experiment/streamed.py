@@ -22,7 +22,7 @@ from recon.experiment.environment import environment
 from recon.experiment.record import RunRecord
 from recon.experiment.run import Measured, Pruned, Run, Session
 from recon.experiment.unfinished import JOURNAL
-from recon.methods import external_mask as given
+from recon.methods import external_mask
 from recon.methods import prune as pruning
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
@@ -46,14 +46,14 @@ def wanted(stream: str, spec: RunSpec) -> bool:
         raise ReconError(f"stream is {stream!r}; allowed: {', '.join(STREAM)}")
     if stream == "no" or (stream == "auto" and not is_too_large(spec)):
         return False
-    if spec.then != "none":
-        needs_all = f"retraining (then {spec.then!r}) trains the whole model at once"
+    if spec.retraining.method != "none":
+        needs_all = f"retraining (then {spec.retraining.method!r}) trains the whole model at once"
     else:
         needs_all = _needs_memory(spec)
     if needs_all and stream == "yes":
         raise ReconError(f"{needs_all}, which a streamed run cannot do, as it has one window in memory; use stream no")
     if needs_all:
-        log.warning("model %r may not fit into memory, but %s and cannot be streamed", spec.model, needs_all)
+        log.warning("model %r may not fit into memory, but %s and cannot be streamed", spec.model.model, needs_all)
     return not needs_all
 
 
@@ -64,7 +64,7 @@ def _needs_memory(spec: RunSpec) -> str | None:
     except ReconError:  # loading the model will say what is wrong
         return None
     if found := quantisation(config):
-        return f"reading model {spec.model!r} undoes its quantisation ({found['quant_method']})"
+        return f"reading model {spec.model.model!r} undoes its quantisation ({found['quant_method']})"
     return None
 
 
@@ -205,14 +205,14 @@ class StreamedRun(Run):
         save_dtype: str = "float32",
     ):
         super().__init__(spec, session, progress, executor, save_dtype)
-        self.compute_dtype = device.pick_compute_dtype(spec.compute_dtype, self.device)
+        self.compute_dtype = device.pick_compute_dtype(spec.compute.compute_dtype, self.device)
         computed = {"device": self.device.type, "compute_dtype": str(self.compute_dtype), "save_dtype": save_dtype}
         self.journal = Journal(folder / JOURNAL, {"spec": spec.decisive(), **spec.sources(), **computed})
 
     def load(self) -> None:
         super().load()
         self.store = FolderStore(self.journal, SAVED[self.save_dtype])  # only now: a run that is refused leaves nothing
-        here, before = environment(self.device, self.spec.compute_dtype), self.store.finished("opened")
+        here, before = environment(self.device, self.spec.compute.compute_dtype), self.store.finished("opened")
         if changed := next(filter(None, (differences(other, here) for other in before)), None):
             log.warning(
                 "this run goes on in another environment than it was begun in (%s): the last bits of its numbers may differ",
@@ -238,7 +238,7 @@ class StreamedRun(Run):
         return _measured(self.store.finished("dense")[0]), references
 
     def copy_of_dense(self) -> Decoder:
-        start = reader(self.dense.model, self.pruned) if self.spec.pruned else self.dense.lazy.read
+        start = reader(self.dense.model, self.pruned) if self.spec.model.pruned else self.dense.lazy.read
         saved_as_computed = SAVED[self.save_dtype] == self.compute_dtype
         rounded = {matrix.parameter_name for matrix in self.dense.matrices().values()} if saved_as_computed else set()
         return self.store.student(self.dense, start, len(self.windows()) + len(self.remainder()), rounded)
@@ -247,7 +247,7 @@ class StreamedRun(Run):
         return self.prune(student)
 
     def take_given(self, student: Decoder) -> pruning.Pruning:
-        return given.given_by_block(student, self.store)
+        return external_mask.read_mask(student, self.execution())
 
     def changed(self, student: Decoder, masks) -> dict[str, Tensor]:
         return {}  # the student's weights are in files, and no other run starts from them
@@ -273,7 +273,7 @@ class StreamedRun(Run):
 
     def windows(self):
         """The windows that are repaired; each is a shard of the checkpoint."""
-        return [] if self.spec.granularity == "none" else self.dense.windows(self.spec.granularity)
+        return [] if self.spec.reconstruction.granularity == "none" else self.dense.windows(self.spec.reconstruction.granularity)
 
     def remainder(self) -> list[list[str]]:
         """The parameters and buffers that are in no window, by name, divided into shards."""

@@ -7,7 +7,7 @@ import os
 import socket
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from recon.errors import ReconError
 from recon.experiment import cluster, executors
 from recon.experiment.cluster import Ray
-from recon.experiment.config import RunSpec
+from recon.experiment.config import RunSpec, options
 from recon.experiment.plan import check
 from recon.experiment.record import RunRecord, read_record
 from recon.experiment.run import Session, begun, run
@@ -28,14 +28,11 @@ log = logging.getLogger("recon")
 
 
 def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
-    """Every combination of the values on `axes` (field name -> values), all else as in `base`.
+    """Every combination of the values on `axes` (flat name of an option -> values), all else as in `base`.
 
-    Raises `ReconError` for an axis that is no field of `RunSpec`.
+    Raises `ReconError` for an axis that is no option.
     """
-    for name in axes:
-        if name not in RunSpec.__dataclass_fields__:
-            raise ReconError(f"unknown field {name!r}; allowed: {', '.join(RunSpec.__dataclass_fields__)}")
-    return [replace(base, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    return [base.replaced(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
 
 
 def fit_options(fit: str) -> dict[str, list]:
@@ -56,8 +53,8 @@ def fit_name(spec: dict) -> str:
 def recipe_name(spec: dict) -> str:
     """The short name of how a spec trains: "reconstruction", a retraining method, both, or "pruned"."""
     parts = ["reconstruction"] if spec["granularity"] != "none" else []
-    if spec["then"] != "none":
-        method = spec["then"] + (", distilled" if spec["objective"] == "distil" else "")
+    if spec["retrain"] != "none":
+        method = spec["retrain"] + (", distilled" if spec["retrain_objective"] == "distil" else "")
         parts.append(f"then {method}" if parts else method)
     name = ", ".join(parts) or "pruned"
     return name if spec["criterion"] != "none" else f"dense, {name}"
@@ -79,8 +76,8 @@ def tuned_rates(base: RunSpec, rates: dict[str, Iterable[float]], folder: Path |
     their own and never mix with what they choose for. They go through `folder` as others do; models none of whose runs are done are
     left out.
     """
-    base = replace(base, granularity="half-block", evaluation_samples=1, tasks=(), task_limit=RunSpec.task_limit)
-    specs = [replace(base, model=model, learning_rate=float(rate)) for model, candidates in rates.items() for rate in candidates]
+    base = base.replaced(granularity="half-block", evaluation_samples=1, tasks=(), task_limit=RunSpec().evaluation.task_limit)
+    specs = [base.replaced(model=model, learning_rate=float(rate)) for model, candidates in rates.items() for rate in candidates]
     found = best(run_study(specs, folder, compute=compute), "model")
     return dict(zip(found["model"], found["learning_rate"]))
 
@@ -88,8 +85,8 @@ def tuned_rates(base: RunSpec, rates: dict[str, Iterable[float]], folder: Path |
 def at_rates(specs: Iterable[RunSpec], rates: dict[str, float]) -> list[RunSpec]:
     """`specs` with the learning rate of their model in `rates`, where it is there and they repair by gradient descent."""
     return [
-        replace(spec, learning_rate=rates[spec.model])
-        if spec.model in rates and spec.granularity != "none" and spec.solver == "adamw"
+        spec.replaced(learning_rate=rates[spec.model.model])
+        if spec.model.model in rates and spec.reconstruction.granularity != "none" and spec.reconstruction.solver == "adamw"
         else spec
         for spec in specs
     ]
@@ -193,7 +190,7 @@ def run_or_record_failure(
             key = spec.key()
         except Exception:  # what it reads cannot be had any more, if it ever could
             key = ""
-        record = RunRecord(spec={**spec.__dict__}, key=key, status="failed")
+        record = RunRecord(spec=spec.flat(), key=key, status="failed")
         record.error = "".join(traceback.format_exception(error)) if not isinstance(error, ReconError) else str(error)
         return record, error
 
@@ -273,7 +270,7 @@ def _run_missing(
     records = {key: store.get(key) for key in dict.fromkeys(keys)}
     missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
     # Runs that start from one pruned state stand together, and among these the ones on as many samples.
-    order = sorted(missing, key=lambda key: [str(part) for part in (*missing[key].pruned_by, missing[key].samples)])
+    order = sorted(missing, key=lambda key: [str(part) for part in (*missing[key].pruned_by, missing[key].calibration.samples)])
     if not order:
         return records
     recorded = _Recorded(store.folder.resolve(), frozenset(order), _process())
@@ -298,7 +295,7 @@ def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
     path = folder / f"{key}.json"
     if path.is_file():
         return read_record(path)
-    return RunRecord(asdict(spec), key, "missing", f"not computed: no record in {folder.name}/")
+    return RunRecord(spec.flat(), key, "missing", f"not computed: no record in {folder.name}/")
 
 
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
@@ -321,5 +318,5 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         for record in records
     ]
     # A study of nothing has the columns that every study has.
-    always = [*RunSpec.__dataclass_fields__, "fit", "recipe", "key", "status", "error"]
+    always = [*options(), "fit", "recipe", "key", "status", "error"]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=always)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recon.errors import ReconError
-from recon.experiment.config import RunSpec
+from recon.experiment.config import options
 from recon.runtime import lock
 from recon.runtime.storage import cache_folder
 
@@ -29,7 +29,7 @@ class Unfinished:
     @property
     def options(self) -> str:
         """The specification as options of `recon run`, where it is not the default."""
-        defaults = {name: field.default for name, field in RunSpec.__dataclass_fields__.items()}
+        defaults = {name: field.default for name, field in options().items()}
         words = []
         for name, value in self.spec.items():
             value = tuple(value) if isinstance(value, list) else value

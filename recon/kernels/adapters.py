@@ -4,8 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from recon.errors import ReconError
-
 ADAPTERS = {
     "lora": "W + BA; merging fills the zeros, so the mask is applied once more (Hu et al. 2022, arXiv 2106.09685)",
     "masklora": "W + M*(BA), merged without losing a zero (Zimmer et al. 2023, arXiv 2312.15230)",
@@ -81,11 +79,3 @@ def parts(matrix: Tensor) -> list[slice]:
     """Rows of a matrix that are worked on at once."""
     rows = max(1, ELEMENTS.get(matrix.device.type, matrix.numel()) // matrix.shape[1])
     return [slice(start, start + rows) for start in range(0, len(matrix), rows)]
-
-
-def check_adapter(kind: str, rank: int) -> None:
-    """Raises `ReconError` for an unknown adapter or a rank below 1."""
-    if kind not in ADAPTERS:
-        raise ReconError(f"unknown adapter {kind!r}; allowed: {', '.join(ADAPTERS)}")
-    if rank < 1:
-        raise ReconError(f"rank is {rank}; allowed: a whole number from 1 up")

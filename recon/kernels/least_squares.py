@@ -10,18 +10,8 @@ need only products with G, one matrix product per iteration for all rows togethe
 takes away the spread in size between input columns, which in a language model is large.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Exact:
-    """How much is spent on exact solutions."""
-
-    samples: int = 0  # that the Gram matrices are made of; 0: all
-    iterations: int = 15  # of conjugate gradients, at most
 
 
 @torch.no_grad()

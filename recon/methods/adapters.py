@@ -1,14 +1,14 @@
 """Low-rank adapters around the matrices of a model, merged at the end without losing a zero."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from recon.errors import ReconError
-from recon.kernels.adapters import LowRank, check_adapter
+from recon.kernels.adapters import LowRank
 from recon.model.decoder import Decoder
 from recon.model.matrices import Matrix
 
@@ -25,17 +25,23 @@ def check_adaptable(decoder: Decoder) -> None:
 
 @contextlib.contextmanager
 def adapted(
-    matrices: Iterable[Matrix], masks: dict[str, Tensor], kind: str, rank: int, random: torch.Generator
+    matrices: Iterable[Matrix],
+    masks: dict[str, Tensor],
+    kind: str,
+    rank: int,
+    random: torch.Generator,
+    merged: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """While active, `matrices` are parametrised by adapters; afterwards these are merged, masked where `masks` drop, and gone.
 
     Args:
         masks: keep-masks (out, in) by matrix name.
+        kind: see `recon.kernels.adapters.ADAPTERS`.
+        merged: called once the adapters are merged, before the mask is applied.
 
     Yields:
         The adapters' parameters by name, to be trained.
     """
-    check_adapter(kind, rank)
     matrices = list(matrices)
     trained = {}
     for matrix in matrices:
@@ -49,7 +55,11 @@ def adapted(
         with torch.no_grad():
             for matrix in matrices:
                 original = matrix.module.parametrizations.weight.original
-                merged = matrix.module.weight * matrix.oriented(masks[matrix.name]).to(original.device)
+                weight = matrix.module.weight
                 # The very parameter that was there before comes back, so that whoever holds it sees the merged weight.
                 parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
-                original.copy_(merged)
+                original.copy_(weight)
+        merged()
+        with torch.no_grad():
+            for matrix in matrices:
+                matrix.part.mul_(matrix.oriented(masks[matrix.name]).to(matrix.part.device))

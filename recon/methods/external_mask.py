@@ -1,4 +1,4 @@
-"""A pruned model from elsewhere: its mask is read from its zeros, and what is repaired starts from its weights."""
+"""A model that something else pruned: its mask is read from its zeros, and reconstruction starts from its weights."""
 
 import logging
 from collections.abc import Iterator
@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from recon.errors import ReconError
 from recon.kernels.patterns import sparsity_of
+from recon.methods.blocks import over_blocks
 from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
-from recon.runtime.store import MemoryStore
+from recon.model.windows import Window
+from recon.runtime.execution import Execution
 from recon.runtime.weights import Checkpoint, tied
 
 log = logging.getLogger("recon")
@@ -19,7 +21,7 @@ LEAST = 0.01  # share of zeros in the matrices from which a model counts as prun
 
 
 def check_pruned(dense: nn.Module | Decoder, pruned: Checkpoint) -> None:
-    """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `given` refuses."""
+    """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `take_over` refuses."""
     decoder = take_apart(dense)
     zeros, sizes = dict.fromkeys(_holders(decoder), 0), {}
     for name, value in read(decoder.model, pruned):
@@ -29,7 +31,7 @@ def check_pruned(dense: nn.Module | Decoder, pruned: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def given(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
+def take_over(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
     """Gives `model`, a copy of the dense one, the weights of `pruned` in place; its mask is wherever those are zero.
 
     All of its parameters are taken over, as what made the mask may have changed others (SparseGPT updates what survives),
@@ -51,32 +53,24 @@ def given(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
         parameter.copy_(value)
     decoder.forget()
     masks = {name: matrix.weight != 0 for name, matrix in decoder.matrices().items()}
-    found = Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, rest=rest)
-    _check_share(found.total_sparsity)
-    _warn_of_empty(found)
-    return found
+    return _checked(Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, rest=rest))
 
 
 @torch.no_grad()
-def given_by_block(student: Decoder, store: MemoryStore) -> Pruning:
-    """As `given`, for a student whose weights are those of the pruned model already, and in memory block by block.
+def read_mask(student: Decoder, execution: Execution) -> Pruning:
+    """The mask of a student whose weights are those of the pruned model already, read block by block."""
+    masks = execution.store.masks
 
-    work: what is finished already, and where the masks of every further block are noted.
-    """
-    done = store.finished("prune")
-    for window in student.windows("block")[len(done) :]:
-        with student.loaded(window):
-            masks = {name: matrix.weight != 0 for name, matrix in student.matrices(window).items()}
-        store.masks.update(masks)
-        done.append({name: sparsity_of(mask) for name, mask in masks.items()})
-        store.finish("prune", done[-1])
-    found = Pruning(store.masks, {name: share for shares in done for name, share in shares.items()})
-    _warn_of_empty(found)
-    return found
+    def visit(window: Window, statistics: dict) -> tuple[dict, dict]:
+        masks.update({name: matrix.weight != 0 for name, matrix in student.matrices(window).items()})
+        return {name: sparsity_of(masks[name]) for name in student.matrices(window)}, {}
+
+    found = over_blocks(student, execution, "prune", visit, "read the mask")
+    return _checked(Pruning(masks, {name: share for shares in found for name, share in shares.items()}))
 
 
 def read(model: nn.Module, pruned: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of `model` by full name, with their values in `pruned`, float32, checked one by one; see `given`."""
+    """The parameters of `model` by full name, with their values in `pruned`, float32, checked one by one; see `take_over`."""
     if surplus := pruned.surplus:
         raise ReconError(f"pruned model: it has {surplus[0]!r}, which the dense one does not ({len(surplus)} such)")
     for name, names in tied(model).items():
@@ -99,9 +93,12 @@ def _holders(decoder: Decoder) -> set[str]:
     return {matrix.parameter_name for matrix in decoder.matrices().values()}
 
 
-def _warn_of_empty(found: Pruning) -> None:
+def _checked(found: Pruning) -> Pruning:
+    """Raises `ReconError` where less than `LEAST` of the matrices is zero, or all; warns of one that is all zero."""
+    _check_share(found.total_sparsity)
     if empty := [name for name, share in found.sparsity.items() if share == 1]:
-        log.warning("all of matrix %r is zero (%d such): reconstruction has nothing to repair there", empty[0], len(empty))
+        log.warning("all of matrix %r is zero (%d such): there is nothing to reconstruct in it", empty[0], len(empty))
+    return found
 
 
 def _check_share(share: float) -> None:

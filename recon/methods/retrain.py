@@ -1,10 +1,10 @@
-"""Retraining a pruned model as a whole, on labels or against the dense model's predictions, without losing a zero."""
+"""Retraining: changes the whole model's weights, on labels or against the dense model's predictions, without losing a zero."""
 
 import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from recon.config import RetrainingConfig
 from recon.errors import ReconError
-from recon.kernels.adapters import ADAPTERS, ALPHA, check_adapter
-from recon.kernels.gradient_descent import Schedule
 from recon.kernels.likelihood import kl_divergence, negative_log_likelihood
 from recon.methods.adapters import adapted, check_adaptable
-from recon.methods.fit import optimise
-from recon.methods.prune import keep_masks
+from recon.methods.callbacks import Callback, ProgressBar
+from recon.methods.masks import keep_masks
+from recon.methods.samples import as_tokens
+from recon.methods.training import train
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.model.matrices import stored
@@ -28,131 +29,167 @@ from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
 log = logging.getLogger("recon")
-METHODS = {
-    "full": "every parameter, embeddings included; the mask is applied after every step",
-    **ADAPTERS,
-    "norms": "biases and norms only (Zimmer et al. 2023, arXiv 2312.15230)",
-}
-OBJECTIVES = {
-    "labels": "cross-entropy of the next token",
-    "distil": "KL divergence from the dense model's predictions (Hinton et al. 2015, arXiv 1503.02531)",
-}
+
+RETRAINED, NOT_FINITE = "retrained", "rolled back: not finite"
 
 
 @dataclass(frozen=True)
 class RetrainingReport:
     """What became of a retraining."""
 
-    parameters: int  # trained
+    parameters: int  # elements trained
     losses: list[float]  # nats per token, one per optimiser step
     gradient_norms: list[float]  # see `recon.kernels.gradient_descent.Curve`
     movement: float  # |after - before| / |before| over the matrices of the blocks
     seconds: float
-    status: str  # "retrained", or "restored" where training gave numbers that are not finite
+    status: str  # RETRAINED or NOT_FINITE
     micro_batch: int = 0  # samples per forward pass; fewer than asked for where memory ran out
-
-
-def check_options(method: str, objective: str) -> None:
-    """Raises `ReconError` for unknown names."""
-    for kind, value, known in (("retraining method", method, METHODS), ("objective", objective, OBJECTIVES)):
-        if value not in known:
-            raise ReconError(f"unknown {kind} {value!r}; allowed: {', '.join(known)}")
 
 
 def retrain(
     model: nn.Module | Decoder,
-    samples: Tensor,
+    samples: Tensor | Iterable,
+    config: RetrainingConfig = RetrainingConfig(method="masklora"),
+    *,
     masks: dict[str, Tensor] | None = None,
-    method: str = "masklora",
-    objective: str = "labels",
     dense: nn.Module | Decoder | None = None,
-    schedule: Schedule = Schedule(learning_rate=1e-3),
-    rank: int = 16,
-    checkpointing: bool = False,
-    merged: Callable[[], None] = lambda: None,
     seed: int = 0,
-    compute_dtype: str = "auto",
-    device: torch.device | str | None = None,
-    progress: bool = True,
+    execution: Execution | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RetrainingReport:
     """Trains `model` in place on `samples`; weights that `masks` drop are exact zeros afterwards.
 
     Args:
         model: the pruned model, or its `Decoder`, in float32; all of it is on the compute device meanwhile.
-        samples: tokens (samples, length).
+        samples: tokens (samples, length), or batches of them; see `recon.methods.samples`.
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
-        method, objective: see `METHODS` and `OBJECTIVES`.
         dense: the model to learn from, for objective distil.
-        rank: of the adapters, where the method has them.
-        checkpointing: keep the blocks' inputs alone for the backward pass, and run each block once more there.
-        merged: called once LoRA is merged and before the mask is applied again, to see what that costs.
+        callbacks: told of each step, and when LoRA is merged.
 
     Raises:
-        ReconError: an unknown name, a missing dense model, a mask that does not fit, a model not in float32, samples longer than
-            the model was made for.
+        ReconError: no method, a missing dense model, a mask that does not fit, a model not in float32, samples longer than the model was
+            made for.
     """
-    check_options(method, objective)
-    if objective == "distil" and dense is None:
+    if config.method == "none":
+        raise ReconError("retrain is 'none'; name a method")
+    if config.objective == "distil" and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
     student = take_apart(model)
+    samples = as_tokens(samples)
     student.check_length(samples.shape[1])
-    if method not in ("full", "norms"):
+    if config.method not in ("full", "norms"):
         check_adaptable(student)
-    masks = keep_masks(student, masks)
-    execution = Execution(device or student.device, compute_dtype)
+    execution = execution or Execution(student.device)
     teacher = None
-    if objective == "distil":
+    if config.objective == "distil":
         teacher = take_apart(dense, like=student)
-    began = time.perf_counter()
-    before = {name: matrix.weight.detach().clone() for name, matrix in student.matrices().items()}
-    rest = {name: p.detach().clone() for name, p in student.model.named_parameters()} if method in ("full", "norms") else {}
+    task = _Retraining(student, teacher, keep_masks(student, masks), config, seed, execution)
     with contextlib.ExitStack() as stack:
         for decoder in filter(None, (student, teacher)):
             stack.enter_context(_at(decoder.model, execution.device))
-        stack.enter_context(student.experts_apart())  # also where checkpointed blocks run again
-        stack.enter_context(requiring_gradients(student.model.parameters(), False))
-        aside = 0.0  # seconds of looking at the merged model
+        bar = tqdm(
+            total=config.schedule.steps(len(samples)), desc=f"retrain ({config.method}, {config.objective})", unit="step",
+            disable=not execution.progress,
+        )  # fmt: skip
+        return task.run(samples, [ProgressBar(stack.enter_context(bar)), *callbacks])
 
-        def look() -> None:
-            nonlocal aside
-            started = time.perf_counter()
-            merged()
-            aside = time.perf_counter() - started
 
-        with _trained(student, masks, method, rank, seed, look) as parameters:
+class _Retraining:
+    def __init__(
+        self,
+        student: Decoder,
+        teacher: Decoder | None,
+        masks: dict[str, Tensor],
+        config: RetrainingConfig,
+        seed: int,
+        execution: Execution,
+    ):
+        self.student, self.teacher, self.masks, self.config = student, teacher, masks, config
+        self.seed, self.execution = seed, execution
+        self.aside = 0.0  # seconds that callbacks spent on the merged model
+
+    def run(self, samples: Tensor, callbacks: Sequence[Callback]) -> RetrainingReport:
+        """Trains, and rolls everything back where that gave numbers that are not finite."""
+        began, student, method = time.perf_counter(), self.student, self.config.method
+        before = {name: matrix.weight.detach().clone() for name, matrix in student.matrices().items()}
+        rest = {}
+        if method in ("full", "norms"):
+            rest = {name: p.detach().clone() for name, p in student.model.named_parameters()}
+
+        def after_step(loss: Tensor) -> None:
+            for callback in callbacks:
+                callback.on_step(loss)
+
+        with requiring_gradients(student.model.parameters(), False), self._trained(callbacks) as parameters:
             count = sum(p.numel() for p in parameters.values())
-            kept = []
-            if method == "full":
-                kept = stored(student.matrices(), masks, execution.device)
-            steps = schedule.steps(len(samples))
-            bar = stack.enter_context(
-                tqdm(total=steps, desc=f"retrain ({method}, {objective})", unit="step", disable=not progress)
-            )
+            masks = stored(student.matrices(), self.masks, self.execution.device) if method == "full" else []
             with requiring_gradients(parameters.values()):
-                curve = optimise(
-                    partial(_loss, student, teacher, execution, checkpointing),
-                    [samples], list(parameters.values()), kept, schedule, generator(seed, "retrain"), execution,
-                    lambda value: bar.update(),
+                curve = train(
+                    self._loss, [samples], list(parameters.values()), masks, self.config.schedule, generator(self.seed, "retrain"),
+                    self.execution, after_step,
                 )  # fmt: skip
-    status = "retrained"
-    broken = "" if all(map(math.isfinite, curve.losses)) else "losses"
-    if not all(bool(torch.isfinite(p).all()) for p in student.model.parameters()):
-        broken = "weights"
-    if broken:
-        log.warning("retraining (%s, %s) gave NaN or infinite %s; the weights before it are restored", method, objective, broken)
-        status = "restored"
-        with torch.no_grad():
-            for name, parameter in student.model.named_parameters():
-                if name in rest:
-                    parameter.copy_(rest[name])
-            for name, matrix in student.matrices().items():
-                matrix.weight.copy_(before[name])
-    student.forget()
-    moved = sum((m.weight - before[name]).square().sum().item() for name, m in student.matrices().items())
-    norm = sum(weight.square().sum().item() for weight in before.values())
-    movement = (moved / max(norm, 1e-30)) ** 0.5
-    seconds = time.perf_counter() - began - aside
-    return RetrainingReport(count, curve.losses, curve.gradient_norms, movement, seconds, status, curve.micro_batch)
+        status = self._rolled_back(curve.losses, before, rest)
+        student.forget()
+        moved = sum((m.weight - before[name]).square().sum().item() for name, m in student.matrices().items())
+        norm = sum(weight.square().sum().item() for weight in before.values())
+        seconds = time.perf_counter() - began - self.aside
+        batch = self.execution.micro_batch or self.config.batch_size
+        return RetrainingReport(
+            count, curve.losses, curve.gradient_norms, (moved / max(norm, 1e-30)) ** 0.5, seconds, status, batch
+        )
+
+    @torch.no_grad()
+    def _rolled_back(self, losses: list[float], before: dict[str, Tensor], rest: dict[str, Tensor]) -> str:
+        """Restores the weights `before`, and the `rest`, where losses or weights are not finite; returns the status."""
+        student = self.student
+        broken = "" if all(map(math.isfinite, losses)) else "losses"
+        if not all(bool(torch.isfinite(p).all()) for p in student.model.parameters()):
+            broken = "weights"
+        if not broken:
+            return RETRAINED
+        log.warning(
+            "retraining (%s, %s) gave NaN or infinite %s; it is rolled back", self.config.method, self.config.objective, broken
+        )
+        for name, value in rest.items():
+            student.model.get_parameter(name).copy_(value)
+        for name, matrix in student.matrices().items():
+            matrix.weight.copy_(before[name])
+        return NOT_FINITE
+
+    @contextlib.contextmanager
+    def _trained(self, callbacks: Sequence[Callback]) -> Iterator[dict[str, nn.Parameter]]:
+        """The parameters that the method trains, by name; what it put around the matrices is merged at the end."""
+        matrices, config = self.student.matrices(), self.config
+        if config.method == "full":
+            yield dict(self.student.model.named_parameters())
+        elif config.method == "norms":
+            yield {name: p for name, p in self.student.model.named_parameters() if p.ndim == 1}
+        else:
+            random = generator(self.seed, "adapters")
+
+            def merged() -> None:
+                began = time.perf_counter()
+                for callback in callbacks:
+                    callback.on_merged()
+                self.aside = time.perf_counter() - began
+
+            look = {"merged": merged} if config.method == "lora" else {}  # the others lose no zero by merging
+            with adapted(matrices.values(), self.masks, config.method, config.rank, random, **look) as parameters:
+                yield parameters
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        """Mean over predicted tokens, in nats; tokens (batch, length)."""
+        student, teacher, execution = self.student, self.teacher, self.execution
+        blocks = student.blocks if self.config.checkpointing else ()
+        # In the backward pass the blocks run under the execution again, which it is not part of otherwise.
+        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), execution))
+        with execution, replaced({block: partial(again, block.forward) for block in blocks}):
+            logits = student.run(tokens).logits[:, :-1].flatten(0, 1)
+        if teacher is None:
+            return negative_log_likelihood(logits, student.predicted(tokens)[:, 1:].flatten()).mean()
+        with execution, torch.no_grad():
+            wanted = teacher.run(tokens).logits[:, :-1].flatten(0, 1)
+        return kl_divergence(wanted, logits).mean()
 
 
 @contextlib.contextmanager
@@ -164,55 +201,3 @@ def _at(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         model.to(home)
-
-
-@contextlib.contextmanager
-def _trained(
-    student: Decoder, masks: dict[str, Tensor], method: str, rank: int, seed: int, merged: Callable[[], None]
-) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters that `method` trains, by name; what it put around the matrices is merged at the end."""
-    matrices = student.matrices()
-    if method == "full":
-        yield dict(student.model.named_parameters())
-    elif method == "norms":
-        yield {name: p for name, p in student.model.named_parameters() if p.ndim == 1}
-    elif method == "lora":
-        check_adapter(method, rank)
-        with _peft(student.model, list(matrices), rank, seed) as parameters:
-            yield parameters
-        merged()
-        with torch.no_grad():
-            for name, matrix in matrices.items():
-                matrix.weight.mul_(masks[name].to(matrix.weight.device))
-    else:
-        with adapted(matrices.values(), masks, method, rank, generator(seed, "adapters")) as parameters:
-            yield parameters
-
-
-@contextlib.contextmanager
-def _peft(model: nn.Module, names: list[str], rank: int, seed: int) -> Iterator[dict[str, nn.Parameter]]:
-    """The modules called `names` carry LoRA adapters made by `peft`, which are merged in the end."""
-    from peft import LoraConfig, LoraModel  # slow to import
-
-    config = LoraConfig(r=rank, lora_alpha=round(ALPHA * rank), target_modules=names, lora_dropout=0.0, bias="none")
-    with torch.random.fork_rng():  # peft draws from the global generator
-        torch.manual_seed(generator(seed, "adapters").initial_seed() % 2**32)
-        tuner = LoraModel(model, {"default": config}, "default")
-    try:
-        yield {name: p for name, p in tuner.named_parameters() if ".lora_" in name}
-    finally:
-        tuner.merge_and_unload(progressbar=False)
-
-
-def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:
-    """Mean over predicted tokens, in nats; tokens (batch, length)."""
-    blocks = student.blocks if checkpointing else ()
-    # In the backward pass the blocks run under the execution again, which it is not part of otherwise.
-    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), execution))
-    with execution, replaced({block: partial(again, block.forward) for block in blocks}):
-        logits = student.run(tokens).logits[:, :-1].flatten(0, 1)
-    if teacher is None:
-        return negative_log_likelihood(logits, student.predicted(tokens)[:, 1:].flatten()).mean()
-    with execution, torch.no_grad():
-        wanted = teacher.run(tokens).logits[:, :-1].flatten(0, 1)
-    return kl_divergence(wanted, logits).mean()

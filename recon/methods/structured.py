@@ -8,20 +8,19 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from recon.config import PruningConfig
 from recon.errors import ReconError
 from recon.kernels.criteria import Structured
 from recon.kernels.criteria.structured import keep_globally
 from recon.kernels.patterns import Pattern, keep_all_but, sparsity_of
-from recon.methods.statistics import gather
+from recon.methods.blocks import over_blocks
 from recon.model.decoder import Decoder
 from recon.model.matrices import Matrix
 from recon.model.modules import kind_of, probe_tokens
 from recon.model.skeleton import made_up
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
-from recon.runtime.store import MemoryStore
 
 
 @dataclass(frozen=True)
@@ -163,112 +162,78 @@ def _read(decoder: Decoder, window: Window, hidden: Tensor, reader: str) -> Tens
 
 @torch.no_grad()
 def prune_units(
-    decoder: Decoder,
-    rule: Structured,
-    pattern: Pattern,
-    samples: Tensor,
-    propagation: str,
-    execution: Execution,
-    store: MemoryStore,
-    progress: bool = True,
-    compensate: bool | None = None,
+    decoder: Decoder, criterion: Structured, config: PruningConfig, samples: Tensor, execution: Execution
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Removes whole units in place until the pattern's share of all the blocks' weights is gone, as near as units allow.
 
-    Args:
-        samples: calibration tokens.
-        propagation: "sparse" or "dense"; a rule that compares over the whole model always reads the dense one.
-        work: what is finished already, and where the masks of every finished block are noted.
-        compensate: whether the mean of what is removed goes into the reader's bias, which is added where there is none;
-            default: what the rule's authors do. Needs the means of the inputs, which only some rules gather.
+    Wanda-sp compares within each half of a block, on what the already pruned model (or the dense one) reads; FLAP compares over the whole
+    dense model before it removes anything, and puts the mean of what it removes into the reader's bias.
 
-    Returns:
-        The sparsity of all matrices; and, by name of their matrix, the biases (out,) that changed.
+    Returns the sparsity of all matrices; and, by name of their matrix, the biases (out,) that changed.
     """
-    compensate = rule.compensates if compensate is None else compensate
-    if compensate and not rule.compensates:
-        raise ReconError(f"compensate is {compensate}, but criterion {rule.name!r} gathers no means to compensate with")
-    blocks, done = decoder.windows("block"), store.finished("prune")
+    pattern, store = Pattern.parse(config.pattern), execution.store
+    compensate, everywhere = config.compensate and criterion.compensates, criterion.scope == "model"
     biases: dict[str, Tensor] = {}
-    if len(done) < len(blocks):
+    if len(store.finished("prune")) < len(decoder.blocks):
         halves = find_units(decoder)
         target = pattern.sparsity * sum(matrix.weight.numel() for matrix in decoder.matrices().values())
-        stream = None
-        if rule.scope == "model":
-            scores, means = _compare(decoder, rule, halves, samples, execution, store, progress)
-            chosen = keep_globally(scores, [half.weights for half in halves], target)
-            kept = {half.window.name: units for half, units in zip(halves, chosen, strict=True)}
+        if everywhere:
+            kept, means = _compare(decoder, criterion, halves, target, samples, execution)
         else:
             gone = _uniform_counts(halves, pattern, target)
-            stream = store.streams("prune")["stream"] if done else execution.embed(decoder, samples)
-    bar = tqdm(
-        blocks[len(done) :], desc=f"prune ({rule.name} {pattern})", unit="block", disable=not progress, initial=len(done),
-        total=len(blocks),
+
+    def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+        matrices = decoder.matrices(window)
+        masks = {name: torch.ones_like(matrix.weight, dtype=torch.bool) for name, matrix in matrices.items()}
+        changed: dict[str, Tensor] = {}
+        for half in halves:
+            if half.window.blocks != window.blocks:
+                continue
+            name = half.window.name
+            if not everywhere:
+                scores = _score(criterion, half, statistics[half.reader.name].to(decoder.device))
+                kept_here = keep_all_but(scores[None], gone[name])[0]
+            else:
+                kept_here = kept[name]
+            half.remove(masks, kept_here)
+            if compensate and not kept_here.all():
+                bias = _compensated_bias(half, kept_here, means[name])
+                biases[half.reader.name] = changed[half.reader.bias_name] = bias
+                set_bias(half.reader.module, bias)
+        for name, matrix in matrices.items():
+            matrix.weight.masked_fill_(~masks[name], 0.0)
+        store.masks.update(masks)
+        return {name: sparsity_of(mask) for name, mask in masks.items()}, changed
+
+    description, statistics = f"prune ({criterion.name} {pattern})", "none" if everywhere else criterion.statistics
+    found = over_blocks(
+        decoder, execution, "prune", visit, description, samples, statistics, rerun=config.statistics == "sparse"
     )  # fmt: skip
-    for window in bar:
-        here = [half for half in halves if half.window.blocks == window.blocks]
-        with decoder.loaded(window):
-            if rule.scope == "half-block":
-                outputs, statistics = gather(execution, decoder, window, stream, rule.statistics)
-                scores = {half.window.name: _score(rule, half, statistics[half.reader.name].to(decoder.device)) for half in here}
-                kept = {name: keep_all_but(found[None], gone[name])[0] for name, found in scores.items()}
-            masks = {name: torch.ones_like(matrix.weight, dtype=torch.bool) for name, matrix in decoder.matrices(window).items()}
-            changed: dict[str, Tensor] = {}
-            for half in here:
-                half.remove(masks, kept[half.window.name])
-                if compensate and not kept[half.window.name].all():
-                    bias = _compensated_bias(half, kept[half.window.name], means[half.window.name])
-                    biases[half.reader.name] = changed[half.reader.bias_name] = bias
-                    set_bias(half.reader.module, bias)
-            for name, matrix in decoder.matrices(window).items():
-                matrix.weight.masked_fill_(~masks[name], 0.0)
-            store.masks.update(masks)
-            if window == blocks[-1]:
-                stream = None
-            elif stream is not None:
-                if propagation == "sparse":
-                    with execution.holding(decoder, window):
-                        outputs = execution.run(lambda batch, window=window: decoder.forward(window, batch), stream)
-                stream = outputs
-            found = {"sparsity": {name: sparsity_of(mask) for name, mask in masks.items()}, "starved": []}
-            store.finish("prune", found, {"stream": stream}, changed)
-            done.append(found)
-    return {name: share for found in done for name, share in found["sparsity"].items()}, biases
+    return {name: share for block in found for name, share in block.items()}, biases
 
 
 def _compare(
-    decoder: Decoder,
-    rule: Structured,
-    halves: list[Units],
-    samples: Tensor,
-    execution: Execution,
-    store: MemoryStore,
-    progress: bool,
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """In the dense model, the scores (count,) of the units of each half; and, by its name, the means (in,) of what its reader reads."""
-    blocks, done = decoder.windows("block"), len(store.finished("compare"))
-    streams = store.streams("compare")
-    if not done:
-        nothing = torch.empty(0, device=decoder.device)
-        streams = {"stream": execution.embed(decoder, samples), "scores": nothing, "means": nothing}
-    bar = tqdm(
-        blocks[done:], desc=f"compare ({rule.name})", unit="block", disable=not progress, initial=done, total=len(blocks)
-    )  # fmt: skip
-    for window in bar:
-        scores, means = [streams["scores"]], [streams["means"]]
-        with decoder.loaded(window):
-            outputs, statistics = gather(execution, decoder, window, streams["stream"], rule.statistics)
-            for half in halves:
-                if half.window.blocks == window.blocks:
-                    moments = statistics[half.reader.name].to(decoder.device)
-                    scores.append(_score(rule, half, moments))
-                    means.append(moments[0])
-        outputs = None if window == blocks[-1] else outputs
-        streams = {"stream": outputs, "scores": torch.cat(scores), "means": torch.cat(means)}
-        store.finish("compare", None, streams)
-    means = streams["means"].split([half.reader.weight.shape[1] for half in halves])
-    names = [half.window.name for half in halves]
-    return list(streams["scores"].split([half.count for half in halves])), dict(zip(names, means, strict=True))
+    decoder: Decoder, criterion: Structured, halves: list[Units], target: float, samples: Tensor, execution: Execution
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By name of each half, which of its units are kept (count,), and the means (in,) of what its reader reads in the dense model."""
+
+    def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict]:
+        here = [half for half in halves if half.window.blocks == window.blocks]
+        moments = [statistics[half.reader.name].to(decoder.device) for half in here]
+        scores = [_score(criterion, half, found).tolist() for half, found in zip(here, moments, strict=True)]
+        return {"scores": scores, "means": [found[0].tolist() for found in moments]}, {}
+
+    found = over_blocks(decoder, execution, "compare", visit, f"compare ({criterion.name})", samples, criterion.statistics)
+
+    def tensors(what: str) -> list[Tensor]:
+        # Every float32 is a number of JSON, and comes back as it was.
+        return [torch.tensor(values, device=decoder.device) for block in found for values in block[what]]
+
+    chosen, names = (
+        keep_globally(tensors("scores"), [half.weights for half in halves], target),
+        [half.window.name for half in halves],
+    )
+    return dict(zip(names, chosen, strict=True)), dict(zip(names, tensors("means"), strict=True))
 
 
 def _score(rule: Structured, half: Units, statistics: Tensor) -> Tensor:

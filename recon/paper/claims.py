@@ -98,13 +98,13 @@ def _claims() -> Iterator[Claim]:
                 more = f"more than {times} times the" if times > 1 else "more"
                 yield Claim(
                     f"5.{then}.{cost}.{times}", f"Retraining ({then}) needs {more} {COSTS[cost]} for the quality of reconstruction",
-                    "ratio", half, alone | {"then": then}, cost, times, optional=then != "masklora",
+                    "ratio", half, alone | {"retrain": then}, cost, times, optional=then != "masklora",
                 )  # fmt: skip
     for then in ("masklora", "lora", "scalelora", "full", "norms"):
-        both, rest = half | {"then": then}, {"optional": then != "masklora", "cost": "flops"}
+        both, rest = half | {"retrain": then}, {"optional": then != "masklora", "cost": "flops"}
         said = f"Reconstruction, then retraining ({then}), is better than"
         yield Claim(f"6.{then}.reconstruction", f"{said} reconstruction alone", "combined", both, half, **rest)
-        yield Claim(f"6.{then}.retraining", f"{said} retraining alone", "combined", both, alone | {"then": then}, **rest)
+        yield Claim(f"6.{then}.retraining", f"{said} retraining alone", "combined", both, alone | {"retrain": then}, **rest)
     criteria = half | {"criterion": ("magnitude", "wanda", "sparsegpt")}
     yield Claim("7", "The gap between criteria is smaller after reconstruction than before", "gap", criteria)
     yield Claim("8", "The gap between criteria after reconstruction shrinks with model size", "trend", criteria)

@@ -23,13 +23,13 @@ BUDGET = 0.15  # compute is equal within this share
 COSTS = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
 DEFAULTS = {field.name: field.default for field in fields(RunSpec)}
 _TUNING = (
-    "learning_rate", "batch_size", "pieces", "accumulation", "warmup",
-    "then_learning_rate", "then_batch_size", "then_accumulation",
+    "learning_rate", "batch_size", "chunks", "accumulation", "warmup",
+    "retrain_learning_rate", "retrain_batch_size", "retrain_accumulation",
 )  # fmt: skip
-_RATES = ("learning_rate", "then_learning_rate")
+_RATES = ("learning_rate", "retrain_learning_rate")
 _ELSEWHERE = (  # in the protocol, in what is judged one by one, or without influence on what is compared
-    "model", "revision", "pattern", "seed", "text", "samples", "prune_samples", "then_samples", "sequence_length", "evaluation_texts",
-    "evaluation_samples", "evaluation_length", "held_out_samples", "tasks", "task_limit", "then_checkpointing", "device",
+    "model", "revision", "pattern", "seed", "text", "samples", "prune_samples", "retrain_samples", "sequence_length", "evaluation_texts",
+    "evaluation_samples", "evaluation_length", "held_out_samples", "tasks", "task_limit", "retrain_checkpointing", "device",
     "compute_dtype",
 )  # fmt: skip
 _SETTING = [name for name in DEFAULTS if name not in (*_TUNING, *_ELSEWHERE)]
@@ -38,10 +38,10 @@ _IDLE = (  # fields that change nothing in a run where another has a certain val
     (("exact_samples", "exact_iterations"), lambda spec: "exact" not in (spec["solver"], spec["start"])),
     (("sparsegpt_block_size", "sparsegpt_damping"), lambda spec: spec["criterion"] != "sparsegpt"),
     (
-        ("objective", "then_learning_rate", "then_epochs", "then_batch_size", "then_accumulation"),
-        lambda spec: spec["then"] == "none",
+        ("retrain_objective", "retrain_learning_rate", "retrain_epochs", "retrain_batch_size", "retrain_accumulation"),
+        lambda spec: spec["retrain"] == "none",
     ),
-    (("learning_rate", "batch_size", "pieces", "accumulation"), lambda spec: spec["granularity"] == "none"),
+    (("learning_rate", "batch_size", "chunks", "accumulation"), lambda spec: spec["granularity"] == "none"),
 )
 
 
@@ -57,7 +57,7 @@ class Run:
         self.key, self.pattern = record.key, spec["pattern"]
         self.model = spec["model"] + (f"@{spec['revision']}" if spec["revision"] else "")
         self.samples = spec["samples"]
-        self.trained_samples = (spec["then_samples"] or spec["samples"]) if spec["then"] != "none" else spec["samples"]
+        self.trained_samples = (spec["retrain_samples"] or spec["samples"]) if spec["retrain"] != "none" else spec["samples"]
         self.setting = {name: spec[name] for name in _SETTING}
         self.tuning = tuple((name, spec[name]) for name in _TUNING)
         texts = spec["evaluation_texts"]

@@ -89,12 +89,12 @@ def windows_of(spec: RunSpec, decoder: Decoder, rate: float) -> Windows:
 
     Weights and activations are counted in float32, masks in bytes, as they are sent.
     """
-    parts = decoder.windows(spec.granularity)
+    parts = decoder.windows(spec.reconstruction.granularity)
     numbers = sum(sum(p.numel() for p in decoder.parameters(window).values()) for window in parts) / len(parts)
     masks = sum(matrix.weight.numel() for matrix in decoder.matrices().values()) / len(parts)
-    samples = spec.samples + min(spec.held_out_samples, ERROR_SAMPLES)
-    stream = samples * spec.sequence_length * decoder.model.config.get_text_config().hidden_size
-    dense = estimate.forward_flops(decoder, spec.sequence_length) * samples * spec.sequence_length
+    samples = spec.calibration.samples + min(spec.calibration.held_out_samples, ERROR_SAMPLES)
+    stream = samples * spec.calibration.sequence_length * decoder.model.config.get_text_config().hidden_size
+    dense = estimate.forward_flops(decoder, spec.calibration.sequence_length) * samples * spec.calibration.sequence_length
     repair = estimate.flops(spec, decoder)["reconstruct"]
     return Windows(
         len(parts),

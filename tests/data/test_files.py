@@ -296,7 +296,7 @@ def test_code_that_comes_with_a_model_is_run_only_where_trusted(folder, tmp_path
     assert not (tmp_path / "modules").exists()
     assert type(models.load(str(folder), trust_remote_code=True)[0]).__name__ == "OwnForCausalLM"
     # The code decides about the numbers, so it tells runs apart; a spec that does not run any has the key it always had.
-    own = recon.RunSpec(model=str(folder), text=f"{folder}/tiny_text.txt", evaluation_texts=f"{folder}/tiny_text.txt")
+    own = recon.RunSpec.of(model=str(folder), text=f"{folder}/tiny_text.txt", evaluation_texts=f"{folder}/tiny_text.txt")
     keys = [own.key(), replace(own, trust_remote_code=True).key()]
     (folder / "modeling_own.py").write_text(MODEL + "# changed")
     keys += [own.key(), replace(own, trust_remote_code=True).key()]
@@ -398,7 +398,7 @@ def test_a_run_on_a_damaged_model_names_what_is_wrong_and_leaves_nothing(
 ):
     """Neither a checkpoint nor a work folder, in which the same command would find another model once it is whole again."""
     said = spoiled(sharded, damage)
-    spec = recon.RunSpec(
+    spec = recon.RunSpec.of(
         model=str(sharded), text=tiny_text, samples=2, sequence_length=16, held_out_samples=0, granularity="block",
         evaluation_texts=(tiny_text,), evaluation_samples=1, evaluation_length=16,
     )  # fmt: skip
@@ -414,7 +414,7 @@ def test_a_run_on_a_damaged_pruned_model_names_what_is_wrong_too(
     damage, stream, sharded, tiny_folder, tiny_text, tmp_path, monkeypatch
 ):
     said = spoiled(sharded, damage)
-    spec = recon.RunSpec(
+    spec = recon.RunSpec.of(
         model=tiny_folder, pruned=str(sharded), text=tiny_text, evaluation_texts=(tiny_text,), sequence_length=16
     )
     monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))

@@ -2,7 +2,6 @@ import errno
 import gc
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from recon.model.discovery import take_apart
 
 @pytest.fixture(scope="module")
 def spec(tiny_folder, tiny_text):
-    return recon.RunSpec(
+    return recon.RunSpec.of(
         model=str(tiny_folder),
         text=str(tiny_text),
         pattern="0.6",
@@ -45,7 +44,7 @@ def zeros(model) -> dict[str, torch.Tensor]:
 def test_it_loads_anywhere_with_the_same_perplexity(saved, spec):
     folder, record = saved
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tokens = recon.sample_tokens(spec.evaluation_texts[0], "evaluation", tokenizer, 3, 64)
+    tokens = recon.sample_tokens(spec.evaluation.texts[0], "evaluation", tokenizer, 3, 64)
     assert recon.perplexity(model, tokens, progress=False).value == record.metrics["perplexity"]
 
 
@@ -63,9 +62,9 @@ def test_zeros_survive_casts_and_saving_again(saved, tmp_path):
 def test_the_card_says_what_it_is_and_nothing_is_pickled(saved, spec):
     folder, record = saved
     card = (folder / "README.md").read_text()
-    values = record.metrics["by_text"][spec.text]
+    values = record.metrics["by_text"][spec.calibration.text]
     for said in (
-        f"base_model: {spec.model}", "0.6", "wanda", f"{record.metrics['sparsity']:.4f}", record.protocol["calibration"],
+        f"base_model: {spec.model.model}", "0.6", "wanda", f"{record.metrics['sparsity']:.4f}", record.protocol["calibration"],
         record.protocol["evaluation"], f"{values['perplexity']:.2f}", f"{values['dense_perplexity']:.2f}", "recon run --pattern 0.6",
     ):  # fmt: skip
         assert said in card
@@ -92,7 +91,7 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(saved, spec, tmp_path, 
 
 def test_killed_at_any_moment_the_folder_is_there_with_its_record_or_not_at_all(spec, tmp_path, monkeypatch):
     """Between any two things that are put on the disk for good, or deleted; the same call then ends with the record."""
-    spec, folder, session = replace(spec, granularity="none"), tmp_path / "repaired", recon.Session()
+    spec, folder, session = spec.replaced(granularity="none"), tmp_path / "repaired", recon.Session()
     recon.run(spec, session, progress=False)  # what is not written is done once
     left, record, states, before = 0, None, [], None
     while record is None:

@@ -6,12 +6,14 @@ from fixtures.models import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.experiment import estimate
 from recon.experiment.config import RunSpec
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
 from recon.model.discovery import take_apart
+from recon.runtime.execution import Execution
 
 
 class Counter(TorchDispatchMode):
@@ -36,7 +38,7 @@ COMMON = {"samples": 96, "sequence_length": 12, "held_out_samples": 0}  # so sho
     "options",
     [
         {"granularity": "none", "criterion": "wanda"},
-        {"granularity": "none", "criterion": "wanda", "prune_propagation": "dense"},
+        {"granularity": "none", "criterion": "wanda", "statistics": "dense"},
         {"granularity": "half-block"},
         {"granularity": "half-block", "epochs": 3},
         {"granularity": "half-block", "train": "all"},
@@ -48,62 +50,70 @@ COMMON = {"samples": 96, "sequence_length": 12, "held_out_samples": 0}  # so sho
         {"granularity": "matrix"},
         {"granularity": "matrix", "propagation": "sparse"},
         {"granularity": "matrix", "propagation": "mixed"},
-        {"granularity": "none", "then": "full"},
-        {"granularity": "none", "then": "masklora"},
-        {"granularity": "none", "then": "scalelora", "objective": "distil"},
-        {"granularity": "none", "then": "lora", "rank": 4},
-        {"granularity": "none", "then": "norms"},
-        {"granularity": "none", "then": "masklora", "then_checkpointing": True},
+        {"granularity": "none", "retrain": "full"},
+        {"granularity": "none", "retrain": "masklora"},
+        {"granularity": "none", "retrain": "scalelora", "retrain_objective": "distil"},
+        {"granularity": "none", "retrain": "lora", "rank": 4},
+        {"granularity": "none", "retrain": "norms"},
+        {"granularity": "none", "retrain": "masklora", "retrain_checkpointing": True},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_closed_form_agrees_with_what_is_counted(options, tokens):
     """Nearly: errors are measured on two samples more, and the counter does not see into the attention kernel."""
-    spec = RunSpec(**{**COMMON, **options})
+    spec = RunSpec.of(**{**COMMON, **options})
     dense = make_model("llama", **SIZES)
-    teacher, model, batch = take_apart(dense), copy.deepcopy(dense), tokens(spec.samples, spec.sequence_length)
-    phase = "prune" if spec.granularity == "none" and spec.then == "none" else "retrain" if spec.then != "none" else "reconstruct"
+    teacher, model, batch = (
+        take_apart(dense),
+        copy.deepcopy(dense),
+        tokens(spec.calibration.samples, spec.calibration.sequence_length),
+    )
+    phase = (
+        "prune"
+        if spec.reconstruction.granularity == "none" and spec.retraining.method == "none"
+        else "retrain"
+        if spec.retraining.method != "none"
+        else "reconstruct"
+    )
     common = {"compute_dtype": "float32", "progress": False}
     if phase != "prune":
-        masks = prune(model, criterion="magnitude", progress=False).masks
+        masks = prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     with Counter() as counter:
         if phase == "prune":
-            prune(take_apart(model, like=teacher), batch, spec.criterion, propagation=spec.prune_propagation, **common)
+            prune(
+                take_apart(model, like=teacher),
+                batch,
+                PruningConfig(criterion=spec.pruning.criterion, statistics=spec.pruning.statistics),
+                **common,
+            )
         elif phase == "retrain":
-            retrain(
-                take_apart(model, like=teacher), batch, masks, spec.then, spec.objective, teacher, spec.then_schedule, spec.rank,
-                spec.then_checkpointing, **common,
-            )  # fmt: skip
+            retrain(take_apart(model, like=teacher), batch, RetrainingConfig(method=spec.retraining.method, objective=spec.retraining.objective, **vars(spec.then_schedule), rank=spec.reconstruction.rank, checkpointing=spec.retraining.checkpointing), masks=masks, dense=teacher, **common)  # fmt: skip
         else:
-            reconstruct(
-                take_apart(model, like=teacher), teacher, batch, masks, spec.granularity, spec.propagation, schedule=spec.schedule,
-                train=spec.train, adapter=spec.adapter, rank=spec.rank, **common,
-            )  # fmt: skip
+            reconstruct(take_apart(model, like=teacher), teacher, batch, ReconstructionConfig(granularity=spec.reconstruction.granularity, propagation=spec.reconstruction.propagation, **vars(spec.schedule), train=spec.reconstruction.train, adapter=spec.reconstruction.adapter, rank=spec.reconstruction.rank), masks=masks, **common)  # fmt: skip
     assert estimate.flops(spec, teacher)[phase] == pytest.approx(counter.flops, rel=0.07)
 
 
 def test_gram_matrices_and_exact_solutions_are_counted(tokens):
     dense = make_model("llama", **SIZES)
     teacher, batch = take_apart(dense), tokens(32, 48)
-    spec = RunSpec(samples=32, sequence_length=48, held_out_samples=0, granularity="matrix", solver="exact", exact_iterations=4)
+    spec = RunSpec.of(
+        samples=32, sequence_length=48, held_out_samples=0, granularity="matrix", solver="exact", exact_iterations=4
+    )
     model = copy.deepcopy(dense)
-    masks = prune(model, criterion="magnitude", progress=False).masks
+    masks = prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     with Counter() as counter:
-        reconstruct(
-            take_apart(model, like=teacher), teacher, batch, masks, "matrix", solver="exact", exact=spec.exact,
-            compute_dtype="float32", progress=False,
-        )  # fmt: skip
+        reconstruct(take_apart(model, like=teacher), teacher, batch, ReconstructionConfig(granularity="matrix", solver="exact", TODO=spec.exact), masks=masks, execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
     assert estimate.flops(spec, teacher)["reconstruct"] == pytest.approx(counter.flops, rel=0.15)
 
 
 def test_what_is_not_done_costs_nothing():
-    found = estimate.flops(RunSpec(granularity="none", criterion="magnitude"), take_apart(make_model("llama")))
+    found = estimate.flops(RunSpec.of(granularity="none", criterion="magnitude"), take_apart(make_model("llama")))
     assert (found["prune"], found["reconstruct"], found["retrain"]) == (0, 0, 0) and found["evaluate"] > 0
 
 
 def test_twice_the_samples_cost_twice():
     decoder = take_apart(make_model("llama"))
-    one, two = (estimate.flops(RunSpec(samples=n, then="norms"), decoder) for n in (16, 32))
+    one, two = (estimate.flops(RunSpec.of(samples=n, retrain="norms"), decoder) for n in (16, 32))
     for phase in ("prune", "retrain"):
         assert two[phase] == 2 * one[phase]
     assert 1.8 * one["reconstruct"] < two["reconstruct"] < 2 * one["reconstruct"]  # errors are measured on the same few samples

@@ -18,6 +18,7 @@ import torch
 from fixtures.processes import heed_interrupts
 
 import recon
+from recon.config import ReconstructionConfig
 from recon.errors import ReconError
 from recon.experiment import cluster as workers
 from recon.experiment import executors
@@ -25,6 +26,7 @@ from recon.experiment.cluster import Ray, Request
 from recon.experiment.plan import plan
 from recon.experiment.record import RunRecord, read_record
 from recon.experiment.study import grid, run_study
+from recon.runtime.execution import Execution
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -53,7 +55,7 @@ def add_node(cluster):
 
 def specs(count: int, **options) -> dict[str, recon.RunSpec]:
     """Specs by made-up keys; nothing is run of them."""
-    return {f"key {number}": recon.RunSpec(rank=number + 1, **options) for number in range(count)}
+    return {f"key {number}": recon.RunSpec.of(rank=number + 1, **options) for number in range(count)}
 
 
 class Notes:
@@ -64,7 +66,7 @@ class Notes:
 
     def __call__(self, spec, session, progress) -> RunRecord:
         assert not progress
-        key = f"key {spec.rank - 1}"
+        key = f"key {spec.reconstruction.rank - 1}"
         begun = self.folder / f"{key} begun by {os.getpid()} {time.monotonic_ns()}"
         begun.write_text(ray.get_runtime_context().get_node_id())
         if (self.folder / f"{key} dies").exists():
@@ -131,7 +133,7 @@ def meanwhile(function, notes: Notes):
 
 
 def test_a_study_has_the_same_records_on_a_cluster(cluster, tiny_folder, tiny_text, tmp_path):
-    base = recon.RunSpec(
+    base = recon.RunSpec.of(
         model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=64,
     )  # fmt: skip
@@ -160,7 +162,7 @@ def test_a_study_has_the_same_records_on_a_cluster(cluster, tiny_folder, tiny_te
 
 def test_the_next_run_shares_most_with_the_last_one_and_least_with_those_of_others():
     made = {
-        f"{model} {criterion} {granularity}": recon.RunSpec(model=model, criterion=criterion, granularity=granularity)
+        f"{model} {criterion} {granularity}": recon.RunSpec.of(model=model, criterion=criterion, granularity=granularity)
         for model in ("a", "b") for criterion in ("wanda", "ria") for granularity in ("block", "model")
     }  # fmt: skip
     queue = executors.Queue(made)
@@ -180,7 +182,7 @@ def test_lost_workers_and_failing_runs_cost_nothing_but_themselves(cluster, note
     notes.tell("key 2", "breaks")
     notes.tell("key 5", "dies")
     # Two groups, so that the two workers have one each.
-    made = {key: replace(spec, criterion=["wanda", "ria"][number % 2]) for number, (key, spec) in enumerate(specs(6).items())}
+    made = {key: spec.replaced(criterion=["wanda", "ria"][number % 2]) for number, (key, spec) in enumerate(specs(6).items())}
     made["key 6"] = replace(made["key 0"], rank=99)  # its record has another key
 
     def kill():
@@ -331,9 +333,9 @@ def test_what_a_worker_asks_for():
 
 
 def test_memory_is_set_aside_for_the_largest_run_of_a_model(tiny_folder, tiny_text):
-    base = recon.RunSpec(model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, evaluation_length=32)
-    specs = {spec.granularity: spec for spec in grid(base, granularity=["none", "half-block", "model"])}
-    specs["of no model"] = recon.RunSpec(model=f"{tiny_folder}/none")
+    base = recon.RunSpec.of(model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, evaluation_length=32)
+    specs = {spec.reconstruction.granularity: spec for spec in grid(base, granularity=["none", "half-block", "model"])}
+    specs["of no model"] = recon.RunSpec.of(model=f"{tiny_folder}/none")
     assert list(executors._by_memory(specs, 1e12)) == [0]
     asked = executors._by_memory(specs, 1e3)
     largest = next(memory for memory, group in asked.items() if "model" in group)
@@ -361,7 +363,7 @@ def test_without_ray_it_is_said_how_to_install_it(monkeypatch, tmp_path):
 
 
 WAYS = {  # granularity, and how windows are fitted
-    "halves": ("half-block", {"schedule": recon.Schedule(3e-3, pieces=2)}),
+    "halves": ("half-block", {"schedule": recon.Schedule(3e-3, chunks=2)}),
     "matrices exactly": ("matrix", {"solver": "exact"}),
     "biases that pruning added": ("half-block", {"criterion": "flap", "pattern": "0.3"}),
     "blocks from exact": ("2-blocks", {"start": "exact", "train": "all"}),
@@ -378,7 +380,7 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
     pruning = {name: options.pop(name) for name in ("criterion", "pattern")}
     dense, samples, held_out = tiny(family, tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
     pruned = copy.deepcopy(dense)
-    masks = recon.prune(pruned, samples, **pruning, progress=False).masks
+    masks = recon.prune(pruned, samples, **pruning, execution=Execution(progress=False)).masks
     made, reports = {}, {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as workers have: more could round differently
@@ -389,12 +391,12 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
                 made[executor],
                 dense,
                 samples,
-                masks,
-                granularity=granularity,
+                ReconstructionConfig(granularity=granularity),
+                masks=masks,
                 held_out=held_out,
-                progress=False,
                 executor=executor,
                 **options,
+                execution=Execution(progress=False),
             )
     finally:
         torch.set_num_threads(threads)
@@ -407,7 +409,7 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_the_windows_of_a_run_are_spread(cluster, stream, tiny_folder, tiny_text, tmp_path):
-    spec = recon.RunSpec(
+    spec = recon.RunSpec.of(
         model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=32,
     )  # fmt: skip
@@ -426,19 +428,21 @@ def test_the_windows_of_a_run_are_spread(cluster, stream, tiny_folder, tiny_text
 
 def test_windows_that_depend_on_one_another_are_not_spread(tiny, tokens, tmp_path):
     with pytest.raises(ReconError, match="cannot be repaired side by side under mixed propagation"):
-        recon.run(recon.RunSpec(propagation="mixed"), save=tmp_path / "saved", executor="ray")
+        recon.run(recon.RunSpec.of(propagation="mixed"), save=tmp_path / "saved", executor="ray")
     assert not list(tmp_path.iterdir())
     for propagation in ("sparse", "mixed"):
         with pytest.raises(
             ReconError, match=f"side by side under {propagation} propagation: each one reads what those before it"
         ):
-            recon.reconstruct(tiny("llama"), tiny("llama"), tokens(2, 8), propagation=propagation, executor="ray")
+            recon.reconstruct(
+                tiny("llama"), tiny("llama"), tokens(2, 8), ReconstructionConfig(propagation=propagation), executor="ray"
+            )
 
 
 SCRIPT = """
 import sys
 import recon
-base = recon.RunSpec(
+base = recon.RunSpec.of(
     model=sys.argv[1], text=sys.argv[2], samples=4, sequence_length=32, held_out_samples=2,
     evaluation_texts=(sys.argv[2],), evaluation_samples=2, evaluation_length=64,
 )

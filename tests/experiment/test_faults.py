@@ -23,6 +23,7 @@ from torch.testing import assert_close
 
 import recon
 from recon.cli import main
+from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.data import models
 from recon.errors import ReconError
 from recon.experiment import study
@@ -39,7 +40,7 @@ from recon.runtime.store import MemoryStore
 
 @pytest.fixture(scope="module")
 def spec(tiny_folder, tiny_text) -> recon.RunSpec:
-    return recon.RunSpec(
+    return recon.RunSpec.of(
         model=tiny_folder, text=tiny_text, samples=4, sequence_length=16, held_out_samples=0, granularity="none",
         evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=16, compute_dtype="float32",
     )  # fmt: skip
@@ -107,7 +108,7 @@ def no_hub(monkeypatch, tmp_path):
 
 def test_a_hub_that_cannot_be_reached_is_said(spec, no_hub, capsys):
     with pytest.raises(SystemExit) as end:
-        main(options(replace(spec, model="somebody/something", revision="v2")))
+        main(options(spec.replaced(model="somebody/something", revision="v2")))
     errors = capsys.readouterr().err
     assert end.value.code == 2 and "Traceback" not in errors
     assert "model 'somebody/something' at revision 'v2' cannot be had from the Hub (ConnectionError: Name or service" in errors
@@ -117,7 +118,7 @@ def test_a_hub_that_cannot_be_reached_is_said(spec, no_hub, capsys):
 def test_a_study_refuses_an_unknown_model_before_anything_runs(spec, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run", lambda *args, **kwargs: pytest.fail("has begun to compute"))
     with pytest.raises(ReconError, match="unknown model 'nonsense'"):
-        run_study([spec, replace(spec, model="nonsense")], tmp_path, progress=False)
+        run_study([spec, spec.replaced(model="nonsense")], tmp_path, progress=False)
 
 
 # ---- a full disk
@@ -168,7 +169,7 @@ def deadly(*paths):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(*paths)
 os.replace = deadly
-recon.run_study(study.grid(recon.RunSpec(**{settings!r}), seed=range(3)), {folder!r}, progress=False)
+recon.run_study(study.grid(recon.RunSpec.of(**{settings!r}), seed=range(3)), {folder!r}, progress=False)
 """
 
 
@@ -207,7 +208,7 @@ cli.main(sys.argv[2:])
 def test_a_run_that_is_killed_ends_with_its_record_when_it_is_repeated(stream, place, spec, tmp_path, monkeypatch):
     """As if nothing had happened; the checkpoint is whole, and where it was there already, it is not touched."""
     record, saved = tmp_path / "r.json", tmp_path / "saved"
-    spec = replace(spec, granularity="block", held_out_samples=2)
+    spec = spec.replaced(granularity="block", held_out_samples=2)
     command = options(spec, "--stream", stream, "--record", str(record), "--save", str(saved))
     done = subprocess.run([sys.executable, "-c", KILLED, place, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == -(signal.SIGKILL if place == "record" else signal.SIGXFSZ), done.stderr
@@ -244,7 +245,7 @@ def test_rows_are_the_same_whether_measured_or_read_from_disk(spec, tmp_path):
 
 
 def test_a_failure_leaves_no_trace_in_the_runs_after_it(spec, tmp_path, monkeypatch):
-    specs = grid(replace(spec, granularity="block"), seed=[0, 1])
+    specs = grid(spec.replaced(granularity="block"), seed=[0, 1])
     prune, calls = recon.prune, []
 
     def fail_once(*args, **kwargs):
@@ -263,7 +264,7 @@ def test_a_failure_leaves_no_trace_in_the_runs_after_it(spec, tmp_path, monkeypa
 
 
 def test_one_evaluation_text_may_be_given_bare(spec, tiny_text):
-    assert replace(spec, evaluation_texts=tiny_text) == spec
+    assert spec.replaced(evaluation_texts=tiny_text) == spec
 
 
 @pytest.mark.parametrize(
@@ -271,17 +272,17 @@ def test_one_evaluation_text_may_be_given_bare(spec, tiny_text):
 )
 def test_numbers_are_numbers(name, value):
     with pytest.raises(ReconError, match=f"{name} is {value!r}; allowed: a number"):
-        recon.RunSpec(**{name: value})
+        recon.RunSpec.of(**{name: value})
 
 
 def test_key_is_the_same_in_another_process(spec):
-    code = f"import recon; print(recon.RunSpec(**{asdict(spec)!r}).key())"
+    code = f"import recon; print(recon.RunSpec.of(**{asdict(spec)!r}).key())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == spec.key()
 
 
 def test_key_changes_with_the_weights_and_with_the_text(spec, folder):
-    spec = replace(spec, model=str(folder), text=str(folder / "tiny_text.txt"))
+    spec = spec.replaced(model=str(folder), text=str(folder / "tiny_text.txt"))
     keys = [spec.key(), spec.key()]
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
@@ -299,7 +300,7 @@ def test_key_changes_with_the_weights_and_with_the_text(spec, folder):
         ({"pattern": "2:4"}, ["model", "dense"]),
         ({"scope": "matrix"}, ["model", "dense"]),
         ({"samples": 3}, ["model", "dense"]),
-        ({"prune_propagation": "dense"}, ["model", "dense"]),
+        ({"statistics": "dense"}, ["model", "dense"]),
         ({"evaluation_length": 32}, ["model"]),
         ({"granularity": "block", "learning_rate": 1e-3, "loss": "cosine"}, ["model", "dense", "pruned"]),
     ],
@@ -307,9 +308,9 @@ def test_key_changes_with_the_weights_and_with_the_text(spec, folder):
 def test_a_session_shares_only_what_a_change_leaves_alone(spec, change, reused):
     session = recon.Session()
     recon.run(spec, session, progress=False)
-    shared = recon.run(replace(spec, **change), session, progress=False)
+    shared = recon.run(spec.replaced(**change), session, progress=False)
     assert shared.shared == reused
-    assert shared.metrics == recon.run(replace(spec, **change), progress=False).metrics
+    assert shared.metrics == recon.run(spec.replaced(**change), progress=False).metrics
 
 
 # ---- out of memory
@@ -320,7 +321,7 @@ def pair():
     """A dense model of three blocks and a pruned copy, as decoders."""
     dense = take_apart(make_model("llama"))
     student = take_apart(copy.deepcopy(dense.model), like=dense)
-    recon.prune(student, criterion="magnitude", progress=False)
+    recon.prune(student, PruningConfig(criterion="magnitude"), execution=Execution(progress=False))
     return dense, student
 
 
@@ -364,9 +365,17 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
             window, execution = dense.windows("block")[0], Execution("cpu", "float32")
             grams = gather(execution, dense, window, execution.embed(dense, tokens), "gram")[1]
         with run_out():
-            recon.prune(student, tokens, "wanda", compute_dtype="float32", progress=False)
+            recon.prune(
+                student, tokens, PruningConfig(criterion="wanda"), execution=Execution(compute_dtype="float32", progress=False)
+            )
         with run_out():
-            recon.reconstruct(student, dense, tokens, granularity="matrix", compute_dtype="float32", progress=False)
+            recon.reconstruct(
+                student,
+                dense,
+                tokens,
+                ReconstructionConfig(granularity="matrix"),
+                execution=Execution(compute_dtype="float32", progress=False),
+            )
         with run_out():
             value = recon.perplexity(student, tokens, execution=FLOAT32, progress=False).value
         found.append((grams, value, [matrix.weight == 0 for matrix in student.matrices().values()]))
@@ -407,7 +416,7 @@ def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_resu
     )
     for ours, theirs in zip(found, wanted, strict=True):
         assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-6)
-        assert ours.status == theirs.status == "repaired"
+        assert ours.status == theirs.status == "reconstructed"
     for name, matrix in other.matrices().items():
         assert_close(matrix.weight, student.matrices()[name].weight, rtol=1e-3, atol=1e-5)
         assert torch.equal(matrix.weight == 0, student.matrices()[name].weight == 0)
@@ -420,11 +429,11 @@ def test_a_streamed_run_that_is_short_of_memory_has_the_bits_of_one_that_is_not_
     forward = LlamaDecoderLayer.forward
 
     def run_out(block, hidden, *args, **options):
-        if hidden.shape[1] == spec.sequence_length and len(hidden) > (1 if torch.is_grad_enabled() else 2):
+        if hidden.shape[1] == spec.calibration.sequence_length and len(hidden) > (1 if torch.is_grad_enabled() else 2):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(block, hidden, *args, **options)
 
-    spec, records, said = replace(spec, granularity="block", batch_size=4, propagation=propagation), [], []
+    spec, records, said = spec.replaced(granularity="block", batch_size=4, propagation=propagation), [], []
     for stream in ("no", "yes"):
         with monkeypatch.context() as patch:
             patch.setattr(LlamaDecoderLayer, "forward", run_out)
@@ -444,7 +453,7 @@ def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
     done = MemoryStore()
     done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]
     done.streams = lambda phase: {"dense": dense.embed(tokens)}
-    found = recon.reconstruct(student, dense, tokens, **options, store=done)
+    found = recon.reconstruct(student, dense, tokens, **options, execution=Execution(store=done))
     assert first.micro_batch == 3 and [report.micro_batch for report in found] == [1] * 3
 
 
@@ -466,7 +475,13 @@ def test_where_not_even_one_sample_fits_the_window_is_named(pair):
         little_memory(student, 0),
         pytest.raises(ReconError, match=r"window 'block 0 attention': memory of device cpu does not") as error,
     ):
-        recon.reconstruct(student, dense, random_tokens(3, 12), schedule=SCHEDULE, compute_dtype="float32", progress=False)
+        recon.reconstruct(
+            student,
+            dense,
+            random_tokens(3, 12),
+            ReconstructionConfig(**vars(SCHEDULE)),
+            execution=Execution(compute_dtype="float32", progress=False),
+        )
     assert "shorter samples, or smaller windows" in str(error.value)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in student.model.named_parameters())
 
@@ -482,9 +497,13 @@ def test_windows_whose_activations_overflow_are_left_as_pruned(pair, caplog):
             decoder.model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e38)
     before = {name: p.clone() for name, p in student.model.named_parameters()}
     reports = recon.reconstruct(
-        student, dense, random_tokens(3, 12), schedule=Schedule(1e-3), compute_dtype="float32", progress=False
+        student,
+        dense,
+        random_tokens(3, 12),
+        ReconstructionConfig(learning_rate=0.001),
+        execution=Execution(compute_dtype="float32", progress=False),
     )
-    assert [report.status for report in reports] == ["repaired"] * 3 + ["restored"] * 3
+    assert [report.status for report in reports] == ["reconstructed"] * 3 + ["restored"] * 3
     assert "window 'block 1 mlp': fitting gave NaN or infinite" in caplog.text and "activations" in caplog.text
     for number, window in enumerate(dense.windows("half-block")):
         for name in dense.trained(window, "matrices"):
@@ -496,15 +515,27 @@ def test_an_infinite_loss_restores_even_where_its_gradient_is_finite(pair, caplo
     before = copy.deepcopy(student.model.state_dict())
     monkeypatch.setitem(LOSSES, "mse", lambda output, target: (output - target).square().mean() + torch.inf)
     reports = recon.reconstruct(
-        student, dense, random_tokens(3, 12), granularity="model", compute_dtype="float32", progress=False
+        student,
+        dense,
+        random_tokens(3, 12),
+        ReconstructionConfig(granularity="model"),
+        execution=Execution(compute_dtype="float32", progress=False),
     )
     assert [report.status for report in reports] == ["restored"]
     assert "window 'block 0-2': fitting gave NaN or infinite losses; its pruned-only weights are restored" in caplog.text
     monkeypatch.setattr(
         "recon.methods.retrain.negative_log_likelihood", lambda logits, tokens: logits.square().mean(-1) + torch.inf
     )
-    report = recon.retrain(student, random_tokens(3, 12), method="full", compute_dtype="float32", progress=False)
-    assert report.status == "restored" and "gave NaN or infinite losses; the weights before it are restored" in caplog.text
+    report = recon.retrain(
+        student,
+        random_tokens(3, 12),
+        RetrainingConfig(method="full"),
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
+    assert (
+        report.status == "rolled back: not finite"
+        and "gave NaN or infinite losses; the weights before it are restored" in caplog.text
+    )
     assert all(torch.equal(found, before[name]) for name, found in student.model.state_dict().items())
 
 
@@ -512,13 +543,13 @@ def test_an_infinite_loss_restores_even_where_its_gradient_is_finite(pair, caplo
 @pytest.mark.parametrize("broken", ["weights", "losses", "activations"])
 def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broken, stream, tmp_path, monkeypatch, caplog):
     """In the record, in what is said, and in what is saved; windows before it are repaired, and so are those after it, if they can be."""
-    spec = replace(spec, model=str(folder), criterion="magnitude", granularity="block", evaluation_samples=1)
+    spec = spec.replaced(model=str(folder), criterion="magnitude", granularity="block", evaluation_samples=1)
     first = 2
     if broken == "activations":  # overflow from there on
         weights = load_file(folder / "model.safetensors")
         weights["model.layers.2.mlp.down_proj.weight"] *= 1e38
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    recon.run(replace(spec, granularity="none"), save=tmp_path / "pruned", progress=False)
+    recon.run(spec.replaced(granularity="none"), save=tmp_path / "pruned", progress=False)
     fit, calls = recon.methods.reconstruct.fit, []
 
     def breaks(forward, parameters, *rest, **options):
@@ -549,7 +580,7 @@ def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broke
     "where", ["recon.methods.prune.prune", "recon.methods.reconstruct.fit", "recon.experiment.checkpoint.write_card"]
 )
 def test_an_interrupted_run_leaves_nothing_behind_but_what_it_goes_on_from(spec, tmp_path, capsys, monkeypatch, where, stream):
-    spec = replace(spec, granularity="block")
+    spec = spec.replaced(granularity="block")
     command = options(spec, "--stream", stream, "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "r.json"))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run in the background
     try:
@@ -632,7 +663,7 @@ def test_a_disk_that_is_full_when_a_streamed_run_ends_loses_nothing(spec, tmp_pa
 @pytest.mark.parametrize("size", [100, 3_000, 20_000, 50_000])
 def test_a_streamed_run_that_runs_out_of_room_goes_on_where_it_was(spec, tmp_path, size):
     """Wherever a file could not grow beyond so many bytes: the journal, masks, activations, weights."""
-    spec = replace(spec, granularity="block", held_out_samples=2)
+    spec = spec.replaced(granularity="block", held_out_samples=2)
     with room_for(size), pytest.raises(ReconError, match=r"saved.unfinished' cannot be written: .*File too large"):
         recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
     found = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")

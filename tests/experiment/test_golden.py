@@ -40,7 +40,7 @@ def test_its_structure(bundled):
 
 def test_half_blocks_repair_the_bundled_model():
     """The heart of it all, on 2,048 calibration tokens: measured 23.6 dense, 44.7 pruned, 40.5 repaired, share 0.15."""
-    spec = recon.RunSpec(
+    spec = recon.RunSpec.of(
         samples=16, sequence_length=128, batch_size=1, evaluation_samples=4, evaluation_length=256, held_out_samples=2
     )
     metrics = recon.run(spec, progress=False).metrics
@@ -54,11 +54,11 @@ def test_half_blocks_repair_the_bundled_model():
 @pytest.mark.slow
 def test_repairing_the_bundled_model():
     """The paper's picture, small: half-block windows repair, whole blocks about as well, single matrices worse."""
-    base = recon.RunSpec(samples=32, sequence_length=256, evaluation_samples=6)
+    base = recon.RunSpec.of(samples=32, sequence_length=256, evaluation_samples=6)
     session = recon.Session()
 
     def share(**changes) -> float:
-        record = recon.run(dataclasses.replace(base, **changes), session, progress=False)
+        record = recon.run(dataclasses.base.replaced(**changes), session, progress=False)
         assert record.metrics["sparsity"] == 0.5
         assert record.metrics["held_out_error"] < record.metrics["held_out_error_pruned"] or changes["granularity"] == "matrix"
         return record.metrics["share_recovered"]

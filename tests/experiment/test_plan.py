@@ -41,7 +41,7 @@ def config_folder(tmp_path):
 
 @pytest.fixture
 def spec(tiny_folder, tiny_text):
-    return RunSpec(
+    return RunSpec.of(
         model=tiny_folder, text=tiny_text, samples=8, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=64, criterion="magnitude",
     )  # fmt: skip
@@ -66,18 +66,18 @@ def test_mixtures_of_experts_are_planned(family, experts, spec, config_folder):
     config = small_model(family).config
     setattr(config, experts, 16)  # of which a pass is rehearsed with fewer
     model = AutoModelForCausalLM.from_config(config)
-    spec = replace(spec, model=config_folder(model.config.to_dict()), granularity="block", criterion="wanda")
-    planned = plan.plan(replace(spec, evaluation_samples=1))
+    spec = spec.replaced(model=config_folder(model.config.to_dict()), granularity="block", criterion="wanda")
+    planned = plan.plan(spec.replaced(evaluation_samples=1))
     assert planned.parameters == sum(p.numel() for p in model.parameters())
-    decoder = plan.shapes_of(spec.model).decoder
+    decoder = plan.shapes_of(spec.model.model).decoder
     trained = sum(p.numel() for p in decoder.trained(decoder.windows("block")[-1], "matrices").values())
     # At the end of a step, gradients and two moments of all that is trained, experts that no token reached included.
-    found = rehearsal.peaks(spec, *plan.shapes_of(spec.model)).found
+    found = rehearsal.peaks(spec, *plan.shapes_of(spec.model.model)).found
     assert max(parts.get("gradients and AdamW", 0) for parts in found.values()) >= 3 * 4 * trained
 
 
 def test_a_model_that_needs_values_has_no_plan_and_runs_without_one(config_folder, monkeypatch):
-    spec = RunSpec(
+    spec = RunSpec.of(
         model=config_folder(small_model("phimoe").config.to_dict()), samples=4, sequence_length=32, evaluation_length=32
     )
     with pytest.raises(ReconError, match="no plan can be made for model .* shapes and no values"):
@@ -132,9 +132,9 @@ def _totals(found) -> dict[str, float]:
         {"criterion": "wanda", "batch_size": 4, "propagation": "mixed", "epochs": 2},
         {"granularity": "matrix"},
         {"granularity": "model", "train": "all"},
-        {"granularity": "none", "criterion": "sparsegpt", "then": "full"},
-        {"granularity": "block", "start": "exact", "swaps": 2},
-        {"granularity": "none", "then": "masklora", "then_checkpointing": True},
+        {"granularity": "none", "criterion": "sparsegpt", "retrain": "full"},
+        {"granularity": "block", "start": "exact", "mask_refinement": 2},
+        {"granularity": "none", "retrain": "masklora", "retrain_checkpointing": True},
         {"granularity": "matrix", "criterion": "wanda", "compute_dtype": "float32"},
         {"family": "mixtral", "criterion": "wanda"},
         {"family": "t5", "criterion": "wanda", "granularity": "block"},
@@ -145,8 +145,8 @@ def test_the_rehearsal_takes_the_bytes_that_the_run_takes(spec, options, config_
     """Shapes alone, on two or three blocks and a few batches, against every tensor of the whole run on four blocks."""
     family, options = options.get("family"), {name: value for name, value in options.items() if name != "family"}
     if family:  # such as with experts, among which random weights divide the tokens
-        spec = replace(spec, model=config_folder(make_model(family, num_hidden_layers=4).config.to_dict()))
-    spec, (config, decoder) = replace(spec, **options), plan.shapes_of(spec.model)
+        spec = spec.replaced(model=config_folder(make_model(family, num_hidden_layers=4).config.to_dict()))
+    spec, (config, decoder) = spec.replaced(**options), plan.shapes_of(spec.model.model)
     # Whether pruning changes weights decides, in a rehearsal, what the run sees for itself.
     ledger = Counted(equal=False)
     with ledger:
@@ -169,7 +169,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read_and_told_what_would(
     monkeypatch.setattr(models, "load", read)
     monkeypatch.setattr(plan, "LONG", 0)
     monkeypatch.setattr(plan, "resident", lambda: 0)
-    large = replace(spec, granularity="model", evaluation_samples=1)
+    large = spec.replaced(granularity="model", evaluation_samples=1)
     have(plan.plan(replace(large, granularity="2-blocks")))
     record, error = study.run_or_record_failure(large)
     assert isinstance(error, ReconError) and record.status == "failed"
@@ -185,13 +185,13 @@ def test_what_cannot_fit_is_refused_before_weights_are_read_and_told_what_would(
 def test_a_streamed_run_takes_less_memory_and_more_disk(spec, monkeypatch):
     monkeypatch.setattr(plan, "resident", lambda: 0)
     monkeypatch.setattr(plan, "resident_anonymous", lambda: 0)
-    spec = replace(spec, granularity="block", evaluation_samples=1)
+    spec = spec.replaced(granularity="block", evaluation_samples=1)
     here, on_disk = (plan.plan(spec, stream=stream) for stream in ("no", "yes"))
     assert (here.streamed, on_disk.streamed) == (False, True)
     with monkeypatch.context() as patched:
         patched.setattr(plan, "_memory", lambda *args, **options: {"cpu": on_disk.memory})
         half, both = (
-            plan.plan(replace(spec, compute_dtype=d), True, stream="yes", save_dtype="bfloat16") for d in COMPUTE_DTYPES
+            plan.plan(spec.replaced(compute_dtype=d), True, stream="yes", save_dtype="bfloat16") for d in COMPUTE_DTYPES
         )
     assert half.disk == pytest.approx(on_disk.disk - 2 * on_disk.parameters, rel=0.05) and half.disk < on_disk.disk < both.disk
     assert on_disk.disk >= 4 * on_disk.parameters + on_disk.prunable // 8 > here.disk == 0
@@ -212,13 +212,13 @@ def test_a_streamed_run_takes_less_memory_and_more_disk(spec, monkeypatch):
     with pytest.raises(ReconError, match="--stream yes would fit"):
         plan.check(spec, stream="no")
     with pytest.raises(ReconError, match="retraining"):
-        plan.plan(replace(spec, then="full"), stream="yes")
+        plan.plan(spec.replaced(retrain="full"), stream="yes")
 
 
 def test_where_the_disk_is_too_small_it_is_said_what_would_fit(spec, monkeypatch):
     memory = {"reconstruct": {"process": 0.0}}
     monkeypatch.setattr(plan, "_memory", lambda *args, **options: {"cpu": memory})
-    spec = replace(spec, granularity="block", samples=64)
+    spec = spec.replaced(granularity="block", samples=64)
 
     def said(stream: str, free: int) -> str:
         planned = replace(plan.plan(spec, save=True, stream=stream), available_disk=free)
@@ -245,10 +245,10 @@ CUDA = torch.device("cuda", 0)
         {"criterion": "wanda", "propagation": "mixed"},
         {"criterion": "sparsegpt", "granularity": "matrix"},
         {"criterion": "wanda-sp", "granularity": "2-blocks", "train": "all"},
-        {"criterion": "wanda", "start": "exact", "pieces": 2, "swaps": 2},
+        {"criterion": "wanda", "start": "exact", "chunks": 2, "mask_refinement": 2},
         {"adapter": "masklora", "granularity": "block", "stream": "yes"},
-        {"granularity": "none", "then": "full", "then_checkpointing": True},
-        {"then": "lora", "objective": "distil"},
+        {"granularity": "none", "retrain": "full", "retrain_checkpointing": True},
+        {"retrain": "lora", "retrain_objective": "distil"},
         {"family": "mixtral", "criterion": "wanda", "granularity": "block"},
         {"family": "qwen3_moe", "stream": "yes"},
     ],
@@ -258,10 +258,10 @@ def test_all_that_a_run_does_it_does_on_one_device(spec, options, config_folder)
     """On tensors without values, torch refuses what mixes devices as it does on a GPU; and the host is left with what is kept."""
     options = dict(options)
     if family := options.pop("family", None):
-        spec = replace(spec, model=config_folder(small_model(family).config.to_dict()))
+        spec = spec.replaced(model=config_folder(small_model(family).config.to_dict()))
     kind = rehearsal.StreamedRehearsal if options.pop("stream", "no") == "yes" else Rehearsal
-    spec = replace(spec, compute_dtype="bfloat16", **options)
-    config, decoder = plan.shapes_of(spec.model)
+    spec = spec.replaced(compute_dtype="bfloat16", **options)
+    config, decoder = plan.shapes_of(spec.model.model)
     config = rehearsal.shortened(config, 2) if kind is Rehearsal and not family else config
     found, on_host = (rehearsal.rehearse(spec, config, decoder, True, device, kind) for device in (CUDA, rehearsal.HOST))
     here, there, alone = found.highest(), found.highest("cuda"), on_host.highest()
@@ -282,18 +282,18 @@ def test_all_that_a_run_does_it_does_on_one_device(spec, options, config_folder)
 @pytest.mark.parametrize("family", ["llama4_text", "biogpt", "mamba", "lfm2", "qwen3_next"])
 def test_families_are_planned_with_and_without_a_gpu(family, spec, config_folder):
     """Experts multiplied all at once, halves that are no module, convolutions, routers in another dtype; taken apart as narrower ones."""
-    spec = replace(spec, model=config_folder(small_model(family).config.to_dict()), evaluation_samples=1, granularity="block")
-    spec = replace(spec, compute_dtype="bfloat16")
+    spec = spec.replaced(model=config_folder(small_model(family).config.to_dict()), evaluation_samples=1, granularity="block")
+    spec = spec.replaced(compute_dtype="bfloat16")
     if family != "mamba":
-        spec = replace(spec, granularity="half-block")
+        spec = spec.replaced(granularity="half-block")
     on_host, with_gpu = (plan.plan(spec, stream="yes", device_memory=memory) for memory in (None, 1))
     assert on_host.device_memory == {} and sum(with_gpu.device_memory["reconstruct"].values()) > 0
 
 
 @pytest.mark.parametrize("granularity", ["2-blocks", "model"])
 def test_memory_of_a_device_follows_the_window(granularity, spec):
-    decoder = plan.shapes_of(spec.model).decoder
-    planned = plan.plan(replace(spec, granularity=granularity, evaluation_samples=1), device_memory=1)
+    decoder = plan.shapes_of(spec.model.model).decoder
+    planned = plan.plan(spec.replaced(granularity=granularity, evaluation_samples=1), device_memory=1)
     assert planned.device == CUDA and planned.seconds == {} and planned.available_device_memory == 2**30
     trained = max(sum(p.numel() for p in decoder.trained(w, "matrices").values()) for w in decoder.windows(granularity))
     found = planned.device_memory["reconstruct"]
@@ -309,10 +309,13 @@ def test_what_does_not_fit_onto_a_device_is_told_what_would(spec, monkeypatch):
     def memory(spec, evaluated=True, on_disk=False, device=rehearsal.HOST):
         """Of a device, a GiB for each half-block of a window; of the host, one where the model is on disk, else ten."""
         host = {"process": 0.0, "dense model": (1.0 if on_disk else 10.0) * plan.GIB}
-        return {"cuda": {"reconstruct": {"window": halves[spec.granularity] * float(plan.GIB)}}, "cpu": {"reconstruct": host}}
+        return {
+            "cuda": {"reconstruct": {"window": halves[spec.reconstruction.granularity] * float(plan.GIB)}},
+            "cpu": {"reconstruct": host},
+        }
 
     def said(stream: str, **room: float) -> tuple[str, str]:
-        planned = plan.plan(replace(spec, granularity="model"), stream=stream, **room)
+        planned = plan.plan(spec.replaced(granularity="model"), stream=stream, **room)
         return planned.problem, plan.advice(planned)
 
     monkeypatch.setattr(plan, "_memory", memory)
@@ -332,10 +335,10 @@ def test_what_does_not_fit_onto_a_device_is_told_what_would(spec, monkeypatch):
 def test_memory_of_a_device_is_that_of_a_gpu(spec):
     for name in ("cpu", "cuda:first"):
         with pytest.raises(ReconError, match=f"device is '{name}'; allowed: auto, cuda"):
-            plan.plan(replace(spec, device=name), device_memory=24)
+            plan.plan(spec.replaced(device=name), device_memory=24)
     if not torch.cuda.is_available():
         with pytest.raises(ReconError, match="--device-memory"):
-            plan.plan(replace(spec, device="cuda"))
+            plan.plan(spec.replaced(device="cuda"))
 
 
 def test_a_short_run_is_not_planned(spec, monkeypatch):
@@ -358,7 +361,7 @@ def test_the_disk_that_counts_is_the_one_that_is_written_to(stream, save, spec, 
 
 def test_what_has_begun_is_not_planned_again(spec, tmp_path, monkeypatch):
     """Its own work is on the disk by now, and what it takes would count twice."""
-    spec = replace(spec, granularity="none")
+    spec = spec.replaced(granularity="none")
     monkeypatch.setattr(plan, "LONG", 0)
     monkeypatch.setattr(
         "recon.experiment.streamed.checkpoint.write_card", lambda *_: (_ for _ in ()).throw(RuntimeError("the power is gone"))
@@ -384,7 +387,7 @@ def test_72b_parameters_are_planned_without_weights(config_folder, monkeypatch, 
     assert plan.resident() - before < 2**30
     assert "72,706,203,648 parameters" in said and "80 of block" in said and "fits" in said
     shapes = plan.shapes_of(folder).decoder
-    spec = RunSpec(model=folder, granularity="block", criterion="magnitude", held_out_samples=0)
+    spec = RunSpec.of(model=folder, granularity="block", criterion="magnitude", held_out_samples=0)
     parts = max(plan._memory(spec, evaluated=False)["cpu"].values(), key=lambda parts: sum(parts.values()))
     weights = sum(p.nbytes for p in shapes.model.parameters())
     assert parts["dense model"] == pytest.approx(weights, rel=0.001)
@@ -406,7 +409,7 @@ MEASURED = {
     "the whole model": {"model": "wide", "granularity": "model"},
     "matrices": {"model": "wide", "granularity": "matrix", "samples": 16, "sequence_length": 256},
     "SparseGPT": {"model": "wide", "granularity": "none", "criterion": "sparsegpt"},
-    "full retraining": {"model": "wide", "granularity": "none", "then": "full"},
+    "full retraining": {"model": "wide", "granularity": "none", "retrain": "full"},
     "blocks, mixed": {"model": "deep", "granularity": "block", "propagation": "mixed", "batch_size": 4, "samples": 32},
     "quarters, norms too": {"model": "deep", "granularity": "quarter", "train": "all"},
     "experts": {"model": "experts", "criterion": "wanda", "samples": 16, "sequence_length": 256},
@@ -419,7 +422,7 @@ from recon.experiment.plan import plan
 from recon.experiment.run import run
 from recon.experiment.config import RunSpec
 
-spec, stream = RunSpec(**json.loads(sys.argv[1])), sys.argv[2]
+spec, stream = RunSpec.of(**json.loads(sys.argv[1])), sys.argv[2]
 planned = plan(spec, stream=stream)
 measured = run(spec, stream=stream, progress=False).peak_memory_bytes
 print(json.dumps({"process": planned.peak["process"], "predicted": planned.peak_memory, "measured": measured}))

@@ -13,15 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import recon
+from recon.config import PruningConfig, ReconstructionConfig
 from recon.data import models, text
 from recon.errors import ReconError
 from recon.experiment.run import share_recovered
 from recon.model.discovery import take_apart
+from recon.runtime.execution import Execution
 
 
 @pytest.fixture(scope="module")
 def spec(tiny_folder, tiny_text):
-    return recon.RunSpec(
+    return recon.RunSpec.of(
         model=str(tiny_folder),
         text=str(tiny_text),
         samples=6,
@@ -51,7 +53,7 @@ def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
     assert record.tokens == {"prune": 6 * 32, "reconstruct": 6 * 32, "retrain": 6 * 32, "held_out": 3 * 32, "evaluation": 3 * 63}
     assert "3 consecutive windows x 64 tokens" in record.protocol["evaluation"]
     assert {"git_commit", "git_dirty", "packages", "device", "threads", "compute_dtype"} <= set(record.environment)
-    assert len(record.windows) == 8 and all(len(window["losses"]) == spec.samples for window in record.windows)
+    assert len(record.windows) == 8 and all(len(window["losses"]) == spec.calibration.samples for window in record.windows)
     assert len(record.metrics["drift"]) == len(record.metrics["drift_pruned"]) == 4
 
 
@@ -87,12 +89,12 @@ def test_the_same_spec_gives_the_same_record(spec, record):
 def test_a_run_among_others_equals_a_run_alone(spec, record):
     assert record.shared == []
     session = recon.Session(activation_bytes=2**30)
-    first = recon.run(dataclasses.replace(spec, granularity="none"), session, progress=False)
+    first = recon.run(dataclasses.spec.replaced(granularity="none"), session, progress=False)
     assert first.shared == []
     shared = recon.run(spec, session, progress=False)
     assert shared.shared == ["model", "dense", "pruned", "held-out"]
     assert comparable(shared) == comparable(record)
-    other = recon.run(dataclasses.replace(spec, seed=1), session, progress=False)
+    other = recon.run(dataclasses.spec.replaced(seed=1), session, progress=False)
     assert other.shared == ["model", "dense", "held-out"]
     assert other.protocol["token_hashes"] != record.protocol["token_hashes"]
 
@@ -100,10 +102,10 @@ def test_a_run_among_others_equals_a_run_alone(spec, record):
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_nothing_of_one_model_is_in_memory_when_the_next_is_loaded(stream, spec, tiny_folder, tmp_path, monkeypatch):
     session, other = recon.Session(activation_bytes=2**20), shutil.copytree(tiny_folder, tmp_path / "other")
-    spec = dataclasses.replace(spec, granularity="none")
+    spec = dataclasses.spec.replaced(granularity="none")
     recon.run(spec, session, save=tmp_path / "pruned", progress=False)
     options = {name: value for name, value in spec.__dict__.items() if name not in ("criterion", "pattern", "pruned")}
-    recon.run(recon.RunSpec(**options, pruned=str(tmp_path / "pruned")), session, progress=False)
+    recon.run(recon.RunSpec.of(**options, pruned=str(tmp_path / "pruned")), session, progress=False)
     before = [weakref.ref(model) for model in (session.dense.model, session.model)]
     seen, read = [], models.AutoTokenizer.from_pretrained
 
@@ -114,12 +116,12 @@ def test_nothing_of_one_model_is_in_memory_when_the_next_is_loaded(stream, spec,
 
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", look)
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
-    recon.run(dataclasses.replace(spec, model=str(other)), session, progress=False, stream=stream)
+    recon.run(dataclasses.spec.replaced(model=str(other)), session, progress=False, stream=stream)
     assert seen[0] == [None, None]
 
 
 def test_prune_only_changes_nothing_after_pruning(spec, record):
-    pruned = recon.run(dataclasses.replace(spec, granularity="none"), progress=False)
+    pruned = recon.run(dataclasses.spec.replaced(granularity="none"), progress=False)
     assert pruned.metrics["perplexity"] == pruned.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
     assert pruned.seconds["reconstruct"] == 0 and pruned.windows == []
     assert pruned.metrics["drift"] == pruned.metrics["drift_pruned"]
@@ -128,7 +130,7 @@ def test_prune_only_changes_nothing_after_pruning(spec, record):
 @pytest.mark.parametrize("criterion", ["sparsegpt", "wanda"])
 def test_a_pruned_state_that_is_reused_is_that_of_the_criterion(spec, criterion):
     """SparseGPT also changes the weights that stay; they must survive being shared between runs."""
-    only = dataclasses.replace(spec, criterion=criterion, granularity="none")
+    only = dataclasses.spec.replaced(criterion=criterion, granularity="none")
     session = recon.Session()
     recon.run(only, session, progress=False)
     first = copy.deepcopy(session.model)
@@ -147,30 +149,30 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
     key = spec.key()
     assert dataclasses.replace(spec).key() == key
     changes = {
-        "samples": 5, "sequence_length": 16, "criterion": "ria", "pattern": "2:4", "scope": "matrix", "prune_propagation": "dense",
-        "sparsegpt_block_size": 64, "sparsegpt_damping": 0.1, "swaps": 2, "granularity": "block", "propagation": "mixed", "start": "exact",
-        "train": "all", "pieces": 2, "exact_samples": 2, "exact_iterations": 3, "loss": "cosine", "learning_rate": 1e-3, "epochs": 2, "batch_size": 2, "accumulation": 2, "warmup": 0.2,
+        "samples": 5, "sequence_length": 16, "criterion": "ria", "pattern": "2:4", "scope": "matrix", "statistics": "dense",
+        "sparsegpt_block_size": 64, "sparsegpt_damping": 0.1, "mask_refinement": 2, "granularity": "block", "propagation": "mixed", "start": "exact",
+        "train": "all", "chunks": 2, "exact_samples": 2, "exact_iterations": 3, "loss": "cosine", "learning_rate": 1e-3, "epochs": 2, "batch_size": 2, "accumulation": 2, "warmup": 0.2,
         "held_out_samples": 2, "evaluation_texts": (str(tiny_text), "news"), "evaluation_samples": 2, "evaluation_length": 32,
         "seed": 1, "compute_dtype": "float32", "revision": "main", "text": "news", "device": "cpu",
-        "prune_samples": 4, "adapter": "lora", "rank": 8, "then": "masklora", "objective": "distil", "then_samples": 4,
-        "then_learning_rate": 1e-3, "then_epochs": 2, "then_batch_size": 2, "then_accumulation": 2, "then_checkpointing": True,
+        "prune_samples": 4, "adapter": "lora", "rank": 8, "retrain": "masklora", "retrain_objective": "distil", "retrain_samples": 4,
+        "retrain_learning_rate": 1e-3, "retrain_epochs": 2, "retrain_batch_size": 2, "retrain_accumulation": 2, "retrain_checkpointing": True,
         "tasks": ("analogies",), "task_limit": 50, "trust_remote_code": True, "pruned_revision": "v1",
     }  # fmt: skip
-    keys = {name: dataclasses.replace(spec, **{name: value}).key() for name, value in changes.items()}
+    keys = {name: dataclasses.spec.replaced(**{name: value}).key() for name, value in changes.items()}
     assert set(changes) | {"model", "solver", "pruned"} == {field.name for field in dataclasses.fields(spec)}
     assert len({key, *keys.values()}) == len(keys) + 1
     other = tmp_path / "text.txt"
     other.write_text(open(tiny_text).read() + "\n\nOne more paragraph.")
-    assert dataclasses.replace(spec, text=str(other), evaluation_texts=(str(other),)).key() != key
+    assert dataclasses.spec.replaced(text=str(other), evaluation_texts=(str(other),)).key() != key
     assert text.fingerprint(str(other)) != text.fingerprint(str(tiny_text))
 
 
 def test_as_many_samples_said_in_another_way_are_the_same_run(spec):
-    said = dataclasses.replace(spec, prune_samples=6, then_samples=6)
+    said = dataclasses.spec.replaced(prune_samples=6, retrain_samples=6)
     assert said.key() == spec.key()
     # What was said stands when another number of samples is asked for.
     assert dataclasses.replace(said, samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 6}
-    assert dataclasses.replace(spec, prune_samples=6, samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 4}
+    assert dataclasses.spec.replaced(prune_samples=6, samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 4}
 
 
 def test_an_option_added_later_does_not_disown_old_records(spec):
@@ -180,19 +182,19 @@ def test_an_option_added_later_does_not_disown_old_records(spec):
     assert later(**fields).key() == spec.key() != later(**fields, quite_new="other").key()
 
 
-@pytest.mark.parametrize("then", ["masklora", "full"])
+@pytest.mark.parametrize("retrain", ["masklora", "full"])
 def test_retraining_follows_reconstruction(spec, record, then):
-    found = recon.run(dataclasses.replace(spec, then=then, then_epochs=3, objective="distil"), progress=False)
+    found = recon.run(dataclasses.spec.replaced(retrain=then, retrain_epochs=3, retrain_objective="distil"), progress=False)
     assert found.windows and found.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
     assert found.metrics["kl"] < record.metrics["kl"]
     assert found.metrics["sparsity"] == 0.5
-    assert len(found.retraining["losses"]) == 3 * spec.samples and found.seconds["retrain"] > 0
+    assert len(found.retraining["losses"]) == 3 * spec.calibration.samples and found.seconds["retrain"] > 0
     assert found.flops["retrain"] > 0 and found.flops["reconstruct"] == record.flops["reconstruct"]
 
 
 def test_samples_by_phase_are_the_first_of_one_draw(spec, record):
     """With as many samples as before to prune and repair with, more for retraining change nothing that comes before."""
-    more = recon.run(dataclasses.replace(spec, then="masklora", then_samples=9), progress=False)
+    more = recon.run(dataclasses.spec.replaced(retrain="masklora", retrain_samples=9), progress=False)
     assert more.tokens["retrain"] == 9 * 32
     assert more.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
     for window, other in zip(more.windows, record.windows, strict=True):
@@ -200,21 +202,23 @@ def test_samples_by_phase_are_the_first_of_one_draw(spec, record):
 
 
 def test_lora_says_what_its_mask_costs(spec):
-    found = recon.run(dataclasses.replace(spec, granularity="none", then="lora", then_learning_rate=3e-3), progress=False).metrics
+    found = recon.run(
+        dataclasses.spec.replaced(granularity="none", retrain="lora", retrain_learning_rate=3e-3), progress=False
+    ).metrics
     assert found["sparsity"] == 0.5 and found["perplexity_before_masking"] != found["perplexity"]
 
 
 def test_the_dense_control_is_not_pruned(spec):
-    found = recon.run(dataclasses.replace(spec, criterion="none", granularity="none", then="masklora"), progress=False).metrics
+    found = recon.run(dataclasses.spec.replaced(criterion="none", granularity="none", retrain="masklora"), progress=False).metrics
     assert found["sparsity"] == 0 and found["pruned_perplexity"] == found["dense_perplexity"] != found["perplexity"]
     assert found["share_recovered"] is None
 
 
 def test_a_spec_is_frozen_and_takes_the_papers_names(spec):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        spec.samples = 3
-    assert [recon.RunSpec(granularity=g).granularity for g in ("1/2", "1", "2")] == ["half-block", "block", "2-blocks"]
-    assert recon.RunSpec(pattern="0.50").pattern == "0.5"
+        spec.calibration.samples = 3
+    assert [recon.RunSpec.of(granularity=g).granularity for g in ("1/2", "1", "2")] == ["half-block", "block", "2-blocks"]
+    assert recon.RunSpec.of(pattern="0.50").pattern == "0.5"
 
 
 @pytest.mark.parametrize(
@@ -227,18 +231,18 @@ def test_a_spec_is_frozen_and_takes_the_papers_names(spec):
         ({"pattern": "abc"}, r"'abc'"),
         ({"granularity": "third"}, r"unknown granularity 'third'; allowed: none, matrix, half-block"),
         ({"propagation": "up"}, r"unknown propagation 'up'; allowed: dense, sparse, mixed"),
-        ({"prune_propagation": "mixed"}, r"prune_propagation is 'mixed'; allowed: sparse, dense"),
+        ({"statistics": "mixed"}, r"statistics is 'mixed'; allowed: sparse, dense"),
         ({"loss": "mae"}, r"unknown loss 'mae'; allowed: mse, cosine"),
         ({"solver": "sgd"}, r"unknown solver 'sgd'; allowed: adamw, exact"),
         ({"solver": "exact"}, r"solver exact fits single matrices, not granularity 'half-block'"),
         ({"start": "cold"}, r"unknown start 'cold'; allowed: pruned, exact"),
-        ({"swaps": -1}, r"swaps is -1; allowed: a whole number from 0 up"),
+        ({"mask_refinement": -1}, r"swaps is -1; allowed: a whole number from 0 up"),
         (
-            {"swaps": 5, "criterion": "sparsegpt"},
+            {"mask_refinement": 5, "criterion": "sparsegpt"},
             r"swaps is 5, but criterion 'sparsegpt' adapts weights.*suit magnitude, random, wanda, ria",
         ),
-        ({"pieces": 0}, r"pieces is 0; allowed: a whole number from 1 up"),
-        ({"pieces": 3}, r"pieces is 3; allowed: a number that divides sequence_length, 512"),
+        ({"chunks": 0}, r"pieces is 0; allowed: a whole number from 1 up"),
+        ({"chunks": 3}, r"pieces is 3; allowed: a number that divides sequence_length, 512"),
         ({"exact_samples": -1}, r"exact_samples is -1; allowed: a whole number from 0 up"),
         ({"train": "norms"}, r"unknown train 'norms'; allowed: matrices, all"),
         ({"scope": "column"}, r"scope is 'column'; allowed: auto, row, matrix"),
@@ -256,7 +260,7 @@ def test_a_spec_is_frozen_and_takes_the_papers_names(spec):
 )
 def test_a_bad_field_is_refused_by_name(change, message):
     with pytest.raises(ReconError, match=message):
-        recon.RunSpec(**change)
+        recon.RunSpec.of(**change)
 
 
 @pytest.mark.parametrize(
@@ -280,14 +284,14 @@ def test_a_bad_field_is_refused_by_name(change, message):
 def test_what_the_model_or_text_cannot_do_is_refused_before_anything_long(spec, change, message, monkeypatch):
     monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("computed before it was checked"))
     with pytest.raises(ReconError, match=message):
-        recon.run(dataclasses.replace(spec, **change), progress=False)
+        recon.run(dataclasses.spec.replaced(**change), progress=False)
 
 
 def test_an_empty_text_is_refused(spec, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
     with pytest.raises(ReconError, match="empty"):
-        recon.run(dataclasses.replace(spec, text=str(empty)), progress=False)
+        recon.run(dataclasses.spec.replaced(text=str(empty)), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +300,7 @@ def test_an_empty_text_is_refused(spec, tmp_path):
         ("bloom", {}, r"half-block windows do not fit this model: block 0 \(BloomBlock\)"),
         ("bert", {}, r"BertLMHeadModel is not a causal language model"),
         ("mixtral", {"granularity": "matrix"}, r"matrix windows do not fit this model: .* has experts"),
-        ("mixtral", {"then": "masklora"}, r"one expert's part of a parameter"),
+        ("mixtral", {"retrain": "masklora"}, r"one expert's part of a parameter"),
         ("mixtral", {"criterion": "flap", "pattern": "0.2"}, r"is an expert's; whole heads and neurons"),
     ],
 )
@@ -307,7 +311,7 @@ def test_models_that_do_not_fit_are_refused(spec, family, change, message, tmp_p
     make_model(family, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ReconError, match=message):
-        recon.run(dataclasses.replace(spec, model=str(tmp_path), **change), progress=False)
+        recon.run(dataclasses.spec.replaced(model=str(tmp_path), **change), progress=False)
 
 
 def test_a_model_with_experts_runs_and_names_those_that_starve(spec, tmp_path, tiny_folder):
@@ -316,7 +320,7 @@ def test_a_model_with_experts_runs_and_names_those_that_starve(spec, tmp_path, t
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     make_model("mixtral", vocab_size=len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    record = recon.run(dataclasses.replace(spec, model=str(tmp_path), samples=2, sequence_length=16), progress=False)
+    record = recon.run(dataclasses.spec.replaced(model=str(tmp_path), samples=2, sequence_length=16), progress=False)
     assert record.status == "done" and record.metrics["sparsity"] == 0.5
     starved = record.metrics["starved_matrices"]
     assert starved and set(starved) < set(record.metrics["sparsity_by_matrix"])
@@ -332,7 +336,7 @@ def test_nan_weights_are_named(spec, tmp_path, tiny_folder):
     weights[name][0, :3] = math.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ReconError, match=rf"'{name}' holds 3 NaN or infinite values"):
-        recon.run(dataclasses.replace(spec, model=str(folder)), progress=False)
+        recon.run(dataclasses.spec.replaced(model=str(folder)), progress=False)
 
 
 def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
@@ -340,10 +344,10 @@ def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
     model, tokenizer = recon.load(str(tiny_folder))
     samples = recon.sample_tokens(str(tiny_text), "calibration", tokenizer, samples=6, sequence_length=32, seed=0)
     pruned = copy.deepcopy(model)
-    recon.prune(pruned, samples, criterion="wanda", pattern="2:4", progress=False)
+    recon.prune(pruned, samples, PruningConfig(criterion="wanda", pattern="2:4"), execution=Execution(progress=False))
     before = take_apart(pruned, like=take_apart(model)).matrices()
     zeros = {name: matrix.weight == 0 for name, matrix in before.items()}
-    recon.reconstruct(pruned, model, samples, granularity="half-block", progress=False)
+    recon.reconstruct(pruned, model, samples, ReconstructionConfig(granularity="half-block"), execution=Execution(progress=False))
     assert all(torch.equal(pruned.get_submodule(name).weight == 0, zero) for name, zero in zeros.items())
     held_out = recon.sample_tokens(str(tiny_text), "evaluation", tokenizer, samples=2, sequence_length=64)
     untouched = AutoModelForCausalLM.from_pretrained(tiny_folder)

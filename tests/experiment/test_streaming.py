@@ -28,14 +28,14 @@ from recon.experiment import environment, streamed
 from recon.experiment.record import read_record
 from recon.experiment.streamed import StreamedRun
 from recon.methods.structured import find_units
-from recon.model.skeleton import Lazy, auto_class, is_placeholder
-from recon.runtime import activations, device
-from recon.runtime.folder_store import FolderStore
+from recon.model.skeleton import Lazy
+from recon.runtime import activations, device, weights
+from recon.runtime.store import FolderStore
 
 
 @pytest.fixture(scope="module")
 def spec(tiny_folder, tiny_text):
-    return recon.RunSpec(
+    return recon.RunSpec.of(
         model=tiny_folder,
         text=tiny_text,
         samples=4,
@@ -57,7 +57,7 @@ def expected(spec, tmp_path_factory):
 def assert_same(found, saved: Path, expected, other: Path) -> None:
     """The same record but for times, and checkpoints that load as the same model."""
     assert comparable(found) == comparable(expected)
-    kind = auto_class(AutoConfig.from_pretrained(other))
+    kind = weights.auto_class(AutoConfig.from_pretrained(other))
     ours, theirs = (kind.from_pretrained(folder).state_dict() for folder in (saved, other))
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -73,12 +73,12 @@ CASES = {
     "half-blocks": ("", {}),
     "sparsegpt, mixed, transposed weights": ("gpt2", {"criterion": "sparsegpt", "granularity": "block", "propagation": "mixed"}),
     "single matrices, exact": ("", {"granularity": "matrix", "solver": "exact"}),
-    "single matrices, mixed": ("", {"granularity": "matrix", "propagation": "mixed", "samples": 3, "pieces": 2}),
+    "single matrices, mixed": ("", {"granularity": "matrix", "propagation": "mixed", "samples": 3, "chunks": 2}),
     "parallel blocks": ("phi", {"criterion": "magnitude", "granularity": "2-blocks", "propagation": "sparse", "start": "exact"}),
-    "parallel halves, all trained": ("gpt_neox", {"train": "all", "prune_propagation": "dense"}),
+    "parallel halves, all trained": ("gpt_neox", {"train": "all", "statistics": "dense"}),
     "experts": ("mixtral", {"propagation": "sparse", "pattern": "2:4"}),
     "experts, biases": ("gpt_oss", {"criterion": "sparsegpt"}),
-    "adapters, swaps": ("gemma2", {"adapter": "masklora", "rank": 2, "swaps": 2}),
+    "adapters, swaps": ("gemma2", {"adapter": "masklora", "rank": 2, "mask_refinement": 2}),
     "mixed, from exact": ("", {"propagation": "mixed", "start": "exact"}),
     "whole heads and neurons": ("", {"criterion": "wanda-sp", "pattern": "0.3", "propagation": "sparse"}),
     "whole units, biases changed": (
@@ -103,9 +103,9 @@ def saved_model(family: str, tiny_folder: str, folder: Path, **changes) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_the_bits_of_a_run_in_memory(case, spec, expected, tiny_folder, tmp_path, monkeypatch):
     family, changes = CASES[case]
-    spec = dataclasses.replace(spec, **changes)
+    spec = dataclasses.spec.replaced(**changes)
     if family:
-        spec = dataclasses.replace(spec, model=saved_model(family, tiny_folder, tmp_path / "model"))
+        spec = dataclasses.spec.replaced(model=saved_model(family, tiny_folder, tmp_path / "model"))
     if changes:
         expected = recon.run(spec, save=tmp_path / "other", progress=False, stream="no"), tmp_path / "other"
     monkeypatch.setattr(activations, "SMALL", 0 if case in ("half-blocks", "mixed, from exact") else 2**20)
@@ -117,7 +117,7 @@ def test_the_bits_of_a_run_in_memory(case, spec, expected, tiny_folder, tmp_path
 def test_masks_from_elsewhere(spec, expected, tmp_path):
     """What is repaired starts from another run's checkpoint."""
     options = {name: value for name, value in spec.__dict__.items() if name not in ("criterion", "pattern", "pruned")}
-    given = recon.RunSpec(**options, pruned=str(expected[1]))
+    given = recon.RunSpec.of(**options, pruned=str(expected[1]))
     kept = recon.run(given, save=tmp_path / "other", progress=False, stream="no")
     found = recon.run(given, save=tmp_path / "saved", progress=False, stream="yes")
     assert_same(found, tmp_path / "saved", kept, tmp_path / "other")
@@ -139,12 +139,12 @@ def watch(monkeypatch) -> tuple[dict[Lazy, int], list[int]]:
         class Watching:
             def __enter__(self):
                 context.__enter__()
-                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not is_placeholder(p))
+                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not weights.is_placeholder(p))
                 most.append(sum(there.values()))
 
             def __exit__(self, *exception):
                 result = context.__exit__(*exception)
-                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not is_placeholder(p))
+                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not weights.is_placeholder(p))
                 return result
 
         return Watching()
@@ -156,7 +156,7 @@ def watch(monkeypatch) -> tuple[dict[Lazy, int], list[int]]:
 @pytest.mark.parametrize("criterion", ["wanda", "flap"])
 def test_no_more_than_two_windows_are_there_at_once(criterion, spec, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "SMALL", 0)
-    spec = dataclasses.replace(spec, criterion=criterion)
+    spec = dataclasses.spec.replaced(criterion=criterion)
     run = StreamedRun(spec, recon.Session(), False, tmp_path / "work")
     run.load()
     there, most = watch(monkeypatch)
@@ -178,7 +178,7 @@ def test_no_more_than_two_windows_are_there_at_once(criterion, spec, tmp_path, m
 def test_of_an_encoder_decoder_too(spec, tiny_folder, tmp_path, monkeypatch):
     """Beside a window there is no more than the encoder's last norm, and the biases that others are called with."""
     model = saved_model("t5", tiny_folder, tmp_path / "model", num_layers=4, tie_word_embeddings=False)
-    spec = dataclasses.replace(spec, model=model, granularity="2-blocks", propagation="mixed")
+    spec = dataclasses.spec.replaced(model=model, granularity="2-blocks", propagation="mixed")
     run = StreamedRun(spec, recon.Session(), False, tmp_path / "work")
     run.load()
     there, most = watch(monkeypatch)
@@ -199,13 +199,14 @@ def test_of_an_encoder_decoder_too(spec, tiny_folder, tmp_path, monkeypatch):
     assert not any(there.values())
 
 
-def test_zero_shot_tasks_use_the_store_of_the_run(spec, tmp_path, monkeypatch):
-    run, asked = StreamedRun(dataclasses.replace(spec, tasks=("analogies",)), recon.Session(), False, tmp_path / "work"), []
+def test_zero_shot_tasks_use_the_work_of_the_run(spec, tmp_path, monkeypatch):
+    run, asked = StreamedRun(dataclasses.spec.replaced(tasks=("analogies",)), recon.Session(), False, tmp_path / "work"), []
     run.load()
     run.texts, run.held_out = {}, None
-    monkeypatch.setattr("recon.evaluate.zero_shot.zero_shot", lambda *args, execution, **options: asked.append(execution.store))
-    run.measure(run.dense, "dense")
-    assert asked == [run.store]
+    monkeypatch.setattr("recon.evaluate.zero_shot.zero_shot", lambda *args, store, phase, **options: asked.append((store, phase)))
+    for what in ("dense", "pruned"):
+        run.measure(run.dense, what)
+    assert asked == [(run.store, "zero-shot, dense"), (run.store, "zero-shot, pruned")]
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ ROUNDED = {
 @pytest.mark.parametrize("dtype", ROUNDED)
 def test_saved_in_half_the_room(dtype, spec, tmp_path, monkeypatch):
     """Weights are those of the run, rounded; streamed (killed on the way) as in memory, and with the record that nothing was lost for."""
-    spec, saved = dataclasses.replace(spec, **ROUNDED[dtype]), tmp_path / "saved"
+    spec, saved = dataclasses.spec.replaced(**ROUNDED[dtype]), tmp_path / "saved"
     plain = recon.run(spec, save=tmp_path / "plain", progress=False, stream="no")
     kept = recon.run(spec, save=tmp_path / "other", progress=False, stream="no", save_dtype=dtype)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -254,7 +255,7 @@ def test_what_a_dtype_cannot_hold_is_named_before_anything_long(stream, spec, ti
     name = "model.layers.2.mlp.up_proj.weight"
     content[name][1, 2] = -1e5
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
-    spec = dataclasses.replace(spec, model=str(folder))
+    spec = dataclasses.spec.replaced(model=str(folder))
     monkeypatch.setattr("recon.experiment.run.Run.measure_dense", lambda *_: pytest.fail("has begun to compute"))
     with pytest.raises(ReconError, match=rf"'{name}' holds 1e\+05, and float16 nothing above 6.55e\+04; save in bfloat16"):
         recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream, save_dtype="float16")
@@ -294,8 +295,8 @@ def test_killed_again_and_again(spec, expected, tmp_path, monkeypatch):
 def test_an_encoder_decoder_is_killed(spec, tiny_folder, tmp_path, monkeypatch):
     """What blocks are called with is found anew each time, also once the block that it is computed from is repaired."""
     monkeypatch.setattr(activations, "SMALL", 0)
-    spec = dataclasses.replace(
-        spec, model=saved_model("t5", tiny_folder, tmp_path / "model"), granularity="block", propagation="sparse", train="all"
+    spec = dataclasses.spec.replaced(
+        model=saved_model("t5", tiny_folder, tmp_path / "model"), granularity="block", propagation="sparse", train="all"
     )
     expected = recon.run(spec, save=tmp_path / "other", progress=False, stream="no"), tmp_path / "other"
     record, attempts = None, 0
@@ -314,7 +315,7 @@ def test_biases_that_pruning_adds_outlive_a_kill(change, spec, tmp_path, monkeyp
     """FLAP compares the whole model before it removes anything, and gives matrices biases that no file of the model has."""
     monkeypatch.setattr(activations, "SMALL", 0)
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
-    spec = dataclasses.replace(spec, criterion="flap", pattern="0.3", **change)
+    spec = dataclasses.spec.replaced(criterion="flap", pattern="0.3", **change)
     session = recon.Session()
     expected = recon.run(spec, session, progress=False, stream="no")
     assert (
@@ -334,13 +335,13 @@ def test_biases_that_pruning_adds_outlive_a_kill(change, spec, tmp_path, monkeyp
 
 def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, tmp_path):
     """When a run goes on, its first block may have lost all of a half, and says nothing of how others are built."""
-    run = StreamedRun(dataclasses.replace(spec, criterion="flap"), recon.Session(), False, tmp_path / "work")
+    run = StreamedRun(dataclasses.spec.replaced(criterion="flap"), recon.Session(), False, tmp_path / "work")
     run.load()
     student = run.copy_of_dense()
     run.store.masks.update({name: torch.zeros(m.weight.shape, dtype=torch.bool) for name, m in run.dense.matrices().items()})
     with student.loaded(student.windows("block")[0]):
         assert not any(parameter.any() for parameter in student.weights(student.windows("block")[0]))
-    in_memory = recon.take_apart(AutoModelForCausalLM.from_pretrained(spec.model))
+    in_memory = recon.take_apart(AutoModelForCausalLM.from_pretrained(spec.model.model))
     for ours, theirs in zip(find_units(student), find_units(in_memory), strict=True):
         assert (ours.window, ours.reader.name, ours.count, ours.weights) == (
             theirs.window, theirs.reader.name, theirs.count, theirs.weights,
@@ -351,7 +352,7 @@ def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, tmp
 @pytest.mark.parametrize("saving", [True, False])
 def test_killed_while_its_work_is_deleted_it_gives_the_record_again(saving, spec, tmp_path, monkeypatch):
     """With all of it; whoever called it had the record before anything was deleted."""
-    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
+    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0)
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
     store = tmp_path / ("saved.unfinished" if saving else f"unfinished/{spec.key()}")
     given = []
@@ -370,7 +371,7 @@ def test_killed_while_its_work_is_deleted_it_gives_the_record_again(saving, spec
 
 
 def test_the_command_line_has_the_record_before_the_work_is_deleted(spec, tmp_path, monkeypatch):
-    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0, compute_dtype="float32")
+    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0, compute_dtype="float32")
     command = options(spec, "--stream", "yes", "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "record.json"))
 
     def die(*_):
@@ -386,7 +387,7 @@ def test_the_command_line_has_the_record_before_the_work_is_deleted(spec, tmp_pa
 
 def test_a_study_has_the_record_before_the_work_is_deleted(spec, tmp_path, monkeypatch):
     """Killed in between, it computes nothing anew."""
-    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
+    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0)
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
     monkeypatch.setattr(streamed, "is_too_large", lambda spec: True)
     store, records = tmp_path / "unfinished" / spec.key(), tmp_path / "records"
@@ -410,11 +411,11 @@ def test_what_has_been_saved_is_on_the_disk(stream, spec, tiny_folder, tmp_path,
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}  # of which one is saved in a folder
     tokenizer.save_pretrained(model)
-    spec = dataclasses.replace(spec, model=str(model), granularity="none", criterion="magnitude", held_out_samples=0)
+    spec = dataclasses.spec.replaced(model=str(model), granularity="none", criterion="magnitude", held_out_samples=0)
     saved = tmp_path / "saved"
     if stream == "yes":
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr("recon.experiment.streamed.sync_all", lambda _: (_ for _ in ()).throw(Killed))
+            patch.setattr("recon.experiment.streamed.checkpoint.sync_all", lambda _: (_ for _ in ()).throw(Killed))
             recon.run(spec, save=saved, progress=False, stream=stream)
     synced, fsync, replace = {}, os.fsync, os.replace
 
@@ -439,7 +440,7 @@ def test_what_has_been_saved_is_on_the_disk(stream, spec, tiny_folder, tmp_path,
 
 
 def test_a_place_to_save_that_was_filled_meanwhile(spec, tmp_path, monkeypatch):
-    spec, saved = dataclasses.replace(spec, granularity="none", held_out_samples=0), tmp_path / "saved"
+    spec, saved = dataclasses.spec.replaced(granularity="none", held_out_samples=0), tmp_path / "saved"
     finish = FolderStore.finish
 
     def fill(store, phase, *args, **options):
@@ -460,7 +461,7 @@ def test_a_place_to_save_that_was_filled_meanwhile(spec, tmp_path, monkeypatch):
 
 
 def test_what_was_begun_streamed_goes_on_so_where_it_would_fit_by_now(spec, tmp_path, monkeypatch):
-    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
+    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0)
     started(spec, tmp_path, monkeypatch, 25)
     record = recon.run(spec, save=tmp_path / "saved", progress=False)
     assert record.environment["resumed"] > 0 and not list(tmp_path.glob("*.unfinished"))
@@ -468,7 +469,7 @@ def test_what_was_begun_streamed_goes_on_so_where_it_would_fit_by_now(spec, tmp_
 
 def test_a_run_that_is_refused_leaves_nothing_in_the_way(spec, tmp_path):
     with pytest.raises(ReconError, match="sequence length 4000 is more than"):
-        recon.run(dataclasses.replace(spec, sequence_length=4000), save=tmp_path / "saved", progress=False, stream="yes")
+        recon.run(dataclasses.spec.replaced(sequence_length=4000), save=tmp_path / "saved", progress=False, stream="yes")
     assert not list(tmp_path.iterdir())
 
 
@@ -487,12 +488,12 @@ def test_a_work_folder_that_cannot_be_made(spec, tmp_path, monkeypatch):
 
 def test_the_same_said_in_another_way_goes_on(spec, tmp_path, monkeypatch, caplog):
     """As many pruning samples as windows are repaired with, by number or by 0; another environment is said."""
-    spec = dataclasses.replace(spec, granularity="none", held_out_samples=0)
+    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0)
     started(spec, tmp_path, monkeypatch, 25)
     here = environment.environment
     monkeypatch.setattr("recon.experiment.streamed.environment", lambda *a: here(*a) | {"packages": {"torch": "1.0"}})
     record = recon.run(
-        dataclasses.replace(spec, prune_samples=spec.samples), save=tmp_path / "saved", progress=False, stream="yes"
+        dataclasses.spec.replaced(prune_samples=spec.calibration.samples), save=tmp_path / "saved", progress=False, stream="yes"
     )
     assert record.environment["resumed"] == 1
     assert re.search(r"another environment .*packages\.torch was '.*', is '1\.0'", caplog.text)
@@ -544,12 +545,12 @@ def test_the_work_of_another_run_is_refused(spec, tmp_path, monkeypatch, tiny_fo
         recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
 
     with pytest.raises(ReconError, match=r"another run: spec\.learning_rate was 0\.003, is 0\.001\. "):
-        go(dataclasses.replace(spec, learning_rate=1e-3))
+        go(dataclasses.spec.replaced(learning_rate=1e-3))
     copy = tmp_path / "model"
     shutil.copytree(tiny_folder, copy)
     entries = json.loads((store / "journal.jsonl").read_text().splitlines()[0])
     with pytest.raises(ReconError, match=rf"spec\.model was '{tiny_folder}', is '{copy}'"):
-        go(dataclasses.replace(spec, model=str(copy)))
+        go(dataclasses.spec.replaced(model=str(copy)))
     assert {"model", "texts", "spec", "compute_dtype"} <= set(entries)
     mask = store / "masks/00000.safetensors"
     changed = bytearray(mask.read_bytes())
@@ -583,7 +584,7 @@ def test_a_shard_that_is_written_to_while_it_is_read_is_named(what, cut, spec, e
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     options = {name: value for name, value in spec.__dict__.items() if name not in ("criterion", "pattern", "pruned")}
     pruned = shutil.copytree(expected[1], tmp_path / "pruned")
-    spec = recon.RunSpec(**options | {"model": str(model)}, pruned=str(pruned))
+    spec = recon.RunSpec.of(**options | {"model": str(model)}, pruned=str(pruned))
     file = {"dense": model / "model.safetensors", "given": pruned / "model.safetensors"}.get(what)
     fit, calls, before = recon.methods.reconstruct.fit, [], []
 
@@ -617,20 +618,24 @@ def test_a_shard_that_is_written_to_while_it_is_read_is_named(what, cut, spec, e
 
 def test_auto_streams_what_does_not_fit(spec, monkeypatch):
     assert not streamed.wanted("auto", spec) and streamed.wanted("yes", spec) and not streamed.wanted("no", spec)
-    numbers = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(spec.model).parameters())
+    numbers = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(spec.model.model).parameters())
     for memory, wanted in ((8 * numbers + 1, False), (8 * numbers - 1, True), (0, False)):  # 0: the system does not tell
         monkeypatch.setattr(device, "available_memory", lambda memory=memory: memory)
         assert streamed.wanted("auto", spec) == wanted
     # What pruning makes of the weights is kept where it is more than zeros.
     monkeypatch.setattr(device, "available_memory", lambda: 8 * numbers + 1)
-    others = {"criterion": "sparsegpt"}, {"pruned": spec.model, "criterion": "given", "pattern": "given"}, {"criterion": "ria"}
-    assert [streamed.wanted("auto", dataclasses.replace(spec, **other)) for other in others] == [True, True, False]
+    others = (
+        {"criterion": "sparsegpt"},
+        {"pruned": spec.model.model, "criterion": "given", "pattern": "given"},
+        {"criterion": "ria"},
+    )
+    assert [streamed.wanted("auto", dataclasses.spec.replaced(**other)) for other in others] == [True, True, False]
     with pytest.raises(ReconError, match="stream is 'maybe'; allowed: auto, yes, no"):
         streamed.wanted("maybe", spec)
 
 
 def test_what_needs_the_whole_model_is_not_streamed(spec):
-    spec = dataclasses.replace(spec, then="masklora")
+    spec = dataclasses.spec.replaced(retrain="masklora")
     with pytest.raises(ReconError, match=r"masklora.*which a streamed run cannot do"):
         recon.run(spec, progress=False, stream="yes")
 
@@ -642,9 +647,9 @@ def test_killed_for_real(spec, expected, tmp_path):
         f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(spec).items() if isinstance(value, int)
     ]
     command = [
-        sys.executable, "-m", "recon.cli", "run", "--model", spec.model, "--text", spec.text, "--evaluation-texts", spec.text,
+        sys.executable, "-m", "recon.cli", "run", "--model", spec.model.model, "--text", spec.calibration.text, "--evaluation-texts", spec.calibration.text,
         "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "record.json"), "--stream", "yes",
-        *(a for a in arguments if not a.startswith(("--trust", "--then"))),
+        *(a for a in arguments if not a.startswith(("--trust", "--retrain"))),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = 0

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +21,7 @@ from recon.experiment.study import RecordStore, fit_name, fit_options, grid, rea
 SCRIPT = """
 import sys
 import recon
-base = recon.RunSpec(
+base = recon.RunSpec.of(
     model=sys.argv[1], text=sys.argv[2], samples=4, sequence_length=32, held_out_samples=2,
     evaluation_texts=(sys.argv[2],), evaluation_samples=2, evaluation_length=64,
 )
@@ -34,7 +33,7 @@ print(*runs["status"])
 
 @pytest.fixture
 def base(tiny_folder, tiny_text):
-    return recon.RunSpec(
+    return recon.RunSpec.of(
         model=str(tiny_folder),
         text=str(tiny_text),
         samples=4,
@@ -87,8 +86,10 @@ def test_records_are_read_in_the_order_asked_for(base, tmp_path):
 
 def test_grid_has_every_combination(base):
     specs = grid(base, granularity=["block", "model"], seed=[0, 1, 2])
-    assert [(spec.granularity, spec.seed) for spec in specs] == [(g, s) for g in ("block", "model") for s in (0, 1, 2)]
-    assert {spec.samples for spec in specs} == {4}
+    assert [(spec.reconstruction.granularity, spec.seed) for spec in specs] == [
+        (g, s) for g in ("block", "model") for s in (0, 1, 2)
+    ]
+    assert {spec.calibration.samples for spec in specs} == {4}
     with pytest.raises(ReconError, match="unknown field 'sed'; allowed: model, revision"):
         grid(base, sed=[1])
 
@@ -97,7 +98,9 @@ def test_grid_has_every_combination(base):
 def test_short_names_go_both_ways(base, fit):
     [spec] = grid(base, **fit_options(fit))
     assert fit_name(spec.__dict__) == fit
-    assert (spec.solver == "exact") == (fit == "matrix exact") and (spec.start == "exact") == fit.endswith("from exact")
+    assert (spec.reconstruction.solver == "exact") == (fit == "matrix exact") and (
+        spec.reconstruction.start == "exact"
+    ) == fit.endswith("from exact")
 
 
 def test_what_is_done_is_not_done_again_and_rows_are_in_order(base, counted, tmp_path):
@@ -136,7 +139,7 @@ def test_a_corrupt_record_is_reported_set_aside_and_computed_anew(base, counted,
 def test_a_run_whose_model_is_gone_fails_alone(base, tiny_folder, tmp_path, monkeypatch):
     """Not even its key can be had any more; and one whose model has changed since the study began is not taken for it."""
     gone, changed = (str(shutil.copytree(tiny_folder, tmp_path / name)) for name in ("gone", "changed"))
-    wanted = [replace(base, model=model, granularity="none") for model in (gone, changed, base.model)]
+    wanted = [base.replaced(model=model, granularity="none") for model in (gone, changed, base.model.model)]
     plain_run = study.run
 
     def run(spec, *args, **options):
@@ -158,7 +161,7 @@ def test_the_model_of_a_study_is_not_loaded_to_say_how_long_it_takes_where_it_is
     asked = []
     monkeypatch.setattr(executors.streamed, "is_too_large", lambda spec: asked.append(spec) or True)
     monkeypatch.setattr(recon.Session, "load", lambda *args: pytest.fail("is loaded"))
-    wanted = {"a": base, "b": replace(base, seed=1)}
+    wanted = {"a": base, "b": base.replaced(seed=1)}
     found = list(executors.each(wanted, lambda spec, *_: RunRecord({}, "a" if spec is base else "b", "done"), None))
     assert len(found) == 2 and asked
 
@@ -170,7 +173,7 @@ def test_a_failed_run_says_how_and_the_others_go_on(base, counted, tmp_path):
     assert "the model has 4" in runs["error"][0]
     assert json.loads((tmp_path / f"{bad.key()}.json").read_text())["status"] == "failed"
     run_study([bad, base], tmp_path, progress=False)
-    assert [spec.granularity for spec in counted].count("9-blocks") == 2 and len(counted) == 3
+    assert [spec.reconstruction.granularity for spec in counted].count("9-blocks") == 2 and len(counted) == 3
 
 
 def test_an_unexpected_exception_leaves_its_traceback(base, tmp_path, monkeypatch):
@@ -243,13 +246,13 @@ def test_a_study_that_is_stopped_loses_nothing_and_does_nothing_twice(tmp_path, 
     [
         ({"granularity": "none"}, "pruned"),
         ({}, "reconstruction"),
-        ({"granularity": "none", "then": "lora"}, "lora"),
-        ({"then": "masklora", "objective": "distil"}, "reconstruction, then masklora, distilled"),
-        ({"granularity": "none", "criterion": "none", "then": "full"}, "dense, full"),
+        ({"granularity": "none", "retrain": "lora"}, "lora"),
+        ({"retrain": "masklora", "retrain_objective": "distil"}, "reconstruction, then masklora, distilled"),
+        ({"granularity": "none", "criterion": "none", "retrain": "full"}, "dense, full"),
     ],
 )
 def test_recipes_have_names(options, name):
-    assert study.recipe_name(recon.RunSpec(**options).__dict__) == name
+    assert study.recipe_name(recon.RunSpec.of(**options).__dict__) == name
 
 
 def test_the_best_is_chosen_on_held_out_text():
@@ -259,16 +262,20 @@ def test_the_best_is_chosen_on_held_out_text():
 
 
 def test_rates_are_chosen_by_model_on_held_out_text_and_kept_as_records(base, counted, tmp_path):
-    rates = {base.model: [1e-3, 1.0]}
+    rates = {base.model.model: [1e-3, 1.0]}
     chosen = study.tuned_rates(base, rates, tmp_path)
     found = {record.spec["learning_rate"]: record.metrics["held_out_perplexity"] for record in read_records(tmp_path)}
     best = min(found, key=found.get)
-    assert chosen == {base.model: best} and len(set(found.values())) == 2
-    assert {spec.evaluation_samples for spec in counted} == {1} and {spec.granularity for spec in counted} == {"half-block"}
+    assert chosen == {base.model.model: best} and len(set(found.values())) == 2
+    assert {spec.evaluation.samples for spec in counted} == {1} and {spec.reconstruction.granularity for spec in counted} == {
+        "half-block"
+    }
     assert study.tuned_rates(base, rates, tmp_path, compute=False) == chosen and len(counted) == 2
-    assert study.tuned_rates(base, {base.model: [0.1]}, tmp_path, compute=False) == study.tuned_rates(base, {}, tmp_path) == {}
+    assert (
+        study.tuned_rates(base, {base.model.model: [0.1]}, tmp_path, compute=False) == study.tuned_rates(base, {}, tmp_path) == {}
+    )
     specs = study.at_rates(grid(base, granularity=["none", "block"]), chosen)
-    assert [spec.learning_rate for spec in specs] == [base.learning_rate, best]
+    assert [spec.reconstruction.learning_rate for spec in specs] == [base.reconstruction.learning_rate, best]
     assert study.at_rates(specs, {"another": 0.5}) == specs
 
 

@@ -19,7 +19,9 @@ def begin(monkeypatch, tmp_path):
     def begin(key: str, size: int = 0, age: float = 0, **options):
         folder = unfinished.folder_of(key)
         (folder / "masks").mkdir(parents=True)
-        Journal(folder / unfinished.JOURNAL, {"spec": recon.RunSpec(**options).decisive()}).add({"phase": "opened", "found": {}})
+        Journal(folder / unfinished.JOURNAL, {"spec": recon.RunSpec.of(**options).decisive()}).add(
+            {"phase": "opened", "found": {}}
+        )
         (folder / "masks" / "00000.safetensors").write_bytes(b"x" * size)
         journal = folder / unfinished.JOURNAL
         os.utime(journal, (journal.stat().st_atime, journal.stat().st_mtime - age))
@@ -31,12 +33,12 @@ def begin(monkeypatch, tmp_path):
 def test_runs_are_listed_with_what_they_are(begin, capsys):
     assert unfinished.unfinished() == []
     begin("aaa", 5 * 2**20, 7200, samples=8, evaluation_texts=("news", "code"))
-    folder = begin("bbb", model="some/model", then_checkpointing=True)
+    folder = begin("bbb", model="some/model", retrain_checkpointing=True)
     first, second = unfinished.unfinished()
     assert (first.key, second.key) == ("bbb", "aaa") and not first.in_use
     assert 5 * 2**20 < second.size < 6 * 2**20 and second.age == pytest.approx(7200, abs=60)
     assert second.options == "--model smollm2-135m --samples 8 --evaluation-texts news code"
-    assert first.options == "--model some/model --then-checkpointing True"
+    assert first.options == "--model some/model --retrain-checkpointing True"
     with unfinished.held("bbb"):
         main(["unfinished"])
     (folder / unfinished.JOURNAL).write_text("{")

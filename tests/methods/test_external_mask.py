@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import recon
 from recon.cli import main
+from recon.config import PruningConfig
 from recon.data import models
 from recon.errors import ReconError
 from recon.kernels.losses import relative_error
@@ -29,7 +30,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @pytest.fixture(scope="module")
 def spec(tiny_folder, tiny_text) -> recon.RunSpec:
-    return recon.RunSpec(
+    return recon.RunSpec.of(
         model=tiny_folder, text=tiny_text, samples=4, sequence_length=16, held_out_samples=2, granularity="half-block",
         evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=16, compute_dtype="float32",
     )  # fmt: skip
@@ -38,7 +39,7 @@ def spec(tiny_folder, tiny_text) -> recon.RunSpec:
 @pytest.fixture(scope="module")
 def pruned_here(spec):
     """The tiny model pruned by SparseGPT, which also updates what survives: the spec of that, and the session with the model."""
-    only, session = replace(spec, criterion="sparsegpt", pattern="2:4", granularity="none"), recon.Session()
+    only, session = spec.replaced(criterion="sparsegpt", pattern="2:4", granularity="none"), recon.Session()
     recon.run(only, session, progress=False)
     return only, session
 
@@ -83,14 +84,14 @@ def take(folder: str, dense) -> tuple[Decoder, Pruning]:
         {},
         {"granularity": "matrix", "solver": "exact", "propagation": "mixed"},
         {"granularity": "2-blocks", "propagation": "sparse", "learning_rate": 3e-4},
-        {"granularity": "model", "then": "masklora"},
-        {"granularity": "none", "then": "full"},
+        {"granularity": "model", "retrain": "masklora"},
+        {"granularity": "none", "retrain": "full"},
     ],
     ids=str,
 )
 def test_a_run_from_a_given_mask_is_that_of_the_criterion_that_made_it(spec, pruned_here, pruned_folder, changes):
     made = recon.run(replace(pruned_here[0], **{"granularity": "half-block"} | changes), progress=False)
-    found = recon.run(replace(spec, pruned=pruned_folder, **changes), progress=False)
+    found = recon.run(spec.replaced(pruned=pruned_folder, **changes), progress=False)
     assert found.metrics["pattern"] == "2:4" and found.metrics["sparsity"] == 0.5
     for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "sparsity_by_matrix", "drift"):
         assert found.metrics[name] == made.metrics[name], name
@@ -101,17 +102,17 @@ def test_a_run_from_a_given_mask_is_that_of_the_criterion_that_made_it(spec, pru
 
 def test_runs_that_share_a_given_mask_read_it_once(spec, pruned_folder):
     session = recon.Session()
-    recon.run(replace(spec, pruned=pruned_folder, granularity="none"), session, progress=False)
-    own = recon.run(replace(spec, pruned=pruned_folder, seed=1), session, progress=False)
+    recon.run(spec.replaced(pruned=pruned_folder, granularity="none"), session, progress=False)
+    own = recon.run(spec.replaced(pruned=pruned_folder, seed=1), session, progress=False)
     assert {"given", "pruned"} <= set(own.shared)
-    assert own.metrics == recon.run(replace(spec, pruned=pruned_folder, seed=1), progress=False).metrics
+    assert own.metrics == recon.run(spec.replaced(pruned=pruned_folder, seed=1), progress=False).metrics
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral"])
 def test_masks_are_found_however_matrices_are_stored(family, tmp_path):
     dense = make_model(family)
     pruned = copy.deepcopy(dense)
-    wanted = recon.prune(pruned, criterion="magnitude", pattern="0.4", progress=False)
+    wanted = recon.prune(pruned, PruningConfig(criterion="magnitude", pattern="0.4"), execution=Execution(progress=False))
     pruned.save_pretrained(tmp_path)
     student, found = take(str(tmp_path), dense)
     assert found.masks.keys() == wanted.masks.keys() and not found.rest
@@ -135,13 +136,13 @@ def test_everything_else_comes_from_the_given_model_too(spec, pruned_here, spoil
     state, dense = pruned_here[1].model.state_dict(), pruned_here[1].dense
     changes = {"model.norm.weight": state["model.norm.weight"] * 2, EMBEDDING: state[EMBEDDING] + 0.1}
     folder, session = spoilt(**changes), recon.Session()
-    run = replace(spec, pruned=folder, granularity="block", propagation="mixed")
+    run = spec.replaced(pruned=folder, granularity="block", propagation="mixed")
     for _ in range(2):  # the second starts from what the session kept
         record = recon.run(replace(run, granularity="none"), session, progress=False)
         found = session.model.state_dict()
         assert all(torch.equal(found[name], value) for name, value in (state | changes).items() if name != "lm_head.weight")
     record = recon.run(run, session, progress=False)
-    tokens = recon.sample_tokens(spec.text, "validation", session.tokenizer, 2, 16)
+    tokens = recon.sample_tokens(spec.calibration.text, "validation", session.tokenizer, 2, 16)
     student, _ = take(folder, dense)
     window = dense.windows("block")[0]
     with Execution("cpu", "float32"), torch.no_grad():
@@ -174,24 +175,24 @@ def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_pat
     folder = spoilt(**{name: made})
     monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
     with pytest.raises(ReconError, match=f"pruned model: .*{said}"):
-        recon.run(replace(spec, pruned=folder), save=tmp_path / "saved", progress=False, stream=stream)
+        recon.run(spec.replaced(pruned=folder), save=tmp_path / "saved", progress=False, stream=stream)
     assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
 
 
 def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, tiny_folder, pruned_here, spoilt):
     with pytest.raises(ReconError, match="pruned model: 0.00% of its matrices is zero; a mask is read from zeros"):
-        recon.run(replace(spec, pruned=tiny_folder), progress=False)
+        recon.run(spec.replaced(pruned=tiny_folder), progress=False)
     names = {matrix.parameter_name for matrix in pruned_here[1].dense.matrices().values()}
     state = pruned_here[1].model.state_dict()
     with pytest.raises(ReconError, match="all of its matrices are zero"):
-        recon.run(replace(spec, pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})), progress=False)
+        recon.run(spec.replaced(pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})), progress=False)
 
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_a_model_of_another_type_is_refused(spec, tmp_path, stream):
     make_model("qwen2").save_pretrained(tmp_path)
     with pytest.raises(ReconError, match=f"pruned model '{tmp_path}' is of type 'qwen2', and the dense one of type 'llama'"):
-        recon.run(replace(spec, pruned=str(tmp_path)), progress=False, stream=stream)
+        recon.run(spec.replaced(pruned=str(tmp_path)), progress=False, stream=stream)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_a_model_of_another_type_is_refused(spec, tmp_path, stream):
 )
 def test_models_in_memory_must_be_alike(tokens, family, changes, said):
     with pytest.raises(ReconError, match=said):
-        recon.reconstruct(make_model(family, **changes), make_model("llama"), tokens(2, 8), progress=False)
+        recon.reconstruct(make_model(family, **changes), make_model("llama"), tokens(2, 8), execution=Execution(progress=False))
 
 
 def test_zeros_where_they_do_no_good_are_said(pruned_here, spoilt, caplog):
@@ -228,19 +229,19 @@ def test_zeros_where_they_do_no_good_are_said(pruned_here, spoilt, caplog):
 
 
 @pytest.mark.parametrize(
-    "options", [{"criterion": "magnitude"}, {"pattern": "2:4"}, {"swaps": 3}, {"prune_samples": 8}, {"scope": "row"}]
+    "options", [{"criterion": "magnitude"}, {"pattern": "2:4"}, {"mask_refinement": 3}, {"prune_samples": 8}, {"scope": "row"}]
 )
 def test_what_would_decide_about_the_mask_is_refused(options):
     [(name, value)] = options.items()
     with pytest.raises(ReconError, match=f"{name} is '?{value}'?, but the mask is read from the pruned model 'B'; leave it out"):
-        recon.RunSpec(pruned="B", **options)
+        recon.RunSpec.of(pruned="B", **options)
     with pytest.raises(ReconError, match="given"):
-        recon.RunSpec(criterion="given")
+        recon.RunSpec.of(criterion="given")
 
 
 def test_the_key_depends_on_the_given_weights(spec, pruned_folder, tmp_path):
     copied = Path(shutil.copytree(pruned_folder, tmp_path / "copy"))
-    run = replace(spec, pruned=str(copied))
+    run = spec.replaced(pruned=str(copied))
     before, file = run.key(), sorted(copied.glob("*.safetensors"))[0]
     assert replace(run, seed=run.seed).key() == before != spec.key()
     weights = load_file(file)
@@ -260,7 +261,7 @@ def test_reconstruct_repairs_and_saves_a_given_model(spec, tiny_folder, tiny_tex
     ]  # fmt: skip
     main(words)
     record = json.loads((tmp_path / "r.json").read_text())
-    assert record["metrics"]["perplexity"] == recon.run(replace(spec, pruned=pruned_folder), progress=False).metrics["perplexity"]
+    assert record["metrics"]["perplexity"] == recon.run(spec.replaced(pruned=pruned_folder), progress=False).metrics["perplexity"]
     assert "sparsity 0.5000 (given: 2:4)" in capsys.readouterr().out
     repaired, before = (
         take_apart(models.load(str(tmp_path / "saved"))[0]),

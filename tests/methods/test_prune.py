@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import recon.runtime.execution
+from recon.config import PruningConfig
 from recon.errors import ReconError
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.moments import add_gram, mirrored
@@ -45,7 +46,12 @@ def weights(decoder):
 def test_masks_are_exact_and_the_rest_is_untouched(fresh, tokens, criterion, pattern, scope):
     decoder = fresh()
     before = {name: p.detach().clone() for name, p in decoder.model.named_parameters()}
-    result = prune(decoder, tokens(4, 16), criterion, pattern, scope, compute_dtype="float32", progress=False)
+    result = prune(
+        decoder,
+        tokens(4, 16),
+        PruningConfig(criterion=criterion, pattern=pattern, scope=scope),
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
     assert set(result.masks) == set(result.sparsity) == set(decoder.matrices())
     rule, spec = CRITERIA[criterion], Pattern.parse(pattern)
     for name, matrix in decoder.matrices().items():
@@ -77,13 +83,21 @@ def test_masks_are_exact_and_the_rest_is_untouched(fresh, tokens, criterion, pat
 
 
 def test_scopes_differ(fresh, tokens):
-    masks = [prune(fresh(), tokens(4, 16), "wanda", "0.5", scope, progress=False).masks for scope in ("row", "matrix", "auto")]
+    masks = [
+        prune(
+            fresh(),
+            tokens(4, 16),
+            PruningConfig(criterion="wanda", pattern="0.5", scope=scope),
+            execution=Execution(progress=False),
+        ).masks
+        for scope in ("row", "matrix", "auto")
+    ]
     assert any(not torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
     assert all(torch.equal(masks[0][name], masks[2][name]) for name in masks[0])
 
 
 def test_total_sparsity_counts_weights(fresh):
-    result = prune(fresh(), criterion="magnitude", pattern="0.7", progress=False)
+    result = prune(fresh(), PruningConfig(criterion="magnitude", pattern="0.7"), execution=Execution(progress=False))
     zeros = sum(int((~mask).sum()) for mask in result.masks.values())
     assert result.total_sparsity == pytest.approx(zeros / sum(mask.numel() for mask in result.masks.values()))
     assert result.total_sparsity == pytest.approx(0.7, abs=1e-3)
@@ -96,13 +110,15 @@ def test_equal_weights_leave_exact_sparsity(fresh, tokens, criterion, pattern):
     with torch.no_grad():
         for matrix in decoder.matrices().values():
             matrix.weight.fill_(0.25)
-    result = prune(decoder, tokens(4, 16), criterion, pattern, progress=False)
+    result = prune(
+        decoder, tokens(4, 16), PruningConfig(criterion=criterion, pattern=pattern), execution=Execution(progress=False)
+    )
     assert set(result.sparsity.values()) == {0.5}
 
 
 def test_gpt2_rows_are_output_neurons(tiny, tokens):
     model = tiny("gpt2", n_layer=1)
-    prune(model, tokens(4, 16), "wanda", "0.5", "row", progress=False)
+    prune(model, tokens(4, 16), PruningConfig(criterion="wanda", pattern="0.5", scope="row"), execution=Execution(progress=False))
     stored = model.transformer.h[0].mlp.c_fc.weight  # Conv1D: (in 32, out 128)
     assert ((stored == 0).sum(0) == 16).all()
     assert not ((stored == 0).sum(1) == 64).all()
@@ -110,7 +126,7 @@ def test_gpt2_rows_are_output_neurons(tiny, tokens):
 
 def test_gpt2_groups_of_m_run_along_inputs(tiny):
     model = tiny("gpt2", n_layer=1)
-    prune(model, criterion="magnitude", pattern="2:4", progress=False)
+    prune(model, PruningConfig(criterion="magnitude", pattern="2:4"), execution=Execution(progress=False))
     stored = model.transformer.h[0].attn.c_attn.weight
     assert ((stored.T.reshape(-1, 4) == 0).sum(1) == 2).all()
     assert not ((stored.reshape(-1, 4) == 0).sum(1) == 2).all()
@@ -119,12 +135,15 @@ def test_gpt2_groups_of_m_run_along_inputs(tiny):
 def test_a_model_is_as_good_as_its_decoder(fresh, tokens):
     decoder = fresh()
     model = copy.deepcopy(decoder.model)
-    one, other = (prune(given, tokens(4, 16), progress=False).masks for given in (decoder, model))
+    one, other = (prune(given, tokens(4, 16), execution=Execution(progress=False)).masks for given in (decoder, model))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_random_masks_follow_the_seed(fresh):
-    masks = [prune(fresh(), criterion="random", seed=seed, progress=False).masks for seed in (0, 0, 1)]
+    masks = [
+        prune(fresh(), PruningConfig(criterion="random"), seed=seed, execution=Execution(progress=False)).masks
+        for seed in (0, 0, 1)
+    ]
     name = "model.layers.0.self_attn.q_proj"
     assert torch.equal(masks[0][name], masks[1][name])
     assert not torch.equal(masks[0][name], masks[2][name])
@@ -169,7 +188,12 @@ def test_statistics_are_those_of_the_propagation(dense, fresh, tokens, monkeypat
         return original(matrix, statistics, *rest)
 
     monkeypatch.setattr(pruning, "_prune_matrix", record)
-    prune(decoder, samples, criterion, propagation=propagation, compute_dtype="float32", progress=False)
+    prune(
+        decoder,
+        samples,
+        PruningConfig(criterion=criterion, statistics=propagation),
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
     # Block 1 reads a model whose block 0 is pruned and which is dense from there on.
     partly = copy.deepcopy(dense.model)
     partly.model.layers[0].load_state_dict(decoder.model.model.layers[0].state_dict())
@@ -189,7 +213,14 @@ def test_batches_do_not_change_masks(fresh, tokens, monkeypatch, criterion):
     runs = []
     for size in (1, 2, 5):
         monkeypatch.setattr(recon.runtime.execution, "TOKENS", 16 * size)
-        runs.append(prune(fresh(), tokens(5, 16), criterion, compute_dtype="float32", progress=False))
+        runs.append(
+            prune(
+                fresh(),
+                tokens(5, 16),
+                PruningConfig(criterion=criterion),
+                execution=Execution(compute_dtype="float32", progress=False),
+            )
+        )
     for name, mask in runs[0].masks.items():
         assert torch.equal(mask, runs[1].masks[name])
         assert torch.equal(mask, runs[2].masks[name])
@@ -202,7 +233,12 @@ def test_swaps_lower_the_error_of_every_matrix(dense, fresh, tokens, criterion, 
     _, grams = gather(Execution("cpu", "float32"), dense, dense.windows("block")[0], dense.embed(batch), "gram")
     for swaps in (0, 30):
         decoder = fresh()
-        result = prune(decoder, batch, criterion, pattern, "row", swaps=swaps, compute_dtype="float32", progress=False)
+        result = prune(
+            decoder,
+            batch,
+            PruningConfig(criterion=criterion, pattern=pattern, scope="row", mask_refinement=swaps),
+            execution=Execution(compute_dtype="float32", progress=False),
+        )
         assert result.total_sparsity == 0.5
         for name, gram in grams.items():
             difference = decoder.matrices()[name].weight - dense.matrices()[name].weight
@@ -213,9 +249,9 @@ def test_swaps_lower_the_error_of_every_matrix(dense, fresh, tokens, criterion, 
 
 def test_swaps_need_samples_and_a_criterion_that_scores(fresh, tokens):
     with pytest.raises(ReconError, match="choosing by 'magnitude' with swaps weighs activations"):
-        prune(fresh(), None, "magnitude", swaps=3)
+        prune(fresh(), None, PruningConfig(criterion="magnitude", mask_refinement=3))
     with pytest.raises(ReconError, match="criterion 'sparsegpt' adapts weights to its own mask"):
-        prune(fresh(), tokens(2, 8), "sparsegpt", swaps=3)
+        prune(fresh(), tokens(2, 8), PruningConfig(criterion="sparsegpt", mask_refinement=3))
 
 
 @pytest.mark.parametrize("width", [1, 255, 256, 257, 1536, 1537])
@@ -259,7 +295,12 @@ def test_compute_dtype_reaches_the_activations(dense, fresh, tokens, monkeypatch
         return original(matrix, statistics, *rest)
 
     monkeypatch.setattr(pruning, "_prune_matrix", record)
-    prune(fresh(), tokens(8, 30), "sparsegpt", propagation="dense", compute_dtype=dtype, progress=False)
+    prune(
+        fresh(),
+        tokens(8, 30),
+        PruningConfig(criterion="sparsegpt", statistics="dense"),
+        execution=Execution(compute_dtype=dtype, progress=False),
+    )
     expected = slow_statistics([dense.model] * 2, tokens(8, 30), "gram")
     for name, gram in used.items():
         error = ((gram - expected[name]).norm() / expected[name].norm()).item()
@@ -273,17 +314,27 @@ def test_compute_dtype_reaches_the_activations(dense, fresh, tokens, monkeypatch
 @pytest.mark.parametrize("criterion", [name for name, rule in CRITERIA.items() if rule.statistics == "none"])
 def test_criteria_without_statistics_need_no_samples(fresh, criterion):
     expected = 0.0 if criterion == "none" else 0.5
-    assert prune(fresh(), criterion=criterion, progress=False).total_sparsity == pytest.approx(expected, abs=1e-3)
+    assert prune(
+        fresh(), PruningConfig(criterion=criterion), execution=Execution(progress=False)
+    ).total_sparsity == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("criterion", [name for name, rule in CRITERIA.items() if rule.statistics != "none"])
 def test_criteria_with_statistics_refuse_to_run_without_samples(fresh, criterion):
     with pytest.raises(ReconError, match=f"{criterion!r} weighs activations and needs calibration samples"):
-        prune(fresh(), criterion=criterion, progress=False)
+        prune(fresh(), PruningConfig(criterion=criterion), execution=Execution(progress=False))
 
 
 def test_options_reach_the_criterion(fresh, tokens):
-    small, large = (prune(fresh(), tokens(4, 16), "sparsegpt", block_size=b, progress=False).masks for b in (4, 128))
+    small, large = (
+        prune(
+            fresh(),
+            tokens(4, 16),
+            PruningConfig(criterion="sparsegpt", sparsegpt_block_size=b),
+            execution=Execution(progress=False),
+        ).masks
+        for b in (4, 128)
+    )
     assert any(not torch.equal(small[name], large[name]) for name in small)
 
 
@@ -305,7 +356,7 @@ def test_bad_options_are_refused_before_anything_changes(fresh, tokens, given, m
     decoder = fresh()
     before = weights(decoder)
     with pytest.raises(ReconError, match=message):
-        prune(decoder, tokens(2, 8), **given, progress=False)
+        prune(decoder, tokens(2, 8), **given, execution=Execution(progress=False))
     assert all(torch.equal(matrix.weight, before[name]) for name, matrix in decoder.matrices().items())
 
 
@@ -316,7 +367,7 @@ def test_nan_weights_are_refused_by_name(tiny, fresh, early):
         decoder.model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     given = decoder.model if early else decoder  # the structure is found with the NaN, or without it
     with pytest.raises(ReconError, match=r"'model.layers.1.mlp.up_proj': .*1 of 2048 entries of the weight are NaN"):
-        prune(given, criterion="magnitude", progress=False)
+        prune(given, PruningConfig(criterion="magnitude"), execution=Execution(progress=False))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -326,4 +377,4 @@ def test_nan_activations_are_refused_by_name(fresh, tokens, criterion, value):
     with torch.no_grad():
         decoder.model.model.layers[0].post_attention_layernorm.weight[2] = value
     with pytest.raises(ReconError, match=r"input of 'model.layers.0.mlp.gate_proj' holds NaN or infinite activations"):
-        prune(decoder, tokens(2, 8), criterion, progress=False)
+        prune(decoder, tokens(2, 8), PruningConfig(criterion=criterion), execution=Execution(progress=False))

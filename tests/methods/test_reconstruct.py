@@ -9,6 +9,7 @@ from fixtures.models import FLOAT32
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
 from recon.evaluate.perplexity import drift
 from recon.kernels.gradient_descent import Curve, Schedule
@@ -22,6 +23,7 @@ from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.model.windows import Window
 from recon.runtime.activations import Activations
+from recon.runtime.execution import Execution
 
 FAST = Schedule(learning_rate=3e-3, epochs=2)
 
@@ -38,14 +40,26 @@ def pruned(dense, tokens):
 
     def make(of=dense, pattern="0.5"):
         student = take_apart(copy.deepcopy(of.model), like=of)
-        prune(student, tokens(4, 16, seed=1), "wanda", pattern, compute_dtype="float32", progress=False)
+        prune(
+            student,
+            tokens(4, 16, seed=1),
+            PruningConfig(criterion="wanda", pattern=pattern),
+            execution=Execution(compute_dtype="float32", progress=False),
+        )
         return student
 
     return make
 
 
 def repair(student, teacher, samples, schedule=FAST, **options):
-    return reconstruct(student, teacher, samples, schedule=schedule, compute_dtype="float32", progress=False, **options)
+    return reconstruct(
+        student,
+        teacher,
+        samples,
+        ReconstructionConfig(**vars(schedule)),
+        **options,
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
 
 
 def state(decoder):
@@ -69,7 +83,7 @@ def test_zeros_stay_and_the_rest_is_untouched(dense, pruned, tokens, granularity
     train = {"pruned": "all", "exact": "matrices"}[start]
     options = {"granularity": granularity, "propagation": propagation, "start": start, "loss": loss, "train": train}
     reports = repair(student, dense, tokens(3, 12), **options)
-    assert [r.status for r in reports] == ["repaired"] * len(dense.windows(granularity))
+    assert [r.status for r in reports] == ["reconstructed"] * len(dense.windows(granularity))
     after = state(student)
     for name in student.matrices():
         old, new = before[f"{name}.weight"], after[f"{name}.weight"]
@@ -396,7 +410,7 @@ def test_pieces_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, monk
         return fit(forward, parameters, masks, inputs, targets, *rest)
 
     monkeypatch.setattr(reconstruction, "fit", record)
-    batch, schedule = tokens(3, 12), Schedule(pieces=4)
+    batch, schedule = tokens(3, 12), Schedule(chunks=4)
     reports = repair(pruned(), dense, batch, schedule)
     assert [len(report.losses) for report in reports] == [3, 12, 3, 12]
     assert [len(report.losses) for report in repair(pruned(), dense, batch, schedule, granularity="block")] == [3, 3]
@@ -578,7 +592,13 @@ def test_aliases_of_the_paper(dense, pruned, tokens, alias, name):
 def test_models_are_as_good_as_decoders(dense, pruned, tokens):
     one, other = pruned(), pruned()
     repair(one, dense, tokens(4, 12))
-    reconstruct(other.model, dense.model, tokens(4, 12), schedule=FAST, compute_dtype="float32", progress=False)
+    reconstruct(
+        other.model,
+        dense.model,
+        tokens(4, 12),
+        ReconstructionConfig(**vars(FAST)),
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
     assert same(state(one), state(other))
 
 

@@ -5,6 +5,7 @@ import torch
 from fixtures.models import FLOAT32, make_model
 from torch.nn import functional as F
 
+from recon.config import PruningConfig
 from recon.errors import ReconError
 from recon.evaluate.perplexity import Reference, last_states, perplexity
 from recon.kernels.gradient_descent import Schedule
@@ -22,12 +23,12 @@ def halved(family: str = "llama"):
     """A dense model and its half: whatever magnitude leaves of it."""
     dense = make_model(family)
     model = copy.deepcopy(dense)
-    return dense, model, prune(model, criterion="magnitude", progress=False).masks
+    return dense, model, prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
 
 
 def run(model, tokens, masks=None, **options):
     options = {"schedule": QUICK, "compute_dtype": "float32", "progress": False} | options
-    return retrain(model, tokens, masks, **options)
+    return retrain(model, tokens, masks=masks, **options)
 
 
 def zeros_hold(model, masks) -> bool:
@@ -103,7 +104,7 @@ def test_distillation_starts_at_the_divergence_and_lowers_it(tokens):
     with torch.no_grad():
         p, q = (m(batch).logits[:, :-1].double().log_softmax(-1) for m in (dense, model))
         expected = (p.exp() * (p - q)).sum(-1).mean().item()
-    report = run(model, batch, masks, objective="distil", dense=dense, schedule=Schedule(3e-3, epochs=5, batch_size=4))
+    report = run(model, batch, masks, retrain_objective="distil", dense=dense, schedule=Schedule(3e-3, epochs=5, batch_size=4))
     assert report.losses[0] == pytest.approx(expected, rel=1e-4)
     assert report.losses[-1] < report.losses[0]
     assert zeros_hold(model, masks)
@@ -135,7 +136,7 @@ def test_what_diverges_is_restored(method, tokens):
     _, model, masks = halved()
     before = copy.deepcopy(model)
     report = run(model, tokens(4, 12), masks, method=method, schedule=Schedule(1e38, epochs=4))
-    assert report.status == "restored"
+    assert report.status == "rolled back: not finite"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
@@ -149,8 +150,8 @@ def test_masks_default_to_what_is_not_zero(tokens):
     ("options", "words"),
     [
         ({"method": "dora"}, "unknown retraining method 'dora'; allowed: full, lora"),
-        ({"objective": "rl"}, "unknown objective 'rl'; allowed: labels, distil"),
-        ({"objective": "distil"}, "needs `dense`"),
+        ({"retrain_objective": "rl"}, "unknown objective 'rl'; allowed: labels, distil"),
+        ({"retrain_objective": "distil"}, "needs `dense`"),
     ],
 )
 def test_bad_options_are_refused(options, words, tokens):

@@ -1,18 +1,17 @@
 """Whole heads and neurons: all or nothing in the masks, gone from the function, and chosen as slow references choose."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 import recon
+from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
 from recon.experiment import checkpoint
 from recon.kernels.criteria import CRITERIA, Structured, wanda
 from recon.kernels.criteria.structured import flap, keep_globally, wanda_sp
-from recon.kernels.gradient_descent import Schedule
 from recon.kernels.moments import add_moments
 from recon.methods import prune as pruning
 from recon.methods.prune import prune
@@ -59,7 +58,13 @@ def fresh(dense):
 
 
 def pruned(decoder, tokens, criterion, pattern="0.3", **options):
-    return prune(decoder, tokens(8, 20), criterion, pattern, compute_dtype="float32", progress=False, **options)
+    return prune(
+        decoder,
+        tokens(8, 20),
+        PruningConfig(criterion=criterion, pattern=pattern),
+        **options,
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
 
 
 def of_block(masks, index, suffix):
@@ -336,10 +341,7 @@ def test_a_bias_is_part_of_its_half_and_survives_a_copy(fresh, dense, tokens):
 def test_repair_keeps_units_gone_and_trains_the_new_biases(fresh, dense, tokens, criterion, granularity, train):
     student, samples = fresh(), tokens(16, 20, seed=1)
     result = pruned(student, tokens, criterion)
-    reports = reconstruct(
-        student, dense, samples, result.masks, granularity, "dense", train=train, schedule=Schedule(3e-3, epochs=2),
-        compute_dtype="float32", progress=False,
-    )  # fmt: skip
+    reports = reconstruct(student, dense, samples, ReconstructionConfig(granularity=granularity, propagation="dense", train=train, learning_rate=0.003, epochs=2), masks=result.masks, execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
     before, after = (sum(r[kind]["calibration"] for r in map(vars, reports)) for kind in ("error_before", "error_after"))
     assert after < before
     for name, matrix in student.matrices().items():
@@ -356,10 +358,7 @@ def test_exact_solutions_do_not_add_to_the_compensation(fresh, dense, tokens, gr
     for compensate in (True, False):
         student = fresh()
         result = pruned(student, tokens, "flap", compensate=compensate)
-        reports += reconstruct(
-            student, dense, tokens(16, 20, seed=1), result.masks, granularity, propagation, solver, start,
-            schedule=Schedule(1e-30), compute_dtype="float32", progress=False,
-        )  # fmt: skip
+        reports += reconstruct(student, dense, tokens(16, 20, seed=1), ReconstructionConfig(granularity=granularity, propagation=propagation, solver=solver, start=start, learning_rate=1e-30), masks=result.masks, execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
         students.append(student)
     for name, matrix in students[0].matrices().items():
         assert_close(matrix.weight, students[1].matrices()[name].weight)
@@ -372,7 +371,7 @@ def test_exact_solutions_do_not_add_to_the_compensation(fresh, dense, tokens, gr
 
 @pytest.fixture(scope="module")
 def spec(tiny_folder, tiny_text):
-    return recon.RunSpec(
+    return recon.RunSpec.of(
         model=str(tiny_folder), text=str(tiny_text), criterion="flap", pattern="0.3", samples=6, sequence_length=32,
         held_out_samples=2, evaluation_texts=(str(tiny_text),), evaluation_samples=3, evaluation_length=64,
     )  # fmt: skip
@@ -381,12 +380,12 @@ def spec(tiny_folder, tiny_text):
 def test_runs_share_the_biases_with_the_pruned_state(spec):
     session = recon.Session()
     first = recon.run(spec, session, progress=False)
-    alone = recon.run(replace(spec, granularity="none"), session, progress=False)
+    alone = recon.run(spec.replaced(granularity="none"), session, progress=False)
     assert "pruned" in alone.shared
     assert first.metrics["sparsity"] == alone.metrics["sparsity"] == pytest.approx(0.3, abs=0.01)
     assert first.metrics["pruned_perplexity"] == alone.metrics["perplexity"]
-    assert alone.metrics["perplexity"] == recon.run(replace(spec, granularity="none"), progress=False).metrics["perplexity"]
-    texts = recon.sample_tokens(spec.text, "evaluation", session.tokenizer, 3, 64)
+    assert alone.metrics["perplexity"] == recon.run(spec.replaced(granularity="none"), progress=False).metrics["perplexity"]
+    texts = recon.sample_tokens(spec.calibration.text, "evaluation", session.tokenizer, 3, 64)
     assert recon.perplexity(session.model, texts, progress=False).value == alone.metrics["perplexity"]
     with_biases = dict(session.model.named_parameters())
     assert any(name.endswith("proj.bias") for name in with_biases)
@@ -428,7 +427,7 @@ def test_what_has_a_place_can_be_saved(tiny, tokens, tmp_path, family, criterion
         ({"pattern": "2:4"}, "pattern is 2:4, but criterion '{}' removes whole heads and neurons"),
         ({"scope": "row"}, "scope is 'row', but criterion '{}' compares whole heads and neurons"),
         (
-            {"swaps": 3},
+            {"mask_refinement": 3},
             "swaps is 3, but criterion '{}' removes whole heads and neurons; swaps suit magnitude, random, wanda, ria$",
         ),
     ],
@@ -436,10 +435,10 @@ def test_what_has_a_place_can_be_saved(tiny, tokens, tmp_path, family, criterion
 def test_what_has_no_meaning_is_refused(fresh, dense, tokens, criterion, given, message):
     decoder = fresh()
     with pytest.raises(ReconError, match=message.format(criterion)):
-        prune(decoder, tokens(2, 8), criterion, **{"pattern": "0.2"} | given)
+        prune(decoder, tokens(2, 8), PruningConfig(criterion=criterion), **{"pattern": "0.2"} | given)
     assert all(torch.equal(m.weight, dense.matrices()[name].weight) for name, m in decoder.matrices().items())
     with pytest.raises(ReconError, match=message.format(criterion)):
-        recon.RunSpec(criterion=criterion, **{"pattern": "0.2"} | given)
+        recon.RunSpec.of(criterion=criterion, **{"pattern": "0.2"} | given)
 
 
 def test_options_and_samples_are_checked(fresh, tokens):
@@ -449,7 +448,7 @@ def test_options_and_samples_are_checked(fresh, tokens):
         pruned(fresh(), tokens, "flap", damping=0.1)
     for criterion in STRUCTURED:
         with pytest.raises(ReconError, match=f"'{criterion}' weighs activations and needs calibration samples"):
-            prune(fresh(), criterion=criterion, pattern="0.2")
+            prune(fresh(), PruningConfig(criterion=criterion, pattern="0.2"))
 
 
 @pytest.mark.parametrize("criterion", STRUCTURED)

@@ -11,11 +11,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import recon
+from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.data.models import load_pruned
 from recon.errors import ReconError
 from recon.evaluate.perplexity import perplexity
 from recon.experiment.plan import plan
-from recon.kernels.gradient_descent import Schedule
 from recon.methods.external_mask import given
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
@@ -59,7 +59,7 @@ def composed(decoder, tokens, granularity="block"):
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_windows_composed_are_the_model(made, family, granularity):
     decoder, tokens = made(family), random_tokens(3, 13)
-    assert isinstance(decoder, EncoderDecoder) and len(decoder.blocks) == 4 and len(decoder.structure.stacks) == 2
+    assert isinstance(decoder, EncoderDecoder) and len(decoder.blocks) == 4 and len(decoder.stacks) == 2
     found = composed(decoder, tokens, granularity)
     assert_close(found, own_logits(decoder.model, tokens), rtol=1e-4, atol=1e-4)
 
@@ -109,11 +109,18 @@ def test_statistics_are_those_of_the_model_as_a_whole(made, family):
 def test_pruned_repaired_and_saved(made, tmp_path, family):
     dense, tokens = made(family), random_tokens(12, 16)
     model = copy.deepcopy(dense.model)
-    result = prune(model, tokens, "wanda", "2:4", progress=False)
+    result = prune(model, tokens, PruningConfig(criterion="wanda", pattern="2:4"), execution=Execution(progress=False))
     assert result.total_sparsity == 0.5 and not result.starved
     pruned = perplexity(model, tokens, execution=FLOAT32, progress=False)
     assert pruned.tokens == 12 * 7  # of the decoder's 8 tokens all but the first
-    reports = reconstruct(model, dense, tokens, result.masks, "block", "sparse", compute_dtype="float32", progress=False)
+    reports = reconstruct(
+        model,
+        dense,
+        tokens,
+        ReconstructionConfig(granularity="block", propagation="sparse"),
+        masks=result.masks,
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
     assert [report.name for report in reports] == [f"block {index}" for index in range(4)]
     assert all(report.error_after["calibration"] < report.error_before["calibration"] for report in reports)
     model.save_pretrained(tmp_path)
@@ -131,8 +138,10 @@ def test_perplexity_is_that_of_the_second_half_given_the_first(made):
 
 def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
     model = copy.deepcopy(made("t5").model)
-    masks = prune(model, criterion="magnitude", progress=False).masks
-    report = retrain(model, random_tokens(16, 16), masks, "full", progress=False)
+    masks = prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+    report = retrain(
+        model, random_tokens(16, 16), RetrainingConfig(method="full"), masks=masks, execution=Execution(progress=False)
+    )
     assert report.losses[-1] < report.losses[0]
     for name, matrix in take_apart(model, like=made("t5")).matrices().items():
         assert not matrix.weight[~masks[name]].any()
@@ -142,14 +151,20 @@ def test_what_blocks_pass_on_is_found_and_belongs_to_no_window(made, tmp_path):
     """Biases of relative positions: each block is called with those of its own model, however it was trained or where it came from."""
     dense, tokens = made("t5"), random_tokens(16, 16)
     biases = {f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for half in ("encoder", "decoder")}
-    assert set(dense.shared) == biases and not made("bart").shared
+    assert dense._passed_on == biases and not made("bart")._passed_on
     first = dense.windows("block")[0]
     assert biases & set(dense.parameters(first)) and not biases & set(dense.trained(first, "all"))
     student = take_apart(copy.deepcopy(dense.model), like=dense)
     copied = take_apart(copy.deepcopy(dense.model), like=dense)
-    masks = prune(student, tokens, "wanda", progress=False).masks
+    masks = prune(student, tokens, PruningConfig(criterion="wanda"), execution=Execution(progress=False)).masks
     composed(student, tokens[:2]), composed(copied, tokens[:2])
-    retrain(student, tokens, masks, "full", schedule=Schedule(learning_rate=1e-2), compute_dtype="float32", progress=False)
+    retrain(
+        student,
+        tokens,
+        RetrainingConfig(method="full", learning_rate=0.01),
+        masks=masks,
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
     student.model.save_pretrained(tmp_path)
     given(copied, load_pruned(str(tmp_path), dense.model))
     for decoder in (student, copied, take_apart(make_model("t5", seed=1), like=dense), dense):
@@ -180,7 +195,7 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     make_model("t5", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    spec = recon.RunSpec(
+    spec = recon.RunSpec.of(
         model=str(tmp_path), text=tiny_text, samples=4, sequence_length=16, held_out_samples=2, evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=32, granularity="block",
     )  # fmt: skip
@@ -189,14 +204,14 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
     assert record.protocol["reading"].startswith("the encoder reads the first half")
     assert len(record.metrics["drift"]) == 4 and record.flops["reconstruct"] > 0
     with pytest.raises(ReconError, match="zero-shot tasks need a causal language model; T5For"):
-        recon.run(dataclasses.replace(spec, tasks=("analogies",)), progress=False)
-    planned = plan(dataclasses.replace(spec, granularity="none", criterion="magnitude"), stream="yes")
+        recon.run(dataclasses.spec.replaced(tasks=("analogies",)), progress=False)
+    planned = plan(dataclasses.spec.replaced(granularity="none", criterion="magnitude"), stream="yes")
     assert planned.streamed and 0 < planned.memory["evaluate"]["weights in hand"] < 0.5 * 4 * planned.parameters
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "half-block"])
 def test_parts_of_blocks_are_refused(made, granularity):
     with pytest.raises(
-        ReconError, match=f"granularity '{granularity}' does not fit BartFor.*: an encoder-decoder is reconstructed by whole"
+        ReconError, match=f"granularity '{granularity}' does not fit BartFor.*: an encoder-decoder is repaired by whole"
     ):
         made("bart").windows(granularity)

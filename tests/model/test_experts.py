@@ -10,6 +10,7 @@ from fixtures.models import make_model, random_tokens
 from torch.testing import assert_close
 
 from recon import reconstruct
+from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
 from recon.experiment import estimate
 from recon.experiment.config import RunSpec
@@ -153,7 +154,12 @@ def test_statistics_are_those_of_the_tokens_sent_there(made, family, kind):
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
 def test_starved_experts_are_pruned_by_magnitude_and_named(made, fresh, caplog, criterion):
     decoder, tokens = fresh("mixtral"), random_tokens(4, 16)
-    result = prune(decoder, tokens, criterion, "0.5", "row", propagation="dense", compute_dtype="float32", progress=False)
+    result = prune(
+        decoder,
+        tokens,
+        PruningConfig(criterion=criterion, pattern="0.5", scope="row", statistics="dense"),
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
     counts = {name: len(x) for block in range(2) for name, x in slow_inputs(made("mixtral"), block, tokens).items()}
     assert set(result.starved) == {name for name, count in counts.items() if count < FEW}
     assert 0 < len(result.starved) < len(counts)
@@ -166,7 +172,7 @@ def test_starved_experts_are_pruned_by_magnitude_and_named(made, fresh, caplog, 
 
 
 def test_few_tokens_in_all_are_enough_for_what_reads_them_all(fresh):
-    result = prune(fresh("mixtral"), random_tokens(1, 8), progress=False)
+    result = prune(fresh("mixtral"), random_tokens(1, 8), execution=Execution(progress=False))
     assert result.starved and all(name.endswith("]") for name in result.starved)
 
 
@@ -177,7 +183,7 @@ def test_few_tokens_in_all_are_enough_for_what_reads_them_all(fresh):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_repaired_and_saved_zeros_stay(made, fresh, tmp_path, family, pattern):
     decoder, tokens = fresh(family), random_tokens(24, 16)
-    result = prune(decoder, tokens, "wanda", pattern, progress=False)
+    result = prune(decoder, tokens, PruningConfig(criterion="wanda", pattern=pattern), execution=Execution(progress=False))
     assert result.total_sparsity == 0.5
     untouched = {name: p.clone() for name, p in decoder.model.named_parameters() if "router" in name or "gate.weight" in name}
     assert untouched
@@ -186,7 +192,12 @@ def test_pruned_repaired_and_saved_zeros_stay(made, fresh, tmp_path, family, pat
             assert (result.masks[name].view(-1, 4).sum(1) == 2).all()
         assert torch.equal(matrix.weight, made(family).matrices()[name].weight * result.masks[name])
     reports = reconstruct(
-        decoder, made(family), tokens, result.masks, "half-block", compute_dtype="float32", progress=False, start="exact"
+        decoder,
+        made(family),
+        tokens,
+        ReconstructionConfig(granularity="half-block", start="exact"),
+        masks=result.masks,
+        execution=Execution(compute_dtype="float32", progress=False),
     )
     assert all(next(iter(r.error_after.values())) < next(iter(r.error_before.values())) for r in reports)
     for name, before in untouched.items():
@@ -204,11 +215,18 @@ def test_pruned_repaired_and_saved_zeros_stay(made, fresh, tmp_path, family, pat
 def test_exact_solutions_lower_the_error_of_each_expert(made, fresh):
     """Exact masked least squares on an expert's own tokens, against the error counted on them by hand."""
     decoder, tokens, dense = fresh("mixtral"), random_tokens(24, 16), made("mixtral")
-    masks = prune(decoder, tokens, "wanda", "0.5", propagation="dense", progress=False).masks
+    masks = prune(
+        decoder, tokens, PruningConfig(criterion="wanda", pattern="0.5", statistics="dense"), execution=Execution(progress=False)
+    ).masks
     pruned = {name: matrix.weight.clone() for name, matrix in decoder.matrices().items()}
     schedule = Schedule(learning_rate=0.0)
     reconstruct(
-        decoder, dense, tokens, masks, "half-block", start="exact", schedule=schedule, compute_dtype="float32", progress=False
+        decoder,
+        dense,
+        tokens,
+        ReconstructionConfig(granularity="half-block", start="exact", **vars(schedule)),
+        masks=masks,
+        execution=Execution(compute_dtype="float32", progress=False),
     )
     for name, x in slow_inputs(dense, 0, tokens).items():
         wanted = x @ dense.matrices()[name].weight.double().T
@@ -235,9 +253,19 @@ def test_experts_are_trained_as_the_parameter_that_holds_them_all_would_be(made,
     """Against plain descent on that parameter; no step leaves an expert without tokens, so that AdamW does the same for each."""
     dense, tokens = made(family), random_tokens(6, 64)
     ours, theirs = fresh(family), fresh(family)
-    masks = [prune(decoder, criterion="magnitude", progress=False).masks for decoder in (ours, theirs)][0]
+    masks = [
+        prune(decoder, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+        for decoder in (ours, theirs)
+    ][0]
     schedule = Schedule(learning_rate=1e-3)
-    reports = reconstruct(ours, dense, tokens, masks, schedule=schedule, compute_dtype="float32", progress=False)
+    reports = reconstruct(
+        ours,
+        dense,
+        tokens,
+        ReconstructionConfig(**vars(schedule)),
+        masks=masks,
+        execution=Execution(compute_dtype="float32", progress=False),
+    )
     execution, stream = Execution("cpu", "float32"), dense.embed(tokens)
     for window, report in zip(dense.windows("half-block"), reports, strict=True):
         with torch.no_grad():
@@ -255,11 +283,11 @@ def test_experts_are_trained_as_the_parameter_that_holds_them_all_would_be(made,
 
 def test_an_expert_that_no_token_is_sent_to_is_left_alone(made, fresh):
     dense, student = made("mixtral"), fresh("mixtral")
-    masks = prune(student, criterion="magnitude", progress=False).masks
+    masks = prune(student, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     before = {name: matrix.weight.clone() for name, matrix in student.matrices().items()}
     tokens = random_tokens(1, 2)
     sent = {name for name, x in slow_inputs(dense, 0, tokens).items() if len(x)}
-    reconstruct(student, dense, tokens, masks, compute_dtype="float32", progress=False)
+    reconstruct(student, dense, tokens, masks=masks, execution=Execution(compute_dtype="float32", progress=False))
     names = experts_of(student, 0)
     assert 0 < len(sent) < len(names)
     for name, matrix in names.items():
@@ -268,9 +296,15 @@ def test_an_expert_that_no_token_is_sent_to_is_left_alone(made, fresh):
 
 def test_retraining_keeps_the_zeros(fresh):
     decoder = fresh("gpt_oss")
-    masks = prune(decoder, criterion="magnitude", progress=False).masks
+    masks = prune(decoder, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     before = {name: m.weight.clone() for name, m in decoder.matrices().items()}
-    retrain(decoder, random_tokens(4, 12), masks, "full", schedule=Schedule(learning_rate=1e-3), progress=False)
+    retrain(
+        decoder,
+        random_tokens(4, 12),
+        RetrainingConfig(method="full", learning_rate=0.001),
+        masks=masks,
+        execution=Execution(progress=False),
+    )
     for name, matrix in decoder.matrices().items():
         assert not matrix.weight[~masks[name]].any()
         assert not torch.equal(matrix.weight, before[name])
@@ -330,7 +364,7 @@ def test_flops_count_the_experts_that_a_token_sees(made):
     spec = dataclasses.replace(RunSpec(), criterion="wanda", granularity="half-block")
     full, sparse = (estimate.flops(spec, decoder) for decoder in (all_of_them, half))
     experts = sum(m.weight.numel() for m in experts_of(half).values())
-    evaluated = len(spec.evaluation_texts) * spec.evaluation_samples * spec.evaluation_length
+    evaluated = len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length
     assert full["evaluate"] - sparse["evaluate"] == 3 * evaluated * 2 * experts / 2
 
 
@@ -343,13 +377,26 @@ def test_single_matrices_and_adapters_are_refused(made, fresh):
         decoder.windows("matrix")
     for call in (
         lambda: check_adaptable(decoder),
-        lambda: reconstruct(fresh("mixtral"), decoder, random_tokens(2, 8), adapter="lora", progress=False),
-        lambda: retrain(fresh("mixtral"), random_tokens(2, 8), method="masklora", progress=False),
+        lambda: reconstruct(
+            fresh("mixtral"),
+            decoder,
+            random_tokens(2, 8),
+            ReconstructionConfig(adapter="lora"),
+            execution=Execution(progress=False),
+        ),
+        lambda: retrain(
+            fresh("mixtral"), random_tokens(2, 8), RetrainingConfig(method="masklora"), execution=Execution(progress=False)
+        ),
     ):
         with pytest.raises(ReconError, match=r"gate_up_proj\[0\]' is one expert's part of a parameter that holds those of 4"):
             call()
     with pytest.raises(ReconError, match=r"gate_up_proj\[0\]' is an expert's; whole heads and neurons are not removed"):
-        prune(fresh("mixtral"), random_tokens(2, 8), "wanda-sp", "0.2", progress=False)
+        prune(
+            fresh("mixtral"),
+            random_tokens(2, 8),
+            PruningConfig(criterion="wanda-sp", pattern="0.2"),
+            execution=Execution(progress=False),
+        )
 
 
 # ---- experts that are modules

@@ -14,11 +14,12 @@ import torch
 from fixtures.families import FAMILIES, UNTRIED, VOCABULARY, small_model
 
 from recon import prune, reconstruct
+from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
-from recon.kernels.gradient_descent import Schedule
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.model.modules import distance
+from recon.runtime.execution import Execution
 
 README = Path(__file__).parents[2] / "README.md"
 MARKERS = ("<!-- families -->", "<!-- /families -->")
@@ -137,7 +138,12 @@ def test_windows_give_the_model_back(decoder):
 def test_pruned_and_repaired(decoder):
     tokens = random_tokens(8, 16, seed=2)
     pruned = take_apart(copy.deepcopy(decoder.model), like=decoder)
-    masks = prune(pruned, tokens, "wanda", "0.5", compute_dtype="float32", progress=False).masks
+    masks = prune(
+        pruned,
+        tokens,
+        PruningConfig(criterion="wanda", pattern="0.5"),
+        execution=Execution(compute_dtype="float32", progress=False),
+    ).masks
     holders = {matrix.parameter_name for matrix in decoder.matrices().values()}
     for name, parameter in pruned.model.named_parameters():
         assert name in holders or torch.equal(parameter, decoder.model.get_parameter(name))
@@ -147,14 +153,11 @@ def test_pruned_and_repaired(decoder):
         assert torch.equal(matrix.weight, dense * masks[name])
     for granularity in fitting(decoder):
         student = take_apart(copy.deepcopy(pruned.model), like=decoder)
-        reports = reconstruct(
-            student, decoder, tokens, masks, granularity, held_out=tokens[:2], schedule=Schedule(learning_rate=1e-3),
-            compute_dtype="float32", progress=False,
-        )  # fmt: skip
+        reports = reconstruct(student, decoder, tokens, ReconstructionConfig(granularity=granularity, learning_rate=0.001), masks=masks, held_out=tokens[:2], execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
         for report in reports:
             before, after = report.error_before["held_out"], report.error_after["held_out"]
-            assert after < before if report.status == "repaired" else report.status == "rejected"
-        assert any(report.status == "repaired" for report in reports)
+            assert after < before if report.status == "reconstructed" else report.status == "rolled back: error grew"
+        assert any(report.status == "reconstructed" for report in reports)
         for name, matrix in student.matrices().items():
             assert not matrix.weight[~masks[name]].any()
 

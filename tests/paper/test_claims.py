@@ -60,8 +60,8 @@ def everything(count=3):
     records += seeds(0.39, count, criterion="magnitude", damage=1.2) + seeds(0.4, count, criterion="sparsegpt")
     cost = {"reconstruct": 1e9}
     records += [r for n in (16, 256) for r in seeds(0.4, count, samples=n, prune_samples=64, flops=cost)]
-    records += seeds(0.1, count, granularity="none", then="masklora", then_samples=1024, flops={"retrain": 1e9})
-    records += seeds(0.6, count, then="masklora", flops=cost)
+    records += seeds(0.1, count, granularity="none", retrain="masklora", retrain_samples=1024, flops={"retrain": 1e9})
+    records += seeds(0.6, count, retrain="masklora", flops=cost)
     records += seeds(0.4, count, model="other-1b") + seeds(0.401, count, model="other-1b", criterion="magnitude")
     return records
 
@@ -181,7 +181,7 @@ def test_of_protocols_with_as_many_seeds_that_of_the_largest_study_is_taken():
 
 def test_the_readme_leaves_out_what_the_paper_does_not_centre_on(places):
     records, page, readme = places
-    for run in seeds(0.1, granularity="none", then="lora", flops={"retrain": 1e9}):
+    for run in seeds(0.1, granularity="none", retrain="lora", flops={"retrain": 1e9}):
         write_record(run, records / f"{run.key}.json")
     claims.write(*places)
     assert "Retraining (lora)" in page.read_text() and "Retraining (lora)" not in readme.read_text()

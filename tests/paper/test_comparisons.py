@@ -27,10 +27,10 @@ from recon.paper.verdicts import FAILS, HOLDS, UNSURE, to_markdown
         {"pattern": "2:4"},
         {"model": "another"},
         {"revision": "v2"},
-        {"swaps": 3},
+        {"mask_refinement": 3},
         {"epochs": 2},
         {"criterion": "magnitude"},
-        {"prune_propagation": "dense"},
+        {"statistics": "dense"},
     ],
     ids=lambda other: "-".join(other),
 )
@@ -77,7 +77,7 @@ def test_no_side_is_tuned_where_the_others_are_not():
     tuned = seeds(0.5, learning_rate=1e-3, held_out=30.0)
     assert verdict_on("3", matrix + tuned + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
     # Nor do recipes that make more steps.
-    pieces = seeds(0.6, pieces=4, held_out=20.0)
+    pieces = seeds(0.6, chunks=4, held_out=20.0)
     assert verdict_on("3", matrix + pieces + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
     # Not even where rates were chosen on every side.
     adapters = seeds(0.5, adapter="masklora", held_out=30.0)
@@ -88,14 +88,14 @@ def test_records_older_than_a_field_did_what_its_default_says():
     records = seeds() + seeds(0.2, granularity="matrix")
     new = verdict_on("3", records)
     for found in records:
-        for name in ("then", "objective", "adapter", "pieces", "swaps"):
+        for name in ("retrain", "retrain_objective", "adapter", "chunks", "mask_refinement"):
             del found.spec[name]
     assert verdict_on("3", records) == new
 
 
 def test_options_that_do_nothing_do_not_divide():
     """A half-block run is the same whatever SparseGPT's options, which it does not use, were."""
-    matrix = seeds(0.2, granularity="matrix", sparsegpt_damping=0.1, exact_iterations=3, objective="distil", device="cpu")
+    matrix = seeds(0.2, granularity="matrix", sparsegpt_damping=0.1, exact_iterations=3, retrain_objective="distil", device="cpu")
     assert verdict_on("3", seeds() + matrix).verdict == HOLDS
     assert verdict_on("4", seeds() + seeds(0.2, granularity="matrix", solver="exact", exact_iterations=3)).reason == "no records"
 
@@ -186,7 +186,7 @@ def curve(best, counts, noise=0.0005, flops=None, **options):
     return [
         record(best - 0.08 * (7 - math.log2(n)), seed=s, noise=noise, flops=flops and flops(n), **options, **spec)
         for n in counts
-        for spec in [{"samples": 64, "then_samples": n} if "then" in options else {"samples": n, "prune_samples": 64}]
+        for spec in [{"samples": 64, "retrain_samples": n} if "retrain" in options else {"samples": n, "prune_samples": 64}]
         for s in range(3)
     ]
 
@@ -194,7 +194,7 @@ def curve(best, counts, noise=0.0005, flops=None, **options):
 @pytest.mark.parametrize("doublings, verdict, tenfold", [(5, HOLDS, HOLDS), (2, HOLDS, FAILS), (-1, FAILS, FAILS)])
 def test_ratio_of_samples_at_equal_quality(doublings, verdict, tenfold):
     counts = [2**power for power in range(2, 15)]
-    records = curve(0.5, COUNTS) + curve(0.5 - 0.08 * doublings, counts, granularity="none", then="masklora")
+    records = curve(0.5, COUNTS) + curve(0.5 - 0.08 * doublings, counts, granularity="none", retrain="masklora")
     found = verdict_on("5.masklora.samples.1", records)
     assert found.verdict == verdict and verdict_on("5.masklora.samples.10", records).verdict == tenfold
     assert found.low < 2.0**doublings < found.high and found.effect == pytest.approx(2.0**doublings, rel=0.05)
@@ -203,30 +203,30 @@ def test_ratio_of_samples_at_equal_quality(doublings, verdict, tenfold):
 
 def test_more_passes_are_another_method_and_no_tuning():
     """A slightly better recipe at ten times the cost must not stand for the cost of the method."""
-    other = {"granularity": "none", "then": "masklora"}
+    other = {"granularity": "none", "retrain": "masklora"}
     records = curve(0.5, COUNTS, flops=lambda n: {"reconstruct": float(n)}, held_out=30)
     records += curve(0.5, (8, *COUNTS, 256), flops=lambda n: {"retrain": float(n)}, held_out=30, **other)
-    records += curve(0.51, (8, *COUNTS, 256), flops=lambda n: {"retrain": 10.0 * n}, held_out=29, then_epochs=10, **other)
+    records += curve(0.51, (8, *COUNTS, 256), flops=lambda n: {"retrain": 10.0 * n}, held_out=29, retrain_epochs=10, **other)
     assert verdict_on("5.masklora.flops.1", records).effect == pytest.approx(1, rel=0.05)
 
 
 def test_ratio_that_is_only_known_to_be_above():
     """Retraining never gets there: all that its largest run shows is a bound."""
-    records = curve(0.9, COUNTS) + curve(0.1, [128, 1024], granularity="none", then="masklora")
+    records = curve(0.9, COUNTS) + curve(0.1, [128, 1024], granularity="none", retrain="masklora")
     found = verdict_on("5.masklora.samples.1", records)
     bound = 1024 / math.sqrt(32 * 64)  # the median over four counts
     assert (found.bound, found.effect, found.high) == (">", pytest.approx(bound), math.inf) and found.low == pytest.approx(bound)
     assert found.verdict == HOLDS and verdict_on("5.masklora.samples.10", records).verdict == HOLDS
     assert "128: > 8" in found.reason and "> 22.6 [22.6, ∞]" in to_markdown([found])
     # With fewer samples tried, the bound is too low to say that it is ten times: that is no evidence against it either.
-    few = [r for r in records if r.spec["then_samples"] != 1024]
+    few = [r for r in records if r.spec["retrain_samples"] != 1024]
     assert verdict_on("5.masklora.samples.10", few).verdict == UNSURE
     assert verdict_on("5.masklora.samples.1", few).verdict == HOLDS
 
 
 def test_ratio_that_is_only_known_to_be_below():
     """Retraining is better from its first run on."""
-    records = curve(0.3, COUNTS) + curve(0.9, [32, 128], granularity="none", then="masklora")
+    records = curve(0.3, COUNTS) + curve(0.9, [32, 128], granularity="none", retrain="masklora")
     found = verdict_on("5.masklora.samples.1", records)
     bound = 32 / math.sqrt(32 * 64)
     assert (found.bound, found.effect, found.low) == ("<", pytest.approx(bound), 0.0) and found.verdict == FAILS
@@ -235,7 +235,8 @@ def test_ratio_that_is_only_known_to_be_below():
 def test_methods_that_tie_have_ratio_one_and_no_verdict():
     tied = [seeds(share, samples=n, noise=0.0) for n, share in zip(COUNTS, (0.1, 0.2, 0.3, 0.4))]
     other = [
-        seeds(share, samples=n, noise=0.0, granularity="none", then="masklora") for n, share in zip(COUNTS, (0.1, 0.2, 0.3, 0.4))
+        seeds(share, samples=n, noise=0.0, granularity="none", retrain="masklora")
+        for n, share in zip(COUNTS, (0.1, 0.2, 0.3, 0.4))
     ]
     found = verdict_on("5.masklora.samples.1", sum(tied + other, []))
     assert (found.effect, found.bound, found.verdict) == (pytest.approx(1.0), "", UNSURE)
@@ -245,7 +246,7 @@ def test_methods_that_tie_have_ratio_one_and_no_verdict():
 
 def test_ratio_of_compute():
     reconstruction = curve(0.5, COUNTS, flops=lambda n: {"prune": 1e9, "reconstruct": 3e9 * n})
-    cost = {"granularity": "none", "then": "lora", "flops": lambda n: {"prune": 1e9, "retrain": 6e9 * n}}
+    cost = {"granularity": "none", "retrain": "lora", "flops": lambda n: {"prune": 1e9, "retrain": 6e9 * n}}
     retraining = curve(0.5, (8, *COUNTS, 256), **cost)
     found = verdict_on("5.lora.flops.1", reconstruction + retraining)
     assert found.verdict == HOLDS and found.effect == pytest.approx(2.0, rel=0.05) and found.low < 2 < found.high
@@ -256,7 +257,7 @@ def test_ratio_of_compute():
 
 def test_runs_on_other_machines_are_not_timed_against_each_other():
     reconstruction = curve(0.5, COUNTS)
-    retraining = curve(0.1, COUNTS, granularity="none", then="masklora")
+    retraining = curve(0.1, COUNTS, granularity="none", retrain="masklora")
     for found in retraining:
         found.seconds = {"reconstruct": 0.0, "retrain": 50.0}
     assert verdict_on("5.masklora.seconds.10", reconstruction + retraining).verdict == HOLDS
@@ -267,8 +268,8 @@ def test_runs_on_other_machines_are_not_timed_against_each_other():
 
 
 def test_points_without_enough_seeds_do_not_spoil_a_ratio():
-    records = curve(0.5, COUNTS) + curve(0.34, [16, 64, 256, 1024], granularity="none", then="masklora")
-    records.append(record(0.9, granularity="none", then="masklora", then_samples=4096))
+    records = curve(0.5, COUNTS) + curve(0.34, [16, 64, 256, 1024], granularity="none", retrain="masklora")
+    records.append(record(0.9, granularity="none", retrain="masklora", retrain_samples=4096))
     found = verdict_on("5.masklora.samples.1", records)
     assert found.seeds == 3 and found.effect == pytest.approx(4, rel=0.05)
 
@@ -298,7 +299,7 @@ def budgeted(recovered, flops, **spec):
 
 
 def test_combination_is_compared_at_equal_compute():
-    both = {"then": "masklora", "then_samples": 32}
+    both = {"retrain": "masklora", "retrain_samples": 32}
     equal = budgeted(0.5, 1.0e9, **both) + budgeted(0.4, 1.1e9) + budgeted(0.9, 9e9, samples=512)
     found = verdict_on("6.masklora.reconstruction", equal)
     assert found.verdict == HOLDS and found.effect == pytest.approx(0.1 * DAMAGE, abs=0.01)
@@ -308,7 +309,7 @@ def test_combination_is_compared_at_equal_compute():
 
 
 def test_combination_with_less_compute_may_win_but_not_lose():
-    both = {"then": "masklora", "then_samples": 32}
+    both = {"retrain": "masklora", "retrain_samples": 32}
     win = verdict_on("6.masklora.reconstruction", budgeted(0.5, 1e9, **both) + budgeted(0.4, 5e9))
     lose = verdict_on("6.masklora.reconstruction", budgeted(0.3, 1e9, **both) + budgeted(0.4, 5e9))
     assert win.verdict == HOLDS and "less compute" in win.reason

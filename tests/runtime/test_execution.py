@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+from recon.config import PruningConfig
 from recon.evaluate.perplexity import drift, perplexity
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
@@ -96,8 +97,12 @@ def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, tokens, monkeypa
 
     def results():
         student = take_apart(copy.deepcopy(dense.model), like=dense)
-        prune(student, samples, "sparsegpt", compute_dtype="bfloat16", progress=False)
-        reconstruct(student, dense, samples, held_out=held_out, compute_dtype="bfloat16", progress=False, **options)
+        prune(
+            student, samples, PruningConfig(criterion="sparsegpt"), execution=Execution(compute_dtype="bfloat16", progress=False)
+        )
+        reconstruct(
+            student, dense, samples, held_out=held_out, **options, execution=Execution(compute_dtype="bfloat16", progress=False)
+        )
         return (
             [p.clone() for p in student.model.parameters()],
             drift(student, dense, held_out)[0],

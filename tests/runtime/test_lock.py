@@ -35,7 +35,7 @@ def holder(tmp_path):
 
 
 def spec(tiny_folder, tiny_text) -> recon.RunSpec:
-    return recon.RunSpec(
+    return recon.RunSpec.of(
         model=tiny_folder, text=tiny_text, samples=2, sequence_length=16, held_out_samples=0, granularity="none",
         evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=16, compute_dtype="float32",
     )  # fmt: skip

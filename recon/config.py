@@ -1,0 +1,235 @@
+"""Every option, one config per concern. `recon.experiment.config.RunSpec` is made of them, and so is the command line."""
+
+from dataclasses import dataclass
+
+from recon.errors import ReconError
+from recon.kernels.adapters import ADAPTERS
+from recon.kernels.criteria import CRITERIA, Structured
+from recon.kernels.criteria import get as get_criterion
+from recon.kernels.gradient_descent import Schedule
+from recon.kernels.losses import LOSSES
+from recon.kernels.patterns import SCOPES, Pattern
+from recon.model.windows import canonical
+from recon.options import Options, option
+
+PROPAGATIONS = {
+    "dense": "inputs from the dense model, targets the dense window's outputs",
+    "sparse": "inputs from the already reconstructed model, targets the dense window's outputs on those same inputs",
+    "mixed": "inputs from the already reconstructed model, targets the dense model's own activations",
+}
+STATISTICS = {
+    "sparse": "from the already pruned model, as the authors of Wanda and SparseGPT do",
+    "dense": "from the dense model",
+}
+SOLVERS = {
+    "adamw": "gradient descent (AdamW, linear schedule with warm-up)",
+    "exact": "masked least squares, matrix by matrix (granularity matrix only)",
+}
+STARTS = {
+    "pruned": "the weights that pruning left",
+    "exact": "the masked least-squares solution of every matrix in the window",
+}
+TRAINED = {
+    "matrices": "the matrices of the window, with their biases",
+    "all": "every parameter that the window's output depends on, norms included",
+}
+RETRAINING = {
+    "none": "no retraining",
+    "full": "every parameter, embeddings included; the mask is applied after every step",
+    **ADAPTERS,
+    "norms": "biases and norms only (Zimmer et al. 2023, arXiv 2312.15230)",
+}
+OBJECTIVES = {
+    "labels": "cross-entropy of the next token",
+    "distil": "KL divergence from the dense model's predictions (Hinton et al. 2015, arXiv 1503.02531)",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig(Options):
+    """Which model."""
+
+    model: str = option("smollm2-135m", "A bundled name (see `recon models`), a local folder, a GGUF file, or a Hub id.")
+    revision: str | None = option(
+        None, "Branch, tag or commit of a Hub id; default: the commit in the Hub's cache, or else the newest."
+    )
+    trust_remote_code: bool = option(False, "Run the code that comes with a model, for types that transformers does not know.")
+    pruned: str | None = option(
+        None, "A model that something else pruned, from `model`: its mask is read from its zeros, and no criterion is used."
+    )
+    pruned_revision: str | None = option(None, "Branch, tag or commit of the pruned model, where it is a Hub id.")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig(Options):
+    """The text that pruning and reconstruction read."""
+
+    text: str = option("wikipedia", "Calibration text: wikipedia, news, code, c4, wikitext2, or a .txt, .jsonl or .parquet file.")
+    samples: int = option(64, "Calibration samples that windows are reconstructed with.", least=1)
+    sequence_length: int = option(512, "Tokens per calibration sample.", least=2)
+    held_out_samples: int = option(
+        8,
+        "Samples of the validation split to measure errors on; a window that gets worse on the first two is rolled back.",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class PruningConfig(Options):
+    """Which weights go.
+
+    Raises `ReconError` for an unknown name, a pattern that is none, and for what has no meaning together.
+    """
+
+    criterion: str = option("wanda", "What decides which weights go (see `recon criteria`).", choices=CRITERIA)
+    pattern: str = option("0.5", "Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).")
+    scope: str = option(
+        "auto", "Weights compete within a row or the matrix; auto is the criterion's own default.", choices=("auto", *SCOPES)
+    )
+    statistics: str = option("sparse", "Statistics from the already pruned model, or from the dense one.", choices=STATISTICS)
+    samples: int = option(
+        0, "Calibration samples that the criterion sees; 0: as many as reconstruction.", least=0, flag="prune_samples"
+    )
+    mask_refinement: int = option(
+        0, "Exchanges of a pruned and a kept weight tried in each row after the criterion has chosen.", least=0
+    )
+    sparsegpt_block_size: int = option(128, "Columns that SparseGPT prunes at once.", least=1)
+    sparsegpt_damping: float = option(0.01, "Added to SparseGPT's Hessian, as a share of its mean diagonal.", above=0, most=1)
+    compensate: bool = option(True, "FLAP: the mean of what is removed goes into a bias.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
+        criterion, pattern = get_criterion(self.criterion), Pattern.parse(self.pattern)
+        structured = isinstance(criterion, Structured)
+        if self.mask_refinement and not criterion.scores:
+            suited = ", ".join(name for name, each in CRITERIA.items() if each.scores)
+            does = "removes whole heads and neurons" if structured else "adapts weights to its own mask"
+            raise ReconError(
+                f"mask_refinement is {self.mask_refinement}, but criterion {self.criterion!r} {does}; criteria that it suits: {suited}"
+            )
+        if structured and pattern.m is not None:
+            raise ReconError(
+                f"pattern is {pattern}, but criterion {self.criterion!r} removes whole heads and neurons; "
+                "give the share of the weights that is to go, such as 0.2"
+            )
+        if structured and self.scope != "auto":
+            raise ReconError(
+                f"scope is {self.scope!r}, but criterion {self.criterion!r} compares whole heads and neurons within a "
+                f"{criterion.scope}; allowed: auto"
+            )
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig(Options):
+    """How windows are fitted.
+
+    Raises `ReconError` for an unknown name, a number out of bounds, and combinations that have no meaning.
+    """
+
+    granularity: str = option("half-block", "Window: none (prune only), matrix, half-block, block, <k>-blocks, quarter, model.")
+    propagation: str = option("dense", "What feeds a window and what it must match: dense, sparse, mixed.", choices=PROPAGATIONS)
+    solver: str = option("adamw", "How a window is fitted: adamw, or exact (granularity matrix).", choices=SOLVERS)
+    start: str = option("pruned", "Where fitting starts: pruned weights, or exact matrix solutions.", choices=STARTS)
+    exact_samples: int = option(
+        0, "Samples that exact solutions are computed from, rounded up to whole batches of 1,024 tokens; 0: all.", least=0
+    )
+    exact_iterations: int = option(15, "Iterations of conjugate gradients for exact solutions, at most.", least=1)
+    train: str = option(
+        "matrices", "What is trained in a window: its matrices with their biases, or all of its parameters.", choices=TRAINED
+    )
+    adapter: str = option(
+        "none", "Low-rank parametrisation of a window's matrices: none, lora, masklora, scalelora.", choices=("none", *ADAPTERS)
+    )
+    rank: int = option(16, "Rank of adapters.", least=1)
+    loss: str = option("mse", "mse, cosine, or relative (squared error relative to each token's target).", choices=LOSSES)
+    learning_rate: float = option(
+        3e-3, "Peak learning rate of AdamW; a window of n half-blocks is trained with it over n^0.75.", above=0
+    )
+    epochs: int = option(1, "Passes over the calibration samples, per window.", least=1)
+    batch_size: int = option(1, "Samples per forward pass.", least=1)
+    chunks: int = option(
+        1,
+        "Chunks that samples are cut into where a window does not mix tokens (MLP halves, matrices): more steps, same work.",
+        least=1,
+    )
+    accumulation: int = option(1, "Forward passes per optimiser step.", least=1)
+    warmup: float = option(0.1, "Share of the steps in which the learning rate rises.", least=0, most=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "granularity", canonical(str(self.granularity)))
+        if self.solver == "exact" and self.granularity not in ("matrix", "none"):
+            raise ReconError(
+                f"solver exact fits single matrices, not granularity {self.granularity!r}; use granularity matrix, or start exact "
+                "to begin larger windows from the exact solution of their matrices"
+            )
+        if self.solver == "exact" and self.loss != "mse":
+            raise ReconError(f"solver exact minimises mse, not loss {self.loss!r}")
+        if self.adapter != "none" and (self.solver == "exact" or self.train == "all"):
+            raise ReconError(f"adapter {self.adapter!r} is all that is trained; it goes with solver adamw and train matrices")
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup)
+
+
+@dataclass(frozen=True)
+class RetrainingConfig(Options):
+    """Retraining of the whole model."""
+
+    method: str = option(
+        "none", "Retraining of the whole model: none, full, lora, masklora, scalelora, norms.", choices=RETRAINING, flag="retrain"
+    )
+    objective: str = option(
+        "labels", "What it learns from: labels, or the dense model's predictions.", choices=OBJECTIVES, flag="retrain_objective"
+    )
+    samples: int = option(0, "Calibration samples for retraining; 0: as many as reconstruction.", least=0, flag="retrain_samples")
+    rank: int = option(16, "Rank of its adapters.", least=1, flag="retrain_rank")
+    learning_rate: float = option(3e-4, "Peak learning rate of retraining.", above=0, flag="retrain_learning_rate")
+    epochs: int = option(1, "Passes of retraining over its samples.", least=1, flag="retrain_epochs")
+    batch_size: int = option(1, "Samples per forward pass in retraining.", least=1, flag="retrain_batch_size")
+    accumulation: int = option(1, "Forward passes per optimiser step in retraining.", least=1, flag="retrain_accumulation")
+    warmup: float = option(0.1, "Share of its steps in which the learning rate rises.", least=0, most=1, flag="retrain_warmup")
+    checkpointing: bool = option(
+        False, "Keeps the blocks' inputs alone and runs each block again in the backward pass: less memory, a third more time.",
+        flag="retrain_checkpointing",
+    )  # fmt: skip
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Options):
+    """What is measured, on which text."""
+
+    texts: tuple[str, ...] = option(
+        ("wikipedia",),
+        "Texts whose evaluation split perplexity is measured on; the first is the headline.",
+        flag="evaluation_texts",
+    )
+    samples: int = option(40, "Windows per evaluation text.", least=1, flag="evaluation_samples")
+    length: int = option(1024, "Tokens per evaluation window.", least=2, flag="evaluation_length")
+    tasks: tuple[str, ...] = option(
+        (),
+        "Zero-shot tasks: analogies, last_word (bundled); boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa (Hub).",
+    )
+    task_limit: int = option(200, "Questions per zero-shot task, at most; 0: all.", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.texts:
+            raise ReconError("evaluation_texts is empty; name at least one text")
+
+
+@dataclass(frozen=True)
+class ComputeConfig(Options):
+    """Where and in what precision."""
+
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    compute_dtype: str = option(
+        "auto", "Matrix products in bfloat16 or float32; auto takes bfloat16 where the hardware multiplies it natively.",
+        choices=("auto", "bfloat16", "float32"),
+    )  # fmt: skip

@@ -1,0 +1,36 @@
+"""What users and the package itself attach to a pass: progress bars, records, measurements along the way."""
+
+from tqdm.auto import tqdm
+
+
+class Callback:
+    """Does nothing; override what you need.
+
+    class Log(recon.Callback):
+        def on_window(self, report):
+            print(report.name, report.error_before, report.error_after)
+    """
+
+    def on_window(self, report) -> None:
+        """After each window of `recon.reconstruct`; report: `recon.methods.reconstruct.WindowReport`."""
+
+    def on_step(self, loss) -> None:
+        """After each optimiser step of `recon.retrain`; loss: a tensor ()."""
+
+    def on_merged(self) -> None:
+        """After `recon.retrain` has merged LoRA into the weights, before the mask is applied again."""
+
+
+class ProgressBar(Callback):
+    """A bar that moves with each window or step."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def on_window(self, report) -> None:
+        self.bar.update()
+        before, after = (next(iter(error.values())) for error in (report.error_before, report.error_after))
+        self.bar.set_postfix_str(f"error {before:.2g} -> {after:.2g}")
+
+    def on_step(self, loss) -> None:
+        self.bar.update()

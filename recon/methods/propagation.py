@@ -1,0 +1,219 @@
+"""What windows read, and what they are to match: the activations of all samples, moved on from window to window.
+
+| propagation | inputs                          | targets                                          |
+|-------------|---------------------------------|--------------------------------------------------|
+| dense       | the dense model's               | the dense model's                                |
+| sparse      | the reconstructed model's       | the dense window's outputs on those same inputs  |
+| mixed       | the reconstructed model's       | the dense model's                                |
+
+A stream holds the activations of all samples at one place of a model, (samples, length, width): calibration samples first, then held-out
+ones. One stream a model is kept, that which the next window starts from.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from recon.config import ReconstructionConfig
+from recon.methods.statistics import gather
+from recon.model.decoder import Decoder
+from recon.model.windows import Window
+from recon.runtime.execution import Execution, in_batches
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one window is fitted to, for all samples.
+
+    inputs: (samples, length, in). targets: (samples, length, out).
+    grams: by matrix name, X'X / tokens of what it reads, (in, in); where matrices are solved exactly.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    grams: dict[str, Tensor]
+
+
+class Propagation:
+    """The streams of a dense model, `teacher`, and of the one that is being reconstructed, `student`.
+
+    Args:
+        count: calibration samples.
+        shape: (samples, length) of all samples, held-out ones included.
+        measured: which of the samples errors are measured on.
+    """
+
+    def __init__(
+        self,
+        teacher: Decoder,
+        student: Decoder,
+        config: ReconstructionConfig,
+        execution: Execution,
+        count: int,
+        shape: tuple[int, int],
+        measured: slice,
+    ):
+        self.teacher, self.student, self.execution, self.count, self.measured = teacher, student, execution, count, measured
+        self.kind = config.propagation
+        self.exact = config.solver == "exact" or config.start == "exact"
+        # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
+        self.by_grams = config.solver == "exact" and self.kind == "dense"
+        # Samples that Gram matrices are made of: whole batches, so that outputs have the same bits however they come about.
+        wanted = min(config.exact_samples or count, count)
+        self.read = next(part.stop for part in in_batches(*shape, count) if part.stop >= wanted)
+        self.dense: Tensor | None = None
+        self.sparse: Tensor | None = None
+        self._kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
+
+    @property
+    def streams(self) -> dict[str, Tensor | None]:
+        """What the next window starts from."""
+        return {"dense": self.dense, "sparse": self.sparse}
+
+    def begin(self, tokens: Tensor, streams: dict[str, Tensor]) -> None:
+        """Goes on from `streams`; where there are none, embeds `tokens` (samples, length)."""
+        if streams:
+            self.dense, self.sparse = streams.get("dense"), streams.get("sparse")
+            return
+        embedded = self._known("embedded")
+        if embedded is None:
+            embedded = self._keep("embedded", self.execution.embed(self.teacher, tokens, self.count))
+        if self.kind in ("dense", "mixed"):
+            self.dense = embedded
+        if self.kind in ("sparse", "mixed"):
+            # Embeddings are not pruned, so both models start from the same activations, unless something else changed them.
+            own = self.execution.embed(self.student, tokens, self.count)
+            self.sparse = embedded if torch.equal(own, embedded) else own
+
+    def task(self, window: Window) -> Task:
+        """What `window` reads and what it is to match."""
+        if self.kind == "dense":
+            grams = self._dense_grams(window) if self.exact else {}
+            if not window.matrices:
+                return Task(self.dense, self._dense_output(window), grams)
+            inputs = self._dense_inputs(window)
+            return Task(inputs, self.forward(self.teacher, window, inputs), grams)
+        inputs = self._inputs(self.student, window, self.sparse)
+        theirs = self._inputs(self.teacher, window, self.dense) if self.kind == "mixed" else inputs
+        grams = {}
+        if self.exact and window.matrices:
+            grams = dict.fromkeys(window.matrices, mean_product(inputs[: self.read], inputs[: self.read]))
+        elif self.exact:
+            grams = self._gathered(window, theirs)[1]
+        if self.kind == "mixed" and not window.matrices:
+            return Task(inputs, self._dense_output(window), grams)
+        return Task(inputs, self.forward(self.teacher, window, theirs), grams)
+
+    def advance(self, window: Window) -> None:
+        """Moves the streams on to what the window after `window` starts from."""
+        if window.blocks[-1] == len(self.teacher.blocks) - 1 and window.ends_block:
+            self.dense = self.sparse = None
+        elif window.chained or window.ends_block:
+            whole = window if window.chained else Window(window.blocks)
+            if self.dense is not None:
+                self.dense = self._dense_output(whole)
+            if self.sparse is not None:
+                self.sparse = self.forward(self.student, whole, self.sparse)
+        if window.ends_block:
+            self._kept.clear()
+            self.execution.cache.release()
+
+    def forward(self, decoder: Decoder, window: Window, stream: Tensor) -> Tensor:
+        """The output of `window` for all of `stream`; no batch mixes calibration and held-out samples."""
+        return self._over(decoder, window, partial(decoder.forward, window), stream)
+
+    # --- the dense model's activations, each computed once ---------------------------------------------------------
+
+    def _over(self, decoder: Decoder, held: Window, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
+        with self.execution.holding(decoder, held):
+            return self.execution.run(function, stream, self.count)
+
+    def _known(self, name: str) -> Tensor | None:
+        """What this pass, or one before it on the same dense model and samples, computed under `name`."""
+        return self._kept[name] if name in self._kept else self.execution.cache.get(name)
+
+    def _keep(self, name: str, tensor: Tensor) -> Tensor:
+        self._kept[name] = self.execution.cache.put(name, tensor)
+        return self._kept[name]
+
+    def _inputs(self, decoder: Decoder, window: Window, stream: Tensor) -> Tensor:
+        """What `window` reads where its block (or half) reads `stream`."""
+        if not window.matrices:
+            return stream
+        return self._over(decoder, Window(window.blocks), partial(decoder.inputs, window), stream)
+
+    def _dense_output(self, window: Window) -> Tensor:
+        """The dense model's own activations after `window`, of blocks or a half."""
+        known = self._known(_place(window))
+        return self._keep(_place(window), self.forward(self.teacher, window, self.dense)) if known is None else known
+
+    def _dense_inputs(self, window: Window) -> Tensor:
+        """What the matrices of `window` read in the dense model; one run of the block tells it for all of its groups."""
+        group = next(g for g in self.teacher.groups[window.blocks[0]] if window.matrices[0] in g)
+        if f"input of {group[0]}" not in self._kept:
+            block, stream = Window(window.blocks), self.dense[self.measured] if self.by_grams else self.dense
+            outputs, seen = self._recorded(block, stream)
+            if not self.by_grams:
+                self._keep(_place(block), outputs)
+            # For this block only: they are larger than the stream that they come from.
+            self._kept |= {f"input of {first}": x for (first, *_), x in seen.items()}
+        return self._kept[f"input of {group[0]}"]
+
+    def _recorded(self, block: Window, stream: Tensor) -> tuple[Tensor, dict[tuple[str, ...], Tensor]]:
+        """The dense outputs of `block` for `stream`, and the inputs (samples, length, in) of each of its groups of matrices."""
+        seen: dict[tuple[str, ...], Tensor] = {}
+        filled: dict[tuple[str, ...], int] = {}
+
+        def see(group: tuple[str, ...], x: Tensor) -> None:
+            x = x.detach().reshape(-1, x.shape[-1])
+            if group not in seen:
+                # Matrices multiply what is rounded to the compute dtype, so nothing is lost by keeping that.
+                seen[group] = self.execution.empty((*stream.shape[:2], x.shape[1]), self.execution.dtype, stream.device)
+            at = filled.get(group, 0)
+            seen[group].flatten(0, 1)[at : at + len(x)] = x
+            filled[group] = at + len(x)
+
+        with self.teacher.watching(block, see), self.execution.holding(self.teacher, block):
+            return self.execution.run(partial(self.teacher.forward, block), stream, self.count, filled.clear), seen
+
+    def _dense_grams(self, window: Window) -> dict[str, Tensor]:
+        """Gram matrices of what the matrices of `window` read in the dense model; one run tells all those of a block."""
+        # Matrices that share an input share its Gram matrix, which is kept once, under the first one's name.
+        first = {name: group[0] for index in window.blocks for group in self.teacher.groups[index] for name in group}
+        place = {name: f"gram of {first[name]}, {self.read} samples" for name in self.teacher.matrices(window)}
+        if any(self._known(key) is None for key in place.values()):
+            whole = Window(window.blocks) if window.matrices else window
+            outputs, found = self._gathered(whole, self.dense)
+            if self._known(_place(whole)) is None:
+                self._keep(_place(whole), outputs)
+            for name, gram in found.items():
+                if name == first[name]:
+                    self._keep(f"gram of {name}, {self.read} samples", gram)
+        return {name: gram for name, key in place.items() if (gram := self._known(key)) is not None}
+
+    def _gathered(self, window: Window, stream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's outputs of `window`, of blocks or a half, for `stream`, and Gram matrices on its first samples."""
+        outputs, grams = gather(self.execution, self.teacher, window, stream[: self.read], "gram")
+        if len(rest := stream[self.read :]):
+            with self.execution.holding(self.teacher, window):
+                parts = [outputs, self.execution.run(partial(self.teacher.forward, window), rest, self.count - self.read)]
+            outputs = self.execution.empty((*stream.shape[:2], outputs.shape[-1]), outputs.dtype, stream.device)
+            torch.cat(parts, out=outputs)
+        return outputs, grams
+
+
+def _place(window: Window) -> str:
+    """Where the output of `window`, of blocks or a half, lies in the dense model: the same for windows that end at one place."""
+    inside = window.half and not (window.chained and window.ends_block)
+    return f"block {window.blocks[-1]}" + (f" {window.half}" if inside else "")
+
+
+def mean_product(left: Tensor, right: Tensor) -> Tensor:
+    """Mean over tokens of the outer product: left (samples, length, a), right (samples, length, b) -> (a, b) float32."""
+    total = left.new_zeros(left.shape[-1], right.shape[-1], dtype=torch.float32)
+    for a, b in zip(left, right, strict=True):
+        total.addmm_(a.float().T, b.float())
+    return total / left.shape[:2].numel()

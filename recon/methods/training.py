@@ -1,0 +1,82 @@
+"""Gradient descent on samples that lie anywhere: in mini-batches, brought to the compute device, as large as memory suffices for."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from recon.kernels.gradient_descent import Curve, Schedule, descend
+from recon.runtime.execution import Execution
+
+log = logging.getLogger("recon")
+
+
+def train(
+    loss: Callable[..., Tensor],
+    data: list[Tensor],
+    parameters: list[nn.Parameter],
+    masks: list[tuple[nn.Parameter, Tensor]],
+    schedule: Schedule,
+    random: torch.Generator,
+    execution: Execution,
+    after_step: Callable[[Tensor], None] = lambda loss: None,
+) -> Curve:
+    """Trains `parameters` in place on `data`; see `recon.kernels.gradient_descent.descend`.
+
+    Args:
+        loss: called with a mini-batch of each tensor in `data`; the mean over its samples of what is minimised, ().
+        data: samples (samples, ...), shuffled together.
+        masks: pairs of parameter and keep-mask of its shape, where the parameters are: on the compute device.
+        random: draws the order of samples anew for each epoch.
+        execution: brings mini-batches to the compute device.
+
+    Raises `ReconError` where memory does not suffice for one sample at a time.
+    """
+    orders = [torch.randperm(len(data[0]), generator=random) for _ in range(schedule.epochs)]
+    steps = [chosen for order in orders for chosen in order.split(schedule.per_step)]
+    if execution.device.type == "cpu":  # where a product with booleans takes several times as long
+        masks = [(parameter, mask.to(torch.bfloat16)) for parameter, mask in masks]
+    with contextlib.closing(_Gradients(loss, data, parameters, steps, schedule.batch_size, execution)) as gradients:
+        return descend(gradients, parameters, masks, schedule, len(steps), after_step)
+
+
+class _Gradients:
+    """Adds up the gradients of a step, a mini-batch at a time.
+
+    Where memory runs out, the step is made again with half as many samples at a time, and so are all after it: gradients are the
+    same but for rounding.
+    """
+
+    def __init__(self, loss, data, parameters, steps: list[Tensor], size: int, execution: Execution):
+        self.loss, self.data, self.parameters, self.steps, self.execution = loss, data, parameters, steps, execution
+        self.size = min(size, execution.micro_batch or size)  # samples per forward pass
+        self._batches = None  # those of all steps to come, so that the next one is copied while the device computes
+
+    def __call__(self, step: int) -> Tensor:
+        before = self.size
+        total, size = self.execution.halving(lambda size: self._add(step, size), before)
+        if size < before:
+            self.execution.micro_batch = size  # for what is trained next as well
+        return total
+
+    def _add(self, step: int, size: int) -> Tensor:
+        if self._batches is None or size != self.size:
+            self.close()
+            for parameter in self.parameters:  # what memory sufficed for before it ran out
+                parameter.grad = None
+            self.size = size
+            coming = [part.tolist() for chosen in self.steps[step:] for part in chosen.split(size)]
+            self._batches = self.execution.batches(self.data, coming)
+        total = torch.zeros((), device=self.execution.device)
+        for part in self.steps[step].split(size):
+            value = self.loss(*next(self._batches)) * (len(part) / len(self.steps[step]))
+            value.backward()
+            total += value.detach()
+        return total
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
