@@ -7,7 +7,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +18,6 @@ from tqdm.auto import tqdm
 from recon.errors import ReconError
 from recon.experiment.config import RunSpec
 from recon.experiment.estimate import gemm_rate
-from recon.kernels.gradient_descent import Schedule
-from recon.kernels.least_squares import Exact
 from recon.methods.reconstruct import reconstruct
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
@@ -29,15 +27,13 @@ from recon.paper.bench.subject import Subject, pruned
 from recon.runtime import device
 from recon.runtime.execution import Execution
 
-# What is tried on the way to the reference loop's perplexity: name -> options of `reconstruct`, share of the samples.
-PIECES = Schedule(pieces=4)
-FROM_EXACT = {"start": "exact", "exact": Exact(iterations=2)}  # few samples: more iterations would fit their noise
-RECIPES: dict[str, tuple[dict, float]] = {
+FROM_EXACT = {"chunks": 4, "start": "exact", "exact_iterations": 2}  # few samples: more iterations would fit their noise
+RECIPES: dict[str, tuple[dict, float]] = {  # options of `ReconstructionConfig`, share of the samples
     "single samples": ({}, 1.0),
-    "pieces": ({"schedule": PIECES}, 1.0),
-    "pieces, half of the samples": ({"schedule": PIECES}, 0.5),
-    "pieces, 3/8 of the samples, from exact": ({"schedule": PIECES} | FROM_EXACT, 0.375),
-    "pieces, a quarter of the samples, from exact": ({"schedule": PIECES.scaled(2 / 3)} | FROM_EXACT, 0.25),
+    "chunks": ({"chunks": 4}, 1.0),
+    "chunks, half of the samples": ({"chunks": 4}, 0.5),
+    "chunks, 3/8 of the samples, from exact": (FROM_EXACT, 0.375),
+    "chunks, a quarter of the samples, from exact": (FROM_EXACT | {"learning_rate": 2e-3}, 0.25),
 }
 PHASES = {  # kind of operation -> parts of their names
     "matrix products": ("aten::mm", "aten::addmm"),
@@ -190,7 +186,7 @@ def quality(subject: Subject) -> list[dict]:
         ("ours, equal steps", subject.ours, 1.0, {}),
     ]
     for name, (options, share) in RECIPES.items():
-        runs.append((f"ours, {name}", subject.ours, share, {"schedule": Schedule()} | options))
+        runs.append((f"ours, {name}", subject.ours, share, {"batch_size": 1} | options))
     for name, loop, share, options in runs:
         samples = subject.samples[: round(share * len(subject.samples))]
         row, student = subject.measured(loop, dense, samples, masks, **options)
@@ -201,14 +197,14 @@ def quality(subject: Subject) -> list[dict]:
 
 
 def _run_spec(subject: Subject, **options) -> RunSpec:
-    """The benchmark's cell as a run."""
+    """The benchmark's cell as a run, with other options by flat name."""
     spec = subject.spec
     cell = {
         "model": spec.model, "text": spec.text, "evaluation_texts": (spec.text,), "samples": spec.samples,
         "sequence_length": spec.sequence_length, "evaluation_samples": spec.evaluation_samples,
         "evaluation_length": spec.evaluation_length, "device": spec.device,
     }  # fmt: skip
-    return RunSpec(**cell | options)
+    return RunSpec.of(**cell | options)
 
 
 @section("a study of 2 criteria x 6 granularities or solvers, against its runs done singly")
@@ -224,8 +220,8 @@ def sweep(subject: Subject) -> dict:
     )  # fmt: skip
     criteria = ["magnitude", "wanda"]
     specs = grid(base, criterion=criteria, granularity=["none", "half-block", "block", "quarter"])
-    specs += grid(replace(base, granularity="matrix"), criterion=criteria, solver=["adamw", "exact"])
-    specs.sort(key=lambda one: one.criterion)
+    specs += grid(base.replaced(granularity="matrix"), criterion=criteria, solver=["adamw", "exact"])
+    specs.sort(key=lambda one: one.pruning.criterion)
 
     def seconds(session: Session | None) -> list[float]:
         found = []
@@ -236,12 +232,13 @@ def sweep(subject: Subject) -> dict:
         return found
 
     singly, shared = seconds(None), seconds(Session(activation_bytes=LIMIT))
-    runs = [asdict(one) for one in specs]
+    runs = [one.flat() for one in specs]
     return {"runs": runs, "seconds_singly": singly, "seconds_in_study": shared, "share": sum(shared) / sum(singly)}
 
 
 @section("a study, and the windows of one model, one after the other and by Ray workers of one thread", default=False)
 def workers(subject: Subject) -> dict:
+    from recon.experiment import ray_windows
     from recon.experiment.cluster import Ray
     from recon.experiment.study import grid
 
@@ -254,19 +251,19 @@ def workers(subject: Subject) -> dict:
         rate = gemm_rate(torch.device("cpu"), subject.dtype)
         studies, windows = [], []
         for crew in tqdm(crews, desc="workers", disable=not subject.progress):
-            count = {"workers": crew.workers if crew else 0}
-            studies.append(count | _study(specs, crew or "serial"))
+            count, executor = {"workers": crew.workers if crew else 0}, crew or "serial"
+            studies.append(count | _study(specs, executor))
             student = pruned(subject.dense, subject.masks)
             began = time.perf_counter()
             reports = reconstruct(
-                student, subject.dense, subject.samples, subject.masks, granularity=base.granularity, device="cpu",
-                executor=crew or "serial", progress=False,
+                student, subject.dense, subject.samples, base.reconstruction, masks=subject.masks,
+                execution=Execution("cpu", progress=False), loop=ray_windows.loop(executor),
             )  # fmt: skip
             seconds = time.perf_counter() - began
             windows.append(count | {"seconds": seconds, "in_windows": [report.seconds for report in reports]})
     finally:
         torch.set_num_threads(threads)
-    return {"base": asdict(base), "flops_per_second": rate, "runs": len(specs), "studies": studies, "windows": windows}
+    return {"base": base.flat(), "flops_per_second": rate, "runs": len(specs), "studies": studies, "windows": windows}
 
 
 def _study(specs: list[RunSpec], executor) -> dict:

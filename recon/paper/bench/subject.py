@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from recon.config import PruningConfig, ReconstructionConfig
 from recon.data import models, text
 from recon.evaluate import perplexity as evaluation
-from recon.kernels.gradient_descent import Schedule
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.model.decoder import Decoder
@@ -41,6 +41,10 @@ class Subject:
         return self.prune("wanda").masks
 
     @property
+    def execution(self) -> Execution:
+        return Execution(self.device, progress=self.progress)
+
+    @property
     def loops(self) -> dict[str, Callable]:
         """The loops that are compared, by name; see `measured`."""
         return {"reference": self.reference, "ours": self.ours}
@@ -48,7 +52,8 @@ class Subject:
     def prune(self, criterion: str):
         """Prunes a copy of the whole model."""
         student = copy.deepcopy(self.dense.model)
-        return prune(student, self.samples, criterion, self.spec.pattern, device=self.device, progress=self.progress)
+        config = PruningConfig(criterion=criterion, pattern=self.spec.pattern)
+        return prune(student, self.samples, config, execution=self.execution)
 
     def reference(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict, **options) -> None:
         """The straightforward loop. options: of `reference.reconstruct`."""
@@ -59,9 +64,9 @@ class Subject:
             decoder.model.to("cpu")
 
     def ours(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict, **options) -> None:
-        """This library's loop, at the reference's batch size. options: of `recon.reconstruct`."""
-        options = {"schedule": Schedule(batch_size=reference.BATCH_SIZE)} | options
-        reconstruct(student, dense, samples, masks, device=self.device, progress=self.progress, **options)
+        """This library's loop, at the reference's batch size. options: of `ReconstructionConfig`."""
+        config = ReconstructionConfig(**{"batch_size": reference.BATCH_SIZE} | options)
+        reconstruct(student, dense, samples, config, masks=masks, execution=self.execution)
 
     def measured(self, loop: Callable, dense: Decoder, samples: Tensor, masks: dict, **options) -> tuple[dict, Decoder]:
         """Runs a loop on a pruned copy of `dense`; returns its seconds and peak memory, total and added, and the copy."""
@@ -86,15 +91,17 @@ class Subject:
         return dense, self.magnitude_masks(dense)
 
     def magnitude_masks(self, dense: Decoder) -> dict[str, Tensor]:
-        return prune(copy.deepcopy(dense.model), None, "magnitude", self.spec.pattern, progress=False).masks
+        config = PruningConfig(criterion="magnitude", pattern=self.spec.pattern)
+        return prune(copy.deepcopy(dense.model), None, config, execution=Execution("cpu", progress=False)).masks
 
     def perplexity(self, decoder: Decoder, description: str) -> float:
         """On the evaluation split."""
         spec = self.spec
         tokens = text.sample_tokens(spec.text, "evaluation", self.tokenizer, spec.evaluation_samples, spec.evaluation_length)
-        execution, description = Execution(self.device), f"perplexity ({description})"
-        found = evaluation.perplexity(decoder, tokens, execution=execution, description=description, progress=self.progress)
-        return found.value
+        description = f"perplexity ({description})"
+        return evaluation.perplexity(
+            decoder, tokens, execution=self.execution, description=description, progress=self.progress
+        ).value
 
 
 def pruned(dense: Decoder, masks: dict[str, Tensor]) -> Decoder:
