@@ -21,7 +21,7 @@ SEEDS = 3  # fewer say nothing about training noise
 MODELS = 3  # fewer make no trend: two differ in more than their size
 BUDGET = 0.15  # compute is equal within this share
 COSTS = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
-DEFAULTS = {field.name: field.default for field in fields(RunSpec)}
+DEFAULTS = RunSpec().flat()
 _TUNING = (
     "learning_rate", "batch_size", "chunks", "accumulation", "warmup",
     "retrain_learning_rate", "retrain_batch_size", "retrain_accumulation",
