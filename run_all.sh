@@ -8,6 +8,7 @@ usage() {
 usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...] [--executor ray [--address ADDRESS]]
        ./run_all.sh figures [quick | laptop | paper]
        ./run_all.sh test [PYTEST ARGUMENT ...]
+       ./run_all.sh lint
        ./run_all.sh lab
        ./run_all.sh --help
 
@@ -16,6 +17,7 @@ usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...] [--executor ray [--a
   paper    the paper's models and data: needs GPUs and access to the Hugging Face Hub
   figures  draw every figure and judge every claim from the records that are there (laptop's, unless said); runs nothing
   test     the tests; arguments go to pytest (-m slow runs the slow ones)
+  lint     check the style of all code (ruff)
   lab      open the notebooks in JupyterLab
 
 NOTEBOOK restricts a profile to the notebooks named, such as 1-granularity.
@@ -119,12 +121,16 @@ test)
     fi
     exec "$bin/python" -m pytest "$@"
     ;;
+lint)
+    set_up
+    "$bin/python" -m ruff check . && exec "$bin/python" -m ruff format --check .
+    ;;
 lab)
     set_up
     JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m jupyter lab notebooks/ "$@"
     ;;
 *)
-    printf 'run_all.sh: unknown word %q; known: quick, laptop, paper, figures, test, lab, --help\n' "$word" >&2
+    printf 'run_all.sh: unknown word %q; known: quick, laptop, paper, figures, test, lint, lab, --help\n' "$word" >&2
     exit 2
     ;;
 esac

@@ -181,7 +181,7 @@ def test_help_sets_nothing_up(checkout, word):
 def test_an_unknown_word_is_refused_with_the_known_ones(checkout):
     done, calls = checkout("fast")
     assert done.returncode == 2
-    assert "unknown word fast; known: quick, laptop, paper, figures, test, lab, --help" in done.stderr
+    assert "unknown word fast; known: quick, laptop, paper, figures, test, lint, lab, --help" in done.stderr
     assert calls == []
 
 
@@ -212,3 +212,42 @@ def test_the_pip_section_installs_in_a_fresh_environment(tmp_path):
     done = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True)
     assert done.stdout.strip() == str(here / "recon" / "__init__.py"), done.stderr
     subprocess.run([python, "-m", "pip", "check"], check=True)
+
+
+PLAIN = """
+import copy, torch, transformers
+import recon
+from recon.config import ReconstructionConfig
+
+config = transformers.LlamaConfig(
+    vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+)
+dense = transformers.AutoModelForCausalLM.from_config(config).eval()
+samples = torch.randint(99, (4, 16))
+pruned = copy.deepcopy(dense)
+masks = recon.prune(pruned, samples).masks
+reports = recon.reconstruct(pruned, dense, samples, ReconstructionConfig(granularity="block"), masks=masks)
+assert len(reports) == 2 and all(not (m.weight[~masks[n]] != 0).any() for n, m in recon.take_apart(pruned).matrices().items())
+"""
+
+
+@pytest.mark.slow
+def test_a_plain_install_works_and_says_before_any_work_what_needs_an_extra(tmp_path):
+    here, venv = tmp_path / "checkout", tmp_path / "venv"
+    here.mkdir()
+    shutil.copytree(ROOT / "recon", here / "recon", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt", "LICENSE"):
+        shutil.copy(ROOT / name, here)
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python, recon = venv / "bin" / "python", venv / "bin" / "recon"
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "."], cwd=here, check=True)
+    for extra in ("lm_eval", "ray", "matplotlib", "jupyterlab"):
+        assert subprocess.run([python, "-c", f"import {extra}"], capture_output=True).returncode, (
+            f"{extra} comes without its extra"
+        )
+    subprocess.run([python, "-c", PLAIN], cwd="/", check=True)
+    for words in (["--help"], ["run", "--help"], ["criteria"], ["models"]):
+        subprocess.run([recon, *words], cwd="/", check=True, capture_output=True)
+    for words, extra in ((["--tasks", "analogies"], "evaluation"), (["--executor", "ray"], "ray")):
+        done = subprocess.run([recon, "run", "--model", "no/such", *words], cwd="/", capture_output=True, text=True)
+        assert done.returncode == 2 and f"recon[{extra}]" in done.stderr, done.stderr
