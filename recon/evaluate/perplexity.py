@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from recon.kernels.likelihood import kl_divergence, negative_log_likelihood
-from recon.kernels.losses import relative_error
+from recon.kernels.losses import kl_divergence, negative_log_likelihood, relative_error
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.runtime.activations import Activations

@@ -32,8 +32,7 @@ from recon.experiment import run as runs
 from recon.experiment.config import RunSpec
 from recon.experiment.record import RunRecord
 from recon.experiment.run import Measured, Pruned, Run, Session
-from recon.kernels import adapters
-from recon.kernels import likelihood as logits
+from recon.kernels import adapters, losses
 from recon.kernels.criteria import sparsegpt
 from recon.kernels.gradient_descent import Curve, Schedule
 from recon.methods import reconstruct as reconstruction
@@ -410,7 +409,7 @@ def _cut_short(order: int, ledger: Ledger) -> Iterator[None]:
             (Decoder, "watching", seeing_all),
             (reconstruction, "fit", train_all),
             (Schedule, "steps", lambda schedule, samples: every_step(schedule, min(samples, order))),
-            (logits, "parts", _first_two(logits.parts)),
+            (losses, "parts", _first_two(losses.parts)),
             (adapters, "parts", _first_two(adapters.parts)),
             (sparsegpt, "_prune_block", all_columns),
             (torch.nn.Module, "to", _brought),
@@ -422,8 +421,8 @@ def _cut_short(order: int, ledger: Ledger) -> Iterator[None]:
         yield
 
 
-def _first_two(parts: Callable[[object], list]) -> Callable[[object], list]:
-    return lambda whole: parts(whole)[:2]
+def _first_two(parts: Callable[..., list]) -> Callable[..., list]:
+    return lambda *whole: parts(*whole)[:2]
 
 
 class Rehearsal(Run):

@@ -1,1 +1,1 @@
-"""The paper on tensors: criteria, patterns, least squares, losses, adapters."""
+"""The paper on tensors: pure functions without models or files. Matrices are (out, in); masks are True where a weight is kept."""

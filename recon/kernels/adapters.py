@@ -1,25 +1,42 @@
-"""Low-rank parametrisations of pruned matrices, which train few parameters and merge into the weight again."""
+"""Low-rank parametrisations of pruned matrices. They train few parameters, and merge into the weight afterwards.
+
+With W (out, in) a pruned weight, M its mask, B (out, rank) and A (rank, in) what is trained, and s = alpha / rank,
+
+    lora        W + s BA            fills the zeros: the mask is applied once more after merging
+    masklora    W + s M * (BA)      keeps the zeros
+    scalelora   W * (1 + s BA)      keeps the zeros
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+<<<<<<< HEAD
+=======
+from recon.errors import ReconError
+from recon.kernels.rows import parts
+
+>>>>>>> 85abfbb (Kernels read beside the paper: shapes on every tensor, plain words; prediction losses stand with the window losses; one way to work on a few rows at a time)
 ADAPTERS = {
     "lora": "W + BA; merging fills the zeros, so the mask is applied once more (Hu et al. 2022, arXiv 2106.09685)",
     "masklora": "W + M*(BA), merged without losing a zero (Zimmer et al. 2023, arXiv 2312.15230)",
     "scalelora": "W*(1 + BA), zeros stay zeros (Zimmer et al. 2023, arXiv 2312.15230; Lu et al. 2024, arXiv 2405.16057)",
 }
-ELEMENTS = {"cpu": 2**18}  # of a matrix that are worked on at once, by kind of device: what fits a core's cache
-ALPHA = 2.0  # the factor alpha / rank in front of BA, as with the usual alpha = 2 * rank
+ELEMENTS = 2**18  # of a matrix at once
+ALPHA = 2.0  # the factor s: alpha is twice the rank, as usual
 
 
 class LowRank(nn.Module):
-    """A weight W as a function of B (rows, rank), which starts at zero, and A (rank, columns), random: W itself at first.
+    """A weight as a function of B, which starts at zero, and A, which is random: at first the weight itself.
 
     Args:
-        weight: W as its module stores it, (rows, columns).
-        mask: keep-mask of the same shape.
+        weight: (out, in).
+        mask: (out, in), True = kept.
         kind: see `ADAPTERS`.
+        rank: of BA.
+        random: draws A as `peft` does (Kaiming uniform).
+
+    A weight that its module stores as (in, out) comes with a mask laid out likewise.
     """
 
     def __init__(self, weight: Tensor, mask: Tensor, kind: str, rank: int, random: torch.Generator):
@@ -27,7 +44,7 @@ class LowRank(nn.Module):
         self.kind = kind
         rows, columns = weight.shape
         a = torch.empty(rank, columns)
-        nn.init.kaiming_uniform_(a, a=5**0.5, generator=random)  # as `peft` does
+        nn.init.kaiming_uniform_(a, a=5**0.5, generator=random)
         self.a = nn.Parameter(a.to(weight.device))
         self.b = nn.Parameter(weight.new_zeros(rows, rank))
         if mask.device.type == "cpu":  # where a product with booleans takes several times as long
@@ -35,17 +52,16 @@ class LowRank(nn.Module):
         self.register_buffer("mask", mask if kind == "masklora" else None, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
+        """The merged weight (out, in), computed in float32, and rounded once where autocast would round it."""
         device = weight.device.type
-        # The merged weight is computed in float32, and rounded as autocast would round it for the product that it goes into.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return _Merged.apply(weight, weight if self.kind == "scalelora" else self.mask, self.b, self.a, dtype)
 
 
 class _Merged(torch.autograd.Function):
-    """W + ALPHA * factor * (BA) in `dtype`: weight (rows, columns), factor of that shape or None, b (rows, rank), a (rank, columns).
+    """W + ALPHA * F * (BA) in `dtype`, for W (out, in), F (out, in) or None for ones, B (out, rank), A (rank, in).
 
-    A few rows at a time, so that nothing of the size of W but the result goes through main memory: several times as fast as the
-    same in whole matrices. The weight itself gets no gradient.
+    A few rows at a time, so that only the result has the size of W. Neither W nor F gets a gradient.
     """
 
     @staticmethod
@@ -53,7 +69,7 @@ class _Merged(torch.autograd.Function):
         ctx.save_for_backward(factor, b, a)
         merged = torch.empty_like(weight, dtype=dtype, requires_grad=False)
         with torch.autocast(weight.device.type, enabled=False):
-            for part in parts(weight):
+            for part in parts(weight, ELEMENTS):
                 change = b[part] @ a
                 if factor is not None:
                     change *= factor[part]
@@ -62,12 +78,13 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, above: Tensor):
+    def backward(ctx, gradient: Tensor):
+        """Gradients of B and A from that of the merged weight, (out, in)."""
         factor, b, a = ctx.saved_tensors
         b_gradient, a_gradient = torch.empty_like(b), torch.zeros_like(a)
-        with torch.autocast(above.device.type, enabled=False):
-            for part in parts(above):
-                slope = above[part].float() * ALPHA
+        with torch.autocast(gradient.device.type, enabled=False):
+            for part in parts(gradient, ELEMENTS):
+                slope = gradient[part].float() * ALPHA
                 if factor is not None:
                     slope *= factor[part]
                 b_gradient[part] = slope @ a.T
@@ -75,7 +92,16 @@ class _Merged(torch.autograd.Function):
         return None, None, b_gradient, a_gradient, None
 
 
+<<<<<<< HEAD
 def parts(matrix: Tensor) -> list[slice]:
     """Rows of a matrix that are worked on at once."""
     rows = max(1, ELEMENTS.get(matrix.device.type, matrix.numel()) // matrix.shape[1])
     return [slice(start, start + rows) for start in range(0, len(matrix), rows)]
+=======
+def check_adapter(kind: str, rank: int) -> None:
+    """Raises `ReconError` for an unknown adapter or a rank below 1."""
+    if kind not in ADAPTERS:
+        raise ReconError(f"unknown adapter {kind!r}; allowed: {', '.join(ADAPTERS)}")
+    if rank < 1:
+        raise ReconError(f"rank is {rank}; allowed: a whole number from 1 up")
+>>>>>>> 85abfbb (Kernels read beside the paper: shapes on every tensor, plain words; prediction losses stand with the window losses; one way to work on a few rows at a time)

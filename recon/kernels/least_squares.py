@@ -1,13 +1,14 @@
-"""Exact masked least squares: the best weights of one matrix, given which of them survive.
+"""Exact masked least squares: the best weights of a matrix, given which of them survive.
 
-For each row w, with support S (the survivors), Gram matrix G = X'X and cross-moments c = y'X with the target y,
+For each row w (in,) with support S (the survivors), inputs X (tokens, in), target y (tokens,), Gram matrix G = X'X and
+cross-moments c = y'X,
 
-    min_w ||X w' - y||^2 = min_w  w G w' - 2 w c' + constant,     w_j = 0 outside S.
+    min_w |X w' - y|^2 = min_w  w G w' - 2 w c' + constant,     w_j = 0 outside S.
 
-The rows share G and differ in S, so a direct solution would factorise a submatrix of G per row. Conjugate gradients
-need only products with G, one matrix product per iteration for all rows together (Hestenes & Stiefel 1952; Saad,
-"Iterative Methods for Sparse Linear Systems", 2003, algorithm 9.1). The diagonal (Jacobi) preconditioner
-takes away the spread in size between input columns, which in a language model is large.
+Rows share G and differ in S, so a direct solution would factorise a submatrix of G for every row. Conjugate gradients need only
+products with G: one matrix product per iteration for all rows (Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse
+Linear Systems", 2003, algorithm 9.1). The diagonal (Jacobi) preconditioner removes the spread in size between inputs, which is
+large in language models.
 """
 
 import torch
@@ -16,23 +17,23 @@ from torch import Tensor
 
 @torch.no_grad()
 def masked_least_squares(weight: Tensor, mask: Tensor, gram: Tensor, cross: Tensor, iterations: int = 15) -> Tensor:
-    """The weight (out, in) that minimises, for each row, w G w' - 2 w c' on the mask's support; exact zeros outside.
+    """The weight (out, in) that minimises w G w' - 2 w c' for each row, with exact zeros outside the mask.
 
-    weight: where to start (out, in); what lies outside the mask is ignored. float32 or float64, as all else here.
-    mask: (out, in), True = survives.
+    weight: where to start, (out, in), float32 or float64 as are the other tensors; ignored outside the mask.
+    mask: (out, in), True = kept.
     gram: G (in, in), symmetric positive semidefinite.
-    cross: the rows c (out, in), in the unit of ``gram``: both sums over tokens, or both means. To reproduce the dense
-        matrix D on the same inputs, c = D G.
-    iterations: at most so many; a row stops before when its residual is down to rounding. No row ends with a
-        larger objective than it started with (up to rounding), however few they are.
+    cross: the rows c (out, in), in the unit of `gram`: both sums over tokens, or both means. To reproduce the dense matrix D on
+        the same inputs, c = D G.
+    iterations: at most so many; a row stops earlier when its residual is down to rounding. However few, no row ends with a larger
+        objective than it started with, up to rounding.
     """
-    # An input that is always zero has a zero row in G: no residual, and no reason to move its weights.
-    inverse_diagonal = torch.where(gram.diagonal() > 0, 1 / gram.diagonal(), 0.0)
+    # An input that is always zero has a zero row in G: no residual, and no reason to change its weights.
+    inverse_diagonal = torch.where(gram.diagonal() > 0, 1 / gram.diagonal(), 0.0)  # (in,)
     weight = weight.masked_fill(~mask, 0.0)
-    keep = mask.to(weight.dtype)  # a product with it is several times as fast as filling where a boolean says so
-    residual = (cross - weight @ gram).mul_(keep)
+    keep = mask.to(weight.dtype)  # a product with it is several times as fast as filling by booleans
+    residual = (cross - weight @ gram).mul_(keep)  # (out, in)
     scaled = residual * inverse_diagonal
-    size = _row_dot(residual, scaled)
+    size = _row_dot(residual, scaled)  # (out, 1)
     target = cross * keep
     rounding = torch.finfo(gram.dtype).eps ** 2 * _row_dot(target, target * inverse_diagonal)
     direction = scaled.clone()
@@ -53,5 +54,5 @@ def masked_least_squares(weight: Tensor, mask: Tensor, gram: Tensor, cross: Tens
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise scalar products (out, 1)."""
+    """Scalar products (out, 1) of the rows of a and b, (out, in) each."""
     return (a * b).sum(1, keepdim=True)

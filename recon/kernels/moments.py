@@ -1,15 +1,18 @@
-"""What the matrices of a window read: moments of their inputs, gathered in one pass over calibration samples."""
+"""Moments of what a matrix reads, summed up batch by batch: the statistics that criteria and exact solutions need.
+
+With X (tokens, in) the inputs: the Gram matrix X'X, of which only the upper triangle is formed, and mean and variance over
+tokens.
+"""
 
 from torch import Tensor
 
-_SPLIT = 256  # a Gram matrix is formed by quarters down to this size
+_SPLIT = 256  # columns up to which a Gram matrix is formed in one product
 
 
 def add_moments(total: Tensor, seen: int, x: Tensor) -> None:
-    """Brings `total` (2, in), mean and variance of the `seen` tokens so far, up to date for x (tokens, in) more, in place.
+    """Updates `total` (2, in), mean and variance of `seen` tokens, in place with the tokens of x (tokens, in).
 
-    Means are taken off before anything is squared, so that a large mean costs no digits of a small variance (Chan, Golub &
-    LeVeque 1979).
+    Means are subtracted before squaring, so that a large mean costs no digits of a small variance (Chan, Golub & LeVeque 1979).
     """
     share = len(x) / (seen + len(x))
     mean = x.mean(0)
@@ -20,9 +23,9 @@ def add_moments(total: Tensor, seen: int, x: Tensor) -> None:
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Adds X'X to `total` (in, in) for x (tokens, in), in place, above the diagonal and little more; see `mirrored`.
+    """Adds X'X to `total` (in, in) in place, for x (tokens, in); below the diagonal it is incomplete: see `mirrored`.
 
-    By symmetry three quarters of the products are enough, and of the two quarters on the diagonal again three quarters.
+    By symmetry one of the four quarters is left out; the two on the diagonal are formed in the same way.
     """
     if x.shape[1] <= _SPLIT:
         total.addmm_(x.T, x)
@@ -35,7 +38,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def triangle(columns: int) -> int:
-    """Products per token that `add_gram` forms for a Gram matrix (columns, columns)."""
+    """Multiplications per token in `add_gram` for so many columns."""
     if columns <= _SPLIT:
         return columns**2
     half = columns // 2
@@ -43,6 +46,6 @@ def triangle(columns: int) -> int:
 
 
 def mirrored(gram: Tensor) -> Tensor:
-    """The symmetric matrix (in, in) with the upper triangle of `gram`."""
+    """The symmetric matrix (in, in) with the upper triangle of `gram` (in, in)."""
     upper = gram.triu()
     return upper + gram.triu(1).T

@@ -14,10 +14,10 @@ SCOPES = ("row", "matrix")
 
 @dataclass(frozen=True)
 class Pattern:
-    """How many weights go, and where: unstructured (``0.5``) or semi-structured N:M (``2:4``).
+    """How many weights go, and where: unstructured (`0.5`) or semi-structured N:M (`2:4`).
 
-    sparsity: the fraction of weights that become zero, 0 <= sparsity < 1.
-    n, m: of every ``m`` consecutive input weights of a row, ``n`` are kept; both None when unstructured.
+    sparsity: share of the weights that become zero, 0 <= sparsity < 1.
+    n, m: of every `m` consecutive inputs of a row, `n` are kept; both None where unstructured.
     """
 
     sparsity: float
@@ -34,7 +34,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """The pattern called ``"0.5"`` or ``"2:4"``; ``str`` is the way back. Raises ReconError for anything else."""
+        """The pattern called "0.5" or "2:4"; the inverse of `str`. Raises `ReconError` for anything else."""
         match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
         try:
             if match:
@@ -48,11 +48,11 @@ class Pattern:
         return str(self.sparsity) if self.n is None and self.m is None else f"{self.n}:{self.m}"
 
     def zeros(self, entries: int) -> int:
-        """The number of zeros among ``entries`` weights."""
+        """The number of zeros among `entries` weights."""
         return round(self.sparsity * entries)
 
     def check_columns(self, name: str, columns: int) -> None:
-        """Raises ReconError if the ``columns`` inputs of the matrix ``name`` do not divide into groups of M."""
+        """Raises `ReconError` if the `columns` inputs of the matrix `name` do not divide into groups of M."""
         if self.m is not None and columns % self.m:
             raise ReconError(
                 f"{name} has {columns} input columns, which do not divide into the groups of {self.m} that pattern "
@@ -68,13 +68,13 @@ def _bad_pattern(text: str) -> ReconError:
 
 
 def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
-    """The mask (out, in), True = kept, of the weights with the largest ``scores`` (out, in).
+    """The mask (out, in), True = kept, that keeps the largest `scores` (out, in).
 
-    scope: what an unstructured pattern compares within: each "row" has round(sparsity * in) zeros, or the "matrix" has
-    round(sparsity * out * in). An N:M pattern always compares within its groups of M. These counts hold whatever the
-    ties; among equal scores the earlier position goes first, as in a stable sort.
+    scope: what an unstructured pattern compares within: each "row" gets round(sparsity * in) zeros, or the "matrix" gets
+        round(sparsity * out * in). An N:M pattern always compares within its groups of M.
 
-    Raises ReconError for NaN scores, an unknown scope, or columns that do not divide into groups of M.
+    The number of zeros is exact, whatever the ties: of equal scores the earlier position goes first, as in a stable sort.
+    Raises `ReconError` for NaN scores, an unknown scope, and columns that do not divide into groups of M.
     """
     check_scope(scope)
     pattern.check_columns("the score matrix", scores.shape[1])
@@ -86,29 +86,29 @@ def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
 
 
 def keep_all_but(scores: Tensor, zeros: int) -> Tensor:
-    """The mask (groups, size) that drops exactly the ``zeros`` smallest of each row of ``scores`` (groups, size).
+    """The mask (groups, size) that drops exactly the `zeros` smallest in each row of `scores` (groups, size).
 
-    Raises ReconError for NaN scores.
+    Raises `ReconError` for NaN scores.
     """
     if scores.isnan().any():
         raise ReconError(f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN; scores must be numbers")
     if zeros == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(zeros, dim=1, keepdim=True).values
+    threshold = scores.kthvalue(zeros, dim=1, keepdim=True).values  # (groups, 1)
     dropped = scores < threshold
     tied = scores == threshold
     places = zeros - dropped.sum(1, keepdim=True)
-    # int32: the matrix scope counts through whole matrices, and int64 would double the largest buffer here.
+    # In int32, as int64 would double the largest buffer: the scope "matrix" has whole matrices as rows here.
     dropped |= tied & (tied.cumsum(1, dtype=torch.int32) <= places)
     return ~dropped
 
 
 def found_pattern(masks: Collection[Tensor]) -> Pattern:
-    """The pattern that the ``masks`` (out, in) of a model's matrices follow: N:M where all of them keep at most N of every M
-    consecutive inputs and no N:M with fewer zeros would do; else their overall sparsity, to four digits.
+    """The pattern of a model's masks (out, in): N:M where all keep at most N of every M consecutive inputs, and their number of
+    zeros fits; else their overall sparsity, to four digits.
 
-    Matrices without zeros are left aside. M is a power of two up to 32, and the smallest that holds. Raises ReconError where
-    nothing is kept. The masks may be made one by one as they are looked at: none is held, and they are gone through several times.
+    M is the smallest power of two up to 32 that holds. Matrices without zeros are ignored. `masks` may be a collection that makes
+    each mask when it is iterated over, which happens several times. Raises `ReconError` where nothing is kept.
     """
     kept = numel = 0
     for mask in masks:
@@ -119,23 +119,23 @@ def found_pattern(masks: Collection[Tensor]) -> Pattern:
     kept = kept / numel
     for m in (2, 4, 8, 16, 32):
         n = round(kept * m)
-        # A few weights more may be zero, such as those that half precision rounds to it.
+        # A few more may be zero, such as weights that half precision rounded to it.
         if 0 < n < m and abs(kept - n / m) < 0.005 and all(mask.all() or _keeps(mask, n, m) for mask in masks):
             return Pattern(1 - n / m, n, m)
     return Pattern(round(1 - kept, 4))
 
 
 def _keeps(mask: Tensor, n: int, m: int) -> bool:
-    """Whether at most ``n`` of every ``m`` consecutive inputs are kept."""
+    """Whether `mask` (out, in) keeps at most `n` of every `m` consecutive inputs."""
     return mask.shape[1] % m == 0 and int(mask.reshape(-1, m).sum(1).max()) <= n
 
 
 def check_scope(scope: str) -> None:
-    """Raises ReconError unless ``scope`` is one of SCOPES."""
+    """Raises `ReconError` for a scope that is not in `SCOPES`."""
     if scope not in SCOPES:
         raise ReconError(f"scope {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
 
 
 def sparsity_of(tensor: Tensor) -> float:
-    """The fraction of zeros in a weight, or of dropped (False) entries in a mask."""
+    """Share of zeros in a weight, or of dropped (False) entries in a mask."""
     return 1 - int(tensor.count_nonzero()) / tensor.numel()

@@ -96,22 +96,6 @@ def test_too_long_sequences_are_refused(tiny, tokens, family, longest):
 # ---- distances
 
 
-def test_relative_error_by_hand():
-    target = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 10.0]]])
-    output = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[2.0, 1.0], [0.0, 5.0]]])
-    assert relative_error(output, target) == pytest.approx((0 + 1 + 1 / 4 + 25 / 100) / 4)
-    assert relative_error(target, target) == 0
-
-
-def test_relative_error_weighs_tokens_alike():
-    target = torch.tensor([[[1000.0, 0.0], [1.0, 0.0]]])
-    assert relative_error(torch.tensor([[[1000.0, 0.0], [0.0, 0.0]]]), target) == pytest.approx(0.5)
-
-
-def test_relative_error_of_a_silent_token_is_finite():
-    assert math.isfinite(relative_error(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)))
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
 def test_drift_from_itself_is_nothing(tiny, tokens, family):
     decoder = take_apart(tiny(family))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recon.kernels.criteria import CRITERIA
-from recon.kernels.mask_refinement import swap
+from recon.kernels.mask_refinement import refine
 from recon.kernels.patterns import Pattern
 
 
@@ -31,11 +31,11 @@ def start(weight, gram, pattern):
 def test_each_exchange_lowers_the_error_and_keeps_the_counts(pattern, group, seed):
     weight, gram = problem(seed=seed)
     mask = start(weight, gram, pattern)
-    errors = [error(weight, swap(weight, mask, gram, steps, group), gram) for steps in range(8)]
+    errors = [error(weight, refine(weight, mask, gram, steps, group), gram) for steps in range(8)]
     for before, after in itertools.pairwise(errors):
         assert (after <= before * (1 + 1e-9)).all()
     assert errors[-1].sum() < errors[0].sum()
-    refined = swap(weight, mask, gram, 100, group)
+    refined = refine(weight, mask, gram, 100, group)
     size = group or weight.shape[1]
     assert torch.equal(refined.view(-1, size).sum(1), mask.view(-1, size).sum(1))
 
@@ -44,7 +44,7 @@ def test_each_exchange_lowers_the_error_and_keeps_the_counts(pattern, group, see
 def test_one_step_is_the_exchange_that_brute_force_predicts(group):
     weight, gram = problem(rows=5)
     mask = start(weight, gram, "2:4")
-    after = swap(weight, mask, gram, 1, group)
+    after = refine(weight, mask, gram, 1, group)
     for r in range(len(weight)):
         out, into = (mask[r] & ~after[r]).nonzero().flatten().tolist(), (after[r] & ~mask[r]).nonzero().flatten().tolist()
         assert len(out) == len(into) <= 1
@@ -66,10 +66,10 @@ def test_uncorrelated_inputs_leave_wanda_alone():
     weight, _ = problem()
     gram = torch.diag(torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.1)
     mask = start(weight, gram, "0.5")
-    assert torch.equal(swap(weight, mask, gram, 50), mask)
+    assert torch.equal(refine(weight, mask, gram, 50), mask)
 
 
 def test_nothing_kept_or_nothing_pruned():
     weight, gram = problem()
     for mask in (torch.ones_like(weight, dtype=torch.bool), torch.zeros_like(weight, dtype=torch.bool)):
-        assert torch.equal(swap(weight, mask, gram, 5), mask)
+        assert torch.equal(refine(weight, mask, gram, 5), mask)

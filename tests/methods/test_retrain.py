@@ -9,7 +9,7 @@ from recon.config import PruningConfig
 from recon.errors import ReconError
 from recon.evaluate.perplexity import Reference, last_states, perplexity
 from recon.kernels.gradient_descent import Schedule
-from recon.kernels.likelihood import kl_divergence
+from recon.kernels.losses import kl_divergence
 from recon.methods.prune import prune
 from recon.methods.retrain import METHODS, retrain
 from recon.model.discovery import take_apart

@@ -11,5 +11,5 @@ from torch import Tensor
 
 
 def score(weight: Tensor, statistics: None, generator: torch.Generator | None) -> Tensor:
-    """Scores (out, in) of ``weight`` (out, in); needs neither statistics nor randomness."""
+    """Scores (out, in) of `weight` (out, in); needs neither statistics nor randomness."""
     return weight.abs()

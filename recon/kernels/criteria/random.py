@@ -1,4 +1,4 @@
-"""Random: weights go by lot.
+"""Random: chance decides.
 
     S_ij ~ Uniform(0, 1)
 
@@ -12,9 +12,9 @@ from recon.errors import ReconError
 
 
 def score(weight: Tensor, statistics: None, generator: torch.Generator | None) -> Tensor:
-    """Scores (out, in) for ``weight`` (out, in), drawn on the generator's device: the same for weights on any other.
+    """Scores (out, in) for `weight` (out, in). Drawn on the generator's device: the weight's does not matter.
 
-    Raises ReconError without a generator: a mask that cannot be made again is of no use.
+    Raises `ReconError` without a generator: the mask could not be made again.
     """
     if generator is None:
         raise ReconError("criterion 'random' was given no generator; pass a seeded torch.Generator")

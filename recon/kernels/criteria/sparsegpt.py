@@ -1,14 +1,15 @@
 """SparseGPT: optimal brain surgery, column by column, with one order of columns for every row.
 
-With H the Hessian of the layer-wise squared error and F the columns from j on, dropping W_ij costs, and is best
-compensated in the columns F by,
+With H (in, in) the Hessian of the matrix's squared error, and F the columns from j on: dropping W_ij costs S_ij, and the
+columns F make up for it best by the update
 
     S_ij = W_ij^2 / [H_F^-1]_jj            W_iF <- W_iF - W_ij / [H_F^-1]_jj * [H_F^-1]_j,:
 
 Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (2023, arXiv 2301.00774),
-Algorithm 1. For U upper triangular with U'U = H^-1, [H_F^-1]_j,: = U_jj * U_j,F: one factorisation serves all columns.
+Algorithm 1. For the upper triangular U (in, in) with U'U = H^-1, [H_F^-1]_j,: = U_jj * U_j,F: one factorisation serves all
+columns.
 
-Unlike in the authors' code, the number of zeros is exact whatever the ties.
+Unlike in the authors' code, the number of zeros is exact, whatever the ties.
 """
 
 import logging
@@ -34,11 +35,12 @@ def prune(
 ) -> tuple[Tensor, Tensor]:
     """The pruned and updated weight (out, in), and its mask (out, in), True = kept.
 
-    statistics: the Gram matrix X'X / tokens (in, in). H is twice that, and no constant factor changes the result.
-    scope: what an unstructured pattern compares within, in a block of columns: each "row" or the "matrix" (all rows).
-    block_size: columns whose unstructured mask is chosen at once; for N:M only a matter of speed.
-    damping: what is added to H's diagonal, as a fraction of its mean; ten times more after each failed factorisation.
-    Raises ReconError for a bad option, or a Gram matrix that no damping makes positive definite.
+    weight: (out, in).
+    statistics: the Gram matrix X'X / tokens (in, in). H is twice that; a constant factor does not change the result.
+    scope: what an unstructured pattern compares within, in each block of columns: one "row", or the "matrix" (all rows).
+    block_size: columns whose unstructured mask is chosen at once; for N:M it affects speed alone.
+    damping: added to H's diagonal, as a fraction of its mean; ten times more after each failed factorisation.
+    Raises `ReconError` for a bad option, and for a Gram matrix that no damping makes positive definite.
     """
     if block_size < 1:
         raise ReconError(f"criterion 'sparsegpt': block_size is {block_size}; it must be at least 1")
@@ -46,7 +48,7 @@ def prune(
         raise ReconError(f"criterion 'sparsegpt': damping is {damping}; it must be above 0")
     block_size += -block_size % (pattern.m or 1)  # no group of M straddles two blocks
 
-    dead = statistics.diagonal() == 0
+    dead = statistics.diagonal() == 0  # inputs that are always zero, (in,)
     weight = weight.masked_fill(dead, 0.0)
     hessian = statistics + torch.diag(dead.to(statistics.dtype))
     factor = inverse_factor(hessian, damping)
@@ -62,11 +64,12 @@ def prune(
     return weight, mask
 
 
-def _prune_block(weight: Tensor, factor: Tensor, pattern: Pattern, scope: str, before: int):
-    """Prunes the columns of one block, ``weight`` (out, block), that has ``before`` columns to its left.
+def _prune_block(weight: Tensor, factor: Tensor, pattern: Pattern, scope: str, before: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Prunes one block of columns, `weight` (out, block), which has `before` columns to its left.
 
-    Returns the new weight and mask, and the errors (out, block), (W_ij - pruned W_ij) / U_jj, that the columns to the
-    right of the block have yet to make up for.
+    factor: the part of U for these columns, (block, block).
+    Returns the new weight and its mask, and the errors (W_ij - pruned W_ij) / U_jj, (out, block) each. The columns to the right
+    of the block have yet to make up for the errors.
     """
     weight, errors = weight.clone(), torch.zeros_like(weight)
     pivots = factor.diagonal()
@@ -84,7 +87,7 @@ def _prune_block(weight: Tensor, factor: Tensor, pattern: Pattern, scope: str, b
 
 
 def _block_mask(scores: Tensor, pattern: Pattern, scope: str, before: int) -> Tensor:
-    """An unstructured mask of one block, whose rounding makes up for the blocks before: the total is exact."""
+    """An unstructured mask (out, block) from `scores` (out, block). Rounding carries over between blocks: the total is exact."""
     rows, columns = scores.shape
     groups, unit = (scores, 1) if scope == "row" else (scores.reshape(1, -1), rows)
     zeros = pattern.zeros(unit * (before + columns)) - pattern.zeros(unit * before)
@@ -92,9 +95,10 @@ def _block_mask(scores: Tensor, pattern: Pattern, scope: str, before: int) -> Te
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper triangular U (in, in) with U'U = (H + d I)^-1, where d = ``damping`` * mean of H's diagonal.
+    """The upper triangular U (in, in) with U'U = (H + d I)^-1, for H = `hessian` (in, in) and d = `damping` * mean of H's
+    diagonal.
 
-    Multiplies the damping by ten, with a warning, as often as the factorisation fails.
+    Each time the factorisation fails, warns and multiplies the damping by ten.
     """
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal().mean()

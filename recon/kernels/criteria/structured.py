@@ -1,33 +1,55 @@
 """Criteria that remove whole units: attention heads (with grouped queries: whole key/value groups) and MLP neurons.
 
-Both score the columns of the matrix that reads the units (the output projection of attention, the down projection of the
-MLP); the score of a unit is the mean over its columns. With X (tokens, in) what that matrix W (out, in) reads,
+Both score the columns of the matrix W (out, in) that reads the units: attention's output projection, the MLP's down projection. A
+unit's score is the mean over its columns. With X (tokens, in) what that matrix reads,
 
-    Wanda-sp:  s_j = sum_i |W_ij| * ||x_j||_2                               compared within each half of a block
+    Wanda-sp:  s_j = sum_i |W_ij| * ||x_j||_2                               compared within each half-block
     FLAP:      s_j = var(x_j) * ||W_:j||_2^2, then standardised:            compared over the whole model
                (s_j - mean of s) / (standard deviation of s)
 
-An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (2023, arXiv 2312.11983), metric WIFV
-with the adaptive structure AL-AM, and the extension of Wanda that it is compared with. What FLAP removes is replaced by its
-mean: mean(x_j) W_:j goes into the bias. The authors' code squares the scores of attention before they are standardised;
-here both halves are treated alike.
+An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (2023, arXiv 2312.11983): metric WIFV with
+the adaptive structure AL-AM, and the extension of Wanda that it is compared with. FLAP replaces what it removes by its mean:
+mean(x_j) W_:j goes into the bias. The authors' code squares the scores of attention before it standardises them; here both halves
+are treated alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Structured:
+    """A criterion that removes whole units of a half-block.
+
+    statistics: what it needs of the inputs X (tokens, in) of the matrix that reads the units: "norm", (in,), sqrt(mean over
+        tokens of x_j^2); or "moments", (2, in), mean and variance over tokens.
+    scope: units compete within a "half-block", which each lose the same share; or within the "model".
+    score: from the matrix (out, in) and the statistics, the scores (in,) of its columns, higher = kept.
+    compensates: whether the mean of what is removed goes into the matrix's bias.
+    """
+
+    name: str
+    description: str
+    source: str
+    statistics: str
+    scope: str
+    score: Callable[[Tensor, Tensor], Tensor]
+    compensates: bool = False
+    scores = False  # single weights
+
+
 def wanda_sp(weight: Tensor, norm: Tensor) -> Tensor:
-    """Scores (in,) of the columns of ``weight`` (out, in); norm: (in,), root of the mean square of each input."""
+    """Scores (in,) of the columns of `weight` (out, in); norm: (in,), root of the mean square of each input."""
     return weight.abs().sum(0) * norm
 
 
 def flap(weight: Tensor, moments: Tensor) -> Tensor:
-    """Scores (in,), of mean 0 and standard deviation 1, of the columns of ``weight`` (out, in).
+    """Scores (in,), of mean 0 and standard deviation 1, of the columns of `weight` (out, in).
 
-    moments: (2, in), the mean and the variance over tokens of each input.
+    moments: (2, in), mean and variance over tokens of each input.
     """
     fluctuation = moments[1] * weight.square().sum(0)
     centred = fluctuation - fluctuation.mean()
@@ -35,12 +57,14 @@ def flap(weight: Tensor, moments: Tensor) -> Tensor:
 
 
 def keep_globally(scores: Sequence[Tensor], weights: Sequence[int], target: float) -> list[Tensor]:
-    """For each half the units (count,) that are kept, True. All compete; a half may lose all or none.
+    """For each half-block, which of its units are kept, bool (units,). All units compete; a half-block may lose all or none.
 
-    From the lowest score up, every unit goes that fits into what ``target`` weights leave room for, give or take half of the
-    smallest unit: a head too large for the rest of the room stays, and neurons fill it up.
+    From the lowest score up, a unit goes if its weights fit into what is left of `target`, give or take half of the smallest
+    unit: a head too large for the rest stays, and neurons fill it up.
 
-    scores: for each half, those of its units (count,). weights: for each half, how many go with one of its units.
+    scores: of each half-block, those of its units, (units,).
+    weights: of each half-block, how many weights one of its units has.
+    target: weights to be removed in all.
     """
     size = [weight for score, weight in zip(scores, weights, strict=True) for _ in range(len(score))]
     kept, room = [True] * len(size), target + min(size) / 2

@@ -1,4 +1,4 @@
-"""Wanda: weight times the size of the input that it multiplies.
+"""Wanda: weight times the norm of the input that it multiplies.
 
     S_ij = |W_ij| * ||x_j||_2
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def score(weight: Tensor, statistics: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Scores (out, in) of ``weight`` (out, in).
+    """Scores (out, in) of `weight` (out, in).
 
-    statistics: the norm (in,) of each input, here sqrt(mean over tokens of x_j^2). The paper's norm over all tokens is
-    the same up to one factor for the whole matrix, which changes no mask.
+    statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2). The paper's norm is a sum over tokens: one
+    factor for the whole matrix, which changes no mask.
     """
     return weight.abs() * statistics

@@ -1,12 +1,14 @@
-"""Losses by rows against torch's own, values and gradients."""
+"""Losses against torch's own and by hand, values and gradients."""
+
+import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from recon.kernels import likelihood as logits
-from recon.kernels.likelihood import kl_divergence, negative_log_likelihood
+from recon.kernels import losses
+from recon.kernels.losses import kl_divergence, negative_log_likelihood, relative_error
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def draw():
 @pytest.mark.parametrize("elements", [1, 50, 170, 2**20])  # one row at a time, several, all; the last part is shorter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_likelihoods_and_their_gradients_are_torchs(draw, monkeypatch, elements, dtype):
-    monkeypatch.setitem(logits.ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(losses, "ELEMENTS", elements)
     found, _, targets = draw
     ours, theirs = (found.to(dtype).requires_grad_() for _ in range(2))
     loss, expected = negative_log_likelihood(ours, targets), F.cross_entropy(theirs.float(), targets, reduction="none")
@@ -33,7 +35,7 @@ def test_likelihoods_and_their_gradients_are_torchs(draw, monkeypatch, elements,
 @pytest.mark.parametrize("elements", [1, 170, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_divergences_and_their_gradients_are_torchs(draw, monkeypatch, elements, dtype):
-    monkeypatch.setitem(logits.ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(losses, "ELEMENTS", elements)
     found, wanted, _ = draw
     ours, theirs = (found.to(dtype).requires_grad_() for _ in range(2))
     p, q = wanted.log_softmax(-1), theirs.float().log_softmax(-1)
@@ -59,3 +61,19 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(draw):
     assert not negative_log_likelihood(found, targets).requires_grad
     with torch.no_grad():
         assert not negative_log_likelihood(found.requires_grad_(), targets).requires_grad
+
+
+def test_relative_error_by_hand():
+    target = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 10.0]]])
+    output = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[2.0, 1.0], [0.0, 5.0]]])
+    assert relative_error(output, target) == pytest.approx((0 + 1 + 1 / 4 + 25 / 100) / 4)
+    assert relative_error(target, target) == 0
+
+
+def test_relative_error_weighs_tokens_alike():
+    target = torch.tensor([[[1000.0, 0.0], [1.0, 0.0]]])
+    assert relative_error(torch.tensor([[[1000.0, 0.0], [0.0, 0.0]]]), target) == pytest.approx(0.5)
+
+
+def test_relative_error_of_a_silent_token_is_finite():
+    assert math.isfinite(relative_error(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)))
