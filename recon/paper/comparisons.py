@@ -7,14 +7,15 @@ seeds. Only records of one protocol are compared.
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from recon.errors import ReconError
-from recon.experiment.config import RunSpec
+from recon.experiment.config import RunSpec, place
 from recon.experiment.record import RunRecord
+from recon.kernels.gradient_descent import Schedule
 
 MARGIN = 0.05  # of the damage log(pruned / dense); differences within the paper's own tables are smaller
 SEEDS = 3  # fewer say nothing about training noise
@@ -22,27 +23,24 @@ MODELS = 3  # fewer make no trend: two differ in more than their size
 BUDGET = 0.15  # compute is equal within this share
 COSTS = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
 DEFAULTS = RunSpec().flat()
-_TUNING = (
-    "learning_rate", "batch_size", "chunks", "accumulation", "warmup",
-    "retrain_learning_rate", "retrain_batch_size", "retrain_accumulation",
-)  # fmt: skip
-_RATES = ("learning_rate", "retrain_learning_rate")
-_ELSEWHERE = (  # in the protocol, in what is judged one by one, or without influence on what is compared
-    "model", "revision", "pattern", "seed", "text", "samples", "prune_samples", "retrain_samples", "sequence_length", "evaluation_texts",
-    "evaluation_samples", "evaluation_length", "held_out_samples", "tasks", "task_limit", "retrain_checkpointing", "device",
-    "compute_dtype",
-)  # fmt: skip
-_SETTING = [name for name in DEFAULTS if name not in (*_TUNING, *_ELSEWHERE)]
-_IDLE = (  # fields that change nothing in a run where another has a certain value
-    (("propagation", "solver", "start", "loss", "adapter"), lambda spec: spec["granularity"] == "none"),
-    (("exact_samples", "exact_iterations"), lambda spec: "exact" not in (spec["solver"], spec["start"])),
-    (("sparsegpt_block_size", "sparsegpt_damping"), lambda spec: spec["criterion"] != "sparsegpt"),
-    (
-        ("retrain_objective", "retrain_learning_rate", "retrain_epochs", "retrain_batch_size", "retrain_accumulation"),
-        lambda spec: spec["retrain"] == "none",
-    ),
-    (("learning_rate", "batch_size", "chunks", "accumulation"), lambda spec: spec["granularity"] == "none"),
-)
+# Options of a method (see `_pick`): those of its schedules are its tuning, but for the number of epochs; all others its setting.
+_TUNABLE = {field.name for field in fields(Schedule)} - {"epochs"} | {"chunks"}
+_RATES = {"learning_rate", "retrain_learning_rate"}
+# Judged one by one, part of the protocol, or without influence on what is compared.
+_APART = {"model", "revision", "pattern", "samples", "checkpointing"}
+_METHOD = {name: place(name)[1] for name in DEFAULTS if place(name)[0] in ("model", "pruning", "reconstruction", "retraining")}
+_TUNING = [name for name, field in _METHOD.items() if field in _TUNABLE]
+_SETTING = [name for name, field in _METHOD.items() if field not in _TUNABLE | _APART]
+
+
+def _idle(name: str, spec: dict) -> bool:
+    """Whether the option `name` changes nothing in a run of `spec`."""
+    return (
+        (place(name)[0] == "reconstruction" and name != "granularity" and spec["granularity"] == "none")
+        or (place(name)[0] == "retraining" and spec["retrain"] == "none")
+        or (name.startswith("exact_") and "exact" not in (spec["solver"], spec["start"]))
+        or (name.startswith("sparsegpt_") and spec["criterion"] != "sparsegpt")
+    )
 
 
 class Run:
@@ -50,9 +48,7 @@ class Run:
 
     def __init__(self, record: RunRecord):
         spec = DEFAULTS | record.spec
-        for names, idle in _IDLE:
-            if idle(spec):
-                spec.update({name: DEFAULTS[name] for name in names})
+        spec = {name: DEFAULTS[name] if _idle(name, spec) else spec[name] for name in DEFAULTS}
         self.record, self.spec, self.seed = record, spec, spec["seed"]
         self.key, self.pattern = record.key, spec["pattern"]
         self.model = spec["model"] + (f"@{spec['revision']}" if spec["revision"] else "")
