@@ -11,12 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-<<<<<<< HEAD
-=======
-from recon.errors import ReconError
 from recon.kernels.rows import parts
 
->>>>>>> 85abfbb (Kernels read beside the paper: shapes on every tensor, plain words; prediction losses stand with the window losses; one way to work on a few rows at a time)
 ADAPTERS = {
     "lora": "W + BA; merging fills the zeros, so the mask is applied once more (Hu et al. 2022, arXiv 2106.09685)",
     "masklora": "W + M*(BA), merged without losing a zero (Zimmer et al. 2023, arXiv 2312.15230)",
@@ -90,18 +86,3 @@ class _Merged(torch.autograd.Function):
                 b_gradient[part] = slope @ a.T
                 a_gradient.addmm_(b[part].T, slope)
         return None, None, b_gradient, a_gradient, None
-
-
-<<<<<<< HEAD
-def parts(matrix: Tensor) -> list[slice]:
-    """Rows of a matrix that are worked on at once."""
-    rows = max(1, ELEMENTS.get(matrix.device.type, matrix.numel()) // matrix.shape[1])
-    return [slice(start, start + rows) for start in range(0, len(matrix), rows)]
-=======
-def check_adapter(kind: str, rank: int) -> None:
-    """Raises `ReconError` for an unknown adapter or a rank below 1."""
-    if kind not in ADAPTERS:
-        raise ReconError(f"unknown adapter {kind!r}; allowed: {', '.join(ADAPTERS)}")
-    if rank < 1:
-        raise ReconError(f"rank is {rank}; allowed: a whole number from 1 up")
->>>>>>> 85abfbb (Kernels read beside the paper: shapes on every tensor, plain words; prediction losses stand with the window losses; one way to work on a few rows at a time)

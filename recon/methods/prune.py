@@ -141,7 +141,7 @@ class _PruneBlock:
             raise ReconError(f"matrix {matrix.name!r}: {error}") from None
         if not steps:
             return pruned, mask
-        mask = swap(weight, mask, statistics, steps, self.pattern.m)
+        mask = refine(weight, mask, statistics, steps, self.pattern.m)
         return weight.masked_fill(~mask, 0.0), mask
 
 
@@ -164,47 +164,6 @@ def touched_biases(decoder: Decoder, criterion: str) -> list[str]:
 
     Raises `ReconError` where the criterion removes heads and neurons, and none are found.
     """
-<<<<<<< HEAD
     found = criteria.get(criterion)
     halves = find_units(decoder) if isinstance(found, Structured) else []
     return [f"{half.reader.name}.bias" for half in halves if found.compensates]
-=======
-    rule = criteria.get(criterion)
-    halves = find_units(decoder) if isinstance(rule, Structured) else []
-    return [f"{half.reader.name}.bias" for half in halves if rule.compensates]
-
-
-def check_options(criterion: str, pattern: Pattern, scope: str, swaps: int) -> None:
-    """Raises `ReconError` for an unknown criterion and for what has no meaning together with the one given."""
-    rule = criteria.get(criterion)
-    if swaps and not rule.scores:
-        adequate = ", ".join(name for name, rule in criteria.CRITERIA.items() if rule.scores)
-        does = "removes whole heads and neurons" if isinstance(rule, Structured) else "adapts weights to its own mask"
-        raise ReconError(f"swaps is {swaps}, but criterion {criterion!r} {does}; swaps suit {adequate}")
-    if isinstance(rule, Structured) and pattern.m is not None:
-        raise ReconError(
-            f"pattern is {pattern}, but criterion {criterion!r} removes whole heads and neurons; "
-            "give the share of the weights that is to go, such as 0.2"
-        )
-    if isinstance(rule, Structured) and scope != "auto":
-        raise ReconError(
-            f"scope is {scope!r}, but criterion {criterion!r} compares whole heads and neurons within a {rule.scope}; allowed: auto"
-        )
-
-
-def _prune_matrix(
-    matrix: Matrix, statistics: Tensor | None, rule, pattern: Pattern, scope: str, random, swaps: int, options: dict
-) -> tuple[Tensor, Tensor]:
-    """The matrix's new weight and mask. `statistics` are a Gram matrix where there are `swaps`, else what `rule` asks for."""
-    weight, own = matrix.weight.float(), statistics
-    if swaps:
-        own = {"none": None, "norm": statistics.diagonal().sqrt(), "gram": statistics}[rule.statistics]
-    try:
-        pruned, mask = rule.prune(weight, own, pattern, scope, random, **options)
-    except ReconError as error:
-        raise ReconError(f"matrix {matrix.name!r}: {error}") from None
-    if not swaps:
-        return pruned, mask
-    mask = refine(weight, mask, statistics, swaps, pattern.m)
-    return weight.masked_fill(~mask, 0.0), mask
->>>>>>> 85abfbb (Kernels read beside the paper: shapes on every tensor, plain words; prediction losses stand with the window losses; one way to work on a few rows at a time)

@@ -15,13 +15,7 @@ from tqdm.auto import tqdm
 
 from recon.config import RetrainingConfig
 from recon.errors import ReconError
-<<<<<<< HEAD
-from recon.kernels.likelihood import kl_divergence, negative_log_likelihood
-=======
-from recon.kernels.adapters import ADAPTERS, ALPHA, check_adapter
-from recon.kernels.gradient_descent import Schedule
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
->>>>>>> 85abfbb (Kernels read beside the paper: shapes on every tensor, plain words; prediction losses stand with the window losses; one way to work on a few rows at a time)
 from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
 from recon.methods.masks import keep_masks
