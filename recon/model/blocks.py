@@ -168,24 +168,23 @@ class Blocks:
             self.calls[key] = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls)
         return self.calls[key]
 
-    def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
-        """The arguments of each block beside hidden states, from a pass in which `stand_in` runs in place of the blocks."""
+    def observe_calls(self, tokens: Tensor, stand_in: Callable | None = None) -> list[tuple[tuple, dict]]:
+        """The arguments of each block beside hidden states, from a pass in which the blocks are by-passed.
+
+        stand_in: returns what a block returns instead, from its number, its own forward, and its arguments.
+        """
         calls: list[tuple[tuple, dict]] = []
 
         def observe(index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
             calls.append((args, kwargs))
             if len(calls) == len(self.blocks):
                 raise Stop
-            return self.stand_in(index, forward, hidden, *args, **kwargs)
+            return stand_in(index, forward, hidden, *args, **kwargs) if stand_in else self.bypass(index, hidden, *args, **kwargs)
 
         stubs = {block: partial(observe, index, block.forward) for index, block in enumerate(self.blocks)}
         with replaced(stubs), contextlib.suppress(Stop):
             self.run(tokens)
         return calls
-
-    def stand_in(self, index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
-        """What block `index` returns to a pass of `observe_calls`; `forward` is its own."""
-        return self.bypass(index, hidden, *args, **kwargs)
 
     def forget(self) -> None:
         """Forgets what blocks are called with. To be called when weights have changed that it may be computed from."""

@@ -97,14 +97,6 @@ class Decoder(Blocks):
                     found.append(tensor)
         return found
 
-    def find_shared(self, tokens: Tensor) -> list[str]:
-        """Full names of the blocks' parameters that other blocks' arguments are computed from: none."""
-        return []
-
-    def find_finishing(self, tokens: Tensor) -> tuple[str, ...]:
-        """Paths of the modules between an encoder's last block and its output: none."""
-        return ()
-
     # --- what is in a window --------------------------------------------------------------------------------------
 
     @property

@@ -42,14 +42,14 @@ def take_apart(model: nn.Module | Decoder, like: Decoder | None = None, lazy: La
         return model
     kind = EncoderDecoder if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else Decoder
     if like:
-        calls = None if any(block.shared for block in like.structure.blocks) else like.calls
-        return kind(model, like.structure, lazy, calls)
-    decoder = kind(model, lazy=lazy)
-    run = None if lazy else lambda: decoder.run(probe_tokens(model))
-    decoder.structure = Structure(tuple(find_blocks(model, run, within) for within in decoder.stack_owners))
-    with decoder.experts_apart(), torch.no_grad():
-        _Discovery(decoder).find()
-    return decoder
+        # Arguments that an encoder-decoder's blocks are called with may be computed from its own weights.
+        return kind(model, like.structure, lazy, like.calls if kind is Decoder else None)
+    draft = kind(model, lazy=lazy)
+    run = None if lazy else lambda: draft.run(probe_tokens(model))
+    draft.structure = Structure(tuple(find_blocks(model, run, within) for within in draft.stack_owners))
+    with draft.experts_apart(), torch.no_grad():
+        _Discovery(draft).find()
+    return kind(model, draft.structure, lazy)
 
 
 def find_blocks(model: nn.Module, run: Callable[[], object] | None, within: str = "") -> str:
@@ -141,7 +141,6 @@ class _Discovery:
                 hidden = decoder.run_block(index, hidden)
             else:
                 hidden = decoder.skip_block(index, hidden)
-        decoder.forget()  # the blocks' arguments may come of random weights
         if dense := decoder.dense_modules:
             log.warning(
                 "%d matrices of %s do not run as modules of their own on text alone and stay dense: %s",
@@ -210,7 +209,6 @@ class _Discovery:
         expected = decoder.run(tokens).logits
         wrong = "do not give the model's own output"
         try:
-            self._find_shared(probe_tokens(self.model))
             hidden = decoder.embed(tokens)
             for index, original in enumerate(self.originals):
                 hidden = decoder.run_block(index, hidden) if index == original else decoder.skip_block(index, hidden)
@@ -227,15 +225,3 @@ class _Discovery:
             f"after another, {wrong}. What one block returns has to be all that the next depends on, beside what is the same for all "
             "tokens; here something else passes between them"
         )
-
-    def _find_shared(self, tokens: Tensor) -> None:
-        """Notes parameters that other blocks' arguments are computed from, and what runs after the encoder's last block."""
-        for index in self.found:  # until it is known better
-            self._note(index, shared=frozenset(name for name, _ in self.decoder.blocks[index].named_parameters()))
-        shared = self.decoder.find_shared(tokens)
-        for index in self.found:
-            path = f"{self.decoder.names[index]}."
-            own = frozenset(name.removeprefix(path) for name in shared if name.startswith(path))
-            self._note(index, shared=own)
-        finishing = self.decoder.find_finishing(tokens)
-        self.decoder.structure = replace(self.decoder.structure, finishing=finishing)

@@ -1,7 +1,9 @@
 """An encoder-decoder as a chain of blocks: the encoder's, then the decoder's."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from itertools import chain
 
 import torch
@@ -72,57 +74,45 @@ class EncoderDecoder(Decoder):
 
     def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
         """As in a causal LM; the encoder's output is replaced by `_ENCODED`."""
+        return self._observe(tokens, self.shared)
+
+    def _observe(self, tokens: Tensor, shared: Collection[str]) -> list[tuple[tuple, dict]]:
         encoded: list[Tensor] = []
         hook = self.model.get_encoder().register_forward_hook(lambda module, args, output: encoded.append(output[0]))
         self._observing = True
         try:
-            calls = super().observe_calls(tokens)
+            calls = super().observe_calls(tokens, partial(self._stand_in, shared))
         finally:
             self._observing = False
             hook.remove()
         return tree_map(lambda leaf: _ENCODED if leaf is encoded[0] else leaf, calls)
 
-    def stand_in(self, index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
-        """The block itself, where it computes arguments of others, such as biases of relative positions; otherwise it is by-passed."""
-        output = self.structure.blocks[index].output
+    def _stand_in(self, shared: Collection[str], index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
+        """Runs a block that computes arguments of others, such as biases of relative positions, and by-passes any other.
+
+        Weights are placeholders, except those called `shared`.
+        """
+        output, block, homes = self.structure.blocks[index].output, self.blocks[index], []
         if output is None or not output.made:
             return self.bypass(index, hidden, *args, **kwargs)
-        with self._sharing(index, hidden.device):
-            return forward(hidden, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def _sharing(self, index: int, device: torch.device) -> Iterator[None]:
-        """Context in which block `index` is on `device`, with placeholders for all weights but those that are shared."""
-        block, shared, homes = self.blocks[index], self.structure.blocks[index].shared, []
-        for name, tensor in chain(block.named_parameters(), block.named_buffers()):
-            homes.append((tensor, tensor.data))
-            known = name in shared or not isinstance(tensor, nn.Parameter)
-            tensor.data = tensor.data.to(device) if known else placeholder(tensor.shape, tensor.dtype, device)
         try:
-            yield
+            for name, tensor in chain(block.named_parameters(), block.named_buffers()):
+                homes.append((tensor, tensor.data))
+                known = f"{self.names[index]}.{name}" in shared or not isinstance(tensor, nn.Parameter)
+                tensor.data = tensor.data.to(hidden.device) if known else placeholder(tensor.shape, tensor.dtype, hidden.device)
+            return forward(hidden, *args, **kwargs)
         finally:
             for tensor, home in homes:
                 tensor.data = home
 
-    def find_shared(self, tokens: Tensor) -> list[str]:
-        """Traces the blocks' arguments back to parameters of blocks."""
-        inside = {
-            f"{path}.{name}": p
-            for path, block in zip(self.names, self.blocks, strict=True)
-            for name, p in block.named_parameters()
-        }
-        with torch.enable_grad(), requiring_gradients(inside.values()):
-            found = sources(tree_leaves(self.observe_calls(tokens)))
-        return [name for name, parameter in inside.items() if parameter in found]
-
-    def find_finishing(self, tokens: Tensor) -> tuple[str, ...]:
-        """The modules that run after the encoder's last block."""
-        read, ended = _cut(self.embed(tokens))[0], []
-        with contextlib.ExitStack() as hooks:
-            for path, module in self.model.named_modules():
-                hooks.callback(module.register_forward_hook(lambda m, args, output, path=path: ended.append(path)).remove)
-            self._finished(read)
-        return tuple(ended[ended.index(self.names[self.starts[1] - 1]) + 1 :])
+    @functools.cached_property
+    def shared(self) -> frozenset[str]:
+        """Full names of the blocks' parameters that other blocks' arguments are computed from."""
+        blocks = zip(self.names, self.blocks, strict=True)
+        inside = {f"{path}.{name}": p for path, block in blocks for name, p in block.named_parameters()}
+        with torch.enable_grad(), self.loaded_embedding(), requiring_gradients(inside.values()):
+            found = sources(tree_leaves(self._observe(placeholder_tokens(self.model, (1, 2)), ())))
+        return frozenset(name for name, parameter in inside.items() if parameter in found)
 
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]):
         """As in a causal LM; not while blocks run for the arguments of others."""
@@ -130,19 +120,23 @@ class EncoderDecoder(Decoder):
 
     # --- what is in a window --------------------------------------------------------------------------------------
 
-    @property
-    def shared(self) -> list[str]:
-        """Full names of the blocks' parameters that other blocks' arguments are computed from."""
-        blocks = zip(self.names, self.structure.blocks, strict=True)
-        return sorted(f"{path}.{name}" for path, block in blocks for name in block.shared)
-
     def needed(self, window: Window) -> list[Tensor]:
         """As in a causal LM, with shared parameters; for the encoder's last block, with everything before the encoder's output."""
-        found = super().needed(window) + [self.model.get_parameter(name) for name in self.shared]
+        found = super().needed(window) + [self.model.get_parameter(name) for name in sorted(self.shared)]
         if self.starts[1] - 1 in window.blocks:
-            modules = [self.model.get_submodule(path) for path in self.structure.finishing]
-            found += (tensor for m in modules for tensor in chain(m.parameters(recurse=False), m.buffers(recurse=False)))
+            found += (tensor for m in self._finishing for tensor in chain(m.parameters(recurse=False), m.buffers(recurse=False)))
         return list({id(tensor): tensor for tensor in found}.values())
+
+    @functools.cached_property
+    def _finishing(self) -> list[nn.Module]:
+        """The modules that run after the encoder's last block."""
+        ended: list[nn.Module] = []
+        encoder, tokens = self.model.get_encoder(), placeholder_tokens(self.model, (1, 2)).to(self.device)
+        with contextlib.ExitStack() as hooks, replaced(self.bypassed()), torch.no_grad():
+            for module in encoder.modules():
+                hooks.callback(module.register_forward_hook(lambda m, args, output: ended.append(m)).remove)
+            encoder(input_ids=tokens)
+        return ended[ended.index(self.blocks[self.starts[1] - 1]) + 1 :]
 
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
         return {name: p for name, p in super().trained(window, what).items() if name not in self.shared}

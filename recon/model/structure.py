@@ -77,7 +77,6 @@ class BlockStructure:
     matrices: by name, in the same order; without modules.
     dense: names of linear modules that are not pruned, as they did not run as modules when the structure was found.
     halves: or why the block does not divide.
-    shared: names of parameters that arguments of other blocks are computed from. They belong to no window.
     """
 
     output: Output | None = None
@@ -85,7 +84,6 @@ class BlockStructure:
     matrices: dict[str, Matrix] = field(default_factory=dict)
     dense: tuple[str, ...] = ()
     halves: Halves | str = "was not divided"
-    shared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -95,10 +93,8 @@ class Structure:
     stacks: paths of the lists of blocks, in the order in which they run.
     blocks: of each block of all stacks.
     embedding: names of the parameters outside the blocks that the first block's input depends on.
-    finishing: paths of the modules between the encoder's last block and its output.
     """
 
     stacks: tuple[str, ...] = ()
     blocks: tuple[BlockStructure, ...] = ()
     embedding: frozenset[str] = frozenset()
-    finishing: tuple[str, ...] = ()
