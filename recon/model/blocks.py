@@ -39,6 +39,7 @@ class Blocks:
     def __init__(self, model: nn.Module, structure: Structure = Structure(), lazy: Lazy | None = None, calls: dict | None = None):
         self.model, self.structure, self.lazy = model, structure, lazy
         self.calls: dict[tuple, list[tuple[tuple, dict]]] = {} if calls is None else calls
+        self._configs = experts.configurations(model)
 
     @functools.cached_property
     def blocks(self) -> nn.ModuleList:
@@ -95,10 +96,6 @@ class Blocks:
         """Context in which the model multiplies by each expert's matrices one by one; see `experts.apart`."""
         return experts.apart(self._configs)
 
-    @functools.cached_property
-    def _configs(self) -> list:
-        return experts.configurations(self.model)
-
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Input of the first block for `tokens` (batch, length): (batch, length, hidden)."""
@@ -140,7 +137,7 @@ class Blocks:
         return hidden
 
     def bypass(self, index: int, hidden: Tensor, *args, **kwargs):
-        """What block `index` returns, were `hidden` its hidden states, when called with `args` and `kwargs` beside its input."""
+        """The output of block `index`, called with `args` and `kwargs` beside its input, with hidden states `hidden`."""
         output = self.structure.blocks[index].output
         return hidden if output is None else output.beside(hidden, args, kwargs)
 

@@ -6,6 +6,7 @@ and silencing their children; see `recon.model.groups` and `recon.model.halves`.
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -64,23 +65,18 @@ def find_blocks(model: nn.Module, run: Callable[[], object] | None, within: str 
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(within))
     lists = {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
-    ran = {name: 0 if run else len(children) for name, children in lists.items()}
+    ran = Counter({} if run else {name: len(children) for name, children in lists.items()})
     with contextlib.ExitStack() as hooks:
-        for name, children in lists.items():
-            for child in children:
-
-                def count(module, args, name=name):
-                    ran[name] += 1
-
-                hooks.callback(child.register_forward_pre_hook(count).remove)
-        if lists and run:
-            try:
+        for name, child in [(name, child) for name, children in lists.items() for child in children]:
+            hooks.callback(child.register_forward_pre_hook(lambda m, args, name=name: ran.update([name])).remove)
+        try:
+            if lists and run:
                 run()
-            except Exception as error:  # a model may raise anything where it needs more than text
-                said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-                raise ReconError(
-                    f"{type(model).__name__} does not run on tokens alone ({said}); models of text are supported"
-                ) from error
+        except Exception as error:  # a model may raise anything where it needs more than text
+            said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            raise ReconError(
+                f"{type(model).__name__} does not run on tokens alone ({said}); models of text are supported"
+            ) from error
     path = max((name for name in lists if ran[name]), key=sizes.__getitem__, default=None)
     if path is None or ran[path] != len(lists[path]):
         largest = sorted(lists, key=sizes.__getitem__, reverse=True)[:5]
@@ -116,13 +112,9 @@ class _Discovery:
             return self._find()
         lazy, blocks = self.decoder.lazy, self.decoder.blocks
         parameters = [*self.decoder.ends.values(), *(p for index in self.found for p in blocks[index].parameters())]
-        bypassed = {blocks[i]: partial(self._bypass, original) for i, original in enumerate(self.originals) if i != original}
+        bypassed = {blocks[i]: partial(self.decoder.bypass, i) for i, original in enumerate(self.originals) if i != original}
         with lazy.reading(made_up(lazy.parameters)), lazy.present(parameters), replaced(bypassed):
             self._find()
-
-    def _bypass(self, original: int, hidden: Tensor, *args, **kwargs):
-        output = self.found[original].output
-        return hidden if output is None else output.beside(hidden, args, kwargs)
 
     def _find(self) -> None:
         decoder, tokens = self.decoder, probe_tokens(self.model)

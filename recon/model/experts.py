@@ -44,19 +44,13 @@ def apart(configs: Iterable) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Product:
-    """A product with one of the matrices that a parameter holds.
+    """A product with one of the matrices that a parameter holds."""
 
-    expert, experts: which of them, of how many.
-    transposed: whether they are stored as (in, out).
-    x: what the matrix reads, (tokens, in).
-    alone: whether it is multiplied by itself, and not together with the others.
-    """
-
-    expert: int
-    experts: int
-    transposed: bool
-    x: Tensor
-    alone: bool
+    expert: int  # which of them
+    experts: int  # of how many
+    transposed: bool  # stored as (in, out)
+    x: Tensor  # what the matrix reads, (tokens, in)
+    alone: bool  # multiplied by itself, and not together with the others
 
 
 class FusedProducts(TorchFunctionMode):

@@ -8,27 +8,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Matrix:
-    """A prunable matrix of a block: the weight of a module, or one expert's part of a parameter that holds several.
+    """A prunable matrix of a block: the weight of a module, or one expert's part of a parameter that holds several."""
 
-    name: full name of the module, or of the parameter with the expert's number in brackets; relative to the block in a `Structure`.
-    module: holds the parameter; None in a `Structure`, which belongs to no model.
-    attribute: the parameter's name within the module.
-    expert, experts: which of the matrices in the parameter this is, of how many; None, 1: it is the only one.
-    transposed: whether it is stored as (in, out).
-    share: mean fraction of all tokens that it reads: less than 1 for an expert.
-    routed: whether it reads only tokens that are sent to it, as an expert does.
-    alone: whether it is multiplied by itself, and not together with those of other experts.
-    """
-
-    name: str
-    module: nn.Module | None = None
-    attribute: str = "weight"
-    expert: int | None = None
-    experts: int = 1
-    transposed: bool = False
-    share: float = 1.0
-    routed: bool = False
-    alone: bool = True
+    name: str  # full name of the module, or of the parameter with the expert's number in brackets
+    module: nn.Module | None = None  # holds the parameter; None in a `Structure`, where names are relative to the block
+    attribute: str = "weight"  # the parameter's name within the module
+    expert: int | None = None  # which of the matrices in the parameter this is; None: it is the only one
+    experts: int = 1  # how many matrices are in the parameter
+    transposed: bool = False  # stored as (in, out)
+    share: float = 1.0  # mean fraction of all tokens that it reads: less than 1 for an expert
+    routed: bool = False  # reads only tokens that are sent to it, as an expert does
+    alone: bool = True  # multiplied by itself, and not together with those of other experts
 
     def within(self, path: str, block: nn.Module) -> "Matrix":
         """The matrix of `block`, whose full name is `path`, that has this one's name within the block."""

@@ -1,4 +1,4 @@
-"""A model without weights, whose parameters are in memory only while they are needed."""
+"""Skeletons: models without weights, whose parameters are in memory only while they are needed."""
 
 import contextlib
 from collections import Counter
@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Pretrained
 
 
 def auto_class(config: PretrainedConfig) -> type:
-    """The class of transformers that makes the model of `config`."""
+    """The class of transformers that builds the model of `config`."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal LM, or encoder-decoder, of `config` in evaluation mode, without weights: its parameters are on torch's meta device, and untied.
+    """The causal LM, or encoder-decoder, of `config` in evaluation mode, with parameters on torch's meta device, which are not tied.
 
-    Buffers that are computed, such as rotary frequencies, are there.
+    Buffers have their values, such as rotary frequencies.
     """
     with init_empty_weights(include_buffers=False):
         made = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -27,34 +27,35 @@ def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTr
 
 
 def placeholder(shape: torch.Size, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    """A tensor that takes no memory, full of NaN: whatever is computed from weights that are not there shows it."""
+    """A tensor full of NaN that takes no memory; what is computed from weights that are not in memory is then NaN as well."""
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
 
 
 def second(model: PreTrainedModel) -> PreTrainedModel:
-    """A second skeleton beside `model`, tied as it is; its parameters are placeholders, whatever those of `model` hold now."""
-    # By itself, deepcopy would give placeholders memory.
+    """A copy of the skeleton `model`, tied in the same way, whose parameters are placeholders."""
+    # Copied by deepcopy, placeholders would take memory.
     return deepcopy(model, {id(parameter): nn.Parameter(placeholder(parameter.shape)) for parameter in model.parameters()})
 
 
 def is_placeholder(tensor: Tensor) -> bool:
-    """Whether `tensor` is made by `placeholder`."""
+    """Whether `tensor` was made by `placeholder`."""
     return not any(tensor.stride()) and tensor.numel() > 1
 
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A copy of `tensor` in another place or dtype; of a placeholder, another one."""
+    """A copy of `tensor` on another device or in another dtype; a placeholder gives another placeholder."""
     if is_placeholder(tensor):
         return placeholder(tensor.shape, dtype, device)
     return tensor.to(device, dtype, copy=True)
 
 
 class Lazy:
-    """The parameters of a skeleton: there while they are asked for, and placeholders otherwise.
+    """The parameters of a skeleton: in memory inside `present`, and placeholders otherwise.
 
     Args:
-        model: its parameters become placeholders, in float32 on the CPU; what is tied stays tied.
-        read: gives the values (float32, not shared with anything) of parameters by full name, in any order.
+        model: the skeleton. Its parameters become placeholders, in float32 on the CPU; tied ones stay tied.
+        read: yields names and values of the parameters that it is given full names of, in any order. Values are float32 and share no
+            memory with anything.
         done: called with the names of parameters that have just been read.
     """
 
@@ -64,24 +65,19 @@ class Lazy:
         read: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
         done: Callable[[list[str]], None] = lambda names: None,
     ):
-        self.model = model
-        self.read = read
-        self.done = done
+        self.model, self.read, self.done = model, read, done
         self.parameters: dict[str, nn.Parameter] = {}
         made: dict[nn.Parameter, nn.Parameter] = {}
-        for path, module in model.named_modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is None:
-                    continue
-                if parameter not in made:
-                    made[parameter] = nn.Parameter(placeholder(parameter.shape))
-                    self.parameters[f"{path}.{name}" if path else name] = made[parameter]
-                module._parameters[name] = made[parameter]
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if parameter not in made:
+                made[parameter] = self.parameters[name] = nn.Parameter(placeholder(parameter.shape))
+            path, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(path), attribute, made[parameter])
         self._names = {parameter: name for name, parameter in self.parameters.items()}
         self._users: Counter[str] = Counter()
 
     def add(self, name: str, shape: torch.Size) -> bool:
-        """Takes in the parameter `name` that something else gave the model, or is to, such as a bias; False: it is known."""
+        """Adds the parameter `name`, such as a bias that pruning gives a matrix, to the model; False: it is known already."""
         path, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(path)
         if getattr(module, attribute) in self._names:
@@ -93,7 +89,7 @@ class Lazy:
 
     @contextlib.contextmanager
     def reading(self, read: Callable[[list[str]], Iterator[tuple[str, Tensor]]]) -> Iterator[None]:
-        """Context in which values come from `read` instead."""
+        """Context in which values are read by `read` instead."""
         own, self.read, done, self.done = self.read, read, self.done, lambda names: None
         try:
             yield
@@ -102,9 +98,9 @@ class Lazy:
 
     @contextlib.contextmanager
     def present(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Context in which `parameters` are there; those that an outer context asked for already stay till its end.
+        """Context in which `parameters` are in memory. Contexts can be nested: a parameter stays until the outermost ends.
 
-        Parameters that were added to the model later, such as those of adapters, are left alone.
+        Parameters that were added to the model in other ways, such as those of adapters, are left alone.
         """
         names = [self._names[parameter] for parameter in dict.fromkeys(parameters) if parameter in self._names]
         fresh = [name for name in names if not self._users[name]]
@@ -123,10 +119,9 @@ class Lazy:
 
 
 def made_up(parameters: dict[str, nn.Parameter]) -> Callable[[list[str]], Iterator[tuple[str, Tensor]]]:
-    """A `read` for `Lazy` that makes weights up: random ones of a usual size, to find a model's structure by.
+    """A `read` for `Lazy` that gives random weights of a usual size, with which a model's structure can be found.
 
-    Vectors and matrices overlap with themselves in memory, of which they take next to none: entry (i, j) is number i + j of a random
-    sequence. What has more dimensions repeats a random sequence.
+    Matrices take little memory: entry (i, j) is entry i + j of one random vector. Parameters of more dimensions repeat a random vector.
     """
 
     def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:

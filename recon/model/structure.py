@@ -12,16 +12,11 @@ OTHER = {"attention": "mlp", "mlp": "attention"}
 
 @dataclass(frozen=True)
 class Output:
-    """What a block returned beside hidden states.
+    """What a block returned beside hidden states."""
 
-    kind: tuple or list.
-    rest: what came after the hidden states.
-    given: index in `rest` -> number or name of the block's argument that it is; those arguments are handed on unchanged.
-    """
-
-    kind: type
-    rest: tuple
-    given: dict[int, int | str]
+    kind: type  # tuple or list
+    rest: tuple  # what came after the hidden states
+    given: dict[int, int | str]  # index in `rest` -> number or name of the block's argument that was handed on
 
     @classmethod
     def of(cls, output, args: tuple, kwargs: dict) -> "Output | None":
@@ -45,18 +40,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Halves:
-    """How a block divides into an attention half, which mixes tokens, and an MLP half, which does not.
+    """How a block divides into an attention half, which mixes tokens, and an MLP half, which does not."""
 
-    layout: "sequential" (the MLP half reads the attention half's output) or "parallel" (both read the block's input).
-    children: "attention" | "mlp" -> names of the block's children with matrices in that half.
-    silence: child -> function that takes the child and its arguments, and returns zeros in the structure of its output.
-    parameters: "attention" | "mlp" -> names of the parameters that the half's output depends on.
-    """
-
-    layout: str
-    children: dict[str, tuple[str, ...]]
+    layout: str  # "sequential": the MLP half reads the attention half's output; "parallel": both read the block's input
+    children: dict[str, tuple[str, ...]]  # "attention" | "mlp" -> names of the children with matrices in that half
+    # Child -> function that takes the child and its arguments, and returns zeros in the structure of its output.
     silence: dict[str, Callable] = field(compare=False, repr=False)
-    parameters: dict[str, frozenset[str]] = field(default_factory=dict)
+    parameters: dict[str, frozenset[str]] = field(default_factory=dict)  # half -> names of those that its output depends on
 
     def silenced(self, half: str) -> dict[str, Callable]:
         """What stands in for the children of the other half while `half` runs."""
@@ -70,31 +60,19 @@ class Halves:
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """How a block is built. All names are relative to the block, so blocks that are built alike share one structure.
+    """How a block is built. All names are relative to the block, so blocks that are built alike share one structure."""
 
-    output: see `Output`; None: hidden states alone.
-    groups: names of its matrices in the order in which they run; those of a group read the same input.
-    matrices: by name, in the same order; without modules.
-    dense: names of linear modules that are not pruned, as they did not run as modules when the structure was found.
-    halves: or why the block does not divide.
-    """
-
-    output: Output | None = None
-    groups: tuple[tuple[str, ...], ...] = ()
-    matrices: dict[str, Matrix] = field(default_factory=dict)
-    dense: tuple[str, ...] = ()
-    halves: Halves | str = "was not divided"
+    output: Output | None = None  # None: hidden states alone
+    groups: tuple[tuple[str, ...], ...] = ()  # matrices in the order in which they run; those of a group read the same input
+    matrices: dict[str, Matrix] = field(default_factory=dict)  # by name, in the same order, without modules
+    dense: tuple[str, ...] = ()  # linear modules that are not pruned, as they did not run as modules
+    halves: Halves | str = "was not divided"  # or why the block does not divide
 
 
 @dataclass(frozen=True)
 class Structure:
-    """How a model is built.
+    """How a model is built."""
 
-    stacks: paths of the lists of blocks, in the order in which they run.
-    blocks: of each block of all stacks.
-    embedding: names of the parameters outside the blocks that the first block's input depends on.
-    """
-
-    stacks: tuple[str, ...] = ()
-    blocks: tuple[BlockStructure, ...] = ()
-    embedding: frozenset[str] = frozenset()
+    stacks: tuple[str, ...] = ()  # paths of the lists of blocks, in the order in which they run
+    blocks: tuple[BlockStructure, ...] = ()  # of all stacks
+    embedding: frozenset[str] = frozenset()  # names of the parameters that the first block's input depends on

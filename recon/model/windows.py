@@ -13,9 +13,9 @@ ALLOWED = "none, matrix, half-block, block, <k>-blocks (such as 2-blocks), quart
 class Window:
     """The parameters that are adapted together: a run of blocks, one half of a block, or matrices that share an input.
 
-    Matrices that read the same input (q, k and v; gate and up) make one window because under mse nothing couples them:
-    their outputs stand side by side, the loss is a sum over them, and AdamW works per weight, so each is fitted as if alone.
-    (Under the cosine loss they share one angle.)
+    Matrices that read the same input (q, k and v; gate and up) make one window whose output is the concatenation of theirs. Under
+    the squared error each is fitted as if alone: the loss is a sum over matrices, and AdamW updates weights independently. Under the
+    cosine loss they share one angle.
     """
 
     blocks: range
@@ -43,7 +43,7 @@ class Window:
 
 
 def canonical(granularity: str) -> str:
-    """The name of a granularity, from any of its spellings; the paper's 1/2, 1, 2, ... are accepted.
+    """The name of a granularity, from any of its spellings, such as the paper's 1/2, 1, 2, ...
 
     Raises `ReconError` for anything else.
     """
@@ -57,7 +57,7 @@ def canonical(granularity: str) -> str:
 
 
 def partition(granularity: str, blocks: int) -> list[range]:
-    """The runs of blocks that `granularity` divides `blocks` blocks into, as evenly as can be for a quarter."""
+    """The runs of blocks that `granularity` divides `blocks` blocks into; quarters are as even as possible."""
     name = canonical(granularity)
     if name == "quarter":
         edges = [round(blocks * i / 4) for i in range(5)]
