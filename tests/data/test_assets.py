@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from recon.data import assets
+from recon.data import assets, files
 from recon.data.assets import Asset
 from recon.errors import ReconError
 
@@ -67,7 +67,7 @@ def only_local_wheels(tmp_path, monkeypatch) -> Path:
 
 
 def leftovers(cache: Path) -> list[Path]:
-    return [path for pattern in ("partial-*", "**/*.tmp") for path in cache.glob(pattern)]
+    return list(cache.glob("**/*.part"))
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -85,17 +85,16 @@ def test_fetch_takes_all_assets_of_a_wheel_at_once_and_once(cache, downloads):
     assert not leftovers(cache)
 
 
-def test_a_stamped_file_is_not_hashed_again(downloads, monkeypatch):
-    assets.fetch("one")
-    monkeypatch.setattr(assets, "sha256", lambda path: pytest.fail(f"hashed {path}"))
+def test_a_file_is_hashed_once(downloads, monkeypatch):
+    for _ in range(2):  # when it is fetched, and when it is first found
+        assets.fetch("one")
+    monkeypatch.setattr(files, "sha256", lambda path: pytest.fail(f"hashed {path}"))
     assets.fetch("one")
 
 
 def test_a_touched_but_equal_file_is_accepted(downloads):
-    path = assets.fetch("one")
-    os.utime(path, (1, 1))
+    os.utime(assets.fetch("one"), (1, 1))
     assets.fetch("one")
-    assert json.loads(assets._stamp_path(path).read_text())["mtime_ns"] == 10**9
     assert len(downloads) == 1
 
 
@@ -144,7 +143,7 @@ def test_pip_downloads_a_wheel(cache, only_local_wheels):
 def test_a_failing_pip_is_quoted(cache, only_local_wheels):
     with pytest.raises(ReconError, match=r"(?s)pip could not download standin==1.0 .*No matching distribution"):
         assets.fetch("one")
-    assert not leftovers(cache) and not (cache / "assets").exists()
+    assert not leftovers(cache) and not list((cache / "assets").iterdir())
 
 
 def test_pip_progress_becomes_a_bar(capfd):
@@ -218,12 +217,12 @@ def test_two_processes_share_one_download(tmp_path, cache):
 def test_a_killed_download_leaves_nothing_that_counts(cache, downloads):
     process = fetching_process(cache, "hanging_download")
     deadline = time.monotonic() + 60
-    while not list(cache.glob("partial-*/half.whl")):
+    while not list(cache.glob("assets/.standin-1.0.*.part/half.whl")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert leftovers(cache) and not list(cache.glob("assets/*"))
+    assert leftovers(cache) and not list(cache.glob("assets/[!.]*"))
     assert assets.fetch("one").read_bytes() == CONTENT["standin/data/one.txt"]
     assert not leftovers(cache)
 
@@ -245,11 +244,11 @@ def test_derived_files_are_made_once_and_say_where_from(downloads):
     assert len(made) == 1
     readme = (folder / "README.md").read_text()
     assert "CC0" in readme and "standin 1.0" in readme
-    assert json.loads((folder / "stamp.json").read_text())["sha256"] == STANDIN["one"].sha256
+    assert set(files.read_hashes(folder)) == {"README.md", "upper.txt"}
     assert assets.derived("upper", "one", 2, make) != folder and len(made) == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no stamp"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no hashes"])
 def test_damaged_derived_files_are_reported_and_made_again(downloads, caplog, damage):
     folder = assets.derived("upper", "one", 1, upper_case)
     file = folder / "upper.txt"
@@ -258,7 +257,7 @@ def test_damaged_derived_files_are_reported_and_made_again(downloads, caplog, da
     elif damage == "changed":
         file.write_bytes(CONTENT["standin/data/one.txt"])
     else:
-        (file if damage == "missing" else folder / "stamp.json").unlink()
+        (file if damage == "missing" else folder / files.HASHES).unlink()
     with caplog.at_level(logging.WARNING, "recon"):
         assert assets.derived("upper", "one", 1, upper_case) == folder
     assert file.read_bytes() == CONTENT["standin/data/one.txt"].upper()
@@ -290,14 +289,8 @@ def test_parts_are_joined_in_their_order(cache, downloads):
     readme = (folder / "README.md").read_text()
     assert readme.index("one.txt") < readme.index("two.txt") and readme.count("CC0") == 1
     for name in ("one", "two"):
-        assert folder.name not in {assets.derived("whole", name, 1, copy).name, assets.derived("whole", (name,), 1, copy).name}
-
-
-def test_a_single_part_keeps_the_name_and_stamp_of_an_asset(downloads):
-    folder = assets.derived("whole", ("one",), 1, copy)
-    assert folder.name == f"whole-{STANDIN['one'].sha256[:8]}-v1"
-    stamp = json.loads((folder / "stamp.json").read_text())
-    assert stamp["source"] == "one" and stamp["sha256"] == STANDIN["one"].sha256
+        alone = assets.derived("whole", name, 1, copy)
+        assert alone != folder and alone == assets.derived("whole", (name,), 1, copy)
 
 
 def test_a_damaged_part_is_fetched_again_before_it_is_joined(downloads, caplog):
@@ -318,7 +311,7 @@ def test_a_part_that_is_not_the_pinned_one_is_refused(cache, monkeypatch):
 
 def test_a_bundled_model_is_converted_from_its_parts_together(downloads, monkeypatch):
     monkeypatch.setattr(assets, "_GGUF", {"standin": ("one", "two")})
-    monkeypatch.setattr(assets, "convert_gguf", copy)
+    monkeypatch.setattr("recon.data.gguf.convert", copy)
     folder = assets.bundled_model("standin")
     assert (folder / "whole.txt").read_bytes() == b"".join(CONTENT.values())
 

@@ -28,9 +28,11 @@ def analogies(**_):
 def last_word(**_):
     """lm-eval's data set of the passages: rows "text" (all but the last word) and "word"."""
     name = f"last-word-{text.fingerprint('wikipedia')[:8]}"
-    articles = text.documents("wikipedia", "evaluation")  # here, as it takes the lock on the cache that `derived` takes
-    folder = assets.derived(name, "enwiki-sample", LAST_WORD, lambda _, folder: _write(folder, last_word_rows(articles)))
-    return _dataset(folder)
+
+    def make(_, folder: Path) -> None:
+        _write(folder, last_word_rows(text.documents("wikipedia", "evaluation")))
+
+    return _dataset(assets.derived(name, "enwiki-sample", LAST_WORD, make))
 
 
 def analogy_rows(lines: Iterable[str]) -> list[dict]:
