@@ -4,12 +4,7 @@ Companion of *A Free Lunch in LLM Compression: Revisiting Retraining after Pruni
 """
 
 import importlib
-import os
 
-# What oneDNN, and torch around it, have compiled is kept for the last 1,024 shapes of matrix products unless this is said
-# before the first one. Experts read other numbers of tokens every time, which makes that hundreds of megabytes.
-for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, "16")
 # Public name -> module that holds it; imported on first use, so that `recon --help` does not wait for torch.
 _PUBLIC = {
     "Decoder": "model.decoder",

@@ -15,6 +15,7 @@ from recon.experiment.config import RunSpec, options, place
 from recon.experiment.record import RunRecord
 from recon.options import described
 from recon.paper.bench.spec import BenchSpec
+from recon.runtime.device import limit_compiled_shapes
 
 
 def flat(name: str, doc: str, without: tuple[str, ...] = (), **changed: tuple) -> type:
@@ -273,6 +274,7 @@ class Bench:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; bad input ends with its message and exit status 2, Ctrl-C with 130."""
+    limit_compiled_shapes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recon").setLevel(logging.INFO)
     commands = {

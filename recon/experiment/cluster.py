@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from recon.errors import ReconError
-from recon.runtime.device import cores
+from recon.runtime.device import cores, limit_compiled_shapes
 
 log = logging.getLogger("recon")
 EXECUTORS = ("serial", "ray")
@@ -224,6 +224,7 @@ class Worker:
     """
 
     def __init__(self, threads: int, do: Callable):
+        limit_compiled_shapes()
         # Ray counts a worker's CPUs, but does not keep it to them.
         torch.set_num_threads(threads)
         self._do = do

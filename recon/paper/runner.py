@@ -30,6 +30,7 @@ from recon.experiment import cluster
 from recon.experiment.estimate import duration
 from recon.paper import claims, figures
 from recon.runtime import lock, storage
+from recon.runtime.device import limit_compiled_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = {  # where their notebooks write figures and records
@@ -299,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else one that is started on this machine")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names of notebooks (default: all)")
     given = parser.parse_intermixed_args(arguments)
+    limit_compiled_shapes()  # in the kernels, which inherit it
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it logs what the summary says
     try:
         outcomes = execute(

@@ -41,6 +41,17 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def limit_compiled_shapes() -> None:
+    """Has oneDNN keep what it compiled for the last 16 shapes of matrix products on CPUs only; call it before the first product.
+
+    Its default is 1,024. Experts read another number of tokens with every batch, for which that takes hundreds of megabytes.
+    Sets the environment variables ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY unless they are set already. Child
+    processes inherit them. The command line, the notebook runner and Ray workers call this; other programs may.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
+
+
 def cores() -> int:
     """CPUs that this process may use: a job of SLURM, say, may have a few of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -77,6 +77,16 @@ def test_few_compiled_products_are_kept_unless_somebody_says_otherwise(own, kept
     """Of experts, no two products have one shape; the memory that it saves is in the slow tests of `test_plan.py`."""
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     environment = {name: value for name, value in os.environ.items() if name not in names} | own
-    command = [sys.executable, "-c", f"import recon, os; print(*(os.environ[name] for name in {names}))"]
+    code = f"""
+import os
+before = dict(os.environ)
+import recon
+assert dict(os.environ) == before
+from recon.runtime.device import limit_compiled_shapes
+assert all(os.environ.get(name) == before.get(name) for name in {names})
+limit_compiled_shapes()
+print(*(os.environ[name] for name in {names}))
+"""
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [kept, kept]
