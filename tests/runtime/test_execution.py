@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from recon.config import PruningConfig
+from recon.config import PruningConfig, ReconstructionConfig
 from recon.evaluate.perplexity import drift, perplexity
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
@@ -97,16 +97,13 @@ def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, tokens, monkeypa
 
     def results():
         student = take_apart(copy.deepcopy(dense.model), like=dense)
-        prune(
-            student, samples, PruningConfig(criterion="sparsegpt"), execution=Execution(compute_dtype="bfloat16", progress=False)
-        )
-        reconstruct(
-            student, dense, samples, held_out=held_out, **options, execution=Execution(compute_dtype="bfloat16", progress=False)
-        )
+        execution = Execution(compute_dtype="bfloat16", progress=False)
+        prune(student, samples, PruningConfig(criterion="sparsegpt"), execution=execution)
+        reconstruct(student, dense, samples, ReconstructionConfig(**options), held_out=held_out, execution=execution)
         return (
             [p.clone() for p in student.model.parameters()],
             drift(student, dense, held_out)[0],
-            perplexity(student, held_out, progress=False),
+            perplexity(student, held_out, execution=execution),
         )
 
     near = results()
