@@ -98,8 +98,8 @@ class PruningConfig(Options):
     compensate: bool = option(True, "FLAP: the mean of what is removed goes into a bias.")
 
     def __post_init__(self):
-        super().__post_init__()
         object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
+        super().__post_init__()
         criterion, pattern = get_criterion(self.criterion), Pattern.parse(self.pattern)
         structured = isinstance(criterion, Structured)
         if self.mask_refinement and not criterion.scores:
@@ -157,8 +157,8 @@ class ReconstructionConfig(Options):
     warmup: float = option(0.1, "Share of the steps in which the learning rate rises.", least=0, most=1)
 
     def __post_init__(self):
-        super().__post_init__()
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
+        super().__post_init__()
         if self.solver == "exact" and self.granularity not in ("matrix", "none"):
             raise ReconError(
                 f"solver exact fits single matrices, not granularity {self.granularity!r}; use granularity matrix, or start exact "

@@ -1,4 +1,4 @@
-"""Options as data: every field of a config says what it means and what is allowed, and is checked where it is made.
+"""Options as data: every field of a config says what it means and what is allowed, and is checked where the config is made.
 
     @dataclass(frozen=True)
     class PruningConfig(Options):
@@ -13,6 +13,8 @@ from dataclasses import Field, field, fields
 
 from recon.errors import ReconError
 
+NAMES = tuple[str, ...]
+
 
 def option(
     default: object,
@@ -24,45 +26,36 @@ def option(
     above: float | None = None,
     flag: str = "",
 ):
-    """A field of a config.
+    """A field of a config. Its type is bool, int, float, str, `str | None` or `NAMES`.
 
-    choices: allowed values, in names; the keys of a mapping count.
-    least, most, above: bounds of a number: from `least`, to `most`, larger than `above`.
-    flag: the option's name on the command line and in records, where it is not the field's; see `recon.experiment.config`.
+    Args:
+        help: what it means, in a sentence or two.
+        choices: allowed names; of a mapping, its keys.
+        least, most, above: bounds of a number: from `least`, to `most`, larger than `above`.
+        flag: the name that users give the option by, where it is not the field's.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "bounds": (least, most, above), "flag": flag})
 
 
 class Options:
-    """Base of the configs, which are frozen dataclasses of `option`s."""
+    """Base of the configs, which are frozen dataclasses of `option`s: checks every value when one is made."""
 
     def __post_init__(self):
         for each in fields(self):
-            if not each.metadata:  # a config made of configs
-                continue
-            object.__setattr__(self, each.name, checked(each, getattr(self, each.name)))
+            if each.metadata:  # else it is a config itself
+                object.__setattr__(self, each.name, checked(each, getattr(self, each.name)))
 
 
 def checked(each: Field, value: object) -> object:
-    """`value` as the field `each` stores it: whole numbers as floats where it is one, lists of names as tuples.
+    """`value` as the option `each` stores it: numbers as floats where it is one, names as a tuple.
 
     Raises `ReconError` naming the option, the value and what is allowed.
     """
-    name, choices = flag(each), tuple(each.metadata["choices"])
-    if each.type in (int, float):
-        return _number(name, value, each.type, *each.metadata["bounds"])
-    if each.type is bool:
-        if not isinstance(value, bool):
-            raise ReconError(f"{name} is {value!r}; allowed: True, False")
-        return value
-    if each.type == tuple[str, ...]:
-        value = (value,) if isinstance(value, str) else value
-        if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
-            raise ReconError(f"{name} is {value!r}; allowed: a list of names")
-        return tuple(value)
-    if choices and value not in choices:
-        raise ReconError(f"{name} is {value!r}; allowed: {', '.join(choices)}")
-    return value
+    if each.type == NAMES and isinstance(value, str):
+        value = (value,)
+    if not _fits(each, value):
+        raise ReconError(f"{flag(each)} is {value!r}; allowed: {allowed(each)}")
+    return {float: float, NAMES: tuple}.get(each.type, lambda same: same)(value)
 
 
 def flag(each: Field) -> str:
@@ -71,19 +64,34 @@ def flag(each: Field) -> str:
 
 
 def described(each: Field) -> str:
-    """The help of an option, with what is allowed."""
-    choices = tuple(each.metadata["choices"])
-    return each.metadata["help"] + (f" Allowed: {', '.join(choices)}." if choices else "")
+    """The help of an option, with the names that are allowed."""
+    return each.metadata["help"] + (f" Allowed: {allowed(each)}." if each.metadata["choices"] else "")
 
 
-def _number(name: str, value: object, kind: type, least: float | None, most: float | None, above: float | None) -> int | float:
-    right = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool) and math.isfinite(value)
-    low = least is not None and right and value < least or above is not None and right and value <= above
-    if not right or low or (most is not None and value > most):
-        bounds = (
-            [f"from {least:g}"] * (least is not None)
-            + [f"above {above:g}"] * (above is not None)
-            + [f"to {most:g}"] * (most is not None)
+def allowed(each: Field) -> str:
+    """What an option may be, in words."""
+    if each.metadata["choices"]:
+        return ", ".join(each.metadata["choices"])
+    least, most, above = each.metadata["bounds"]
+    within = "".join(
+        f" {word} {bound:g}" for word, bound in (("from", least), ("above", above), ("to", most)) if bound is not None
+    )
+    kinds = {bool: "True, False", int: "a whole number", float: "a number", str: "text", NAMES: "a list of names"}
+    return kinds.get(each.type, "text, None") + within
+
+
+def _fits(each: Field, value: object) -> bool:
+    if each.type in (int, float):
+        least, most, above = each.metadata["bounds"]
+        return (
+            isinstance(value, int | each.type)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and (least is None or value >= least)
+            and (most is None or value <= most)
+            and (above is None or value > above)
         )
-        raise ReconError(f"{name} is {value!r}; allowed: a {'whole ' * (kind is int)}number {' '.join(bounds)}".rstrip())
-    return kind(value)
+    if each.type == NAMES:
+        return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    choices = each.metadata["choices"]
+    return isinstance(value, each.type) and (not choices or value in choices)

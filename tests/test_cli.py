@@ -107,13 +107,13 @@ def test_run_takes_its_options(small, tmp_path, words, fields):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--criterion", "magic"], "criterion 'magic' is unknown; choose one of magnitude, none, random, wanda"),
+        (["--criterion", "magic"], "criterion is 'magic'; allowed: magnitude, none, random, wanda"),
         (["--pattern", "2:5"], "do not divide into the groups of 5"),
         (["--pattern", "4:2"], "'4:2'"),
         (["--pattern", "1.5"], "'1.5'"),
         (["--pattern", "-0.1"], "-0.1"),
         (["--pattern", "abc"], "'abc'"),
-        (["--granularity", "thirds"], "unknown granularity 'thirds'; allowed: none, matrix, half-block"),
+        (["--granularity", "thirds"], "granularity is 'thirds'; allowed: none, matrix, half-block"),
         (["--samples", "1000000"], "1000000 samples of 32 tokens are more than the calibration split"),
         (["--samples", "many"], "many"),
         (["--model", "gpt-17"], "unknown model 'gpt-17'; bundled: smollm2-135m"),

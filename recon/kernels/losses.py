@@ -48,7 +48,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": c
 def get_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The window loss called `name`. Raises `ReconError` for an unknown one."""
     if name not in LOSSES:
-        raise ReconError(f"unknown loss {name!r}; allowed: {', '.join(LOSSES)}")
+        raise ReconError(f"loss is {name!r}; allowed: {', '.join(LOSSES)}")
     return LOSSES[name]
 
 

@@ -62,8 +62,8 @@ class Pattern:
 
 def _bad_pattern(text: str) -> ReconError:
     return ReconError(
-        f"pattern {text!r} is neither a sparsity from 0 up to, not including, 1 (such as '0.5') "
-        "nor N:M with 0 < N < M (such as '2:4': 2 of every 4 consecutive input weights are kept)"
+        f"pattern is {text!r}; allowed: a sparsity from 0 up to, not including, 1 (such as '0.5'), or N:M with 0 < N < M "
+        "(such as '2:4': 2 of every 4 consecutive input weights are kept)"
     )
 
 
@@ -133,7 +133,7 @@ def _keeps(mask: Tensor, n: int, m: int) -> bool:
 def check_scope(scope: str) -> None:
     """Raises `ReconError` for a scope that is not in `SCOPES`."""
     if scope not in SCOPES:
-        raise ReconError(f"scope {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+        raise ReconError(f"scope is {scope!r}; allowed: {', '.join(SCOPES)}")
 
 
 def sparsity_of(tensor: Tensor) -> float:

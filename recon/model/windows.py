@@ -53,7 +53,7 @@ def canonical(granularity: str) -> str:
         name += "-blocks"
     if name in NAMED or re.fullmatch(r"[1-9]\d*-blocks", name):
         return name
-    raise ReconError(f"unknown granularity {granularity!r}; allowed: {ALLOWED}")
+    raise ReconError(f"granularity is {granularity!r}; allowed: {ALLOWED}")
 
 
 def partition(granularity: str, blocks: int) -> list[range]:

@@ -7,8 +7,76 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from recon.errors import ReconError
 from recon.kernels import losses
-from recon.kernels.losses import kl_divergence, negative_log_likelihood, relative_error
+from recon.kernels.losses import LOSSES, cosine, get_loss, kl_divergence, mse, negative_log_likelihood, relative, relative_error
+
+
+# ---- of windows
+
+
+def test_mse_by_hand():
+    output, target = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 4.0]]])
+    assert mse(output, target).item() == pytest.approx((4 + 9) / 4)
+
+
+def test_cosine_by_hand():
+    output, target = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[5.0, 0.0], [0.0, 2.0]]])
+    assert cosine(output, target).item() == pytest.approx((0 + 1 - 1 / math.sqrt(2)) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_losses_are_in_float32(loss):
+    value = loss(torch.full((1, 2, 3), 300.0).half(), torch.full((1, 2, 3), -300.0).half())
+    assert value.dtype == torch.float32 and value.isfinite()
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_equal_outputs_cost_nothing_even_where_they_are_zero(loss):
+    target = torch.tensor([[[1.0, -2.0], [0.0, 0.0]]])
+    assert_close(loss(target, target), torch.tensor(0.5 if loss is cosine else 0.0))  # zeros have no angle
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("loss", [cosine, relative])
+def test_size_of_activations_does_not_matter(loss, scale):
+    draw = torch.Generator().manual_seed(0)
+    output, target = (torch.randn(2, 5, 6, generator=draw) for _ in range(2))
+    assert_close(loss(output * scale, target * scale), loss(output, target))
+
+
+def test_one_massive_token_decides_the_squared_error_alone():
+    output, target = torch.zeros(1, 10, 4), torch.ones(1, 10, 4)
+    target[0, 0] = 1e3
+    better = output.clone()
+    better[0, 1:] = 1.0  # all tokens but one are right
+    assert mse(better, target) > 0.99 * mse(output, target)
+    assert_close(relative(better, target), 0.1 * relative(output, target))
+
+
+def test_unknown_loss_is_refused():
+    with pytest.raises(ReconError, match="'kl'.*mse, cosine, relative"):
+        get_loss("kl")
+
+
+def test_relative_error_by_hand():
+    target = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 10.0]]])
+    output = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[2.0, 1.0], [0.0, 5.0]]])
+    assert relative_error(output, target) == pytest.approx((0 + 1 + 1 / 4 + 25 / 100) / 4)
+    assert relative_error(output, target) == relative(output, target).item()
+    assert relative_error(target, target) == 0
+
+
+def test_relative_error_weighs_tokens_alike():
+    target = torch.tensor([[[1000.0, 0.0], [1.0, 0.0]]])
+    assert relative_error(torch.tensor([[[1000.0, 0.0], [0.0, 0.0]]]), target) == pytest.approx(0.5)
+
+
+def test_relative_error_of_a_silent_token_is_finite():
+    assert math.isfinite(relative_error(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)))
+
+
+# ---- of predictions
 
 
 @pytest.fixture
@@ -61,19 +129,3 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(draw):
     assert not negative_log_likelihood(found, targets).requires_grad
     with torch.no_grad():
         assert not negative_log_likelihood(found.requires_grad_(), targets).requires_grad
-
-
-def test_relative_error_by_hand():
-    target = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 10.0]]])
-    output = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[2.0, 1.0], [0.0, 5.0]]])
-    assert relative_error(output, target) == pytest.approx((0 + 1 + 1 / 4 + 25 / 100) / 4)
-    assert relative_error(target, target) == 0
-
-
-def test_relative_error_weighs_tokens_alike():
-    target = torch.tensor([[[1000.0, 0.0], [1.0, 0.0]]])
-    assert relative_error(torch.tensor([[[1000.0, 0.0], [0.0, 0.0]]]), target) == pytest.approx(0.5)
-
-
-def test_relative_error_of_a_silent_token_is_finite():
-    assert math.isfinite(relative_error(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)))

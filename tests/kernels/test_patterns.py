@@ -40,9 +40,8 @@ def test_parse_and_back(text, sparsity, n, m):
     "text", ["4:2", "4:4", "0:4", "0:0", "1.5", "1", "-0.1", "nan", "inf", "abc", "", "2:", "2:4:8", "-2:4", "2.0:4"]
 )
 def test_bad_patterns_are_refused(text):
-    with pytest.raises(ReconError, match="such as '2:4'") as error:
+    with pytest.raises(ReconError, match=f"pattern is '{text}'; allowed: .*such as '2:4'"):
         Pattern.parse(text)
-    assert str(error.value).startswith(f"pattern {text!r} is neither")
 
 
 @pytest.mark.parametrize("fields", [(1.0,), (0.5, 2), (0.5, None, 4), (0.5, 3, 4), (0.0, 4, 4)])
@@ -103,7 +102,7 @@ def test_infinite_scores_are_kept_and_nan_refused():
 
 
 def test_scope_and_columns_of_scores_are_checked():
-    with pytest.raises(ReconError, match="'column' is unknown; choose one of row, matrix"):
+    with pytest.raises(ReconError, match="'column'; allowed: row, matrix"):
         keep_mask(random_scores(4, 8), Pattern.parse("0.5"), "column")
     with pytest.raises(ReconError, match="10 input columns"):
         keep_mask(random_scores(4, 10), Pattern.parse("2:4"), "row")

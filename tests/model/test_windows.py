@@ -29,9 +29,7 @@ def test_canonical_names(given, name):
 
 @pytest.mark.parametrize("given", ["", "0", "0-blocks", "-1", "1/3", "2-block", "02", "Block", "half", "1.5", "block "])
 def test_unknown_granularity_is_refused_with_what_is_allowed(given):
-    with pytest.raises(
-        ReconError, match=r"unknown granularity .*matrix, half-block, block, <k>-blocks .*quarter, model"
-    ) as error:
+    with pytest.raises(ReconError, match=r"granularity is .*matrix, half-block, block, <k>-blocks .*quarter, model") as error:
         canonical(given)
     assert repr(given) in str(error.value)
 

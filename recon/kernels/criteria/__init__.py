@@ -134,5 +134,5 @@ CRITERIA: dict[str, Criterion | Structured] = {criterion.name: criterion for cri
 def get(name: str) -> Criterion | Structured:
     """The criterion called `name`. Raises `ReconError` for an unknown one."""
     if name not in CRITERIA:
-        raise ReconError(f"criterion {name!r} is unknown; choose one of {', '.join(CRITERIA)}")
+        raise ReconError(f"criterion is {name!r}; allowed: {', '.join(CRITERIA)}")
     return CRITERIA[name]
