@@ -11,7 +11,6 @@ from recon.errors import ReconError
 from recon.kernels import losses
 from recon.kernels.losses import LOSSES, cosine, get_loss, kl_divergence, mse, negative_log_likelihood, relative, relative_error
 
-
 # ---- of windows
 
 
