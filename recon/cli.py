@@ -207,7 +207,7 @@ class Unfinished:
     """Keys of runs whose work so far is to be deleted, or all."""
 
     def __call__(self) -> None:
-        from recon.experiment.estimate import duration
+        from recon.experiment.cost import duration
         from recon.experiment.unfinished import discard, unfinished
 
         runs = unfinished()

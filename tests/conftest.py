@@ -1,5 +1,6 @@
 """Fixtures that all tests share: tiny models, tokens, and a folder with a model, its tokenizer and its text."""
 
+import json
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each on a core of its own; so are the processes that tests start
@@ -52,3 +53,14 @@ def tiny_folder(tmp_path_factory) -> str:
 def tiny_text(tiny_folder) -> str:
     """A text file of 240 paragraphs of made-up words, about 22,000 tokens for the tokenizer of `tiny_folder`."""
     return f"{tiny_folder}/tiny_text.txt"
+
+
+@pytest.fixture
+def config_folder(tmp_path):
+    """Factory of folders with a configuration and nothing else."""
+
+    def make(config: dict) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return make

@@ -6,13 +6,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from recon.experiment import estimate, plan, streamed
+from recon.experiment import cost, plan, streamed
 from recon.experiment.cluster import Crew, Failure, Ray, Request, connect
 from recon.experiment.config import RunSpec
+from recon.experiment.memory import highest
 from recon.experiment.record import RunRecord
 from recon.experiment.run import Session
 from recon.runtime.activations import LIMIT
-from recon.runtime.device import pick_device
+from recon.runtime.device import HOST, pick_device
 
 log = logging.getLogger("recon")
 # Computes one run, with or without progress bars; never raises, but gives a record that says how it failed.
@@ -55,7 +56,7 @@ def _announce(specs: list[RunSpec], session: Session) -> None:
         if any(map(streamed.is_too_large, specs)):
             return
         decoder, _ = session.load(*specs[0].loaded_by)
-        estimate.announce_study(specs, decoder, pick_device(specs[0].device))
+        cost.announce_study(specs, decoder, pick_device(specs[0].device))
     except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
         log.debug("no estimate: %s", error)
 
@@ -84,18 +85,14 @@ def _by_memory(specs: dict[str, RunSpec], share: float) -> dict[int, dict[str, R
 
 
 def _memory(specs: Iterable[RunSpec], share: float) -> int:
-    largest = next(iter(specs))
+    specs = list(specs)
     try:
-        decoder = plan.shapes_of(*largest.loaded_by).decoder
-        largest = max(specs, key=lambda spec: estimate.cost(spec, decoder)[1])
-        # The dense model is there too.
-        roughly = estimate.cost(largest, decoder)[1] + sum(p.nbytes for p in decoder.model.parameters())
-        if roughly < plan.LARGE * share:
-            return 0
-        return math.ceil(plan.plan(largest).peak_memory)
+        peaks = (plan.peak_memory(spec, pick_device(spec.compute.device))[HOST.type] for spec in specs)
+        needs = max(sum(highest(phases).values()) for phases in peaks)
     except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
-        log.info("no memory is set aside for runs of %r: %s", largest.model.model, error)
+        log.info("no memory is set aside for runs of %r: %s", specs[0].model.model, error)
         return 0
+    return 0 if needs < plan.LARGE * share else math.ceil(needs)
 
 
 def _by_workers(specs: dict[str, RunSpec], run: Run, ray, request: Request, limit: int | None) -> Iterator[RunRecord]:

@@ -20,7 +20,7 @@ from recon.data import files, models, text
 from recon.errors import ReconError
 from recon.evaluate import perplexity as evaluation
 from recon.evaluate import zero_shot
-from recon.experiment import checkpoint, estimate, ray_windows
+from recon.experiment import checkpoint, cost, ray_windows
 from recon.experiment.cluster import Ray
 from recon.experiment.config import RunSpec
 from recon.experiment.environment import environment
@@ -292,7 +292,7 @@ class Run:
 
     def announce(self) -> None:
         """Says how long this will take."""
-        estimate.announce(self.spec, self.dense, self.device, streamed=self.dense.lazy is not None)
+        cost.announce(self.spec, self.dense, self.device)
 
     # --- the same in any case -----------------------------------------------------------------------------------------
 
@@ -497,7 +497,7 @@ class Run:
         """Writes metrics, tokens, operations and protocol into the record."""
         spec, metrics = self.spec, self.record.metrics
         tokens = {phase: count * spec.calibration.sequence_length for phase, count in spec.samples_by_phase.items()}
-        self.record.flops = estimate.flops(spec, self.dense)
+        self.record.flops = cost.flops(spec, self.dense)
         by_text, states = {}, {"dense": dense, "pruned": pruned, "repaired": repaired}
         for name in spec.evaluation.texts:
             results = {kind: measured.perplexities[name] for kind, measured in states.items()}
@@ -548,7 +548,7 @@ class Run:
             ),
             **({"reading": self.dense.reading} if self.dense.reading else {}),
             "kl": f"KL(dense || model) per token, on the first {evaluation.KL_WINDOWS} evaluation windows",
-            "flops": "closed form from the shapes, as if the run shared nothing; see recon.experiment.estimate.flops",
+            "flops": "closed form from the shapes, as if the run shared nothing; see recon.experiment.cost.flops",
             "drift": (
                 "mean over tokens of |repaired - dense|^2 / |dense|^2 in the residual stream, on "
                 f"{spec.calibration.held_out_samples} x {spec.calibration.sequence_length} tokens of {spec.calibration.text} (validation split)"

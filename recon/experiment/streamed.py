@@ -19,6 +19,7 @@ from recon.experiment import checkpoint, unfinished
 from recon.experiment.cluster import Ray
 from recon.experiment.config import RunSpec
 from recon.experiment.environment import environment
+from recon.experiment.memory import models_in_memory
 from recon.experiment.record import RunRecord
 from recon.experiment.run import Measured, Pruned, Run, Session
 from recon.experiment.unfinished import JOURNAL
@@ -69,18 +70,12 @@ def _needs_memory(spec: RunSpec) -> str | None:
 
 
 def is_too_large(spec: RunSpec) -> bool:
-    """Whether the weights of a run in memory would take more than there is to be had now; see `bytes_in_memory`."""
+    """Whether the weights of a run in memory would take more than there is to be had now; see `recon.experiment.memory.models_in_memory`."""
     numbers = 0
     for path in files.shards(models.folder(*spec.loaded_by)):
         with safe_open(path, framework="pt") as file:
             numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return 0 < device.available_memory() < bytes_in_memory(spec, numbers)
-
-
-def bytes_in_memory(spec: RunSpec, numbers: int) -> int:
-    """What a run in memory takes at least for a model of so many numbers: the dense model and its repaired copy, in float32, and once
-    more what pruning made of it, where that is more than zeros."""
-    return 4 * numbers * (2 + spec.changes_weights)
+    return 0 < device.available_memory() < models_in_memory(spec, numbers)
 
 
 def run(

@@ -27,7 +27,7 @@ from nbconvert import HTMLExporter
 
 from recon.errors import ReconError
 from recon.experiment import cluster
-from recon.experiment.estimate import duration
+from recon.experiment.cost import duration
 from recon.paper import claims, figures
 from recon.runtime import lock, storage
 from recon.runtime.device import limit_compiled_shapes

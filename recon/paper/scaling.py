@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig
 
-from recon.experiment import estimate
+from recon.experiment import cost
 from recon.experiment.config import RunSpec
-from recon.experiment.plan import decoder_of
+from recon.experiment.shapes import decoder_of
 from recon.methods.reconstruct import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 
@@ -94,8 +94,8 @@ def windows_of(spec: RunSpec, decoder: Decoder, rate: float) -> Windows:
     masks = sum(matrix.weight.numel() for matrix in decoder.matrices().values()) / len(parts)
     samples = spec.calibration.samples + min(spec.calibration.held_out_samples, ERROR_SAMPLES)
     stream = samples * spec.calibration.sequence_length * decoder.model.config.get_text_config().hidden_size
-    dense = estimate.forward_flops(decoder, spec.calibration.sequence_length) * samples * spec.calibration.sequence_length
-    repair = estimate.flops(spec, decoder)["reconstruct"]
+    dense = cost.forward_flops(decoder, spec.calibration.sequence_length) * samples * spec.calibration.sequence_length
+    repair = cost.flops(spec, decoder)["reconstruct"]
     return Windows(
         len(parts),
         dense / rate / len(parts),

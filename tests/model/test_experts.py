@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from recon import reconstruct
 from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
-from recon.experiment import estimate
+from recon.experiment import cost
 from recon.experiment.config import RunSpec
 from recon.kernels.gradient_descent import Schedule
 from recon.methods.adapters import check_adaptable
@@ -362,7 +362,7 @@ def test_blocks_that_run_again_in_the_backward_pass_run_in_the_same_way(made):
 def test_flops_count_the_experts_that_a_token_sees(made):
     all_of_them, half = (take_apart(make_model("mixtral", num_experts_per_tok=k, num_hidden_layers=2)) for k in (4, 2))
     spec = dataclasses.replace(RunSpec(), criterion="wanda", granularity="half-block")
-    full, sparse = (estimate.flops(spec, decoder) for decoder in (all_of_them, half))
+    full, sparse = (cost.flops(spec, decoder) for decoder in (all_of_them, half))
     experts = sum(m.weight.numel() for m in experts_of(half).values())
     evaluated = len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length
     assert full["evaluate"] - sparse["evaluate"] == 3 * evaluated * 2 * experts / 2

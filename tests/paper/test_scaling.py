@@ -5,7 +5,7 @@ import random
 import pytest
 
 import recon
-from recon.experiment.estimate import flops
+from recon.experiment.cost import flops
 from recon.paper.scaling import Windows, shape, study, windows, windows_of
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.experiment.config import RunSpec
-from recon.experiment.estimate import gemm_rate
+from recon.experiment.cost import gemm_rate
 from recon.methods.reconstruct import reconstruct
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart

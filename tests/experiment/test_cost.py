@@ -6,8 +6,8 @@ from fixtures.models import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
-from recon.experiment import estimate
+from recon.config import PruningConfig
+from recon.experiment import cost
 from recon.experiment.config import RunSpec
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
@@ -53,7 +53,7 @@ COMMON = {"samples": 96, "sequence_length": 12, "held_out_samples": 0}  # so sho
         {"granularity": "none", "retrain": "full"},
         {"granularity": "none", "retrain": "masklora"},
         {"granularity": "none", "retrain": "scalelora", "retrain_objective": "distil"},
-        {"granularity": "none", "retrain": "lora", "rank": 4},
+        {"granularity": "none", "retrain": "lora", "retrain_rank": 4},
         {"granularity": "none", "retrain": "norms"},
         {"granularity": "none", "retrain": "masklora", "retrain_checkpointing": True},
     ],
@@ -62,35 +62,22 @@ COMMON = {"samples": 96, "sequence_length": 12, "held_out_samples": 0}  # so sho
 def test_closed_form_agrees_with_what_is_counted(options, tokens):
     """Nearly: errors are measured on two samples more, and the counter does not see into the attention kernel."""
     spec = RunSpec.of(**{**COMMON, **options})
-    dense = make_model("llama", **SIZES)
-    teacher, model, batch = (
-        take_apart(dense),
-        copy.deepcopy(dense),
-        tokens(spec.calibration.samples, spec.calibration.sequence_length),
-    )
-    phase = (
-        "prune"
-        if spec.reconstruction.granularity == "none" and spec.retraining.method == "none"
-        else "retrain"
-        if spec.retraining.method != "none"
-        else "reconstruct"
-    )
-    common = {"compute_dtype": "float32", "progress": False}
+    dense, samples = make_model("llama", **SIZES), spec.calibration.samples
+    teacher, model, batch = take_apart(dense), copy.deepcopy(dense), tokens(samples, spec.calibration.sequence_length)
+    retrained, fitted = spec.retraining.method != "none", spec.reconstruction.granularity != "none"
+    phase = "retrain" if retrained else "reconstruct" if fitted else "prune"
+    execution = Execution(compute_dtype="float32", progress=False)
     if phase != "prune":
         masks = prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+    student = take_apart(model, like=teacher)
     with Counter() as counter:
         if phase == "prune":
-            prune(
-                take_apart(model, like=teacher),
-                batch,
-                PruningConfig(criterion=spec.pruning.criterion, statistics=spec.pruning.statistics),
-                **common,
-            )
+            prune(student, batch, spec.pruning, execution=execution)
         elif phase == "retrain":
-            retrain(take_apart(model, like=teacher), batch, RetrainingConfig(method=spec.retraining.method, objective=spec.retraining.objective, **vars(spec.then_schedule), rank=spec.reconstruction.rank, checkpointing=spec.retraining.checkpointing), masks=masks, dense=teacher, **common)  # fmt: skip
+            retrain(student, batch, spec.retraining, masks=masks, dense=teacher, execution=execution)
         else:
-            reconstruct(take_apart(model, like=teacher), teacher, batch, ReconstructionConfig(granularity=spec.reconstruction.granularity, propagation=spec.reconstruction.propagation, **vars(spec.schedule), train=spec.reconstruction.train, adapter=spec.reconstruction.adapter, rank=spec.reconstruction.rank), masks=masks, **common)  # fmt: skip
-    assert estimate.flops(spec, teacher)[phase] == pytest.approx(counter.flops, rel=0.07)
+            reconstruct(student, teacher, batch, spec.reconstruction, masks=masks, execution=execution)
+    assert cost.flops(spec, teacher)[phase] == pytest.approx(counter.flops, rel=0.07)
 
 
 def test_gram_matrices_and_exact_solutions_are_counted(tokens):
@@ -102,18 +89,19 @@ def test_gram_matrices_and_exact_solutions_are_counted(tokens):
     model = copy.deepcopy(dense)
     masks = prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     with Counter() as counter:
-        reconstruct(take_apart(model, like=teacher), teacher, batch, ReconstructionConfig(granularity="matrix", solver="exact", TODO=spec.exact), masks=masks, execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
-    assert estimate.flops(spec, teacher)["reconstruct"] == pytest.approx(counter.flops, rel=0.15)
+        execution = Execution(compute_dtype="float32", progress=False)
+        reconstruct(take_apart(model, like=teacher), teacher, batch, spec.reconstruction, masks=masks, execution=execution)
+    assert cost.flops(spec, teacher)["reconstruct"] == pytest.approx(counter.flops, rel=0.15)
 
 
 def test_what_is_not_done_costs_nothing():
-    found = estimate.flops(RunSpec.of(granularity="none", criterion="magnitude"), take_apart(make_model("llama")))
+    found = cost.flops(RunSpec.of(granularity="none", criterion="magnitude"), take_apart(make_model("llama")))
     assert (found["prune"], found["reconstruct"], found["retrain"]) == (0, 0, 0) and found["evaluate"] > 0
 
 
 def test_twice_the_samples_cost_twice():
     decoder = take_apart(make_model("llama"))
-    one, two = (estimate.flops(RunSpec.of(samples=n, retrain="norms"), decoder) for n in (16, 32))
+    one, two = (cost.flops(RunSpec.of(samples=n, retrain="norms"), decoder) for n in (16, 32))
     for phase in ("prune", "retrain"):
         assert two[phase] == 2 * one[phase]
     assert 1.8 * one["reconstruct"] < two["reconstruct"] < 2 * one["reconstruct"]  # errors are measured on the same few samples
@@ -122,5 +110,5 @@ def test_twice_the_samples_cost_twice():
 
 def test_the_head_is_known_even_where_it_is_the_embedding():
     decoder = take_apart(make_model("llama", tie_word_embeddings=True))
-    assert estimate._Model(decoder).head == 99 * 32
+    assert cost._Model(decoder).head == 99 * 32
     assert torch.is_tensor(decoder.head_weights()[0])
