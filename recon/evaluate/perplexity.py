@@ -51,7 +51,6 @@ def perplexity(
     reference: Reference | None = None,
     states: Tensor | None = None,
     description: str = "perplexity",
-    progress: bool = True,
 ) -> Perplexity:
     """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
@@ -63,7 +62,7 @@ def perplexity(
     decoder = take_apart(model)
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)
-    with tqdm(total=len(decoder.blocks) + 1, desc=description, unit="block", disable=not progress) as bar:
+    with tqdm(total=len(decoder.blocks) + 1, desc=description, unit="block", disable=not execution.progress) as bar:
         stream = last_states(decoder, tokens, execution, bar) if states is None else states
         tokens, stream = decoder.predicted(tokens), decoder.predicted(stream)
         means, divergences = _scores(decoder, execution, tokens, stream, reference)

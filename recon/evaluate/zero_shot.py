@@ -56,7 +56,6 @@ def zero_shot(
     limit: int | None = None,
     *,
     execution: Execution | None = None,
-    progress: bool = True,
 ) -> dict:
     """Accuracy of `model` on `tasks` without examples in the prompt.
 
@@ -82,9 +81,10 @@ def zero_shot(
 
     from recon.evaluate.harness import Scorer
 
-    with _quiet(progress):
+    execution = execution or Execution(decoder.device)
+    with _quiet(execution.progress):
         loaded = _load(tasks)
-        scorer = Scorer(decoder, tokenizer, execution or Execution(decoder.device))
+        scorer = Scorer(decoder, tokenizer, execution)
         found = evaluate(lm=scorer, task_dict={"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=True)
     summaries = {name: _summary(found["results"][name], found["samples"][name], found["versions"][name]) for name in tasks}
     return {"lm_eval_version": lm_eval.__version__, "tasks": summaries}
@@ -136,7 +136,7 @@ def _summary(metrics: dict, samples: list[dict], version: object) -> dict:
 
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Silences lm-eval but for errors, and for its progress bars where `progress` is wanted."""
+    """Silences lm-eval, but for errors, and for its progress bars if `progress`."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

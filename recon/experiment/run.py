@@ -383,16 +383,14 @@ class Run:
         def perplexity(tokens: Tensor, name: str, states: Tensor | None = None) -> evaluation.Perplexity:
             return evaluation.perplexity(
                 decoder, tokens, execution=execution, reference=self.references.get(name), states=states,
-                description=f"perplexity ({what}, {name})", progress=self.progress,
+                description=f"perplexity ({what}, {name})",
             )  # fmt: skip
 
         perplexities = {name: perplexity(tokens, name) for name, tokens in self.texts.items()}
         tasks = {}
         if spec.evaluation.tasks:
             limit = spec.evaluation.task_limit or None
-            tasks = zero_shot.zero_shot(
-                decoder, self.tokenizer, spec.evaluation.tasks, limit, execution=execution, progress=self.progress
-            )
+            tasks = zero_shot.zero_shot(decoder, self.tokenizer, spec.evaluation.tasks, limit, execution=execution)
         drift, held_out = [], None
         if self.held_out is not None:
             states = None
@@ -470,9 +468,8 @@ class Run:
             def on_merged(self) -> None:
                 name = spec.evaluation.texts[0]
                 found = evaluation.perplexity(
-                    student, run.texts[name], execution=Execution(run.device, spec.compute.compute_dtype),
-                    description=f"perplexity (merged, {name})", progress=run.progress,
-                )  # fmt: skip
+                    student, run.texts[name], execution=run.execution(), description=f"perplexity (merged, {name})"
+                )
                 run.record.metrics["perplexity_before_masking"] = found.value
 
         return retraining.retrain(

@@ -31,7 +31,7 @@ def own_losses(model, tokens):
 def test_perplexity_is_the_models_own(tiny, tokens, monkeypatch, family, slice_length):
     monkeypatch.setattr(evaluation, "SLICE", slice_length)
     model, batch = tiny(family), tokens(3, 31)
-    result = perplexity(model, batch, execution=FLOAT32, progress=False)
+    result = perplexity(model, batch, execution=FLOAT32)
     expected = own_losses(model, batch)
     assert_close(result.per_window, expected, rtol=1e-5, atol=1e-5)
     assert result.value == pytest.approx(math.exp(sum(expected) / 3), rel=1e-4)
@@ -44,25 +44,25 @@ def test_perplexity_is_the_models_own(tiny, tokens, monkeypatch, family, slice_l
 )
 def test_caps_and_scales_of_logits_count(tiny, tokens, family, setting, plain):
     model, batch = tiny(family), tokens(2, 20)
-    capped = perplexity(model, batch, execution=FLOAT32, progress=False).value
+    capped = perplexity(model, batch, execution=FLOAT32).value
     setattr(model.config, setting, plain)
     for name in (setting, "logits_scaling"):  # some models read it once, when they are made
         if name in vars(model):
             setattr(model, name, plain)
-    uncapped = perplexity(model, batch, execution=FLOAT32, progress=False).value
+    uncapped = perplexity(model, batch, execution=FLOAT32).value
     assert abs(capped / uncapped - 1) > 1e-3
 
 
 def test_windows_longer_than_a_slice(tiny, tokens):
     model, batch = tiny("llama", max_position_embeddings=600), tokens(2, 2 * evaluation.SLICE + 30)
-    result = perplexity(model, batch, execution=FLOAT32, progress=False)
+    result = perplexity(model, batch, execution=FLOAT32)
     assert_close(result.per_window, own_losses(model, batch), rtol=1e-5, atol=1e-5)
 
 
 def test_shortest_windows(tiny, tokens):
     model, batch = tiny("llama"), tokens(2, 2)
     assert_close(
-        perplexity(model, batch, execution=FLOAT32, progress=False).per_window,
+        perplexity(model, batch, execution=FLOAT32).per_window,
         own_losses(model, batch),
         rtol=1e-5,
         atol=1e-5,
@@ -71,9 +71,7 @@ def test_shortest_windows(tiny, tokens):
 
 def test_bfloat16_is_close_and_not_the_same(tiny, tokens):
     decoder, batch = take_apart(tiny("llama")), tokens(2, 31)
-    one, other = (
-        perplexity(decoder, batch, execution=Execution("cpu", dtype), progress=False).value for dtype in ("float32", "bfloat16")
-    )
+    one, other = (perplexity(decoder, batch, execution=Execution("cpu", dtype)).value for dtype in ("float32", "bfloat16"))
     assert one != other
     assert other == pytest.approx(one, rel=0.05)
 
@@ -82,15 +80,15 @@ def test_a_hopeless_model_has_infinite_perplexity(tiny, tokens):
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
-    assert perplexity(model, tokens(1, 20), execution=FLOAT32, progress=False).value == math.inf
+    assert perplexity(model, tokens(1, 20), execution=FLOAT32).value == math.inf
 
 
 @pytest.mark.parametrize("family, longest", [("llama", 64), ("gpt2", 64), ("opt", 64)])
 def test_too_long_sequences_are_refused(tiny, tokens, family, longest):
     model = tiny(family)
-    perplexity(model, tokens(1, longest), progress=False)
+    perplexity(model, tokens(1, longest))
     with pytest.raises(ReconError, match="65 .* 64 tokens"):
-        perplexity(model, tokens(1, longest + 1), progress=False)
+        perplexity(model, tokens(1, longest + 1))
 
 
 # ---- distances
@@ -108,8 +106,8 @@ def test_drift_is_that_of_hidden_states(tiny, tokens):
     model = copy.deepcopy(dense.model)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
     found, states = drift(take_apart(model, like=dense), dense, batch, execution=FLOAT32)
-    known = perplexity(model, batch, execution=FLOAT32, progress=False, states=states)
-    assert known == perplexity(model, batch, execution=FLOAT32, progress=False)
+    known = perplexity(model, batch, execution=FLOAT32, states=states)
+    assert known == perplexity(model, batch, execution=FLOAT32)
     seen = {}
     for which in (dense.model, model):
         handles = [

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from fixtures.models import FLOAT32
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recon.data import assets, models, text
@@ -22,6 +23,8 @@ from recon.runtime.weights import reader
 
 pytest.importorskip("lm_eval")
 from recon.evaluate import harness  # noqa: E402
+
+QUIET = Execution("cpu", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +147,7 @@ def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, monkeypatch, sco
 def test_a_model_on_disk_gives_the_same_bits(small, tiny_folder):
     skeleton, stored, tokenizer = models.skeleton(tiny_folder)
     on_disk = take_apart(skeleton, lazy=Lazy(skeleton, reader(skeleton, stored)))
-    one, other = (zero_shot.zero_shot(model, tokenizer, ["last_word"], 6, progress=False) for model in (small[0], on_disk))
+    one, other = (zero_shot.zero_shot(model, tokenizer, ["last_word"], 6, execution=QUIET) for model in (small[0], on_disk))
     assert one == other
 
 
@@ -158,7 +161,7 @@ def test_the_bundled_tasks_agree_with_lm_evals_own_model(small, offline):
 
     model, tokenizer = small
     names = list(zero_shot.BUNDLED)
-    found = zero_shot.zero_shot(model, tokenizer, names, limit=12, execution=Execution("cpu", "float32"), progress=False)["tasks"]
+    found = zero_shot.zero_shot(model, tokenizer, names, limit=12, execution=FLOAT32)["tasks"]
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5)
     expected = evaluate(lm=theirs, task_dict={"tasks": zero_shot._load(names)}, limit=12, bootstrap_iters=0)
     for name in names:
@@ -178,7 +181,7 @@ def test_accuracy_is_the_share_of_right_answers(small, monkeypatch):
         return [(-float(number % 4), number % 4 == 0) for number in range(len(requests))]
 
     monkeypatch.setattr(harness.Scorer, "_loglikelihood_tokens", choose_first)
-    found = zero_shot.zero_shot(model, tokenizer, ["analogies"], limit=40, progress=False)["tasks"]["analogies"]
+    found = zero_shot.zero_shot(model, tokenizer, ["analogies"], limit=40, execution=QUIET)["tasks"]["analogies"]
     share = labels.count(0) / 40
     assert found["acc"] == share and 0 < share < 1
     assert found["acc_stderr"] == pytest.approx((share * (1 - share) / 39) ** 0.5)
@@ -188,7 +191,7 @@ def test_perplexity_is_that_of_the_words(small, monkeypatch):
     values = [-1.0, -2.0, -6.0]
     answers = [(value, value > -2) for value in values]
     monkeypatch.setattr(harness.Scorer, "_loglikelihood_tokens", lambda *a, **k: answers)
-    found = zero_shot.zero_shot(*small, ["last_word"], limit=3, progress=False)["tasks"]["last_word"]
+    found = zero_shot.zero_shot(*small, ["last_word"], limit=3, execution=QUIET)["tasks"]["last_word"]
     assert found["perplexity"] == pytest.approx(20.0855, rel=1e-4) and found["acc"] == pytest.approx(1 / 3)
     assert found["perplexity_stderr"] == pytest.approx(20.0855 * statistics.stdev(values) / 3**0.5, rel=1e-4)
 
@@ -196,7 +199,7 @@ def test_perplexity_is_that_of_the_words(small, monkeypatch):
 def test_it_is_quiet_leaves_everything_as_it_was_and_knows_its_documents(small, capfd, monkeypatch):
     model, tokenizer = small
     before, state = [parameter.clone() for parameter in model.parameters()], torch.get_rng_state()
-    results = [zero_shot.zero_shot(model, tokenizer, ["analogies"], limit, progress=False) for limit in (3, 3, 4)]
+    results = [zero_shot.zero_shot(model, tokenizer, ["analogies"], limit, execution=QUIET) for limit in (3, 3, 4)]
     assert results[0] == results[1]
     assert results[0]["tasks"]["analogies"]["hash"] != results[2]["tasks"]["analogies"]["hash"]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -243,7 +246,7 @@ def test_tasks_on_the_hub_are_lm_evals_own(name, small, monkeypatch):
         return [(0.0 if pair == (prompt, right) else -1.0, False) for pair in seen]
 
     monkeypatch.setattr(harness.Scorer, "_loglikelihood_tokens", knows)
-    found = zero_shot.zero_shot(model, tokenizer, [name], progress=False)["tasks"][name]
+    found = zero_shot.zero_shot(model, tokenizer, [name], execution=QUIET)["tasks"][name]
     assert len(asked) == 1 and "/" in asked[0]
     assert (prompt, right) in seen
     assert found["acc"] == 1.0 and found["n"] == 2 and found["version"] >= 1.0
@@ -257,7 +260,7 @@ def test_a_hub_that_cannot_be_reached_is_named(small, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ReconError, match="'boolq' cannot be had .*no route.*analogies and last_word"):
-        zero_shot.zero_shot(*small, ["analogies", "boolq"], progress=False)
+        zero_shot.zero_shot(*small, ["analogies", "boolq"], execution=QUIET)
 
 
 def test_mean_accuracy_counts_each_task_once():

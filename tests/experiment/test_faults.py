@@ -377,7 +377,7 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
                 execution=Execution(compute_dtype="float32", progress=False),
             )
         with run_out():
-            value = recon.perplexity(student, tokens, execution=FLOAT32, progress=False).value
+            value = recon.perplexity(student, tokens, execution=FLOAT32).value
         found.append((grams, value, [matrix.weight == 0 for matrix in student.matrices().values()]))
     said = [r.message for r in caplog.records if "out of memory with 4 samples at a time: 2 from here on" in r.message]
     assert len(said) == 4  # once in each pass
@@ -393,7 +393,7 @@ def test_where_one_sample_is_too_much_for_a_pass_it_is_said():
         little_memory(dense, 0, gradients=False),
         pytest.raises(ReconError, match="does not suffice for one sample at a time .CUDA"),
     ):
-        recon.perplexity(dense, random_tokens(2, 12), progress=False)
+        recon.perplexity(dense, random_tokens(2, 12))
 
 
 SCHEDULE = Schedule(1e-3, epochs=2, batch_size=3, accumulation=2)

@@ -18,7 +18,7 @@ def test_dense_perplexity(bundled, dtype, golden):
     """Four windows of 512 tokens of held-out Wikipedia. bfloat16 rounds differently on different processors."""
     model, tokenizer = bundled
     tokens = recon.sample_tokens("wikipedia", "evaluation", tokenizer, samples=4, sequence_length=512)
-    found = recon.perplexity(model, tokens, execution=Execution("cpu", dtype), progress=False)
+    found = recon.perplexity(model, tokens, execution=Execution("cpu", dtype))
     assert found.tokens == 4 * 511
     assert found.value == pytest.approx(golden, rel=0.01)
 

@@ -40,9 +40,9 @@ def zeros_hold(model, masks) -> bool:
 def test_every_method_lowers_the_loss_and_keeps_every_zero(family, method, tokens):
     _, model, masks = halved(family)
     batch = tokens(8, 12)
-    before = perplexity(model, batch, execution=FLOAT32, progress=False).value
+    before = perplexity(model, batch, execution=FLOAT32).value
     report = run(model, batch, masks, method=method, schedule=Schedule(3e-3, epochs=8, batch_size=2))
-    assert perplexity(model, batch, execution=FLOAT32, progress=False).value < before
+    assert perplexity(model, batch, execution=FLOAT32).value < before
     assert zeros_hold(model, masks)
     assert len(report.losses) == 32 and len(report.gradient_norms) == 4
     assert report.status == "retrained" and (report.movement > 0) == (method != "norms")
@@ -164,10 +164,10 @@ def test_perplexity_tells_the_divergence_from_a_reference(tokens):
     dense, model, _ = halved()
     batch = tokens(3, 12)
     reference = Reference(take_apart(dense), last_states(take_apart(dense), batch[:2], Execution("cpu", "float32")))
-    found = perplexity(model, batch, execution=FLOAT32, progress=False, reference=reference)
+    found = perplexity(model, batch, execution=FLOAT32, reference=reference)
     with torch.no_grad():
         expected = [kl_divergence(dense(b[None]).logits[0, :-1], model(b[None]).logits[0, :-1]).mean().item() for b in batch]
     assert found.kl_per_window == pytest.approx(expected[:2], rel=1e-4)
-    assert perplexity(dense, batch, execution=FLOAT32, progress=False, reference=reference).kl_per_window == pytest.approx(
+    assert perplexity(dense, batch, execution=FLOAT32, reference=reference).kl_per_window == pytest.approx(
         [0, 0], abs=1e-6
     )

@@ -111,7 +111,7 @@ def test_pruned_repaired_and_saved(made, tmp_path, family):
     model = copy.deepcopy(dense.model)
     result = prune(model, tokens, PruningConfig(criterion="wanda", pattern="2:4"), execution=Execution(progress=False))
     assert result.total_sparsity == 0.5 and not result.starved
-    pruned = perplexity(model, tokens, execution=FLOAT32, progress=False)
+    pruned = perplexity(model, tokens, execution=FLOAT32)
     assert pruned.tokens == 12 * 7  # of the decoder's 8 tokens all but the first
     reports = reconstruct(
         model,
@@ -132,7 +132,7 @@ def test_pruned_repaired_and_saved(made, tmp_path, family):
 def test_perplexity_is_that_of_the_second_half_given_the_first(made):
     decoder, tokens = made("bart"), random_tokens(3, 20)
     likelihood = own_logits(decoder.model, tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 11:, None])
-    found = perplexity(decoder, tokens, execution=FLOAT32, progress=False, reference=None)
+    found = perplexity(decoder, tokens, execution=FLOAT32, reference=None)
     assert found.value == pytest.approx(likelihood.mean().neg().exp().item(), rel=1e-4)
 
 

@@ -99,9 +99,7 @@ class Subject:
         spec = self.spec
         tokens = text.sample_tokens(spec.text, "evaluation", self.tokenizer, spec.evaluation_samples, spec.evaluation_length)
         description = f"perplexity ({description})"
-        return evaluation.perplexity(
-            decoder, tokens, execution=self.execution, description=description, progress=self.progress
-        ).value
+        return evaluation.perplexity(decoder, tokens, execution=self.execution, description=description).value
 
 
 def pruned(dense: Decoder, masks: dict[str, Tensor]) -> Decoder:
