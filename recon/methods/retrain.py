@@ -120,7 +120,9 @@ class _Retraining:
             for callback in callbacks:
                 callback.on_step(loss)
 
-        with requiring_gradients(student.model.parameters(), False), self._trained(callbacks) as parameters:
+        # Each expert's products apart, also where checkpointed blocks run again.
+        apart = student.experts_apart()
+        with apart, requiring_gradients(student.model.parameters(), False), self._trained(callbacks) as parameters:
             count = sum(p.numel() for p in parameters.values())
             masks = stored(student.matrices(), self.masks, self.execution.device) if method == "full" else []
             with requiring_gradients(parameters.values()):

@@ -1,7 +1,6 @@
 """Encoder-decoders: both stacks as one chain of blocks, the encoder's first."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from recon.data.models import load_pruned
 from recon.errors import ReconError
 from recon.evaluate.perplexity import perplexity
 from recon.experiment.plan import plan
-from recon.methods.external_mask import given
+from recon.methods.external_mask import take_over
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
@@ -59,7 +58,7 @@ def composed(decoder, tokens, granularity="block"):
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_windows_composed_are_the_model(made, family, granularity):
     decoder, tokens = made(family), random_tokens(3, 13)
-    assert isinstance(decoder, EncoderDecoder) and len(decoder.blocks) == 4 and len(decoder.stacks) == 2
+    assert isinstance(decoder, EncoderDecoder) and len(decoder.blocks) == 4 and len(decoder.structure.stacks) == 2
     found = composed(decoder, tokens, granularity)
     assert_close(found, own_logits(decoder.model, tokens), rtol=1e-4, atol=1e-4)
 
@@ -106,11 +105,11 @@ def test_statistics_are_those_of_the_model_as_a_whole(made, family):
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
-def test_pruned_repaired_and_saved(made, tmp_path, family):
+def test_pruned_reconstructed_and_saved(made, tmp_path, family):
     dense, tokens = made(family), random_tokens(12, 16)
     model = copy.deepcopy(dense.model)
     result = prune(model, tokens, PruningConfig(criterion="wanda", pattern="2:4"), execution=Execution(progress=False))
-    assert result.total_sparsity == 0.5 and not result.starved
+    assert result.total_sparsity == 0.5 and not result.under_calibrated
     pruned = perplexity(model, tokens, execution=FLOAT32)
     assert pruned.tokens == 12 * 7  # of the decoder's 8 tokens all but the first
     reports = reconstruct(
@@ -138,7 +137,7 @@ def test_perplexity_is_that_of_the_second_half_given_the_first(made):
 
 def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
     model = copy.deepcopy(made("t5").model)
-    masks = prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+    masks = prune(model, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     report = retrain(
         model, random_tokens(16, 16), RetrainingConfig(method="full"), masks=masks, execution=Execution(progress=False)
     )
@@ -147,11 +146,11 @@ def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
         assert not matrix.weight[~masks[name]].any()
 
 
-def test_what_blocks_pass_on_is_found_and_belongs_to_no_window(made, tmp_path):
+def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
     """Biases of relative positions: each block is called with those of its own model, however it was trained or where it came from."""
     dense, tokens = made("t5"), random_tokens(16, 16)
     biases = {f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for half in ("encoder", "decoder")}
-    assert dense._passed_on == biases and not made("bart")._passed_on
+    assert dense.shared == biases and not made("bart").shared
     first = dense.windows("block")[0]
     assert biases & set(dense.parameters(first)) and not biases & set(dense.trained(first, "all"))
     student = take_apart(copy.deepcopy(dense.model), like=dense)
@@ -166,7 +165,7 @@ def test_what_blocks_pass_on_is_found_and_belongs_to_no_window(made, tmp_path):
         execution=Execution(compute_dtype="float32", progress=False),
     )
     student.model.save_pretrained(tmp_path)
-    given(copied, load_pruned(str(tmp_path), dense.model))
+    take_over(copied, load_pruned(str(tmp_path), dense.model))
     for decoder in (student, copied, take_apart(make_model("t5", seed=1), like=dense), dense):
         assert_close(composed(decoder, tokens[:2]), own_logits(decoder.model, tokens[:2]), rtol=1e-4, atol=1e-4)
     assert all(not torch.equal(student.model.get_parameter(name), dense.model.get_parameter(name)) for name in biases)
@@ -184,7 +183,7 @@ def test_finding_what_blocks_are_called_with_spoils_no_training_in_half_precisio
     assert losses[0] == losses[1]  # which NaN is not
 
 
-def test_what_blocks_pass_on_has_to_be_known(monkeypatch):
+def test_what_blocks_share_has_to_be_known(monkeypatch):
     """A model is refused whose biases come of weights, but cannot be traced back to them."""
     monkeypatch.setattr(T5Attention, "compute_bias", torch.no_grad()(T5Attention.compute_bias))
     with pytest.raises(ReconError, match="cannot be taken apart: its 4 blocks .* do not give the model's own output"):
@@ -204,14 +203,14 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
     assert record.protocol["reading"].startswith("the encoder reads the first half")
     assert len(record.metrics["drift"]) == 4 and record.flops["reconstruct"] > 0
     with pytest.raises(ReconError, match="zero-shot tasks need a causal language model; T5For"):
-        recon.run(dataclasses.spec.replaced(tasks=("analogies",)), progress=False)
-    planned = plan(dataclasses.spec.replaced(granularity="none", criterion="magnitude"), stream="yes")
+        recon.run(spec.replaced(tasks=("analogies",)), progress=False)
+    planned = plan(spec.replaced(granularity="none", criterion="magnitude"), stream="yes")
     assert planned.streamed and 0 < planned.memory["evaluate"]["weights in hand"] < 0.5 * 4 * planned.parameters
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "half-block"])
 def test_parts_of_blocks_are_refused(made, granularity):
     with pytest.raises(
-        ReconError, match=f"granularity '{granularity}' does not fit BartFor.*: an encoder-decoder is repaired by whole"
+        ReconError, match=f"granularity '{granularity}' does not fit BartFor.*: an encoder-decoder is reconstructed by whole"
     ):
         made("bart").windows(granularity)

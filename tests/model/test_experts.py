@@ -1,7 +1,6 @@
 """Mixture-of-experts models: each expert's part of a fused parameter is a matrix, known by the tokens that are sent to it."""
 
 import copy
-import dataclasses
 from functools import partial
 
 import pytest
@@ -14,12 +13,12 @@ from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
 from recon.experiment import cost
 from recon.experiment.config import RunSpec
-from recon.kernels.gradient_descent import Schedule
+from recon.kernels.losses import get_loss
 from recon.methods.adapters import check_adaptable
-from recon.methods.fit import fit
 from recon.methods.prune import prune
 from recon.methods.retrain import retrain
 from recon.methods.statistics import FEW, gather
+from recon.methods.training import train
 from recon.model.discovery import take_apart
 from recon.model.experts import FusedProducts
 from recon.model.matrices import stored
@@ -152,7 +151,7 @@ def test_statistics_are_those_of_the_tokens_sent_there(made, family, kind):
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
-def test_starved_experts_are_pruned_by_magnitude_and_named(made, fresh, caplog, criterion):
+def test_under_calibrated_experts_are_pruned_by_magnitude_and_named(made, fresh, caplog, criterion):
     decoder, tokens = fresh("mixtral"), random_tokens(4, 16)
     result = prune(
         decoder,
@@ -161,27 +160,27 @@ def test_starved_experts_are_pruned_by_magnitude_and_named(made, fresh, caplog, 
         execution=Execution(compute_dtype="float32", progress=False),
     )
     counts = {name: len(x) for block in range(2) for name, x in slow_inputs(made("mixtral"), block, tokens).items()}
-    assert set(result.starved) == {name for name, count in counts.items() if count < FEW}
-    assert 0 < len(result.starved) < len(counts)
-    assert f"{len(result.starved)} of {len(result.masks)} matrices belong to experts" in caplog.text
-    assert result.starved[0] in caplog.text
+    assert set(result.under_calibrated) == {name for name, count in counts.items() if count < FEW}
+    assert 0 < len(result.under_calibrated) < len(counts)
+    assert f"{len(result.under_calibrated)} of {len(result.masks)} matrices belong to experts" in caplog.text
+    assert result.under_calibrated[0] in caplog.text
     for name, mask in result.masks.items():
         dense = made("mixtral").matrices()[name].weight
         smallest = dense.abs().argsort(1)[:, : mask.shape[1] // 2]
-        assert (not mask.gather(1, smallest).any()) == (name in result.starved)
+        assert (not mask.gather(1, smallest).any()) == (name in result.under_calibrated)
 
 
 def test_few_tokens_in_all_are_enough_for_what_reads_them_all(fresh):
     result = prune(fresh("mixtral"), random_tokens(1, 8), execution=Execution(progress=False))
-    assert result.starved and all(name.endswith("]") for name in result.starved)
+    assert result.under_calibrated and all(name.endswith("]") for name in result.under_calibrated)
 
 
-# ---- masks and repair
+# ---- masks and reconstruction
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pruned_repaired_and_saved_zeros_stay(made, fresh, tmp_path, family, pattern):
+def test_pruned_reconstructed_and_saved_zeros_stay(made, fresh, tmp_path, family, pattern):
     decoder, tokens = fresh(family), random_tokens(24, 16)
     result = prune(decoder, tokens, PruningConfig(criterion="wanda", pattern=pattern), execution=Execution(progress=False))
     assert result.total_sparsity == 0.5
@@ -208,7 +207,7 @@ def test_pruned_repaired_and_saved_zeros_stay(made, fresh, tmp_path, family, pat
     for name, matrix in again.matrices().items():
         assert torch.equal(matrix.weight, decoder.matrices()[name].weight)
         assert not matrix.weight[~result.masks[name]].any()
-        if matrix.expert is not None and name not in result.starved:
+        if matrix.expert is not None and name not in result.under_calibrated:
             assert not torch.equal(matrix.weight, made(family).matrices()[name].weight * result.masks[name])
 
 
@@ -219,12 +218,11 @@ def test_exact_solutions_lower_the_error_of_each_expert(made, fresh):
         decoder, tokens, PruningConfig(criterion="wanda", pattern="0.5", statistics="dense"), execution=Execution(progress=False)
     ).masks
     pruned = {name: matrix.weight.clone() for name, matrix in decoder.matrices().items()}
-    schedule = Schedule(learning_rate=0.0)
     reconstruct(
         decoder,
         dense,
         tokens,
-        ReconstructionConfig(granularity="half-block", start="exact", **vars(schedule)),
+        ReconstructionConfig(granularity="half-block", start="exact", learning_rate=1e-30),
         masks=masks,
         execution=Execution(compute_dtype="float32", progress=False),
     )
@@ -248,21 +246,25 @@ def test_experts_are_multiplied_by_what_is_given_instead(made, family):
         assert not torch.allclose(decoder.forward(window, hidden), whole, rtol=1e-2)
 
 
+def relative_loss(decoder, window, scale, x, y):
+    return get_loss("mse")(decoder.forward(window, x), y) / scale
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_trained_as_the_parameter_that_holds_them_all_would_be(made, fresh, family):
     """Against plain descent on that parameter; no step leaves an expert without tokens, so that AdamW does the same for each."""
     dense, tokens = made(family), random_tokens(6, 64)
     ours, theirs = fresh(family), fresh(family)
     masks = [
-        prune(decoder, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+        prune(decoder, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
         for decoder in (ours, theirs)
     ][0]
-    schedule = Schedule(learning_rate=1e-3)
+    config = ReconstructionConfig(learning_rate=1e-3)
     reports = reconstruct(
         ours,
         dense,
         tokens,
-        ReconstructionConfig(**vars(schedule)),
+        config,
         masks=masks,
         execution=Execution(compute_dtype="float32", progress=False),
     )
@@ -274,7 +276,8 @@ def test_experts_are_trained_as_the_parameter_that_holds_them_all_would_be(made,
         with requiring_gradients(theirs.model.parameters(), False), requiring_gradients(parameters):
             kept = stored(theirs.matrices(window), masks, torch.device("cpu"))
             random = generator(0, "shuffle", window.name)
-            curve = fit(partial(theirs.forward, window), parameters, kept, stream, target, "mse", schedule, random, execution)
+            loss = partial(relative_loss, theirs, window, target.square().mean())
+            curve = train(loss, [stream, target], parameters, kept, config.schedule, random, execution)
         assert_close(report.losses, curve.losses, rtol=1e-4, atol=1e-7)
         stream = target
     for name, matrix in theirs.matrices().items():
@@ -283,7 +286,7 @@ def test_experts_are_trained_as_the_parameter_that_holds_them_all_would_be(made,
 
 def test_an_expert_that_no_token_is_sent_to_is_left_alone(made, fresh):
     dense, student = made("mixtral"), fresh("mixtral")
-    masks = prune(student, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+    masks = prune(student, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     before = {name: matrix.weight.clone() for name, matrix in student.matrices().items()}
     tokens = random_tokens(1, 2)
     sent = {name for name, x in slow_inputs(dense, 0, tokens).items() if len(x)}
@@ -296,7 +299,7 @@ def test_an_expert_that_no_token_is_sent_to_is_left_alone(made, fresh):
 
 def test_retraining_keeps_the_zeros(fresh):
     decoder = fresh("gpt_oss")
-    masks = prune(decoder, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+    masks = prune(decoder, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     before = {name: m.weight.clone() for name, m in decoder.matrices().items()}
     retrain(
         decoder,
@@ -349,8 +352,9 @@ def test_blocks_that_run_again_in_the_backward_pass_run_in_the_same_way(made):
     for checkpointing in (False, True):
         model = copy.deepcopy(made("mixtral").model)
         model.set_experts_implementation("batched_mm")
-        masks = prune(model, criterion="magnitude", progress=False).masks
-        retrain(model, random_tokens(4, 12), masks, "full", checkpointing=checkpointing, compute_dtype="float32", progress=False)
+        masks = prune(model, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+        config = RetrainingConfig(method="full", checkpointing=checkpointing)
+        retrain(model, random_tokens(4, 12), config, masks=masks, execution=Execution(compute_dtype="float32", progress=False))
         found.append(model.lm_head.weight)
         assert model.config._experts_implementation == "batched_mm"
     assert torch.equal(*found)
@@ -361,7 +365,7 @@ def test_blocks_that_run_again_in_the_backward_pass_run_in_the_same_way(made):
 
 def test_flops_count_the_experts_that_a_token_sees(made):
     all_of_them, half = (take_apart(make_model("mixtral", num_experts_per_tok=k, num_hidden_layers=2)) for k in (4, 2))
-    spec = dataclasses.replace(RunSpec(), criterion="wanda", granularity="half-block")
+    spec = RunSpec.of(criterion="wanda", granularity="half-block")
     full, sparse = (cost.flops(spec, decoder) for decoder in (all_of_them, half))
     experts = sum(m.weight.numel() for m in experts_of(half).values())
     evaluated = len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length
