@@ -17,7 +17,6 @@ FLOORS = [  # each imports from those above it, and from itself
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Arrows that are about to go.
 KNOWN = {
-    ("recon.methods.reconstruct", "recon.experiment.ray_windows"),
     ("recon.experiment.run", "recon.experiment.streamed"),
 }
 
