@@ -233,6 +233,10 @@ def test_conv1d_matrices_are_out_by_in_views(tiny):
 # ---- a decoder made like another
 
 
+def test_a_decoder_is_returned_as_it_is(made):
+    assert take_apart(made("llama"), like=made("gpt2")) is made("llama")
+
+
 def test_like_takes_the_structure_and_its_own_weights(tiny, tokens):
     dense = take_apart(tiny("llama"))
     model = copy.deepcopy(dense.model)

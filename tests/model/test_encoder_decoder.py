@@ -205,7 +205,7 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
     with pytest.raises(ReconError, match="zero-shot tasks need a causal language model; T5For"):
         recon.run(spec.replaced(tasks=("analogies",)), progress=False)
     planned = plan(spec.replaced(granularity="none", criterion="magnitude"), stream="yes")
-    assert planned.streamed and 0 < planned.memory["evaluate"]["weights in hand"] < 0.5 * 4 * planned.parameters
+    assert planned.streamed and 0 < planned.memory["cpu"]["evaluate"]["weights in hand"] < 0.5 * 4 * planned.parameters
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "half-block"])

@@ -1,6 +1,6 @@
-"""Every family of causal LMs in transformers, and encoder-decoders: taken apart, pruned and repaired, or refused with the reason.
+"""Every family of causal LMs in transformers, and encoder-decoders: taken apart, pruned and reconstructed, or refused with the reason.
 
-`python tests/test_families.py --write` writes what was found into the README.
+`PYTHONPATH=tests python tests/model/test_families.py --write` writes what was found into the README.
 """
 
 import copy
@@ -36,7 +36,7 @@ def found(family: str) -> Decoder | str:
 
 
 def fitting(decoder: Decoder) -> list[str]:
-    """The granularities that the model can be repaired at."""
+    """The granularities that the model can be reconstructed at."""
     fit = []
     for granularity in GRANULARITIES:
         try:
@@ -97,7 +97,7 @@ def in_readme() -> str:
 
 
 def test_the_readme_says_what_works():
-    assert in_readme() == table(), "run: python tests/test_families.py --write"
+    assert in_readme() == table(), "run: PYTHONPATH=tests python tests/model/test_families.py --write"
 
 
 # ---- pieces give the model back
@@ -135,7 +135,7 @@ def test_windows_give_the_model_back(decoder):
         assert distance(decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden)), expected) < 1e-4
 
 
-def test_pruned_and_repaired(decoder):
+def test_pruned_and_reconstructed(decoder):
     tokens = random_tokens(8, 16, seed=2)
     pruned = take_apart(copy.deepcopy(decoder.model), like=decoder)
     masks = prune(
