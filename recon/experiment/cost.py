@@ -11,7 +11,7 @@ from recon.experiment.memory import highest, memory
 from recon.kernels import criteria
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.moments import triangle
-from recon.methods.reconstruct import ERROR_SAMPLES
+from recon.methods.problem import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.model.windows import Window
 from recon.runtime.activations import LIMIT

@@ -13,7 +13,7 @@ from recon.evaluate.perplexity import KL_WINDOWS, SLICE
 from recon.experiment.config import RunSpec
 from recon.kernels import criteria, losses, rows
 from recon.kernels.adapters import ADAPTERS
-from recon.methods.reconstruct import ERROR_SAMPLES
+from recon.methods.problem import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.model.modules import kind_of
 from recon.model.windows import Window

@@ -14,6 +14,7 @@ from recon.errors import ReconError
 from recon.experiment import cluster
 from recon.experiment.cluster import Crew, Failure, Ray
 from recon.experiment.shipping import Packed, revived, twin, without_weights
+from recon.methods.problem import Problem
 from recon.methods.reconstruct import Reconstruction, WindowReport
 from recon.model.decoder import Decoder
 from recon.model.modules import requiring_gradients
@@ -50,10 +51,10 @@ class _Task:
 class _Windows:
     """What a worker does: reconstructs one window after the other, none of which depends on another."""
 
-    def __init__(self, task: Reconstruction):
-        self.decoder = without_weights(task.teacher)
-        self.on_cpu, self.dtype = task.execution.device.type == "cpu", str(task.execution.dtype).removeprefix("torch.")
-        self.config, self.seed, self.count, self.shape = task.config, task.seed, task.count, task.shape
+    def __init__(self, problem: Problem):
+        self.decoder, execution = without_weights(problem.teacher), problem.execution
+        self.on_cpu, self.dtype = execution.device.type == "cpu", str(execution.dtype).removeprefix("torch.")
+        self.config, self.split, self.seed = problem.config, problem.split, problem.seed
         self.task: _Task | None = None
         self.teacher: Decoder | None = None
 
@@ -68,7 +69,7 @@ class _Windows:
             self.student.lazy.add(name, value.shape)
         masks = {name: mask.tensor() for name, mask in task.masks.items()}
         execution = Execution("cpu" if self.on_cpu else "auto", self.dtype)
-        alone = Reconstruction(self.teacher, self.student, masks, self.config, execution, self.seed, self.count, self.shape)
+        alone = Reconstruction(Problem(self.teacher, self.student, masks, self.config, self.split, self.seed, execution))
         alone.propagation.dense, window = ray.get(task.stream).tensor(), task.window
         began = time.perf_counter()
         with requiring_gradients(self.student.model.parameters(), False):
@@ -86,8 +87,8 @@ class _Windows:
 class _Waiting:
     """Windows that wait for a worker, made ready one by one; see `recon.experiment.cluster.Tasks`."""
 
-    def __init__(self, task: Reconstruction, windows: list[Window], put: Callable[[Packed], object]):
-        self.task_of, self.put = task, put
+    def __init__(self, reconstruction: Reconstruction, windows: list[Window], put: Callable[[Packed], object]):
+        self.reconstruction, self.put = reconstruction, put
         self.left = deque(windows)
         self.waiting: deque[str] = deque()
         self.ready: dict[str, _Task] = {}  # by name, until they are finished
@@ -108,14 +109,15 @@ class _Waiting:
 
     def make_ready(self) -> None:
         """Packs the next window, and takes the dense activations on to the one after it."""
-        task, window = self.task_of, self.left.popleft()
-        if task.propagation.dense is not self.shared[0]:
-            self.shared = task.propagation.dense, self.put(Packed.of(task.propagation.dense))
+        problem, propagation, window = self.reconstruction.problem, self.reconstruction.propagation, self.left.popleft()
+        if propagation.dense is not self.shared[0]:
+            self.shared = propagation.dense, self.put(Packed.of(propagation.dense))
         read = Window(window.blocks) if window.matrices else window
-        masks = {name: Packed.of(task.masks[name]) for name in task.student.matrices(window)}
-        self.ready[window.name] = _Task(window, _packed(task.teacher, read), _packed(task.student, window), masks, self.shared[1])
-        task.propagation.advance(window)
-        self.after[window.name] = task.propagation.dense
+        masks = {name: Packed.of(problem.masks[name]) for name in problem.student.matrices(window)}
+        dense, pruned = _packed(problem.teacher, read), _packed(problem.student, window)
+        self.ready[window.name] = _Task(window, dense, pruned, masks, self.shared[1])
+        propagation.advance(window)
+        self.after[window.name] = propagation.dense
         self.waiting.append(window.name)
 
 
@@ -126,12 +128,12 @@ def _packed(decoder: Decoder, window: Window) -> dict[str, Packed]:
         return {name: Packed.of(p) for name, p in decoder.model.named_parameters() if id(p) in needed}
 
 
-def side_by_side(settings: Ray, task: Reconstruction, windows: list[Window]) -> Iterator[WindowReport]:
-    """The reports of `windows`, in their order, as workers repair them."""
-    ray = cluster.connect(settings.address)
-    request = settings.request(ray, on_cpu=task.execution.device.type == "cpu")
-    waiting, done = _Waiting(task, windows, ray.put), {}
-    with contextlib.closing(Crew(ray, request, settings.workers, _Windows(task), waiting, "window")) as crew:
+def side_by_side(settings: Ray, reconstruction: Reconstruction, windows: list[Window]) -> Iterator[WindowReport]:
+    """The reports of `windows`, in their order, as workers reconstruct them."""
+    problem, ray = reconstruction.problem, cluster.connect(settings.address)
+    request = settings.request(ray, on_cpu=problem.execution.device.type == "cpu")
+    waiting, done = _Waiting(reconstruction, windows, ray.put), {}
+    with contextlib.closing(Crew(ray, request, settings.workers, _Windows(problem), waiting, "window")) as crew:
         for window in windows:
             while window.name not in done:
                 room = crew.capacity()
@@ -145,10 +147,10 @@ def side_by_side(settings: Ray, task: Reconstruction, windows: list[Window]) -> 
                     done[name] = found
             del waiting.ready[window.name]
             found, shard = done.pop(window.name)
-            with task.student.loaded(window), torch.no_grad():
-                parameters = task.student.parameters(window)
+            with problem.student.loaded(window), torch.no_grad():
+                parameters = problem.student.parameters(window)
                 for name, packed in shard.items():
                     parameters[name].copy_(packed.tensor())
                 streams = {"dense": waiting.after.pop(window.name), "sparse": None}
-                report = task.finish(window, WindowReport(**found), streams, found["seconds"])
+                report = reconstruction.finish(window, WindowReport(**found), streams, found["seconds"])
             yield report

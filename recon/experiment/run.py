@@ -32,6 +32,7 @@ from recon.methods import reconstruct as reconstruction
 from recon.methods import retrain as retraining
 from recon.methods.adapters import check_adaptable
 from recon.methods.callbacks import Callback
+from recon.methods.problem import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.runtime import device, lock
@@ -455,7 +456,7 @@ class Run:
         spec = self.spec
         return reconstruction.reconstruct(
             student, self.dense, self.samples("reconstruct"), spec.reconstruction, masks=masks, held_out=self.held_out,
-            seed=spec.seed, execution=self.execution(self.activations()), loop=ray_windows.loop(self.executor),
+            seed=spec.seed, execution=self.execution(self.activations(), ray_windows.loop(self.executor)),
         )  # fmt: skip
 
     def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> retraining.RetrainingReport:
@@ -477,8 +478,8 @@ class Run:
             execution=self.execution(), callbacks=[Merged()],
         )  # fmt: skip
 
-    def execution(self, cache: Activations | None = None) -> Execution:
-        return Execution(self.device, self.spec.compute.compute_dtype, self.store, self.progress, cache)
+    def execution(self, cache: Activations | None = None, loop: Callable | None = None) -> Execution:
+        return Execution(self.device, self.spec.compute.compute_dtype, self.store, self.progress, cache, loop)
 
     def counted(self, student: Decoder) -> tuple[int, dict[str, float]]:
         """How many weights of the matrices are zero, and which share of each matrix."""
@@ -551,9 +552,7 @@ class Run:
                 f"{spec.calibration.held_out_samples} x {spec.calibration.sequence_length} tokens of {spec.calibration.text} (validation split)"
             ),
             "held_out_error": "drift after the last block",
-            "rejection": (
-                f"a window is put back where its own error on the first {reconstruction.ERROR_SAMPLES} of these samples grew"
-            ),
+            "rejection": (f"a window is put back where its own error on the first {ERROR_SAMPLES} of these samples grew"),
             "zero_shot": f"{', '.join(spec.evaluation.tasks)}: the first {spec.evaluation.task_limit or 'all'} questions of each; scored by lm-eval, float32 logits"
             if spec.evaluation.tasks
             else "none",

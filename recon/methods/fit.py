@@ -5,19 +5,17 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from recon.config import ReconstructionConfig
 from recon.errors import ReconError
 from recon.kernels.gradient_descent import Curve
 from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.losses import get_loss
 from recon.methods.adapters import adapted
-from recon.methods.propagation import Propagation, Task, mean_product
+from recon.methods.problem import Problem
+from recon.methods.propagation import Task, mean_product
 from recon.methods.training import train
-from recon.model.decoder import Decoder
 from recon.model.matrices import Matrix, stored
 from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
-from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
 # Larger windows take smaller steps: the learning rate is divided by this power of their number of halves. With no power, or
@@ -26,39 +24,34 @@ SLOWING = 0.75
 
 
 class WindowFit:
-    """Fits windows of `student` in place, so that they match `teacher`; weights that `masks` drop stay exact zeros.
+    """Fits windows of a problem's student in place, so that they match their task; weights that masks drop stay exact zeros."""
 
-    masks: keep-masks by matrix name, bool (out, in).
-    """
+    def __init__(self, problem: Problem):
+        self.teacher, self.student, self.masks = problem.teacher, problem.student, problem.masks
+        self.config, self.split, self.seed, self.execution = problem.config, problem.split, problem.seed, problem.execution
 
-    def __init__(self, teacher: Decoder, student: Decoder, masks, config: ReconstructionConfig, seed: int, execution: Execution):
-        self.teacher, self.student, self.masks = teacher, student, masks
-        self.config, self.seed, self.execution = config, seed, execution
+    def __call__(self, window: Window, task: Task, parameters: dict[str, nn.Parameter]) -> tuple[int, Curve]:
+        """Fits the window's `parameters`, by full name; returns how many elements were trained, and how that went.
 
-    def __call__(
-        self, window: Window, task: Task, parameters: dict[str, nn.Parameter], propagation: Propagation
-    ) -> tuple[int, Curve]:
-        """Fits the window's `parameters`; returns how many elements were trained, and how that went."""
+        Raises `ReconError` naming the window, where memory does not suffice for one sample at a time.
+        """
         matrices, config = self.student.matrices(window), self.config
         with self.execution.holding(self.student, window, parameters.values()):
             if task.grams:
-                self._solve_exactly(window, task, propagation)
+                self._solve_exactly(window, task)
+            if config.solver == "exact":
+                return _elements(parameters), Curve([], [])
             if config.adapter == "none":
-                curve = (
-                    Curve([], [])
-                    if config.solver == "exact"
-                    else self._descend(window, task, propagation.count, parameters, matrices)
-                )
-                return _elements(parameters), curve
+                return _elements(parameters), self._descend(window, task, parameters, matrices)
         random = generator(self.seed, "adapters", window.name)
         with adapted(matrices.values(), self.masks, config.adapter, config.rank, random) as low_rank:
             with self.execution.holding(self.student, window, low_rank.values()):
-                return _elements(low_rank), self._descend(window, task, propagation.count, low_rank, {})
+                return _elements(low_rank), self._descend(window, task, low_rank, {})
 
     @torch.no_grad()
-    def _solve_exactly(self, window: Window, task: Task, propagation: Propagation) -> None:
+    def _solve_exactly(self, window: Window, task: Task) -> None:
         """Sets each matrix of the window to its masked least-squares solution; see `recon.kernels.least_squares`."""
-        dense, read, column = self.teacher.matrices(window), propagation.read, 0
+        dense, read, column = self.teacher.matrices(window), self.split.exact(self.config.exact_samples), 0
         with self.teacher.loaded(window):
             for name, matrix in self.student.matrices(window).items():
                 if name not in task.grams:  # an expert that too few tokens are sent to
@@ -78,11 +71,10 @@ class WindowFit:
                 matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), iterations))
                 column += rows
 
-    def _descend(
-        self, window: Window, task: Task, count: int, parameters: dict[str, nn.Parameter], masked: dict[str, Matrix]
-    ) -> Curve:
-        """Trains `parameters` by gradient descent on the first `count` samples; those of the matrices `masked` keep their zeros."""
+    def _descend(self, window: Window, task: Task, parameters: dict[str, nn.Parameter], masked: dict[str, Matrix]) -> Curve:
+        """Trains `parameters` by gradient descent on calibration samples; those of the matrices `masked` keep their zeros."""
         config, device = self.config, self.execution.device
+        count = self.split.calibration
         inputs, targets = task.inputs[:count], task.targets[:count]
         if config.chunks > 1 and (window.matrices or window.half == "mlp"):
             inputs, targets = (t.unflatten(1, (config.chunks, -1)).flatten(0, 1) for t in (inputs, targets))

@@ -17,11 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from recon.config import ReconstructionConfig
+from recon.methods.problem import Problem
 from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.model.windows import Window
-from recon.runtime.execution import Execution, in_batches
 
 
 @dataclass(frozen=True)
@@ -38,32 +37,16 @@ class Task:
 
 
 class Propagation:
-    """The streams of a dense model, `teacher`, and of the one that is being reconstructed, `student`.
+    """The streams of a problem's dense model and of the one that is being reconstructed, moved on window by window."""
 
-    Args:
-        count: calibration samples.
-        shape: (samples, length) of all samples, held-out ones included.
-        measured: which of the samples errors are measured on.
-    """
-
-    def __init__(
-        self,
-        teacher: Decoder,
-        student: Decoder,
-        config: ReconstructionConfig,
-        execution: Execution,
-        count: int,
-        shape: tuple[int, int],
-        measured: slice,
-    ):
-        self.teacher, self.student, self.execution, self.count, self.measured = teacher, student, execution, count, measured
+    def __init__(self, problem: Problem):
+        self.teacher, self.student, self.execution = problem.teacher, problem.student, problem.execution
+        self.split, config = problem.split, problem.config
         self.kind = config.propagation
         self.exact = config.solver == "exact" or config.start == "exact"
         # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
         self.by_grams = config.solver == "exact" and self.kind == "dense"
-        # Samples that Gram matrices are made of: whole batches, so that outputs have the same bits however they come about.
-        wanted = min(config.exact_samples or count, count)
-        self.read = next(part.stop for part in in_batches(*shape, count) if part.stop >= wanted)
+        self.read = self.split.exact(config.exact_samples)  # samples that Gram matrices are made of
         self.dense: Tensor | None = None
         self.sparse: Tensor | None = None
         self._kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
@@ -80,12 +63,12 @@ class Propagation:
             return
         embedded = self._known("embedded")
         if embedded is None:
-            embedded = self._keep("embedded", self.execution.embed(self.teacher, tokens, self.count))
+            embedded = self._keep("embedded", self.execution.embed(self.teacher, tokens, self.split.calibration))
         if self.kind in ("dense", "mixed"):
             self.dense = embedded
         if self.kind in ("sparse", "mixed"):
             # Embeddings are not pruned, so both models start from the same activations, unless something else changed them.
-            own = self.execution.embed(self.student, tokens, self.count)
+            own = self.execution.embed(self.student, tokens, self.split.calibration)
             self.sparse = embedded if torch.equal(own, embedded) else own
 
     def task(self, window: Window) -> Task:
@@ -129,7 +112,7 @@ class Propagation:
 
     def _over(self, decoder: Decoder, held: Window, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
         with self.execution.holding(decoder, held):
-            return self.execution.run(function, stream, self.count)
+            return self.execution.run(function, stream, self.split.calibration)
 
     def _known(self, name: str) -> Tensor | None:
         """What this pass, or one before it on the same dense model and samples, computed under `name`."""
@@ -154,7 +137,7 @@ class Propagation:
         """What the matrices of `window` read in the dense model; one run of the block tells it for all of its groups."""
         group = next(g for g in self.teacher.groups[window.blocks[0]] if window.matrices[0] in g)
         if f"input of {group[0]}" not in self._kept:
-            block, stream = Window(window.blocks), self.dense[self.measured] if self.by_grams else self.dense
+            block, stream = Window(window.blocks), self.dense[self.split.measured] if self.by_grams else self.dense
             outputs, seen = self._recorded(block, stream)
             if not self.by_grams:
                 self._keep(_place(block), outputs)
@@ -177,7 +160,7 @@ class Propagation:
             filled[group] = at + len(x)
 
         with self.teacher.watching(block, see), self.execution.holding(self.teacher, block):
-            return self.execution.run(partial(self.teacher.forward, block), stream, self.count, filled.clear), seen
+            return self.execution.run(partial(self.teacher.forward, block), stream, self.split.calibration, filled.clear), seen
 
     def _dense_grams(self, window: Window) -> dict[str, Tensor]:
         """Gram matrices of what the matrices of `window` read in the dense model; one run tells all those of a block."""
@@ -199,7 +182,10 @@ class Propagation:
         outputs, grams = gather(self.execution, self.teacher, window, stream[: self.read], "gram")
         if len(rest := stream[self.read :]):
             with self.execution.holding(self.teacher, window):
-                parts = [outputs, self.execution.run(partial(self.teacher.forward, window), rest, self.count - self.read)]
+                parts = [
+                    outputs,
+                    self.execution.run(partial(self.teacher.forward, window), rest, self.split.calibration - self.read),
+                ]
             outputs = self.execution.empty((*stream.shape[:2], outputs.shape[-1]), outputs.dtype, stream.device)
             torch.cat(parts, out=outputs)
         return outputs, grams

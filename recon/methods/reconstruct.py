@@ -10,7 +10,7 @@ A Free Lunch in LLM Compression, arXiv 2510.14444, method section. How a window 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recon.config import ReconstructionConfig
-from recon.errors import ReconError
 from recon.kernels.losses import relative_error
 from recon.methods.adapters import check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
 from recon.methods.fit import WindowFit
 from recon.methods.masks import check_alike, keep_masks
+from recon.methods.problem import Problem, split_samples
 from recon.methods.propagation import Propagation, Task
-from recon.methods.samples import as_tokens
+from recon.methods.training import movement
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.model.modules import requiring_gradients
@@ -34,7 +34,6 @@ from recon.runtime.execution import Execution
 
 log = logging.getLogger("recon")
 
-ERROR_SAMPLES = 2  # samples that a window's error is measured on before and after
 ALIGNED = 16  # elements in float32: parts of one piece of memory begin where tensors of their own would, at whole cache lines
 # What became of a window. Rolled back: its weights are those that pruning left.
 RECONSTRUCTED, GREW, NOT_FINITE = "reconstructed", "rolled back: error grew", "rolled back: not finite"
@@ -63,11 +62,10 @@ def reconstruct(
     config: ReconstructionConfig = ReconstructionConfig(),
     *,
     masks: dict[str, Tensor] | None = None,
-    held_out: Tensor | None = None,
+    held_out: Tensor | Iterable | None = None,
     seed: int = 0,
     execution: Execution | None = None,
     callbacks: Sequence[Callback] = (),
-    loop: "Loop | None" = None,
 ) -> list[WindowReport]:
     """Reconstructs `model` in place against `dense`, window by window; pruned weights stay exact zeros.
 
@@ -78,41 +76,37 @@ def reconstruct(
         config: granularity, propagation, loss, solver, learning rate, ...
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
         held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on. A window whose error on the first
-            `ERROR_SAMPLES` of them grows is rolled back.
+            `recon.methods.problem.ERROR_SAMPLES` of them grows is rolled back.
         execution: where and in what precision to compute; default: where `dense` is. Models stay where they are, but for the window in hand.
         callbacks: told of each window's report.
-        loop: goes over the windows; default: `one_after_another`.
+
+    Returns the reports of all windows, in the order in which they were fitted.
 
     Raises:
         ReconError: a mask that does not fit, models that differ in more than their values, a model not in float32, samples longer than
-            the model was made for.
+            the model was made for, held-out samples of another length, a granularity that does not fit the model.
     """
     teacher = take_apart(dense)
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
     student = take_apart(model, like=teacher)
     execution = execution or Execution(teacher.device)
-    samples = as_tokens(samples)
-    teacher.check_length(samples.shape[1])
-    if held_out is not None and held_out.shape[1] != samples.shape[1]:
-        raise ReconError(
-            f"held-out samples of {held_out.shape[1]} tokens are not as long as calibration samples, {samples.shape[1]}"
-        )
     if config.adapter != "none":
         check_adaptable(student)
-    tokens = samples if held_out is None else torch.cat([samples, held_out[:ERROR_SAMPLES]])
-    task = Reconstruction(teacher, student, keep_masks(student, masks), config, execution, seed, len(samples), tokens.shape)
+    tokens, split = split_samples(samples, held_out)
+    teacher.check_length(split.length)
     windows = teacher.windows(config.granularity)
+    reconstruction = Reconstruction(Problem(teacher, student, keep_masks(student, masks), config, split, seed, execution))
     reports = [WindowReport(**found) for found in execution.store.finished("reconstruct")]
     left = windows[len(reports) :]
     if left:
-        task.begin(tokens, reports)
+        reconstruction.begin(tokens, reports)
     bar = tqdm(
         desc=f"reconstruct ({config.granularity})", unit="window", disable=not execution.progress, initial=len(reports),
         total=len(windows),
     )  # fmt: skip
     # Only the window in hand is trained; nothing else needs gradients.
     with bar, requiring_gradients(student.model.parameters(), False):
-        for report in (loop or one_after_another)(task, left):
+        for report in (execution.loop or one_after_another)(reconstruction, left):
             reports.append(report)
             for callback in (ProgressBar(bar), *callbacks):
                 callback.on_window(report)
@@ -120,59 +114,41 @@ def reconstruct(
     return reports
 
 
-def one_after_another(task: "Reconstruction", windows: Sequence[Window]) -> Iterator[WindowReport]:
+def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window]) -> Iterator[WindowReport]:
     """The loop over windows: inputs and targets by propagation, a fit, and on to the next."""
+    student, propagation = reconstruction.problem.student, reconstruction.propagation
     for window in windows:
         began = time.perf_counter()
-        aim = task.propagation.task(window)
-        with task.student.loaded(window):
-            report = task.reconstruct(window, aim)
-            task.propagation.advance(window)
-            report = task.finish(window, report, task.propagation.streams, time.perf_counter() - began)
+        task = propagation.task(window)
+        with student.loaded(window):
+            report = reconstruction.reconstruct(window, task)
+            propagation.advance(window)
+            report = reconstruction.finish(window, report, propagation.streams, time.perf_counter() - began)
         yield report
 
 
-Loop = Callable[["Reconstruction", Sequence[Window]], Iterator[WindowReport]]
-
-
 class Reconstruction:
-    """One pass over the windows of a model.
+    """One pass over the windows of a problem: what a loop over them is made of."""
 
-    count: calibration samples. shape: (samples, length) of all samples, held-out ones included.
-    """
-
-    def __init__(
-        self,
-        teacher: Decoder,
-        student: Decoder,
-        masks: dict[str, Tensor],
-        config: ReconstructionConfig,
-        execution: Execution,
-        seed: int,
-        count: int,
-        shape: tuple[int, int],
-    ):
-        self.teacher, self.student, self.masks, self.config = teacher, student, masks, config
-        self.execution, self.seed, self.count, self.shape = execution, seed, count, shape
-        # Errors are measured on held-out samples or, where there are none, on the first calibration samples.
-        first = count if shape[0] > count else 0
-        self.measured = slice(first, min(first + ERROR_SAMPLES, shape[0]))
-        self.measured_on = "held_out" if first else "calibration"
-        self.propagation = Propagation(teacher, student, config, execution, count, shape, self.measured)
-        self.fit = WindowFit(teacher, student, masks, config, seed, execution)
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.propagation = Propagation(problem)
+        self.fit = WindowFit(problem)
 
     def begin(self, tokens: Tensor, reports: list[WindowReport]) -> None:
         """Starts with all of `tokens` (samples, length), or goes on after the windows of `reports`."""
-        self.propagation.begin(tokens, self.execution.store.streams("reconstruct"))
-        if reports and 0 < reports[-1].micro_batch < self.config.batch_size:
-            self.execution.micro_batch = reports[-1].micro_batch
+        execution = self.problem.execution
+        self.propagation.begin(tokens, execution.store.streams("reconstruct"))
+        if reports and 0 < reports[-1].micro_batch < self.problem.config.batch_size:
+            execution.micro_batch = reports[-1].micro_batch
 
     def reconstruct(self, window: Window, task: Task) -> WindowReport:
-        """Fits one window, measures its error before and after, and rolls it back where fitting did harm."""
-        parameters = self.student.trained(window, self.config.train)
+        """Fits one window, measures its error before and after, and rolls it back where the error grew or became non-finite."""
+        student, config = self.problem.student, self.problem.config
+        parameters = student.trained(window, config.train)
         backup = self._copied(parameters)
         before = self._error(window, task)
-        trained, curve = self.fit(window, task, parameters, self.propagation)
+        trained, curve = self.fit(window, task, parameters)
         after = self._error(window, task)
         status = self._status(window, parameters, curve.losses, before, after)
         if status != RECONSTRUCTED:
@@ -180,30 +156,27 @@ class Reconstruction:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(backup[name])
-        matrices = {matrix.parameter_name for matrix in self.student.matrices(window).values()}
-        moved = sum((parameters[name].detach() - backup[name]).square().sum().item() for name in matrices)
-        norm = sum(backup[name].square().sum().item() for name in matrices)
-        batch = self.execution.micro_batch or self.config.batch_size
-        return WindowReport(
-            window.name, trained, before, after, curve.losses, curve.gradient_norms, (moved / max(norm, 1e-30)) ** 0.5, 0.0, status,
-            batch if self.config.solver == "adamw" else 0,
-        )  # fmt: skip
+        matrices = dict.fromkeys(matrix.parameter_name for matrix in student.matrices(window).values())
+        moved = movement((backup[name], parameters[name]) for name in matrices)
+        batch = (self.problem.execution.micro_batch or config.batch_size) if config.solver == "adamw" else 0
+        return WindowReport(window.name, trained, before, after, curve.losses, curve.gradient_norms, moved, 0.0, status, batch)
 
     def finish(self, window: Window, report: WindowReport, streams: dict[str, Tensor | None], seconds: float) -> WindowReport:
         """Notes that `window`, whose weights are in memory, is finished; `streams`: what the next one starts from."""
         found = asdict(report) | {"seconds": seconds}
-        shard = {name: parameter.detach() for name, parameter in self.student.parameters(window).items()}
-        self.execution.store.finish("reconstruct", found, streams, shard=shard)
+        shard = {name: parameter.detach() for name, parameter in self.problem.student.parameters(window).items()}
+        self.problem.execution.store.finish("reconstruct", found, streams, shard=shard)
         return WindowReport(**found)
 
     def _error(self, window: Window, task: Task) -> dict[str, float]:
         """The relative error of the window's output on the samples that errors are measured on."""
-        inputs, targets = task.inputs, task.targets
+        split, inputs, targets = self.problem.split, task.inputs, task.targets
         if not self.propagation.by_grams:  # which has these samples alone
-            inputs, targets = inputs[self.measured], targets[self.measured]
-        return {self.measured_on: relative_error(self.propagation.forward(self.student, window, inputs), targets)}
+            inputs, targets = inputs[split.measured], targets[split.measured]
+        return {split.measured_on: relative_error(self.propagation.forward(self.problem.student, window, inputs), targets)}
 
     def _status(self, window: Window, parameters, losses: list[float], before: dict, after: dict) -> str:
+        """What became of a window that was fitted."""
         finite = {
             "weights": all(bool(parameter.isfinite().all()) for parameter in parameters.values()),
             "losses": all(map(math.isfinite, losses)),
@@ -213,13 +186,13 @@ class Reconstruction:
             log.warning("window %r: fitting gave NaN or infinite %s; it is rolled back", window.name, ", ".join(broken))
             return NOT_FINITE
         # Too few steps at too high a rate do harm; text that was not fitted on tells.
-        grew = self.measured_on == "held_out" and not after["held_out"] <= before["held_out"]
+        grew = "held_out" in after and not after["held_out"] <= before["held_out"]
         return GREW if grew else RECONSTRUCTED
 
     def _copied(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Copies of `parameters`, in one piece of memory: large ones may be in a file."""
         steps = [-(-p.numel() // ALIGNED) * ALIGNED for p in parameters.values()]
-        room = self.execution.store.empty((sum(steps),), torch.float32).split(steps)
+        room = self.problem.execution.store.empty((sum(steps),), torch.float32).split(steps)
         found = zip(parameters.items(), room, strict=True)
         return {name: part[: p.numel()].view(p.shape).copy_(p.detach()) for (name, p), part in found}
 

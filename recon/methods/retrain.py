@@ -20,7 +20,7 @@ from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
 from recon.methods.masks import keep_masks
 from recon.methods.samples import as_tokens
-from recon.methods.training import train
+from recon.methods.training import movement, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.model.matrices import stored
@@ -132,13 +132,10 @@ class _Retraining:
                 )  # fmt: skip
         status = self._rolled_back(curve.losses, before, rest)
         student.forget()
-        moved = sum((m.weight - before[name]).square().sum().item() for name, m in student.matrices().items())
-        norm = sum(weight.square().sum().item() for weight in before.values())
+        moved = movement((before[name], matrix.weight) for name, matrix in student.matrices().items())
         seconds = time.perf_counter() - began - self.aside
         batch = self.execution.micro_batch or self.config.batch_size
-        return RetrainingReport(
-            count, curve.losses, curve.gradient_norms, (moved / max(norm, 1e-30)) ** 0.5, seconds, status, batch
-        )
+        return RetrainingReport(count, curve.losses, curve.gradient_norms, moved, seconds, status, batch)
 
     @torch.no_grad()
     def _rolled_back(self, losses: list[float], before: dict[str, Tensor], rest: dict[str, Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,16 @@ def train(
         masks = [(parameter, mask.to(torch.bfloat16)) for parameter, mask in masks]
     with contextlib.closing(_Gradients(loss, data, parameters, steps, schedule.batch_size, execution)) as gradients:
         return descend(gradients, parameters, masks, schedule, len(steps), after_step)
+
+
+@torch.no_grad()
+def movement(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """|after - before| / |before| over all `pairs` of a tensor before and after training, which are of one shape."""
+    moved = norm = 0.0
+    for before, after in pairs:
+        moved += (after - before).square().sum().item()
+        norm += before.square().sum().item()
+    return (moved / max(norm, 1e-30)) ** 0.5
 
 
 class _Gradients:

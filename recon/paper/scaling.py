@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from recon.experiment import cost
 from recon.experiment.config import RunSpec
 from recon.experiment.shapes import decoder_of
-from recon.methods.reconstruct import ERROR_SAMPLES
+from recon.methods.problem import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 
 

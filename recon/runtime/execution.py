@@ -40,9 +40,12 @@ class Execution(contextlib.AbstractContextManager):
     device already, nothing is copied.
 
     Args:
-        device: a torch device or its name; None or "auto": see `recon.runtime.device.pick_device`.
+        device: a torch device or its name, or "auto"; see `recon.runtime.device.pick_device`.
         compute_dtype: "auto", "bfloat16" or "float32".
-        work: where there is room for activations; default: memory.
+        store: keeps masks, room for activations, and which steps are finished; default: in memory.
+        progress: whether bars are shown.
+        cache: keeps activations of the dense model for later passes on the same samples; default: none are kept.
+        loop: goes over the windows of a reconstruction; default: `recon.methods.reconstruct.one_after_another`.
 
     Raises `ReconError` for an unknown name of a dtype.
     """
@@ -54,13 +57,14 @@ class Execution(contextlib.AbstractContextManager):
         store: MemoryStore | None = None,
         progress: bool = True,
         cache: Activations | None = None,
+        loop: Callable | None = None,
     ):
-        self.progress = progress
+        self.progress, self.loop = progress, loop
         self.cache = cache or Activations(limit=0)
-        self.micro_batch: int | None = (
-            None  # samples per forward pass in training, where memory did not suffice for as many as asked for
-        )
-        self.tokens: int | None = None  # in a batch that nothing is trained on, where memory did not suffice for `TOKENS`
+        # Where memory did not suffice for as many as asked for: samples per forward pass in training, and
+        # tokens in a batch that nothing is trained on.
+        self.micro_batch: int | None = None
+        self.tokens: int | None = None
         self.store = store or MemoryStore()
         self.device = pick_device(str(device))
         self.dtype = pick_compute_dtype(compute_dtype, self.device)

@@ -257,7 +257,7 @@ def workers(subject: Subject) -> dict:
             began = time.perf_counter()
             reports = reconstruct(
                 student, subject.dense, subject.samples, base.reconstruction, masks=subject.masks,
-                execution=Execution("cpu", progress=False), loop=ray_windows.loop(executor),
+                execution=Execution("cpu", progress=False, loop=ray_windows.loop(executor)),
             )  # fmt: skip
             seconds = time.perf_counter() - began
             windows.append(count | {"seconds": seconds, "in_windows": [report.seconds for report in reports]})
