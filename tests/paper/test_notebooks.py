@@ -36,7 +36,7 @@ PROMISED = {  # parameters, figures, number of run records
     "2-sample-efficiency": (
         {
             "counts": [4, 6],
-            "then_counts": [4],
+            "retrain_counts": [4],
             "more_counts": [4],
             "methods": ["masklora"],
             "more_methods": ["lora"],
