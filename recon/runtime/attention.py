@@ -1,8 +1,8 @@
-"""Causal attention for CPUs in bfloat16, in plain matrix products, in place of the library's kernel.
+"""Causal attention for CPUs in bfloat16, about twice as fast as torch's kernel at 512 tokens, forward and backward.
 
-Torch's CPU kernel for scaled dot product attention computes the scores above the diagonal too, in small tiles. Here the
-queries are taken `CHUNK` at a time against the keys before them, which leaves most of those out and gives
-the matrix products shapes that they are fast at: about twice as fast forward and backward at 512 tokens.
+Torch's CPU kernel for scaled dot product attention computes the scores above the diagonal too, in small tiles. Here, `CHUNK`
+queries at a time are multiplied with the keys up to them. That skips most of the scores above the diagonal, and large matrix
+products are fast.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 CHUNK = 128
-LONGEST = 4096  # tokens; the probabilities are kept for the backward pass, and their size grows with the square
+LONGEST = 4096  # tokens; the probabilities, kept for the backward pass, grow with the square of the length
 
 
 class FastCausalAttention(TorchFunctionMode):
-    """While active, causal `F.scaled_dot_product_attention` in bfloat16 on the CPU runs as `causal_attention`.
+    """Context in which causal `F.scaled_dot_product_attention` in bfloat16 on the CPU runs as `causal_attention`.
 
-    In bfloat16 are bfloat16 tensors, and any under autocast to it, which rounds them for the library's kernel too.
+    That is for bfloat16 tensors, and for any tensors under autocast to bfloat16, which rounds them for torch's kernel too.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -56,14 +56,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     """
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
-    # The queries of a group read the same keys, so they stand side by side as rows: (batch * key heads, group, length, width).
+    # Queries of a group share their keys: (batch * key heads, group, length, width).
     query = query.reshape(batch * key.shape[1], groups, length, -1) * scale
     output = _Chunked.apply(query, key.flatten(0, 1), value.flatten(0, 1))
     return output.reshape(batch, heads, length, -1)
 
 
 class _Chunked(torch.autograd.Function):
-    """Arguments: query (n, group, length, width), already scaled; key, value (n, length, width)."""
+    """Attention of query (n, group, length, width), already scaled, on key and value (n, length, width)."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class _Chunked(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         n, groups, length, _ = query.shape
         query_gradient = torch.empty_like(query)
-        # Sums over chunks: in float32, as they would be inside one matrix product.
+        # Sums over chunks are in float32, as they are inside a matrix product.
         key_gradient = torch.zeros(key.shape, dtype=torch.float32)
         value_gradient = torch.zeros(value.shape, dtype=torch.float32)
         for start, probabilities in zip(range(0, length, CHUNK), kept):

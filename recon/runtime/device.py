@@ -1,4 +1,4 @@
-"""Where the arithmetic happens and in what precision; how much memory it took."""
+"""The compute device and its precision; how much memory there is, and how much something takes."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`; "auto" is CUDA where there is one, else the CPU."""
+    """The torch device called `name`; "auto" is CUDA if there is one, else the CPU. Raises `ReconError` for one that cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -28,7 +28,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that matrix products are computed in; "auto" is bfloat16 where the hardware multiplies it natively."""
+    """The dtype of matrix products; "auto" is bfloat16 where the hardware has it, else float32. Raises `ReconError` for other names."""
     if name in COMPUTE_DTYPES:
         return COMPUTE_DTYPES[name]
     if name != "auto":
@@ -53,24 +53,24 @@ def limit_compiled_shapes() -> None:
 
 
 def cores() -> int:
-    """CPUs that this process may use: a job of SLURM, say, may have a few of the machine's."""
+    """The number of CPUs that this process may use; a SLURM job, say, has a few of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether `error` is PyTorch's way to say that a device's memory is used up."""
-    told = bool(error.args) and isinstance(error.args[0], str)  # which is what is looked at
-    return isinstance(error, torch.OutOfMemoryError) or (told and should_reduce_batch_size(error))
+    """Whether `error` says that a device's memory is used up."""
+    has_message = bool(error.args) and isinstance(error.args[0], str)  # accelerate looks at nothing else
+    return isinstance(error, torch.OutOfMemoryError) or (has_message and should_reduce_batch_size(error))
 
 
 class PeakMemory(contextlib.AbstractContextManager):
-    """Peak memory of what runs inside, in bytes: of the CUDA device where one is used, else resident memory of this process.
+    """Peak memory of what runs inside, in bytes: memory of a CUDA device, or else resident memory of this process.
 
-    Linux can restart its high-water mark (`/proc/self/clear_refs`); elsewhere the mark is that of the whole process so far.
+    Linux can reset its high-water mark (`/proc/self/clear_refs`). On other systems the peak is that of the process so far.
 
     Args:
-        anonymous: what is mapped from files does not count, as the system takes that memory back when it is needed. No mark is
-            kept of it, so that it is looked at every `INTERVAL` seconds (Linux only; elsewhere everything counts).
+        anonymous: leaves out what is mapped from files, which the system takes back when it needs memory. The system keeps no
+            mark of that, so it is sampled every `INTERVAL` seconds (on Linux; elsewhere everything counts).
     """
 
     INTERVAL = 0.01
@@ -110,7 +110,7 @@ class PeakMemory(contextlib.AbstractContextManager):
 
 
 def resident(highest: bool = False) -> int:
-    """Resident memory of this process in bytes, now or at its highest; the highest where only that is known."""
+    """Resident memory of this process in bytes: now, or its peak. Always the peak on systems that tell nothing else."""
     name = "VmHWM:" if highest else "VmRSS:"
     try:
         return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) * 1024
@@ -119,7 +119,7 @@ def resident(highest: bool = False) -> int:
 
 
 def resident_anonymous() -> int:
-    """Resident memory of this process in bytes that is not mapped from files; 0 where the system does not tell."""
+    """Resident memory of this process in bytes that is not mapped from files; 0 if the system does not tell."""
     try:
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
     except (OSError, IndexError):
@@ -127,10 +127,9 @@ def resident_anonymous() -> int:
 
 
 def available_memory(root: Path | str = "/") -> int:
-    """Bytes of memory that this process could still use without anything being swapped out; 0 where the system does not tell.
+    """Bytes of memory that this process can still use without swapping; 0 if the system does not tell.
 
-    That is what the machine has left, or less where the process is in control groups with a limit, as containers and the jobs of
-    SLURM are.
+    That is what the machine has left, or less if the limit of a control group leaves less, as in containers and SLURM jobs.
 
     root: the folder that /proc and /sys are in.
     """
@@ -142,7 +141,7 @@ def available_memory(root: Path | str = "/") -> int:
 
 
 def available_on_device(device: torch.device) -> int:
-    """Bytes that this process could still use of the memory that a GPU has of its own; 0 for other devices."""
+    """Bytes of a GPU's own memory that this process can still use; 0 for other devices."""
     if device.type != "cuda":
         return 0
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -150,7 +149,7 @@ def available_on_device(device: torch.device) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """What each of the control groups that this process is in leaves it, in bytes, where it has a limit of memory."""
+    """Bytes that are left of the memory limit of each control group that this process is in; groups without a limit are left out."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -164,19 +163,19 @@ def _left_in_groups(root: Path) -> Iterator[int]:
             prefix = "total_"
         else:
             continue
-        # All groups around it count. In a container, the path may be one outside of it, and its own group is the root.
+        # The groups around it count too. In a container the path may be the host's, and its own group is the root.
         parts = [part for part in place.split("/") if part not in ("", "..")]
         for depth in range(len(parts) + 1):
             group = home.joinpath(*parts[:depth])
-            with contextlib.suppress(OSError, ValueError, KeyError):  # no such group, or no limit ("max")
+            with contextlib.suppress(OSError, ValueError, KeyError):  # there is no such group, or its limit is "max"
                 most, used = (int((group / name).read_text()) for name in (limit, usage))
                 pages = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-                # Pages of files count as used, but are given up when memory is needed.
+                # Cached files count as used, but make room when memory is needed.
                 yield most - used + sum(int(pages[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
 
 
 def release_memory() -> None:
-    """Gives freed memory back: to the operating system, so that resident memory is what is in use (glibc only), and to CUDA."""
+    """Returns freed memory to the operating system (glibc only) and to CUDA."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Where and in what precision windows run: brings weights and batches to the compute device, for as long as they are needed."""
+"""Where and in what precision windows run. Weights and batches are on the compute device for as long as they are needed."""
 
 import contextlib
 import logging
@@ -16,53 +16,53 @@ from recon.model.windows import Window
 from recon.runtime.activations import Activations
 from recon.runtime.attention import FastCausalAttention
 from recon.runtime.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
-from recon.runtime.store import MemoryStore
+from recon.runtime.store import MemoryStore, Store
 
 log = logging.getLogger("recon")
 Result = TypeVar("Result")
-TOKENS = 1024  # in a batch that nothing is trained on
+TOKENS = 1024  # in a batch of a pass without training
 
 
 def in_batches(samples: int, length: int, count: int, tokens: int | None = None) -> list[range]:
-    """The numbers of `samples`, of `length` tokens each, that go through a window together where nothing is trained; none across `count`.
+    """The indices of `samples`, of `length` tokens each, in batches for a pass without training.
 
-    tokens: in a batch, at most, unless it is one sample; default: `TOKENS`.
+    count: no batch holds samples from both before and after this one.
+    tokens: at most so many in a batch, unless it is a single sample; default: `TOKENS`.
     """
     size, edges = max(1, (tokens or TOKENS) // length), (0, min(count, samples), samples)
     return [range(i, min(i + size, stop)) for start, stop in pairwise(edges) for i in range(start, stop, size)]
 
 
 class Execution(contextlib.AbstractContextManager):
-    """A compute device and a compute dtype. As a context: matrix products run in that dtype, parameters keep theirs.
+    """Where and how passes over a model run. As a context: matrix products run in the compute dtype, parameters keep theirs.
 
-    Models may live elsewhere, such as in host memory beside a small GPU: one window at a time is then on the compute device,
-    and activations come and go batch by batch, copied while the device computes. Where they live on the compute
-    device already, nothing is copied.
+    Models may be elsewhere than on the compute device, such as in host memory beside a small GPU. One window at a time is then
+    copied there, and activations come and go batch by batch, copied while the device computes.
 
     Args:
         device: a torch device or its name, or "auto"; see `recon.runtime.device.pick_device`.
-        compute_dtype: "auto", "bfloat16" or "float32".
-        store: keeps masks, room for activations, and which steps are finished; default: in memory.
-        progress: whether bars are shown.
-        cache: keeps activations of the dense model for later passes on the same samples; default: none are kept.
+        compute_dtype: "auto", "bfloat16" or "float32"; see `recon.runtime.device.pick_compute_dtype`.
+        store: what is finished, and room for masks and activations; default: memory.
+        progress: whether passes show progress bars.
+        cache: activations of the dense model that several passes share; default: none are kept.
         loop: goes over the windows of a reconstruction; default: `recon.methods.reconstruct.one_after_another`.
 
-    Raises `ReconError` for an unknown name of a dtype.
+    Raises `ReconError` for a device or dtype that cannot be used.
     """
 
     def __init__(
         self,
         device: torch.device | str = "auto",
         compute_dtype: str = "auto",
-        store: MemoryStore | None = None,
+        store: Store | None = None,
         progress: bool = True,
         cache: Activations | None = None,
         loop: Callable | None = None,
     ):
         self.progress, self.loop = progress, loop
         self.cache = cache or Activations(limit=0)
-        # Where memory did not suffice for as many as asked for: samples per forward pass in training, and
-        # tokens in a batch that nothing is trained on.
+        # What memory has turned out to suffice for, if less than asked for: samples per forward pass in training, and
+        # tokens per batch without training.
         self.micro_batch: int | None = None
         self.tokens: int | None = None
         self.store = store or MemoryStore()
@@ -73,8 +73,7 @@ class Execution(contextlib.AbstractContextManager):
     def __enter__(self):
         stack = contextlib.ExitStack()
         rounding = self.dtype != torch.float32
-        # Nothing is multiplied by twice in one pass, so rounded weights that are kept would take memory for nothing; and
-        # those of placeholders would stay when the weights are there.
+        # No cache of rounded weights: each is used once in a pass, and those of placeholders would outlive the placeholders.
         stack.enter_context(torch.autocast(self.device.type, self.dtype, enabled=rounding, cache_enabled=False))
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             stack.enter_context(FastCausalAttention())
@@ -88,19 +87,19 @@ class Execution(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def holding(self, decoder: Decoder, window: Window, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-        """Context in which what it takes to run `window` is on the compute device.
+        """Context in which everything that `window` needs is on the compute device.
 
-        Its matrices are rounded to the compute dtype once, which autocast would do anew with every call, but for
-        `trained` parameters: those keep their dtype, and what becomes of them is written back.
+        Its matrices are rounded to the compute dtype once; autocast would round them with every call. `trained` parameters
+        keep their dtype, and their new values are written back at the end.
         """
         with decoder.loaded(window), self._holding(decoder.needed(window), decoder.weights(window), trained):
             yield
 
     @contextlib.contextmanager
     def holding_ends(self, decoder: Decoder) -> Iterator[None]:
-        """Context in which all but the blocks is on the compute device: last norm, head (rounded), and embedding.
+        """Context in which everything but the blocks is on the compute device: last norm, head (rounded), and embedding.
 
-        Of a skeleton's embedding there is the placeholder alone: it takes part in no prediction, but is looked into.
+        A skeleton's embedding remains a placeholder: no prediction uses its values.
         """
         inside = {id(tensor) for block in decoder.blocks for tensor in chain(block.parameters(), block.buffers())}
         tensors = chain(decoder.model.parameters(), decoder.model.buffers())
@@ -124,11 +123,11 @@ class Execution(contextlib.AbstractContextManager):
             for tensor, home in homes:
                 if id(tensor) in keep:
                     home.copy_(tensor.data)
-                tensor.grad = None  # it would be on the wrong device
+                tensor.grad = None  # it is on the compute device
                 tensor.data = home
 
     def elsewhere(self, tensor: Tensor) -> bool:
-        """Whether `tensor` has to be brought to the compute device."""
+        """Whether `tensor` has to be copied to the compute device."""
         return tensor.device != self.device
 
     # --- activations ----------------------------------------------------------------------------------------------
@@ -145,17 +144,16 @@ class Execution(contextlib.AbstractContextManager):
         count: int | None = None,
         anew: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """`function` applied to `stream` (samples, length, ...), a batch at a time; the result lies where `stream` does.
+        """`function` applied to `stream` (samples, length, ...), a batch at a time; the result is on the device of `stream`.
 
-        count: no batch holds samples from both before and after this one.
+        If memory runs out, all of `stream` is run again in batches of half as many samples, and so are later calls. The size of
+        batches changes results in their last bits only, by the order in which a device adds up products.
 
-        Where the device's memory does not suffice for a batch, all of `stream` is run anew in batches of half as many samples, and so is
-        what comes later. A sample's result does not depend on the others in its batch, but for the order in which a device sums up
-        products, and so for the last bits; sums over batches are rounded in another order as well.
+        Args:
+            count: no batch holds samples from both before and after this one.
+            anew: called before `stream` is run again, to discard what `function` has gathered.
 
-        anew: called before that, to forget what was gathered along the way.
-
-        Raises `ReconError` where memory does not suffice for one sample at a time.
+        Raises `ReconError` if memory does not suffice for one sample at a time.
         """
         samples, length = stream.shape[:2]
         edge = samples if count is None else count
@@ -170,11 +168,11 @@ class Execution(contextlib.AbstractContextManager):
         return self.halving(attempt, size)[0]
 
     def halving(self, attempt: Callable[[int], Result], size: int) -> tuple[Result, int]:
-        """`attempt(size)`, tried again with half the size whenever memory runs out; and the size that memory sufficed for.
+        """`attempt(size)`, tried again with half the size whenever memory runs out; returns the size that succeeded, too.
 
         size: samples at a time.
 
-        Raises `ReconError` where memory does not suffice for one sample at a time.
+        Raises `ReconError` if memory does not suffice for one sample at a time.
         """
         while True:
             try:
@@ -183,10 +181,10 @@ class Execution(contextlib.AbstractContextManager):
                 if not out_of_memory(error):
                     raise
                 fault = str(error).splitlines()[0]
-            release_memory()  # now that the exception, which holds on to all that was computed, is gone
+            release_memory()  # out here, where the exception and all tensors that it refers to are gone
             if size == 1:
                 raise ReconError(
-                    f"memory of device {self.device} does not suffice for one sample at a time ({fault}); give shorter samples, or "
+                    f"memory of device {self.device} does not suffice for one sample at a time ({fault}); use shorter samples, or "
                     "smaller windows"
                 )
             log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
@@ -201,19 +199,19 @@ class Execution(contextlib.AbstractContextManager):
                     result = self.empty((len(stream), *output.shape[1:]), output.dtype, stream.device)
                 result[part.start : part.stop].copy_(output, non_blocking=True)
             if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # until then the copies may be under way
+                torch.cuda.current_stream(self.device).synchronize()  # copies to host memory may not be finished
         return result
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor for activations that is to be filled."""
+        """A tensor for activations, to be filled; on the CPU, the store makes it."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         return self.store.empty(shape, dtype, pinned=self.device.type == "cuda")
 
     def batches(self, streams: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
-        """For each of `parts`, which are numbers of samples, these of every stream, on the compute device.
+        """For each of `parts`, which are indices of samples, those samples of every stream, on the compute device.
 
-        On CUDA the next batch is copied on a stream of its own while the device works on the one before.
+        On CUDA, the next batch is copied while the device computes with the one before.
         """
         if self.device.type != "cuda" or not any(self.elsewhere(stream) for stream in streams):
             for part in parts:
@@ -238,6 +236,6 @@ class Execution(contextlib.AbstractContextManager):
             batch = stream[part.start : part.stop]
             return batch.to(self.device, non_blocking=True) if self.elsewhere(stream) else batch
         if self.elsewhere(stream):
-            # Sample by sample: each is a slice of pinned memory, which the device can copy by itself.
+            # Sample by sample: slices of pinned memory are copied without the CPU.
             return torch.stack([stream[index].to(self.device, non_blocking=True) for index in part])
         return stream[torch.as_tensor(part, device=stream.device)]

@@ -14,13 +14,13 @@ from recon.runtime.storage import sha256, sync, write_safetensors
 
 
 class Journal:
-    """The finished steps of a run, one JSON object a line, after a first line that says which run it is.
+    """The finished steps of a run, one JSON object per line, after a first line that says which run it is.
 
-    A line counts once all of it is on the disk: of one that was being written when the process died, nothing is kept.
+    A line counts if it is complete: what a killed process wrote of its last line is ignored.
 
     Args:
-        path: the file; made with the first step, so that a run that is refused before it leaves nothing.
-        fingerprint: all that decides what the steps find, as JSON can hold it.
+        path: the file; it appears with the first step.
+        fingerprint: everything that decides what the steps find, as JSON can hold it.
 
     Raises:
         ReconError: the file is that of another run, naming what differs; or it is damaged, or cannot be read.
@@ -42,8 +42,8 @@ class Journal:
         self._end = len(whole)
         if header is not None and (found := differences(header, self._fingerprint)):
             raise ReconError(
-                f"folder {str(path.parent)!r} holds the unfinished work of another run: {'; '.join(found)}. Run that command to go on "
-                "with it, delete the folder, or save to another one"
+                f"folder {str(path.parent)!r} holds another unfinished run: {'; '.join(found)}. Give its command to go on with it, "
+                "delete the folder, or save to another one"
             )
 
     def finished(self, phase: str) -> list:
@@ -51,13 +51,13 @@ class Journal:
         return [entry["found"] for entry in self.entries if entry["phase"] == phase]
 
     def add(self, entry: dict) -> None:
-        """Notes one finished step; when this returns, it is on the disk. After an `OSError` it is not noted.
+        """Adds one finished step, which is on the disk when this returns. Raises `OSError` if it is not added.
 
-        entry: has the step's "phase" and what it "found".
+        entry: has at least the step's "phase" and what it "found".
         """
         first = not self._end
         lines = b"".join(json.dumps(each).encode() + b"\n" for each in ([self._fingerprint, entry] if first else [entry]))
-        # What a killed or failed write left behind the last whole line is written over.
+        # Overwrites what a killed or failed write left behind the last complete line.
         with open(self.path, "r+b" if self.path.exists() else "xb") as file:
             file.truncate(self._end)
             file.seek(self._end)
@@ -116,7 +116,7 @@ class StepFiles:
 
 
 def differences(before: object, now: object, name: str = "") -> list[str]:
-    """What differs between two values as JSON holds them: "spec.samples was 8, is 4"."""
+    """The differences between two values as JSON holds them, such as "spec.samples was 8, is 4"."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
         return [found for key in keys for found in differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]

@@ -1,4 +1,4 @@
-"""One process at a time on an output folder, so that what two of them write cannot mix."""
+"""Lets one process at a time write to an output folder."""
 
 import contextlib
 import json
@@ -13,19 +13,18 @@ from filelock import FileLock, Timeout
 from recon.errors import ReconError
 from recon.runtime.storage import check_writable
 
-NAME = ".lock"  # of the lock's file in a folder that it protects
+NAME = ".lock"  # of the lock file in the folder that it protects
 
 
 @contextlib.contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
-    """While active, no other process can hold the lock file `path`; it is made, and removed at the end.
+    """Context in which no other process holds the lock file `path`, which is made, and removed at the end.
 
-    The operating system gives the lock up when its process ends, however that happens: a lock file that was left behind
-    stops nobody.
+    The operating system releases the lock when the process ends, however it ends: a lock file that is left over blocks nobody.
 
     what: what is protected, for messages, such as "record folder 'results'".
 
-    Raises `ReconError` naming process and host of the holder, or a place that cannot be written.
+    Raises `ReconError` naming the process and host that hold the lock, or a folder that cannot be written.
     """
     check_writable(path.parent, what)
     lock, note = FileLock(path), path.with_name(f"{path.name}.holder")
@@ -34,17 +33,17 @@ def held(path: Path, what: str) -> Iterator[None]:
     except Timeout:
         raise ReconError(f"{what} is in use by {_holder(note)}; wait until it is done, or choose another place") from None
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a note of who has it
+        with contextlib.suppress(OSError):  # on a full disk, there is a lock without a note of who holds it
             who = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
             note.write_text(json.dumps(who), encoding="utf-8")
         yield
     finally:
-        # Removed while the lock is held. Whoever opened the file before finds that it is gone, and opens a new one.
+        # Removed while the lock is held: a process that opened the file before sees that it is gone, and opens a new one.
         try:
             for file in (note, path):
                 with contextlib.suppress(OSError):
                     file.unlink()
-        finally:  # also where Ctrl-C comes in between
+        finally:  # also if Ctrl-C interrupts
             lock.release()
 
 

@@ -1,4 +1,4 @@
-"""A model whose weights stay on disk: a skeleton, and its parameters read from safetensors for as long as they are needed."""
+"""The weights of a model whose parameters stay on disk, read from safetensors one by one."""
 
 import logging
 import os
@@ -25,13 +25,13 @@ from recon.errors import ReconError
 from recon.model.skeleton import skeleton
 
 log = logging.getLogger("recon")
-PLAIN = ("F64", "F32", "BF16", "F16")  # how floating-point weights may be stored: others have scales that lie elsewhere
-SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # that a repaired model can be saved in
+PLAIN = ("F64", "F32", "BF16", "F16")  # safetensors dtypes of weights that need no scale from elsewhere
+SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # dtypes that a model can be saved in
 
 
 @dataclass
 class _Source:
-    """What a parameter is made from: entries of the checkpoint, each with the pattern of the converter that it matched."""
+    """The entries of a checkpoint that a parameter is made from, each with the pattern of the converter that it matched."""
 
     target: str
     converter: WeightConverter | None
@@ -39,34 +39,33 @@ class _Source:
 
 
 class Checkpoint:
-    """The weights in safetensors files, read parameter by parameter, as `from_pretrained` reads them.
+    """The weights in safetensors files, read parameter by parameter, with the values that `from_pretrained` gives them.
 
-    Names are translated, and experts that files hold one by one are put together, by the rules of transformers for the model's
-    architecture.
+    Transformers' rules for the model's architecture rename entries, and stack experts that files hold one by one.
 
     Args:
         model: a skeleton, or any model of the architecture.
-        files: safetensors files; where two hold the same entry, the later one counts.
+        files: safetensors files; if two hold the same entry, the later one counts.
     """
 
     def __init__(self, model: PreTrainedModel, files: Iterable[Path] = ()):
         self.model = model
-        # Shapes alone: tensors would stay in memory for as long as this is there.
+        # Shapes, not tensors, which would stay in memory.
         self._known = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.state_dict().items()}
         self._transforms = get_model_conversion_mapping(model)
-        self._files: dict[str, tuple[object, Path]] = {}  # entry -> the open file that it is in
-        self._states: dict[Path, os.stat_result] = {}  # of these, when they were opened
-        self._sources: dict[str, _Source] = {}  # parameter -> what it is made from
+        self._files: dict[str, tuple[object, Path]] = {}  # entry -> its open file
+        self._states: dict[Path, os.stat_result] = {}  # file -> its state when it was opened
+        self._sources: dict[str, _Source] = {}  # by parameter
         self.unknown: list[str] = []  # entries that the model has no place for
-        self.computed: dict[str, Tensor] = {}  # parameters that no file has to have
-        self._finite: set[str] = set()  # parameters that were found to be
+        self.computed: dict[str, Tensor] = {}  # parameters that no file has, because transformers computes them
+        self._finite: set[str] = set()  # parameters without NaN and infinity, as was checked
         for file in files:
             self.add(file)
 
     def add(self, file: Path) -> None:
-        """Takes the entries of one more file.
+        """Adds the entries of one more file.
 
-        Raises `ReconError` naming the file where it is not a whole safetensors file, or an entry that is quantised.
+        Raises `ReconError` naming the file if it is not a complete safetensors file, or has a quantised entry, which is named too.
         """
         try:
             self._states[file], opened = file.stat(), safe_open(file, framework="pt")
@@ -96,14 +95,14 @@ class Checkpoint:
 
     @property
     def transforms(self) -> list:
-        """The rules that apply to these files, which saving has to reverse."""
+        """Transformers' rules that were applied to these files, which saving has to reverse."""
         return [each for each in self._transforms if each.was_used()]
 
     @property
     def surplus(self) -> list[str]:
-        """The entries that the model has no place for, without those that its class says are to be ignored."""
+        """The entries that the model has no place for, without those that its class ignores."""
         ignored, buffers = list(self.model._keys_to_ignore_on_load_unexpected or ()), [n for n, _ in self.model.named_buffers()]
-        # As in transformers: old files have these for each layer, and they are computed.
+        # As in transformers: old files have these buffers, which are computed now.
         for ending, pattern in (("rotary_emb.inv_freq", r"rotary_emb\.inv_freq"), ("position_ids", r"(^|\.)position_ids$")):
             if any(name.endswith(ending) for name in buffers):
                 ignored.append(pattern)
@@ -113,35 +112,35 @@ class Checkpoint:
         return name in self._sources
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The parameters and buffers called `names`: floating-point ones in float32; nothing else holds their memory.
+        """The parameters and buffers called `names`, in any order: floating-point ones in float32, all in memory of their own.
 
-        Raises `ReconError` naming one that is not there, and with its file one that is of another shape than the model's, or holds NaN
-        or infinity; and a file that has been written to since it was opened.
+        Raises `ReconError` naming one that is missing, has another shape than the model's, or holds NaN or infinity; and a file that
+        has been written to since it was opened.
         """
         wanted = dict.fromkeys(names)
         while wanted:
             name = next(iter(wanted))
-            if name in self.computed:
-                yield name, self.computed[name].clone()
-                del wanted[name]
-                continue
-            if name not in self._sources:
-                raise ReconError(f"the checkpoint has no weight {name!r}")
-            source = self._sources[name]
-            for found, tensor in self._made(source).items():
-                if found in wanted:
-                    file = repr(str(self._files[source.entries[-1][0]][1]))
-                    if tensor.shape != self._known[found][0]:
-                        raise ReconError(f"{file}: weight {found!r} is {tuple(tensor.shape)}, not {tuple(self._known[found][0])}")
-                    if found not in self._finite:
-                        check_finite(found, tensor, file)
-                        self._finite.add(found)
-                    yield found, tensor
-                wanted.pop(found, None)
-            if name in wanted:
+            made = {name: self.computed[name].clone()} if name in self.computed else self._made(name)
+            if name not in made:
                 raise ReconError(f"the checkpoint's weights do not make up {name!r}")
+            for found in [each for each in made if each in wanted]:
+                yield found, self._checked(found, made[found])
+                del wanted[found]
 
-    def _made(self, source: _Source) -> dict[str, Tensor]:
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self._finite and name not in self.computed:
+            file, shape = repr(str(self._files[self._sources[name].entries[-1][0]][1])), self._known[name][0]
+            if tensor.shape != shape:
+                raise ReconError(f"{file}: weight {name!r} is {tuple(tensor.shape)}, not {tuple(shape)}")
+            check_finite(name, tensor, file)
+            self._finite.add(name)
+        return tensor
+
+    def _made(self, name: str) -> dict[str, Tensor]:
+        """The parameters that are made from the same entries as `name`, by name."""
+        if name not in self._sources:
+            raise ReconError(f"the checkpoint has no weight {name!r}")
+        source = self._sources[name]
         if source.converter is None:
             return {source.target: self._entry(source.entries[-1][0])}
         converter = deepcopy(source.converter)
@@ -152,17 +151,16 @@ class Checkpoint:
 
     def _entry(self, name: str) -> Tensor:
         opened, path = self._files[name]
-        _check_untouched(path, self._states[path])  # the system kills who reads what has been cut off a mapped file
+        _check_untouched(path, self._states[path])  # reading behind the end of a shortened file would kill the process
         tensor = opened.get_tensor(name)
-        # A copy: what is in the file is mapped into memory, and must not change.
+        # A copy, as the tensor is mapped from the file, which must not change.
         tensor = tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
         _check_untouched(path, self._states[path])
         return tensor
 
 
 def _check_untouched(path: Path, before: os.stat_result) -> None:
-    """Raises `ReconError` where the file that was at `path` has been written to since, as its size and time tell; another one that took
-    its place is not it."""
+    """Raises `ReconError` if the file at `path` has been written to since, by its size and time; not if another file has replaced it."""
     try:
         now = path.stat()
     except OSError:
@@ -175,7 +173,7 @@ def _check_untouched(path: Path, before: os.stat_result) -> None:
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
-    """The name of each parameter, with all the names that it has."""
+    """All names of each parameter, by its first; tied parameters have several."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -183,7 +181,7 @@ def tied(model: nn.Module) -> dict[str, list[str]]:
 
 
 def reader(model: nn.Module, checkpoint: Checkpoint) -> Callable[[list[str]], Iterator[tuple[str, Tensor]]]:
-    """For `Lazy`: reads parameters of `model` by full name from `checkpoint`, which may have those that are tied under any name."""
+    """For `Lazy`: reads parameters of `model` by full name from `checkpoint`, which has a tied parameter under any of its names."""
     stored = {name: next((other for other in names if other in checkpoint), name) for name, names in tied(model).items()}
 
     def read(wanted: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -200,16 +198,15 @@ def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def check_stored(name: str, kind: str, file: Path) -> None:
-    """Raises `ReconError` where the weight `name` is stored in `file` as `kind`, a safetensors dtype, that does not tell its values by itself."""
+    """Raises `ReconError` naming a weight that is stored in a safetensors dtype `kind` which needs scales from elsewhere."""
     if kind not in PLAIN:
         raise ReconError(
-            f"{str(file)!r}: weight {name!r} is stored as {kind}; allowed: {', '.join(PLAIN)}. Weights must be floating-point: undo their "
-            "quantisation first"
+            f"{str(file)!r}: weight {name!r} is stored as {kind}; allowed: {', '.join(PLAIN)}. Undo its quantisation first"
         )
 
 
 def quantisation(config: PretrainedConfig) -> dict | None:
-    """How the weights of a model of this configuration are quantised, with "quant_method"; None where they are not."""
+    """How the weights of a model of this configuration are quantised, including "quant_method"; None if they are not."""
     for part in (config, config.get_text_config()):
         if found := getattr(part, "quantization_config", None):
             found = dict(found) if isinstance(found, dict) else found.to_dict()
@@ -219,13 +216,13 @@ def quantisation(config: PretrainedConfig) -> dict | None:
 
 
 def check_unquantised(config: PretrainedConfig) -> None:
-    """Raises `ReconError` where the weights of a model of this configuration are quantised, naming how."""
+    """Raises `ReconError` naming the method if the weights of a model of this configuration are quantised."""
     if found := quantisation(config):
         raise ReconError(f"its weights are quantised ({found['quant_method']}); undo their quantisation first")
 
 
 def warn_of_surplus(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Says that a checkpoint has entries of these `names`, if any, that `model` has no place for."""
+    """Warns if there are `names`: of entries in a checkpoint that `model` has no place for."""
     if names := sorted(names):
         log.warning(
             "%s has no place for weight %r of its checkpoint (%d such): left out", type(model).__name__, names[0], len(names)
@@ -233,7 +230,7 @@ def warn_of_surplus(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, owner: str) -> None:
-    """Raises `ReconError` naming the parameter `name`, and whose it is, where it holds NaN or infinity."""
+    """Raises `ReconError` naming the parameter `name` and its `owner` if it holds NaN or infinity."""
     bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
         raise ReconError(f"{owner}: parameter {name!r} holds {bad} NaN or infinite values of {tensor.numel()}")
@@ -242,11 +239,11 @@ def check_finite(name: str, tensor: Tensor, owner: str) -> None:
 def open_model(
     config: PretrainedConfig, files: Iterable[Path], trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Checkpoint]:
-    """The skeleton of `config`, tied as `from_pretrained` would tie it, and its weights in `files`.
+    """The skeleton of `config`, tied as `from_pretrained` ties it, and its weights in `files`.
 
-    As there, weights that the model has no place for are left out, with a warning.
+    Weights that the model has no place for are left out, with a warning, as there.
 
-    Raises `ReconError` naming weights that are missing, or that are quantised.
+    Raises `ReconError` naming weights that are missing or quantised.
     """
     check_unquantised(config)
     model = skeleton(config, trust_remote_code)
@@ -254,7 +251,7 @@ def open_model(
     warn_of_surplus(model, checkpoint.surplus)
     missing = {name for name in model.state_dict() if name not in checkpoint}
     missing -= {name for name in missing for kept in model._keys_to_ignore_on_load_missing or () if re.search(kept, name)}
-    # Where a checkpoint has both of what its configuration ties, their values decide.
+    # If a checkpoint has both of what its configuration ties, they are tied only if their values are equal.
     pairs = {name for pair in model.all_tied_weights_keys.items() for name in pair if not set(pair) & missing}
     for name, value in checkpoint.read(pairs):
         _place(model, name, nn.Parameter(value))
@@ -262,7 +259,7 @@ def open_model(
     if missing:
         raise ReconError(f"weights that the configuration calls for are missing: {', '.join(sorted(missing))}")
     for name, names in tied(model).items():
-        if not any(other in checkpoint for other in names):  # such as positions that are sines, which transformers computes
+        if not any(other in checkpoint for other in names):  # such as sinusoidal positions, which transformers computes
             owner, shape = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name).shape
             _place(model, name, nn.Parameter(torch.empty(shape)))
             model._init_weights(owner)
@@ -276,9 +273,9 @@ def open_model(
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`, where it is floating-point; zeros stay zeros.
+    """`tensor` in `dtype` if it is floating-point, else as it is; zeros stay zeros.
 
-    Raises `ReconError` naming the parameter or buffer `name` where a finite number becomes infinite.
+    Raises `ReconError` naming the parameter or buffer `name` if a finite value would become infinite.
     """
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
@@ -286,12 +283,12 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not found.isfinite().all():
         largest = tensor.abs().max().item()
         raise ReconError(
-            f"{name!r} holds {largest:.4g}, and {str(dtype).removeprefix('torch.')} nothing above {torch.finfo(dtype).max:.4g}; save in "
+            f"{name!r} holds {largest:.4g}, more than {str(dtype).removeprefix('torch.')} can ({torch.finfo(dtype).max:.4g}); save in "
             "bfloat16 or float32"
         )
     return found
 
 
 def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` by the names, and in the parts, that `save_pretrained` writes them in; see `Checkpoint`."""
+    """`tensors` under the names, and in the parts, in which `save_pretrained` stores them; see `Checkpoint`."""
     return revert_weight_conversion(model, tensors)
