@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where they are, and whether they are whole and safe, before anything is read from them.
+"""The files of a checkpoint, found and checked before anything is read from them; hashes of files.
 
 A checkpoint is a folder in the Hugging Face format with its weights in safetensors: one `model.safetensors`, or shards
 listed by an index. Nothing here unpickles, or runs code that comes with a model.
@@ -18,22 +18,21 @@ from recon.errors import ReconError
 from recon.runtime.storage import SLOW, cache_folder, complete, sha256
 
 WEIGHTS, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
-RECORD = "record.json"  # in what `recon` saves: the record of the run that made it
+RECORD = "record.json"  # the record of the run that made a model
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm")  # configuration and tokenizer, as patterns
-LARGE = 2**26  # bytes from which a file's hash is kept from one process to the next
+DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm")  # patterns of configuration and tokenizer files
+LARGE = 2**26  # bytes from which a file's hash is kept in the cache
 
 
 def shards(folder: Path | str) -> list[Path]:
     """The safetensors files that hold the weights of the checkpoint in `folder`, checked without reading any values.
 
-    Every file lies inside the folder (or among the blobs of the same repository in the Hub's cache), is as long as its header
-    says, and holds exactly the tensors that the index places there. Where the checkpoint carries hashes, they agree: a
-    blob in the Hub's cache is named after its SHA-256, and what `recon` saves comes with `SHA256SUMS`, in the format of
-    `sha256sum`. A file is hashed once per process.
+    Every file is inside the folder (or among the blobs of the same repository in the Hub's cache), is as long as its header
+    says, and holds exactly the tensors that the index places there. Hashes agree, if the checkpoint has any: a blob in the
+    Hub's cache is named after its SHA-256, and models that `recon` saves have a `SHA256SUMS`, in the format of `sha256sum`.
 
     Raises:
-        ReconError: naming the file or tensor at fault; also where there are no weights, or pickled ones only.
+        ReconError: naming the file or tensor at fault; also if there are no weights, or only pickled ones.
     """
     folder = Path(folder)
     places = placed(folder)
@@ -53,18 +52,18 @@ def shards(folder: Path | str) -> list[Path]:
 
 
 def placed(folder: Path) -> dict[str, set[str] | None]:
-    """The files that hold the weights of the checkpoint in `folder`, by name within it, with the tensors that the index places
-    in each; None where there is no index. Whether they exist is not looked at.
+    """The files that hold the weights of the checkpoint in `folder`, by their names in it, whether they exist or not, with the
+    tensors that the index places in each (None without an index).
 
     Raises `ReconError` as `shards`.
     """
-    # As in transformers, a single file goes before an index.
+    # As in transformers, a single file has priority over an index.
     single = (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink()
     return {WEIGHTS: None} if single else _read_index(folder)
 
 
 def tensor_names(shard: Path) -> set[str]:
-    """The names of the tensors in a safetensors file; raises `ReconError` where its header and its length do not agree."""
+    """The names of the tensors in a safetensors file; raises `ReconError` if its header and its length do not agree."""
     try:
         with safe_open(shard, "pt") as file:
             return set(file.keys())
@@ -74,10 +73,10 @@ def tensor_names(shard: Path) -> set[str]:
 
 
 def commit(name: str, revision: str | None = None) -> str:
-    """The commit that `revision` of the model repository `name` means, the same for as long as this process lasts.
+    """The commit of `revision` of the model repository `name`, the same for as long as this process lasts.
 
-    That is the one in the Hub's cache, which answers offline and leaves a run that goes on with the files that it began with; where
-    there is none, the newest one. Raises whatever huggingface_hub does where it cannot be had.
+    It is the one in the Hub's cache, so that it is known offline, and a resumed run keeps its files; or else the newest one.
+    Raises whatever huggingface_hub raises if the Hub cannot be asked.
     """
     from huggingface_hub import constants
 
@@ -91,18 +90,19 @@ def _commit(name: str, revision: str | None, cache: str) -> str:
     # Folders in the cache are named after the commit.
     found = try_to_load_from_cache(name, "config.json", cache, revision)
     if not isinstance(found, str):
-        HfApi().model_info(name, revision=revision)  # says at once where the Hub cannot be reached
+        HfApi().model_info(name, revision=revision)  # fails at once if the Hub cannot be reached
         found = hf_hub_download(name, "config.json", revision=revision)
     return Path(found).parent.name
 
 
 def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> Path:
-    """The folder in the Hub's cache with the files of the model repository `name` at `commit`, fetched where they are missing.
+    """The folder in the Hub's cache with the files of the model repository `name` at `commit`; missing files are fetched.
+
+    For old repositories without safetensors, the Hub's conversion to safetensors is fetched, as transformers does.
 
     code: whether Python files are fetched as well.
 
-    Raises `ReconError` where there are no weights in safetensors. For old repositories, which hold pickles only, the
-    Hub's own bot offers a conversion; it is taken, as transformers does.
+    Raises `ReconError` if there are no weights in safetensors.
     """
     folder = _download(name, commit(name, revision), code)
     if not _has_weights(folder) and revision in (None, "main"):
@@ -126,12 +126,12 @@ def _download(name: str, revision: str | None, code: bool) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
     folder = get((*DESCRIPTIONS, "*.py") if code else DESCRIPTIONS)
-    # Repositories may hold the same weights several times, in other formats or precisions: only what is read is fetched.
+    # Repositories may hold the same weights in several formats: only those that will be read are fetched.
     return get(_read_index(folder) if (folder / INDEX).is_file() else [WEIGHTS])
 
 
 def _read_index(folder: Path) -> dict[str, set[str]]:
-    """By file name, the tensors that the index of `folder` places there."""
+    """The tensors that the index of `folder` places in each file, by the file's name."""
     path = folder / INDEX
     if not path.is_file():
         pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED)
@@ -155,7 +155,7 @@ def _read_index(folder: Path) -> dict[str, set[str]]:
     if not names:
         raise ReconError(f"{INDEX} has an empty weight_map; it must say which file each tensor lies in")
     for name in names:
-        # Read on its own terms on every system: what is a plain name here must not be a path there.
+        # A name must not be a path out of the folder on any system.
         kinds = (PurePosixPath(name), PureWindowsPath(name))
         if any(kind.is_absolute() or kind.drive or ".." in kind.parts for kind in kinds) or not name.endswith(".safetensors"):
             raise ReconError(f"{INDEX} names the file {name!r}; allowed: safetensors files inside the folder")
@@ -163,7 +163,7 @@ def _read_index(folder: Path) -> dict[str, set[str]]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`; raises `ReconError` where it is missing, or is a link that leads elsewhere."""
+    """The file `name` of `folder`; raises `ReconError` if it is missing, or a link that leads out of the folder."""
     path, home = folder / name, folder.resolve()
     # In the Hub's cache, files are links from snapshots/<commit>/ to blobs/ beside it.
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -178,7 +178,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _check_hashes(folder: Path, paths: list[Path]) -> None:
-    """Raises `ReconError` naming a file whose content is not what its hash, where there is one, says."""
+    """Raises `ReconError` naming a file that has a hash, and another content."""
     stored, wanted = read_hashes(folder), {}
     for path in paths:
         target, name = path.resolve(), path.relative_to(folder).as_posix()

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,13 +35,8 @@ from recon.runtime.weights import (
     warn_of_surplus,
 )
 
-SUFFIXES = {
-    ".safetensors",
-    ".json",
-    ".model",
-    ".tiktoken",
-    ".spm",
-}  # of the files in a folder that a model and its tokenizer are made of
+# The files in a folder that make up a model and its tokenizer: by suffix, and by name.
+SUFFIXES = {".safetensors", ".json", ".model", ".tiktoken", ".spm"}
 VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -49,7 +45,7 @@ def locate(name: str) -> str:
     """Where `from_pretrained` finds the model called `name`: a folder, or the Hub id itself.
 
     A GGUF file is unpacked into the cache once. Raises `ReconError` for a name that is neither bundled, nor a folder with a
-    config.json, nor a GGUF file, nor shaped like a Hub id.
+    config.json, nor a GGUF file, nor looks like a Hub id.
     """
     if name in assets.BUNDLED_MODELS:
         return str(assets.bundled_model(name))
@@ -75,28 +71,22 @@ def is_gguf(name: str) -> bool:
 
 
 def folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The folder with the checkpoint of the model called `name`, fetched from the Hub where need be, its files checked.
+    """The folder with the checkpoint of the model called `name`, its files checked; fetched if it is on the Hub.
 
     Raises `ReconError` for what `locate` and `recon.data.files.shards` refuse, a model that the Hub does not have, and one that
-    comes with code of its own, unless `trust_remote_code`.
+    comes with its own code, unless `trust_remote_code`.
     """
-    where = locate(name)
-    found = Path(where)
-    if not found.is_dir():
-        try:
-            found = files.hub_snapshot(where, revision, trust_remote_code)
-        except Exception as error:  # huggingface_hub, its HTTP client and transformers each raise their own kinds
-            raise _not_loaded(name, revision, error) from error
-    try:
+    found = Path(locate(name))
+    with _loading(name, revision):
+        if not found.is_dir():
+            found = files.hub_snapshot(str(found), revision, trust_remote_code)
         check_code(found, trust_remote_code)
         files.shards(found)
-    except ReconError as error:
-        raise _not_loaded(name, revision, error) from error
     return found
 
 
 def check_code(folder: Path, trust_remote_code: bool) -> None:
-    """Raises `ReconError` where the model in `folder` can only run by code that comes with it, unless that is trusted."""
+    """Raises `ReconError` if the model in `folder` needs code that comes with it, unless that is trusted."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         own, kind = config.get("auto_map") or {}, config.get("model_type")
@@ -105,15 +95,28 @@ def check_code(folder: Path, trust_remote_code: bool) -> None:
     if own and kind not in CONFIG_MAPPING and not trust_remote_code:
         code = ", ".join(sorted(map(str, own.values()))) if isinstance(own, dict) else own
         raise ReconError(
-            f"transformers does not know models of type {kind!r}, and the code that comes with it ({code}) is not run unless "
-            "you have read it and say so: trust_remote_code=True, or --trust-remote-code True"
+            f"transformers does not know models of type {kind!r}, and the code that comes with it ({code}) is not run unless you allow "
+            "it, after reading it: trust_remote_code=True, or --trust-remote-code"
         )
 
 
-def _not_loaded(name: str, revision: str | None, error: Exception) -> ReconError:
-    at = f" at revision {revision!r}" if revision else ""
-    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    return ReconError(f"model {name!r}{at} cannot be loaded: {kind}{error}")
+@contextlib.contextmanager
+def _loading(name: str, revision: str | None) -> Iterator[None]:
+    """Context that raises a `ReconError` naming the model for any error, and shows no progress bars of transformers.
+
+    Its bar of loading weights takes a second, and would stand between ours.
+    """
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # transformers, tokenizers, safetensors, huggingface_hub and its HTTP client raise their own kinds
+        at = f" at revision {revision!r}" if revision else ""
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ReconError(f"model {name!r}{at} cannot be loaded: {kind}{error}") from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def load(
@@ -121,17 +124,15 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM, or encoder-decoder, `name` in float32 and its tokenizer, in evaluation mode, on `device`.
 
-    Weights come from safetensors only, whose files are checked first (see `recon.data.files.shards`). Code that comes with a model
-    is run with `trust_remote_code` alone. Weights that the model has no place for are left out, with a warning. Quantised ones are
-    taken where transformers undoes that while it reads them.
+    Weights are read from safetensors only, whose files are checked first (see `recon.data.files.shards`). Code that comes with a
+    model runs only if `trust_remote_code`. Weights that the model has no place for are left out, with a warning. Quantised weights
+    are read if transformers undoes their quantisation.
 
-    Raises `ReconError` for an unknown model, and for weights that are missing, of the wrong shape, NaN or infinite, naming them (the
-    first, where not finite); before any are read, for those quantised in another way.
+    Raises `ReconError` for an unknown model; naming weights that are missing or of the wrong shape, and the first that holds NaN or
+    infinity; and, before any are read, for a quantisation that transformers does not undo.
     """
     where = folder(name, revision, trust_remote_code)
-    # The bar of transformers' weight loading flickers by in a second and would sit between our own bars.
-    transformers_logging.disable_progress_bar()
-    try:
+    with _loading(name, revision):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         undone = _undo_quantisation(config)
@@ -141,8 +142,6 @@ def load(
         )  # fmt: skip
         if not undone:
             _check_stored(files.shards(where), model)
-    except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
-        raise _not_loaded(name, revision, error) from error
     if found["mismatched_keys"]:
         wrong = ", ".join(f"{key} is {tuple(has)}, not {tuple(wants)}" for key, has, wants in sorted(found["mismatched_keys"]))
         raise ReconError(f"model {name!r} has weights of other shapes than its config.json calls for: {wrong}")
@@ -153,15 +152,15 @@ def load(
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
         if not values.untyped_storage().resizable():
-            # Mapped from the file, and would change with it. Besides, kernels give other last bits for memory that begins at any place.
+            # Mapped from the file, and would change with it. Kernels also give other last bits for memory that is not aligned.
             values.data = values.data.clone()
     return model.eval().to(device), tokenizer
 
 
 def _undo_quantisation(config: PretrainedConfig) -> bool:
-    """Has transformers undo the quantisation of weights while it reads them, where `config` says that they are; whether it does.
+    """Makes transformers undo the quantisation that `config` tells of while it reads weights; returns whether there is one.
 
-    Raises `ReconError` for a way to quantise that it would keep.
+    Raises `ReconError` for a quantisation that transformers does not undo.
     """
     found = quantisation(config)
     if found is None:
@@ -171,13 +170,13 @@ def _undo_quantisation(config: PretrainedConfig) -> bool:
         check_unquantised(config)
     for part in (config, config.get_text_config()):
         vars(part).pop("quantization_config", None)
-    # Where there is a GPU, it would not do so unasked.
+    # On a GPU, transformers does so only if it is asked to.
     config.quantization_config = found | {"dequantize": True}
     return True
 
 
 def _check_stored(shards: list[Path], model: PreTrainedModel) -> None:
-    """Raises `ReconError` for a parameter whose values are read as they are stored, but mean something else."""
+    """Raises `ReconError` naming a parameter whose stored values need scales from elsewhere."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for path in shards:
         with safe_open(path, "pt") as file:
@@ -186,15 +185,14 @@ def _check_stored(shards: list[Path], model: PreTrainedModel) -> None:
 
 
 def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
-    """The weights of the pruned model `name`, opened to be read parameter by parameter; `dense` is what it was pruned from.
+    """The weights of the pruned model `name`, to be read parameter by parameter; `dense` is the model that it was pruned from.
 
-    Its files are checked as those of `load`. Raises `ReconError` also for a model of another type than `dense`, and quantised weights. See `recon.methods.external_mask`.
+    Raises `ReconError` as `load`, for a model of another type than `dense`, and for quantised weights. See
+    `recon.methods.external_mask`.
     """
     where = folder(name, revision, trust_remote_code)
-    try:
+    with _loading(name, revision):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds
-        raise _not_loaded(name, revision, error) from error
     if config.model_type != dense.config.model_type:
         raise ReconError(
             f"pruned model {name!r} is of type {config.model_type!r}, and the dense one of type {dense.config.model_type!r}"
@@ -207,13 +205,13 @@ def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, 
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the model called `name`; of a folder or the Hub's files, nothing else is read.
+    """The configuration of the model called `name`; no other file of a folder or of the Hub is read.
 
-    Raises `ReconError` for what `locate` and `fingerprint` refuse, and where it cannot be read.
+    Raises `ReconError` for what `locate` and `fingerprint` refuse, and if it cannot be read.
     """
     where = locate(name)
     if not Path(where).is_dir():
-        # Asks the Hub once, where to read a file would ask again and again before it gave up.
+        # Asks the Hub once; reading a file would ask several times before it gives up.
         revision = fingerprint(name, revision, trust_remote_code)
     try:
         return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
@@ -224,25 +222,23 @@ def configuration(name: str, revision: str | None = None, trust_remote_code: boo
 def skeleton(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Checkpoint, PreTrainedTokenizerBase]:
-    """What `load` gives, but with the model's parameters left on disk: see `recon.runtime.weights`."""
+    """As `load`, but the model's parameters stay on disk: a skeleton, its weights, and the tokenizer. See `recon.runtime.weights`."""
     where = folder(name, revision, trust_remote_code)
-    try:
+    with _loading(name, revision):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         model, checkpoint = open_model(config, files.shards(where), trust_remote_code)
         if (where / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(where)
-    except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
-        raise _not_loaded(name, revision, error) from error
     return model, checkpoint, tokenizer
 
 
 def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
     """Hash of what `load(name, revision)` loads, without loading it.
 
-    For a bundled model, of what it is made from, the same on every machine; for a folder, of its weights, configuration and
-    tokenizer (and of its code, where that is run); for a Hub id, the commit. Raises `ReconError` for an unknown model, and for one that the Hub does not have or
-    that cannot be asked for.
+    For a bundled model, that of its source, which is the same on every machine; for a folder, of its weights, configuration and
+    tokenizer (and of its code, if that is trusted); for a Hub id, the commit. Raises `ReconError` for an unknown model, and for one
+    that the Hub does not have, or if the Hub cannot be reached.
     """
     if name in assets.BUNDLED_MODELS:
         return assets.origin(name)
@@ -260,8 +256,8 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
             ) from error
     suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
     read = {path.name for path in where.iterdir() if path.suffix in suffixes or path.name in VOCABULARY_FILES}
-    read.discard(files.RECORD)  # how long a run took makes no difference to its model
-    with contextlib.suppress(ReconError):  # an index that is none: loading the model will say so
+    read.discard(files.RECORD)  # of the run that made the model
+    with contextlib.suppress(ReconError):  # of a damaged index, which loading the model will name
         read |= set(files.placed(where))  # shards may lie in folders below
     # Ordered by name, so that the same files give the same hash wherever they lie.
     digests = {name: files.digest(where / name) for name in read if (where / name).is_file()}

@@ -1,7 +1,7 @@
-"""Calibration and evaluation text as token windows: bundled corpora, local files, and the hub's C4 and WikiText-2.
+"""Calibration and evaluation text as token windows: bundled corpora, local files, and C4 and WikiText-2 from the Hub.
 
 Every text is a list of documents in a fixed order, dealt to three disjoint splits by position. Tokens follow the
-protocol of GPTQ, SparseGPT and Wanda: the documents of a split are joined, tokenised in one go and cut into windows.
+protocol of GPTQ, SparseGPT and Wanda: the documents of a split are joined, tokenised at once and cut into windows.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ DEAL_C4_TRAIN = {"calibration": {0, 1, 2, 3, 4, 6, 7}, "validation": {5}}
 
 @dataclass(frozen=True)
 class HubText:
-    """Where the hub keeps a text; `path` may also be a local folder in the same format, `limits` bounds documents."""
+    """Where the Hub keeps a text; `path` may also be a local folder in the same format. `limits`: the most documents of each part."""
 
     path: str
     config: str | None = None
@@ -60,7 +60,7 @@ HUB = {
 }
 CLEANING = 1  # raise it when `wikitext.prose` changes: the cleaned Wikipedia articles are cached under this number
 SHORTEST_ARTICLE = 1000  # characters; stubs and disambiguation pages leave less
-# tokenizer -> {(text, split): tokens}; an entry disappears together with its tokenizer
+# tokenizer -> {(text, split, state): tokens}; an entry disappears together with its tokenizer
 _TOKENS: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -78,7 +78,7 @@ def documents(name: str, split: str) -> list[str]:
     if split not in SPLITS:
         raise ReconError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if name == "c4":
-        # C4's own validation file stays for evaluation alone
+        # C4's validation file is for evaluation only.
         if split == "evaluation":
             return _hub("c4", "validation")
         return _deal(_hub("c4", "train"), DEAL_C4_TRAIN, split)
@@ -136,7 +136,7 @@ def fingerprint(name: str) -> str:
 def _tokens(name: str, split: str, tokenizer) -> torch.LongTensor:
     """All tokens of a split, shape (tokens,), kept for as long as the tokenizer lives."""
     kept = _TOKENS.setdefault(tokenizer, {})
-    # a local file may be edited, a hub text repointed, between two calls
+    # Between two calls, a local file may be edited, or a Hub text get another revision.
     state = _local(name).stat().st_mtime_ns if name not in TEXTS else HUB.get(name) and fingerprint(name)
     key = (name, split, state)
     if key not in kept:
@@ -146,25 +146,25 @@ def _tokens(name: str, split: str, tokenizer) -> torch.LongTensor:
                 f"the {split} split of text {name!r} is empty: documents are dealt to the splits by position, and "
                 "there are too few"
             )
-        # verbose=False: a text longer than the model's context is what is wanted here, not a mistake
+        # verbose=False: no warning about a text that is longer than the model's context, which is intended here.
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         kept[key] = ids
     return kept[key]
 
 
 def _deal(texts: list[str], deal: dict[str, set[int]], split: str) -> list[str]:
-    """The documents of `split`; repeated ones count once, or the same document could sit in two splits."""
+    """The documents of `split`; repeated ones count once, or the same document could be in two splits."""
     return [text for position, text in enumerate(dict.fromkeys(texts)) if position % 8 in deal[split]]
 
 
 def _news() -> list[str]:
-    """One article per line; ISO-8859-1 is what the Lee corpora are written in."""
+    """The articles of the Lee corpora, one per line, in ISO-8859-1."""
     lines = (line for name in ("lee-background", "lee") for line in assets.fetch(name).open(encoding="latin-1"))
     return [line.strip() for line in lines if line.strip()]
 
 
 def _code() -> list[str]:
-    """Whole files: one library's functions repeat one another's docstrings, and must not sit in different splits."""
+    """Whole files, so that functions of one file, which repeat one another's docstrings, are in one split."""
     return [assets.fetch(f"gensim/{path}").read_text(encoding="utf-8").strip() for path in assets.CODE]
 
 

@@ -20,7 +20,7 @@ def articles(dump: Path) -> Iterator[tuple[str, str]]:
                 element.clear()
 
 
-# The first of these level-2 sections and all that follows is apparatus, not article.
+# The first of these level-2 sections and everything after it is apparatus, not article.
 _APPARATUS = re.compile(
     r"^==\s*(see also|(?:foot)?notes|references?|notes and references|(?:selected )?bibliography|sources|citations|"
     r"works cited|further reading|external links)\s*==\s*$",
@@ -28,11 +28,11 @@ _APPARATUS = re.compile(
 )
 _DROPPED_LINKS = re.compile(r"\s*:?\s*(file|image|category|media|[a-z]{2,3}(-[a-z]+)?)\s*:", re.IGNORECASE)
 _DROPPED_TAGS = set("ref references table gallery timeline imagemap".split())
-# Templates that are part of a sentence, and what they put there; all others are references, boxes and notices.
+# Templates that are part of a sentence, by what they add to it; all others are references, boxes and notices.
 _FIRST = set("nowrap nobr vanchor sc small smaller abbr tooltip angbr ipa vr keypress nihongo quote cquote blockquote".split())
 _LAST = {"lang", "transl"}
 _FIXED = {"'s": "'s", "nbsp": " ", "spaces": " ", "ndash": "–", "spaced ndash": " – ", "mdash": "—", "snd": " – "}
-_HOLE = "\ufffc"  # where a sentence lost what it needs (a formula), or a list item starts: that line is not kept
+_HOLE = "\ufffc"  # marks a line that is left out: its sentence needs what was removed (a formula), or it is a list item
 _HOLES = {"val", "frac", "chem", "chem2", "inflation", "simplenuclide2", "su", "math", "mvar"}
 
 

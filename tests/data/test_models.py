@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from recon.data import assets, models
 from recon.errors import ReconError
@@ -261,3 +262,11 @@ def test_weights_lie_where_tensors_of_their_own_would(folder):
             assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
             opened.seek(-40_000, os.SEEK_END)
             opened.write(content)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bars_of_transformers_are_as_they_were(tiny_folder, shown):
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    models.load(tiny_folder)
+    assert logging.is_progress_bar_enabled() == shown
+    logging.enable_progress_bar()
