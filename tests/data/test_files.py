@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -297,9 +296,9 @@ def test_code_that_comes_with_a_model_is_run_only_where_trusted(folder, tmp_path
     assert type(models.load(str(folder), trust_remote_code=True)[0]).__name__ == "OwnForCausalLM"
     # The code decides about the numbers, so it tells runs apart; a spec that does not run any has the key it always had.
     own = recon.RunSpec.of(model=str(folder), text=f"{folder}/tiny_text.txt", evaluation_texts=f"{folder}/tiny_text.txt")
-    keys = [own.key(), replace(own, trust_remote_code=True).key()]
+    keys = [own.key(), own.replaced(trust_remote_code=True).key()]
     (folder / "modeling_own.py").write_text(MODEL + "# changed")
-    keys += [own.key(), replace(own, trust_remote_code=True).key()]
+    keys += [own.key(), own.replaced(trust_remote_code=True).key()]
     assert keys[0] == keys[2] and len(set(keys)) == 3
 
 
