@@ -29,14 +29,14 @@ def configurations(model: nn.Module) -> list:
 @contextlib.contextmanager
 def apart(configs: Iterable) -> Iterator[None]:
     """Context in which each expert's matrices are multiplied one by one, by the tokens sent to it alone. `configs`: see `configurations`."""
-    before = [(config, getattr(config, IMPLEMENTATION)) for config in configs]
+    settings = [(vars(config), vars(config)[IMPLEMENTATION]) for config in configs]
     try:
-        for config, _ in before:
-            setattr(config, IMPLEMENTATION, "eager")
+        for values, _ in settings:
+            values[IMPLEMENTATION] = "eager"
         yield
     finally:
-        for config, implementation in before:
-            setattr(config, IMPLEMENTATION, implementation)
+        for values, implementation in settings:
+            values[IMPLEMENTATION] = implementation
 
 
 # ---- products with experts' matrices
