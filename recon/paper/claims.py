@@ -16,7 +16,8 @@ import pandas as pd
 from recon.errors import ReconError
 from recon.experiment.record import RunRecord
 from recon.experiment.study import read_records
-from recon.paper.comparisons import COSTS, DEFAULTS, KINDS, MARGIN, SEEDS, Evidence, Run, check_windows, protocol, protocol_words
+from recon.paper.comparisons import COSTS, KINDS, MARGIN, SEEDS, Evidence
+from recon.paper.runs import DEFAULTS, Run, check_windows, protocol, protocol_words
 from recon.paper.statistics import bounds, interval
 from recon.paper.verdicts import FAILS, HOLDS, UNSURE, Verdict, to_markdown, to_summary, to_table
 

@@ -1,165 +1,23 @@
-"""What a claim compares: which run records enter, and what is computed from them, for each kind of comparison.
+"""The kinds of comparison: which runs enter, and what is computed from them.
 
-An effect is a difference of log-perplexity in nats per token, paired: both sides have the same evaluation windows and the same
-seeds. Only records of one protocol are compared.
+An effect is a difference of log-perplexity in nats per token. It is paired: both sides have the same evaluation windows and seeds.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from recon.errors import ReconError
-from recon.experiment.config import RunSpec, place
-from recon.experiment.record import RunRecord
-from recon.kernels.gradient_descent import Schedule
+from recon.paper.runs import Run, pick, short
 
 MARGIN = 0.05  # of the damage log(pruned / dense); differences within the paper's own tables are smaller
 SEEDS = 3  # fewer say nothing about training noise
 MODELS = 3  # fewer make no trend: two differ in more than their size
 BUDGET = 0.15  # compute is equal within this share
 COSTS = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
-DEFAULTS = RunSpec().flat()
-# Options of a method (see `_pick`): those of its schedules are its tuning, but for the number of epochs; all others its setting.
-_TUNABLE = {field.name for field in fields(Schedule)} - {"epochs"} | {"chunks"}
-_RATES = {"learning_rate", "retrain_learning_rate"}
-# Judged one by one, part of the protocol, or without influence on what is compared.
-_APART = {"model", "revision", "pattern", "samples", "checkpointing"}
-_METHOD = {name: place(name)[1] for name in DEFAULTS if place(name)[0] in ("model", "pruning", "reconstruction", "retraining")}
-_TUNING = [name for name, field in _METHOD.items() if field in _TUNABLE]
-_SETTING = [name for name, field in _METHOD.items() if field not in _TUNABLE | _APART]
-
-
-def _idle(name: str, spec: dict) -> bool:
-    """Whether the option `name` changes nothing in a run of `spec`."""
-    return (
-        (place(name)[0] == "reconstruction" and name != "granularity" and spec["granularity"] == "none")
-        or (place(name)[0] == "retraining" and spec["retrain"] == "none")
-        or (name.startswith("exact_") and "exact" not in (spec["solver"], spec["start"]))
-        or (name.startswith("sparsegpt_") and spec["criterion"] != "sparsegpt")
-    )
-
-
-class Run:
-    """A finished record, with what comparisons ask of it."""
-
-    def __init__(self, record: RunRecord):
-        spec = DEFAULTS | record.spec
-        spec = {name: DEFAULTS[name] if _idle(name, spec) else spec[name] for name in DEFAULTS}
-        self.record, self.spec, self.seed = record, spec, spec["seed"]
-        self.key, self.pattern = record.key, spec["pattern"]
-        self.model = spec["model"] + (f"@{spec['revision']}" if spec["revision"] else "")
-        self.samples = spec["samples"]
-        self.trained_samples = (spec["retrain_samples"] or spec["samples"]) if spec["retrain"] != "none" else spec["samples"]
-        self.setting = {name: spec[name] for name in _SETTING}
-        self.tuning = tuple((name, spec[name]) for name in _TUNING)
-        texts = spec["evaluation_texts"]
-        self.evaluated = texts if isinstance(texts, str) else texts[0]
-        try:
-            nll = record.metrics["by_text"][self.evaluated]["nll_per_window"]
-            self.nll = {state: np.array(nll[state], float) for state in ("dense", "pruned", "repaired")}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ReconError(f"record {self.key}: no nll_per_window of {self.evaluated!r} to judge by: {error!r}") from error
-        if len({values.shape for values in self.nll.values()}) > 1 or self.nll["dense"].ndim != 1 or not self.nll["dense"].size:
-            raise ReconError(
-                f"record {self.key}: nll_per_window has {[v.shape for v in self.nll.values()]} values; they must agree"
-            )
-        self.dtype = record.environment.get("compute_dtype", "")
-        self.machine = (record.environment.get("device", ""), record.environment.get("threads", 0))
-        tokens = record.protocol.get("token_hashes", {}).get(f"evaluation {self.evaluated}", "")
-        self.windows = (tokens, self.nll["dense"].size)
-        self.protocol = (
-            spec["text"], spec["sequence_length"], spec["prune_samples"] or spec["samples"], self.evaluated, spec["evaluation_samples"], spec["evaluation_length"], self.dtype,
-        )  # fmt: skip
-
-    def cost(self, kind: str) -> float:
-        """Samples trained on last, or the flops or seconds of all training; NaN where the record does not say."""
-        if kind == "samples":
-            return self.trained_samples
-        if kind == "seconds" and "activations" in self.record.shared:
-            return math.nan  # the dense model's part was had for nothing
-        spent = (getattr(self.record, "flops", None) if kind == "flops" else self.record.seconds) or {}
-        return sum(spent.get(phase) or 0.0 for phase in ("reconstruct", "retrain")) or math.nan
-
-
-def _pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[int, Run]:
-    """The runs that differ from the defaults by `options` alone, by seed, all with the same learning rates.
-
-    Where there are several rates: those nearest the default ones, so that no side of a comparison is tuned more than the
-    other; if `tuned`, where every side had its rates chosen, those with the lowest held-out perplexity, mean over the seeds
-    that all have. Nothing but rates is chosen so: batches, pieces and warm-up are those nearest the default ones. Never chosen by
-    evaluation text.
-    """
-    wanted = {name: {**DEFAULTS, **options}[name] for name in _SETTING}
-    choices: dict[tuple, dict[int, Run]] = {}
-    for run in runs:
-        if run.setting == wanted:
-            choices.setdefault(run.tuning, {}).setdefault(run.seed, run)
-    if not choices:
-        return {}
-
-    def distance(tuning: tuple) -> tuple:
-        # A warm-up may be 0, which is further from any default than a positive one.
-        return *(abs(math.log(max(value, 1e-12) / DEFAULTS[name])) for name, value in tuning), repr(tuning)
-
-    def recipe(tuning: tuple) -> tuple:
-        return tuple((name, value) for name, value in tuning if name not in _RATES)
-
-    if tuned:
-        plainest = min(map(recipe, choices), key=distance)
-        choices = {tuning: found for tuning, found in choices.items() if recipe(tuning) == plainest}
-    shared = set.intersection(*(set(found) for found in choices.values()))
-    held_out = {
-        tuning: [found[seed].record.metrics.get("held_out_perplexity") for seed in shared] for tuning, found in choices.items()
-    }
-    if tuned and shared and not any(value is None for values in held_out.values() for value in values):
-        # A run that diverged has no finite perplexity, and is not chosen.
-        return choices[min(choices, key=lambda t: (np.nan_to_num(np.mean(held_out[t]), nan=math.inf), *distance(t)))]
-    return choices[min(choices, key=distance)]
-
-
-def protocol(run: Run, kind: str, cost: str = "") -> tuple:
-    """What runs have to share to enter one comparison of this kind, and of this cost where it is about one."""
-    shared = run.protocol
-    if kind not in ("ratio", "combined"):
-        shared += (run.samples,)
-    if kind != "trend":  # tokenizers differ between models, and so do windows
-        shared += run.windows
-    if cost == "seconds":
-        shared += run.machine
-    return shared
-
-
-def check_windows(runs: list[Run]) -> None:
-    """Raises `ReconError` if the dense model's negative log-likelihoods differ where windows and model are said to be the same."""
-    first: dict[tuple, Run] = {}
-    for run in runs:
-        known = first.setdefault((run.model, run.protocol, run.windows), run)
-        # Kernels of other machines differ by far less than this, other windows by far more.
-        if not np.allclose(known.nll["dense"], run.nll["dense"], rtol=0, atol=0.02, equal_nan=True):
-            raise ReconError(
-                f"records {known.key} and {run.key} state the same model and protocol, but the dense model's negative "
-                "log-likelihoods differ: they were not evaluated on the same windows; keep them in folders of their own"
-            )
-
-
-def protocol_words(runs: list[Run]) -> str:
-    """What runs that were compared have read and were evaluated on."""
-    text, length, pruned_on, evaluated, windows, evaluation_length, dtype = runs[0].protocol
-    counts = sorted({count for run in runs for count in (run.samples, run.trained_samples)})
-    samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return (
-        f"{samples} x {length} tokens of {short(text)}, pruned on {pruned_on}; perplexity on {windows} x {evaluation_length} tokens of "
-        f"{short(evaluated)}" + (f", {dtype} products" if dtype else "")
-    )
-
-
-def short(name: str) -> str:
-    """A model or text by its name; a folder or file anywhere on this machine by its last part."""
-    return Path(name).name if Path(name).is_absolute() else name
 
 
 @dataclass
@@ -198,8 +56,8 @@ def _common(*sides: dict[int, Run]) -> list[int]:
 
 def better(runs: list[Run], ours: dict, other: dict | None, cost: str = "") -> Evidence | None:
     """Log-perplexity of the other side minus ours: above 0, ours is better."""
-    mine = _pick(runs, ours)
-    theirs, state = (mine, "pruned") if other is None else (_pick(runs, other), "repaired")
+    mine = pick(runs, ours)
+    theirs, state = (mine, "pruned") if other is None else (pick(runs, other), "repaired")
     if not (seeds := _common(mine, theirs)):
         return None
     values = _stack([(mine, "repaired"), (theirs, state)], seeds)
@@ -209,7 +67,7 @@ def better(runs: list[Run], ours: dict, other: dict | None, cost: str = "") -> E
 def equal(runs: list[Run], ours: dict, other: dict, cost: str = "") -> Evidence | None:
     """The same difference as a share of the damage log(pruned / dense): within the margin, both are equal."""
     tuned = "adapter" in ours  # their rates are searched, and those of full weights with them
-    mine, theirs = _pick(runs, ours, tuned), _pick(runs, other, tuned)
+    mine, theirs = pick(runs, ours, tuned), pick(runs, other, tuned)
     if not (seeds := _common(mine, theirs)):
         return None
 
@@ -226,7 +84,7 @@ def _points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], 
     groups: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.samples, run.trained_samples), []).append(run)
-    points = {count: _pick(group, options, tuned=True) for count, group in sorted(groups.items())}
+    points = {count: pick(group, options, tuned=True) for count, group in sorted(groups.items())}
     points = {count: {seed: run for seed, run in found.items() if run.cost(cost) > 0} for count, found in points.items()}
     return {count: found for count, found in points.items() if found}
 
@@ -347,7 +205,7 @@ def combined(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | 
 
 
 def _by_criterion(runs: list[Run], options: dict) -> dict[str, dict[int, Run]]:
-    found = {name: _pick(runs, options | {"criterion": name}) for name in options["criterion"]}
+    found = {name: pick(runs, options | {"criterion": name}) for name in options["criterion"]}
     return {name: side for name, side in found.items() if side}
 
 

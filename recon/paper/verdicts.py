@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from recon.paper.comparisons import MARGIN, SEEDS, short
+from recon.paper.comparisons import MARGIN, SEEDS
+from recon.paper.runs import short
 
 HOLDS, FAILS, UNSURE = "holds", "does not hold here", "not enough evidence"
 MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?"}

@@ -1,0 +1,160 @@
+"""Run records as comparisons see them: what a run did, under which protocol, and which runs stand for a method.
+
+Only runs of one protocol are compared.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+
+from recon.errors import ReconError
+from recon.experiment.config import RunSpec, place
+from recon.experiment.record import RunRecord
+from recon.kernels.gradient_descent import Schedule
+
+DEFAULTS = RunSpec().flat()
+# A method is what pruning, reconstruction and retraining are asked for. Of its options, those of schedules are its tuning (but
+# for the number of epochs), all others its setting.
+_TUNABLE = {field.name for field in fields(Schedule)} - {"epochs"} | {"chunks"}
+_RATES = {"learning_rate", "retrain_learning_rate"}
+_APART = {"model", "revision", "pattern", "samples", "checkpointing"}  # judged one by one, of the protocol, or without influence
+_METHOD = {name: place(name)[1] for name in DEFAULTS if place(name)[0] in ("model", "pruning", "reconstruction", "retraining")}
+_TUNING = [name for name, field in _METHOD.items() if field in _TUNABLE]
+_SETTING = [name for name, field in _METHOD.items() if field not in _TUNABLE | _APART]
+
+
+def _idle(name: str, spec: dict) -> bool:
+    """Whether the option `name` changes nothing in a run of `spec`."""
+    return (
+        (place(name)[0] == "reconstruction" and name != "granularity" and spec["granularity"] == "none")
+        or (place(name)[0] == "retraining" and spec["retrain"] == "none")
+        or (name.startswith("exact_") and "exact" not in (spec["solver"], spec["start"]))
+        or (name.startswith("sparsegpt_") and spec["criterion"] != "sparsegpt")
+    )
+
+
+class Run:
+    """A finished record. Raises `ReconError` for one that has nothing to judge by."""
+
+    def __init__(self, record: RunRecord):
+        spec = DEFAULTS | record.spec
+        spec = {name: DEFAULTS[name] if _idle(name, spec) else spec[name] for name in DEFAULTS}
+        self.record, self.seed, self.key, self.pattern = record, spec["seed"], record.key, spec["pattern"]
+        self.model = spec["model"] + (f"@{spec['revision']}" if spec["revision"] else "")
+        self.samples = spec["samples"]
+        self.trained_samples = (spec["retrain_samples"] if spec["retrain"] != "none" else 0) or spec["samples"]
+        self.setting = {name: spec[name] for name in _SETTING}
+        self.tuning = tuple((name, spec[name]) for name in _TUNING)
+        self.evaluated = spec["evaluation_texts"][0]
+        self.nll = self._read_nll()
+        dtype = record.environment.get("compute_dtype", "")
+        self.machine = (record.environment.get("device", ""), record.environment.get("threads", 0))
+        tokens = record.protocol.get("token_hashes", {}).get(f"evaluation {self.evaluated}", "")
+        self.windows = (tokens, self.nll["dense"].size)
+        self.protocol = (
+            spec["text"], spec["sequence_length"], spec["prune_samples"] or spec["samples"], self.evaluated,
+            spec["evaluation_samples"], spec["evaluation_length"], dtype,
+        )  # fmt: skip
+
+    def _read_nll(self) -> dict[str, np.ndarray]:
+        """Negative log-likelihoods (windows,) of the dense, the pruned and the final model."""
+        try:
+            found = self.record.metrics["by_text"][self.evaluated]["nll_per_window"]
+            nll = {state: np.array(found[state], float) for state in ("dense", "pruned", "repaired")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReconError(f"record {self.key}: no nll_per_window of {self.evaluated!r} to judge by: {error!r}") from error
+        shapes = {values.shape for values in nll.values()}
+        if len(shapes) > 1 or nll["dense"].ndim != 1 or not nll["dense"].size:
+            raise ReconError(f"record {self.key}: nll_per_window has shapes {sorted(shapes)}; they must agree")
+        return nll
+
+    def cost(self, kind: str) -> float:
+        """Samples trained on last, or the flops or seconds of all training; NaN where the record does not say."""
+        if kind == "samples":
+            return self.trained_samples
+        if kind == "seconds" and "activations" in self.record.shared:
+            return math.nan  # another run computed the dense model's activations
+        spent = self.record.flops if kind == "flops" else self.record.seconds
+        return sum(spent.get(phase) or 0.0 for phase in ("reconstruct", "retrain")) or math.nan
+
+
+def pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[int, Run]:
+    """By seed, the runs whose setting differs from the defaults by `options` alone, all of one tuning.
+
+    Of several tunings the one nearest the defaults, so that no side of a comparison is tuned more than the other. `tuned`: every side
+    had its learning rates searched. Then the rates with the lowest held-out perplexity (mean over the seeds that all tunings have) are
+    taken, all other tuning again nearest the defaults. Evaluation text never decides.
+    """
+    wanted = {name: {**DEFAULTS, **options}[name] for name in _SETTING}
+    choices: dict[tuple, dict[int, Run]] = {}
+    for run in runs:
+        if run.setting == wanted:
+            choices.setdefault(run.tuning, {}).setdefault(run.seed, run)
+    if not choices:
+        return {}
+
+    def but_rates(tuning: tuple) -> tuple:
+        return tuple((name, value) for name, value in tuning if name not in _RATES)
+
+    if tuned:
+        plainest = min(map(but_rates, choices), key=_distance)
+        choices = {tuning: found for tuning, found in choices.items() if but_rates(tuning) == plainest}
+        shared = set.intersection(*(set(found) for found in choices.values()))
+        held_out = {
+            tuning: [found[seed].record.metrics.get("held_out_perplexity") for seed in shared]
+            for tuning, found in choices.items()
+        }
+        if shared and all(value is not None for values in held_out.values() for value in values):
+            # A run that diverged has no finite perplexity, and is not chosen.
+            return choices[min(choices, key=lambda t: (np.nan_to_num(np.mean(held_out[t]), nan=math.inf), *_distance(t)))]
+    return choices[min(choices, key=_distance)]
+
+
+def _distance(tuning: tuple) -> tuple:
+    """How far a tuning is from the defaults, option by option; the tuning itself decides ties."""
+    # A warm-up of 0 is further from the default than any positive one.
+    return *(abs(math.log(max(value, 1e-12) / DEFAULTS[name])) for name, value in tuning), repr(tuning)
+
+
+def protocol(run: Run, kind: str, cost: str = "") -> tuple:
+    """What runs have to share to enter a comparison of this kind and cost."""
+    shared = run.protocol
+    if kind not in ("ratio", "combined"):
+        shared += (run.samples,)
+    if kind != "trend":  # tokenizers differ between models, and so do windows
+        shared += run.windows
+    if cost == "seconds":
+        shared += run.machine
+    return shared
+
+
+def check_windows(runs: list[Run]) -> None:
+    """Raises `ReconError` if the dense model's negative log-likelihoods differ where windows and model are said to be the same."""
+    first: dict[tuple, Run] = {}
+    for run in runs:
+        known = first.setdefault((run.model, run.protocol, run.windows), run)
+        # Kernels of other machines differ by far less than this, other windows by far more.
+        if not np.allclose(known.nll["dense"], run.nll["dense"], rtol=0, atol=0.02, equal_nan=True):
+            raise ReconError(
+                f"records {known.key} and {run.key} state the same model and protocol, but the dense model's negative "
+                "log-likelihoods differ: they were not evaluated on the same windows; keep them in folders of their own"
+            )
+
+
+def protocol_words(runs: list[Run]) -> str:
+    """What the runs that were compared read and were evaluated on, in words."""
+    text, length, pruned_on, evaluated, windows, evaluation_length, dtype = runs[0].protocol
+    counts = sorted({count for run in runs for count in (run.samples, run.trained_samples)})
+    samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return (
+        f"{samples} x {length} tokens of {short(text)}, pruned on {pruned_on}; perplexity on {windows} x {evaluation_length} tokens of "
+        f"{short(evaluated)}" + (f", {dtype} products" if dtype else "")
+    )
+
+
+def short(name: str) -> str:
+    """The name of a model or text; of a path on this machine its last part."""
+    return Path(name).name if Path(name).is_absolute() else name
