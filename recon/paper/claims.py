@@ -1,6 +1,7 @@
 """The paper's claims as data, and a verdict on each from run records: `python -m recon.paper.claims`.
 
-What a claim compares is computed in `recon.paper.comparisons`, the interval in `recon.paper.statistics`; `recon.paper.verdicts` makes tables of it.
+`recon.paper.runs` says which records may be compared, `comparisons` what is computed from them, `statistics` the interval;
+`verdicts` makes tables of the result.
 """
 
 import argparse
@@ -26,7 +27,7 @@ RECORDS, PAGE, README = ROOT / "results" / "laptop", ROOT / "figures" / "claims.
 START, END = "<!-- claims -->", "<!-- /claims -->"
 # Group -> what it is about, and where the paper (arXiv 2510.14444) says so.
 GROUPS = {
-    "1": ("Reconstruction repairs", "abstract"),
+    "1": ("Reconstruction recovers quality", "abstract"),
     "2": ("From half a block up, the size of the window hardly matters", "abstract; Figure 1, Table 3"),
     "3": ("Single matrices are worse", "abstract; Figure 1, Table 3"),
     "4": ("Single matrices are worse even at their exact optimum", "abstract; Figure 1, Table 3"),
@@ -45,11 +46,11 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Claim:
-    """One comparison. `ours` and `other` are the fields of `RunSpec` that differ from its defaults on either side; a tuple of
-    values stands for several runs, and `other` None for the same runs before reconstruction."""
+    """One comparison of two sides. `ours` and `other` are the options, by flat name, that differ from the defaults; a tuple of values
+    stands for several runs, `other` None for the same runs before reconstruction."""
 
     id: str
-    """Group, then what tells it from the others of that group: "2.block"."""
+    """Its group, and what distinguishes it there: "2.block"."""
     statement: str
     kind: str
     """better, equal, ratio, combined, gap or trend: see the function of that name in `recon.paper.comparisons`."""
@@ -58,13 +59,13 @@ class Claim:
     cost: str = ""
     """What a ratio is of: samples, flops or seconds."""
     above: float = 0.0
-    """What the effect has to exceed."""
+    """The effect must exceed it."""
     margin: float = 0.0
     """Of an equivalence, as a share of the damage."""
     noise: bool = True
-    """Whether training noise could decide it: then it takes several seeds."""
+    """Training noise could decide it, so that it takes several seeds."""
     optional: bool = False
-    """Of what the paper does not centre on: not listed where there are no records, and on the page only, not in the README."""
+    """Not central to the paper: left out of the README, and of the page where there are no records."""
 
     @property
     def group(self) -> str:
@@ -93,19 +94,18 @@ def _claims() -> Iterator[Claim]:
     yield Claim("3", "Half-block is better than single matrices (AdamW)", "better", half, {"granularity": "matrix"})
     exact = {"granularity": "matrix", "solver": "exact"}
     yield Claim("4", "Half-block is better than single matrices solved exactly", "better", half, exact)
-    for then in ("masklora", "lora", "scalelora", "full", "norms"):
+    for method in ("masklora", "lora", "scalelora", "full", "norms"):
+        retrained, optional = alone | {"retrain": method}, method != "masklora"
         for cost in ("samples", "flops", "seconds"):
             for times in (1, 10):
                 more = f"more than {times} times the" if times > 1 else "more"
-                yield Claim(
-                    f"5.{then}.{cost}.{times}", f"Retraining ({then}) needs {more} {COSTS[cost]} for the quality of reconstruction",
-                    "ratio", half, alone | {"retrain": then}, cost, times, optional=then != "masklora",
-                )  # fmt: skip
-    for then in ("masklora", "lora", "scalelora", "full", "norms"):
-        both, rest = half | {"retrain": then}, {"optional": then != "masklora", "cost": "flops"}
-        said = f"Reconstruction, then retraining ({then}), is better than"
-        yield Claim(f"6.{then}.reconstruction", f"{said} reconstruction alone", "combined", both, half, **rest)
-        yield Claim(f"6.{then}.retraining", f"{said} retraining alone", "combined", both, alone | {"retrain": then}, **rest)
+                said = f"Retraining ({method}) needs {more} {COSTS[cost]} for the quality of reconstruction"
+                yield Claim(f"5.{method}.{cost}.{times}", said, "ratio", half, retrained, cost, times, optional=optional)
+    for method in ("masklora", "lora", "scalelora", "full", "norms"):
+        both, optional = half | {"retrain": method}, method != "masklora"
+        for than, other in (("reconstruction", half), ("retraining", alone | {"retrain": method})):
+            said = f"Reconstruction, then retraining ({method}), is better than {than} alone"
+            yield Claim(f"6.{method}.{than}", said, "combined", both, other, "flops", optional=optional)
     criteria = half | {"criterion": ("magnitude", "wanda", "sparsegpt")}
     yield Claim("7", "The gap between criteria is smaller after reconstruction than before", "gap", criteria)
     yield Claim("8", "The gap between criteria after reconstruction shrinks with model size", "trend", criteria)
@@ -124,14 +124,14 @@ CLAIMS = tuple(_claims())
 
 
 def judge(records: Iterable[RunRecord], resamples: int = 2000, seed: int = 0) -> list[Verdict]:
-    """A verdict on every claim, for each model and pattern that records allow to compare; the same for any order of records
-    (but for models whose names do not state their size).
+    """A verdict on every claim, for each model and pattern that records allow to compare. Failed runs are left out.
 
-    "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below; "equal" holds if the
-    90 % interval is within the margin (two one-sided tests at 5 %), and does not if it is outside; a ratio as "better", with
-    its own bound. All else is not enough evidence, and so is what fewer than three seeds say where training noise could
-    decide. Where several protocols allow a comparison, the one with the most records that enter is taken; of these, that of the
-    largest study: of most records in all. Failed runs are left out.
+    "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below. "Equal" holds if the 90 % interval is
+    within the margin (two one-sided tests at 5 %), and does not if it is outside. A ratio is judged as "better", with its own bound.
+    Everything else is not enough evidence; so is what fewer than three seeds say where training noise could decide.
+
+    Where several protocols allow a comparison, the one with the most records that enter is taken; of these, that of the largest study (the
+    most records in all). The order of records matters only for models whose names do not state their size.
 
     Raises:
         ReconError: a record has nothing to judge by, or two records that state one protocol and model were not evaluated
@@ -141,7 +141,7 @@ def judge(records: Iterable[RunRecord], resamples: int = 2000, seed: int = 0) ->
     order = {model: index for index, model in enumerate(dict.fromkeys(run.model for run in runs))}
     runs.sort(key=lambda run: (order[run.model], run.key))
     check_windows(runs)
-    # The default model and pattern are what the other claims start from, so they come first.
+    # The default model and pattern come first.
     default = (DEFAULTS["model"], DEFAULTS["pattern"])
     verdicts = []
     for claim in CLAIMS:
@@ -261,8 +261,9 @@ def _pages(records_folder: Path | str, page: Path | str, readme: Path | str | No
 
 
 def write(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str | None = README) -> list[Path]:
-    """Writes the page, and the README's section between `<!-- claims -->` and `<!-- /claims -->` (None: no README); returns what changed.
+    """Writes the page, and the README's section between `<!-- claims -->` and `<!-- /claims -->`; returns what changed.
 
+    readme: None: none is written.
     Raises `ReconError` as `judge` does, and for a README without these markers.
     """
     changed = []

@@ -32,7 +32,7 @@ class Evidence:
     unit: str = "nats per token"
     note: Callable[[np.ndarray], str] = lambda means: ""
     favours_other: bool = False
-    """The claim's side was at a disadvantage: that it is behind proves nothing."""
+    """The claim's side had less compute: if it is worse, that proves nothing."""
     lacks: str = ""
     """What is missing for a verdict, whatever the interval."""
 
@@ -80,7 +80,7 @@ def equal(runs: list[Run], ours: dict, other: dict, cost: str = "") -> Evidence 
 
 
 def _points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], dict[int, Run]]:
-    """The runs of one method by samples (for pruning, trained on last) and seed, as far as their cost is known."""
+    """The runs of one method whose cost is known, by samples (for pruning and reconstruction, for the last training) and seed."""
     groups: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.samples, run.trained_samples), []).append(run)
@@ -90,7 +90,7 @@ def _points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], 
 
 
 def _curve(runs: list[Run], options: dict, cost: str) -> list[dict[int, Run]]:
-    """One point per number of samples trained on: the one with the most seeds, then with most samples to prune by."""
+    """One point per number of samples trained on: the one with the most seeds, then with the most samples to prune by."""
     best: dict[int, tuple[int, int]] = {}
     points = _points(runs, options, cost)
     for samples, trained in points:
@@ -101,18 +101,48 @@ def _curve(runs: list[Run], options: dict, cost: str) -> list[dict[int, Run]]:
 
 
 def ratio(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | None:
-    """Cost at which the other side reaches the quality that ours has at each of its sample counts, over the cost of ours.
+    """Cost at which the other side reaches the quality that ours has at each of its sample counts, over the cost of ours; the median.
 
-    The median over these counts. Quality of the other side is interpolated against log2 of its cost, piecewise linearly
-    through its running best (which is in favour of the other side). Where that never reaches our quality the ratio is
-    above what its last point gives, where its first point is better already it is below what that gives: bounds, and the
-    interval runs from that of the lower to that of the upper ones.
+    The other side's quality is interpolated piecewise linearly over log2 of its cost, through its running best (in favour of the other
+    side). Where it never reaches our quality, the ratio is above what its last point gives; where its first point is better already, it
+    is below what that gives. The interval runs from that of the lower to that of the upper bounds.
     """
-    mine, theirs = _curve(runs, ours, cost), _curve(runs, other, cost)
-    # Points that lack seeds are left out where enough of the others have them.
-    choices = {frozenset(a) & frozenset(b) for a in mine for b in theirs}
-    if mine and theirs:
-        choices.add(frozenset(_common(*mine, *theirs)))
+    if not (found := _at_common_seeds(_curve(runs, ours, cost), _curve(runs, other, cost))):
+        return None
+    seeds, mine, theirs = found
+
+    def log_cost(point: dict[int, Run]) -> float:
+        return np.mean([math.log2(point[seed].cost(cost)) for seed in seeds])
+
+    theirs = sorted(theirs, key=log_cost)
+    at, their_at = (np.array([log_cost(point) for point in points]) for points in (mine, theirs))
+
+    def bounds(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lower, upper = _reach(means[: len(at)], means[len(at) :], their_at)
+        return lower - at[:, None], upper - at[:, None]
+
+    def statistic(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lower, upper = bounds(means)
+        return np.median(lower, axis=0), np.median(upper, axis=0)
+
+    def note(means: np.ndarray) -> str:
+        pairs = zip(*(np.exp2(bound[:, 0]) for bound in bounds(means)))
+        each = [f"{point[seeds[0]].samples}: {_bounded(*pair)}" for point, pair in zip(mine, pairs)]
+        return "ratio by samples of reconstruction: " + ", ".join(each)
+
+    values = _stack([(point, "repaired") for point in (*mine, *theirs)], seeds)
+    return Evidence(_used([*mine, *theirs], seeds), [values], statistic, f"times the {COSTS[cost]}", note)
+
+
+def _at_common_seeds(mine: list[dict[int, Run]], theirs: list[dict[int, Run]]) -> tuple[list[int], list, list] | None:
+    """Seeds, and the points of both curves that have them all; None where there are none.
+
+    Of several sets of seeds: one with at least SEEDS, then the one with the most points, so that a point that lacks seeds is left out
+    where enough of the others have them.
+    """
+    if not (mine and theirs):
+        return None
+    choices = {frozenset(a) & frozenset(b) for a in mine for b in theirs} | {frozenset(_common(*mine, *theirs))}
 
     def having(points: list[dict[int, Run]], seeds: frozenset) -> list[dict[int, Run]]:
         return [point for point in points if seeds <= set(point)]
@@ -124,31 +154,7 @@ def ratio(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | Non
     if not choices:
         return None
     best = max(choices, key=rank)
-    seeds, mine, theirs = sorted(best), having(mine, best), having(theirs, best)
-
-    def costs(points: list[dict[int, Run]]) -> np.ndarray:
-        return np.array([np.mean([math.log2(point[seed].cost(cost)) for seed in seeds]) for point in points])
-
-    at, their_at = costs(mine), costs(theirs)
-    order = np.argsort(their_at, kind="stable")
-    theirs, their_at = [theirs[index] for index in order], their_at[order]
-
-    def bounds(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        lower, upper = _reach(means[: len(at)], means[len(at) :], their_at)
-        return lower - at[:, None], upper - at[:, None]
-
-    def note(means: np.ndarray) -> str:
-        lower, upper = (np.exp2(bound[:, 0]) for bound in bounds(means))
-        each = [f"{point[seeds[0]].samples}: {_bounded(*pair)}" for point, pair in zip(mine, zip(lower, upper))]
-        return "ratio by samples of reconstruction: " + ", ".join(each)
-
-    values = _stack([(point, "repaired") for point in (*mine, *theirs)], seeds)
-
-    def statistic(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        lower, upper = bounds(means)
-        return np.median(lower, axis=0), np.median(upper, axis=0)
-
-    return Evidence(_used([*mine, *theirs], seeds), [values], statistic, f"times the {COSTS[cost]}", note)
+    return sorted(best), having(mine, best), having(theirs, best)
 
 
 def _bounded(lower: float, upper: float) -> str:
@@ -176,9 +182,9 @@ def _reach(targets: np.ndarray, curve: np.ndarray, at: np.ndarray) -> tuple[np.n
 
 
 def combined(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | None:
-    """`better`, at equal compute within BUDGET; if there is no such pair, with less compute on our side.
+    """As `better`, at compute equal within BUDGET or, where no pair of runs has that, with less on our side.
 
-    Of several pairs of budgets: the one with the most seeds (up to SEEDS), then equal compute, then the largest budget.
+    Of several pairs: the one with the most seeds (up to SEEDS), then equal compute, then the most compute.
     """
     pairs = []
     for count, mine in _points(runs, ours, cost).items():
@@ -210,11 +216,10 @@ def _by_criterion(runs: list[Run], options: dict) -> dict[str, dict[int, Run]]:
 
 
 def _contrast(values: np.ndarray) -> np.ndarray:
-    """Weights (criteria,) that give the gap of means, from `values` (criteria, seeds, windows): 1 for the worst, -1 for the best.
+    """Weights (criteria,) of the gap between the means of `values` (criteria, seeds, windows): 1 for the worst, -1 for the best.
 
-    Which they are is not asked anew in every draw: the largest minus the smallest of a draw is never below zero, so that noise
-    alone would make a gap, and an interval that excludes none. Chosen from the same data, the gap is still a little too large
-    where criteria hardly differ.
+    They are chosen once, not in every bootstrap draw: the range of a draw is never negative, so noise alone would make a gap. Chosen
+    from the same data, the gap is still slightly too large where criteria hardly differ.
     """
     means, weights = values.mean((1, 2)), np.zeros(len(values))
     weights[means.argmax()] += 1
@@ -243,40 +248,43 @@ def gap(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Evid
 
 
 def trend(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Evidence | None:
-    """Minus the slope of the gap between criteria after reconstruction, per doubling of the parameters that models' names
-    state; where one does not, per step in the order in which models are given."""
-    models: dict[str, dict[tuple, list[Run]]] = {}
+    """Minus the slope of the gap between criteria after reconstruction, per doubling of the parameters that models' names state.
+
+    Where a name states none, per step in the order in which models are given.
+    """
+    groups: dict[str, dict[tuple, list[Run]]] = {}
     for run in runs:
-        models.setdefault(run.model, {}).setdefault(run.windows, []).append(run)
-    # Windows are the same within a model only: tokenizers differ.
-    found = {model: _by_criterion(max(groups.values(), key=len), ours) for model, groups in models.items()}
+        groups.setdefault(run.model, {}).setdefault(run.windows, []).append(run)
+    # Windows are shared within a model only: tokenizers differ.
+    found = {model: _by_criterion(max(windows.values(), key=len), ours) for model, windows in groups.items()}
     found = {model: sides for model, sides in found.items() if len(sides) > 1 and _common(*sides.values())}
     names = [name for name in ours["criterion"] if all(name in sides for sides in found.values())]
     if len(found) < 2 or len(names) < 2:
         return None
-    known = len({parameters(model) for model in found} - {None}) == len(found)
-    found = {model: found[model] for model in (sorted(found, key=parameters) if known else found)}
-    at = np.log2([parameters(model) for model in found]) if known else np.arange(len(found), dtype=float)
-    at = at - at.mean()
-    seeds = {model: _common(*(sides[name] for name in names)) for model, sides in found.items()}
-    found = {model: {name: sides[name] for name in names} for model, sides in found.items()}
-    parts = [_stack([(side, "repaired") for side in sides.values()], seeds[model]) for model, sides in found.items()]
+    sizes = {model: parameters(model) for model in found}
+    known = None not in sizes.values()
+    models = sorted(found, key=sizes.get) if known else list(found)
+    at = np.log2([sizes[model] for model in models]) if known else np.arange(len(models), dtype=float)
+    at -= at.mean()
+    sides = {model: [found[model][name] for name in names] for model in models}
+    seeds = {model: _common(*sides[model]) for model in models}
+    parts = [_stack([(side, "repaired") for side in sides[model]], seeds[model]) for model in models]
     contrasts = np.concatenate([_contrast(part) for part in parts])
 
     def gaps(means: np.ndarray) -> np.ndarray:
         return (contrasts[:, None] * means).reshape(len(parts), len(names), -1).sum(1)
 
     def note(means: np.ndarray) -> str:
-        each = [f"{short(model)} {size:.3f}" for model, size in zip(found, gaps(means)[:, 0])]
+        each = [f"{short(model)} {size:.3f}" for model, size in zip(models, gaps(means)[:, 0])]
         return f"gap between {', '.join(names)}: {', '.join(each)}"
 
     return Evidence(
-        [run for model, sides in found.items() for run in _used(sides.values(), seeds[model])],
+        [run for model in models for run in _used(sides[model], seeds[model])],
         parts,
         lambda means: -(at @ gaps(means)) / (at @ at),
         "nats per token and doubling" if known else "nats per token and step",
         note,
-        lacks=f"{len(found)} models make no trend" if len(found) < MODELS else "",
+        lacks=f"{len(models)} models make no trend" if len(models) < MODELS else "",
     )
 
 

@@ -2,10 +2,8 @@
 
 import importlib.metadata
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import cycle
 from pathlib import Path
@@ -20,6 +18,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from recon.errors import ReconError
 from recon.experiment import environment
+from recon.runtime import storage
 
 PACKAGES = ("recon", "torch", "transformers", "numpy", "pandas", "matplotlib", "seaborn")
 _NAME = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
@@ -89,12 +88,19 @@ def styles(names: Iterable[str]) -> dict[str, dict]:
 def savefig(
     fig: Figure, name: str, folder: Path | str, data: pd.DataFrame, records: Sequence[Mapping], caption: str = ""
 ) -> Path:
-    """Writes `<name>.pdf`, `.png` (200 dpi), `.csv` and `.json` into `folder`; returns the path of the PNG.
+    """Writes `<name>.pdf`, `.png` (200 dpi), `.csv` and `.json` into `folder`, each file whole or not at all.
 
-    `data` is what is drawn, a row per mark. `records` are the run records behind it; the JSON file holds their "key"s,
-    the caption, the git commit and the package versions. The same figure from the same code gives the same bytes. Each
-    file appears whole or not at all. Raises `ReconError` for a name that does not suit a file, for empty data, and for
-    a record without a key.
+    The same figure from the same code gives the same bytes.
+
+    Args:
+        data: what is drawn, a row per mark.
+        records: the run records behind it. The JSON file holds their "key"s, the caption, the git commit and the package versions.
+
+    Returns:
+        The path of the PNG.
+
+    Raises:
+        ReconError: a name that does not suit a file, empty data, or a record without a key.
     """
     if not _NAME.fullmatch(name):
         allowed = "lower-case letters, digits, and - _ . between them"
@@ -110,18 +116,18 @@ def savefig(
         **environment.commit(),
         "packages": _versions(),
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
-        stem = Path(made) / name
-        # No date in the PDF, so that drawing again changes nothing.
-        fig.savefig(f"{stem}.pdf", metadata={"CreationDate": None})
-        fig.savefig(f"{stem}.png", dpi=200)
-        data.to_csv(f"{stem}.csv", index=False, float_format="%.6g", lineterminator="\n")
-        Path(f"{stem}.json").write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for path in sorted(Path(made).iterdir()):
-            os.replace(path, folder / path.name)
-    return folder / f"{name}.png"
+    writers: dict[str, Callable[[Path], object]] = {
+        "pdf": lambda path: fig.savefig(
+            path, format="pdf", metadata={"CreationDate": None}
+        ),  # so that drawing again changes nothing
+        "png": lambda path: fig.savefig(path, format="png", dpi=200),
+        "csv": lambda path: data.to_csv(path, index=False, float_format="%.6g", lineterminator="\n"),
+        "json": lambda path: path.write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"),
+    }
+    for suffix, write in writers.items():
+        with storage.complete(Path(folder) / f"{name}.{suffix}") as path:
+            write(path)
+    return Path(folder) / f"{name}.png"
 
 
 def sentence(words: str) -> str:
@@ -152,14 +158,8 @@ def gallery(folder: Path | str, claims: str = "") -> Path:
     folder = Path(folder)
     parts = ["# Figures", "", "Each figure with its data and where that came from. Written by `recon.paper.figures.gallery`."]
     if claims:
-        parts += [
-            "",
-            "## The paper's claims on this data",
-            "",
-            claims.strip(),
-            "",
-            "How each was judged: [claims.md](claims.md).",
-        ]
+        judged = "How each was judged: [claims.md](claims.md)."
+        parts += ["", "## The paper's claims on this data", "", claims.strip(), "", judged]
     for figure in saved(folder):
         name, commit = figure["name"], figure["git_commit"]
         count = len(figure["records"])
