@@ -77,11 +77,11 @@ def test_no_side_is_tuned_where_the_others_are_not():
     tuned = seeds(0.5, learning_rate=1e-3, held_out=30.0)
     assert verdict_on("3", matrix + tuned + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
     # Nor do recipes that make more steps.
-    pieces = seeds(0.6, chunks=4, held_out=20.0)
-    assert verdict_on("3", matrix + pieces + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
+    chunks = seeds(0.6, chunks=4, held_out=20.0)
+    assert verdict_on("3", matrix + chunks + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
     # Not even where rates were chosen on every side.
     adapters = seeds(0.5, adapter="masklora", held_out=30.0)
-    assert verdict_on("11.masklora", adapters + pieces + default + tuned).effect == pytest.approx(0.0, abs=0.01)
+    assert verdict_on("11.masklora", adapters + chunks + default + tuned).effect == pytest.approx(0.0, abs=0.01)
 
 
 def test_records_older_than_a_field_did_what_its_default_says():
