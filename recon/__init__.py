@@ -1,20 +1,30 @@
-"""Prune a causal language model and repair it by local reconstruction.
+"""Prune a causal language model and reconstruct it, window by window.
 
 Companion of *A Free Lunch in LLM Compression: Revisiting Retraining after Pruning* (arXiv 2510.14444).
 """
 
 import importlib
 
-# Public name -> module that holds it; imported on first use, so that `recon --help` does not wait for torch.
+# Public name -> module that holds it; imported on first use, so that `import recon` does not wait for torch.
 _PUBLIC = {
+    "CalibrationConfig": "config",
+    "Callback": "methods.callbacks",
+    "ComputeConfig": "config",
     "Decoder": "model.decoder",
+    "EvaluationConfig": "config",
+    "Execution": "runtime.execution",
+    "ModelConfig": "config",
+    "PruningConfig": "config",
     "Ray": "experiment.cluster",
     "ReconError": "errors",
+    "ReconstructionConfig": "config",
+    "RetrainingConfig": "config",
+    "RunOptions": "experiment.config",
     "RunSpec": "experiment.config",
-    "Schedule": "kernels.gradient_descent",
-    "Session": "experiment.run",
+    "Session": "experiment.session",
     "grid": "experiment.study",
     "load": "data.models",
+    "load_masks": "methods.masks",
     "perplexity": "evaluate.perplexity",
     "prune": "methods.prune",
     "reconstruct": "methods.reconstruct",
@@ -22,6 +32,7 @@ _PUBLIC = {
     "run": "experiment.run",
     "run_study": "experiment.study",
     "sample_tokens": "data.text",
+    "save_masks": "methods.masks",
     "take_apart": "model.discovery",
 }
 __all__ = sorted(_PUBLIC)

@@ -1,9 +1,10 @@
-"""What a run is asked for: `RunSpec`, made of the configs in `recon.config`."""
+"""What a run is asked for: `RunSpec`, made of the configs in `recon.config`; and how it is carried out: `RunOptions`."""
 
 import hashlib
 import json
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from pathlib import Path
 
 from recon.config import (
     CalibrationConfig,
@@ -16,8 +17,11 @@ from recon.config import (
 )
 from recon.data import models, text
 from recon.errors import ReconError
+from recon.experiment import cluster
+from recon.experiment.cluster import Ray
 from recon.kernels import criteria
 from recon.options import Options, flag, option
+from recon.runtime.weights import SAVED
 
 SCHEMA = 4  # goes into every key: raised when the meaning of a record's numbers changes, or a default
 
@@ -170,3 +174,35 @@ def _places() -> dict:
         for each in fields(own.type) if own.name != "seed" else (own,):
             found[flag(each)] = own.name if own.name != "seed" else "", each
     return found
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """How a run is carried out, which changes no number. Raises `ReconError` for an unknown name."""
+
+    save: Path | None = option(
+        None, "New folder for the model as a Hugging Face checkpoint, with its record. What this very run saved there is not computed again."
+    )  # fmt: skip
+    save_dtype: str = option(
+        "float32", "What weights are saved in; they are measured in float32, and rounded after that.", choices=SAVED
+    )
+    stream: str = option(
+        "auto",
+        "yes leaves the model on disk and works on one window at a time; a run that was killed goes on when it is called again. "
+        "auto does so where the model would not fit into memory.",
+        choices=("auto", "yes", "no"),
+    )
+    executor: str | Ray = option(
+        "serial",
+        "ray reconstructs windows side by side, on the cores and GPUs of this machine or of a cluster (dense propagation).",
+    )
+    force: bool = option(False, "Run even what is planned not to fit here (see `recon plan`).")
+    progress: bool = option(True, "Draw progress bars.")
+    command: str = option("", "The command that asked for the run, for the model card.")
+
+    def __post_init__(self):
+        object.__setattr__(self, "save", None if self.save is None else Path(self.save))
+        super().__post_init__()
+        if self.save_dtype != "float32" and self.save is None:
+            raise ReconError(f"save_dtype is {self.save_dtype!r}, but no folder to save to is named; name one, or leave it out")
+        cluster.get(self.executor)

@@ -6,12 +6,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from recon.experiment import cost, plan, streamed
+from recon.experiment import cost, plan, streaming
 from recon.experiment.cluster import Crew, Failure, Ray, Request, connect
 from recon.experiment.config import RunSpec
 from recon.experiment.memory import highest
 from recon.experiment.record import RunRecord
-from recon.experiment.run import Session
+from recon.experiment.session import Session
 from recon.runtime.activations import LIMIT
 from recon.runtime.device import HOST, pick_device
 
@@ -53,7 +53,7 @@ def _under(key: str, spec: RunSpec, found: RunRecord, reason: str) -> RunRecord:
 def _announce(specs: list[RunSpec], session: Session) -> None:
     """Says how long the runs of one model will take, unless it is too large to be loaded for that; they may be streamed."""
     try:
-        if any(map(streamed.is_too_large, specs)):
+        if any(map(streaming.is_too_large, specs)):
             return
         decoder, _ = session.load(*specs[0].loaded_by)
         cost.announce_study(specs, decoder, pick_device(specs[0].device))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from recon.errors import ReconError
-from recon.experiment import cost, streamed
+from recon.experiment import cost, streaming
 from recon.experiment.config import RunSpec
 from recon.experiment.memory import Phases, highest, memory, models_in_memory
 from recon.experiment.shapes import shapes_of
@@ -47,7 +47,7 @@ class Plan:
     available: bytes that the run may take, by kind of device, what this process takes already included.
     disk, available_disk: bytes that the run writes and leaves; that are free.
     tokens, flops, seconds: by phase; no seconds where the device is not here.
-    streamed: whether the model stays on disk; see `recon.experiment.streamed`.
+    streamed: whether the model stays on disk; see `recon.experiment.home.OnDisk`.
     device: where windows are computed.
     """
 
@@ -149,7 +149,7 @@ def plan(
     dtype, here = planned_dtype(spec.compute.compute_dtype, device), is_here(device)
     parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
     room = available_memory() if memory is None else int(memory * GIB)
-    on_disk = stream == "yes" and streamed.wanted("yes", spec)
+    on_disk = stream == "yes" and streaming.wanted("yes", spec)
     if stream == "auto" and 0 < room < models_in_memory(spec, parameters):
         on_disk = _can_be_streamed(spec)
     flops = cost.flops(spec, decoder)
@@ -299,7 +299,7 @@ def advice(planned: Plan) -> str:
 
 def _can_be_streamed(spec: RunSpec) -> bool:
     try:
-        return streamed.wanted("yes", spec)
+        return streaming.wanted("yes", spec)
     except ReconError:
         return False
 

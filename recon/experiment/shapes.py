@@ -9,6 +9,7 @@ from recon.data import models
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
+from recon.model.encoder_decoder import EncoderDecoder
 from recon.model.skeleton import Lazy, skeleton
 
 NARROWEST = 64  # widths are divided by up to so much to find a model's structure
@@ -38,7 +39,11 @@ def decoder_of(config: PretrainedConfig) -> Decoder:
     """
     model = skeleton(config)
     model.tie_weights()
-    return take_apart(model, like=_structure(config))
+    structure = _structure(config)
+    decoder = take_apart(model, like=structure)
+    if isinstance(decoder, EncoderDecoder):  # found by running blocks, which with some masks is impossible on the meta device
+        decoder.shared = structure.shared
+    return decoder
 
 
 def _structure(config: PretrainedConfig) -> Decoder:

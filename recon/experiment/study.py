@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 from recon.errors import ReconError
 from recon.experiment import cluster, executors
 from recon.experiment.cluster import Ray
-from recon.experiment.config import RunSpec, options
-from recon.experiment.plan import check
+from recon.experiment.config import RunOptions, RunSpec, options
 from recon.experiment.record import RunRecord, read_record
-from recon.experiment.run import Session, begun, run
+from recon.experiment.run import run
+from recon.experiment.session import Session
+from recon.methods.callbacks import Callback
 from recon.model.windows import canonical
 from recon.runtime import lock
 from recon.runtime.storage import check_writable, remove_unfinished, write_json
@@ -124,6 +125,34 @@ def write_record(record: RunRecord, path: Path) -> None:
         raise ReconError(f"record cannot be written to {str(path)!r}: {error.strerror}; choose a place with room") from error
 
 
+class RecordFile(Callback):
+    """Writes the record of a run to one file, once the run is done.
+
+    path: None: nothing is written. Raises `ReconError` for a path that cannot be written.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        if path is not None:
+            if path.is_dir():
+                raise ReconError(f"record {str(path)!r} is a folder; name a file")
+            check_writable(path.parent, "record")
+
+    def on_done(self, record: RunRecord) -> None:
+        if self.path is not None:
+            write_record(record, self.path)
+
+    def holds(self, spec: RunSpec) -> bool:
+        """Whether the file holds the record of a finished run of `spec`."""
+        if self.path is None or not self.path.exists():
+            return False
+        try:
+            record = read_record(self.path)
+        except ReconError:  # damaged, or no record
+            return False
+        return record.status == "done" and record.key == spec.key()
+
+
 def read_records(folder: Path | str, keys: Iterable[str] | None = None) -> list[RunRecord]:
     """The records in `folder`: those of `keys`, in their order, or all, by name.
 
@@ -171,20 +200,11 @@ class RecordStore:
 
 
 def run_or_record_failure(
-    spec: RunSpec, session: Session | None = None, force: bool = False, **options
+    spec: RunSpec, options: RunOptions = RunOptions(), session: Session | None = None, callbacks: Sequence[Callback] = ()
 ) -> tuple[RunRecord, Exception | None]:
-    """`run(spec)`; where it fails, a record that says how, and the exception.
-
-    A run that is long or large is planned first, and one that cannot fit into memory or on the disk fails at once, unless `force`, or
-    it has begun already: its own work is then what takes the room.
-    """
+    """The record of `recon.run`; where it fails, a record that says how, and the exception."""
     try:
-        save, stream, dtype = options.get("save"), options.get("stream", "auto"), options.get("save_dtype", "float32")
-        loaded = session.bytes_loaded(spec) if session else 0
-        folder = "." if save is None else Path(save).parent
-        if not force and not begun(spec, save) and (planned := check(spec, save is not None, folder, loaded, stream, dtype)):
-            log.info("%s", planned)
-        return run(spec, session, **options), None
+        return run(spec, options, session=session, callbacks=callbacks).record, None
     except Exception as error:
         try:
             key = spec.key()
@@ -196,7 +216,7 @@ def run_or_record_failure(
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class _Recorded(Callback):
     """Computes a run of a study, here or in a worker: its record, also where it fails.
 
     One that is done is written to the study's folder by whoever computed it, before a streamed run deletes its work: a death in between
@@ -208,9 +228,9 @@ class _Recorded:
     owner: tuple[str, int]  # the process that holds the folder
 
     def __call__(self, spec: RunSpec, session: Session, progress: bool) -> RunRecord:
-        return run_or_record_failure(spec, session, progress=progress, on_done=self.note)[0]
+        return run_or_record_failure(spec, RunOptions(progress=progress), session, [self])[0]
 
-    def note(self, record: RunRecord) -> None:
+    def on_done(self, record: RunRecord) -> None:
         """Writes a record of this study, where its folder can be seen from here."""
         path = self.folder / f"{record.key}.json"
         if record.key not in self.keys:  # what it reads has changed: it is another run's

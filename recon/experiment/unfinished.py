@@ -1,4 +1,4 @@
-"""Streamed runs that save no model and were not finished: where they lie in the cache, which they are, and how to be rid of them."""
+"""The folders where streamed runs work: where they are, which of them were not finished, and how to be rid of these."""
 
 import contextlib
 import json
@@ -13,12 +13,16 @@ from recon.runtime import lock
 from recon.runtime.storage import cache_folder
 
 JOURNAL = "journal.jsonl"  # in the folder where a run works
+UNFINISHED = ".unfinished"  # ends the name of the folder of a run that saves its model
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A run that was not finished: its key, the fields of its specification (empty where its journal does not tell), the bytes of
-    its files, the seconds since it finished its last step, and whether a process is at work on it."""
+    """A run without a folder to save to that was not finished.
+
+    spec: its options by flat name, as its journal tells them; empty where that is damaged.
+    size: bytes of its files. age: seconds since its last step. in_use: whether a process works on it.
+    """
 
     key: str
     spec: dict
@@ -28,33 +32,35 @@ class Unfinished:
 
     @property
     def options(self) -> str:
-        """The specification as options of `recon run`, where it is not the default."""
-        defaults = {name: field.default for name, field in options().items()}
+        """The options of `recon run` that are not at their defaults, and the model."""
         words = []
         for name, value in self.spec.items():
             value = tuple(value) if isinstance(value, list) else value
-            if name == "model" or value != defaults.get(name):
-                words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+            if name != "model" and (name not in options() or value == options()[name].default):
+                continue
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
         return " ".join(words)
 
 
-def folder_of(key: str) -> Path:
-    """The folder where the run called `key` works."""
-    return cache_folder() / "unfinished" / key
+def folder_of(key: str, save: Path | None = None) -> Path:
+    """The folder where the streamed run called `key` works: beside the one that it saves to, or in the cache."""
+    return cache_folder() / "unfinished" / key if save is None else save.with_name(save.name + UNFINISHED)
 
 
-def held(key: str) -> contextlib.AbstractContextManager:
-    """Context in which no other process works on the run called `key`; see `recon.runtime.lock.held`."""
+def locked(key: str) -> contextlib.AbstractContextManager:
+    """Context in which no other process works on the run called `key`, which saves nothing; see `recon.runtime.lock.held`."""
     folder = folder_of(key)
     return lock.held(folder.with_name(f".{folder.name}{lock.NAME}"), f"unfinished run {key}")
 
 
 def unfinished() -> list[Unfinished]:
-    """The runs that were not finished, the last one that did something first."""
+    """The unfinished runs in the cache, the one with the latest step first."""
     home, found = folder_of(""), []
-    for folder in home.iterdir() if home.is_dir() else ():
-        if not folder.is_dir():
-            continue
+    for folder in filter(Path.is_dir, home.iterdir() if home.is_dir() else ()):
         with contextlib.suppress(FileNotFoundError):  # it is finished meanwhile
             changed = (folder / JOURNAL if (folder / JOURNAL).exists() else folder).stat().st_mtime
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -62,8 +68,28 @@ def unfinished() -> list[Unfinished]:
     return sorted(found, key=lambda run: run.age)
 
 
+def discard(key: str) -> None:
+    """Deletes the unfinished run called `key`. Raises `ReconError` where there is none, or a process works on it."""
+    known = [run.key for run in unfinished()]
+    if key not in known:
+        raise ReconError(f"there is no unfinished run {key!r}; there are: {', '.join(known) or 'none'}")
+    with locked(key):
+        (folder_of(key) / JOURNAL).unlink(missing_ok=True)  # first: without it, nothing else counts
+        shutil.rmtree(folder_of(key))
+
+
+def delete(folder: Path) -> None:
+    """Deletes the folder of a run that is done, if there is one; the journal last, as it holds the record."""
+    if not folder.exists():
+        return
+    for path in filter(Path.is_dir, folder.iterdir()):
+        shutil.rmtree(path)
+    (folder / JOURNAL).unlink(missing_ok=True)
+    folder.rmdir()
+
+
 def _spec(folder: Path) -> dict:
-    """What the first line of the journal says that the run is."""
+    """The options that the first line of the journal tells."""
     try:
         with open(folder / JOURNAL, encoding="utf-8") as file:
             return dict(json.loads(file.readline())["spec"])
@@ -73,21 +99,7 @@ def _spec(folder: Path) -> dict:
 
 def _in_use(key: str) -> bool:
     try:
-        with held(key):
+        with locked(key):
             return False
     except ReconError:
         return True
-
-
-def discard(key: str) -> None:
-    """Deletes what the run called `key` has done so far.
-
-    Raises `ReconError` where there is no such run, or a process is at work on it.
-    """
-    known = [run.key for run in unfinished()]
-    if key not in known:
-        raise ReconError(f"there is no unfinished run {key!r}; there are: {', '.join(known) or 'none'}")
-    with held(key):
-        # Without its journal, nothing that is left of the folder counts for anything.
-        (folder_of(key) / JOURNAL).unlink(missing_ok=True)
-        shutil.rmtree(folder_of(key))

@@ -20,6 +20,9 @@ class Callback:
     def on_merged(self) -> None:
         """After `recon.retrain` has merged LoRA into the weights, before the mask is applied again."""
 
+    def on_done(self, record) -> None:
+        """After `recon.run`, once the model is saved; record: `recon.experiment.record.RunRecord`."""
+
 
 class ProgressBar(Callback):
     """A bar that moves with each window or step."""

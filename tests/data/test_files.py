@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.runs import record_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, safetensors_conversion
 
@@ -403,7 +404,7 @@ def test_a_run_on_a_damaged_model_names_what_is_wrong_and_leaves_nothing(
     )  # fmt: skip
     monkeypatch.setattr("recon.methods.prune.prune", lambda *a, **k: pytest.fail("has begun to prune"))
     with pytest.raises(ReconError, match=f"(?s){sharded}.*({said})"):
-        recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream)
+        record_of(spec, save=tmp_path / "saved", stream=stream)
     assert {path.name for path in tmp_path.iterdir()} <= {"sharded", "elsewhere.safetensors"}
 
 
@@ -418,5 +419,5 @@ def test_a_run_on_a_damaged_pruned_model_names_what_is_wrong_too(
     )
     monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
     with pytest.raises(ReconError, match=f"(?s){sharded}.*({said})"):
-        recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream)
+        record_of(spec, save=tmp_path / "saved", stream=stream)
     assert {path.name for path in tmp_path.iterdir()} <= {"sharded", "elsewhere.safetensors"}

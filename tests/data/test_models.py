@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from recon.data import assets, models
 from recon.errors import ReconError
-from recon.experiment import streamed
+from recon.experiment import streaming
 from recon.experiment.config import RunSpec
 
 
@@ -172,7 +172,7 @@ def test_quantisation_that_transformers_undoes_is_undone(folder, monkeypatch):
         assert torch.equal(parameter, before[name]) == (name not in stored or stored[name].dtype == torch.float32)
     assert not hasattr(model.config, "quantization_config")
     with pytest.raises(ReconError, match=r"undoes its quantisation \(fp8\), which a streamed run cannot do"):
-        streamed.wanted("yes", RunSpec.of(model=str(folder)))
+        streaming.wanted("yes", RunSpec.of(model=str(folder)))
 
 
 # ---- fingerprints

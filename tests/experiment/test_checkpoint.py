@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from fixtures.runs import Death, Killed
+from fixtures.runs import Death, Killed, record_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recon
@@ -33,7 +33,7 @@ def spec(tiny_folder, tiny_text):
 @pytest.fixture(scope="module")
 def saved(spec, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "repaired"
-    record = recon.run(spec, save=folder, command="recon run --pattern 0.6", progress=False)
+    record = record_of(spec, save=folder, command="recon run --pattern 0.6")
     return folder, record
 
 
@@ -73,7 +73,7 @@ def test_the_card_says_what_it_is_and_nothing_is_pickled(saved, spec):
 
 
 @pytest.mark.parametrize(
-    "what", ["PreTrainedModel", "PreTrainedTokenizerBase", "experiment.checkpoint.write_json", "runtime.storage.os.replace"]
+    "what", ["PreTrainedModel", "PreTrainedTokenizerBase", "runtime.storage.write_json", "runtime.storage.os.replace"]
 )
 def test_a_full_disk_names_the_folder_and_leaves_nothing(saved, spec, tmp_path, monkeypatch, what):
     def full(*args, **options):
@@ -85,14 +85,14 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(saved, spec, tmp_path, 
     names = {name: f"transformers.{name}.save_pretrained" for name in ("PreTrainedModel", "PreTrainedTokenizerBase")}
     monkeypatch.setattr(names.get(what, f"recon.{what}"), full_in_rust if "Tokenizer" in what else full)
     with pytest.raises(ReconError, match=r"cannot be written to '.*repaired'.*No space left on device"):
-        recon.run(spec, save=tmp_path / "repaired", progress=False)
+        record_of(spec, save=tmp_path / "repaired")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_at_any_moment_the_folder_is_there_with_its_record_or_not_at_all(spec, tmp_path, monkeypatch):
     """Between any two things that are put on the disk for good, or deleted; the same call then ends with the record."""
     spec, folder, session = spec.replaced(granularity="none"), tmp_path / "repaired", recon.Session()
-    recon.run(spec, session, progress=False)  # what is not written is done once
+    record_of(spec, session)  # what is not written is done once
     left, record, states, before = 0, None, [], None
     while record is None:
         left += 1
@@ -100,7 +100,7 @@ def test_killed_at_any_moment_the_folder_is_there_with_its_record_or_not_at_all(
         with monkeypatch.context() as patch:
             death = Death(patch, left)
             try:
-                record = recon.run(spec, session, save=folder, progress=False, stream="no")
+                record = record_of(spec, session, save=folder, stream="no")
             except Killed:
                 gc.collect()
         assert record is not None or death.dead
@@ -110,7 +110,7 @@ def test_killed_at_any_moment_the_folder_is_there_with_its_record_or_not_at_all(
             assert files.shards(folder) and written.key == spec.key() and written.seconds["total"] > written.seconds["save"] > 0
         if folder.exists() and before is None:
             before, left = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}, 0
-            monkeypatch.setattr("recon.experiment.run.Run.execute", lambda *_: pytest.fail("computed anew"))
+            monkeypatch.setattr("recon.experiment.run._Run.execute", lambda *_: pytest.fail("computed anew"))
     assert states.count(False) > 10 and states.count(True) > 2
     assert record.to_dict() == written.to_dict()
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()} == before

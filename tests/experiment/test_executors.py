@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fixtures.processes import heed_interrupts
+from fixtures.runs import record_of
 
 import recon
 from recon.config import ReconstructionConfig
@@ -416,8 +417,8 @@ def test_the_windows_of_a_run_are_spread(cluster, stream, tiny_folder, tiny_text
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        serial = recon.run(spec, save=tmp_path / "serial", progress=False, stream=stream)
-        spread = recon.run(spec, save=tmp_path / "spread", progress=False, stream=stream, executor=Ray())
+        serial = record_of(spec, save=tmp_path / "serial", stream=stream)
+        spread = record_of(spec, save=tmp_path / "spread", stream=stream, executor=Ray())
     finally:
         torch.set_num_threads(threads)
     assert spread.metrics == serial.metrics and len(spread.windows) == len(serial.windows) > 2
@@ -428,7 +429,7 @@ def test_the_windows_of_a_run_are_spread(cluster, stream, tiny_folder, tiny_text
 
 def test_windows_that_depend_on_one_another_are_not_spread(tiny, tokens, tmp_path):
     with pytest.raises(ReconError, match="cannot be repaired side by side under mixed propagation"):
-        recon.run(recon.RunSpec.of(propagation="mixed"), save=tmp_path / "saved", executor="ray")
+        record_of(recon.RunSpec.of(propagation="mixed"), save=tmp_path / "saved", executor="ray")
     assert not list(tmp_path.iterdir())
     for propagation in ("sparse", "mixed"):
         with pytest.raises(

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fixtures.models import FLOAT32, make_model, random_tokens
-from fixtures.runs import options
+from fixtures.runs import options, record_of
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -125,7 +125,7 @@ def test_a_study_refuses_an_unknown_model_before_anything_runs(spec, tmp_path, m
 
 
 def test_a_record_for_which_there_is_no_room(spec, tmp_path):
-    record = recon.run(spec, progress=False)
+    record = record_of(spec)
     with room_for(1000), pytest.raises(ReconError, match=r"record cannot be written to .*r\.json'.*File too large"):
         write_record(record, tmp_path / "full" / "r.json")
     assert list((tmp_path / "full").iterdir()) == []
@@ -141,7 +141,7 @@ def test_a_record_for_which_there_is_no_room(spec, tmp_path):
 def test_a_checkpoint_for_which_there_is_no_room(spec, tmp_path, size):
     """The safetensors library raises an exception of its own here."""
     with room_for(size), pytest.raises(ReconError, match=r"checkpoint cannot be written to '.*saved'.*File too large"):
-        recon.run(spec, save=tmp_path / "saved", progress=False)
+        record_of(spec, save=tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,7 +181,7 @@ def test_a_study_killed_while_it_writes_a_record_goes_on(spec, tmp_path, monkeyp
     [whole] = records.glob("*.json")
     [half] = [file for file in records.iterdir() if file.name.startswith(".") and ".json" in file.name]  # under another name
     before, ran = whole.stat(), []
-    monkeypatch.setattr(study, "run", lambda spec, *a, **k: ran.append(spec) or recon.run(spec, *a, **k))
+    monkeypatch.setattr(study, "run", lambda spec, *a, **k: ran.append(spec) or record_of(spec, *a, **k))
     assert list(run_study(specs, records, progress=False).status) == ["done"] * 3
     assert len(ran) == 2 and not half.exists()
     assert (whole.stat().st_ino, whole.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -216,12 +216,12 @@ def test_a_run_that_is_killed_ends_with_its_record_when_it_is_repeated(stream, p
     assert any(path.suffix in (".part", ".unfinished") for path in tmp_path.iterdir()) == (stream == "yes" or place != "record")
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in saved.rglob("*")}
     if place == "record":
-        monkeypatch.setattr("recon.experiment.run.Run.execute", lambda *_: pytest.fail("computed anew"))
+        monkeypatch.setattr("recon.experiment.run._Run.execute", lambda *_: pytest.fail("computed anew"))
     main(command)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "saved"]
     assert not before or {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in saved.rglob("*")} == before
-    assert read_record(record).metrics == recon.run(spec, progress=False).metrics
+    assert read_record(record).metrics == record_of(spec).metrics
     assert read_record(record) == read_record(saved / "record.json") and models.load(str(saved))
 
 
@@ -229,7 +229,7 @@ def test_a_run_that_is_killed_ends_with_its_record_when_it_is_repeated(stream, p
 @pytest.mark.parametrize("value", [None, [], 3, "done"])
 def test_a_record_with_a_field_of_the_wrong_kind_is_computed_anew(spec, tmp_path, caplog, name, value):
     path = tmp_path / f"{spec.key()}.json"
-    record = recon.run(spec, progress=False)
+    record = record_of(spec)
     path.write_text(json.dumps(record.to_dict() | {name: value}))
     found = run_study([spec], tmp_path, progress=False)
     assert f"not a record: {name} is {type(value).__name__}" in caplog.text and "set aside" in caplog.text
@@ -257,7 +257,7 @@ def test_a_failure_leaves_no_trace_in_the_runs_after_it(spec, tmp_path, monkeypa
     monkeypatch.setattr("recon.methods.prune.prune", fail_once)
     found = run_study(specs, tmp_path, progress=False)
     assert list(found.status) == ["failed", "done"]
-    assert found.perplexity[1] == recon.run(specs[1], progress=False).metrics["perplexity"]
+    assert found.perplexity[1] == record_of(specs[1]).metrics["perplexity"]
 
 
 # ---- settings of the wrong kind
@@ -307,10 +307,10 @@ def test_key_changes_with_the_weights_and_with_the_text(spec, folder):
 )
 def test_a_session_shares_only_what_a_change_leaves_alone(spec, change, reused):
     session = recon.Session()
-    recon.run(spec, session, progress=False)
-    shared = recon.run(spec.replaced(**change), session, progress=False)
+    record_of(spec, session)
+    shared = record_of(spec.replaced(**change), session)
     assert shared.shared == reused
-    assert shared.metrics == recon.run(spec.replaced(**change), progress=False).metrics
+    assert shared.metrics == record_of(spec.replaced(**change)).metrics
 
 
 # ---- out of memory
@@ -438,11 +438,11 @@ def test_a_streamed_run_that_is_short_of_memory_has_the_bits_of_one_that_is_not_
         with monkeypatch.context() as patch:
             patch.setattr(LlamaDecoderLayer, "forward", run_out)
             caplog.clear()
-            records.append(recon.run(spec, progress=False, stream=stream))
+            records.append(record_of(spec, stream=stream))
         said.append([record.message for record in caplog.records if "out of memory" in record.message])
     assert records[0].metrics == records[1].metrics and [window["micro_batch"] for window in records[1].windows] == [1] * 4
     assert said[0] == said[1] and any("4 samples at a time: 2 from here on (CUDA out of memory.)" in each for each in said[0])
-    assert recon.run(spec, progress=False).metrics["perplexity"] == pytest.approx(records[1].metrics["perplexity"], rel=1e-3)
+    assert record_of(spec).metrics["perplexity"] == pytest.approx(records[1].metrics["perplexity"], rel=1e-3)
 
 
 def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
@@ -549,7 +549,7 @@ def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broke
         weights = load_file(folder / "model.safetensors")
         weights["model.layers.2.mlp.down_proj.weight"] *= 1e38
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    recon.run(spec.replaced(granularity="none"), save=tmp_path / "pruned", progress=False)
+    record_of(spec.replaced(granularity="none"), save=tmp_path / "pruned")
     fit, calls = recon.methods.reconstruct.fit, []
 
     def breaks(forward, parameters, *rest, **options):
@@ -561,7 +561,7 @@ def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broke
         return replace(curve, losses=[torch.inf]) if len(calls) == first + 1 and broken == "losses" else curve
 
     monkeypatch.setattr("recon.methods.reconstruct.fit", breaks)
-    record = recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream)
+    record = record_of(spec, save=tmp_path / "saved", stream=stream)
     restored = [2, 3] if broken == "activations" else [2]
     assert [window["status"] == "restored" for window in record.windows] == [number in restored for number in range(4)]
     assert "window 'block 2': fitting gave NaN or infinite" in caplog.text and broken in caplog.text
@@ -595,7 +595,7 @@ def test_an_interrupted_run_leaves_nothing_behind_but_what_it_goes_on_from(spec,
     if stream == "yes":
         main(command)
         found = read_record(tmp_path / "r.json")
-        assert found.environment["resumed"] == 1 and found.metrics == recon.run(spec, progress=False).metrics
+        assert found.environment["resumed"] == 1 and found.metrics == record_of(spec).metrics
         assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "saved"]
 
 
@@ -627,14 +627,14 @@ def test_a_disk_that_is_full_when_a_model_is_saved(spec, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(where, full)
     with pytest.raises(ReconError, match=r"checkpoint cannot be written to '.*saved'.*No space left on device"):
-        recon.run(spec, save=tmp_path / "saved", progress=False)
+        record_of(spec, save=tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "where, said",
     [
-        ("recon.experiment.streamed.write_json", "checkpoint cannot be written to '{saved}'"),
+        ("recon.experiment.checkpoint.storage.write_json", "checkpoint cannot be written to '{saved}'"),
         ("recon.experiment.checkpoint.write_card", "checkpoint cannot be written to '{saved}'"),
         ("recon.experiment.checkpoint.write_json", "checkpoint cannot be moved to '{saved}'"),
         ("recon.runtime.storage.os.replace", "saved.unfinished' cannot be written"),
@@ -656,7 +656,7 @@ def test_a_disk_that_is_full_when_a_streamed_run_ends_loses_nothing(spec, tmp_pa
     assert end.value.code == 2 and "Traceback" not in errors
     assert said.format(saved=saved, record=record) in errors and "No space left on device" in errors
     main(command)
-    assert read_record(record).metrics == recon.run(spec, progress=False).metrics and models.load(str(saved))
+    assert read_record(record).metrics == record_of(spec).metrics and models.load(str(saved))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "saved"]
 
 
@@ -665,9 +665,9 @@ def test_a_streamed_run_that_runs_out_of_room_goes_on_where_it_was(spec, tmp_pat
     """Wherever a file could not grow beyond so many bytes: the journal, masks, activations, weights."""
     spec = spec.replaced(granularity="block", held_out_samples=2)
     with room_for(size), pytest.raises(ReconError, match=r"saved.unfinished' cannot be written: .*File too large"):
-        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
-    found = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
-    assert found.metrics == recon.run(spec, progress=False).metrics and models.load(str(tmp_path / "saved"))
+        record_of(spec, save=tmp_path / "saved", stream="yes")
+    found = record_of(spec, save=tmp_path / "saved", stream="yes")
+    assert found.metrics == record_of(spec).metrics and models.load(str(tmp_path / "saved"))
 
 
 def test_what_a_killed_process_left_of_a_model_is_removed(spec, tmp_path):
@@ -675,12 +675,12 @@ def test_what_a_killed_process_left_of_a_model_is_removed(spec, tmp_path):
     for name in (".saved.x7k2.part", ".saved.backup", ".other.x7k2.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half of it")
-    recon.run(spec, save=tmp_path / "saved", progress=False)
+    record_of(spec, save=tmp_path / "saved")
     assert {path.name for path in tmp_path.iterdir()} == {"saved", ".saved.backup", ".other.x7k2.part"}
 
 
 def test_a_bit_that_flips_in_what_was_saved_is_found(spec, tmp_path):
-    recon.run(spec, save=tmp_path / "saved", progress=False)
+    record_of(spec, save=tmp_path / "saved")
     models.load(str(tmp_path / "saved"))
     with open(tmp_path / "saved" / "model.safetensors", "r+b") as file:
         file.seek(-100, os.SEEK_END)

@@ -1,8 +1,7 @@
 """Known numbers of the bundled model, so that a change that spoils them does not go unseen."""
 
-import dataclasses
-
 import pytest
+from fixtures.runs import record_of
 
 import recon
 from recon.runtime.execution import Execution
@@ -43,7 +42,7 @@ def test_half_blocks_repair_the_bundled_model():
     spec = recon.RunSpec.of(
         samples=16, sequence_length=128, batch_size=1, evaluation_samples=4, evaluation_length=256, held_out_samples=2
     )
-    metrics = recon.run(spec, progress=False).metrics
+    metrics = record_of(spec).metrics
     assert metrics["sparsity"] == 0.5
     assert metrics["dense_perplexity"] == pytest.approx(23.65, rel=0.02)
     assert metrics["pruned_perplexity"] > 1.6 * metrics["dense_perplexity"]
@@ -58,7 +57,7 @@ def test_repairing_the_bundled_model():
     session = recon.Session()
 
     def share(**changes) -> float:
-        record = recon.run(dataclasses.base.replaced(**changes), session, progress=False)
+        record = record_of(base.replaced(**changes), session)
         assert record.metrics["sparsity"] == 0.5
         assert record.metrics["held_out_error"] < record.metrics["held_out_error_pruned"] or changes["granularity"] == "matrix"
         return record.metrics["share_recovered"]

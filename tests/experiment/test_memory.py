@@ -128,11 +128,11 @@ MEASURE = """
 import json, sys
 from recon.experiment.plan import plan
 from recon.experiment.run import run
-from recon.experiment.config import RunSpec
+from recon.experiment.config import RunOptions, RunSpec
 
 spec, stream = RunSpec.of(**json.loads(sys.argv[1])), sys.argv[2]
 planned = plan(spec, stream=stream)
-measured = run(spec, stream=stream, progress=False).peak_memory_bytes
+measured = run(spec, RunOptions(stream=stream, progress=False)).record.peak_memory_bytes
 print(json.dumps({"process": planned.memory["cpu"]["load"]["process"], "predicted": planned.peaks["cpu"], "measured": measured}))
 """
 

@@ -4,15 +4,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fixtures.families import small_model
+from fixtures.runs import record_of
 from transformers import AutoModelForCausalLM
 
 from recon import cli
 from recon.data import models
 from recon.errors import ReconError
 from recon.experiment import cost, plan, study
-from recon.experiment.config import RunSpec
+from recon.experiment.config import RunOptions, RunSpec
 from recon.experiment.memory import highest
-from recon.experiment.run import run
 from recon.experiment.shapes import shapes_of
 from recon.model.discovery import take_apart
 from recon.runtime.device import COMPUTE_DTYPES
@@ -47,7 +47,7 @@ def test_mixtures_of_experts_are_planned(family, experts, spec, config_folder):
 
 def test_what_is_counted_is_what_is_there(spec, tmp_path):
     planned, saved = plan.plan(spec, save=True), tmp_path / "saved"
-    record = run(spec, save=saved, progress=False)
+    record = record_of(spec, save=saved)
     model, _ = models.load(str(saved))
     decoder = take_apart(model)
     assert planned.parameters == sum(p.numel() for p in model.parameters())
@@ -80,7 +80,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read_and_told_what_would(
     record, error = study.run_or_record_failure(large)
     assert isinstance(error, ReconError) and record.status == "failed"
     assert "needs" in str(error) and "--granularity 2-blocks would fit" in str(error)
-    _, error = study.run_or_record_failure(large, force=True)
+    _, error = study.run_or_record_failure(large, RunOptions(force=True))
     assert isinstance(error, AssertionError)
 
     monkeypatch.setattr(plan, "available_memory", lambda: 1000)
@@ -152,7 +152,9 @@ def test_families_are_planned_with_and_without_a_gpu(family, spec, config_folder
 @pytest.mark.parametrize("granularity", ["2-blocks", "model"])
 def test_memory_of_a_device_follows_the_window(granularity, spec):
     decoder = shapes_of(spec.model.model).decoder
-    spec = spec.replaced(granularity=granularity, samples=32, batch_size=32, accumulation=2)  # as large as where nothing is trained
+    spec = spec.replaced(
+        granularity=granularity, samples=32, batch_size=32, accumulation=2
+    )  # as large as where nothing is trained
     planned = plan.plan(spec, device_memory=1)
     assert planned.device == CUDA and planned.seconds == {} and planned.available["cuda"] == 2**30
     trained = max(sum(p.numel() for p in decoder.trained(w, "matrices").values()) for w in decoder.windows(granularity))
@@ -230,17 +232,17 @@ def test_what_has_begun_is_not_planned_again(spec, tmp_path, monkeypatch):
     spec = spec.replaced(granularity="none")
     monkeypatch.setattr(plan, "LONG", 0)
     monkeypatch.setattr(
-        "recon.experiment.streamed.checkpoint.write_card", lambda *_: (_ for _ in ()).throw(RuntimeError("the power is gone"))
+        "recon.experiment.checkpoint.write_card", lambda *_: (_ for _ in ()).throw(RuntimeError("the power is gone"))
     )
-    _, error = study.run_or_record_failure(spec, save=tmp_path / "saved", stream="yes", progress=False)
+    _, error = study.run_or_record_failure(spec, RunOptions(save=tmp_path / "saved", stream="yes"))
     assert str(error) == "the power is gone"
     monkeypatch.undo()
     monkeypatch.setattr(plan, "LONG", 0)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     for _ in range(2):
-        record, error = study.run_or_record_failure(spec, save=tmp_path / "saved", stream="yes", progress=False)
+        record, error = study.run_or_record_failure(spec, RunOptions(save=tmp_path / "saved", stream="yes"))
         assert error is None and record.status == "done"
-    _, error = study.run_or_record_failure(spec, save=tmp_path / "other", stream="yes", progress=False)
+    _, error = study.run_or_record_failure(spec, RunOptions(save=tmp_path / "other", stream="yes"))
     assert "of disk, of which there are 0.0 GiB" in str(error)
 
 

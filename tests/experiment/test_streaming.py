@@ -1,6 +1,6 @@
 """A streamed run gives the bits of one in memory, whatever happens to it on the way, and never has the model in memory."""
 
-import dataclasses
+import contextlib
 import errno
 import gc
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.models import make_model
-from fixtures.runs import Death, Killed, comparable, options
+from fixtures.runs import Death, Killed, comparable, options, record_of, result_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -24,13 +24,15 @@ import recon
 from recon.cli import main
 from recon.data import files
 from recon.errors import ReconError
-from recon.experiment import environment, streamed
+from recon.experiment import environment, streaming
+from recon.experiment.config import RunOptions
+from recon.experiment.home import OnDisk
 from recon.experiment.record import read_record
-from recon.experiment.streamed import StreamedRun
+from recon.experiment.run import _Run
 from recon.methods.structured import find_units
-from recon.model.skeleton import Lazy
-from recon.runtime import activations, device, weights
-from recon.runtime.store import FolderStore
+from recon.model.skeleton import Lazy, auto_class, is_placeholder
+from recon.runtime import activations, device
+from recon.runtime.folder_store import FolderStore
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +53,13 @@ def spec(tiny_folder, tiny_text):
 def expected(spec, tmp_path_factory):
     """What a run in memory gives: its record, and the folder that it saved to."""
     folder = tmp_path_factory.mktemp("expected") / "saved"
-    return recon.run(spec, save=folder, progress=False, stream="no"), folder
+    return record_of(spec, save=folder, stream="no"), folder
 
 
 def assert_same(found, saved: Path, expected, other: Path) -> None:
     """The same record but for times, and checkpoints that load as the same model."""
     assert comparable(found) == comparable(expected)
-    kind = weights.auto_class(AutoConfig.from_pretrained(other))
+    kind = auto_class(AutoConfig.from_pretrained(other))
     ours, theirs = (kind.from_pretrained(folder).state_dict() for folder in (saved, other))
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -103,30 +105,46 @@ def saved_model(family: str, tiny_folder: str, folder: Path, **changes) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_the_bits_of_a_run_in_memory(case, spec, expected, tiny_folder, tmp_path, monkeypatch):
     family, changes = CASES[case]
-    spec = dataclasses.spec.replaced(**changes)
+    spec = spec.replaced(**changes)
     if family:
-        spec = dataclasses.spec.replaced(model=saved_model(family, tiny_folder, tmp_path / "model"))
+        spec = spec.replaced(model=saved_model(family, tiny_folder, tmp_path / "model"))
     if changes:
-        expected = recon.run(spec, save=tmp_path / "other", progress=False, stream="no"), tmp_path / "other"
+        expected = record_of(spec, save=tmp_path / "other", stream="no"), tmp_path / "other"
     monkeypatch.setattr(activations, "SMALL", 0 if case in ("half-blocks", "mixed, from exact") else 2**20)
-    found = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    found = record_of(spec, save=tmp_path / "saved", stream="yes")
     assert_same(found, tmp_path / "saved", *expected)
     assert found.environment["streamed"] and not list(tmp_path.glob("*.unfinished"))
 
 
 def test_masks_from_elsewhere(spec, expected, tmp_path):
     """What is repaired starts from another run's checkpoint."""
-    options = {name: value for name, value in spec.__dict__.items() if name not in ("criterion", "pattern", "pruned")}
-    given = recon.RunSpec.of(**options, pruned=str(expected[1]))
-    kept = recon.run(given, save=tmp_path / "other", progress=False, stream="no")
-    found = recon.run(given, save=tmp_path / "saved", progress=False, stream="yes")
+    given = spec.replaced(pruned=str(expected[1]))
+    kept = record_of(given, save=tmp_path / "other", stream="no")
+    found = record_of(given, save=tmp_path / "saved", stream="yes")
     assert_same(found, tmp_path / "saved", kept, tmp_path / "other")
 
 
 def test_without_a_place_to_save_it_works_in_the_cache(spec, expected, tmp_path, monkeypatch):
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
-    assert comparable(recon.run(spec, progress=False, stream="yes")) == comparable(expected[0])
+    assert comparable(record_of(spec, stream="yes")) == comparable(expected[0])
     assert not list((tmp_path / "unfinished").iterdir())
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Begins streamed runs: gives one of a spec that has loaded its model and texts."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(spec) -> _Run:
+            options, session = RunOptions(save=tmp_path / "begun", progress=False), recon.Session()
+            home = OnDisk(spec, options, session)
+            stack.enter_context(home.locked())
+            run = _Run(spec, options, session, home, ())
+            run.load()
+            home.open()
+            return run
+
+        yield begin
 
 
 def watch(monkeypatch) -> tuple[dict[Lazy, int], list[int]]:
@@ -139,12 +157,12 @@ def watch(monkeypatch) -> tuple[dict[Lazy, int], list[int]]:
         class Watching:
             def __enter__(self):
                 context.__enter__()
-                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not weights.is_placeholder(p))
+                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not is_placeholder(p))
                 most.append(sum(there.values()))
 
             def __exit__(self, *exception):
                 result = context.__exit__(*exception)
-                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not weights.is_placeholder(p))
+                there[lazy] = sum(p.numel() for p in lazy.parameters.values() if not is_placeholder(p))
                 return result
 
         return Watching()
@@ -154,59 +172,46 @@ def watch(monkeypatch) -> tuple[dict[Lazy, int], list[int]]:
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "flap"])
-def test_no_more_than_two_windows_are_there_at_once(criterion, spec, tmp_path, monkeypatch):
+def test_no_more_than_two_windows_are_there_at_once(criterion, spec, begin, monkeypatch):
     monkeypatch.setattr(activations, "SMALL", 0)
-    spec = dataclasses.spec.replaced(criterion=criterion)
-    run = StreamedRun(spec, recon.Session(), False, tmp_path / "work")
-    run.load()
+    run = begin(spec.replaced(criterion=criterion))
     there, most = watch(monkeypatch)
     block = max(sum(p.numel() for p in block.parameters()) for block in run.dense.blocks)
     ends = max(p.numel() for p in run.dense.ends.values())
-    run.dense_measured()
-    student = run.copy_of_dense()
-    run.pruned_student(student)
+    _, states = run.measure_dense()
+    student = run.home.student(None)
+    run.prune(student)
+    run.measure("pruned", None, student, states)
     gc.collect()
     assert "activations/prune" not in Path("/proc/self/maps").read_text()  # nor activations that were for the next window
     assert max(most) <= block + ends
     most.clear()
-    run.reconstruct(student, run.store.masks)
+    run.reconstruct(student, run.home.store.masks)
     matrices = [sum(m.weight.numel() for m in run.dense.matrices(w).values()) for w in run.dense.windows("half-block")]
     assert max(matrices) < max(most) <= max(max(matrices) + block - sum(sorted(matrices)[-2:]), ends) + max(matrices)
     assert not any(there.values())
 
 
-def test_of_an_encoder_decoder_too(spec, tiny_folder, tmp_path, monkeypatch):
+def test_of_an_encoder_decoder_too(spec, begin, tiny_folder, tmp_path, monkeypatch):
     """Beside a window there is no more than the encoder's last norm, and the biases that others are called with."""
     model = saved_model("t5", tiny_folder, tmp_path / "model", num_layers=4, tie_word_embeddings=False)
-    spec = dataclasses.spec.replaced(model=model, granularity="2-blocks", propagation="mixed")
-    run = StreamedRun(spec, recon.Session(), False, tmp_path / "work")
-    run.load()
+    run = begin(spec.replaced(model=model, granularity="2-blocks", propagation="mixed"))
     there, most = watch(monkeypatch)
     blocks = [sum(p.numel() for p in block.parameters()) for block in run.dense.blocks]
     passed_on = sum(run.dense.model.get_parameter(name).numel() for name in run.dense.shared)
     ends, norm = max(p.numel() for p in run.dense.ends.values()), 32
     assert 0 < passed_on < min(blocks) / 10
-    run.dense_measured()
-    student = run.copy_of_dense()
-    run.pruned_student(student)
-    run.measured(student, "pruned")
+    _, states = run.measure_dense()
+    student = run.home.student(None)
+    run.prune(student)
+    run.measure("pruned", None, student, states)
     assert max(blocks) <= max(most) <= max(max(blocks) + passed_on, ends) + norm + ends
     assert ends + norm in most  # the head alone
     most.clear()
-    run.reconstruct(student, run.store.masks)
+    run.reconstruct(student, run.home.store.masks)
     window = max(sum(blocks[at : at + 2]) for at in range(0, 8, 2))
     assert window <= max(most) <= 2 * (window + passed_on + norm) + ends < sum(blocks) + 2 * ends
     assert not any(there.values())
-
-
-def test_zero_shot_tasks_use_the_work_of_the_run(spec, tmp_path, monkeypatch):
-    run, asked = StreamedRun(dataclasses.spec.replaced(tasks=("analogies",)), recon.Session(), False, tmp_path / "work"), []
-    run.load()
-    run.texts, run.held_out = {}, None
-    monkeypatch.setattr("recon.evaluate.zero_shot.zero_shot", lambda *args, store, phase, **options: asked.append((store, phase)))
-    for what in ("dense", "pruned"):
-        run.measure(run.dense, what)
-    assert asked == [(run.store, "zero-shot, dense"), (run.store, "zero-shot, pruned")]
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------------
@@ -225,18 +230,18 @@ ROUNDED = {
 @pytest.mark.parametrize("dtype", ROUNDED)
 def test_saved_in_half_the_room(dtype, spec, tmp_path, monkeypatch):
     """Weights are those of the run, rounded; streamed (killed on the way) as in memory, and with the record that nothing was lost for."""
-    spec, saved = dataclasses.spec.replaced(**ROUNDED[dtype]), tmp_path / "saved"
-    plain = recon.run(spec, save=tmp_path / "plain", progress=False, stream="no")
-    kept = recon.run(spec, save=tmp_path / "other", progress=False, stream="no", save_dtype=dtype)
+    spec, saved = spec.replaced(**ROUNDED[dtype]), tmp_path / "saved"
+    plain = record_of(spec, save=tmp_path / "plain", stream="no")
+    kept = record_of(spec, save=tmp_path / "other", stream="no", save_dtype=dtype)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("recon.experiment.streamed.checkpoint.write_card", lambda *_: (_ for _ in ()).throw(Killed))
-        recon.run(spec, save=saved, progress=False, stream="yes", save_dtype=dtype)
+        patch.setattr("recon.experiment.checkpoint.write_card", lambda *_: (_ for _ in ()).throw(Killed))
+        record_of(spec, save=saved, stream="yes", save_dtype=dtype)
     store = saved.with_name("saved.unfinished")
     sizes = {name: sum(path.stat().st_size for path in (store / name).glob("*")) for name in ("exact", "checkpoint")}
     assert sizes["exact"] > 0 and (sizes["exact"] < 0.2 * sizes["checkpoint"]) == (dtype == "bfloat16")
     with pytest.raises(ReconError, match=rf"another run: save_dtype was '{dtype}', is 'float32'"):
-        recon.run(spec, save=saved, progress=False, stream="yes")
-    found = recon.run(spec, save=saved, progress=False, stream="yes", save_dtype=dtype)
+        record_of(spec, save=saved, stream="yes")
+    found = record_of(spec, save=saved, stream="yes", save_dtype=dtype)
     assert_same(found, saved, kept, tmp_path / "other")
     assert comparable(found) == comparable(plain)
     assert found.environment["save_dtype"] == dtype and "save_dtype" not in plain.environment
@@ -255,12 +260,12 @@ def test_what_a_dtype_cannot_hold_is_named_before_anything_long(stream, spec, ti
     name = "model.layers.2.mlp.up_proj.weight"
     content[name][1, 2] = -1e5
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
-    spec = dataclasses.spec.replaced(model=str(folder))
-    monkeypatch.setattr("recon.experiment.run.Run.measure_dense", lambda *_: pytest.fail("has begun to compute"))
+    spec = spec.replaced(model=str(folder))
+    monkeypatch.setattr("recon.experiment.run._Run.measure_dense", lambda *_: pytest.fail("has begun to compute"))
     with pytest.raises(ReconError, match=rf"'{name}' holds 1e\+05, and float16 nothing above 6.55e\+04; save in bfloat16"):
-        recon.run(spec, save=tmp_path / "saved", progress=False, stream=stream, save_dtype="float16")
+        record_of(spec, save=tmp_path / "saved", stream=stream, save_dtype="float16")
     with pytest.raises(ReconError, match="save_dtype is 'float16', but no folder to save to is named"):
-        recon.run(spec, progress=False, stream=stream, save_dtype="float16")
+        record_of(spec, stream=stream, save_dtype="float16")
 
 
 def attempt(spec, saved, monkeypatch, points, error=None):
@@ -268,7 +273,7 @@ def attempt(spec, saved, monkeypatch, points, error=None):
     with monkeypatch.context() as patch:
         death = Death(patch, points, error)
         try:
-            return recon.run(spec, save=saved, progress=False, stream="yes")
+            return record_of(spec, save=saved, stream="yes")
         except Killed:
             return None
         finally:
@@ -295,10 +300,10 @@ def test_killed_again_and_again(spec, expected, tmp_path, monkeypatch):
 def test_an_encoder_decoder_is_killed(spec, tiny_folder, tmp_path, monkeypatch):
     """What blocks are called with is found anew each time, also once the block that it is computed from is repaired."""
     monkeypatch.setattr(activations, "SMALL", 0)
-    spec = dataclasses.spec.replaced(
+    spec = spec.replaced(
         model=saved_model("t5", tiny_folder, tmp_path / "model"), granularity="block", propagation="sparse", train="all"
     )
-    expected = recon.run(spec, save=tmp_path / "other", progress=False, stream="no"), tmp_path / "other"
+    expected = record_of(spec, save=tmp_path / "other", stream="no"), tmp_path / "other"
     record, attempts = None, 0
     while record is None:
         assert attempts < 30
@@ -315,12 +320,9 @@ def test_biases_that_pruning_adds_outlive_a_kill(change, spec, tmp_path, monkeyp
     """FLAP compares the whole model before it removes anything, and gives matrices biases that no file of the model has."""
     monkeypatch.setattr(activations, "SMALL", 0)
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
-    spec = dataclasses.spec.replaced(criterion="flap", pattern="0.3", **change)
-    session = recon.Session()
-    expected = recon.run(spec, session, progress=False, stream="no")
-    assert (
-        0 < sum(name.endswith("_proj.bias") for name, _ in session.model.named_parameters()) < 8
-    )  # not all halves lose something
+    spec = spec.replaced(criterion="flap", pattern="0.3", **change)
+    expected, model = result_of(spec, stream="no")
+    assert 0 < sum(name.endswith("_proj.bias") for name, _ in model.named_parameters()) < 8  # not all halves lose something
     record, attempts, phases = None, 0, set()
     while record is None:
         assert attempts < 40
@@ -333,12 +335,11 @@ def test_biases_that_pruning_adds_outlive_a_kill(change, spec, tmp_path, monkeyp
     assert comparable(record) == comparable(expected)
 
 
-def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, tmp_path):
+def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, begin):
     """When a run goes on, its first block may have lost all of a half, and says nothing of how others are built."""
-    run = StreamedRun(dataclasses.spec.replaced(criterion="flap"), recon.Session(), False, tmp_path / "work")
-    run.load()
-    student = run.copy_of_dense()
-    run.store.masks.update({name: torch.zeros(m.weight.shape, dtype=torch.bool) for name, m in run.dense.matrices().items()})
+    run = begin(spec.replaced(criterion="flap"))
+    student = run.home.student(None)
+    run.home.store.masks.update({name: torch.zeros(m.weight.shape, dtype=torch.bool) for name, m in run.dense.matrices().items()})
     with student.loaded(student.windows("block")[0]):
         assert not any(parameter.any() for parameter in student.weights(student.windows("block")[0]))
     in_memory = recon.take_apart(AutoModelForCausalLM.from_pretrained(spec.model.model))
@@ -352,7 +353,7 @@ def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, tmp
 @pytest.mark.parametrize("saving", [True, False])
 def test_killed_while_its_work_is_deleted_it_gives_the_record_again(saving, spec, tmp_path, monkeypatch):
     """With all of it; whoever called it had the record before anything was deleted."""
-    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0)
+    spec = spec.replaced(granularity="none", held_out_samples=0)
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
     store = tmp_path / ("saved.unfinished" if saving else f"unfinished/{spec.key()}")
     given = []
@@ -360,46 +361,47 @@ def test_killed_while_its_work_is_deleted_it_gives_the_record_again(saving, spec
         assert len(given) < 40
         with monkeypatch.context() as patch, pytest.raises(Killed):
 
-            def done(record, patch=patch):
-                given.append(record)
-                Death(patch, 2)
+            class Done(recon.Callback):
+                def on_done(self, record, patch=patch):
+                    given.append(record)
+                    Death(patch, 2)
 
-            recon.run(spec, save=tmp_path / "saved" if saving else None, progress=False, stream="yes", on_done=done)
-        monkeypatch.setattr(StreamedRun, "execute", lambda *_: pytest.fail("computed anew"))
+            record_of(spec, save=tmp_path / "saved" if saving else None, stream="yes", callbacks=[Done()])
+        monkeypatch.setattr(_Run, "execute", lambda *_: pytest.fail("computed anew"))
     assert len(given) > 5 and all(record.to_dict() == given[0].to_dict() for record in given)
     assert not saving or files.shards(tmp_path / "saved")
 
 
 def test_the_command_line_has_the_record_before_the_work_is_deleted(spec, tmp_path, monkeypatch):
-    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0, compute_dtype="float32")
+    spec = spec.replaced(granularity="none", held_out_samples=0, compute_dtype="float32")
     command = options(spec, "--stream", "yes", "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "record.json"))
 
     def die(*_):
         raise Killed
 
-    for place in ("recon.experiment.study.write_record", "recon.experiment.streamed.delete"):
+    for place in ("recon.experiment.study.write_record", "recon.experiment.unfinished.delete"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(place, die)
             main(command)
-        monkeypatch.setattr(StreamedRun, "execute", lambda *_: pytest.fail("computed anew"))
+        monkeypatch.setattr(_Run, "execute", lambda *_: pytest.fail("computed anew"))
     assert recon.experiment.study.read_record(tmp_path / "record.json").status == "done"
 
 
 def test_a_study_has_the_record_before_the_work_is_deleted(spec, tmp_path, monkeypatch):
     """Killed in between, it computes nothing anew."""
-    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0)
+    spec = spec.replaced(granularity="none", held_out_samples=0)
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(streamed, "is_too_large", lambda spec: True)
+    monkeypatch.setattr(streaming, "is_too_large", lambda spec: True)
     store, records = tmp_path / "unfinished" / spec.key(), tmp_path / "records"
 
     def die(*_):
         raise Killed
 
-    for place in ("recon.experiment.study.write_record", "recon.experiment.streamed.delete"):
+    for place in ("recon.experiment.study.write_record", "recon.experiment.unfinished.delete"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(place, die)
             recon.run_study([spec], records, progress=False)
-        monkeypatch.setattr(StreamedRun, "execute", lambda *_: pytest.fail("computed anew"))
+        monkeypatch.setattr(_Run, "execute", lambda *_: pytest.fail("computed anew"))
     assert store.exists() and read_record(records / f"{spec.key()}.json").environment["streamed"]
     assert list(recon.run_study([spec], records, progress=False).status) == ["done"]
 
@@ -411,12 +413,12 @@ def test_what_has_been_saved_is_on_the_disk(stream, spec, tiny_folder, tmp_path,
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}  # of which one is saved in a folder
     tokenizer.save_pretrained(model)
-    spec = dataclasses.spec.replaced(model=str(model), granularity="none", criterion="magnitude", held_out_samples=0)
+    spec = spec.replaced(model=str(model), granularity="none", criterion="magnitude", held_out_samples=0)
     saved = tmp_path / "saved"
     if stream == "yes":
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr("recon.experiment.streamed.checkpoint.sync_all", lambda _: (_ for _ in ()).throw(Killed))
-            recon.run(spec, save=saved, progress=False, stream=stream)
+            patch.setattr("recon.runtime.storage.sync_all", lambda _: (_ for _ in ()).throw(Killed))
+            record_of(spec, save=saved, stream=stream)
     synced, fsync, replace = {}, os.fsync, os.replace
 
     def content(path) -> object:
@@ -434,13 +436,13 @@ def test_what_has_been_saved_is_on_the_disk(stream, spec, tiny_folder, tmp_path,
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(os, "replace", check)
-    recon.run(spec, save=saved, progress=False, stream=stream)
+    record_of(spec, save=saved, stream=stream)
     assert "saved" in synced[tmp_path.stat().st_ino]
     assert any(path.is_dir() for path in saved.iterdir())
 
 
 def test_a_place_to_save_that_was_filled_meanwhile(spec, tmp_path, monkeypatch):
-    spec, saved = dataclasses.spec.replaced(granularity="none", held_out_samples=0), tmp_path / "saved"
+    spec, saved = spec.replaced(granularity="none", held_out_samples=0), tmp_path / "saved"
     finish = FolderStore.finish
 
     def fill(store, phase, *args, **options):
@@ -454,22 +456,22 @@ def test_a_place_to_save_that_was_filled_meanwhile(spec, tmp_path, monkeypatch):
         pytest.raises(ReconError, match=r"cannot be moved to '.*saved'.*complete in '.*checkpoint'"),
     ):
         patch.setattr(FolderStore, "finish", fill)
-        recon.run(spec, save=saved, progress=False, stream="yes")
+        record_of(spec, save=saved, stream="yes")
     (saved / "something").unlink()
-    recon.run(spec, save=saved, progress=False, stream="yes")
+    record_of(spec, save=saved, stream="yes")
     assert files.shards(saved)
 
 
 def test_what_was_begun_streamed_goes_on_so_where_it_would_fit_by_now(spec, tmp_path, monkeypatch):
-    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0)
+    spec = spec.replaced(granularity="none", held_out_samples=0)
     started(spec, tmp_path, monkeypatch, 25)
-    record = recon.run(spec, save=tmp_path / "saved", progress=False)
+    record = record_of(spec, save=tmp_path / "saved")
     assert record.environment["resumed"] > 0 and not list(tmp_path.glob("*.unfinished"))
 
 
 def test_a_run_that_is_refused_leaves_nothing_in_the_way(spec, tmp_path):
     with pytest.raises(ReconError, match="sequence length 4000 is more than"):
-        recon.run(dataclasses.spec.replaced(sequence_length=4000), save=tmp_path / "saved", progress=False, stream="yes")
+        record_of(spec.replaced(sequence_length=4000), save=tmp_path / "saved", stream="yes")
     assert not list(tmp_path.iterdir())
 
 
@@ -483,18 +485,16 @@ def test_a_work_folder_that_cannot_be_made(spec, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(ReconError, match=r"saved\.unfinished' cannot be written: .*No space left"):
-        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+        record_of(spec, save=tmp_path / "saved", stream="yes")
 
 
 def test_the_same_said_in_another_way_goes_on(spec, tmp_path, monkeypatch, caplog):
     """As many pruning samples as windows are repaired with, by number or by 0; another environment is said."""
-    spec = dataclasses.spec.replaced(granularity="none", held_out_samples=0)
+    spec = spec.replaced(granularity="none", held_out_samples=0)
     started(spec, tmp_path, monkeypatch, 25)
     here = environment.environment
-    monkeypatch.setattr("recon.experiment.streamed.environment", lambda *a: here(*a) | {"packages": {"torch": "1.0"}})
-    record = recon.run(
-        dataclasses.spec.replaced(prune_samples=spec.calibration.samples), save=tmp_path / "saved", progress=False, stream="yes"
-    )
+    monkeypatch.setattr("recon.experiment.home.environment", lambda *a: here(*a) | {"packages": {"torch": "1.0"}})
+    record = record_of(spec.replaced(prune_samples=spec.calibration.samples), save=tmp_path / "saved", stream="yes")
     assert record.environment["resumed"] == 1
     assert re.search(r"another environment .*packages\.torch was '.*', is '1\.0'", caplog.text)
 
@@ -519,9 +519,9 @@ def test_a_full_disk_loses_nothing(place, spec, expected, tmp_path, monkeypatch)
         store = started(spec, tmp_path, monkeypatch)
         with monkeypatch.context() as patch, pytest.raises(ReconError, match=r"saved\.unfinished' cannot be written: .*No space"):
             patch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(full))
-            recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+            record_of(spec, save=tmp_path / "saved", stream="yes")
         assert (store / "journal.jsonl").exists()
-    record = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    record = record_of(spec, save=tmp_path / "saved", stream="yes")
     assert record.environment["resumed"] > 0
     assert_same(record, tmp_path / "saved", *expected)
 
@@ -534,7 +534,7 @@ def test_what_is_not_whole_is_never_read(spec, expected, tmp_path, monkeypatch):
     journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:-20])
     for place in ("masks/00099.safetensors", "checkpoint/model-00001-of-00009.safetensors", "activations/x.part"):
         (store / place).write_bytes(b"nonsense")
-    record = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    record = record_of(spec, save=tmp_path / "saved", stream="yes")
     assert_same(record, tmp_path / "saved", *expected)
 
 
@@ -542,15 +542,15 @@ def test_the_work_of_another_run_is_refused(spec, tmp_path, monkeypatch, tiny_fo
     store = started(spec, tmp_path, monkeypatch)
 
     def go(spec):
-        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+        record_of(spec, save=tmp_path / "saved", stream="yes")
 
     with pytest.raises(ReconError, match=r"another run: spec\.learning_rate was 0\.003, is 0\.001\. "):
-        go(dataclasses.spec.replaced(learning_rate=1e-3))
+        go(spec.replaced(learning_rate=1e-3))
     copy = tmp_path / "model"
     shutil.copytree(tiny_folder, copy)
     entries = json.loads((store / "journal.jsonl").read_text().splitlines()[0])
     with pytest.raises(ReconError, match=rf"spec\.model was '{tiny_folder}', is '{copy}'"):
-        go(dataclasses.spec.replaced(model=str(copy)))
+        go(spec.replaced(model=str(copy)))
     assert {"model", "texts", "spec", "compute_dtype"} <= set(entries)
     mask = store / "masks/00000.safetensors"
     changed = bytearray(mask.read_bytes())
@@ -574,7 +574,7 @@ def test_damaged_activations_are_refused(spec, tmp_path, monkeypatch):
     for damaged, said in ((changed, "has changed"), (content[:100], "has changed"), (None, "is missing")):
         stream.unlink() if damaged is None else stream.write_bytes(damaged)
         with pytest.raises(ReconError, match=rf"activations/{stream.name}' {said}.*; delete"):
-            recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+            record_of(spec, save=tmp_path / "saved", stream="yes")
 
 
 @pytest.mark.parametrize("what, cut", [("dense", False), ("given", False), ("repaired", False), ("dense", True)])
@@ -582,11 +582,10 @@ def test_a_shard_that_is_written_to_while_it_is_read_is_named(what, cut, spec, e
     """In the model's own file, in the pruned model's, or in a window that is finished, a bit flips, or all is cut off that comes after
     so many bytes, at which others are killed (SIGBUS); as it was again, the run goes on."""
     model = shutil.copytree(tiny_folder, tmp_path / "model")
-    options = {name: value for name, value in spec.__dict__.items() if name not in ("criterion", "pattern", "pruned")}
     pruned = shutil.copytree(expected[1], tmp_path / "pruned")
-    spec = recon.RunSpec.of(**options | {"model": str(model)}, pruned=str(pruned))
+    spec = spec.replaced(model=str(model), pruned=str(pruned))
     file = {"dense": model / "model.safetensors", "given": pruned / "model.safetensors"}.get(what)
-    fit, calls, before = recon.methods.reconstruct.fit, [], []
+    fit, calls, before = recon.methods.reconstruct.XX, [], []
 
     def flip(*args, **kwargs):
         calls.append(1)
@@ -600,57 +599,49 @@ def test_a_shard_that_is_written_to_while_it_is_read_is_named(what, cut, spec, e
 
     with monkeypatch.context() as patch, pytest.raises(ReconError) as error:
         patch.setattr(recon.methods.reconstruct, "fit", flip)
-        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+        record_of(spec, save=tmp_path / "saved", stream="yes")
     shard, content = before
     assert f"'{shard}' has been written to while this run read from it" in str(error.value)
     with pytest.raises(ReconError, match=r"another run: (model|pruned) was|has changed since it was written|is truncated"):
-        recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+        record_of(spec, save=tmp_path / "saved", stream="yes")
     shard.write_bytes(content)
-    found = recon.run(spec, save=tmp_path / "saved", progress=False, stream="yes")
+    found = record_of(spec, save=tmp_path / "saved", stream="yes")
     assert found.environment["resumed"] == 1
-    assert_same(
-        found, tmp_path / "saved", recon.run(spec, save=tmp_path / "other", progress=False, stream="no"), tmp_path / "other"
-    )
+    assert_same(found, tmp_path / "saved", record_of(spec, save=tmp_path / "other", stream="no"), tmp_path / "other")
 
 
 # --- when a run is streamed -----------------------------------------------------------------------------------------------
 
 
 def test_auto_streams_what_does_not_fit(spec, monkeypatch):
-    assert not streamed.wanted("auto", spec) and streamed.wanted("yes", spec) and not streamed.wanted("no", spec)
+    assert not streaming.wanted("auto", spec) and streaming.wanted("yes", spec) and not streaming.wanted("no", spec)
     numbers = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(spec.model.model).parameters())
     for memory, wanted in ((8 * numbers + 1, False), (8 * numbers - 1, True), (0, False)):  # 0: the system does not tell
         monkeypatch.setattr(device, "available_memory", lambda memory=memory: memory)
-        assert streamed.wanted("auto", spec) == wanted
+        assert streaming.wanted("auto", spec) == wanted
     # What pruning makes of the weights is kept where it is more than zeros.
     monkeypatch.setattr(device, "available_memory", lambda: 8 * numbers + 1)
     others = (
         {"criterion": "sparsegpt"},
-        {"pruned": spec.model.model, "criterion": "given", "pattern": "given"},
+        {"pruned": spec.model.model},
         {"criterion": "ria"},
     )
-    assert [streamed.wanted("auto", dataclasses.spec.replaced(**other)) for other in others] == [True, True, False]
+    assert [streaming.wanted("auto", spec.replaced(**other)) for other in others] == [True, True, False]
     with pytest.raises(ReconError, match="stream is 'maybe'; allowed: auto, yes, no"):
-        streamed.wanted("maybe", spec)
+        streaming.wanted("maybe", spec)
 
 
 def test_what_needs_the_whole_model_is_not_streamed(spec):
-    spec = dataclasses.spec.replaced(retrain="masklora")
+    spec = spec.replaced(retrain="masklora")
     with pytest.raises(ReconError, match=r"masklora.*which a streamed run cannot do"):
-        recon.run(spec, progress=False, stream="yes")
+        record_of(spec, stream="yes")
 
 
 @pytest.mark.slow
 def test_killed_for_real(spec, expected, tmp_path):
     """SIGKILL at many moments, to a process of its own."""
-    arguments = [
-        f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(spec).items() if isinstance(value, int)
-    ]
-    command = [
-        sys.executable, "-m", "recon.cli", "run", "--model", spec.model.model, "--text", spec.calibration.text, "--evaluation-texts", spec.calibration.text,
-        "--save", str(tmp_path / "saved"), "--record", str(tmp_path / "record.json"), "--stream", "yes",
-        *(a for a in arguments if not a.startswith(("--trust", "--retrain"))),
-    ]  # fmt: skip
+    where = ["--save", str(tmp_path / "saved"), "--record", str(tmp_path / "record.json"), "--stream", "yes"]
+    command = [sys.executable, "-m", "recon.cli", *options(spec, *where)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = 0
     for number in range(40):

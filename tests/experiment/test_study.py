@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from fixtures.processes import heed_interrupts
+from fixtures.runs import record_of
 
 import recon
 from recon.errors import ReconError
@@ -193,7 +194,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(base, counted, tmp_pat
 
 
 def test_a_full_disk_leaves_no_half_record(base, tmp_path, monkeypatch):
-    record = recon.run(base, progress=False)
+    record = record_of(base)
 
     def full(*args):
         raise OSError(28, "No space left on device")

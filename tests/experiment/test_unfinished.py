@@ -38,8 +38,8 @@ def test_runs_are_listed_with_what_they_are(begin, capsys):
     assert (first.key, second.key) == ("bbb", "aaa") and not first.in_use
     assert 5 * 2**20 < second.size < 6 * 2**20 and second.age == pytest.approx(7200, abs=60)
     assert second.options == "--model smollm2-135m --samples 8 --evaluation-texts news code"
-    assert first.options == "--model some/model --retrain-checkpointing True"
-    with unfinished.held("bbb"):
+    assert first.options == "--model some/model --retrain-checkpointing"
+    with unfinished.locked("bbb"):
         main(["unfinished"])
     (folder / unfinished.JOURNAL).write_text("{")
     main(["unfinished"])
@@ -55,7 +55,7 @@ def test_they_are_deleted_when_nobody_is_at_work_on_them(begin, capsys):
         unfinished.discard("..")
     main(["unfinished", "--delete", "aaa"])
     assert not folders["aaa"].exists() and folders["bbb"].exists()
-    with unfinished.held("bbb"):
+    with unfinished.locked("bbb"):
         with pytest.raises(ReconError, match="unfinished run bbb is in use by process"):
             unfinished.discard("bbb")
         main(["unfinished", "--delete", "all"])

@@ -5,10 +5,12 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fixtures.models import make_model
+from fixtures.runs import record_of, result_of
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -38,10 +40,11 @@ def spec(tiny_folder, tiny_text) -> recon.RunSpec:
 
 @pytest.fixture(scope="module")
 def pruned_here(spec):
-    """The tiny model pruned by SparseGPT, which also updates what survives: the spec of that, and the session with the model."""
+    """The tiny model pruned by SparseGPT, which also updates what survives: the spec of that, the model and the dense one."""
     only, session = spec.replaced(criterion="sparsegpt", pattern="2:4", granularity="none"), recon.Session()
-    recon.run(only, session, progress=False)
-    return only, session
+    model = result_of(only, session).model
+    dense, tokenizer = session.load(*only.loaded_by)
+    return only, SimpleNamespace(model=model, dense=dense, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -90,22 +93,22 @@ def take(folder: str, dense) -> tuple[Decoder, Pruning]:
     ids=str,
 )
 def test_a_run_from_a_given_mask_is_that_of_the_criterion_that_made_it(spec, pruned_here, pruned_folder, changes):
-    made = recon.run(replace(pruned_here[0], **{"granularity": "half-block"} | changes), progress=False)
-    found = recon.run(spec.replaced(pruned=pruned_folder, **changes), progress=False)
+    made = record_of(pruned_here[0].replaced(**{"granularity": "half-block"} | changes))
+    found = record_of(spec.replaced(pruned=pruned_folder, **changes))
     assert found.metrics["pattern"] == "2:4" and found.metrics["sparsity"] == 0.5
     for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "sparsity_by_matrix", "drift"):
         assert found.metrics[name] == made.metrics[name], name
     assert [w["losses"] for w in found.windows] == [w["losses"] for w in made.windows]
-    assert found.spec["criterion"] == found.spec["pattern"] == "given" and found.tokens["prune"] == 0
+    assert found.tokens["prune"] == 0
     assert found.metrics["perplexity"] != found.metrics["pruned_perplexity"]
 
 
 def test_runs_that_share_a_given_mask_read_it_once(spec, pruned_folder):
     session = recon.Session()
-    recon.run(spec.replaced(pruned=pruned_folder, granularity="none"), session, progress=False)
-    own = recon.run(spec.replaced(pruned=pruned_folder, seed=1), session, progress=False)
+    record_of(spec.replaced(pruned=pruned_folder, granularity="none"), session)
+    own = record_of(spec.replaced(pruned=pruned_folder, seed=1), session)
     assert {"given", "pruned"} <= set(own.shared)
-    assert own.metrics == recon.run(spec.replaced(pruned=pruned_folder, seed=1), progress=False).metrics
+    assert own.metrics == record_of(spec.replaced(pruned=pruned_folder, seed=1)).metrics
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral"])
@@ -138,11 +141,11 @@ def test_everything_else_comes_from_the_given_model_too(spec, pruned_here, spoil
     folder, session = spoilt(**changes), recon.Session()
     run = spec.replaced(pruned=folder, granularity="block", propagation="mixed")
     for _ in range(2):  # the second starts from what the session kept
-        record = recon.run(replace(run, granularity="none"), session, progress=False)
-        found = session.model.state_dict()
+        record, model = result_of(run.replaced(granularity="none"), session)
+        found = model.state_dict()
         assert all(torch.equal(found[name], value) for name, value in (state | changes).items() if name != "lm_head.weight")
-    record = recon.run(run, session, progress=False)
-    tokens = recon.sample_tokens(spec.calibration.text, "validation", session.tokenizer, 2, 16)
+    record = record_of(run, session)
+    tokens = recon.sample_tokens(spec.calibration.text, "validation", pruned_here[1].tokenizer, 2, 16)
     student, _ = take(folder, dense)
     window = dense.windows("block")[0]
     with Execution("cpu", "float32"), torch.no_grad():
@@ -175,24 +178,24 @@ def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_pat
     folder = spoilt(**{name: made})
     monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
     with pytest.raises(ReconError, match=f"pruned model: .*{said}"):
-        recon.run(spec.replaced(pruned=folder), save=tmp_path / "saved", progress=False, stream=stream)
+        record_of(spec.replaced(pruned=folder), save=tmp_path / "saved", stream=stream)
     assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
 
 
 def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, tiny_folder, pruned_here, spoilt):
     with pytest.raises(ReconError, match="pruned model: 0.00% of its matrices is zero; a mask is read from zeros"):
-        recon.run(spec.replaced(pruned=tiny_folder), progress=False)
+        record_of(spec.replaced(pruned=tiny_folder))
     names = {matrix.parameter_name for matrix in pruned_here[1].dense.matrices().values()}
     state = pruned_here[1].model.state_dict()
     with pytest.raises(ReconError, match="all of its matrices are zero"):
-        recon.run(spec.replaced(pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})), progress=False)
+        record_of(spec.replaced(pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})))
 
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_a_model_of_another_type_is_refused(spec, tmp_path, stream):
     make_model("qwen2").save_pretrained(tmp_path)
     with pytest.raises(ReconError, match=f"pruned model '{tmp_path}' is of type 'qwen2', and the dense one of type 'llama'"):
-        recon.run(spec.replaced(pruned=str(tmp_path)), progress=False, stream=stream)
+        record_of(spec.replaced(pruned=str(tmp_path)), stream=stream)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +264,8 @@ def test_reconstruct_repairs_and_saves_a_given_model(spec, tiny_folder, tiny_tex
     ]  # fmt: skip
     main(words)
     record = json.loads((tmp_path / "r.json").read_text())
-    assert record["metrics"]["perplexity"] == recon.run(spec.replaced(pruned=pruned_folder), progress=False).metrics["perplexity"]
-    assert "sparsity 0.5000 (given: 2:4)" in capsys.readouterr().out
+    assert record["metrics"]["perplexity"] == record_of(spec.replaced(pruned=pruned_folder)).metrics["perplexity"]
+    assert "sparsity 0.5000 (pattern of the mask: 2:4)" in capsys.readouterr().out
     repaired, before = (
         take_apart(models.load(str(tmp_path / "saved"))[0]),
         take_apart(pruned_here[1].model, like=pruned_here[1].dense),

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fixtures.runs import record_of, result_of
 from torch.testing import assert_close
 
 import recon
@@ -379,15 +380,15 @@ def spec(tiny_folder, tiny_text):
 
 def test_runs_share_the_biases_with_the_pruned_state(spec):
     session = recon.Session()
-    first = recon.run(spec, session, progress=False)
-    alone = recon.run(spec.replaced(granularity="none"), session, progress=False)
+    first = record_of(spec, session)
+    alone, model = result_of(spec.replaced(granularity="none"), session)
     assert "pruned" in alone.shared
     assert first.metrics["sparsity"] == alone.metrics["sparsity"] == pytest.approx(0.3, abs=0.01)
     assert first.metrics["pruned_perplexity"] == alone.metrics["perplexity"]
-    assert alone.metrics["perplexity"] == recon.run(spec.replaced(granularity="none"), progress=False).metrics["perplexity"]
-    texts = recon.sample_tokens(spec.calibration.text, "evaluation", session.tokenizer, 3, 64)
-    assert recon.perplexity(session.model, texts).value == alone.metrics["perplexity"]
-    with_biases = dict(session.model.named_parameters())
+    assert alone.metrics["perplexity"] == record_of(spec.replaced(granularity="none")).metrics["perplexity"]
+    texts = recon.sample_tokens(spec.calibration.text, "evaluation", session.load(*spec.loaded_by)[1], 3, 64)
+    assert recon.perplexity(model, texts).value == alone.metrics["perplexity"]
+    with_biases = dict(model.named_parameters())
     assert any(name.endswith("proj.bias") for name in with_biases)
 
 
@@ -395,12 +396,12 @@ def test_a_bias_without_a_place_is_refused_before_anything_is_written(spec, fres
     decoder = fresh()
     pruned(decoder, tokens, "flap")
     with pytest.raises(ReconError, match=r"LlamaForCausalLM as configured has no place for 'model.*proj.bias'.*compensate=False"):
-        checkpoint.write(decoder.model, None, tmp_path / "model", None, "")
+        checkpoint.write(decoder.model, None, tmp_path / "model", None, recon.RunOptions())
     monkeypatch.setattr(
         "recon.evaluate.perplexity.perplexity", lambda *args, **kwargs: pytest.fail("measured before it was refused")
     )
     with pytest.raises(ReconError, match="no place for 'model.layers.0.self_attn.o_proj.bias', one of 8 biases"):
-        recon.run(spec, save=tmp_path / "model", progress=False)
+        record_of(spec, save=tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from fixtures.models import ENCODER_DECODERS, FLOAT32, make_model, random_tokens
+from fixtures.runs import record_of
 from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -198,12 +199,12 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
         model=str(tmp_path), text=tiny_text, samples=4, sequence_length=16, held_out_samples=2, evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=32, granularity="block",
     )  # fmt: skip
-    record = recon.run(spec, progress=False)
+    record = record_of(spec)
     assert record.status == "done" and record.metrics["sparsity"] == 0.5
     assert record.protocol["reading"].startswith("the encoder reads the first half")
     assert len(record.metrics["drift"]) == 4 and record.flops["reconstruct"] > 0
     with pytest.raises(ReconError, match="zero-shot tasks need a causal language model; T5For"):
-        recon.run(spec.replaced(tasks=("analogies",)), progress=False)
+        record_of(spec.replaced(tasks=("analogies",)))
     planned = plan(spec.replaced(granularity="none", criterion="magnitude"), stream="yes")
     assert planned.streamed and 0 < planned.memory["cpu"]["evaluate"]["weights in hand"] < 0.5 * 4 * planned.parameters
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from fixtures.runs import record_of
 
 import recon
 from recon.errors import ReconError
@@ -88,7 +89,7 @@ def test_a_save_folder_is_held_from_the_start(stream, tmp_path, tiny_folder, tin
         monkeypatch.setattr(f"recon.data.models.{name}", lambda *a, **k: pytest.fail("loaded before the folder was held"))
     with lock.held(tmp_path / f".out{lock.NAME}", "folder"):
         with pytest.raises(ReconError, match=f"save folder '{tmp_path}/out' is in use by process {os.getpid()}"):
-            recon.run(spec(tiny_folder, tiny_text), save=tmp_path / "out", progress=False, stream=stream)
+            record_of(spec(tiny_folder, tiny_text), save=tmp_path / "out", stream=stream)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,9 +98,9 @@ def test_a_streamed_run_that_saves_nothing_is_held_too(tmp_path, tiny_folder, ti
     monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
     monkeypatch.setattr("recon.data.models.skeleton", lambda *a, **k: pytest.fail("loaded before the folder was held"))
     run = spec(tiny_folder, tiny_text)
-    with unfinished.held(run.key()):
+    with unfinished.locked(run.key()):
         with pytest.raises(ReconError, match=f"unfinished run {run.key()} is in use by process {os.getpid()}"):
-            recon.run(run, progress=False, stream="yes")
+            record_of(run, stream="yes")
 
 
 def test_what_a_killed_study_left_half_written_is_removed(tmp_path, tiny_folder, tiny_text):

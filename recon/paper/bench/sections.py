@@ -175,7 +175,7 @@ def prune(subject: Subject) -> list[dict]:
 
 @section("perplexity against time on the whole model, of both loops and of ours with less")
 def quality(subject: Subject) -> list[dict]:
-    from recon.experiment.run import share_recovered
+    from recon.experiment.report import share_recovered
 
     dense, masks = subject.dense, subject.masks
     levels = {"dense": subject.perplexity(dense, "dense"), "pruned": subject.perplexity(pruned(dense, masks), "pruned")}
@@ -209,7 +209,9 @@ def _run_spec(subject: Subject, **options) -> RunSpec:
 
 @section("a study of 2 criteria x 6 granularities or solvers, against its runs done singly")
 def sweep(subject: Subject) -> dict:
-    from recon.experiment.run import Session, run
+    from recon.experiment.config import RunOptions
+    from recon.experiment.run import run
+    from recon.experiment.session import Session
     from recon.experiment.study import grid
     from recon.runtime.activations import LIMIT
 
@@ -227,7 +229,7 @@ def sweep(subject: Subject) -> dict:
         found = []
         for one in specs:
             began = time.perf_counter()
-            run(one, session, progress=False)
+            run(one, RunOptions(progress=False), session=session)
             found.append(time.perf_counter() - began)
         return found
 
