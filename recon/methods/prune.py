@@ -16,7 +16,8 @@ from recon.kernels.patterns import Pattern, sparsity_of
 from recon.methods.blocks import over_blocks
 from recon.methods.samples import as_tokens
 from recon.methods.statistics import FEW
-from recon.methods.structured import find_units, prune_units, set_bias
+from recon.methods.structured import prune_units, set_bias
+from recon.methods.units import find_units
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.model.matrices import Matrix
@@ -81,6 +82,7 @@ def prune(
         refined = " with mask refinement" if criterion.statistics == "none" else ""
         raise ReconError(f"criterion {config.criterion!r}{refined} weighs activations and needs calibration samples")
     samples = None if statistics == "none" else as_tokens(samples)
+    execution.store.new_masks()
     if isinstance(criterion, Structured):
         return Pruning(execution.store.masks, *prune_units(decoder, criterion, config, samples, execution))
     visit = _PruneBlock(decoder, config, statistics, seed, execution)

@@ -61,6 +61,9 @@ class FolderStore:
         with self._writing():
             self.files.sweep(FOLDERS, {noted["file"] for noted in written}.union(*map(_stream_files, last)))
 
+    def new_masks(self) -> None:
+        pass  # a folder belongs to one run
+
     def finished(self, phase: str) -> list:
         return self.journal.finished(phase)
 

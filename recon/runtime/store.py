@@ -15,6 +15,9 @@ class Store(Protocol):
 
     masks: MutableMapping[str, Tensor]  # keep-masks by matrix name, bool (out, in)
 
+    def new_masks(self) -> None:
+        """Pruning begins: `masks` is a new mapping, unless this run has pruned some blocks already."""
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
         """A tensor on the CPU to be filled, for activations or for weights that are put aside.
 
@@ -49,6 +52,9 @@ class MemoryStore:
     """The `Store` of a run whose model is in memory: nothing outlives the process, and no step is finished beforehand."""
 
     def __init__(self):
+        self.new_masks()
+
+    def new_masks(self) -> None:
         self.masks: MutableMapping[str, Tensor] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:

@@ -29,7 +29,7 @@ from recon.experiment.config import RunOptions
 from recon.experiment.home import OnDisk
 from recon.experiment.record import read_record
 from recon.experiment.run import _Run
-from recon.methods.structured import find_units
+from recon.methods.units import find_units
 from recon.model.skeleton import Lazy, auto_class, is_placeholder
 from recon.runtime import activations, device
 from recon.runtime.folder_store import FolderStore

@@ -168,6 +168,4 @@ def test_perplexity_tells_the_divergence_from_a_reference(tokens):
     with torch.no_grad():
         expected = [kl_divergence(dense(b[None]).logits[0, :-1], model(b[None]).logits[0, :-1]).mean().item() for b in batch]
     assert found.kl_per_window == pytest.approx(expected[:2], rel=1e-4)
-    assert perplexity(dense, batch, execution=FLOAT32, reference=reference).kl_per_window == pytest.approx(
-        [0, 0], abs=1e-6
-    )
+    assert perplexity(dense, batch, execution=FLOAT32, reference=reference).kl_per_window == pytest.approx([0, 0], abs=1e-6)

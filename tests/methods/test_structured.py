@@ -4,21 +4,20 @@ import copy
 
 import pytest
 import torch
+from fixtures.models import FLOAT32
 from fixtures.runs import record_of, result_of
 from torch.testing import assert_close
 
 import recon
-from recon.config import PruningConfig, ReconstructionConfig
+from recon.config import STATISTICS, PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
 from recon.experiment import checkpoint
-from recon.kernels.criteria import CRITERIA, Structured, wanda
-from recon.kernels.criteria.structured import flap, keep_globally, wanda_sp
-from recon.kernels.moments import add_moments
+from recon.kernels.criteria import CRITERIA, Structured
 from recon.methods import prune as pruning
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.methods.statistics import gather
-from recon.methods.structured import find_units
+from recon.methods.units import find_units
 from recon.model.discovery import take_apart
 from recon.model.modules import distance
 from recon.runtime.execution import Execution
@@ -59,13 +58,7 @@ def fresh(dense):
 
 
 def pruned(decoder, tokens, criterion, pattern="0.3", **options):
-    return prune(
-        decoder,
-        tokens(8, 20),
-        PruningConfig(criterion=criterion, pattern=pattern),
-        **options,
-        execution=Execution(compute_dtype="float32", progress=False),
-    )
+    return prune(decoder, tokens(8, 20), PruningConfig(criterion=criterion, pattern=pattern, **options), execution=FLOAT32)
 
 
 def of_block(masks, index, suffix):
@@ -209,12 +202,12 @@ def test_wanda_sp_leaves_something_of_every_half(tiny, tokens):
 # ---- what is chosen
 
 
-@pytest.mark.parametrize("propagation", ["sparse", "dense"])
-def test_wanda_sp_drops_the_lowest_scores_of_what_it_reads(fresh, dense, tokens, propagation):
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_wanda_sp_drops_the_lowest_scores_of_what_it_reads(fresh, dense, tokens, statistics):
     decoder = fresh()
-    masks = pruned(decoder, tokens, "wanda-sp", propagation=propagation).masks
+    masks = pruned(decoder, tokens, "wanda-sp", statistics=statistics).masks
     partly = copy.deepcopy(dense.model)
-    if propagation == "sparse":
+    if statistics == "sparse":
         partly.model.layers[0].load_state_dict(decoder.model.model.layers[0].state_dict())
         partly.model.layers[1].load_state_dict(decoder.model.model.layers[1].state_dict())
     name = "model.layers.2.mlp.down_proj"
@@ -224,9 +217,9 @@ def test_wanda_sp_drops_the_lowest_scores_of_what_it_reads(fresh, dense, tokens,
     assert scores[~kept].max() < scores[kept].min()
 
 
-@pytest.mark.parametrize("propagation", ["sparse", "dense"])
-def test_flap_compares_over_the_whole_dense_model(fresh, dense, tokens, propagation):
-    masks = pruned(fresh(), tokens, "flap", "0.5", propagation=propagation).masks
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_flap_compares_over_the_whole_dense_model(fresh, dense, tokens, statistics):
+    masks = pruned(fresh(), tokens, "flap", "0.5", statistics=statistics).masks
     readers = {kind: [name for name in masks if name.endswith(kind)] for kind in ("o_proj", "down_proj")}
     inputs = inputs_of(dense.model, sum(readers.values(), []), tokens(8, 20))
     scores, kept = {}, {}
@@ -246,47 +239,7 @@ def test_flap_compares_over_the_whole_dense_model(fresh, dense, tokens, propagat
     assert scores["o_proj"][~kept["o_proj"]].max() < scores["down_proj"][kept["down_proj"]].min()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_units_go_in_order_until_the_target_is_met(seed):
-    draw = torch.Generator().manual_seed(seed)
-    scores = [torch.rand(n, generator=draw) for n in (3, 40, 3, 40)]
-    weights, target = [100, 7, 100, 7], 300
-    kept = keep_globally(scores, weights, target)
-    removed = sum(int((~k).sum()) * w for k, w in zip(kept, weights, strict=True))
-    assert abs(removed - target) <= 3.5
-    for size in (100, 7):
-        of_size = [i for i, w in enumerate(weights) if w == size]
-        all_scores, all_kept = torch.cat([scores[i] for i in of_size]), torch.cat([kept[i] for i in of_size])
-        assert all_kept.all() or all_scores[~all_kept].max() < all_scores[all_kept].min()
-    assert all(k.all() for k in keep_globally(scores, weights, 0))
-
-
-def test_scores_follow_their_formulas():
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(5, 12, generator=draw, dtype=torch.float64)
-    x = torch.randn(200, 12, generator=draw, dtype=torch.float64) * torch.rand(12, generator=draw, dtype=torch.float64) + 3
-    norm = x.square().mean(0).sqrt()
-    assert_close(wanda_sp(weight, norm), wanda.score(weight, norm, None).sum(0))
-    fluctuation = torch.stack([sum((t[j] - x[:, j].mean()) ** 2 for t in x) * weight[:, j].norm() ** 2 for j in range(12)])
-    standard = (fluctuation - fluctuation.mean()) / fluctuation.std(correction=0)
-    assert_close(flap(weight, torch.stack([x.mean(0), x.var(0)])), standard)
-    assert flap(weight, torch.zeros(2, 12, dtype=torch.float64)).eq(0).all()  # inputs that never change
-
-
-# ---- means, variances, and the bias that makes up for means
-
-
-def test_a_large_mean_costs_no_digits_of_the_variance():
-    draw = torch.Generator().manual_seed(0)
-    batches = [1000 + 0.1 * i + 0.1 * torch.randn(n, 6, generator=draw) for i, n in enumerate((64, 1, 30, 64))]
-    total, seen = torch.zeros(2, 6), 0
-    for x in batches:
-        add_moments(total, seen, x)
-        seen += len(x)
-    x = torch.cat(batches).double()
-    assert_close(total.double(), torch.stack([x.mean(0), x.var(0, correction=0)]), rtol=1e-3, atol=1e-4)
-    naive = torch.cat(batches).square().mean(0) - torch.cat(batches).mean(0).square()
-    assert ((naive.double() - x.var(0, correction=0)) / x.var(0, correction=0)).abs().max() > 1e-1  # what this guards against
+# ---- means, and the bias that makes up for them
 
 
 def test_moments_are_those_of_a_slow_loop(dense, tokens):
@@ -339,10 +292,11 @@ def test_a_bias_is_part_of_its_half_and_survives_a_copy(fresh, dense, tokens):
 
 @pytest.mark.parametrize("granularity, train", [("half-block", "matrices"), ("block", "all"), ("matrix", "matrices")])
 @pytest.mark.parametrize("criterion", STRUCTURED)
-def test_repair_keeps_units_gone_and_trains_the_new_biases(fresh, dense, tokens, criterion, granularity, train):
+def test_reconstruction_keeps_units_gone_and_trains_the_new_biases(fresh, dense, tokens, criterion, granularity, train):
     student, samples = fresh(), tokens(16, 20, seed=1)
     result = pruned(student, tokens, criterion)
-    reports = reconstruct(student, dense, samples, ReconstructionConfig(granularity=granularity, propagation="dense", train=train, learning_rate=0.003, epochs=2), masks=result.masks, execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
+    config = ReconstructionConfig(granularity=granularity, train=train, learning_rate=0.003, epochs=2)
+    reports = reconstruct(student, dense, samples, config, masks=result.masks, execution=FLOAT32)
     before, after = (sum(r[kind]["calibration"] for r in map(vars, reports)) for kind in ("error_before", "error_after"))
     assert after < before
     for name, matrix in student.matrices().items():
@@ -356,10 +310,13 @@ def test_repair_keeps_units_gone_and_trains_the_new_biases(fresh, dense, tokens,
 def test_exact_solutions_do_not_add_to_the_compensation(fresh, dense, tokens, granularity, solver, start, propagation):
     """They fit weights alone, to the dense matrices, so they start over from the dense biases: here from none."""
     students, reports = [], []
+    config = ReconstructionConfig(
+        granularity=granularity, propagation=propagation, solver=solver, start=start, learning_rate=1e-30
+    )
     for compensate in (True, False):
         student = fresh()
         result = pruned(student, tokens, "flap", compensate=compensate)
-        reports += reconstruct(student, dense, tokens(16, 20, seed=1), ReconstructionConfig(granularity=granularity, propagation=propagation, solver=solver, start=start, learning_rate=1e-30), masks=result.masks, execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
+        reports += reconstruct(student, dense, tokens(16, 20, seed=1), config, masks=result.masks, execution=FLOAT32)
         students.append(student)
     for name, matrix in students[0].matrices().items():
         assert_close(matrix.weight, students[1].matrices()[name].weight)
@@ -422,34 +379,11 @@ def test_what_has_a_place_can_be_saved(tiny, tokens, tmp_path, family, criterion
 
 
 @pytest.mark.parametrize("criterion", STRUCTURED)
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"pattern": "2:4"}, "pattern is 2:4, but criterion '{}' removes whole heads and neurons"),
-        ({"scope": "row"}, "scope is 'row', but criterion '{}' compares whole heads and neurons"),
-        (
-            {"mask_refinement": 3},
-            "swaps is 3, but criterion '{}' removes whole heads and neurons; swaps suit magnitude, random, wanda, ria$",
-        ),
-    ],
-)
-def test_what_has_no_meaning_is_refused(fresh, dense, tokens, criterion, given, message):
+def test_samples_are_needed(fresh, dense, criterion):
     decoder = fresh()
-    with pytest.raises(ReconError, match=message.format(criterion)):
-        prune(decoder, tokens(2, 8), PruningConfig(criterion=criterion), **{"pattern": "0.2"} | given)
+    with pytest.raises(ReconError, match=f"'{criterion}'.*needs calibration samples"):
+        prune(decoder, None, PruningConfig(criterion=criterion, pattern="0.2"))
     assert all(torch.equal(m.weight, dense.matrices()[name].weight) for name, m in decoder.matrices().items())
-    with pytest.raises(ReconError, match=message.format(criterion)):
-        recon.RunSpec.of(criterion=criterion, **{"pattern": "0.2"} | given)
-
-
-def test_options_and_samples_are_checked(fresh, tokens):
-    with pytest.raises(ReconError, match="compensate is True, but criterion 'wanda-sp' gathers no means"):
-        pruned(fresh(), tokens, "wanda-sp", compensate=True)
-    with pytest.raises(TypeError, match="damping"):
-        pruned(fresh(), tokens, "flap", damping=0.1)
-    for criterion in STRUCTURED:
-        with pytest.raises(ReconError, match=f"'{criterion}' weighs activations and needs calibration samples"):
-            prune(fresh(), PruningConfig(criterion=criterion, pattern="0.2"))
 
 
 @pytest.mark.parametrize("criterion", STRUCTURED)
