@@ -111,17 +111,18 @@ class PeakMemory(contextlib.AbstractContextManager):
 
 def resident(highest: bool = False) -> int:
     """Resident memory of this process in bytes: now, or its peak. Always the peak on systems that tell nothing else."""
-    name = "VmHWM:" if highest else "VmRSS:"
-    try:
-        return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _status("VmHWM:" if highest else "VmRSS:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resident_anonymous() -> int:
     """Resident memory of this process in bytes that is not mapped from files; 0 if the system does not tell."""
+    return _status("RssAnon:")
+
+
+def _status(name: str, file: Path = Path("/proc/self/status")) -> int:
+    """Bytes that Linux states under `name` in `file`, in KiB; 0 if it does not."""
     try:
-        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+        return int(file.read_text().split(name)[1].split()[0]) * 1024
     except (OSError, IndexError):
         return 0
 
@@ -133,11 +134,8 @@ def available_memory(root: Path | str = "/") -> int:
 
     root: the folder that /proc and /sys are in.
     """
-    try:
-        left = int((Path(root) / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return 0
-    return max(1, min([left, *_left_in_groups(Path(root))]))
+    left = _status("MemAvailable:", Path(root) / "proc/meminfo")
+    return left and max(1, min([left, *_left_in_groups(Path(root))]))
 
 
 def available_on_device(device: torch.device) -> int:
