@@ -4,16 +4,17 @@ import contextlib
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from recon.errors import ReconError
-from recon.experiment import cost, streaming
+from recon.experiment import cost, memory, streaming
 from recon.experiment.config import RunSpec
-from recon.experiment.memory import Phases, highest, memory, models_in_memory
+from recon.experiment.memory import Phases, highest, models_in_memory
 from recon.experiment.shapes import shapes_of
 from recon.kernels import criteria
 from recon.model.decoder import Decoder
@@ -49,6 +50,7 @@ class Plan:
     tokens, flops, seconds: by phase; no seconds where the device is not here.
     streamed: whether the model stays on disk; see `recon.experiment.home.OnDisk`.
     device: where windows are computed.
+    again: the plan of another spec, with the same of all else; another `stream` can be given.
     """
 
     spec: RunSpec
@@ -65,30 +67,32 @@ class Plan:
     seconds: dict[str, float]
     streamed: bool
     device: torch.device
+    again: Callable[..., "Plan"]
 
     @property
-    def peaks(self) -> dict[str, float]:
-        """Bytes at the highest peak, by kind of device; on the host, this process included."""
-        return {kind: sum(highest(phases).values()) for kind, phases in self.memory.items()}
+    def rooms(self) -> dict[str, tuple[float, float]]:
+        """Bytes that the run needs, and that there are: of "memory", of "memory on" a GPU, and of "disk"."""
+        found = {self._memory_of(kind): (sum(highest(self.memory[kind]).values()), has) for kind, has in self.available.items()}
+        return found | {"disk": (self.disk, self.available_disk)}
+
+    @property
+    def tight(self) -> list[str]:
+        """The rooms of which the run needs more than there is."""
+        return [room for room, (needs, has) in self.rooms.items() if needs > has]
 
     @property
     def problem(self) -> str:
         """Why the run cannot fit here; empty where it can."""
-        rooms = [("memory" + self._on(kind), needs, self.available[kind]) for kind, needs in self.peaks.items()]
-        return "; ".join(
-            f"needs {needs / GIB:.1f} GiB of {what}, of which there are {has / GIB:.1f} GiB"
-            for what, needs, has in [*rooms, ("disk", self.disk, self.available_disk)]
-            if needs > has
-        )
+        rooms = {room: [f"{size / GIB:.1f} GiB" for size in self.rooms[room]] for room in self.tight}
+        return "; ".join(f"needs {needs} of {room}, of which there are {has}" for room, (needs, has) in rooms.items())
 
-    def _on(self, kind: str) -> str:
-        return "" if kind == HOST.type else f" on {self.device}"
+    def _memory_of(self, kind: str) -> str:
+        return "memory" if kind == HOST.type else f"memory on {self.device}"
 
     def __str__(self) -> str:
         spec = self.spec
         rooms = [
-            f"{needs / GIB:.2f} GiB of {self.available[kind] / GIB:.1f} GiB memory{self._on(kind)}"
-            for kind, needs in self.peaks.items()
+            f"{needs / GIB:.2f} GiB of {has / GIB:.1f} GiB {room}" for room, (needs, has) in self.rooms.items() if room != "disk"
         ]
         times = ", ".join(f"{phase} {cost.duration(value)}" for phase, value in self.seconds.items() if value)
         time = f"about {cost.duration(sum(self.seconds.values()))} on this machine: {times}"
@@ -111,7 +115,7 @@ class Plan:
             by_phase = ", ".join(f"{phase} {sum(parts.values()) / GIB:.2f} GiB" for phase, parts in phases.items())
             parts = highest(phases)
             large = sorted(((size, name) for name, size in parts.items() if size >= 0.01 * sum(parts.values())), reverse=True)
-            rows.append(("memory" if kind == HOST.type else self._on(kind).strip(), by_phase))
+            rows.append((self._memory_of(kind).removeprefix("memory on "), by_phase))
             rows.append(("at its peak", ", ".join(f"{name} {size / GIB:.2f} GiB" for size, name in large)))
         rows.append(("verdict", self.problem or f"fits: {', '.join(rooms)}"))
         return "\n".join(f"{name:12} {value}" for name, value in rows)
@@ -172,13 +176,16 @@ def plan(
         seconds={phase: count / cost.speed(device, dtype) for phase, count in flops.items()} if here else {},
         streamed=on_disk,
         device=device,
+        again=partial(
+            plan, save=save, folder=folder, save_dtype=save_dtype, memory=memory, device_memory=device_memory, disk=disk
+        ),
     )
 
 
 def peak_memory(spec: RunSpec, device: torch.device, on_disk: bool = False) -> dict[str, Phases]:
     """Peak bytes of a run by kind of device, by phase, and by what they are for; what this process takes already is part of the host's."""
     device, dtype = (device if device.type == "cuda" else HOST), planned_dtype(spec.compute.compute_dtype, device)
-    found = memory(spec, shapes_of(*spec.loaded_by).decoder, dtype, device, on_disk)
+    found = memory.memory(spec, shapes_of(*spec.loaded_by).decoder, dtype, device, on_disk)
     process = _process(on_disk)
     return found | {HOST.type: {phase: {"process": process, **parts} for phase, parts in found[HOST.type].items()}}
 
@@ -262,39 +269,33 @@ def planned_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def advice(planned: Plan) -> str:
     """The nearest run that would fit, where `planned` does not, and what it needs; empty where nothing here helps."""
-    spec, on_disk, options = planned.spec, planned.streamed, {}
-
-    def over(found: dict[str, Phases]) -> set[tuple[str, str]]:
-        """The kinds of device and phases that take more than there is."""
-        sizes = {(kind, phase): sum(parts.values()) for kind, phases in found.items() for phase, parts in phases.items()}
-        return {place for place, size in sizes.items() if size > planned.available[place[0]]}
-
-    def said(options: dict, found: dict[str, Phases]) -> str:
-        needs = " and ".join(f"{sum(highest(found[kind]).values()) / GIB:.1f} GiB{planned._on(kind)}" for kind in sorted(kinds))
-        shown = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-        return f"even {shown} would need {needs}" if over(found) else f"{shown} would fit, with {needs}"
-
-    too_much = over(planned.memory)
-    kinds = {kind for kind, _ in too_much}
-    if not too_much:
-        return _advice_on_disk(planned) if planned.problem else ""
-    if HOST.type in kinds and not on_disk and _can_be_streamed(spec):
-        found = peak_memory(spec, planned.device, on_disk=True)
-        if not over(found):
-            return said({"stream": "yes"}, found)
-        if HOST.type not in {kind for kind, _ in over(found)}:  # which leaves the device's memory
-            on_disk, options, too_much = True, {"stream": "yes"}, over(found)
-            kinds = {kind for kind, _ in too_much}
-    phases, together = {phase for _, phase in too_much}, {}
-    for where, steps in _changes(spec):
-        for step in steps if where & phases else ():
-            found = peak_memory(spec.replaced(**step), planned.device, on_disk)
-            if not over(found):
-                return said(options | step, found)
-        together |= steps[-1] if where & phases and steps else {}
-    if not together:
+    if not planned.problem:
         return ""
-    return said(options | together, peak_memory(spec.replaced(**together), planned.device, on_disk))
+    spec, again, options, stream = planned.spec, planned.again, {}, "yes" if planned.streamed else "no"
+    if "memory" in planned.tight and stream == "no" and _can_be_streamed(spec):
+        other = again(spec, stream="yes")
+        if not other.problem:
+            return _said({"stream": "yes"}, planned, other)
+        if "memory" not in other.tight:  # which leaves the device, or the disk
+            planned, stream, options = other, "yes", {"stream": "yes"}
+    together: dict = {}
+    for steps in _changes(spec):
+        for step in steps:
+            other = again(spec.replaced(**step), stream=stream)
+            if not other.problem:
+                return _said(options | step, planned, other)
+        if steps and any(other.rooms[room][0] < planned.rooms[room][0] for room in planned.tight):
+            together |= steps[-1]
+    if planned.tight == ["disk"] and stream == "no":
+        return f"save to a folder on a disk with {planned.disk / GIB:.1f} GiB free, or do not save the model"
+    return _said(options | together, planned, again(spec.replaced(**together), stream=stream)) if together else ""
+
+
+def _said(options: dict, planned: Plan, other: Plan) -> str:
+    """What `other` needs of what is tight for `planned`, with these options in place of its own."""
+    shown = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+    needs = " and ".join(f"{other.rooms[room][0] / GIB:.1f} GiB of {room}" for room in planned.tight)
+    return f"even {shown} would need {needs}" if other.problem else f"{shown} would fit, with {needs}"
 
 
 def _can_be_streamed(spec: RunSpec) -> bool:
@@ -304,21 +305,23 @@ def _can_be_streamed(spec: RunSpec) -> bool:
         return False
 
 
-def _changes(spec: RunSpec) -> Iterator[tuple[set[str], list[dict]]]:
-    """Options that a run could be given instead, ever smaller ones, with the phases that take less by them; the least harmful first."""
-    yield {"reconstruct"}, _halves(spec, "batch_size")
-    yield {"retrain"}, _halves(spec, "retrain_batch_size")
-    if spec.retraining.method != "none" and not spec.retraining.checkpointing:
-        yield {"retrain"}, [{"retrain_checkpointing": True}]
-    yield {"evaluate"}, _halves(spec, "evaluation_samples", 8)
+def _changes(spec: RunSpec) -> Iterator[list[dict]]:
+    """Options that a run could be given instead, ever smaller ones; the least harmful first."""
+    yield _halves(spec, "batch_size")
+    if spec.retraining.method != "none":
+        yield _halves(spec, "retrain_batch_size")
+        yield [{"retrain_checkpointing": True}]
+    yield _halves(spec, "evaluation_samples", 8)
     if spec.reconstruction.granularity not in ("none", "matrix"):
         decoder, sizes = shapes_of(*spec.loaded_by).decoder, {}
         for name in (spec.reconstruction.granularity, *GRANULARITIES):
             with contextlib.suppress(ReconError):  # it does not fit this model
                 sizes.setdefault(max(window.halves for window in decoder.windows(name)), name)
         now = next(iter(sizes))
-        yield {"reconstruct"}, [{"granularity": sizes[size]} for size in sorted(sizes, reverse=True) if size < now]
-    yield {"prune", "reconstruct"}, _halves(spec, "samples", 8)
+        yield [{"granularity": sizes[size]} for size in sorted(sizes, reverse=True) if size < now]
+    yield _halves(spec, "samples", 8)
+    if spec.reconstruction.chunks == 1:  # which has to divide it
+        yield _halves(spec, "sequence_length", 128)
 
 
 def _halves(spec: RunSpec, name: str, least: int = 1) -> list[dict]:
@@ -328,24 +331,6 @@ def _halves(spec: RunSpec, name: str, least: int = 1) -> list[dict]:
         found.append({name: value})
         value //= 2
     return found
-
-
-def _advice_on_disk(planned: Plan) -> str:
-    """What would fit onto the disk: less text, where its activations are what is too much; or another disk."""
-    elsewhere = f"a folder on a disk with {planned.disk / GIB:.1f} GiB free"
-    if not planned.streamed:
-        return f"save to {elsewhere}, or do not save the model"
-    spec, decoder = planned.spec, shapes_of(*planned.spec.loaded_by).decoder
-    rest = planned.disk - _streams(spec, decoder)
-    shorter = (
-        [] if spec.reconstruction.chunks > 1 else _halves(spec, "sequence_length", 128)
-    )  # it has to be a multiple of the pieces
-    for change in (*_halves(spec, "samples", 8), *shorter):
-        needs = rest + _streams(spec.replaced(**change), decoder)
-        if needs <= planned.available_disk:
-            ((name, value),) = change.items()
-            return f"--{name.replace('_', '-')} {value} would fit, with {needs / GIB:.1f} GiB, as would {elsewhere}"
-    return f"with fewer or shorter samples, {rest / GIB:.1f} GiB of it stay; take {elsewhere}"
 
 
 def check(
@@ -370,5 +355,5 @@ def check(
     planned.available[HOST.type] += loaded
     if planned.problem:
         raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")
-    large = any(needs > LARGE * planned.available[kind] for kind, needs in planned.peaks.items())
+    large = any(needs > LARGE * has for room, (needs, has) in planned.rooms.items() if room != "disk")
     return planned if large or sum(planned.seconds.values()) > LONG else None

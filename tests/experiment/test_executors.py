@@ -341,7 +341,7 @@ def test_memory_is_set_aside_for_the_largest_run_of_a_model(tiny_folder, tiny_te
     asked = executors._by_memory(specs, 1e3)
     largest = next(memory for memory, group in asked.items() if "model" in group)
     assert {memory: [*group] for memory, group in asked.items()} == {largest: ["none", "half-block", "model"], 0: ["of no model"]}
-    planned = {name: plan(specs[name]).peak_memory for name in asked[largest]}
+    planned = {name: plan(specs[name]).rooms["memory"][0] for name in asked[largest]}
     assert 0.9 < largest / planned["model"] < 1.1 and planned["model"] == max(planned.values())
 
 

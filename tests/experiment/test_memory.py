@@ -40,7 +40,7 @@ def test_weights_on_a_device_are_those_that_are_moved_there(family, granularity,
     monkeypatch.setattr("recon.runtime.execution.moved", move)
     monkeypatch.setattr(Execution, "elsewhere", lambda execution, tensor: True)
     decoder, execution = take_apart(make_model(family)), Execution("cpu", dtype)
-    expected = _Run(RunSpec.of(**SHORT), decoder, execution.dtype, CUDA, streamed=False)
+    expected = _Run(RunSpec.of(**SHORT), decoder, execution.dtype, on_gpu=True, streamed=False)
     for window in distinct(decoder, granularity):
         moved.clear()
         with execution.holding(decoder, window):
@@ -133,7 +133,7 @@ from recon.experiment.config import RunOptions, RunSpec
 spec, stream = RunSpec.of(**json.loads(sys.argv[1])), sys.argv[2]
 planned = plan(spec, stream=stream)
 measured = run(spec, RunOptions(stream=stream, progress=False)).record.peak_memory_bytes
-print(json.dumps({"process": planned.memory["cpu"]["load"]["process"], "predicted": planned.peaks["cpu"], "measured": measured}))
+print(json.dumps({"process": planned.memory["cpu"]["load"]["process"], "predicted": planned.rooms["memory"][0], "measured": measured}))
 """
 
 
