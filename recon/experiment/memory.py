@@ -233,7 +233,11 @@ class _Run:
             elif rule.statistics == "gram":
                 scratch = 4 * 6 * size.columns**2 + 12 * size.largest  # the Hessian's factors; weights, and their errors
             made = {"masks and scores": float(scratch + size.matrices * self.streamed)}
-            yield kept, self.held(size, trained=True) | made | ({"statistics of inputs": 4.0 * size.grams} if grams else {})
+            known = {"statistics of inputs": 4.0 * size.grams} if grams else {}
+            yield kept, self.held(size, trained=True) | made | known
+            if samples and pruning.statistics == "sparse":  # the block runs again, while its outputs before are there still
+                more = {"activations of all samples": 3 * self.stream(samples, self.length)}
+                yield kept | more, self.forward(size, self.length) | known
         if changes and not self.streamed:
             yield self.models(), {}
 
@@ -331,7 +335,8 @@ class _Run:
         for size in self.blocks:
             streams = {"activations of all samples": references + 2 * stream}
             yield kept | self.read(max(size.present, self.embedding)) | streams, self.forward(size, how.length)
-        working = {"rounded weights": 2.0 * self.rounded * self.head, "logits": self.logits(min(SLICE, how.length), 2)}
+        packed = self.rounded * self.head * (not self.on_gpu)  # by the CPU's kernel, for one of the two
+        working = {"rounded weights": 2.0 * self.rounded * self.head + packed, "logits": self.logits(min(SLICE, how.length), 2)}
         if self.on_gpu:
             ends = self.parameters - sum(p.numel() for block in self.decoder.blocks for p in block.parameters())
             working["weights in hand"] = 2 * 4.0 * (ends - self.head * bool(self.rounded))

@@ -123,6 +123,13 @@ MEASURED = {
     "streamed model": {"model": "deep", "stream": "yes", "granularity": "model", "samples": 16},
     "streamed half-blocks": {"model": "wide", "stream": "yes", "criterion": "wanda", "samples": 16},
     "exact start": {"model": "smollm2-135m", "start": "exact", "exact_iterations": 2, "sequence_length": 256},
+    "long samples": {
+        "model": "smollm2-135m",
+        "granularity": "model",
+        "samples": 2,
+        "sequence_length": 1024,
+        "held_out_samples": 0,
+    },
 }
 MEASURE = """
 import json, sys
