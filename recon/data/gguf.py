@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from recon.data.cache import cached
 from recon.data.files import digest
@@ -35,6 +34,8 @@ def convert(path: Path, folder: Path) -> None:
 
     The whole model is in memory meanwhile, in float32.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # takes seconds
+
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     unpacked = GgufConfig(dequantize=True)
     AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32).save_pretrained(folder)

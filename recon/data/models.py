@@ -22,7 +22,7 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from recon.data import assets, files
+from recon.data import assets, files, gguf
 from recon.errors import ReconError
 from recon.model.skeleton import auto_class
 from recon.runtime.weights import (
@@ -50,8 +50,6 @@ def locate(name: str) -> str:
     if name in assets.BUNDLED_MODELS:
         return str(assets.bundled_model(name))
     if is_gguf(name):
-        from recon.data import gguf  # takes a second to import
-
         return str(gguf.converted(Path(name)))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():

@@ -165,11 +165,11 @@ def _news() -> list[str]:
 
 def _code() -> list[str]:
     """Whole files, so that functions of one file, which repeat one another's docstrings, are in one split."""
-    return [assets.fetch(f"gensim/{path}").read_text(encoding="utf-8").strip() for path in assets.CODE]
+    return [assets.fetch(name).read_text(encoding="utf-8").strip() for name in assets.CODE]
 
 
 def _wikipedia() -> list[str]:
-    folder = assets.derived("wikipedia", source="enwiki-sample", version=CLEANING, make=_clean_dump)
+    folder = assets.derived("wikipedia", ["enwiki-sample"], CLEANING, _clean_dump)
     return [row["text"] for row in _json_lines(folder / "articles.jsonl")]
 
 

@@ -61,7 +61,7 @@ def surroundings(tmp_path, monkeypatch):
         save_pretrained = staticmethod(lambda folder: None)
 
     monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gguf, "AutoTokenizer", NoTokenizer)
+    monkeypatch.setattr("transformers.AutoTokenizer", NoTokenizer)
 
 
 def test_it_is_unpacked_once_to_what_transformers_reads(file, monkeypatch):

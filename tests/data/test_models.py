@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from recon.data import assets, models
+from recon.data import assets, gguf, models
 from recon.errors import ReconError
 from recon.experiment import streaming
 from recon.experiment.config import RunSpec
@@ -189,7 +189,7 @@ def test_fingerprint_of_a_bundled_model_is_that_of_its_source(monkeypatch, tmp_p
     monkeypatch.setenv("RECON_CACHE", str(tmp_path))
     found = {name: models.fingerprint(name) for name in assets.BUNDLED_MODELS}
     assert len(set(found.values())) == len(found) and not any(tmp_path.iterdir())
-    monkeypatch.setattr(assets, "CONVERSION", assets.CONVERSION + 1)
+    monkeypatch.setattr(gguf, "CONVERSION", gguf.CONVERSION + 1)
     assert all(models.fingerprint(name) != value for name, value in found.items())
 
 

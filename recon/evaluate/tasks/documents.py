@@ -21,7 +21,7 @@ _LAST_WORD = re.compile(r"(.*\s)([A-Za-z]{4,})[.!?]", re.DOTALL)
 
 def analogies(**_):
     """lm-eval's data set of the analogies: rows "section", "a", "b", "c", "choices", "label"."""
-    folder = assets.derived("analogies", "analogy-questions", ANALOGIES, _write_analogies)
+    folder = assets.derived("analogies", ["analogy-questions"], ANALOGIES, _write_analogies)
     return _dataset(folder)
 
 
@@ -32,7 +32,7 @@ def last_word(**_):
     def make(_, folder: Path) -> None:
         _write(folder, last_word_rows(text.documents("wikipedia", "evaluation")))
 
-    return _dataset(assets.derived(name, "enwiki-sample", LAST_WORD, make))
+    return _dataset(assets.derived(name, ["enwiki-sample"], LAST_WORD, make))
 
 
 def analogy_rows(lines: Iterable[str]) -> list[dict]:
