@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from recon.errors import ReconError
 from recon.evaluate import perplexity as evaluation
-from recon.evaluate.perplexity import drift, perplexity
-from recon.kernels.losses import relative_error
+from recon.evaluate.perplexity import Reference, drift, last_states, perplexity
+from recon.kernels.losses import kl_divergence, relative_error
 from recon.model.discovery import take_apart
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
@@ -51,6 +51,16 @@ def test_caps_and_scales_of_logits_count(tiny, tokens, family, setting, plain):
             setattr(model, name, plain)
     uncapped = perplexity(model, batch, execution=FLOAT32).value
     assert abs(capped / uncapped - 1) > 1e-3
+
+
+def test_the_divergence_from_a_reference_is_told(tiny, tokens):
+    dense, model, batch = tiny("llama"), tiny("llama", seed=1), tokens(3, 12)
+    reference = Reference(take_apart(dense), last_states(take_apart(dense), batch[:2], FLOAT32))
+    found = perplexity(model, batch, execution=FLOAT32, reference=reference)
+    with torch.no_grad():
+        expected = [kl_divergence(dense(b[None]).logits[0, :-1], model(b[None]).logits[0, :-1]).mean().item() for b in batch]
+    assert found.kl_per_window == pytest.approx(expected[:2], rel=1e-4)
+    assert perplexity(dense, batch, execution=FLOAT32, reference=reference).kl_per_window == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_windows_longer_than_a_slice(tiny, tokens):

@@ -1,3 +1,5 @@
+"""Retraining: every zero stays, only what a method trains changes, and what diverges is rolled back."""
+
 import copy
 
 import pytest
@@ -5,30 +7,31 @@ import torch
 from fixtures.models import FLOAT32, make_model
 from torch.nn import functional as F
 
-from recon.config import PruningConfig
+from recon.config import RETRAINING, PruningConfig, RetrainingConfig
 from recon.errors import ReconError
-from recon.evaluate.perplexity import Reference, last_states, perplexity
+from recon.evaluate.perplexity import perplexity
 from recon.kernels.gradient_descent import Schedule
-from recon.kernels.losses import kl_divergence
+from recon.methods.callbacks import Callback
 from recon.methods.prune import prune
-from recon.methods.retrain import METHODS, retrain
+from recon.methods.retrain import NOT_FINITE, RETRAINED, retrain
 from recon.model.discovery import take_apart
-from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
-QUICK = Schedule(learning_rate=3e-3, batch_size=2)
+METHODS = [method for method in RETRAINING if method != "none"]
+CALL = {"dense", "seed", "callbacks"}  # arguments of `retrain`; all others are options
 
 
 def halved(family: str = "llama"):
     """A dense model and its half: whatever magnitude leaves of it."""
     dense = make_model(family)
     model = copy.deepcopy(dense)
-    return dense, model, prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+    return dense, model, prune(model, None, PruningConfig(criterion="magnitude"), execution=FLOAT32).masks
 
 
 def run(model, tokens, masks=None, **options):
-    options = {"schedule": QUICK, "compute_dtype": "float32", "progress": False} | options
-    return retrain(model, tokens, masks=masks, **options)
+    call = {name: options.pop(name) for name in CALL & options.keys()}
+    config = RetrainingConfig(**{"method": "masklora", "learning_rate": 3e-3, "batch_size": 2} | options)
+    return retrain(model, tokens, config, masks=masks, execution=FLOAT32, **call)
 
 
 def zeros_hold(model, masks) -> bool:
@@ -41,11 +44,11 @@ def test_every_method_lowers_the_loss_and_keeps_every_zero(family, method, token
     _, model, masks = halved(family)
     batch = tokens(8, 12)
     before = perplexity(model, batch, execution=FLOAT32).value
-    report = run(model, batch, masks, method=method, schedule=Schedule(3e-3, epochs=8, batch_size=2))
+    report = run(model, batch, masks, method=method, epochs=8)
     assert perplexity(model, batch, execution=FLOAT32).value < before
     assert zeros_hold(model, masks)
     assert len(report.losses) == 32 and len(report.gradient_norms) == 4
-    assert report.status == "retrained" and (report.movement > 0) == (method != "norms")
+    assert report.status == RETRAINED and (report.movement > 0) == (method != "norms")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,7 +71,7 @@ def test_full_retraining_is_masked_adamw_step_by_step(tokens):
     """Against the same in a few plain lines."""
     _, model, masks = halved()
     batch, other = tokens(4, 12), copy.deepcopy(model)
-    run(model, batch, masks, method="full", schedule=Schedule(1e-3, batch_size=1), seed=7)
+    run(model, batch, masks, method="full", learning_rate=1e-3, batch_size=1, seed=7)
     schedule = Schedule(1e-3, batch_size=1)
     optimizer = torch.optim.AdamW(other.parameters(), weight_decay=0.0)
     for step, index in enumerate(torch.randperm(4, generator=generator(7, "retrain"))):
@@ -84,18 +87,30 @@ def test_full_retraining_is_masked_adamw_step_by_step(tokens):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_lora_by_peft_equals_the_adapter_of_windows_before_merging(tokens):
-    """`peft` and `recon.kernels.adapters` are one function; with B at zero the first loss is the pruned model's own."""
+class Watch(Callback):
+    """Notes what callbacks are told, and whether the matrices of `model` are without zeros when LoRA is merged."""
+
+    def __init__(self, model, masks):
+        self.model, self.masks, self.losses, self.filled = model, masks, [], []
+
+    def on_step(self, loss):
+        self.losses.append(loss.item())
+
+    def on_merged(self):
+        matrices = take_apart(self.model).matrices().items()
+        self.filled.append(all((matrix.weight[~self.masks[name]] != 0).any() for name, matrix in matrices))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_callbacks_are_told_of_every_step_and_of_lora_before_it_is_masked(method, tokens):
+    """The first loss is the pruned model's own: adapters change nothing at first."""
     _, model, masks = halved()
-    batch = tokens(4, 12)
+    batch, watch = tokens(4, 12), Watch(model, masks)
     expected = F.cross_entropy(model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).item()
-    filled = []
-    report = run(
-        model, batch, masks, method="lora", schedule=Schedule(1e-2, batch_size=4, epochs=3),
-        merged=lambda: filled.append(all((m.weight[~masks[n]] != 0).any() for n, m in take_apart(model).matrices().items())),
-    )  # fmt: skip
+    report = run(model, batch, masks, method=method, learning_rate=1e-2, batch_size=4, epochs=3, callbacks=[watch])
     assert report.losses[0] == pytest.approx(expected, rel=1e-4)
-    assert filled == [True] and zeros_hold(model, masks)
+    assert watch.losses == report.losses and len(watch.losses) == 3
+    assert watch.filled == ([True] if method == "lora" else []) and zeros_hold(model, masks)
 
 
 def test_distillation_starts_at_the_divergence_and_lowers_it(tokens):
@@ -104,7 +119,7 @@ def test_distillation_starts_at_the_divergence_and_lowers_it(tokens):
     with torch.no_grad():
         p, q = (m(batch).logits[:, :-1].double().log_softmax(-1) for m in (dense, model))
         expected = (p.exp() * (p - q)).sum(-1).mean().item()
-    report = run(model, batch, masks, retrain_objective="distil", dense=dense, schedule=Schedule(3e-3, epochs=5, batch_size=4))
+    report = run(model, batch, masks, objective="distil", dense=dense, epochs=5, batch_size=4)
     assert report.losses[0] == pytest.approx(expected, rel=1e-4)
     assert report.losses[-1] < report.losses[0]
     assert zeros_hold(model, masks)
@@ -114,8 +129,8 @@ def test_distillation_starts_at_the_divergence_and_lowers_it(tokens):
 def test_checkpointing_and_accumulation_change_nothing(method, tokens):
     _, model, masks = halved()
     batch, other = tokens(4, 12), copy.deepcopy(model)
-    run(model, batch, masks, method=method, schedule=Schedule(1e-3, batch_size=2))
-    run(other, batch, masks, method=method, schedule=Schedule(1e-3, batch_size=1, accumulation=2), checkpointing=True)
+    run(model, batch, masks, method=method, learning_rate=1e-3)
+    run(other, batch, masks, method=method, learning_rate=1e-3, batch_size=1, accumulation=2, checkpointing=True)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
@@ -132,11 +147,11 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generator_alone
 
 
 @pytest.mark.parametrize("method", ["full", "masklora", "norms"])
-def test_what_diverges_is_restored(method, tokens):
+def test_what_diverges_is_rolled_back(method, tokens):
     _, model, masks = halved()
     before = copy.deepcopy(model)
-    report = run(model, tokens(4, 12), masks, method=method, schedule=Schedule(1e38, epochs=4))
-    assert report.status == "rolled back: not finite"
+    report = run(model, tokens(4, 12), masks, method=method, learning_rate=1e38, epochs=4)
+    assert report.status == NOT_FINITE and report.movement == 0
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
@@ -149,23 +164,19 @@ def test_masks_default_to_what_is_not_zero(tokens):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "dora"}, "unknown retraining method 'dora'; allowed: full, lora"),
-        ({"retrain_objective": "rl"}, "unknown objective 'rl'; allowed: labels, distil"),
-        ({"retrain_objective": "distil"}, "needs `dense`"),
+        ({"method": "none"}, "retrain is 'none'"),
+        ({"objective": "distil"}, "'distil'.*`dense`"),
+        ({"masks": {}}, "q_proj'.* None"),
     ],
 )
-def test_bad_options_are_refused(options, words, tokens):
+def test_what_cannot_be_done_is_refused_before_anything_changes(options, words, tokens):
     _, model, _ = halved()
+    before = copy.deepcopy(model)
     with pytest.raises(ReconError, match=words):
         run(model, tokens(2, 12), **options)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-def test_perplexity_tells_the_divergence_from_a_reference(tokens):
-    dense, model, _ = halved()
-    batch = tokens(3, 12)
-    reference = Reference(take_apart(dense), last_states(take_apart(dense), batch[:2], Execution("cpu", "float32")))
-    found = perplexity(model, batch, execution=FLOAT32, reference=reference)
-    with torch.no_grad():
-        expected = [kl_divergence(dense(b[None]).logits[0, :-1], model(b[None]).logits[0, :-1]).mean().item() for b in batch]
-    assert found.kl_per_window == pytest.approx(expected[:2], rel=1e-4)
-    assert perplexity(dense, batch, execution=FLOAT32, reference=reference).kl_per_window == pytest.approx([0, 0], abs=1e-6)
+def test_experts_carry_no_adapters(tokens):
+    with pytest.raises(ReconError, match=r"experts.*\[0\]'.*full or norms"):
+        run(make_model("mixtral"), tokens(2, 12), method="lora")
