@@ -15,7 +15,7 @@ _PUBLIC = {
     "Execution": "runtime.execution",
     "ModelConfig": "config",
     "PruningConfig": "config",
-    "Ray": "experiment.cluster",
+    "Ray": "experiment.workers",
     "ReconError": "errors",
     "ReconstructionConfig": "config",
     "RetrainingConfig": "config",

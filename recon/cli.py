@@ -60,14 +60,11 @@ class _Run:
 
     def __call__(self) -> None:
         """Runs the spec, prints what came of it, and writes the record and the model where they are to go."""
-        from recon.experiment.cluster import Ray
         from recon.experiment.study import RecordFile, run_or_record_failure
+        from recon.experiment.workers import Ray, check_address
 
         spec, chosen = RunSpec.of(**vars(self.spec)), vars(self.output)
-        if self.address is not None and chosen["executor"] != "ray":
-            raise ReconError(
-                f"address is {self.address!r}, that of a Ray cluster, but executor is {chosen['executor']!r}; allowed: ray"
-            )
+        check_address(chosen["executor"], self.address)
         if chosen["executor"] == "ray":
             chosen = chosen | {"executor": Ray(self.address)}
         file = RecordFile(self.record)

@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each on a core of its o
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from fixtures.cluster import cluster  # noqa: F401
 from fixtures.models import _paragraphs, make_model, random_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast

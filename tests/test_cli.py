@@ -124,7 +124,7 @@ def test_run_takes_its_options(small, tmp_path, words, fields):
             ["--address", "10.0.0.1:6379"],
             "address '10.0.0.1:6379' is that of a Ray cluster, but the executor is serial; choose executor ray",
         ),
-        (["--executor", "ray", "--propagation", "mixed"], "cannot be repaired side by side under mixed propagation"),
+        (["--executor", "ray", "--propagation", "mixed"], "cannot be reconstructed side by side under mixed propagation"),
     ],
 )
 def test_bad_input_ends_with_one_clear_message(small, words, message, capsys, tmp_path):

@@ -17,8 +17,8 @@ from recon.config import (
 )
 from recon.data import models, text
 from recon.errors import ReconError
-from recon.experiment import cluster
-from recon.experiment.cluster import Ray
+from recon.experiment import workers
+from recon.experiment.workers import Ray
 from recon.kernels import criteria
 from recon.options import Options, flag, option
 from recon.runtime.weights import SAVED
@@ -205,4 +205,4 @@ class RunOptions(Options):
         super().__post_init__()
         if self.save_dtype != "float32" and self.save is None:
             raise ReconError(f"save_dtype is {self.save_dtype!r}, but no folder to save to is named; name one, or leave it out")
-        cluster.get(self.executor)
+        workers.get(self.executor)

@@ -216,10 +216,10 @@ def announce_study(specs: list[RunSpec], decoder: Decoder, device: torch.device)
             spent += once + by_phase["prune"]
         tokens = (2 * spec.calibration.samples + spec.calibration.held_out_samples) * spec.calibration.sequence_length
         disk = max(disk, 4 * tokens * decoder.model.config.get_text_config().hidden_size * len(decoder.blocks))
-    seconds = spent / speed(device, pick_compute_dtype(specs[0].compute_dtype, device))
+    seconds = spent / speed(device, pick_compute_dtype(specs[0].compute.compute_dtype, device))
     log.info(
         "study: %d run%s of %s, about %s on this machine (%s); about %.1f GiB of memory, up to %.1f GiB of disk while it runs",
-        len(specs), "s" * (len(specs) > 1), specs[0].model, duration(seconds), device.type,
+        len(specs), "s" * (len(specs) > 1), specs[0].model.model, duration(seconds), device.type,
         _peak(specs, decoder, device) / 2**30, min(disk, LIMIT) / 2**30,
     )  # fmt: skip
 

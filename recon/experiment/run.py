@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.data import models
-from recon.errors import need
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
-from recon.experiment import checkpoint, cluster, cost, plan, ray_windows, report, streaming
+from recon.experiment import checkpoint, cost, plan, ray_windows, report, streaming
 from recon.experiment.config import RunOptions, RunSpec
 from recon.experiment.environment import environment
 from recon.experiment.home import Home, InMemory, OnDisk, Pruned
@@ -68,8 +67,6 @@ def run(
         ReconError: bad input, a run that cannot fit here, or another process that does the same; before anything long begins.
     """
     session, save = session or Session(), options.save
-    if cluster.get(options.executor):
-        need("ray", "ray", "executor ray")
     ray_windows.check(options.executor, spec.reconstruction.propagation)
     streamed = streaming.decide(spec, options, session)
     if not options.force and not streaming.begun(spec, save):

@@ -1,10 +1,9 @@
-"""Many specs to one data frame, through a folder of records: what is done is skipped, what is killed is taken up again."""
+"""Many specs to one data frame, through a folder of records: what is done is skipped, and a killed study goes on."""
 
 import contextlib
 import itertools
 import logging
 import os
-import socket
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from recon.errors import ReconError
-from recon.experiment import cluster, executors
-from recon.experiment.cluster import Ray
+from recon.experiment import executors, workers
 from recon.experiment.config import RunOptions, RunSpec, options
 from recon.experiment.record import RunRecord, read_record
 from recon.experiment.run import run
 from recon.experiment.session import Session
+from recon.experiment.workers import Ray
 from recon.methods.callbacks import Callback
 from recon.model.windows import canonical
 from recon.runtime import lock
@@ -37,7 +36,7 @@ def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
 
 
 def fit_options(fit: str) -> dict[str, list]:
-    """The axes for `grid` of a way to repair by its short name: a granularity, "matrix exact", or "<granularity> from exact"."""
+    """The axes for `grid` of a way to reconstruct by its short name: a granularity, "matrix exact", or "<granularity> from exact"."""
     if fit == "matrix exact":
         return {"granularity": ["matrix"], "solver": ["exact"]}
     name, _, start = fit.partition(" from ")
@@ -45,7 +44,7 @@ def fit_options(fit: str) -> dict[str, list]:
 
 
 def fit_name(spec: dict) -> str:
-    """The short name of how a spec repairs, the reverse of `fit_options`."""
+    """The short name of how a spec reconstructs, the reverse of `fit_options`."""
     if spec["solver"] == "exact" and spec["granularity"] == "matrix":
         return "matrix exact"
     return spec["granularity"] + (" from exact" if spec["start"] == "exact" else "")
@@ -59,59 +58,6 @@ def recipe_name(spec: dict) -> str:
         parts.append(f"then {method}" if parts else method)
     name = ", ".join(parts) or "pruned"
     return name if spec["criterion"] != "none" else f"dense, {name}"
-
-
-def best(runs: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Of the finished runs of each value of the column `by`, the one with the lowest perplexity on held-out text."""
-    if "held_out_perplexity" not in runs:
-        return runs.iloc[:0]
-    known = runs.dropna(subset="held_out_perplexity")
-    return known.loc[known.groupby(by)["held_out_perplexity"].idxmin()]
-
-
-def tuned_rates(base: RunSpec, rates: dict[str, Iterable[float]], folder: Path | str, compute: bool = True) -> dict[str, float]:
-    """By model, the one of its learning rates in `rates` after which half-blocks predict held-out text best.
-
-    What is too fast depends on the size of a model's weights, which differs by an order of magnitude between models. All else is as
-    in `base`, but for evaluation text, which plays no part: one window of it is read, so that these runs are under a protocol of
-    their own and never mix with what they choose for. They go through `folder` as others do; models none of whose runs are done are
-    left out.
-    """
-    base = base.replaced(granularity="half-block", evaluation_samples=1, tasks=(), task_limit=RunSpec().evaluation.task_limit)
-    specs = [base.replaced(model=model, learning_rate=float(rate)) for model, candidates in rates.items() for rate in candidates]
-    found = best(run_study(specs, folder, compute=compute), "model")
-    return dict(zip(found["model"], found["learning_rate"]))
-
-
-def at_rates(specs: Iterable[RunSpec], rates: dict[str, float]) -> list[RunSpec]:
-    """`specs` with the learning rate of their model in `rates`, where it is there and they repair by gradient descent."""
-    return [
-        spec.replaced(learning_rate=rates[spec.model.model])
-        if spec.model.model in rates and spec.reconstruction.granularity != "none" and spec.reconstruction.solver == "adamw"
-        else spec
-        for spec in specs
-    ]
-
-
-def seed_words(runs: pd.DataFrame, by: str) -> str:
-    """Which seeds the values of the column `by` were run with: "seeds 0, 1, 2 (seed 0 for lora, norms)"."""
-    seeds = runs.groupby(by, sort=False, observed=True)["seed"].agg(lambda found: tuple(sorted(set(found))))
-    groups = {found: [str(name) for name in seeds.index[[other == found for other in seeds]]] for found in dict.fromkeys(seeds)}
-    most = max(groups, key=lambda found: (len(groups[found]) * len(found), len(found)))
-
-    def words(found: tuple) -> str:
-        return f"seed{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
-
-    def listed(names: list[str]) -> str:
-        return ", ".join(f"'{name}'" if "," in name else name for name in names)
-
-    others = [f"{words(found)} for {listed(names)}" for found, names in groups.items() if found != most]
-    return words(most) + (f" ({'; '.join(others)})" if others else "")
-
-
-def rate_words(names: Iterable[str], rates: dict[str, float], default: float) -> str:
-    """The learning rate of each of `names`, `default` where `rates` has none: "0.003 for smollm2-135m, 0.0001 for gemma3-270m"."""
-    return ", ".join(f"{rates.get(name, default):g} for {name}" for name in dict.fromkeys(names))
 
 
 def write_record(record: RunRecord, path: Path) -> None:
@@ -153,6 +99,11 @@ class RecordFile(Callback):
         return record.status == "done" and record.key == spec.key()
 
 
+def record_path(folder: Path | str, key: str) -> Path:
+    """The file with the record of the run of that key, in a folder of records."""
+    return Path(folder) / f"{key}.json"
+
+
 def read_records(folder: Path | str, keys: Iterable[str] | None = None) -> list[RunRecord]:
     """The records in `folder`: those of `keys`, in their order, or all, by name.
 
@@ -161,42 +112,25 @@ def read_records(folder: Path | str, keys: Iterable[str] | None = None) -> list[
     folder = Path(folder)
     if not folder.is_dir():
         raise ReconError(f"record folder {str(folder)!r} does not exist; give one with run records (*.json)")
-    paths = sorted(folder.glob("*.json")) if keys is None else [folder / f"{key}.json" for key in dict.fromkeys(keys)]
+    paths = sorted(folder.glob("*.json")) if keys is None else [record_path(folder, key) for key in dict.fromkeys(keys)]
     return [read_record(path) for path in paths]
 
 
-class RecordStore:
-    """A folder with one JSON file per run, named after the run's key."""
-
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        check_writable(self.folder, "record folder")
-
-    def path(self, key: str) -> Path:
-        return self.folder / f"{key}.json"
-
-    def get(self, key: str) -> RunRecord | None:
-        """The finished record of `key`, if there is one. A corrupt file is reported, set aside and counts as absent."""
-        path = self.path(key)
-        if not path.exists():
-            return None
-        try:
-            record = read_record(path)
-            if record.key != key:
-                raise ReconError(f"record {str(path)!r} is that of another run ({record.key})")
-        except ReconError as error:
-            aside = path.with_suffix(".corrupt")
-            log.warning("%s; set aside as %s and computed anew", error, aside.name)
-            os.replace(path, aside)
-            return None
-        return record if record.status == "done" else None
-
-    def clear(self) -> None:
-        """Removes what processes that were killed while they wrote a record left of it; nobody else may be writing."""
-        remove_unfinished(self.folder, "*.json")
-
-    def put(self, record: RunRecord) -> None:
-        write_record(record, self.path(record.key))
+def _finished(folder: Path, key: str) -> RunRecord | None:
+    """The finished record of `key`, if there is one. A corrupt file is reported, set aside and counts as absent."""
+    path = record_path(folder, key)
+    if not path.exists():
+        return None
+    try:
+        record = read_record(path)
+        if record.key != key:
+            raise ReconError(f"record {str(path)!r} is that of another run ({record.key})")
+    except ReconError as error:
+        aside = path.with_suffix(".corrupt")
+        log.warning("%s; set aside as %s and computed anew", error, aside.name)
+        os.replace(path, aside)
+        return None
+    return record if record.status == "done" else None
 
 
 def run_or_record_failure(
@@ -210,42 +144,28 @@ def run_or_record_failure(
             key = spec.key()
         except Exception:  # what it reads cannot be had any more, if it ever could
             key = ""
-        record = RunRecord(spec=spec.flat(), key=key, status="failed")
-        record.error = "".join(traceback.format_exception(error)) if not isinstance(error, ReconError) else str(error)
-        return record, error
+        said = str(error) if isinstance(error, ReconError) else "".join(traceback.format_exception(error))
+        return RunRecord(spec.flat(), key, "failed", said), error
 
 
 @dataclass(frozen=True)
 class _Recorded(Callback):
-    """Computes a run of a study, here or in a worker: its record, also where it fails.
+    """Computes a run of a study, here or in a worker. A finished record is written before a streamed run deletes its work.
 
-    One that is done is written to the study's folder by whoever computed it, before a streamed run deletes its work: a death in between
-    loses nothing. A worker that does not see the folder, which it tells by the lock, leaves that to the process that asked for the study.
+    keys: of the study's runs; a run that reads what has changed since has another.
     """
 
     folder: Path
     keys: frozenset[str]
-    owner: tuple[str, int]  # the process that holds the folder
 
     def __call__(self, spec: RunSpec, session: Session, progress: bool) -> RunRecord:
         return run_or_record_failure(spec, RunOptions(progress=progress), session, [self])[0]
 
     def on_done(self, record: RunRecord) -> None:
-        """Writes a record of this study, where its folder can be seen from here."""
-        path = self.folder / f"{record.key}.json"
-        if record.key not in self.keys:  # what it reads has changed: it is another run's
-            return
-        if self.owner == _process():
-            write_record(record, path)
-        elif (self.folder / lock.NAME).exists():
-            try:
-                write_record(record, path)
-            except ReconError as error:
-                log.warning("%s; the process that asked for it will write it", error)
-
-
-def _process() -> tuple[str, int]:
-    return socket.gethostname(), os.getpid()
+        if (
+            record.key in self.keys and (self.folder / lock.NAME).exists()
+        ):  # a worker may see another folder of that name, or none
+            write_record(record, record_path(self.folder, record.key))
 
 
 def run_study(
@@ -260,45 +180,42 @@ def run_study(
     Every finished run is a record in `folder` at once, so that a killed study goes on where it was. A run that fails leaves
     a record that says how, and the others go on; a failed run is tried again next time.
 
-    compute: False runs nothing; what has no record then has the status "missing".
-    executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable RECON_EXECUTOR
-        names, or serial. What a record says, and its name, do not depend on it.
-
-    Raises `ReconError` where another process is at work on `folder`, naming it, and where the executor cannot be had.
+    Args:
+        compute: False runs nothing; what has no record then has the status "missing".
+        executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable RECON_EXECUTOR
+            names, or serial. What a record says, and its name, do not depend on it.
 
     Returns:
-        A frame with a column per field of the spec, `fit` and `recipe` (short names, see `fit_name` and `recipe_name`), one per metric that is one number, `seconds_<phase>`,
-        `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`,
+        A frame with a column per option of the spec, `fit` and `recipe` (see `fit_name` and `recipe_name`), one per metric that is one
+        number, `seconds_<phase>`, `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`,
         `key`, `status` and `error`.
+
+    Raises:
+        ReconError: another process is at work on `folder`, which cannot be shared, or the executor cannot be had.
     """
-    specs = list(specs)
+    specs, folder = list(specs), Path(folder).resolve()
     keys = [spec.key() for spec in specs]
     if not compute:
-        return frame([_as_it_is(Path(folder), spec, key) for spec, key in zip(specs, keys, strict=True)])
-    chosen = cluster.get(executor)
-    store = RecordStore(folder)
-    with lock.held(store.folder / lock.NAME, f"record folder {str(folder)!r}"):
-        records = _run_missing(specs, keys, store, chosen, progress)
+        return frame([_as_it_is(folder, spec, key) for spec, key in zip(specs, keys, strict=True)])
+    settings = workers.get(executor)
+    with lock.held(folder / lock.NAME, f"record folder {str(folder)!r}"):
+        remove_unfinished(folder, "*.json")
+        records = {key: _finished(folder, key) for key in keys}
+        missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
+        records |= _computed(missing, folder, settings, progress)
     return frame([records[key] for key in keys])
 
 
-def _run_missing(
-    specs: list[RunSpec], keys: list[str], store: RecordStore, executor: Ray | None, progress: bool
-) -> dict[str, RunRecord]:
-    """The records of all `keys`, those that are not in `store` computed and put there."""
-    store.clear()
-    records = {key: store.get(key) for key in dict.fromkeys(keys)}
-    missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
+def _computed(specs: dict[str, RunSpec], folder: Path, settings: Ray | None, progress: bool) -> dict[str, RunRecord]:
+    """Runs `specs`, and writes their records to `folder`; by key."""
     # Runs that start from one pruned state stand together, and among these the ones on as many samples.
-    order = sorted(missing, key=lambda key: [str(part) for part in (*missing[key].pruned_by, missing[key].calibration.samples)])
-    if not order:
-        return records
-    recorded = _Recorded(store.folder.resolve(), frozenset(order), _process())
-    found, failed = executors.each({key: missing[key] for key in order}, recorded, executor, progress), []
-    with contextlib.closing(found), tqdm(total=len(order), desc="study", unit="run", disable=not progress) as bar:
-        for record in found:
-            if record.status != "done" or executor is not None:  # others are written already
-                store.put(record)
+    order = sorted(specs, key=lambda key: [str(part) for part in (*specs[key].pruned_by, specs[key].calibration.samples)])
+    done = executors.each({key: specs[key] for key in order}, _Recorded(folder, frozenset(order)), settings, progress)
+    records, failed = {}, []
+    with contextlib.closing(done), tqdm(total=len(order), desc="study", unit="run", disable=not progress or not order) as bar:
+        for record in done:
+            if record.status != "done" or settings:  # others are written already
+                write_record(record, record_path(folder, record.key))
             records[record.key] = record
             bar.update()
             if record.status != "done":
@@ -312,9 +229,8 @@ def _run_missing(
 
 def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
     """The record of a run, or one that says that there is none; nothing is written."""
-    path = folder / f"{key}.json"
-    if path.is_file():
-        return read_record(path)
+    if record_path(folder, key).is_file():
+        return read_record(record_path(folder, key))
     return RunRecord(spec.flat(), key, "missing", f"not computed: no record in {folder.name}/")
 
 

@@ -26,7 +26,7 @@ import yaml
 from nbconvert import HTMLExporter
 
 from recon.errors import ReconError
-from recon.experiment import cluster
+from recon.experiment import workers
 from recon.experiment.cost import duration
 from recon.paper import claims, figures
 from recon.runtime import lock, storage
@@ -148,7 +148,7 @@ def execute(
         notebooks: names; None: all.
         stdout: gets a line per notebook, and what it prints.
         compute: False runs nothing: notebooks draw from the records that are there; those that cannot are left out.
-        executor, address: what computes studies, and the Ray cluster that all notebooks share; see `recon.experiment.cluster.shared`.
+        executor, address: what computes studies, and the Ray cluster that all notebooks share; see `recon.experiment.workers.shared`.
 
     Raises:
         ReconError: the call, the profile or a notebook's parameters are wrong, or another process runs this profile. Nothing has
@@ -164,7 +164,7 @@ def execute(
         for folder in ("notebooks", "html"):
             (build / folder).mkdir(exist_ok=True)
         outcomes = []
-        with cluster.shared(executor, address) if compute else contextlib.nullcontext():
+        with workers.shared(executor, address) if compute else contextlib.nullcontext():
             for number, path in enumerate(paths, 1):
                 if stdout:
                     print(f"[{number}/{len(paths)}] {path.stem}", file=stdout, flush=True)
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("profile", choices=PROFILES, help="which sizes to run")
     parser.add_argument("--from-records", action="store_true", help="run nothing: draw from the records that are there")
     parser.add_argument(
-        "--executor", choices=cluster.EXECUTORS, help="what computes their studies (default: RECON_EXECUTOR, or serial)"
+        "--executor", choices=workers.EXECUTORS, help="what computes their studies (default: RECON_EXECUTOR, or serial)"
     )
     parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else one that is started on this machine")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names of notebooks (default: all)")

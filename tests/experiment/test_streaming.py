@@ -602,7 +602,9 @@ def test_a_shard_that_is_written_to_while_it_is_read_is_named(what, cut, spec, e
         record_of(spec, save=tmp_path / "saved", stream="yes")
     shard, content = before
     assert f"'{shard}' has been written to while this run read from it" in str(error.value)
-    with pytest.raises(ReconError, match=r"another unfinished run: (model|pruned) was|has changed since it was written|is truncated"):
+    with pytest.raises(
+        ReconError, match=r"another unfinished run: (model|pruned) was|has changed since it was written|is truncated"
+    ):
         record_of(spec, save=tmp_path / "saved", stream="yes")
     shard.write_bytes(content)
     found = record_of(spec, save=tmp_path / "saved", stream="yes")

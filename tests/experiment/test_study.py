@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from fixtures.processes import heed_interrupts
 from fixtures.runs import record_of
@@ -16,8 +15,10 @@ from fixtures.runs import record_of
 import recon
 from recon.errors import ReconError
 from recon.experiment import executors, study
+from recon.experiment.config import options
 from recon.experiment.record import RunRecord, read_record
-from recon.experiment.study import RecordStore, fit_name, fit_options, grid, read_records, run_study
+from recon.experiment.run import RunResult
+from recon.experiment.study import fit_name, fit_options, grid, recipe_name, record_path, run_study
 
 SCRIPT = """
 import sys
@@ -91,14 +92,14 @@ def test_grid_has_every_combination(base):
         (g, s) for g in ("block", "model") for s in (0, 1, 2)
     ]
     assert {spec.calibration.samples for spec in specs} == {4}
-    with pytest.raises(ReconError, match="unknown field 'sed'; allowed: model, revision"):
+    with pytest.raises(ReconError, match="unknown option 'sed'; allowed: model, revision"):
         grid(base, sed=[1])
 
 
 @pytest.mark.parametrize("fit", ["none", "matrix", "matrix exact", "half-block", "half-block from exact", "2-blocks", "model"])
 def test_short_names_go_both_ways(base, fit):
     [spec] = grid(base, **fit_options(fit))
-    assert fit_name(spec.__dict__) == fit
+    assert fit_name(spec.flat()) == fit
     assert (spec.reconstruction.solver == "exact") == (fit == "matrix exact") and (
         spec.reconstruction.start == "exact"
     ) == fit.endswith("from exact")
@@ -154,13 +155,13 @@ def test_a_run_whose_model_is_gone_fails_alone(base, tiny_folder, tmp_path, monk
     runs = run_study(wanted, tmp_path / "records", progress=False)
     assert sorted(runs["status"]) == ["done", "failed", "failed"] and runs["status"].iloc[2] == "done"
     assert "unknown model" in runs["error"].iloc[0]
-    assert "have changed since the study began" in runs["error"].iloc[1]
+    assert "reads have changed" in runs["error"].iloc[1]
     assert {path.stem for path in (tmp_path / "records").glob("*.json")} == set(runs["key"])
 
 
 def test_the_model_of_a_study_is_not_loaded_to_say_how_long_it_takes_where_it_is_to_be_streamed(base, monkeypatch):
     asked = []
-    monkeypatch.setattr(executors.streamed, "is_too_large", lambda spec: asked.append(spec) or True)
+    monkeypatch.setattr(executors.streaming, "is_too_large", lambda spec: asked.append(spec) or True)
     monkeypatch.setattr(recon.Session, "load", lambda *args: pytest.fail("is loaded"))
     wanted = {"a": base, "b": base.replaced(seed=1)}
     found = list(executors.each(wanted, lambda spec, *_: RunRecord({}, "a" if spec is base else "b", "done"), None))
@@ -188,7 +189,7 @@ def test_an_unexpected_exception_leaves_its_traceback(base, tmp_path, monkeypatc
 
 def test_a_folder_that_cannot_be_written_is_refused_first(base, counted, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ReconError, match="record folder: cannot write to .*file/records"):
+    with pytest.raises(ReconError, match="record folder .*: cannot write to .*file/records"):
         run_study([base], tmp_path / "file" / "records", progress=False)
     assert not counted
 
@@ -201,7 +202,7 @@ def test_a_full_disk_leaves_no_half_record(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ReconError, match=r"record cannot be written to .*: No space left on device"):
-        RecordStore(tmp_path).put(record)
+        study.write_record(record, record_path(tmp_path, record.key))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,6 +223,7 @@ def wait_for_records(folder, count, process, limit=120):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_study_that_is_stopped_loses_nothing_and_does_nothing_twice(tmp_path, tiny_folder, tiny_text, how):
     folder = tmp_path / "records"
@@ -243,7 +245,7 @@ def test_a_study_that_is_stopped_loses_nothing_and_does_nothing_twice(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("changes", "name"),
     [
         ({"granularity": "none"}, "pruned"),
         ({}, "reconstruction"),
@@ -252,62 +254,27 @@ def test_a_study_that_is_stopped_loses_nothing_and_does_nothing_twice(tmp_path, 
         ({"granularity": "none", "criterion": "none", "retrain": "full"}, "dense, full"),
     ],
 )
-def test_recipes_have_names(options, name):
-    assert study.recipe_name(recon.RunSpec.of(**options).__dict__) == name
-
-
-def test_the_best_is_chosen_on_held_out_text():
-    runs = pd.DataFrame({"a": ["x", "x", "y", "y"], "held_out_perplexity": [3.0, 2.0, None, 9.0], "perplexity": [1, 5, 0, 7]})
-    assert list(study.best(runs, "a").index) == [1, 3]
-    assert study.best(runs[["a"]], "a").empty
-
-
-def test_rates_are_chosen_by_model_on_held_out_text_and_kept_as_records(base, counted, tmp_path):
-    rates = {base.model.model: [1e-3, 1.0]}
-    chosen = study.tuned_rates(base, rates, tmp_path)
-    found = {record.spec["learning_rate"]: record.metrics["held_out_perplexity"] for record in read_records(tmp_path)}
-    best = min(found, key=found.get)
-    assert chosen == {base.model.model: best} and len(set(found.values())) == 2
-    assert {spec.evaluation.samples for spec in counted} == {1} and {spec.reconstruction.granularity for spec in counted} == {
-        "half-block"
-    }
-    assert study.tuned_rates(base, rates, tmp_path, compute=False) == chosen and len(counted) == 2
-    assert (
-        study.tuned_rates(base, {base.model.model: [0.1]}, tmp_path, compute=False) == study.tuned_rates(base, {}, tmp_path) == {}
-    )
-    specs = study.at_rates(grid(base, granularity=["none", "block"]), chosen)
-    assert [spec.reconstruction.learning_rate for spec in specs] == [base.reconstruction.learning_rate, best]
-    assert study.at_rates(specs, {"another": 0.5}) == specs
-
-
-def test_seeds_in_words():
-    runs = pd.DataFrame({"fit": [*"aaabbbcd"], "seed": [2, 1, 0, 0, 1, 2, 0, 0]})
-    assert study.seed_words(runs, "fit") == "seeds 0, 1, 2 (seed 0 for c, d)"
-    assert study.seed_words(runs.replace("d", "d, e"), "fit") == "seeds 0, 1, 2 (seed 0 for c, 'd, e')"
-    assert study.seed_words(runs[runs["seed"] == 0], "fit") == "seed 0"
-
-
-def test_learning_rates_in_words():
-    assert study.rate_words(["a", "b", "a"], {"b": 1e-4}, 3e-3) == "0.003 for a, 0.0001 for b"
+def test_recipes_have_names(changes, name):
+    assert recipe_name(recon.RunSpec.of(**changes).flat()) == name
 
 
 def test_a_study_of_nothing_has_the_columns_of_any_other(tmp_path):
     nothing = run_study([], tmp_path)
-    assert nothing.empty and {*recon.RunSpec.__dataclass_fields__, "fit", "recipe", "key", "status", "error"} <= set(nothing)
-    best = study.best(nothing, "adapter")
-    assert dict(zip(best["adapter"], best["learning_rate"], strict=True)) == {}
+    assert nothing.empty and {*options(), "fit", "recipe", "key", "status", "error"} <= set(nothing)
 
 
-def test_a_worker_writes_the_record_where_it_sees_the_study(base, tmp_path, caplog):
-    record = RunRecord(spec={}, key="one", status="done")
-    worker = study._Recorded(tmp_path, frozenset({"one"}), ("another machine", 1))
-    worker.note(record)
+def test_a_worker_writes_the_record_where_it_sees_the_study(base, tmp_path, monkeypatch):
+    def run(spec, options, session, callbacks):
+        record = RunRecord(spec={}, key="one" if spec is base else "two", status="done")
+        for callback in callbacks:
+            callback.on_done(record)
+        return RunResult(record, None)
+
+    monkeypatch.setattr(study, "run", run)
+    worker = study._Recorded(tmp_path, frozenset({"one"}))
+    worker(base, None, False)
     assert not list(tmp_path.iterdir())  # a folder of that name, but not the one of a study
     (tmp_path / ".lock").touch()
-    worker.note(RunRecord(spec={}, key="two", status="done"))
-    worker.note(record)
+    for spec in (base, base.replaced(seed=1)):  # the second has read what has changed since
+        assert worker(spec, None, False).status == "done"
     assert [path.name for path in tmp_path.glob("*.json")] == ["one.json"]
-    os.remove(tmp_path / "one.json")
-    (tmp_path / "one.json").mkdir()
-    worker.note(record)
-    assert "the process that asked for it will write it" in caplog.text

@@ -241,8 +241,8 @@ def sweep(subject: Subject) -> dict:
 @section("a study, and the windows of one model, one after the other and by Ray workers of one thread", default=False)
 def workers(subject: Subject) -> dict:
     from recon.experiment import ray_windows
-    from recon.experiment.cluster import Ray
     from recon.experiment.study import grid
+    from recon.experiment.workers import Ray
 
     base = _run_spec(subject, device="cpu")
     specs = grid(base, criterion=["magnitude", "wanda"], seed=range(subject.spec.repeats))
