@@ -188,4 +188,4 @@ def test_patterns_have_one_spelling(alias, name):
 @pytest.mark.parametrize("kind", [ReconstructionConfig, lambda **given: RetrainingConfig(method="full", **given)])
 def test_the_schedule_is_made_of_the_options(kind):
     given = {"learning_rate": 0.02, "epochs": 3, "batch_size": 2, "accumulation": 4, "warmup": 0.3}
-    assert vars(kind(**given).schedule) == given
+    assert vars(kind(**given).schedule).items() >= given.items()
