@@ -155,6 +155,9 @@ class ReconstructionConfig(Options):
     )
     accumulation: int = option(1, "Forward passes per optimiser step.", least=1)
     warmup: float = option(0.1, "Share of the steps in which the learning rate rises.", least=0, most=1)
+    weight_decay: float = option(
+        0.0, "Decoupled weight decay of AdamW: each step shrinks the weights by this times the learning rate.", least=0
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
@@ -171,7 +174,7 @@ class ReconstructionConfig(Options):
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup)
+        return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup, self.weight_decay)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Schedule:
     batch_size: int = 1  # samples per forward pass
     accumulation: int = 1  # forward passes per optimiser step
     warmup: float = 0.1  # share of the steps in which the learning rate rises
+    weight_decay: float = 0.0  # each step shrinks the weights by this times the learning rate
 
     def scaled(self, factor: float) -> "Schedule":
         """The same schedule with its learning rate multiplied by `factor`."""
@@ -68,7 +69,7 @@ def descend(
         masks: pairs of parameter and keep-mask of its shape, 1 = survives; dropped weights are exact zeros after every step.
         after_step: called with the loss of every step.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
     losses, norms = [], []
     for step in range(steps):

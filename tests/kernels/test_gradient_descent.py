@@ -1,11 +1,14 @@
 """Masked AdamW and its schedule, on a matrix small enough to reason about."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from recon.config import ReconstructionConfig
 from recon.kernels.gradient_descent import NORM_EVERY, Curve, Schedule, descend
 
 
@@ -88,6 +91,20 @@ def test_dropped_weights_are_zero_after_every_step_and_the_loss_falls(problem):
     assert curve.losses == [loss.item() for loss in told]
     assert curve.losses[-1] < 0.8 * curve.losses[0]
     assert weight.grad is None
+
+
+def test_weight_decay_shrinks_what_no_gradient_holds():
+    schedule = ReconstructionConfig(learning_rate=0.1, weight_decay=0.5).schedule
+    weight, mask = nn.Parameter(torch.tensor([4.0, -2.0, 1.0])), torch.tensor([True, True, False])
+
+    def gradients(step: int) -> torch.Tensor:
+        weight.grad = torch.zeros(3)
+        return torch.zeros(())
+
+    descend(gradients, [weight], [(weight, mask)], schedule, 10)
+    left = math.prod(1 - 0.5 * 0.1 * schedule.factor(step, 10) for step in range(10))
+    assert left < 0.8
+    assert_close(weight.detach(), left * torch.tensor([4.0, -2.0, 0.0]))
 
 
 def test_without_a_mask_everything_is_trained(problem):
