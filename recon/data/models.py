@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -28,7 +27,6 @@ from recon.model.skeleton import auto_class
 from recon.runtime.weights import (
     Checkpoint,
     check_finite,
-    check_stored,
     check_unquantised,
     open_model,
     quantisation,
@@ -78,12 +76,12 @@ def folder(name: str, revision: str | None = None, trust_remote_code: bool = Fal
     with _loading(name, revision):
         if not found.is_dir():
             found = files.hub_snapshot(str(found), revision, trust_remote_code)
-        check_code(found, trust_remote_code)
+        _check_code(found, trust_remote_code)
         files.shards(found)
     return found
 
 
-def check_code(folder: Path, trust_remote_code: bool) -> None:
+def _check_code(folder: Path, trust_remote_code: bool) -> None:
     """Raises `ReconError` if the model in `folder` needs code that comes with it, unless that is trusted."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -100,18 +98,17 @@ def check_code(folder: Path, trust_remote_code: bool) -> None:
 
 @contextlib.contextmanager
 def _loading(name: str, revision: str | None) -> Iterator[None]:
-    """Context that raises a `ReconError` naming the model for any error, and shows no progress bars of transformers.
-
-    Its bar of loading weights takes a second, and would stand between ours.
-    """
+    """Context that raises a `ReconError` naming the model for any error, and hides transformers' progress bars, which stand between ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     except Exception as error:  # transformers, tokenizers, safetensors, huggingface_hub and its HTTP client raise their own kinds
         at = f" at revision {revision!r}" if revision else ""
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise ReconError(f"model {name!r}{at} cannot be loaded: {kind}{error}") from error
+        kind = "" if isinstance(error, ReconError) else f"{type(error).__name__}: "
+        known = Path(name).exists() or name in assets.BUNDLED_MODELS
+        hint = "" if known else f"; give another revision, a local folder, or a bundled model: {', '.join(assets.BUNDLED_MODELS)}"
+        raise ReconError(f"model {name!r}{at} cannot be loaded: {kind}{error}{hint}") from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -139,13 +136,14 @@ def load(
             config=config, ignore_mismatched_sizes=True,  # refused below, by name
         )  # fmt: skip
         if not undone:
-            _check_stored(files.shards(where), model)
-    if found["mismatched_keys"]:
-        wrong = ", ".join(f"{key} is {tuple(has)}, not {tuple(wants)}" for key, has, wants in sorted(found["mismatched_keys"]))
-        raise ReconError(f"model {name!r} has weights of other shapes than its config.json calls for: {wrong}")
-    if found["missing_keys"]:
-        missing = ", ".join(sorted(found["missing_keys"]))
-        raise ReconError(f"model {name!r} lacks weights that its config.json calls for: {missing}")
+            Checkpoint(model, files.shards(where))  # refuses values that need scales from elsewhere
+        if found["mismatched_keys"]:
+            wrong = ", ".join(
+                f"{key} is {tuple(has)}, not {tuple(wants)}" for key, has, wants in sorted(found["mismatched_keys"])
+            )
+            raise ReconError(f"it has weights of other shapes than its config.json calls for: {wrong}")
+        if found["missing_keys"]:
+            raise ReconError(f"it lacks weights that its config.json calls for: {', '.join(sorted(found['missing_keys']))}")
     warn_of_surplus(model, found["unexpected_keys"])
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
@@ -173,15 +171,6 @@ def _undo_quantisation(config: PretrainedConfig) -> bool:
     return True
 
 
-def _check_stored(shards: list[Path], model: PreTrainedModel) -> None:
-    """Raises `ReconError` naming a parameter whose stored values need scales from elsewhere."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for path in shards:
-        with safe_open(path, "pt") as file:
-            for name in parameters.intersection(file.keys()):
-                check_stored(name, file.get_slice(name).get_dtype(), path)
-
-
 def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """The weights of the pruned model `name`, to be read parameter by parameter; `dense` is the model that it was pruned from.
 
@@ -191,30 +180,23 @@ def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, 
     where = folder(name, revision, trust_remote_code)
     with _loading(name, revision):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-    if config.model_type != dense.config.model_type:
-        raise ReconError(
-            f"pruned model {name!r} is of type {config.model_type!r}, and the dense one of type {dense.config.model_type!r}"
-        )
-    try:
+        if config.model_type != dense.config.model_type:
+            raise ReconError(f"it is of type {config.model_type!r}, and the dense model of type {dense.config.model_type!r}")
         check_unquantised(config)
         return Checkpoint(dense, files.shards(where))
-    except ReconError as error:
-        raise ReconError(f"pruned model: {error}") from error
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of the model called `name`; no other file of a folder or of the Hub is read.
 
-    Raises `ReconError` for what `locate` and `fingerprint` refuse, and if it cannot be read.
+    Raises `ReconError` for what `locate` refuses, and if it cannot be read.
     """
     where = locate(name)
-    if not Path(where).is_dir():
-        # Asks the Hub once; reading a file would ask several times before it gives up.
-        revision = fingerprint(name, revision, trust_remote_code)
-    try:
+    with _loading(name, revision):
+        if not Path(where).is_dir():
+            # Asks the Hub once; reading a file would ask several times before it gives up.
+            revision = files.commit(where, revision)
         return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers and huggingface_hub each raise their own kinds
-        raise ReconError(f"model {name!r}: its configuration cannot be read: {error}") from error
 
 
 def skeleton(
@@ -244,14 +226,8 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
         return files.digest(Path(name))
     where = Path(locate(name))
     if not where.is_dir():
-        try:
+        with _loading(name, revision):
             return files.commit(str(where), revision)
-        except Exception as error:  # huggingface_hub and its HTTP client each raise their own kinds
-            at = f" at revision {revision!r}" if revision else ""
-            raise ReconError(
-                f"model {name!r}{at} cannot be had from the Hub ({type(error).__name__}: {error}); "
-                f"give a local folder, or a bundled model: {', '.join(assets.BUNDLED_MODELS)}"
-            ) from error
     suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
     read = {path.name for path in where.iterdir() if path.suffix in suffixes or path.name in VOCABULARY_FILES}
     read.discard(files.RECORD)  # of the run that made the model

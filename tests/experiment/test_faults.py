@@ -111,7 +111,7 @@ def test_a_hub_that_cannot_be_reached_is_said(spec, no_hub, capsys):
         main(options(spec.replaced(model="somebody/something", revision="v2")))
     errors = capsys.readouterr().err
     assert end.value.code == 2 and "Traceback" not in errors
-    assert "model 'somebody/something' at revision 'v2' cannot be had from the Hub (ConnectionError: Name or service" in errors
+    assert "model 'somebody/something' at revision 'v2' cannot be loaded: ConnectionError: Name or service" in errors
     assert "smollm2-135m" in errors
 
 
