@@ -97,7 +97,7 @@ def _check_code(folder: Path, trust_remote_code: bool) -> None:
 
 
 @contextlib.contextmanager
-def _loading(name: str, revision: str | None) -> Iterator[None]:
+def _loading(name: str, revision: str | None, what: str = "model") -> Iterator[None]:
     """Context that raises a `ReconError` naming the model for any error, and hides transformers' progress bars, which stand between ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -108,7 +108,7 @@ def _loading(name: str, revision: str | None) -> Iterator[None]:
         kind = "" if isinstance(error, ReconError) else f"{type(error).__name__}: "
         known = Path(name).exists() or name in assets.BUNDLED_MODELS
         hint = "" if known else f"; give another revision, a local folder, or a bundled model: {', '.join(assets.BUNDLED_MODELS)}"
-        raise ReconError(f"model {name!r}{at} cannot be loaded: {kind}{error}{hint}") from error
+        raise ReconError(f"{what} {name!r}{at} cannot be loaded: {kind}{error}{hint}") from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -178,7 +178,7 @@ def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, 
     `recon.methods.external_mask`.
     """
     where = folder(name, revision, trust_remote_code)
-    with _loading(name, revision):
+    with _loading(name, revision, "pruned model"):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         if config.model_type != dense.config.model_type:
             raise ReconError(f"it is of type {config.model_type!r}, and the dense model of type {dense.config.model_type!r}")

@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_pat
     made = make(state[name].clone()) if name in state and name != "lm_head.weight" else make(None)
     folder = spoilt(**{name: made})
     monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
-    with pytest.raises(ReconError, match=f"pruned model: .*{said}"):
+    with pytest.raises(ReconError, match=f"pruned model.*{said}"):
         record_of(spec.replaced(pruned=folder), save=tmp_path / "saved", stream=stream)
     assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
 
@@ -194,7 +194,7 @@ def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, ti
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_a_model_of_another_type_is_refused(spec, tmp_path, stream):
     make_model("qwen2").save_pretrained(tmp_path)
-    with pytest.raises(ReconError, match=f"pruned model '{tmp_path}' is of type 'qwen2', and the dense one of type 'llama'"):
+    with pytest.raises(ReconError, match=f"pruned model '{tmp_path}' .* is of type 'qwen2', and the dense model of type 'llama'"):
         record_of(spec.replaced(pruned=str(tmp_path)), stream=stream)
 
 
