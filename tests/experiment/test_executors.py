@@ -161,7 +161,7 @@ def test_memory_is_set_aside_for_the_largest_run_of_a_model(tiny_folder, tiny_te
     def memory(specs, *nodes) -> int:
         return executors._memory(specs, [{"CPU": 2.0, "memory": size} for size in nodes], Request(1, 0, 0))
 
-    planned = max(plan(spec).peaks["cpu"] for spec in specs)
+    planned = max(plan(spec).rooms["memory"][0] for spec in specs)
     assert memory(specs, 1e12) == 0  # little of a worker's share of the node
     assert 0.9 < memory(specs, planned, 2 * planned) / planned < 1.1
     assert memory(specs, planned / 2) == int(planned / 2)  # a run that is too large will say so itself
