@@ -115,8 +115,8 @@ def pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[int, R
 
 def _distance(tuning: tuple) -> tuple:
     """How far a tuning is from the defaults, option by option; the tuning itself decides ties."""
-    # A warm-up of 0 is further from the default than any positive one.
-    return *(abs(math.log(max(value, 1e-12) / DEFAULTS[name])) for name, value in tuning), repr(tuning)
+    # 0 counts as 1e-12: a warm-up of 0 is further from the default than any positive one, and so is any weight decay from none.
+    return *(abs(math.log(max(value, 1e-12) / max(DEFAULTS[name], 1e-12))) for name, value in tuning), repr(tuning)
 
 
 def protocol(run: Run, kind: str, cost: str = "") -> tuple:
