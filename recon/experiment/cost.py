@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from recon.config import ReconstructionConfig
 from recon.experiment.config import RunSpec
 from recon.experiment.memory import highest, memory
 from recon.kernels import criteria
@@ -60,83 +61,66 @@ def flops(spec: RunSpec, decoder: Decoder) -> dict[str, float]:
 
 
 def _prune(spec: RunSpec, model: "_Model") -> float:
-    rule = criteria.get("none" if spec.model.pruned else spec.pruning.criterion)
-    tokens, found = spec.samples_by_phase["prune"] * spec.calibration.sequence_length, 0.0
-    if rule.statistics != "none" or spec.pruning.mask_refinement:
-        passes = 1 + model.again if spec.pruning.statistics == "sparse" and rule.scope != "model" else 1
-        found = passes * model.forward(spec.calibration.sequence_length) * tokens
-    if rule.statistics == "gram" or spec.pruning.mask_refinement:
+    pruning, length = spec.pruning, spec.calibration.sequence_length
+    rule = criteria.get("none" if spec.model.pruned else pruning.criterion)
+    tokens, found = spec.samples_by_phase["prune"] * length, 0.0
+    if rule.statistics != "none" or pruning.mask_refinement:
+        passes = 1 + model.again if pruning.statistics == "sparse" and rule.scope != "model" else 1
+        found = passes * model.forward(length) * tokens
+    if rule.statistics == "gram" or pruning.mask_refinement:
         found += model.grams * tokens
-    return found + model.inverses if spec.pruning.criterion == "sparsegpt" else found
+    return found + model.inverses if pruning.criterion == "sparsegpt" else found
 
 
 def _reconstruct(spec: RunSpec, model: "_Model") -> float:
-    forward, found = model.forward(spec.calibration.sequence_length), 0.0
-    tokens = spec.calibration.samples * spec.calibration.sequence_length
-    dense, sparse = spec.reconstruction.propagation != "sparse", spec.reconstruction.propagation != "dense"
+    how, samples, length = spec.reconstruction, spec.calibration.samples, spec.calibration.sequence_length
+    forward, tokens, found = model.forward(length), samples * length, 0.0
+    dense, sparse = how.propagation != "sparse", how.propagation != "dense"
     per_token = forward + sparse * model.again * forward  # the dense model's pass, and the student's own
-    if spec.reconstruction.granularity == "matrix":
+    if how.granularity == "matrix":
         # Targets come matrix by matrix; inputs too, unless one run of the dense block tells them all.
-        targets = 0 if spec.reconstruction.solver == "exact" and not sparse else 2 * model.weights
+        targets = 0 if how.solver == "exact" and not sparse else 2 * model.weights
         per_token += targets - (0 if dense else forward) + sparse * (1 + dense) * model.prefixes
-    if spec.reconstruction.solver == "adamw":
-        per_token += _descend(spec, model)
-        if spec.reconstruction.adapter != "none":
-            found += (
-                spec.reconstruction.epochs
-                * -(-spec.calibration.samples // spec.reconstruction.batch_size)
-                * 6
-                * spec.reconstruction.rank
-                * model.weights
-            )
-    if spec.reconstruction.solver == "exact" or spec.reconstruction.start == "exact":
-        used = (
-            tokens
-            * min(spec.reconstruction.exact_samples or spec.calibration.samples, spec.calibration.samples)
-            / spec.calibration.samples
-        )
-        found += model.grams * used + 2 * model.products * (1 + spec.reconstruction.exact_iterations)
+    if how.solver == "adamw":
+        per_token += _descend(how, length, model)
+        if how.adapter != "none":
+            found += how.epochs * -(-samples // how.batch_size) * 6 * how.rank * model.weights
+    if how.solver == "exact" or how.start == "exact":
+        used = tokens * min(how.exact_samples or samples, samples) / samples
+        found += model.grams * used + 2 * model.products * (1 + how.exact_iterations)
     found += per_token * tokens
     # Errors: on held-out samples, through the dense windows too; before and after through the student's.
-    return found + ERROR_SAMPLES * spec.calibration.sequence_length * forward * ((spec.calibration.held_out_samples > 0) + 2)
+    return found + ERROR_SAMPLES * length * forward * ((spec.calibration.held_out_samples > 0) + 2)
 
 
-def _descend(spec: RunSpec, model: "_Model") -> float:
+def _descend(how: ReconstructionConfig, length: int, model: "_Model") -> float:
     """Per token of the samples: the student's forward and backward passes."""
-    attention = model.attention(spec.calibration.sequence_length)
-    found = spec.reconstruction.epochs * (
-        model.forward(spec.calibration.sequence_length) + 2 * model.weights
-    )  # the student, and its weights' gradients
-    if spec.reconstruction.granularity == "matrix":
-        return found - spec.reconstruction.epochs * attention
-    first = (
-        0 if spec.reconstruction.train == "all" else sum(map(model.first, model.decoder.windows(spec.reconstruction.granularity)))
-    )
-    return found + spec.reconstruction.epochs * (2 * (model.weights - first) + 2 * attention)
+    found = how.epochs * (model.forward(length) + 2 * model.weights)  # the student, and its weights' gradients
+    if how.granularity == "matrix":
+        return found - how.epochs * model.attention(length)
+    first = 0 if how.train == "all" else sum(map(model.first, model.decoder.windows(how.granularity)))
+    return found + how.epochs * (2 * (model.weights - first) + 2 * model.attention(length))
 
 
 def _retrain(spec: RunSpec, model: "_Model") -> float:
-    forward, found = model.forward(spec.calibration.sequence_length), 0.0
-    samples = spec.samples_by_phase["retrain"]
+    how, samples, length = spec.retraining, spec.samples_by_phase["retrain"], spec.calibration.sequence_length
+    forward, found = model.forward(length), 0.0
     whole = forward + 2 * model.head
-    backward = 2 * (model.weights + model.head) + 2 * model.attention(spec.calibration.sequence_length)
-    if spec.retraining.method == "full":
+    backward = 2 * (model.weights + model.head) + 2 * model.attention(length)
+    if how.method == "full":
         backward += 2 * (model.weights + model.head)
-    elif spec.retraining.method == "lora":
-        backward += (3 + spec.retraining.checkpointing) * 2 * spec.retraining.rank * model.edges
-    elif spec.retraining.method in ADAPTERS:
+    elif how.method == "lora":
+        backward += (3 + how.checkpointing) * 2 * how.rank * model.edges
+    elif how.method in ADAPTERS:
         backward += 2 * model.weights
-        batches = spec.retraining.epochs * -(-samples // spec.retraining.batch_size)
-        found += batches * (6 + 2 * spec.retraining.checkpointing) * spec.retraining.rank * model.weights
-    per_token = whole + backward + whole * (spec.retraining.objective == "distil") + forward * spec.retraining.checkpointing
-    return found + spec.retraining.epochs * per_token * samples * spec.calibration.sequence_length
+        found += how.epochs * -(-samples // how.batch_size) * (6 + 2 * how.checkpointing) * how.rank * model.weights
+    per_token = whole + backward + whole * (how.objective == "distil") + forward * how.checkpointing
+    return found + how.epochs * per_token * samples * length
 
 
 def _evaluate(spec: RunSpec, model: "_Model") -> float:
     tokens = len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length
-    changed = (
-        spec.reconstruction.granularity != "none" or spec.retraining.method != "none"
-    )  # after pruning, so that it is evaluated once more
+    changed = spec.reconstruction.granularity != "none" or spec.retraining.method != "none"  # so that it is evaluated once more
     return (2 + changed) * tokens * (2 * model.head + model.forward(spec.evaluation.length))
 
 

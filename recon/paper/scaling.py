@@ -42,19 +42,19 @@ class Windows:
     Args:
         count: how many.
         dense_seconds: of the dense model's pass over one, in the process that hands them out.
-        repair_seconds: in the worker that repairs it.
-        sent, returned: bytes to the worker (weights dense and pruned, masks, activations) and back (repaired weights).
+        reconstruct_seconds: in the worker that reconstructs it.
+        sent, returned: bytes to the worker (weights dense and pruned, masks, activations) and back (reconstructed weights).
     """
 
     count: int
     dense_seconds: float
-    repair_seconds: float
+    reconstruct_seconds: float
     sent: int
     returned: int
 
 
 def windows(one: Windows, workers: int, bandwidth: float, start: float = 0.0) -> Prediction:
-    """Windows repaired side by side, as `recon.reconstruct` has Ray do it.
+    """Windows reconstructed side by side, as `recon.reconstruct` has Ray do it.
 
     One process runs the dense model up to each window in turn and sends the window off, to the worker that is free first; all
     that is sent leaves that process's node one after another, and all that is returned comes in likewise.
@@ -68,19 +68,19 @@ def windows(one: Windows, workers: int, bandwidth: float, start: float = 0.0) ->
     for _ in range(one.count):
         ready += one.dense_seconds
         sent = max(sent, ready) + sending
-        done = max(sent, free[0]) + one.repair_seconds
+        done = max(sent, free[0]) + one.reconstruct_seconds
         heapq.heapreplace(free, done)
         back = max(back, done) + returning
     used = min(workers, one.count)
     parts = {
         # The last round of windows keeps only some of the workers busy.
-        "repair": -(-one.count // used) * one.repair_seconds,
+        "reconstruction": -(-one.count // used) * one.reconstruct_seconds,
         "dense pass": one.count * one.dense_seconds,
         "network": one.count * max(sending, returning),
         "start of workers": start,
     }
     if workers >= one.count:
-        parts["no more windows"] = parts.pop("repair")  # each worker has one: more workers find nothing to do
+        parts["no more windows"] = parts.pop("reconstruction")  # each worker has one: more workers find nothing to do
     return Prediction(back, parts)
 
 
@@ -90,18 +90,18 @@ def windows_of(spec: RunSpec, decoder: Decoder, rate: float) -> Windows:
     Weights and activations are counted in float32, masks in bytes, as they are sent.
     """
     parts = decoder.windows(spec.reconstruction.granularity)
-    numbers = sum(sum(p.numel() for p in decoder.parameters(window).values()) for window in parts) / len(parts)
+    parameters = sum(sum(p.numel() for p in decoder.parameters(window).values()) for window in parts) / len(parts)
     masks = sum(matrix.weight.numel() for matrix in decoder.matrices().values()) / len(parts)
     samples = spec.calibration.samples + min(spec.calibration.held_out_samples, ERROR_SAMPLES)
     stream = samples * spec.calibration.sequence_length * decoder.model.config.get_text_config().hidden_size
     dense = cost.forward_flops(decoder, spec.calibration.sequence_length) * samples * spec.calibration.sequence_length
-    repair = cost.flops(spec, decoder)["reconstruct"]
+    reconstruct = cost.flops(spec, decoder)["reconstruct"]
     return Windows(
         len(parts),
         dense / rate / len(parts),
-        repair / rate / len(parts),
-        int(4 * (2 * numbers + stream) + masks),
-        int(4 * numbers),
+        reconstruct / rate / len(parts),
+        int(4 * (2 * parameters + stream) + masks),
+        int(4 * parameters),
     )
 
 

@@ -19,11 +19,11 @@ def test_runs_go_to_whoever_is_free_first():
 
 
 def test_windows_by_hand():
-    one = Windows(3, dense_seconds=1, repair_seconds=10, sent=20, returned=10)
+    one = Windows(3, dense_seconds=1, reconstruct_seconds=10, sent=20, returned=10)
     # Ready at 1, 2, 3; sent, in 2 s each, at 3, 5, 7; two workers: done at 13, 15, 23; back 1 s later.
     assert windows(one, workers=2, bandwidth=10).seconds == 24
     assert windows(one, workers=2, bandwidth=10, start=4).seconds == 25
-    assert windows(one, workers=2, bandwidth=10).bottleneck == "repair"
+    assert windows(one, workers=2, bandwidth=10).bottleneck == "reconstruction"
     assert windows(one, workers=3, bandwidth=10).seconds == 18
     assert windows(one, workers=64, bandwidth=10).bottleneck == "no more windows"
     assert windows(one, workers=3, bandwidth=1).bottleneck == "network"
@@ -41,7 +41,7 @@ def test_nothing_is_faster_than_any_of_its_parts_or_slower_than_all_of_them_in_t
         found = windows(one, workers, bandwidth, start)
         assert max(found.parts.values()) <= found.seconds * (1 + 1e-12) and found.seconds <= before * (1 + 1e-12)
         before = found.seconds
-    each = one.dense_seconds + one.repair_seconds + (one.sent + one.returned) / bandwidth
+    each = one.dense_seconds + one.reconstruct_seconds + (one.sent + one.returned) / bandwidth
     assert alone.seconds <= start + one.count * each * (1 + 1e-12)
     runs = [draw.random() for _ in range(draw.randint(1, 30))]
     for workers in (1, 2, 7):
@@ -59,6 +59,6 @@ def test_windows_from_shapes(tiny):
     matrices = block - 2 * 32  # norms
     assert (found.count, found.returned) == (3, 4 * block)
     assert found.sent == 4 * (2 * block + (6 + 2) * 16 * 32) + matrices
-    assert found.repair_seconds == pytest.approx(flops(spec, decoder)["reconstruct"] / 3e6)
+    assert found.reconstruct_seconds == pytest.approx(flops(spec, decoder)["reconstruct"] / 3e6)
     attention = 2 * 16 * 32  # scores and weighted sums over the causal half, of 32 numbers per token
     assert found.dense_seconds == pytest.approx((6 + 2) * 16 * (2 * matrices + attention) / 1e6)
