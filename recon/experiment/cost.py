@@ -109,8 +109,6 @@ def _retrain(spec: RunSpec, model: "_Model") -> float:
     backward = 2 * (model.weights + model.head) + 2 * model.attention(length)
     if how.method == "full":
         backward += 2 * (model.weights + model.head)
-    elif how.method == "lora":
-        backward += (3 + how.checkpointing) * 2 * how.rank * model.edges
     elif how.method in ADAPTERS:
         backward += 2 * model.weights
         found += how.epochs * -(-samples // how.batch_size) * (6 + 2 * how.checkpointing) * how.rank * model.weights
@@ -134,7 +132,6 @@ class _Model:
         # A matrix of an expert multiplies some of the tokens only.
         self.share = {name: matrix.share for name, matrix in decoder.matrices().items()}
         self.weights = sum(map(self.per_token, self.matrices))
-        self.edges = sum(rows + columns for rows, columns in shapes)
         self.products = sum(rows * columns**2 for rows, columns in shapes)  # of every matrix with its Gram matrix
         predicted = decoder.predicted(torch.empty(1, 2)).shape[1] / 2  # of all tokens; an encoder-decoder predicts half of them
         self.head = predicted * sum(weight.numel() for weight in decoder.head_weights())

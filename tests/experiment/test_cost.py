@@ -68,7 +68,7 @@ def test_closed_form_agrees_with_what_is_counted(options, tokens):
     phase = "retrain" if retrained else "reconstruct" if fitted else "prune"
     execution = Execution(compute_dtype="float32", progress=False)
     if phase != "prune":
-        masks = prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+        masks = prune(model, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     student = take_apart(model, like=teacher)
     with Counter() as counter:
         if phase == "prune":
@@ -87,7 +87,7 @@ def test_gram_matrices_and_exact_solutions_are_counted(tokens):
         samples=32, sequence_length=48, held_out_samples=0, granularity="matrix", solver="exact", exact_iterations=4
     )
     model = copy.deepcopy(dense)
-    masks = prune(model, PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
+    masks = prune(model, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     with Counter() as counter:
         execution = Execution(compute_dtype="float32", progress=False)
         reconstruct(take_apart(model, like=teacher), teacher, batch, spec.reconstruction, masks=masks, execution=execution)
