@@ -18,8 +18,9 @@ from recon.experiment.config import RunOptions
 from recon.experiment.record import RunRecord, read_record
 from recon.model.decoder import Decoder
 from recon.model.windows import Window
-from recon.runtime import lock, storage
+from recon.runtime import lock
 from recon.runtime.folder_store import SAVE, FolderStore
+from recon.runtime.storage import check_writable, complete, remove_unfinished, rename, sha256, sync_all, write_json
 from recon.runtime.weights import SAVED, rounded
 
 log = logging.getLogger("recon")
@@ -70,7 +71,7 @@ def check_target(folder: Path) -> None:
     """Raises `ReconError` unless `folder` can be made, or is empty and can be written to."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ReconError(f"save folder {str(folder)!r} exists and is not an empty folder; name a new one")
-    storage.check_writable(folder.parent, "save folder")
+    check_writable(folder.parent, "save folder")
 
 
 def check_places(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -108,7 +109,7 @@ def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
         return None
     try:
         files.shards(folder)
-        if record.environment.get("checkpoint") != storage.sha256(folder / files.HASHES):
+        if record.environment.get("checkpoint") != sha256(folder / files.HASHES):
             raise ReconError(f"{files.HASHES} is not what was written")
     except (ReconError, OSError) as error:
         raise ReconError(
@@ -122,14 +123,15 @@ def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
 
 
 @contextlib.contextmanager
-def complete(folder: Path) -> Iterator[Path]:
-    """Context that gives a new folder to write a checkpoint to, and gives it its place `folder` at the end; see `storage.complete`.
+def writing(folder: Path) -> Iterator[Path]:
+    """Context that gives a new folder to write a checkpoint to, and gives it its place `folder` at the end; see
+    `recon.runtime.storage.complete`.
 
     The caller holds the lock, see `locked`. Raises `ReconError` naming the folder where the disk is full or cannot be written.
     """
-    storage.remove_unfinished(folder.parent, glob.escape(folder.name))  # of processes that were killed
+    remove_unfinished(folder.parent, glob.escape(folder.name))  # of processes that were killed
     try:
-        with storage.complete(folder) as temporary:
+        with complete(folder) as temporary:
             temporary.mkdir()
             yield temporary
     except Exception as error:
@@ -164,7 +166,7 @@ def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _describe(folder: Path, tokenizer: PreTrainedTokenizerBase, record: RunRecord, options: RunOptions) -> None:
     """Writes tokenizer and model card; notes the hash of hashes, which tells the checkpoint from others, in the record."""
     tokenizer.save_pretrained(folder)
-    record.environment["checkpoint"] = storage.sha256(folder / files.HASHES)
+    record.environment["checkpoint"] = sha256(folder / files.HASHES)
     write_card(folder, record, options)
 
 
@@ -227,12 +229,12 @@ def write_rest(
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        storage.write_json(folder / files.INDEX, _index(folder))
+        write_json(folder / files.INDEX, _index(folder))
         written = [entry["shard"] for entry in store.journal.entries if "shard" in entry]
         hashes = "".join(f"{entry['sha256']}  {Path(entry['file']).name}\n" for entry in written)
         (folder / files.HASHES).write_text(hashes, encoding="utf-8")
         _describe(folder, tokenizer, record, options)
-        storage.sync_all(folder)
+        sync_all(folder)
     except Exception as error:
         if not not_written(error):
             raise
@@ -252,8 +254,8 @@ def move(written: Path, folder: Path, record: RunRecord) -> None:
             f"the checkpoint has been moved to {str(folder)!r}, and is not there any more; delete {str(written.parent)!r} to begin anew"
         )
     try:
-        storage.write_json(written / files.RECORD, record.to_dict())
-        storage.rename(written, folder)
+        write_json(written / files.RECORD, record.to_dict())
+        rename(written, folder)
     except OSError as error:
         raise ReconError(
             f"checkpoint cannot be moved to {str(folder)!r}: {error}. It is complete in {str(written)!r}; the same command moves it "

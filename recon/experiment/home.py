@@ -139,7 +139,7 @@ class InMemory:
         if self.options.save is None:
             yield None
             return
-        with checkpoint.complete(self.options.save) as folder:
+        with checkpoint.writing(self.options.save) as folder:
             yield folder
             write_json(folder / files.RECORD, record.to_dict())
 

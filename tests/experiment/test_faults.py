@@ -1,7 +1,6 @@
 """What goes wrong around a run: damaged folders, full disks and memories, no Hub, numbers that are none, a death in mid-write."""
 
 import contextlib
-import copy
 import errno
 import json
 import os
@@ -10,32 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.models import FLOAT32, make_model, random_tokens
 from fixtures.runs import options, record_of
 from safetensors.torch import load_file, save_file
-from torch.testing import assert_close
 
 import recon
 from recon.cli import main
-from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.data import models
 from recon.errors import ReconError
 from recon.experiment import study
 from recon.experiment.record import read_record
 from recon.experiment.study import grid, run_study, write_record
-from recon.kernels.gradient_descent import Schedule
-from recon.kernels.losses import LOSSES
-from recon.methods.statistics import gather
-from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
-from recon.runtime.execution import Execution
-from recon.runtime.store import MemoryStore
+from recon.methods.fit import WindowFit
+from recon.methods.reconstruct import NOT_FINITE
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +34,11 @@ def spec(tiny_folder, tiny_text) -> recon.RunSpec:
         model=tiny_folder, text=tiny_text, samples=4, sequence_length=16, held_out_samples=0, granularity="none",
         evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=16, compute_dtype="float32",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def record(spec):
+    return record_of(spec)
 
 
 @pytest.fixture
@@ -124,8 +119,7 @@ def test_a_study_refuses_an_unknown_model_before_anything_runs(spec, tmp_path, m
 # ---- a full disk
 
 
-def test_a_record_for_which_there_is_no_room(spec, tmp_path):
-    record = record_of(spec)
+def test_a_record_for_which_there_is_no_room(record, tmp_path):
     with room_for(1000), pytest.raises(ReconError, match=r"record cannot be written to .*r\.json'.*File too large"):
         write_record(record, tmp_path / "full" / "r.json")
     assert list((tmp_path / "full").iterdir()) == []
@@ -173,15 +167,16 @@ recon.run_study(study.grid(recon.RunSpec.of(**{settings!r}), seed=range(3)), {fo
 """
 
 
+@pytest.mark.slow
 def test_a_study_killed_while_it_writes_a_record_goes_on(spec, tmp_path, monkeypatch):
     records, specs = tmp_path / "records", grid(spec, seed=range(3))
-    code = STUDY.format(settings=asdict(spec), folder=str(records))
+    code = STUDY.format(settings=spec.flat(), folder=str(records))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     [whole] = records.glob("*.json")
     [half] = [file for file in records.iterdir() if file.name.startswith(".") and ".json" in file.name]  # under another name
     before, ran = whole.stat(), []
-    monkeypatch.setattr(study, "run", lambda spec, *a, **k: ran.append(spec) or record_of(spec, *a, **k))
+    monkeypatch.setattr(study, "run", lambda spec, *a, **k: ran.append(spec) or recon.run(spec, *a, **k))
     assert list(run_study(specs, records, progress=False).status) == ["done"] * 3
     assert len(ran) == 2 and not half.exists()
     assert (whole.stat().st_ino, whole.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -203,6 +198,7 @@ cli.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["no", "yes"])
 @pytest.mark.parametrize("place", ["record", "30000"], ids=["before the record", "in mid-write"])
 def test_a_run_that_is_killed_ends_with_its_record_when_it_is_repeated(stream, place, spec, tmp_path, monkeypatch):
@@ -225,11 +221,9 @@ def test_a_run_that_is_killed_ends_with_its_record_when_it_is_repeated(stream, p
     assert read_record(record) == read_record(saved / "record.json") and models.load(str(saved))
 
 
-@pytest.mark.parametrize("name", ["spec", "metrics", "seconds", "peak_memory_bytes_by_phase"])
-@pytest.mark.parametrize("value", [None, [], 3, "done"])
-def test_a_record_with_a_field_of_the_wrong_kind_is_computed_anew(spec, tmp_path, caplog, name, value):
+@pytest.mark.parametrize("name, value", [("spec", None), ("metrics", []), ("seconds", 3), ("peak_memory_bytes_by_phase", "done")])
+def test_a_record_with_a_field_of_the_wrong_kind_is_computed_anew(spec, record, tmp_path, caplog, name, value):
     path = tmp_path / f"{spec.key()}.json"
-    record = record_of(spec)
     path.write_text(json.dumps(record.to_dict() | {name: value}))
     found = run_study([spec], tmp_path, progress=False)
     assert f"not a record: {name} is {type(value).__name__}" in caplog.text and "set aside" in caplog.text
@@ -254,31 +248,13 @@ def test_a_failure_leaves_no_trace_in_the_runs_after_it(spec, tmp_path, monkeypa
             raise RuntimeError("out of pencils")
         return calls[-1]
 
-    monkeypatch.setattr("recon.methods.prune.prune", fail_once)
+    monkeypatch.setattr("recon.experiment.run.prune", fail_once)
     found = run_study(specs, tmp_path, progress=False)
     assert list(found.status) == ["failed", "done"]
     assert found.perplexity[1] == record_of(specs[1]).metrics["perplexity"]
 
 
-# ---- settings of the wrong kind
-
-
-def test_one_evaluation_text_may_be_given_bare(spec, tiny_text):
-    assert spec.replaced(evaluation_texts=tiny_text) == spec
-
-
-@pytest.mark.parametrize(
-    "name, value", [("learning_rate", True), ("learning_rate", "1e-3"), ("warmup", "none"), ("warmup", True)]
-)
-def test_numbers_are_numbers(name, value):
-    with pytest.raises(ReconError, match=f"{name} is {value!r}; allowed: a number"):
-        recon.RunSpec.of(**{name: value})
-
-
-def test_key_is_the_same_in_another_process(spec):
-    code = f"import recon; print(recon.RunSpec.of(**{asdict(spec)!r}).key())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == spec.key()
+# ---- keys, and what runs share
 
 
 def test_key_changes_with_the_weights_and_with_the_text(spec, folder):
@@ -301,8 +277,8 @@ def test_key_changes_with_the_weights_and_with_the_text(spec, folder):
         ({"scope": "matrix"}, ["model", "dense"]),
         ({"samples": 3}, ["model", "dense"]),
         ({"statistics": "dense"}, ["model", "dense"]),
-        ({"evaluation_length": 32}, ["model"]),
-        ({"granularity": "block", "learning_rate": 1e-3, "loss": "cosine"}, ["model", "dense", "pruned"]),
+        ({"evaluation_length": 32}, ["model", "pruned"]),
+        ({"granularity": "block", "learning_rate": 1e-3, "loss": "cosine"}, ["model", "dense", "pruned", "measure pruned"]),
     ],
 )
 def test_a_session_shares_only_what_a_change_leaves_alone(spec, change, reused):
@@ -313,113 +289,7 @@ def test_a_session_shares_only_what_a_change_leaves_alone(spec, change, reused):
     assert shared.metrics == record_of(spec.replaced(**change)).metrics
 
 
-# ---- out of memory
-
-
-@pytest.fixture
-def pair():
-    """A dense model of three blocks and a pruned copy, as decoders."""
-    dense = take_apart(make_model("llama"))
-    student = take_apart(copy.deepcopy(dense.model), like=dense)
-    recon.prune(student, PruningConfig(criterion="magnitude"), execution=Execution(progress=False))
-    return dense, student
-
-
-@contextlib.contextmanager
-def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bool = True):
-    """Where gradients are needed, or are not, the blocks can take `samples` at a time, but for the first `spared` calls with more."""
-    calls = []
-
-    def run_out(block, args):
-        if torch.is_grad_enabled() == gradients and len(args[0]) > samples:
-            calls.append(1)
-            if len(calls) > spared:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
-
-    handles = [block.register_forward_pre_hook(run_out) for block in decoder.blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@pytest.mark.parametrize("spared", [0, 1])
-def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monkeypatch, caplog):
-    """Statistics, targets and errors count every token once, though memory runs out when some have been counted already."""
-    monkeypatch.setattr("recon.runtime.execution.TOKENS", 4 * 12)
-    dense, tokens = take_apart(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12)
-    found = []
-    for little in (False, True):
-        student = take_apart(copy.deepcopy(dense.model), like=dense)
-
-        def run_out(spared=spared, little=little, student=student):
-            """In the second half of a block, when the first has been looked at."""
-            stack = contextlib.ExitStack()
-            for decoder in (dense, student) if little else ():
-                halves = SimpleNamespace(blocks=[block.mlp for block in decoder.blocks])
-                stack.enter_context(little_memory(halves, 2, spared, False))
-            return stack
-
-        with run_out():
-            window, execution = dense.windows("block")[0], Execution("cpu", "float32")
-            grams = gather(execution, dense, window, execution.embed(dense, tokens), "gram")[1]
-        with run_out():
-            recon.prune(
-                student, tokens, PruningConfig(criterion="wanda"), execution=Execution(compute_dtype="float32", progress=False)
-            )
-        with run_out():
-            recon.reconstruct(
-                student,
-                dense,
-                tokens,
-                ReconstructionConfig(granularity="matrix"),
-                execution=Execution(compute_dtype="float32", progress=False),
-            )
-        with run_out():
-            value = recon.perplexity(student, tokens, execution=FLOAT32).value
-        found.append((grams, value, [matrix.weight == 0 for matrix in student.matrices().values()]))
-    said = [r.message for r in caplog.records if "out of memory with 4 samples at a time: 2 from here on" in r.message]
-    assert len(said) == 4  # once in each pass
-    (grams, value, zeros), (others, other, same) = found
-    for name, gram in grams.items():
-        assert_close(others[name], gram, rtol=1e-4, atol=1e-6)
-    assert other == pytest.approx(value, rel=1e-3) and all(map(torch.equal, zeros, same))
-
-
-def test_where_one_sample_is_too_much_for_a_pass_it_is_said():
-    dense = take_apart(make_model("llama", num_hidden_layers=2))
-    with (
-        little_memory(dense, 0, gradients=False),
-        pytest.raises(ReconError, match="does not suffice for one sample at a time .CUDA"),
-    ):
-        recon.perplexity(dense, random_tokens(2, 12))
-
-
-SCHEDULE = Schedule(1e-3, epochs=2, batch_size=3, accumulation=2)
-
-
-@pytest.mark.parametrize("spared", [0, 3], ids=["from the start", "in the middle of a step"])
-def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(pair, caplog, spared):
-    dense, student = pair
-    other, tokens = take_apart(copy.deepcopy(student.model), like=dense), random_tokens(7, 12)
-    options = {"granularity": "block", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
-    wanted = recon.reconstruct(student, dense, tokens, **options)
-    with little_memory(other, 1, spared):
-        found = recon.reconstruct(other, dense, tokens, **options)
-    assert [report.micro_batch for report in wanted] == [3] * 3 and [report.micro_batch for report in found] == [1] * 3
-    # Said once per halving, not once per window: what did not fit in one will not fit in the next.
-    said = [record.message for record in caplog.records if "out of memory" in record.message]
-    assert (
-        len(said) == 2
-        and "with 3 samples at a time: 2 from here on (CUDA out of memory. Tried to allocate 20.00 MiB.)" in said[0]
-    )
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-6)
-        assert ours.status == theirs.status == "reconstructed"
-    for name, matrix in other.matrices().items():
-        assert_close(matrix.weight, student.matrices()[name].weight, rtol=1e-3, atol=1e-5)
-        assert torch.equal(matrix.weight == 0, student.matrices()[name].weight == 0)
+# ---- out of memory, and numbers that are none
 
 
 @pytest.mark.parametrize("propagation", ["dense", "mixed"])
@@ -445,100 +315,6 @@ def test_a_streamed_run_that_is_short_of_memory_has_the_bits_of_one_that_is_not_
     assert record_of(spec).metrics["perplexity"] == pytest.approx(records[1].metrics["perplexity"], rel=1e-3)
 
 
-def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
-    dense, student = pair
-    tokens = random_tokens(7, 12)
-    options = {"granularity": "block", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
-    first, *_ = recon.reconstruct(take_apart(copy.deepcopy(student.model), like=dense), dense, tokens, **options)
-    done = MemoryStore()
-    done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]
-    done.streams = lambda phase: {"dense": dense.embed(tokens)}
-    found = recon.reconstruct(student, dense, tokens, **options, execution=Execution(store=done))
-    assert first.micro_batch == 3 and [report.micro_batch for report in found] == [1] * 3
-
-
-def test_retraining_is_done_in_smaller_parts_too(pair, caplog):
-    _, student = pair
-    other, tokens = take_apart(copy.deepcopy(student.model), like=student), random_tokens(7, 12)
-    options = {"method": "full", "schedule": SCHEDULE, "compute_dtype": "float32", "progress": False}
-    wanted = recon.retrain(student, tokens, **options)
-    with little_memory(other, 2):
-        found = recon.retrain(other, tokens, **options)
-    assert wanted.micro_batch == 3 and found.micro_batch == 2 and "3 samples at a time: 2 from here on" in caplog.text
-    assert_close(found.losses, wanted.losses, rtol=1e-4, atol=1e-6)
-
-
-def test_where_not_even_one_sample_fits_the_window_is_named(pair):
-    dense, student = pair
-    before = {name: p.clone() for name, p in student.model.named_parameters()}
-    with (
-        little_memory(student, 0),
-        pytest.raises(ReconError, match=r"window 'block 0 attention': memory of device cpu does not") as error,
-    ):
-        recon.reconstruct(
-            student,
-            dense,
-            random_tokens(3, 12),
-            ReconstructionConfig(**vars(SCHEDULE)),
-            execution=Execution(compute_dtype="float32", progress=False),
-        )
-    assert "shorter samples, or smaller windows" in str(error.value)
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in student.model.named_parameters())
-
-
-# ---- numbers that are none
-
-
-def test_windows_whose_activations_overflow_are_left_as_pruned(pair, caplog):
-    """The second block's MLP overflows, and with it all that follows."""
-    dense, student = pair
-    for decoder in pair:
-        with torch.no_grad():
-            decoder.model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e38)
-    before = {name: p.clone() for name, p in student.model.named_parameters()}
-    reports = recon.reconstruct(
-        student,
-        dense,
-        random_tokens(3, 12),
-        ReconstructionConfig(learning_rate=0.001),
-        execution=Execution(compute_dtype="float32", progress=False),
-    )
-    assert [report.status for report in reports] == ["reconstructed"] * 3 + ["restored"] * 3
-    assert "window 'block 1 mlp': fitting gave NaN or infinite" in caplog.text and "activations" in caplog.text
-    for number, window in enumerate(dense.windows("half-block")):
-        for name in dense.trained(window, "matrices"):
-            assert torch.equal(student.model.get_parameter(name), before[name]) == (number >= 3)
-
-
-def test_an_infinite_loss_restores_even_where_its_gradient_is_finite(pair, caplog, monkeypatch):
-    dense, student = pair
-    before = copy.deepcopy(student.model.state_dict())
-    monkeypatch.setitem(LOSSES, "mse", lambda output, target: (output - target).square().mean() + torch.inf)
-    reports = recon.reconstruct(
-        student,
-        dense,
-        random_tokens(3, 12),
-        ReconstructionConfig(granularity="model"),
-        execution=Execution(compute_dtype="float32", progress=False),
-    )
-    assert [report.status for report in reports] == ["restored"]
-    assert "window 'block 0-2': fitting gave NaN or infinite losses; its pruned-only weights are restored" in caplog.text
-    monkeypatch.setattr(
-        "recon.methods.retrain.negative_log_likelihood", lambda logits, tokens: logits.square().mean(-1) + torch.inf
-    )
-    report = recon.retrain(
-        student,
-        random_tokens(3, 12),
-        RetrainingConfig(method="full"),
-        execution=Execution(compute_dtype="float32", progress=False),
-    )
-    assert (
-        report.status == "rolled back: not finite"
-        and "gave NaN or infinite losses; the weights before it are restored" in caplog.text
-    )
-    assert all(torch.equal(found, before[name]) for name, found in student.model.state_dict().items())
-
-
 @pytest.mark.parametrize("stream", ["no", "yes"])
 @pytest.mark.parametrize("broken", ["weights", "losses", "activations"])
 def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broken, stream, tmp_path, monkeypatch, caplog):
@@ -550,26 +326,25 @@ def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broke
         weights["model.layers.2.mlp.down_proj.weight"] *= 1e38
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     record_of(spec.replaced(granularity="none"), save=tmp_path / "pruned")
-    fit, calls = recon.methods.reconstruct.fit, []
+    fit, calls = WindowFit.__call__, []
 
-    def breaks(forward, parameters, *rest, **options):
-        curve = fit(forward, parameters, *rest, **options)
+    def breaks(self, window, task, parameters):
+        count, curve = fit(self, window, task, parameters)
         calls.append(1)
         if len(calls) == first + 1 and broken == "weights":
             with torch.no_grad():
-                parameters[0].view(-1)[3] = torch.nan
-        return replace(curve, losses=[torch.inf]) if len(calls) == first + 1 and broken == "losses" else curve
+                next(iter(parameters.values())).view(-1)[3] = torch.nan
+        return count, replace(curve, losses=[torch.inf]) if len(calls) == first + 1 and broken == "losses" else curve
 
-    monkeypatch.setattr("recon.methods.reconstruct.fit", breaks)
+    monkeypatch.setattr(WindowFit, "__call__", breaks)
     record = record_of(spec, save=tmp_path / "saved", stream=stream)
-    restored = [2, 3] if broken == "activations" else [2]
-    assert [window["status"] == "restored" for window in record.windows] == [number in restored for number in range(4)]
-    assert "window 'block 2': fitting gave NaN or infinite" in caplog.text and broken in caplog.text
-    assert "its pruned-only weights are restored" in caplog.text
+    rolled_back = [2, 3] if broken == "activations" else [2]
+    assert [window["status"] == NOT_FINITE for window in record.windows] == [number in rolled_back for number in range(4)]
+    assert "window 'block 2'" in caplog.text and broken in caplog.text
     pruned, saved = (models.load(str(tmp_path / name))[0].state_dict() for name in ("pruned", "saved"))
     for number in range(4):
         name = f"model.layers.{number}.mlp.up_proj.weight"
-        assert torch.equal(pruned[name], saved[name]) == (number in restored)
+        assert torch.equal(pruned[name], saved[name]) == (number in rolled_back)
 
 
 # ---- interrupted, or nowhere to write
@@ -577,7 +352,7 @@ def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broke
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
 @pytest.mark.parametrize(
-    "where", ["recon.methods.prune.prune", "recon.methods.reconstruct.fit", "recon.experiment.checkpoint.write_card"]
+    "where", ["recon.experiment.run.prune", "recon.methods.fit.WindowFit.__call__", "recon.experiment.checkpoint.write_card"]
 )
 def test_an_interrupted_run_leaves_nothing_behind_but_what_it_goes_on_from(spec, tmp_path, capsys, monkeypatch, where, stream):
     spec = spec.replaced(granularity="block")
@@ -606,8 +381,8 @@ def test_a_read_only_place_is_refused_before_anything_runs(spec, tmp_path, capsy
     def read_only(**kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr("recon.experiment.checkpoint.tempfile.TemporaryFile", read_only)
-    monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("recon.runtime.storage.tempfile.TemporaryFile", read_only)
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path))
     for name in ("load", "skeleton"):
         monkeypatch.setattr(f"recon.data.models.{name}", lambda *args, **kwargs: pytest.fail("loaded before it was checked"))
     with pytest.raises((SystemExit, ReconError)) as end:
@@ -634,9 +409,9 @@ def test_a_disk_that_is_full_when_a_model_is_saved(spec, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "where, said",
     [
-        ("recon.experiment.checkpoint.storage.write_json", "checkpoint cannot be written to '{saved}'"),
+        ("recon.experiment.checkpoint._index", "checkpoint cannot be written to '{saved}'"),
         ("recon.experiment.checkpoint.write_card", "checkpoint cannot be written to '{saved}'"),
-        ("recon.experiment.checkpoint.write_json", "checkpoint cannot be moved to '{saved}'"),
+        ("recon.experiment.checkpoint.rename", "checkpoint cannot be moved to '{saved}'"),
         ("recon.runtime.storage.os.replace", "saved.unfinished' cannot be written"),
         ("recon.experiment.study.write_json", "record cannot be written to '{record}'"),
     ],

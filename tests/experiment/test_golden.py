@@ -6,6 +6,8 @@ from fixtures.runs import record_of
 import recon
 from recon.runtime.execution import Execution
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bundled():
@@ -37,8 +39,8 @@ def test_its_structure(bundled):
     assert len(decoder.windows("half-block")) == 60 and len(decoder.windows("quarter")) == 4
 
 
-def test_half_blocks_repair_the_bundled_model():
-    """The heart of it all, on 2,048 calibration tokens: measured 23.6 dense, 44.7 pruned, 40.5 repaired, share 0.15."""
+def test_half_blocks_reconstruct_the_bundled_model():
+    """The heart of it all, on 2,048 calibration tokens: measured 23.6 dense, 44.7 pruned, 40.5 reconstructed, share 0.15."""
     spec = recon.RunSpec.of(
         samples=16, sequence_length=128, batch_size=1, evaluation_samples=4, evaluation_length=256, held_out_samples=2
     )
@@ -47,12 +49,11 @@ def test_half_blocks_repair_the_bundled_model():
     assert metrics["dense_perplexity"] == pytest.approx(23.65, rel=0.02)
     assert metrics["pruned_perplexity"] > 1.6 * metrics["dense_perplexity"]
     assert metrics["share_recovered"] > 0.08
-    assert metrics["held_out_error"] < 0.96 * metrics["held_out_error_pruned"]  # windows put back included
+    assert metrics["held_out_error"] < 0.96 * metrics["held_out_error_pruned"]  # windows rolled back included
 
 
-@pytest.mark.slow
-def test_repairing_the_bundled_model():
-    """The paper's picture, small: half-block windows repair, whole blocks about as well, single matrices worse."""
+def test_reconstructing_the_bundled_model():
+    """The paper's picture, small: half-block windows recover a share, whole blocks about as well, single matrices worse."""
     base = recon.RunSpec.of(samples=32, sequence_length=256, evaluation_samples=6)
     session = recon.Session()
 

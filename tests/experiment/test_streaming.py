@@ -29,6 +29,7 @@ from recon.experiment.config import RunOptions
 from recon.experiment.home import OnDisk
 from recon.experiment.record import read_record
 from recon.experiment.run import _Run
+from recon.methods.fit import WindowFit
 from recon.methods.units import find_units
 from recon.model.skeleton import Lazy, auto_class, is_placeholder
 from recon.runtime import activations, device
@@ -47,6 +48,13 @@ def spec(tiny_folder, tiny_text):
         evaluation_samples=2,
         evaluation_length=32,
     )
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The cache's folder, where runs work that save nothing."""
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -124,19 +132,18 @@ def test_masks_from_elsewhere(spec, expected, tmp_path):
     assert_same(found, tmp_path / "saved", kept, tmp_path / "other")
 
 
-def test_without_a_place_to_save_it_works_in_the_cache(spec, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
+def test_without_a_place_to_save_it_works_in_the_cache(spec, expected, cache):
     assert comparable(record_of(spec, stream="yes")) == comparable(expected[0])
-    assert not list((tmp_path / "unfinished").iterdir())
+    assert not list((cache / "unfinished").iterdir())
 
 
 @pytest.fixture
-def begin(tmp_path):
+def begin(cache):
     """Begins streamed runs: gives one of a spec that has loaded its model and texts."""
     with contextlib.ExitStack() as stack:
 
         def begin(spec) -> _Run:
-            options, session = RunOptions(save=tmp_path / "begun", progress=False), recon.Session()
+            options, session = RunOptions(progress=False), recon.Session()
             home = OnDisk(spec, options, session)
             stack.enter_context(home.locked())
             run = _Run(spec, options, session, home, ())
@@ -177,14 +184,14 @@ def test_no_more_than_two_windows_are_there_at_once(criterion, spec, begin, monk
     run = begin(spec.replaced(criterion=criterion))
     there, most = watch(monkeypatch)
     block = max(sum(p.numel() for p in block.parameters()) for block in run.dense.blocks)
-    ends = max(p.numel() for p in run.dense.ends.values())
+    ends, norm = max(p.numel() for p in run.dense.ends.values()), 32
     _, states = run.measure_dense()
     student = run.home.student(None)
     run.prune(student)
     run.measure("pruned", None, student, states)
     gc.collect()
     assert "activations/prune" not in Path("/proc/self/maps").read_text()  # nor activations that were for the next window
-    assert max(most) <= block + ends
+    assert max(most) <= max(block + ends, 2 * (ends + norm))  # both heads, for the divergence between the models
     most.clear()
     run.reconstruct(student, run.home.store.masks)
     matrices = [sum(m.weight.numel() for m in run.dense.matrices(w).values()) for w in run.dense.windows("half-block")]
@@ -205,7 +212,7 @@ def test_of_an_encoder_decoder_too(spec, begin, tiny_folder, tmp_path, monkeypat
     student = run.home.student(None)
     run.prune(student)
     run.measure("pruned", None, student, states)
-    assert max(blocks) <= max(most) <= max(max(blocks) + passed_on, ends) + norm + ends
+    assert max(blocks) <= max(most) <= max(max(blocks) + passed_on + norm + ends, 2 * (ends + norm))
     assert ends + norm in most  # the head alone
     most.clear()
     run.reconstruct(student, run.home.store.masks)
@@ -239,7 +246,7 @@ def test_saved_in_half_the_room(dtype, spec, tmp_path, monkeypatch):
     store = saved.with_name("saved.unfinished")
     sizes = {name: sum(path.stat().st_size for path in (store / name).glob("*")) for name in ("exact", "checkpoint")}
     assert sizes["exact"] > 0 and (sizes["exact"] < 0.2 * sizes["checkpoint"]) == (dtype == "bfloat16")
-    with pytest.raises(ReconError, match=rf"another unfinished run: save_dtype was '{dtype}', is 'float32'"):
+    with pytest.raises(ReconError, match=rf"save_dtype was '{dtype}', is 'float32'"):
         record_of(spec, save=saved, stream="yes")
     found = record_of(spec, save=saved, stream="yes", save_dtype=dtype)
     assert_same(found, saved, kept, tmp_path / "other")
@@ -250,7 +257,7 @@ def test_saved_in_half_the_room(dtype, spec, tmp_path, monkeypatch):
     for (name, ours), (_, theirs) in zip(model.named_parameters(), exact.named_parameters(), strict=True):
         assert torch.equal(ours, theirs.to(model.dtype)) and torch.equal(ours == 0, theirs == 0), name
     cards = [(folder / "README.md").read_text() for folder in (saved, tmp_path / "other", tmp_path / "plain")]
-    assert [f"rounded to {dtype}, after all" in card for card in cards] == [True, True, False]
+    assert [f"rounded to {dtype}" in card for card in cards] == [True, True, False]
 
 
 @pytest.mark.parametrize("stream", ["yes", "no"])
@@ -262,7 +269,7 @@ def test_what_a_dtype_cannot_hold_is_named_before_anything_long(stream, spec, ti
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
     spec = spec.replaced(model=str(folder))
     monkeypatch.setattr("recon.experiment.run._Run.measure_dense", lambda *_: pytest.fail("has begun to compute"))
-    with pytest.raises(ReconError, match=rf"'{name}' holds 1e\+05, more than float16 can .6.55e\+04.; save in bfloat16"):
+    with pytest.raises(ReconError, match=rf"'{name}' holds 1e\+05.*float16.*6.55e\+04.*bfloat16"):
         record_of(spec, save=tmp_path / "saved", stream=stream, save_dtype="float16")
     with pytest.raises(ReconError, match="save_dtype is 'float16', but no folder to save to is named"):
         record_of(spec, stream=stream, save_dtype="float16")
@@ -287,12 +294,12 @@ def test_killed_again_and_again(spec, expected, tmp_path, monkeypatch):
     saved, attempts, record = tmp_path / "saved", 0, None
     while record is None:
         assert attempts < 30
-        record = attempt(spec, saved, monkeypatch, 5 + 3 * attempts)
+        record = attempt(spec, saved, monkeypatch, 8 + 5 * attempts)
         attempts += 1
         assert record is not None or not saved.exists() or (saved / "README.md").exists()
-    assert attempts > 6
+    assert attempts > 4
     assert_same(record, saved, *expected)
-    assert record.environment["resumed"] > 5
+    assert record.environment["resumed"] > 3
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert record.seconds["total"] >= record.seconds["save"] > 0
 
@@ -316,18 +323,17 @@ def test_an_encoder_decoder_is_killed(spec, tiny_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change", [{"granularity": "block", "propagation": "mixed"}, {"granularity": "matrix", "solver": "exact"}]
 )
-def test_biases_that_pruning_adds_outlive_a_kill(change, spec, tmp_path, monkeypatch):
+def test_biases_that_pruning_adds_outlive_a_kill(change, spec, cache, monkeypatch):
     """FLAP compares the whole model before it removes anything, and gives matrices biases that no file of the model has."""
     monkeypatch.setattr(activations, "SMALL", 0)
-    monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
     spec = spec.replaced(criterion="flap", pattern="0.3", **change)
     expected, model = result_of(spec, stream="no")
     assert 0 < sum(name.endswith("_proj.bias") for name, _ in model.named_parameters()) < 8  # not all halves lose something
     record, attempts, phases = None, 0, set()
     while record is None:
         assert attempts < 40
-        record = attempt(spec, None, monkeypatch, 11 + attempts)
-        journal = tmp_path / "unfinished" / spec.key() / "journal.jsonl"
+        record = attempt(spec, None, monkeypatch, 17 + 2 * attempts)
+        journal = cache / "unfinished" / spec.key() / "journal.jsonl"
         if journal.exists():
             phases.add(json.loads(journal.read_text().splitlines()[-1])["phase"])
         attempts += 1
@@ -351,10 +357,9 @@ def test_units_are_those_of_the_dense_model_whatever_is_pruned_already(spec, beg
 
 
 @pytest.mark.parametrize("saving", [True, False])
-def test_killed_while_its_work_is_deleted_it_gives_the_record_again(saving, spec, tmp_path, monkeypatch):
+def test_killed_while_its_work_is_deleted_it_gives_the_record_again(saving, spec, cache, tmp_path, monkeypatch):
     """With all of it; whoever called it had the record before anything was deleted."""
     spec = spec.replaced(granularity="none", held_out_samples=0)
-    monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
     store = tmp_path / ("saved.unfinished" if saving else f"unfinished/{spec.key()}")
     given = []
     while not given or (store / "journal.jsonl").exists():  # one file or folder less each time
@@ -387,10 +392,9 @@ def test_the_command_line_has_the_record_before_the_work_is_deleted(spec, tmp_pa
     assert recon.experiment.study.read_record(tmp_path / "record.json").status == "done"
 
 
-def test_a_study_has_the_record_before_the_work_is_deleted(spec, tmp_path, monkeypatch):
+def test_a_study_has_the_record_before_the_work_is_deleted(spec, cache, tmp_path, monkeypatch):
     """Killed in between, it computes nothing anew."""
     spec = spec.replaced(granularity="none", held_out_samples=0)
-    monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
     monkeypatch.setattr(streaming, "is_too_large", lambda spec: True)
     store, records = tmp_path / "unfinished" / spec.key(), tmp_path / "records"
 
@@ -417,7 +421,7 @@ def test_what_has_been_saved_is_on_the_disk(stream, spec, tiny_folder, tmp_path,
     saved = tmp_path / "saved"
     if stream == "yes":
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr("recon.runtime.storage.sync_all", lambda _: (_ for _ in ()).throw(Killed))
+            patch.setattr("recon.experiment.checkpoint.sync_all", lambda _: (_ for _ in ()).throw(Killed))
             record_of(spec, save=saved, stream=stream)
     synced, fsync, replace = {}, os.fsync, os.replace
 
@@ -544,7 +548,7 @@ def test_the_work_of_another_run_is_refused(spec, tmp_path, monkeypatch, tiny_fo
     def go(spec):
         record_of(spec, save=tmp_path / "saved", stream="yes")
 
-    with pytest.raises(ReconError, match=r"another unfinished run: spec\.learning_rate was 0\.003, is 0\.001\. "):
+    with pytest.raises(ReconError, match=r"spec\.learning_rate was 0\.003, is 0\.001\. "):
         go(spec.replaced(learning_rate=1e-3))
     copy = tmp_path / "model"
     shutil.copytree(tiny_folder, copy)
@@ -585,7 +589,7 @@ def test_a_shard_that_is_written_to_while_it_is_read_is_named(what, cut, spec, e
     pruned = shutil.copytree(expected[1], tmp_path / "pruned")
     spec = spec.replaced(model=str(model), pruned=str(pruned))
     file = {"dense": model / "model.safetensors", "given": pruned / "model.safetensors"}.get(what)
-    fit, calls, before = recon.methods.reconstruct.XX, [], []
+    fit, calls, before = WindowFit.__call__, [], []
 
     def flip(*args, **kwargs):
         calls.append(1)
@@ -598,13 +602,11 @@ def test_a_shard_that_is_written_to_while_it_is_read_is_named(what, cut, spec, e
         return fit(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(ReconError) as error:
-        patch.setattr(recon.methods.reconstruct, "fit", flip)
+        patch.setattr(WindowFit, "__call__", flip)
         record_of(spec, save=tmp_path / "saved", stream="yes")
     shard, content = before
     assert f"'{shard}' has been written to while this run read from it" in str(error.value)
-    with pytest.raises(
-        ReconError, match=r"another unfinished run: (model|pruned) was|has changed since it was written|is truncated"
-    ):
+    with pytest.raises(ReconError, match=r"(model|pruned) was|has changed since it was written|is truncated"):
         record_of(spec, save=tmp_path / "saved", stream="yes")
     shard.write_bytes(content)
     found = record_of(spec, save=tmp_path / "saved", stream="yes")

@@ -1,0 +1,178 @@
+"""Where memory runs out, or numbers overflow: smaller parts with the same result, and windows that are rolled back."""
+
+import contextlib
+import copy
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fixtures.models import make_model, random_tokens
+from torch.testing import assert_close
+
+import recon
+from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
+from recon.errors import ReconError
+from recon.kernels.losses import LOSSES
+from recon.methods.reconstruct import NOT_FINITE, RECONSTRUCTED
+from recon.methods.statistics import gather
+from recon.model.decoder import Decoder
+from recon.model.discovery import take_apart
+from recon.runtime.execution import Execution
+from recon.runtime.store import MemoryStore
+
+SCHEDULE = {"learning_rate": 1e-3, "epochs": 2, "batch_size": 3, "accumulation": 2}
+BLOCKS = ReconstructionConfig(granularity="block", **SCHEDULE)
+
+
+def execution(**options) -> Execution:
+    return Execution("cpu", "float32", progress=False, **options)
+
+
+@pytest.fixture
+def pair():
+    """A dense model of three blocks and a pruned copy, as decoders."""
+    dense = take_apart(make_model("llama"))
+    student = take_apart(copy.deepcopy(dense.model), like=dense)
+    recon.prune(student, config=PruningConfig(criterion="magnitude"), execution=execution())
+    return dense, student
+
+
+@contextlib.contextmanager
+def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bool = True):
+    """Where gradients are needed, or are not, the blocks can take `samples` at a time, but for the first `spared` calls with more."""
+    calls = []
+
+    def run_out(block, args):
+        if torch.is_grad_enabled() == gradients and len(args[0]) > samples:
+            calls.append(1)
+            if len(calls) > spared:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
+
+    handles = [block.register_forward_pre_hook(run_out) for block in decoder.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("spared", [0, 1])
+def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monkeypatch, caplog):
+    """Statistics, targets and errors count every token once, though memory runs out when some have been counted already."""
+    monkeypatch.setattr("recon.runtime.execution.TOKENS", 4 * 12)
+    dense, tokens = take_apart(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12)
+    found = []
+    for little in (False, True):
+        student = take_apart(copy.deepcopy(dense.model), like=dense)
+
+        def run_out(spared=spared, little=little, student=student):
+            """In the second half of a block, when the first has been looked at."""
+            stack = contextlib.ExitStack()
+            for decoder in (dense, student) if little else ():
+                halves = SimpleNamespace(blocks=[block.mlp for block in decoder.blocks])
+                stack.enter_context(little_memory(halves, 2, spared, False))
+            return stack
+
+        with run_out():
+            window, here = dense.windows("block")[0], execution()
+            grams = gather(here, dense, window, here.embed(dense, tokens), "gram")[1]
+        with run_out():
+            recon.prune(student, tokens, PruningConfig(criterion="wanda"), execution=execution())
+        with run_out():
+            recon.reconstruct(student, dense, tokens, ReconstructionConfig(granularity="matrix"), execution=execution())
+        with run_out():
+            value = recon.perplexity(student, tokens, execution=execution()).value
+        found.append((grams, value, [matrix.weight == 0 for matrix in student.matrices().values()]))
+    said = [r.message for r in caplog.records if "out of memory with 4 samples at a time: 2 from here on" in r.message]
+    assert len(said) == 4  # once in each pass
+    (grams, value, zeros), (others, other, same) = found
+    for name, gram in grams.items():
+        assert_close(others[name], gram, rtol=1e-4, atol=1e-6)
+    assert other == pytest.approx(value, rel=1e-3) and all(map(torch.equal, zeros, same))
+
+
+def test_where_one_sample_is_too_much_for_a_pass_it_is_said():
+    dense = take_apart(make_model("llama", num_hidden_layers=2))
+    with little_memory(dense, 0, gradients=False), pytest.raises(ReconError, match=r"memory .*cpu.* one sample at a time .CUDA"):
+        recon.perplexity(dense, random_tokens(2, 12), execution=execution())
+
+
+@pytest.mark.parametrize("spared", [0, 3], ids=["from the start", "in the middle of a step"])
+def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(pair, caplog, spared):
+    dense, student = pair
+    other, tokens = take_apart(copy.deepcopy(student.model), like=dense), random_tokens(7, 12)
+    wanted = recon.reconstruct(student, dense, tokens, BLOCKS, execution=execution())
+    with little_memory(other, 1, spared):
+        found = recon.reconstruct(other, dense, tokens, BLOCKS, execution=execution())
+    assert [report.micro_batch for report in wanted] == [3] * 3 and [report.micro_batch for report in found] == [1] * 3
+    # Said once per halving, not once per window: what did not fit in one will not fit in the next.
+    said = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert len(said) == 2 and "3 samples at a time: 2 from here on (CUDA out of memory. Tried to allocate 20.00 MiB.)" in said[0]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-6)
+        assert ours.status == theirs.status == RECONSTRUCTED
+    for name, matrix in other.matrices().items():
+        assert_close(matrix.weight, student.matrices()[name].weight, rtol=1e-3, atol=1e-5)
+        assert torch.equal(matrix.weight == 0, student.matrices()[name].weight == 0)
+
+
+def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
+    dense, student = pair
+    tokens, done = random_tokens(7, 12), MemoryStore()
+    copied = take_apart(copy.deepcopy(student.model), like=dense)
+    first, *_ = recon.reconstruct(copied, dense, tokens, BLOCKS, execution=execution())
+    done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]
+    done.streams = lambda phase: {"dense": dense.embed(tokens)}
+    found = recon.reconstruct(student, dense, tokens, BLOCKS, execution=execution(store=done))
+    assert first.micro_batch == 3 and [report.micro_batch for report in found] == [1] * 3
+
+
+def test_retraining_is_done_in_smaller_parts_too(pair, caplog):
+    _, student = pair
+    other, tokens = take_apart(copy.deepcopy(student.model), like=student), random_tokens(7, 12)
+    config = RetrainingConfig(method="full", **SCHEDULE)
+    wanted = recon.retrain(student, tokens, config, execution=execution())
+    with little_memory(other, 2):
+        found = recon.retrain(other, tokens, config, execution=execution())
+    assert wanted.micro_batch == 3 and found.micro_batch == 2 and "3 samples at a time: 2 from here on" in caplog.text
+    assert_close(found.losses, wanted.losses, rtol=1e-4, atol=1e-6)
+
+
+def test_where_not_even_one_sample_fits_the_window_is_named(pair):
+    dense, student = pair
+    before = {name: p.clone() for name, p in student.model.named_parameters()}
+    with little_memory(student, 0), pytest.raises(ReconError, match=r"window 'block 0 attention'.*cpu.*smaller windows"):
+        recon.reconstruct(student, dense, random_tokens(3, 12), ReconstructionConfig(**SCHEDULE), execution=execution())
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in student.model.named_parameters())
+
+
+def test_windows_whose_activations_overflow_are_left_as_pruned(pair, caplog):
+    """The second block's MLP overflows, and with it all that follows."""
+    dense, student = pair
+    for decoder in pair:
+        with torch.no_grad():
+            decoder.model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e38)
+    before = {name: p.clone() for name, p in student.model.named_parameters()}
+    config = ReconstructionConfig(learning_rate=0.001)
+    reports = recon.reconstruct(student, dense, random_tokens(3, 12), config, execution=execution())
+    assert [report.status for report in reports] == [RECONSTRUCTED] * 3 + [NOT_FINITE] * 3
+    assert "'block 1 mlp'" in caplog.text and "activations" in caplog.text
+    for number, window in enumerate(dense.windows("half-block")):
+        for name in dense.trained(window, "matrices"):
+            assert torch.equal(student.model.get_parameter(name), before[name]) == (number >= 3)
+
+
+def test_an_infinite_loss_rolls_back_even_where_its_gradient_is_finite(pair, caplog, monkeypatch):
+    dense, student = pair
+    before = copy.deepcopy(student.model.state_dict())
+    monkeypatch.setitem(LOSSES, "mse", lambda output, target: (output - target).square().mean() + torch.inf)
+    config = ReconstructionConfig(granularity="model")
+    reports = recon.reconstruct(student, dense, random_tokens(3, 12), config, execution=execution())
+    assert [report.status for report in reports] == [NOT_FINITE]
+    assert "'block 0-2'" in caplog.text and "losses" in caplog.text
+    infinite = "recon.methods.retrain.negative_log_likelihood"
+    monkeypatch.setattr(infinite, lambda logits, tokens: logits.square().mean(-1) + torch.inf)
+    report = recon.retrain(student, random_tokens(3, 12), RetrainingConfig(method="full"), execution=execution())
+    assert report.status == NOT_FINITE and "retraining (full, labels)" in caplog.text
+    assert all(torch.equal(found, before[name]) for name, found in student.model.state_dict().items())
