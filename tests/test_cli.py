@@ -121,7 +121,7 @@ def test_run_takes_its_options(small, tmp_path, words, fields):
         (["--sample", "3"], "--sample"),
         (
             ["--address", "10.0.0.1:6379"],
-            "address is '10.0.0.1:6379', that of a Ray cluster, but executor is 'serial'; allowed: ray",
+            "address '10.0.0.1:6379' is that of a Ray cluster",
         ),
         (["--executor", "ray", "--propagation", "mixed"], "side by side under mixed propagation"),
     ],
