@@ -30,7 +30,7 @@ from recon.runtime.folder_store import FolderStore
 from recon.runtime.journal import Journal, differences
 from recon.runtime.storage import write_json
 from recon.runtime.store import MemoryStore, Store
-from recon.runtime.weights import SAVED, Checkpoint, reader
+from recon.runtime.weights import SAVED, Checkpoint
 
 log = logging.getLogger("recon")
 RECORD = "record"  # the last phase of a streamed run: its one step holds the record
@@ -209,7 +209,7 @@ class OnDisk:
     def load(self) -> tuple[Decoder, PreTrainedTokenizerBase]:
         self.session.clear()  # what earlier runs have in memory is of no use
         model, stored, self.tokenizer = models.skeleton(*self.spec.loaded_by)
-        self.dense = take_apart(model, lazy=Lazy(model, reader(model, stored)))
+        self.dense = take_apart(model, lazy=Lazy(model, stored.read))
         granularity = self.spec.reconstruction.granularity
         windows = [] if granularity == "none" else self.dense.windows(granularity)
         self.rest = checkpoint.remainder(self.dense, windows)
@@ -228,7 +228,7 @@ class OnDisk:
         return {"streamed": True, "resumed": len(before)}
 
     def student(self, external: Checkpoint | None) -> Decoder:
-        start = reader(self.dense.model, external) if external else self.dense.lazy.read
+        start = external.read if external else self.dense.lazy.read
         saved_as_computed = SAVED[self.options.save_dtype] == self.dtype
         rounded = {matrix.parameter_name for matrix in self.dense.matrices().values()} if saved_as_computed else set()
         return self.store.student(self.dense, start, self.shards, rounded)

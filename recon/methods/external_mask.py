@@ -71,7 +71,7 @@ def read_mask(student: Decoder, execution: Execution) -> Pruning:
 
 def read(model: nn.Module, pruned: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """The parameters of `model` by full name, with their values in `pruned`, float32, checked one by one; see `take_over`."""
-    if surplus := pruned.surplus:
+    if surplus := pruned.unmatched()[1]:
         raise ReconError(f"pruned model: it has {surplus[0]!r}, which the dense one does not ({len(surplus)} such)")
     for name, names in tied(model).items():
         stored = [other for other in names if other in pruned]

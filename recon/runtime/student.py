@@ -4,13 +4,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.model.matrices import Matrix
 from recon.model.skeleton import Lazy, second
 from recon.runtime.journal import StepFiles
-from recon.runtime.weights import Checkpoint, as_stored, rounded
+from recon.runtime.weights import Checkpoint, rounded
 
 Read = Callable[[list[str]], Iterator[tuple[str, Tensor]]]  # gives parameters by full name, float32, not shared with anything
 
@@ -61,7 +62,7 @@ class StudentWeights:
         """
         number = len(self._shards) + 1
         stored = {name: rounded(name, tensor, self._dtype) for name, tensor in shard.items()}
-        entries = as_stored(self._lazy.model, stored)
+        entries = revert_weight_conversion(self._lazy.model, stored)
         noted = {"shard": self._files.write(f"checkpoint/model-{number:05}-of-{self._count:05}.safetensors", entries)}
         exact = {name: shard[name] for name in shard.keys() - self._rounded if _differs(stored[name], shard[name])}
         if exact and keep_exact:

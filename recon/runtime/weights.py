@@ -1,12 +1,12 @@
 """The weights of a model whose parameters stay on disk, read from safetensors one by one."""
 
+import contextlib
 import logging
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,6 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
-    revert_weight_conversion,
 )
 
 from recon.errors import ReconError
@@ -27,6 +26,35 @@ from recon.model.skeleton import skeleton
 log = logging.getLogger("recon")
 PLAIN = ("F64", "F32", "BF16", "F16")  # safetensors dtypes of weights that need no scale from elsewhere
 SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # dtypes that a model can be saved in
+
+
+class _File:
+    """A safetensors file that is read from, and must not change meanwhile. Raises `ReconError` naming it if it is not whole."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._state, self.opened = path.stat(), safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ReconError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+
+    def tensor(self, entry: str) -> Tensor:
+        """A copy of a tensor, as that in the file is mapped; in float32 if it is floating-point."""
+        self._check_untouched()  # reading behind the end of a shortened file would kill the process
+        tensor = self.opened.get_tensor(entry)
+        tensor = tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        self._check_untouched()
+        return tensor
+
+    def _check_untouched(self) -> None:
+        """Raises `ReconError` if the file has been written to, by its size and time; not if another file has replaced it."""
+        with contextlib.suppress(OSError):
+            now, before = self.path.stat(), self._state
+            same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+            if same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise ReconError(
+                    f"{str(self.path)!r} has been written to while this run read from it; restore it, and give the same command again"
+                )
 
 
 @dataclass
@@ -53,37 +81,36 @@ class Checkpoint:
         # Shapes, not tensors, which would stay in memory.
         self._known = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.state_dict().items()}
         self._transforms = get_model_conversion_mapping(model)
-        self._files: dict[str, tuple[object, Path]] = {}  # entry -> its open file
-        self._states: dict[Path, os.stat_result] = {}  # file -> its state when it was opened
+        self._files: dict[str, _File] = {}  # by entry
         self._sources: dict[str, _Source] = {}  # by parameter
-        self.unknown: list[str] = []  # entries that the model has no place for
-        self.computed: dict[str, Tensor] = {}  # parameters that no file has, because transformers computes them
+        self._unknown: set[str] = set()  # entries that the model has no place for
         self._finite: set[str] = set()  # parameters without NaN and infinity, as was checked
+        self.computed: dict[str, Tensor] = {}  # parameters that no file has, because transformers computes them
         for file in files:
             self.add(file)
 
-    def add(self, file: Path) -> None:
+    def add(self, path: Path) -> None:
         """Adds the entries of one more file.
 
         Raises `ReconError` naming the file if it is not a complete safetensors file, or has a quantised entry, which is named too.
         """
-        try:
-            self._states[file], opened = file.stat(), safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ReconError(f"{str(file)!r} is not a whole safetensors file: {error}") from error
+        file = _File(path)
         renamings = [each for each in self._transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in self._transforms if isinstance(each, WeightConverter)]
         by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
         prefix = self.model.base_model_prefix
-        for entry in opened.keys():  # noqa: SIM118 - it is no mapping
+        for entry in file.opened.keys():  # noqa: SIM118 - it is no mapping
             target, pattern = rename_source_key(entry, renamings, converters, prefix, self._known)
             if target not in self._known and entry in self._known:
                 target, pattern = rename_source_key(entry, [], [], prefix, self._known)
             if target not in self._known:
-                self.unknown.append(entry)
+                self._unknown.add(entry)
                 continue
-            if self._known[target][1]:
-                check_stored(entry, opened.get_slice(entry).get_dtype(), file)
+            if self._known[target][1] and (kind := file.opened.get_slice(entry).get_dtype()) not in PLAIN:
+                allowed = ", ".join(PLAIN)
+                raise ReconError(
+                    f"{str(path)!r}: weight {entry!r} is stored as {kind}; allowed: {allowed}. Undo its quantisation first"
+                )
             if entry not in self._files:
                 converter = by_pattern.get(pattern)
                 source = self._sources.setdefault(target, _Source(target, converter))
@@ -91,22 +118,18 @@ class Checkpoint:
                 source.entries.sort(key=lambda found: dot_natural_key(found[0]))
                 for other in converter.target_patterns[1:] if converter else ():
                     self._sources[target.replace(converter.target_patterns[0], other)] = source
-            self._files[entry] = opened, file
+            self._files[entry] = file
 
     @property
     def transforms(self) -> list:
         """Transformers' rules that were applied to these files, which saving has to reverse."""
         return [each for each in self._transforms if each.was_used()]
 
-    @property
-    def surplus(self) -> list[str]:
-        """The entries that the model has no place for, without those that its class ignores."""
-        ignored, buffers = list(self.model._keys_to_ignore_on_load_unexpected or ()), [n for n, _ in self.model.named_buffers()]
-        # As in transformers: old files have these buffers, which are computed now.
-        for ending, pattern in (("rotary_emb.inv_freq", r"rotary_emb\.inv_freq"), ("position_ids", r"(^|\.)position_ids$")):
-            if any(name.endswith(ending) for name in buffers):
-                ignored.append(pattern)
-        return [name for name in self.unknown if not any(re.search(pattern, name) for pattern in ignored)]
+    def unmatched(self) -> tuple[set[str], list[str]]:
+        """What of the model's state is in no file, and the entries that it has no place for, but for what its class ignores."""
+        found = SimpleNamespace(missing_keys=self._known.keys() - self._sources.keys(), unexpected_keys=self._unknown)
+        self.model._adjust_missing_and_unexpected_keys(found)
+        return found.missing_keys, sorted(found.unexpected_keys)
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
@@ -114,62 +137,50 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers called `names`, in any order: floating-point ones in float32, all in memory of their own.
 
+        A tied parameter may be stored under any of its names.
+
         Raises `ReconError` naming one that is missing, has another shape than the model's, or holds NaN or infinity; and a file that
         has been written to since it was opened.
         """
-        wanted = dict.fromkeys(names)
+        wanted = {name: self._stored(name) for name in names}
         while wanted:
-            name = next(iter(wanted))
-            made = {name: self.computed[name].clone()} if name in self.computed else self._made(name)
-            if name not in made:
-                raise ReconError(f"the checkpoint's weights do not make up {name!r}")
-            for found in [each for each in made if each in wanted]:
-                yield found, self._checked(found, made[found])
-                del wanted[found]
+            stored = next(iter(wanted.values()))
+            made = {stored: self.computed[stored].clone()} if stored in self.computed else self._made(stored)
+            if stored not in made:
+                raise ReconError(f"the checkpoint's weights do not make up {stored!r}")
+            for name in [name for name, stored in wanted.items() if stored in made]:
+                stored = wanted.pop(name)
+                self._check(stored, made[stored])
+                yield name, made[stored]
 
-    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+    def _stored(self, name: str) -> str:
+        """The name under which parameter `name` is stored."""
+        if name in self._sources or name in self.computed:
+            return name
+        names = next((names for names in tied(self.model).values() if name in names), ())
+        return next((other for other in names if other in self), name)
+
+    def _check(self, name: str, tensor: Tensor) -> None:
         if name not in self._finite and name not in self.computed:
-            file, shape = repr(str(self._files[self._sources[name].entries[-1][0]][1])), self._known[name][0]
+            file, shape = repr(str(self._files[self._sources[name].entries[-1][0]].path)), self._known[name][0]
             if tensor.shape != shape:
                 raise ReconError(f"{file}: weight {name!r} is {tuple(tensor.shape)}, not {tuple(shape)}")
             check_finite(name, tensor, file)
             self._finite.add(name)
-        return tensor
 
     def _made(self, name: str) -> dict[str, Tensor]:
         """The parameters that are made from the same entries as `name`, by name."""
-        if name not in self._sources:
+        if name not in self:
             raise ReconError(f"the checkpoint has no weight {name!r}")
         source = self._sources[name]
         if source.converter is None:
-            return {source.target: self._entry(source.entries[-1][0])}
+            entry, _ = source.entries[-1]
+            return {source.target: self._files[entry].tensor(entry)}
         converter = deepcopy(source.converter)
         for entry, pattern in source.entries:
-            converter.add_tensor(source.target, entry, pattern, self._entry(entry))
+            converter.add_tensor(source.target, entry, pattern, self._files[entry].tensor(entry))
         made = converter.convert(source.target, model=self.model, config=self.model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
-
-    def _entry(self, name: str) -> Tensor:
-        opened, path = self._files[name]
-        _check_untouched(path, self._states[path])  # reading behind the end of a shortened file would kill the process
-        tensor = opened.get_tensor(name)
-        # A copy, as the tensor is mapped from the file, which must not change.
-        tensor = tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
-        _check_untouched(path, self._states[path])
-        return tensor
-
-
-def _check_untouched(path: Path, before: os.stat_result) -> None:
-    """Raises `ReconError` if the file at `path` has been written to since, by its size and time; not if another file has replaced it."""
-    try:
-        now = path.stat()
-    except OSError:
-        return
-    same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
-    if same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        raise ReconError(
-            f"{str(path)!r} has been written to while this run read from it; restore it, and give the same command again"
-        )
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
@@ -178,31 +189,6 @@ def tied(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     return {found[0]: found for found in names.values()}
-
-
-def reader(model: nn.Module, checkpoint: Checkpoint) -> Callable[[list[str]], Iterator[tuple[str, Tensor]]]:
-    """For `Lazy`: reads parameters of `model` by full name from `checkpoint`, which has a tied parameter under any of its names."""
-    stored = {name: next((other for other in names if other in checkpoint), name) for name, names in tied(model).items()}
-
-    def read(wanted: list[str]) -> Iterator[tuple[str, Tensor]]:
-        names = {stored[name]: name for name in wanted}
-        for found, value in checkpoint.read(names):
-            yield names[found], value
-
-    return read
-
-
-def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(path), attribute, parameter)
-
-
-def check_stored(name: str, kind: str, file: Path) -> None:
-    """Raises `ReconError` naming a weight that is stored in a safetensors dtype `kind` which needs scales from elsewhere."""
-    if kind not in PLAIN:
-        raise ReconError(
-            f"{str(file)!r}: weight {name!r} is stored as {kind}; allowed: {', '.join(PLAIN)}. Undo its quantisation first"
-        )
 
 
 def quantisation(config: PretrainedConfig) -> dict | None:
@@ -248,9 +234,8 @@ def open_model(
     check_unquantised(config)
     model = skeleton(config, trust_remote_code)
     checkpoint = Checkpoint(model, files)
-    warn_of_surplus(model, checkpoint.surplus)
-    missing = {name for name in model.state_dict() if name not in checkpoint}
-    missing -= {name for name in missing for kept in model._keys_to_ignore_on_load_missing or () if re.search(kept, name)}
+    missing, surplus = checkpoint.unmatched()
+    warn_of_surplus(model, surplus)
     # If a checkpoint has both of what its configuration ties, they are tied only if their values are equal.
     pairs = {name for pair in model.all_tied_weights_keys.items() for name in pair if not set(pair) & missing}
     for name, value in checkpoint.read(pairs):
@@ -264,12 +249,17 @@ def open_model(
             _place(model, name, nn.Parameter(torch.empty(shape)))
             model._init_weights(owner)
             checkpoint.computed[name] = model.get_parameter(name).detach()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored = {name for name in model.state_dict() if name not in parameters}
-    for name, value in checkpoint.read(name for name in stored if name in checkpoint):
-        model.get_buffer(name).data = value.to(model.get_buffer(name).dtype)
+    for name, buffer in model.named_buffers():
+        if name in checkpoint:
+            [(_, value)] = checkpoint.read([name])
+            buffer.data = value.to(buffer.dtype)
     model._weight_conversions = checkpoint.transforms
     return model, checkpoint
+
+
+def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, parameter)
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -287,8 +277,3 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             "bfloat16 or float32"
         )
     return found
-
-
-def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under the names, and in the parts, in which `save_pretrained` stores them; see `Checkpoint`."""
-    return revert_weight_conversion(model, tensors)

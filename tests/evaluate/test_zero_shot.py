@@ -19,7 +19,6 @@ from recon.evaluate.tasks import documents
 from recon.model.discovery import take_apart
 from recon.model.skeleton import Lazy
 from recon.runtime.execution import Execution
-from recon.runtime.weights import reader
 
 pytest.importorskip("lm_eval")
 from recon.evaluate import harness  # noqa: E402
@@ -146,7 +145,7 @@ def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, monkeypatch, sco
 
 def test_a_model_on_disk_gives_the_same_bits(small, tiny_folder):
     skeleton, stored, tokenizer = models.skeleton(tiny_folder)
-    on_disk = take_apart(skeleton, lazy=Lazy(skeleton, reader(skeleton, stored)))
+    on_disk = take_apart(skeleton, lazy=Lazy(skeleton, stored.read))
     one, other = (zero_shot.zero_shot(model, tokenizer, ["last_word"], 6, execution=QUIET) for model in (small[0], on_disk))
     assert one == other
 

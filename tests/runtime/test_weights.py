@@ -11,6 +11,7 @@ from fixtures.models import ENCODER_DECODERS, EXPERTS, FAMILIES, UNDIVIDED, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from recon.errors import ReconError
 from recon.model.discovery import take_apart
@@ -37,7 +38,7 @@ def test_what_is_read_is_what_transformers_reads(family, tied, tmp_path):
     with lazy.present(model.parameters()):
         for name, tensor in whole.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor), name
-        stored = weights.as_stored(model, {name: p.data for name, p in lazy.parameters.items()})
+        stored = revert_weight_conversion(model, {name: p.data for name, p in lazy.parameters.items()})
     for name, tensor in whole.named_buffers():
         assert torch.equal(model.get_buffer(name), tensor), name
     expected = {}
@@ -67,7 +68,7 @@ def test_parameters_that_are_computed_are_in_no_file(tmp_path):
     whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32)
     model, checkpoint = opened(tmp_path)
     assert set(checkpoint.computed) == {f"model.{half}.embed_positions.weight" for half in ("encoder", "decoder")}
-    with Lazy(model, weights.reader(model, checkpoint)).present(model.parameters()):
+    with Lazy(model, checkpoint.read).present(model.parameters()):
         for name, tensor in whole.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -81,7 +82,7 @@ def test_what_is_tied_may_be_stored_under_any_of_its_names(stored, tmp_path):
     entries[stored] = entries.pop("model.embed_tokens.weight")
     save_file(entries, file, metadata={"format": "pt"})
     model, checkpoint = opened(tmp_path)
-    with Lazy(model, weights.reader(model, checkpoint)).present(model.parameters()):
+    with Lazy(model, checkpoint.read).present(model.parameters()):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert all(torch.equal(value, made.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -208,7 +209,7 @@ def test_a_skeleton_is_taken_apart_like_the_model(family, tmp_path):
     whole = make_model(family, **LONGER.get(family, {}))
     whole.save_pretrained(tmp_path)
     model, checkpoint = opened(tmp_path)
-    lazy = Lazy(model, weights.reader(model, checkpoint))
+    lazy = Lazy(model, checkpoint.read)
     expected, found = take_apart(whole), take_apart(model, lazy=lazy)
     assert found.groups == expected.groups
     assert family in ENCODER_DECODERS or found.halves == expected.halves  # whose blocks are not divided
