@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
@@ -15,6 +17,7 @@ from recon.runtime.activations import STREAM, Spill
 from recon.runtime.journal import Journal, StepFiles
 from recon.runtime.storage import SLOW
 from recon.runtime.student import StudentWeights
+from recon.runtime.weights import rounded
 
 log = logging.getLogger("recon")
 KINDS = ("masks", "weights", "shard", "exact")  # of the files of a step, beside activations
@@ -44,10 +47,11 @@ class FolderStore:
     """
 
     def __init__(self, journal: Journal, dtype: torch.dtype = torch.float32):
-        self.journal, self.folder = journal, journal.path.parent
+        self.journal, self.folder, self.dtype = journal, journal.path.parent, dtype
         self.files = StepFiles(self.folder)
-        self.masks = FileMasks(self.files)
-        self.weights = StudentWeights(self.files, dtype)
+        self._pending: dict[str, Tensor] = {}  # masks that were set since the last finished step
+        self.masks = ChainMap(self._pending, _StoredMasks(self.files))
+        self._weights: StudentWeights | None = None
         self._spill = Spill(self.folder / "activations")
         self._kept: dict[str, tuple[Tensor, dict]] = {}  # stream -> its tensor, and what the journal says of its file
         written = [entry[kind] for entry in journal.entries for kind in KINDS if kind in entry]
@@ -83,12 +87,14 @@ class FolderStore:
         number, last = len(self.finished(phase)), self._last(phase)
         entry = {"phase": phase, "found": found}
         with self._writing():
-            if self.masks.pending:
-                entry["masks"] = self.masks.write(f"masks/{number:05}.safetensors")
+            if self._pending:
+                columns = {name: mask.shape[1] for name, mask in self._pending.items()}
+                packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy(), 1)) for name, mask in self._pending.items()}
+                entry["masks"] = self.files.write(f"masks/{number:05}.safetensors", packed, names=columns)
             if weights:
                 entry["weights"] = self.files.write(f"pruned/{number:05}.safetensors", weights, names=list(weights))
             if shard:
-                entry |= self.weights.write(shard, keep_exact=phase != SAVE)
+                entry |= self._write_shard(shard, keep_exact=phase != SAVE)
             if streams is not None:
                 entry["streams"] = {name: self._keep(f"{phase}-{name}-{number:05}", name, each) for name, each in streams.items()}
             self.journal.add(entry)
@@ -105,10 +111,32 @@ class FolderStore:
         dense: Decoder,
         start: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
         shards: int,
-        rounded: Collection[str] = (),
+        computed_rounded: Collection[str] = (),
     ) -> Decoder:
-        """The student, a second skeleton beside `dense`; see `recon.runtime.student.StudentWeights.decoder`."""
-        return self.weights.decoder(dense, start, self.masks, shards, rounded)
+        """The student, a second skeleton beside `dense`; see `recon.runtime.student.StudentWeights`.
+
+        Args:
+            start: reads the weights that the student starts from.
+            shards: how many the checkpoint will have.
+            computed_rounded: names of parameters that are rounded to the dtype of the shards whenever something is computed with them.
+        """
+        self._count, self._computed_rounded = shards, computed_rounded
+        self._weights = StudentWeights(self.files, self.masks, dense, start)
+        return self._weights.decoder
+
+    def _write_shard(self, shard: dict[str, Tensor], keep_exact: bool) -> dict:
+        """Writes the next shard of the checkpoint; returns what the journal is to say of its files.
+
+        keep_exact: whether the run still computes with these parameters, and needs them as they are.
+        """
+        number = len(self.files.shards) + 1
+        stored = {name: rounded(name, tensor, self.dtype) for name, tensor in shard.items()}
+        entries = revert_weight_conversion(self._weights.decoder.model, stored)
+        noted = {"shard": self.files.write(f"checkpoint/model-{number:05}-of-{self._count:05}.safetensors", entries)}
+        exact = {name: shard[name] for name in shard.keys() - self._computed_rounded if _differs(stored[name], shard[name])}
+        if exact and keep_exact:
+            noted["exact"] = self.files.write(f"exact/{number:05}.safetensors", exact, names=list(exact))
+        return noted
 
     def _keep(self, file: str, name: str, stream: Tensor | None) -> dict | None:
         """What the journal says of the file that `stream` is in, which is written unless it is that of the step before."""
@@ -128,8 +156,10 @@ class FolderStore:
 
     def _take(self, entry: dict) -> None:
         """Reads from the files of a finished step from now on."""
-        self.masks.take(entry)
-        self.weights.take(entry)
+        self.files.take(entry)
+        self._pending.clear()
+        if self._weights is not None:
+            self._weights.take(entry)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -142,49 +172,31 @@ class FolderStore:
             ) from error
 
 
+def _differs(stored: Tensor, tensor: Tensor) -> bool:
+    """Whether rounding changed a value."""
+    return stored is not tensor and not torch.equal(stored.to(tensor.dtype), tensor)
+
+
 def _stream_files(entry: dict) -> set[str]:
     """The files of the activations that a step left."""
     return {noted["file"] for noted in entry.get("streams", {}).values() if noted}
 
 
-class FileMasks(MutableMapping):
-    """The masks of a run by matrix name, bool (out, in): those set since the last finished step, and those in its files."""
+class _StoredMasks(Mapping):
+    """The masks in the files of finished steps by matrix name, bool (out, in)."""
 
     def __init__(self, files: StepFiles):
-        self._files = files
-        self._places: dict[str, tuple[str, int]] = {}  # mask -> its file, and how many columns it has
-        self.pending: dict[str, Tensor] = {}
-
-    def write(self, name: str) -> dict:
-        """Writes the masks that are pending to the file `name`; returns what the journal is to say of it."""
-        columns = {name: mask.shape[1] for name, mask in self.pending.items()}
-        packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1)) for name, mask in self.pending.items()}
-        return self._files.write(name, packed, columns=columns)
-
-    def take(self, entry: dict) -> None:
-        """Reads the masks of a finished step from its file from now on."""
-        for name, columns in entry.get("masks", {}).get("columns", {}).items():
-            self._places[name] = entry["masks"]["file"], columns
-        self.pending.clear()
+        self._files, self._places = files, files.places["masks"]
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self.pending:
-            return self.pending[name]
-        file, columns = self._places[name]
-        packed = self._files.tensor(file, name)
+        columns, packed = self._places[name]["names"][name], self._files.tensor("masks", name)
         return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).view(np.bool_))
 
-    def __setitem__(self, name: str, mask: Tensor) -> None:
-        self.pending[name] = mask
-
-    def __delitem__(self, name: str) -> None:
-        del self.pending[name]
-
     def __contains__(self, name: object) -> bool:
-        return name in self.pending or name in self._places
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self._places, **self.pending})
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len({**self._places, **self.pending})
+        return len(self._places)

@@ -71,11 +71,23 @@ class Journal:
 
 
 class StepFiles:
-    """The files in a run's folder. The journal notes each by its name, size and hash."""
+    """The files in a run's folder. The journal notes each by its name, size and hash, and the names of what is to be found in it.
+
+    `places`: by kind of file, the tensors that can be read, each with what the journal says of its file. `shards`: what the journal
+    says of the checkpoint's finished shards.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.places: dict[str, dict[str, dict]] = {"masks": {}, "weights": {}, "exact": {}}
+        self.shards: list[dict] = []
         self._open: dict[str, object] = {}
+
+    def take(self, entry: dict) -> None:
+        """Takes up the files of a finished step."""
+        for kind, places in self.places.items():
+            places |= {name: entry[kind] for name in entry.get(kind, {}).get("names", ())}
+        self.shards += [entry["shard"]] if "shard" in entry else []
 
     def write(self, name: str, tensors: dict[str, Tensor], **more) -> dict:
         """Writes the safetensors file `name`; returns what the journal is to say of it, and `more`."""
@@ -95,11 +107,12 @@ class StepFiles:
             wrong = "is missing" if size is None else "has changed since it was written"
             raise ReconError(f"{str(path)!r} {wrong}; delete {str(self.folder)!r} to begin anew")
 
-    def tensor(self, name: str, entry: str) -> Tensor:
-        """The tensor `entry` of the file `name`, mapped; not to be changed in place."""
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
-        return self._open[name].get_tensor(entry)
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The tensor `name` in a file of this kind, mapped; not to be changed in place."""
+        file = self.places[kind][name]["file"]
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        return self._open[file].get_tensor(name)
 
     def sweep(self, folders: Iterable[str], finished: Iterable[str]) -> None:
         """Makes `folders`, and deletes all files in them but those of `finished` steps."""
