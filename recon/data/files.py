@@ -72,23 +72,17 @@ def tensor_names(shard: Path) -> set[str]:
         raise ReconError(f"{shard.name!r} ({size:,} bytes) is truncated or damaged: {error}; fetch or write it again") from error
 
 
+@functools.cache
 def commit(name: str, revision: str | None = None) -> str:
     """The commit of `revision` of the model repository `name`, the same for as long as this process lasts.
 
     It is the one in the Hub's cache, so that it is known offline, and a resumed run keeps its files; or else the newest one.
     Raises whatever huggingface_hub raises if the Hub cannot be asked.
     """
-    from huggingface_hub import constants
-
-    return _commit(name, revision, constants.HF_HUB_CACHE)
-
-
-@functools.cache
-def _commit(name: str, revision: str | None, cache: str) -> str:
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     # Folders in the cache are named after the commit.
-    found = try_to_load_from_cache(name, "config.json", cache, revision)
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
     if not isinstance(found, str):
         HfApi().model_info(name, revision=revision)  # fails at once if the Hub cannot be reached
         found = hf_hub_download(name, "config.json", revision=revision)

@@ -6,10 +6,9 @@ protocol of GPTQ, SparseGPT and Wanda: the documents of a split are joined, toke
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -143,12 +142,10 @@ def _tokens(name: str, split: str, tokenizer) -> torch.LongTensor:
         text = SEPARATOR.join(documents(name, split))
         if not text.strip():
             raise ReconError(
-                f"the {split} split of text {name!r} is empty: documents are dealt to the splits by position, and "
-                "there are too few"
+                f"the {split} split of text {name!r} is empty: it has too few documents, which are dealt by position"
             )
         # verbose=False: no warning about a text that is longer than the model's context, which is intended here.
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        kept[key] = ids
+        kept[key] = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return kept[key]
 
 
@@ -170,7 +167,7 @@ def _code() -> list[str]:
 
 def _wikipedia() -> list[str]:
     folder = assets.derived("wikipedia", ["enwiki-sample"], CLEANING, _clean_dump)
-    return [row["text"] for row in _json_lines(folder / "articles.jsonl")]
+    return list(_json_lines(folder / "articles.jsonl"))
 
 
 def _clean_dump(dump: Path, folder: Path) -> None:
@@ -207,45 +204,29 @@ def _hub(name: str, part: str) -> list[str]:
 def _local(name: str) -> Path:
     """The readable, supported file that `name` is the path of."""
     path = Path(name).expanduser()
-    if not path.is_file():
-        if not path.suffix and os.sep not in name:
-            raise ReconError(
-                f"unknown text {name!r}; choose one of {', '.join(TEXTS)}, or the path of a {', '.join(SUFFIXES)} file"
-            )
-        raise ReconError(f"there is no text file {name!r} (texts known by name: {', '.join(TEXTS)})")
-    if path.suffix.lower() not in SUFFIXES:
-        raise ReconError(f"text file {name!r} ends in {path.suffix!r}; supported are {', '.join(SUFFIXES)}")
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        known = f"{', '.join(TEXTS)}, or the path of an existing {', '.join(SUFFIXES)} file"
+        raise ReconError(f"unknown text {name!r}; choose one of {known}")
     return path
 
 
 def _read_file(path: Path) -> list[str]:
+    readers = {".txt": _paragraphs, ".jsonl": _json_lines, ".parquet": _parquet}
     try:
-        if path.suffix.lower() == ".txt":
-            texts = _paragraphs(path)
-        elif path.suffix.lower() == ".jsonl":
-            texts = [row["text"] for row in _json_lines(path)]
-        else:
-            texts = _parquet(path)
+        texts = [text for text in readers[path.suffix.lower()](path) if text.strip()]
     except (UnicodeDecodeError, OSError) as error:
         raise ReconError(f"text file '{path}' cannot be read: {error}") from error
-    texts = [text for text in texts if text.strip()]
     if not texts:
         raise ReconError(f"text file '{path}' is empty")
     return texts
 
 
 def _paragraphs(path: Path) -> list[str]:
-    blocks, lines = [], []
-    for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
-        if line.strip():
-            lines.append(line)
-        elif lines:
-            blocks.append("\n".join(lines))
-            lines = []
-    return blocks
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return ["\n".join(block) for filled, block in groupby(lines, lambda line: bool(line.strip())) if filled]
 
 
-def _json_lines(path: Path) -> Iterator[dict]:
+def _json_lines(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -256,7 +237,7 @@ def _json_lines(path: Path) -> Iterator[dict]:
                 raise ReconError(f"text file '{path}', line {number}: not JSON ({error})") from error
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise ReconError(f"text file '{path}', line {number}: no string under the key \"text\"")
-            yield row
+            yield row["text"]
 
 
 def _parquet(path: Path) -> list[str]:

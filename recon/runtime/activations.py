@@ -108,30 +108,23 @@ class Spill:
 
     Args:
         folder: where the files are; until they are kept, their names end in `recon.runtime.storage.PART`.
-        small: bytes up to which a tensor stays in memory; default: `SMALL`.
     """
 
-    def __init__(self, folder: Path, small: int | None = None):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.small = SMALL if small is None else small
         self._files: dict[int, Path] = {}  # by where a tensor begins in memory
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
         """A tensor on the CPU to be filled; a small one is `pinned` on demand. Raises `OSError` if the disk is too full for a large one."""
         size = math.prod(shape) * dtype.itemsize
-        if size <= self.small:
+        if size <= SMALL:
             return torch.empty(shape, dtype=dtype, pin_memory=pinned)
         header = json.dumps({STREAM: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}}).encode()
         header += b" " * (-(8 + len(header)) % _ALIGNMENT)
         tensor, pages, path = mapped(shape, dtype, self.folder, len(header).to_bytes(8, "little") + header)
-        weakref.finalize(pages, self._drop, self._files, tensor.data_ptr(), path)
+        weakref.finalize(pages, path.unlink, missing_ok=True)  # a file that is kept has another name by then
         self._files[tensor.data_ptr()] = path
         return tensor
-
-    @staticmethod
-    def _drop(files: dict[int, Path], place: int, path: Path) -> None:
-        files.pop(place, None)
-        path.unlink(missing_ok=True)  # a file that is kept has another name by now
 
     def keep(self, tensor: Tensor, path: Path) -> None:
         """Writes `tensor` to the safetensors file `path`, which appears when all of it is on the disk.

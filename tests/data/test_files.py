@@ -264,7 +264,7 @@ def test_what_is_loaded_from_the_hub_is_the_commit_that_its_fingerprint_names(sh
     first = models.fingerprint("me/model")
     newest[0] = "c" * 40
     assert first == "b" * 40 == models.folder("me/model").name
-    files._commit.cache_clear()  # as in another process
+    files.commit.cache_clear()  # as in another process
     assert models.folder("me/model").name == first == models.fingerprint("me/model")
     assert models.folder("me/model", "d" * 40).name == "d" * 40 == models.fingerprint("me/model", "d" * 40)
     assert models.folder("me/other").name == "c" * 40 == models.fingerprint("me/other")

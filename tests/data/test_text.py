@@ -246,7 +246,7 @@ def test_a_hub_text_s_fingerprint_follows_its_revision(monkeypatch):
 @pytest.mark.parametrize(
     ("filename", "content", "message"),
     [
-        ("a.csv", "x", r"ends in '.csv'; supported are .txt, .jsonl, .parquet"),
+        ("a.csv", "x", r"unknown text '.*a.csv'; .*existing .txt, .jsonl, .parquet file"),
         ("a.txt", " \n\n ", "a.txt' is empty"),
         ("a.txt", b"\xff\xfe\xff", "a.txt' cannot be read: .*utf-8"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": ', "a.jsonl', line 3: not JSON"),
@@ -272,10 +272,10 @@ def test_parquet_without_text(tmp_path):
 
 
 def test_unknown_text_and_missing_file(tmp_path):
-    with pytest.raises(ReconError, match="unknown text 'wikipdia'.*wikipedia, news, code, c4, wikitext2, or the path of a"):
+    with pytest.raises(ReconError, match="unknown text 'wikipdia'.*wikipedia, news, code, c4, wikitext2, or the path of an"):
         text.documents("wikipdia", "calibration")
     for missing in (str(tmp_path / "none.txt"), str(tmp_path)):
-        with pytest.raises(ReconError, match="there is no text file .*wikipedia, news"):
+        with pytest.raises(ReconError, match="unknown text .*wikipedia, news"):
             text.fingerprint(missing)
 
 
