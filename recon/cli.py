@@ -14,44 +14,69 @@ import tyro
 from recon.errors import ReconError
 from recon.experiment.config import RunOptions, RunSpec, options, place
 from recon.experiment.record import RunRecord
-from recon.options import described
 from recon.paper.bench.spec import BenchSpec
 from recon.runtime.device import limit_compiled_shapes
 
 
-def flags(name: str, fields: Mapping[str, dataclasses.Field], without: tuple[str, ...] = (), **changed) -> type:
-    """A dataclass with the options `fields` by flat name, as the command line shows them.
+def flags(name: str, doc: str, fields: Mapping[str, dataclasses.Field], without: tuple[str, ...] = (), **changed) -> type:
+    """A dataclass with the options `fields` by flat name, as the command line shows them; `doc`: what they are about.
 
     without: options that cannot be given. changed: by option, what is other than its field says: name, type, default, help.
     """
     rows = []
     for option, each in fields.items():
         if option not in without:
+            choices = tuple(each.metadata["choices"])
+            kind = Literal[choices] if choices else each.type
             shown = {
                 "name": option,
-                "type": each.type,
+                "type": kind,
                 "default": each.default,
-                "help": described(each),
+                "help": each.metadata["help"],
                 **changed.get(option, {}),
             }
             argument = tyro.conf.arg(name=shown["name"].replace("_", "-"), help=shown["help"])
             rows.append((option, Annotated[shown["type"], argument], shown["default"]))
     rows.sort(key=lambda row: row[2] is not tyro.MISSING)
-    return dataclasses.make_dataclass(name, rows, frozen=True)
+    return dataclasses.make_dataclass(name, rows, frozen=True, namespace={"__doc__": doc})
+
+
+def spec_flags(name: str, without: tuple[str, ...] = (), **changed) -> type:
+    """A dataclass of the options of a `RunSpec`, in a group for each of its configs."""
+    groups: dict[str, dict] = {}
+    for option, each in options().items():
+        groups.setdefault(place(option)[0] or "compute", {})[option] = each
+    configs = {field.name: field.type for field in dataclasses.fields(RunSpec)}
+    made = {
+        group: flags(group, configs[group].__doc__.splitlines()[0], found, without, **changed) for group, found in groups.items()
+    }
+    return dataclasses.make_dataclass(
+        name, [(group, kind) for group, kind in made.items() if dataclasses.fields(kind)], frozen=True
+    )
+
+
+def spec_of(given: object) -> RunSpec:
+    """The spec of what was given on the command line."""
+    return RunSpec.of(**{option: value for group in vars(given).values() for option, value in vars(group).items()})
 
 
 _CARRIED_OUT = {field.name: field for field in dataclasses.fields(RunOptions)}
-Spec = flags("Spec", options(), without=("pruned", "pruned_revision"))
-External = flags(
+Spec = spec_flags("Spec", without=("pruned", "pruned_revision"))
+External = spec_flags(
     "External",
-    options(),
     without=tuple(name for name in options() if place(name)[0] == "pruning"),
     model={"name": "dense", "default": tyro.MISSING, "help": "The model before it was pruned: a bundled name, a local folder, or a Hub id."},
     revision={"name": "dense-revision", "help": "Branch, tag or commit of the dense model, where it is a Hub id."},
-    pruned={"default": tyro.MISSING, "help": "The same model after something pruned it; its mask is wherever it is zero."},
+    pruned={"default": tyro.MISSING, "type": str, "help": "The same model after something pruned it; its mask is wherever it is zero."},
 )  # fmt: skip
-Output = flags("Output", _CARRIED_OUT, without=("progress", "command"), executor={"type": Literal["serial", "ray"]})
-Planned = flags("Planned", _CARRIED_OUT, without=("progress", "command", "force", "executor", "save"))
+Output = flags(
+    "Output",
+    "How the run is carried out.",
+    _CARRIED_OUT,
+    without=("progress", "command"),
+    executor={"type": Literal["serial", "ray"]},
+)
+Planned = flags("Planned", "How it would be.", _CARRIED_OUT, without=("progress", "command", "force", "executor", "save"))
 Group = tyro.conf.arg(name="")  # its options have no prefix
 
 
@@ -63,7 +88,7 @@ class _Run:
         from recon.experiment.study import RecordFile, run_or_record_failure
         from recon.experiment.workers import Ray, check_address
 
-        spec, chosen = RunSpec.of(**vars(self.spec)), vars(self.output)
+        spec, chosen = spec_of(self.spec), vars(self.output)
         check_address(chosen["executor"], self.address)
         if chosen["executor"] == "ray":
             chosen = chosen | {"executor": Ray(self.address)}
@@ -138,7 +163,7 @@ class Plan:
         from recon.experiment.plan import advice, plan
 
         room = {"memory": self.memory, "device_memory": self.device_memory, "disk": self.disk}
-        planned = plan(RunSpec.of(**vars(self.spec)), self.save, **vars(self.output), **room)
+        planned = plan(spec_of(self.spec), self.save, **vars(self.output), **room)
         print(planned)
         if planned.problem:
             raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")

@@ -63,11 +63,6 @@ def flag(each: Field) -> str:
     return each.metadata["flag"] or each.name
 
 
-def described(each: Field) -> str:
-    """The help of an option, with the names that are allowed."""
-    return each.metadata["help"] + (f" Allowed: {allowed(each)}." if each.metadata["choices"] else "")
-
-
 def allowed(each: Field) -> str:
     """What an option may be, in words."""
     if each.metadata["choices"]:

@@ -106,7 +106,7 @@ def test_run_takes_its_options(small, tmp_path, words, fields):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--criterion", "magic"], "criterion is 'magic'; allowed: magnitude, none, random, wanda"),
+        (["--criterion", "magic"], "'magic' for argument '--criterion'. Expected one of ('magnitude', 'none', 'random', 'wanda'"),
         (["--pattern", "2:5"], "do not divide into the groups of 5"),
         (["--pattern", "4:2"], "'4:2'"),
         (["--pattern", "1.5"], "'1.5'"),
@@ -186,6 +186,25 @@ def test_help_names_every_option(capsys):
     for name in options().keys() - {"pruned", "pruned_revision"}:
         assert f"--{'no-' * (options()[name].default is True)}{name.replace('_', '-')}" in said
     assert "--record" in said and "--save" in said
+
+
+QUIET = """
+import os
+before = dict(os.environ)
+import recon
+for name in recon.__all__:
+    getattr(recon, name)
+from transformers.utils import logging
+assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
+assert logging.is_progress_bar_enabled()
+"""
+
+
+def test_importing_the_package_changes_nothing_global():
+    """No environment variable, and nobody's progress bars."""
+    here = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, cwd=here)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_unknown_command_is_refused_with_the_list(capsys):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import pytest
 
 from recon.errors import ReconError
-from recon.options import NAMES, Options, allowed, described, flag, option
+from recon.options import NAMES, Options, allowed, flag, option
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,6 @@ def test_unknown_names_are_refused():
 
 def test_what_users_are_told():
     assert flag(BY_NAME["share"]) == "pot_share" and flag(BY_NAME["kind"]) == "kind"
-    assert described(BY_NAME["kind"]) == "What is brewed. Allowed: green, black."
-    assert described(BY_NAME["minutes"]) == "How long."
     assert allowed(BY_NAME["minutes"]) == "a whole number from 1 to 9"
 
 

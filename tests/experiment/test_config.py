@@ -25,7 +25,7 @@ def another(name: str, value: object) -> object:
     choices = tuple(options()[name].metadata["choices"])
     if name in fixed or choices:
         return fixed.get(name) or next(choice for choice in reversed(choices) if choice != value)
-    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 or 0.1
 
 
 def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_path, tiny_text):
