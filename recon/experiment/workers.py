@@ -197,6 +197,54 @@ class Worker:
         return self.function(task)
 
 
+class _Crew:
+    """The workers of one computation, and what each has in hand.
+
+    depth: tasks that a worker has at a time; all but the first wait for it in its queue.
+    """
+
+    def __init__(self, ray, request: Request, function: Callable, depth: int):
+        self.ray, self.threads, self.function, self.depth = ray, request.threads, ray.put(function), depth
+        self.make = ray.remote(Worker).options(num_cpus=request.threads, num_gpus=request.gpus, memory=request.memory or None)
+        self.workers: set = set()
+        self.busy: dict[object, tuple] = {}  # answer -> worker, key, task
+        self.idle: deque[tuple] = deque()  # worker and the key of its last task, once for each task that it can take
+
+    def give(self, key: str, task: object, new: bool) -> None:
+        """Gives a task to a new worker, or to the one that has been idle for longest."""
+        worker = self.make.remote(self.threads, code(), self.function) if new else self.idle.popleft()[0]
+        self.busy[worker.do.remote(task)] = worker, key, task
+        if new:
+            self.workers.add(worker)
+            self.idle.extend([(worker, key)] * (self.depth - 1))
+
+    def answers(self) -> Iterator[tuple[str, object, object, bool]]:
+        """Waits for `POLL` seconds, or an answer: key, task, what was found, and whether the worker is lost."""
+        if not self.busy:
+            time.sleep(POLL)
+            return
+        for answer in self.ray.wait(list(self.busy), timeout=POLL)[0]:
+            worker, key, task = self.busy.pop(answer)
+            found, lost = _result(self.ray, answer)
+            if lost:
+                log.warning("%s: its worker is lost (%s)", key, lost)
+                self.dismiss({worker})
+            elif worker in self.workers:
+                self.idle.append((worker, key))
+            yield key, task, found, bool(lost)
+
+    def dismiss(self, gone: set) -> None:
+        """Ends workers, and what they do."""
+        self.idle = deque((worker, key) for worker, key in self.idle if worker not in gone)
+        self.workers -= gone
+        for worker in gone:
+            self.ray.kill(worker)
+
+    def dismiss_idle(self) -> None:
+        """Ends the workers that have nothing in hand."""
+        self.dismiss(self.workers - {worker for worker, *_ in self.busy.values()})
+
+
 def spread(
     ray,
     settings: Ray,
@@ -209,60 +257,34 @@ def spread(
     """What tasks give, by key, as soon as it is there; a `ReconError` for a task that raised, or that `ATTEMPTS` workers died of.
 
     function: what a worker does with a task; each worker has a copy of its own.
-    left: what is still to be handed out; workers end when it is empty.
+    left: what is still to be handed out.
     take: takes a key and its task out of `left`, given the key of the worker's last task (None: a new worker); gives None where nothing
         can be had before other tasks are done.
-    depth: tasks that a worker has at a time; all but the first wait for it in its queue.
+    depth: tasks that a worker has at a time.
 
     Raises `ReconError` where no node has room for a worker, or workers cannot start.
     """
     _check_room(ray, settings, request)
-    actor = ray.remote(Worker).options(num_cpus=request.threads, num_gpus=request.gpus, memory=request.memory or None)
-    function = ray.put(function)
-    busy: dict[object, tuple] = {}  # answer -> worker, key, task
-    idle: deque[tuple] = deque()  # worker and the key of its last task, once for each task that it can take
-    workers, again, deaths = set(), [], Counter()
-
-    def dismiss(gone: set) -> None:
-        nonlocal idle
-        idle = deque((worker, key) for worker, key in idle if worker not in gone)
-        workers.difference_update(gone)
-        for worker in gone:
-            ray.kill(worker)
-
+    crew, again, deaths = _Crew(ray, request, function, depth), [], Counter()
     try:
-        while left or again or busy:
+        while left or again or crew.busy:
             room = settings.workers or request.room(ray)
-            while idle or len(workers) < room:
-                new = len(workers) < room
-                found = again.pop() if again else take(None if new else idle[0][1])
+            while crew.idle or len(crew.workers) < room:
+                new = len(crew.workers) < room
+                found = again.pop() if again else take(None if new else crew.idle[0][1])
                 if found is None:
                     break
-                worker = actor.remote(request.threads, code(), function) if new else idle.popleft()[0]
-                busy[worker.do.remote(found[1])] = worker, *found
-                if new:
-                    workers.add(worker)
-                    idle.extend([(worker, found[0])] * (depth - 1))
+                crew.give(*found, new)
             if not left and not again:  # tasks may wait for what idle workers hold of the nodes
-                dismiss(workers - {worker for worker, *_ in busy.values()})
-            if not busy:
-                time.sleep(POLL)  # until there is a node
-                continue
-            for answer in ray.wait(list(busy), timeout=POLL)[0]:
-                worker, key, task = busy.pop(answer)
-                found, lost = _result(ray, answer)
-                if lost:
-                    log.warning("%s: its worker is lost (%s)", key, lost)
-                    dismiss({worker})
-                    deaths[key] += 1
-                    if deaths[key] < ATTEMPTS:
-                        again.append((key, task))
-                        continue
-                elif worker in workers:
-                    idle.append((worker, key))
-                yield key, found
+                crew.dismiss_idle()
+            for key, task, found, lost in crew.answers():
+                deaths[key] += lost
+                if lost and deaths[key] < ATTEMPTS:
+                    again.append((key, task))
+                else:
+                    yield key, found
     finally:
-        dismiss(set(workers))
+        crew.dismiss(set(crew.workers))
 
 
 def _check_room(ray, settings: Ray, request: Request) -> None:
