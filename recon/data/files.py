@@ -8,7 +8,7 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from safetensors import SafetensorError, safe_open
@@ -39,11 +39,12 @@ def shards(folder: Path | str) -> list[Path]:
     paths = [_inside(folder, name) for name in places]
     for path, wanted in zip(paths, places.values(), strict=True):
         found = tensor_names(path)
-        if wanted is not None and (lacking := sorted(wanted - found)):
+        wanted = found if wanted is None else wanted
+        if lacking := sorted(wanted - found):
             raise ReconError(
                 f"{INDEX} places tensor {lacking[0]!r} in {path.name!r}, which does not hold it ({len(lacking)} such)"
             )
-        if wanted is not None and (surplus := sorted(found - wanted)):
+        if surplus := sorted(found - wanted):
             raise ReconError(
                 f"{path.name!r} holds tensor {surplus[0]!r}, which {INDEX} does not place there ({len(surplus)} such)"
             )
@@ -116,12 +117,11 @@ def _has_weights(folder: Path) -> bool:
 def _download(name: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    def get(patterns: Iterable[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-
-    folder = get((*DESCRIPTIONS, "*.py") if code else DESCRIPTIONS)
+    patterns = [*DESCRIPTIONS, "*.py"] if code else list(DESCRIPTIONS)
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     # Repositories may hold the same weights in several formats: only those that will be read are fetched.
-    return get(_read_index(folder) if (folder / INDEX).is_file() else [WEIGHTS])
+    weights = list(_read_index(folder)) if (folder / INDEX).is_file() else [WEIGHTS]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=weights))
 
 
 def _read_index(folder: Path) -> dict[str, set[str]]:
@@ -137,23 +137,22 @@ def _read_index(folder: Path) -> dict[str, set[str]]:
         raise ReconError(f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}; weights are read from safetensors only")
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        placed: dict[str, set[str]] = {}
-        for tensor, file in places.items():
-            placed.setdefault(file, set()).add(tensor)
-        names = sorted(placed)
+        found: dict[str, set[str]] = {}
+        for tensor, file in sorted(places.items(), key=itemgetter(1)):
+            found.setdefault(file, set()).add(tensor)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ReconError(
             f"{INDEX} is no index ({type(error).__name__}: {error}); it must be an object whose weight_map says which file "
             "each tensor lies in"
         ) from error
-    if not names:
+    if not found:
         raise ReconError(f"{INDEX} has an empty weight_map; it must say which file each tensor lies in")
-    for name in names:
+    for name in found:
         # A name must not be a path out of the folder on any system.
         kinds = (PurePosixPath(name), PureWindowsPath(name))
         if any(kind.is_absolute() or kind.drive or ".." in kind.parts for kind in kinds) or not name.endswith(".safetensors"):
             raise ReconError(f"{INDEX} names the file {name!r}; allowed: safetensors files inside the folder")
-    return {name: placed[name] for name in names}
+    return found
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -49,6 +49,12 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.to(device, dtype, copy=True)
 
 
+def place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Makes `parameter` the one that `model` has under the full name `name`."""
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, parameter)
+
+
 class Lazy:
     """The parameters of a skeleton: in memory inside `present`, and placeholders otherwise.
 
@@ -71,20 +77,18 @@ class Lazy:
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if parameter not in made:
                 made[parameter] = self.parameters[name] = nn.Parameter(placeholder(parameter.shape))
-            path, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(path), attribute, made[parameter])
+            place(model, name, made[parameter])
         self._names = {parameter: name for name, parameter in self.parameters.items()}
         self._users: Counter[str] = Counter()
 
     def add(self, name: str, shape: torch.Size) -> bool:
         """Adds the parameter `name`, such as a bias that pruning gives a matrix, to the model; False: it is known already."""
         path, _, attribute = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        if getattr(module, attribute) in self._names:
+        if getattr(self.model.get_submodule(path), attribute) in self._names:
             return False
         self.parameters[name] = nn.Parameter(placeholder(shape))
         self._names[self.parameters[name]] = name
-        setattr(module, attribute, self.parameters[name])
+        place(self.model, name, self.parameters[name])
         return True
 
     @contextlib.contextmanager

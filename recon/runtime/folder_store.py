@@ -133,8 +133,8 @@ class FolderStore:
         stored = {name: rounded(name, tensor, self.dtype) for name, tensor in shard.items()}
         entries = revert_weight_conversion(self._weights.decoder.model, stored)
         noted = {"shard": self.files.write(f"checkpoint/model-{number:05}-of-{self._count:05}.safetensors", entries)}
-        exact = {name: shard[name] for name in shard.keys() - self._computed_rounded if _differs(stored[name], shard[name])}
-        if exact and keep_exact:
+        needed = shard.keys() - self._computed_rounded if keep_exact else ()
+        if exact := {name: shard[name] for name in needed if not torch.equal(stored[name].to(shard[name].dtype), shard[name])}:
             noted["exact"] = self.files.write(f"exact/{number:05}.safetensors", exact, names=list(exact))
         return noted
 
@@ -170,11 +170,6 @@ class FolderStore:
                 f"work folder {str(self.folder)!r} cannot be written: {error}. What is finished is kept: with room on the disk, the "
                 "same command goes on from there"
             ) from error
-
-
-def _differs(stored: Tensor, tensor: Tensor) -> bool:
-    """Whether rounding changed a value."""
-    return stored is not tensor and not torch.equal(stored.to(tensor.dtype), tensor)
 
 
 def _stream_files(entry: dict) -> set[str]:

@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 )
 
 from recon.errors import ReconError
-from recon.model.skeleton import skeleton
+from recon.model.skeleton import place, skeleton
 
 log = logging.getLogger("recon")
 PLAIN = ("F64", "F32", "BF16", "F16")  # safetensors dtypes of weights that need no scale from elsewhere
@@ -239,14 +239,14 @@ def open_model(
     # If a checkpoint has both of what its configuration ties, they are tied only if their values are equal.
     pairs = {name for pair in model.all_tied_weights_keys.items() for name in pair if not set(pair) & missing}
     for name, value in checkpoint.read(pairs):
-        _place(model, name, nn.Parameter(value))
+        place(model, name, nn.Parameter(value))
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
         raise ReconError(f"weights that the configuration calls for are missing: {', '.join(sorted(missing))}")
     for name, names in tied(model).items():
         if not any(other in checkpoint for other in names):  # such as sinusoidal positions, which transformers computes
             owner, shape = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name).shape
-            _place(model, name, nn.Parameter(torch.empty(shape)))
+            place(model, name, nn.Parameter(torch.empty(shape)))
             model._init_weights(owner)
             checkpoint.computed[name] = model.get_parameter(name).detach()
     for name, buffer in model.named_buffers():
@@ -255,11 +255,6 @@ def open_model(
             buffer.data = value.to(buffer.dtype)
     model._weight_conversions = checkpoint.transforms
     return model, checkpoint
-
-
-def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(path), attribute, parameter)
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
