@@ -22,13 +22,13 @@ class FastCausalAttention(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and _suits(*args, **kwargs):
-            return _call(*args, **kwargs)
-        return function(*args, **kwargs)
+        found = _attention(*args, **kwargs) if function is F.scaled_dot_product_attention else None
+        return function(*args, **kwargs) if found is None else found
 
 
-def _suits(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> bool:
-    return (
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor | None:
+    """`causal_attention` by the arguments of torch's function; None where that does not suit them."""
+    suits = (
         is_causal
         and attn_mask is None
         and dropout_p == 0
@@ -38,11 +38,8 @@ def _suits(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sc
         and CHUNK < query.shape[2] == key.shape[2] <= LONGEST
         and query.shape[1] % key.shape[1] == 0
     )
-
-
-def _call(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return causal_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), scale)
+    return causal_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), scale) if suits else None
 
 
 def _autocast_to_bfloat16() -> bool:

@@ -80,7 +80,7 @@ class Checkpoint:
         self.model = model
         # Shapes, not tensors, which would stay in memory.
         self._known = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.state_dict().items()}
-        self._transforms = get_model_conversion_mapping(model)
+        self.transforms = get_model_conversion_mapping(model)
         self._files: dict[str, _File] = {}  # by entry
         self._sources: dict[str, _Source] = {}  # by parameter
         self._unknown: set[str] = set()  # entries that the model has no place for
@@ -95,8 +95,8 @@ class Checkpoint:
         Raises `ReconError` naming the file if it is not a complete safetensors file, or has a quantised entry, which is named too.
         """
         file = _File(path)
-        renamings = [each for each in self._transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in self._transforms if isinstance(each, WeightConverter)]
+        renamings = [each for each in self.transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in self.transforms if isinstance(each, WeightConverter)]
         by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
         prefix = self.model.base_model_prefix
         for entry in file.opened.keys():  # noqa: SIM118 - it is no mapping
@@ -119,11 +119,6 @@ class Checkpoint:
                 for other in converter.target_patterns[1:] if converter else ():
                     self._sources[target.replace(converter.target_patterns[0], other)] = source
             self._files[entry] = file
-
-    @property
-    def transforms(self) -> list:
-        """Transformers' rules that were applied to these files, which saving has to reverse."""
-        return [each for each in self._transforms if each.was_used()]
 
     def unmatched(self) -> tuple[set[str], list[str]]:
         """What of the model's state is in no file, and the entries that it has no place for, but for what its class ignores."""
@@ -253,7 +248,7 @@ def open_model(
         if name in checkpoint:
             [(_, value)] = checkpoint.read([name])
             buffer.data = value.to(buffer.dtype)
-    model._weight_conversions = checkpoint.transforms
+    model._weight_conversions = [rule for rule in checkpoint.transforms if rule.was_used()]  # saving reverses these
     return model, checkpoint
 
 
