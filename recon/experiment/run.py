@@ -120,7 +120,7 @@ class _Run:
             record.seconds["retrain"] = record.retraining["seconds"]  # without what was measured on the way
         if record.windows or record.retraining:
             with self.phase("evaluate"):
-                final = self.measure("repaired", None, student, states)
+                final = self.measure("reconstructed", None, student, states)
         record.metrics |= report.metrics(spec, dense, pruned, final) | home.step("counted", None, lambda: count_zeros(student))[0]
         record.tokens = report.tokens(spec, self.texts, dense)
         record.flops = cost.flops(spec, self.dense)
