@@ -97,21 +97,29 @@ def _check_code(folder: Path, trust_remote_code: bool) -> None:
 
 
 @contextlib.contextmanager
-def _loading(name: str, revision: str | None, what: str = "model") -> Iterator[None]:
-    """Context that raises a `ReconError` naming the model for any error, and hides transformers' progress bars, which stand between ours."""
+def quiet() -> Iterator[None]:
+    """Context without transformers' own progress bars, which would stand between ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _loading(name: str, revision: str | None, what: str = "model") -> Iterator[None]:
+    """Context, `quiet` too, that raises a `ReconError` naming the model for any error."""
+    try:
+        with quiet():
+            yield
     except Exception as error:  # transformers, tokenizers, safetensors, huggingface_hub and its HTTP client raise their own kinds
         at = f" at revision {revision!r}" if revision else ""
         kind = "" if isinstance(error, ReconError) else f"{type(error).__name__}: "
         known = Path(name).exists() or name in assets.BUNDLED_MODELS
         hint = "" if known else f"; give another revision, a local folder, or a bundled model: {', '.join(assets.BUNDLED_MODELS)}"
         raise ReconError(f"{what} {name!r}{at} cannot be loaded: {kind}{error}{hint}") from error
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def load(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.data import files
+from recon.data.models import quiet
 from recon.errors import ReconError
 from recon.experiment.card import write_card
 from recon.experiment.config import RunOptions
@@ -33,7 +34,7 @@ SHARD = 2**30  # bytes of the shards that hold what is in no window, unless a si
 
 def locked(folder: Path) -> contextlib.AbstractContextManager:
     """Context in which no other process saves to `folder`; the lock lies beside it, as the folder appears when it is complete."""
-    return lock.held(folder.parent / f".{folder.name}{lock.NAME}", f"save folder {str(folder)!r}")
+    return lock.locked(folder.parent / f".{folder.name}{lock.NAME}", f"save folder {str(folder)!r}")
 
 
 def check_target(folder: Path) -> None:
@@ -119,7 +120,8 @@ def write(
     """
     check_places(model, model.state_dict())
     _round(model, SAVED[options.save_dtype])
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     files.write_hashes(folder)
     _describe(folder, tokenizer, record, options)
 

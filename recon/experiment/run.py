@@ -142,7 +142,7 @@ class _Run:
         self.dense, tokenizer = self.home.load()
         self.external = None
         if spec.model.pruned:
-            self.external = self.session.keep("given", spec.pruned_by, self.open_external)
+            self.external = self.session.keep("external mask", spec.pruned_by, self.open_external)
         self.check_fits()
         if save:
             checkpoint.check_places(self.dense.model, self.touched)

@@ -198,7 +198,7 @@ def run_study(
     if not compute:
         return frame([_as_it_is(folder, spec, key) for spec, key in zip(specs, keys, strict=True)])
     settings = workers.get(executor)
-    with lock.held(folder / lock.NAME, f"record folder {str(folder)!r}"):
+    with lock.locked(folder / lock.NAME, f"record folder {str(folder)!r}"):
         remove_unfinished(folder, "*.json")
         records = {key: _finished(folder, key) for key in keys}
         missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}

@@ -52,9 +52,9 @@ def folder_of(key: str, save: Path | None = None) -> Path:
 
 
 def locked(key: str) -> contextlib.AbstractContextManager:
-    """Context in which no other process works on the run called `key`, which saves nothing; see `recon.runtime.lock.held`."""
+    """Context in which no other process works on the run called `key`, which saves nothing; see `recon.runtime.lock.locked`."""
     folder = folder_of(key)
-    return lock.held(folder.with_name(f".{folder.name}{lock.NAME}"), f"unfinished run {key}")
+    return lock.locked(folder.with_name(f".{folder.name}{lock.NAME}"), f"unfinished run {key}")
 
 
 def unfinished() -> list[Unfinished]:

@@ -160,7 +160,7 @@ def execute(
         paths = [path for path in paths if "compute" in parameter_names(path)]
         parameters = {path.stem: parameters[path.stem] | {"compute": False} for path in paths}
     build = root / "build" / profile
-    with lock.held(build / lock.NAME, f"output folder {str(build)!r}"):
+    with lock.locked(build / lock.NAME, f"output folder {str(build)!r}"):
         for folder in ("notebooks", "html"):
             (build / folder).mkdir(exist_ok=True)
         outcomes = []

@@ -17,7 +17,7 @@ NAME = ".lock"  # of the lock file in the folder that it protects
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str) -> Iterator[None]:
     """Context in which no other process holds the lock file `path`, which is made, and removed at the end.
 
     The operating system releases the lock when the process ends, however it ends: a lock file that is left over blocks nobody.

@@ -107,7 +107,7 @@ def test_runs_that_share_an_external_mask_read_it_once(spec, pruned_folder):
     session = recon.Session()
     record_of(spec.replaced(pruned=pruned_folder, granularity="none"), session)
     own = record_of(spec.replaced(pruned=pruned_folder, seed=1), session)
-    assert {"given", "pruned"} <= set(own.shared)
+    assert {"external mask", "pruned"} <= set(own.shared)
     assert own.metrics == record_of(spec.replaced(pruned=pruned_folder, seed=1)).metrics
 
 

@@ -18,7 +18,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from recon.runtime import lock
-with lock.held(Path({path!r}), "folder"):
+with lock.locked(Path({path!r}), "folder"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -59,26 +59,26 @@ def test_a_process_that_was_killed_stops_nobody(holder, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert (tmp_path / lock.NAME).exists()
-    with lock.held(tmp_path / lock.NAME, "folder"):
+    with lock.locked(tmp_path / lock.NAME, "folder"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_studies_of_one_process_are_kept_apart_too(tmp_path):
     path = tmp_path / "deep" / lock.NAME
-    with lock.held(path, "folder"):
+    with lock.locked(path, "folder"):
         with pytest.raises(ReconError, match=f"folder is in use by process {os.getpid()} on host"):
-            with lock.held(path, "folder"):
+            with lock.locked(path, "folder"):
                 pytest.fail("held twice")
         (path.parent / f"{path.name}.holder").write_text("{")
         with pytest.raises(ReconError, match="folder is in use by another process"):
-            with lock.held(path, "folder"):
+            with lock.locked(path, "folder"):
                 pytest.fail("held twice")
 
 
 def test_the_lock_is_given_up_where_what_it_protects_fails(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        with lock.held(tmp_path / lock.NAME, "folder"):
+        with lock.locked(tmp_path / lock.NAME, "folder"):
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -87,7 +87,7 @@ def test_the_lock_is_given_up_where_what_it_protects_fails(tmp_path):
 def test_a_save_folder_is_held_from_the_start(stream, tmp_path, tiny_folder, tiny_text, monkeypatch):
     for name in ("load", "skeleton"):
         monkeypatch.setattr(f"recon.data.models.{name}", lambda *a, **k: pytest.fail("loaded before the folder was held"))
-    with lock.held(tmp_path / f".out{lock.NAME}", "folder"):
+    with lock.locked(tmp_path / f".out{lock.NAME}", "folder"):
         with pytest.raises(ReconError, match=f"save folder '{tmp_path}/out' is in use by process {os.getpid()}"):
             record_of(spec(tiny_folder, tiny_text), save=tmp_path / "out", stream=stream)
     assert list(tmp_path.iterdir()) == []
