@@ -242,7 +242,7 @@ def sweep(subject: Subject) -> dict:
 def workers(subject: Subject) -> dict:
     from recon.experiment import ray_windows
     from recon.experiment.study import grid
-    from recon.experiment.workers import Ray
+    from recon.experiment.workers import Ray, connect
 
     base = _run_spec(subject, device="cpu")
     specs = grid(base, criterion=["magnitude", "wanda"], seed=range(subject.spec.repeats))
@@ -263,6 +263,7 @@ def workers(subject: Subject) -> dict:
             )  # fmt: skip
             seconds = time.perf_counter() - began
             windows.append(count | {"seconds": seconds, "in_windows": [report.seconds for report in reports]})
+        connect().shutdown()  # now, and not while the process ends
     finally:
         torch.set_num_threads(threads)
     return {"base": base.flat(), "flops_per_second": rate, "runs": len(specs), "studies": studies, "windows": windows}
