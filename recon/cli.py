@@ -21,7 +21,7 @@ from recon.runtime.device import limit_compiled_shapes
 def flags(name: str, doc: str, fields: Mapping[str, dataclasses.Field], without: tuple[str, ...] = (), **changed) -> type:
     """A dataclass with the options `fields` by flat name, as the command line shows them; `doc`: what they are about.
 
-    without: options that cannot be given. changed: by option, what is other than its field says: name, type, default, help.
+    without: options that cannot be given. changed: by option, what replaces its field's name, type, default or help.
     """
     rows = []
     for option, each in fields.items():
@@ -65,7 +65,7 @@ Spec = spec_flags("Spec", without=("pruned", "pruned_revision"))
 External = spec_flags(
     "External",
     without=tuple(name for name in options() if place(name)[0] == "pruning"),
-    model={"name": "dense", "default": tyro.MISSING, "help": "The model before it was pruned: a bundled name, a local folder, or a Hub id."},
+    model={"name": "dense", "default": tyro.MISSING, "help": "The model before it was pruned: a bundled name, a local folder, a GGUF file, or a Hub id."},
     revision={"name": "dense-revision", "help": "Branch, tag or commit of the dense model, where it is a Hub id."},
     pruned={"default": tyro.MISSING, "type": str, "help": "The same model after something pruned it; its mask is wherever it is zero."},
 )  # fmt: skip
@@ -76,7 +76,9 @@ Output = flags(
     without=("progress", "command"),
     executor={"type": Literal["serial", "ray"]},
 )
-Planned = flags("Planned", "How it would be.", _CARRIED_OUT, without=("progress", "command", "force", "executor", "save"))
+Planned = flags(
+    "Planned", "How the run would be carried out.", _CARRIED_OUT, without=("progress", "command", "force", "executor", "save")
+)
 Group = tyro.conf.arg(name="")  # its options have no prefix
 
 
@@ -97,10 +99,8 @@ class _Run:
             spec, RunOptions(**chosen, command=shlex.join(["recon", *sys.argv[1:]])), callbacks=[file]
         )
         if error:
-            if not file.holds(spec):  # what is known of the very same run is not lost to a failure
-                with contextlib.suppress(
-                    ReconError
-                ):  # the failure itself says more than that it cannot be noted, as on a full disk
+            if not file.holds(spec):  # a finished record of the very same run is kept
+                with contextlib.suppress(ReconError):  # such as a full disk; `error`, raised below, says more
                     file.on_done(record)
             raise error
         _report(spec, record)
@@ -115,7 +115,7 @@ class Run(_Run):
     record: Path | None = None
     """File for the record (JSON)."""
     address: str | None = None
-    """Of the Ray cluster; default: RAY_ADDRESS, else one that is started on this machine."""
+    """Address of the Ray cluster; default: RAY_ADDRESS, else a cluster is started on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Reconstruct(_Run):
     record: Path | None = None
     """File for the record (JSON)."""
     address: str | None = None
-    """Of the Ray cluster; default: RAY_ADDRESS, else one that is started on this machine."""
+    """Address of the Ray cluster; default: RAY_ADDRESS, else a cluster is started on this machine."""
 
 
 def _report(spec: RunSpec, record: RunRecord) -> None:
@@ -218,7 +218,7 @@ class Criteria:
 
 @dataclasses.dataclass(frozen=True)
 class Assets:
-    """Fetch bundled models and texts into the cache, once. What is not fetched here is fetched when it is first used."""
+    """Fetch bundled models and texts into the cache, once. Whatever is not fetched here is fetched on first use."""
 
     models: tuple[str, ...] = ("smollm2-135m",)
     """Bundled models (see `recon models`), or all; the default is what the quick profile needs."""

@@ -78,7 +78,7 @@ class CalibrationConfig(Options):
 class PruningConfig(Options):
     """Which weights go.
 
-    Raises `ReconError` for an unknown name, a pattern that is none, and for what has no meaning together.
+    Raises `ReconError` for an unknown name, a malformed pattern, and combinations that have no meaning.
     """
 
     criterion: str = option("wanda", "What decides which weights go (see `recon criteria`).", choices=CRITERIA)
@@ -95,7 +95,7 @@ class PruningConfig(Options):
     )
     sparsegpt_block_size: int = option(128, "Columns that SparseGPT prunes at once.", least=1)
     sparsegpt_damping: float = option(0.01, "Added to SparseGPT's Hessian, as a share of its mean diagonal.", above=0, most=1)
-    compensate: bool = option(True, "FLAP: the mean of what is removed goes into a bias.")
+    compensate: bool = option(True, "Whether FLAP adds the mean of what it removes to a bias.")
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
@@ -144,7 +144,7 @@ class ReconstructionConfig(Options):
     rank: int = option(16, "Rank of adapters.", least=1)
     loss: str = option("mse", "mse, cosine, or relative (squared error relative to each token's target).", choices=LOSSES)
     learning_rate: float = option(
-        3e-3, "Peak learning rate of AdamW; a window of n half-blocks is trained with it over n^0.75.", above=0
+        3e-3, "Peak learning rate of AdamW; for a window of n half-blocks it is divided by n^0.75.", above=0
     )
     epochs: int = option(1, "Passes over the calibration samples, per window.", least=1)
     batch_size: int = option(1, "Samples per forward pass.", least=1)
@@ -185,15 +185,20 @@ class RetrainingConfig(Options):
         "none", "Retraining of the whole model: none, full, lora, masklora, scalelora, norms.", choices=RETRAINING, flag="retrain"
     )
     objective: str = option(
-        "labels", "What it learns from: labels, or the dense model's predictions.", choices=OBJECTIVES, flag="retrain_objective"
+        "labels",
+        "What retraining learns from: labels (the next tokens), or distil (the dense model's predictions).",
+        choices=OBJECTIVES,
+        flag="retrain_objective",
     )
     samples: int = option(0, "Calibration samples for retraining; 0: as many as reconstruction.", least=0, flag="retrain_samples")
-    rank: int = option(16, "Rank of its adapters.", least=1, flag="retrain_rank")
+    rank: int = option(16, "Rank of adapters in retraining.", least=1, flag="retrain_rank")
     learning_rate: float = option(3e-4, "Peak learning rate of retraining.", above=0, flag="retrain_learning_rate")
-    epochs: int = option(1, "Passes of retraining over its samples.", least=1, flag="retrain_epochs")
+    epochs: int = option(1, "Passes over the samples of retraining.", least=1, flag="retrain_epochs")
     batch_size: int = option(1, "Samples per forward pass in retraining.", least=1, flag="retrain_batch_size")
     accumulation: int = option(1, "Forward passes per optimiser step in retraining.", least=1, flag="retrain_accumulation")
-    warmup: float = option(0.1, "Share of its steps in which the learning rate rises.", least=0, most=1, flag="retrain_warmup")
+    warmup: float = option(
+        0.1, "Share of the steps of retraining in which the learning rate rises.", least=0, most=1, flag="retrain_warmup"
+    )
     checkpointing: bool = option(
         False, "Keeps the blocks' inputs alone and runs each block again in the backward pass: less memory, a third more time.",
         flag="retrain_checkpointing",
@@ -213,8 +218,8 @@ class EvaluationConfig(Options):
         "Texts whose evaluation split perplexity is measured on; the first is the headline.",
         flag="evaluation_texts",
     )
-    samples: int = option(40, "Windows per evaluation text.", least=1, flag="evaluation_samples")
-    length: int = option(1024, "Tokens per evaluation window.", least=2, flag="evaluation_length")
+    samples: int = option(40, "Text windows per evaluation text.", least=1, flag="evaluation_samples")
+    length: int = option(1024, "Tokens per text window.", least=2, flag="evaluation_length")
     tasks: tuple[str, ...] = option(
         (),
         "Zero-shot tasks: analogies, last_word (bundled); boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa (Hub).",
@@ -231,7 +236,7 @@ class EvaluationConfig(Options):
 class ComputeConfig(Options):
     """Where and in what precision."""
 
-    device: str = option("auto", "auto, cpu, cuda, ...")
+    device: str = option("auto", "Where to compute: auto (cuda if there is one, else cpu), cpu, cuda, ...")
     compute_dtype: str = option(
         "auto", "Matrix products in bfloat16 or float32; auto takes bfloat16 where the hardware multiplies it natively.",
         choices=("auto", "bfloat16", "float32"),

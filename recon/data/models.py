@@ -1,4 +1,4 @@
-"""Loading a causal LM and its tokenizer: a bundled name, a local folder, or a Hub id."""
+"""Loading a causal LM and its tokenizer: a bundled name, a local folder, a GGUF file, or a Hub id."""
 
 import contextlib
 import hashlib
@@ -56,7 +56,7 @@ def locate(name: str) -> str:
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         bundled = ", ".join(assets.BUNDLED_MODELS)
         raise ReconError(
-            f"unknown model {name!r}; bundled: {bundled}; or an existing local folder, or a Hub id (organisation/name)"
+            f"unknown model {name!r}; bundled: {bundled}; or an existing local folder or GGUF file, or a Hub id (organisation/name)"
         )
     return name
 

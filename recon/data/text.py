@@ -27,7 +27,7 @@ TEXTS = {
 }
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SEPARATOR = "\n\n"
-# Which documents belong to which split: the document's position modulo 8. News is short, so half of it evaluates.
+# The documents of each split, by their position modulo 8. News is short, so half of it is for evaluation.
 DEAL = {"calibration": {0, 1, 2, 4, 6}, "validation": {5}, "evaluation": {3, 7}}
 DEAL_NEWS = {"calibration": {1, 3, 7}, "validation": {5}, "evaluation": {0, 2, 4, 6}}
 DEAL_C4_TRAIN = {"calibration": {0, 1, 2, 3, 4, 6, 7}, "validation": {5}}
@@ -72,7 +72,7 @@ def documents(name: str, split: str) -> list[str]:
         split: "calibration", "validation" or "evaluation"; no document is in two of them.
 
     Raises:
-        ReconError: unknown text or split, an unreadable or malformed file, a hub that cannot be reached.
+        ReconError: unknown text or split, an unreadable or malformed file, a Hub that cannot be reached.
     """
     if split not in SPLITS:
         raise ReconError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -100,12 +100,14 @@ def sample_tokens(
     arXiv 2301.00774).
 
     Args:
+        name, split: as `documents`.
+        tokenizer: of the model, as `transformers` loads it.
         samples: number of windows.
         sequence_length: tokens per window.
         seed: draws the windows at random without replacement; None takes the first ones in order (evaluation).
 
     Raises:
-        ReconError: as `documents`; an empty split; fewer windows in the split than samples.
+        ReconError: as `documents`; an empty split; no samples, or more than the split has windows; windows of fewer than 2 tokens.
     """
     if samples < 1:
         raise ReconError(f"samples must be at least 1, not {samples}")
@@ -126,7 +128,7 @@ def sample_tokens(
 
 
 def fingerprint(name: str) -> str:
-    """SHA-256 of the text's documents, split by split; of a hub text, of where it is taken from and its revision."""
+    """SHA-256 of the text's documents, split by split; of a Hub text, of where it is taken from and its revision."""
     if name in HUB:
         return hashlib.sha256(json.dumps(asdict(HUB[name]), sort_keys=True).encode()).hexdigest()
     return hashlib.sha256(json.dumps([documents(name, split) for split in SPLITS]).encode()).hexdigest()
@@ -171,7 +173,7 @@ def _wikipedia() -> list[str]:
 
 
 def _clean_dump(dump: Path, folder: Path) -> None:
-    """Write the prose of the dump's articles, one {"title", "text"} per line."""
+    """Writes the prose of the dump's articles, one {"title", "text"} per line."""
     with (folder / "articles.jsonl").open("w", encoding="utf-8") as file:
         for title, source in wikitext.articles(dump):
             text = wikitext.prose(source)
@@ -180,7 +182,7 @@ def _clean_dump(dump: Path, folder: Path) -> None:
 
 
 def _hub(name: str, part: str) -> list[str]:
-    """The rows of one part ("train", "validation", "test") of a hub text."""
+    """The rows of one part ("train", "validation", "test") of a Hub text."""
     import datasets  # slow to import, and bundled text does not need it
 
     source = HUB[name]

@@ -1,1 +1,1 @@
-"""Perplexity and zero-shot accuracy."""
+"""Perplexity, divergence and drift from the dense model, zero-shot accuracy."""

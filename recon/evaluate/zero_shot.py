@@ -20,7 +20,7 @@ from recon.runtime.execution import Execution
 
 BUNDLED = {
     "analogies": "word analogies, four choices (Mikolov et al. 2013; bundled in the gensim wheel)",
-    "last_word": "the last word of a Wikipedia passage that holds it before, as in LAMBADA (Paperno et al. 2016; bundled)",
+    "last_word": "the last word of a Wikipedia passage in which it occurs earlier, as in LAMBADA (Paperno et al. 2016; bundled)",
 }
 HUB = {  # task -> the folder of lm-eval's task files that it is in
     "boolq": "super_glue",

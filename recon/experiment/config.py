@@ -23,7 +23,7 @@ from recon.kernels import criteria
 from recon.options import Options, flag, option
 from recon.runtime.weights import SAVED
 
-SCHEMA = 4  # goes into every key: raised when the meaning of a record's numbers changes, or a default
+SCHEMA = 4  # part of every key; raise it when the meaning of a record's values, or a default, changes
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class RunOptions(Options):
     """How a run is carried out, which changes no number. Raises `ReconError` for an unknown name."""
 
     save: Path | None = option(
-        None, "New folder for the model as a Hugging Face checkpoint, with its record. What this very run saved there is not computed again."
+        None, "New folder for the model as a Hugging Face checkpoint, with its record. A model that the very same run saved there is not computed again."
     )  # fmt: skip
     save_dtype: str = option(
         "float32", "What weights are saved in; they are measured in float32, and rounded after that.", choices=SAVED

@@ -53,10 +53,10 @@ class Home(Protocol):
     store: Store
 
     def locked(self) -> contextlib.AbstractContextManager:
-        """Context of the whole run, in which no other process does the same."""
+        """Context of the whole run, in which no other process can do the same run."""
 
     def finished(self) -> RunRecord | None:
-        """The record, where this very run is done already and its model has its place."""
+        """The record, where this very run is done already and its model, if any, is saved; else None."""
 
     def load(self) -> tuple[Decoder, PreTrainedTokenizerBase]:
         """The dense model and its tokenizer."""
@@ -86,7 +86,7 @@ class Home(Protocol):
         """Writes the checkpoint."""
 
     def clear(self) -> None:
-        """Deletes what is of no use once the run is done and its record is known elsewhere."""
+        """Deletes what is of no use once the run is done and callbacks have its record."""
 
 
 class InMemory:
@@ -165,9 +165,9 @@ class OnDisk:
 
     Activations of all samples, and what a window was before it is fitted, are in mapped files where they are larger than
     `recon.runtime.activations.SMALL`; so are the models' own files. The system keeps these in memory while there is room. The
-    folder holds, see `FolderStore`, the reconstructed weights, the masks (1 bit a weight), two to four streams of activations, and
-    where weights are saved rounded, in float32 those that are computed with in another way until the run is done: norms and
-    biases where matrices are computed with in the same dtype, and else all.
+    folder holds, see `FolderStore`, the reconstructed weights, the masks (1 bit a weight), and two to four streams of activations.
+    Where weights are saved rounded, it also holds, until the run is done, those in float32 that are computed with unrounded: norms
+    and biases if products are in the dtype that is saved, else all.
 
     The folder is `<save>.unfinished`, or where nothing is saved, one in the user's cache that is named by the run's key; see
     `recon.experiment.unfinished`. It is deleted when the run is done.

@@ -56,8 +56,8 @@ def highest(phases: Phases) -> Parts:
 
 
 def models_in_memory(spec: RunSpec, parameters: int) -> int:
-    """Bytes of a model of so many parameters and its copy, in float32, and of what pruning made of it, where that is more than zeros:
-    the least that a run takes that is not streamed."""
+    """The least bytes that a run in memory takes: a model of so many parameters and its copy, in float32, and once more what pruning
+    made of it, where that is more than zeros."""
     return 4 * parameters * (2 + spec.changes_weights)
 
 

@@ -46,11 +46,11 @@ class Plan:
     windows, largest_window: how many are fitted one after another, and the parameters of the largest.
     memory: peak bytes by kind of device, by phase, and by what they are for; on the host, "process" is what this process takes already.
     available: bytes that the run may take, by kind of device, what this process takes already included.
-    disk, available_disk: bytes that the run writes and leaves; that are free.
+    disk, available_disk: bytes that the run keeps on the disk at most; bytes that are free there.
     tokens, flops, seconds: by phase; no seconds where the device is not here.
     streamed: whether the model stays on disk; see `recon.experiment.home.OnDisk`.
     device: where windows are computed.
-    again: the plan of another spec, with the same of all else; another `stream` can be given.
+    again: plans another spec (and `stream`), with all other arguments of `plan` unchanged.
     """
 
     spec: RunSpec
@@ -136,8 +136,8 @@ def plan(
     Args:
         save: whether the reconstructed model is written as a checkpoint.
         folder: where to; its disk counts, unless the run keeps in the cache what it writes.
-        stream: "yes": the model stays on disk; "no": it is in memory; "auto": on disk where its weights would not fit into memory as
-            often as they are needed, and the run can be streamed.
+        stream: "yes": the model stays on disk; "no": it is in memory; "auto": on disk where the copies of
+            its weights that the run needs would not fit into memory, and the run can be streamed.
         save_dtype: what the checkpoint is written in.
         memory: GiB of host memory that the run may take; default: what can still be had here.
         device_memory: GiB of a GPU's memory that the run may take: it is planned for one with so much, which need not be here.

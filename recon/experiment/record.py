@@ -9,7 +9,12 @@ from recon.errors import ReconError
 
 @dataclass
 class RunRecord:
-    """What a run found, and everything needed to believe it. `status` is "done" or "failed" (then `error` says how)."""
+    """What a run found, and everything needed to check it.
+
+    `status` is "done", "failed" (then `error` says how), or in tables "missing". `spec` holds options by flat name. `seconds`, `flops`
+    and `tokens` are by phase; `peak_memory_bytes` is that of the highest phase. `windows`: the report of each window. `shared`: what
+    was taken from earlier runs of the session.
+    """
 
     spec: dict
     key: str

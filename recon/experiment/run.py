@@ -35,7 +35,7 @@ from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
 log = logging.getLogger("recon")
-HELD_OUT_SHARE = 0.25  # of what a session keeps of activations
+HELD_OUT_SHARE = 0.25  # of a session's room for activations: for those on held-out samples
 
 
 class RunResult(NamedTuple):
@@ -64,7 +64,7 @@ def run(
             returns, a streamed run can give the record again.
 
     Raises:
-        ReconError: bad input, a run that cannot fit here, or another process that does the same; before anything long begins.
+        ReconError: bad input, a run that cannot fit here, or another process that does the same run. Whatever can be refused is refused before anything long begins.
     """
     session, save = session or Session(), options.save
     ray_windows.check(options.executor, spec.reconstruction.propagation)

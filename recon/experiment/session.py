@@ -25,7 +25,7 @@ class Session:
 
     def __init__(self, activation_bytes: int = 0):
         self.activation_bytes = activation_bytes
-        self.reused: list[str] = []  # what the last run found here
+        self.reused: list[str] = []  # kinds of what the last run took from here
         self._kept: dict[str, tuple[object, object]] = {}
 
     def keep(self, kind: str, key: object, make: Callable[[], Value]) -> Value:

@@ -152,7 +152,7 @@ def run_or_record_failure(
 class _Recorded(Callback):
     """Computes a run of a study, here or in a worker. A finished record is written before a streamed run deletes its work.
 
-    keys: of the study's runs; a run that reads what has changed since has another.
+    keys: of the study's runs; a run whose model or texts have changed since has another one.
     """
 
     folder: Path
@@ -181,6 +181,7 @@ def run_study(
     a record that says how, and the others go on; a failed run is tried again next time.
 
     Args:
+        folder: for the records, one JSON file per run, named by its key.
         compute: False runs nothing; what has no record then has the status "missing".
         executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable RECON_EXECUTOR
             names, or serial. What a record says, and its name, do not depend on it.

@@ -67,7 +67,7 @@ class Ray:
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker needs of a node."""
+    """What a worker needs of a node; memory in bytes."""
 
     threads: int
     gpus: float

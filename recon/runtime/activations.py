@@ -32,7 +32,7 @@ def mapped(
 ) -> tuple[Tensor, mmap.mmap, Path]:
     """A tensor to be filled, the mapped pages of a new file in `folder` that it views behind `header`, and the file.
 
-    The pages go with the last tensor that views them. Raises `OSError` where the disk is full.
+    The pages are freed with the last tensor that views them. Raises `OSError` where the disk is full.
     """
     size = math.prod(shape) * dtype.itemsize
     handle, name = tempfile.mkstemp(prefix="recon-", suffix=PART, dir=folder)
@@ -104,7 +104,7 @@ class Activations:
 
 
 class Spill:
-    """Room for activations: in memory for small ones, else in mapped safetensors files, which go with their tensors unless kept.
+    """Room for activations: in memory for small ones, else in mapped safetensors files, deleted with their tensors unless kept.
 
     Args:
         folder: where the files are; until they are kept, their names end in `recon.runtime.storage.PART`.

@@ -42,9 +42,9 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def limit_compiled_shapes() -> None:
-    """Has oneDNN keep what it compiled for the last 16 shapes of matrix products on CPUs only; call it before the first product.
+    """Limits oneDNN's cache of compiled matrix products (CPUs) to the last 16 shapes; call it before the first product.
 
-    Its default is 1,024. Experts read another number of tokens with every batch, for which that takes hundreds of megabytes.
+    The default is 1,024. Experts read another number of tokens with every batch, so that it would grow to hundreds of megabytes.
     Sets the environment variables ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY unless they are set already. Child
     processes inherit them. The command line, the notebook runner and Ray workers call this; other programs may.
     """
@@ -120,7 +120,7 @@ def resident_anonymous() -> int:
 
 
 def _status(name: str, file: Path = Path("/proc/self/status")) -> int:
-    """Bytes that Linux states under `name` in `file`, in KiB; 0 if it does not."""
+    """Bytes of the entry `name`, which Linux states in KiB, of `file`; 0 if there is none."""
     try:
         return int(file.read_text().split(name)[1].split()[0]) * 1024
     except (OSError, IndexError):

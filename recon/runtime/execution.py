@@ -26,7 +26,7 @@ TOKENS = 1024  # in a batch of a pass without training
 def in_batches(samples: int, length: int, count: int, tokens: int | None = None) -> list[range]:
     """The indices of `samples`, of `length` tokens each, in batches for a pass without training.
 
-    count: no batch holds samples from both before and after this one.
+    count: no batch mixes the first `count` samples with later ones.
     tokens: at most so many in a batch, unless it is a single sample; default: `TOKENS`.
     """
     size, edges = max(1, (tokens or TOKENS) // length), (0, min(count, samples), samples)
@@ -150,7 +150,7 @@ class Execution(contextlib.AbstractContextManager):
         batches changes results in their last bits only, by the order in which a device adds up products.
 
         Args:
-            count: no batch holds samples from both before and after this one.
+            count: no batch mixes the first `count` samples with later ones.
             anew: called before `stream` is run again, to discard what `function` has gathered.
 
         Raises `ReconError` if memory does not suffice for one sample at a time.

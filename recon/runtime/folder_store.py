@@ -36,7 +36,7 @@ class FolderStore:
         pruned/          per block, its weights as pruning left them, if pruning did more than set some to zero
         activations/     what the next step starts from
         checkpoint/      finished shards, and in the end the whole checkpoint
-        exact/           for shards that are saved rounded, the values that the run itself goes on with where these differ
+        exact/           where rounding changed what a shard holds: the unrounded values, which the run goes on with
 
     Args:
         journal: the run's; its folder is made if need be.

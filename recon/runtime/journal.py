@@ -1,4 +1,4 @@
-"""What a run has finished, and the files of that, so that the same run can go on from there after it was killed."""
+"""The finished steps of a run and their files, from which the same run goes on after it was killed."""
 
 import json
 import os
@@ -71,7 +71,7 @@ class Journal:
 
 
 class StepFiles:
-    """The files in a run's folder. The journal notes each by its name, size and hash, and the names of what is to be found in it.
+    """The files in a run's folder. The journal notes each by its name, size and hash, with the names of the tensors in it.
 
     `places`: by kind of file, the tensors that can be read, each with what the journal says of its file. `shards`: what the journal
     says of the checkpoint's finished shards.
@@ -84,7 +84,7 @@ class StepFiles:
         self._open: dict[str, object] = {}
 
     def take(self, entry: dict) -> None:
-        """Takes up the files of a finished step."""
+        """Makes the files of a finished step readable: adds them to `places` and `shards`."""
         for kind, places in self.places.items():
             places |= {name: entry[kind] for name in entry.get(kind, {}).get("names", ())}
         self.shards += [entry["shard"]] if "shard" in entry else []

@@ -121,7 +121,7 @@ class Checkpoint:
             self._files[entry] = file
 
     def unmatched(self) -> tuple[set[str], list[str]]:
-        """What of the model's state is in no file, and the entries that it has no place for, but for what its class ignores."""
+        """Names in the model's state that no file holds, and entries that the model has no place for; without those that its class ignores."""
         found = SimpleNamespace(missing_keys=self._known.keys() - self._sources.keys(), unexpected_keys=self._unknown)
         self.model._adjust_missing_and_unexpected_keys(found)
         return found.missing_keys, sorted(found.unexpected_keys)
@@ -222,7 +222,7 @@ def open_model(
 ) -> tuple[PreTrainedModel, Checkpoint]:
     """The skeleton of `config`, tied as `from_pretrained` ties it, and its weights in `files`.
 
-    Weights that the model has no place for are left out, with a warning, as there.
+    Weights that the model has no place for are left out, with a warning, as `from_pretrained` does.
 
     Raises `ReconError` naming weights that are missing or quantised.
     """
@@ -231,7 +231,7 @@ def open_model(
     checkpoint = Checkpoint(model, files)
     missing, surplus = checkpoint.unmatched()
     warn_of_surplus(model, surplus)
-    # If a checkpoint has both of what its configuration ties, they are tied only if their values are equal.
+    # Where a checkpoint holds both of two parameters that its configuration ties, they are tied only if their values are equal.
     pairs = {name for pair in model.all_tied_weights_keys.items() for name in pair if not set(pair) & missing}
     for name, value in checkpoint.read(pairs):
         place(model, name, nn.Parameter(value))

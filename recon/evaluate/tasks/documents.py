@@ -65,7 +65,7 @@ def analogy_rows(lines: Iterable[str]) -> list[dict]:
 
 
 def last_word_rows(articles: Iterable[str]) -> list[dict]:
-    """Passages of whole sentences that end in a word of letters, four at least, that the passage holds before.
+    """Passages of whole sentences whose last word, of four letters or more, occurs earlier in the passage.
 
     No two passages share a sentence.
     """
