@@ -64,7 +64,8 @@ def run(
             returns, a streamed run can give the record again.
 
     Raises:
-        ReconError: bad input, a run that cannot fit here, or another process that does the same run. Whatever can be refused is refused before anything long begins.
+        ReconError: bad input, a run that cannot fit here, or another process that does the same run;
+            before anything long begins.
     """
     session, save = session or Session(), options.save
     ray_windows.check(options.executor, spec.reconstruction.propagation)

@@ -121,7 +121,7 @@ class Checkpoint:
             self._files[entry] = file
 
     def unmatched(self) -> tuple[set[str], list[str]]:
-        """Names in the model's state that no file holds, and entries that the model has no place for; without those that its class ignores."""
+        """Names in the model's state that no file holds, and entries that it has no place for; not those that its class ignores."""
         found = SimpleNamespace(missing_keys=self._known.keys() - self._sources.keys(), unexpected_keys=self._unknown)
         self.model._adjust_missing_and_unexpected_keys(found)
         return found.missing_keys, sorted(found.unexpected_keys)
