@@ -19,7 +19,7 @@ ADAPTERS = {
     "scalelora": "W*(1 + BA), zeros stay zeros (Zimmer et al. 2023, arXiv 2312.15230; Lu et al. 2024, arXiv 2405.16057)",
 }
 ELEMENTS = 2**18  # of a matrix at once
-ALPHA = 2.0  # the factor s: alpha is twice the rank, as usual
+ALPHA = 2.0  # the factor s itself, alpha / rank: alpha is twice the rank, as usual
 
 
 class LowRank(nn.Module):

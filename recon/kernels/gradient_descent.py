@@ -67,6 +67,8 @@ def descend(
         gradients: called with the number of a step; adds its gradients to those of `parameters` and returns its loss, ().
         parameters: float32 leaves that require gradients.
         masks: pairs of parameter and keep-mask of its shape, 1 = survives; dropped weights are exact zeros after every step.
+        schedule: sets the learning rate of each step, and the weight decay; batch sizes are up to `gradients`.
+        steps: optimiser steps in all.
         after_step: called with the loss of every step.
     """
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)

@@ -17,11 +17,11 @@ from torch import Tensor
 def refine(weight: Tensor, mask: Tensor, gram: Tensor, steps: int, group: int | None = None) -> Tensor:
     """The refined mask (out, in), with as many weights kept in every row (and group) as in `mask`.
 
-    weight: dense weights D (out, in), float32 or float64.
+    weight: dense weights D (out, in), float32 or float64; left unchanged, as is `mask`.
     mask: (out, in), True = kept: where to start.
     gram: G (in, in), symmetric; its scale changes nothing.
     steps: exchanges in each row, at most.
-    group: exchanges stay within groups of so many columns, as N:M patterns need; None: within the row.
+    group: M of an N:M pattern: exchanges stay within groups of M consecutive columns; None: within the row.
     """
     rows, columns = weight.shape
     group = group or columns
@@ -32,10 +32,10 @@ def refine(weight: Tensor, mask: Tensor, gram: Tensor, steps: int, group: int | 
     offset = torch.arange(0, columns, group, device=weight.device)  # (groups,)
     for _ in range(steps):
         linear = 2 * weight * residual
-        gain_in = (alone + linear).masked_fill_(mask, torch.inf).view(rows, -1, group)  # a
-        gain_out = (alone - linear).masked_fill_(~mask, torch.inf).view(rows, -1, group)  # b
-        best_in, j = gain_in.min(-1)  # (out, groups) each
-        best_out, i = gain_out.min(-1)
+        cost_in = (alone + linear).masked_fill_(mask, torch.inf).view(rows, -1, group)  # a
+        cost_out = (alone - linear).masked_fill_(~mask, torch.inf).view(rows, -1, group)  # b
+        best_in, j = cost_in.min(-1)  # (out, groups) each
+        best_out, i = cost_out.min(-1)
         i, j = i + offset, j + offset
         change = best_in + best_out - 2 * weight.gather(1, i) * weight.gather(1, j) * gram[i, j]
         change, best = change.min(1)  # the best group of each row, (out,)

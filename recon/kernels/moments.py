@@ -38,7 +38,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def triangle(columns: int) -> int:
-    """Multiplications per token in `add_gram` for so many columns."""
+    """Multiplications per token in `add_gram` for an input of `columns` columns."""
     if columns <= _SPLIT:
         return columns**2
     half = columns // 2

@@ -86,7 +86,7 @@ def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
 
 
 def keep_all_but(scores: Tensor, zeros: int) -> Tensor:
-    """The mask (groups, size) that drops exactly the `zeros` smallest in each row of `scores` (groups, size).
+    """The mask (groups, size), True = kept, that drops exactly the `zeros` smallest in each row of `scores` (groups, size).
 
     Raises `ReconError` for NaN scores.
     """

@@ -26,16 +26,16 @@ def over_blocks(
     statistics: str = "none",
     rerun: bool = False,
 ) -> list:
-    """Visits the blocks of a model in turn, but for those that are finished already; returns what every visit found.
+    """Visits in turn the blocks of a model that are not finished yet; returns what was noted of every block, finished or visited.
 
     Args:
         phase: the name that finished blocks are noted under in the execution's store.
-        visit: called with a block, in memory, and the statistics of what its matrices read, by matrix name. Returns what is to be noted
-            of it, as JSON can hold it, and the parameters in which it changed more than it zeroed, by full name.
+        visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name.
+            Returns what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
         description: of the progress bar.
         samples: calibration tokens (samples, length), where statistics are wanted.
         statistics: what to gather; see `recon.methods.statistics.gather`.
-        rerun: whether the next block reads what this one gives after the visit, and not before.
+        rerun: whether the next block reads this one's outputs after the visit, rather than those before it.
     """
     store, blocks = execution.store, decoder.windows("block")
     found = list(store.finished(phase))

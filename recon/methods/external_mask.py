@@ -39,7 +39,7 @@ def take_over(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
 
     Raises:
         ReconError: naming a parameter that one of the models has and the other does not, or that is of another shape, NaN or
-            infinite; matrices of which less than `LEAST` are zero, or all.
+            infinite; less than a share `LEAST` of the matrices' weights is zero, or all of them.
     """
     decoder = take_apart(model)
     holders, rest = _holders(decoder), {}

@@ -13,7 +13,7 @@ from recon.runtime.storage import write_safetensors
 
 
 def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """`masks`, or where there are none, those that the zeros of a pruned model tell.
+    """`masks`, checked; if None, the masks that keep every weight of `student` that is not zero.
 
     Raises `ReconError` naming a mask that is missing or does not fit, and a parameter that is not in float32, as what is
     trained has to be.

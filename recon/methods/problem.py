@@ -1,4 +1,4 @@
-"""What a reconstruction is given: two models, masks, options, and which samples serve for what."""
+"""What a reconstruction starts from: two models, masks, options, and which samples serve for what."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ class Split:
         return slice(first, min(first + ERROR_SAMPLES, self.calibration + self.held_out))
 
     def exact(self, wanted: int) -> int:
-        """Of the calibration samples, how many exact solutions are computed from: `wanted` (0: all), and to the end of their batch.
+        """How many calibration samples exact solutions are computed from: `wanted` (0: all), rounded up to whole batches.
 
-        Whole batches, so that the window's outputs on these samples have the same bits as on all of them.
+        Only then do the window's outputs on these samples have the same bits as on all of them.
         """
         wanted = min(wanted or self.calibration, self.calibration)
         batches = in_batches(self.calibration + self.held_out, self.length, self.calibration)

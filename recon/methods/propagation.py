@@ -7,7 +7,7 @@
 | mixed       | the reconstructed model's       | the dense model's                                |
 
 A stream holds the activations of all samples at one place of a model, (samples, length, width): calibration samples first, then held-out
-ones. One stream a model is kept, that which the next window starts from.
+ones. Of each model one stream is kept: the one that the next window starts from.
 """
 
 from collections.abc import Callable
@@ -110,8 +110,8 @@ class Propagation:
 
     # --- the dense model's activations, each computed once ---------------------------------------------------------
 
-    def _over(self, decoder: Decoder, held: Window, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
-        with self.execution.holding(decoder, held):
+    def _over(self, decoder: Decoder, window: Window, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
+        with self.execution.holding(decoder, window):
             return self.execution.run(function, stream, self.split.calibration)
 
     def _known(self, name: str) -> Tensor | None:

@@ -32,7 +32,8 @@ log = logging.getLogger("recon")
 class Pruning:
     """What a pruning pass found.
 
-    masks: by matrix name, bool (out, in), True = kept. sparsity: of each matrix.
+    masks: by matrix name, bool (out, in), True = kept.
+    sparsity: by matrix name, the share of zeros.
     biases: by matrix name, (out,), those that make up for what was removed; the matrix may have had none before.
     under_calibrated: experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
     rest: by full name, other parameters that are not the dense model's; see `recon.methods.external_mask`.
@@ -67,6 +68,8 @@ def prune(
         samples: calibration tokens (samples, length), or batches of them (see `recon.methods.samples`); needed by criteria that weigh
             activations.
         execution: where and in what precision to compute; default: where the model is. It stays where it is, but for the block in hand.
+
+    Returns the masks, and what else pruning changed.
 
     Raises:
         ReconError: a pattern that does not divide a matrix, missing samples, NaN in weights or activations, or a model without heads and
@@ -151,7 +154,7 @@ class _PruneBlock:
 def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None = None) -> None:
     """Prunes a copy of the dense model, in place, as `pruning` found for another one.
 
-    weights: (out, in) by matrix name, of those that pruning changed beside zeroing.
+    weights: by matrix name, the (out, in) weights of matrices whose survivors pruning updated.
     """
     for name, matrix in decoder.matrices().items():
         matrix.weight.copy_((weights or {}).get(name, matrix.weight).masked_fill(~pruning.masks[name], 0.0))

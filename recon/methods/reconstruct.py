@@ -34,7 +34,7 @@ from recon.runtime.execution import Execution
 
 log = logging.getLogger("recon")
 
-ALIGNED = 16  # elements in float32: parts of one piece of memory begin where tensors of their own would, at whole cache lines
+ALIGNED = 16  # elements in float32: parts of one buffer begin at whole cache lines, as separate tensors do
 # What became of a window. Rolled back: its weights are those that pruning left.
 RECONSTRUCTED, GREW, NOT_FINITE = "reconstructed", "rolled back: error grew", "rolled back: not finite"
 
@@ -171,7 +171,7 @@ class Reconstruction:
     def _error(self, window: Window, task: Task) -> dict[str, float]:
         """The relative error of the window's output on the samples that errors are measured on."""
         split, inputs, targets = self.problem.split, task.inputs, task.targets
-        if not self.propagation.by_grams:  # which has these samples alone
+        if not self.propagation.by_grams:  # else the task holds these samples alone
             inputs, targets = inputs[split.measured], targets[split.measured]
         return {split.measured_on: relative_error(self.propagation.forward(self.problem.student, window, inputs), targets)}
 
@@ -185,12 +185,12 @@ class Reconstruction:
         if broken := [what for what, fine in finite.items() if not fine]:
             log.warning("window %r: fitting gave NaN or infinite %s; it is rolled back", window.name, ", ".join(broken))
             return NOT_FINITE
-        # Too few steps at too high a rate do harm; text that was not fitted on tells.
+        # Only held-out text shows the harm of too high a learning rate; without any, nothing is rolled back for its error.
         grew = "held_out" in after and not after["held_out"] <= before["held_out"]
         return GREW if grew else RECONSTRUCTED
 
     def _copied(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Copies of `parameters`, in one piece of memory: large ones may be in a file."""
+        """Copies of `parameters`, in one buffer, which the store may place in a file."""
         steps = [-(-p.numel() // ALIGNED) * ALIGNED for p in parameters.values()]
         room = self.problem.execution.store.empty((sum(steps),), torch.float32).split(steps)
         found = zip(parameters.items(), room, strict=True)
@@ -198,7 +198,7 @@ class Reconstruction:
 
 
 def warn_of_rolled_back(reports: list[WindowReport], config: ReconstructionConfig) -> None:
-    """Warns where most windows got worse."""
+    """Warns where more than half of the windows got worse."""
     grew = sum(report.status == GREW for report in reports)
     if 2 * grew > len(reports):
         log.warning(

@@ -95,6 +95,8 @@ def retrain(
 
 
 class _Retraining:
+    """One retraining of `student`, against `teacher` or, where that is None, on labels."""
+
     def __init__(
         self,
         student: Decoder,
@@ -109,7 +111,7 @@ class _Retraining:
         self.aside = 0.0  # seconds that callbacks spent on the merged model
 
     def run(self, samples: Tensor, callbacks: Sequence[Callback]) -> RetrainingReport:
-        """Trains, and rolls everything back where that gave numbers that are not finite."""
+        """Trains, and rolls everything back where losses or weights became non-finite."""
         began, student, method = time.perf_counter(), self.student, self.config.method
         before = {name: matrix.weight.detach().clone() for name, matrix in student.matrices().items()}
         rest = {}

@@ -44,11 +44,11 @@ def _rows(each: object) -> Tensor:
     """The samples (batch, length) in one element of an iterable."""
     if isinstance(each, Mapping) and "input_ids" not in each:
         raise ReconError(f"a calibration sample has {', '.join(map(str, each))}; {ALLOWED}")
-    given = each["input_ids"] if isinstance(each, Mapping) else each
+    ids = each["input_ids"] if isinstance(each, Mapping) else each
     try:
-        found = torch.as_tensor(given)
+        found = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
-        raise ReconError(f"a calibration sample is {reprlib.repr(given)}; {ALLOWED}") from None
+        raise ReconError(f"a calibration sample is {reprlib.repr(ids)}; {ALLOWED}") from None
     if found.ndim not in (1, 2):
         raise ReconError(f"a calibration sample is {tuple(found.shape)}; {ALLOWED}")
     return found if found.ndim == 2 else found[None]

@@ -94,7 +94,7 @@ class _PruneUnits:
         return {name: sparsity_of(mask) for name, mask in masks.items()}, changed
 
     def _compensate(self, half: Units, kept: Tensor) -> Tensor:
-        """Gives the reader the bias (out,) that makes up for the mean of what it no longer reads; its weights are dense yet."""
+        """Gives the reader the bias (out,) that makes up for the mean of what it no longer reads; its weights are still dense."""
         module, weight = half.reader.module, half.reader.weight
         extra = weight.float() @ self.means[half.window.name].masked_fill(half.columns(kept), 0.0)
         bias = (extra if module.bias is None else module.bias + extra).to(weight.dtype)

@@ -55,8 +55,8 @@ def movement(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 class _Gradients:
     """Adds up the gradients of a step, a mini-batch at a time.
 
-    Where memory runs out, the step is made again with half as many samples at a time, and so are all after it: gradients are the
-    same but for rounding.
+    Where memory runs out, the step is repeated with half as many samples at a time, which then holds for all later steps: the
+    gradients are the same but for rounding.
     """
 
     def __init__(self, loss, data, parameters, steps: list[Tensor], size: int, execution: Execution):

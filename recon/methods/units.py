@@ -56,17 +56,17 @@ class Units:
 
 @torch.no_grad()
 def find_units(decoder: Decoder) -> list[Units]:
-    """The units of each half of each block, in the order in which they run; those of blocks of one kind are found in the first of it.
+    """The units of each half of each block, in the order in which they run. Of blocks of one kind, only the first is examined.
 
     Raises:
-        ReconError: blocks do not divide into halves, or a half into units.
+        ReconError: the model has experts, its blocks do not divide into halves, or a half does not divide into units.
     """
     for name, matrix in decoder.matrices().items():
         if matrix.routed:
             raise ReconError(f"{name!r} is an expert's; whole heads and neurons are not removed from models with experts")
     first: dict[tuple, Units] = {}
     units = []
-    # As all of a skeleton's structure: of its own weights, some may be pruned already when a run goes on.
+    # A lazy model is examined with made-up weights: when a run resumes, some of its own may be pruned already.
     weights = decoder.lazy.reading(made_up(decoder.lazy.parameters)) if decoder.lazy else contextlib.nullcontext()
     with weights:
         hidden = decoder.embed(probe_tokens(decoder.model))

@@ -24,7 +24,7 @@ class Criterion:
     statistics: what it needs of the matrix's inputs X (tokens, in): "none"; "norm", (in,), sqrt(mean over tokens of x_j^2); or
         "gram", (in, in), X'X / tokens.
     scope: what its authors compare within, "row" or "matrix".
-    score: the ranking; or else
+    score: ranks the weights. A criterion has either this or
     method: the whole algorithm, which may update the survivors.
     """
 

@@ -98,7 +98,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper triangular U (in, in) with U'U = (H + d I)^-1, for H = `hessian` (in, in) and d = `damping` * mean of H's
     diagonal.
 
-    Each time the factorisation fails, warns and multiplies the damping by ten.
+    Each time the factorisation fails, warns and multiplies the damping by ten. Raises `ReconError` after the last attempt.
     """
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal().mean()
