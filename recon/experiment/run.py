@@ -69,6 +69,8 @@ def run(
     """
     session, save = session or Session(), options.save
     ray_windows.check(options.executor, spec.reconstruction.propagation)
+    if spec.evaluation.tasks:
+        zero_shot.check_tasks(spec.evaluation.tasks)
     streamed = streaming.decide(spec, options, session)
     if not options.force and not streaming.begun(spec, save):
         folder, loaded = save.parent if save else Path("."), session.bytes_loaded(spec)
@@ -138,8 +140,6 @@ class _Run:
     def load(self) -> None:
         """Loads model and texts, and refuses here whatever can be refused."""
         spec, save = self.spec, self.options.save
-        if spec.evaluation.tasks:
-            zero_shot.check_tasks(spec.evaluation.tasks)
         self.dense, tokenizer = self.home.load()
         self.external = None
         if spec.model.pruned:

@@ -136,7 +136,9 @@ import json, sys
 from recon.experiment.plan import plan
 from recon.experiment.run import run
 from recon.experiment.config import RunOptions, RunSpec
+from recon.runtime.device import limit_compiled_shapes
 
+limit_compiled_shapes()  # as the command line does
 spec, stream = RunSpec.of(**json.loads(sys.argv[1])), sys.argv[2]
 planned = plan(spec, stream=stream)
 measured = run(spec, RunOptions(stream=stream, progress=False)).record.peak_memory_bytes
