@@ -43,6 +43,10 @@ OBJECTIVES = {
     "labels": "cross-entropy of the next token",
     "distil": "KL divergence from the dense model's predictions (Hinton et al. 2015, arXiv 1503.02531)",
 }
+PROTOCOLS = {
+    "samples": "every text window begins as the tokenizer begins a text",
+    "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
+}
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,12 @@ class EvaluationConfig(Options):
     )
     samples: int = option(40, "Text windows per evaluation text.", least=1, flag="evaluation_samples")
     length: int = option(1024, "Tokens per text window.", least=2, flag="evaluation_length")
+    protocol: str = option(
+        "samples",
+        "How text windows begin: samples, each as the tokenizer begins a text; joined, only the first, as for published perplexities.",
+        choices=PROTOCOLS,
+        flag="evaluation_protocol",
+    )
     tasks: tuple[str, ...] = option(
         (),
         "Zero-shot tasks: analogies, last_word (bundled); boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa (Hub).",

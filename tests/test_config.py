@@ -141,7 +141,7 @@ def test_every_choice_is_known_and_does_something_of_its_own(passes, kind, name,
 
 def test_the_test_above_covers_every_option_with_choices():
     covered = {"criterion", "scope", "statistics", "propagation", "solver", "start", "train", "adapter", "loss"}
-    assert {*CHOOSING} == covered | {"retrain", "retrain_objective", "compute_dtype"}
+    assert {*CHOOSING} == covered | {"retrain", "retrain_objective", "evaluation_protocol", "compute_dtype"}
 
 
 # ---- what has no meaning together

@@ -1,7 +1,7 @@
 """Calibration and evaluation text as token windows: bundled corpora, local files, and C4 and WikiText-2 from the Hub.
 
-Every text is a list of documents in a fixed order, dealt to three disjoint splits by position. Tokens follow the
-protocol of GPTQ, SparseGPT and Wanda: the documents of a split are joined, tokenised at once and cut into windows.
+Every text is a list of documents in a fixed order, dealt to three disjoint splits by position. The documents of a split are joined
+and tokenised at once, and every sample begins as the tokenizer begins a text.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from recon.config import PROTOCOLS
 from recon.data import assets, wikitext
 from recon.errors import ReconError
 
@@ -27,6 +28,7 @@ TEXTS = {
 }
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SEPARATOR = "\n\n"
+PROBE = "The quick brown fox jumps over the lazy dog."  # tells what a tokenizer puts around a text
 # The documents of each split, by their position modulo 8. News is short, so half of it is for evaluation.
 DEAL = {"calibration": {0, 1, 2, 4, 6}, "validation": {5}, "evaluation": {3, 7}}
 DEAL_NEWS = {"calibration": {1, 3, 7}, "validation": {5}, "evaluation": {0, 2, 4, 6}}
@@ -59,7 +61,7 @@ HUB = {
 }
 CLEANING = 1  # raise it when `wikitext.prose` changes: the cleaned Wikipedia articles are cached under this number
 SHORTEST_ARTICLE = 1000  # characters; stubs and disambiguation pages leave less
-# tokenizer -> {(text, split, state): tokens}; an entry disappears together with its tokenizer
+# tokenizer -> {(text, split, whether with special tokens, state): tokens}; an entry disappears together with its tokenizer
 _TOKENS: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -91,40 +93,67 @@ def documents(name: str, split: str) -> list[str]:
 
 
 def sample_tokens(
-    name: str, split: str, tokenizer, samples: int, sequence_length: int, seed: int | None = None
+    name: str,
+    split: str,
+    tokenizer,
+    samples: int,
+    sequence_length: int,
+    seed: int | None = None,
+    protocol: str = "samples",
 ) -> torch.LongTensor:
-    """Non-overlapping windows of one split's tokens, shape (samples, sequence_length).
-
-    The split's documents are joined by blank lines and tokenised at once, with the special tokens that the tokenizer
-    puts in front by default and no others: the protocol of the published perplexities (Frantar & Alistarh 2023,
-    arXiv 2301.00774).
+    """Samples of one split, shape (samples, sequence_length): what `beginning` gives, then text. No text token is in two samples.
 
     Args:
         name, split: as `documents`.
         tokenizer: of the model, as `transformers` loads it.
-        samples: number of windows.
-        sequence_length: tokens per window.
-        seed: draws the windows at random without replacement; None takes the first ones in order (evaluation).
+        samples: number of samples.
+        sequence_length: tokens per sample, those of the beginning included.
+        seed: draws the samples at random without replacement; None takes the first ones in order (evaluation).
+        protocol: "samples"; or "joined", the protocol of published perplexities (Frantar & Alistarh 2023, arXiv 2301.00774): the joined
+            documents with the tokenizer's special tokens are cut into windows, so that only the first begins as a text does.
 
     Raises:
-        ReconError: as `documents`; an empty split; no samples, or more than the split has windows; windows of fewer than 2 tokens.
+        ReconError: as `documents` and `beginning`; an unknown protocol; an empty split; no samples, or more than the split holds;
+            a length that leaves no token to predict, or no room for text.
     """
+    if protocol not in PROTOCOLS:
+        raise ReconError(f"unknown protocol {protocol!r}; allowed: {', '.join(PROTOCOLS)}")
     if samples < 1:
         raise ReconError(f"samples must be at least 1, not {samples}")
-    if sequence_length < 2:
-        raise ReconError(f"sequence_length must be at least 2 tokens, not {sequence_length}")
-    tokens = _tokens(name, split, tokenizer)
-    windows = len(tokens) // sequence_length
-    if samples > windows:
+    front = beginning(tokenizer) if protocol == "samples" else []
+    least = max(2, len(front) + 1)
+    if sequence_length < least:
+        raise ReconError(
+            f"sequence_length must be at least {least} tokens, not {sequence_length}: the tokenizer puts {len(front)} in front of a text"
+        )
+    tokens, length = _tokens(name, split, tokenizer, special=protocol == "joined"), sequence_length - len(front)
+    available = len(tokens) // length
+    if samples > available:
         raise ReconError(
             f"{samples} samples of {sequence_length} tokens are more than the {split} split of text {name!r} holds: "
-            f"it has {len(tokens)} tokens, {windows} samples of that length"
+            f"it has {len(tokens)} tokens, {available} samples of that length"
         )
     if seed is None:
         chosen = torch.arange(samples)
     else:
-        chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
-    return tokens[: windows * sequence_length].view(windows, sequence_length)[chosen]
+        chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
+    cut = tokens[: available * length].view(available, length)[chosen]
+    return torch.cat([torch.tensor(front, dtype=cut.dtype).expand(samples, -1), cut], 1)
+
+
+def beginning(tokenizer) -> list[int]:
+    """The tokens that `tokenizer` puts in front of every text by default, such as `<bos>`; none where it puts none.
+
+    Raises `ReconError` where that cannot be told: a text's own tokens are not there, just once, among those with special tokens.
+    """
+    text, whole = (list(tokenizer(PROBE, add_special_tokens=special).input_ids) for special in (False, True))
+    starts = [start for start in range(len(whole)) if whole[start : start + len(text)] == text]
+    if not text or len(starts) != 1:
+        raise ReconError(
+            f"it cannot be told which tokens {type(tokenizer).__name__} puts in front of a text: "
+            f"{PROBE!r} is {text} without special tokens and {whole} with them"
+        )
+    return whole[: starts[0]]
 
 
 def fingerprint(name: str) -> str:
@@ -134,12 +163,15 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256(json.dumps([documents(name, split) for split in SPLITS]).encode()).hexdigest()
 
 
-def _tokens(name: str, split: str, tokenizer) -> torch.LongTensor:
-    """All tokens of a split, shape (tokens,), kept for as long as the tokenizer lives."""
+def _tokens(name: str, split: str, tokenizer, special: bool) -> torch.LongTensor:
+    """All tokens of a split, shape (tokens,), kept for as long as the tokenizer lives.
+
+    special: with the special tokens that the tokenizer adds by default.
+    """
     kept = _TOKENS.setdefault(tokenizer, {})
     # Between two calls, a local file may be edited, or a Hub text get another revision.
     state = _local(name).stat().st_mtime_ns if name not in TEXTS else HUB.get(name) and fingerprint(name)
-    key = (name, split, state)
+    key = (name, split, special, state)
     if key not in kept:
         text = SEPARATOR.join(documents(name, split))
         if not text.strip():
@@ -147,7 +179,7 @@ def _tokens(name: str, split: str, tokenizer) -> torch.LongTensor:
                 f"the {split} split of text {name!r} is empty: it has too few documents, which are dealt by position"
             )
         # verbose=False: no warning about a text that is longer than the model's context, which is intended here.
-        kept[key] = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        kept[key] = tokenizer(text, add_special_tokens=special, return_tensors="pt", verbose=False).input_ids[0]
     return kept[key]
 
 

@@ -9,6 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from recon.data.text import beginning
 from recon.evaluate.perplexity import last_states
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
@@ -42,13 +43,18 @@ class BlockByBlock:
 class Scorer(HFLM):
     """lm-eval's scorer of log-likelihoods, with as many requests in a batch as memory for logits allows.
 
-    Each batch brings all weights to the compute device once, so batches should be large.
+    Contexts begin as samples do, with the tokens of `recon.data.text.beginning`, and nothing is put behind them. Each batch brings all
+    weights to the compute device once, so batches should be large.
     """
 
     def __init__(self, decoder: Decoder, tokenizer, execution: Execution):
         tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
-        model = BlockByBlock(decoder, execution)
+        self.beginning, model = beginning(tokenizer), BlockByBlock(decoder, execution)
         super().__init__(model, backend="causal", tokenizer=tokenizer, max_length=decoder.max_length)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
+        front = [] if add_special_tokens is False else self.beginning
+        return front + super().tok_encode(string, add_special_tokens=False, **options)
 
     def _loglikelihood_tokens(self, requests, **options):
         groups = defaultdict(list)  # of similar lengths: at most 1, 2, 4, ... tokens

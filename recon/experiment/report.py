@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from recon.config import PROTOCOLS
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import KL_WINDOWS
 from recon.experiment.config import RunSpec
@@ -76,7 +77,8 @@ def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) ->
         "evaluation": (
             "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
             f"{evaluation.samples} consecutive windows x {evaluation.length} tokens of {', '.join(evaluation.texts)} "
-            f"(evaluation split), every window on its own; {str(dtype).removeprefix('torch.')} products, float32 loss"
+            f"(evaluation split), every window on its own; {PROTOCOLS[evaluation.protocol]}; "
+            f"{str(dtype).removeprefix('torch.')} products, float32 loss"
         ),
         **({"reading": dense.reading} if dense.reading else {}),
         "kl": f"KL(dense || model) per token, on the first {KL_WINDOWS} evaluation windows",

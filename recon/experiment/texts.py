@@ -36,7 +36,9 @@ class Texts:
             drawn,
             held_out,
             {
-                name: sample_tokens(name, "evaluation", tokenizer, evaluation.samples, evaluation.length)
+                name: sample_tokens(
+                    name, "evaluation", tokenizer, evaluation.samples, evaluation.length, protocol=evaluation.protocol
+                )
                 for name in evaluation.texts
             },
         )

@@ -56,7 +56,7 @@ class Run:
         self.windows = (tokens, self.nll["dense"].size)
         self.protocol = (
             spec["text"], spec["sequence_length"], spec["prune_samples"] or spec["samples"], self.evaluated,
-            spec["evaluation_samples"], spec["evaluation_length"], dtype,
+            spec["evaluation_samples"], spec["evaluation_length"], spec["evaluation_protocol"], dtype,
         )  # fmt: skip
 
     def _read_nll(self) -> dict[str, np.ndarray]:
@@ -146,12 +146,12 @@ def check_windows(runs: list[Run]) -> None:
 
 def protocol_words(runs: list[Run]) -> str:
     """What the runs that were compared read and were evaluated on, in words."""
-    text, length, pruned_on, evaluated, windows, evaluation_length, dtype = runs[0].protocol
+    text, length, pruned_on, evaluated, windows, evaluation_length, cut, dtype = runs[0].protocol
     counts = sorted({count for run in runs for count in (run.samples, run.trained_samples)})
     samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
         f"{samples} x {length} tokens of {short(text)}, pruned on {pruned_on}; perplexity on {windows} x {evaluation_length} tokens of "
-        f"{short(evaluated)}" + (f", {dtype} products" if dtype else "")
+        f"{short(evaluated)}" + f" ({cut})" * (cut != DEFAULTS["evaluation_protocol"]) + (f", {dtype} products" if dtype else "")
     )
 
 

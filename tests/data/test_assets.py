@@ -360,7 +360,7 @@ def test_the_parts_of_gemma_are_one_file_and_a_sound_checkpoint():
     assert sum(parameter.numel() for parameter in model.parameters()) == 268_098_176
     assert "Gemma Terms of Use" in (assets.bundled_model("gemma3-270m") / "README.md").read_text()
     tokens = sample_tokens("wikipedia", "evaluation", tokenizer, 2, 256)
-    assert 10 < perplexity(model, tokens).value < 100
+    assert 10 < perplexity(model, tokens).value < 40  # without <bos> it is about twice as much
 
 
 def test_the_bundled_tokenizer_is_that_of_the_source_file():

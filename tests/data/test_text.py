@@ -1,10 +1,13 @@
 import ast
+import copy
 import gzip
 import json
 import logging
 
 import pytest
 import torch
+from tokenizers import processors
+from transformers import PreTrainedTokenizer
 
 from recon.data import assets, text, wikitext
 from recon.errors import ReconError
@@ -132,12 +135,119 @@ Short line.
 # ---- tokens
 
 
-def test_the_published_protocol(paragraphs, tokenizer):
+def test_the_published_protocol(paragraphs, dressed):
+    tokenizer = dressed("<bos> $A <eos>")
     joined = "\n\n".join(text.documents(paragraphs, "evaluation"))
     expected = tokenizer(joined, return_tensors="pt").input_ids[0]
-    windows = text.sample_tokens(paragraphs, "evaluation", tokenizer, 3, 16)
+    windows = text.sample_tokens(paragraphs, "evaluation", tokenizer, 3, 16, protocol="joined")
     assert windows.dtype == torch.int64
     assert torch.equal(windows, expected[:48].view(3, 16))
+    drawn = torch.randperm(len(expected) // 16, generator=torch.Generator().manual_seed(1))[:3]
+    seeded = text.sample_tokens(paragraphs, "evaluation", tokenizer, 3, 16, seed=1, protocol="joined")
+    assert torch.equal(seeded, expected[: len(expected) // 16 * 16].view(-1, 16)[drawn])
+
+
+@pytest.fixture
+def dressed(tokenizer):
+    """Factory of tokenizers that put around a text what a template says, such as "<bos> $A"."""
+
+    def make(template: str, fast: bool = True):
+        if not fast:
+            return ByteTokenizer(template)
+        made = copy.deepcopy(tokenizer)
+        special = [part for part in template.split() if part != "$A"]
+        made.add_special_tokens({"additional_special_tokens": special})
+        pairs = [(name, made.convert_tokens_to_ids(name)) for name in special]
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
+        return made
+
+    return make
+
+
+class ByteTokenizer(PreTrainedTokenizer):
+    """A slow tokenizer: bytes are tokens."""
+
+    def __init__(self, template: str):
+        self.front, _, self.behind = (part.split() for part in template.partition("$A"))
+        super().__init__(additional_special_tokens=self.front + self.behind)
+
+    vocab_size = 256
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(n): n for n in range(256)} | self.added_tokens_encoder
+
+    def _tokenize(self, text: str) -> list[str]:
+        return [chr(byte) for byte in text.encode()]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index)
+
+    def build_inputs_with_special_tokens(self, ids, pair=None) -> list[int]:
+        front, behind = map(self.convert_tokens_to_ids, (self.front, self.behind))
+        return front + ids + behind
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "slow"])
+@pytest.mark.parametrize(
+    "template", ["$A", "<bos> $A", "<one> <two> $A", "<bos> $A <eos>", "$A <eos>", "<same> <same> $A <same>"]
+)
+def test_samples_begin_as_the_tokenizer_begins_a_text(paragraphs, dressed, template, fast):
+    tokenizer = dressed(template, fast)
+    front = tokenizer.convert_tokens_to_ids(template.partition("$A")[0].split())
+    assert text.beginning(tokenizer) == front
+    length = 16 - len(front)
+    for split in text.SPLITS:
+        own = tokenizer("\n\n".join(text.documents(paragraphs, split)), add_special_tokens=False).input_ids
+        count = len(own) // length
+        samples = text.sample_tokens(paragraphs, split, tokenizer, count, 16)
+        assert samples.shape == (count, 16)
+        # All of the text, in order: no token of it is in two samples.
+        assert samples.tolist() == [front + own[at : at + length] for at in range(0, count * length, length)]
+        with pytest.raises(ReconError, match=f"has {len(own)} tokens, {count} samples of that length"):
+            text.sample_tokens(paragraphs, split, tokenizer, count + 1, 16)
+        assert not {*tokenizer.convert_tokens_to_ids(template.partition("$A")[2].split())} & {
+            *samples[:, len(front) :].flatten().tolist()
+        }
+
+
+@pytest.mark.parametrize("name", assets.BUNDLED_MODELS)
+def test_samples_begin_as_the_bundled_tokenizers_begin_a_text(name):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets.bundled_model(name))
+    front = {"smollm2-135m": [], "gemma3-270m": [tokenizer.bos_token_id]}[name]
+    assert text.beginning(tokenizer) == front
+    whole = tokenizer("\n\n".join(text.documents("news", "validation")), verbose=False).input_ids
+    samples = text.sample_tokens("news", "validation", tokenizer, 20, 64)
+    assert samples[:, : len(front)].tolist() == [front] * 20
+    assert samples[:, len(front) :].flatten().tolist() == whole[len(front) :][: 20 * (64 - len(front))]
+
+
+def test_no_text_is_in_two_splits_however_samples_begin(paragraphs, dressed):
+    tokenizer = dressed("<bos> $A")
+    numbers = []
+    for split in text.SPLITS:
+        words = tokenizer.decode(text.sample_tokens(paragraphs, split, tokenizer, 3, 64)[:, 1:].flatten()).split()
+        numbers.append({word.partition("x")[0] for word in words[1:-1]})  # those at the ends may be cut
+    assert all(numbers) and sum(map(len, numbers)) == len(set.union(*numbers))
+
+
+def test_a_tokenizer_that_changes_a_text_with_its_special_tokens_is_refused(paragraphs, tokenizer):
+    class Odd:
+        def __call__(self, text, add_special_tokens=True, **options):
+            found = tokenizer(text, add_special_tokens=add_special_tokens, **options)
+            return type(found)({"input_ids": found.input_ids[::-1] if add_special_tokens else found.input_ids})
+
+    with pytest.raises(ReconError, match="cannot be told which tokens Odd puts in front"):
+        text.sample_tokens(paragraphs, "evaluation", Odd(), 1, 16)
+
+
+def test_an_unknown_protocol(paragraphs, tokenizer):
+    with pytest.raises(ReconError, match="unknown protocol 'packed'; allowed: samples, joined"):
+        text.sample_tokens(paragraphs, "evaluation", tokenizer, 1, 16, protocol="packed")
 
 
 def test_windows_do_not_overlap(tokenizer):
@@ -197,11 +307,14 @@ def test_more_than_there_is(paragraphs, tokenizer):
         assert part in str(error.value)
 
 
-def test_too_small_numbers(tokenizer):
+def test_too_small_numbers(tokenizer, dressed):
     with pytest.raises(ReconError, match="samples must be at least 1, not 0"):
         text.sample_tokens("news", "calibration", tokenizer, 0, 64)
     with pytest.raises(ReconError, match="sequence_length must be at least 2 tokens, not 1"):
         text.sample_tokens("news", "calibration", tokenizer, 1, 1)
+    with pytest.raises(ReconError, match="sequence_length must be at least 3 tokens, not 2: the tokenizer puts 2 in front"):
+        text.sample_tokens("news", "calibration", dressed("<one> <two> $A"), 1, 2)
+    assert text.sample_tokens("news", "calibration", dressed("<one> <two> $A"), 1, 3).shape == (1, 3)
 
 
 # ---- local files
@@ -326,7 +439,8 @@ def test_wikitext2_is_joined_as_published(wikitext2, tokenizer):
         rows = text.documents("wikitext2", split)
         assert rows == ["", f" = {part} = \n", "", *[f" Some {part} sentence . \n"] * 2]
     expected = tokenizer("\n\n".join(rows)).input_ids
-    assert text.sample_tokens("wikitext2", "evaluation", tokenizer, 1, len(expected)).tolist() == [expected]
+    found = text.sample_tokens("wikitext2", "evaluation", tokenizer, 1, len(expected), protocol="joined")
+    assert found.tolist() == [expected]
 
 
 def test_a_hub_out_of_reach(tmp_path, monkeypatch):

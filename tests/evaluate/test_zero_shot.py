@@ -1,5 +1,6 @@
 """Zero-shot tasks: log-likelihoods against the plain model, metrics against lm-eval's own, documents as described, no network."""
 
+import copy
 import importlib.util
 import random
 import re
@@ -10,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from fixtures.models import FLOAT32
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recon.data import assets, models, text
@@ -170,6 +172,25 @@ def test_the_bundled_tasks_agree_with_lm_evals_own_model(small, offline):
         assert found[name]["acc_stderr"] == pytest.approx(mean_stderr(values))
     assert 0 < found["analogies"]["acc"] < 1
     assert found["last_word"]["perplexity"] == pytest.approx(expected["results"]["last_word"]["perplexity,none"], rel=1e-3)
+
+
+@pytest.mark.parametrize("template", ["<bos> $A", "$A", "<bos> <bos> $A", "<bos> $A <eos>"])
+def test_contexts_begin_as_the_tokenizer_begins_a_text(small, monkeypatch, template):
+    model, tokenizer = small[0], copy.deepcopy(small[1])
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    front, seen = tokenizer.convert_tokens_to_ids(template.partition("$A")[0].split()), []
+
+    def see(self, requests, **_):
+        seen.extend(requests)
+        return [(-1.0, False)] * len(requests)
+
+    monkeypatch.setattr(harness.Scorer, "_loglikelihood_tokens", see)
+    zero_shot.zero_shot(model, tokenizer, list(zero_shot.BUNDLED), limit=3, execution=QUIET)
+    assert len(seen) == 3 * 4 + 3
+    for (text_, word), context, continuation in seen:
+        assert context == front + tokenizer(text_, add_special_tokens=False).input_ids
+        assert context + continuation == front + tokenizer(text_ + word, add_special_tokens=False).input_ids
 
 
 def test_accuracy_is_the_share_of_right_answers(small, monkeypatch):

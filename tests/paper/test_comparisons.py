@@ -23,6 +23,7 @@ from recon.paper.verdicts import FAILS, HOLDS, UNSURE, to_markdown
         {"evaluation_texts": ("news",)},
         {"evaluation_samples": 8},
         {"evaluation_length": 512},
+        {"evaluation_protocol": "joined"},
         {"hash": "other windows"},
         {"pattern": "2:4"},
         {"model": "another"},
