@@ -132,6 +132,7 @@ class Reconstruct(_Run):
 
 def _report(spec: RunSpec, record: RunRecord) -> None:
     """Prints what came of a run."""
+    print(f"dense weights: {record.protocol['dense']}")
     for text, values in record.metrics["by_text"].items():
         share = values["share_recovered"]
         recovered = "" if share is None else f"   share recovered {share:.2f}"

@@ -48,7 +48,9 @@ def test_run_writes_a_record_and_a_checkpoint(small, tmp_path, capsys):
     main(["run", *small, *words])
     found = json.loads(record.read_text())
     assert found["status"] == "done" and found["spec"]["granularity"] == "half-block"
-    assert f"reconstructed {found['metrics']['perplexity']:.2f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"reconstructed {found['metrics']['perplexity']:.2f}" in said
+    assert f"dense weights: {found['protocol']['dense']}\n" in said
     assert (saved / "model.safetensors").is_file() and (saved / "README.md").is_file()
 
 

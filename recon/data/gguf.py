@@ -1,5 +1,6 @@
 """A GGUF file as a checkpoint in safetensors: transformers unpacks it to float32, once, and the result is kept in the cache."""
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -9,7 +10,9 @@ from recon.data.cache import cached
 from recon.data.files import digest
 from recon.errors import ReconError
 
-CONVERSION = 1  # raise it when what `convert` writes changes: converted models are cached under this number
+CONVERSION = 2  # raise it when what `convert` writes changes: converted models are cached under this number
+NOTE = "weights_from"  # where the configuration of a converted model says what the file held
+FLOATS = {"F64", "F32", "F16", "BF16"}  # types of GGUF tensors that are not quantised
 
 
 def converted(path: Path) -> Path:
@@ -32,11 +35,31 @@ def converted(path: Path) -> Path:
 def convert(path: Path, folder: Path) -> None:
     """Writes the model in the GGUF file `path` (float32 safetensors) and its tokenizer to `folder`.
 
+    Its configuration says how the file kept the weights, see `stored`; whatever is saved of the model later says so too.
     The whole model is in memory meanwhile, in float32.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # takes seconds
 
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     unpacked = GgufConfig(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
+    setattr(model.config, NOTE, stored(path))
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def stored(path: Path) -> str:
+    """How the GGUF file `path` keeps its weights: the name that it gives itself, if any, and the share of elements in each type.
+
+    For example "dequantised from GGUF Q4_1 (79 % Q4_1, 21 % Q8_0)", or "GGUF F16 (100 % F16)" where nothing is quantised.
+    """
+    from gguf import GGUFReader, LlamaFileType
+
+    reader, elements = GGUFReader(path), Counter()
+    for tensor in reader.tensors:
+        elements[tensor.tensor_type.name] += int(tensor.n_elements)
+    shares = [f"{100 * count / elements.total():.0f} % {kind}" for kind, count in elements.most_common()]
+    shown = ", ".join(share for share in shares if not share.startswith("0 "))
+    named = reader.get_field("general.file_type")
+    name = "" if named is None else f" {LlamaFileType(named.contents()).name.split('_', 1)[1]}"  # without MOSTLY_ or ALL_
+    return f"{'' if set(elements) <= FLOATS else 'dequantised from '}GGUF{name} ({shown})"

@@ -207,6 +207,19 @@ def configuration(name: str, revision: str | None = None, trust_remote_code: boo
         return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def precision(config: PretrainedConfig) -> str:
+    """What a model's weights are, before `load` makes float32 of them: what they are dequantised from, or their dtype.
+
+    config: as `configuration` gives it.
+    """
+    if note := getattr(config, gguf.NOTE, None):
+        return note
+    if found := quantisation(config):
+        return f"dequantised from {found['quant_method']}"
+    dtype = config.dtype or config.get_text_config().dtype
+    return str(dtype).removeprefix("torch.") if dtype else "of a dtype that the configuration does not name"
+
+
 def skeleton(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Checkpoint, PreTrainedTokenizerBase]:

@@ -13,12 +13,13 @@ tags: [pruned, sparse, reconstruction]
 
 # {name}: pruned {pattern} with {criterion}, reconstructed at {granularity} granularity
 
-A dense checkpoint with exact zeros: it loads with the `from_pretrained` of transformers and needs no special kernel.
+An ordinary checkpoint with exact zeros: it loads with the `from_pretrained` of transformers and needs no special kernel.
 Method: local reconstruction after pruning, arXiv 2510.14444.
 
 | | |
 |---|---|
 | base model | {model}{revision} |
+| weights of the base model ("dense") | {dense} |
 | criterion, pattern | {criterion}, {pattern} |
 | sparsity of the pruned matrices, as counted | {sparsity:.4f} |
 | reconstruction | granularity {granularity}, propagation {propagation}, solver {solver}, start {start}, loss {loss} |
@@ -51,6 +52,7 @@ def write_card(folder: Path, record: RunRecord, options: RunOptions) -> None:
         **({"criterion": f"the mask of {spec['pruned']}", "pattern": found["pattern"]} if spec["pruned"] else {}),
         "name": Path(spec["model"]).name,
         "revision": f" at {spec['revision']}" if spec["revision"] else "",
+        "dense": record.protocol["dense"],
         "sparsity": found["sparsity"],
         "calibration": record.protocol["calibration"],
         "evaluation": record.protocol["evaluation"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from recon.data import models
 from recon.errors import ReconError
 from recon.experiment import cost, memory, streaming
 from recon.experiment.config import RunSpec
@@ -43,6 +44,7 @@ class Plan:
     """What a run of `spec` takes on this machine, or on one with another GPU.
 
     parameters, prunable: elements of the model, and of the matrices that are pruned.
+    weights: what the dense model's weights are dequantised from, or their dtype.
     windows, largest_window: how many are fitted one after another, and the parameters of the largest.
     memory: peak bytes by kind of device, by phase, and by what they are for; on the host, "process" is what this process takes already.
     available: bytes that the run may take, by kind of device, what this process takes already included.
@@ -56,6 +58,7 @@ class Plan:
     spec: RunSpec
     parameters: int
     prunable: int
+    weights: str
     windows: int
     largest_window: int
     memory: dict[str, Phases]
@@ -101,6 +104,7 @@ class Plan:
                 "model",
                 f"{spec.model.model}: {self.parameters:,} parameters, {self.prunable:,} of them in matrices that are pruned",
             ),
+            ("dense", self.weights),
             ("kept", "on disk, one window at a time in memory" if self.streamed else "in memory"),
             (
                 "windows",
@@ -147,7 +151,7 @@ def plan(
         ReconError: a device that is not here, unless `device_memory` is given; a run that cannot be streamed but is to be, a model
             that is unknown or cannot be taken apart, a granularity that it is too small for.
     """
-    decoder = shapes_of(*spec.loaded_by).decoder
+    config, decoder = shapes_of(*spec.loaded_by)
     windows = decoder.windows(spec.reconstruction.granularity) if spec.reconstruction.granularity != "none" else []
     device = planned_device(spec.compute.device, device_memory)
     dtype, here = planned_dtype(spec.compute.compute_dtype, device), is_here(device)
@@ -165,6 +169,7 @@ def plan(
         spec,
         parameters,
         prunable=sum(matrix.weight.numel() for matrix in decoder.matrices().values()),
+        weights=models.precision(config),
         windows=len(windows),
         largest_window=max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0),
         memory=found,

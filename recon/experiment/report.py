@@ -5,6 +5,7 @@ import math
 import torch
 
 from recon.config import PROTOCOLS
+from recon.data import models
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import KL_WINDOWS
 from recon.experiment.config import RunSpec
@@ -63,14 +64,18 @@ def tokens(spec: RunSpec, texts: Texts, dense: Measured) -> dict[str, int]:
 
 
 def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) -> dict:
-    """How numbers came about, in words."""
+    """How numbers came about, in words; "dense": what the dense model's weights were dequantised from, or their dtype."""
     calibration, evaluation = spec.calibration, spec.evaluation
     samples = ", ".join(f"{phase} {count}" for phase, count in spec.samples_by_phase.items())
     tasks = "none"
     if evaluation.tasks:
         asked = f"the first {evaluation.task_limit or 'all'} questions of each"
         tasks = f"{', '.join(evaluation.tasks)}: {asked}; scored by lm-eval, float32 logits"
+    loaded = {"dense": spec.loaded_by}
+    if spec.model.pruned is not None:
+        loaded["pruned"] = (spec.model.pruned, spec.model.pruned_revision, spec.model.trust_remote_code)
     return {
+        **{name: models.precision(models.configuration(*model)) for name, model in loaded.items()},
         "calibration": (
             f"{samples} x {calibration.sequence_length} tokens of {calibration.text} (calibration split), seed {spec.seed}"
         ),

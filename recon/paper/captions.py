@@ -1,8 +1,12 @@
-"""Seeds and learning rates of a figure's runs, in words for its caption."""
+"""What a figure's caption says of its runs: seeds, learning rates, what dense is, how perplexity was measured."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
+
+from recon.experiment.record import RunRecord
+from recon.paper.figures import sentence
+from recon.paper.runs import short
 
 
 def seed_words(runs: pd.DataFrame, by: str) -> str:
@@ -19,3 +23,18 @@ def seed_words(runs: pd.DataFrame, by: str) -> str:
 def rate_words(names: Iterable[str], rates: dict[str, float], default: float) -> str:
     """The learning rate of each of `names`, `default` where `rates` has none: "0.003 for smollm2-135m, 0.0001 for gemma3-270m"."""
     return ", ".join(f"{rates.get(name, default):g} for {name}" for name in dict.fromkeys(names))
+
+
+def dense_words(records: Iterable[RunRecord]) -> str:
+    """What the weights of each dense model are: "Dense weights: smollm2-135m dequantised from ...; gemma3-270m dequantised from ...".
+
+    Empty where the records do not say, as those of earlier versions.
+    """
+    found = {short(record.spec["model"]): record.protocol.get("dense") for record in records}
+    words = "; ".join(f"{name} {weights}" for name, weights in found.items() if weights)
+    return f"Dense weights: {words}." if words else ""
+
+
+def evaluation_words(records: Sequence[RunRecord]) -> str:
+    """How the perplexities of `records` were measured, and what the dense models are, in sentences."""
+    return f"{sentence(records[0].protocol['evaluation'])}. {dense_words(records)}".strip()

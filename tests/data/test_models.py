@@ -156,8 +156,23 @@ def test_quantisation_that_transformers_undoes_is_undone(folder, monkeypatch):
         assert torch.allclose(parameter, before[name], rtol=2**-4, atol=before[name].abs().max() / 448 / 2**6)
         assert torch.equal(parameter, before[name]) == (name not in stored or stored[name].dtype == torch.float32)
     assert not hasattr(model.config, "quantization_config")
+    assert models.precision(models.configuration(str(folder))) == "dequantised from fp8"
     with pytest.raises(ReconError, match=r"undoes its quantisation \(fp8\), which a streamed run cannot do"):
         streaming.wanted("yes", RunSpec.of(model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": None}, "of a dtype that the configuration does not name"),
+        ({gguf.NOTE: "dequantised from GGUF Q4_1 (100 % Q4_1)"}, "dequantised from GGUF Q4_1 (100 % Q4_1)"),
+    ],
+)
+def test_what_weights_are_before_they_are_float32(folder, words, said):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | words))
+    assert models.precision(models.configuration(str(folder))) == said
 
 
 # ---- fingerprints

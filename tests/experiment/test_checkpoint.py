@@ -65,6 +65,7 @@ def test_the_card_says_what_it_is_and_nothing_is_pickled(saved, spec):
     values = record.metrics["by_text"][spec.calibration.text]
     for said in (
         f"base_model: {spec.model.model}", "0.6", "wanda", f"{record.metrics['sparsity']:.4f}", record.protocol["calibration"],
+        f"| {record.protocol['dense']} |",
         record.protocol["evaluation"], f"{values['perplexity']:.2f}", f"{values['dense_perplexity']:.2f}", "recon run --pattern 0.6",
     ):  # fmt: skip
         assert said in card

@@ -51,6 +51,7 @@ def test_what_is_counted_is_what_is_there(spec, tmp_path):
     decoder = take_apart(model)
     assert planned.parameters == sum(p.numel() for p in model.parameters())
     assert planned.prunable == sum(m.weight.numel() for m in decoder.matrices().values())
+    assert planned.weights == "float32" and "dense        float32\n" in str(planned)
     assert planned.windows == len(record.windows)
     assert planned.largest_window == max(
         sum(p.numel() for p in decoder.parameters(w).values()) for w in decoder.windows("half-block")

@@ -95,6 +95,7 @@ def take(folder: str, dense) -> tuple[Decoder, Pruning]:
 def test_a_run_from_an_external_mask_is_that_of_the_criterion_that_made_it(spec, pruned_here, pruned_folder, changes):
     made = record_of(pruned_here[0].replaced(**{"granularity": "half-block"} | changes))
     found = record_of(spec.replaced(pruned=pruned_folder, **changes))
+    assert found.protocol["dense"] == found.protocol["pruned"] == "float32"
     assert found.metrics["pattern"] == "2:4" and found.metrics["sparsity"] == 0.5
     for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "sparsity_by_matrix", "drift"):
         assert found.metrics[name] == made.metrics[name], name
