@@ -1,12 +1,12 @@
 """Every option, one config per concern. `recon.experiment.config.RunSpec` is made of them, and so is the command line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.criteria import get as get_criterion
-from recon.kernels.gradient_descent import Schedule
+from recon.kernels.gradient_descent import RATES, Schedule
 from recon.kernels.losses import LOSSES
 from recon.kernels.patterns import SCOPES, Pattern
 from recon.model.windows import canonical
@@ -132,7 +132,7 @@ class ReconstructionConfig(Options):
     """
 
     granularity: str = option("half-block", "Window: none (prune only), matrix, half-block, block, <k>-blocks, quarter, model.")
-    propagation: str = option("dense", "What feeds a window and what it must match: dense, sparse, mixed.", choices=PROPAGATIONS)
+    propagation: str = option("mixed", "What feeds a window and what it must match: dense, sparse, mixed.", choices=PROPAGATIONS)
     solver: str = option("adamw", "How a window is fitted: adamw, or exact (granularity matrix).", choices=SOLVERS)
     start: str = option("pruned", "Where fitting starts: pruned weights, or exact matrix solutions.", choices=STARTS)
     exact_samples: int = option(
@@ -146,15 +146,25 @@ class ReconstructionConfig(Options):
         "none", "Low-rank parametrisation of a window's matrices: none, lora, masklora, scalelora.", choices=("none", *ADAPTERS)
     )
     rank: int = option(16, "Rank of adapters.", least=1)
-    loss: str = option("mse", "mse, cosine, or relative (squared error relative to each token's target).", choices=LOSSES)
+    loss: str = option(
+        "whitened",
+        "Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), of each token "
+        "relative to its target (relative), or one minus the cosine (cosine).",
+        choices=LOSSES,
+    )
     learning_rate: float = option(
-        3e-3, "Peak learning rate of AdamW; for a window of n half-blocks it is divided by n^0.75.", above=0
+        0.01, "Peak learning rate of AdamW; for a window of n half-blocks it is divided by n^0.75.", above=0
+    )
+    rate: str = option(
+        "relative",
+        "Whether the learning rate is times the root mean square of the surviving weights of each matrix (relative), or not (absolute).",
+        choices=RATES,
     )
     epochs: int = option(1, "Passes over the calibration samples, per window.", least=1)
     batch_size: int = option(1, "Samples per forward pass.", least=1)
     chunks: int = option(
-        1,
-        "Chunks that samples are cut into where a window does not mix tokens (MLP halves, matrices): more steps, same work.",
+        4,
+        "Chunks, at most, that samples are cut into where a window does not mix tokens (MLP halves, matrices): more steps, same work.",
         least=1,
     )
     accumulation: int = option(1, "Forward passes per optimiser step.", least=1)
@@ -171,14 +181,14 @@ class ReconstructionConfig(Options):
                 f"solver exact fits single matrices, not granularity {self.granularity!r}; use granularity matrix, or start exact "
                 "to begin larger windows from the exact solution of their matrices"
             )
-        if self.solver == "exact" and self.loss != "mse":
-            raise ReconError(f"solver exact minimises mse, not loss {self.loss!r}")
+        if self.solver == "exact" and self.loss not in ("whitened", "mse"):  # the same for each output channel
+            raise ReconError(f"solver exact minimises squared errors, not loss {self.loss!r}; allowed: whitened, mse")
         if self.adapter != "none" and (self.solver == "exact" or self.train == "all"):
             raise ReconError(f"adapter {self.adapter!r} is all that is trained; it goes with solver adamw and train matrices")
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup, self.weight_decay)
+        return Schedule(**{each.name: getattr(self, each.name) for each in fields(Schedule)})
 
 
 @dataclass(frozen=True)
@@ -197,6 +207,7 @@ class RetrainingConfig(Options):
     samples: int = option(0, "Calibration samples for retraining; 0: as many as reconstruction.", least=0, flag="retrain_samples")
     rank: int = option(16, "Rank of adapters in retraining.", least=1, flag="retrain_rank")
     learning_rate: float = option(3e-4, "Peak learning rate of retraining.", above=0, flag="retrain_learning_rate")
+    rate: str = option("relative", "The same for retraining.", choices=RATES, flag="retrain_rate")
     epochs: int = option(1, "Passes over the samples of retraining.", least=1, flag="retrain_epochs")
     batch_size: int = option(1, "Samples per forward pass in retraining.", least=1, flag="retrain_batch_size")
     accumulation: int = option(1, "Forward passes per optimiser step in retraining.", least=1, flag="retrain_accumulation")
@@ -210,7 +221,9 @@ class RetrainingConfig(Options):
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.learning_rate, self.epochs, self.batch_size, self.accumulation, self.warmup)
+        return Schedule(
+            self.learning_rate, self.rate, self.epochs, self.batch_size, self.accumulation, self.warmup
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from recon.kernels.losses import kl_divergence, negative_log_likelihood, relative_error
+from recon.kernels.losses import channel_variance, kl_divergence, negative_log_likelihood, unexplained
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.runtime.activations import Activations
@@ -132,10 +132,11 @@ def drift(
     execution: Execution | None = None,
     activations: Activations | None = None,
 ) -> tuple[list[float], Tensor]:
-    """Relative squared error of the residual stream after each block against the dense model's; and the last stream of `model`.
+    """The share of the variance of the dense model's residual stream after each block that the stream of `model` leaves unexplained;
+    and the last stream of `model`.
 
-    For a token with activations a (dense) and b it is |a - b|^2 / |a|^2; mean over `tokens` (samples, length). Each model runs on
-    its own activations, so errors accumulate with depth.
+    See `recon.kernels.losses.unexplained`; tokens: (samples, length). Each model runs on its own activations, so errors accumulate with
+    depth.
 
     execution: where and in what precision; default: where the dense model is.
     activations: where calls with the same dense model and tokens share its streams.
@@ -146,6 +147,6 @@ def drift(
         known = (activations.put(index, stream) for index, stream in enumerate(residual_streams(dense, tokens, execution)))
     errors = []
     for ours, theirs in zip(residual_streams(model, tokens, execution), known, strict=True):
-        errors.append(relative_error(ours, theirs))
+        errors.append(unexplained(ours, theirs, channel_variance(theirs)))
     activations.release()  # the next model is measured much later: until then streams may be on disk alone
     return errors, ours

@@ -45,11 +45,6 @@ class RunSpec(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.calibration.sequence_length % self.reconstruction.chunks:
-            raise ReconError(
-                f"chunks is {self.reconstruction.chunks}; allowed: a number that divides sequence_length, "
-                f"{self.calibration.sequence_length}"
-            )
         if self.model.pruned is not None and self.pruning != PruningConfig():
             changed = next(f for f in fields(PruningConfig) if getattr(self.pruning, f.name) != f.default)
             raise ReconError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from recon.kernels.gradient_descent import Trained
 from recon.kernels.rows import parts
 
 ADAPTERS = {
@@ -46,6 +47,14 @@ class LowRank(nn.Module):
         if mask.device.type == "cpu":  # where a product with booleans takes several times as long
             mask = mask.to(torch.bfloat16)
         self.register_buffer("mask", mask if kind == "masklora" else None, persistent=False)
+
+    def trained(self, weight: Tensor) -> dict[str, Trained]:
+        """A and B with their sizes: of A its own root mean square, of B the one at which s BA is as large as the `weight` (out, in),
+        or, of scalelora, as 1."""
+        rank, kept = len(self.a), max(1, int((weight != 0).sum()))
+        a = self.a.detach().square().mean().sqrt().item()
+        whole = 1.0 if self.kind == "scalelora" else weight.detach().norm().item() / kept**0.5
+        return {"a": Trained(self.a, size=a), "b": Trained(self.b, size=whole / (ALPHA * a * rank**0.5))}
 
     def forward(self, weight: Tensor) -> Tensor:
         """The merged weight (out, in), computed in float32, and rounded once where autocast would round it."""

@@ -1,11 +1,14 @@
 """Gradient descent on the weights that survive: AdamW, linear schedule with warm-up, the mask applied again after every step.
 
-    theta <- M * AdamW(theta, grad L(theta))        M: keep-mask, 1 where a weight survives
+    theta <- M * AdamW(theta, grad L(theta), r * s)        M: keep-mask, 1 where a weight survives
+
+AdamW moves every weight by about its learning rate, whatever the gradient's size. So the rate r is relative: times s, the root mean
+square of the surviving weights of each matrix. One r then fits models whose weights differ by an order of magnitude.
 
 AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Schedule as in the paper (arXiv 2510.14444): linear with 10 % warm-up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,11 +17,18 @@ from torch import Tensor, nn
 NORM_EVERY = 8  # steps: a norm reads all gradients once more, which costs a few per cent of a step
 
 
+RATES = {
+    "relative": "times the root mean square of the surviving weights of each matrix",
+    "absolute": "the same for every parameter",
+}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast to train."""
 
-    learning_rate: float = 3e-3  # at its peak
+    learning_rate: float = 0.01  # at its peak
+    rate: str = "relative"  # what the learning rate means; see `RATES`
     epochs: int = 1
     batch_size: int = 1  # samples per forward pass
     accumulation: int = 1  # forward passes per optimiser step
@@ -45,6 +55,29 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A parameter that is trained; `mask`: of its shape, 1 = survives, None: all do; `size`: what a relative rate is times."""
+
+    parameter: nn.Parameter
+    mask: Tensor | None = None
+    size: float = 1.0
+
+
+@torch.no_grad()
+def trained(parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor]) -> list[Trained]:
+    """`parameters` with their masks and sizes: the root mean square of what survives of each.
+
+    That of a vector (a bias, a norm) is at least that of all matrices together, or without any of all vectors: a bias of zeros learns.
+    """
+    squares = {p: p.detach().float().square().sum().item() for p in parameters}
+    counts = {p: int(masks[p].sum()) if p in masks else p.numel() for p in squares}
+    matrices = [p for p in squares if p.ndim > 1] or list(squares)
+    least = (sum(squares[p] for p in matrices) / max(1, sum(counts[p] for p in matrices))) ** 0.5
+    sizes = {p: (squares[p] / max(1, counts[p])) ** 0.5 for p in squares}
+    return [Trained(p, masks.get(p), max(size, least) if p.ndim == 1 else size) for p, size in sizes.items()]
+
+
+@dataclass(frozen=True)
 class Curve:
     """How a training went: `losses`, one per optimiser step, and the gradient's norm at every `NORM_EVERY`-th step from the first."""
 
@@ -55,34 +88,36 @@ class Curve:
 @torch.enable_grad()
 def descend(
     gradients: Callable[[int], Tensor],
-    parameters: list[nn.Parameter],
-    masks: list[tuple[nn.Parameter, Tensor]],
+    trained: list[Trained],
     schedule: Schedule,
     steps: int,
     after_step: Callable[[Tensor], None] = lambda loss: None,
 ) -> Curve:
-    """Trains `parameters` in place by AdamW.
+    """Trains parameters in place by AdamW; dropped weights are exact zeros after every step.
 
     Args:
-        gradients: called with the number of a step; adds its gradients to those of `parameters` and returns its loss, ().
-        parameters: float32 leaves that require gradients.
-        masks: pairs of parameter and keep-mask of its shape, 1 = survives; dropped weights are exact zeros after every step.
+        gradients: called with the number of a step; adds its gradients to those of the parameters and returns its loss, ().
+        trained: the parameters, float32 leaves that require gradients, each with its mask and its size.
         schedule: sets the learning rate of each step, and the weight decay; batch sizes are up to `gradients`.
         steps: optimiser steps in all.
         after_step: called with the loss of every step.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
+    rates = [schedule.learning_rate * (each.size if schedule.rate == "relative" else 1.0) for each in trained]
+    groups = [{"params": [each.parameter], "lr": rate} for each, rate in zip(trained, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
     losses, norms = [], []
     for step in range(steps):
         losses.append(gradients(step))
         if step % NORM_EVERY == 0:
-            norms.append(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).detach())
+            found = [each.parameter.grad for each in trained if each.parameter.grad is not None]
+            norms.append(nn.utils.get_total_norm(found).detach())
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for parameter, mask in masks:
-                parameter.mul_(mask)
+            for each in trained:
+                if each.mask is not None:
+                    each.parameter.mul_(each.mask)
         after_step(losses[-1])
     return Curve(torch.stack(losses).tolist(), torch.stack(norms).tolist()) if losses else Curve([], [])

@@ -1,10 +1,15 @@
 """Losses: of a window's output against its target, and of predicted tokens. All are computed in float32.
 
-Window losses take output and target (batch, length, width), and give a mean:
+Window losses take output y and target t, (..., width), and the variance of each channel of the targets, (width,); they give a
+value for each token, (...):
 
-    mse         mean over elements of (y - t)^2
-    relative    mean over tokens of |y - t|^2 / |t|^2
-    cosine      mean over tokens of 1 - y.t / (|y| |t|)
+    whitened    mean over channels of (y - t)^2 / variance
+    mse         |y - t|^2 / sum of the variances
+    relative    |y - t|^2 / |t|^2
+    cosine      1 - y.t / (|y| |t|)
+
+The mean over tokens of `whitened` is the share of a channel's variance that is unexplained, mean over channels: 0 is perfect, 1 no
+better than the channel's mean. `mse` is the share of the variance of all channels together: the paper's loss but for a constant.
 
 Prediction losses take logits (tokens, vocabulary) and give a value in nats for each token. Logits are large: they are worked on a
 few rows at a time, and of their size only a gradient in their own dtype is ever made.
@@ -18,43 +23,75 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recon.errors import ReconError
+from recon.kernels.moments import add_moments
 from recon.kernels.rows import parts
 
 ELEMENTS = 2**20  # logits in float32 at once
+# Positions at the start of each sample that losses and errors leave out. Models park attention on the first token, whichever it is: its
+# activations are massive, hardly depend on the text, and would decide the variance of the channels that they are in.
+FIRST = 1
 
 
-def mse(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over all elements."""
-    return F.mse_loss(output.float(), target.float())
+def whitened(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+    """The squared error of each channel relative to its variance, mean over channels.
 
-
-def cosine(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of one minus the cosine between output and target."""
-    return (1 - F.cosine_similarity(output.float(), target.float(), dim=-1)).mean()
-
-
-def relative(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of |output - target|^2 / |target|^2.
-
-    All tokens count alike. In `mse`, a few with massive activations outweigh the others (Sun et al. 2024, arXiv 2402.17762).
+    All channels count alike. In `mse`, a few with massive activations outweigh the others (Sun et al. 2024, arXiv 2402.17762).
     """
+    return ((output.float() - target.float()).square() / variance).mean(-1)
+
+
+def mse(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+    """The squared error of all channels relative to their variance."""
+    return (output.float() - target.float()).square().sum(-1) / variance.sum()
+
+
+def relative(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+    """The squared error relative to the target's square: all tokens count alike."""
     output, target = output.float(), target.float()
-    return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)).mean()
+    return (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine, "relative": relative}
+def cosine(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+    """One minus the cosine between output and target: their sizes do not matter."""
+    return 1 - F.cosine_similarity(output.float(), target.float(), dim=-1)
 
 
-def get_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+WindowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+LOSSES: dict[str, WindowLoss] = {"whitened": whitened, "mse": mse, "relative": relative, "cosine": cosine}
+
+
+def get_loss(name: str) -> WindowLoss:
     """The window loss called `name`. Raises `ReconError` for an unknown one."""
     if name not in LOSSES:
         raise ReconError(f"loss is {name!r}; allowed: {', '.join(LOSSES)}")
     return LOSSES[name]
 
 
-def relative_error(output: Tensor, target: Tensor) -> float:
-    """`relative` as a number: the error that windows and models are reported with."""
-    return relative(output, target).item()
+def channel_variance(targets: Tensor) -> Tensor:
+    """Variance over tokens of each channel of `targets` (samples, length, width): (width,), positive.
+
+    Leaves out the first position of each sample; see `FIRST`. That of a channel that hardly varies is a millionth of the median.
+    """
+    total, seen = targets.new_zeros(2, targets.shape[-1], dtype=torch.float32), 0
+    for sample in targets:
+        add_moments(total, seen, sample[FIRST:].float())
+        seen += len(sample) - FIRST
+    return total[1].clamp_min(max(1e-6 * total[1].median().item(), 1e-30))
+
+
+def position_weights(samples: int, length: int, device: torch.device | None = None) -> Tensor:
+    """Weights (samples, length) with which the mean over tokens leaves out the first position of each sample."""
+    weights = torch.full((samples, length), length / (length - FIRST), device=device)
+    weights[:, :FIRST] = 0.0
+    return weights
+
+
+def unexplained(output: Tensor, target: Tensor, variance: Tensor) -> float:
+    """The share of the variance of `target` (samples, length, width) that `output` leaves unexplained, mean over channels.
+
+    The error that windows and models are reported with: `whitened`, mean over all tokens but the first of each sample.
+    """
+    return whitened(output[:, FIRST:], target[:, FIRST:], variance).mean().item()
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from recon.errors import ReconError
 from recon.kernels.adapters import LowRank
+from recon.kernels.gradient_descent import Trained
 from recon.model.decoder import Decoder
 from recon.model.matrices import Matrix
 
@@ -31,7 +32,7 @@ def adapted(
     rank: int,
     random: torch.Generator,
     merged: Callable[[], None] = lambda: None,
-) -> Iterator[dict[str, nn.Parameter]]:
+) -> Iterator[dict[str, Trained]]:
     """While active, `matrices` are parametrised by adapters; afterwards these are merged, masked where `masks` drop, and gone.
 
     Args:
@@ -47,8 +48,8 @@ def adapted(
     for matrix in matrices:
         mask = matrix.oriented(masks[matrix.name]).to(matrix.module.weight.device)
         adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
+        trained |= {f"{matrix.name}.{name}": each for name, each in adapter.trained(matrix.module.weight).items()}
         parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
-        trained |= {f"{matrix.name}.a": adapter.a, f"{matrix.name}.b": adapter.b}
     try:
         yield trained
     finally:

@@ -1,19 +1,21 @@
 """How one window is fitted to its task: exact least squares, gradient descent on its weights, or on adapters around them."""
 
 import contextlib
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from recon.errors import ReconError
-from recon.kernels.gradient_descent import Curve
+from recon.kernels.gradient_descent import Curve, Trained, trained
 from recon.kernels.least_squares import masked_least_squares
-from recon.kernels.losses import get_loss
+from recon.kernels.losses import get_loss, position_weights
 from recon.methods.adapters import adapted
 from recon.methods.problem import Problem
 from recon.methods.propagation import Task, mean_product
 from recon.methods.training import train
-from recon.model.matrices import Matrix, stored
+from recon.model.matrices import stored
 from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
 from recon.runtime.seeds import generator
@@ -36,18 +38,19 @@ class WindowFit:
 
         Raises `ReconError` naming the window, where memory does not suffice for one sample at a time.
         """
-        matrices, config = self.student.matrices(window), self.config
+        config, matrices = self.config, self.student.matrices(window)
         with self.execution.holding(self.student, window, parameters.values()):
             if task.grams:
                 self._solve_exactly(window, task)
             if config.solver == "exact":
-                return _elements(parameters), Curve([], [])
+                return _elements(parameters.values()), Curve([], [])
             if config.adapter == "none":
-                return _elements(parameters), self._descend(window, task, parameters, matrices)
+                return _elements(parameters.values()), self._train_matrices(window, task, parameters)
         random = generator(self.seed, "adapters", window.name)
         with adapted(matrices.values(), self.masks, config.adapter, config.rank, random) as low_rank:
-            with self.execution.holding(self.student, window, low_rank.values()):
-                return _elements(low_rank), self._descend(window, task, low_rank, {})
+            found = [each.parameter for each in low_rank.values()]
+            with self.execution.holding(self.student, window, found):
+                return _elements(found), self._descend(window, task, list(low_rank.values()))
 
     @torch.no_grad()
     def _solve_exactly(self, window: Window, task: Task) -> None:
@@ -72,42 +75,43 @@ class WindowFit:
                 matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), iterations))
                 column += rows
 
-    def _descend(self, window: Window, task: Task, parameters: dict[str, nn.Parameter], masked: dict[str, Matrix]) -> Curve:
-        """Trains `parameters` by gradient descent on calibration samples; those of the matrices `masked` keep their zeros."""
-        config, device = self.config, self.execution.device
-        count = self.split.calibration
-        inputs, targets = task.inputs[:count], task.targets[:count]
-        if config.chunks > 1 and (window.matrices or window.half == "mlp"):
-            inputs, targets = (t.unflatten(1, (config.chunks, -1)).flatten(0, 1) for t in (inputs, targets))
+    def _train_matrices(self, window: Window, task: Task, parameters: dict[str, nn.Parameter]) -> Curve:
+        """Trains `parameters` of the window, by full name; those of its matrices keep their zeros."""
+        matrices, device = self.student.matrices(window), self.execution.device
         # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same memory, as the
         # gradient of the parameter that holds them all would be made anew, in full, for every expert.
-        alone = {name: matrix for name, matrix in masked.items() if matrix.expert is not None and matrix.alone}
+        alone = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None and matrix.alone}
         leaves = {name: nn.Parameter(matrix.part.detach()) for name, matrix in alone.items()}
         holders = {matrix.parameter_name for matrix in alone.values()}
         rest = [parameter for name, parameter in parameters.items() if name not in holders]
-        masks = stored({name: matrix for name, matrix in masked.items() if name not in alone}, self.masks, device)
-        masks += [(leaf, alone[name].oriented(self.masks[name]).to(device)) for name, leaf in leaves.items()]
+        masks = dict(stored({name: matrix for name, matrix in matrices.items() if name not in alone}, self.masks, device))
+        masks |= {leaf: alone[name].oriented(self.masks[name]).to(device) for name, leaf in leaves.items()}
         using = self.student.using(window, leaves) if alone else contextlib.nullcontext()
-        loss, scale = get_loss(config.loss), _scale(targets) if config.loss == "mse" else 1.0
+        with requiring_gradients(rest):
+            return self._descend(window, task, trained([*rest, *leaves.values()], masks), using)
 
-        def distance(x: Tensor, y: Tensor) -> Tensor:
+    def _descend(self, window: Window, task: Task, parameters: list[Trained], using=contextlib.nullcontext()) -> Curve:
+        """Trains `parameters` by gradient descent on calibration samples; `using`: a context to run the window in."""
+        config, count = self.config, self.split.calibration
+        inputs, targets = task.inputs[:count], task.targets[:count]
+        weights = position_weights(*inputs.shape[:2], targets.device)
+        data = [inputs, targets, weights]
+        if window.matrices or window.half == "mlp":  # no token's output depends on another token: more steps at the same work
+            chunks = math.gcd(config.chunks, self.split.length)
+            data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
+        loss, variance = get_loss(config.loss), task.variance.to(self.execution.device)
+
+        def distance(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
             with self.execution, using:
                 output = self.student.forward(window, x)
-            return loss(output, y) / scale
+            return (loss(output, y, variance) * weight).mean()
 
         random, schedule = generator(self.seed, "shuffle", window.name), config.schedule.scaled(window.halves**-SLOWING)
         try:
-            with requiring_gradients(rest):
-                return train(distance, [inputs, targets], [*rest, *leaves.values()], masks, schedule, random, self.execution)
+            return train(distance, data, parameters, schedule, random, self.execution)
         except ReconError as error:
             raise ReconError(f"window {window.name!r}: {error}") from error
 
 
-def _scale(targets: Tensor) -> float:
-    """The mean square of the targets: divided by it, AdamW's epsilon means the same for windows of any size of activations."""
-    norm = torch.linalg.vector_norm(targets, dtype=torch.float32)  # unlike squares, it needs no room for all targets again
-    return max(norm.item() ** 2 / targets.numel(), 1e-30)
-
-
-def _elements(parameters: dict[str, nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters.values())
+def _elements(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

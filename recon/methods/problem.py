@@ -51,6 +51,8 @@ def split_samples(samples: Tensor | Iterable, held_out: Tensor | Iterable | None
     """
     samples = as_tokens(samples)
     length = samples.shape[1]
+    if length < 2:
+        raise ReconError(f"calibration samples are of {length} token; give at least 2: the first is left out of losses")
     if held_out is None:
         return samples, Split(len(samples), 0, length)
     held_out = as_tokens(held_out)[:ERROR_SAMPLES]

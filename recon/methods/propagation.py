@@ -17,10 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from recon.kernels.losses import channel_variance
 from recon.methods.problem import Problem
 from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.model.windows import Window
+
+TOKENS = 2**17  # that tell the variance of channels
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class Task:
     """What one window is fitted to, for all samples.
 
     inputs: (samples, length, in). targets: (samples, length, out).
+    variance: of each channel of the targets, (out,); see `recon.kernels.losses.channel_variance`.
     grams: by matrix name, X'X / tokens of what it reads, (in, in); where matrices are solved exactly.
     """
 
     inputs: Tensor
     targets: Tensor
+    variance: Tensor
     grams: dict[str, Tensor]
 
 
@@ -76,9 +81,9 @@ class Propagation:
         if self.kind == "dense":
             grams = self._dense_grams(window) if self.exact else {}
             if not window.matrices:
-                return Task(self.dense, self._dense_output(window), grams)
+                return self._task(self.dense, self._dense_output(window), grams)
             inputs = self._dense_inputs(window)
-            return Task(inputs, self.forward(self.teacher, window, inputs), grams)
+            return self._task(inputs, self.forward(self.teacher, window, inputs), grams)
         inputs = self._inputs(self.student, window, self.sparse)
         theirs = self._inputs(self.teacher, window, self.dense) if self.kind == "mixed" else inputs
         grams = {}
@@ -87,8 +92,12 @@ class Propagation:
         elif self.exact:
             grams = self._gathered(window, theirs)[1]
         if self.kind == "mixed" and not window.matrices:
-            return Task(inputs, self._dense_output(window), grams)
-        return Task(inputs, self.forward(self.teacher, window, theirs), grams)
+            return self._task(inputs, self._dense_output(window), grams)
+        return self._task(inputs, self.forward(self.teacher, window, theirs), grams)
+
+    def _task(self, inputs: Tensor, targets: Tensor, grams: dict[str, Tensor]) -> Task:
+        enough = -(-TOKENS // targets.shape[1])
+        return Task(inputs, targets, channel_variance(targets[: min(enough, self.split.calibration)]), grams)
 
     def advance(self, window: Window) -> None:
         """Moves the streams on to what the window after `window` starts from."""

@@ -2,7 +2,9 @@
 
 For a window f with weights theta, survivors M, inputs X and targets Y (which of them: `recon.methods.propagation`),
 
-    min over theta  E || f(X; M * theta) - Y ||^2        (or another loss; `recon.kernels.losses`)
+    min over theta  E || (f(X; M * theta) - Y) / sigma ||^2        sigma: standard deviation of each channel of Y
+
+(or another loss; the paper's is without sigma; `recon.kernels.losses`).
 
 A Free Lunch in LLM Compression, arXiv 2510.14444, method section. How a window is fitted: `recon.methods.fit`.
 """
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recon.config import ReconstructionConfig
-from recon.kernels.losses import relative_error
+from recon.kernels.losses import unexplained
 from recon.methods.adapters import check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
 from recon.methods.fit import WindowFit
@@ -41,13 +43,13 @@ RECONSTRUCTED, GREW, NOT_FINITE = "reconstructed", "rolled back: error grew", "r
 
 @dataclass(frozen=True)
 class WindowReport:
-    """What became of one window. Errors are relative squared errors of its output, mean over tokens."""
+    """What became of one window. Errors: the share of the variance of its output that is unexplained; see `recon.kernels.losses`."""
 
     name: str
     parameters: int  # elements trained
     error_before: dict[str, float]  # on "held_out" samples or, where there are none, on "calibration" samples
     error_after: dict[str, float]
-    losses: list[float]  # one per optimiser step; mse: relative to the mean square of the targets
+    losses: list[float]  # one per optimiser step
     gradient_norms: list[float]  # see `recon.kernels.gradient_descent.Curve`
     movement: float  # |after - before| / |before| over the window's matrices
     seconds: float
@@ -169,11 +171,12 @@ class Reconstruction:
         return WindowReport(**found)
 
     def _error(self, window: Window, task: Task) -> dict[str, float]:
-        """The relative error of the window's output on the samples that errors are measured on."""
+        """The error of the window's output on the samples that errors are measured on."""
         split, inputs, targets = self.problem.split, task.inputs, task.targets
         if not self.propagation.by_grams:  # else the task holds these samples alone
             inputs, targets = inputs[split.measured], targets[split.measured]
-        return {split.measured_on: relative_error(self.propagation.forward(self.problem.student, window, inputs), targets)}
+        output = self.propagation.forward(self.problem.student, window, inputs)
+        return {split.measured_on: unexplained(output, targets, task.variance)}
 
     def _status(self, window: Window, parameters, losses: list[float], before: dict, after: dict) -> str:
         """What became of a window that was fitted."""

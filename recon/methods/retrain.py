@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from recon.config import RetrainingConfig
 from recon.errors import ReconError
+from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
 from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
@@ -125,13 +126,10 @@ class _Retraining:
         # Each expert's products apart, also where checkpointed blocks run again.
         apart = student.experts_apart()
         with apart, requiring_gradients(student.model.parameters(), False), self._trained(callbacks) as parameters:
-            count = sum(p.numel() for p in parameters.values())
-            masks = stored(student.matrices(), self.masks, self.execution.device) if method == "full" else []
-            with requiring_gradients(parameters.values()):
-                curve = train(
-                    self._loss, [samples], list(parameters.values()), masks, self.config.schedule, generator(self.seed, "retrain"),
-                    self.execution, after_step,
-                )  # fmt: skip
+            count = sum(each.parameter.numel() for each in parameters)
+            with requiring_gradients([each.parameter for each in parameters]):
+                random = generator(self.seed, "retrain")
+                curve = train(self._loss, [samples], parameters, self.config.schedule, random, self.execution, after_step)
         status = self._rolled_back(curve.losses, before, rest)
         student.forget()
         moved = movement((before[name], matrix.weight) for name, matrix in student.matrices().items())
@@ -158,13 +156,13 @@ class _Retraining:
         return NOT_FINITE
 
     @contextlib.contextmanager
-    def _trained(self, callbacks: Sequence[Callback]) -> Iterator[dict[str, nn.Parameter]]:
-        """The parameters that the method trains, by name; what it put around the matrices is merged at the end."""
+    def _trained(self, callbacks: Sequence[Callback]) -> Iterator[list[Trained]]:
+        """The parameters that the method trains; what it put around the matrices is merged at the end."""
         matrices, config = self.student.matrices(), self.config
         if config.method == "full":
-            yield dict(self.student.model.named_parameters())
+            yield trained(self.student.model.parameters(), dict(stored(matrices, self.masks, self.execution.device)))
         elif config.method == "norms":
-            yield {name: p for name, p in self.student.model.named_parameters() if p.ndim == 1}
+            yield trained((p for p in self.student.model.parameters() if p.ndim == 1), {})
         else:
             random = generator(self.seed, "adapters")
 
@@ -176,7 +174,7 @@ class _Retraining:
 
             look = {"merged": merged} if config.method == "lora" else {}  # the others lose no zero by merging
             with adapted(matrices.values(), self.masks, config.method, config.rank, random, **look) as parameters:
-                yield parameters
+                yield list(parameters.values())
 
     def _loss(self, tokens: Tensor) -> Tensor:
         """Mean over predicted tokens, in nats; tokens (batch, length)."""

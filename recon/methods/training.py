@@ -3,11 +3,12 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from recon.kernels.gradient_descent import Curve, Schedule, descend
+from recon.kernels.gradient_descent import Curve, Schedule, Trained, descend
 from recon.runtime.execution import Execution
 
 log = logging.getLogger("recon")
@@ -16,19 +17,18 @@ log = logging.getLogger("recon")
 def train(
     loss: Callable[..., Tensor],
     data: list[Tensor],
-    parameters: list[nn.Parameter],
-    masks: list[tuple[nn.Parameter, Tensor]],
+    trained: list[Trained],
     schedule: Schedule,
     random: torch.Generator,
     execution: Execution,
     after_step: Callable[[Tensor], None] = lambda loss: None,
 ) -> Curve:
-    """Trains `parameters` in place on `data`; see `recon.kernels.gradient_descent.descend`.
+    """Trains parameters in place on `data`; see `recon.kernels.gradient_descent.descend`.
 
     Args:
         loss: called with a mini-batch of each tensor in `data`; the mean over its samples of what is minimised, ().
         data: samples (samples, ...), shuffled together.
-        masks: pairs of parameter and keep-mask of its shape, where the parameters are: on the compute device.
+        trained: the parameters, on the compute device, with their masks and sizes.
         random: draws the order of samples anew for each epoch.
         execution: brings mini-batches to the compute device.
 
@@ -37,9 +37,10 @@ def train(
     orders = [torch.randperm(len(data[0]), generator=random) for _ in range(schedule.epochs)]
     steps = [chosen for order in orders for chosen in order.split(schedule.per_step)]
     if execution.device.type == "cpu":  # where a product with booleans takes several times as long
-        masks = [(parameter, mask.to(torch.bfloat16)) for parameter, mask in masks]
+        trained = [replace(each, mask=each.mask if each.mask is None else each.mask.to(torch.bfloat16)) for each in trained]
+    parameters = [each.parameter for each in trained]
     with contextlib.closing(_Gradients(loss, data, parameters, steps, schedule.batch_size, execution)) as gradients:
-        return descend(gradients, parameters, masks, schedule, len(steps), after_step)
+        return descend(gradients, trained, schedule, len(steps), after_step)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from recon.config import ReconstructionConfig
-from recon.kernels.gradient_descent import NORM_EVERY, Curve, Schedule, descend
+from recon.kernels.gradient_descent import NORM_EVERY, Curve, Schedule, Trained, descend, trained
 
 
 @pytest.fixture
@@ -71,11 +71,33 @@ def test_each_step_is_as_large_as_the_schedule_says():
         weight.grad = torch.tensor([1e-2, 1.0, -1e2])
         return torch.zeros(())
 
-    descend(gradients, [weight], [], schedule, 16, lambda loss: seen.append(weight.detach().clone()))
+    descend(gradients, [Trained(weight)], schedule, 16, lambda loss: seen.append(weight.detach().clone()))
     moved = torch.stack([torch.zeros(3), *seen]).diff(dim=0)
     rates = torch.tensor([0.02 * schedule.factor(step, 16) for step in range(16)])
     assert_close(rates[:4], torch.tensor([0.005, 0.01, 0.015, 0.02]))
     assert_close(moved, -rates[:, None] * torch.tensor([1.0, 1.0, -1.0]), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("rate, moved", [("relative", [0.5, 0.1]), ("absolute", [0.1, 0.1])])
+def test_a_relative_rate_is_times_the_size_of_each_parameter(rate, moved):
+    large, small = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+    def gradients(step: int) -> torch.Tensor:
+        large.grad, small.grad = torch.ones(3), torch.ones(3)
+        return torch.zeros(())
+
+    descend(gradients, [Trained(large, size=5.0), Trained(small)], Schedule(learning_rate=0.1, rate=rate), 1)
+    assert_close(torch.stack([large, small]), -torch.tensor(moved)[:, None].expand(2, 3))
+
+
+def test_sizes_are_those_of_what_survives():
+    weight, mask = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, -4.0]])), torch.tensor([[True, False], [True, True]])
+    zeros, norm = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.tensor([10.0, 10.0]))
+    found = trained([weight, zeros, norm], {weight: mask})
+    assert [each.parameter for each in found] == [weight, zeros, norm] and found[0].mask is mask
+    size = (25 / 3) ** 0.5
+    assert_close([each.size for each in found], [size, size, 10.0])  # a bias of zeros learns, too
+    assert_close([each.size for each in trained([zeros, norm], {})], [50**0.5, 10.0])
 
 
 def test_dropped_weights_are_zero_after_every_step_and_the_loss_falls(problem):
@@ -86,7 +108,7 @@ def test_dropped_weights_are_zero_after_every_step_and_the_loss_falls(problem):
         zeros.append(torch.equal(weight == 0, ~mask))
         told.append(loss)
 
-    curve = descend(gradients, [weight], [(weight, mask)], Schedule(learning_rate=3e-2), 60, after_step)
+    curve = descend(gradients, [Trained(weight, mask)], Schedule(learning_rate=3e-2), 60, after_step)
     assert all(zeros) and len(zeros) == 60
     assert curve.losses == [loss.item() for loss in told]
     assert curve.losses[-1] < 0.8 * curve.losses[0]
@@ -101,7 +123,7 @@ def test_weight_decay_shrinks_what_no_gradient_holds():
         weight.grad = torch.zeros(3)
         return torch.zeros(())
 
-    descend(gradients, [weight], [(weight, mask)], schedule, 10)
+    descend(gradients, [Trained(weight, mask)], schedule, 10)
     left = math.prod(1 - 0.5 * 0.1 * schedule.factor(step, 10) for step in range(10))
     assert left < 0.8
     assert_close(weight.detach(), left * torch.tensor([4.0, -2.0, 0.0]))
@@ -109,7 +131,7 @@ def test_weight_decay_shrinks_what_no_gradient_holds():
 
 def test_without_a_mask_everything_is_trained(problem):
     weight, mask, gradients = problem
-    descend(gradients, [weight], [], Schedule(), 3)
+    descend(gradients, [Trained(weight)], Schedule(), 3)
     assert weight[~mask].all()
 
 
@@ -122,7 +144,7 @@ def test_gradient_norms_are_those_of_every_eighth_step(problem):
         norms.append(weight.grad.norm().item())
         return loss
 
-    curve = descend(seen, [weight], [(weight, mask)], Schedule(), 20)
+    curve = descend(seen, [Trained(weight, mask)], Schedule(), 20)
     assert NORM_EVERY == 8 and len(curve.losses) == 20
     assert_close(curve.gradient_norms, [norms[0], norms[8], norms[16]])
 
@@ -130,5 +152,5 @@ def test_gradient_norms_are_those_of_every_eighth_step(problem):
 def test_no_steps_change_nothing(problem):
     weight, mask, gradients = problem
     before = weight.detach().clone()
-    assert descend(gradients, [weight], [(weight, mask)], Schedule(), 0) == Curve([], [])
+    assert descend(gradients, [Trained(weight, mask)], Schedule(), 0) == Curve([], [])
     assert torch.equal(weight, before)

@@ -9,70 +9,111 @@ from torch.testing import assert_close
 
 from recon.errors import ReconError
 from recon.kernels import losses
-from recon.kernels.losses import LOSSES, cosine, get_loss, kl_divergence, mse, negative_log_likelihood, relative, relative_error
+from recon.kernels.losses import (
+    LOSSES,
+    channel_variance,
+    cosine,
+    get_loss,
+    kl_divergence,
+    mse,
+    negative_log_likelihood,
+    position_weights,
+    relative,
+    unexplained,
+    whitened,
+)
 
 # ---- of windows
+
+UNIT = torch.ones(2)
 
 
 def test_mse_by_hand():
     output, target = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 4.0]]])
-    assert mse(output, target).item() == pytest.approx((4 + 9) / 4)
+    assert_close(mse(output, target, torch.tensor([1.0, 3.0])), torch.tensor([[4.0, 9.0]]) / 4)
+
+
+def test_whitened_by_hand():
+    output, target = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 4.0]]])
+    assert_close(whitened(output, target, torch.tensor([3.0, 2.0])), torch.tensor([[(0 + 4 / 2) / 2, (9 / 3 + 0) / 2]]))
+
+
+def test_relative_by_hand():
+    target = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 10.0]]])
+    output = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[2.0, 1.0], [0.0, 5.0]]])
+    assert_close(relative(output, target, UNIT), torch.tensor([[0, 1], [1 / 4, 25 / 100]]))
 
 
 def test_cosine_by_hand():
     output, target = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[5.0, 0.0], [0.0, 2.0]]])
-    assert cosine(output, target).item() == pytest.approx((0 + 1 - 1 / math.sqrt(2)) / 2, abs=1e-6)
+    assert_close(cosine(output, target, UNIT), torch.tensor([[0, 1 - 1 / math.sqrt(2)]]))
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_losses_are_in_float32(loss):
-    value = loss(torch.full((1, 2, 3), 300.0).half(), torch.full((1, 2, 3), -300.0).half())
-    assert value.dtype == torch.float32 and value.isfinite()
+    value = loss(torch.full((1, 2, 3), 300.0).half(), torch.full((1, 2, 3), -300.0).half(), torch.ones(3))
+    assert value.dtype == torch.float32 and value.isfinite().all() and value.shape == (1, 2)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_equal_outputs_cost_nothing_even_where_they_are_zero(loss):
     target = torch.tensor([[[1.0, -2.0], [0.0, 0.0]]])
-    assert_close(loss(target, target), torch.tensor(0.5 if loss is cosine else 0.0))  # zeros have no angle
+    assert_close(loss(target, target, UNIT), torch.tensor([[0.0, 1.0 if loss is cosine else 0.0]]))  # zeros have no angle
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-@pytest.mark.parametrize("loss", [cosine, relative])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_size_of_activations_does_not_matter(loss, scale):
     draw = torch.Generator().manual_seed(0)
     output, target = (torch.randn(2, 5, 6, generator=draw) for _ in range(2))
-    assert_close(loss(output * scale, target * scale), loss(output, target))
+    variance = channel_variance(target)
+    assert_close(channel_variance(target * scale), variance * scale**2)
+    assert_close(loss(output * scale, target * scale, variance * scale**2), loss(output, target, variance))
 
 
-def test_one_massive_token_decides_the_squared_error_alone():
-    output, target = torch.zeros(1, 10, 4), torch.ones(1, 10, 4)
-    target[0, 0] = 1e3
-    better = output.clone()
-    better[0, 1:] = 1.0  # all tokens but one are right
-    assert mse(better, target) > 0.99 * mse(output, target)
-    assert_close(relative(better, target), 0.1 * relative(output, target))
+def test_whitened_alone_does_not_care_for_the_size_of_a_channel():
+    draw = torch.Generator().manual_seed(0)
+    output, target = (torch.randn(2, 5, 6, generator=draw) for _ in range(2))
+    scale = torch.tensor([1.0, 100.0, 1.0, 0.1, 1.0, 1.0])
+    before, after = (whitened(output * s, target * s, channel_variance(target * s)) for s in (1.0, scale))
+    assert_close(after, before)
+    assert not torch.allclose(
+        mse(output * scale, target * scale, channel_variance(target * scale)), mse(output, target, torch.ones(6))
+    )
+
+
+def test_channel_variance_is_torchs_without_the_first_position():
+    targets = 5 + torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
+    targets[:, 0] = 1e4
+    assert_close(channel_variance(targets), targets[:, 1:].flatten(0, 1).var(0, correction=0))
+    assert channel_variance(targets.bfloat16()).dtype == torch.float32
+
+
+def test_a_channel_that_never_varies_has_a_positive_variance():
+    targets = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    targets[..., 1] = 7.0
+    assert 0 < channel_variance(targets)[1] < 1e-5 and (channel_variance(torch.ones(2, 3, 4)) > 0).all()
+
+
+def test_unexplained_is_a_share_of_the_variance():
+    targets = torch.randn(4, 50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-2, 1, 1, 1e3, 1, 1])
+    variance, mean = channel_variance(targets), targets[:, 1:].mean((0, 1)).expand_as(targets)
+    assert unexplained(targets, targets, variance) == 0
+    assert unexplained(mean, targets, variance) == pytest.approx(1, rel=1e-4)
+    assert unexplained((mean + targets) / 2, targets, variance) == pytest.approx(1 / 4, rel=1e-4)
+
+
+def test_the_first_position_does_not_count():
+    targets = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    output, variance, weights = targets.clone(), channel_variance(targets), position_weights(2, 5)
+    output[:, 0] += 1e3
+    assert unexplained(output, targets, variance) == 0 == (whitened(output, targets, variance) * weights).mean()
+    assert weights.mean() == 1 and len(weights[:, 1:].unique()) == 1
 
 
 def test_unknown_loss_is_refused():
-    with pytest.raises(ReconError, match="'kl'.*mse, cosine, relative"):
+    with pytest.raises(ReconError, match="'kl'.*whitened, mse, relative, cosine"):
         get_loss("kl")
-
-
-def test_relative_error_by_hand():
-    target = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 10.0]]])
-    output = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[2.0, 1.0], [0.0, 5.0]]])
-    assert relative_error(output, target) == pytest.approx((0 + 1 + 1 / 4 + 25 / 100) / 4)
-    assert relative_error(output, target) == relative(output, target).item()
-    assert relative_error(target, target) == 0
-
-
-def test_relative_error_weighs_tokens_alike():
-    target = torch.tensor([[[1000.0, 0.0], [1.0, 0.0]]])
-    assert relative_error(torch.tensor([[[1000.0, 0.0], [0.0, 0.0]]]), target) == pytest.approx(0.5)
-
-
-def test_relative_error_of_a_silent_token_is_finite():
-    assert math.isfinite(relative_error(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)))
 
 
 # ---- of predictions

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from recon.errors import ReconError
-from recon.kernels.gradient_descent import Schedule
-from recon.kernels.losses import LOSSES
+from recon.kernels.gradient_descent import Schedule, Trained
+from recon.kernels.losses import LOSSES, channel_variance
 from recon.methods.training import train
 from recon.runtime.execution import Execution
 
@@ -35,10 +35,10 @@ def run(schedule, loss="mse", samples=8, seed=0, execution=FLOAT32, see=lambda x
         with execution:
             output = F.linear(x, weight)
         see(x, output)
-        return LOSSES[loss](output, y)
+        return LOSSES[loss](output, y, channel_variance(targets)).mean()
 
     random = torch.Generator().manual_seed(seed)
-    curve = train(of_batch, [inputs, targets], [weight], [(weight, mask)], schedule, random, execution)
+    curve = train(of_batch, [inputs, targets], [Trained(weight, mask)], schedule, random, execution)
     return weight, curve.losses, mask
 
 
@@ -66,7 +66,7 @@ def test_the_loss_is_that_before_the_step_and_uneven_parts_weigh_by_their_sample
     # Three samples in one step, as two and one: the loss is the mean over the three.
     inputs, targets, start, _ = problem(3)
     _, losses, _ = run(Schedule(batch_size=2, accumulation=2), loss, samples=3)
-    assert_close(losses, [LOSSES[loss](inputs @ start.T, targets).item()])
+    assert_close(losses, [LOSSES[loss](inputs @ start.T, targets, channel_variance(targets)).mean().item()])
 
 
 def test_samples_are_shuffled_anew_each_epoch_by_the_generator():
