@@ -43,6 +43,8 @@ OBJECTIVES = {
     "labels": "cross-entropy of the next token",
     "distil": "KL divergence from the dense model's predictions (Hinton et al. 2015, arXiv 1503.02531)",
 }
+# Where a length is 0, it is so many tokens, or as many as the model was made for where these are fewer.
+LENGTHS = {"sequence_length": 512, "evaluation_length": 1024}
 PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
@@ -70,7 +72,11 @@ class CalibrationConfig(Options):
 
     text: str = option("wikipedia", "Calibration text: wikipedia, news, code, c4, wikitext2, or a .txt, .jsonl or .parquet file.")
     samples: int = option(64, "Calibration samples that windows are reconstructed with.", least=1)
-    sequence_length: int = option(512, "Tokens per calibration sample.", least=2)
+    sequence_length: int = option(
+        0,
+        f"Tokens per calibration sample; 0: {LENGTHS['sequence_length']}, or fewer where the model was made for fewer.",
+        least=0,
+    )
     held_out_samples: int = option(
         8,
         "Samples of the validation split to measure errors on; a window that gets worse on the first two is rolled back.",
@@ -236,7 +242,12 @@ class EvaluationConfig(Options):
         flag="evaluation_texts",
     )
     samples: int = option(40, "Text windows per evaluation text.", least=1, flag="evaluation_samples")
-    length: int = option(1024, "Tokens per text window.", least=2, flag="evaluation_length")
+    length: int = option(
+        0,
+        f"Tokens per text window; 0: {LENGTHS['evaluation_length']}, or fewer where the model was made for fewer.",
+        least=0,
+        flag="evaluation_length",
+    )
     protocol: str = option(
         "samples",
         "How text windows begin: samples, each as the tokenizer begins a text; joined, only the first, as for published perplexities.",

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from recon.config import (
+    LENGTHS,
     CalibrationConfig,
     ComputeConfig,
     EvaluationConfig,
@@ -20,6 +21,7 @@ from recon.errors import ReconError
 from recon.experiment import workers
 from recon.experiment.workers import Ray
 from recon.kernels import criteria
+from recon.model.skeleton import max_length
 from recon.options import Options, flag, option
 from recon.runtime.weights import SAVED
 
@@ -111,6 +113,18 @@ class RunSpec(Options):
         criterion = criteria.get(self.pruning.criterion)
         return not (isinstance(criterion, criteria.Structured) or criterion.scores or self.pruning.criterion == "none")
 
+    def resolved(self) -> "RunSpec":
+        """This spec with a number for every length that is 0, by the model's configuration; see `recon.config.LENGTHS`.
+
+        Where that cannot be read, the spec stays as it is: loading the model will say what is wrong.
+        """
+        asked = [name for name in LENGTHS if self.get(name) == 0]
+        try:
+            longest = max_length(models.configuration(*self.loaded_by)) if asked else None
+        except ReconError:
+            return self
+        return self.replaced(**{name: min(LENGTHS[name], longest or LENGTHS[name]) for name in asked})
+
     # --- the key --------------------------------------------------------------------------------------------------
 
     def sources(self) -> dict:
@@ -139,7 +153,7 @@ class RunSpec(Options):
         """
         defaults = options()
         parts = {
-            "spec": {name: value for name, value in self.decisive().items() if value != defaults[name].default},
+            "spec": {name: value for name, value in self.resolved().decisive().items() if value != defaults[name].default},
             **self.sources(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

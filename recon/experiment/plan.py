@@ -151,7 +151,7 @@ def plan(
         ReconError: a device that is not here, unless `device_memory` is given; a run that cannot be streamed but is to be, a model
             that is unknown or cannot be taken apart, a granularity that it is too small for.
     """
-    config, decoder = shapes_of(*spec.loaded_by)
+    spec, (config, decoder) = spec.resolved(), shapes_of(*spec.loaded_by)
     windows = decoder.windows(spec.reconstruction.granularity) if spec.reconstruction.granularity != "none" else []
     device = planned_device(spec.compute.device, device_memory)
     dtype, here = planned_dtype(spec.compute.compute_dtype, device), is_here(device)

@@ -67,7 +67,7 @@ def run(
         ReconError: bad input, a run that cannot fit here, or another process that does the same run;
             before anything long begins.
     """
-    session, save = session or Session(), options.save
+    spec, session, save = spec.resolved(), session or Session(), options.save
     ray_windows.check(options.executor, spec.reconstruction.propagation)
     if spec.evaluation.tasks:
         zero_shot.check_tasks(spec.evaluation.tasks)

@@ -194,7 +194,7 @@ def run_study(
     Raises:
         ReconError: another process is at work on `folder`, which cannot be shared, or the executor cannot be had.
     """
-    specs, folder = list(specs), Path(folder).resolve()
+    specs, folder = [spec.resolved() for spec in specs], Path(folder).resolve()
     keys = [spec.key() for spec in specs]
     if not compute:
         return frame([_as_it_is(folder, spec, key) for spec, key in zip(specs, keys, strict=True)])

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from recon.errors import ReconError
 from recon.model import experts
 from recon.model.modules import first, placeholder_tokens, replaced
-from recon.model.skeleton import Lazy
+from recon.model.skeleton import Lazy, max_length
 from recon.model.structure import Structure
 
 SHAPES = 64  # shapes of batches for which the blocks' arguments are kept
@@ -69,8 +69,7 @@ class Blocks:
     @property
     def max_length(self) -> int | None:
         """The longest sequence, in tokens, that the model was made for, where its configuration tells."""
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return longest and longest * len(self.structure.stacks)
+        return max_length(self.model.config)
 
     def check_length(self, length: int) -> None:
         """Raises `ReconError` where sequences of `length` tokens are longer than the model was made for."""

@@ -16,6 +16,15 @@ def auto_class(config: PretrainedConfig) -> type:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+def max_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence, in tokens, that the model of `config` was made for, where that tells.
+
+    An encoder-decoder reads half of a sequence with its encoder, and half with its decoder.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest and longest * (2 if config.is_encoder_decoder else 1)
+
+
 def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal LM, or encoder-decoder, of `config` in evaluation mode, with parameters on torch's meta device, which are not tied.
 

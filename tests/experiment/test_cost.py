@@ -6,7 +6,7 @@ from fixtures.models import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from recon.config import PruningConfig
+from recon.config import LENGTHS, PruningConfig
 from recon.experiment import cost
 from recon.experiment.config import RunSpec
 from recon.methods.prune import prune
@@ -95,13 +95,13 @@ def test_gram_matrices_and_exact_solutions_are_counted(tokens):
 
 
 def test_what_is_not_done_costs_nothing():
-    found = cost.flops(RunSpec.of(granularity="none", criterion="magnitude"), take_apart(make_model("llama")))
+    found = cost.flops(RunSpec.of(granularity="none", criterion="magnitude", **LENGTHS), take_apart(make_model("llama")))
     assert (found["prune"], found["reconstruct"], found["retrain"]) == (0, 0, 0) and found["evaluate"] > 0
 
 
 def test_twice_the_samples_cost_twice():
     decoder = take_apart(make_model("llama"))
-    one, two = (cost.flops(RunSpec.of(samples=n, retrain="norms"), decoder) for n in (16, 32))
+    one, two = (cost.flops(RunSpec.of(samples=n, retrain="norms", **LENGTHS), decoder) for n in (16, 32))
     for phase in ("prune", "retrain"):
         assert two[phase] == 2 * one[phase]
     assert 1.8 * one["reconstruct"] < two["reconstruct"] < 2 * one["reconstruct"]  # errors are measured on the same few samples

@@ -44,6 +44,15 @@ def test_mixtures_of_experts_are_planned(family, experts, spec, config_folder):
     assert planned.memory["cpu"]["reconstruct"]["gradients and AdamW"] == 3 * 4 * trained
 
 
+def test_a_plan_and_a_run_agree_on_lengths_that_are_not_given(spec):
+    asked = spec.replaced(sequence_length=0, evaluation_length=0, granularity="none", samples=1)
+    planned = plan.plan(asked)
+    assert planned.spec == asked.replaced(sequence_length=256, evaluation_length=256)  # what the model was made for
+    record = record_of(asked)
+    assert record.spec == planned.spec.flat() and record.key == planned.spec.key() == asked.key()
+    assert planned.tokens["evaluate"] == 2 * 256 and record.tokens["prune"] == 256 and record.flops == planned.flops
+
+
 def test_what_is_counted_is_what_is_there(spec, tmp_path):
     planned, saved = plan.plan(spec, save=True), tmp_path / "saved"
     record = record_of(spec, save=saved)
@@ -255,7 +264,7 @@ def test_72b_parameters_are_planned_without_weights(config_folder, monkeypatch, 
     assert plan.resident() - before < 2**30
     assert "72,706,203,648 parameters" in said and "80 of block" in said and "fits" in said
     shapes = shapes_of(folder).decoder
-    spec = RunSpec.of(model=folder, granularity="block", criterion="magnitude", held_out_samples=0)
+    spec = RunSpec.of(model=folder, granularity="block", criterion="magnitude", held_out_samples=0).resolved()
     parts = highest(plan.peak_memory(spec, torch.device("cpu"))["cpu"])
     weights = sum(p.nbytes for p in shapes.model.parameters())
     assert parts["dense model"] == pytest.approx(weights, rel=0.001)

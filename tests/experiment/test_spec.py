@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from fixtures.models import make_model
 
 import recon
 from recon.data import text
@@ -46,6 +47,34 @@ def test_as_many_samples_said_in_another_way_are_the_same_run(spec):
     # What was said stands when another number of samples is asked for.
     assert said.replaced(samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 6}
     assert spec.replaced(prune_samples=6, samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "lengths"),
+    [
+        ("llama", {"max_position_embeddings": 256}, (256, 256)),
+        ("llama", {"max_position_embeddings": 700}, (512, 700)),
+        ("llama", {"max_position_embeddings": 8192}, (512, 1024)),
+        ("gpt2", {"n_positions": 128}, (128, 128)),
+        ("bart", {"max_position_embeddings": 64}, (128, 128)),  # half for the encoder, half for the decoder
+        ("t5", {}, (512, 1024)),  # it does not tell
+    ],
+)
+def test_lengths_that_are_not_given_fit_the_model(spec, config_folder, model, changes, lengths):
+    asked = recon.RunSpec.of(
+        model=config_folder(make_model(model, **changes).config.to_dict()), text="news", evaluation_texts="news"
+    )
+    found = asked.resolved()
+    assert (found.calibration.sequence_length, found.evaluation.length) == lengths
+    assert found == asked.replaced(sequence_length=lengths[0], evaluation_length=lengths[1]) == found.resolved()
+    assert asked.key() == found.key() != asked.replaced(evaluation_length=lengths[1] - 1).key()
+    # What is given stands, even where it is too long: the run refuses it.
+    assert asked.replaced(sequence_length=4000).resolved().calibration.sequence_length == 4000
+
+
+def test_the_lengths_of_a_model_that_cannot_be_read_stay_open(tmp_path):
+    asked = recon.RunSpec.of(model=str(tmp_path))
+    assert asked.resolved() == asked
 
 
 def test_an_option_added_later_does_not_disown_old_records(spec, monkeypatch):

@@ -68,6 +68,15 @@ def test_without_computing_what_is_missing_is_said(base, counted, tmp_path):
     assert len(counted) == 1 and len(list(tmp_path.glob("*.json"))) == 1
 
 
+def test_lengths_that_are_not_given_and_the_same_given_are_one_run(base, counted, tmp_path):
+    base = base.replaced(granularity="none", criterion="magnitude", held_out_samples=0, samples=1)
+    found = run_study(grid(base, evaluation_length=[0, 256], sequence_length=[0]), tmp_path, progress=False)
+    assert len(counted) == 1 and len(set(found["key"])) == 1
+    assert list(found["evaluation_length"]) == list(found["sequence_length"]) == [256, 256]
+    missing = run_study([base.replaced(evaluation_length=0, seed=7)], tmp_path, progress=False, compute=False)
+    assert list(missing["evaluation_length"]) == [256]
+
+
 def test_a_study_says_how_long_it_takes_once_per_model(base, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "recon"):
         run_study(grid(base, granularity=["none", "block"]), tmp_path, progress=False)

@@ -209,6 +209,20 @@ def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):
     assert planned.streamed and 0 < planned.memory["cpu"]["evaluate"]["weights in hand"] < 0.5 * 4 * planned.parameters
 
 
+def test_samples_are_as_long_as_both_halves_of_the_model_read(tiny_folder, tiny_text, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    make_model("bart", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    spec = recon.RunSpec.of(
+        model=str(tmp_path), text=tiny_text, samples=2, held_out_samples=0, evaluation_texts=(tiny_text,), evaluation_samples=1,
+        granularity="block", criterion="magnitude",
+    )  # fmt: skip
+    record = record_of(spec)
+    assert record.spec["sequence_length"] == record.spec["evaluation_length"] == 2 * 64
+    with pytest.raises(ReconError, match="sequence length 129 is more than the 128 tokens that the model was made for"):
+        record_of(spec.replaced(evaluation_length=129))
+
+
 @pytest.mark.parametrize("granularity", ["matrix", "half-block"])
 def test_parts_of_blocks_are_refused(made, granularity):
     with pytest.raises(
