@@ -22,7 +22,7 @@ class Measured:
     """How good a model is.
 
     perplexities: by text. zero_shot: as `recon.evaluate.zero_shot.zero_shot` gives it. held_out: perplexity on held-out samples.
-    drift: relative squared error of the residual stream after each block; empty for the dense model.
+    drift: share of the variance of the dense residual stream after each block that is unexplained; empty for the dense model.
     """
 
     perplexities: dict[str, Perplexity]

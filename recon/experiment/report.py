@@ -22,7 +22,7 @@ def metrics(spec: RunSpec, dense: Measured, pruned: Measured, final: Measured) -
     found = {name: headline[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "share_recovered", "kl")}
     found |= {"dense_held_out_perplexity": dense.held_out, "held_out_perplexity": final.held_out}
     if spec.evaluation.tasks:
-        found["zero_shot"] = {"dense": dense.zero_shot, "pruned": pruned.zero_shot, "repaired": final.zero_shot}
+        found["zero_shot"] = {"dense": dense.zero_shot, "pruned": pruned.zero_shot, "reconstructed": final.zero_shot}
         for prefix, measured in (("dense_", dense), ("pruned_", pruned), ("", final)):
             found[f"{prefix}accuracy"] = zero_shot.mean_accuracy(measured.zero_shot)
     return found | {
@@ -35,16 +35,16 @@ def metrics(spec: RunSpec, dense: Measured, pruned: Measured, final: Measured) -
 
 
 def _of_text(name: str, dense: Measured, pruned: Measured, final: Measured) -> dict:
-    results = {"dense": dense.perplexities[name], "pruned": pruned.perplexities[name], "repaired": final.perplexities[name]}
+    results = {"dense": dense.perplexities[name], "pruned": pruned.perplexities[name], "reconstructed": final.perplexities[name]}
     values = [result.value for result in results.values()]
-    divergences = results["repaired"].kl_per_window
+    divergences = results["reconstructed"].kl_per_window
     return {
         "dense_perplexity": values[0],
         "pruned_perplexity": values[1],
         "perplexity": values[2],
         "share_recovered": share_recovered(*values),
         "nll_per_window": {state: result.per_window for state, result in results.items()},
-        "kl_per_window": {state: results[state].kl_per_window for state in ("pruned", "repaired")},
+        "kl_per_window": {state: results[state].kl_per_window for state in ("pruned", "reconstructed")},
         "kl": sum(divergences) / max(1, len(divergences)),
     }
 
@@ -89,11 +89,14 @@ def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) ->
         "kl": f"KL(dense || model) per token, on the first {KL_WINDOWS} evaluation windows",
         "flops": "closed form from the shapes, as if the run shared nothing",
         "drift": (
-            "mean over tokens of |model - dense|^2 / |dense|^2 in the residual stream, on "
-            f"{calibration.held_out_samples} x {calibration.sequence_length} tokens of {calibration.text} (validation split)"
+            "share of the variance of the dense residual stream after each block that is unexplained, mean over channels and over all "
+            f"tokens but the first of each sample, on {calibration.held_out_samples} x {calibration.sequence_length} tokens of "
+            f"{calibration.text} (validation split)"
         ),
         "held_out_error": "drift after the last block",
-        "rejection": f"a window is rolled back where its own error on the first {ERROR_SAMPLES} of these samples grew",
+        "rolled_back": (
+            f"a window is rolled back where the unexplained share of its own target grew on the first {ERROR_SAMPLES} of these samples"
+        ),
         "zero_shot": tasks,
         "share_recovered": "1 - log(reconstructed / dense) / log(pruned / dense), in perplexities",
         "token_hashes": texts.hashes(),

@@ -112,8 +112,9 @@ def _claims() -> Iterator[Claim]:
     for propagation in ("sparse", "mixed"):
         ours, other = half | {"propagation": propagation}, half | {"propagation": "dense"}
         yield Claim(f"9.{propagation}", f"Propagation {propagation} equals dense", "equal", ours, other, margin=MARGIN)
-    ours, other = half | {"loss": "cosine"}, half | {"loss": "mse"}
-    yield Claim("10", "Cosine loss equals mean squared error", "equal", ours, other, margin=MARGIN)
+    for loss in ("cosine", "whitened"):
+        ours, other = half | {"loss": loss}, half | {"loss": "mse"}
+        yield Claim(f"10.{loss}", f"{loss.capitalize()} loss equals mean squared error", "equal", ours, other, margin=MARGIN)
     for adapter in ("masklora", "lora", "scalelora"):
         ours, other = half | {"adapter": adapter}, half | {"adapter": "none"}
         said = f"Windows trained through {adapter} equal windows trained in full"

@@ -57,10 +57,10 @@ def _common(*sides: dict[int, Run]) -> list[int]:
 def better(runs: list[Run], ours: dict, other: dict | None, cost: str = "") -> Evidence | None:
     """Log-perplexity of the other side minus ours: above 0, ours is better."""
     mine = pick(runs, ours)
-    theirs, state = (mine, "pruned") if other is None else (pick(runs, other), "repaired")
+    theirs, state = (mine, "pruned") if other is None else (pick(runs, other), "reconstructed")
     if not (seeds := _common(mine, theirs)):
         return None
-    values = _stack([(mine, "repaired"), (theirs, state)], seeds)
+    values = _stack([(mine, "reconstructed"), (theirs, state)], seeds)
     return Evidence(_used([mine, theirs], seeds), [values], lambda means: means[1] - means[0])
 
 
@@ -75,7 +75,7 @@ def equal(runs: list[Run], ours: dict, other: dict, cost: str = "") -> Evidence 
         damage = means[3] - means[2]
         return (means[1] - means[0]) / np.where(damage > 0, damage, math.nan)
 
-    values = _stack([(mine, "repaired"), (theirs, "repaired"), (mine, "dense"), (mine, "pruned")], seeds)
+    values = _stack([(mine, "reconstructed"), (theirs, "reconstructed"), (mine, "dense"), (mine, "pruned")], seeds)
     return Evidence(_used([mine, theirs], seeds), [values], share, "of the damage")
 
 
@@ -130,7 +130,7 @@ def ratio(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | Non
         each = [f"{point[seeds[0]].samples}: {_bounded(*pair)}" for point, pair in zip(mine, pairs)]
         return "ratio by samples of reconstruction: " + ", ".join(each)
 
-    values = _stack([(point, "repaired") for point in (*mine, *theirs)], seeds)
+    values = _stack([(point, "reconstructed") for point in (*mine, *theirs)], seeds)
     return Evidence(_used([*mine, *theirs], seeds), [values], statistic, f"times the {COSTS[cost]}", note)
 
 
@@ -204,7 +204,7 @@ def combined(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | 
         f"{COSTS[cost]} {spent:.3g} (samples {count[0]}, then {count[1]}) against {they_spent:.3g} (samples {their_count[1]})"
         + ("" if fair else ": less compute on the combination's side")
     )
-    values = _stack([(mine, "repaired"), (theirs, "repaired")], seeds)
+    values = _stack([(mine, "reconstructed"), (theirs, "reconstructed")], seeds)
     return Evidence(
         _used([mine, theirs], seeds), [values], lambda means: means[1] - means[0], note=lambda _: note, favours_other=not fair
     )
@@ -232,7 +232,7 @@ def gap(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Evid
     found = _by_criterion(runs, ours)
     if len(found) < 2 or not (seeds := _common(*found.values())):
         return None
-    parts = [_stack([(side, state) for side in found.values()], seeds) for state in ("pruned", "repaired")]
+    parts = [_stack([(side, state) for side in found.values()], seeds) for state in ("pruned", "reconstructed")]
     before, after = (_contrast(part) for part in parts)
 
     def note(means: np.ndarray) -> str:
@@ -268,7 +268,7 @@ def trend(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Ev
     at -= at.mean()
     sides = {model: [found[model][name] for name in names] for model in models}
     seeds = {model: _common(*sides[model]) for model in models}
-    parts = [_stack([(side, "repaired") for side in sides[model]], seeds[model]) for model in models]
+    parts = [_stack([(side, "reconstructed") for side in sides[model]], seeds[model]) for model in models]
     contrasts = np.concatenate([_contrast(part) for part in parts])
 
     def gaps(means: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ from recon.experiment.record import RunRecord
 from recon.kernels.gradient_descent import Schedule
 
 DEFAULTS = RunSpec().flat()
-# A method is what pruning, reconstruction and retraining are asked for. Of its options, those of schedules are its tuning (but
-# for the number of epochs), all others its setting.
-_TUNABLE = {field.name for field in fields(Schedule)} - {"epochs"} | {"chunks"}
+# A method is what pruning, reconstruction and retraining are asked for. Of its options, those of schedules are its tuning (but for
+# the number of epochs, and whether rates are relative), all others its setting.
+_TUNABLE = {field.name for field in fields(Schedule)} - {"epochs", "rate"} | {"chunks"}
 _RATES = {"learning_rate", "retrain_learning_rate"}
 _APART = {"model", "revision", "pattern", "samples", "checkpointing"}  # judged one by one, of the protocol, or without influence
 _METHOD = {name: place(name)[1] for name in DEFAULTS if place(name)[0] in ("model", "pruning", "reconstruction", "retraining")}
@@ -63,7 +63,7 @@ class Run:
         """Negative log-likelihoods (windows,) of the dense, the pruned and the final model."""
         try:
             found = self.record.metrics["by_text"][self.evaluated]["nll_per_window"]
-            nll = {state: np.array(found[state], float) for state in ("dense", "pruned", "repaired")}
+            nll = {state: np.array(found[state], float) for state in ("dense", "pruned", "reconstructed")}
         except (KeyError, TypeError, ValueError) as error:
             raise ReconError(f"record {self.key}: no nll_per_window of {self.evaluated!r} to judge by: {error!r}") from error
         shapes = {values.shape for values in nll.values()}

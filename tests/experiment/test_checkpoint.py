@@ -32,7 +32,7 @@ def spec(tiny_folder, tiny_text):
 
 @pytest.fixture(scope="module")
 def saved(spec, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "repaired"
+    folder = tmp_path_factory.mktemp("checkpoint") / "reconstructed"
     record = record_of(spec, save=folder, command="recon run --pattern 0.6")
     return folder, record
 
@@ -85,14 +85,14 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(saved, spec, tmp_path, 
 
     names = {name: f"transformers.{name}.save_pretrained" for name in ("PreTrainedModel", "PreTrainedTokenizerBase")}
     monkeypatch.setattr(names.get(what, f"recon.{what}"), full_in_rust if "Tokenizer" in what else full)
-    with pytest.raises(ReconError, match=r"cannot be written to '.*repaired'.*No space left on device"):
-        record_of(spec, save=tmp_path / "repaired")
+    with pytest.raises(ReconError, match=r"cannot be written to '.*reconstructed'.*No space left on device"):
+        record_of(spec, save=tmp_path / "reconstructed")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_at_any_moment_the_folder_is_there_with_its_record_or_not_at_all(spec, tmp_path, monkeypatch):
     """Between any two things that are put on the disk for good, or deleted; the same call then ends with the record."""
-    spec, folder, session = spec.replaced(granularity="none"), tmp_path / "repaired", recon.Session()
+    spec, folder, session = spec.replaced(granularity="none"), tmp_path / "reconstructed", recon.Session()
     record_of(spec, session)  # what is not written is done once
     left, record, states, before = 0, None, [], None
     while record is None:
@@ -115,7 +115,7 @@ def test_killed_at_any_moment_the_folder_is_there_with_its_record_or_not_at_all(
     assert states.count(False) > 6 and states.count(True) > 1
     assert record.to_dict() == written.to_dict()
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["repaired"]
+    assert [path.name for path in tmp_path.iterdir()] == ["reconstructed"]
 
 
 def test_the_record_does_not_tell_a_checkpoint_from_another_that_is_the_same(saved, tmp_path):

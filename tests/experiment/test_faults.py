@@ -318,7 +318,7 @@ def test_a_streamed_run_that_is_short_of_memory_has_the_bits_of_one_that_is_not_
 @pytest.mark.parametrize("stream", ["no", "yes"])
 @pytest.mark.parametrize("broken", ["weights", "losses", "activations"])
 def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broken, stream, tmp_path, monkeypatch, caplog):
-    """In the record, in what is said, and in what is saved; windows before it are repaired, and so are those after it, if they can be."""
+    """In the record, in what is said, and in what is saved; windows before it are reconstructed, and so are those after it, if they can be."""
     spec = spec.replaced(model=str(folder), criterion="magnitude", granularity="block", evaluation_samples=1)
     first = 2
     if broken == "activations":  # overflow from there on

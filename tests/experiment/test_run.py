@@ -155,7 +155,7 @@ def test_retraining_follows_reconstruction(spec, record, retrain):
 
 
 def test_samples_by_phase_are_the_first_of_one_draw(spec, record):
-    """With as many samples as before to prune and repair with, more for retraining change nothing that comes before."""
+    """With as many samples as before to prune and reconstruct with, more for retraining change nothing that comes before."""
     more = record_of(spec.replaced(retrain="masklora", retrain_samples=9))
     assert more.tokens["retrain"] == 9 * 32
     assert more.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]

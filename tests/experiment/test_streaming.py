@@ -125,7 +125,7 @@ def test_the_bits_of_a_run_in_memory(case, spec, expected, tiny_folder, tmp_path
 
 
 def test_masks_from_elsewhere(spec, expected, tmp_path):
-    """What is repaired starts from another run's checkpoint."""
+    """What is reconstructed starts from another run's checkpoint."""
     given = spec.replaced(pruned=str(expected[1]))
     kept = record_of(given, save=tmp_path / "other", stream="no")
     found = record_of(given, save=tmp_path / "saved", stream="yes")
@@ -305,7 +305,7 @@ def test_killed_again_and_again(spec, expected, tmp_path, monkeypatch):
 
 
 def test_an_encoder_decoder_is_killed(spec, tiny_folder, tmp_path, monkeypatch):
-    """What blocks are called with is found anew each time, also once the block that it is computed from is repaired."""
+    """What blocks are called with is found anew each time, also once the block that it is computed from is reconstructed."""
     monkeypatch.setattr(activations, "SMALL", 0)
     spec = spec.replaced(
         model=saved_model("t5", tiny_folder, tmp_path / "model"), granularity="block", propagation="sparse", train="all"
@@ -493,7 +493,7 @@ def test_a_work_folder_that_cannot_be_made(spec, tmp_path, monkeypatch):
 
 
 def test_the_same_said_in_another_way_goes_on(spec, tmp_path, monkeypatch, caplog):
-    """As many pruning samples as windows are repaired with, by number or by 0; another environment is said."""
+    """As many pruning samples as windows are reconstructed with, by number or by 0; another environment is said."""
     spec = spec.replaced(granularity="none", held_out_samples=0)
     started(spec, tmp_path, monkeypatch, 25)
     here = environment.environment
@@ -581,7 +581,7 @@ def test_damaged_activations_are_refused(spec, tmp_path, monkeypatch):
             record_of(spec, save=tmp_path / "saved", stream="yes")
 
 
-@pytest.mark.parametrize("what, cut", [("dense", False), ("given", False), ("repaired", False), ("dense", True)])
+@pytest.mark.parametrize("what, cut", [("dense", False), ("given", False), ("reconstructed", False), ("dense", True)])
 def test_a_shard_that_is_written_to_while_it_is_read_is_named(what, cut, spec, expected, tiny_folder, tmp_path, monkeypatch):
     """In the model's own file, in the pruned model's, or in a window that is finished, a bit flips, or all is cut off that comes after
     so many bytes, at which others are killed (SIGBUS); as it was again, the run goes on."""

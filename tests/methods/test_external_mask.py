@@ -269,12 +269,12 @@ def test_the_command_reconstructs_and_saves_a_pruned_model(
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["metrics"]["perplexity"] == record_of(spec.replaced(pruned=pruned_folder)).metrics["perplexity"]
     assert "sparsity 0.5000 (pattern of the mask: 2:4)" in capsys.readouterr().out
-    repaired, before = (
+    reconstructed, before = (
         take_apart(models.load(str(tmp_path / "saved"))[0]),
         take_apart(pruned_here[1].model, like=pruned_here[1].dense),
     )
     for name, matrix in before.matrices().items():
-        assert torch.equal(repaired.matrices()[name].weight == 0, matrix.weight == 0)
+        assert torch.equal(reconstructed.matrices()[name].weight == 0, matrix.weight == 0)
     card = (tmp_path / "saved" / "README.md").read_text()
     assert f"pruned 2:4 with the mask of {pruned_folder}" in card and f"base_model: {tiny_folder}" in card
     for missing, said in (

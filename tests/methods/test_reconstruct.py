@@ -183,7 +183,7 @@ def test_exact_matrices_are_least_squares_solutions(dense, pruned, tokens):
 
 @torch.no_grad()
 def test_exact_matrices_under_mixed_propagation(tiny, pruned, tokens):
-    """Least squares of the dense outputs on the repaired model's inputs, where these differ from the dense ones."""
+    """Least squares of the dense outputs on the reconstructed model's inputs, where these differ from the dense ones."""
     dense = take_apart(tiny("qwen2", num_hidden_layers=1))
     student, batch = pruned(dense), tokens(32, 32)
     run(student, dense, batch, granularity="matrix", solver="exact", propagation="mixed")
@@ -324,9 +324,9 @@ def test_each_window_gets_the_inputs_and_targets_of_the_propagation(
     windows = dense.windows(granularity)
     assert len(trained) == len(windows)
     theirs = activations(dense.model, batch)
-    ours = activations(student.model, batch)  # what precedes a window was repaired before it, and has not changed since
+    ours = activations(student.model, batch)  # what precedes a window was reconstructed before it, and has not changed since
     for window, (inputs, targets, _) in zip(windows, trained, strict=True):
-        hybrid = copy.deepcopy(student.model)  # all repaired but for this window, which is the dense model's
+        hybrid = copy.deepcopy(student.model)  # all reconstructed but for this window, which is the dense model's
         for name, parameter in dense.parameters(window).items():
             hybrid.get_parameter(name).data.copy_(parameter)
         expected = {

@@ -108,7 +108,7 @@ def test_compiled_and_plain_are_timed_in_turn(spec):
     assert "compiled / plain" in summary(found)
 
 
-def test_the_reference_loop_repairs_like_ours(tiny, tokens):
+def test_the_reference_loop_reconstructs_like_ours(tiny, tokens):
     """Same windows, data, steps and learning rates: it ends near where ours does, zeros included."""
     dense, samples, unseen = take_apart(tiny("llama")), tokens(32, 16), tokens(8, 16, seed=9)
     students = [take_apart(copy.deepcopy(dense.model), like=dense) for _ in range(3)]

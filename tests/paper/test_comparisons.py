@@ -30,6 +30,7 @@ from recon.paper.verdicts import FAILS, HOLDS, UNSURE, to_markdown
         {"revision": "v2"},
         {"mask_refinement": 3},
         {"epochs": 2},
+        {"rate": "absolute"},
         {"criterion": "magnitude"},
         {"statistics": "dense"},
     ],
@@ -55,14 +56,14 @@ def test_the_same_seeds_are_on_both_sides():
 
 def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():
     plain = seeds(0.2)
-    tempting = seeds(0.9, adapter="masklora", learning_rate=1e-2, held_out=40.0)
-    chosen = seeds(0.5, adapter="masklora", learning_rate=1e-3, held_out=30.0)
+    tempting = seeds(0.9, adapter="masklora", learning_rate=3e-2, held_out=40.0)
+    chosen = seeds(0.5, adapter="masklora", learning_rate=3e-3, held_out=30.0)
     default = seeds(0.4, adapter="masklora", held_out=35.0)
     assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(0.3, abs=0.01)
     default[0].metrics.pop("held_out_perplexity")  # no longer known for all
     assert verdict_on("11.masklora", plain + tempting + chosen + default).effect == pytest.approx(0.2, abs=0.01)
     # A rate tried with one seed alone is compared on that seed, and the winner keeps its other seeds.
-    trial = [record(0.9, adapter="masklora", learning_rate=1e-2, held_out=40.0)]
+    trial = [record(0.9, adapter="masklora", learning_rate=3e-2, held_out=40.0)]
     found = verdict_on("11.masklora", plain + trial + chosen)
     assert found.seeds == 3 and found.effect == pytest.approx(0.3, abs=0.01)
 
@@ -75,10 +76,10 @@ def test_a_run_without_warmup_is_one_choice_among_others():
 def test_no_side_is_tuned_where_the_others_are_not():
     """Rates of half-blocks were searched for another claim: here they do not help it against matrices, which had one."""
     matrix, default = seeds(0.2, granularity="matrix"), seeds(0.4, held_out=35.0)
-    tuned = seeds(0.5, learning_rate=1e-3, held_out=30.0)
+    tuned = seeds(0.5, learning_rate=3e-3, held_out=30.0)
     assert verdict_on("3", matrix + tuned + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
     # Nor do recipes that make more steps.
-    chunks = seeds(0.6, chunks=4, held_out=20.0)
+    chunks = seeds(0.6, chunks=16, held_out=20.0)
     assert verdict_on("3", matrix + chunks + default).effect == pytest.approx(0.2 * DAMAGE, abs=0.01)
     # Not even where rates were chosen on every side.
     adapters = seeds(0.5, adapter="masklora", held_out=30.0)
