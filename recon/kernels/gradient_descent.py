@@ -67,14 +67,15 @@ class Trained:
 def trained(parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor]) -> list[Trained]:
     """`parameters` with their masks and sizes: the root mean square of what survives of each.
 
-    That of a vector (a bias, a norm) is at least that of all matrices together, or without any of all vectors: a bias of zeros learns.
+    That of a vector (a bias, a norm) is at least that of all matrices together, or without any of all vectors: a bias of zeros learns,
+    and so does a matrix of zeros.
     """
     squares = {p: p.detach().float().square().sum().item() for p in parameters}
     counts = {p: int(masks[p].sum()) if p in masks else p.numel() for p in squares}
     matrices = [p for p in squares if p.ndim > 1] or list(squares)
     least = (sum(squares[p] for p in matrices) / max(1, sum(counts[p] for p in matrices))) ** 0.5
     sizes = {p: (squares[p] / max(1, counts[p])) ** 0.5 for p in squares}
-    return [Trained(p, masks.get(p), max(size, least) if p.ndim == 1 else size) for p, size in sizes.items()]
+    return [Trained(p, masks.get(p), max(size, least) if p.ndim == 1 or not size else size) for p, size in sizes.items()]
 
 
 @dataclass(frozen=True)

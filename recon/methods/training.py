@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recon.kernels.gradient_descent import Curve, Schedule, Trained, descend
 from recon.runtime.execution import Execution

@@ -5,6 +5,7 @@ import torch
 
 from recon.kernels import adapters
 from recon.kernels.adapters import ADAPTERS, ALPHA, LowRank
+from recon.kernels.gradient_descent import Schedule, descend
 
 
 @pytest.mark.parametrize("elements", [1, 40, 2**18])  # one row at a time, several, all
@@ -25,6 +26,26 @@ def test_gradients_are_those_of_the_formula(monkeypatch, kind, elements):
     (expected * above).sum().backward()
     torch.testing.assert_close(adapter.a.grad, a.grad)
     torch.testing.assert_close(adapter.b.grad, b.grad)
+
+
+@pytest.mark.parametrize("size", [1e-2, 10.0])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_step_of_b_moves_the_merged_weight_by_about_the_rate_times_its_size(kind, size):
+    random = torch.Generator().manual_seed(0)
+    mask = torch.rand(40, 60, generator=random) > 0.5
+    weight = size * torch.randn(40, 60, generator=random) * mask
+    adapter = LowRank(weight, mask, kind, 8, random)
+    found = adapter.trained(weight)
+    assert found["a"].parameter is adapter.a and found["b"].parameter is adapter.b
+    assert found["a"].size == pytest.approx(adapter.a.square().mean().sqrt().item())  # a step moves it by the rate times itself
+
+    def gradients(step: int) -> torch.Tensor:
+        adapter.b.grad = torch.randn(40, 8, generator=random)
+        return torch.zeros(())
+
+    descend(gradients, [found["b"]], Schedule(learning_rate=0.1), 1)
+    moved = (adapter(weight) - weight)[mask]
+    assert moved.norm().item() == pytest.approx(0.1 * weight.norm().item(), rel=0.1)
 
 
 def test_under_autocast_the_merged_weight_is_rounded_once():

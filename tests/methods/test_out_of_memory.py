@@ -21,7 +21,7 @@ from recon.model.discovery import take_apart
 from recon.runtime.execution import Execution
 from recon.runtime.store import MemoryStore
 
-SCHEDULE = {"learning_rate": 1e-3, "epochs": 2, "batch_size": 3, "accumulation": 2}
+SCHEDULE = {"learning_rate": 1e-3, "rate": "absolute", "epochs": 2, "batch_size": 3, "accumulation": 2}
 BLOCKS = ReconstructionConfig(granularity="block", **SCHEDULE)
 
 
@@ -123,7 +123,7 @@ def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
     copied = take_apart(copy.deepcopy(student.model), like=dense)
     first, *_ = recon.reconstruct(copied, dense, tokens, BLOCKS, execution=execution())
     done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]
-    done.streams = lambda phase: {"dense": dense.embed(tokens)}
+    done.streams = lambda phase: dict.fromkeys(("dense", "sparse"), dense.embed(tokens))
     found = recon.reconstruct(student, dense, tokens, BLOCKS, execution=execution(store=done))
     assert first.micro_batch == 3 and [report.micro_batch for report in found] == [1] * 3
 
@@ -166,7 +166,7 @@ def test_windows_whose_activations_overflow_are_left_as_pruned(pair, caplog):
 def test_an_infinite_loss_rolls_back_even_where_its_gradient_is_finite(pair, caplog, monkeypatch):
     dense, student = pair
     before = copy.deepcopy(student.model.state_dict())
-    monkeypatch.setitem(LOSSES, "mse", lambda output, target: (output - target).square().mean() + torch.inf)
+    monkeypatch.setitem(LOSSES, "whitened", lambda output, target, variance: (output - target).square().mean(-1) + torch.inf)
     config = ReconstructionConfig(granularity="model")
     reports = recon.reconstruct(student, dense, random_tokens(3, 12), config, execution=execution())
     assert [report.status for report in reports] == [NOT_FINITE]

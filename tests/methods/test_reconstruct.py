@@ -14,8 +14,8 @@ from recon.config import PROPAGATIONS, STARTS, PruningConfig, ReconstructionConf
 from recon.errors import ReconError
 from recon.evaluate.perplexity import drift
 from recon.kernels.adapters import ADAPTERS
-from recon.kernels.losses import relative_error
-from recon.methods import fit
+from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
+from recon.methods import fit, propagation
 from recon.methods.callbacks import Callback
 from recon.methods.problem import ERROR_SAMPLES
 from recon.methods.prune import prune
@@ -49,12 +49,12 @@ def pruned(dense, tokens):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """What each window is trained on, and by which schedule: (inputs, targets, schedule)."""
+    """What each window is trained on, and by which schedule: (inputs, targets, weights, schedule)."""
     seen, train = [], fit.train
 
-    def record(loss, data, parameters, masks, schedule, *rest):
+    def record(loss, data, parameters, schedule, *rest):
         seen.append((*(tensor.clone() for tensor in data), schedule))
-        return train(loss, data, parameters, masks, schedule, *rest)
+        return train(loss, data, parameters, schedule, *rest)
 
     monkeypatch.setattr(fit, "train", record)
     return seen
@@ -70,6 +70,11 @@ def state(decoder):
     return {name: p.detach().clone() for name, p in decoder.model.named_parameters()}
 
 
+def epochs(report, count):
+    """The mean loss of each of `count` epochs."""
+    return torch.tensor(report.losses).view(count, -1).mean(1).tolist()
+
+
 def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
@@ -77,7 +82,7 @@ def same(one, other):
 # ---- invariants
 
 
-@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize("loss", ["whitened", "mse", "cosine"])
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 @pytest.mark.parametrize("granularity", ["matrix", "half-block", "block", "2-blocks", "quarter", "model"])
@@ -167,7 +172,7 @@ def error_of(weight, target, x):
 def test_exact_matrices_are_least_squares_solutions(dense, pruned, tokens):
     student, batch = pruned(), tokens(32, 32)
     start = state(student)
-    run(student, dense, batch, granularity="matrix", solver="exact")
+    run(student, dense, batch, granularity="matrix", solver="exact", propagation="dense")
     hidden = dense.embed(batch)
     for window in dense.windows("matrix")[:4]:
         x = dense.inputs(window, hidden).reshape(-1, dense.matrices()[window.matrices[0]].weight.shape[1])
@@ -218,8 +223,8 @@ def test_half_blocks_lower_the_error_on_unseen_samples(dense, pruned, tokens, st
     schedule = {"learning_rate": 1e-2, "epochs": 4, "batch_size": 2}
     for r in run(pruned(), dense, tokens(32, 16), **schedule, start=start, propagation=propagation, held_out=held_out):
         assert r.error_after["held_out"] < r.error_before["held_out"]
-        assert r.losses[-1] < r.losses[0]
-        assert len(r.losses) == 4 * 32 / 2
+        assert epochs(r, 4)[-1] < epochs(r, 4)[0]
+        assert len(r.losses) == 4 * 32 / 2 * (4 if r.name.endswith("mlp") else 1)  # chunks
 
 
 def test_exact_start_begins_lower(dense, pruned, tokens):
@@ -244,8 +249,8 @@ def test_fitting_a_parallel_mlp_half_does_not_spoil_attention(tiny, pruned, toke
     reports = run(student, dense, batch, learning_rate=1e-2, epochs=3)
     window, hidden = dense.windows("half-block")[0], dense.embed(batch)
     with torch.no_grad():
-        measured = hidden[:ERROR_SAMPLES]
-        now = relative_error(student.forward(window, measured), dense.forward(window, measured))
+        targets = dense.forward(window, hidden)
+        now = unexplained(student.forward(window, hidden)[:ERROR_SAMPLES], targets[:ERROR_SAMPLES], channel_variance(targets))
     assert now == pytest.approx(reports[0].error_after["calibration"], rel=1e-5)
 
 
@@ -261,7 +266,7 @@ def test_a_matrix_group_is_fitted_as_if_each_alone(dense, pruned, tokens):
     together, alone = pruned(), pruned()
     before = state(together)
     # All samples in one step: the order of samples depends on the window's name.
-    options = {"granularity": "matrix", "epochs": 40, "batch_size": 8}
+    options = {"granularity": "matrix", "epochs": 40, "batch_size": 8, "chunks": 1}
     run(together, dense, tokens(8, 12), **options)
     execution = Execution("cpu", "float32", progress=False, loop=matrix_by_matrix)
     assert len(run(alone, dense, tokens(8, 12), execution=execution, **options)) == 14
@@ -325,7 +330,9 @@ def test_each_window_gets_the_inputs_and_targets_of_the_propagation(
     assert len(trained) == len(windows)
     theirs = activations(dense.model, batch)
     ours = activations(student.model, batch)  # what precedes a window was reconstructed before it, and has not changed since
-    for window, (inputs, targets, _) in zip(windows, trained, strict=True):
+    for window, (inputs, targets, weights, _) in zip(windows, trained, strict=True):
+        inputs, targets = (tensor.reshape(5, 12, -1) for tensor in (inputs, targets))  # of chunks, where tokens are not mixed
+        assert_close(weights.reshape(5, 12), position_weights(5, 12))
         hybrid = copy.deepcopy(student.model)  # all reconstructed but for this window, which is the dense model's
         for name, parameter in dense.parameters(window).items():
             hybrid.get_parameter(name).data.copy_(parameter)
@@ -369,18 +376,18 @@ def test_parallel_halves_both_read_the_blocks_input(tiny, pruned, tokens, traine
     theirs, ours = second_block(dense.model), second_block(student.model)
     hybrid = copy.deepcopy(student.model)
     hybrid.gpt_neox.layers[1].load_state_dict(dense.model.gpt_neox.layers[1].state_dict())
-    for half, (inputs, targets, _) in zip(("attention", "mlp"), trained[2:], strict=True):
+    for half, (inputs, targets, *_) in zip(("attention", "mlp"), trained[2:], strict=True):
         source = theirs if propagation == "dense" else ours
         goal = second_block(hybrid) if propagation == "sparse" else theirs
-        assert_close(inputs, source["input"], rtol=1e-4, atol=1e-4)
-        assert_close(targets, goal["input"] + goal[half], rtol=1e-4, atol=1e-4)
+        assert_close(inputs.reshape(5, 12, -1), source["input"], rtol=1e-4, atol=1e-4)
+        assert_close(targets.reshape(5, 12, -1), goal["input"] + goal[half], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"start": "exact"}, {"granularity": "matrix", "solver": "exact"}])
 def test_held_out_samples_decide_only_what_is_kept(dense, pruned, tokens, options):
     models = [pruned() for _ in range(3)]
     reports = [
-        run(model, dense, tokens(4, 12), held_out=held, **options)
+        run(model, dense, tokens(4, 12), held_out=held, propagation="dense", **options)  # where no window reads another
         for model, held in zip(models, (None, tokens(2, 12, seed=5), tokens(3, 12, seed=6)), strict=True)
     ]
     before, fitted = state(pruned()), state(models[0])
@@ -399,13 +406,19 @@ def test_held_out_samples_decide_only_what_is_kept(dense, pruned, tokens, option
 
 
 def test_chunks_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, trained):
-    batch, options = tokens(3, 12), {"chunks": 4, "epochs": 1}
+    batch, options = tokens(3, 12), {"chunks": 4, "epochs": 1, "propagation": "dense"}
     for granularity, steps in {"half-block": [3, 12, 3, 12], "block": [3, 3], "matrix": [12] * 8}.items():
         reports = run(pruned(), dense, batch, granularity=granularity, **options)
         assert [len(report.losses) for report in reports] == steps
     for found, expected in zip(trained[1][:2], activations(dense.model, batch)["block 0 mlp"], strict=True):
         assert found.shape == (12, 3, 32)
         assert_close(found.reshape(3, 12, 32), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length, chunks", [(12, 4), (10, 2), (11, 1)])
+def test_chunks_are_as_many_as_divide_the_samples(dense, pruned, tokens, length, chunks):
+    reports = run(pruned(), dense, tokens(3, length), epochs=1)
+    assert [len(report.losses) for report in reports] == [3, 3 * chunks] * 2
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
@@ -470,7 +483,7 @@ def test_the_exact_solver_runs_the_dense_block_once(dense, pruned, tokens, monke
         return forward(self, window, hidden)
 
     monkeypatch.setattr(Decoder, "forward", counting)
-    run(pruned(), dense, tokens(16, 12), granularity="matrix", solver="exact")
+    run(pruned(), dense, tokens(16, 12), granularity="matrix", solver="exact", propagation="dense")
     # Per block: once for the Gram matrices and the output; once for the inputs of the few samples that errors are measured on.
     assert ran == [16, ERROR_SAMPLES] * 2
 
@@ -501,7 +514,7 @@ def test_a_window_that_breaks_is_rolled_back(dense, pruned, tokens, monkeypatch,
         calls.append(1)
         if len(calls) == 2:
             with torch.no_grad():
-                parameters[0].view(-1)[3] = value
+                parameters[0].parameter.view(-1)[3] = value
         return curve
 
     monkeypatch.setattr(fit, "train", breaks)
@@ -589,8 +602,46 @@ def test_reports_are_plain_data_in_order(dense, pruned, tokens):
     json.dumps(plain)
 
 
+# ---- what the loss sees
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("granularity", ["matrix", "half-block", "model"])
+def test_what_is_to_be_matched_at_the_first_position_does_not_matter(dense, pruned, tokens, monkeypatch, granularity, loss):
+    variance, found = propagation.channel_variance, []
+    for size in (0.0, 1e3):
+
+        def spoilt(targets, size=size):
+            targets[:, 0] += size
+            return variance(targets)
+
+        monkeypatch.setattr(propagation, "channel_variance", spoilt)
+        student = pruned()
+        # Calibration samples alone: the next window is to read the same. Chunks: the first of them is all that differs.
+        reports = run(student, dense, tokens(3, 12), propagation="sparse", granularity=granularity, loss=loss)
+        found.append((state(student), [(report.losses, report.error_before, report.error_after) for report in reports]))
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+def test_where_one_channel_is_massive_the_whitened_loss_explains_more_of_all_of_them(dense, pruned, tokens):
+    """On unseen text: more than before the fit, and than by the squared error, which follows that channel alone."""
+    teacher, student, found = take_apart(copy.deepcopy(dense.model)), pruned(), {}
+    with torch.no_grad():
+        for layer in (*teacher.model.model.layers, *student.model.model.layers):
+            layer.mlp.down_proj.weight[7] *= 30.0
+    for loss in ("whitened", "mse"):
+        model, held_out = take_apart(copy.deepcopy(student.model), like=teacher), tokens(4, 16, seed=9)
+        reports = run(model, teacher, tokens(32, 16), loss=loss, propagation="dense", held_out=held_out)
+        found[loss] = {report.name: report for report in reports}
+    for name, report in found["whitened"].items():
+        after = report.error_after["held_out"]
+        assert after < 0.8 * report.error_before["held_out"]
+        if name.endswith("mlp"):
+            assert after < 0.95 * found["mse"][name].error_after["held_out"]
+
+
 def test_size_of_activations_does_not_matter(dense, pruned, tokens):
-    """The squared error is taken relative to the targets, so that AdamW's epsilon means the same at any size."""
+    """The loss is taken relative to the targets' variance, so that AdamW's epsilon means the same at any size."""
     found = []
     for size in (1.0, 1e-3, 1e3):
         teacher = take_apart(copy.deepcopy(dense.model))
@@ -617,7 +668,7 @@ def test_adapters_lower_the_loss_and_keep_zeros(dense, pruned, tokens, kind):
     reports = run(student, dense, batch, learning_rate=3e-2, epochs=4, adapter=kind, rank=4)
     full = sum(p.numel() for p in student.weights())
     assert sum(report.parameters for report in reports) < full
-    assert all(report.losses[-1] < report.losses[0] for report in reports)
+    assert all(epochs(report, 4)[-1] < epochs(report, 4)[0] for report in reports)
     for name, matrix in student.matrices().items():
         assert not matrix.weight[before[f"{name}.weight"] == 0].any()
 

@@ -30,7 +30,7 @@ def halved(family: str = "llama"):
 
 def run(model, tokens, masks=None, **options):
     call = {name: options.pop(name) for name in CALL & options.keys()}
-    config = RetrainingConfig(**{"method": "masklora", "learning_rate": 3e-3, "batch_size": 2} | options)
+    config = RetrainingConfig(**{"method": "masklora", "learning_rate": 3e-3, "rate": "absolute", "batch_size": 2} | options)
     return retrain(model, tokens, config, masks=masks, execution=FLOAT32, **call)
 
 
@@ -72,7 +72,7 @@ def test_full_retraining_is_masked_adamw_step_by_step(tokens):
     _, model, masks = halved()
     batch, other = tokens(4, 12), copy.deepcopy(model)
     run(model, batch, masks, method="full", learning_rate=1e-3, batch_size=1, seed=7)
-    schedule = Schedule(1e-3, batch_size=1)
+    schedule = Schedule(1e-3, "absolute", batch_size=1)
     optimizer = torch.optim.AdamW(other.parameters(), weight_decay=0.0)
     for step, index in enumerate(torch.randperm(4, generator=generator(7, "retrain"))):
         logits = other(batch[index : index + 1]).logits[0, :-1]
