@@ -27,13 +27,13 @@ from recon.paper.bench.subject import Subject, pruned
 from recon.runtime import device
 from recon.runtime.execution import Execution
 
-FROM_EXACT = {"chunks": 4, "start": "exact", "exact_iterations": 2}  # few samples: more iterations would fit their noise
+FROM_EXACT = {"start": "exact", "exact_iterations": 2}  # few samples: more iterations would fit their noise
 RECIPES: dict[str, tuple[dict, float]] = {  # options of `ReconstructionConfig`, share of the samples
-    "single samples": ({}, 1.0),
-    "chunks": ({"chunks": 4}, 1.0),
-    "chunks, half of the samples": ({"chunks": 4}, 0.5),
-    "chunks, 3/8 of the samples, from exact": (FROM_EXACT, 0.375),
-    "chunks, a quarter of the samples, from exact": (FROM_EXACT | {"learning_rate": 2e-3}, 0.25),
+    "default": ({}, 1.0),
+    "no chunks": ({"chunks": 1}, 1.0),
+    "half of the samples": ({}, 0.5),
+    "3/8 of the samples, from exact": (FROM_EXACT, 0.375),
+    "a quarter of the samples, from exact": (FROM_EXACT, 0.25),
 }
 PHASES = {  # kind of operation -> parts of their names
     "matrix products": ("aten::mm", "aten::addmm"),
@@ -183,10 +183,10 @@ def quality(subject: Subject) -> list[dict]:
     runs: list[tuple[str, Callable, float, dict]] = [  # name, loop, share of the samples, options
         ("reference", subject.reference, 1.0, {}),
         ("reference, single samples", subject.reference, 1.0, {"batch_size": 1}),
-        ("ours, equal steps", subject.ours, 1.0, {}),
+        ("ours, equal steps", subject.equal_steps, 1.0, {}),
     ]
     for name, (options, share) in RECIPES.items():
-        runs.append((f"ours, {name}", subject.ours, share, {"batch_size": 1} | options))
+        runs.append((f"ours, {name}", subject.ours, share, options))
     for name, loop, share, options in runs:
         samples = subject.samples[: round(share * len(subject.samples))]
         row, student = subject.measured(loop, dense, samples, masks, **options)
@@ -244,7 +244,7 @@ def workers(subject: Subject) -> dict:
     from recon.experiment.study import grid
     from recon.experiment.workers import Ray, connect
 
-    base = _run_spec(subject, device="cpu")
+    base = _run_spec(subject, device="cpu", propagation="dense")  # or windows would depend on one another
     specs = grid(base, criterion=["magnitude", "wanda"], seed=range(subject.spec.repeats))
     crews = [None, *(Ray(threads=1, workers=2**power) for power in range(device.cores().bit_length()))]
     threads = torch.get_num_threads()

@@ -47,7 +47,7 @@ class Subject:
     @property
     def loops(self) -> dict[str, Callable]:
         """The loops that are compared, by name; see `measured`."""
-        return {"reference": self.reference, "ours": self.ours}
+        return {"reference": self.reference, "ours": self.equal_steps}
 
     def prune(self, criterion: str):
         """Prunes a copy of the whole model."""
@@ -64,9 +64,12 @@ class Subject:
             decoder.model.to("cpu")
 
     def ours(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict, **options) -> None:
-        """This library's loop, at the reference's batch size. options: of `ReconstructionConfig`."""
-        config = ReconstructionConfig(**{"batch_size": reference.BATCH_SIZE} | options)
-        reconstruct(student, dense, samples, config, masks=masks, execution=self.execution)
+        """This library's loop. options: of `ReconstructionConfig`."""
+        reconstruct(student, dense, samples, ReconstructionConfig(**options), masks=masks, execution=self.execution)
+
+    def equal_steps(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict) -> None:
+        """This library's loop, with the steps and the inputs of the straightforward one."""
+        self.ours(student, dense, samples, masks, batch_size=reference.BATCH_SIZE, chunks=1, propagation="dense")
 
     def measured(self, loop: Callable, dense: Decoder, samples: Tensor, masks: dict, **options) -> tuple[dict, Decoder]:
         """Runs a loop on a pruned copy of `dense`; returns its seconds and peak memory, total and added, and the copy."""
