@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import shlex
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -172,13 +173,28 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """List the bundled models."""
+    """List the bundled models: what each is, its size, what its weights are, its perplexity before anything is pruned."""
+
+    measure: bool = False
+    """Fetch all of them, and measure the perplexities that are not known yet (-); they are kept in the cache."""
 
     def __call__(self) -> None:
+        from recon.config import PROTOCOLS
         from recon.data.assets import BUNDLED_MODELS
+        from recon.experiment import bundled
+        from recon.runtime.execution import Execution
 
-        for name, description in BUNDLED_MODELS.items():
-            print(f"{name:16} {description}")
+        execution = Execution()
+        if self.measure:
+            bundled.measure(execution)
+        for name in BUNDLED_MODELS:
+            print(f"{name}\n{textwrap.indent(bundled.describe(name, execution), '    ')}\n")
+        for name, meaning in PROTOCOLS.items():
+            print(f"{name}: {meaning}")
+        if bundled.unknown(execution):
+            print(
+                "not measured yet (-), or not fetched: `recon models --measure` fetches every bundled model and measures it once"
+            )
         print("\nOr any causal LM: a local folder, a GGUF file, or a Hub id (organisation/name) with --revision.")
 
 

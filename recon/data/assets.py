@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from recon.data import gguf
-from recon.data.cache import cached, filling
+from recon.data.cache import cached, filling, whole
 from recon.data.files import digest
 from recon.errors import ReconError
 from recon.runtime.storage import PART, cache_folder, complete, sha256
@@ -59,6 +59,7 @@ ASSETS: dict[str, Asset] = {
 # gensim's larger modules, in the order that the text "code" reads them, which decides their splits: data to us, never imported
 CODE: list[str] = [name for name in ASSETS if name.startswith("gensim/")]
 BUNDLED_MODELS: dict[str, str] = {name: model["description"] for name, model in _TABLE["models"].items()}
+DOWNLOADS: dict[str, int] = {name: model["bytes"] for name, model in _TABLE["models"].items()}  # bytes of its files
 _GGUF: dict[str, list[str]] = {name: model["parts"] for name, model in _TABLE["models"].items()}  # assets that make up its file
 
 
@@ -90,6 +91,11 @@ def bundled_model(name: str) -> Path:
     return derived(name, _known(name, _GGUF, "bundled model"), gguf.CONVERSION, gguf.convert)
 
 
+def made(name: str) -> bool:
+    """Whether a bundled model is in the cache, so that `bundled_model` has nothing to fetch or to convert."""
+    return whole(_derived_name(name, _known(name, _GGUF, "bundled model"), gguf.CONVERSION)) is not None
+
+
 def origin(name: str) -> str:
     """Hash of what a bundled model is made from, without making it. Raises `ReconError` for an unknown name."""
     parts = [ASSETS[each].sha256 for each in _known(name, _GGUF, "bundled model")]
@@ -102,7 +108,6 @@ def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Pat
     version: of what `make` does.
     """
     parts = [_known(each, ASSETS, "asset") for each in sources]
-    key = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
 
     def make_from_parts(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder.parent, prefix=f"{folder.name}.", suffix=PART) as joined:
@@ -115,7 +120,12 @@ def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Pat
         made_from, license = (", ".join(dict.fromkeys(getattr(part, field) for part in parts)) for field in ("source", "license"))
         (folder / "README.md").write_text(f"# {name}\n\nMade by recon from {made_from}; {packed}.\n\nLicence: {license}\n")
 
-    return cached(f"{name}-{key[:16]}-v{version}", make_from_parts)
+    return cached(_derived_name(name, sources, version), make_from_parts)
+
+
+def _derived_name(name: str, sources: Sequence[str], version: int) -> str:
+    key = hashlib.sha256("".join(ASSETS[each].sha256 for each in sources).encode()).hexdigest()
+    return f"{name}-{key[:16]}-v{version}"
 
 
 def _unpack(wheel: Path, wanted: Asset) -> None:

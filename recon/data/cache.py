@@ -27,7 +27,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
 
     Raises `ReconError` if the cache cannot be written; and whatever `make` raises.
     """
-    folder = cache_folder() / "derived" / name
+    folder = _place(name)
     if not _is_whole(folder):
         with filling(folder):
             if not _is_whole(folder):  # another process may have made it meanwhile
@@ -39,6 +39,15 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
                     make(fresh)
                     write_hashes(fresh, "*")
     return folder
+
+
+def whole(name: str) -> Path | None:
+    """The folder `name` in the cache as `cached` gives it, if it is there and whole; nothing is made."""
+    return _place(name) if _is_whole(_place(name)) else None
+
+
+def _place(name: str) -> Path:
+    return cache_folder() / "derived" / name
 
 
 def _is_whole(folder: Path) -> bool:

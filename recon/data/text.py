@@ -26,6 +26,7 @@ TEXTS = {
     "c4": "allenai/c4, English web pages (hub)",
     "wikitext2": "Salesforce/wikitext, wikitext-2-raw-v1 (hub)",
 }
+BUNDLED = {"wikipedia": ["enwiki-sample"], "news": ["lee-background", "lee"], "code": assets.CODE}  # the assets of a text
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SEPARATOR = "\n\n"
 PROBE = "The quick brown fox jumps over the lazy dog."  # tells what a tokenizer puts around a text
@@ -156,6 +157,11 @@ def beginning(tokenizer) -> list[int]:
     return whole[: starts[0]]
 
 
+def is_fetched(name: str) -> bool:
+    """Whether a text is on this machine; False for one of the Hub."""
+    return name not in HUB and all(assets.ASSETS[each].is_cached() for each in BUNDLED.get(name, []))
+
+
 def fingerprint(name: str) -> str:
     """SHA-256 of the text's documents, split by split; of a Hub text, of where it is taken from and its revision."""
     if name in HUB:
@@ -190,17 +196,17 @@ def _deal(texts: list[str], deal: dict[str, set[int]], split: str) -> list[str]:
 
 def _news() -> list[str]:
     """The articles of the Lee corpora, one per line, in ISO-8859-1."""
-    lines = (line for name in ("lee-background", "lee") for line in assets.fetch(name).open(encoding="latin-1"))
+    lines = (line for name in BUNDLED["news"] for line in assets.fetch(name).open(encoding="latin-1"))
     return [line.strip() for line in lines if line.strip()]
 
 
 def _code() -> list[str]:
     """Whole files, so that functions of one file, which repeat one another's docstrings, are in one split."""
-    return [assets.fetch(name).read_text(encoding="utf-8").strip() for name in assets.CODE]
+    return [assets.fetch(name).read_text(encoding="utf-8").strip() for name in BUNDLED["code"]]
 
 
 def _wikipedia() -> list[str]:
-    folder = assets.derived("wikipedia", ["enwiki-sample"], CLEANING, _clean_dump)
+    folder = assets.derived("wikipedia", BUNDLED["wikipedia"], CLEANING, _clean_dump)
     return list(_json_lines(folder / "articles.jsonl"))
 
 
