@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from recon.cli import main
+from recon.config import PROTOCOLS
 from recon.data import assets
 from recon.experiment.config import options
 from recon.kernels import criteria
@@ -154,7 +155,8 @@ def test_a_failed_run_leaves_a_record_that_says_how(small, tmp_path, capsys):
 def test_lists_name_everything(capsys):
     main(["models"])
     said = capsys.readouterr().out
-    assert all(name in said for name in assets.BUNDLED_MODELS)
+    assert all(f"{name}\n    {description}\n" in said for name, description in assets.BUNDLED_MODELS.items())
+    assert all(f"{name}: {meaning}" in said for name, meaning in PROTOCOLS.items())
     main(["criteria"])
     said = capsys.readouterr().out
     assert all(name in said and criterion.source in said for name, criterion in criteria.CRITERIA.items())

@@ -311,12 +311,14 @@ def test_a_part_that_is_not_the_pinned_one_is_refused(cache, monkeypatch):
 def test_a_bundled_model_is_converted_from_its_parts_together(downloads, monkeypatch):
     monkeypatch.setattr(assets, "_GGUF", {"standin": ("one", "two")})
     monkeypatch.setattr("recon.data.gguf.convert", copy)
+    assert not assets.made("standin") and not downloads
     folder = assets.bundled_model("standin")
+    assert assets.made("standin") and len(downloads) == 1
     assert (folder / "whole.txt").read_bytes() == b"".join(CONTENT.values())
 
 
 def test_every_bundled_model_and_asset_is_described():
-    assert set(assets.BUNDLED_MODELS) == set(assets._GGUF)
+    assert set(assets.BUNDLED_MODELS) == set(assets._GGUF) == set(assets.DOWNLOADS)
     assert {part for parts in assets._GGUF.values() for part in parts} <= set(assets.ASSETS)
     files = [asset.filename.casefold() for asset in assets.ASSETS.values()]
     assert len(set(files)) == len(files)  # they share a folder, perhaps of a disk that ignores case

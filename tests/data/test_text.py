@@ -342,6 +342,12 @@ def test_all_formats_read_the_same(tmp_path):
     assert len({text.fingerprint(name) for name in names}) == 1
 
 
+def test_whether_a_text_is_here_is_told_without_fetching_it(paragraphs, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path))
+    monkeypatch.setattr(assets, "_download", lambda *given: pytest.fail("fetched"))
+    assert [text.is_fetched(name) for name in (paragraphs, *text.TEXTS)] == [True] + [False] * len(text.TEXTS)
+
+
 def test_fingerprints_tell_texts_apart(tmp_path):
     documents = [f"paragraph {n}" for n in range(16)]
     one, other = write(tmp_path / "a.txt", documents), write(tmp_path / "b.txt", documents[:-1])
