@@ -1,5 +1,6 @@
 """Every option, one config per concern. `recon.experiment.config.RunSpec` is made of them, and so is the command line."""
 
+import math
 from dataclasses import dataclass, fields
 
 from recon.errors import ReconError
@@ -195,6 +196,10 @@ class ReconstructionConfig(Options):
     @property
     def schedule(self) -> Schedule:
         return Schedule(**{each.name: getattr(self, each.name) for each in fields(Schedule)})
+
+    def chunks_of(self, length: int) -> int:
+        """How many chunks samples of `length` tokens are cut into, all of one length: the greatest divisor of both numbers."""
+        return math.gcd(self.chunks, length)
 
 
 @dataclass(frozen=True)

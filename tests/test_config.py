@@ -121,8 +121,10 @@ def passes(tiny, tokens):
         (ReconstructionConfig, "train", {}, {}),
         (ReconstructionConfig, "adapter", {}, {}),
         (ReconstructionConfig, "loss", {}, {}),
+        (ReconstructionConfig, "rate", {}, {}),
         (RetrainingConfig, "method", {}, {}),
         (RetrainingConfig, "objective", {"method": "full"}, {}),
+        (RetrainingConfig, "rate", {"method": "full"}, {}),
     ],
 )
 def test_every_choice_is_known_and_does_something_of_its_own(passes, kind, name, others, same):
@@ -140,8 +142,8 @@ def test_every_choice_is_known_and_does_something_of_its_own(passes, kind, name,
 
 
 def test_the_test_above_covers_every_option_with_choices():
-    covered = {"criterion", "scope", "statistics", "propagation", "solver", "start", "train", "adapter", "loss"}
-    assert {*CHOOSING} == covered | {"retrain", "retrain_objective", "evaluation_protocol", "compute_dtype"}
+    covered = {"criterion", "scope", "statistics", "propagation", "solver", "start", "train", "adapter", "loss", "rate"}
+    assert {*CHOOSING} == covered | {"retrain", "retrain_objective", "retrain_rate", "evaluation_protocol", "compute_dtype"}
 
 
 # ---- what has no meaning together
@@ -155,7 +157,6 @@ def test_the_test_above_covers_every_option_with_choices():
         ({"adapter": "lora", "solver": "exact", "granularity": "matrix"}, "adapter 'lora'.*solver adamw"),
         ({"adapter": "lora", "train": "all"}, "adapter 'lora'.*train matrices"),
         ({"criterion": "sparsegpt", "mask_refinement": 3}, "mask_refinement is 3.*'sparsegpt'.*magnitude, random, wanda, ria$"),
-        ({"chunks": 3, "sequence_length": 512}, "chunks is 3.*sequence_length, 512"),
         ({"evaluation_texts": ()}, "evaluation_texts is empty"),
         *(
             ({"criterion": criterion, **given}, f"{name} is .*{criterion}.*{suited}")
@@ -187,5 +188,5 @@ def test_patterns_have_one_spelling(alias, name):
 
 @pytest.mark.parametrize("kind", [ReconstructionConfig, lambda **given: RetrainingConfig(method="full", **given)])
 def test_the_schedule_is_made_of_the_options(kind):
-    given = {"learning_rate": 0.02, "epochs": 3, "batch_size": 2, "accumulation": 4, "warmup": 0.3}
+    given = {"learning_rate": 0.02, "rate": "absolute", "epochs": 3, "batch_size": 2, "accumulation": 4, "warmup": 0.3}
     assert vars(kind(**given).schedule).items() >= given.items()

@@ -285,7 +285,7 @@ class _Run:
         how = self.spec.reconstruction
         tokens = min(how.batch_size, self.spec.calibration.samples) * self.length
         if window.matrices or window.half == "mlp":
-            tokens = -(-tokens // how.chunks)
+            tokens = -(-tokens // how.chunks_of(self.length))
         widths = size.columns + size.outputs if window.matrices else 2 * self.hidden
         batch = float(4 * tokens * widths * (1 + self.on_gpu) + self.passing(size, tokens, self.length))
         shared, trained = self.held(size, trained=True), float(size.trained)

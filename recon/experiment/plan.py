@@ -325,8 +325,7 @@ def _changes(spec: RunSpec) -> Iterator[list[dict]]:
         now = next(iter(sizes))
         yield [{"granularity": sizes[size]} for size in sorted(sizes, reverse=True) if size < now]
     yield _halves(spec, "samples", 8)
-    if spec.reconstruction.chunks == 1:  # which has to divide it
-        yield _halves(spec, "sequence_length", 128)
+    yield _halves(spec, "sequence_length", 128)
 
 
 def _halves(spec: RunSpec, name: str, least: int = 1) -> list[dict]:

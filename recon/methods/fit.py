@@ -1,7 +1,6 @@
 """How one window is fitted to its task: exact least squares, gradient descent on its weights, or on adapters around them."""
 
 import contextlib
-import math
 from collections.abc import Iterable
 
 import torch
@@ -97,8 +96,7 @@ class WindowFit:
         weights = position_weights(*inputs.shape[:2], targets.device)
         data = [inputs, targets, weights]
         if window.matrices or window.half == "mlp":  # no token's output depends on another token: more steps at the same work
-            chunks = math.gcd(config.chunks, self.split.length)
-            data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
+            data = [each.unflatten(1, (config.chunks_of(self.split.length), -1)).flatten(0, 1) for each in data]
         loss, variance = get_loss(config.loss), task.variance.to(self.execution.device)
 
         def distance(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
