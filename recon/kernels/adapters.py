@@ -49,12 +49,12 @@ class LowRank(nn.Module):
         self.register_buffer("mask", mask if kind == "masklora" else None, persistent=False)
 
     def trained(self, weight: Tensor) -> dict[str, Trained]:
-        """A and B with their sizes: of A its own root mean square, of B the one at which s BA is as large as the `weight` (out, in),
-        or, of scalelora, as 1."""
+        """A and B with their sizes, for a relative rate: of B the one at which s BA is as large as the `weight` (out, in), or, of
+        scalelora, as 1; of A 1, as it starts at a size of its own that no weight decides."""
         rank, kept = len(self.a), max(1, int((weight != 0).sum()))
-        a = self.a.detach().square().mean().sqrt().item()
+        start = self.a.detach().square().mean().sqrt().item()
         whole = 1.0 if self.kind == "scalelora" else weight.detach().norm().item() / kept**0.5
-        return {"a": Trained(self.a, size=a), "b": Trained(self.b, size=whole / (ALPHA * a * rank**0.5))}
+        return {"a": Trained(self.a), "b": Trained(self.b, size=whole / (ALPHA * start * rank**0.5))}
 
     def forward(self, weight: Tensor) -> Tensor:
         """The merged weight (out, in), computed in float32, and rounded once where autocast would round it."""
