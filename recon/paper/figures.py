@@ -150,10 +150,10 @@ def saved(folder: Path | str) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path, picture in pairs if picture.is_file()]
 
 
-def gallery(folder: Path | str, claims: str = "") -> Path:
+def gallery(folder: Path | str, claims: str = "", missing: Mapping[str, Sequence[str]] = {}) -> Path:
     """Writes `folder`/README.md, a page that shows every figure there with its caption and links to its data.
 
-    claims: what comes before them, about the claims that they bear on.
+    claims: what comes before them, about the claims that they bear on. missing: names of figures that are not there, by why.
     """
     folder = Path(folder)
     parts = ["# Figures", "", "Each figure with its data and where that came from. Written by `recon.paper.figures.gallery`."]
@@ -167,6 +167,9 @@ def gallery(folder: Path | str, claims: str = "") -> Path:
         parts += ["", f"## {name}", "", f"![{_plain(figure['caption'] or name)}]({name}.png)", ""]
         parts += [figure["caption"], ""] if figure["caption"] else []
         parts += [f"[PDF]({name}.pdf) · [data]({name}.csv) · [provenance]({name}.json) ({origin})"]
+    if missing:
+        parts += ["", "## Missing", ""]
+        parts += [f"- {', '.join(f'`{name}`' for name in names)}: {why}" for why, names in missing.items()]
     page = folder / "README.md"
     page.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return page

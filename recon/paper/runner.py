@@ -38,13 +38,22 @@ PROFILES = {  # where their notebooks write figures and records
     "laptop": ("figures", "results/laptop"),
     "paper": ("figures/paper", "results/paper"),
 }
+_DRAWN = re.compile(r'savefig\(\s*fig,\s*"([\w.-]+)"')
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
+class MissingRecords(ReconError):
+    """Raised by a notebook that has no finished run to draw from."""
+
+    def __init__(self, profile: str, notebook: str):
+        super().__init__(f"no records yet: run ./run_all.sh {profile} {notebook}")
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook went: `status` is "finished", "failed" or "stopped" (by the user); `error` is one line."""
+    """How one notebook went: `status` is "finished", "missing" (nothing to draw from), "failed" or "stopped" (by the user); `error` is
+    one line."""
 
     name: str
     title: str
@@ -147,7 +156,8 @@ def execute(
     Args:
         notebooks: names; None: all.
         stdout: gets a line per notebook, and what it prints.
-        compute: False runs nothing: notebooks draw from the records that are there; those that cannot are left out.
+        compute: False runs nothing: notebooks draw from the records that are there; those that cannot are left out, and those that
+            find none end as "missing".
         executor, address: what computes studies, and the Ray cluster that all notebooks share; see `recon.experiment.workers.shared`.
 
     Raises:
@@ -171,8 +181,7 @@ def execute(
                 outcomes.append(_run(path, parameters[path.stem], build, stdout))
                 if outcomes[-1].status == "stopped":
                     break
-        if figures.saved(folders(profile, root=root)[0]):
-            _write_gallery(profile, root)
+        _write_gallery(profile, root)
         _write_index(profile, outcomes, root)
     return outcomes
 
@@ -193,7 +202,11 @@ def _run(path: Path, parameters: dict, build: Path, stdout: TextIO | None) -> Ou
         status, error = "stopped", "stopped by the user"
     except Exception as exception:  # whatever goes wrong in a notebook or its kernel: the others do not depend on it
         status, error = "failed", _one_line(exception)
-        problem.write_text(_ANSI.sub("", traceback.format_exc()), encoding="utf-8")
+        name, _, said = error.partition(": ")
+        if name == MissingRecords.__name__ and parameters.get("compute") is False:  # else its runs have failed
+            status, error = "missing", said
+        else:
+            problem.write_text(_ANSI.sub("", traceback.format_exc()), encoding="utf-8")
     seconds = round(time.monotonic() - start, 1)
     if copy.is_file():
         html.write_text(_render(copy), encoding="utf-8")
@@ -227,14 +240,18 @@ def _title(path: Path) -> str:
 
 
 def _write_gallery(profile: str, root: Path) -> None:
-    """Writes the page of figures and, where the profile's records allow a judgement, that of the paper's claims."""
+    """Writes the page of figures, which names those that are missing, and the judgement of the paper's claims from the records."""
     figure_folder, record_folder = folders(profile, root=root)
-    records = claims.read_records(record_folder) if record_folder.is_dir() else []
-    judged = ""
-    if any(record.status == "done" for record in records):
+    figure_folder.mkdir(parents=True, exist_ok=True)
+    judged, missing = "", {}
+    if record_folder.is_dir():
         claims.write(record_folder, figure_folder / "claims.md", root / "README.md" if profile == "laptop" else None)
-        judged = claims.to_summary(claims.judge(records))
-    figures.gallery(figure_folder, judged)
+        judged = claims.to_summary(claims.judge(claims.read_records(record_folder)))
+    for path in find_notebooks(root=root):
+        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+        if names := [name for name in _DRAWN.findall(code) if not (figure_folder / f"{name}.png").is_file()]:
+            missing[str(MissingRecords(profile, path.stem))] = names
+    figures.gallery(figure_folder, judged, missing)
 
 
 def _write_index(profile: str, outcomes: list[Outcome], root: Path) -> None:

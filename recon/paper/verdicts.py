@@ -121,7 +121,7 @@ def to_summary(verdicts: Sequence[Verdict]) -> str:
     lines = _table(("claim", "verdict", "effect", "seeds"), rows) if rows else []
     if missing := [mine[0] for mine in claims.values() if not mine[0].records]:
         each = [f"{title[0].lower()}{title[1:]}" for title in dict.fromkeys(verdict.title for verdict in missing)]
-        lines += ["", f"No records yet for {len(missing)} comparisons under: {'; '.join(each)}."]
+        lines += ["", f"No records yet for {len(missing)} comparisons (run the notebooks) under: {'; '.join(each)}."]
     return "\n".join(lines).strip() + "\n"
 
 

@@ -110,11 +110,11 @@ def test_gallery_shows_every_figure_with_its_data(fig, tmp_path):
     figures.savefig(fig, "second", tmp_path, DATA, RECORDS, "A caption with [brackets].")
     figures.savefig(fig, "first", tmp_path, DATA, RECORDS)
     (tmp_path / "first-notes.json").write_text("{}")  # no figure: there is no PNG beside it
-    page = figures.gallery(tmp_path)
+    page = figures.gallery(tmp_path, missing={"run it": ["third", "fourth"]})
     assert page == tmp_path / "README.md"
     text = page.read_text()
     assert text.index("## first") < text.index("## second")
-    assert text.count("\n## ") == 2
+    assert text.count("\n## ") == 3 and text.endswith("## Missing\n\n- `third`, `fourth`: run it\n")
     assert "![A caption with (brackets).](second.png)" in text
     assert "[data](second.csv)" in text
     assert "2 run records" in text

@@ -77,10 +77,21 @@ def test_from_records_runs_only_what_can_do_without_computing(tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", str(runner.ROOT))
     write_notebook(tmp_path, "0-draws", "print('computes', compute)", parameters=PARAMETERS + "\ncompute: bool = True")
     write_notebook(tmp_path, "1-computes", "print('computes')")
+    lacks = """from recon.paper import runner
+raise runner.MissingRecords(profile, "2-lacks")
+figures.savefig(
+    fig, "some-line", "folder")"""
+    write_notebook(tmp_path, "2-lacks", lacks, parameters=PARAMETERS + "\ncompute: bool = True")
     write_profile(tmp_path, "quick", {})
     outcomes = runner.execute("quick", root=tmp_path, compute=False)
-    assert [(outcome.name, outcome.status) for outcome in outcomes] == [("0-draws", "finished")]
+    assert [(outcome.name, outcome.status) for outcome in outcomes] == [("0-draws", "finished"), ("2-lacks", "missing")]
     assert "computes False" in (tmp_path / "build/quick/notebooks/0-draws.ipynb").read_text()
+    # What has no records is named, with what makes them; that is no failure.
+    how = "no records yet: run ./run_all.sh quick 2-lacks"
+    assert outcomes[1].error == how and how in (tmp_path / "build/quick/html/index.html").read_text()
+    assert f"- `some-line`: {how}" in (tmp_path / "build/quick/figures/README.md").read_text()
+    assert not (tmp_path / "build/quick/notebooks/2-lacks.error.txt").exists()
+    assert runner.execute("quick", ["2-lacks"], tmp_path)[0].status == "failed"  # its runs were asked for, and none has finished
 
 
 def test_notebooks_inherit_the_executor_and_the_cluster(tmp_path, monkeypatch, capsys):
