@@ -21,7 +21,7 @@ def seed_words(runs: pd.DataFrame, by: str) -> str:
 
 
 def rate_words(names: Iterable[str], rates: dict[str, float], default: float) -> str:
-    """The learning rate of each of `names`, `default` where `rates` has none: "0.003 for smollm2-135m, 0.0001 for gemma3-270m"."""
+    """The learning rate of each of `names`, `default` where `rates` has none: "0.01 for none, 0.03 for lora"."""
     return ", ".join(f"{rates.get(name, default):g} for {name}" for name in dict.fromkeys(names))
 
 
