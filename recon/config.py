@@ -10,7 +10,7 @@ from recon.kernels.criteria import get as get_criterion
 from recon.kernels.gradient_descent import RATES, Schedule
 from recon.kernels.losses import LOSSES
 from recon.kernels.patterns import SCOPES, Pattern
-from recon.model.windows import canonical
+from recon.model.windows import Window, canonical
 from recon.options import Options, option
 
 PROPAGATIONS = {
@@ -197,9 +197,9 @@ class ReconstructionConfig(Options):
     def schedule(self) -> Schedule:
         return Schedule(**{each.name: getattr(self, each.name) for each in fields(Schedule)})
 
-    def chunks_of(self, length: int) -> int:
-        """How many chunks samples of `length` tokens are cut into, all of one length: the greatest divisor of both numbers."""
-        return math.gcd(self.chunks, length)
+    def chunks_of(self, window: Window, length: int) -> int:
+        """How many chunks of one length samples of `length` tokens are cut into for `window`: the greatest divisor of both numbers."""
+        return 1 if window.mixes_tokens else math.gcd(self.chunks, length)
 
 
 @dataclass(frozen=True)

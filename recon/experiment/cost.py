@@ -76,7 +76,9 @@ def _reconstruct(spec: RunSpec, model: "_Model") -> float:
     how, samples, length = spec.reconstruction, spec.calibration.samples, spec.calibration.sequence_length
     forward, tokens, found = model.forward(length), samples * length, 0.0
     dense, sparse = how.propagation != "sparse", how.propagation != "dense"
-    per_token = forward + sparse * model.again * forward  # the dense model's pass, and the student's own
+    windows = model.decoder.windows(how.granularity)
+    again = 1 - len(windows[-1].blocks) / len(model.decoder.blocks)  # nothing reads what comes after the last window
+    per_token = forward + sparse * again * forward  # the dense model's pass, and the student's own
     if how.granularity == "matrix":
         # Targets come matrix by matrix; inputs too, unless one run of the dense block tells them all.
         targets = 0 if how.solver == "exact" and not sparse else 2 * model.weights
@@ -84,7 +86,9 @@ def _reconstruct(spec: RunSpec, model: "_Model") -> float:
     if how.solver == "adamw":
         per_token += _descend(how, length, model)
         if how.adapter != "none":
-            found += how.epochs * -(-samples // how.batch_size) * 6 * how.rank * model.weights
+            for window in windows:
+                steps = how.epochs * -(-samples * how.chunks_of(window, length) // how.batch_size)
+                found += steps * 6 * how.rank * sum(matrix.weight.numel() for matrix in model.decoder.matrices(window).values())
     if how.solver == "exact" or how.start == "exact":
         used = tokens * min(how.exact_samples or samples, samples) / samples
         found += model.grams * used + 2 * model.products * (1 + how.exact_iterations)

@@ -94,7 +94,7 @@ class Size:
         matrices, groups, halves = decoder.matrices(window), decoder.groups, decoder.halves
         shapes = {name: matrix.weight.shape for name, matrix in matrices.items()}
         groups = [group for index in window.blocks for group in groups[index] if group[0] in matrices]
-        attends = 0 if window.matrices or window.half == "mlp" else sum(not isinstance(halves[i], str) for i in window.blocks)
+        attends = window.mixes_tokens * sum(not isinstance(halves[i], str) for i in window.blocks)
         return cls(
             present=sum(tensor.numel() for tensor in decoder.needed(window)),
             matrices=sum(shape.numel() for shape in shapes.values()),
@@ -283,9 +283,7 @@ class _Run:
     def descend(self, window: Window, size: Size) -> Iterator[Parts]:
         """Gradient descent on a window's matrices, or on adapters around them."""
         how = self.spec.reconstruction
-        tokens = min(how.batch_size, self.spec.calibration.samples) * self.length
-        if window.matrices or window.half == "mlp":
-            tokens = -(-tokens // how.chunks_of(self.length))
+        tokens = min(how.batch_size, self.spec.calibration.samples) * self.length // how.chunks_of(window, self.length)
         widths = size.columns + size.outputs if window.matrices else 2 * self.hidden
         batch = float(4 * tokens * widths * (1 + self.on_gpu) + self.passing(size, tokens, self.length))
         shared, trained = self.held(size, trained=True), float(size.trained)

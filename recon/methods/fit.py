@@ -95,8 +95,8 @@ class WindowFit:
         inputs, targets = task.inputs[:count], task.targets[:count]
         weights = position_weights(*inputs.shape[:2], targets.device)
         data = [inputs, targets, weights]
-        if window.matrices or window.half == "mlp":  # no token's output depends on another token: more steps at the same work
-            data = [each.unflatten(1, (config.chunks_of(self.split.length), -1)).flatten(0, 1) for each in data]
+        chunks = config.chunks_of(window, self.split.length)  # more steps at the same work, where tokens are not mixed
+        data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
         loss, variance = get_loss(config.loss), task.variance.to(self.execution.device)
 
         def distance(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:

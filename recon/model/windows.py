@@ -37,6 +37,11 @@ class Window:
         return not self.matrices and not self.parallel
 
     @property
+    def mixes_tokens(self) -> bool:
+        """Whether a token's output depends on other tokens, as attention's does."""
+        return not self.matrices and self.half != "mlp"
+
+    @property
     def halves(self) -> int:
         """How many halves of blocks are adapted together: 1 for a half or matrices of one, 2 for a block."""
         return 1 if self.half or self.matrices else 2 * len(self.blocks)

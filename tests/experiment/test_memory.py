@@ -81,7 +81,7 @@ def test_what_takes_less(decoder):
     phase = "reconstruct"
     half, block, whole = (needs(granularity=name, samples=32, batch_size=32) for name in ("half-block", "block", "model"))
     assert half < block < whole
-    assert needs(samples=64) < needs(samples=64, propagation="mixed")
+    assert needs(samples=64, propagation="dense") < needs(samples=64, propagation="mixed")
     assert needs(criterion="wanda") < needs(criterion="sparsegpt")  # after which its weights are kept as well
     large = {"granularity": "block", "samples": 32, "batch_size": 32}
     assert needs(**large) < needs(**large, accumulation=2)
