@@ -65,7 +65,7 @@ WAYS = {  # the family of models, how it is pruned, and how windows are fitted
 @pytest.mark.parametrize("way", ["halves", *(pytest.param(way, marks=pytest.mark.slow) for way in [*WAYS][1:])])
 def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny, tokens, way):
     family, pruning, fitting = WAYS[way]
-    config = ReconstructionConfig(**{"granularity": "half-block"} | fitting)
+    config = ReconstructionConfig(**{"granularity": "half-block", "propagation": "dense"} | fitting)
     dense, samples, held_out = tiny(family, tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
     pruned = copy.deepcopy(dense)
     config_of_pruning = PruningConfig(**{"criterion": "wanda", "pattern": "0.5"} | pruning)
@@ -90,7 +90,7 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
 def test_the_windows_of_a_run_are_spread(cluster, stream, tiny_folder, tiny_text, tmp_path):
     spec = recon.RunSpec.of(
         model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
-        evaluation_samples=2, evaluation_length=32,
+        evaluation_samples=2, evaluation_length=32, propagation="dense",
     )  # fmt: skip
     with one_thread():
         serial = record_of(spec, save=tmp_path / "serial", stream=stream)

@@ -82,12 +82,12 @@ def assert_same(found, saved: Path, expected, other: Path) -> None:
 CASES = {
     "half-blocks": ("", {}),
     "sparsegpt, mixed, transposed weights": ("gpt2", {"criterion": "sparsegpt", "granularity": "block", "propagation": "mixed"}),
-    "single matrices, exact": ("", {"granularity": "matrix", "solver": "exact"}),
+    "single matrices, exact": ("", {"granularity": "matrix", "solver": "exact", "propagation": "dense"}),
     "single matrices, mixed": ("", {"granularity": "matrix", "propagation": "mixed", "samples": 3, "chunks": 2}),
     "parallel blocks": ("phi", {"criterion": "magnitude", "granularity": "2-blocks", "propagation": "sparse", "start": "exact"}),
-    "parallel halves, all trained": ("gpt_neox", {"train": "all", "statistics": "dense"}),
+    "parallel halves, all trained": ("gpt_neox", {"train": "all", "statistics": "dense", "propagation": "dense"}),
     "experts": ("mixtral", {"propagation": "sparse", "pattern": "2:4"}),
-    "experts, biases": ("gpt_oss", {"criterion": "sparsegpt"}),
+    "experts, biases": ("gpt_oss", {"criterion": "sparsegpt", "propagation": "dense"}),
     "adapters, swaps": ("gemma2", {"adapter": "masklora", "rank": 2, "mask_refinement": 2}),
     "mixed, from exact": ("", {"propagation": "mixed", "start": "exact"}),
     "whole heads and neurons": ("", {"criterion": "wanda-sp", "pattern": "0.3", "propagation": "sparse"}),
@@ -321,7 +321,8 @@ def test_an_encoder_decoder_is_killed(spec, tiny_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"granularity": "block", "propagation": "mixed"}, {"granularity": "matrix", "solver": "exact"}]
+    "change",
+    [{"granularity": "block", "propagation": "mixed"}, {"granularity": "matrix", "solver": "exact", "propagation": "dense"}],
 )
 def test_biases_that_pruning_adds_outlive_a_kill(change, spec, cache, monkeypatch):
     """FLAP compares the whole model before it removes anything, and gives matrices biases that no file of the model has."""
@@ -548,7 +549,7 @@ def test_the_work_of_another_run_is_refused(spec, tmp_path, monkeypatch, tiny_fo
     def go(spec):
         record_of(spec, save=tmp_path / "saved", stream="yes")
 
-    with pytest.raises(ReconError, match=r"spec\.learning_rate was 0\.003, is 0\.001\. "):
+    with pytest.raises(ReconError, match=r"spec\.learning_rate was 0\.01, is 0\.001\. "):
         go(spec.replaced(learning_rate=1e-3))
     copy = tmp_path / "model"
     shutil.copytree(tiny_folder, copy)
