@@ -139,9 +139,8 @@ def test_perplexity_is_that_of_the_second_half_given_the_first(made):
 def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
     model = copy.deepcopy(made("t5").model)
     masks = prune(model, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
-    report = retrain(
-        model, random_tokens(16, 16), RetrainingConfig(method="full"), masks=masks, execution=Execution(progress=False)
-    )
+    config = RetrainingConfig(method="full", learning_rate=3e-4, rate="absolute")
+    report = retrain(model, random_tokens(16, 16), config, masks=masks, execution=Execution(progress=False))
     assert report.losses[-1] < report.losses[0]
     for name, matrix in take_apart(model, like=made("t5")).matrices().items():
         assert not matrix.weight[~masks[name]].any()
@@ -161,7 +160,7 @@ def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
     retrain(
         student,
         tokens,
-        RetrainingConfig(method="full", learning_rate=0.01),
+        RetrainingConfig(method="full", learning_rate=0.01, rate="absolute"),
         masks=masks,
         execution=Execution(compute_dtype="float32", progress=False),
     )
