@@ -37,7 +37,7 @@ def test_a_step_of_b_moves_the_merged_weight_by_about_the_rate_times_its_size(ki
     adapter = LowRank(weight, mask, kind, 8, random)
     found = adapter.trained(weight)
     assert found["a"].parameter is adapter.a and found["b"].parameter is adapter.b
-    assert found["a"].size == pytest.approx(adapter.a.square().mean().sqrt().item())  # a step moves it by the rate times itself
+    assert found["a"].size == 1  # no weight decides how A starts
 
     def gradients(step: int) -> torch.Tensor:
         adapter.b.grad = torch.randn(40, 8, generator=random)
