@@ -170,7 +170,7 @@ class ReconstructionConfig(Options):
     epochs: int = option(1, "Passes over the calibration samples, per window.", least=1)
     batch_size: int = option(1, "Samples per forward pass.", least=1)
     chunks: int = option(
-        4,
+        1,
         "Chunks, at most, that samples are cut into where a window does not mix tokens (MLP halves, matrices): more steps, same work.",
         least=1,
     )
