@@ -39,15 +39,16 @@ COMMON = {"samples": 96, "sequence_length": 12, "held_out_samples": 0}  # so sho
     [
         {"granularity": "none", "criterion": "wanda"},
         {"granularity": "none", "criterion": "wanda", "statistics": "dense"},
-        {"granularity": "half-block"},
-        {"granularity": "half-block", "epochs": 3},
+        {"granularity": "half-block", "propagation": "dense"},
+        {"granularity": "half-block", "propagation": "dense", "epochs": 3},
         {"granularity": "half-block", "train": "all"},
         {"granularity": "half-block", "propagation": "sparse"},
         {"granularity": "half-block", "propagation": "mixed"},
         {"granularity": "half-block", "adapter": "masklora"},
         {"granularity": "block"},
+        {"granularity": "2-blocks"},
         {"granularity": "model"},
-        {"granularity": "matrix"},
+        {"granularity": "matrix", "propagation": "dense"},
         {"granularity": "matrix", "propagation": "sparse"},
         {"granularity": "matrix", "propagation": "mixed"},
         {"granularity": "none", "retrain": "full"},
@@ -84,8 +85,9 @@ def test_gram_matrices_and_exact_solutions_are_counted(tokens):
     dense = make_model("llama", **SIZES)
     teacher, batch = take_apart(dense), tokens(32, 48)
     spec = RunSpec.of(
-        samples=32, sequence_length=48, held_out_samples=0, granularity="matrix", solver="exact", exact_iterations=4
-    )
+        samples=32, sequence_length=48, held_out_samples=0, granularity="matrix", solver="exact", exact_iterations=4,
+        propagation="dense",
+    )  # fmt: skip
     model = copy.deepcopy(dense)
     masks = prune(model, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
     with Counter() as counter:

@@ -113,16 +113,20 @@ MEASURED = {
     "half-blocks": {"model": "wide", "samples": 32, "sequence_length": 512, "criterion": "wanda"},
     "the whole model": {"model": "wide", "granularity": "model"},
     "matrices": {"model": "wide", "granularity": "matrix", "samples": 16, "sequence_length": 256},
-    "exact matrices": {"model": "wide", "granularity": "matrix", "solver": "exact", "exact_iterations": 2},
+    "exact matrices, dense": {
+        "model": "wide", "granularity": "matrix", "solver": "exact", "exact_iterations": 2, "propagation": "dense",
+    },
     "SparseGPT": {"model": "wide", "granularity": "none", "criterion": "sparsegpt"},
     "full retraining": {"model": "wide", "granularity": "none", "retrain": "full"},
     "MaskLoRA": {"model": "wide", "granularity": "none", "retrain": "masklora"},
-    "blocks, mixed": {"model": "deep", "granularity": "block", "propagation": "mixed", "batch_size": 4, "samples": 32},
-    "quarters, norms too": {"model": "deep", "granularity": "quarter", "train": "all"},
+    "blocks": {"model": "deep", "granularity": "block", "batch_size": 4, "samples": 32},
+    "quarters, norms too, dense": {"model": "deep", "granularity": "quarter", "train": "all", "propagation": "dense"},
     "experts": {"model": "experts", "criterion": "wanda", "samples": 16, "sequence_length": 256},
     "streamed model": {"model": "deep", "stream": "yes", "granularity": "model", "samples": 16},
     "streamed half-blocks": {"model": "wide", "stream": "yes", "criterion": "wanda", "samples": 16},
-    "exact start": {"model": "smollm2-135m", "start": "exact", "exact_iterations": 2, "sequence_length": 256},
+    "exact start, dense": {
+        "model": "smollm2-135m", "start": "exact", "exact_iterations": 2, "sequence_length": 256, "propagation": "dense",
+    },
     "long samples": {
         "model": "smollm2-135m",
         "granularity": "model",
@@ -130,7 +134,7 @@ MEASURED = {
         "sequence_length": 1024,
         "held_out_samples": 0,
     },
-}
+}  # fmt: skip
 MEASURE = """
 import json, sys
 from recon.experiment.plan import plan
