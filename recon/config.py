@@ -1,7 +1,7 @@
 """Every option, one config per concern. `recon.experiment.config.RunSpec` is made of them, and so is the command line."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS
@@ -50,6 +50,13 @@ PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
 }
+STEPS = 32  # with fewer, some windows get worse: AdamW's first steps follow the noise of single samples
+
+
+def schedule_of(config: "ReconstructionConfig | RetrainingConfig", samples: int) -> Schedule:
+    """The schedule that `config` asks for: its options of the same names, and a number of epochs for this many samples."""
+    asked = Schedule(**{each.name: getattr(config, each.name) for each in fields(Schedule) if hasattr(config, each.name)})
+    return replace(asked, epochs=asked.epochs or max(1, -(-STEPS // -(-samples // asked.per_step))))
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,9 @@ class ReconstructionConfig(Options):
         "Whether the learning rate is times the root mean square of the surviving weights of each matrix (relative), or not (absolute).",
         choices=RATES,
     )
-    epochs: int = option(1, "Passes over the calibration samples, per window.", least=1)
+    epochs: int = option(
+        0, f"Passes over the calibration samples, per window; 0: one, or as many as make {STEPS} steps.", least=0
+    )
     batch_size: int = option(1, "Samples per forward pass.", least=1)
     chunks: int = option(
         1,
@@ -193,9 +202,9 @@ class ReconstructionConfig(Options):
         if self.adapter != "none" and (self.solver == "exact" or self.train == "all"):
             raise ReconError(f"adapter {self.adapter!r} is all that is trained; it goes with solver adamw and train matrices")
 
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule(**{each.name: getattr(self, each.name) for each in fields(Schedule)})
+    def schedule(self, samples: int) -> Schedule:
+        """How this many samples are trained on."""
+        return schedule_of(self, samples)
 
     def chunks_of(self, window: Window, length: int) -> int:
         """How many chunks of one length samples of `length` tokens are cut into for `window`: the greatest divisor of both numbers."""
@@ -217,9 +226,11 @@ class RetrainingConfig(Options):
     )
     samples: int = option(0, "Calibration samples for retraining; 0: as many as reconstruction.", least=0, flag="retrain_samples")
     rank: int = option(16, "Rank of adapters in retraining.", least=1, flag="retrain_rank")
-    learning_rate: float = option(3e-4, "Peak learning rate of retraining.", above=0, flag="retrain_learning_rate")
+    learning_rate: float = option(1e-3, "Peak learning rate of retraining.", above=0, flag="retrain_learning_rate")
     rate: str = option("relative", "The same for retraining.", choices=RATES, flag="retrain_rate")
-    epochs: int = option(1, "Passes over the samples of retraining.", least=1, flag="retrain_epochs")
+    epochs: int = option(
+        0, f"Passes over the samples of retraining; 0: one, or as many as make {STEPS} steps.", least=0, flag="retrain_epochs"
+    )
     batch_size: int = option(1, "Samples per forward pass in retraining.", least=1, flag="retrain_batch_size")
     accumulation: int = option(1, "Forward passes per optimiser step in retraining.", least=1, flag="retrain_accumulation")
     warmup: float = option(
@@ -230,11 +241,9 @@ class RetrainingConfig(Options):
         flag="retrain_checkpointing",
     )  # fmt: skip
 
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule(
-            self.learning_rate, self.rate, self.epochs, self.batch_size, self.accumulation, self.warmup
-        )  # fmt: skip
+    def schedule(self, samples: int) -> Schedule:
+        """How this many samples are trained on."""
+        return schedule_of(self, samples)
 
 
 @dataclass(frozen=True)

@@ -189,4 +189,14 @@ def test_patterns_have_one_spelling(alias, name):
 @pytest.mark.parametrize("kind", [ReconstructionConfig, lambda **given: RetrainingConfig(method="full", **given)])
 def test_the_schedule_is_made_of_the_options(kind):
     given = {"learning_rate": 0.02, "rate": "absolute", "epochs": 3, "batch_size": 2, "accumulation": 4, "warmup": 0.3}
-    assert vars(kind(**given).schedule).items() >= given.items()
+    assert vars(kind(**given).schedule(7)).items() >= given.items()
+
+
+@pytest.mark.parametrize("kind", [ReconstructionConfig, RetrainingConfig])
+@pytest.mark.parametrize(
+    "samples, batch_size, epochs", [(1, 1, 32), (4, 1, 8), (5, 1, 7), (32, 1, 1), (64, 2, 1), (64, 4, 2), (1000, 1, 1)]
+)
+def test_few_samples_are_passed_over_until_there_are_enough_steps(kind, samples, batch_size, epochs):
+    config = kind(batch_size=batch_size)
+    assert config.schedule(samples).epochs == epochs and config.schedule(samples).steps(samples) >= 32
+    assert kind(batch_size=batch_size, epochs=2).schedule(samples).epochs == 2

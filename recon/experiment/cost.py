@@ -84,10 +84,11 @@ def _reconstruct(spec: RunSpec, model: "_Model") -> float:
         targets = 0 if how.solver == "exact" and not sparse else 2 * model.weights
         per_token += targets - (0 if dense else forward) + sparse * (1 + dense) * model.prefixes
     if how.solver == "adamw":
-        per_token += _descend(how, length, model)
+        epochs = how.schedule(samples).epochs
+        per_token += epochs * _descend(how, length, model)
         if how.adapter != "none":
             for window in windows:
-                steps = how.epochs * -(-samples * how.chunks_of(window, length) // how.batch_size)
+                steps = epochs * -(-samples * how.chunks_of(window, length) // how.batch_size)
                 found += steps * 6 * how.rank * sum(matrix.weight.numel() for matrix in model.decoder.matrices(window).values())
     if how.solver == "exact" or how.start == "exact":
         used = tokens * min(how.exact_samples or samples, samples) / samples
@@ -98,26 +99,26 @@ def _reconstruct(spec: RunSpec, model: "_Model") -> float:
 
 
 def _descend(how: ReconstructionConfig, length: int, model: "_Model") -> float:
-    """Per token of the samples: the student's forward and backward passes."""
-    found = how.epochs * (model.forward(length) + 2 * model.weights)  # the student, and its weights' gradients
+    """Per token of the samples and epoch: the student's forward and backward passes."""
+    found = model.forward(length) + 2 * model.weights  # the student, and its weights' gradients
     if how.granularity == "matrix":
-        return found - how.epochs * model.attention(length)
+        return found - model.attention(length)
     first = 0 if how.train == "all" else sum(map(model.first, model.decoder.windows(how.granularity)))
-    return found + how.epochs * (2 * (model.weights - first) + 2 * model.attention(length))
+    return found + 2 * (model.weights - first) + 2 * model.attention(length)
 
 
 def _retrain(spec: RunSpec, model: "_Model") -> float:
     how, samples, length = spec.retraining, spec.samples_by_phase["retrain"], spec.calibration.sequence_length
-    forward, found = model.forward(length), 0.0
+    forward, found, epochs = model.forward(length), 0.0, how.schedule(samples).epochs
     whole = forward + 2 * model.head
     backward = 2 * (model.weights + model.head) + 2 * model.attention(length)
     if how.method == "full":
         backward += 2 * (model.weights + model.head)
     elif how.method in ADAPTERS:
         backward += 2 * model.weights
-        found += how.epochs * -(-samples // how.batch_size) * (6 + 2 * how.checkpointing) * how.rank * model.weights
+        found += epochs * -(-samples // how.batch_size) * (6 + 2 * how.checkpointing) * how.rank * model.weights
     per_token = whole + backward + whole * (how.objective == "distil") + forward * how.checkpointing
-    return found + how.epochs * per_token * samples * length
+    return found + epochs * per_token * samples * length
 
 
 def _evaluate(spec: RunSpec, model: "_Model") -> float:

@@ -104,7 +104,7 @@ class WindowFit:
                 output = self.student.forward(window, x)
             return (loss(output, y, variance) * weight).mean()
 
-        random, schedule = generator(self.seed, "shuffle", window.name), config.schedule.scaled(window.halves**-SLOWING)
+        random, schedule = generator(self.seed, "shuffle", window.name), config.schedule(count).scaled(window.halves**-SLOWING)
         try:
             return train(distance, data, parameters, schedule, random, self.execution)
         except ReconError as error:

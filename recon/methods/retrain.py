@@ -89,7 +89,7 @@ def retrain(
         for decoder in filter(None, (student, teacher)):
             stack.enter_context(_at(decoder.model, execution.device))
         bar = tqdm(
-            total=config.schedule.steps(len(samples)), desc=f"retrain ({config.method}, {config.objective})", unit="step",
+            total=config.schedule(len(samples)).steps(len(samples)), desc=f"retrain ({config.method}, {config.objective})", unit="step",
             disable=not execution.progress,
         )  # fmt: skip
         return task.run(samples, [ProgressBar(stack.enter_context(bar)), *callbacks])
@@ -129,7 +129,9 @@ class _Retraining:
             count = sum(each.parameter.numel() for each in parameters)
             with requiring_gradients([each.parameter for each in parameters]):
                 random = generator(self.seed, "retrain")
-                curve = train(self._loss, [samples], parameters, self.config.schedule, random, self.execution, after_step)
+                curve = train(
+                    self._loss, [samples], parameters, self.config.schedule(len(samples)), random, self.execution, after_step
+                )
         status = self._rolled_back(curve.losses, before, rest)
         student.forget()
         moved = movement((before[name], matrix.weight) for name, matrix in student.matrices().items())

@@ -103,7 +103,7 @@ def test_what_is_not_done_costs_nothing():
 
 def test_twice_the_samples_cost_twice():
     decoder = take_apart(make_model("llama"))
-    one, two = (cost.flops(RunSpec.of(samples=n, retrain="norms", **LENGTHS), decoder) for n in (16, 32))
+    one, two = (cost.flops(RunSpec.of(samples=n, retrain="norms", **LENGTHS), decoder) for n in (32, 64))
     for phase in ("prune", "retrain"):
         assert two[phase] == 2 * one[phase]
     assert 1.8 * one["reconstruct"] < two["reconstruct"] < 2 * one["reconstruct"]  # errors are measured on the same few samples

@@ -118,7 +118,7 @@ def test_dropped_weights_are_zero_after_every_step_and_the_loss_falls(problem):
 
 
 def test_weight_decay_shrinks_what_no_gradient_holds():
-    schedule = ReconstructionConfig(learning_rate=0.1, weight_decay=0.5).schedule
+    schedule = ReconstructionConfig(learning_rate=0.1, weight_decay=0.5).schedule(10)
     weight, mask = nn.Parameter(torch.tensor([4.0, -2.0, 1.0])), torch.tensor([True, True, False])
 
     def gradients(step: int) -> torch.Tensor:
