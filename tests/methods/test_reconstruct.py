@@ -220,7 +220,7 @@ def test_exact_never_raises_the_error(dense, pruned, tokens, propagation):
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_half_blocks_lower_the_error_on_unseen_samples(dense, pruned, tokens, start, propagation):
     held_out = tokens(4, 16, seed=9)
-    schedule = {"learning_rate": 1e-2, "epochs": 4, "batch_size": 2}
+    schedule = {"learning_rate": 1e-2, "epochs": 4, "batch_size": 2, "chunks": 4}
     for r in run(pruned(), dense, tokens(32, 16), **schedule, start=start, propagation=propagation, held_out=held_out):
         assert r.error_after["held_out"] < r.error_before["held_out"]
         assert epochs(r, 4)[-1] < epochs(r, 4)[0]
@@ -325,7 +325,8 @@ def test_each_window_gets_the_inputs_and_targets_of_the_propagation(
     student, batch = pruned(), tokens(5, 12)
 
     held_out = tokens(3, 12, seed=7)
-    run(student, dense, batch, granularity=granularity, propagation=propagation, start=start, held_out=held_out)
+    options = {"granularity": granularity, "propagation": propagation, "start": start, "chunks": 4}
+    run(student, dense, batch, held_out=held_out, **options)
     windows = dense.windows(granularity)
     assert len(trained) == len(windows)
     theirs = activations(dense.model, batch)
@@ -417,7 +418,7 @@ def test_chunks_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, trai
 
 @pytest.mark.parametrize("length, chunks", [(12, 4), (10, 2), (11, 1)])
 def test_chunks_are_as_many_as_divide_the_samples(dense, pruned, tokens, length, chunks):
-    reports = run(pruned(), dense, tokens(3, length), epochs=1)
+    reports = run(pruned(), dense, tokens(3, length), epochs=1, chunks=4)
     assert [len(report.losses) for report in reports] == [3, 3 * chunks] * 2
 
 
@@ -618,7 +619,7 @@ def test_what_is_to_be_matched_at_the_first_position_does_not_matter(dense, prun
         monkeypatch.setattr(propagation, "channel_variance", spoilt)
         student = pruned()
         # Calibration samples alone: the next window is to read the same. Chunks: the first of them is all that differs.
-        reports = run(student, dense, tokens(3, 12), propagation="sparse", granularity=granularity, loss=loss)
+        reports = run(student, dense, tokens(3, 12), propagation="sparse", chunks=4, granularity=granularity, loss=loss)
         found.append((state(student), [(report.losses, report.error_before, report.error_after) for report in reports]))
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
@@ -631,7 +632,7 @@ def test_where_one_channel_is_massive_the_whitened_loss_explains_more_of_all_of_
             layer.mlp.down_proj.weight[7] *= 30.0
     for loss in ("whitened", "mse"):
         model, held_out = take_apart(copy.deepcopy(student.model), like=teacher), tokens(4, 16, seed=9)
-        reports = run(model, teacher, tokens(32, 16), loss=loss, propagation="dense", held_out=held_out)
+        reports = run(model, teacher, tokens(32, 16), loss=loss, propagation="dense", chunks=4, held_out=held_out)
         found[loss] = {report.name: report for report in reports}
     for name, report in found["whitened"].items():
         after = report.error_after["held_out"]
