@@ -16,7 +16,7 @@ from recon.kernels import criteria
 @pytest.fixture
 def small(tiny_folder, tiny_text):
     options = {
-        "model": tiny_folder, "text": tiny_text, "samples": 8, "sequence-length": 32, "held-out-samples": 2,
+        "model": tiny_folder, "text": tiny_text, "samples": 8, "epochs": 1, "sequence-length": 32, "held-out-samples": 2,
         "evaluation-texts": tiny_text, "evaluation-samples": 2, "evaluation-length": 64, "learning-rate": "3e-3", "seed": 0,
     }  # fmt: skip
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -116,7 +116,7 @@ def test_run_takes_its_options(small, tmp_path, words, fields):
         (["--pattern", "-0.1"], "-0.1"),
         (["--pattern", "abc"], "'abc'"),
         (["--granularity", "thirds"], "granularity is 'thirds'; allowed: none, matrix, half-block"),
-        (["--samples", "1000000"], "1000000 samples of 32 tokens are more than the calibration split"),
+        (["--samples", "100000"], "100000 samples of 32 tokens are more than the calibration split"),
         (["--samples", "many"], "many"),
         (["--model", "gpt-17"], "unknown model 'gpt-17'; bundled: smollm2-135m"),
         (["--text", "no-such.txt"], "no-such.txt"),

@@ -22,6 +22,7 @@ def spec(tiny_folder, tiny_text):
         text=str(tiny_text),
         pattern="0.6",
         samples=6,
+        epochs=1,
         sequence_length=32,
         held_out_samples=2,
         evaluation_texts=(str(tiny_text),),

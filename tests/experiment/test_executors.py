@@ -114,7 +114,7 @@ def meanwhile(function, notes: Notes):
 
 def test_a_study_has_the_same_records_on_a_cluster(cluster, tiny_folder, tiny_text, tmp_path):
     base = recon.RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
+        model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=64,
     )  # fmt: skip
     wanted = grid(base, granularity=["none", "9-blocks", "half-block"], seed=[0, 1])
@@ -227,7 +227,7 @@ SCRIPT = """
 import sys
 import recon
 base = recon.RunSpec.of(
-    model=sys.argv[1], text=sys.argv[2], samples=4, sequence_length=32, held_out_samples=2,
+    model=sys.argv[1], text=sys.argv[2], samples=4, epochs=1, sequence_length=32, held_out_samples=2,
     evaluation_texts=(sys.argv[2],), evaluation_samples=2, evaluation_length=64,
 )
 specs = recon.grid(base, granularity=["none", "half-block", "block", "model"], seed=[0, 1])

@@ -31,7 +31,7 @@ from recon.methods.reconstruct import NOT_FINITE
 @pytest.fixture(scope="module")
 def spec(tiny_folder, tiny_text) -> recon.RunSpec:
     return recon.RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=4, sequence_length=16, held_out_samples=0, granularity="none",
+        model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=16, held_out_samples=0, granularity="none",
         evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=16, compute_dtype="float32",
     )  # fmt: skip
 

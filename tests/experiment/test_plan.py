@@ -25,7 +25,7 @@ QWEN_72B = {  # config.json of Qwen2.5-72B, as far as shapes go
 @pytest.fixture
 def spec(tiny_folder, tiny_text):
     return RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=8, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
+        model=tiny_folder, text=tiny_text, samples=8, epochs=1, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=64, criterion="magnitude",
     )  # fmt: skip
 

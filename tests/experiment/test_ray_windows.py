@@ -89,7 +89,7 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_the_windows_of_a_run_are_spread(cluster, stream, tiny_folder, tiny_text, tmp_path):
     spec = recon.RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
+        model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=32, propagation="dense",
     )  # fmt: skip
     with one_thread():

@@ -26,6 +26,7 @@ def spec(tiny_folder, tiny_text):
         model=str(tiny_folder),
         text=str(tiny_text),
         samples=6,
+        epochs=1,
         sequence_length=32,
         held_out_samples=3,
         evaluation_texts=(str(tiny_text),),

@@ -42,6 +42,7 @@ def spec(tiny_folder, tiny_text):
         model=tiny_folder,
         text=tiny_text,
         samples=4,
+        epochs=1,
         sequence_length=16,
         held_out_samples=2,
         evaluation_texts=(tiny_text,),

@@ -24,7 +24,7 @@ SCRIPT = """
 import sys
 import recon
 base = recon.RunSpec.of(
-    model=sys.argv[1], text=sys.argv[2], samples=4, sequence_length=32, held_out_samples=2,
+    model=sys.argv[1], text=sys.argv[2], samples=4, epochs=1, sequence_length=32, held_out_samples=2,
     evaluation_texts=(sys.argv[2],), evaluation_samples=2, evaluation_length=64,
 )
 print("ready", flush=True)
@@ -39,6 +39,7 @@ def base(tiny_folder, tiny_text):
         model=str(tiny_folder),
         text=str(tiny_text),
         samples=4,
+        epochs=1,
         sequence_length=32,
         held_out_samples=2,
         evaluation_texts=(str(tiny_text),),

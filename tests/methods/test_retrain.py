@@ -30,7 +30,9 @@ def halved(family: str = "llama"):
 
 def run(model, tokens, masks=None, **options):
     call = {name: options.pop(name) for name in CALL & options.keys()}
-    config = RetrainingConfig(**{"method": "masklora", "learning_rate": 3e-3, "rate": "absolute", "batch_size": 2} | options)
+    config = RetrainingConfig(
+        **{"method": "masklora", "learning_rate": 3e-3, "rate": "absolute", "epochs": 1, "batch_size": 2} | options
+    )
     return retrain(model, tokens, config, masks=masks, execution=FLOAT32, **call)
 
 
