@@ -265,7 +265,7 @@ def test_the_command_reconstructs_and_saves_a_pruned_model(
     words = [
         "reconstruct", "--dense", tiny_folder, "--pruned", pruned_folder, "--text", tiny_text, "--samples", "4", "--sequence-length", "16",
         "--evaluation-texts", tiny_text, "--evaluation-samples", "2", "--evaluation-length", "16", "--held-out-samples", "2",
-        "--compute-dtype", "float32", "--record", str(tmp_path / "r.json"), "--save", str(tmp_path / "saved"),
+        "--compute-dtype", "float32", "--epochs", "1", "--record", str(tmp_path / "r.json"), "--save", str(tmp_path / "saved"),
     ]  # fmt: skip
     main(words)
     record = json.loads((tmp_path / "r.json").read_text())

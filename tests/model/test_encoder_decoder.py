@@ -139,7 +139,7 @@ def test_perplexity_is_that_of_the_second_half_given_the_first(made):
 def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
     model = copy.deepcopy(made("t5").model)
     masks = prune(model, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
-    config = RetrainingConfig(method="full", learning_rate=3e-4, rate="absolute")
+    config = RetrainingConfig(method="full", learning_rate=3e-4, rate="absolute", batch_size=16, epochs=8)
     report = retrain(model, random_tokens(16, 16), config, masks=masks, execution=Execution(progress=False))
     assert report.losses[-1] < report.losses[0]
     for name, matrix in take_apart(model, like=made("t5")).matrices().items():
