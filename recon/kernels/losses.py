@@ -71,10 +71,11 @@ def channel_variance(targets: Tensor) -> Tensor:
     """Variance over tokens of each channel of `targets` (samples, length, width): (width,), positive.
 
     Leaves out the first position of each sample; see `FIRST`. That of a channel that hardly varies is a millionth of the median.
+    Where a token has several vectors, (samples, length, vectors, width), the channels of all of them: (vectors * width,).
     """
-    total, seen = targets.new_zeros(2, targets.shape[-1], dtype=torch.float32), 0
+    total, seen = targets.new_zeros(2, targets.shape[2:].numel(), dtype=torch.float32), 0
     for sample in targets:
-        add_moments(total, seen, sample[FIRST:].float())
+        add_moments(total, seen, sample[FIRST:].float().flatten(1))
         seen += len(sample) - FIRST
     return total[1].clamp_min(max(1e-6 * total[1].median().item(), 1e-30))
 
@@ -91,7 +92,7 @@ def unexplained(output: Tensor, target: Tensor, variance: Tensor) -> float:
 
     The error that windows and models are reported with: `whitened`, mean over all tokens but the first of each sample.
     """
-    return whitened(output[:, FIRST:], target[:, FIRST:], variance).mean().item()
+    return whitened(output[:, FIRST:].flatten(2), target[:, FIRST:].flatten(2), variance).mean().item()
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class WindowFit:
         def distance(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
             with self.execution, using:
                 output = self.student.forward(window, x)
-            return (loss(output, y, variance) * weight).mean()
+            return (loss(output.flatten(2), y.flatten(2), variance) * weight).mean()  # a token may have several vectors
 
         random, schedule = generator(self.seed, "shuffle", window.name), config.schedule(count).scaled(window.halves**-SLOWING)
         try:

@@ -89,6 +89,13 @@ def test_channel_variance_is_torchs_without_the_first_position():
     assert channel_variance(targets.bfloat16()).dtype == torch.float32
 
 
+def test_channels_of_several_vectors_a_token_are_channels_of_one():
+    targets = torch.randn(3, 7, 4, 5, generator=torch.Generator().manual_seed(0))
+    variance = channel_variance(targets)
+    assert_close(variance, channel_variance(targets.flatten(2)))
+    assert unexplained(2 * targets, targets, variance) == unexplained(2 * targets.flatten(2), targets.flatten(2), variance) > 0
+
+
 def test_a_channel_that_never_varies_has_a_positive_variance():
     targets = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     targets[..., 1] = 7.0
