@@ -211,6 +211,25 @@ def test_importing_the_package_changes_nothing_global():
     assert done.returncode == 0, done.stderr
 
 
+HELP = """
+import contextlib
+from recon.cli import main
+for words in (["--help"], ["run", "--help"], ["bench", "--help"]):
+    with contextlib.suppress(SystemExit):
+        main(words)
+"""
+SLOW = {"accelerate", "datasets", "lm_eval", "matplotlib", "pandas", "ray", "scipy", "seaborn", "transformers"}
+
+
+@pytest.mark.parametrize("code, slow", [("import recon", SLOW | {"torch", "tyro"}), (HELP, SLOW)], ids=["package", "help"])
+def test_what_is_slow_to_import_waits_until_it_is_used(code, slow):
+    here = Path(__file__).resolve().parents[1]
+    code += "\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert not slow & set(done.stdout.splitlines()[-1].split())
+
+
 def test_an_unknown_command_is_refused_with_the_list(capsys):
     said = refuse(["walk"], capsys)
     assert "walk" in said and all(word in said for word in ("run", "models", "criteria", "assets"))

@@ -21,9 +21,10 @@ from recon.experiment.record import RunRecord, read_record
 from recon.model.decoder import Decoder
 from recon.model.windows import Window
 from recon.runtime import lock
+from recon.runtime.device import SAVED
 from recon.runtime.folder_store import SAVE, FolderStore
 from recon.runtime.storage import check_writable, complete, remove_unfinished, rename, sha256, sync_all, write_json
-from recon.runtime.weights import SAVED, rounded
+from recon.runtime.weights import rounded
 
 log = logging.getLogger("recon")
 SHARD = 2**30  # bytes of the shards that hold what is in no window, unless a single block or matrix is larger

@@ -16,14 +16,12 @@ from recon.config import (
     ReconstructionConfig,
     RetrainingConfig,
 )
-from recon.data import models, text
 from recon.errors import ReconError
 from recon.experiment import workers
 from recon.experiment.workers import Ray
 from recon.kernels import criteria
-from recon.model.skeleton import max_length
 from recon.options import Options, flag, option
-from recon.runtime.weights import SAVED
+from recon.runtime.device import SAVED
 
 SCHEMA = 5  # part of every key; raise it when the meaning of a record's values, or a default, changes
 
@@ -118,6 +116,9 @@ class RunSpec(Options):
 
         Where that cannot be read, the spec stays as it is: loading the model will say what is wrong.
         """
+        from recon.data import models  # slow to import, as below
+        from recon.model.skeleton import max_length
+
         asked = [name for name in LENGTHS if self.get(name) == 0]
         try:
             longest = max_length(models.configuration(*self.loaded_by)) if asked else None
@@ -129,6 +130,8 @@ class RunSpec(Options):
 
     def sources(self) -> dict:
         """Hashes of the files that the run reads, and the schema of its record."""
+        from recon.data import models, text
+
         found = {
             "schema": SCHEMA,
             "model": models.fingerprint(*self.loaded_by),

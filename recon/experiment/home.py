@@ -30,7 +30,7 @@ from recon.runtime.folder_store import FolderStore
 from recon.runtime.journal import Journal, differences
 from recon.runtime.storage import write_json
 from recon.runtime.store import MemoryStore, Store
-from recon.runtime.weights import SAVED, Checkpoint
+from recon.runtime.weights import Checkpoint
 
 log = logging.getLogger("recon")
 RECORD = "record"  # the last phase of a streamed run: its one step holds the record
@@ -217,7 +217,7 @@ class OnDisk:
         return self.dense, self.tokenizer
 
     def open(self) -> dict:
-        self.store = FolderStore(self.journal, SAVED[self.options.save_dtype])
+        self.store = FolderStore(self.journal, device.SAVED[self.options.save_dtype])
         here, before = environment(self.device, self.spec.compute.compute_dtype), self.store.finished("opened")
         if changed := next(filter(None, (differences(other, here) for other in before)), None):
             log.warning(
@@ -229,7 +229,7 @@ class OnDisk:
 
     def student(self, external: Checkpoint | None) -> Decoder:
         start = external.read if external else self.dense.lazy.read
-        saved_as_computed = SAVED[self.options.save_dtype] == self.dtype
+        saved_as_computed = device.SAVED[self.options.save_dtype] == self.dtype
         rounded = {matrix.parameter_name for matrix in self.dense.matrices().values()} if saved_as_computed else set()
         return self.store.student(self.dense, start, self.shards, rounded)
 

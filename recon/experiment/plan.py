@@ -22,6 +22,7 @@ from recon.model.decoder import Decoder
 from recon.runtime.device import (
     COMPUTE_DTYPES,
     HOST,
+    SAVED,
     available_memory,
     available_on_device,
     pick_compute_dtype,
@@ -30,7 +31,6 @@ from recon.runtime.device import (
     resident_anonymous,
 )
 from recon.runtime.storage import cache_folder
-from recon.runtime.weights import SAVED
 
 log = logging.getLogger("recon")
 GIB = 2**30

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from recon.errors import ReconError
 
 HOST = torch.device("cpu")
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SAVED = COMPUTE_DTYPES | {"float16": torch.float16}  # dtypes that a model can be saved in
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -59,6 +59,8 @@ def cores() -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether `error` says that a device's memory is used up."""
+    from accelerate.utils.memory import should_reduce_batch_size  # slow to import
+
     has_message = bool(error.args) and isinstance(error.args[0], str)  # accelerate looks at nothing else
     return isinstance(error, torch.OutOfMemoryError) or (has_message and should_reduce_batch_size(error))
 

@@ -25,7 +25,6 @@ from recon.model.skeleton import place, skeleton
 
 log = logging.getLogger("recon")
 PLAIN = ("F64", "F32", "BF16", "F16")  # safetensors dtypes of weights that need no scale from elsewhere
-SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # dtypes that a model can be saved in
 
 
 class _File:

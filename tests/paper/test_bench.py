@@ -16,11 +16,10 @@ from recon.evaluate.perplexity import drift
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.model.discovery import take_apart
-from recon.paper.bench import products, reference
+from recon.paper.bench import products, reference, sections
 from recon.paper.bench.measure import bench
 from recon.paper.bench.report import TABLES, summary, tables, workers
-from recon.paper.bench.sections import SECTIONS
-from recon.paper.bench.spec import DEFAULT, BenchSpec
+from recon.paper.bench.spec import DEFAULT, SECTIONS, BenchSpec
 from recon.paper.bench.subject import shortened
 from recon.runtime.execution import Execution
 
@@ -91,6 +90,7 @@ def test_bad_input(spec):
     with pytest.raises(ReconError, match=r"repeats is 0"):
         BenchSpec(repeats=0)
     assert set(SECTIONS) - set(DEFAULT) == {"workers", "compile", "large"} and set(TABLES) == set(SECTIONS)
+    assert all(callable(getattr(sections, name)) for name in SECTIONS)
     with pytest.raises(ReconError, match=r"section large needs a GPU, and the device is 'cpu'"):
         bench(
             dataclasses.replace(spec, output=spec.output.with_name("large.json"), sections=("large",), device="cpu"),

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.experiment.environment import environment
-from recon.paper.bench.sections import SECTIONS
+from recon.paper.bench import sections
 from recon.paper.bench.spec import BenchSpec
 from recon.paper.bench.subject import Subject
 from recon.runtime.storage import check_writable, write_json
@@ -31,7 +31,7 @@ def bench(spec: BenchSpec, progress: bool = True, compute: bool = True) -> dict:
     subject = Subject(spec, progress) if missing else None
     for section in tqdm(missing, desc="bench", unit="section", disable=not progress):
         began = time.perf_counter()
-        found = json.loads(json.dumps(SECTIONS[section].measure(subject)))  # as it will be read
+        found = json.loads(json.dumps(getattr(sections, section)(subject)))  # as it will be read
         where = environment(subject.device, "auto")
         results["sections"][section] = {"results": found, "seconds": time.perf_counter() - began, "environment": where}
         write_json(spec.output, results)

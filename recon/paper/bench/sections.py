@@ -1,23 +1,29 @@
-"""The sections of the benchmark: each is a function of a `Subject` that returns plain data, and is registered by its name.
+"""The sections of the benchmark: each is a function of a `Subject` that returns plain data.
 
-Heavy modules are imported by the sections that use them: the command line reads the registry for its help.
+`recon.paper.bench.spec.SECTIONS` lists them.
 """
 
 import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, profiler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from recon.errors import ReconError
-from recon.experiment.config import RunSpec
+from recon.experiment import ray_windows
+from recon.experiment.config import RunOptions, RunSpec
 from recon.experiment.cost import gemm_rate
+from recon.experiment.report import share_recovered
+from recon.experiment.run import run
+from recon.experiment.session import Session
+from recon.experiment.study import grid, run_study
+from recon.experiment.workers import Ray, connect
 from recon.methods.reconstruct import reconstruct
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
@@ -25,6 +31,7 @@ from recon.paper.bench import products as matrix_products
 from recon.paper.bench import reference
 from recon.paper.bench.subject import Subject, pruned
 from recon.runtime import device
+from recon.runtime.activations import LIMIT
 from recon.runtime.execution import Execution
 
 FROM_EXACT = {"chunks": 4, "start": "exact", "exact_iterations": 2}  # few samples: more iterations would fit their noise
@@ -43,29 +50,6 @@ PHASES = {  # kind of operation -> parts of their names
 }
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the benchmark."""
-
-    measure: Callable[[Subject], dict | list]
-    description: str
-    default: bool
-
-
-SECTIONS: dict[str, Section] = {}
-
-
-def section(description: str, default: bool = True):
-    """Registers a function as the section of its name. default: whether it is measured unless sections are named."""
-
-    def register(measure: Callable) -> Callable:
-        SECTIONS[measure.__name__] = Section(measure, description, default)
-        return measure
-
-    return register
-
-
-@section("the machine's speed at large squares and at the very products of reconstruction; the share reached")
 def products(subject: Subject) -> dict:
     dtypes = {subject.dtype, torch.float32}
     rates = {str(t).removeprefix("torch."): gemm_rate(subject.device, t, size=2048, seconds=0.5) for t in dtypes}
@@ -94,7 +78,6 @@ def products(subject: Subject) -> dict:
     }  # fmt: skip
 
 
-@section("a straightforward loop and ours at equal steps, in turn on a shortened model")
 def loops(subject: Subject) -> dict:
     dense, masks = subject.short(subject.spec.blocks)
     rows = [
@@ -105,7 +88,6 @@ def loops(subject: Subject) -> dict:
     return {"blocks": len(dense.blocks), "rows": rows}
 
 
-@section("time by kind of operation, of both loops on a shortened model")
 def profile(subject: Subject) -> dict:
     found = {}
     for name, loop in subject.loops.items():
@@ -124,7 +106,6 @@ def profile(subject: Subject) -> dict:
     return found
 
 
-@section("time and memory against samples, sequence length, depth and width, of both loops")
 def growth(subject: Subject) -> list[dict]:
     few, length = max(4, subject.spec.samples // 8), subject.spec.sequence_length
     one = subject.short(1)
@@ -144,8 +125,6 @@ def growth(subject: Subject) -> list[dict]:
 
 def _widths(subject: Subject) -> Iterator[tuple[int, Decoder]]:
     """Hidden size and a random model of one block, of the model's kind, at a third, once and twice its width, where it divides."""
-    from transformers import AutoModelForCausalLM
-
     for factor in (1 / 3, 1, 2):
         config = copy.deepcopy(subject.dense.model.config)
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -160,7 +139,6 @@ def _widths(subject: Subject) -> Iterator[tuple[int, Decoder]]:
         yield config.hidden_size, take_apart(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
 
 
-@section("pruning alone, and the exact matrix solution")
 def prune(subject: Subject) -> list[dict]:
     rows = []
     for criterion in ("magnitude", "wanda", "sparsegpt"):
@@ -173,10 +151,7 @@ def prune(subject: Subject) -> list[dict]:
     return [*rows, {"work": "matrix, exact"} | exact]
 
 
-@section("perplexity against time on the whole model, of both loops and of ours with less")
 def quality(subject: Subject) -> list[dict]:
-    from recon.experiment.report import share_recovered
-
     dense, masks = subject.dense, subject.masks
     levels = {"dense": subject.perplexity(dense, "dense"), "pruned": subject.perplexity(pruned(dense, masks), "pruned")}
     rows = [{"loop": name, "perplexity": level} for name, level in levels.items()]
@@ -207,14 +182,7 @@ def _run_spec(subject: Subject, **options) -> RunSpec:
     return RunSpec.of(**cell | options)
 
 
-@section("a study of 2 criteria x 6 granularities or solvers, against its runs done singly")
 def sweep(subject: Subject) -> dict:
-    from recon.experiment.config import RunOptions
-    from recon.experiment.run import run
-    from recon.experiment.session import Session
-    from recon.experiment.study import grid
-    from recon.runtime.activations import LIMIT
-
     spec = subject.spec
     base = _run_spec(
         subject, pattern=spec.pattern, samples=max(2, spec.samples // 4), sequence_length=spec.sequence_length // 2,
@@ -238,12 +206,7 @@ def sweep(subject: Subject) -> dict:
     return {"runs": runs, "seconds_singly": singly, "seconds_in_study": shared, "share": sum(shared) / sum(singly)}
 
 
-@section("a study, and the windows of one model, one after the other and by Ray workers of one thread", default=False)
 def workers(subject: Subject) -> dict:
-    from recon.experiment import ray_windows
-    from recon.experiment.study import grid
-    from recon.experiment.workers import Ray, connect
-
     base = _run_spec(subject, device="cpu", propagation="dense")  # or windows would depend on one another
     specs = grid(base, criterion=["magnitude", "wanda"], seed=range(subject.spec.repeats))
     crews = [None, *(Ray(threads=1, workers=2**power) for power in range(device.cores().bit_length()))]
@@ -271,8 +234,6 @@ def workers(subject: Subject) -> dict:
 
 def _study(specs: list[RunSpec], executor) -> dict:
     """Seconds of a study; in the order in which its runs ended, when that was, and their own seconds."""
-    from recon.experiment.study import run_study
-
     with tempfile.TemporaryDirectory() as folder:
         start, began = time.time(), time.perf_counter()
         found = run_study(specs, folder, progress=False, executor=executor)
@@ -284,7 +245,6 @@ def _study(specs: list[RunSpec], executor) -> dict:
     return {"seconds": seconds, "ends": [end for end, _ in rows], "own_seconds": [own for _, own in rows]}
 
 
-@section("a block's forward and backward passes through torch.compile (needs a C++ compiler)", default=False)
 def compile(subject: Subject) -> dict:
     plain, _ = subject.short(1)
     compiled = take_apart(copy.deepcopy(plain.model), like=plain)
@@ -318,10 +278,7 @@ def compile(subject: Subject) -> dict:
     return {"seconds_to_compile": first - rows[0]["compiled"], "rows": rows}
 
 
-@section("half-blocks of a random model of the shape of Llama-3-8B on a GPU", default=False)
 def large(subject: Subject) -> dict:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     spec = subject.spec
     if subject.device.type != "cuda":
         raise ReconError(f"section large needs a GPU, and the device is {str(subject.device)!r}; leave it out")

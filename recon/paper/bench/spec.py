@@ -7,10 +7,21 @@ from typing import Annotated
 import tyro
 
 from recon.errors import ReconError
-from recon.paper.bench.sections import SECTIONS
 
-DEFAULT = tuple(name for name, section in SECTIONS.items() if section.default)
-_HELP = "What to measure. " + "; ".join(f"{name}: {section.description}" for name, section in SECTIONS.items())
+SECTIONS = {  # functions of `recon.paper.bench.sections` -> what they measure
+    "products": "the machine's speed at large squares and at the very products of reconstruction; the share reached",
+    "loops": "a straightforward loop and ours at equal steps, in turn on a shortened model",
+    "profile": "time by kind of operation, of both loops on a shortened model",
+    "growth": "time and memory against samples, sequence length, depth and width, of both loops",
+    "prune": "pruning alone, and the exact matrix solution",
+    "quality": "perplexity against time on the whole model, of both loops and of ours with less",
+    "sweep": "a study of 2 criteria x 6 granularities or solvers, against its runs done singly",
+    "workers": "a study, and the windows of one model, one after the other and by Ray workers of one thread",
+    "compile": "a block's forward and backward passes through torch.compile (needs a C++ compiler)",
+    "large": "half-blocks of a random model of the shape of Llama-3-8B on a GPU",
+}
+DEFAULT = tuple(name for name in SECTIONS if name not in ("workers", "compile", "large"))
+_HELP = "What to measure. " + "; ".join(f"{name}: {measured}" for name, measured in SECTIONS.items())
 
 
 @dataclass(frozen=True)
