@@ -117,7 +117,7 @@ def test_the_reference_loop_reconstructs_like_ours(tiny, tokens):
     ]
     reference.reconstruct(students[0], dense, samples, masks, progress=False)
     config = ReconstructionConfig(
-        propagation="dense", train="all", loss="mse", learning_rate=3e-3, rate="absolute", batch_size=2, chunks=1
+        propagation="dense", train="all", loss="mse", learning_rate=3e-3, rate="absolute", epochs=1, batch_size=2
     )
     reconstruct(students[1], dense, samples, config, masks=masks, execution=Execution(progress=False))
     theirs, ours, pruned = (drift(student, dense, unseen)[0][-1] for student in students)

@@ -69,7 +69,7 @@ class Subject:
 
     def equal_steps(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict) -> None:
         """This library's loop, with the steps and the inputs of the straightforward one."""
-        self.ours(student, dense, samples, masks, batch_size=reference.BATCH_SIZE, chunks=1, propagation="dense")
+        self.ours(student, dense, samples, masks, epochs=1, batch_size=reference.BATCH_SIZE, propagation="dense")
 
     def measured(self, loop: Callable, dense: Decoder, samples: Tensor, masks: dict, **options) -> tuple[dict, Decoder]:
         """Runs a loop on a pruned copy of `dense`; returns its seconds and peak memory, total and added, and the copy."""
