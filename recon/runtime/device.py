@@ -14,7 +14,7 @@ from recon.errors import ReconError
 
 HOST = torch.device("cpu")
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-SAVED = COMPUTE_DTYPES | {"float16": torch.float16}  # dtypes that a model can be saved in
+SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # dtypes that a model can be saved in
 
 
 def pick_device(name: str = "auto") -> torch.device:
