@@ -50,7 +50,7 @@ PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
 }
-STEPS = 32  # with fewer, some windows get worse: AdamW's first steps follow the noise of single samples
+STEPS = 32  # with fewer, a model can get worse than it was: AdamW's first steps follow the noise of single samples
 
 
 def schedule_of(config: "ReconstructionConfig | RetrainingConfig", samples: int) -> Schedule:
@@ -227,7 +227,12 @@ class RetrainingConfig(Options):
     samples: int = option(0, "Calibration samples for retraining; 0: as many as reconstruction.", least=0, flag="retrain_samples")
     rank: int = option(16, "Rank of adapters in retraining.", least=1, flag="retrain_rank")
     learning_rate: float = option(1e-3, "Peak learning rate of retraining.", above=0, flag="retrain_learning_rate")
-    rate: str = option("relative", "The same for retraining.", choices=RATES, flag="retrain_rate")
+    rate: str = option(
+        "relative",
+        "Whether the learning rate of retraining is relative or absolute, as for windows.",
+        choices=RATES,
+        flag="retrain_rate",
+    )
     epochs: int = option(
         0, f"Passes over the samples of retraining; 0: one, or as many as make {STEPS} steps.", least=0, flag="retrain_epochs"
     )

@@ -49,8 +49,11 @@ class LowRank(nn.Module):
         self.register_buffer("mask", mask if kind == "masklora" else None, persistent=False)
 
     def trained(self, weight: Tensor) -> dict[str, Trained]:
-        """A and B with their sizes, for a relative rate: of B the one at which s BA is as large as the `weight` (out, in), or, of
-        scalelora, as 1; of A 1, as it starts at a size of its own that no weight decides."""
+        """A and B with the sizes that a relative rate is times; weight: (out, in).
+
+        B's is the size at which s BA is as large as the surviving weights; for scalelora, as large as 1. A's is 1: where it starts
+        does not depend on the weights.
+        """
         rank, kept = len(self.a), max(1, int((weight != 0).sum()))
         start = self.a.detach().square().mean().sqrt().item()
         whole = 1.0 if self.kind == "scalelora" else weight.detach().norm().item() / kept**0.5

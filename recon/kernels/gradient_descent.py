@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 NORM_EVERY = 8  # steps: a norm reads all gradients once more, which costs a few per cent of a step
-
-
 RATES = {
     "relative": "times the root mean square of the surviving weights of each matrix",
     "absolute": "the same for every parameter",
@@ -65,10 +63,12 @@ class Trained:
 
 @torch.no_grad()
 def trained(parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor]) -> list[Trained]:
-    """`parameters` with their masks and sizes: the root mean square of what survives of each.
+    """`parameters` with their masks and sizes. A size is the root mean square of what survives of a parameter.
 
-    That of a vector (a bias, a norm) is at least that of all matrices together, or without any of all vectors: a bias of zeros learns,
-    and so does a matrix of zeros.
+    A vector (a bias or a norm) gets at least the root mean square of all matrices together, and so does a matrix of zeros: else they
+    would never learn. Without matrices, it is that of all vectors.
+
+    masks: keep-masks, 1 = survives, each of its parameter's shape; a parameter without one is trained in full.
     """
     squares = {p: p.detach().float().square().sum().item() for p in parameters}
     counts = {p: int(masks[p].sum()) if p in masks else p.numel() for p in squares}

@@ -91,6 +91,7 @@ def unexplained(output: Tensor, target: Tensor, variance: Tensor) -> float:
     """The share of the variance of `target` (samples, length, width) that `output` leaves unexplained, mean over channels.
 
     The error that windows and models are reported with: `whitened`, mean over all tokens but the first of each sample.
+    variance: of the channels, as `channel_variance` gives it.
     """
     return whitened(output[:, FIRST:].flatten(2), target[:, FIRST:].flatten(2), variance).mean().item()
 
