@@ -34,11 +34,11 @@ from recon.runtime import device
 from recon.runtime.activations import LIMIT
 from recon.runtime.execution import Execution
 
-FROM_EXACT = {"chunks": 4, "start": "exact", "exact_iterations": 2}  # few samples: more iterations would fit their noise
+FROM_EXACT = {"epochs": 1, "chunks": 4, "start": "exact", "exact_iterations": 2}  # few samples: more iterations would fit their noise
 RECIPES: dict[str, tuple[dict, float]] = {  # options of `ReconstructionConfig`, share of the samples
     "default": ({}, 1.0),
     "chunks": ({"chunks": 4}, 1.0),
-    "chunks, half of the samples": ({"chunks": 4}, 0.5),
+    "chunks, half of the samples": ({"epochs": 1, "chunks": 4}, 0.5),
     "chunks, 3/8 of the samples, from exact": (FROM_EXACT, 0.375),
     "chunks, a quarter of the samples, from exact": (FROM_EXACT, 0.25),
 }
@@ -172,12 +172,12 @@ def quality(subject: Subject) -> list[dict]:
 
 
 def _run_spec(subject: Subject, **options) -> RunSpec:
-    """The benchmark's cell as a run, with other options by flat name."""
+    """The benchmark's cell as a run of one epoch, with other options by flat name."""
     spec = subject.spec
     cell = {
         "model": spec.model, "text": spec.text, "evaluation_texts": (spec.text,), "samples": spec.samples,
         "sequence_length": spec.sequence_length, "evaluation_samples": spec.evaluation_samples,
-        "evaluation_length": spec.evaluation_length, "device": spec.device,
+        "evaluation_length": spec.evaluation_length, "device": spec.device, "epochs": 1,
     }  # fmt: skip
     return RunSpec.of(**cell | options)
 
