@@ -34,7 +34,12 @@ from recon.runtime import device
 from recon.runtime.activations import LIMIT
 from recon.runtime.execution import Execution
 
-FROM_EXACT = {"epochs": 1, "chunks": 4, "start": "exact", "exact_iterations": 2}  # few samples: more iterations would fit their noise
+FROM_EXACT = {
+    "epochs": 1,
+    "chunks": 4,
+    "start": "exact",
+    "exact_iterations": 2,
+}  # few samples: more iterations would fit their noise
 RECIPES: dict[str, tuple[dict, float]] = {  # options of `ReconstructionConfig`, share of the samples
     "default": ({}, 1.0),
     "chunks": ({"chunks": 4}, 1.0),
