@@ -104,7 +104,7 @@ class PruningConfig(Options):
     scope: str = option(
         "auto", "Weights compete within a row or the matrix; auto is the criterion's own default.", choices=("auto", *SCOPES)
     )
-    statistics: str = option("sparse", "Statistics from the already pruned model, or from the dense one.", choices=STATISTICS)
+    statistics: str = option("dense", "Statistics from the dense model, or from the already pruned one.", choices=STATISTICS)
     samples: int = option(
         0, "Calibration samples that the criterion sees; 0: as many as reconstruction.", least=0, flag="prune_samples"
     )
@@ -149,9 +149,6 @@ class ReconstructionConfig(Options):
     propagation: str = option("mixed", "What feeds a window and what it must match: dense, sparse, mixed.", choices=PROPAGATIONS)
     solver: str = option("adamw", "How a window is fitted: adamw, or exact (granularity matrix).", choices=SOLVERS)
     start: str = option("pruned", "Where fitting starts: pruned weights, or exact matrix solutions.", choices=STARTS)
-    exact_samples: int = option(
-        0, "Samples that exact solutions are computed from, rounded up to whole batches of 1,024 tokens; 0: all.", least=0
-    )
     exact_iterations: int = option(15, "Iterations of conjugate gradients for exact solutions, at most.", least=1)
     train: str = option(
         "matrices", "What is trained in a window: its matrices with their biases, or all of its parameters.", choices=TRAINED
@@ -209,6 +206,24 @@ class ReconstructionConfig(Options):
     def chunks_of(self, window: Window, length: int) -> int:
         """How many chunks of one length samples of `length` tokens are cut into for `window`: the greatest divisor of both numbers."""
         return 1 if window.mixes_tokens else math.gcd(self.chunks, length)
+
+
+def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, samples: int) -> str:
+    """Why windows cannot be pruned one by one as reconstruction reaches them; empty where they can.
+
+    samples: that reconstruction reads.
+    """
+    criterion = get_criterion(pruning.criterion)
+    reads = criterion.statistics != "none" or pruning.mask_refinement > 0
+    if isinstance(criterion, Structured):
+        return f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model against one another"
+    if reconstruction.propagation == "sparse":
+        return "under sparse propagation, the dense model's activations are not computed"
+    if reads and pruning.statistics == "sparse":
+        return "statistics are from the pruned model (statistics sparse)"
+    if reads and pruning.samples not in (0, samples):
+        return f"pruning reads other samples ({pruning.samples}) than reconstruction ({samples})"
+    return ""
 
 
 @dataclass(frozen=True)

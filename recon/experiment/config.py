@@ -15,6 +15,7 @@ from recon.config import (
     PruningConfig,
     ReconstructionConfig,
     RetrainingConfig,
+    two_passes,
 )
 from recon.errors import ReconError
 from recon.experiment import workers
@@ -23,7 +24,7 @@ from recon.kernels import criteria
 from recon.options import Options, flag, option
 from recon.runtime.device import SAVED
 
-SCHEMA = 5  # part of every key; raise it when the meaning of a record's values, or a default, changes
+SCHEMA = 6  # part of every key; raise it when the meaning of a record's values, or a default, changes
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ class RunSpec(Options):
             return True
         criterion = criteria.get(self.pruning.criterion)
         return not (isinstance(criterion, criteria.Structured) or criterion.scores or self.pruning.criterion == "none")
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether windows are pruned one by one as reconstruction reaches them."""
+        reconstructs = self.reconstruction.granularity != "none" and self.model.pruned is None
+        return reconstructs and not two_passes(self.pruning, self.reconstruction, self.calibration.samples)
 
     def resolved(self) -> "RunSpec":
         """This spec with a number for every length that is 0, by the model's configuration; see `recon.config.LENGTHS`.

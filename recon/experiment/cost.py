@@ -66,7 +66,9 @@ def _prune(spec: RunSpec, model: "_Model") -> float:
     tokens, found = spec.samples_by_phase["prune"] * length, 0.0
     if rule.statistics != "none" or pruning.mask_refinement:
         passes = 1 + model.again if pruning.statistics == "sparse" and rule.scope != "model" else 1
-        found = passes * model.forward(length) * tokens
+        found = (
+            (0 if spec.one_pass else passes) * model.forward(length) * tokens
+        )  # else those of the dense model's in reconstruction
     if rule.statistics == "gram" or pruning.mask_refinement:
         found += model.grams * tokens
     return found + model.inverses if pruning.criterion == "sparsegpt" else found
@@ -91,8 +93,7 @@ def _reconstruct(spec: RunSpec, model: "_Model") -> float:
                 steps = epochs * -(-samples * how.chunks_of(window, length) // how.batch_size)
                 found += steps * 6 * how.rank * sum(matrix.weight.numel() for matrix in model.decoder.matrices(window).values())
     if how.solver == "exact" or how.start == "exact":
-        used = tokens * min(how.exact_samples or samples, samples) / samples
-        found += model.grams * used + 2 * model.products * (1 + how.exact_iterations)
+        found += model.grams * tokens + 2 * model.products * (1 + how.exact_iterations)
     found += per_token * tokens
     # Errors: on held-out samples, through the dense windows too; before and after through the student's.
     return found + ERROR_SAMPLES * length * forward * ((spec.calibration.held_out_samples > 0) + 2)

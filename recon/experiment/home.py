@@ -76,6 +76,12 @@ class Home(Protocol):
     def pruned(self, key: object, student: Decoder, prune: Callable[[], Pruned]) -> Pruned:
         """Prunes the student in place by `prune`, or as that did in a run of the session with the same `key`."""
 
+    def knows_pruned(self, key: object) -> bool:
+        """Whether `pruned` would give what a run of the session found."""
+
+    def pruned_on_the_way(self, key: object, found: Pruned) -> Decoder:
+        """The pruned model, where reconstruction pruned it window by window and found this; other runs may then take it as `pruned`."""
+
     def take_mask(self, student: Decoder, external: Checkpoint, execution: Execution) -> pruning.Pruning:
         """Gives the student the weights of an external pruned model; its mask is wherever these are zero."""
 
@@ -96,7 +102,7 @@ class InMemory:
 
     def __init__(self, spec: RunSpec, options: RunOptions, session: Session):
         self.spec, self.options, self.session = spec, options, session
-        self.store = MemoryStore()
+        self.store = MemoryStore(keeps_weights=True)
 
     def locked(self) -> contextlib.AbstractContextManager:
         return checkpoint.locked(self.options.save) if self.options.save else contextlib.nullcontext()
@@ -119,20 +125,23 @@ class InMemory:
         return compute() if key is None else self.session.keep(name, key, compute)
 
     def pruned(self, key: object, student: Decoder, prune: Callable[[], Pruned]) -> Pruned:
-        def make() -> tuple[Pruned, dict[str, Tensor]]:
-            found, dense = prune(), self.dense.matrices()
-            return found, {
-                name: matrix.weight.clone()
-                for name, matrix in student.matrices().items()
-                if not torch.equal(matrix.weight, dense[name].weight * found.pruning.masks[name])
-            }
-
-        found, changed = self.session.keep("pruned", key, make)
-        pruning.apply(student, found.pruning, changed)
+        found, weights = self.session.keep("pruned", key, lambda: (prune(), self.store.weights))
+        pruning.apply(student, found.pruning, weights)
         return found
 
+    def knows_pruned(self, key: object) -> bool:
+        return self.session.holds("pruned", key)
+
+    def pruned_on_the_way(self, key: object, found: Pruned) -> Decoder:
+        self.session.keep("pruned", key, lambda: (found, self.store.weights))
+        return pruning.pruned_copy(self.dense, found.pruning, self.store.weights)
+
     def take_mask(self, student: Decoder, external: Checkpoint, execution: Execution) -> pruning.Pruning:
-        return external_mask.take_over(student, external)
+        found, dense = external_mask.take_over(student, external), self.dense.matrices()
+        for name, matrix in student.matrices().items():
+            if not torch.equal(matrix.weight, dense[name].weight * found.masks[name]):
+                self.store.weights.setdefault(matrix.parameter_name, matrix.parameter.detach().clone())
+        return found
 
     @contextlib.contextmanager
     def saving(self, record: RunRecord) -> Iterator[Path | None]:
@@ -242,6 +251,12 @@ class OnDisk:
 
     def pruned(self, key: object, student: Decoder, prune: Callable[[], Pruned]) -> Pruned:
         return prune()
+
+    def knows_pruned(self, key: object) -> bool:
+        return False
+
+    def pruned_on_the_way(self, key: object, found: Pruned) -> Decoder:
+        return self.store.pruned()
 
     def take_mask(self, student: Decoder, external: Checkpoint, execution: Execution) -> pruning.Pruning:
         return external_mask.read_mask(student, execution)

@@ -143,7 +143,8 @@ class _Run:
         found: dict[str, Moments] = {"load": iter([(dense, {})])}
         if not self.streamed:
             found["copy"] = iter([(dense | {"pruned model": 4.0 * self.parameters}, {})])
-        found["prune"] = self.prune()
+        if not self.spec.one_pass:
+            found["prune"] = self.prune()
         if self.spec.reconstruction.granularity != "none":
             windows = distinct(self.decoder, self.spec.reconstruction.granularity)
             found["reconstruct"] = (moment for window in windows for moment in self.reconstruct(window))
@@ -199,6 +200,27 @@ class _Run:
         """Gram matrices while they are made: sums, means, and what it takes to mirror one."""
         return {"statistics of inputs": 4.0 * (2 * size.grams + 3 * size.columns**2)}
 
+    @property
+    def rule(self) -> criteria.Criterion | criteria.Structured:
+        """The criterion."""
+        return criteria.get("magnitude" if self.spec.model.pruned else self.spec.pruning.criterion)
+
+    @property
+    def prunes_by_grams(self) -> bool:
+        """Whether masks are made from Gram matrices."""
+        return self.rule.statistics == "gram" or self.spec.pruning.mask_refinement > 0
+
+    def masks(self, size: Size) -> Parts:
+        """What it takes to make the masks of one window."""
+        pruning, rule = self.spec.pruning, self.rule
+        scores = 24 if (rule.scope if pruning.scope == "auto" else pruning.scope) == "matrix" else 16
+        scratch = scores * size.largest  # scores, their order, comparisons
+        if pruning.mask_refinement:
+            scratch = 32 * size.largest  # gains and losses of all exchanges
+        elif rule.statistics == "gram":
+            scratch = 4 * 6 * size.columns**2 + 12 * size.largest  # the Hessian's factors; weights, and their errors
+        return {"masks and scores": float(scratch + size.matrices * self.streamed)}
+
     def logits(self, tokens: int, copies: int) -> float:
         """Bytes of logits, so many times in the compute dtype, and of a few of their rows in float32 three times."""
         elements = tokens * self.vocabulary
@@ -215,30 +237,23 @@ class _Run:
 
     def prune(self) -> Moments:
         """Block by block: statistics are gathered, then each matrix is pruned by them."""
-        pruning, changes = self.spec.pruning, self.spec.changes_weights
-        rule = criteria.get("magnitude" if self.spec.model.pruned else pruning.criterion)
-        grams = rule.statistics == "gram" or pruning.mask_refinement > 0
-        samples = self.spec.samples_by_phase["prune"] if grams or rule.statistics != "none" else 0
+        grams = self.prunes_by_grams
+        samples = self.spec.samples_by_phase["prune"] if grams or self.rule.statistics != "none" else 0
         streams = {"activations of all samples": 2 * self.stream(samples, self.length)}
-        scores = 24 if (rule.scope if pruning.scope == "auto" else pruning.scope) == "matrix" else 16
         if samples:
             yield self.read(self.embedding) | streams, {}
         for size in self.blocks:
             kept = self.models(pruned=False) | streams | self.read(size.present)
             if samples:
                 yield kept, self.forward(size, self.length) | (self.grams(size) if grams else {})
-            scratch = scores * size.largest  # scores, their order, comparisons
-            if pruning.mask_refinement:
-                scratch = 32 * size.largest  # gains and losses of all exchanges
-            elif rule.statistics == "gram":
-                scratch = 4 * 6 * size.columns**2 + 12 * size.largest  # the Hessian's factors; weights, and their errors
-            made = {"masks and scores": float(scratch + size.matrices * self.streamed)}
             known = {"statistics of inputs": 4.0 * size.grams} if grams else {}
-            yield kept, self.held(size, trained=True) | made | known
-            if samples and pruning.statistics == "sparse":  # the block runs again, while its outputs before are there still
+            yield kept, self.held(size, trained=True) | self.masks(size) | known
+            if (
+                samples and self.spec.pruning.statistics == "sparse"
+            ):  # the block runs again, while its outputs before are there still
                 more = {"activations of all samples": 3 * self.stream(samples, self.length)}
                 yield kept | more, self.forward(size, self.length) | known
-        if changes and not self.streamed:
+        if self.spec.changes_weights and not self.streamed:
             yield self.models(), {}
 
     def reconstruct(self, window: Window) -> Moments:
@@ -247,13 +262,17 @@ class _Run:
         size = Size.of(self.decoder, window, how.train)
         whole = Size.of(self.decoder, Window(window.blocks)) if window.matrices else size
         exact, stream = how.solver == "exact" or how.start == "exact", self.stream(samples, self.length)
+        prunes = self.spec.one_pass
+        gathers = exact or (prunes and self.prunes_by_grams)
         streams, models = self.streams(window, size), self.models()
         # Outputs of samples that Gram matrices are made of are apart at first.
         target = models | self.read(whole.present) | {"activations of all samples": streams + exact * stream}
-        yield target, self.forward(whole, self.length) | (self.grams(whole) if exact else {})
+        yield target, self.forward(whole, self.length) | (self.grams(whole) if gathers else {})
         copied = 0.0 if self.streamed and 4 * size.trained > SMALL else 4.0 * size.trained
         kept = models | {"activations of all samples": streams, "copy of the window": copied}
-        grams = {"statistics of inputs": 4.0 * (whole if how.propagation == "dense" else size).grams} if exact else {}
+        grams = {"statistics of inputs": 4.0 * (whole if how.propagation == "dense" else size).grams} if gathers else {}
+        if prunes:
+            yield kept | self.read(size.present), self.held(size, trained=True) | self.masks(size) | grams
         if exact:
             solving = {"exact solutions": 9 * 4.0 * size.largest}
             yield kept | self.read(2 * size.present), self.held(size, trained=True) | grams | solving
@@ -332,7 +351,8 @@ class _Run:
         references = len(how.texts) * self.stream(min(KL_WINDOWS, how.samples), how.length)
         for size in self.blocks:
             streams = {"activations of all samples": references + 2 * stream}
-            yield kept | self.read(max(size.present, self.embedding)) | streams, self.forward(size, how.length)
+            copied = {"pruned block": 4.0 * size.present} if self.spec.one_pass and not self.streamed else {}
+            yield kept | copied | self.read(max(size.present, self.embedding)) | streams, self.forward(size, how.length)
         packed = self.rounded * self.head * (not self.on_gpu)  # by the CPU's kernel, for one of the two
         working = {"rounded weights": 2.0 * self.rounded * self.head + packed, "logits": self.logits(min(SLICE, how.length), 2)}
         if self.on_gpu:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from recon.data import models
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
-from recon.experiment import checkpoint, cost, plan, ray_windows, report, streaming
+from recon.experiment import checkpoint, cost, plan, ray_windows, report, streaming, workers
 from recon.experiment.config import RunOptions, RunSpec
 from recon.experiment.environment import environment
 from recon.experiment.home import Home, InMemory, OnDisk, Pruned
@@ -110,13 +110,22 @@ class _Run:
         with self.phase("evaluate"):
             dense, states = self.measure_dense()
         student = home.student(self.external)
-        masks = self.prune(student)
+        record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
+        serial, key = workers.get(self.options.executor) is None, self.key("prune")
+        one_pass = spec.one_pass and serial and not home.knows_pruned(key)
+        if one_pass:
+            found = self.prune_and_reconstruct(student)
+            left = home.pruned_on_the_way(key, found)
+        else:
+            found = home.pruned(key, student, lambda: self.prune(student))
+            left = student
+        self.note_pruned(found)
         with self.phase("evaluate"):
-            pruned = final = self.measure("pruned", self.key("pruned"), student, states)
-        record.seconds |= {"reconstruct": 0.0, "retrain": 0.0}
-        if spec.reconstruction.granularity != "none":
+            pruned = final = self.measure("pruned", self.key("pruned"), left, states)
+        masks = found.pruning.masks
+        if spec.reconstruction.granularity != "none" and not one_pass:
             with self.phase("reconstruct"):
-                self.reconstruct(student, masks)
+                self.reconstruct(student, masks=masks)
         if spec.retraining.method != "none":
             with self.phase("retrain"):
                 self.retrain(student, masks)
@@ -177,25 +186,36 @@ class _Run:
 
     # --- phases ---------------------------------------------------------------------------------------------------
 
-    def prune(self, student: Decoder) -> dict[str, Tensor]:
-        """Prunes the student, or takes over the external model, and returns the masks."""
-        spec, record = self.spec, self.record
+    def prune(self, student: Decoder) -> Pruned:
+        """Prunes the student in a pass of its own, or takes over the external model."""
+        spec, began = self.spec, time.perf_counter()
+        with device.PeakMemory(self.device, anonymous=self.home.streamed) as peak:
+            if self.external:
+                found = self.home.take_mask(student, self.external, self.execution())
+            else:
+                found = prune(student, self.samples("prune"), spec.pruning, seed=spec.seed, execution=self.execution())
+        return Pruned(found, time.perf_counter() - began, peak.bytes)
 
-        def prune_now() -> Pruned:
-            began = time.perf_counter()
-            with device.PeakMemory(self.device, anonymous=self.home.streamed) as peak:
-                if self.external:
-                    found = self.home.take_mask(student, self.external, self.execution())
-                else:
-                    found = prune(student, self.samples("prune"), spec.pruning, seed=spec.seed, execution=self.execution())
-            return Pruned(found, time.perf_counter() - began, peak.bytes)
+    def prune_and_reconstruct(self, student: Decoder) -> Pruned:
+        """Prunes and reconstructs the student in one pass; the seconds of pruning are those of making masks."""
+        found = []
 
-        found = self.home.pruned(self.key("prune"), student, prune_now)
+        class Found(Callback):
+            def on_pruned(self, pruning) -> None:
+                found.append(pruning)
+
+        with self.phase("reconstruct"):
+            self.reconstruct(student, [Found()], pruning=self.spec.pruning)
+        self.record.seconds["reconstruct"] -= found[0].seconds
+        return Pruned(found[0], found[0].seconds, self.record.peak_memory_bytes_by_phase["reconstruct"])
+
+    def note_pruned(self, found: Pruned) -> None:
+        """Writes into the record what pruning took, and what it found."""
+        record = self.record
         record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"] = found.seconds, found.peak
         record.metrics["under_calibrated_matrices"] = found.pruning.under_calibrated
         if self.external:
             record.metrics["pattern"] = str(found_pattern(found.pruning.masks.values()))
-        return found.pruning.masks
 
     def measure_dense(self) -> tuple[Measured, dict[str, Tensor]]:
         """What is measured of the dense model, and its states that other models are compared with."""
@@ -207,12 +227,13 @@ class _Run:
         found, _ = self.home.step(f"measure {name}", key, lambda: self.measurement.of(student, name, states, self.execution()))
         return Measured.of(found)
 
-    def reconstruct(self, student: Decoder, masks: dict[str, Tensor]) -> None:
+    def reconstruct(self, student: Decoder, callbacks: Sequence[Callback] = (), **pruned: object) -> None:
+        """pruned: the masks, or how to prune; see `recon.reconstruct`."""
         spec = self.spec
         known = self.session.activations("activations", self.key("activations"), 1 - HELD_OUT_SHARE)
         reports = reconstruct(
-            student, self.dense, self.samples("reconstruct"), spec.reconstruction, masks=masks, held_out=self.texts.held_out,
-            seed=spec.seed, execution=self.execution(known, ray_windows.loop(self.options.executor)), callbacks=self.callbacks,
+            student, self.dense, self.samples("reconstruct"), spec.reconstruction, held_out=self.texts.held_out, seed=spec.seed,
+            execution=self.execution(known, ray_windows.loop(self.options.executor)), callbacks=[*callbacks, *self.callbacks], **pruned,
         )  # fmt: skip
         self.record.windows = [asdict(each) for each in reports]
 

@@ -11,6 +11,9 @@ class Callback:
             print(report.name, report.error_before, report.error_after)
     """
 
+    def on_pruned(self, pruning) -> None:
+        """After `recon.reconstruct` has pruned and fitted all windows in one pass; pruning: `recon.methods.prune.Pruning`."""
+
     def on_window(self, report) -> None:
         """After each window of `recon.reconstruct`; report: `recon.methods.reconstruct.WindowReport`."""
 

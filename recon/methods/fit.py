@@ -54,7 +54,7 @@ class WindowFit:
     @torch.no_grad()
     def _solve_exactly(self, window: Window, task: Task) -> None:
         """Sets each matrix of the window to its masked least-squares solution; see `recon.kernels.least_squares`."""
-        dense, read, column = self.teacher.matrices(window), self.split.exact(self.config.exact_samples), 0
+        dense, count, column = self.teacher.matrices(window), self.split.calibration, 0
         with self.teacher.loaded(window):
             for name, matrix in self.student.matrices(window).items():
                 if name not in task.grams:  # an expert that too few tokens are sent to
@@ -65,8 +65,8 @@ class WindowFit:
                 bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
                 if window.matrices and self.config.propagation == "mixed":
                     # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
-                    wanted = task.targets[:read, :, column : column + rows].float()
-                    cross = mean_product(wanted if bias is None else wanted - bias, task.inputs[:read])
+                    wanted = task.targets[:count, :, column : column + rows].float()
+                    cross = mean_product(wanted if bias is None else wanted - bias, task.inputs[:count])
                 elif bias is not None:
                     # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
                     bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)

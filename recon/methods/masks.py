@@ -12,15 +12,18 @@ from recon.model.decoder import Decoder
 from recon.runtime.storage import write_safetensors
 
 
-def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """`masks`, checked; if None, the masks that keep every weight of `student` that is not zero.
-
-    Raises `ReconError` naming a mask that is missing or does not fit, and a parameter that is not in float32, as what is
-    trained has to be.
-    """
+def check_trainable(student: Decoder) -> None:
+    """Raises `ReconError` naming a parameter that is not in float32, as what is trained has to be."""
     for name, parameter in student.model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
+
+
+def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """`masks`, checked; if None, the masks that keep every weight of `student` that is not zero.
+
+    Raises `ReconError` naming a mask that is missing or does not fit.
+    """
     matrices = student.matrices()
     if student.lazy:  # whose masks are of its own run
         return masks

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from recon.config import ReconstructionConfig
 from recon.errors import ReconError
+from recon.methods.prune import Pruner
 from recon.methods.samples import as_tokens
 from recon.model.decoder import Decoder
-from recon.runtime.execution import Execution, in_batches
+from recon.runtime.execution import Execution
 
 ERROR_SAMPLES = 2  # that a window's error is measured on, before and after
 
@@ -33,15 +34,6 @@ class Split:
         """The samples that errors are measured on."""
         first = self.calibration if self.held_out else 0
         return slice(first, min(first + ERROR_SAMPLES, self.calibration + self.held_out))
-
-    def exact(self, wanted: int) -> int:
-        """How many calibration samples exact solutions are computed from: `wanted` (0: all), rounded up to whole batches.
-
-        Only then do the window's outputs on these samples have the same bits as on all of them.
-        """
-        wanted = min(wanted or self.calibration, self.calibration)
-        batches = in_batches(self.calibration + self.held_out, self.length, self.calibration)
-        return next(batch.stop for batch in batches if batch.stop >= wanted)
 
 
 def split_samples(samples: Tensor | Iterable, held_out: Tensor | Iterable | None) -> tuple[Tensor, Split]:
@@ -67,6 +59,7 @@ class Problem:
 
     teacher: the dense model, which stays as it is. student: the pruned one, whose parameters change in place.
     masks: keep-masks by matrix name, bool (out, in).
+    pruner: prunes each window before it is fitted; None: all are pruned.
     """
 
     teacher: Decoder
@@ -76,3 +69,4 @@ class Problem:
     split: Split
     seed: int
     execution: Execution
+    pruner: Pruner | None = None

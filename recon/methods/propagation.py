@@ -11,7 +11,7 @@ ones. Of each model one stream is kept: the one that the next window starts from
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -33,12 +33,14 @@ class Task:
     inputs: (samples, length, in). targets: (samples, length, out).
     variance: of each channel of the targets, (out,); see `recon.kernels.losses.channel_variance`.
     grams: by matrix name, X'X / tokens of what it reads, (in, in); where matrices are solved exactly.
+    statistics: by matrix name, of what it reads in the dense model; where the window is yet to be pruned by them.
     """
 
     inputs: Tensor
     targets: Tensor
     variance: Tensor
     grams: dict[str, Tensor]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Propagation:
@@ -51,7 +53,7 @@ class Propagation:
         self.exact = config.solver == "exact" or config.start == "exact"
         # Gram matrices of the dense model are then all that is fitted on, and inputs serve to measure errors alone.
         self.by_grams = config.solver == "exact" and self.kind == "dense"
-        self.read = self.split.exact(config.exact_samples)  # samples that Gram matrices are made of
+        self.pruned_by = problem.pruner.statistics if problem.pruner else "none"
         self.dense: Tensor | None = None
         self.sparse: Tensor | None = None
         self._kept: dict[str, Tensor] = {}  # by name, what is known of the dense model around the window in hand
@@ -77,27 +79,31 @@ class Propagation:
             self.sparse = embedded if torch.equal(own, embedded) else own
 
     def task(self, window: Window) -> Task:
-        """What `window` reads and what it is to match."""
-        if self.kind == "dense":
-            grams = self._dense_grams(window) if self.exact else {}
-            if not window.matrices:
-                return self._task(self.dense, self._dense_output(window), grams)
+        """What `window` reads and what it is to match; one run of the dense window tells its outputs and all statistics."""
+        gathered = self._gathered(window)
+        if not window.matrices:
+            inputs = self.dense if self.kind == "dense" else self.sparse
+            if self.kind == "sparse":
+                targets, gathered = self._teach(window, inputs, "gram" if self.exact else "none")
+            else:
+                targets = self._dense_output(window)
+        elif self.kind == "dense":
             inputs = self._dense_inputs(window)
-            return self._task(inputs, self.forward(self.teacher, window, inputs), grams)
-        inputs = self._inputs(self.student, window, self.sparse)
-        theirs = self._inputs(self.teacher, window, self.dense) if self.kind == "mixed" else inputs
-        grams = {}
-        if self.exact and window.matrices:
-            grams = dict.fromkeys(window.matrices, mean_product(inputs[: self.read], inputs[: self.read]))
-        elif self.exact:
-            grams = self._gathered(window, theirs)[1]
-        if self.kind == "mixed" and not window.matrices:
-            return self._task(inputs, self._dense_output(window), grams)
-        return self._task(inputs, self.forward(self.teacher, window, theirs), grams)
-
-    def _task(self, inputs: Tensor, targets: Tensor, grams: dict[str, Tensor]) -> Task:
+            targets = self.forward(self.teacher, window, inputs)
+        else:
+            inputs = self._inputs(self.student, window, self.sparse)
+            theirs = self._inputs(self.teacher, window, self.dense) if self.kind == "mixed" else inputs
+            targets = self.forward(self.teacher, window, theirs)
+        grams = gathered if self.exact else {}
+        if self.exact and window.matrices and self.kind != "dense":
+            count = self.split.calibration
+            grams = dict.fromkeys(window.matrices, mean_product(inputs[:count], inputs[:count]))
+        statistics = gathered if self.pruned_by != "none" else {}
+        if self.pruned_by == "norm" and self._gathers(window) == "gram":
+            statistics = {name: gram.diagonal().sqrt() for name, gram in gathered.items()}
         enough = -(-TOKENS // targets.shape[1])
-        return Task(inputs, targets, channel_variance(targets[: min(enough, self.split.calibration)]), grams)
+        variance = channel_variance(targets[: min(enough, self.split.calibration)])
+        return Task(inputs, targets, variance, grams, statistics)
 
     def advance(self, window: Window) -> None:
         """Moves the streams on to what the window after `window` starts from."""
@@ -171,33 +177,39 @@ class Propagation:
         with self.teacher.watching(block, see), self.execution.holding(self.teacher, block):
             return self.execution.run(partial(self.teacher.forward, block), stream, self.split.calibration, filled.clear), seen
 
-    def _dense_grams(self, window: Window) -> dict[str, Tensor]:
-        """Gram matrices of what the matrices of `window` read in the dense model; one run tells all those of a block."""
-        # Matrices that share an input share its Gram matrix, which is kept once, under the first one's name.
+    def _gathers(self, window: Window) -> str:
+        """The kind of statistics to gather of what the dense model's matrices read: Gram matrices hold norms, too."""
+        solved = self.exact and (self.kind == "dense" or not window.matrices)
+        return "gram" if solved and self.kind != "sparse" else self.pruned_by
+
+    def _gathered(self, window: Window) -> dict[str, Tensor]:
+        """Statistics of what the matrices of `window` read in the dense model; one run tells all those of a block."""
+        if (kind := self._gathers(window)) == "none":
+            return {}
+        # Matrices that share an input share its statistics, which are kept once, under the first one's name.
         first = {name: group[0] for index in window.blocks for group in self.teacher.groups[index] for name in group}
-        place = {name: f"gram of {first[name]}, {self.read} samples" for name in self.teacher.matrices(window)}
+        place = {name: f"{kind} of {first[name]}" for name in self.teacher.matrices(window)}
         if any(self._known(key) is None for key in place.values()):
             whole = Window(window.blocks) if window.matrices else window
-            outputs, found = self._gathered(whole, self.dense)
+            outputs, found = self._teach(whole, self.dense, kind)
             if self._known(_place(whole)) is None:
                 self._keep(_place(whole), outputs)
-            for name, gram in found.items():
+            for name, statistics in found.items():
                 if name == first[name]:
-                    self._keep(f"gram of {name}, {self.read} samples", gram)
-        return {name: gram for name, key in place.items() if (gram := self._known(key)) is not None}
+                    self._keep(f"{kind} of {name}", statistics)
+        return {name: found for name, key in place.items() if (found := self._known(key)) is not None}
 
-    def _gathered(self, window: Window, stream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The teacher's outputs of `window`, of blocks or a half, for `stream`, and Gram matrices on its first samples."""
-        outputs, grams = gather(self.execution, self.teacher, window, stream[: self.read], "gram")
-        if len(rest := stream[self.read :]):
-            with self.execution.holding(self.teacher, window):
-                parts = [
-                    outputs,
-                    self.execution.run(partial(self.teacher.forward, window), rest, self.split.calibration - self.read),
-                ]
-            outputs = self.execution.empty((*stream.shape[:2], outputs.shape[-1]), outputs.dtype, stream.device)
-            torch.cat(parts, out=outputs)
-        return outputs, grams
+    def _teach(self, window: Window, stream: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's outputs of `window`, of blocks or a half, for `stream`, and statistics of this kind on calibration samples."""
+        if kind == "none":
+            return self.forward(self.teacher, window, stream), {}
+        count = self.split.calibration
+        outputs, found = gather(self.execution, self.teacher, window, stream[:count], kind)
+        if len(stream) > count:
+            held_out = self.forward(self.teacher, window, stream[count:])
+            together = self.execution.empty((*stream.shape[:2], outputs.shape[-1]), outputs.dtype, stream.device)
+            outputs = torch.cat([outputs, held_out], out=together)
+        return outputs, found
 
 
 def _place(window: Window) -> str:

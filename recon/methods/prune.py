@@ -1,7 +1,8 @@
 """Pruning: gathers statistics block by block, makes masks, and zeroes what they drop."""
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -21,6 +22,7 @@ from recon.methods.units import find_units
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.model.matrices import Matrix
+from recon.model.skeleton import Lazy, second
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
@@ -37,6 +39,7 @@ class Pruning:
     biases: by matrix name, (out,), those that make up for what was removed; the matrix may have had none before.
     under_calibrated: experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
     rest: by full name, other parameters that are not the dense model's; see `recon.methods.external_mask`.
+    seconds: that it took to make masks, where reconstruction gathered the statistics.
     """
 
     masks: dict[str, Tensor]
@@ -44,6 +47,7 @@ class Pruning:
     biases: dict[str, Tensor] = field(default_factory=dict)
     under_calibrated: list[str] = field(default_factory=list)
     rest: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def total_sparsity(self) -> float:
@@ -77,46 +81,44 @@ def prune(
     """
     decoder = take_apart(model)
     execution = execution or Execution(decoder.device)
-    criterion, pattern = criteria.get(config.criterion), Pattern.parse(config.pattern)
-    for name, matrix in decoder.matrices().items():
-        pattern.check_columns(name, matrix.weight.shape[1])
-    statistics = "gram" if config.mask_refinement else criterion.statistics
-    if statistics != "none" and samples is None:
-        refined = " with mask refinement" if criterion.statistics == "none" else ""
+    pruner = Pruner(decoder, config, seed, execution)
+    if pruner.statistics != "none" and samples is None:
+        refined = " with mask refinement" if pruner.criterion.statistics == "none" else ""
         raise ReconError(f"criterion {config.criterion!r}{refined} weighs activations and needs calibration samples")
-    samples = None if statistics == "none" else as_tokens(samples)
-    execution.store.new_masks()
-    if isinstance(criterion, Structured):
-        return Pruning(execution.store.masks, *prune_units(decoder, criterion, config, samples, execution))
-    visit = _PruneBlock(decoder, config, statistics, seed, execution)
+    samples = None if pruner.statistics == "none" else as_tokens(samples)
+    if isinstance(pruner.criterion, Structured):
+        return Pruning(execution.store.masks, *prune_units(decoder, pruner.criterion, config, samples, execution))
     found = over_blocks(
-        decoder, execution, "prune", visit, f"prune ({config.criterion} {pattern})", samples, statistics,
+        decoder, execution, "prune", pruner.prune, f"prune ({config.criterion} {pruner.pattern})", samples, pruner.statistics,
         rerun=config.statistics == "sparse",
     )  # fmt: skip
-    under_calibrated = [name for block in found for name in block["under_calibrated"]]
-    if under_calibrated:
-        some = ", ".join(under_calibrated[:3]) + (", ..." if len(under_calibrated) > 3 else "")
-        log.warning(
-            "%d of %d matrices belong to experts that fewer than %d calibration tokens were sent to, and were pruned by magnitude "
-            "instead of %s: %s; more samples help",
-            len(under_calibrated), len(execution.store.masks), FEW, config.criterion, some,
-        )  # fmt: skip
-    sparsity = {name: share for block in found for name, share in block["sparsity"].items()}
-    return Pruning(execution.store.masks, sparsity, under_calibrated=under_calibrated)
+    return pruner.summed_up(found)
 
 
-class _PruneBlock:
-    """Prunes the matrices of one block: a visit of `over_blocks`."""
+class Pruner:
+    """Prunes the matrices of one window after another; see `prune` and `recon.reconstruct`.
 
-    def __init__(self, decoder: Decoder, config: PruningConfig, statistics: str, seed: int, execution: Execution):
-        self.decoder, self.config, self.statistics, self.seed, self.execution = decoder, config, statistics, seed, execution
+    statistics: what it needs of what matrices read; see `recon.methods.statistics.gather`.
+
+    Raises `ReconError` for a pattern that does not divide a matrix.
+    """
+
+    def __init__(self, decoder: Decoder, config: PruningConfig, seed: int, execution: Execution):
+        self.decoder, self.config, self.seed, self.execution = decoder, config, seed, execution
         self.criterion, self.pattern = criteria.get(config.criterion), Pattern.parse(config.pattern)
+        self.statistics = "gram" if config.mask_refinement else self.criterion.statistics
         self.scope = self.criterion.scope if config.scope == "auto" else config.scope
         # The options of a criterion are named after it.
         own = f"{config.criterion}_"
         self.options = {f.name.removeprefix(own): getattr(config, f.name) for f in fields(config) if f.name.startswith(own)}
+        for name, matrix in decoder.matrices().items():
+            self.pattern.check_columns(name, matrix.weight.shape[1])
+        execution.store.new_masks()
+        self.found = list(execution.store.finished("prune"))  # what was found window by window, one after another
 
-    def __call__(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    @torch.no_grad()
+    def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+        """Prunes `window`, whose weights are in memory: a visit of `recon.methods.blocks.over_blocks`."""
         masks, changed, under_calibrated = self.execution.store.masks, {}, []
         with self.execution.holding(self.decoder, window, trained=self.decoder.weights(window)):
             matrices = self.decoder.matrices(window)
@@ -133,6 +135,31 @@ class _PruneBlock:
                 masks[name] = mask.to(self.decoder.device)
         sparsity = {name: sparsity_of(masks[name]) for name in matrices}
         return {"sparsity": sparsity, "under_calibrated": under_calibrated}, changed
+
+    def visit(self, window: Window, statistics: dict[str, Tensor], done: int) -> None:
+        """Prunes `window`, the one after `done` others, unless a run that was killed has done so already."""
+        store, began = self.execution.store, time.perf_counter()
+        if len(self.found) > done:
+            return
+        noted, changed = self.prune(window, statistics)
+        noted["seconds"] = time.perf_counter() - began
+        self.found.append(noted)
+        store.finish("prune", noted, weights=changed)
+
+    def summed_up(self, found: list[dict]) -> Pruning:
+        """What was `found` window by window."""
+        masks = self.execution.store.masks
+        under_calibrated = [name for window in found for name in window["under_calibrated"]]
+        if under_calibrated:
+            some = ", ".join(under_calibrated[:3]) + (", ..." if len(under_calibrated) > 3 else "")
+            log.warning(
+                "%d of %d matrices belong to experts that fewer than %d calibration tokens were sent to, and were pruned by magnitude "
+                "instead of %s: %s; more samples help",
+                len(under_calibrated), len(masks), FEW, self.config.criterion, some,
+            )  # fmt: skip
+        sparsity = {name: share for window in found for name, share in window["sparsity"].items()}
+        seconds = sum(window.get("seconds", 0.0) for window in found)
+        return Pruning(masks, sparsity, under_calibrated=under_calibrated, seconds=seconds)
 
     def _pruned(self, matrix: Matrix, statistics: Tensor | None) -> tuple[Tensor, Tensor]:
         """The matrix's new weight and mask. `statistics`: a Gram matrix with mask refinement, else what the criterion asks for."""
@@ -154,14 +181,34 @@ class _PruneBlock:
 def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None = None) -> None:
     """Prunes a copy of the dense model, in place, as `pruning` found for another one.
 
-    weights: by matrix name, the (out, in) weights of matrices whose survivors pruning updated.
+    weights: by full name, the parameters of matrices whose survivors pruning updated.
     """
+    for name, value in (*(weights or {}).items(), *pruning.rest.items()):
+        decoder.model.get_parameter(name).copy_(value)
     for name, matrix in decoder.matrices().items():
-        matrix.weight.copy_((weights or {}).get(name, matrix.weight).masked_fill(~pruning.masks[name], 0.0))
+        matrix.weight.masked_fill_(~pruning.masks[name], 0.0)
         if name in pruning.biases:
             set_bias(matrix.module, pruning.biases[name])
-    for name, value in pruning.rest.items():
-        decoder.model.get_parameter(name).copy_(value)
+
+
+def pruned_copy(dense: Decoder, pruning: Pruning, weights: dict[str, Tensor]) -> Decoder:
+    """The pruned model as a skeleton: each block is made from the dense model, as in `apply`, while it is needed."""
+    holders: dict[str, list[Matrix]] = {}
+    originals = dict(dense.model.named_parameters())
+
+    def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            yield name, (weights[name] if name in weights else originals[name]).detach().clone()
+
+    def mask(names: list[str]) -> None:
+        for matrix in (matrix for name in names for matrix in holders.get(name, ())):
+            matrix.weight.data.masked_fill_(~pruning.masks[matrix.name], 0.0)
+
+    lazy = Lazy(second(dense.model), read, mask)
+    copy = take_apart(lazy.model, like=dense, lazy=lazy)
+    for matrix in copy.matrices().values():
+        holders.setdefault(matrix.parameter_name, []).append(matrix)
+    return copy
 
 
 def touched_biases(decoder: Decoder, criterion: str) -> list[str]:

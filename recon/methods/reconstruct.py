@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from recon.config import ReconstructionConfig
+from recon.config import PruningConfig, ReconstructionConfig, two_passes
+from recon.errors import ReconError
 from recon.kernels.losses import unexplained
 from recon.methods.adapters import check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
 from recon.methods.fit import WindowFit
-from recon.methods.masks import check_alike, keep_masks
+from recon.methods.masks import check_alike, check_trainable, keep_masks
 from recon.methods.problem import Problem, split_samples
 from recon.methods.propagation import Propagation, Task
+from recon.methods.prune import Pruner
 from recon.methods.training import movement
 from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
@@ -64,6 +66,7 @@ def reconstruct(
     config: ReconstructionConfig = ReconstructionConfig(),
     *,
     masks: dict[str, Tensor] | None = None,
+    pruning: PruningConfig | None = None,
     held_out: Tensor | Iterable | None = None,
     seed: int = 0,
     execution: Execution | None = None,
@@ -77,15 +80,17 @@ def reconstruct(
         samples: calibration tokens (samples, length), or batches of them; see `recon.methods.samples`.
         config: granularity, propagation, loss, solver, learning rate, ...
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
+        pruning: prunes as well, in the same pass: `model` is a copy of `dense`, and each window is pruned before it is fitted, by
+            statistics of what it reads in the dense model.
         held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on. A window whose error on the first
             `recon.methods.problem.ERROR_SAMPLES` of them grows is rolled back.
         execution: where and in what precision to compute; default: where `dense` is. Models stay where they are, but for the window in hand.
-        callbacks: told of each window's report.
+        callbacks: told of each window's report, and of what pruning found.
 
     Returns the reports of all windows, in the order in which they were fitted.
 
     Raises:
-        ReconError: a mask that does not fit, models that differ in more than their values, a model not in float32, samples longer than
+        ReconError: a mask that does not fit, pruning that cannot be done in the same pass, models that differ in more than their values, a model not in float32, samples longer than
             the model was made for, held-out samples of another length, a granularity that does not fit the model.
     """
     teacher = take_apart(dense)
@@ -94,16 +99,23 @@ def reconstruct(
     execution = execution or Execution(teacher.device)
     if config.adapter != "none":
         check_adaptable(student)
+    check_trainable(student)
     tokens, split = split_samples(samples, held_out)
     teacher.check_length(split.length)
-    windows = teacher.windows(config.granularity)
-    reconstruction = Reconstruction(Problem(teacher, student, keep_masks(student, masks), config, split, seed, execution))
+    windows, pruner = teacher.windows(config.granularity), None
+    if pruning is None:
+        masks = keep_masks(student, masks)
+    else:
+        check_one_pass(masks, pruning, config, split.calibration)
+        pruner = Pruner(student, pruning, seed, execution)
+        masks = execution.store.masks
+    reconstruction = Reconstruction(Problem(teacher, student, masks, config, split, seed, execution, pruner))
     reports = [WindowReport(**found) for found in execution.store.finished("reconstruct")]
     left = windows[len(reports) :]
     if left:
         reconstruction.begin(tokens, reports)
     bar = tqdm(
-        desc=f"reconstruct ({config.granularity})", unit="window", disable=not execution.progress, initial=len(reports),
+        desc=f"{'prune and ' if pruner else ''}reconstruct ({config.granularity})", unit="window", disable=not execution.progress, initial=len(reports),
         total=len(windows),
     )  # fmt: skip
     # Only the window in hand is trained; nothing else needs gradients.
@@ -112,17 +124,31 @@ def reconstruct(
             reports.append(report)
             for callback in (ProgressBar(bar), *callbacks):
                 callback.on_window(report)
+    if pruner:
+        found = pruner.summed_up(pruner.found)
+        for callback in callbacks:
+            callback.on_pruned(found)
     warn_of_rolled_back(reports, config)
     return reports
 
 
+def check_one_pass(masks: dict | None, pruning: PruningConfig, config: ReconstructionConfig, samples: int) -> None:
+    """Raises `ReconError` where pruning cannot be done in the same pass."""
+    if masks is not None:
+        raise ReconError("both masks and pruning are given; masks are of a model that is pruned already: leave one out")
+    if why := two_passes(pruning, config, samples):
+        raise ReconError(f"windows cannot be pruned as reconstruction reaches them: {why}; prune with `recon.prune` first")
+
+
 def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window]) -> Iterator[WindowReport]:
-    """The loop over windows: inputs and targets by propagation, a fit, and on to the next."""
-    student, propagation = reconstruction.problem.student, reconstruction.propagation
-    for window in windows:
+    """The loop over windows: inputs and targets by propagation, its masks, a fit, and on to the next."""
+    problem, propagation = reconstruction.problem, reconstruction.propagation
+    for number, window in enumerate(windows, len(problem.teacher.windows(problem.config.granularity)) - len(windows)):
         began = time.perf_counter()
         task = propagation.task(window)
-        with student.loaded(window):
+        with problem.student.loaded(window):
+            if problem.pruner:
+                problem.pruner.visit(window, task.statistics, number)
             report = reconstruction.reconstruct(window, task)
             propagation.advance(window)
             report = reconstruction.finish(window, report, propagation.streams, time.perf_counter() - began)

@@ -19,7 +19,7 @@ from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
 from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
-from recon.methods.masks import keep_masks
+from recon.methods.masks import check_trainable, keep_masks
 from recon.methods.samples import as_tokens
 from recon.methods.training import movement, train
 from recon.model.decoder import Decoder
@@ -84,6 +84,7 @@ def retrain(
     teacher = None
     if config.objective == "distil":
         teacher = take_apart(dense, like=student)
+    check_trainable(student)
     task = _Retraining(student, teacher, keep_masks(student, masks), config, seed, execution)
     with contextlib.ExitStack() as stack:
         for decoder in filter(None, (student, teacher)):

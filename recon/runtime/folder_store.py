@@ -121,8 +121,13 @@ class FolderStore:
             computed_rounded: names of parameters that are rounded to the dtype of the shards whenever something is computed with them.
         """
         self._count, self._computed_rounded = shards, computed_rounded
-        self._weights = StudentWeights(self.files, self.masks, dense, start)
+        self._start = dense, start
+        self._weights = StudentWeights(self.files, self.masks, *self._start)
         return self._weights.decoder
+
+    def pruned(self) -> Decoder:
+        """The student as pruning left it, whatever was reconstructed since."""
+        return StudentWeights(self.files, self.masks, *self._start, pruned=True).decoder
 
     def _write_shard(self, shard: dict[str, Tensor], keep_exact: bool) -> dict:
         """Writes the next shard of the checkpoint; returns what the journal is to say of its files.

@@ -49,9 +49,14 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """The `Store` of a run whose model is in memory: nothing outlives the process, and no step is finished beforehand."""
+    """The `Store` of a run whose model is in memory: nothing outlives the process, and no step is finished beforehand.
 
-    def __init__(self):
+    weights: where they are to be kept, the parameters by full name that pruning did more to than set some to zero, as it left them.
+    """
+
+    def __init__(self, keeps_weights: bool = False):
+        self.weights: dict[str, Tensor] = {}
+        self._keeps_weights = keeps_weights
         self.new_masks()
 
     def new_masks(self) -> None:
@@ -67,4 +72,5 @@ class MemoryStore:
         return {}
 
     def finish(self, phase, found, streams=None, weights=None, shard=None) -> None:
-        pass
+        if self._keeps_weights:
+            self.weights |= {name: parameter.detach().clone() for name, parameter in (weights or {}).items()}

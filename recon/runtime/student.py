@@ -24,10 +24,11 @@ class StudentWeights:
         files: of the run's finished steps.
         masks: of the run, by matrix name.
         start: reads the weights that the student starts from.
+        pruned: the student as pruning left it, whatever was reconstructed since.
     """
 
-    def __init__(self, files: StepFiles, masks: Mapping[str, Tensor], dense: Decoder, start: Read):
-        self._files, self._masks, self._start = files, masks, start
+    def __init__(self, files: StepFiles, masks: Mapping[str, Tensor], dense: Decoder, start: Read, pruned: bool = False):
+        self._files, self._masks, self._start, self._pruned = files, masks, start, pruned
         self._lazy = Lazy(second(dense.model), self._read, self._apply_masks)
         self._admit(files.places["weights"])
         self.decoder = take_apart(self._lazy.model, like=dense, lazy=self._lazy)
@@ -46,11 +47,12 @@ class StudentWeights:
         """Gives the student those of the `pruned` parameters that the dense model does not have, such as biases."""
         for name in pruned:
             self._lazy.add(name, self._files.tensor("weights", name).shape)
-        self._reconstructed = Checkpoint(self._lazy.model, [self._files.folder / noted["file"] for noted in self._files.shards])
+        shards = [] if self._pruned else [self._files.folder / noted["file"] for noted in self._files.shards]
+        self._reconstructed = Checkpoint(self._lazy.model, shards)
 
     def _newest(self, name: str) -> str | None:
         """The kind of file with the newest version of parameter `name`; None: it is as at the start, but for its mask."""
-        if name in self._files.places["exact"]:
+        if name in self._files.places["exact"] and not self._pruned:
             return "exact"
         if name in self._reconstructed:
             return "shard"

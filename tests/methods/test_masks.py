@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import recon
 from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
-from recon.methods.masks import keep_masks
+from recon.methods.masks import check_trainable, keep_masks
 from recon.model.discovery import take_apart
 
 
@@ -67,4 +67,4 @@ def test_masks_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ReconError, match=rf"'{name}'.*None.*\(32, 64\)"):
         keep_masks(decoder, {other: mask for other, mask in masks.items() if other != name})
     with pytest.raises(ReconError, match="'model.embed_tokens.weight' is torch.float16.*float32"):
-        keep_masks(take_apart(make_model("llama").half()), None)
+        check_trainable(take_apart(make_model("llama").half()))

@@ -26,7 +26,7 @@ from recon.model.windows import Window
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
-CALL = {"masks", "held_out", "seed", "execution", "callbacks"}  # arguments of `reconstruct`; all others are options
+CALL = {"pruning", "masks", "held_out", "seed", "execution", "callbacks"}  # arguments of `reconstruct`; all others are options
 
 
 @pytest.fixture(scope="module")
@@ -422,18 +422,43 @@ def test_chunks_are_as_many_as_divide_the_samples(dense, pruned, tokens, length,
     assert [len(report.losses) for report in reports] == [3, 3 * chunks] * 2
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS)
-@pytest.mark.parametrize("options", [{"granularity": "matrix", "solver": "exact"}, {"start": "exact"}])
-def test_exact_samples_are_the_first_ones(dense, pruned, tokens, propagation, options):
-    """The Gram matrices of the first batch alone: what the others hold does not matter, where nothing else is fitted on them."""
-    options = options | {"propagation": propagation, "learning_rate": 1e-30, "batch_size": 64, "epochs": 1}
-    first = tokens(21, 48)  # as many as fit a batch of 1,024 tokens
-    one, other, all_of_them = pruned(), pruned(), pruned()
-    run(one, dense, torch.cat([first, tokens(10, 48, seed=7)]), exact_samples=4, **options)
-    run(other, dense, torch.cat([first, tokens(3, 48, seed=8)]), exact_samples=4, **options)
-    assert same(state(one), state(other))
-    run(all_of_them, dense, torch.cat([first, tokens(10, 48, seed=7)]), exact_samples=99, **options)
-    assert not same(state(one), state(all_of_them))
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    ("propagation", "granularity"), [("mixed", "half-block"), ("dense", "matrix"), ("mixed", "matrix"), ("dense", "model")]
+)
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "magnitude"])
+def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens, criterion, propagation, granularity, start):
+    samples, held_out, found = tokens(6, 48), tokens(2, 48, seed=1), []
+    options = {"propagation": propagation, "granularity": granularity, "start": start, "epochs": 1, "held_out": held_out}
+
+    class Found(Callback):
+        def on_pruned(self, pruning):
+            found.append(pruning)
+
+    config, (one, two) = PruningConfig(criterion), (take_apart(copy.deepcopy(dense.model), like=dense) for _ in range(2))
+    masks = prune(two, samples, config, execution=FLOAT32).masks
+    run(two, dense, samples, masks=masks, **options)
+    run(
+        one, dense, samples, pruning=config, callbacks=[Found()], execution=Execution("cpu", "float32", progress=False), **options
+    )
+    assert same(state(one), state(two))
+    assert found[0].masks.keys() == masks.keys() and all(torch.equal(found[0].masks[name], masks[name]) for name in masks)
+
+
+@pytest.mark.parametrize(
+    ("pruning", "options", "message"),
+    [
+        ({"statistics": "sparse"}, {}, "statistics sparse.*recon.prune"),
+        ({"criterion": "wanda-sp", "pattern": "0.2"}, {}, "'wanda-sp' weighs heads and neurons"),
+        ({}, {"propagation": "sparse"}, "sparse propagation"),
+        ({"samples": 3}, {}, r"other samples \(3\) than reconstruction \(4\)"),
+        ({}, {"masks": {}}, "both masks and pruning"),
+    ],
+)
+def test_what_cannot_be_pruned_in_one_pass_is_refused(dense, tokens, pruning, options, message):
+    student = take_apart(copy.deepcopy(dense.model), like=dense)
+    with pytest.raises(ReconError, match=message):
+        run(student, dense, tokens(4, 48), pruning=PruningConfig(**pruning), **options)
 
 
 def test_exact_iterations_reach_the_solver(dense, pruned, tokens):

@@ -85,8 +85,3 @@ def test_held_out_samples_come_last_and_no_more_than_are_measured():
 def test_held_out_samples_of_another_length_are_refused():
     with pytest.raises(ReconError, match="held-out samples of 3 tokens.*4"):
         split_samples(ROWS, ROWS[:, :3])
-
-
-@pytest.mark.parametrize(("wanted", "used"), [(0, 9), (1, 4), (4, 4), (5, 8), (9, 9), (99, 9)])
-def test_exact_solutions_read_whole_batches_of_calibration_samples(wanted, used):
-    assert Split(9, 2, 256).exact(wanted) == used  # four samples are 1,024 tokens
