@@ -240,15 +240,15 @@ def test_rows_are_the_same_whether_measured_or_read_from_disk(spec, tmp_path):
 
 def test_a_failure_leaves_no_trace_in_the_runs_after_it(spec, tmp_path, monkeypatch):
     specs = grid(spec.replaced(granularity="block"), seed=[0, 1])
-    prune, calls = recon.prune, []
+    reconstruct, calls = recon.reconstruct, []
 
     def fail_once(*args, **kwargs):
-        calls.append(prune(*args, **kwargs))
+        calls.append(reconstruct(*args, **kwargs))
         if len(calls) == 1:
             raise RuntimeError("out of pencils")
         return calls[-1]
 
-    monkeypatch.setattr("recon.experiment.run.prune", fail_once)
+    monkeypatch.setattr("recon.experiment.run.reconstruct", fail_once)
     found = run_study(specs, tmp_path, progress=False)
     assert list(found.status) == ["failed", "done"]
     assert found.perplexity[1] == record_of(specs[1]).metrics["perplexity"]
@@ -276,7 +276,7 @@ def test_key_changes_with_the_weights_and_with_the_text(spec, folder):
         ({"pattern": "2:4"}, ["model", "dense"]),
         ({"scope": "matrix"}, ["model", "dense"]),
         ({"samples": 3}, ["model", "dense"]),
-        ({"statistics": "dense"}, ["model", "dense"]),
+        ({"statistics": "sparse"}, ["model", "dense"]),
         ({"evaluation_length": 32}, ["model", "pruned"]),
         ({"granularity": "block", "learning_rate": 1e-3, "loss": "cosine"}, ["model", "dense", "pruned", "measure pruned"]),
     ],
@@ -352,7 +352,8 @@ def test_a_window_of_a_run_that_breaks_is_as_pruning_left_it(spec, folder, broke
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
 @pytest.mark.parametrize(
-    "where", ["recon.experiment.run.prune", "recon.methods.fit.WindowFit.__call__", "recon.experiment.checkpoint.write_card"]
+    "where",
+    ["recon.methods.prune.Pruner.prune", "recon.methods.fit.WindowFit.__call__", "recon.experiment.checkpoint.write_card"],
 )
 def test_an_interrupted_run_leaves_nothing_behind_but_what_it_goes_on_from(spec, tmp_path, capsys, monkeypatch, where, stream):
     spec = spec.replaced(granularity="block")

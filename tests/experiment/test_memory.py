@@ -65,7 +65,7 @@ def test_a_device_works_and_the_host_keeps(options, decoder):
     spec = RunSpec.of(**SHORT, **options)
     apart, alone = (memory(spec, decoder, torch.bfloat16, device) for device in (CUDA, HOST))
     kept = {"dense model", "pruned model", "what pruning changed", "masks", "activations of all samples", "copy of the window"}
-    kept |= {"copy of the model", "texts and scratch"}
+    kept |= {"copy of the model", "pruned block", "texts and scratch"}
     assert apart["cpu"].keys() == alone["cpu"].keys() and apart["cuda"].keys() == alone["cpu"].keys() - {"load", "copy"}
     for phase, parts in apart["cpu"].items():
         assert parts.keys() <= kept and total(parts) <= total(alone["cpu"][phase])
@@ -95,7 +95,9 @@ def test_a_streamed_run_has_a_window_in_hand(decoder):
     spec = RunSpec.of(**SHORT, granularity="block", criterion="sparsegpt")
     phases = memory(spec, decoder, torch.bfloat16, streamed=True)["cpu"]
     block = Size.of(decoder, decoder.windows("block")[0])
-    assert phases["prune"]["weights in hand"] == 4 * block.present
+    assert phases["reconstruct"]["weights in hand"] == 4 * block.present and "prune" not in phases
+    alone = memory(spec.replaced(statistics="sparse"), decoder, torch.bfloat16, streamed=True)["cpu"]
+    assert alone["prune"]["weights in hand"] == 4 * block.present
     assert not highest(phases).keys() & {"dense model", "pruned model", "masks", "what pruning changed"}
 
 

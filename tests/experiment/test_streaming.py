@@ -194,9 +194,24 @@ def test_no_more_than_two_windows_are_there_at_once(criterion, spec, begin, monk
     assert "activations/prune" not in Path("/proc/self/maps").read_text()  # nor activations that were for the next window
     assert max(most) <= max(block + ends, 2 * (ends + norm))  # both heads, for the divergence between the models
     most.clear()
-    run.reconstruct(student, run.home.store.masks)
+    run.reconstruct(student, masks=run.home.store.masks)
     matrices = [sum(m.weight.numel() for m in run.dense.matrices(w).values()) for w in run.dense.windows("half-block")]
     assert max(matrices) < max(most) <= max(max(matrices) + block - sum(sorted(matrices)[-2:]), ends) + max(matrices)
+    assert not any(there.values())
+
+
+def test_nor_where_one_pass_prunes_and_reconstructs(spec, begin, monkeypatch):
+    monkeypatch.setattr(activations, "SMALL", 0)
+    run = begin(spec.replaced(criterion="sparsegpt"))
+    _, states = run.measure_dense()
+    there, most = watch(monkeypatch)
+    found = run.prune_and_reconstruct(run.home.student(None))
+    block = max(sum(p.numel() for p in block.parameters()) for block in run.dense.blocks)
+    ends, norm = max(p.numel() for p in run.dense.ends.values()), 32
+    assert max(most) <= max(2 * block, ends)
+    most.clear()
+    run.measure("pruned", None, run.home.pruned_on_the_way(None, found), states)
+    assert max(most) <= max(block + ends, 2 * (ends + norm))
     assert not any(there.values())
 
 
@@ -216,7 +231,7 @@ def test_of_an_encoder_decoder_too(spec, begin, tiny_folder, tmp_path, monkeypat
     assert max(blocks) <= max(most) <= max(max(blocks) + passed_on + norm + ends, 2 * (ends + norm))
     assert ends + norm in most  # the head alone
     most.clear()
-    run.reconstruct(student, run.home.store.masks)
+    run.reconstruct(student, masks=run.home.store.masks)
     window = max(sum(blocks[at : at + 2]) for at in range(0, 8, 2))
     assert window <= max(most) <= 2 * (window + passed_on + norm) + ends < sum(blocks) + 2 * ends
     assert not any(there.values())
