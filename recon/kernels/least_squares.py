@@ -45,11 +45,11 @@ def masked_least_squares(weight: Tensor, mask: Tensor, gram: Tensor, cross: Tens
         curvature = _row_dot(direction, product)
         active &= curvature > 0
         step = torch.where(active, size / curvature, 0.0)
-        weight += step * direction
-        residual -= step * product
-        scaled = residual * inverse_diagonal
+        weight.addcmul_(step, direction)
+        residual.addcmul_(step, product, value=-1)
+        torch.mul(residual, inverse_diagonal, out=scaled)
         previous, size = size, _row_dot(residual, scaled)
-        direction = scaled + torch.where(active, size / previous, 0.0) * direction
+        direction.mul_(torch.where(active, size / previous, 0.0)).add_(scaled)
     return weight
 
 

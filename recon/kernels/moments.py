@@ -1,12 +1,21 @@
 """Moments of what a matrix reads, summed up batch by batch: the statistics that criteria and exact solutions need.
 
 With X (tokens, in) the inputs: the Gram matrix X'X, of which only the upper triangle is formed, and mean and variance over
-tokens.
+tokens; and sums of squares.
 """
 
 from torch import Tensor
 
+from recon.kernels.rows import parts
+
+_PART = 2**17  # elements that are squared at once
 _SPLIT = 256  # columns up to which a Gram matrix is formed in one product
+
+
+def add_squares(total: Tensor, x: Tensor) -> None:
+    """Adds the sum over tokens of x_j^2 to `total` (in,) in place, in its dtype, for x (tokens, in)."""
+    for part in parts(x, _PART):
+        total += x[part].to(total.dtype).square().sum(0)
 
 
 def add_moments(total: Tensor, seen: int, x: Tensor) -> None:

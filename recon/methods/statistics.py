@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from recon.errors import ReconError
-from recon.kernels.moments import add_gram, add_moments, mirrored
+from recon.kernels.moments import add_gram, add_moments, add_squares, mirrored
 from recon.model.decoder import Decoder
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
@@ -38,13 +38,12 @@ def gather(execution: Execution, decoder: Decoder, window: Window, stream: Tenso
             totals[group] = x.new_zeros((*rows, x.shape[1]), dtype=torch.float32)
             tokens[group] = 0
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
             if kind == "gram":
-                add_gram(totals[group], x)
+                add_gram(totals[group], x.float())
             elif kind == "moments":
-                add_moments(totals[group], tokens[group], x)
+                add_moments(totals[group], tokens[group], x.float())
             else:
-                totals[group] += x.square().sum(0)
+                add_squares(totals[group], x)
         tokens[group] += len(x)
 
     def forget() -> None:

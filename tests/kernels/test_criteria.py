@@ -8,6 +8,7 @@ import torch
 
 from recon.errors import ReconError
 from recon.kernels.criteria import CRITERIA, Structured, get
+from recon.kernels.criteria.sparsegpt import inverse_factor
 from recon.kernels.patterns import Pattern, keep_mask, sparsity_of
 
 # Criteria that remove whole units are tested in test_structured.py.
@@ -103,12 +104,22 @@ def sparsegpt_reference(weight, gram, pattern, scope, block_size, damping):
 @pytest.mark.parametrize("block_size", [1, 5, 16, 128])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_sparsegpt_follows_the_algorithm(pattern, block_size, scope):
-    weight, inputs = problem()
+    weight, inputs = problem(columns=48)
     gram = inputs.T @ inputs / len(inputs)
     expected = sparsegpt_reference(weight, gram, Pattern.parse(pattern), scope, block_size, damping=0.02)
     pruned, mask = prune("sparsegpt", weight, inputs, pattern, scope, block_size=block_size, damping=0.02)
     assert torch.equal(mask, expected[1])
     torch.testing.assert_close(pruned, expected[0], rtol=1e-9, atol=1e-10)
+
+
+def test_inverse_factor_of_a_large_matrix():
+    """Larger than what is inverted at once."""
+    gram = problem(columns=301, tokens=600)[1]
+    gram = gram.T @ gram / len(gram)
+    factor = inverse_factor(gram, damping=0.02)
+    damped = gram + 0.02 * gram.diagonal().mean() * torch.eye(301)
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(301, dtype=torch.float64))
+    assert torch.equal(factor, factor.triu())
 
 
 def test_sparsegpt_compensates_one_column_as_least_squares_would():

@@ -22,8 +22,11 @@ from recon.kernels.patterns import Pattern, keep_all_but, keep_mask
 
 log = logging.getLogger("recon")
 ATTEMPTS = 10
+LEAF = 128  # rows up to which a triangular matrix is inverted at once
+STRIP = 16  # columns after which the rest of their block makes up for their errors
 
 
+@torch.no_grad()
 def prune(
     weight: Tensor,
     statistics: Tensor,
@@ -53,37 +56,42 @@ def prune(
     hessian = statistics + torch.diag(dead.to(statistics.dtype))
     factor = inverse_factor(hessian, damping)
 
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    for start in range(0, weight.shape[1], block_size):
-        stop = min(start + block_size, weight.shape[1])
-        block, rest = slice(start, stop), slice(stop, None)
-        weight[:, block], mask[:, block], errors = _prune_block(
-            weight[:, block], factor[block, block], pattern, scope, before=start
-        )
-        weight[:, rest] -= errors @ factor[block, rest]
-    return weight, mask
+    columns = weight.T.contiguous()  # (in, out): what is done column by column reads memory in order
+    mask = torch.ones_like(columns, dtype=torch.bool)
+    for start in range(0, len(columns), block_size):
+        block, rest = slice(start, start + block_size), slice(start + block_size, None)
+        mask[block], errors = _prune_block(columns[block], factor[block, block], pattern, scope, before=start)
+        columns[rest].addmm_(factor[block, rest].T, errors, alpha=-1)
+    return columns.masked_fill_(~mask, 0.0).T.contiguous(), mask.T.contiguous()
 
 
-def _prune_block(weight: Tensor, factor: Tensor, pattern: Pattern, scope: str, before: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Prunes one block of columns, `weight` (out, block), which has `before` columns to its left.
+def _prune_block(columns: Tensor, factor: Tensor, pattern: Pattern, scope: str, before: int) -> tuple[Tensor, Tensor]:
+    """Updates one block of `columns` (block, out) in place, without zeroing; it has `before` columns to its left.
 
     factor: the part of U for these columns, (block, block).
-    Returns the new weight and its mask, and the errors (W_ij - pruned W_ij) / U_jj, (out, block) each. The columns to the right
-    of the block have yet to make up for the errors.
+    Returns the mask, and the errors (W_ij - pruned W_ij) / U_jj, (block, out) each, which columns to its right have yet to make up for.
+    Within the block, a column makes up for those before it in few products: after each strip, and when its turn comes.
     """
-    weight, errors = weight.clone(), torch.zeros_like(weight)
-    pivots = factor.diagonal()
+    pivots, errors = factor.diagonal()[:, None], torch.zeros_like(columns)
+    mask = torch.ones_like(columns, dtype=torch.bool)
     if pattern.m is None:
-        mask = _block_mask((weight / pivots).square(), pattern, scope, before)
-    else:
-        mask = torch.ones_like(weight, dtype=torch.bool)
-    for j in range(weight.shape[1]):
-        if pattern.m is not None and j % pattern.m == 0:
-            group = slice(j, j + pattern.m)
-            mask[:, group] = keep_mask((weight[:, group] / pivots[group]).square(), pattern, scope)
-        errors[:, j] = weight[:, j].masked_fill(mask[:, j], 0.0) / pivots[j]
-        weight[:, j + 1 :] -= errors[:, j : j + 1] * factor[j, j + 1 :]
-    return weight.masked_fill(~mask, 0.0), mask, errors
+        mask = _block_mask((columns / pivots).square().T, pattern, scope, before).T
+    shares = ~mask / pivots
+    width, settled = pattern.m or 1, 0  # columns whose errors all of the block has made up for
+    for first in range(0, len(columns), width):
+        group, coming = slice(first, first + width), slice(first, None)
+        if first - settled >= STRIP:
+            columns[coming].addmm_(factor[settled:first, coming].T, errors[settled:first], alpha=-1)
+            settled = first
+        columns[group].addmm_(factor[settled:first, group].T, errors[settled:first], alpha=-1)
+        if pattern.m is not None:
+            mask[group] = keep_mask((columns[group] / pivots[group]).square().T, pattern, scope).T
+            shares[group] = ~mask[group] / pivots[group]
+        for j in range(first, first + width):
+            if j > first:
+                columns[j].addmv_(errors[first:j].T, factor[first:j, j], alpha=-1)
+            torch.mul(columns[j], shares[j], out=errors[j])
+    return mask, errors
 
 
 def _block_mask(scores: Tensor, pattern: Pattern, scope: str, before: int) -> Tensor:
@@ -100,16 +108,28 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
     Each time the factorisation fails, warns and multiplies the damping by ten. Raises `ReconError` after the last attempt.
     """
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal().mean()
     for _ in range(ATTEMPTS):
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
         # With rows and columns reversed, the lower Cholesky factor L gives H = R R' for an upper R, and U = R^-1.
-        lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * identity).flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            return invert_lower_(lower).flip(0, 1)
         log.warning("SparseGPT: the Hessian is not positive definite at damping %g; trying %g", damping, damping * 10)
         damping *= 10
     raise ReconError(
         f"criterion 'sparsegpt': the Gram matrix is not positive definite at any damping up to {damping / 10:g}; "
         "a Gram matrix X'X has no negative eigenvalues"
     )
+
+
+def invert_lower_(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix (n, n), in its place, by halves: a third of what it takes column by column."""
+    if len(lower) <= LEAF:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+    half = len(lower) // 2
+    left, right = invert_lower_(lower[:half, :half]), invert_lower_(lower[half:, half:])
+    lower[half:, :half] = -(right @ lower[half:, :half]) @ left
+    return lower
