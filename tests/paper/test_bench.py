@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from recon.config import ReconstructionConfig
+from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
 from recon.evaluate.perplexity import drift
+from recon.methods.problem import ERROR_SAMPLES
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.model.discovery import take_apart
-from recon.paper.bench import products, reference, sections
+from recon.paper.bench import products, reference, report, sections
 from recon.paper.bench.measure import bench
 from recon.paper.bench.report import TABLES, summary, tables, workers
 from recon.paper.bench.spec import DEFAULT, SECTIONS, BenchSpec
-from recon.paper.bench.subject import shortened
+from recon.paper.bench.subject import Subject, shortened
 from recon.runtime.execution import Execution
 
 
@@ -44,7 +45,7 @@ def test_every_section_gives_its_table(results):
         assert section["seconds"] > 0 and "git_commit" in section["environment"]
     text = summary(results)
     for words in (
-        "Equal steps",
+        "Phases against their floor",
         "wanda",
         "a quarter of the samples, from exact",
         "sequence length",
@@ -57,6 +58,13 @@ def test_shares_are_shares(results):
     section = results["sections"]["products"]["results"]
     alone = sum(row["count"] * row["seconds_alone"] for row in section["products"] if row["kind"] == "weights")
     assert section["achieved_share_of_ceiling"] == [alone / seconds for seconds in section["seconds"]]
+    section = results["sections"]["phases"]["results"]
+    rate, table = section["square_flops_per_second"], report.phases(section)
+    for phase, parts in section["floor_flops"].items():
+        assert table.loc[phase, "floor, s"] == pytest.approx(sum(count / rate[dtype] for dtype, count in parts.items()))
+        mean = sum(row["seconds"] for row in section["rows"] if (row["phase"], row["loop"]) == (phase, "ours")) / 2
+        assert table.loc[phase, "ours / floor"] == pytest.approx(mean / table.loc[phase, "floor, s"])
+    assert table.loc["teacher's pass", "in teacher's passes"] == 1
     sweep = results["sections"]["sweep"]["results"]
     assert len(sweep["runs"]) == len(sweep["seconds_in_study"]) == len(sweep["seconds_singly"]) == 12
 
@@ -85,7 +93,7 @@ def test_measured_sections_are_kept(spec, results, monkeypatch):
 
 
 def test_bad_input(spec):
-    with pytest.raises(ReconError, match=r"unknown section 'speed'; allowed: products, loops"):
+    with pytest.raises(ReconError, match=r"unknown section 'speed'; allowed: products, phases"):
         BenchSpec(sections=("speed",))
     with pytest.raises(ReconError, match=r"repeats is 0"):
         BenchSpec(repeats=0)
@@ -106,6 +114,40 @@ def test_compiled_and_plain_are_timed_in_turn(spec):
     section = found["sections"]["compile"]["results"]
     assert section["seconds_to_compile"] > 0 and all(row["plain"] > 0 and row["compiled"] > 0 for row in section["rows"])
     assert "compiled / plain" in summary(found)
+
+
+def test_floors_are_counted_for_the_model_at_hand(tiny, tokens, spec):
+    """Of half-blocks of three blocks: a teacher's pass, the student's, gradients of all weights and of inputs of o_proj and down_proj."""
+    subject = Subject(spec, False)
+    floors = {phase: sum(parts.values()) for phase, parts in sections._floors(subject, subject.dense).items()}
+    count = sum(matrix.weight.numel() for matrix in subject.dense.matrices().values())
+    inner = sum(m.weight.numel() for name, m in subject.dense.matrices().items() if name.endswith(("o_proj", "down_proj")))
+    tokens = spec.samples * spec.sequence_length
+    attention = floors["teacher's pass"] - 2 * count * tokens
+    assert floors["prune, wanda"] == floors["teacher's pass"] < floors["prune, sparsegpt"] and 0 < attention < 2 * count * tokens
+    errors = 2 * ERROR_SAMPLES / spec.samples * floors["teacher's pass"]  # before and after
+    products = 2 * (3 * count + inner) * tokens + (1 + 1 + 2) * attention
+    assert floors["reconstruct"] == floors["prune and reconstruct"] == pytest.approx(products + errors)
+    again = 1 - 1 / len(subject.dense.blocks)  # the student's own pass: nothing reads the last half-blocks
+    assert again * floors["teacher's pass"] <= floors["reconstruct, mixed"] - floors["reconstruct"] < floors["teacher's pass"]
+
+
+def test_the_reference_prunes_as_ours_does_on_the_sparse_model(tiny, tokens, monkeypatch):
+    monkeypatch.setattr(reference, "pick_compute_dtype", lambda *a: torch.float32)
+    dense, samples = take_apart(tiny("llama")), tokens(8, 16)
+    theirs, ours = (take_apart(copy.deepcopy(dense.model), like=dense) for _ in range(2))
+    found = reference.prune(theirs, samples, "0.5", progress=False)
+    masks = prune(ours, samples, PruningConfig(statistics="sparse"), execution=Execution("cpu", "float32", progress=False)).masks
+    for name, mask in masks.items():
+        assert (found[name] == mask).float().mean() > 0.99  # rounding may decide between weights that are as good
+        assert torch.equal(theirs.matrices()[name].weight != 0, found[name])
+
+
+def test_phases_are_drawn(results):
+    fig, drawn = report.phases_figure(results["sections"]["phases"]["results"])
+    labels = [text.get_text() for text in fig.axes[0].texts]
+    assert len(drawn) == 8 and labels.count("") == 8 - 3  # the reference has three phases
+    assert f"{drawn['ours / floor'][0]:.1f}" in labels
 
 
 def test_the_reference_loop_reconstructs_like_ours(tiny, tokens):

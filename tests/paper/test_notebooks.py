@@ -63,8 +63,8 @@ PROMISED = {  # parameters, figures, number of run records
         4 + 2 + 1 + 4,
     ),
     "6-cost": (
-        SMALL_BENCH | {"sections": ["products", "growth", "profile", "quality"]},
-        ["cost-quality", "cost-operations", "cost-growth", "recipes"],
+        SMALL_BENCH | {"sections": ["products", "phases", "growth", "profile", "quality"]},
+        ["cost-phases", "cost-quality", "cost-operations", "cost-growth", "recipes"],
         2,
     ),
     "7-scale": (

@@ -15,34 +15,63 @@ def summary(results: dict) -> str:
 
 
 def products(section: dict) -> pd.DataFrame:
-    """Speed at large squares and at reconstruction's own products, and the share of its time that these alone would take."""
+    """Speed at large squares and at the very products of ours, and the share of its time that these alone would take."""
     speeds = {f"large squares, {dtype}": rate / 1e12 for dtype, rate in section["square_flops_per_second"].items()}
     for kind, seconds in section["seconds_at_ceiling"].items():
         if seconds:
-            speeds[f"{kind} of reconstruction"] = section["flops"][kind] / seconds / 1e12
+            speeds[f"{kind} of ours"] = section["flops"][kind] / seconds / 1e12
     shares, last = (
         pd.Series(section["achieved_share_of_ceiling"]),
-        "share of reconstruction's time that its products alone would take",
+        "share of its time that its products alone would take",
     )
     table = pd.DataFrame({"TFLOP/s": speeds | {last: None}, "share": dict.fromkeys(speeds, "")})
     table.loc[last, "share"] = f"{shares.mean():.2f} ± {shares.std():.2f}"
     return table
 
 
-def loops(section: dict) -> pd.DataFrame:
-    """Mean, spread and ratio of seconds and of memory beyond the models over the rounds; each ratio is taken within a round."""
+def phases(section: dict) -> pd.DataFrame:
+    """By phase: mean seconds of both ways, their ratio within a round, the floor, multiples of it, and of a teacher's pass; memory.
+
+    The floor: what the phase's products take at the speed of large squares.
+    """
     rows = pd.DataFrame(section["rows"])
-    rows["memory added, GiB"] = rows["added_memory_bytes"] / 2**30
-    parts = {}
-    for quantity in ("seconds", "memory added, GiB"):
-        table = rows.pivot(index="round", columns="loop", values=quantity)[["reference", "ours"]]
-        parts[quantity] = table.assign(ratio=table["reference"] / table["ours"]).agg(["mean", "std"])
-    return pd.concat(parts)
+    seconds = rows.pivot(index=["phase", "round"], columns="loop", values="seconds")
+    teacher = seconds["ours"].xs("teacher's pass")
+    seconds["reference / ours"] = seconds["reference"] / seconds["ours"]
+    seconds["in teacher's passes"] = seconds["ours"].div(teacher, level="round")
+    floor = pd.Series(section["floor_seconds"])
+    table = seconds.groupby("phase").mean().reindex(floor.index)
+    table["reference / ours, ±"] = seconds["reference / ours"].groupby("phase").std()
+    table["floor"] = floor
+    for whose in ("reference", "ours"):
+        table[f"{whose} / floor"] = table[whose] / floor
+    table["memory added, GiB"] = rows[rows["loop"] == "ours"].groupby("phase")["added_memory_bytes"].max() / 2**30
+    return table.rename(columns={name: f"{name}, s" for name in ("reference", "ours", "floor")})
+
+
+def phases_figure(section: dict):
+    """Bars of every phase's time as a multiple of its floor, the reference's beside ours; (figure, what is drawn)."""
+    import matplotlib.pyplot as plt  # slow to import, and the command line prints tables alone
+
+    table = phases(section)[["reference / floor", "ours / floor"]]
+    fig, ax = plt.subplots(figsize=(6.4, 0.55 * len(table) + 0.8))
+    for index, column in enumerate(table):
+        places = [place + 0.4 * (index - 0.5) for place in range(len(table))]
+        bars = ax.barh(places, table[column], 0.38, color=f"C{1 - index}", hatch=("//", "")[index], label=column.split()[0])
+        ax.bar_label(bars, [f"{value:.1f}" if value == value else "" for value in table[column]], padding=3, fontsize=7)
+    ax.set_yticks(range(len(table)), table.index)
+    ax.invert_yaxis()
+    ax.axvline(1, color="0.4", linewidth=0.8, linestyle=":")
+    ax.margins(x=0.08)
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel("seconds / what its products take at this machine's full speed")
+    ax.legend(fontsize=7, loc="lower right")
+    return fig, table.reset_index(names="phase")
 
 
 def profile(section: dict) -> pd.DataFrame:
     """Seconds by kind of operation and loop."""
-    return pd.DataFrame({name: part["phases"] for name, part in section.items()})
+    return pd.DataFrame({name: part["kinds"] for name, part in section.items()})
 
 
 def growth(section: list[dict]) -> pd.DataFrame:
@@ -51,11 +80,13 @@ def growth(section: list[dict]) -> pd.DataFrame:
 
 
 def quality(section: list[dict]) -> pd.DataFrame:
-    """A row per loop, with its time as a share of the reference loop's, and whether it is at least as good."""
+    """A row per run, with its time as a share of the reference's, whether it is at least as good, and the fastest of ours that is."""
     rows = pd.DataFrame(section).set_index("loop")
     reference = rows.loc["reference"]
     rows["share of the reference's time"] = rows["seconds"] / reference["seconds"]
     rows["as good as the reference"] = rows["perplexity"] <= reference["perplexity"]
+    good = rows.index.str.startswith("ours") & rows["as good as the reference"]
+    rows["first as good"] = good & (rows["seconds"] == rows["seconds"][good].min())
     rows = rows.rename(columns={"share_recovered": "share recovered"}).astype({"samples": "Int64"})
     return rows.drop(columns=["peak_memory_bytes", "added_memory_bytes"], errors="ignore")  # one process after much else
 
@@ -102,10 +133,9 @@ def _in_gib(table: pd.DataFrame) -> pd.DataFrame:
 
 TABLES = {  # section -> title, table
     "products": ("Speed of matrix products", products),
-    "loops": ("Equal steps", loops),
+    "phases": ("Phases against their floor", phases),
     "profile": ("Time by kind of operation, s", profile),
     "growth": ("Growth, s", growth),
-    "prune": ("Pruning alone, and the exact solution", lambda section: _in_gib(pd.DataFrame(section).set_index("work"))),
     "quality": ("Perplexity against time", quality),
     "sweep": ("Sweep", sweep),
     "workers": ("Workers", workers),

@@ -6,6 +6,7 @@
 import copy
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from recon.errors import ReconError
 from recon.experiment import ray_windows
 from recon.experiment.config import RunOptions, RunSpec
-from recon.experiment.cost import gemm_rate
+from recon.experiment.cost import flops, gemm_rate
 from recon.experiment.report import share_recovered
 from recon.experiment.run import run
 from recon.experiment.session import Session
@@ -29,7 +30,7 @@ from recon.model.decoder import Decoder
 from recon.model.discovery import take_apart
 from recon.paper.bench import products as matrix_products
 from recon.paper.bench import reference
-from recon.paper.bench.subject import Subject, pruned
+from recon.paper.bench.subject import EQUAL, Subject, pruned
 from recon.runtime import device
 from recon.runtime.activations import LIMIT
 from recon.runtime.execution import Execution
@@ -47,7 +48,8 @@ RECIPES: dict[str, tuple[dict, float]] = {  # options of `ReconstructionConfig`,
     "chunks, 3/8 of the samples, from exact": (FROM_EXACT, 0.375),
     "chunks, a quarter of the samples, from exact": (FROM_EXACT, 0.25),
 }
-PHASES = {  # kind of operation -> parts of their names
+EXACT = {"granularity": "matrix", "solver": "exact", "propagation": "dense"}
+KINDS = {  # kind of operation -> parts of their names
     "matrix products": ("aten::mm", "aten::addmm"),
     "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data", "scaled_dot_product"),
     "optimiser": ("adamw", "aten::lerp", "aten::addcdiv", "aten::addcmul", "aten::sqrt"),
@@ -55,12 +57,16 @@ PHASES = {  # kind of operation -> parts of their names
 }
 
 
-def products(subject: Subject) -> dict:
+def _rates(subject: Subject) -> dict[str, float]:
+    """Floating-point operations per second of large squares, by dtype."""
     dtypes = {subject.dtype, torch.float32}
-    rates = {str(t).removeprefix("torch."): gemm_rate(subject.device, t, size=2048, seconds=0.5) for t in dtypes}
-    dense, masks = subject.short(min(2, subject.spec.blocks))
+    return {str(t).removeprefix("torch."): gemm_rate(subject.device, t, size=2048, seconds=0.5) for t in dtypes}
+
+
+def products(subject: Subject) -> dict:
+    dense = subject.short(min(2, subject.spec.blocks))
     with FlopCounterMode(display=False) as counter, matrix_products.Recorder() as recorder:
-        subject.ours(pruned(dense, masks), dense, subject.samples, masks)
+        subject.ours(pruned(dense, {}), dense, subject.samples)
     by_operator = counter.get_flop_counts()["Global"]
     flops = {"weights": 0, "attention": by_operator.get(torch.ops.aten.bmm, 0)}
     flops["weights"] = sum(by_operator.get(operator, 0) for operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
@@ -75,55 +81,102 @@ def products(subject: Subject) -> dict:
         for product, count in tqdm(recorder.counts.items(), desc="products", disable=not subject.progress)
     ]  # fmt: skip
     ceiling = {kind: sum(row["count"] * row["seconds_alone"] for row in rows if row["kind"] == kind) for kind in flops}
-    seconds = [subject.measured(subject.ours, dense, subject.samples, masks)[0]["seconds"] for _ in range(subject.spec.repeats)]
+    seconds = [subject.measured(subject.ours, dense, subject.samples)[0]["seconds"] for _ in range(subject.spec.repeats)]
     return {
-        "square_flops_per_second": rates, "blocks": len(dense.blocks), "products": rows, "flops": flops,
+        "square_flops_per_second": _rates(subject), "blocks": len(dense.blocks), "products": rows, "flops": flops,
         "seconds_at_ceiling": ceiling, "seconds": seconds,
         "achieved_share_of_ceiling": [ceiling["weights"] / each for each in seconds],
     }  # fmt: skip
 
 
-def loops(subject: Subject) -> dict:
-    dense, masks = subject.short(subject.spec.blocks)
+def phases(subject: Subject) -> dict:
+    dense, samples = subject.short(subject.spec.blocks), subject.samples
+    stream = subject.execution.embed(dense, samples)
+    rates, floors = _rates(subject), _floors(subject, dense)
+    masks = {"masks": subject.prune(pruned(dense, {}), dense, samples)}
+    work: dict[tuple[str, str], tuple[Callable, dict]] = {  # phase, whose -> work, its options
+        ("teacher's pass", "ours"): (subject.forward, {"stream": stream}),
+        ("prune, wanda", "reference"): (subject.reference_prune, {}),
+        ("prune, wanda", "ours"): (subject.prune, {}),
+        ("prune, sparsegpt", "ours"): (subject.prune, {"criterion": "sparsegpt"}),
+        ("matrix, exact", "ours"): (subject.reconstruct, masks | EXACT),
+        ("reconstruct", "reference"): (subject.reference_reconstruct, masks),
+        ("reconstruct", "ours"): (subject.reconstruct, masks | EQUAL),
+        ("reconstruct, mixed", "ours"): (subject.reconstruct, masks | EQUAL | {"propagation": "mixed"}),
+        ("prune and reconstruct", "reference"): (subject.reference, {}),
+        ("prune and reconstruct", "ours"): (subject.ours, EQUAL),
+        ("evaluate", "ours"): (subject.evaluate, {}),
+    }
     rows = [
-        {"loop": name, "round": number} | subject.measured(loop, dense, subject.samples, masks)[0]
+        {"phase": phase, "loop": whose, "round": number} | subject.measured(function, dense, samples, **options)[0]
         for number in range(subject.spec.repeats)
-        for name, loop in subject.loops.items()
+        for (phase, whose), (function, options) in work.items()
     ]
-    return {"blocks": len(dense.blocks), "rows": rows}
+    seconds = {phase: sum(count / rates[dtype] for dtype, count in parts.items()) for phase, parts in floors.items()}
+    return {
+        "blocks": len(dense.blocks), "square_flops_per_second": rates, "floor_flops": floors, "floor_seconds": seconds, "rows": rows
+    }  # fmt: skip
+
+
+def _floors(subject: Subject, dense: Decoder) -> dict[str, dict[str, float]]:
+    """The floating-point operations that each phase cannot do without, by dtype: what `recon.experiment.cost` counts.
+
+    Norms are free: they take the teacher's pass alone. With masks that depend on nothing that reconstruction does, its own pass
+    of the teacher serves pruning too. Gram matrices, and what is solved with them, are products in float32.
+    """
+    dtype = str(subject.dtype).removeprefix("torch.")
+
+    def operations(phase: str, **options) -> float:
+        options = {"statistics": "dense", "pattern": subject.spec.pattern, "held_out_samples": 0} | options
+        return flops(_run_spec(subject, **options), dense)[phase]
+
+    def with_grams(total: float) -> dict[str, float]:
+        return Counter({dtype: teacher}) + Counter({"float32": total - teacher})
+
+    teacher, steps = operations("prune"), operations("reconstruct", **EQUAL)
+    return {
+        "teacher's pass": {dtype: teacher},
+        "prune, wanda": {dtype: teacher},
+        "prune, sparsegpt": with_grams(operations("prune", criterion="sparsegpt")),
+        "matrix, exact": with_grams(operations("reconstruct", **EXACT)),
+        "reconstruct": {dtype: steps},
+        "reconstruct, mixed": {dtype: operations("reconstruct", **EQUAL | {"propagation": "mixed"})},
+        "prune and reconstruct": {dtype: steps},
+        "evaluate": {dtype: operations("evaluate", granularity="none") / 2},  # which a run does before pruning and after
+    }
 
 
 def profile(subject: Subject) -> dict:
     found = {}
+    dense = subject.short(2)
     for name, loop in subject.loops.items():
-        dense, masks = subject.short(2)
-        student = pruned(dense, masks)
+        student = pruned(dense, {})
         cuda = [profiler.ProfilerActivity.CUDA] if subject.device.type == "cuda" else []
         with profiler.profile(activities=[profiler.ProfilerActivity.CPU, *cuda]) as profiled:
-            loop(student, dense, subject.samples, masks)
+            loop(student, dense, subject.samples)
         own = "self_device_time_total" if cuda else "self_cpu_time_total"
         rows = [{"operation": e.key, "seconds": getattr(e, own) / 1e6, "calls": e.count} for e in profiled.key_averages()]
-        phases = dict.fromkeys([*PHASES, "everything else"], 0.0)
+        kinds = dict.fromkeys([*KINDS, "everything else"], 0.0)
         for row in rows:
-            parts = (phase for phase, names in PHASES.items() if any(part in row["operation"] for part in names))
-            phases[next(parts, "everything else")] += row["seconds"]
-        found[name] = {"phases": phases, "operations": sorted(rows, key=lambda row: row["seconds"], reverse=True)[:20]}
+            parts = (kind for kind, names in KINDS.items() if any(part in row["operation"] for part in names))
+            kinds[next(parts, "everything else")] += row["seconds"]
+        found[name] = {"kinds": kinds, "operations": sorted(rows, key=lambda row: row["seconds"], reverse=True)[:20]}
     return found
 
 
 def growth(subject: Subject) -> list[dict]:
     few, length = max(4, subject.spec.samples // 8), subject.spec.sequence_length
     one = subject.short(1)
-    cases: list[tuple[str, int, Decoder, dict, Tensor]] = []  # axis, value, dense model, masks, samples
-    cases += [("samples", few * share, *one, subject.samples[: few * share]) for share in (1, 2, 4)]
-    cases += [("sequence length", length // share, *one, subject.samples[:few, : length // share]) for share in (4, 2, 1)]
+    cases: list[tuple[str, int, Decoder, Tensor]] = []  # axis, value, dense model, samples
+    cases += [("samples", few * share, one, subject.samples[: few * share]) for share in (1, 2, 4)]
+    cases += [("sequence length", length // share, one, subject.samples[:few, : length // share]) for share in (4, 2, 1)]
     depths = [blocks for blocks in (1, 2, 4) if blocks <= len(subject.dense.blocks)]
-    cases += [("depth", blocks, *subject.short(blocks), subject.samples[:few]) for blocks in depths]
-    cases += [("width", width, dense, subject.magnitude_masks(dense), subject.samples[:few]) for width, dense in _widths(subject)]
+    cases += [("depth", blocks, subject.short(blocks), subject.samples[:few]) for blocks in depths]
+    cases += [("width", width, dense, subject.samples[:few]) for width, dense in _widths(subject)]
     rows = []
-    for axis, value, dense, masks, samples in tqdm(cases, desc="growth", disable=not subject.progress):
+    for axis, value, dense, samples in tqdm(cases, desc="growth", disable=not subject.progress):
         for name, loop in subject.loops.items():
-            row, _ = subject.measured(loop, dense, samples.contiguous(), masks)
+            row, _ = subject.measured(loop, dense, samples.contiguous())
             rows.append({"axis": axis, "value": value, "loop": name} | row)
     return rows
 
@@ -144,32 +197,21 @@ def _widths(subject: Subject) -> Iterator[tuple[int, Decoder]]:
         yield config.hidden_size, take_apart(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
 
 
-def prune(subject: Subject) -> list[dict]:
-    rows = []
-    for criterion in ("magnitude", "wanda", "sparsegpt"):
-        with device.PeakMemory(subject.device) as peak:
-            began = time.perf_counter()
-            subject.prune(criterion)
-            seconds = time.perf_counter() - began
-        rows.append({"work": f"prune, {criterion}", "seconds": seconds, "peak_memory_bytes": peak.bytes})
-    exact, _ = subject.measured(subject.ours, subject.dense, subject.samples, subject.masks, granularity="matrix", solver="exact")
-    return [*rows, {"work": "matrix, exact"} | exact]
-
-
 def quality(subject: Subject) -> list[dict]:
-    dense, masks = subject.dense, subject.masks
-    levels = {"dense": subject.perplexity(dense, "dense"), "pruned": subject.perplexity(pruned(dense, masks), "pruned")}
+    dense = subject.dense
+    student = pruned(dense, {})
+    subject.prune(student, dense, subject.samples)
+    levels = {"dense": subject.perplexity(dense, "dense"), "pruned": subject.perplexity(student, "pruned")}
     rows = [{"loop": name, "perplexity": level} for name, level in levels.items()]
     runs: list[tuple[str, Callable, float, dict]] = [  # name, loop, share of the samples, options
         ("reference", subject.reference, 1.0, {}),
-        ("reference, single samples", subject.reference, 1.0, {"batch_size": 1}),
-        ("ours, equal steps", subject.equal_steps, 1.0, {}),
+        ("ours, equal steps", subject.ours, 1.0, EQUAL),
     ]
     for name, (options, share) in RECIPES.items():
         runs.append((f"ours, {name}", subject.ours, share, options))
     for name, loop, share, options in runs:
         samples = subject.samples[: round(share * len(subject.samples))]
-        row, student = subject.measured(loop, dense, samples, masks, **options)
+        row, student = subject.measured(loop, dense, samples, **options)
         value = subject.perplexity(student, name)
         recovered = share_recovered(*levels.values(), value)
         rows.append({"loop": name, "samples": len(samples), "perplexity": value, "share_recovered": recovered} | row)
@@ -219,14 +261,15 @@ def workers(subject: Subject) -> dict:
     torch.set_num_threads(1)
     try:
         rate = gemm_rate(torch.device("cpu"), subject.dtype)
+        masks = subject.prune(pruned(subject.dense, {}), subject.dense, subject.samples)
         studies, windows = [], []
         for crew in tqdm(crews, desc="workers", disable=not subject.progress):
             count, executor = {"workers": crew.workers if crew else 0}, crew or "serial"
             studies.append(count | _study(specs, executor))
-            student = pruned(subject.dense, subject.masks)
+            student = pruned(subject.dense, masks)
             began = time.perf_counter()
             reports = reconstruct(
-                student, subject.dense, subject.samples, base.reconstruction, masks=subject.masks,
+                student, subject.dense, subject.samples, base.reconstruction, masks=masks,
                 execution=Execution("cpu", progress=False, loop=ray_windows.loop(executor)),
             )  # fmt: skip
             seconds = time.perf_counter() - began
@@ -251,7 +294,7 @@ def _study(specs: list[RunSpec], executor) -> dict:
 
 
 def compile(subject: Subject) -> dict:
-    plain, _ = subject.short(1)
+    plain = subject.short(1)
     compiled = take_apart(copy.deepcopy(plain.model), like=plain)
     # The block's children: its own forward is replaced where a window silences half of it.
     for child in compiled.blocks[0].children():
@@ -294,6 +337,5 @@ def large(subject: Subject) -> dict:
     dense = take_apart(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
     draw = torch.Generator().manual_seed(0)  # time and memory do not depend on the values
     samples = torch.randint(config.vocab_size, (spec.large_samples, spec.large_length), generator=draw)
-    masks = {name: torch.rand(m.weight.shape, generator=draw) > 0.5 for name, m in dense.matrices().items()}
-    row, _ = subject.measured(subject.ours, dense, samples, masks)
+    row, _ = subject.measured(subject.ours, dense, samples)
     return {"blocks": spec.large_blocks, "tokens": samples.numel()} | row

@@ -9,12 +9,11 @@ import tyro
 from recon.errors import ReconError
 
 SECTIONS = {  # functions of `recon.paper.bench.sections` -> what they measure
-    "products": "the machine's speed at large squares and at the very products of reconstruction; the share reached",
-    "loops": "a straightforward loop and ours at equal steps, in turn on a shortened model",
-    "profile": "time by kind of operation, of both loops on a shortened model",
-    "growth": "time and memory against samples, sequence length, depth and width, of both loops",
-    "prune": "pruning alone, and the exact matrix solution",
-    "quality": "perplexity against time on the whole model, of both loops and of ours with less",
+    "products": "the machine's speed at large squares and at the very products of our pruning and reconstruction; the share reached",
+    "phases": "the seconds of each phase, a straightforward way beside ours, and how many times the least that products take; in turn on a shortened model",
+    "profile": "time by kind of operation, of both ways on a shortened model",
+    "growth": "time and memory against samples, sequence length, depth and width, of both ways",
+    "quality": "perplexity against time to prune and reconstruct the whole model, of both ways and of ours with less",
     "sweep": "a study of 2 criteria x 6 granularities or solvers, against its runs done singly",
     "workers": "a study, and the windows of one model, one after the other and by Ray workers of one thread",
     "compile": "a block's forward and backward passes through torch.compile (needs a C++ compiler)",
@@ -48,7 +47,7 @@ class BenchSpec:
     evaluation_length: int = 1024
     """Tokens per evaluation window."""
     blocks: int = 4
-    """Blocks of the shortened model that loops are timed on in turn."""
+    """Blocks of the shortened model that phases are timed on in turn."""
     repeats: int = 3
     """Rounds of timing in turn on the shortened model; seeds of the study that workers are timed on."""
     large_samples: int = 128

@@ -1,10 +1,12 @@
 """What is measured: a model with its calibration samples, and the loops that reconstruct it."""
 
+import contextlib
 import copy
 import gc
 import time
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ from recon.runtime import device
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
+EQUAL = {"epochs": 1, "batch_size": reference.BATCH_SIZE, "propagation": "dense"}  # the straightforward loop's steps and inputs
+
 
 class Subject:
     """The model and the samples of a `BenchSpec`, loaded once."""
@@ -35,51 +39,72 @@ class Subject:
         seed = generator(0, "calibration").initial_seed() % 2**32
         self.samples = text.sample_tokens(spec.text, "calibration", self.tokenizer, spec.samples, spec.sequence_length, seed)
 
-    @cached_property
-    def masks(self) -> dict[str, Tensor]:
-        """Wanda's masks of the whole model."""
-        return self.prune("wanda").masks
-
     @property
     def execution(self) -> Execution:
         return Execution(self.device, progress=self.progress)
 
     @property
     def loops(self) -> dict[str, Callable]:
-        """The loops that are compared, by name; see `measured`."""
-        return {"reference": self.reference, "ours": self.equal_steps}
+        """The ways to prune by Wanda and reconstruct that are compared, by name; see `measured`."""
+        return {"reference": self.reference, "ours": partial(self.ours, **EQUAL)}
 
-    def prune(self, criterion: str):
-        """Prunes a copy of the whole model."""
-        student = copy.deepcopy(self.dense.model)
-        config = PruningConfig(criterion=criterion, pattern=self.spec.pattern)
-        return prune(student, self.samples, config, execution=self.execution)
+    @property
+    def pruning(self) -> PruningConfig:
+        return PruningConfig(pattern=self.spec.pattern, statistics="dense")
 
-    def reference(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict, **options) -> None:
-        """The straightforward loop. options: of `reference.reconstruct`."""
-        for decoder in (student, dense):
-            decoder.model.to(self.device)
-        reference.reconstruct(student, dense, samples, masks, progress=self.progress, **options)
-        for decoder in (student, dense):
-            decoder.model.to("cpu")
+    def prune(self, student: Decoder, dense: Decoder, samples: Tensor, criterion: str = "wanda") -> dict[str, Tensor]:
+        """This library's pruning alone, in place; returns the masks by matrix name."""
+        return prune(student, samples, replace(self.pruning, criterion=criterion), execution=self.execution).masks
 
-    def ours(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict, **options) -> None:
-        """This library's loop. options: of `ReconstructionConfig`."""
+    def reconstruct(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict, **options) -> None:
+        """This library's reconstruction alone. options: of `ReconstructionConfig`."""
         reconstruct(student, dense, samples, ReconstructionConfig(**options), masks=masks, execution=self.execution)
 
-    def equal_steps(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict) -> None:
-        """This library's loop, with the steps and the inputs of the straightforward one."""
-        self.ours(student, dense, samples, masks, epochs=1, batch_size=reference.BATCH_SIZE, propagation="dense")
+    def forward(self, student: Decoder, dense: Decoder, samples: Tensor, stream: Tensor) -> None:
+        """A pass of the dense model over `stream`, the embedded samples, block by block."""
+        for window in dense.windows("block"):
+            with self.execution.holding(dense, window):
+                stream = self.execution.run(partial(dense.forward, window), stream)
 
-    def measured(self, loop: Callable, dense: Decoder, samples: Tensor, masks: dict, **options) -> tuple[dict, Decoder]:
-        """Runs a loop on a pruned copy of `dense`; returns its seconds and peak memory, total and added, and the copy."""
-        student = pruned(dense, masks)
+    def evaluate(self, student: Decoder, dense: Decoder, samples: Tensor) -> None:
+        """Perplexity of the dense model."""
+        self.perplexity(dense, "dense")
+
+    def ours(self, student: Decoder, dense: Decoder, samples: Tensor, **options) -> None:
+        """Prunes a copy of `dense` and reconstructs it. options: of `ReconstructionConfig`."""
+        self.reconstruct(student, dense, samples, self.prune(student, dense, samples), **options)
+
+    def reference(self, student: Decoder, dense: Decoder, samples: Tensor) -> None:
+        """The straightforward way."""
+        masks = self.reference_prune(student, dense, samples)
+        self.reference_reconstruct(student, dense, samples, masks)
+
+    def reference_prune(self, student: Decoder, dense: Decoder, samples: Tensor) -> dict[str, Tensor]:
+        with self._on_device(student):
+            return reference.prune(student, samples, self.spec.pattern, self.progress)
+
+    def reference_reconstruct(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict) -> None:
+        with self._on_device(student, dense):
+            reference.reconstruct(student, dense, samples, masks, progress=self.progress)
+
+    @contextlib.contextmanager
+    def _on_device(self, *decoders: Decoder) -> Iterator[None]:
+        for decoder in decoders:
+            decoder.model.to(self.device)
+        yield
+        for decoder in decoders:
+            decoder.model.to("cpu")
+
+    def measured(self, work: Callable, dense: Decoder, samples: Tensor, **options) -> tuple[dict, Decoder]:
+        """Does `work(student, dense, samples, **options)` on a copy of `dense`, pruned where `options` hold masks; returns its
+        seconds and peak memory, total and added, and the copy."""
+        student = pruned(dense, options.get("masks", {}))
         gc.collect()
         device.release_memory()
         self._wait()
         with device.PeakMemory(self.device) as peak:
             began = time.perf_counter()
-            loop(student, dense, samples, masks, **options)
+            work(student, dense, samples, **options)
             self._wait()
             seconds = time.perf_counter() - began
         return {"seconds": seconds, "peak_memory_bytes": peak.bytes, "added_memory_bytes": peak.bytes - peak.before}, student
@@ -88,14 +113,9 @@ class Subject:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def short(self, blocks: int) -> tuple[Decoder, dict[str, Tensor]]:
-        """The first blocks of the model, and magnitude masks of them: only time is measured on them."""
-        dense = shortened(self.dense, min(blocks, len(self.dense.blocks)))
-        return dense, self.magnitude_masks(dense)
-
-    def magnitude_masks(self, dense: Decoder) -> dict[str, Tensor]:
-        config = PruningConfig(criterion="magnitude", pattern=self.spec.pattern)
-        return prune(copy.deepcopy(dense.model), None, config, execution=Execution("cpu", progress=False)).masks
+    def short(self, blocks: int) -> Decoder:
+        """The first blocks of the model: only time is measured on them."""
+        return shortened(self.dense, min(blocks, len(self.dense.blocks)))
 
     def perplexity(self, decoder: Decoder, description: str) -> float:
         """On the evaluation split."""
@@ -110,7 +130,8 @@ def pruned(dense: Decoder, masks: dict[str, Tensor]) -> Decoder:
     student = take_apart(copy.deepcopy(dense.model), like=dense)
     with torch.no_grad():
         for name, matrix in student.matrices().items():
-            matrix.weight.mul_(masks[name])
+            if name in masks:
+                matrix.weight.mul_(masks[name])
     return student
 
 
