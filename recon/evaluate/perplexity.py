@@ -59,16 +59,31 @@ def perplexity(
     states: the last block's output for `tokens`, (windows, length, hidden), where it is known.
     Raises `ReconError` where windows are longer than the model was made for.
     """
-    decoder = take_apart(model)
+    return perplexity_and_states(
+        take_apart(model), tokens, execution=execution, reference=reference, states=states, description=description
+    )[0]
+
+
+@torch.no_grad()
+def perplexity_and_states(
+    decoder: Decoder,
+    tokens: Tensor,
+    *,
+    execution: Execution | None = None,
+    reference: Reference | None = None,
+    states: Tensor | None = None,
+    description: str = "perplexity",
+) -> tuple[Perplexity, Tensor]:
+    """The same as `perplexity`, and the last block's output (windows, length, hidden) that it was computed from."""
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)
     with tqdm(total=len(decoder.blocks) + 1, desc=description, unit="block", disable=not execution.progress) as bar:
         stream = last_states(decoder, tokens, execution, bar) if states is None else states
-        tokens, stream = decoder.predicted(tokens), decoder.predicted(stream)
-        means, divergences = _scores(decoder, execution, tokens, stream, reference)
+        tokens, read = decoder.predicted(tokens), decoder.predicted(stream)
+        means, divergences = _scores(decoder, execution, tokens, read, reference)
         bar.update()
-    mean = sum(means) / len(means)
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(means) * (tokens.shape[1] - 1), means, divergences)
+    mean, predicted = sum(means) / len(means), len(means) * (tokens.shape[1] - 1)
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, predicted, means, divergences), stream
 
 
 def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, bar: tqdm | None = None) -> Tensor:
@@ -90,6 +105,14 @@ def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> 
         with execution.holding(decoder, window):
             stream = execution.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)
         yield stream
+
+
+def dense_streams(dense: Decoder, tokens: Tensor, execution: Execution, activations: Activations) -> Iterator[Tensor]:
+    """`residual_streams` of the dense model, by way of `activations`: where all are kept there, nothing is computed."""
+    known = [activations.get(index) for index in range(len(dense.blocks))]
+    if any(stream is None for stream in known):
+        return (activations.put(index, stream) for index, stream in enumerate(residual_streams(dense, tokens, execution)))
+    return iter(known)
 
 
 def _scores(
@@ -142,10 +165,7 @@ def drift(
     activations: where calls with the same dense model and tokens share its streams.
     """
     execution, activations = execution or Execution(dense.device), activations or Activations(limit=0)
-    known = [activations.get(index) for index in range(len(dense.blocks))]
-    if any(stream is None for stream in known):
-        known = (activations.put(index, stream) for index, stream in enumerate(residual_streams(dense, tokens, execution)))
-    errors = []
+    known, errors = dense_streams(dense, tokens, execution, activations), []
     for ours, theirs in zip(residual_streams(model, tokens, execution), known, strict=True):
         errors.append(unexplained(ours, theirs, channel_variance(theirs)))
     activations.release()  # the next model is measured much later: until then streams may be on disk alone

@@ -53,10 +53,19 @@ class Measurement:
     def of_dense(self, execution: Execution) -> tuple[dict, dict[str, Tensor]]:
         """The dense model's `Measured`, and its last states (windows, length, hidden), which others are compared with, by number
         of the text."""
-        found, _ = self.of(self.dense, "dense", {}, execution)
-        first = [tokens[: evaluation.KL_WINDOWS] for tokens in self.texts.evaluation.values()]
-        states = [evaluation.last_states(self.dense, tokens, execution) for tokens in first]
-        return found, {str(number): state for number, state in enumerate(states)}
+        perplexities, states = {}, {}
+        for number, (text, tokens) in enumerate(self.texts.evaluation.items()):
+            perplexities[text], last = evaluation.perplexity_and_states(
+                self.dense, tokens, execution=execution, description=f"perplexity (dense, {text})"
+            )
+            first = last[: evaluation.KL_WINDOWS]
+            states[str(number)] = execution.empty(first.shape, first.dtype, first.device).copy_(first)  # the others go
+        last = None
+        if self.texts.held_out is not None:
+            for stream in evaluation.dense_streams(self.dense, self.texts.held_out, execution, self.streams):
+                last = stream
+            self.streams.release()
+        return self._of(self.dense, "dense", perplexities, [], last, execution), states
 
     def of(self, decoder: Decoder, name: str, states: Mapping[str, Tensor], execution: Execution) -> tuple[dict, dict]:
         """The `Measured` of `decoder`.
@@ -65,27 +74,31 @@ class Measurement:
         """
         perplexities = {
             text: evaluation.perplexity(
-                decoder, tokens, execution=execution, reference=Reference(self.dense, states[str(number)]) if states else None,
+                decoder, tokens, execution=execution, reference=Reference(self.dense, states[str(number)]),
                 description=f"perplexity ({name}, {text})",
             )
             for number, (text, tokens) in enumerate(self.texts.evaluation.items())
         }  # fmt: skip
-        tasks, drift, held_out = {}, [], None
-        if self.config.tasks:
-            tasks = zero_shot.zero_shot(
-                decoder, self.tokenizer, self.config.tasks, self.config.task_limit or None, execution=execution
-            )  # fmt: skip
+        drift, last = [], None
         if self.texts.held_out is not None:
-            last = None
-            if decoder is not self.dense:
-                drift, last = evaluation.drift(
-                    decoder, self.dense, self.texts.held_out, execution=execution, activations=self.streams
-                )
+            drift, last = evaluation.drift(
+                decoder, self.dense, self.texts.held_out, execution=execution, activations=self.streams
+            )  # fmt: skip
+        return self._of(decoder, name, perplexities, drift, last, execution), {}
+
+    def _of(
+        self, decoder: Decoder, name: str, perplexities: dict, drift: list, last: Tensor | None, execution: Execution
+    ) -> dict:
+        """`Measured` as plain data, with tasks and the perplexity on held-out samples, where there are any."""
+        tasks, held_out = {}, None
+        if self.config.tasks:
+            limit = self.config.task_limit or None
+            tasks = zero_shot.zero_shot(decoder, self.tokenizer, self.config.tasks, limit, execution=execution)
+        if self.texts.held_out is not None:
             held_out = evaluation.perplexity(
-                decoder, self.texts.held_out, execution=execution, states=last,
-                description=f"perplexity ({name}, held out)",
-            ).value  # fmt: skip
-        return asdict(Measured(perplexities, tasks, drift, held_out)), {}
+                decoder, self.texts.held_out, execution=execution, states=last, description=f"perplexity ({name}, held out)"
+            ).value
+        return asdict(Measured(perplexities, tasks, drift, held_out))
 
 
 def count_zeros(decoder: Decoder) -> tuple[dict, dict]:

@@ -16,8 +16,9 @@ from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.experiment import checkpoint, cost, plan, ray_windows, report, streaming, workers
 from recon.experiment.config import RunOptions, RunSpec
+from recon.experiment.dense_cache import DenseCache
 from recon.experiment.environment import environment
-from recon.experiment.home import Home, InMemory, OnDisk, Pruned
+from recon.experiment.home import Home, InMemory, OnDisk, Pruned, Step
 from recon.experiment.measure import Measured, Measurement, count_zeros
 from recon.experiment.record import RunRecord
 from recon.experiment.session import Session
@@ -219,7 +220,17 @@ class _Run:
 
     def measure_dense(self) -> tuple[Measured, dict[str, Tensor]]:
         """What is measured of the dense model, and its states that other models are compared with."""
-        found, states = self.home.step("dense", self.key("dense"), lambda: self.measurement.of_dense(self.execution()))
+        cache = DenseCache(self.spec, self.texts, self.device, cost.flops(self.spec, self.dense)["evaluate"])
+
+        def compute() -> Step:
+            if known := cache.get():
+                self.session.reused.append("dense")
+                return known
+            found, states = self.measurement.of_dense(self.execution())
+            cache.put(found, states)
+            return found, states
+
+        found, states = self.home.step("dense", self.key("dense"), compute)
         return Measured.of(found), states
 
     def measure(self, name: str, key: object, student: Decoder, states: dict[str, Tensor]) -> Measured:
