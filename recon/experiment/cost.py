@@ -7,6 +7,7 @@ import time
 import torch
 
 from recon.config import ReconstructionConfig
+from recon.evaluate.perplexity import KL_WINDOWS
 from recon.experiment.config import RunSpec
 from recon.experiment.memory import highest, memory
 from recon.kernels import criteria
@@ -128,6 +129,16 @@ def _evaluate(spec: RunSpec, model: "_Model") -> float:
     return (2 + changed) * tokens * (2 * model.head + model.forward(spec.evaluation.length))
 
 
+def beside_perplexity(spec: RunSpec, decoder: Decoder) -> float:
+    """Floating-point operations of what evaluation measures beside perplexity: KL's second head; on held-out samples, drift along
+    the depth, for which the dense model runs again beside each other one, and perplexity."""
+    model, how, calibration = _Model(decoder), spec.evaluation, spec.calibration
+    others = 1 + (spec.reconstruction.granularity != "none" or spec.retraining.method != "none")  # than the dense model
+    compared = len(how.texts) * min(KL_WINDOWS, how.samples) * how.length
+    held_out, forward = calibration.held_out_samples * calibration.sequence_length, model.forward(calibration.sequence_length)
+    return others * compared * 2 * model.head + held_out * ((1 + 2 * others) * forward + (1 + others) * 2 * model.head)
+
+
 class _Model:
     """Sizes of a model that its operations follow from."""
 
@@ -177,7 +188,9 @@ class _Model:
 def announce(spec: RunSpec, decoder: Decoder, device: torch.device) -> None:
     """Logs how long a run of `spec` will take, and how much memory; the model of `decoder` is in memory, unless it is a skeleton."""
     dtype = pick_compute_dtype(spec.compute.compute_dtype, device)
-    seconds = {phase: count / speed(device, dtype) for phase, count in flops(spec, decoder).items()}
+    by_phase = flops(spec, decoder)
+    by_phase["evaluate"] += beside_perplexity(spec, decoder)
+    seconds = {phase: count / speed(device, dtype) for phase, count in by_phase.items()}
     parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items() if value)
     log.info(
         "%s, %s %s, %s: about %s on this machine (%s); about %.1f GiB of memory",

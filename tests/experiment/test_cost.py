@@ -9,10 +9,13 @@ from torch.utils.flop_counter import flop_registry
 from recon.config import LENGTHS, PruningConfig
 from recon.experiment import cost
 from recon.experiment.config import RunSpec
+from recon.experiment.measure import Measurement
+from recon.experiment.texts import Texts
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
 from recon.model.discovery import take_apart
+from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
 
@@ -94,6 +97,23 @@ def test_gram_matrices_and_exact_solutions_are_counted(tokens):
         execution = Execution(compute_dtype="float32", progress=False)
         reconstruct(take_apart(model, like=teacher), teacher, batch, spec.reconstruction, masks=masks, execution=execution)
     assert cost.flops(spec, teacher)["reconstruct"] == pytest.approx(counter.flops, rel=0.15)
+
+
+@pytest.mark.parametrize("granularity", ["none", "block"])
+@pytest.mark.parametrize("held_out", [0, 6])
+def test_all_that_evaluation_measures_is_counted(granularity, held_out, tokens):
+    spec = RunSpec.of(
+        granularity=granularity, sequence_length=12, held_out_samples=held_out, evaluation_samples=9, evaluation_length=16
+    )  # fmt: skip
+    dense, execution = take_apart(make_model("llama", **SIZES)), Execution(compute_dtype="float32", progress=False)
+    texts = Texts(tokens(1, 12), tokens(held_out, 12) if held_out else None, {"wikipedia": tokens(9, 16)})
+    measurement = Measurement(spec.evaluation, texts, None, dense, Activations(limit=0))
+    with Counter() as counter:
+        _, states = measurement.of_dense(execution)
+        for name in ["pruned"] + ["reconstructed"] * (granularity != "none"):
+            measurement.of(take_apart(copy.deepcopy(dense.model), like=dense), name, states, execution)
+    expected = cost.flops(spec, dense)["evaluate"] + cost.beside_perplexity(spec, dense)
+    assert expected == pytest.approx(counter.flops, rel=0.1)  # the last token of a window predicts nothing
 
 
 def test_what_is_not_done_costs_nothing():
