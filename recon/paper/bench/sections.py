@@ -133,11 +133,12 @@ def _floors(subject: Subject, dense: Decoder) -> dict[str, dict[str, float]]:
     def with_grams(total: float) -> dict[str, float]:
         return Counter({dtype: teacher}) + Counter({"float32": total - teacher})
 
-    teacher, steps = operations("prune"), operations("reconstruct", **EQUAL)
+    # With reconstruction, `flops` leaves out the pass of the teacher that serves both.
+    teacher, steps = operations("prune", granularity="none"), operations("reconstruct", **EQUAL)
     return {
         "teacher's pass": {dtype: teacher},
         "prune, wanda": {dtype: teacher},
-        "prune, sparsegpt": with_grams(operations("prune", criterion="sparsegpt")),
+        "prune, sparsegpt": with_grams(operations("prune", criterion="sparsegpt", granularity="none")),
         "matrix, exact": with_grams(operations("reconstruct", **EXACT)),
         "reconstruct": {dtype: steps},
         "reconstruct, mixed": {dtype: operations("reconstruct", **EQUAL | {"propagation": "mixed"})},

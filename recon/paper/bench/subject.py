@@ -71,8 +71,8 @@ class Subject:
         self.perplexity(dense, "dense")
 
     def ours(self, student: Decoder, dense: Decoder, samples: Tensor, **options) -> None:
-        """Prunes a copy of `dense` and reconstructs it. options: of `ReconstructionConfig`."""
-        self.reconstruct(student, dense, samples, self.prune(student, dense, samples), **options)
+        """Prunes a copy of `dense` and reconstructs it, in one pass. options: of `ReconstructionConfig`."""
+        reconstruct(student, dense, samples, ReconstructionConfig(**options), pruning=self.pruning, execution=self.execution)
 
     def reference(self, student: Decoder, dense: Decoder, samples: Tensor) -> None:
         """The straightforward way."""
