@@ -22,7 +22,7 @@ usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...] [--executor ray [--a
 
 NOTEBOOK restricts a profile to the notebooks named, such as 1-granularity.
 --executor ray computes their runs side by side, on the cores and GPUs of this machine or of the cluster at ADDRESS.
-Everything is installed into the active virtual or conda environment; where there is none, into .venv.
+What each of these needs is installed when it is first used, into the active virtual or conda environment; where there is none, into .venv.
 TEXT
 }
 
@@ -60,40 +60,47 @@ make_venv() {
     fail "Python >= 3.10 with venv is needed and was not found (on Debian or Ubuntu: apt install python3-venv)"
 }
 
-# On a terminal, pip's latest line, overwriting itself; everything goes to the log.
-show_progress() {
+# Runs a command whose output goes to the log; on a terminal its latest line is shown, overwriting itself.
+logged() {
     local line
-    while IFS= read -r line; do
-        printf '%s\n' "$line" >&3
+    "$@" 2>&1 </dev/null | while IFS= read -r line; do
+        printf '%s\n' "$line" >>build/setup.log
         if [[ -t 1 ]]; then printf '\r\033[K  %.76s' "$line"; fi
     done
+    local status=${PIPESTATUS[0]}
     if [[ -t 1 ]]; then printf '\r\033[K'; fi
+    return "$status"
 }
 
-pip_install() {
-    if ! "$bin/python" -m pip install --disable-pip-version-check "$@" 2>&1 </dev/null | show_progress 3>>build/setup.log; then
-        tail -n 20 build/setup.log >&2
-        fail "the set-up failed (log: build/setup.log); run the same command to try again"
-    fi
+# Byte-compiling all that is installed takes longer than what is used of it, which Python compiles when it is imported.
+install() {
+    if command -v uv >/dev/null && logged uv pip install --python "$bin/python" "$@"; then return; fi
+    # Also where uv fails, which does not read pip's settings.
+    logged "$bin/python" -m pip install --disable-pip-version-check 'pip>=24.1' &&
+        logged "$bin/python" -m pip install --disable-pip-version-check --no-compile "$@"
 }
 
-# Installs the package with all extras, once: the stamp, written last, says what the environment was set up for.
+# Installs the package with the extras named, each once: its stamp, written last, says what the environment was set up for.
 set_up() {
     find_environment
-    local stamp want
-    stamp=$(dirname "$bin")/.recon-setup
+    local stamps want extra missing=()
+    stamps=$(dirname "$bin")/.recon-setup
     want=$("$bin/python" -c '
 import hashlib, pathlib, sys
 files = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
 print(hashlib.sha256(b"\0".join(files)).hexdigest(), sys.version.split()[0], pathlib.Path.cwd())')
-    if [[ -f $stamp && $(<"$stamp") == "$want" ]]; then return; fi
-    rm -f "$stamp"
+    for extra in "$@"; do
+        if [[ ! -f $stamps-$extra || $(<"$stamps-$extra") != "$want" ]]; then missing+=("$extra"); fi
+    done
+    if ((${#missing[@]} == 0)); then return; fi
     mkdir -p build
     : >build/setup.log
-    say "Installing into $(dirname "$bin") (once; several minutes, log: build/setup.log)"
-    pip_install 'pip>=24.1'
-    pip_install -c constraints.txt -e '.[notebooks,test,evaluation,ray]'
-    printf '%s\n' "$want" >"$stamp"
+    say "Installing into $(dirname "$bin") (once; a minute or several, log: build/setup.log)"
+    if ! install -c constraints.txt -e ".[$(IFS=, && printf '%s' "${missing[*]}")]"; then
+        tail -n 20 build/setup.log >&2
+        fail "the set-up failed (log: build/setup.log); run the same command to try again"
+    fi
+    for extra in "${missing[@]}"; do printf '%s\n' "$want" >"$stamps-$extra"; done
 }
 
 word=${1:-quick}
@@ -105,16 +112,19 @@ fi
 case $word in
 -h | --help | help) usage ;;
 quick | laptop | paper)
-    set_up
+    extras=(notebooks)
+    if [[ $word != quick ]]; then extras+=(evaluation); fi
+    if [[ $word != quick || " $* " =~ [\ =]ray\  || ${RECON_EXECUTOR:-} == ray ]]; then extras+=(ray); fi
+    set_up "${extras[@]}"
     "$bin/recon" assets
     JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.paper.runner "$word" "$@"
     ;;
 figures)
-    set_up
+    set_up notebooks
     JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.paper.runner "${1:-laptop}" --from-records
     ;;
 test)
-    set_up
+    set_up notebooks test evaluation ray
     "$bin/recon" assets
     if (($# == 0)); then # all of the fast ones, a file to a core; what is chosen by hand runs in one process, as its output is read
         set -- --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -122,11 +132,11 @@ test)
     exec "$bin/python" -m pytest "$@"
     ;;
 lint)
-    set_up
+    set_up test
     "$bin/python" -m ruff check . && exec "$bin/python" -m ruff format --check .
     ;;
 lab)
-    set_up
+    set_up notebooks lab
     JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m jupyter lab notebooks/ "$@"
     ;;
 *)

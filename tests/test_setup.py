@@ -98,7 +98,6 @@ def test_conda_installs_what_pip_installs():
     assert section[0] == "-c constraints.txt"
     [extras] = [re.fullmatch(r"-e \.\[([\w,]+)\]", line)[1] for line in section[1:]]
     assert set(extras.split(",")) == set(PROJECT["optional-dependencies"])
-    assert f"-e '.[{extras}]'" in (ROOT / "run_all.sh").read_text()
 
 
 def run(*words: str, script: Path = ROOT / "run_all.sh", **environment: str) -> subprocess.CompletedProcess:
@@ -125,37 +124,75 @@ def checkout(tmp_path):
     recon.write_text(f'#!/bin/bash\necho "recon $*" >>"{log}"\n')
     python.chmod(0o755)
     recon.chmod(0o755)
+    tools = tmp_path / "tools"
+    tools.mkdir()
 
-    def call(*words: str):
+    def call(*words: str, **variables: str):
         log.write_text("")
-        done = run(*words, script=here / "run_all.sh", VIRTUAL_ENV=str(environment))
+        path = f"{tools}:/usr/bin:/bin"
+        done = run(*words, script=here / "run_all.sh", VIRTUAL_ENV=str(environment), PATH=path, **variables)
         return done, log.read_text().splitlines()
 
-    call.here, call.offline = here, tmp_path / "offline"
+    def add_uv(status: int):
+        (tools / "uv").write_text(f'#!/bin/bash\necho "uv $*" >>"{log}"\nexit {status}\n')
+        (tools / "uv").chmod(0o755)
+
+    call.here, call.offline, call.add_uv, call.python = here, tmp_path / "offline", add_uv, python
     return call
 
 
-INSTALL = [
-    "python -m pip install --disable-pip-version-check pip>=24.1",
-    "python -m pip install --disable-pip-version-check -c constraints.txt -e .[notebooks,test,evaluation,ray]",
-]
+def install(extras: str) -> list[str]:
+    """The calls that install these extras."""
+    pip = "python -m pip install --disable-pip-version-check"
+    return [f"{pip} pip>=24.1", f"{pip} --no-compile -c constraints.txt -e .[{extras}]"]
 
 
 def test_the_active_environment_is_set_up_once(checkout):
     done, calls = checkout()
     assert done.returncode == 0, done.stderr
-    assert calls == [*INSTALL, "recon assets", "python -m recon.paper.runner quick"]
-    done, calls = checkout("laptop", "1-granularity")
-    assert calls == ["recon assets", "python -m recon.paper.runner laptop 1-granularity"]
+    assert calls == [*install("notebooks"), "recon assets", "python -m recon.paper.runner quick"]
+    done, calls = checkout("quick", "1-granularity")
+    assert calls == ["recon assets", "python -m recon.paper.runner quick 1-granularity"]
     assert done.stdout == ""
-    assert checkout("test", "-m", "slow", "-k", "a b")[1] == ["recon assets", "python -m pytest -m slow -k a b"]
-    words = ["--executor", "ray", "--address", "10.0.0.1:6379"]
-    assert checkout(*words)[1] == ["recon assets", f"python -m recon.paper.runner quick {' '.join(words)}"]
-    assert checkout("lab")[1] == ["python -m jupyter lab notebooks/"]
     with (checkout.here / "constraints.txt").open("a") as file:
         file.write("# changed\n")
-    assert checkout("lab")[1][:2] == INSTALL
+    assert checkout()[1][:2] == install("notebooks")
     assert not (checkout.here / ".venv").exists()
+
+
+def test_what_a_word_needs_is_installed_when_it_is_first_used(checkout):
+    assert checkout("test", "-m", "slow", "-k", "a b")[1] == [
+        *install("notebooks,test,evaluation,ray"), "recon assets", "python -m pytest -m slow -k a b",
+    ]  # fmt: skip
+    assert checkout("lint")[1] == ["python -m ruff check .", "python -m ruff format --check ."]
+    assert checkout("figures")[1] == ["python -m recon.paper.runner laptop --from-records"]
+    assert checkout("laptop")[1] == ["recon assets", "python -m recon.paper.runner laptop"]
+    assert checkout("lab")[1] == [*install("lab"), "python -m jupyter lab notebooks/"]
+    assert checkout("lab")[1] == ["python -m jupyter lab notebooks/"]
+
+
+@pytest.mark.parametrize(
+    "words, variables, extras",
+    [
+        (["paper"], {}, "notebooks,evaluation,ray"),
+        (["--executor", "ray", "--address", "10.0.0.1:6379"], {}, "notebooks,ray"),
+        (["quick", "0-quickstart", "--executor=ray"], {}, "notebooks,ray"),
+        (["quick", "--executor", "serial"], {}, "notebooks"),
+        ([], {"RECON_EXECUTOR": "ray"}, "notebooks,ray"),
+    ],
+)
+def test_profiles_install_the_evaluation_and_ray_where_they_use_them(checkout, words, variables, extras):
+    _, calls = checkout(*words, **variables)
+    profile = words if words and not words[0].startswith("-") else ["quick", *words]
+    assert calls == [*install(extras), "recon assets", f"python -m recon.paper.runner {' '.join(profile)}"]
+
+
+def test_uv_installs_where_it_is_there_and_pip_where_it_fails(checkout):
+    theirs = f"uv pip install --python {checkout.python} -c constraints.txt -e .[notebooks]"
+    checkout.add_uv(1)
+    assert checkout("figures")[1][:3] == [theirs, *install("notebooks")]
+    checkout.add_uv(0)
+    assert checkout("lint")[1][0] == theirs.replace("notebooks", "test")
 
 
 def test_a_set_up_that_failed_is_done_again(checkout):
@@ -164,9 +201,9 @@ def test_a_set_up_that_failed_is_done_again(checkout):
     assert done.returncode == 1
     assert "no network" in done.stderr
     assert "run the same command to try again" in done.stderr
-    assert calls == INSTALL[:1]
+    assert calls == install("notebooks")[:1]
     checkout.offline.unlink()
-    assert checkout()[1][:2] == INSTALL
+    assert checkout()[1][:2] == install("notebooks")
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "help"])
