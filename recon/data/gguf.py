@@ -1,5 +1,7 @@
 """A GGUF file as a checkpoint in safetensors: transformers unpacks it to float32, once, and the result is kept in the cache."""
 
+import contextlib
+import io
 from collections import Counter
 from pathlib import Path
 
@@ -42,9 +44,10 @@ def convert(path: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     unpacked = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
-    setattr(model.config, NOTE, stored(path))
-    model.save_pretrained(folder)
+    with contextlib.redirect_stderr(io.StringIO()):  # of transformers' bars, one has no switch
+        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
+        setattr(model.config, NOTE, stored(path))
+        model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 

@@ -1,7 +1,7 @@
 """Runs the notebooks under a profile and renders them: `python -m recon.paper.runner quick`.
 
 Notebooks do not depend on one another: one that fails is recorded, and the others go on. Executed copies, HTML pages and an
-index go to build/<profile>/; figures and records to `folders`.
+index go to build/<profile>/; figures and records where `recon.paper.profiles` says.
 """
 
 import argparse
@@ -29,25 +29,14 @@ from recon.errors import ReconError
 from recon.experiment import workers
 from recon.experiment.cost import duration
 from recon.paper import claims, figures
+from recon.paper.console import Console, shown
+from recon.paper.profiles import PROFILES, ROOT, MissingRecords, folders
 from recon.runtime import lock, storage
 from recon.runtime.device import limit_compiled_shapes
 
-ROOT = Path(__file__).resolve().parents[2]
-PROFILES = {  # where their notebooks write figures and records
-    "quick": ("build/quick/figures", "build/quick/records"),
-    "laptop": ("figures", "results/laptop"),
-    "paper": ("figures/paper", "results/paper"),
-}
 _DRAWN = re.compile(r'savefig\(\s*fig,\s*"([\w.-]+)"')
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class MissingRecords(ReconError):
-    """Raised by a notebook that has no finished run to draw from."""
-
-    def __init__(self, profile: str, notebook: str):
-        super().__init__(f"no records yet: run ./run_all.sh {profile} {notebook}")
 
 
 @dataclass(frozen=True)
@@ -60,28 +49,6 @@ class Outcome:
     status: str
     seconds: float
     error: str = ""
-
-
-def folders(profile: str, output: Path | str = "", root: Path | str = ROOT) -> tuple[Path, Path]:
-    """Where a notebook writes: (figures, records), those of `profile`, or folders inside `output` (relative to `root`).
-
-    Raises:
-        ReconError: `profile` is unknown, or `output` lies inside the folders of another profile.
-    """
-    if profile not in PROFILES:
-        raise ReconError(f"unknown profile {profile!r}; allowed: {', '.join(PROFILES)}")
-    root = Path(root)
-    if not output:
-        figure_folder, record_folder = PROFILES[profile]
-        return root / figure_folder, root / record_folder
-    owners = {(root / folder).resolve(): name for name, both in PROFILES.items() for folder in both}
-    chosen = (root / output).resolve()
-    for path in (chosen / "figures", chosen / "records"):
-        # figures/paper lies inside figures: the innermost folder decides.
-        owner = next((owners[parent] for parent in (path, *path.parents) if parent in owners), profile)
-        if owner != profile:
-            raise ReconError(f"output folder {str(output)!r} belongs to profile {owner!r}, not {profile!r}; give another")
-    return chosen / "figures", chosen / "records"
 
 
 def find_notebooks(names: Sequence[str] | None = None, root: Path | str = ROOT) -> list[Path]:
@@ -155,7 +122,8 @@ def execute(
 
     Args:
         notebooks: names; None: all.
-        stdout: gets a line per notebook, and what it prints.
+        stdout: gets a line per notebook, and the path of each figure; see `recon.paper.console`. What notebooks print goes to
+            build/<profile>/notebooks/<name>.log.
         compute: False runs nothing: notebooks draw from the records that are there; those that cannot are left out, and those that
             find none end as "missing".
         executor, address: what computes studies, and the Ray cluster that all notebooks share; see `recon.experiment.workers.shared`.
@@ -176,9 +144,10 @@ def execute(
         outcomes = []
         with workers.shared(executor, address) if compute else contextlib.nullcontext():
             for number, path in enumerate(paths, 1):
-                if stdout:
-                    print(f"[{number}/{len(paths)}] {path.stem}", file=stdout, flush=True)
-                outcomes.append(_run(path, parameters[path.stem], build, stdout))
+                cells, copy = len(nbformat.read(path, as_version=4).cells), build / "notebooks" / path.name
+                console = Console(f"[{number}/{len(paths)}] {path.stem}", cells, copy, folders(profile, root=root)[0], stdout)
+                outcomes.append(_run(path, parameters[path.stem], build, console))
+                console.end(f"{outcomes[-1].status}, {duration(outcomes[-1].seconds)}")
                 if outcomes[-1].status == "stopped":
                     break
         _write_gallery(profile, root)
@@ -186,7 +155,7 @@ def execute(
     return outcomes
 
 
-def _run(path: Path, parameters: dict, build: Path, stdout: TextIO | None) -> Outcome:
+def _run(path: Path, parameters: dict, build: Path, stdout: Console) -> Outcome:
     """Executes one notebook into build/notebooks and renders it into build/html, whether it fails or not."""
     copy, problem = build / "notebooks" / path.name, build / "notebooks" / f"{path.stem}.error.txt"
     html = build / "html" / f"{path.stem}.html"
@@ -195,7 +164,7 @@ def _run(path: Path, parameters: dict, build: Path, stdout: TextIO | None) -> Ou
     status, error, start = "finished", "", time.monotonic()
     try:
         papermill.execute_notebook(
-            str(path), str(copy), parameters, kernel_name="python3", cwd=str(path.parent), progress_bar=sys.stderr.isatty(),
+            str(path), str(copy), parameters, kernel_name="python3", cwd=str(path.parent), progress_bar=False,
             stdout_file=stdout, extra_arguments=["--IPKernelApp.log_level=ERROR"],  # kernels warn that they use TCP
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -282,20 +251,14 @@ def _write_index(profile: str, outcomes: list[Outcome], root: Path) -> None:
 
 
 def summary(profile: str, outcomes: Sequence[Outcome], root: Path | str = ROOT) -> str:
-    """What ran, for how long, where everything is, and which notebooks failed with what."""
+    """How many notebooks finished, which did not and why, and where everything is."""
     root = Path(root).resolve()
-    here = Path.cwd()
-
-    def shown(path: Path) -> str:
-        return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
     build, width = root / "build" / profile, max(len(outcome.name) for outcome in outcomes)
     finished = sum(outcome.status == "finished" for outcome in outcomes)
     lines = ["", f"Profile {profile}: {finished} of {len(outcomes)} notebooks finished"]
     for outcome in outcomes:
-        lines.append(f"  {outcome.name:<{width}}  {outcome.status:<8}  {duration(outcome.seconds):>8}")
         if outcome.error:
-            lines.append(f"  {'':<{width}}  {outcome.error}")
+            lines.append(f"  {outcome.name:<{width}}  {outcome.status}: {outcome.error}")
         if outcome.status == "failed":
             lines.append(f"  {'':<{width}}  traceback: {shown(build / 'notebooks' / f'{outcome.name}.error.txt')}")
     figure_folder, record_folder = folders(profile, root=root)

@@ -83,6 +83,11 @@ def test_it_is_unpacked_once_to_what_transformers_reads(file, monkeypatch):
     assert models.locate(str(file)) == folder and models.fingerprint(str(file)) == gguf.digest(file)
 
 
+def test_unpacking_draws_no_bars(file, tmp_path, capfd):
+    gguf.convert(file, tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     "kind, file_type, said",
     [

@@ -97,7 +97,8 @@ def test_paper_profile_runs_from_end_to_end(tmp_path, tiny_folder):
     assert committed() == before
     assert done.stdout.count("status='finished'") == len(profile), done.stdout[-3000:] + done.stderr[-3000:]
     # Time, memory and disk are said before a study begins.
-    assert "on this machine" in done.stdout and "GiB of disk while it runs" in done.stdout
+    said = "".join(path.read_text() for path in (root / "build/paper/notebooks").glob("*.log"))
+    assert "on this machine" in said and "GiB of disk while it runs" in said
     records = [json.loads(path.read_text()) for path in (root / "results/paper").glob("*.json")]
     assert len(records) > 40 and {record["status"] for record in records} == {"done"}
     assert {record["spec"]["model"] for record in records} <= names(small)

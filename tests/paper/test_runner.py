@@ -18,6 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from recon.errors import ReconError
 from recon.paper import runner
+from recon.paper.console import Console
 
 OUTCOME = runner.Outcome("0-a", "A", "finished", 1.0)
 PARAMETERS = 'profile: str = "quick"  # whose folders\nsize: int = 1  # how many'
@@ -66,19 +67,52 @@ def test_every_notebook_runs_with_its_parameters_though_one_fails(ran):
         ("1-fails", "1-fails", "failed"),
         ("2-ends", "Ends", "finished"),
     ]
-    assert [line for line in lines if line.startswith("[")] == ["[1/3] 0-draws", "[2/3] 1-fails", "[3/3] 2-ends"]
-    assert "size 1" in lines
     copies = root / "build/quick/notebooks"
+    assert (copies / "2-ends.log").read_text() == "size 1\n"
     assert f"size 7 quick {sys.executable}" in (copies / "0-draws.ipynb").read_text()
     assert "size 1" in (copies / "2-ends.ipynb").read_text()
+
+
+def test_the_console_shows_a_line_for_each_notebook_and_the_path_of_each_figure(ran):
+    root, outcomes, lines = ran
+    took = [runner.duration(outcome.seconds) for outcome in outcomes]
+    assert lines == [
+        f"[1/3] 0-draws  {root}/build/quick/figures/a-line.png",
+        f"[1/3] 0-draws  finished, {took[0]}",
+        f"[2/3] 1-fails  failed, {took[1]}",
+        f"[3/3] 2-ends  finished, {took[2]}",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_of_cells_that_moves_while_the_notebook_runs(tmp_path):
+    copy, figures, screen = tmp_path / "copy.ipynb", tmp_path / "figures", Terminal()
+    figures.mkdir()
+    (figures / "old.png").touch()
+    shown = Console("[1/1] 0-a", 2, copy, figures, screen)
+    shown.write("a study of 3 runs\n\n")
+    status = {"papermill": {"status": "completed"}}
+    copy.write_text(nbformat.writes(new_notebook(cells=[new_code_cell("1", metadata=status), new_code_cell("2")])))
+    (figures / "new.png").touch()
+    deadline = time.monotonic() + 60
+    while "1/2 cells" not in screen.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "a study of 3 runs" in screen.getvalue() and f"[1/1] 0-a  {figures / 'new.png'}\n" in screen.getvalue()
+    shown.end("finished")
+    assert screen.getvalue().endswith("[1/1] 0-a  finished\n") and "old.png" not in screen.getvalue()
+    assert screen.getvalue().count("\n") == 2  # the bar takes no line of its own once it is gone
 
 
 def test_from_records_runs_only_what_can_do_without_computing(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(runner.ROOT))
     write_notebook(tmp_path, "0-draws", "print('computes', compute)", parameters=PARAMETERS + "\ncompute: bool = True")
     write_notebook(tmp_path, "1-computes", "print('computes')")
-    lacks = """from recon.paper import runner
-raise runner.MissingRecords(profile, "2-lacks")
+    lacks = """from recon.paper import profiles
+raise profiles.MissingRecords(profile, "2-lacks")
 figures.savefig(
     fig, "some-line", "folder")"""
     write_notebook(tmp_path, "2-lacks", lacks, parameters=PARAMETERS + "\ncompute: bool = True")
