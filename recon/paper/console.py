@@ -9,7 +9,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-BAR = "{desc}  {n_fmt}/{total_fmt} cells |{bar:12}| {elapsed} {postfix}"
+BAR = "{desc}  {n_fmt}/{total_fmt} cells |{bar:12}| {elapsed}{postfix}"
 
 
 class Console:

@@ -80,6 +80,15 @@ def test_every_notebook_is_tried_here():
     assert sorted(PROMISED) == [path.stem for path in NOTEBOOKS]
 
 
+def execute(name: str, folder: Path, parameters: dict) -> Path:
+    """Runs a notebook; returns the executed copy, in `folder`."""
+    executed, notebooks = folder / "executed.ipynb", ROOT / "notebooks"
+    papermill.execute_notebook(
+        str(notebooks / f"{name}.ipynb"), str(executed), parameters, kernel_name="python3", cwd=str(notebooks), progress_bar=False
+    )
+    return executed
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("6-cost", "7-scale") else n for n in PROMISED])
 def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path, tiny_folder, tiny_text):
     own, figures, runs = PROMISED[name]
@@ -93,15 +102,7 @@ def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path,
         parameters["common"] = SMALL | places | {"evaluation_texts": [tiny_text], "prune_samples": 6}
     parameters |= {"models": [tiny_folder]} if name.startswith("3") else {}
     parameters |= {"texts": [tiny_text, f"{tiny_folder}/other.txt"]} if "texts" in own else {}
-    executed = tmp_path / "executed.ipynb"
-    papermill.execute_notebook(
-        str(ROOT / "notebooks" / f"{name}.ipynb"),
-        str(executed),
-        parameters=parameters,
-        kernel_name="python3",
-        cwd=str(ROOT / "notebooks"),
-        progress_bar=False,
-    )
+    executed = execute(name, tmp_path, parameters)
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out/records").glob("*.json")}
     assert len(records) == runs
     assert {record["status"] for record in records.values()} <= {"done"}
@@ -117,6 +118,17 @@ def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path,
     outputs = [output for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == len(figures)
+
+
+def test_scaling_can_be_drawn_from_an_earlier_measurement(tmp_path):
+    parameters = runner.profile_parameters("quick")["7-scale"]
+    execute("7-scale", tmp_path, parameters | {"output": str(tmp_path / "out")})
+    measured = json.loads((ROOT / parameters["measured"]).read_text())
+    for figure in ("scaling", "scaling-check"):
+        provenance = json.loads((tmp_path / f"out/figures/{figure}.json").read_text())
+        assert provenance["records"] == [measured["key"]]
+    assert parameters["measured"] in provenance["caption"]  # of what is held against the clock
+    assert not (tmp_path / "out/records").exists()
 
 
 def test_every_profile_has_its_file():
