@@ -281,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names of notebooks (default: all)")
     given = parser.parse_intermixed_args(arguments)
     limit_compiled_shapes()  # in the kernels, which inherit it
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or torch's profiler writes when it starts and stops
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it logs what the summary says
     try:
         outcomes = execute(
