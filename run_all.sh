@@ -72,10 +72,11 @@ logged() {
     return "$status"
 }
 
-# Byte-compiling all that is installed takes longer than what is used of it, which Python compiles when it is imported.
+# By uv where it is there and would find what pip finds: it does not read pip's settings.
 install() {
-    if command -v uv >/dev/null && logged uv pip install --python "$bin/python" "$@"; then return; fi
-    # Also where uv fails, which does not read pip's settings.
+    if command -v uv >/dev/null && [[ -z $("$bin/python" -m pip config list) ]] &&
+        logged uv pip install --python "$bin/python" "$@"; then return; fi
+    # Byte-compiling all that is installed takes longer than what is used of it, which Python compiles when it is imported.
     logged "$bin/python" -m pip install --disable-pip-version-check 'pip>=24.1' &&
         logged "$bin/python" -m pip install --disable-pip-version-check --no-compile "$@"
 }

@@ -119,6 +119,7 @@ def checkout(tmp_path):
     python.write_text(
         f'#!/bin/bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\necho "python $*" >>"{log}"\n'
         f'if [[ -f "{tmp_path}/offline" && $* == *install* ]]; then echo no network; exit 1; fi\n'
+        f'if [[ -f "{tmp_path}/settings" && $* == *config* ]]; then echo global.index-url; fi\n'
     )
     recon = environment / "bin" / "recon"
     recon.write_text(f'#!/bin/bash\necho "recon $*" >>"{log}"\n')
@@ -137,7 +138,13 @@ def checkout(tmp_path):
         (tools / "uv").write_text(f'#!/bin/bash\necho "uv $*" >>"{log}"\nexit {status}\n')
         (tools / "uv").chmod(0o755)
 
-    call.here, call.offline, call.add_uv, call.python = here, tmp_path / "offline", add_uv, python
+    call.here, call.offline, call.add_uv, call.python, call.settings = (
+        here,
+        tmp_path / "offline",
+        add_uv,
+        python,
+        tmp_path / "settings",
+    )
     return call
 
 
@@ -188,11 +195,13 @@ def test_profiles_install_the_evaluation_and_ray_where_they_use_them(checkout, w
 
 
 def test_uv_installs_where_it_is_there_and_pip_where_it_fails(checkout):
-    theirs = f"uv pip install --python {checkout.python} -c constraints.txt -e .[notebooks]"
+    asked, theirs = "python -m pip config list", f"uv pip install --python {checkout.python} -c constraints.txt -e .[notebooks]"
     checkout.add_uv(1)
-    assert checkout("figures")[1][:3] == [theirs, *install("notebooks")]
+    assert checkout("figures")[1][:4] == [asked, theirs, *install("notebooks")]
     checkout.add_uv(0)
-    assert checkout("lint")[1][0] == theirs.replace("notebooks", "test")
+    assert checkout("lint")[1][:2] == [asked, theirs.replace("notebooks", "test")]
+    checkout.settings.touch()
+    assert checkout("lab")[1][:3] == [asked, *install("lab")]  # such as an index of their own
 
 
 def test_a_set_up_that_failed_is_done_again(checkout):
