@@ -26,6 +26,7 @@ class Console:
     def __init__(self, name: str, cells: int, copy: Path, figures: Path, stdout: TextIO | None):
         self.name, self.copy, self.figures, self.stdout = name, copy, figures, stdout
         self.log = copy.with_suffix(".log").open("w", encoding="utf-8")
+        self.here = Path.cwd()  # Papermill is elsewhere while it runs a notebook
         self.known, self.saved = dict(self._figures()), 0
         shown = stdout is not None and stdout.isatty()
         self.bar = tqdm(total=cells, desc=name, bar_format=BAR, file=stdout, disable=not shown, leave=False, dynamic_ncols=True)
@@ -59,7 +60,7 @@ class Console:
         for path, changed in self._figures():
             if self.known.get(path) != changed:
                 self.known[path] = changed
-                self._say(shown(path))
+                self._say(shown(path, self.here))
         if not self.bar.disable:
             self.bar.n = self._cells()
             self.bar.refresh()  # the time
@@ -85,7 +86,6 @@ class Console:
         return self.bar.n
 
 
-def shown(path: Path) -> str:
-    """`path` as one would type it here."""
-    here = Path.cwd()
+def shown(path: Path, here: Path) -> str:
+    """`path` as one would type it in the folder `here`."""
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

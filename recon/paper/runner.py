@@ -252,7 +252,7 @@ def _write_index(profile: str, outcomes: list[Outcome], root: Path) -> None:
 
 def summary(profile: str, outcomes: Sequence[Outcome], root: Path | str = ROOT) -> str:
     """How many notebooks finished, which did not and why, and where everything is."""
-    root = Path(root).resolve()
+    root, here = Path(root).resolve(), Path.cwd()
     build, width = root / "build" / profile, max(len(outcome.name) for outcome in outcomes)
     finished = sum(outcome.status == "finished" for outcome in outcomes)
     lines = ["", f"Profile {profile}: {finished} of {len(outcomes)} notebooks finished"]
@@ -260,13 +260,13 @@ def summary(profile: str, outcomes: Sequence[Outcome], root: Path | str = ROOT) 
         if outcome.error:
             lines.append(f"  {outcome.name:<{width}}  {outcome.status}: {outcome.error}")
         if outcome.status == "failed":
-            lines.append(f"  {'':<{width}}  traceback: {shown(build / 'notebooks' / f'{outcome.name}.error.txt')}")
+            lines.append(f"  {'':<{width}}  traceback: {shown(build / 'notebooks' / f'{outcome.name}.error.txt', here)}")
     figure_folder, record_folder = folders(profile, root=root)
     places = {
         "figures": figure_folder, "records": record_folder, "executed notebooks": build / "notebooks",
         "to read in a browser": build / "html" / "index.html",
     }  # fmt: skip
-    return "\n".join(lines + [f"{what + ':':<22}{shown(path)}" for what, path in places.items()])
+    return "\n".join(lines + [f"{what + ':':<22}{shown(path, here)}" for what, path in places.items()])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

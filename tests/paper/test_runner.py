@@ -56,6 +56,7 @@ print("size", size, profile, sys.executable)"""
     write_profile(root, "quick", {"0-draws": {"size": 7}, "1-fails": None})
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
         patch.setenv("PYTHONPATH", str(runner.ROOT))  # so that a checkout that is not installed can be tested as well
         return root, runner.execute("quick", root=root, stdout=said), said.getvalue().splitlines()
 
@@ -77,7 +78,7 @@ def test_the_console_shows_a_line_for_each_notebook_and_the_path_of_each_figure(
     root, outcomes, lines = ran
     took = [runner.duration(outcome.seconds) for outcome in outcomes]
     assert lines == [
-        f"[1/3] 0-draws  {root}/build/quick/figures/a-line.png",
+        "[1/3] 0-draws  build/quick/figures/a-line.png",
         f"[1/3] 0-draws  finished, {took[0]}",
         f"[2/3] 1-fails  failed, {took[1]}",
         f"[3/3] 2-ends  finished, {took[2]}",
