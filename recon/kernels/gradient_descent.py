@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-NORM_EVERY = 8  # steps: a norm reads all gradients once more, which costs a few per cent of a step
 RATES = {
     "relative": "times the root mean square of the surviving weights of each matrix",
     "absolute": "the same for every parameter",
@@ -78,14 +77,6 @@ def trained(parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor
     return [Trained(p, masks.get(p), max(size, least) if p.ndim == 1 or not size else size) for p, size in sizes.items()]
 
 
-@dataclass(frozen=True)
-class Curve:
-    """How a training went: `losses`, one per optimiser step, and the gradient's norm at every `NORM_EVERY`-th step from the first."""
-
-    losses: list[float]
-    gradient_norms: list[float]
-
-
 @torch.enable_grad()
 def descend(
     gradients: Callable[[int], Tensor],
@@ -93,8 +84,8 @@ def descend(
     schedule: Schedule,
     steps: int,
     after_step: Callable[[Tensor], None] = lambda loss: None,
-) -> Curve:
-    """Trains parameters in place by AdamW; dropped weights are exact zeros after every step.
+) -> list[float]:
+    """Trains parameters in place by AdamW; dropped weights are exact zeros after every step. Returns the loss of each step.
 
     Args:
         gradients: called with the number of a step; adds its gradients to those of the parameters and returns its loss, ().
@@ -107,12 +98,9 @@ def descend(
     groups = [{"params": [each.parameter], "lr": rate} for each, rate in zip(trained, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
-    losses, norms = [], []
+    losses = []
     for step in range(steps):
         losses.append(gradients(step))
-        if step % NORM_EVERY == 0:
-            found = [each.parameter.grad for each in trained if each.parameter.grad is not None]
-            norms.append(nn.utils.get_total_norm(found).detach())
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
@@ -121,4 +109,4 @@ def descend(
                 if each.mask is not None:
                     each.parameter.mul_(each.mask)
         after_step(losses[-1])
-    return Curve(torch.stack(losses).tolist(), torch.stack(norms).tolist()) if losses else Curve([], [])
+    return torch.stack(losses).tolist() if losses else []

@@ -37,12 +37,12 @@ def whitened(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
 
     All channels count alike. In `mse`, a few with massive activations outweigh the others (Sun et al. 2024, arXiv 2402.17762).
     """
-    return ((output.float() - target.float()).square() / variance).mean(-1)
+    return _Squares.apply(output, target, (variance * len(variance)).rsqrt())
 
 
 def mse(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
     """The squared error of all channels relative to their variance."""
-    return (output.float() - target.float()).square().sum(-1) / variance.sum()
+    return _Squares.apply(output, target, variance.sum().rsqrt())
 
 
 def relative(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
@@ -54,6 +54,27 @@ def relative(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
 def cosine(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
     """One minus the cosine between output and target: their sizes do not matter."""
     return 1 - F.cosine_similarity(output.float(), target.float(), dim=-1)
+
+
+class _Squares(torch.autograd.Function):
+    """|(y - t) * scale|^2 of each token, in few passes over memory: of all channels, one tensor is made in each direction.
+
+    scale: a factor for each channel, (width,), or one for all, ().
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+        error = (output.float() - target.float()).mul_(scale)
+        ctx.save_for_backward(error, scale)
+        ctx.dtype = output.dtype
+        return torch.linalg.vector_norm(error, dim=-1).square_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weights: Tensor):
+        """`weights` (...): the gradient of each token's loss."""
+        error, scale = ctx.saved_tensors
+        return (error * (2 * weights)[..., None]).mul_(scale).to(ctx.dtype), None, None
 
 
 WindowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]

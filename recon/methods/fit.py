@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import ReconError
-from recon.kernels.gradient_descent import Curve, Trained, trained
+from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.losses import get_loss, position_weights
 from recon.methods.adapters import adapted
@@ -32,8 +32,8 @@ class WindowFit:
         self.teacher, self.student, self.masks = problem.teacher, problem.student, problem.masks
         self.config, self.split, self.seed, self.execution = problem.config, problem.split, problem.seed, problem.execution
 
-    def __call__(self, window: Window, task: Task, parameters: dict[str, nn.Parameter]) -> tuple[int, Curve]:
-        """Fits the window's `parameters`, by full name; returns how many elements were trained, and how that went.
+    def __call__(self, window: Window, task: Task, parameters: dict[str, nn.Parameter]) -> tuple[int, list[float]]:
+        """Fits the window's `parameters`, by full name; returns how many elements were trained, and the loss of each step.
 
         Raises `ReconError` naming the window, where memory does not suffice for one sample at a time.
         """
@@ -42,7 +42,7 @@ class WindowFit:
             if task.grams:
                 self._solve_exactly(window, task)
             if config.solver == "exact":
-                return _elements(parameters.values()), Curve([], [])
+                return _elements(parameters.values()), []
             if config.adapter == "none":
                 return _elements(parameters.values()), self._train_matrices(window, task, parameters)
         random = generator(self.seed, "adapters", window.name)
@@ -74,7 +74,7 @@ class WindowFit:
                 matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), iterations))
                 column += rows
 
-    def _train_matrices(self, window: Window, task: Task, parameters: dict[str, nn.Parameter]) -> Curve:
+    def _train_matrices(self, window: Window, task: Task, parameters: dict[str, nn.Parameter]) -> list[float]:
         """Trains `parameters` of the window, by full name; those of its matrices keep their zeros."""
         matrices, device = self.student.matrices(window), self.execution.device
         # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same memory, as the
@@ -89,7 +89,7 @@ class WindowFit:
         with requiring_gradients(rest):
             return self._descend(window, task, trained([*rest, *leaves.values()], masks), using)
 
-    def _descend(self, window: Window, task: Task, parameters: list[Trained], using=contextlib.nullcontext()) -> Curve:
+    def _descend(self, window: Window, task: Task, parameters: list[Trained], using=contextlib.nullcontext()) -> list[float]:
         """Trains `parameters` by gradient descent on calibration samples; `using`: a context to run the window in."""
         config, count = self.config, self.split.calibration
         inputs, targets = task.inputs[:count], task.targets[:count]

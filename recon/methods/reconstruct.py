@@ -52,7 +52,6 @@ class WindowReport:
     error_before: dict[str, float]  # on "held_out" samples or, where there are none, on "calibration" samples
     error_after: dict[str, float]
     losses: list[float]  # one per optimiser step
-    gradient_norms: list[float]  # see `recon.kernels.gradient_descent.Curve`
     movement: float  # |after - before| / |before| over the window's matrices
     seconds: float
     status: str  # RECONSTRUCTED, GREW or NOT_FINITE
@@ -176,9 +175,9 @@ class Reconstruction:
         parameters = student.trained(window, config.train)
         backup = self._copied(parameters)
         before = self._error(window, task)
-        trained, curve = self.fit(window, task, parameters)
+        trained, losses = self.fit(window, task, parameters)
         after = self._error(window, task)
-        status = self._status(window, parameters, curve.losses, before, after)
+        status = self._status(window, parameters, losses, before, after)
         if status != RECONSTRUCTED:
             after = before
             with torch.no_grad():
@@ -187,7 +186,7 @@ class Reconstruction:
         matrices = dict.fromkeys(matrix.parameter_name for matrix in student.matrices(window).values())
         moved = movement((backup[name], parameters[name]) for name in matrices)
         batch = (self.problem.execution.micro_batch or config.batch_size) if config.solver == "adamw" else 0
-        return WindowReport(window.name, trained, before, after, curve.losses, curve.gradient_norms, moved, 0.0, status, batch)
+        return WindowReport(window.name, trained, before, after, losses, moved, 0.0, status, batch)
 
     def finish(self, window: Window, report: WindowReport, streams: dict[str, Tensor | None], seconds: float) -> WindowReport:
         """Notes that `window`, whose weights are in memory, is finished; `streams`: what the next one starts from."""

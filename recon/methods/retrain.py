@@ -40,7 +40,6 @@ class RetrainingReport:
 
     parameters: int  # elements trained
     losses: list[float]  # nats per token, one per optimiser step
-    gradient_norms: list[float]  # see `recon.kernels.gradient_descent.Curve`
     movement: float  # |after - before| / |before| over the matrices of the blocks
     seconds: float
     status: str  # RETRAINED or NOT_FINITE
@@ -130,15 +129,15 @@ class _Retraining:
             count = sum(each.parameter.numel() for each in parameters)
             with requiring_gradients([each.parameter for each in parameters]):
                 random = generator(self.seed, "retrain")
-                curve = train(
+                losses = train(
                     self._loss, [samples], parameters, self.config.schedule(len(samples)), random, self.execution, after_step
                 )
-        status = self._rolled_back(curve.losses, before, rest)
+        status = self._rolled_back(losses, before, rest)
         student.forget()
         moved = movement((before[name], matrix.weight) for name, matrix in student.matrices().items())
         seconds = time.perf_counter() - began - self.aside
         batch = self.execution.micro_batch or self.config.batch_size
-        return RetrainingReport(count, curve.losses, curve.gradient_norms, moved, seconds, status, batch)
+        return RetrainingReport(count, losses, moved, seconds, status, batch)
 
     @torch.no_grad()
     def _rolled_back(self, losses: list[float], before: dict[str, Tensor], rest: dict[str, Tensor]) -> str:

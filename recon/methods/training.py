@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from recon.kernels.gradient_descent import Curve, Schedule, Trained, descend
+from recon.kernels.gradient_descent import Schedule, Trained, descend
 from recon.runtime.execution import Execution
 
 log = logging.getLogger("recon")
@@ -22,8 +22,8 @@ def train(
     random: torch.Generator,
     execution: Execution,
     after_step: Callable[[Tensor], None] = lambda loss: None,
-) -> Curve:
-    """Trains parameters in place on `data`; see `recon.kernels.gradient_descent.descend`.
+) -> list[float]:
+    """Trains parameters in place on `data`, and returns the loss of each step; see `recon.kernels.gradient_descent.descend`.
 
     Args:
         loss: called with a mini-batch of each tensor in `data`; the mean over its samples of what is minimised, ().

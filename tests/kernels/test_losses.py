@@ -61,6 +61,23 @@ def test_equal_outputs_cost_nothing_even_where_they_are_zero(loss):
     assert_close(loss(target, target, UNIT), torch.tensor([[0.0, 1.0 if loss is cosine else 0.0]]))  # zeros have no angle
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [whitened, mse])
+def test_values_and_gradients_of_squared_errors_are_those_of_their_formula(loss, dtype):
+    draw = torch.Generator().manual_seed(0)
+    output, target = (torch.randn(2, 5, 6, generator=draw).to(dtype) for _ in range(2))
+    variance, weights = torch.rand(6, generator=draw) + 0.1, torch.linspace(0, 2, 10).view(2, 5)
+    ours, theirs = output.clone().requires_grad_(), output.double().requires_grad_()
+    squares = (theirs - target.double()).square()
+    expected = (squares / variance).mean(-1) if loss is whitened else squares.sum(-1) / variance.sum()
+    found = loss(ours, target, variance)
+    assert_close(found, expected.float())
+    for value in (found, expected):
+        (value * weights).mean().backward()
+    assert ours.grad.dtype == dtype
+    assert_close(ours.grad, theirs.grad.to(dtype))
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_size_of_activations_does_not_matter(loss, scale):

@@ -536,12 +536,12 @@ def test_a_window_that_breaks_is_rolled_back(dense, pruned, tokens, monkeypatch,
     calls, train = [], fit.train
 
     def breaks(loss, data, parameters, *rest):
-        curve = train(loss, data, parameters, *rest)
+        losses = train(loss, data, parameters, *rest)
         calls.append(1)
         if len(calls) == 2:
             with torch.no_grad():
                 parameters[0].parameter.view(-1)[3] = value
-        return curve
+        return losses
 
     monkeypatch.setattr(fit, "train", breaks)
     student = pruned()

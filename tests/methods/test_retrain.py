@@ -49,7 +49,7 @@ def test_every_method_lowers_the_loss_and_keeps_every_zero(family, method, token
     report = run(model, batch, masks, method=method, epochs=8)
     assert perplexity(model, batch, execution=FLOAT32).value < before
     assert zeros_hold(model, masks)
-    assert len(report.losses) == 32 and len(report.gradient_norms) == 4
+    assert len(report.losses) == 32
     assert report.status == RETRAINED and (report.movement > 0) == (method != "norms")
 
 

@@ -38,8 +38,8 @@ def run(schedule, loss="mse", samples=8, seed=0, execution=FLOAT32, see=lambda x
         return LOSSES[loss](output, y, channel_variance(targets)).mean()
 
     random = torch.Generator().manual_seed(seed)
-    curve = train(of_batch, [inputs, targets], [Trained(weight, mask)], schedule, random, execution)
-    return weight, curve.losses, mask
+    losses = train(of_batch, [inputs, targets], [Trained(weight, mask)], schedule, random, execution)
+    return weight, losses, mask
 
 
 @pytest.mark.parametrize("loss", LOSSES)

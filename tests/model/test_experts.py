@@ -279,10 +279,10 @@ def test_experts_are_trained_as_the_parameter_that_holds_them_all_would_be(made,
             kept = stored(theirs.matrices(window), masks, torch.device("cpu"))
             random = generator(0, "shuffle", window.name)
             loss = partial(whitened_loss, theirs, window, channel_variance(target))
-            curve = train(
+            losses = train(
                 loss, [stream, target], trained(parameters, dict(kept)), config.schedule(len(stream)), random, execution
             )
-        assert_close(report.losses, curve.losses, rtol=1e-4, atol=1e-7)
+        assert_close(report.losses, losses, rtol=1e-4, atol=1e-7)
         stream = target
     for name, matrix in theirs.matrices().items():
         assert_close(ours.matrices()[name].weight, matrix.weight, rtol=1e-4, atol=1e-5)
