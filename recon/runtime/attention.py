@@ -54,16 +54,16 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
     # Queries of a group share their keys: (batch * key heads, group, length, width).
-    query = query.reshape(batch * key.shape[1], groups, length, -1) * scale
-    output = _Chunked.apply(query, key.flatten(0, 1), value.flatten(0, 1))
+    query = query.reshape(batch * key.shape[1], groups, length, -1)
+    output = _Chunked.apply(query, key.flatten(0, 1), value.flatten(0, 1), scale)
     return output.reshape(batch, heads, length, -1)
 
 
 class _Chunked(torch.autograd.Function):
-    """Attention of query (n, group, length, width), already scaled, on key and value (n, length, width)."""
+    """Attention of query (n, group, length, width) on key and value (n, length, width)."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.set_materialize_grads(False)
         n, groups, length, _ = query.shape
         future = torch.full((CHUNK, CHUNK), float("-inf"), dtype=query.dtype).triu_(1)
@@ -72,27 +72,28 @@ class _Chunked(torch.autograd.Function):
         for start in range(0, length, CHUNK):
             stop = min(start + CHUNK, length)
             size = stop - start
-            rows = query[:, :, start:stop].reshape(n, groups * size, -1)
+            rows = (query[:, :, start:stop] * scale).reshape(n, groups * size, -1)
             scores = torch.bmm(rows, key[:, :stop].transpose(1, 2))
             scores.view(n, groups, size, stop)[..., start:].add_(future[:size, :size])
             probabilities = torch.softmax(scores, -1)
             output[:, :, start:stop] = torch.bmm(probabilities, value[:, :stop]).view(n, groups, size, -1)
-            kept.append(probabilities)
+            kept += rows, probabilities
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(query, key, value, *kept)
+            ctx.save_for_backward(key, value, *kept)
+            ctx.scale = scale
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor | None):
         if gradient is None:
-            return None, None, None
-        query, key, value, *kept = ctx.saved_tensors
-        n, groups, length, _ = query.shape
-        query_gradient = torch.empty_like(query)
+            return None, None, None, None
+        key, value, *kept = ctx.saved_tensors
+        n, groups, length, _ = gradient.shape
+        query_gradient = key.new_empty(n, groups, length, key.shape[-1])
         # Sums over chunks are in float32, as they are inside a matrix product.
         key_gradient = torch.zeros(key.shape, dtype=torch.float32)
         value_gradient = torch.zeros(value.shape, dtype=torch.float32)
-        for start, probabilities in zip(range(0, length, CHUNK), kept):
+        for start, rows, probabilities in zip(range(0, length, CHUNK), kept[::2], kept[1::2]):
             stop = min(start + CHUNK, length)
             size = stop - start
             above = gradient[:, :, start:stop].reshape(n, groups * size, -1)
@@ -100,7 +101,7 @@ class _Chunked(torch.autograd.Function):
             scores = torch._softmax_backward_data(
                 torch.bmm(above, value[:, :stop].transpose(1, 2)), probabilities, -1, probabilities.dtype
             )
-            query_gradient[:, :, start:stop] = torch.bmm(scores, key[:, :stop]).view(n, groups, size, -1)
-            rows = query[:, :, start:stop].reshape(n, groups * size, -1)
+            found = torch.bmm(scores, key[:, :stop]).view(n, groups, size, -1)
+            torch.mul(found, ctx.scale, out=query_gradient[:, :, start:stop])
             key_gradient[:, :stop] += torch.bmm(scores.transpose(1, 2), rows)
-        return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype)
+        return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype), None
