@@ -1,5 +1,6 @@
 """Divides a block into an attention half and an MLP half: the block itself runs, with the children of the other half silenced."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recon.model.blocks import Blocks
 from recon.model.modules import distance, first, requiring_gradients, tolerance
-from recon.model.structure import Halves
+from recon.model.structure import Halves, unchanged
 
 
 def find_halves(model: Blocks, index: int, hidden: Tensor) -> Halves | str:
@@ -33,7 +34,21 @@ def find_halves(model: Blocks, index: int, hidden: Tensor) -> Halves | str:
         )
     if sequential > tolerance(whole):
         halves = replace(halves, layout="parallel")
-    return replace(halves, parameters=_parameters_of(halves, model, index, hidden))
+    halves = replace(halves, parameters=_parameters_of(halves, model, index, hidden))
+    return replace(halves, idle={half: _idle(halves, half, model, index, hidden) for half in children})
+
+
+def _idle(halves: Halves, half: str, model: Blocks, index: int, hidden: Tensor) -> tuple[str, ...]:
+    """The block's norms (children with vectors alone) that the output of `half` does not depend on: they cost time for nothing."""
+    silenced, found = halves.silenced(half), []
+    output = model.run_block(index, hidden, silenced)
+    for name, child in model.blocks[index].named_children():
+        own = {f"{name}.{parameter}": values.ndim for parameter, values in child.named_parameters()}
+        if set(own.values()) == {1} and halves.parameters[half].isdisjoint(own):
+            with contextlib.suppress(Exception):  # it is no norm: what it is given does not fit in the place of what it returns
+                if torch.equal(model.run_block(index, hidden, silenced | {name: unchanged}), output):
+                    found.append(name)
+    return tuple(found)
 
 
 def _parameters_of(halves: Halves, model: Blocks, index: int, hidden: Tensor) -> dict[str, frozenset[str]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from recon.model.matrices import Matrix
 
@@ -38,6 +38,11 @@ class Output:
         return self.kind((hidden, *(named.get(self.given.get(number), value) for number, value in enumerate(self.rest))))
 
 
+def unchanged(module: nn.Module, hidden: Tensor) -> Tensor:
+    """Stands in for a norm that makes no difference."""
+    return hidden
+
+
 @dataclass(frozen=True)
 class Halves:
     """How a block divides into an attention half, which mixes tokens, and an MLP half, which does not."""
@@ -47,10 +52,12 @@ class Halves:
     # Child -> function that takes the child and its arguments, and returns zeros in the structure of its output.
     silence: dict[str, Callable] = field(compare=False, repr=False)
     parameters: dict[str, frozenset[str]] = field(default_factory=dict)  # half -> names of those that its output depends on
+    idle: dict[str, tuple[str, ...]] = field(default_factory=dict)  # half -> norms of the block that make no difference to it
 
     def silenced(self, half: str) -> dict[str, Callable]:
-        """What stands in for the children of the other half while `half` runs."""
-        return {child: self.silence[child] for child in self.children[OTHER[half]]}
+        """What stands in for the children of the other half while `half` runs: zeros, and for norms what they read."""
+        zeros = {child: self.silence[child] for child in self.children[OTHER[half]]}
+        return zeros | dict.fromkeys(self.idle.get(half, ()), unchanged)
 
     def has(self, half: str, parameter: str) -> bool:
         """Whether `parameter` belongs to `half`. A bias that pruning has added goes with its weight."""

@@ -258,6 +258,20 @@ def test_like_takes_the_structure_and_its_own_weights(tiny, tokens):
 # ---- the model is left as it was
 
 
+@pytest.mark.parametrize("family, norms", [("llama", 2), ("gemma3", 4), ("gpt2", 2), ("gpt_neox", 2), ("phi", 0)])
+def test_norms_that_make_no_difference_to_a_half_do_not_run(made, tokens, family, norms):
+    decoder = take_apart(copy.deepcopy(made(family).model), like=made(family))
+    hidden, idle = decoder.embed(tokens(2, 9)), decoder.halves[0].idle
+    assert sum(map(len, idle.values())) == norms  # a norm that both halves read (phi) is in none
+    for half, names in idle.items():
+        expected = decoder.forward(Window(range(1), half=half), hidden)
+        for name in names:
+            torch.nn.init.constant_(decoder.blocks[0].get_submodule(name).weight, torch.nan)
+        assert torch.equal(decoder.forward(Window(range(1), half=half), hidden), expected)
+        for name in names:
+            torch.nn.init.constant_(decoder.blocks[0].get_submodule(name).weight, 1.0)
+
+
 @pytest.mark.parametrize("half", [None, "attention", "mlp"])
 def test_forwards_are_restored_after_an_exception(tiny, tokens, half):
     decoder, batch = take_apart(tiny("llama")), tokens(2, 9)
