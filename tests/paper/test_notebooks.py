@@ -10,6 +10,7 @@ import papermill
 import pytest
 
 from recon.paper import runner
+from recon.paper.bench.spec import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -140,6 +141,7 @@ def test_profiles_name_only_parameters_that_notebooks_have(profile):
     parameters = runner.profile_parameters(profile)
     assert set(parameters) == {path.stem for path in NOTEBOOKS}
     assert all(values["profile"] == profile for values in parameters.values())
+    assert set(parameters["6-cost"]["sections"]) <= set(SECTIONS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
