@@ -52,11 +52,11 @@ def prune(
     block_size += -block_size % (pattern.m or 1)  # no group of M straddles two blocks
 
     dead = statistics.diagonal() == 0  # inputs that are always zero, (in,)
-    weight = weight.masked_fill(dead, 0.0)
+    # (in, out): what is done column by column reads memory in order.
+    columns = weight.masked_fill(dead, 0.0).T.contiguous()
     hessian = statistics + torch.diag(dead.to(statistics.dtype))
     factor = inverse_factor(hessian, damping)
 
-    columns = weight.T.contiguous()  # (in, out): what is done column by column reads memory in order
     mask = torch.ones_like(columns, dtype=torch.bool)
     for start in range(0, len(columns), block_size):
         block, rest = slice(start, start + block_size), slice(start + block_size, None)
