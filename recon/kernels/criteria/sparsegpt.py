@@ -110,10 +110,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     mean = hessian.diagonal().mean()
     for _ in range(ATTEMPTS):
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
         # With rows and columns reversed, the lower Cholesky factor L gives H = R R' for an upper R, and U = R^-1.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
             return invert_lower_(lower).flip(0, 1)
         log.warning("SparseGPT: the Hessian is not positive definite at damping %g; trying %g", damping, damping * 10)
