@@ -50,6 +50,12 @@ PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
 }
+# Recipes by how long they may take on the same samples: options of `ReconstructionConfig`. `recon bench` and notebook 6 compare them.
+PRESETS: dict[str, dict] = {
+    "fast": {"propagation": "dense", "batch_size": 2},
+    "default": {},
+    "best": {"start": "exact", "exact_iterations": 4, "chunks": 8, "epochs": 2},
+}
 STEPS = 32  # with fewer, a model can get worse than it was: AdamW's first steps follow the noise of single samples
 
 
@@ -145,6 +151,9 @@ class ReconstructionConfig(Options):
     Raises `ReconError` for an unknown name, a number out of bounds, and combinations that have no meaning.
     """
 
+    preset: str = option(
+        "default", "Recipe for windows: fast, default or best. It sets other options that are at their defaults.", choices=PRESETS
+    )
     granularity: str = option("half-block", "Window: none (prune only), matrix, half-block, block, <k>-blocks, quarter, model.")
     propagation: str = option("mixed", "What feeds a window and what it must match: dense, sparse, mixed.", choices=PROPAGATIONS)
     solver: str = option("adamw", "How a window is fitted: adamw, or exact (granularity matrix).", choices=SOLVERS)
@@ -189,6 +198,10 @@ class ReconstructionConfig(Options):
     def __post_init__(self):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
         super().__post_init__()
+        for each in fields(self):
+            if each.name in PRESETS[self.preset] and getattr(self, each.name) == each.default:
+                object.__setattr__(self, each.name, PRESETS[self.preset][each.name])
+        object.__setattr__(self, "preset", "default")  # a record says what it stood for
         if self.solver == "exact" and self.granularity not in ("matrix", "none"):
             raise ReconError(
                 f"solver exact fits single matrices, not granularity {self.granularity!r}; use granularity matrix, or start exact "

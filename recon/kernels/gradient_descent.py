@@ -70,7 +70,7 @@ def trained(parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor
     masks: keep-masks, 1 = survives, each of its parameter's shape; a parameter without one is trained in full.
     """
     squares = {p: p.detach().float().square().sum().item() for p in parameters}
-    counts = {p: int(masks[p].sum()) if p in masks else p.numel() for p in squares}
+    counts = {p: int(masks[p].count_nonzero()) if p in masks else p.numel() for p in squares}
     matrices = [p for p in squares if p.ndim > 1] or list(squares)
     least = (sum(squares[p] for p in matrices) / max(1, sum(counts[p] for p in matrices))) ** 0.5
     sizes = {p: (squares[p] / max(1, counts[p])) ** 0.5 for p in squares}

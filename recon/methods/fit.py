@@ -14,7 +14,7 @@ from recon.methods.adapters import adapted
 from recon.methods.problem import Problem
 from recon.methods.propagation import Task, mean_product
 from recon.methods.training import train
-from recon.model.matrices import stored
+from recon.model.matrices import factors, stored
 from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
 from recon.runtime.seeds import generator
@@ -84,7 +84,7 @@ class WindowFit:
         holders = {matrix.parameter_name for matrix in alone.values()}
         rest = [parameter for name, parameter in parameters.items() if name not in holders]
         masks = dict(stored({name: matrix for name, matrix in matrices.items() if name not in alone}, self.masks, device))
-        masks |= {leaf: alone[name].oriented(self.masks[name]).to(device) for name, leaf in leaves.items()}
+        masks |= {leaf: factors(alone[name].oriented(self.masks[name]), device) for name, leaf in leaves.items()}
         using = self.student.using(window, leaves) if alone else contextlib.nullcontext()
         with requiring_gradients(rest):
             return self._descend(window, task, trained([*rest, *leaves.values()], masks), using)

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,8 +35,6 @@ def train(
     """
     orders = [torch.randperm(len(data[0]), generator=random) for _ in range(schedule.epochs)]
     steps = [chosen for order in orders for chosen in order.split(schedule.per_step)]
-    if execution.device.type == "cpu":  # where a product with booleans takes several times as long
-        trained = [replace(each, mask=each.mask if each.mask is None else each.mask.to(torch.bfloat16)) for each in trained]
     parameters = [each.parameter for each in trained]
     with contextlib.closing(_Gradients(loss, data, parameters, steps, schedule.batch_size, execution)) as gradients:
         return descend(gradients, trained, schedule, len(steps), after_step)

@@ -61,13 +61,18 @@ class Matrix:
         return stored.T if self.transposed else stored
 
 
-def stored(matrices: dict[str, Matrix], masks: dict[str, Tensor], device: torch.device) -> list[tuple[nn.Parameter, Tensor]]:
-    """The parameters that hold `matrices`, each with its mask, laid out as the parameter is.
+def factors(mask: Tensor, device: torch.device) -> Tensor:
+    """`mask` as what weights are multiplied by on `device`: bool, or 0 and 1 on CPUs, where a product with booleans takes long."""
+    return mask.to(device, torch.bfloat16 if device.type == "cpu" else torch.bool)
 
-    masks: (out, in) by matrix name.
+
+def stored(matrices: dict[str, Matrix], masks: dict[str, Tensor], device: torch.device) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters that hold `matrices`, each with its mask (see `factors`), laid out as the parameter is.
+
+    masks: bool (out, in) by matrix name.
     """
     parts: dict[nn.Parameter, list[Tensor]] = {}
     for name, matrix in matrices.items():
-        parts.setdefault(matrix.parameter, []).append(matrix.oriented(masks[name]).to(device))
+        parts.setdefault(matrix.parameter, []).append(factors(matrix.oriented(masks[name]), device))
     # Experts are in the same order in the parameter as in `matrices`.
     return [(p, found[0] if len(found) == 1 else torch.stack(found).view(p.shape)) for p, found in parts.items()]
