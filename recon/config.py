@@ -50,11 +50,11 @@ PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
 }
-# Recipes by how long they may take on the same samples: options of `ReconstructionConfig`. `recon bench` and notebook 6 compare them.
+# Recipes by how long they take on the same samples: options of `ReconstructionConfig`. `recon bench` and notebook 6 compare them.
 PRESETS: dict[str, dict] = {
     "fast": {"propagation": "dense", "batch_size": 2},
     "default": {},
-    "best": {"start": "exact", "exact_iterations": 4, "chunks": 8, "epochs": 2},
+    "best": {"start": "exact", "exact_iterations": 4, "epochs": 2},
 }
 STEPS = 32  # with fewer, a model can get worse than it was: AdamW's first steps follow the noise of single samples
 
@@ -185,7 +185,7 @@ class ReconstructionConfig(Options):
     )
     batch_size: int = option(1, "Samples per forward pass.", least=1)
     chunks: int = option(
-        1,
+        4,
         "Chunks, at most, that samples are cut into where a window does not mix tokens (MLP halves, matrices): more steps, same work.",
         least=1,
     )

@@ -35,18 +35,15 @@ from recon.runtime import device
 from recon.runtime.activations import LIMIT
 from recon.runtime.execution import Execution
 
-FROM_EXACT = {
-    "epochs": 1,
-    "chunks": 4,
-    "start": "exact",
-    "exact_iterations": 2,
-}  # few samples: more iterations would fit their noise
+FROM_EXACT = {"epochs": 1, "start": "exact", "exact_iterations": 2}  # few samples: more iterations would fit their noise
 RECIPES: dict[str, tuple[dict, float]] = {  # options of `ReconstructionConfig`, share of the samples
     "default": ({}, 1.0),
-    "chunks": ({"chunks": 4}, 1.0),
-    "chunks, half of the samples": ({"epochs": 1, "chunks": 4}, 0.5),
-    "chunks, 3/8 of the samples, from exact": (FROM_EXACT, 0.375),
-    "chunks, a quarter of the samples, from exact": (FROM_EXACT, 0.25),
+    "fast": ({"preset": "fast"}, 1.0),
+    "best": ({"preset": "best"}, 1.0),
+    "half of the samples": ({"epochs": 1}, 0.5),
+    "fast, half of the samples": ({"epochs": 1, "preset": "fast"}, 0.5),
+    "a quarter of the samples, from exact": (FROM_EXACT, 0.25),
+    "a quarter of the samples": ({"epochs": 1}, 0.25),
 }
 EXACT = {"granularity": "matrix", "solver": "exact", "propagation": "dense"}
 KINDS = {  # kind of operation -> parts of their names
