@@ -20,7 +20,14 @@ DEFAULTS = RunSpec().flat()
 # the number of epochs, and whether rates are relative), all others its setting.
 _TUNABLE = {field.name for field in fields(Schedule)} - {"epochs", "rate"} | {"chunks"}
 _RATES = {"learning_rate", "retrain_learning_rate"}
-_APART = {"model", "revision", "pattern", "samples", "checkpointing"}  # judged one by one, of the protocol, or without influence
+_APART = {
+    "model",
+    "revision",
+    "pattern",
+    "samples",
+    "statistics",
+    "checkpointing",
+}  # judged one by one, of the protocol, or without influence
 _METHOD = {name: place(name)[1] for name in DEFAULTS if place(name)[0] in ("model", "pruning", "reconstruction", "retraining")}
 _TUNING = [name for name, field in _METHOD.items() if field in _TUNABLE]
 _SETTING = [name for name, field in _METHOD.items() if field not in _TUNABLE | _APART]
@@ -55,7 +62,7 @@ class Run:
         tokens = record.protocol.get("token_hashes", {}).get(f"evaluation {self.evaluated}", "")
         self.windows = (tokens, self.nll["dense"].size)
         self.protocol = (
-            spec["text"], spec["sequence_length"], spec["prune_samples"] or spec["samples"], self.evaluated,
+            spec["text"], spec["sequence_length"], spec["prune_samples"] or spec["samples"], spec["statistics"], self.evaluated,
             spec["evaluation_samples"], spec["evaluation_length"], spec["evaluation_protocol"], dtype,
         )  # fmt: skip
 
@@ -146,11 +153,11 @@ def check_windows(runs: list[Run]) -> None:
 
 def protocol_words(runs: list[Run]) -> str:
     """What the runs that were compared read and were evaluated on, in words."""
-    text, length, pruned_on, evaluated, windows, evaluation_length, cut, dtype = runs[0].protocol
+    text, length, pruned_on, statistics, evaluated, windows, evaluation_length, cut, dtype = runs[0].protocol
     counts = sorted({count for run in runs for count in (run.samples, run.trained_samples)})
     samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"{samples} x {length} tokens of {short(text)}, pruned on {pruned_on}; perplexity on {windows} x {evaluation_length} tokens of "
+        f"{samples} x {length} tokens of {short(text)}, pruned on {pruned_on} ({statistics} statistics); perplexity on {windows} x {evaluation_length} tokens of "
         f"{short(evaluated)}" + f" ({cut})" * (cut != DEFAULTS["evaluation_protocol"]) + (f", {dtype} products" if dtype else "")
     )
 
