@@ -10,7 +10,7 @@ from fixtures.models import FLOAT32
 
 import recon
 from recon import config
-from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
+from recon.config import PRESETS, PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
 from recon.experiment.config import options, place
 from recon.kernels.adapters import ADAPTERS
@@ -115,6 +115,7 @@ def passes(tiny, tokens):
         (PruningConfig, "criterion", {"pattern": "0.3"}, {}),
         (PruningConfig, "scope", {}, {"auto": "row"}),
         (PruningConfig, "statistics", {}, {}),
+        (ReconstructionConfig, "preset", {}, {}),
         (ReconstructionConfig, "propagation", {}, {}),
         (ReconstructionConfig, "solver", {"granularity": "matrix"}, {}),
         (ReconstructionConfig, "start", {}, {}),
@@ -200,3 +201,10 @@ def test_few_samples_are_passed_over_until_there_are_enough_steps(kind, samples,
     config = kind(batch_size=batch_size)
     assert config.schedule(samples).epochs == epochs and config.schedule(samples).steps(samples) >= 32
     assert kind(batch_size=batch_size, epochs=2).schedule(samples).epochs == 2
+
+
+def test_a_preset_sets_what_is_at_its_default():
+    best = ReconstructionConfig(preset="best")
+    assert best == ReconstructionConfig(**PRESETS["best"]) and best != ReconstructionConfig()
+    assert ReconstructionConfig(preset="best", epochs=5) == ReconstructionConfig(**(PRESETS["best"] | {"epochs": 5}))
+    assert RunSpec.of(preset="fast").flat() == RunSpec.of(**PRESETS["fast"]).flat()

@@ -183,8 +183,10 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None 
 
     weights: by full name, the parameters of matrices whose survivors pruning updated.
     """
+    own = dict(decoder.model.named_parameters(remove_duplicate=False))
     for name, value in (*(weights or {}).items(), *pruning.rest.items()):
-        decoder.model.get_parameter(name).copy_(value)
+        if name in own:  # biases that the model lacks are among `pruning.biases`
+            own[name].copy_(value)
     for name, matrix in decoder.matrices().items():
         matrix.weight.masked_fill_(~pruning.masks[name], 0.0)
         if name in pruning.biases:

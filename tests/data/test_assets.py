@@ -8,6 +8,7 @@ import textwrap
 import time
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,8 @@ def test_a_failing_pip_is_quoted(cache, only_local_wheels):
     assert not leftovers(cache) and not list((cache / "assets").iterdir())
 
 
-def test_pip_progress_becomes_a_bar(capfd):
+def test_pip_progress_becomes_a_bar(capfd, monkeypatch):
+    monkeypatch.setattr(assets, "tqdm", partial(assets.tqdm, mininterval=0))
     assets._show_progress(iter(["Collecting x\n", "Progress 0 of 2048\n", "Progress 2048 of 2048\n"]), "x==1")
     shown = capfd.readouterr().err
     assert "x==1: 100%" in shown and "2.00k/2.00k" in shown

@@ -32,7 +32,7 @@ from recon.paper.verdicts import FAILS, HOLDS, UNSURE, to_markdown
         {"epochs": 2},
         {"rate": "absolute"},
         {"criterion": "magnitude"},
-        {"statistics": "dense"},
+        {"statistics": "sparse"},
     ],
     ids=lambda other: "-".join(other),
 )
