@@ -12,7 +12,7 @@ import recon
 from recon import config
 from recon.config import PRESETS, PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
-from recon.experiment.config import options, place
+from recon.experiment.config import RunSpec, options, place
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.losses import LOSSES
@@ -143,7 +143,7 @@ def test_every_choice_is_known_and_does_something_of_its_own(passes, kind, name,
 
 
 def test_the_test_above_covers_every_option_with_choices():
-    covered = {"criterion", "scope", "statistics", "propagation", "solver", "start", "train", "adapter", "loss", "rate"}
+    covered = {"preset", "criterion", "scope", "statistics", "propagation", "solver", "start", "train", "adapter", "loss", "rate"}
     assert {*CHOOSING} == covered | {"retrain", "retrain_objective", "retrain_rate", "evaluation_protocol", "compute_dtype"}
 
 

@@ -166,9 +166,10 @@ class Reconstruction:
         """Starts with all of `tokens` (samples, length), or goes on after the windows of `reports`."""
         execution = self.problem.execution
         self.propagation.begin(tokens, execution.store.streams("reconstruct"))
-        # What blocks are called with in training takes the embedding to find out; later, a window would be in memory beside it.
         config, split, student = self.problem.config, self.problem.split, self.problem.student
-        for chunks in {config.chunks_of(window, split.length) for window in student.windows(config.granularity)}:
+        chunks = max(config.chunks_of(window, split.length) for window in student.windows(config.granularity))
+        if chunks > 1:
+            # To find out what blocks are called with at this length takes the embedding; later, a window would be in memory beside it.
             batch = min(config.batch_size, split.calibration * chunks)
             student.call(torch.empty(batch, split.length // chunks, 0, device=execution.device))
         if reports and 0 < reports[-1].micro_batch < self.problem.config.batch_size:
