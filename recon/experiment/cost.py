@@ -67,9 +67,8 @@ def _prune(spec: RunSpec, model: "_Model") -> float:
     tokens, found = spec.samples_by_phase["prune"] * length, 0.0
     if rule.statistics != "none" or pruning.mask_refinement:
         passes = 1 + model.again if pruning.statistics == "sparse" and rule.scope != "model" else 1
-        found = (
-            (0 if spec.one_pass else passes) * model.forward(length) * tokens
-        )  # else those of the dense model's in reconstruction
+        if not spec.one_pass:  # in which the dense model's pass is that of reconstruction
+            found = passes * model.forward(length) * tokens
     if rule.statistics == "gram" or pruning.mask_refinement:
         found += model.grams * tokens
     return found + model.inverses if pruning.criterion == "sparsegpt" else found

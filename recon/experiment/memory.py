@@ -265,8 +265,7 @@ class _Run:
         prunes = self.spec.one_pass
         gathers = exact or (prunes and self.prunes_by_grams)
         streams, models = self.streams(window, size), self.models()
-        # Outputs of samples that Gram matrices are made of are apart at first.
-        target = models | self.read(whole.present) | {"activations of all samples": streams + exact * stream}
+        target = models | self.read(whole.present) | {"activations of all samples": streams}
         yield target, self.forward(whole, self.length) | (self.grams(whole) if gathers else {})
         copied = 0.0 if self.streamed and 4 * size.trained > SMALL else 4.0 * size.trained
         kept = models | {"activations of all samples": streams, "copy of the window": copied}

@@ -203,13 +203,7 @@ class Propagation:
         """The teacher's outputs of `window`, of blocks or a half, for `stream`, and statistics of this kind on calibration samples."""
         if kind == "none":
             return self.forward(self.teacher, window, stream), {}
-        count = self.split.calibration
-        outputs, found = gather(self.execution, self.teacher, window, stream[:count], kind)
-        if len(stream) > count:
-            held_out = self.forward(self.teacher, window, stream[count:])
-            together = self.execution.empty((*stream.shape[:2], outputs.shape[-1]), outputs.dtype, stream.device)
-            outputs = torch.cat([outputs, held_out], out=together)
-        return outputs, found
+        return gather(self.execution, self.teacher, window, stream, kind, self.split.calibration)
 
 
 def _place(window: Window) -> str:

@@ -136,10 +136,10 @@ class Pruner:
         sparsity = {name: sparsity_of(masks[name]) for name in matrices}
         return {"sparsity": sparsity, "under_calibrated": under_calibrated}, changed
 
-    def visit(self, window: Window, statistics: dict[str, Tensor], done: int) -> None:
-        """Prunes `window`, the one after `done` others, unless a run that was killed has done so already."""
+    def visit(self, window: Window, statistics: dict[str, Tensor]) -> None:
+        """Prunes `window`, unless a run that was killed has done so already."""
         store, began = self.execution.store, time.perf_counter()
-        if len(self.found) > done:
+        if all(name in store.masks for name in self.decoder.matrices(window)):
             return
         noted, changed = self.prune(window, statistics)
         noted["seconds"] = time.perf_counter() - began

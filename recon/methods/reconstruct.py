@@ -142,12 +142,12 @@ def check_one_pass(masks: dict | None, pruning: PruningConfig, config: Reconstru
 def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window]) -> Iterator[WindowReport]:
     """The loop over windows: inputs and targets by propagation, its masks, a fit, and on to the next."""
     problem, propagation = reconstruction.problem, reconstruction.propagation
-    for number, window in enumerate(windows, len(problem.teacher.windows(problem.config.granularity)) - len(windows)):
+    for window in windows:
         began = time.perf_counter()
         task = propagation.task(window)
         with problem.student.loaded(window):
             if problem.pruner:
-                problem.pruner.visit(window, task.statistics, number)
+                problem.pruner.visit(window, task.statistics)
             report = reconstruction.reconstruct(window, task)
             propagation.advance(window)
             report = reconstruction.finish(window, report, propagation.streams, time.perf_counter() - began)

@@ -13,13 +13,16 @@ FEW = 32  # tokens that say too little of what an expert reads
 
 
 @torch.no_grad()
-def gather(execution: Execution, decoder: Decoder, window: Window, stream: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
+def gather(
+    execution: Execution, decoder: Decoder, window: Window, stream: Tensor, kind: str, count: int | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Runs `window` on `stream` and gathers statistics of what its matrices read.
 
     Args:
         stream: inputs of the window, (samples, length, hidden).
         kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in); "moments": mean and
             variance of each input column, (2, in).
+        count: statistics are of the first so many samples; default: of all.
 
     Returns:
         The window's outputs, and the statistics by matrix name in float32, on the execution's device. Matrices that share an
@@ -28,10 +31,11 @@ def gather(execution: Execution, decoder: Decoder, window: Window, stream: Tenso
     """
     totals: dict[tuple[str, ...], Tensor] = {}
     tokens: dict[tuple[str, ...], int] = {}
+    count, ran = len(stream) if count is None else count, 0  # samples
 
     def accumulate(group: tuple[str, ...], x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1])
-        if not len(x):
+        if ran >= count or not len(x):
             return
         if group not in totals:
             rows = {"norm": (), "gram": (x.shape[1],), "moments": (2,)}[kind]
@@ -47,11 +51,19 @@ def gather(execution: Execution, decoder: Decoder, window: Window, stream: Tenso
         tokens[group] += len(x)
 
     def forget() -> None:
+        nonlocal ran
         totals.clear()
         tokens.clear()
+        ran = 0
+
+    def forward(batch: Tensor) -> Tensor:
+        nonlocal ran
+        output = decoder.forward(window, batch)
+        ran += len(batch)
+        return output
 
     with execution.holding(decoder, window), decoder.watching(window, accumulate):
-        outputs = execution.run(lambda batch: decoder.forward(window, batch), stream, anew=forget)
+        outputs = execution.run(forward, stream, count, forget)
     statistics, matrices = {}, decoder.matrices(window)
     for group, total in totals.items():
         if tokens[group] < FEW and matrices[group[0]].routed:

@@ -20,14 +20,8 @@ DEFAULTS = RunSpec().flat()
 # the number of epochs, and whether rates are relative), all others its setting.
 _TUNABLE = {field.name for field in fields(Schedule)} - {"epochs", "rate"} | {"chunks"}
 _RATES = {"learning_rate", "retrain_learning_rate"}
-_APART = {
-    "model",
-    "revision",
-    "pattern",
-    "samples",
-    "statistics",
-    "checkpointing",
-}  # judged one by one, of the protocol, or without influence
+# Judged one by one, of the protocol, or without influence.
+_APART = {"model", "revision", "pattern", "samples", "statistics", "checkpointing"}
 _METHOD = {name: place(name)[1] for name in DEFAULTS if place(name)[0] in ("model", "pruning", "reconstruction", "retraining")}
 _TUNING = [name for name, field in _METHOD.items() if field in _TUNABLE]
 _SETTING = [name for name, field in _METHOD.items() if field not in _TUNABLE | _APART]
