@@ -3,24 +3,29 @@
 import functools
 import logging
 import time
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 
-from recon.config import ReconstructionConfig
+from recon.config import ReconstructionConfig, RetrainingConfig
 from recon.evaluate.perplexity import KL_WINDOWS
 from recon.experiment.config import RunSpec
 from recon.experiment.memory import highest, memory
 from recon.kernels import criteria
 from recon.kernels.adapters import ADAPTERS
+from recon.kernels.gradient_descent import Schedule, descend, trained
 from recon.kernels.moments import triangle
 from recon.methods.problem import ERROR_SAMPLES
 from recon.model.decoder import Decoder
+from recon.model.matrices import factors
 from recon.model.windows import Window
 from recon.runtime.activations import LIMIT
 from recon.runtime.device import HOST, pick_compute_dtype, resident
 
 log = logging.getLogger("recon")
 EFFICIENCY = 0.6  # of a bare matrix product's speed that a whole pass reaches, measured on CPUs
+STEP = 1.5e-3  # seconds of a training step for each matrix, beside products and updates: what Python and autograd take, measured on CPUs
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.1) -> float:
@@ -38,6 +43,59 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, second
 def speed(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a whole pass on this machine; measured once per process."""
     return EFFICIENCY * gemm_rate(device, dtype)
+
+
+@functools.cache
+def update_rate(device: torch.device, dtype: torch.dtype, steps: int = 6) -> float:
+    """Weights per second that training steps round, update and mask on this machine; measured once per process.
+
+    Memory bounds it, not products: with few tokens in a step, it takes as long as they do.
+    """
+    weights = nn.Parameter(torch.ones(1536, 1024, device=device))
+    gradient, mask = torch.ones_like(weights, dtype=dtype), factors(torch.ones_like(weights, dtype=torch.bool), device)
+
+    def gradients(step: int) -> torch.Tensor:
+        weights.to(dtype)
+        weights.grad = gradient.float()
+        return gradient[0, 0].float()
+
+    updated = trained([weights], {weights: mask})
+    descend(gradients, updated, Schedule(), 1)
+    began = time.perf_counter()
+    descend(gradients, updated, Schedule(), steps)  # returns losses as numbers, so the device is done
+    return steps * weights.numel() / (time.perf_counter() - began)
+
+
+def seconds(spec: RunSpec, decoder: Decoder, device: torch.device, by_phase: dict[str, float]) -> dict[str, float]:
+    """Seconds that a run of `spec` will take on this machine by phase, from its floating-point operations (see `flops`)."""
+    dtype = pick_compute_dtype(spec.compute.compute_dtype, device)
+    found = {phase: count / speed(device, dtype) for phase, count in by_phase.items()}
+    for phase, (steps, weights) in updates(spec, decoder).items():
+        if weights:
+            found[phase] += steps * STEP + weights / update_rate(device, dtype)
+    return found
+
+
+def updates(spec: RunSpec, decoder: Decoder) -> dict[str, tuple[int, int]]:
+    """By phase that trains: how often training steps run through a matrix, and update a weight, in all."""
+    found, calibration = {"reconstruct": (0, 0), "retrain": (0, 0)}, spec.calibration
+    matrices = {name: matrix.weight.shape for name, matrix in decoder.matrices().items()}
+
+    def add(phase: str, how: ReconstructionConfig | RetrainingConfig, samples: int, names: Iterable[str], low_rank: bool) -> None:
+        schedule, shapes = how.schedule(samples), [matrices[name] for name in names]
+        runs = schedule.epochs * -(-samples // schedule.batch_size)  # forward passes; an update takes `accumulation` of them
+        size = sum(how.rank * (rows + columns) if low_rank else rows * columns for rows, columns in shapes)
+        steps, weights = found[phase]
+        found[phase] = steps + runs * len(shapes), weights + schedule.steps(samples) * size
+
+    how, samples = spec.reconstruction, calibration.samples
+    if how.granularity != "none" and how.solver == "adamw":
+        for window in decoder.windows(how.granularity):
+            chunks = how.chunks_of(window, calibration.sequence_length)
+            add("reconstruct", how, samples * chunks, decoder.matrices(window), how.adapter != "none")
+    if spec.retraining.method != "none":
+        add("retrain", spec.retraining, spec.samples_by_phase["retrain"], matrices, spec.retraining.method != "full")
+    return found
 
 
 def forward_flops(decoder: Decoder, length: int) -> float:
@@ -186,14 +244,13 @@ class _Model:
 
 def announce(spec: RunSpec, decoder: Decoder, device: torch.device) -> None:
     """Logs how long a run of `spec` will take, and how much memory; the model of `decoder` is in memory, unless it is a skeleton."""
-    dtype = pick_compute_dtype(spec.compute.compute_dtype, device)
     by_phase = flops(spec, decoder)
     by_phase["evaluate"] += beside_perplexity(spec, decoder)
-    seconds = {phase: count / speed(device, dtype) for phase, count in by_phase.items()}
-    parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items() if value)
+    found = seconds(spec, decoder, device, by_phase)
+    parts = ", ".join(f"{phase} {duration(value)}" for phase, value in found.items() if value)
     log.info(
         "%s, %s %s, %s: about %s on this machine (%s); about %.1f GiB of memory",
-        spec.model.model, spec.pruning.criterion, spec.pruning.pattern, spec.reconstruction.granularity, duration(sum(seconds.values())), parts,
+        spec.model.model, spec.pruning.criterion, spec.pruning.pattern, spec.reconstruction.granularity, duration(sum(found.values())), parts,
         _peak([spec], decoder, device) / 2**30,
     )  # fmt: skip
 
@@ -202,7 +259,7 @@ def announce_study(specs: list[RunSpec], decoder: Decoder, device: torch.device)
     """Logs the same for `specs`, runs of one study on the model of `decoder` that share what they can."""
     spent, dense, pruned, disk = 0.0, set(), set(), 0
     for spec in specs:
-        by_phase = flops(spec, decoder)
+        by_phase = seconds(spec, decoder, device, flops(spec, decoder))
         once = by_phase["evaluate"] / (2 + (spec.reconstruction.granularity != "none" or spec.retraining.method != "none"))
         spent += by_phase["evaluate"] - 2 * once + by_phase["reconstruct"] + by_phase["retrain"]
         shared = (spec.evaluation.texts, spec.evaluation.samples, spec.evaluation.length)
@@ -215,10 +272,9 @@ def announce_study(specs: list[RunSpec], decoder: Decoder, device: torch.device)
             spent += once + by_phase["prune"]
         tokens = (2 * spec.calibration.samples + spec.calibration.held_out_samples) * spec.calibration.sequence_length
         disk = max(disk, 4 * tokens * decoder.model.config.get_text_config().hidden_size * len(decoder.blocks))
-    seconds = spent / speed(device, pick_compute_dtype(specs[0].compute.compute_dtype, device))
     log.info(
         "study: %d run%s of %s, about %s on this machine (%s); about %.1f GiB of memory, up to %.1f GiB of disk while it runs",
-        len(specs), "s" * (len(specs) > 1), specs[0].model.model, duration(seconds), device.type,
+        len(specs), "s" * (len(specs) > 1), specs[0].model.model, duration(spent), device.type,
         _peak(specs, decoder, device) / 2**30, min(disk, LIMIT) / 2**30,
     )  # fmt: skip
 

@@ -178,7 +178,7 @@ def plan(
         available_disk=_free(Path(folder) if save or not on_disk else cache_folder()) if disk is None else int(disk * GIB),
         tokens=_tokens(spec),
         flops=flops,
-        seconds={phase: count / cost.speed(device, dtype) for phase, count in flops.items()} if here else {},
+        seconds=cost.seconds(spec, decoder, device, flops) if here else {},
         streamed=on_disk,
         device=device,
         again=partial(

@@ -23,7 +23,8 @@ from recon.runtime import device
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
-EQUAL = {"epochs": 1, "batch_size": reference.BATCH_SIZE, "propagation": "dense", "chunks": 1}  # the straightforward loop's steps and inputs
+# The straightforward loop's steps and inputs.
+EQUAL = {"epochs": 1, "batch_size": reference.BATCH_SIZE, "propagation": "dense", "chunks": 1}
 
 
 class Subject:
