@@ -3,11 +3,14 @@
 import importlib.metadata
 import json
 import re
+import textwrap
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import cycle
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -80,13 +83,77 @@ def log_scale(ax: Axes, axis: str = "y") -> None:
     ticks.set_minor_formatter(NullFormatter())
 
 
+def _registry() -> dict[str, dict]:
+    """Colour, marker and line style of each thing that figures show. Within a group, marker and line tell things apart in grey."""
+    blue, orange, green, purple, gold = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b"
+
+    def group(colours: Iterable[str], markers: Iterable[str], lines: Iterable[str], names: Iterable[str]) -> dict[str, dict]:
+        return {n: {"color": c, "marker": m, "linestyle": line} for n, c, m, line in zip(names, colours, markers, lines)}
+
+    sizes = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
+    ramp = [
+        matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.9 * index / (len(sizes) - 1))) for index in range(len(sizes))
+    ]
+    found = group(ramp, "soD^v<>*", ["-"] * len(sizes), sizes)
+    # The same window, started from or fitted by an exact solution: its colour and marker, another line.
+    found |= {"matrix exact": found["matrix"] | {"marker": "X", "linestyle": ":"}}
+    found |= {f"{size} from exact": found[size] | {"linestyle": ":"} for size in sizes}
+    found |= group([orange, green, blue, purple, gold, "0.6"], "vs^DPx", ["--", "-.", "-", ":", "--", ":"],
+                   ["magnitude", "wanda", "sparsegpt", "ria", "flap", "random"])  # fmt: skip
+    found |= group([blue, orange, green], "os^", ["-", "--", "-."], ["reconstruction", "masklora", "full"])
+    others = group(["0.4", "0.55", "0.7"], "DvP", [":", "--", "-."], ["lora", "scalelora", "norms"])
+    for name, shown in (others | {name: found[name] for name in ("masklora", "full")}).items():
+        found[name] = shown
+        # What varies a method is grey and keeps its marker.
+        found[f"{name}, distilled"] = shown | {"color": "0.45", "linestyle": ":"}
+        found[f"reconstruction, then {name}"] = shown | {"color": "0.15", "linestyle": "-"}
+        found[f"dense, {name}"] = shown | {"color": "0.65", "linestyle": (0, (1, 4))}
+    found |= group(
+        [blue, orange, green], "os^", ["-", "--", "-."], [f"{name} propagation" for name in ("dense", "sparse", "mixed")]
+    )
+    found |= group([blue, orange, green, purple], "os^D", ["-", "--", "-.", ":"], ["whitened", "mse", "cosine", "relative"])
+    found |= group([blue, orange], "os", ["-", "--"], ["smollm2-135m", "gemma3-270m"])
+    found |= group(["0.3", "0.3", blue], "Dxo", [":", "--", "-"], ["dense", "pruned", "reconstructed"])
+    return found
+
+
+_LOOK = _registry()
+
+
+def look(name: str) -> dict:
+    """Colour, marker and line style of a granularity, criterion, method, loss, model or state, the same in every figure.
+
+    Granularities are a ramp from small (dark) to large (light); of methods, the three main ones are coloured and all else is grey. Of
+    propagations the name is "dense propagation" and so on: "dense" is the dense model. A name that is not known, such as that of
+    another model, is grey, with a marker and line by its name.
+    """
+    if name in _LOOK:
+        return dict(_LOOK[name])
+    index = zlib.crc32(name.encode())
+    return {"color": "0.5", "marker": "os^DvPX*h"[index % 9], "linestyle": ["-", "--", "-.", ":"][index // 9 % 4]}
+
+
+def reference(ax: Axes, value: float, name: str) -> None:
+    """A line across `ax` at `value`, of the dense or pruned model, with its name and value at the right end."""
+    ax.axhline(value, **look(name) | {"marker": "", "linewidth": 1}, zorder=1)
+    note = f"{name} {number(value)}"
+    ax.annotate(note, (1, value), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", fontsize=8)
+
+
 def styles(names: Iterable[str]) -> dict[str, dict]:
     """A colour, marker and line style for each name, so that it looks the same in every panel."""
     return dict(zip(dict.fromkeys(names), cycle(plt.rcParams["axes.prop_cycle"])))
 
 
 def savefig(
-    fig: Figure, name: str, folder: Path | str, data: pd.DataFrame, records: Sequence[Mapping], caption: str = ""
+    fig: Figure,
+    name: str,
+    folder: Path | str,
+    data: pd.DataFrame,
+    records: Sequence[Mapping],
+    caption: str = "",
+    finding: str = "",
+    drawn: str = "",
 ) -> Path:
     """Writes `<name>.pdf`, `.png` (200 dpi), `.csv` and `.json` into `folder`, each file whole or not at all.
 
@@ -94,7 +161,10 @@ def savefig(
 
     Args:
         data: what is drawn, a row per mark.
-        records: the run records behind it. The JSON file holds their "key"s, the caption, the git commit and the package versions.
+        records: the run records behind it. The JSON file holds their "key"s, the texts, the git commit and the package versions.
+        caption: the protocol.
+        finding: a sentence computed from `data`; it becomes the figure's title.
+        drawn: what is drawn, in words. After the finding it makes the alternative text, "alt" in the JSON file.
 
     Returns:
         The path of the PNG.
@@ -109,9 +179,13 @@ def savefig(
         raise ReconError(f"figure {name!r} has no data; give the rows that are drawn")
     if keyless := [index for index, record in enumerate(records) if "key" not in record]:
         raise ReconError(f"figure {name!r}: records {keyless} have no 'key'; give the records of the runs")
+    if finding:
+        title(fig, finding)
     provenance = {
         "name": name,
+        "finding": finding,
         "caption": caption,
+        "alt": f"{finding} {drawn}".strip(),
         "records": sorted({record["key"] for record in records}),
         **environment.commit(),
         "packages": _versions(),
@@ -128,6 +202,12 @@ def savefig(
         with storage.complete(Path(folder) / f"{name}.{suffix}") as path:
             write(path)
     return Path(folder) / f"{name}.png"
+
+
+def title(fig: Figure, finding: str) -> None:
+    """Writes `finding` above the axes, in lines as wide as the figure."""
+    lines = textwrap.wrap(finding, max(30, int(11.5 * fig.get_figwidth())))  # characters of this size to an inch
+    fig.suptitle("\n".join(lines), x=0.01, y=1.0, ha="left", va="bottom", fontsize=10, fontweight="bold")
 
 
 def sentence(words: str) -> str:

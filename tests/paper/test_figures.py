@@ -149,3 +149,87 @@ def test_captions_under_figures_are_text(monkeypatch):
 def test_styles_stay_with_their_names():
     found = figures.styles(["b", "a", "b"])
     assert list(found) == ["b", "a"] and found["a"] != found["b"]
+
+
+GROUPS = {
+    "granularities": "matrix, matrix exact, half-block, half-block from exact, block, 2-blocks, 4-blocks, 8-blocks, quarter, model",
+    "criteria": "magnitude, wanda, sparsegpt, ria, flap, random",
+    "methods": "reconstruction, masklora, full, lora, scalelora, norms, reconstruction+masklora, masklora+distilled, dense+masklora",
+    "propagations": "dense propagation, sparse propagation, mixed propagation",
+    "losses": "whitened, mse, cosine, relative",
+    "states": "dense, pruned, reconstructed",
+    "models": "smollm2-135m, gemma3-270m",
+}
+LONG = {
+    "reconstruction+masklora": "reconstruction, then masklora",
+    "masklora+distilled": "masklora, distilled",
+    "dense+masklora": "dense, masklora",
+}
+
+
+def grey(colour):
+    """Lightness as a print in grey shows it."""
+    red, green, blue = matplotlib.colors.to_rgb(colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_looks_of_a_group_differ_without_colour(group):
+    names = [LONG.get(name, name) for name in GROUPS[group].split(", ")]
+    shown = [figures.look(name) for name in names]
+    assert len({(str(entry["marker"]), str(entry["linestyle"])) for entry in shown}) == len(names)
+    assert max(grey(entry["color"]) for entry in shown) < 0.8  # visible on white
+
+
+def test_granularities_are_a_ramp_and_the_exact_ones_keep_their_colour():
+    sizes = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
+    shades = [grey(figures.look(size)["color"]) for size in sizes]
+    assert shades == sorted(shades) and len(set(shades)) == len(shades)
+    assert figures.look("half-block from exact")["color"] == figures.look("half-block")["color"]
+
+
+def test_main_methods_are_coloured_and_the_rest_is_grey():
+    def coloured(name):
+        return len({round(part, 2) for part in matplotlib.colors.to_rgb(figures.look(name)["color"])}) > 1
+
+    main = ["reconstruction", "masklora", "full"]
+    rest = ["lora", "scalelora", "norms", "masklora, distilled", "reconstruction, then masklora", "dense, masklora"]
+    assert [coloured(name) for name in main + rest] == [True] * 3 + [False] * len(rest)
+
+
+def test_a_look_cannot_be_changed_and_an_unknown_name_keeps_its_own():
+    figures.look("block")["color"] = "red"
+    assert figures.look("block")["color"] != "red"
+    assert figures.look("another/model-7b") == figures.look("another/model-7b")
+
+
+def test_the_finding_is_the_title_and_part_of_the_alternative_text(fig, tmp_path):
+    figures.savefig(fig, "same", tmp_path, DATA, RECORDS, "caption")
+    plain = (tmp_path / "same.png").read_bytes()
+    figures.savefig(fig, "same", tmp_path, DATA, RECORDS, "caption", finding="Blocks win.", drawn="Two points.")
+    provenance = json.loads((tmp_path / "same.json").read_text())
+    assert (provenance["finding"], provenance["alt"], provenance["caption"]) == (
+        "Blocks win.",
+        "Blocks win. Two points.",
+        "caption",
+    )
+    assert fig.get_suptitle() == "Blocks win."
+    first = (tmp_path / "same.png").read_bytes()
+    assert first != plain
+    figures.savefig(fig, "same", tmp_path, DATA, RECORDS, "caption", finding="Blocks win.", drawn="Two points.")
+    assert (tmp_path / "same.png").read_bytes() == first
+
+
+def test_a_long_finding_is_no_wider_than_the_figure_and_above_the_axes(fig, tmp_path):
+    figures.title(fig, "Windows of half a block and more are as good as one another within the margin on every model here. " * 2)
+    fig.canvas.draw()
+    box, top = fig._suptitle.get_window_extent(), max(ax.get_window_extent().y1 for ax in fig.axes)
+    assert box.x1 <= fig.bbox.x1 and box.y0 >= top
+    assert "\n" in fig.get_suptitle()
+
+
+def test_reference_lines_name_their_level(fig):
+    ax = fig.axes[0]
+    figures.reference(ax, 31.234, "pruned")
+    assert ax.lines[-1].get_linestyle() == "--" and list(ax.lines[-1].get_ydata()) == [31.234, 31.234]
+    assert [text.get_text() for text in ax.texts] == ["pruned 31.2"]
