@@ -1,6 +1,7 @@
 """The kinds of comparison: which runs enter, and what is computed from them.
 
-An effect is a difference of log-perplexity in nats per token. It is paired: both sides have the same evaluation windows and seeds.
+An effect is a difference of log-perplexity, or of the divergence from the dense model, in nats per token. It is paired: both sides have
+the same evaluation windows and seeds.
 """
 
 import math
@@ -13,11 +14,16 @@ import numpy as np
 
 from recon.paper.runs import Run, pick, short
 
-MARGIN = 0.05  # of the damage log(pruned / dense); differences within the paper's own tables are smaller
+# Two sides are equal within this share of the damage log(pruned / dense). For the scale: granularities in the paper are about 0.1 apart
+# at a perplexity of 7.8 (LLaMA-3-8B at 50 %, dense 5.8, by a summary of it; pruned by Wanda 9.06, by the README of D2Prune).
+MARGIN = 0.05
+CLOSE = MARGIN / 2  # a second, stricter margin
+PAPER_SPREAD = math.log((7.8 + 0.1) / 7.8) / math.log(9.06 / 5.8)
 SEEDS = 3  # fewer say nothing about training noise
-MODELS = 3  # fewer make no trend: two differ in more than their size
+MODELS = 3  # of one family; fewer make no trend: two differ in more than their size
 BUDGET = 0.15  # compute is equal within this share
-COSTS = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
+COSTS = {"samples": "samples", "flops": "FLOPs"}
+_SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", re.IGNORECASE)
 
 
 @dataclass
@@ -34,16 +40,16 @@ class Evidence:
     favours_other: bool = False
     """The claim's side had less compute: if it is worse, that proves nothing."""
     lacks: str = ""
-    """What is missing for a verdict, whatever the interval."""
+    """Why this cannot be tested here, whatever the interval."""
 
     @property
     def seeds(self) -> int:
         return min(part.shape[1] for part in self.parts)
 
 
-def _stack(sides: Sequence[tuple[dict[int, Run], str]], seeds: Sequence[int]) -> np.ndarray:
-    """Negative log-likelihoods (sides, seeds, windows) of each side's runs in the state named."""
-    return np.array([[runs[seed].nll[state] for seed in seeds] for runs, state in sides])
+def _stack(sides: Sequence[tuple[dict[int, Run], str]], seeds: Sequence[int], measure: str = "own") -> np.ndarray:
+    """What is measured, (sides, seeds, windows), of each side's runs in the state named; see `recon.paper.runs.MEASURES`."""
+    return np.array([[runs[seed].measures[measure][state] for seed in seeds] for runs, state in sides])
 
 
 def _used(sides: Iterable[dict[int, Run]], seeds: Sequence[int]) -> list[Run]:
@@ -54,20 +60,55 @@ def _common(*sides: dict[int, Run]) -> list[int]:
     return sorted(set.intersection(*map(set, sides)))
 
 
-def better(runs: list[Run], ours: dict, other: dict | None, cost: str = "") -> Evidence | None:
-    """Log-perplexity of the other side minus ours: above 0, ours is better."""
-    mine = pick(runs, ours)
-    theirs, state = (mine, "pruned") if other is None else (pick(runs, other), "reconstructed")
+def better(runs: list[Run], claim) -> Evidence | None:
+    """What is measured of the other side minus that of ours: above 0, ours is better."""
+    mine = pick(runs, claim.ours)
+    theirs, state = (mine, "pruned") if claim.other is None else (pick(runs, claim.other), "reconstructed")
     if not (seeds := _common(mine, theirs)):
         return None
-    values = _stack([(mine, "reconstructed"), (theirs, state)], seeds)
-    return Evidence(_used([mine, theirs], seeds), [values], lambda means: means[1] - means[0])
+    return _difference(mine, theirs, seeds, claim, state)
 
 
-def equal(runs: list[Run], ours: dict, other: dict, cost: str = "") -> Evidence | None:
+def _difference(mine: dict[int, Run], theirs: dict[int, Run], seeds: list[int], claim, state="reconstructed", **more) -> Evidence:
+    values = _stack([(mine, "reconstructed"), (theirs, state)], seeds, claim.measure)
+    return Evidence(_used([mine, theirs], seeds), [values], lambda means: means[1] - means[0], **more)
+
+
+def samples(runs: list[Run], claim) -> Evidence | None:
+    """As `better`, where our side trains on `claim.count` samples, and the other on `claim.times` as many: at least, if that is over 1.
+
+    Learning rates were searched on both sides. The note says what the other side's training does to the dense model, which it cannot
+    repair: what adapting to this kind of text alone is worth.
+    """
+    mine, theirs = _points(runs, claim.ours, "samples"), _points(runs, claim.other, "samples")
+    wanted = claim.count * claim.times
+    enough = sorted(trained for _, trained in theirs if trained == wanted or 1 < claim.times and trained > wanted)
+    mine = _best_supported(mine, claim.count)
+    theirs = _best_supported(theirs, enough[0]) if enough else {}
+    if not (seeds := _common(mine, theirs)):
+        return None
+    control = _best_supported(_points(runs, claim.other | {"criterion": "none"}, "samples"), enough[0])
+
+    def note(means: np.ndarray) -> str:
+        said = f"{claim.count} samples against {enough[0]}"
+        if not control:
+            return said
+        moved = _stack([(control, "dense"), (control, "reconstructed")], sorted(control), claim.measure).mean((1, 2))
+        return f"{said}; the same retraining moves the dense model by {moved[1] - moved[0]:+.3f}"
+
+    return _difference(mine, theirs, seeds, claim, note=note)
+
+
+def _best_supported(points: dict[tuple[int, int], dict[int, Run]], trained: int) -> dict[int, Run]:
+    """Of the points trained on so many samples, the one with the most seeds, then with the most samples to prune by."""
+    fitting = {key: found for key, found in points.items() if key[1] == trained}
+    return fitting[max(fitting, key=lambda key: (len(fitting[key]), key[0]))] if fitting else {}
+
+
+def equal(runs: list[Run], claim) -> Evidence | None:
     """The same difference as a share of the damage log(pruned / dense): within the margin, both are equal."""
-    tuned = "adapter" in ours  # their rates are searched, and those of full weights with them
-    mine, theirs = pick(runs, ours, tuned), pick(runs, other, tuned)
+    tuned = "adapter" in claim.ours  # their rates are searched, and those of full weights with them
+    mine, theirs = pick(runs, claim.ours, tuned), pick(runs, claim.other, tuned)
     if not (seeds := _common(mine, theirs)):
         return None
 
@@ -75,8 +116,8 @@ def equal(runs: list[Run], ours: dict, other: dict, cost: str = "") -> Evidence 
         damage = means[3] - means[2]
         return (means[1] - means[0]) / np.where(damage > 0, damage, math.nan)
 
-    values = _stack([(mine, "reconstructed"), (theirs, "reconstructed"), (mine, "dense"), (mine, "pruned")], seeds)
-    return Evidence(_used([mine, theirs], seeds), [values], share, "of the damage")
+    sides = [(mine, "reconstructed"), (theirs, "reconstructed"), (mine, "dense"), (mine, "pruned")]
+    return Evidence(_used([mine, theirs], seeds), [_stack(sides, seeds, claim.measure)], share, "of the damage")
 
 
 def _points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], dict[int, Run]]:
@@ -90,24 +131,20 @@ def _points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], 
 
 
 def _curve(runs: list[Run], options: dict, cost: str) -> list[dict[int, Run]]:
-    """One point per number of samples trained on: the one with the most seeds, then with the most samples to prune by."""
-    best: dict[int, tuple[int, int]] = {}
+    """One point per number of samples trained on."""
     points = _points(runs, options, cost)
-    for samples, trained in points:
-        rank = len(points[samples, trained]), samples
-        if trained not in best or rank > (len(points[best[trained]]), best[trained][0]):
-            best[trained] = samples, trained
-    return [points[count] for count in best.values()]
+    return [_best_supported(points, trained) for trained in dict.fromkeys(trained for _, trained in points)]
 
 
-def ratio(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | None:
+def ratio(runs: list[Run], claim) -> Evidence | None:
     """Cost at which the other side reaches the quality that ours has at each of its sample counts, over the cost of ours; the median.
 
     The other side's quality is interpolated piecewise linearly over log2 of its cost, through its running best (in favour of the other
     side). Where it never reaches our quality, the ratio is above what its last point gives; where its first point is better already, it
     is below what that gives. The interval runs from that of the lower to that of the upper bounds.
     """
-    if not (found := _at_common_seeds(_curve(runs, ours, cost), _curve(runs, other, cost))):
+    cost = claim.cost
+    if not (found := _at_common_seeds(_curve(runs, claim.ours, cost), _curve(runs, claim.other, cost))):
         return None
     seeds, mine, theirs = found
 
@@ -130,7 +167,7 @@ def ratio(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | Non
         each = [f"{point[seeds[0]].samples}: {_bounded(*pair)}" for point, pair in zip(mine, pairs)]
         return "ratio by samples of reconstruction: " + ", ".join(each)
 
-    values = _stack([(point, "reconstructed") for point in (*mine, *theirs)], seeds)
+    values = _stack([(point, "reconstructed") for point in (*mine, *theirs)], seeds, claim.measure)
     return Evidence(_used([*mine, *theirs], seeds), [values], statistic, f"times the {COSTS[cost]}", note)
 
 
@@ -181,14 +218,14 @@ def _reach(targets: np.ndarray, curve: np.ndarray, at: np.ndarray) -> tuple[np.n
     return lower, np.where(never, np.inf, np.where(early, at[0], found))
 
 
-def combined(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | None:
+def combined(runs: list[Run], claim) -> Evidence | None:
     """As `better`, at compute equal within BUDGET or, where no pair of runs has that, with less on our side.
 
     Of several pairs: the one with the most seeds (up to SEEDS), then equal compute, then the most compute.
     """
-    pairs = []
-    for count, mine in _points(runs, ours, cost).items():
-        for their_count, theirs in _points(runs, other, cost).items():
+    cost, pairs = claim.cost, []
+    for count, mine in _points(runs, claim.ours, cost).items():
+        for their_count, theirs in _points(runs, claim.other, cost).items():
             if not (seeds := _common(mine, theirs)):
                 continue
             spent, they_spent = (sum(side[seed].cost(cost) for seed in seeds) / len(seeds) for side in (mine, theirs))
@@ -204,10 +241,7 @@ def combined(runs: list[Run], ours: dict, other: dict, cost: str) -> Evidence | 
         f"{COSTS[cost]} {spent:.3g} (samples {count[0]}, then {count[1]}) against {they_spent:.3g} (samples {their_count[1]})"
         + ("" if fair else ": less compute on the combination's side")
     )
-    values = _stack([(mine, "reconstructed"), (theirs, "reconstructed")], seeds)
-    return Evidence(
-        _used([mine, theirs], seeds), [values], lambda means: means[1] - means[0], note=lambda _: note, favours_other=not fair
-    )
+    return _difference(mine, theirs, seeds, claim, note=lambda _: note, favours_other=not fair)
 
 
 def _by_criterion(runs: list[Run], options: dict) -> dict[str, dict[int, Run]]:
@@ -227,17 +261,18 @@ def _contrast(values: np.ndarray) -> np.ndarray:
     return weights
 
 
-def gap(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Evidence | None:
-    """Gap between criteria (largest minus smallest log-perplexity) after pruning, minus that after reconstruction."""
-    found = _by_criterion(runs, ours)
+def gap(runs: list[Run], claim) -> Evidence | None:
+    """Gap between two criteria (larger minus smaller log-perplexity) after pruning, minus that after reconstruction."""
+    found = _by_criterion(runs, claim.ours)
     if len(found) < 2 or not (seeds := _common(*found.values())):
         return None
-    parts = [_stack([(side, state) for side in found.values()], seeds) for state in ("pruned", "reconstructed")]
+    parts = [_stack([(side, state) for side in found.values()], seeds, claim.measure) for state in ("pruned", "reconstructed")]
     before, after = (_contrast(part) for part in parts)
 
     def note(means: np.ndarray) -> str:
         sizes = before @ means[: len(found), 0], after @ means[len(found) :, 0]
-        return f"{', '.join(found)}: gap {sizes[0]:.3f} before, {sizes[1]:.3f} after"
+        left = f", {sizes[1] / sizes[0]:.0%} of it" if sizes[0] > 0 else ""
+        return f"gap {sizes[0]:.3f} before, {sizes[1]:.3f} after{left}"
 
     return Evidence(
         _used(found.values(), seeds),
@@ -247,28 +282,31 @@ def gap(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Evid
     )
 
 
-def trend(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Evidence | None:
+def trend(runs: list[Run], claim) -> Evidence | None:
     """Minus the slope of the gap between criteria after reconstruction, per doubling of the parameters that models' names state.
 
-    Where a name states none, per step in the order in which models are given.
+    Models of different families differ in more than their size, so only those of one family make a trend: that with the most models.
     """
     groups: dict[str, dict[tuple, list[Run]]] = {}
     for run in runs:
         groups.setdefault(run.model, {}).setdefault(run.windows, []).append(run)
     # Windows are shared within a model only: tokenizers differ.
-    found = {model: _by_criterion(max(windows.values(), key=len), ours) for model, windows in groups.items()}
-    found = {model: sides for model, sides in found.items() if len(sides) > 1 and _common(*sides.values())}
-    names = [name for name in ours["criterion"] if all(name in sides for sides in found.values())]
-    if len(found) < 2 or len(names) < 2:
+    found = {model: _by_criterion(max(windows.values(), key=len), claim.ours) for model, windows in groups.items()}
+    found = {model: sides for model, sides in found.items() if parameters(model) and len(sides) > 1 and _common(*sides.values())}
+    families: dict[str, list[str]] = {}
+    for model in sorted(found, key=parameters):
+        families.setdefault(family(model), []).append(model)
+    if not families:
         return None
-    sizes = {model: parameters(model) for model in found}
-    known = None not in sizes.values()
-    models = sorted(found, key=sizes.get) if known else list(found)
-    at = np.log2([sizes[model] for model in models]) if known else np.arange(len(models), dtype=float)
+    models = max(families.values(), key=len)
+    names = [name for name in claim.ours["criterion"] if all(name in found[model] for model in models)]
+    if len(names) < 2:
+        return None
+    at = np.log2([parameters(model) for model in models])
     at -= at.mean()
     sides = {model: [found[model][name] for name in names] for model in models}
     seeds = {model: _common(*sides[model]) for model in models}
-    parts = [_stack([(side, "reconstructed") for side in sides[model]], seeds[model]) for model in models]
+    parts = [_stack([(side, "reconstructed") for side in sides[model]], seeds[model], claim.measure) for model in models]
     contrasts = np.concatenate([_contrast(part) for part in parts])
 
     def gaps(means: np.ndarray) -> np.ndarray:
@@ -281,17 +319,28 @@ def trend(runs: list[Run], ours: dict, other: None = None, cost: str = "") -> Ev
     return Evidence(
         [run for model in models for run in _used(sides[model], seeds[model])],
         parts,
-        lambda means: -(at @ gaps(means)) / (at @ at),
-        "nats per token and doubling" if known else "nats per token and step",
+        lambda means: -(at @ gaps(means)) / max(at @ at, 1e-30),
+        "nats per token and doubling",
         note,
-        lacks=f"{len(models)} models make no trend" if len(models) < MODELS else "",
+        lacks=f"it takes {MODELS} models of one family, and the records have {len(models)}" if len(models) < MODELS else "",
     )
 
 
 def parameters(model: str) -> float | None:
     """The number of parameters that a model's name states ("smollm2-135m", "Llama-3.1-8B"); None where it states none."""
-    found = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", Path(model.partition("@")[0]).name, re.IGNORECASE)
+    found = _SIZE.findall(_name(model))
     return float(found[-1][0]) * {"m": 1e6, "b": 1e9}[found[-1][1].lower()] if found else None
 
 
-KINDS = {"better": better, "equal": equal, "ratio": ratio, "combined": combined, "gap": gap, "trend": trend}
+def family(model: str) -> str:
+    """What a model's name says before its size, without a minor version: "llama-3" for "meta-llama/Llama-3.1-8B"."""
+    return _SIZE.split(_name(model))[0].partition(".")[0].strip("-_").lower()
+
+
+def _name(model: str) -> str:
+    return Path(model.partition("@")[0]).name
+
+
+KINDS = {
+    "better": better, "samples": samples, "equal": equal, "ratio": ratio, "combined": combined, "gap": gap, "trend": trend
+}  # fmt: skip

@@ -22,6 +22,9 @@ _TUNABLE = {field.name for field in fields(Schedule)} - {"epochs", "rate"} | {"c
 _RATES = {"learning_rate", "retrain_learning_rate"}
 # Judged one by one, of the protocol, or without influence.
 _APART = {"model", "revision", "pattern", "samples", "statistics", "checkpointing"}
+# What models are measured by, on evaluation text: the negative log-likelihood of the first text, that of the second, and the divergence
+# from the dense model on the first.
+MEASURES = {"own": "perplexity", "other": "perplexity on another text", "kl": "KL to dense"}
 _METHOD = {name: place(name)[1] for name in DEFAULTS if place(name)[0] in ("model", "pruning", "reconstruction", "retraining")}
 _TUNING = [name for name, field in _METHOD.items() if field in _TUNABLE]
 _SETTING = [name for name, field in _METHOD.items() if field not in _TUNABLE | _APART]
@@ -50,9 +53,14 @@ class Run:
         self.setting = {name: spec[name] for name in _SETTING}
         self.tuning = tuple((name, spec[name]) for name in _TUNING)
         self.evaluated = spec["evaluation_texts"][0]
-        self.nll = self._read_nll()
+        self.nll = self._read_nll(self.evaluated)
+        # By measure and state (dense, pruned, reconstructed), nats of each window, (windows,); without those that the record lacks.
+        self.measures = {"own": self.nll}
+        if len(spec["evaluation_texts"]) > 1:
+            self.measures["other"] = self._read_nll(spec["evaluation_texts"][1])
+        if kl := record.metrics["by_text"][self.evaluated].get("kl_per_window"):
+            self.measures["kl"] = {"dense": np.zeros(len(kl["pruned"]))} | {state: np.array(kl[state], float) for state in kl}
         dtype = record.environment.get("compute_dtype", "")
-        self.machine = (record.environment.get("device", ""), record.environment.get("threads", 0))
         tokens = record.protocol.get("token_hashes", {}).get(f"evaluation {self.evaluated}", "")
         self.windows = (tokens, self.nll["dense"].size)
         self.protocol = (
@@ -60,39 +68,37 @@ class Run:
             spec["evaluation_samples"], spec["evaluation_length"], spec["evaluation_protocol"], dtype,
         )  # fmt: skip
 
-    def _read_nll(self) -> dict[str, np.ndarray]:
-        """Negative log-likelihoods (windows,) of the dense, the pruned and the final model."""
+    def _read_nll(self, text: str) -> dict[str, np.ndarray]:
+        """Negative log-likelihoods (windows,) of the dense, the pruned and the final model on `text`."""
         try:
-            found = self.record.metrics["by_text"][self.evaluated]["nll_per_window"]
+            found = self.record.metrics["by_text"][text]["nll_per_window"]
             nll = {state: np.array(found[state], float) for state in ("dense", "pruned", "reconstructed")}
         except (KeyError, TypeError, ValueError) as error:
-            raise ReconError(f"record {self.key}: no nll_per_window of {self.evaluated!r} to judge by: {error!r}") from error
+            raise ReconError(f"record {self.key}: no nll_per_window of {text!r} to judge by: {error!r}") from error
         shapes = {values.shape for values in nll.values()}
         if len(shapes) > 1 or nll["dense"].ndim != 1 or not nll["dense"].size:
             raise ReconError(f"record {self.key}: nll_per_window has shapes {sorted(shapes)}; they must agree")
         return nll
 
     def cost(self, kind: str) -> float:
-        """Samples trained on last, or the flops or seconds of all training; NaN where the record does not say."""
+        """Samples trained on last, or the flops of all training; NaN where the record does not say."""
         if kind == "samples":
             return self.trained_samples
-        if kind == "seconds" and "activations" in self.record.shared:
-            return math.nan  # another run computed the dense model's activations
-        spent = self.record.flops if kind == "flops" else self.record.seconds
-        return sum(spent.get(phase) or 0.0 for phase in ("reconstruct", "retrain")) or math.nan
+        return sum(self.record.flops.get(phase) or 0.0 for phase in ("reconstruct", "retrain")) or math.nan
 
 
 def pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[int, Run]:
     """By seed, the runs whose setting differs from the defaults by `options` alone, all of one tuning.
 
-    Of several tunings the one nearest the defaults, so that no side of a comparison is tuned more than the other. `tuned`: every side
+    Options that are tuning hold for it. Of several tunings the one nearest the defaults, so that no side of a comparison is tuned more than the other. `tuned`: every side
     had its learning rates searched. Then the rates with the lowest held-out perplexity (mean over the seeds that all tunings have) are
     taken, all other tuning again nearest the defaults. Evaluation text never decides.
     """
     wanted = {name: {**DEFAULTS, **options}[name] for name in _SETTING}
+    pinned = {(name, value) for name, value in options.items() if name in _TUNING}
     choices: dict[tuple, dict[int, Run]] = {}
     for run in runs:
-        if run.setting == wanted:
+        if run.setting == wanted and pinned <= set(run.tuning):
             choices.setdefault(run.tuning, {}).setdefault(run.seed, run)
     if not choices:
         return {}
@@ -120,15 +126,13 @@ def _distance(tuning: tuple) -> tuple:
     return *(abs(math.log(max(value, 1e-12) / max(DEFAULTS[name], 1e-12))) for name, value in tuning), repr(tuning)
 
 
-def protocol(run: Run, kind: str, cost: str = "") -> tuple:
-    """What runs have to share to enter a comparison of this kind and cost."""
+def protocol(run: Run, kind: str) -> tuple:
+    """What runs have to share to enter a comparison of this kind."""
     shared = run.protocol
-    if kind not in ("ratio", "combined"):
+    if kind not in ("ratio", "combined", "samples"):
         shared += (run.samples,)
     if kind != "trend":  # tokenizers differ between models, and so do windows
         shared += run.windows
-    if cost == "seconds":
-        shared += run.machine
     return shared
 
 

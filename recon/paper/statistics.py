@@ -22,6 +22,11 @@ def _draws(count: int, resamples: int, seed: int, stream: int) -> np.ndarray:
     return np.bincount(flat, minlength=resamples * count).reshape(resamples, count) / count
 
 
+def wider(seeds: int, level: float) -> float:
+    """How many times wider than the bootstrap's the spread of means over so many seeds is taken to be; infinite for one."""
+    return math.sqrt(seeds / (seeds - 1)) * _T[level][min(seeds - 1, 9) - 1] if seeds > 1 else math.inf
+
+
 def interval(
     parts: Sequence[np.ndarray], statistic: Callable, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -38,8 +43,7 @@ def interval(
         seeds, windows = values.shape[1:]
         of_seeds = _draws(seeds, resamples, seed, 2 * index)
         if seeds > 1:
-            wider = math.sqrt(seeds / (seeds - 1)) * _T[level][min(seeds - 1, 9) - 1]
-            of_seeds = 1 / seeds + wider * (of_seeds - 1 / seeds)
+            of_seeds = 1 / seeds + wider(seeds, level) * (of_seeds - 1 / seeds)
         by_seed = values @ _draws(windows, resamples, seed, 2 * index + 1).T
         means.append(np.einsum("bs,ksb->kb", of_seeds, by_seed))
     lower, upper = bounds(statistic(np.concatenate(means)))

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from recon.paper.comparisons import MARGIN, SEEDS
+from recon.paper.comparisons import CLOSE, MARGIN, PAPER_SPREAD, SEEDS
 from recon.paper.runs import short
 
-HOLDS, FAILS, UNSURE = "holds", "does not hold here", "not enough evidence"
-MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?"}
+HOLDS, FAILS, UNSURE, UNTESTABLE = "holds", "does not hold here", "not enough evidence", "not testable here"
+MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?", UNTESTABLE: "–"}
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Verdict:
 
     claim: str
     title: str
-    """Of the claim's group; `source` is where the paper says so."""
+    """Of the claim's group; `source` is where the paper says so, `remark` what to know when reading it."""
     source: str
+    remark: str
     statement: str
     comparison: str
     model: str
@@ -33,13 +34,16 @@ class Verdict:
     unit: str
     seeds: int
     verdict: str
-    """HOLDS, FAILS or UNSURE."""
+    """A key of `MARKS`."""
     reason: str
     protocol: str
     records: tuple[str, ...]
     """Keys."""
     bound: str = ""
     """">" or "<" where the effect is only known to be above or below `effect`."""
+    kind: str = ""
+    """Of the comparison; `bar`: what the effect has to exceed."""
+    bar: float = 0.0
 
     @property
     def group(self) -> str:
@@ -66,62 +70,94 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def to_markdown(verdicts: Sequence[Verdict]) -> str:
-    """A page with a table per group of claims, and under it the protocols of what was compared."""
+    """A page with a table per group of claims, a row per claim and model, and under it every verdict with its protocol."""
     lines = [
         "# Do the paper's claims hold?",
         "",
         "Every claim of arXiv 2510.14444 that run records can judge. Written by `python -m recon.paper.claims`; `recon/paper/claims.py` states",
         "the claims, which runs each compares, and the rules.",
         "",
-        f"{MARKS[HOLDS]} {HOLDS}, {MARKS[FAILS]} {FAILS}, {MARKS[UNSURE]} {UNSURE}. Effects are differences of log-perplexity between "
-        "runs with the same evaluation windows and seeds; positive is as claimed, and of equivalences, where the side named first is "
-        "better. In brackets, a bootstrap interval over seeds and "
+        f"{', '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())}. Effects are differences of log-perplexity, or of the "
+        "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and of "
+        "equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and "
         "windows: 95 %, for equivalences 90 % (two one-sided tests). Two sides are equal within "
-        f"{MARGIN:g} of the damage log(pruned / dense); differences within the paper's own tables are smaller. With fewer than "
-        f"{SEEDS} seeds, what training noise could decide is {UNSURE}. \"Here\" is the model and protocol of the row.",
+        f"{MARGIN:g} of the damage log(pruned / dense), closely equal within {CLOSE:g}; granularities in the paper differ by about "
+        f"{PAPER_SPREAD:.2g} of it (`recon.paper.comparisons.PAPER_SPREAD`). With fewer than {SEEDS} seeds, what training noise could "
+        f"decide is {UNSURE}. \"Here\" is the model and protocol of the row.",
+        "",
+        count_words(verdicts),
     ]  # fmt: skip
-    groups: dict[str, list[Verdict]] = {}
-    for verdict in verdicts:
-        groups.setdefault(verdict.group, []).append(verdict)
-    for group, mine in groups.items():
+    for mine in _by(verdicts, "group").values():
         protocols = {text: i for i, text in enumerate(dict.fromkeys(v.protocol for v in mine if v.protocol), 1)}
-        rows = [
-            (
-                f"{MARKS[v.verdict]} {v.verdict}",
-                v.statement,
-                v.comparison,
-                _where(v),
-                _effect(v),
-                v.seeds or "",
-                v.reason,
-                protocols.get(v.protocol, ""),
-            )
+        lines += ["", f"## {mine[0].group}. {mine[0].title}", "", f"Paper: {mine[0].source}. {mine[0].remark}".strip(), ""]
+        lines += _table(("verdict", "claim", "model, pattern", "effect", "seeds", "other patterns"), map(_row, _rows(mine)))
+        if not protocols:
+            continue
+        every = [
+            (MARKS[v.verdict], v.statement, v.comparison, _where(v), _effect(v), v.seeds or "", v.reason, protocols.get(v.protocol, ""))
             for v in mine
-        ]
-        lines += ["", f"## {group}. {mine[0].title}", "", f"Paper: {mine[0].source}.", ""]
-        lines += _table(("verdict", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"), rows)
+        ]  # fmt: skip
+        lines += ["", "<details><summary>Every verdict, and why</summary>", ""]
+        lines += _table(("", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"), every)
         for text, number in protocols.items():
             count = len({key for v in mine if v.protocol == text for key in v.records})
             lines += ["", f"Protocol {number}: {text}; {count} record{'s' * (count > 1)}."]
+        lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
 
-def to_summary(verdicts: Sequence[Verdict]) -> str:
-    """A short table: a row per claim with the effect at the first model and pattern, and verdicts counted over all."""
-    claims: dict[str, list[Verdict]] = {}
+def _by(verdicts: Iterable[Verdict], *names: str) -> dict:
+    """Verdicts by the values of these attributes, in their order."""
+    found: dict = {}
     for verdict in verdicts:
-        claims.setdefault(verdict.claim, []).append(verdict)
-    rows = []
-    for mine in claims.values():
-        if not mine[0].records:
+        values = tuple(getattr(verdict, name) for name in names)
+        found.setdefault(values if len(values) > 1 else values[0], []).append(verdict)
+    return found
+
+
+def _rows(verdicts: Iterable[Verdict]) -> list[list[Verdict]]:
+    """The verdicts on each claim and model: that on the main pattern first, and those on others behind it."""
+    return list(_by(verdicts, "claim", "model").values())
+
+
+def _row(mine: list[Verdict]) -> tuple:
+    first, *others = mine
+    marks = " ".join(f"{MARKS[v.verdict]} {v.pattern}" for v in others)
+    return f"{MARKS[first.verdict]} {first.verdict}", first.statement, _where(first), _effect(first), first.seeds or "", marks
+
+
+def count_words(verdicts: Iterable[Verdict]) -> str:
+    """How many verdicts are decided, and how many of those chance alone may have decided."""
+    judged = [verdict for verdict in verdicts if verdict.records]
+    counts = {state: sum(v.verdict == state for v in judged) for state in MARKS}
+    decided, open_ = counts[HOLDS] + counts[FAILS], counts[UNSURE]
+    if not decided + open_:
+        return "No verdict yet: there are no records."
+    said = f"{decided} of {decided + open_} comparisons are decided ({decided / (decided + open_):.0%}): {counts[HOLDS]} hold, {counts[FAILS]} do not."
+    if counts[UNTESTABLE]:
+        said += f" {counts[UNTESTABLE]} cannot be tested with these models."
+    return (
+        f"{said} Each is judged on its own at 5 %: of as many comparisons without any effect, about {0.05 * decided:.0f} would look decided "
+        "by chance. Trust what several patterns and models agree on."
+    )
+
+
+def to_summary(verdicts: Sequence[Verdict]) -> str:
+    """A short table: a row per group of claims, with its verdicts counted over claims, models and patterns, and the first one's effect."""
+    rows, missing = [], []
+    for mine in _by(verdicts, "group").values():
+        judged = [verdict for verdict in mine if verdict.records]
+        if not judged:
+            missing.append(mine[0].title)
             continue
-        counts = [(state, sum(v.verdict == state for v in mine)) for state in MARKS]
-        each = [f"{MARKS[state]} {state}" + (f" ({n} of {len(mine)})" if len(mine) > 1 else "") for state, n in counts if n]
-        rows.append((mine[0].statement, ", ".join(each), f"{_effect(mine[0])} ({_where(mine[0])})".strip(), mine[0].seeds))
-    lines = _table(("claim", "verdict", "effect", "seeds"), rows) if rows else []
-    if missing := [mine[0] for mine in claims.values() if not mine[0].records]:
-        each = [f"{title[0].lower()}{title[1:]}" for title in dict.fromkeys(verdict.title for verdict in missing)]
-        lines += ["", f"No records yet for {len(missing)} comparisons (run the notebooks) under: {'; '.join(each)}."]
+        counts = ((state, sum(v.verdict == state for v in judged)) for state in MARKS)
+        said = ", ".join(f"{MARKS[state]} {state} ({n} of {len(judged)})" for state, n in counts if n)
+        rows.append(
+            (mine[0].title, said, f"{judged[0].statement}: {_effect(judged[0])} ({_where(judged[0])}, {judged[0].seeds} seeds)")
+        )
+    lines = _table(("the paper's claim", "verdicts", "for example"), rows) if rows else []
+    if missing:
+        lines += ["", f"No records yet (run the notebooks) for: {'; '.join(f'{t[0].lower()}{t[1:]}' for t in missing)}."]
     return "\n".join(lines).strip() + "\n"
 
 

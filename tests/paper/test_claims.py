@@ -12,7 +12,7 @@ from recon.experiment.record import RunRecord
 from recon.experiment.study import write_record
 from recon.paper import claims
 from recon.paper.claims import judge
-from recon.paper.verdicts import FAILS, HOLDS, UNSURE
+from recon.paper.verdicts import FAILS, HOLDS, UNSURE, UNTESTABLE
 
 # ---- verdicts
 
@@ -60,13 +60,16 @@ def everything(count=3):
         {"propagation": "dense"},
         {"loss": "mse"},
         {"loss": "cosine"},
+        {"propagation": "dense", "loss": "mse"},
         {"adapter": "masklora"},
     ):
         records += seeds(0.401, count, **options)
     records += seeds(0.39, count, criterion="magnitude", damage=1.2) + seeds(0.4, count, criterion="sparsegpt")
     cost = {"reconstruct": 1e9}
-    records += [r for n in (16, 256) for r in seeds(0.4, count, samples=n, prune_samples=64, flops=cost)]
-    records += seeds(0.1, count, granularity="none", retrain="masklora", retrain_samples=1024, flops={"retrain": 1e9})
+    records += [r for n in (8, 32) for r in seeds(0.4, count, samples=n, prune_samples=64, flops=cost)]
+    for n, share in ((8, 0.05), (32, 0.1), (512, 0.3)):
+        spent = {"retrain": 1e9}
+        records += seeds(share, count, granularity="none", retrain="masklora", retrain_samples=n, flops=spent)
     records += seeds(0.6, count, retrain="masklora", flops=cost)
     records += seeds(0.4, count, model="other-1b") + seeds(0.401, count, model="other-1b", criterion="magnitude")
     return records
@@ -76,23 +79,26 @@ def everything(count=3):
 def test_few_seeds_say_nothing_about_noise(count):
     found = {verdict.claim: verdict for verdict in judge(everything(count)) if verdict.records}
     assert {claim.partition(".")[0] for claim in found} == set(claims.GROUPS)
-    assert {name for name, verdict in found.items() if verdict.verdict != UNSURE} <= {"1"}
+    assert {name for name, verdict in found.items() if verdict.verdict != UNSURE} <= {"1.own", "8"}
     assert all(f"fewer than 3 seeds ({count})" in verdict.reason for name, verdict in found.items() if name != "8")
 
 
 def test_three_seeds_decide_the_same_comparisons():
     found = {verdict.claim: verdict.verdict for verdict in judge(everything()) if verdict.model in ("smollm2-135m", "")}
     decided = (
-        "1",
+        "1.own",
         "2.block",
         "3",
         "4",
-        "5.masklora.samples.1",
-        "6.masklora.reconstruction",
-        "7",
-        "9.mixed",
-        "10.cosine",
-        "10.whitened",
+        "5.masklora.8.1.own",
+        "5.masklora.32.10.own",
+        "5.masklora.samples",
+        "6.masklora.reconstruction.flops",
+        "7.magnitude",
+        "9.mixed.whitened",
+        "9.mixed.mse",
+        "10.cosine.mixed",
+        "10.whitened.mixed",
         "11.masklora",
     )
     assert {name: found[name] for name in decided} == dict.fromkeys(decided, HOLDS)
@@ -157,8 +163,8 @@ def test_pages_are_written_once_and_watched(places):
     assert claims.write(*places) == [page, readme] and claims.stale(*places) == []
     assert claims.write(*places) == []
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith("# Title\n\n<!-- claims -->\n| claim |") and text.endswith("<!-- /claims -->\n\nrest\n")
-    assert "outdated" not in text and "| Half-block equals block | ✓ holds |" in text
+    assert text.startswith("# Title\n\n<!-- claims -->\n| the paper's claim |") and text.endswith("<!-- /claims -->\n\nrest\n")
+    assert "outdated" not in text and "| Single matrices are worse | ✓ holds (1 of 1) |" in text
     readme.write_text(text.replace("✓ holds", "✗ fails", 1), encoding="utf-8")
     assert [message for message in claims.stale(*places) if str(readme) in message and "python -m recon.paper.claims" in message]
     readme.write_text(text + "A word outside of the section.\n", encoding="utf-8")
@@ -172,19 +178,16 @@ def test_pages_hold_every_claim_and_say_where_records_lack():
     page = claims.to_markdown(verdicts)
     for claim in claims.CLAIMS:
         assert (f" {claim.statement} |" in page) == (not claim.optional)
-    assert (
-        "| ? not enough evidence | Half-block equals quarter | granularity half-block against granularity quarter |  |  |  | no records |  |"
-        in page
-    )
+    assert "| ? not enough evidence | Half-block equals quarter |  |  |  |  |" in page
     nothing = judge([])
     assert {verdict.reason for verdict in nothing} == {"no records"} and {verdict.verdict for verdict in nothing} == {UNSURE}
     assert len(nothing) == sum(not claim.optional for claim in claims.CLAIMS)
-    assert claims.to_markdown(nothing) and claims.to_summary(nothing).startswith("No records yet for")
+    assert claims.to_markdown(nothing) and claims.to_summary(nothing).startswith("No records yet ")
 
 
 def test_of_protocols_with_as_many_seeds_that_of_the_largest_study_is_taken():
     others = [r for count in (8, 128) for r in seeds(0.9, samples=count, prune_samples=64)]
-    found = verdict_on("1", [*others, *seeds(0.4), *seeds(0.2, granularity="matrix")])
+    found = verdict_on("1.own", [*others, *seeds(0.4), *seeds(0.2, granularity="matrix")])
     assert found.effect == pytest.approx(0.4 * DAMAGE, abs=0.01) and found.protocol.startswith("64 x ")
 
 
@@ -193,13 +196,32 @@ def test_the_readme_leaves_out_what_the_paper_does_not_centre_on(places):
     for run in seeds(0.1, granularity="none", retrain="lora", flops={"retrain": 1e9}):
         write_record(run, records / f"{run.key}.json")
     claims.write(*places)
-    assert "Retraining (lora)" in page.read_text() and "Retraining (lora)" not in readme.read_text()
+    assert "Retraining (lora)" in page.read_text() and "(lora)" not in readme.read_text()
 
 
-def test_summary_counts_over_models():
-    records = everything() + seeds(0.9, model="other-1b", granularity="block")
-    line = next(line for line in claims.to_summary(judge(records)).splitlines() if "equals block" in line)
-    assert "✓ holds (1 of 2), ✗ does not hold here (1 of 2)" in line and "smollm2-135m, 0.5" in line
+def test_summary_counts_over_models_and_patterns():
+    records = everything() + seeds(0.9, model="other-1b", granularity="block") + seeds(0.2, pattern="2:4", granularity="matrix")
+    lines = claims.to_summary(judge(records)).splitlines()
+    line = next(line for line in lines if "hardly matters" in line)
+    assert "✓ holds (1 of 2), ✗ does not hold here (1 of 2)" in line and "smollm2-135m, 0.5, 3 seeds" in line
+    # The page has a row for each model, and its other patterns in it.
+    page = claims.to_markdown(judge(records + seeds(pattern="2:4")))
+    [row] = [
+        line for line in page.splitlines() if line.startswith("| ✓ holds | Half-block is better than single matrices (AdamW)")
+    ]
+    assert row.endswith("| ✓ 2:4 |")
+
+
+def test_verdicts_are_counted():
+    others = (
+        seeds(0.395, granularity="matrix", noise=0.02, pattern="2:4") + seeds(pattern="2:4") + seeds(0.9, granularity="model")
+    )
+    verdicts = judge(everything() + others)
+    judged = [verdict for verdict in verdicts if verdict.records]
+    counts = {state: sum(v.verdict == state for v in judged) for state in (HOLDS, FAILS, UNSURE, UNTESTABLE)}
+    decided = counts[HOLDS] + counts[FAILS]
+    assert all(counts.values())
+    assert f"{decided} of {decided + counts[UNSURE]} comparisons are decided" in claims.to_markdown(verdicts)
 
 
 def test_no_path_of_this_machine_is_on_the_page(tmp_path):
