@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -21,10 +22,23 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from recon.errors import ReconError
 from recon.experiment import environment
+from recon.experiment.record import RunRecord
 from recon.runtime import storage
 
 PACKAGES = ("recon", "torch", "transformers", "numpy", "pandas", "matplotlib", "seaborn")
 _NAME = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
+
+
+class Plot(NamedTuple):
+    """What `recon.paper.plots` makes of runs."""
+
+    figure: Figure
+    data: pd.DataFrame
+    """What is drawn, a row per mark."""
+    finding: str
+    """A sentence computed from the data."""
+    drawn: str
+    """What is drawn, in words."""
 
 
 def style() -> None:
@@ -202,6 +216,13 @@ def savefig(
         with storage.complete(Path(folder) / f"{name}.{suffix}") as path:
             write(path)
     return Path(folder) / f"{name}.png"
+
+
+def publish(plot: Plot, name: str, folder: Path | str, records: Sequence[RunRecord], caption: str) -> None:
+    """Saves a plot of `records`, as `savefig` does, and shows it."""
+    keys = [{"key": record.key} for record in records]
+    savefig(plot.figure, name, folder, plot.data, keys, caption, plot.finding, plot.drawn)
+    show(caption)
 
 
 def title(fig: Figure, finding: str) -> None:

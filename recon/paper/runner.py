@@ -34,7 +34,7 @@ from recon.paper.profiles import PROFILES, ROOT, MissingRecords, folders
 from recon.runtime import lock, storage
 from recon.runtime.device import limit_compiled_shapes
 
-_DRAWN = re.compile(r'savefig\(\s*fig,\s*"([\w.-]+)"')
+_DRAWN = re.compile(r'(?:savefig|publish)\(\s*\w+,\s*"([\w.-]+)"')
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -1,0 +1,33 @@
+"""A short table at the end of a notebook: what the paper says, what the records here say, and why."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from recon.paper.claims import GROUPS
+from recon.paper.runs import short
+from recon.paper.verdicts import MARKS, Verdict
+
+
+def answers(verdicts: Sequence[Verdict], groups: Iterable[str]) -> "pd.io.formats.style.Styler":
+    """A row for each of `groups` of claims ("2"): how many comparisons say what, and the first that says so (of the default model and pattern, if any)."""
+    rows = []
+    for group in groups:
+        title, source = GROUPS[group]
+        mine = [verdict for verdict in verdicts if verdict.group == group and verdict.records]
+        by_state = {state: [verdict for verdict in mine if verdict.verdict == state] for state in MARKS}
+        here = [f"{MARKS[state]} {state} ({len(found)} of {len(mine)})" for state, found in by_state.items() if found]
+        why = [f"{MARKS[state]} {_example(found[0])}" for state, found in by_state.items() if found]
+        rows.append({"paper": f"{title} ({source})", "here": "\n".join(here) or "no records yet", "why": "\n".join(why)})
+    left = [("text-align", "left"), ("vertical-align", "top"), ("white-space", "pre-wrap")]
+    style = pd.DataFrame(rows, columns=["paper", "here", "why"]).style.hide(axis="index")
+    return style.set_properties(**dict(left)).set_table_styles([{"selector": "th", "props": left}])
+
+
+def _example(verdict: Verdict) -> str:
+    """A comparison with its effect, interval and the reason for its verdict."""
+    where = ", ".join(part for part in (short(verdict.model), verdict.pattern) if part)
+    form = ".3g" if verdict.unit.startswith("times") else "+.3f"
+    effect = f"{verdict.bound} {verdict.effect:{form}} [{verdict.low:{form}}, {verdict.high:{form}}] {verdict.unit}; ".lstrip()
+    return f"{verdict.statement} ({where}): {'' if math.isnan(verdict.effect) else effect}{verdict.reason}"
