@@ -23,7 +23,7 @@ SMALL = {
 }
 SMALL_BENCH = {"samples": 8, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "repeats": 1}
 PROMISED = {  # parameters, figures, number of run records
-    "0-quickstart": (SMALL | {"new_tokens": 4}, ["quickstart-perplexity", "quickstart-error"], 2),
+    "0-quickstart": (SMALL | {"new_tokens": 4}, ["quickstart-perplexity", "quickstart-error", "method"], 2),
     "1-granularity": (
         {
             "fits": ["none", "matrix exact", "half-block from exact"],
