@@ -7,7 +7,7 @@ from fixtures.made_up import DAMAGE, record, seeds
 
 from recon.experiment.study import fit_name
 from recon.paper.claims import judge
-from recon.paper.comparisons import MARGIN, better
+from recon.paper.comparisons import MARGIN
 from recon.paper.plots import paired
 from recon.paper.plots.answers import answers
 
@@ -23,7 +23,7 @@ def test_differences_are_paired_and_in_favour_of_the_side_named_first():
     assert found["low"] < found["difference"] < found["high"]
     turned = paired.difference(runs["half-block"], runs["matrix"])
     assert turned["difference"] == pytest.approx(-found["difference"], abs=0.01)
-    nats = paired.difference(runs["matrix"], runs["half-block"], better)
+    nats = paired.difference(runs["matrix"], runs["half-block"], "better")
     assert nats["difference"] == pytest.approx(found["difference"] * DAMAGE, rel=0.02)
 
 
@@ -55,7 +55,8 @@ def test_intervals_are_judged_by_the_margin(low, high, count, said):
 
 
 def test_answers_count_the_verdicts_of_each_group_and_give_the_first_of_each_kind():
-    records = [*seeds(0.5, granularity="half-block"), *seeds(0.5, granularity="block"), *seeds(0.2, granularity="model")]
+    records = [*seeds(0.5, granularity="half-block", chunks=1)]
+    records += [*seeds(0.5, granularity="block", chunks=1), *seeds(0.2, granularity="model", chunks=1)]
     verdicts = judge(records)
     table = answers(verdicts, ["2", "3"]).data
     assert list(table) == ["paper", "here", "why"]

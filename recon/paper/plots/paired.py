@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from recon.experiment.record import RunRecord
-from recon.paper.comparisons import MARGIN, SEEDS, Evidence, equal
+from recon.paper.claims import Claim
+from recon.paper.comparisons import KINDS, MARGIN, SEEDS
 from recon.paper.runs import DEFAULTS, Run
 from recon.paper.statistics import interval
 
@@ -23,12 +24,14 @@ def grouped(records: Iterable[RunRecord], of: Callable[[dict], tuple]) -> dict[t
     return found
 
 
-def difference(ours: Sequence[Run], other: Sequence[Run], compare: Callable[..., Evidence | None] = equal) -> dict:
-    """The effect of `compare` (`equal`: a share of the damage; `better`: nats) at the seeds that both have: above 0, `ours` is better.
+def difference(ours: Sequence[Run], other: Sequence[Run], kind: str = "equal") -> dict:
+    """The effect of a kind of comparison ("equal": a share of the damage; "better": nats) at the seeds that both have: above 0, `ours` is better.
 
     Each of `ours` and `other` are runs of one setting. Without a common seed, `seeds` is 0 and the rest NaN.
     """
-    evidence = compare([*ours, *other], _options(ours[0]), _options(other[0])) if ours and other else None
+    evidence = None
+    if ours and other:
+        evidence = KINDS[kind]([*ours, *other], Claim("", "", kind, _options(ours[0]), _options(other[0])))
     if evidence is None:
         return {"difference": math.nan, "low": math.nan, "high": math.nan, "seeds": 0}
     means = np.concatenate([part.mean((1, 2)) for part in evidence.parts])[:, None]
