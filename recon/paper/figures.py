@@ -175,7 +175,8 @@ def savefig(
 
     Args:
         data: what is drawn, a row per mark.
-        records: the run records behind it. The JSON file holds their "key"s, the texts, the git commit and the package versions.
+        records: the run records behind it. The JSON file holds their "key"s and commits (where they come with their "environment"), the
+            texts, the commit of this code and the package versions.
         caption: the protocol.
         finding: a sentence computed from `data`; it becomes the figure's title.
         drawn: what is drawn, in words. After the finding it makes the alternative text, "alt" in the JSON file.
@@ -201,6 +202,7 @@ def savefig(
         "caption": caption,
         "alt": f"{finding} {drawn}".strip(),
         "records": sorted({record["key"] for record in records}),
+        "record_commits": sorted({commit for record in records if (commit := record.get("environment", {}).get("git_commit"))}),
         **environment.commit(),
         "packages": _versions(),
     }
@@ -220,8 +222,8 @@ def savefig(
 
 def publish(plot: Plot, name: str, folder: Path | str, records: Sequence[RunRecord], caption: str) -> None:
     """Saves a plot of `records`, as `savefig` does, and shows it."""
-    keys = [{"key": record.key} for record in records]
-    savefig(plot.figure, name, folder, plot.data, keys, caption, plot.finding, plot.drawn)
+    origins = [{"key": record.key, "environment": record.environment} for record in records]
+    savefig(plot.figure, name, folder, plot.data, origins, caption, plot.finding, plot.drawn)
     show(caption)
 
 

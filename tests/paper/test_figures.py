@@ -44,6 +44,12 @@ def test_savefig_writes_the_figure_its_data_and_where_it_came_from(fig, tmp_path
     assert {"git_commit", "git_dirty"} <= set(provenance)
 
 
+def test_provenance_names_the_commits_of_the_records(fig, tmp_path):
+    records = [{"key": str(i), "environment": {"git_commit": commit}} for i, commit in enumerate(("f1", None, "e2", "f1"))]
+    figures.savefig(fig, "line", tmp_path, DATA, [*records, {"key": "old"}])
+    assert json.loads((tmp_path / "line.json").read_text())["record_commits"] == ["e2", "f1"]
+
+
 def test_saving_again_changes_nothing(fig, tmp_path):
     first = figures.savefig(fig, "same", tmp_path, DATA, RECORDS, "caption")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
