@@ -17,6 +17,7 @@ import pandas as pd
 from recon.errors import ReconError
 from recon.experiment.record import RunRecord
 from recon.experiment.study import read_records
+from recon.paper import tables
 from recon.paper.comparisons import CLOSE, COSTS, KINDS, MARGIN, SEEDS, Evidence
 from recon.paper.runs import DEFAULTS, MEASURES, Run, check_windows, protocol, protocol_words
 from recon.paper.statistics import bounds, interval, wider
@@ -303,9 +304,11 @@ def show(verdicts: Sequence[Verdict], ids: Iterable[str]) -> "pd.io.formats.styl
 
 
 def _pages(records_folder: Path | str, page: Path | str, readme: Path | str | None) -> dict[Path, str]:
-    """What the page and, where one is given, the README should hold."""
-    verdicts = judge(read_records(records_folder))
+    """What the page, the tables beside it and, where one is given, the README should hold."""
+    records = read_records(records_folder)
+    verdicts = judge(records)
     pages = {Path(page): to_markdown(verdicts)}
+    pages |= {Path(page).parent / "tables" / name: text for name, text in tables.texts(records).items()}
     if readme is None:
         return pages
     readme = Path(readme)
@@ -324,7 +327,7 @@ def _pages(records_folder: Path | str, page: Path | str, readme: Path | str | No
 
 
 def write(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str | None = README) -> list[Path]:
-    """Writes the page, and the README's section between `<!-- claims -->` and `<!-- /claims -->`; returns what changed.
+    """Writes the page, the tables in `tables` beside it, and the README's section between `<!-- claims -->` and `<!-- /claims -->`; returns what changed.
 
     readme: None: none is written.
     Raises `ReconError` as `judge` does, and for a README without these markers.
@@ -339,7 +342,7 @@ def write(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme:
 
 
 def stale(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str = README) -> list[str]:
-    """A message for each of the page and the README that is not what the records give; empty if both are."""
+    """A message for each of the page, the tables and the README that is not what the records give; empty if all are."""
     return [
         f"{path} is not what the records in {records_folder} give; run: python -m recon.paper.claims"
         for path, text in _pages(records_folder, page, readme).items()

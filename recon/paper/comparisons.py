@@ -80,14 +80,14 @@ def samples(runs: list[Run], claim) -> Evidence | None:
     Learning rates were searched on both sides. The note says what the other side's training does to the dense model, which it cannot
     repair: what adapting to this kind of text alone is worth.
     """
-    mine, theirs = _points(runs, claim.ours, "samples"), _points(runs, claim.other, "samples")
+    mine, theirs = points(runs, claim.ours, "samples"), points(runs, claim.other, "samples")
     wanted = claim.count * claim.times
     enough = sorted(trained for _, trained in theirs if trained == wanted or 1 < claim.times and trained > wanted)
     mine = _best_supported(mine, claim.count)
     theirs = _best_supported(theirs, enough[0]) if enough else {}
     if not (seeds := _common(mine, theirs)):
         return None
-    control = _best_supported(_points(runs, claim.other | {"criterion": "none"}, "samples"), enough[0])
+    control = _best_supported(points(runs, claim.other | {"criterion": "none"}, "samples"), enough[0])
 
     def note(means: np.ndarray) -> str:
         said = f"{claim.count} samples against {enough[0]}"
@@ -120,20 +120,20 @@ def equal(runs: list[Run], claim) -> Evidence | None:
     return Evidence(_used([mine, theirs], seeds), [_stack(sides, seeds, claim.measure)], share, "of the damage")
 
 
-def _points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], dict[int, Run]]:
+def points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], dict[int, Run]]:
     """The runs of one method whose cost is known, by samples (for pruning and reconstruction, for the last training) and seed."""
     groups: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.samples, run.trained_samples), []).append(run)
-    points = {count: pick(group, options, tuned=True) for count, group in sorted(groups.items())}
-    points = {count: {seed: run for seed, run in found.items() if run.cost(cost) > 0} for count, found in points.items()}
-    return {count: found for count, found in points.items() if found}
+    picked = {count: pick(group, options, tuned=True) for count, group in sorted(groups.items())}
+    picked = {count: {seed: run for seed, run in found.items() if run.cost(cost) > 0} for count, found in picked.items()}
+    return {count: found for count, found in picked.items() if found}
 
 
 def _curve(runs: list[Run], options: dict, cost: str) -> list[dict[int, Run]]:
     """One point per number of samples trained on."""
-    points = _points(runs, options, cost)
-    return [_best_supported(points, trained) for trained in dict.fromkeys(trained for _, trained in points)]
+    found = points(runs, options, cost)
+    return [_best_supported(found, trained) for trained in dict.fromkeys(trained for _, trained in found)]
 
 
 def ratio(runs: list[Run], claim) -> Evidence | None:
@@ -152,7 +152,7 @@ def ratio(runs: list[Run], claim) -> Evidence | None:
         return np.mean([math.log2(point[seed].cost(cost)) for seed in seeds])
 
     theirs = sorted(theirs, key=log_cost)
-    at, their_at = (np.array([log_cost(point) for point in points]) for points in (mine, theirs))
+    at, their_at = (np.array([log_cost(point) for point in side]) for side in (mine, theirs))
 
     def bounds(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         lower, upper = _reach(means[: len(at)], means[len(at) :], their_at)
@@ -224,8 +224,8 @@ def combined(runs: list[Run], claim) -> Evidence | None:
     Of several pairs: the one with the most seeds (up to SEEDS), then equal compute, then the most compute.
     """
     cost, pairs = claim.cost, []
-    for count, mine in _points(runs, claim.ours, cost).items():
-        for their_count, theirs in _points(runs, claim.other, cost).items():
+    for count, mine in points(runs, claim.ours, cost).items():
+        for their_count, theirs in points(runs, claim.other, cost).items():
             if not (seeds := _common(mine, theirs)):
                 continue
             spent, they_spent = (sum(side[seed].cost(cost) for seed in seeds) / len(seeds) for side in (mine, theirs))

@@ -30,6 +30,7 @@ from recon.experiment import workers
 from recon.experiment.cost import duration
 from recon.paper import claims, figures
 from recon.paper.console import Console, shown
+from recon.paper.plots import claims as forest
 from recon.paper.profiles import PROFILES, ROOT, MissingRecords, folders
 from recon.runtime import lock, storage
 from recon.runtime.device import limit_compiled_shapes
@@ -216,7 +217,9 @@ def _write_gallery(profile: str, outcomes: list[Outcome], root: Path) -> None:
     finished = {outcome.name for outcome in outcomes if outcome.status == "finished"}
     if record_folder.is_dir():
         claims.write(record_folder, figure_folder / "claims.md", root / "README.md" if profile == "laptop" else None)
-        judged = claims.to_summary(claims.judge(claims.read_records(record_folder)))
+        verdicts = claims.judge(claims.read_records(record_folder))
+        judged = claims.to_summary(verdicts)
+        forest.save(verdicts, figure_folder)
     for path in find_notebooks(root=root):
         code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
         if names := [name for name in _DRAWN.findall(code) if not (figure_folder / f"{name}.png").is_file()]:

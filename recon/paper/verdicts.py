@@ -50,7 +50,7 @@ class Verdict:
         return self.claim.partition(".")[0]
 
 
-def _effect(verdict: Verdict) -> str:
+def effect_words(verdict: Verdict) -> str:
     """The effect with its interval and unit; empty where there is none."""
     if math.isnan(verdict.low):
         return ""
@@ -64,7 +64,7 @@ def _where(verdict: Verdict) -> str:
     return ", ".join(part for part in (short(verdict.model), verdict.pattern) if part)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
 
@@ -90,15 +90,17 @@ def to_markdown(verdicts: Sequence[Verdict]) -> str:
     for mine in _by(verdicts, "group").values():
         protocols = {text: i for i, text in enumerate(dict.fromkeys(v.protocol for v in mine if v.protocol), 1)}
         lines += ["", f"## {mine[0].group}. {mine[0].title}", "", f"Paper: {mine[0].source}. {mine[0].remark}".strip(), ""]
-        lines += _table(("verdict", "claim", "model, pattern", "effect", "seeds", "other patterns"), map(_row, _rows(mine)))
+        lines += markdown_table(
+            ("verdict", "claim", "model, pattern", "effect", "seeds", "other patterns"), map(_row, _rows(mine))
+        )
         if not protocols:
             continue
         every = [
-            (MARKS[v.verdict], v.statement, v.comparison, _where(v), _effect(v), v.seeds or "", v.reason, protocols.get(v.protocol, ""))
+            (MARKS[v.verdict], v.statement, v.comparison, _where(v), effect_words(v), v.seeds or "", v.reason, protocols.get(v.protocol, ""))
             for v in mine
         ]  # fmt: skip
         lines += ["", "<details><summary>Every verdict, and why</summary>", ""]
-        lines += _table(("", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"), every)
+        lines += markdown_table(("", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"), every)
         for text, number in protocols.items():
             count = len({key for v in mine if v.protocol == text for key in v.records})
             lines += ["", f"Protocol {number}: {text}; {count} record{'s' * (count > 1)}."]
@@ -123,7 +125,14 @@ def _rows(verdicts: Iterable[Verdict]) -> list[list[Verdict]]:
 def _row(mine: list[Verdict]) -> tuple:
     first, *others = mine
     marks = " ".join(f"{MARKS[v.verdict]} {v.pattern}" for v in others)
-    return f"{MARKS[first.verdict]} {first.verdict}", first.statement, _where(first), _effect(first), first.seeds or "", marks
+    return (
+        f"{MARKS[first.verdict]} {first.verdict}",
+        first.statement,
+        _where(first),
+        effect_words(first),
+        first.seeds or "",
+        marks,
+    )
 
 
 def count_words(verdicts: Iterable[Verdict]) -> str:
@@ -153,9 +162,13 @@ def to_summary(verdicts: Sequence[Verdict]) -> str:
         counts = ((state, sum(v.verdict == state for v in judged)) for state in MARKS)
         said = ", ".join(f"{MARKS[state]} {state} ({n} of {len(judged)})" for state, n in counts if n)
         rows.append(
-            (mine[0].title, said, f"{judged[0].statement}: {_effect(judged[0])} ({_where(judged[0])}, {judged[0].seeds} seeds)")
+            (
+                mine[0].title,
+                said,
+                f"{judged[0].statement}: {effect_words(judged[0])} ({_where(judged[0])}, {judged[0].seeds} seeds)",
+            )
         )
-    lines = _table(("the paper's claim", "verdicts", "for example"), rows) if rows else []
+    lines = markdown_table(("the paper's claim", "verdicts", "for example"), rows) if rows else []
     if missing:
         lines += ["", f"No records yet (run the notebooks) for: {'; '.join(f'{t[0].lower()}{t[1:]}' for t in missing)}."]
     return "\n".join(lines).strip() + "\n"
@@ -168,7 +181,7 @@ def to_table(verdicts: Sequence[Verdict]) -> "pd.io.formats.style.Styler":
             "verdict": f"{MARKS[v.verdict]} {v.verdict}",
             "claim": v.statement,
             "model, pattern": _where(v),
-            "effect": _effect(v),
+            "effect": effect_words(v),
             "seeds": v.seeds,
             "why": v.reason,
         }

@@ -4,14 +4,16 @@ import math
 import random
 import time
 
+import matplotlib.pyplot as plt
 import pytest
 from fixtures.made_up import DAMAGE, record, seeds, verdict_on
 
 from recon.errors import ReconError
 from recon.experiment.record import RunRecord
 from recon.experiment.study import write_record
-from recon.paper import claims
+from recon.paper import claims, tables
 from recon.paper.claims import judge
+from recon.paper.plots.claims import CENTRAL, forest, save
 from recon.paper.verdicts import FAILS, HOLDS, UNSURE, UNTESTABLE
 
 # ---- verdicts
@@ -144,6 +146,24 @@ def test_judgement_is_quick_and_the_same_every_time():
     assert repr(judge(records, seed=1)) != repr(first)
 
 
+# ---- the forest
+
+
+def test_the_forest_has_a_row_per_central_claim_and_model(tmp_path):
+    verdicts = judge(everything() + seeds(pattern="2:4"))
+    fig, drawn, finding = forest(verdicts)
+    plt.close(fig)
+    assert set(CENTRAL) <= {claim.id for claim in claims.CLAIMS}
+    shown = {(v.claim, v.model): v for v in reversed(verdicts) if v.claim in CENTRAL and not math.isnan(v.low)}
+    assert {tuple(row) for row in drawn[["claim", "model"]].to_numpy()} == set(shown) and set(drawn["pattern"]) == {"0.5"}
+    for row in drawn.itertuples():
+        assert (row.effect, row.verdict) == (shown[row.claim, row.model].effect, shown[row.claim, row.model].verdict)
+    assert finding.startswith(f"Of {len(drawn)} central comparisons, {(drawn['verdict'] == HOLDS).sum()} are as the paper claims")
+    assert forest(judge([])) is None
+    save(verdicts, tmp_path)
+    assert (tmp_path / "claims.png").is_file()
+
+
 # ---- pages
 
 
@@ -159,8 +179,9 @@ def places(tmp_path):
 
 def test_pages_are_written_once_and_watched(places):
     records, page, readme = places
-    assert len(claims.stale(*places)) == 2
-    assert claims.write(*places) == [page, readme] and claims.stale(*places) == []
+    written = [page, *(page.parent / "tables" / name for name in tables.texts(claims.read_records(records))), readme]
+    assert len(claims.stale(*places)) == len(written) > 2
+    assert claims.write(*places) == written and claims.stale(*places) == []
     assert claims.write(*places) == []
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("# Title\n\n<!-- claims -->\n| the paper's claim |") and text.endswith("<!-- /claims -->\n\nrest\n")
