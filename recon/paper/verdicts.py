@@ -74,8 +74,8 @@ def to_markdown(verdicts: Sequence[Verdict]) -> str:
     lines = [
         "# Do the paper's claims hold?",
         "",
-        "Every claim of arXiv 2510.14444 that run records can judge. Written by `python -m recon.paper.claims`; `recon/paper/claims.py` states",
-        "the claims, which runs each compares, and the rules.",
+        "Every claim of arXiv 2510.14444 that run records can judge. Written by `python -m recon.paper.claims`. `recon/paper/statements.py`",
+        "states the claims and which runs each compares, `recon/paper/claims.py` the rules.",
         "",
         f"{', '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())}. Effects are differences of log-perplexity, or of the "
         "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and of "
