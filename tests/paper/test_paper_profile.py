@@ -25,7 +25,7 @@ text.HUB["wikitext2"] = text.HubText(folder, data_files={p: f"{p}.jsonl" for p i
 """
 SMALL = {  # what makes the paper's sizes small, by the name of the parameter or field
     "samples": 6, "prune_samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "seeds": [0],
-    "counts": [4, 6], "retrain_counts": [6], "more_counts": [6], "search_count": 6, "tasks": ["analogies"], "task_limit": 4, "blocks": 2, "repeats": 1,
+    "counts": [4, 6], "retrain_counts": [6], "more_counts": [6], "tasks": ["analogies"], "task_limit": 4, "blocks": 2, "repeats": 1,
     "patterns": ["0.5", "2:4"], "more_patterns": ["0.6"], "more_fits": ["none", "half-block"], "methods": ["masklora"],
     "more_methods": ["lora"], "more_seeds": [0],
 }  # fmt: skip

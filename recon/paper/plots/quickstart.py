@@ -6,17 +6,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from recon.paper.figures import look, lower_is_better, number, reference
+from recon.paper.figures import Plot, look, lower_is_better, number, reference
 
 STATES = ("dense", "pruned", "reconstructed")
 
 
-def perplexity(metrics: Mapping) -> tuple[Figure, pd.DataFrame, str]:
+def perplexity(metrics: Mapping) -> Plot:
     """Perplexity of the three models, from the metrics of one run's record."""
     values = [metrics[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity")]
     data = pd.DataFrame({"state": STATES, "perplexity": values})
@@ -36,12 +35,10 @@ def perplexity(metrics: Mapping) -> tuple[Figure, pd.DataFrame, str]:
     if share is not None:
         recovered = f"{share:.0%} of the damage is recovered" if share > 0 else "none of the damage is recovered"
         finding += f": {recovered}"
-    return fig, data, f"{finding}."
+    return Plot(fig, data, f"{finding}.", "Three bars.")
 
 
-def errors(
-    windows: Sequence[Mapping], pruned: Sequence[float], reconstructed: Sequence[float]
-) -> tuple[Figure, pd.DataFrame, str]:
+def errors(windows: Sequence[Mapping], pruned: Sequence[float], reconstructed: Sequence[float]) -> Plot:
     """The error of every window before and after it is fitted, and how far each model has drifted after every block.
 
     windows: reports of a run's windows. pruned, reconstructed: drift after each block.
@@ -82,10 +79,11 @@ def errors(
         f"Fitting lowers the error of {better} of {len(local)} windows; after the last block {last:.0%} of the variance is unexplained, "
         f"without reconstruction {first:.0%}."
     )
-    return fig, pd.concat([local.assign(panel="windows"), depth.assign(panel="after the block")]), finding
+    drawn = "Left, a ratio of errors for each window; right, two curves along the depth."
+    return Plot(fig, pd.concat([local.assign(panel="windows"), depth.assign(panel="after the block")]), finding, drawn)
 
 
-def method(weights: Mapping[str, np.ndarray], curve: pd.DataFrame, exact: float, name: str) -> tuple[Figure, pd.DataFrame, str]:
+def method(weights: Mapping[str, np.ndarray], curve: pd.DataFrame, exact: float, name: str) -> Plot:
     """What happens to one window, and its error while it happens.
 
     weights: by state, the same corner (rows, columns) of one of the window's matrices.
@@ -133,11 +131,8 @@ def method(weights: Mapping[str, np.ndarray], curve: pd.DataFrame, exact: float,
         for (row, column), value in np.ndenumerate(corner)
     ]
     levels = pd.DataFrame([{"panel": "error", "state": "each matrix exact", "value": exact}])
-    return (
-        fig,
-        pd.concat([curve.rename(columns={"error": "value"}).assign(panel="error"), levels, pd.DataFrame(corners)]),
-        finding,
-    )
+    data = pd.concat([curve.rename(columns={"error": "value"}).assign(panel="error"), levels, pd.DataFrame(corners)])
+    return Plot(fig, data, finding, "A drawing of one window, dense, pruned and reconstructed, beside the curve of its error.")
 
 
 def _drawing(ax: Axes, weights: Mapping[str, np.ndarray], name: str, errors: Mapping[str, float]) -> None:

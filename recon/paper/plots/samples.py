@@ -1,0 +1,293 @@
+"""Reconstruction beside retraining: quality against samples, compute and memory, and the search for learning rates."""
+
+import math
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from recon.experiment import study
+from recon.experiment.record import RunRecord
+from recon.paper.comparisons import SEEDS
+from recon.paper.figures import Plot, log_scale, look, lower_is_better, number
+from recon.paper.plots.labels import beside
+from recon.paper.runs import Run
+from recon.paper.statistics import interval
+
+MAIN = ("reconstruction", "masklora", "full")
+KL, COMPUTE, MEMORY = "KL to dense", "TFLOP", "memory added, GiB"
+
+
+def table(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """A row for each run: its method, samples and seed, what it reached, and what it took. "dense" and "pruned" come with it, to compare."""
+    rows = []
+    for record in records:
+        spec, metrics = record.spec, record.metrics
+        method = study.recipe_name(spec)
+        trained = spec["retrain_samples"] or spec["samples"] if spec["retrain"] != "none" else spec["samples"]
+        # Records of before it was measured do not say.
+        memory = [record.added_memory_bytes_by_phase.get(phase, math.nan) for phase in ("reconstruct", "retrain")]
+        row = {"method": method, "samples": 0 if method == "pruned" else trained, "seed": spec["seed"], "key": record.key}
+        for text, found in metrics["by_text"].items():
+            row |= {f"perplexity, {text}": found["perplexity"], f"dense perplexity, {text}": found["dense_perplexity"]}
+        row |= {
+            KL: metrics["kl"],
+            COMPUTE: (record.flops["reconstruct"] + record.flops["retrain"]) / 1e12,
+            "seconds": record.seconds["reconstruct"] + record.seconds["retrain"],
+            MEMORY: pd.Series(memory).max() / 2**30,
+            "perplexity before masking": metrics.get("perplexity_before_masking", math.nan),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def measures(data: pd.DataFrame) -> list[str]:
+    """The columns of quality: perplexity on each text, and the divergence from the dense model."""
+    return [column for column in data if column.startswith("perplexity, ")] + [KL]
+
+
+def summary(data: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of every method at every number of samples, and the standard deviation where there are several."""
+    groups = data.groupby(["method", "samples"], sort=False)
+    shown = [*measures(data), COMPUTE, "seconds", MEMORY, "perplexity before masking"]
+    found = groups[shown].agg(["mean", "std"])
+    found.insert(0, ("seeds", ""), groups["seed"].nunique())
+    return found.dropna(axis=1, how="all")
+
+
+def differences(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """How much more each other main method leaves than reconstruction with as many samples, in nats per token, paired by seed and window.
+
+    A row for each method, number of samples and measure: difference, low, high (95 %), seeds. Above 0, reconstruction is better.
+    """
+    runs: dict[tuple[str, int], dict[int, Run]] = {}
+    for record in records:
+        if (method := study.recipe_name(record.spec)) in MAIN:
+            run = Run(record)
+            runs.setdefault((method, run.trained_samples), {})[run.seed] = run
+    texts = records[0].spec["evaluation_texts"]
+    names = {"own": f"perplexity, {texts[0]}"} | ({"other": f"perplexity, {texts[1]}"} if len(texts) > 1 else {}) | {"kl": KL}
+    rows = []
+    for (method, count), theirs in runs.items():
+        ours = runs.get((MAIN[0], count), {})
+        seeds = sorted(set(ours) & set(theirs))
+        for measure, name in names.items():
+            if (
+                method == MAIN[0]
+                or not seeds
+                or any(measure not in side[seed].measures for side in (ours, theirs) for seed in seeds)
+            ):
+                continue
+            values = np.array([[side[seed].measures[measure]["reconstructed"] for seed in seeds] for side in (ours, theirs)])
+            low, high = interval([values], lambda means: means[1] - means[0])
+            mean = float(values[1].mean() - values[0].mean())
+            rows.append(
+                {
+                    "method": method,
+                    "samples": count,
+                    "measure": name,
+                    "difference": mean,
+                    "low": low,
+                    "high": high,
+                    "seeds": len(seeds),
+                }
+            )
+    return pd.DataFrame(rows, columns=["method", "samples", "measure", "difference", "low", "high", "seeds"])
+
+
+def efficiency(data: pd.DataFrame, paired: pd.DataFrame, length: int) -> Plot:
+    """Above, quality against samples; below, retraining minus reconstruction at equal samples. A column for each measure of quality.
+
+    data: of `table`. paired: of `differences`. length: tokens of a sample.
+    """
+    panels = measures(data)
+    fig, axes = plt.subplots(
+        2, len(panels), figsize=(3.5 * len(panels) + 0.8, 5.4), sharex=True, squeeze=False, height_ratios=[1.5, 1]
+    )
+    trained = data[data["method"] != "pruned"]
+    for column, measure in enumerate(panels):
+        _levels(axes[0, column], data, measure)
+        _differences(axes[1, column], paired[paired["measure"] == measure])
+    for ax in axes[1]:
+        ax.set_xlabel(f"samples of {length} tokens")
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_locator(FixedLocator(sorted(set(trained["samples"]))))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.margins(x=0.06)
+    lower_is_better(axes[0, 0])
+    axes[1, 0].set_ylabel("retraining minus\nreconstruction, nats per token")
+    axes[1, 0].set_title("above 0: reconstruction is better", fontsize=8, loc="left")
+    fig.tight_layout(w_pad=5.5)  # room for names
+    for column, measure in enumerate(panels):
+        _names(axes[0, column], data, measure, everything=measure == panels[-1])
+    drawn = pd.concat([data.drop(columns="key").assign(panel="quality"), paired.assign(panel="difference")])
+    return Plot(
+        fig, drawn, _said(paired), "Above, quality against samples, below, paired differences; a column for each measure."
+    )
+
+
+def _levels(ax: Axes, data: pd.DataFrame, measure: str) -> None:
+    for method, group in data[data["method"] != "pruned"].groupby("method", sort=False):
+        values = group.groupby("samples")[measure].agg(["mean", "std", "count"])
+        style = look(method) | {"linewidth": 2.2 if method in MAIN else 1, "markersize": 6.5 if method in MAIN else 4.5}
+        style["zorder"] = 3 if method in MAIN else 2
+        ax.errorbar(
+            values.index, values["mean"], yerr=values["std"], capsize=2, **style | {"markerfacecolor": "none", "elinewidth": 1}
+        )
+        several = values[values["count"] > 1]
+        ax.plot(several.index, several["mean"], **style | {"linestyle": ""})
+    log_scale(ax)
+    ax.set_title(f"{measure}, nats per token" if measure == KL else measure, fontsize=10)
+
+
+def _names(ax: Axes, data: pd.DataFrame, measure: str, everything: bool) -> None:
+    """The names of lines and levels beside `ax`: of the main methods, or of `everything`."""
+    last, ends = data["samples"].max(), []
+    levels = {"pruned": data.loc[data["method"] == "pruned", measure].mean()}
+    if measure != KL:
+        levels["dense"] = data[f"dense {measure}"].mean()
+    for name, level in levels.items():
+        if not math.isnan(level):
+            ax.axhline(level, **look(name) | {"marker": "", "linewidth": 1}, zorder=1)
+            ends.append((ax.get_xlim()[1], level, f"{name} {number(level)}", {"color": "0.3"}))
+    for method, group in data[data["method"] != "pruned"].groupby("method", sort=False):
+        if method not in MAIN and not everything:
+            continue
+        at = group["samples"].max()
+        bold = {"fontweight": "bold"} if method in MAIN else {}
+        colour = look(method)["color"] if method in MAIN else "0.35"
+        ends.append(
+            (at if at < last else last, group.loc[group["samples"] == at, measure].mean(), method, {"color": colour} | bold)
+        )
+    beside(ax, ends)
+
+
+def _differences(ax: Axes, paired: pd.DataFrame) -> None:
+    ax.axhline(0, color=look(MAIN[0])["color"], linewidth=1.2)
+    for shift, (method, group) in zip((0.94, 1.06), paired.groupby("method", sort=False)):
+        style = look(method)
+        for row in group.itertuples():
+            ax.errorbar(
+                row.samples * shift, row.difference, yerr=[[max(0.0, row.difference - row.low)], [max(0.0, row.high - row.difference)]], capsize=2.5,
+                color=style["color"], marker=style["marker"], markerfacecolor=style["color"] if row.seeds > 1 else "white", linestyle="",
+            )  # fmt: skip
+
+
+def _said(paired: pd.DataFrame) -> str:
+    """Who is better at equal samples, measure by measure."""
+    if paired.empty:
+        return "No number of samples has both reconstruction and retraining: nothing can be compared."
+    parts = []
+    for measure, group in paired.groupby("measure", sort=False):
+        ours, theirs = (group["low"] > 0).sum(), (group["high"] < 0).sum()
+        parts.append(f"{measure}: better in {ours}, worse in {theirs} of {len(group)}")
+    most = int(paired["seeds"].max())
+    few = "" if most >= SEEDS else f" With {most} seed{'s' * (most > 1)}, training noise is unknown."
+    return f"Reconstruction against retraining at equal samples. By {'; '.join(parts)} comparisons.{few}"
+
+
+def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
+    """The rows of `means` that nothing beats in `quality` at their cost or less, by cost."""
+    ranked = means[means[cost] > 0].sort_values([cost, quality])
+    return ranked[ranked[quality] < ranked[quality].cummin().shift(fill_value=math.inf)]
+
+
+def budget(data: pd.DataFrame) -> Plot:
+    """Quality against compute and against memory, with the front of what nothing beats at its cost or less.
+
+    A mark is a method with a number of samples, mean over the seeds that all methods have; the dense control and the pruned model have none.
+    """
+    recipes = data[~data["method"].str.startswith("dense") & (data["method"] != "pruned")]
+    shared = set.intersection(*(set(group["seed"]) for _, group in recipes.groupby("method")))
+    shown = [measures(data)[0], KL]
+    means = recipes[recipes["seed"].isin(shared)].groupby(["method", "samples"], sort=False)[[*shown, COMPUTE]].mean()
+    # The seed has no part in memory: all records that state it tell.
+    means[MEMORY] = recipes.groupby(["method", "samples"])[MEMORY].mean()
+    means = means.reset_index()
+    fig, axes = plt.subplots(len(shown), 2, figsize=(9.5, 6), sharex="col", sharey="row")
+    on_front = []
+    for row, quality in enumerate(shown):
+        for ax, cost in zip(axes[row], (COMPUTE, MEMORY)):
+            best = front(means, cost, quality)
+            on_front.append((cost, quality, best["method"].isin(MAIN[:1]).sum(), len(best)))
+            ax.step(best[cost], best[quality], where="post", color="0.6", linewidth=1, zorder=1)
+            for method, group in means[means[cost] > 0].groupby("method", sort=False):
+                main = method in MAIN
+                ax.plot(group[cost], group[quality], **look(method) | {"linestyle": "", "markersize": 7 if main else 5}, zorder=3 if main else 2,
+                        label=method)  # fmt: skip
+            for count, x, y in zip(best["samples"], best[cost], best[quality]):
+                ax.annotate(f"{count}", (x, y), (-4, -4), textcoords="offset points", fontsize=7, ha="right", va="top")
+            ax.margins(0.1)
+    for ax, quality in zip(axes[:, 0], shown):
+        ax.set_ylabel(quality)
+        log_scale(ax)
+        lower_is_better(ax)
+    for ax, cost in zip(axes[-1], ("TFLOP of reconstruction and retraining", MEMORY)):
+        ax.set_xlabel(cost)
+    log_scale(axes[-1, 0], "x")
+    lower_is_better(axes[-1, 0], "x")
+    lower_is_better(axes[-1, 1], "x")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    fig.tight_layout()
+    fig.legend(handles, names, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    return Plot(
+        fig, means, _on_front(on_front), "Marks for methods and numbers of samples; a staircase joins what nothing beats."
+    )
+
+
+def _on_front(found: list[tuple[str, str, int, int]]) -> str:
+    words = {COMPUTE: "compute", MEMORY: "memory"}
+    each = [f"{ours} of {count} for {words[cost]} and {quality}" for cost, quality, ours, count in found if count]
+    return f"Of the recipes that nothing beats at their cost, reconstruction alone is {'; '.join(each)}."
+
+
+def rates(searched: pd.DataFrame) -> Plot:
+    """Held-out perplexity against the learning rate, relative to the best: a panel for each recipe, a line for each number of samples.
+
+    searched: of `recon.paper.recipes.searched`.
+    """
+    names, counts = list(dict.fromkeys(searched["recipe"])), sorted(set(searched["samples"]))
+    columns = min(4, len(names))
+    fig, axes = plt.subplots(-(-len(names) // columns), columns, figsize=(2.5 * columns + 0.6, 2.3 * -(-len(names) // columns)), sharey=True,
+                             squeeze=False)  # fmt: skip
+    best = searched.groupby(["recipe", "samples"])["held_out_perplexity"].transform("min")
+    data = searched.drop(columns="key").assign(ratio=searched["held_out_perplexity"] / best)
+    shades = dict(zip(counts, np.linspace(0.75, 0.0, len(counts))))
+    for ax, name in zip(axes.flat, names):
+        for count, group in data[data["recipe"] == name].groupby("samples"):
+            ordered, colour = group.sort_values("learning_rate"), str(shades[count])
+            ax.plot(
+                ordered["learning_rate"],
+                ordered["ratio"],
+                color=colour,
+                marker="o",
+                markerfacecolor="white",
+                markersize=4,
+                linestyle="-",
+            )
+            taken = ordered[ordered["chosen"].astype(bool)]
+            ax.plot(taken["learning_rate"], taken["ratio"], color=colour, marker="o", markersize=6, linestyle="")
+        ax.set_title(name, fontsize=9)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(FixedLocator(sorted(set(data.loc[data["recipe"] == name, "learning_rate"]))))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.margins(x=0.2)
+    for ax in list(axes.flat)[len(names) :]:
+        ax.set_visible(False)
+    for ax in axes.flat[max(0, len(names) - columns) : len(names)]:
+        ax.set_xlabel("learning rate")
+    axes[0, 0].set_ylabel("held-out perplexity / best")
+    lower_is_better(axes[0, 0])
+    fig.tight_layout()
+    handles = [plt.Line2D([], [], color=str(shades[count]), marker="o") for count in counts]
+    fig.legend(handles, counts, title="samples", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8)
+    groups = data.groupby(["recipe", "samples"])
+    edge = [group.loc[group["chosen"].astype(bool), "learning_rate"].isin([group["learning_rate"].min(), group["learning_rate"].max()]).any()
+            for _, group in groups]  # fmt: skip
+    finding = f"In {sum(edge)} of {len(edge)} searches the chosen rate lies at the edge of what was tried."
+    return Plot(fig, data, finding, "A panel for each recipe, a line for each number of samples; the chosen rate is filled.")

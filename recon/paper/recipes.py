@@ -1,0 +1,99 @@
+"""Ways to train a pruned model, by the names that `recon.experiment.study.recipe_name` gives them, and their search for learning rates.
+
+Each recipe is searched at every sample count on its own, with as many rates in the same spacing as every other, and judged on held-out
+text. The rate found at one seed serves all.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+from recon.errors import ReconError
+from recon.experiment.config import RunSpec
+from recon.paper import tuning
+
+
+def spec(base: RunSpec, recipe: str, count: int, seed: int = 0, rates: Mapping[tuple[str, int], float] = {}) -> RunSpec:
+    """The run of `recipe` on `count` samples.
+
+    recipe: "pruned", "reconstruction", a way to retrain ("masklora"; "masklora, distilled"), "reconstruction, then masklora", or
+        "dense, masklora" for the dense model retrained.
+    rates: by recipe and sample count, of "reconstruction" and of ways to retrain, which recipes made of them share; where there is none, the base's.
+    """
+    rest = recipe.removeprefix("dense, ")
+    first, _, then = rest.partition(", then ")
+    options: dict = {"seed": seed} | ({"criterion": "none"} if rest != recipe else {})
+    if first == "reconstruction":
+        rate = rates.get((first, count), base.reconstruction.learning_rate)
+        options |= {"granularity": "half-block", "samples": count, "learning_rate": rate}
+    else:
+        options["granularity"], then = "none", "" if first == "pruned" else first
+    if then:
+        method, _, distilled = then.partition(", ")
+        rate = rates.get((then, count), base.retraining.learning_rate)
+        options |= {"retrain": method, "retrain_samples": count, "retrain_learning_rate": rate}
+        options |= {"retrain_objective": "distil"} if distilled else {}
+    return base.replaced(**options)
+
+
+def search(base: RunSpec, counts: Mapping[str, Iterable[int]], rates: Mapping[str, Sequence[float]], seed: int) -> list[RunSpec]:
+    """The runs of a search: every recipe in `counts` at each of its sample counts with each of its `rates`; none where there are no rates.
+
+    Raises `ReconError` where a recipe lacks rates, or where numbers of rates or their spacings differ.
+    """
+    if not rates:
+        return []
+    check_alike(counts, rates)
+    return [
+        spec(base, recipe, count, seed, {(recipe, count): rate})
+        for recipe, own in counts.items()
+        for count in own
+        for rate in rates[recipe]
+    ]
+
+
+def check_alike(recipes: Iterable[str], rates: Mapping[str, Sequence[float]]) -> None:
+    """Raises `ReconError` where some of `recipes` lack rates to try, or where their numbers of rates or spacings differ."""
+    recipes = list(recipes)
+    if lacking := [recipe for recipe in recipes if recipe not in rates]:
+        raise ReconError(
+            f"no learning rates to try for {lacking[0]!r}, but for {', '.join(rates)}: every recipe is searched or none is"
+        )
+    spacings = {recipe: [round(math.log10(b / a), 1) for a, b in zip(rates[recipe], rates[recipe][1:])] for recipe in recipes}
+    if len(set(map(tuple, spacings.values()))) > 1:
+        said = "; ".join(f"{recipe} {spacing}" for recipe, spacing in spacings.items())
+        raise ReconError(
+            f"learning rates to try differ in number or spacing (decades between them: {said}): give each recipe as many"
+        )
+
+
+def adapted(base: RunSpec, plain: RunSpec, adapter: str, rate: float, seed: int) -> RunSpec:
+    """The run of half-blocks trained through `adapter` at `rate`. plain: what takes the place of `base` where both are the defaults."""
+    own = plain if (adapter, rate) == ("none", base.reconstruction.learning_rate) else base
+    return own.replaced(granularity="half-block", adapter=adapter, learning_rate=rate, seed=seed)
+
+
+def searched(runs: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs of a search: recipe, samples, learning_rate, held_out_perplexity, key, and whether that rate is `chosen`."""
+    columns = ["recipe", "samples", "learning_rate", "held_out_perplexity", "key"]
+    done = runs[runs["status"] == "done"].copy()
+    if done.empty:
+        return pd.DataFrame(columns=[*columns, "chosen"])
+    alone = done["retrain"] == "none"
+    done["learning_rate"] = done["learning_rate"].where(alone, done["retrain_learning_rate"])
+    done["samples"] = done["samples"].where(alone | (done["retrain_samples"] == 0), done["retrain_samples"])
+    best = tuning.best(done, ["recipe", "samples"])
+    return done[columns].assign(chosen=done.index.isin(best.index))
+
+
+def chosen(search: pd.DataFrame) -> dict[tuple[str, int], float]:
+    """The learning rate of each recipe at each sample count, from what `searched` gives."""
+    best = search[search["chosen"].astype(bool)]
+    return dict(zip(zip(best["recipe"], best["samples"]), best["learning_rate"]))
+
+
+def finished(runs: pd.DataFrame, specs: Iterable[RunSpec]) -> pd.DataFrame:
+    """The rows of `runs`, as `recon.run_study` gives them, that are finished runs of `specs`, in the order of these."""
+    done = runs[runs["status"] == "done"].drop_duplicates("key").set_index("key", drop=False)
+    return done.loc[[key for key in dict.fromkeys(spec.key() for spec in specs) if key in done.index]]
