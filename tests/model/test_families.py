@@ -153,7 +153,7 @@ def test_pruned_and_reconstructed(decoder):
         assert torch.equal(matrix.weight, dense * masks[name])
     for granularity in fitting(decoder):
         student = take_apart(copy.deepcopy(pruned.model), like=decoder)
-        reports = reconstruct(student, decoder, tokens, ReconstructionConfig(granularity=granularity, learning_rate=0.001), masks=masks, held_out=tokens[:2], execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
+        reports = reconstruct(student, decoder, tokens, ReconstructionConfig(granularity=granularity, learning_rate=0.001, epochs=1, chunks=1), masks=masks, held_out=tokens[:2], execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
         for report in reports:
             before, after = report.error_before["held_out"], report.error_after["held_out"]
             assert after < before if report.status == "reconstructed" else report.status == "rolled back: error grew"
