@@ -91,19 +91,21 @@ def test_choices_are_those_that_the_code_registers():
 
 @pytest.fixture(scope="module")
 def passes(tiny, tokens):
-    """The three passes by config: each starts from the same tiny model, and gives the weights that it leaves."""
+    """The three passes by config: each starts from the same tiny model, takes few steps, and gives the weights that it leaves."""
     dense, batch = tiny("llama", num_hidden_layers=2), tokens(6, 12)
     half = copy.deepcopy(dense)
     recon.prune(half, batch, PruningConfig(), execution=FLOAT32)
 
     def run(config: Options) -> torch.Tensor:
         model = copy.deepcopy(dense if isinstance(config, PruningConfig) else half)
-        if isinstance(config, PruningConfig):
-            recon.prune(model, batch, config, execution=FLOAT32)
-        elif isinstance(config, ReconstructionConfig):
-            recon.reconstruct(model, dense, batch, config, execution=FLOAT32)
-        else:
-            recon.retrain(model, batch, config, dense=dense, execution=FLOAT32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("recon.config.STEPS", 4)
+            if isinstance(config, PruningConfig):
+                recon.prune(model, batch, config, execution=FLOAT32)
+            elif isinstance(config, ReconstructionConfig):
+                recon.reconstruct(model, dense, batch, config, execution=FLOAT32)
+            else:
+                recon.retrain(model, batch, config, dense=dense, execution=FLOAT32)
         return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
     return run

@@ -195,7 +195,7 @@ def test_pruned_reconstructed_and_saved_zeros_stay(made, fresh, tmp_path, family
         decoder,
         made(family),
         tokens,
-        ReconstructionConfig(granularity="half-block", start="exact"),
+        ReconstructionConfig(granularity="half-block", start="exact", epochs=1, chunks=1),
         masks=result.masks,
         execution=Execution(compute_dtype="float32", progress=False),
     )

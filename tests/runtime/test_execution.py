@@ -99,7 +99,8 @@ def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, tokens, monkeypa
         student = take_apart(copy.deepcopy(dense.model), like=dense)
         execution = Execution(compute_dtype="bfloat16", progress=False)
         prune(student, samples, PruningConfig(criterion="sparsegpt"), execution=execution)
-        reconstruct(student, dense, samples, ReconstructionConfig(**options), held_out=held_out, execution=execution)
+        config = ReconstructionConfig(epochs=1, **options)
+        reconstruct(student, dense, samples, config, held_out=held_out, execution=execution)
         return (
             [p.clone() for p in student.model.parameters()],
             drift(student, dense, held_out)[0],
