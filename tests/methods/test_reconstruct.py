@@ -90,7 +90,7 @@ def test_zeros_stay_and_the_rest_is_untouched(dense, pruned, tokens, granularity
     student, teacher_before = pruned(), state(dense)
     before = state(student)
     train = {"pruned": "all", "exact": "matrices"}[start]
-    options = {"granularity": granularity, "propagation": propagation, "start": start, "loss": loss, "train": train}
+    options = {"granularity": granularity, "propagation": propagation, "start": start, "loss": loss, "train": train, "chunks": 1}
     reports = run(student, dense, tokens(3, 12), **options)
     assert [r.status for r in reports] == [RECONSTRUCTED] * len(dense.windows(granularity))
     after = state(student)
@@ -479,7 +479,7 @@ def test_shared_activations_change_no_bit(tiny, pruned, tokens, monkeypatch, fam
     dense, batch, held_out = take_apart(tiny(family)), tokens(5, 12), tokens(3, 12, seed=7)
     cases = [
         {"granularity": "block"}, {"granularity": "half-block", "start": "exact"}, {"granularity": "matrix"},
-        {"granularity": "matrix", "solver": "exact"}, {"granularity": "model"}, {"granularity": "half-block"},
+        {"granularity": "matrix", "solver": "exact"}, {"granularity": "model"}, {"granularity": "half-block", "chunks": 4},
         {"granularity": "half-block", "start": "exact"},
     ]  # fmt: skip
     sharing_them, ran = Execution("cpu", "float32", progress=False, cache=Activations()), []
@@ -492,9 +492,10 @@ def test_shared_activations_change_no_bit(tiny, pruned, tokens, monkeypatch, fam
     monkeypatch.setattr(Decoder, "forward", counting)
     for number, options in enumerate(cases):
         alone, sharing = pruned(dense), pruned(dense)
-        run(alone, dense, batch, held_out=held_out, propagation=propagation, epochs=1, **options)
+        options = {"held_out": held_out, "propagation": propagation, "epochs": 1, "chunks": 1} | options
+        run(alone, dense, batch, **options)
         ran.clear()
-        run(sharing, dense, batch, held_out=held_out, propagation=propagation, epochs=1, execution=sharing_them, **options)
+        run(sharing, dense, batch, execution=sharing_them, **options)
         assert same(state(alone), state(sharing))
         if propagation == "dense" and number >= 4:
             assert not any(ran)  # all that is asked of the dense model is known by now
