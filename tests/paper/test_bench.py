@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
 from recon.evaluate.perplexity import drift
+from recon.experiment.cost import gemm_rate
 from recon.methods.problem import ERROR_SAMPLES
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
@@ -35,7 +37,13 @@ def spec(tiny_folder, tiny_text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(spec):
-    return bench(spec, progress=False)
+    """Of the default sections; speeds, which nothing here judges, are measured for a moment, and few steps are made."""
+    moment = {"size": 64, "seconds": 0.001}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "gemm_rate", lambda *args, **options: gemm_rate(*args, **options | moment))
+        patch.setattr(products, "seconds", functools.partial(products.seconds, least=0.001))
+        patch.setattr("recon.config.STEPS", 4)
+        return bench(spec, progress=False)
 
 
 def test_every_section_gives_its_table(results):
@@ -175,9 +183,8 @@ def test_products_are_counted_as_torch_counts_them(tiny, tokens):
     student = take_apart(copy.deepcopy(dense.model), like=dense)
     masks = prune(student, samples, execution=Execution(progress=False)).masks
     with FlopCounterMode(display=False) as theirs, products.Recorder() as ours:
-        reconstruct(
-            student, dense, samples, ReconstructionConfig(granularity="block"), masks=masks, execution=Execution(progress=False)
-        )
+        config = ReconstructionConfig(granularity="block", epochs=1)
+        reconstruct(student, dense, samples, config, masks=masks, execution=Execution(progress=False))
     counts = theirs.get_flop_counts()["Global"]
     expected = sum(counts[op] for op in counts if str(op) in ("aten.mm", "aten.addmm", "aten.bmm"))
     multiplications = sum(math.prod(product.left[0]) * product.right[0][-1] * count for product, count in ours.counts.items())
