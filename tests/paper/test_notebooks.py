@@ -1,6 +1,7 @@
 """The notebooks: their parameters, and executed through Papermill at a tiny size."""
 
 import ast
+import itertools
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from fixtures import made_up
 
+from recon.experiment.study import write_record
 from recon.paper import runner
 from recon.paper.bench.spec import SECTIONS
 
@@ -57,11 +60,11 @@ PROMISED = {  # parameters, figures, number of run records
         {
             "texts": [],
             "adapters": ["none", "masklora"],
-            "adapter_rates": {"none": [1e-2], "masklora": [1e-2, 3e-2]},
+            "adapter_rates": {"none": [1e-2, 3e-2], "masklora": [1e-2, 3e-2]},
             "fits": ["matrix", "half-block"],
         },
         ["asked", "loss-curves", "costs", "error-accumulation"],
-        4 + 2 + 1 + 4,
+        3 + 2 + 4 + 3,
     ),
     "6-cost": (
         SMALL_BENCH | {"sections": ["products", "phases", "growth", "profile", "quality"]},
@@ -74,6 +77,7 @@ PROMISED = {  # parameters, figures, number of run records
         ["scaling", "scaling-check"],
         0,
     ),
+    "8-explore": ({"x": "criterion"}, ["explore"], 6),
 }
 
 
@@ -99,7 +103,12 @@ def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path,
         parameters |= places
     if name.startswith("6"):
         parameters |= {"recipe_models": [tiny_folder]}
-    if "samples" not in own or name.startswith("6"):
+    if name.startswith("8"):  # it reads what there is
+        for number, (criterion, seed) in enumerate(itertools.product(("magnitude", "wanda"), range(3))):
+            record = made_up.record(0.3, seed=seed, criterion=criterion)
+            record.metrics["perplexity"] = 30.0 + number
+            write_record(record, tmp_path / "out/records" / f"{record.key}.json")
+    elif "samples" not in own or name.startswith("6"):
         parameters["common"] = SMALL | places | {"evaluation_texts": [tiny_text], "prune_samples": 6}
     parameters |= {"models": [tiny_folder]} if name.startswith("3") else {}
     parameters |= {"texts": [tiny_text, f"{tiny_folder}/other.txt"]} if "texts" in own else {}

@@ -14,7 +14,8 @@ def beside(ax: Axes, ends: Sequence[tuple[float, float, str, dict]], size: float
         return
     low, high = ax.get_window_extent().intervaly
     places = [(ax.transData.transform((x, y))[1] - low) / (high - low) for x, y, _, _ in ends]
-    gap = 1.25 * size / 72 * ax.figure.dpi / (high - low)  # a line of text, as a share of the height
+    most = max(name.count("\n") for _, _, name, _ in ends) + 1
+    gap = 1.25 * most * size / 72 * ax.figure.dpi / (high - low)  # the highest name, as a share of the height
     for (x, y, name, properties), place in zip(ends, apart(places, gap)):
         ax.annotate(
             name, (x, y), xytext=(1.03, place), xycoords="data", textcoords="axes fraction", fontsize=size, va="center",

@@ -10,7 +10,8 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from recon.paper.figures import Plot, look, lower_is_better, number, reference
+from recon.paper.figures import Plot, look, lower_is_better, number
+from recon.paper.plots.labels import beside
 
 STATES = ("dense", "pruned", "reconstructed")
 
@@ -95,29 +96,22 @@ def method(weights: Mapping[str, np.ndarray], curve: pd.DataFrame, exact: float,
     right.plot(curve["step"], curve["error"], **style | {"markersize": 4})
     start, end = curve["error"].iloc[0], curve["error"].iloc[-1]
     _drawing(left, weights, name, {"pruned": start, "reconstructed": end})
-    reference(right, start, "pruned")
+    right.axhline(start, **look("pruned") | {"marker": "", "linewidth": 1})
+    names = [(curve["step"].max(), start, f"pruned {number(start)}", {"color": look("pruned")["color"]})]
+    names += [(curve["step"].max(), end, f"trained {number(end)}", {"color": style["color"], "fontweight": "bold"})]
     if exact < 2 * start:
-        reference(right, exact, "each matrix\nexact")
+        right.axhline(exact, **look("matrix exact") | {"marker": "", "linewidth": 1.5})
+        names += [(curve["step"].max(), exact, f"each matrix\nexact {number(exact)}", {"color": look("matrix exact")["color"]})]
     else:  # far above what is worth drawing
-        right.annotate(
-            f"\N{UPWARDS ARROW} each matrix exact {number(exact)}", (0.98, 0.93), xycoords="axes fraction", fontsize=8, ha="right"
-        )
-    right.annotate(
-        f"trained {number(end)}",
-        (1, end),
-        (4, 0),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        va="center",
-        fontsize=8,
-        color=style["color"],
-    )
+        note = f"\N{UPWARDS ARROW} each matrix exact {number(exact)}"
+        right.annotate(note, (0.98, 0.93), xycoords="axes fraction", fontsize=8, ha="right")
     right.set_ylim(0, 1.15 * max(start, exact if exact < 2 * start else 0))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xlabel("optimiser step")
     right.set_ylabel("unexplained share, held-out samples")
     lower_is_better(right)
     fig.tight_layout()
+    beside(right, names)
     steps = int(curve["step"].max())
     done = (
         f"lower its error from {number(start)} to {number(end)}"

@@ -1,0 +1,128 @@
+"""Any measure of the records against any of their options or costs."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from recon.experiment import study
+from recon.experiment.record import RunRecord
+from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, styles
+from recon.paper.runs import Run, protocol_words, short
+
+MEASURES = {"perplexity": "perplexity", "KL to dense": "kl", "share of the damage recovered": "share_recovered"}
+OPTIONS = {
+    "window": "fit",
+    "criterion": "criterion",
+    "propagation": "propagation",
+    "loss": "loss",
+    "adapter": "adapter",
+    "recipe": "recipe",
+    "text": "text",
+}
+MEASURED = ("TFLOP", "memory added, GiB", "seconds")  # what a run takes
+AXES = (*OPTIONS, "samples", *MEASURED)
+
+
+def read(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """A row for each finished run: model, pattern, seed, protocol, what it is asked for (`OPTIONS`, samples), its `MEASURES`, and what it takes."""
+    done = [record for record in records if record.status == "done"]
+    runs, data = list(map(Run, done)), study.frame(done)
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.model, run.protocol, run.windows), []).append(run)
+    words = {key: protocol_words(group) for key, group in groups.items()}
+    found = pd.DataFrame(
+        {"key": data["key"], "model": [short(run.model) for run in runs], "pattern": data["pattern"], "seed": data["seed"]}
+        | {"protocol": [words[run.model, run.protocol, run.windows] for run in runs]}
+        | {name: data[column].map(str) for name, column in OPTIONS.items()}
+        | {name: data.get(column) for name, column in MEASURES.items()}
+    )
+    phases = ("reconstruct", "retrain")
+    found["samples"] = [run.trained_samples for run in runs]
+    for name, column, unit in (("TFLOP", "flops", 1e12), ("seconds", "seconds", 1)):
+        found[name] = sum(data.get(f"{column}_{phase}", pd.Series(0.0, data.index)).fillna(0) for phase in phases) / unit
+    memory = [data.get(f"added_memory_bytes_{phase}", pd.Series(float("nan"), data.index)) for phase in phases]
+    found["memory added, GiB"] = pd.concat(memory, axis=1).max(axis=1) / 2**30
+    return found
+
+
+def choices(runs: pd.DataFrame) -> dict[str, list[str]]:
+    """What can be chosen: values of each argument of `view`, those with the most runs first."""
+    most = {name: list(runs[name].value_counts().index) for name in ("model", "pattern")}
+    return most | {"measure": list(MEASURES), "x": list(AXES)}
+
+
+def view(runs: pd.DataFrame, model: str, pattern: str, measure: str, x: str) -> Plot:
+    """`measure` against `x`: small marks are runs, large ones means over seeds; what else varies has a marker of its own.
+
+    Of several protocols, the one with the most runs: others cannot be compared with it.
+    """
+    chosen = runs[(runs["model"] == model) & (runs["pattern"] == pattern)].dropna(subset=[measure, x])
+    fig, ax = plt.subplots(figsize=(7, 4))
+    ax.set_xlabel(x)
+    ax.set_ylabel(measure)
+    if chosen.empty:
+        return Plot(fig, chosen, f"No runs of {model} at {pattern} have {measure} and {x}.", "Empty axes.")
+    data = chosen[chosen["protocol"] == chosen["protocol"].mode()[0]].copy()
+    varying = [name for name in (*OPTIONS, "samples") if name != x and data[name].nunique() > 1]
+    if "recipe" in varying and "window" in (x, *varying) and set(data["recipe"]) <= {"reconstruction", "pruned"}:
+        varying.remove("recipe")  # whether there is a window says it
+    data["series"] = [", ".join(map(str, row)) or "all runs" for row in data[varying].itertuples(index=False)]
+    names = [name for name in _order(data[x]) if name in set(data[x])] if x in OPTIONS else []
+    data["at"] = data[x].map({name: place for place, name in enumerate(names)}) if names else data[x]
+    series = list(dict.fromkeys(data["series"]))
+    shown = {name: look(name) for name in series} if not any("," in name for name in series) else styles(series)
+    for name, group in data.groupby("series", sort=False):
+        by = "series" if x in MEASURED else x  # costs differ from run to run
+        means = group.groupby(by, sort=False)[[measure, "at"]].mean().sort_values("at")
+        ax.plot(group["at"], group[measure], **shown[name] | {"linestyle": "", "markersize": 3, "alpha": 0.6})
+        lines = {} if x == "samples" else {"linestyle": ""}
+        ax.plot(means["at"], means[measure], **shown[name] | {"markersize": 7, "label": name} | lines)
+    if names:
+        ax.set_xticks(range(len(names)), names, rotation=20 if len(names) > 4 else 0)
+        ax.margins(x=0.1)
+    elif (data["at"] > 0).all():
+        log_scale(ax, "x")
+    if measure != "share of the damage recovered":
+        log_scale(ax)
+        lower_is_better(ax)
+    fig.tight_layout()
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return Plot(fig, data.drop(columns="at"), _said(data, measure, x, len(chosen)), "Marks for runs and for means over seeds.")
+
+
+def show(runs: pd.DataFrame, **chosen: str) -> None:
+    """Draws a view and says what is in it."""
+    plot = view(runs, **chosen)
+    plt.show()
+    print(plot.finding)
+    if len(plot.data):
+        print(plot.data["protocol"].iloc[0])
+
+
+def _order(values: pd.Series) -> list[str]:
+    """Windows by size, everything else in the order in which it comes."""
+    sizes = [
+        "none",
+        "matrix",
+        "matrix exact",
+        "half-block",
+        "half-block from exact",
+        "block",
+        "2-blocks",
+        "4-blocks",
+        "8-blocks",
+        "quarter",
+        "model",
+    ]
+    return [*(size for size in sizes if size in set(values)), *(value for value in dict.fromkeys(values) if value not in sizes)]
+
+
+def _said(data: pd.DataFrame, measure: str, x: str, count: int) -> str:
+    by = ["series"] if x in MEASURED else ["series", x]
+    means = data.groupby(by, sort=False)[measure].mean()
+    best = means.idxmax() if measure == "share of the damage recovered" else means.idxmin()
+    where = best if x in MEASURED else f"{x} {best[1]}" + (f" ({best[0]})" if data["series"].nunique() > 1 else "")
+    left_out = f"; {count - len(data)} runs of other protocols are left out" if count > len(data) else ""
+    return f"The best {measure} of {len(data)} runs, {number(means[best])}, is that of {where}{left_out}."

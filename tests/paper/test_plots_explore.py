@@ -1,0 +1,71 @@
+"""The explorer: what is chosen, what is left out, from made-up records."""
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import pytest
+from fixtures import made_up
+
+from recon.paper import figures
+from recon.paper.plots import explore
+
+
+@pytest.fixture
+def runs():
+    """Half-blocks and blocks, by two criteria; one run of another protocol, one that failed."""
+    records = []
+    for granularity, level in (("half-block", 30.0), ("block", 32.0), ("none", 40.0)):
+        for criterion, more in (("wanda", 0.0), ("magnitude", 5.0)):
+            for seed in range(2):
+                record = made_up.record(seed=seed, granularity=granularity, criterion=criterion)
+                record.metrics |= {"perplexity": level + more + seed, "share_recovered": 1 - level / 50}
+                record.flops = {"reconstruct": 2e12, "retrain": 1e12}
+                records.append(record)
+    other = made_up.record(granularity="block", text="news")
+    other.metrics["perplexity"] = 1.0
+    failed = made_up.record(granularity="block", seed=9)
+    failed.status = "failed"
+    with matplotlib.rc_context():
+        figures.style()
+        yield explore.read([*records, other, failed])
+    plt.close("all")
+
+
+def test_a_row_for_each_finished_run_with_what_it_took(runs):
+    assert len(runs) == 13 and set(runs["TFLOP"]) == {3.0, 0.0}
+    assert explore.choices(runs)["model"] == ["smollm2-135m"] and explore.choices(runs)["pattern"] == ["0.5"]
+
+
+def test_only_runs_of_one_protocol_are_in_a_view(runs):
+    plot = explore.view(runs, "smollm2-135m", "0.5", "perplexity", "window")
+    assert len(plot.data) == 12 and set(plot.data["text"]) == {"wikipedia"}
+    assert plot.finding.startswith("The best perplexity of 12 runs, 30.5, is that of window half-block (wanda)")
+    assert "1 runs of other protocols are left out" in plot.finding
+    assert [label.get_text() for label in plot.figure.axes[0].get_xticklabels()] == ["none", "half-block", "block"]
+
+
+@pytest.mark.parametrize("x", explore.AXES)
+def test_every_axis_can_be_chosen_and_keeps_all_runs(runs, x):
+    plot = explore.view(runs, "smollm2-135m", "0.5", "share of the damage recovered", x)
+    expected = 0 if x == "memory added, GiB" else 12  # no record states it
+    assert len(plot.data) == expected
+    assert expected == 0 or plot.figure.axes[0].get_xlabel() == x
+
+
+def test_what_varies_beside_the_axis_names_the_marks(runs):
+    names = set(explore.view(runs, "smollm2-135m", "0.5", "perplexity", "criterion").data["series"])
+    assert names == {"half-block", "block", "none"}
+    names = set(explore.view(runs, "smollm2-135m", "0.5", "perplexity", "TFLOP").data["series"])
+    assert "half-block, wanda" in names and len(names) == 6
+
+
+def test_a_measure_that_no_record_has_is_said(runs):
+    assert explore.view(runs, "smollm2-135m", "0.5", "KL to dense", "window").finding.startswith("No runs of smollm2-135m")
+
+
+def test_show_draws_and_says(runs, capsys, monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    explore.show(runs, model="smollm2-135m", pattern="0.5", measure="perplexity", x="window")
+    assert "half-block (wanda)" in capsys.readouterr().out
