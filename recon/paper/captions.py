@@ -38,3 +38,13 @@ def dense_words(records: Iterable[RunRecord]) -> str:
 def evaluation_words(records: Sequence[RunRecord]) -> str:
     """How the perplexities of `records` were measured, and what the dense models are, in sentences."""
     return f"{sentence(records[0].protocol['evaluation'])}. {dense_words(records)}".strip()
+
+
+def protocol_words(runs: pd.DataFrame, records: Sequence[RunRecord]) -> str:
+    """How the runs of `records`, which differ in what a figure compares alone, were made and measured, in sentences."""
+    spec = records[0].spec
+    cells = runs.assign(cell=[f"{short(model)} {pattern}" for model, pattern in zip(runs["model"], runs["pattern"])])
+    return (
+        f"{sentence(seed_words(cells, 'cell'))}. Calibration: {spec['samples']} x {spec['sequence_length']} tokens of {short(spec['text'])}. "
+        f"Learning rate: {spec['learning_rate']:g} ({spec['rate']}). {evaluation_words(records)}"
+    )

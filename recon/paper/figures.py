@@ -106,7 +106,7 @@ def _registry() -> dict[str, dict]:
 
     sizes = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
     ramp = [
-        matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.9 * index / (len(sizes) - 1))) for index in range(len(sizes))
+        matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.85 * index / (len(sizes) - 1))) for index in range(len(sizes))
     ]
     found = group(ramp, "soD^v<>*", ["-"] * len(sizes), sizes)
     # The same window, started from or fitted by an exact solution: its colour and marker, another line.
@@ -220,17 +220,23 @@ def savefig(
     return Path(folder) / f"{name}.png"
 
 
-def publish(plot: Plot, name: str, folder: Path | str, records: Sequence[RunRecord], caption: str) -> None:
-    """Saves a plot of `records`, as `savefig` does, and shows it."""
+def publish(plot: Plot | None, name: str, folder: Path | str, records: Sequence[RunRecord], caption: str) -> None:
+    """Saves a plot of `records`, as `savefig` does, and shows it; without a plot, says so."""
+    if plot is None:
+        print(f"{name}: no runs to draw it from yet")
+        return
     origins = [{"key": record.key, "environment": record.environment} for record in records]
     savefig(plot.figure, name, folder, plot.data, origins, caption, plot.finding, plot.drawn)
     show(caption)
 
 
 def title(fig: Figure, finding: str) -> None:
-    """Writes `finding` above the axes, in lines as wide as the figure."""
-    lines = textwrap.wrap(finding, max(30, int(11.5 * fig.get_figwidth())))  # characters of this size to an inch
-    fig.suptitle("\n".join(lines), x=0.01, y=1.0, ha="left", va="bottom", fontsize=10, fontweight="bold")
+    """Writes `finding` above all that is drawn, in lines as wide as that."""
+    fig.suptitle("")
+    box, (width, height) = fig.get_tightbbox(fig.canvas.get_renderer()), fig.get_size_inches()
+    lines = textwrap.wrap(finding, max(30, int(11.5 * box.width)))  # characters of this size to an inch
+    place = {"x": box.x0 / width, "y": (box.y1 + 0.1) / height, "ha": "left", "va": "bottom"}
+    fig.suptitle("\n".join(lines), **place, fontsize=10, fontweight="bold")
 
 
 def sentence(words: str) -> str:

@@ -1,9 +1,10 @@
 """Paired differences: between runs that share seeds and evaluation windows, with the interval that claims are judged by."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from recon.experiment.record import RunRecord
 from recon.paper.claims import Claim
@@ -50,3 +51,41 @@ def judged(low: float, high: float, seeds: int) -> str:
     if -MARGIN < low and high < MARGIN:
         return "equal"
     return "better" if low > MARGIN else "worse" if high < -MARGIN else "undecided"
+
+
+def count_words(verdicts: Iterable[str]) -> str:
+    """How many verdicts of `judged` are what: "3 equal, 1 worse, 2 undecided"."""
+    verdicts = list(verdicts)
+    return ", ".join(f"{verdicts.count(name)} {name}" for name in ("equal", "better", "worse", "undecided") if name in verdicts)
+
+
+def number(value: float) -> str:
+    """With its sign, two digits after the point."""
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def draw(ax: Axes, place: float, row: Mapping, shown: Mapping, far: float) -> None:
+    """A difference with its interval, at the height `place`; hollow for one seed. Beyond `far`, an arrow with the number."""
+    value, low, high = row["difference"], row["low"], row["high"]
+    if math.isnan(value):
+        return
+    if abs(value) > far:
+        right = value > 0
+        ax.plot(
+            far * (1 if right else -1), place, color=shown["color"], marker=">" if right else "<", linestyle="", clip_on=False
+        )
+        offset = {"xytext": (-7 if right else 7, 0), "textcoords": "offset points"}
+        note = number(value) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")
+        ax.annotate(note, (far * (1 if right else -1), place), **offset, ha="right" if right else "left", va="center", fontsize=8)
+        return
+    if not math.isnan(low):
+        ax.plot([max(low, -far), min(high, far)], [place, place], color=shown["color"], linestyle="-", marker="", linewidth=1.5)
+    ax.plot(value, place, **shown | {"linestyle": ""} | ({} if row["seeds"] > 1 else {"markerfacecolor": "white"}), zorder=3)
+
+
+def margin(ax: Axes, far: float, label: str) -> None:
+    """The band of equivalence on a horizontal axis of differences, and which side is which."""
+    ax.axvspan(-MARGIN, MARGIN, color="0.9", zorder=0, linewidth=0)
+    ax.axvline(0, color="0.4", linewidth=1, linestyle="-", marker="", zorder=1)
+    ax.set_xlim(-far, far)
+    ax.set_xlabel(f"\N{LEFTWARDS ARROW} worse        better \N{RIGHTWARDS ARROW}\n{label}", fontsize=8)
