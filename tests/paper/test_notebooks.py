@@ -29,13 +29,14 @@ PROMISED = {  # parameters, figures, number of run records
     "0-quickstart": (SMALL | {"new_tokens": 4}, ["quickstart-perplexity", "quickstart-error", "method"], 2),
     "1-granularity": (
         {
-            "fits": ["none", "matrix exact", "half-block from exact"],
+            "fits": ["none", "matrix exact", "half-block"],
             "seeds": [0, 1],
             "more_patterns": ["2:4"],
-            "more_fits": ["block"],
+            "more_fits": ["none", "half-block"],
+            "more_seeds": [2],
         },
-        ["granularity", "granularity-all", "granularity-memory"],
-        7,
+        ["granularity", "granularity-difference", "granularity-all"],
+        8,
     ),
     "2-sample-efficiency": (
         {

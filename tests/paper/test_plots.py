@@ -1,14 +1,22 @@
 """Figures by topic: what they draw and what they find, from made-up records whose truth is known."""
 
 import math
+import re
 
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
 import pytest
 from fixtures.made_up import DAMAGE, record, seeds
+from matplotlib.text import Text
 
 from recon.experiment.study import fit_name
+from recon.paper import figures
 from recon.paper.claims import judge
 from recon.paper.comparisons import MARGIN
-from recon.paper.plots import paired
+from recon.paper.plots import criteria, granularity, layout, paired, propagation
 from recon.paper.plots.answers import answers
 
 
@@ -64,3 +72,155 @@ def test_answers_count_the_verdicts_of_each_group_and_give_the_first_of_each_kin
     assert "Half-block equals block (smollm2-135m, 0.5): " in table["why"][0].split("\n")[0]
     assert "Half-block equals model" in table["why"][0].split("\n")[1]
     assert table["here"][1] == "no records yet"
+
+
+def drawn(plot):
+    """The plot, once it is clear that it can be saved: with a title above everything, and numbers in what is drawn."""
+    figures.title(plot.figure, plot.finding)
+    plt.close(plot.figure)
+    assert plot.finding.endswith(".") and "nan" not in plot.finding.lower() and plot.drawn
+    return plot
+
+
+def sized(recovered, count=3, memory=1.0, **options):
+    """Records as `seeds` makes them, with the memory that reconstruction adds."""
+    records = seeds(recovered, count, **options)
+    for one in records:
+        one.added_memory_bytes_by_phase = {"reconstruct": memory * 2**30}
+    return records
+
+
+def granularities(coarse=0.5, count=3, **options):
+    records = [*seeds(0.0, count, granularity="none", noise=0, **options)]
+    records += sized(-0.3, count, 0.1, granularity="matrix", **options)
+    records += sized(0.3, count, 0.2, granularity="matrix", solver="exact", **options)
+    records += sized(0.5, count, 0.5, granularity="half-block", **options)
+    return records + sized(coarse, count, 4.0, granularity="model", **options)
+
+
+def test_what_a_larger_window_costs_and_brings_is_said_as_it_is():
+    better = drawn(granularity.memory(granularities(0.6)))
+    assert re.search(r"takes 8\.0 times the memory of half-blocks, for a perplexity 7\.\d % lower", better.finding)  # exp(-0.08)
+    assert re.search(r"for a perplexity 8\.\d % higher", drawn(granularity.memory(granularities(0.4))).finding)  # exp(0.08)
+    rows = better.data.set_index("granularity")
+    assert list(rows.index) == ["matrix", "matrix exact", "half-block", "model"]  # pruned is a level, no mark
+    assert rows["perplexity"]["half-block"] == pytest.approx(rows["dense perplexity"].iloc[0] * math.exp(0.5 * DAMAGE), rel=0.01)
+    assert rows["share recovered"].tolist() == pytest.approx([-0.3, 0.3, 0.5, 0.6], abs=0.01)
+
+
+@pytest.mark.parametrize(("coarse", "said"), [(0.5, "1 equal"), (0.7, "1 better"), (0.3, "1 worse")])
+def test_sizes_are_equal_better_or_worse_by_the_data(coarse, said):
+    plot = drawn(granularity.differences(granularities(coarse)))
+    assert f"Larger windows against half-blocks: {said}." in plot.finding
+    assert "Single matrices against half-blocks: 2 worse." in plot.finding
+    found = plot.data.set_index("granularity")["difference"]
+    assert list(found.index) == ["matrix", "matrix exact", "model"]
+    assert found["model"] == pytest.approx(coarse - 0.5, abs=0.02)
+
+
+def test_one_seed_decides_nothing_and_is_hollow():
+    plot = drawn(granularity.differences(granularities(count=1)))
+    assert "1 undecided" in plot.finding and "2 undecided" in plot.finding
+    [mark] = [line for line in plot.figure.axes[0].lines if line.get_marker() == granularity.look("model")["marker"]]
+    assert mark.get_markerfacecolor() == "white"
+
+
+def test_a_difference_off_the_axis_is_written():
+    plot = drawn(granularity.differences(granularities()))
+    [note] = [text.get_text() for text in plot.figure.axes[0].texts]
+    assert note.startswith("\N{MINUS SIGN}0.80 [")
+
+
+def test_every_model_and_pattern_has_its_field_and_none_is_made_up():
+    records = granularities() + [r for r in granularities(pattern="2:4") if r.spec["granularity"] != "model"]
+    plot = drawn(granularity.everywhere(records))
+    [ax] = plot.figure.axes
+    assert len(ax.texts) == len(plot.data) == 7
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["50 %", "2:4"]
+    assert "half-blocks in 2 of 2, single matrices in 0 of 2, single matrices solved exactly in 0 of 2" in plot.finding
+
+
+def by_criterion(after, **options):
+    """Three criteria that lose 0.8, 0.9 and 2 nats, of which `after` are left."""
+    losses = {"sparsegpt": 0.8, "wanda": 0.9, "magnitude": 2.0}
+    records = []
+    for name in ("magnitude", "wanda", "sparsegpt"):
+        records += seeds(0.0, criterion=name, damage=losses[name], granularity="none", noise=0, **options)
+        kept = 1 - after[name] / losses[name]
+        records += seeds(kept, criterion=name, damage=losses[name], granularity="half-block", **options)
+    return records
+
+
+def test_gaps_between_criteria_before_and_after():
+    records = by_criterion({"sparsegpt": 0.4, "wanda": 0.42, "magnitude": 0.7})
+    plot = drawn(criteria.gaps(records, "sparsegpt"))
+    gaps = plot.data.set_index(["criterion", "granularity"])["gap"]
+    assert gaps["magnitude", "pruned"] == pytest.approx(1.2, abs=0.01)
+    assert gaps["magnitude", "half-block"] == pytest.approx(0.3, abs=0.02)
+    assert gaps["wanda", "pruned"] == pytest.approx(0.1, abs=0.01)
+    assert "shrinks with reconstruction in 2 of 2 comparisons" in plot.finding
+    wider = drawn(criteria.gaps(by_criterion({"sparsegpt": 0.4, "wanda": 0.7, "magnitude": 0.7}), "sparsegpt"))
+    assert "shrinks with reconstruction in 1 of 2 comparisons" in wider.finding
+
+
+def test_slopes_say_how_far_the_worst_criterion_is_from_the_best():
+    plot = drawn(criteria.slopes(by_criterion({"sparsegpt": 0.4, "wanda": 0.42, "magnitude": 0.7})))
+    assert f"{math.exp(1.2):.2f} pruned" in plot.finding and "falls in 1 of 1" in plot.finding
+    apart = drawn(criteria.slopes(by_criterion({"sparsegpt": 0.4, "wanda": 0.42, "magnitude": 1.9})))
+    assert "falls in 0 of 1" in apart.finding
+    texts = [text.get_text() for text in plot.figure.axes[0].texts]
+    assert any(text.startswith("SparseGPT ") for text in texts) and any(text.startswith("dense ") for text in texts)
+    assert criteria.gaps(seeds(granularity="half-block"), "sparsegpt") is None
+
+
+def combinations(worst=0.2):
+    records = seeds(0.0, granularity="none", noise=0)
+    for name in ("dense", "mixed"):
+        for loss in ("whitened", "mse"):
+            share = worst if (name, loss) == ("dense", "mse") else 0.5
+            records += seeds(share, granularity="half-block", propagation=name, loss=loss)
+    for one in records:
+        one.metrics |= {"drift_pruned": [0.2, 0.4], "drift": [0.1, 0.5 if one.spec["propagation"] == "dense" else 0.3]}
+    return records
+
+
+def test_the_grid_is_against_the_default():
+    plot = drawn(propagation.grid(combinations(), ("mixed", "whitened")))
+    assert "of 3 other combinations: 2 equal, 1 worse" in plot.finding and "lowest dense with mse" in plot.finding
+    equal = drawn(propagation.grid(combinations(0.5), ("mixed", "whitened")))
+    assert "of 3 other combinations: 3 equal" in equal.finding
+    table = propagation.table(plot.data)
+    assert table.loc[("half-block", "mixed"), "whitened"].endswith("(default)")
+    assert "(\N{MINUS SIGN}0.30 [" in table.loc[("half-block", "dense"), "mse"]
+    assert propagation.grid(seeds(granularity="half-block"), ("mixed", "whitened")) is None
+
+
+def test_drift_is_over_that_of_the_pruned_model():
+    plot = drawn(propagation.drift(combinations(), "half-block"))
+    ratios = plot.data.groupby(["propagation", "block"])["ratio"].mean()
+    assert ratios.tolist() == pytest.approx([0.5, 1.25, 0.5, 0.75])
+    assert "0.75 times that of the pruned model with mixed propagation" in plot.finding
+    assert "2 of 4 combinations are no better than pruned" in plot.finding
+
+
+def test_labels_are_moved_apart_as_little_as_possible():
+    assert layout.apart([0, 100, 50], 10) == [0, 100, 50]
+    assert layout.apart([5, 5], 10) == [0, 10]
+    assert layout.apart([1, 0, 2], 4) == pytest.approx([1, -3, 5])
+
+
+def test_labels_of_points_cover_neither_points_nor_one_another():
+    fig, [ax] = layout.panels(1, (3, 3))
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    points = {f"label {index}": (0.4 + 0.03 * index, 0.5 + 0.01 * (index % 2)) for index in range(6)}
+    layout.label_points(ax, points)
+    fig.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the lines to points
+    assert len(boxes) == 6 and not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert not any(box.contains(*ax.transData.transform(point)) for box in boxes for point in points.values())
+    plt.close(fig)
+
+
+def test_a_missing_plot_is_said_and_nothing_is_written(tmp_path, capsys):
+    figures.publish(None, "granularity", tmp_path, [], "")
+    assert "no runs to draw it from" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -1,12 +1,11 @@
 """A short table at the end of a notebook: what the paper says, what the records here say, and why."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
 from recon.paper.runs import short
-from recon.paper.verdicts import MARKS, Verdict
+from recon.paper.verdicts import MARKS, Verdict, effect_words
 
 
 def answers(verdicts: Sequence[Verdict], groups: Iterable[str]) -> "pd.io.formats.style.Styler":
@@ -33,6 +32,5 @@ def answers(verdicts: Sequence[Verdict], groups: Iterable[str]) -> "pd.io.format
 def _example(verdict: Verdict) -> str:
     """A comparison with its effect, interval and the reason for its verdict."""
     where = ", ".join(part for part in (short(verdict.model), verdict.pattern) if part)
-    form = ".3g" if verdict.unit.startswith("times") else "+.3f"
-    effect = f"{verdict.bound} {verdict.effect:{form}} [{verdict.low:{form}}, {verdict.high:{form}}] {verdict.unit}; ".lstrip()
-    return f"{verdict.statement} ({where}): {'' if math.isnan(verdict.effect) else effect}{verdict.reason}"
+    effect = effect_words(verdict)
+    return f"{verdict.statement} ({where}): {effect}{'; ' if effect else ''}{verdict.reason}"

@@ -106,7 +106,15 @@ def gaps(records: Sequence[RunRecord], to: str) -> Plot | None:
         for row in cell[(cell["model"] == places[0][0]) & (cell["pattern"] == places[0][1])].to_dict("records"):
             words = row["granularity"] if row["granularity"] == PRUNED else "reconstructed"
             side = {"ha": "center"} if cell["gap"].max() > 1.5 else {"ha": "left" if words == PRUNED else "right"}
-            ax.annotate(words, (row["gap"], 0), (0, 7), textcoords="offset points", fontsize=8, **side, bbox={"color": "white", "pad": 0.5})
+            ax.annotate(
+                words,
+                (row["gap"], 0),
+                (0, 7),
+                textcoords="offset points",
+                fontsize=8,
+                **side,
+                bbox={"color": "white", "pad": 0.5},
+            )
         ax.axvline(0, color="0.4", linewidth=1, linestyle="-", marker="", zorder=1)
         ax.margins(x=0.12)
         ax.set_title(f"{NAMES.get(criterion, criterion)} less {NAMES.get(to, to)}")

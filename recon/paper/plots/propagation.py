@@ -66,6 +66,8 @@ def table(data: pd.DataFrame) -> pd.DataFrame:
 
 def _matters(data: pd.DataFrame, default: tuple[str, str]) -> str:
     others = data[(data["verdict"] != "default") & (data["seeds"] > 0)]
+    if others["difference"].isna().all():
+        return "Pruning did no harm that differences could be measured by."
     best, worst = (others.loc[index] for index in (others["difference"].idxmax(), others["difference"].idxmin()))
     ends = [f"{row['propagation']} with {row['loss']} ({paired.number(row['difference'])})" for row in (best, worst)]
     return (
