@@ -24,6 +24,7 @@ import nbformat
 import papermill
 import yaml
 from nbconvert import HTMLExporter
+from traitlets.config import Config
 
 from recon.errors import ReconError
 from recon.experiment import workers
@@ -184,12 +185,13 @@ def _run(path: Path, parameters: dict, build: Path, stdout: Console) -> Outcome:
 
 
 def _render(copy: Path) -> str:
-    """An executed notebook as one HTML page that loads nothing from elsewhere."""
+    """An executed notebook as one HTML page that loads nothing from elsewhere. The source of cells tagged `hide-input` is left out."""
     notebook = nbformat.read(copy, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":  # progress bars are live widgets, empty frames on a page
             cell.outputs = [output for output in cell.outputs if _WIDGET not in output.get("data", {})]
-    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="")
+    hidden = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}}})
+    exporter = HTMLExporter(hidden, embed_images=True, mathjax_url="", require_js_url="", jquery_url="")
     return exporter.from_notebook_node(notebook, {"metadata": {"name": copy.stem}})[0]
 
 

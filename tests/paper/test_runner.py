@@ -296,3 +296,11 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     assert output.strip() == "['finished', 'stopped']"
     index = (tmp_path / "build/quick/html/index.html").read_text()
     assert index.count('class="finished"') == index.count('class="stopped"') == 1
+
+
+def test_pages_leave_out_the_source_of_plumbing_but_not_what_it_prints(tmp_path):
+    output = nbformat.v4.new_output("stream", text="printed 42\n")
+    cells = [new_code_cell("print(6 * 7)", outputs=[output], metadata={"tags": ["hide-input"]}), new_code_cell("taught = 1")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "a.ipynb")
+    text = re.sub(r"<[^>]+>", "", runner._render(tmp_path / "a.ipynb"))
+    assert "printed 42" in text and "taught = 1" in text and "6 * 7" not in text
