@@ -8,10 +8,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from fixtures import made_up
+from matplotlib.text import Text
 
 from recon.paper import figures, recipes
 from recon.paper.plots import samples
-from recon.paper.plots.labels import apart
+from recon.paper.plots.layout import label_beside
 
 BASE = recipes.RunSpec.of(samples=32, prune_samples=32, sequence_length=256, evaluation_texts=("wikipedia", "news"))
 
@@ -116,10 +117,11 @@ def test_searches_that_end_at_an_edge_are_counted():
     assert plot.data["ratio"].min() == 1
 
 
-def test_names_are_moved_apart_and_keep_their_order():
-    moved = apart([0.5, 0.1, 0.52, 0.51], 0.1)
-    assert sorted(range(4), key=moved.__getitem__) == [1, 0, 3, 2]
-    ordered = sorted(moved)
-    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(ordered, ordered[1:])) and moved[1] == 0.1
-    assert sum(moved) == pytest.approx(0.5 + 0.1 + 0.52 + 0.51)
-    assert apart([], 0.1) == []
+def test_names_beside_a_panel_do_not_cover_one_another():
+    fig, ax = plt.subplots()
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    label_beside(ax, [(1, 0.5, "a", {}), (0.2, 0.51, "b\nsecond line", {}), (1, 0.1, "c", {})])
+    fig.canvas.draw()
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in ax.texts}  # without the lines
+    assert boxes["a"].y1 <= boxes["b\nsecond line"].y0 and boxes["c"].y1 <= boxes["a"].y0
+    assert min(box.x0 for box in boxes.values()) > ax.bbox.x1

@@ -12,7 +12,7 @@ from recon.experiment.config import RunSpec
 from recon.experiment.record import RunRecord
 from recon.paper.comparisons import MARGIN
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, sentence
-from recon.paper.plots.labels import beside
+from recon.paper.plots.layout import label_beside
 from recon.paper.plots.paired import difference, grouped, judged
 
 COSTS = {"TFLOP": "TFLOP to reconstruct", "memory added, GiB": "memory added, GiB", "seconds": "seconds to reconstruct"}
@@ -188,7 +188,7 @@ def costs(runs: pd.DataFrame, order: Sequence[str]) -> Plot:
     axes[0].set_ylabel("perplexity")
     lower_is_better(axes[0])
     fig.tight_layout()
-    beside(
+    label_beside(
         axes[2],
         [(means.loc[fit, "seconds"], means.loc[fit, "perplexity"], fit, {"color": look(fit)["color"]}) for fit in means.index],
     )
@@ -244,7 +244,7 @@ def accumulation(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
     right.set_title("The model's state after each block", fontsize=9)
     lower_is_better(right)
     fig.tight_layout()
-    beside(right, ends)
+    label_beside(right, ends)
     return Plot(
         fig,
         pd.concat([drift.assign(panel="drift"), local.assign(panel="windows")]),

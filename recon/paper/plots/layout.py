@@ -52,6 +52,20 @@ def label_ends(ax: Axes, place: float, labels: Mapping[str, float], side: str = 
         ax.annotate(text, (place, value), **offset, va="center", ha=align, fontsize=SIZE)
 
 
+def label_beside(ax: Axes, ends: Sequence[tuple[float, float, str, dict]]) -> None:
+    """Writes the name of each line beside `ax` at the height of its end, with a thin line to it: for ends at different places.
+
+    ends: (x, y, name, text properties). Limits and scales have to be set before."""
+    low, high = ax.get_window_extent().intervaly
+    heights = [(ax.transData.transform((x, y))[1] - low) / (high - low) for x, y, _, _ in ends]
+    lines = max((name.count("\n") + 1 for _, _, name, _ in ends), default=1)
+    gap = 1.25 * SIZE * lines / 72 * ax.figure.dpi / (high - low)
+    pointer = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.6, "shrinkB": 3}
+    for (x, y, name, properties), height in zip(ends, apart(heights, gap), strict=True):
+        place = {"xytext": (1.03, height), "textcoords": "axes fraction", "annotation_clip": False, "arrowprops": pointer}
+        ax.annotate(name, (x, y), **place, va="center", fontsize=SIZE, **properties)
+
+
 def label_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     """Writes each label beside its point, where it covers least of other marks and labels; with a line to it where it is far.
 

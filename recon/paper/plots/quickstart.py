@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from recon.paper.figures import Plot, look, lower_is_better, number
-from recon.paper.plots.labels import beside
+from recon.paper.plots.layout import label_beside
 
 STATES = ("dense", "pruned", "reconstructed")
 
@@ -111,7 +111,7 @@ def method(weights: Mapping[str, np.ndarray], curve: pd.DataFrame, exact: float,
     right.set_ylabel("unexplained share, held-out samples")
     lower_is_better(right)
     fig.tight_layout()
-    beside(right, names)
+    label_beside(right, names)
     steps = int(curve["step"].max())
     done = (
         f"lower its error from {number(start)} to {number(end)}"

@@ -13,7 +13,7 @@ from recon.experiment import study
 from recon.experiment.record import RunRecord
 from recon.paper.comparisons import SEEDS
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number
-from recon.paper.plots.labels import beside
+from recon.paper.plots.layout import label_beside
 from recon.paper.runs import Run
 from recon.paper.statistics import interval
 
@@ -121,7 +121,7 @@ def efficiency(data: pd.DataFrame, paired: pd.DataFrame, length: int) -> Plot:
     lower_is_better(axes[0, 0])
     axes[1, 0].set_ylabel("retraining minus\nreconstruction, nats per token")
     axes[1, 0].set_title("above 0: reconstruction is better", fontsize=8, loc="left")
-    fig.tight_layout(w_pad=5.5)  # room for names
+    fig.tight_layout(w_pad=6.5)  # room for names
     for column, measure in enumerate(panels):
         _names(axes[0, column], data, measure, everything=measure == panels[-1])
     drawn = pd.concat([data.drop(columns="key").assign(panel="quality"), paired.assign(panel="difference")])
@@ -163,7 +163,7 @@ def _names(ax: Axes, data: pd.DataFrame, measure: str, everything: bool) -> None
         ends.append(
             (at if at < last else last, group.loc[group["samples"] == at, measure].mean(), method, {"color": colour} | bold)
         )
-    beside(ax, ends)
+    label_beside(ax, ends)
 
 
 def _differences(ax: Axes, paired: pd.DataFrame) -> None:
