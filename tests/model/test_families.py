@@ -1,6 +1,6 @@
 """Every family of causal LMs in transformers, and encoder-decoders: taken apart, pruned and reconstructed, or refused with the reason.
 
-`PYTHONPATH=tests python tests/model/test_families.py --write` writes what was found into the README.
+`PYTHONPATH=tests python tests/model/test_families.py --write` writes what was found into guides/families.md.
 """
 
 import copy
@@ -21,7 +21,7 @@ from recon.model.discovery import take_apart
 from recon.model.modules import distance
 from recon.runtime.execution import Execution
 
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "guides" / "families.md"
 MARKERS = ("<!-- families -->", "<!-- /families -->")
 GRANULARITIES = ("matrix", "half-block", "block")
 
@@ -51,11 +51,11 @@ def random_tokens(samples: int, length: int, seed: int) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
-# ---- what the README says
+# ---- what the guide says
 
 
 def described(family: str) -> tuple[str, ...]:
-    """What the README says of a family: yes or no for each granularity, and the layout of its halves; or why it is refused."""
+    """What the guide says of a family: yes or no for each granularity, and the layout of its halves; or why it is refused."""
     decoder = found(family)
     if isinstance(decoder, str):
         return (decoder,)
@@ -67,7 +67,7 @@ def described(family: str) -> tuple[str, ...]:
 
 
 def table() -> str:
-    """The README's table: families by what works for them."""
+    """The guide's table: families by what works for them."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for family in FAMILIES:
         groups.setdefault(described(family), []).append(family)
@@ -92,20 +92,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def in_readme() -> str:
-    return README.read_text(encoding="utf-8").split(MARKERS[0])[1].split(MARKERS[1])[0].strip()
+def in_guide() -> str:
+    return GUIDE.read_text(encoding="utf-8").split(MARKERS[0])[1].split(MARKERS[1])[0].strip()
 
 
-def test_the_readme_says_what_works():
-    assert in_readme() == table(), "run: PYTHONPATH=tests python tests/model/test_families.py --write"
+def test_the_guide_says_what_works():
+    assert in_guide() == table(), "run: PYTHONPATH=tests python tests/model/test_families.py --write"
 
 
 # ---- pieces give the model back
 
 
 def working() -> list[str]:
-    """The families that work, by the README's table, whose rows of five cells end with their names."""
-    rows = [line.strip("| ").split(" | ") for line in in_readme().splitlines() if line.startswith("| ")]
+    """The families that work, by the guide's table, whose rows of five cells end with their names."""
+    rows = [line.strip("| ").split(" | ") for line in in_guide().splitlines() if line.startswith("| ")]
     return sorted(name for row in rows[1:] if len(row) == 5 for name in row[-1].split(", "))
 
 
@@ -166,6 +166,6 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         sys.exit(__doc__)
     warnings.simplefilter("ignore")
-    text = README.read_text(encoding="utf-8")
+    text = GUIDE.read_text(encoding="utf-8")
     before, rest = text.split(MARKERS[0])
-    README.write_text(f"{before}{MARKERS[0]}\n{table()}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}", encoding="utf-8")
+    GUIDE.write_text(f"{before}{MARKERS[0]}\n{table()}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}", encoding="utf-8")

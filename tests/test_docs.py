@@ -1,0 +1,66 @@
+"""README and guides: short, their links lead somewhere, and the words and options that they name exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recon import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDES = sorted((ROOT / "guides").glob("*.md"))
+PAGES = [ROOT / "README.md", *GUIDES]
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
+
+
+def identify(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_readme_and_guides_are_short():
+    assert len(GUIDES) > 5
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+    assert {identify(page): n for page in GUIDES if (n := len(page.read_text(encoding="utf-8").splitlines())) >= 120} == {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identify)
+def test_links_lead_somewhere(page):
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_guide_is_listed():
+    listed = set(LINK.findall((ROOT / "guides" / "README.md").read_text(encoding="utf-8")))
+    assert listed == {page.name for page in GUIDES} - {"README.md"}
+
+
+def test_readme_names_every_notebook():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    notebooks = [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")]
+    assert notebooks and [name for name in notebooks if f"| [`{name}`](notebooks/{name}.ipynb) |" not in text] == []
+
+
+def test_commands_name_words_and_options_that_exist(capsys):
+    script = (ROOT / "run_all.sh").read_text(encoding="utf-8")
+    known = set(re.findall(r"--[a-z][\w-]*", script))
+    for command in ("run", "plan", "reconstruct", "bench", "unfinished", "models"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    known |= {"--help-notebook", "--write"}  # of papermill, and of a test
+    wrong = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for code in re.findall(r"`([^`\n]+)`|^((?:\./run_all|recon) .+)$", text, re.MULTILINE):
+            line = "".join(code)
+            if line.startswith(("--", "recon ", "./run_all.sh")):
+                wrong += [
+                    f"{identify(page)}: {option}" for option in re.findall(r"(?<!\S)--[a-z][\w-]*", line) if option not in known
+                ]
+            if word := re.match(r"\./run_all\.sh ([a-z]+)", line):
+                wrong += (
+                    []
+                    if re.search(rf"^[\w| -]*\b{word[1]}\b[\w| -]*\)", script, re.MULTILINE)
+                    else [f"{identify(page)}: {word[1]}"]
+                )
+    assert wrong == []
