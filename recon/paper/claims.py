@@ -18,7 +18,9 @@ from recon.errors import ReconError
 from recon.experiment.record import RunRecord
 from recon.experiment.study import read_records
 from recon.paper import tables
+from recon.paper.artifact import to_artifact
 from recon.paper.comparisons import CLOSE, KINDS, SEEDS, Evidence
+from recon.paper.crate import to_crate
 from recon.paper.runs import DEFAULTS, Run, check_windows, protocol, protocol_words
 from recon.paper.statements import CLAIMS, GROUPS, Claim
 from recon.paper.statistics import bounds, interval, wider
@@ -176,11 +178,12 @@ def show(verdicts: Sequence[Verdict], ids: Iterable[str]) -> "pd.io.formats.styl
 
 
 def _pages(records_folder: Path | str, page: Path | str, readme: Path | str | None) -> dict[Path, str]:
-    """What the page, the tables beside it and, where one is given, the README should hold."""
+    """What the page, the tables beside it and, where one is given, the README and the files beside that should hold."""
     records = read_records(records_folder)
     verdicts = judge(records)
     pages = {Path(page): to_markdown(verdicts)}
-    pages |= {Path(page).parent / "tables" / name: text for name, text in tables.texts(records).items()}
+    texts = {f"tables/{name}": text for name, text in tables.texts(records).items()}
+    pages |= {Path(page).parent / name: text for name, text in texts.items()}
     if readme is None:
         return pages
     readme = Path(readme)
@@ -195,13 +198,20 @@ def _pages(records_folder: Path | str, page: Path | str, readme: Path | str | No
     head, tail = text.split(START)[0], text.split(END)[1]
     optional = {claim.id for claim in CLAIMS if claim.optional}
     central = [verdict for verdict in verdicts if verdict.claim not in optional]
-    return pages | {readme: f"{head}{START}\n{to_summary(central)}{END}{tail}"}
+    return pages | {
+        readme: f"{head}{START}\n{to_summary(central)}{END}{tail}",
+        readme.with_name("ARTIFACT.md"): to_artifact(central, records),
+        readme.with_name("ro-crate-metadata.json"): to_crate(
+            records, records_folder, Path(page).parent, [Path(page).name, *texts], readme.parent
+        ),
+    }
 
 
 def write(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str | None = README) -> list[Path]:
-    """Writes the page, the tables in `tables` beside it, and the README's section between `<!-- claims -->` and `<!-- /claims -->`; returns what changed.
+    """Writes the page, the tables in `tables` beside it, the README's section between `<!-- claims -->` and `<!-- /claims -->`, and
+    beside the README ARTIFACT.md and ro-crate-metadata.json; returns what changed.
 
-    readme: None: none is written.
+    readme: None: the page and tables alone.
     Raises `ReconError` as `judge` does, and for a README without these markers.
     """
     changed = []
@@ -214,7 +224,7 @@ def write(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme:
 
 
 def stale(records_folder: Path | str = RECORDS, page: Path | str = PAGE, readme: Path | str = README) -> list[str]:
-    """A message for each of the page, the tables and the README that is not what the records give; empty if all are."""
+    """A message for each of the files of `write` that is not what the records give; empty if all are."""
     return [
         f"{path} is not what the records in {records_folder} give; run: python -m recon.paper.claims"
         for path, text in _pages(records_folder, page, readme).items()

@@ -253,42 +253,6 @@ def show(caption: str = "") -> None:
         display(HTML(f"<p><small>{escape(caption)}</small></p>"))
 
 
-def saved(folder: Path | str) -> list[dict]:
-    """The provenance of each figure in `folder`, by name: JSON files of `savefig` that have their PNG beside them."""
-    pairs = [(path, path.with_name(f"{path.stem}.png")) for path in sorted(Path(folder).glob("*.json"))]
-    return [json.loads(path.read_text(encoding="utf-8")) for path, picture in pairs if picture.is_file()]
-
-
-def gallery(folder: Path | str, claims: str = "", missing: Mapping[str, Sequence[str]] = {}) -> Path:
-    """Writes `folder`/README.md, a page that shows every figure there with its caption and links to its data.
-
-    claims: what comes before them, about the claims that they bear on. missing: names of figures that are not there, by why.
-    """
-    folder = Path(folder)
-    parts = ["# Figures", "", "Each figure with its data and where that came from. Written by `recon.paper.figures.gallery`."]
-    if claims:
-        judged = "How each was judged: [claims.md](claims.md)."
-        parts += ["", "## The paper's claims on this data", "", claims.strip(), "", judged]
-    for figure in saved(folder):
-        name, commit = figure["name"], figure["git_commit"]
-        count = len(figure["records"])
-        origin = f"{count} run record{'s' * (count > 1)}" + (f", commit `{commit[:10]}`" if commit else "")
-        parts += ["", f"## {name}", "", f"![{_plain(figure['caption'] or name)}]({name}.png)", ""]
-        parts += [figure["caption"], ""] if figure["caption"] else []
-        parts += [f"[PDF]({name}.pdf) · [data]({name}.csv) · [provenance]({name}.json) ({origin})"]
-    if missing:
-        parts += ["", "## Missing", ""]
-        parts += [f"- {', '.join(f'`{name}`' for name in names)}: {why}" for why, names in missing.items()]
-    page = folder / "README.md"
-    page.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    return page
-
-
-def _plain(text: str) -> str:
-    """`text` on one line and without brackets, for the alternative text of a Markdown image."""
-    return " ".join(text.replace("[", "(").replace("]", ")").split())
-
-
 def _versions() -> dict[str, str]:
     installed = {}
     for package in PACKAGES:

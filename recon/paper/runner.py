@@ -29,7 +29,7 @@ from traitlets.config import Config
 from recon.errors import ReconError
 from recon.experiment import workers
 from recon.experiment.cost import duration
-from recon.paper import claims, figures
+from recon.paper import claims, gallery
 from recon.paper.console import Console, shown
 from recon.paper.plots import claims as forest
 from recon.paper.profiles import PROFILES, ROOT, MissingRecords, folders
@@ -218,16 +218,16 @@ def _write_gallery(profile: str, outcomes: list[Outcome], root: Path) -> None:
     judged, missing = "", {}
     finished = {outcome.name for outcome in outcomes if outcome.status == "finished"}
     if record_folder.is_dir():
-        claims.write(record_folder, figure_folder / "claims.md", root / "README.md" if profile == "laptop" else None)
         verdicts = claims.judge(claims.read_records(record_folder))
         judged = claims.to_summary(verdicts)
         forest.save(verdicts, figure_folder)
+        claims.write(record_folder, figure_folder / "claims.md", root / "README.md" if profile == "laptop" else None)
     for path in find_notebooks(root=root):
         code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
         if names := [name for name in _DRAWN.findall(code) if not (figure_folder / f"{name}.png").is_file()]:
             left_out = profile == "quick" and path.stem in finished  # it could draw no more
             missing[str(MissingRecords("laptop" if left_out else profile, path.stem))] = names
-    figures.gallery(figure_folder, judged, missing)
+    gallery.write(figure_folder, judged, missing, profile, root)
 
 
 def _write_index(profile: str, outcomes: list[Outcome], root: Path) -> None:
@@ -247,7 +247,7 @@ def _write_index(profile: str, outcomes: list[Outcome], root: Path) -> None:
             "place": Path(os.path.relpath(figure_folder / figure["name"], html)).as_posix(),
             "png": base64.b64encode((figure_folder / f"{figure['name']}.png").read_bytes()).decode(),
         }
-        for figure in figures.saved(figure_folder)
+        for figure in gallery.saved(figure_folder)
     ]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("recon.paper", "."), autoescape=True, trim_blocks=True)
     environment.filters["duration"] = duration

@@ -106,26 +106,6 @@ def test_lower_is_better_is_said_once_and_on_the_right_axis(fig):
         figures.lower_is_better(ax, "z")
 
 
-def test_gallery_puts_the_claims_first(fig, tmp_path):
-    figures.savefig(fig, "first", tmp_path, DATA, RECORDS)
-    text = figures.gallery(tmp_path, "| claim | verdict |").read_text()
-    assert text.index("| claim | verdict |") < text.index("claims.md") < text.index("## first")
-
-
-def test_gallery_shows_every_figure_with_its_data(fig, tmp_path):
-    figures.savefig(fig, "second", tmp_path, DATA, RECORDS, "A caption with [brackets].")
-    figures.savefig(fig, "first", tmp_path, DATA, RECORDS)
-    (tmp_path / "first-notes.json").write_text("{}")  # no figure: there is no PNG beside it
-    page = figures.gallery(tmp_path, missing={"run it": ["third", "fourth"]})
-    assert page == tmp_path / "README.md"
-    text = page.read_text()
-    assert text.index("## first") < text.index("## second")
-    assert text.count("\n## ") == 3 and text.endswith("## Missing\n\n- `third`, `fourth`: run it\n")
-    assert "![A caption with (brackets).](second.png)" in text
-    assert "[data](second.csv)" in text
-    assert "2 run records" in text
-
-
 @pytest.mark.parametrize(("low", "high", "shown"), [(33, 41, "35"), (50, 12000, "1000"), (0.2, 0.9, "0.5")])
 def test_log_scale_has_a_few_plain_numbers(low, high, shown):
     fig, ax = plt.subplots()

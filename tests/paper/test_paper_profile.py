@@ -103,5 +103,6 @@ def test_paper_profile_runs_from_end_to_end(tmp_path, tiny_folder):
     assert len(records) > 40 and {record["status"] for record in records} == {"done"}
     assert {record["spec"]["model"] for record in records} <= names(small)
     page = (root / "figures/paper/README.md").read_text()
-    assert "The paper's claims" in page and "## sample-efficiency" in page and "## granularity" in page
+    assert "The paper's claims" in page and "](sample-efficiency.png)" in page and "](granularity.png)" in page
+    assert "`./run_all.sh paper 1-granularity`" in page
     assert (root / "build/paper/html/index.html").is_file()
