@@ -7,6 +7,7 @@ usage() {
     cat <<'TEXT'
 usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...] [--executor ray [--address ADDRESS]]
        ./run_all.sh figures [quick | laptop | paper]
+       ./run_all.sh site
        ./run_all.sh test [PYTEST ARGUMENT ...]
        ./run_all.sh lint
        ./run_all.sh lab
@@ -16,6 +17,7 @@ usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...] [--executor ray [--a
   laptop   every notebook on the bundled model, full grids, three seeds of what is central: hours, resumable
   paper    the paper's models and data: needs GPUs and access to the Hugging Face Hub
   figures  draw every figure and judge every claim from the records that are there (laptop's, unless said); runs nothing
+  site     README, gallery, verdicts, executed notebooks and guides as one site in build/site, which opens from disk
   test     the tests; arguments go to pytest (-m slow runs the slow ones)
   lint     check the style of all code (ruff)
   lab      open the notebooks in JupyterLab
@@ -124,8 +126,12 @@ figures)
     set_up notebooks
     JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.paper.runner "${1:-laptop}" --from-records
     ;;
+site)
+    set_up notebooks site
+    exec "$bin/python" -m recon.paper.site
+    ;;
 test)
-    set_up notebooks test evaluation ray
+    set_up notebooks site test evaluation ray
     "$bin/recon" assets
     if (($# == 0)); then # all of the fast ones, a file to a core; what is chosen by hand runs in one process, as its output is read
         set -- --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -141,7 +147,7 @@ lab)
     JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m jupyter lab notebooks/ "$@"
     ;;
 *)
-    printf 'run_all.sh: unknown word %q; known: quick, laptop, paper, figures, test, lint, lab, --help\n' "$word" >&2
+    printf 'run_all.sh: unknown word %q; known: quick, laptop, paper, figures, site, test, lint, lab, --help\n' "$word" >&2
     exit 2
     ;;
 esac

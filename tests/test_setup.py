@@ -169,8 +169,9 @@ def test_the_active_environment_is_set_up_once(checkout):
 
 def test_what_a_word_needs_is_installed_when_it_is_first_used(checkout):
     assert checkout("test", "-m", "slow", "-k", "a b")[1] == [
-        *install("notebooks,test,evaluation,ray"), "recon assets", "python -m pytest -m slow -k a b",
+        *install("notebooks,site,test,evaluation,ray"), "recon assets", "python -m pytest -m slow -k a b",
     ]  # fmt: skip
+    assert checkout("site")[1] == ["python -m recon.paper.site"]
     assert checkout("lint")[1] == ["python -m ruff check .", "python -m ruff format --check ."]
     assert checkout("figures")[1] == ["python -m recon.paper.runner laptop --from-records"]
     assert checkout("laptop")[1] == ["recon assets", "python -m recon.paper.runner laptop"]
@@ -219,7 +220,7 @@ def test_a_set_up_that_failed_is_done_again(checkout):
 def test_help_sets_nothing_up(checkout, word):
     done, calls = checkout(word)
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("quick", "laptop", "paper", "figures", "test", "lab", ".venv"))
+    assert all(name in done.stdout for name in ("quick", "laptop", "paper", "figures", "site", "test", "lab", ".venv"))
     assert calls == []
     assert sorted(path.name for path in checkout.here.iterdir()) == ["constraints.txt", "pyproject.toml", "run_all.sh"]
 
@@ -227,7 +228,7 @@ def test_help_sets_nothing_up(checkout, word):
 def test_an_unknown_word_is_refused_with_the_known_ones(checkout):
     done, calls = checkout("fast")
     assert done.returncode == 2
-    assert "unknown word fast; known: quick, laptop, paper, figures, test, lint, lab, --help" in done.stderr
+    assert "unknown word fast; known: quick, laptop, paper, figures, site, test, lint, lab, --help" in done.stderr
     assert calls == []
 
 

@@ -73,7 +73,7 @@ def write(
     if claims or first:
         parts += ["", "## The paper's claims on this data", *first]
         parts += ["", claims.strip(), "", "How each was judged: [claims.md](claims.md)."] if claims else []
-    if tables := sorted((folder / "tables").glob("*.md")):
+    if tables := sorted((folder / "tables").glob("*.md"), key=lambda path: (path.stem.startswith("appendix"), path.stem)):
         parts += ["", "## Tables", *(line for path in tables for line in ("", _lowered(path.read_text(encoding="utf-8"))))]
     science = [figure for figure in figures if figure["name"] not in APPENDIX | {FOREST}]
     engineering = [figure for figure in figures if figure["name"] in APPENDIX]

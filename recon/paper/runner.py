@@ -29,7 +29,7 @@ from traitlets.config import Config
 from recon.errors import ReconError
 from recon.experiment import workers
 from recon.experiment.cost import duration
-from recon.paper import claims, gallery
+from recon.paper import claims, executed, gallery
 from recon.paper.console import Console, shown
 from recon.paper.plots import claims as forest
 from recon.paper.profiles import PROFILES, ROOT, MissingRecords, folders
@@ -37,7 +37,6 @@ from recon.runtime import lock, storage
 from recon.runtime.device import limit_compiled_shapes
 
 _DRAWN = re.compile(r'(?:savefig|publish)\(\s*\w+,\s*"([\w.-]+)"')
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -152,6 +151,8 @@ def execute(
                 console.end(f"{outcomes[-1].status}, {duration(outcomes[-1].seconds)}")
                 if outcomes[-1].status == "stopped":
                     break
+        if profile == "laptop":
+            _keep_executed(build / "notebooks", folders(profile, root=root)[0] / "executed", outcomes)
         _write_gallery(profile, outcomes, root)
         _write_index(profile, outcomes, root)
     return outcomes
@@ -186,10 +187,7 @@ def _run(path: Path, parameters: dict, build: Path, stdout: Console) -> Outcome:
 
 def _render(copy: Path) -> str:
     """An executed notebook as one HTML page that loads nothing from elsewhere. The source of cells tagged `hide-input` is left out."""
-    notebook = nbformat.read(copy, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":  # progress bars are live widgets, empty frames on a page
-            cell.outputs = [output for output in cell.outputs if _WIDGET not in output.get("data", {})]
+    notebook = executed.readable(nbformat.read(copy, as_version=4))
     hidden = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}}})
     exporter = HTMLExporter(hidden, embed_images=True, mathjax_url="", require_js_url="", jquery_url="")
     return exporter.from_notebook_node(notebook, {"metadata": {"name": copy.stem}})[0]
@@ -209,6 +207,13 @@ def _title(path: Path) -> str:
         if cell.cell_type == "markdown" and (heading := re.search(r"^#+\s+(.+)$", cell.source, re.MULTILINE)):
             return heading[1].strip()
     return path.stem
+
+
+def _keep_executed(copies: Path, folder: Path, outcomes: list[Outcome]) -> None:
+    """Keeps the notebooks that finished, to be committed beside the figures."""
+    for outcome in outcomes:
+        if outcome.status == "finished":
+            executed.keep(copies / f"{outcome.name}.ipynb", folder / f"{outcome.name}.ipynb")
 
 
 def _write_gallery(profile: str, outcomes: list[Outcome], root: Path) -> None:
