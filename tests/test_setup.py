@@ -100,6 +100,17 @@ def test_conda_installs_what_pip_installs():
     assert set(extras.split(",")) == set(PROJECT["optional-dependencies"])
 
 
+def test_docker_and_binder_draw_the_figures():
+    docker = (ROOT / "Dockerfile").read_text()
+    assert re.search(r'^CMD \["./run_all.sh", "figures"\]$', docker, re.MULTILINE)
+    base = re.search(r"^FROM python:([\d.]+)", docker, re.MULTILINE)[1]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(base)
+    assert ".git" not in (ROOT / ".dockerignore").read_text().split()  # figures name the commit
+    after = subprocess.run(["bash", "-n", str(ROOT / "postBuild")], capture_output=True, text=True)
+    assert after.returncode == 0, after.stderr
+    assert os.access(ROOT / "postBuild", os.X_OK) and (ROOT / "postBuild").read_text().endswith("exec ./run_all.sh figures\n")
+
+
 def run(*words: str, script: Path = ROOT / "run_all.sh", **environment: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "CONDA"))}
     command, environment = ["bash", str(script), *words], kept | environment

@@ -59,7 +59,9 @@ def _scaled(notebook: nbformat.NotebookNode, width: int) -> nbformat.NotebookNod
 def _scaled_picture(encoded: str, width: int) -> str:
     picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
     if picture.width > width:
-        picture = picture.convert("RGB").resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
+        picture = picture.convert("RGB").resize(
+            (width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS
+        )
     packed = io.BytesIO()
     picture.convert("RGB").quantize(128).save(packed, "png", optimize=True)
     return base64.b64encode(packed.getvalue()).decode()

@@ -21,7 +21,12 @@ SETTINGS = {
     "copyright": "",
     "html_title": "recon",
     "html_theme": "sphinx_book_theme",
-    "html_theme_options": {"use_download_button": False, "use_fullscreen_button": False, "show_toc_level": 2, "navbar_persistent": []},
+    "html_theme_options": {
+        "use_download_button": False,
+        "use_fullscreen_button": False,
+        "show_toc_level": 2,
+        "navbar_persistent": [],
+    },
     "html_show_copyright": False,
     "html_show_sphinx": False,
     "html_copy_source": False,
@@ -60,7 +65,7 @@ def stage(root: Path | str, folder: Path) -> list[str]:
     for source in notebooks:
         executed = _executed(root, source.name)
         bare += [] if executed else [source.stem]
-        nbformat.write(readable(nbformat.read(executed or source, as_version=4)), folder / "notebooks" / source.name)
+        nbformat.write(readable(executed or nbformat.read(source, as_version=4)), folder / "notebooks" / source.name)
     guides = [path.stem for path in (folder / "guides").glob("*.md")]
     listed = re.findall(r"\]\(([\w-]+)\.md\)", (folder / "guides" / "README.md").read_text(encoding="utf-8"))  # in their order
     contents = {
@@ -73,10 +78,15 @@ def stage(root: Path | str, folder: Path) -> list[str]:
     return bare
 
 
-def _executed(root: Path, name: str) -> Path | None:
-    """The executed copy of a notebook: of the largest profile that was run here, or else the committed one."""
+def _executed(root: Path, name: str) -> nbformat.NotebookNode | None:
+    """A notebook as it was executed to its end: under the largest profile that was run here, or else the committed copy."""
     places = [root / "build" / profile / "notebooks" for profile in reversed(PROFILES)]
-    return next((folder / name for folder in (*places, root / "figures" / "executed") if (folder / name).is_file()), None)
+    for path in (folder / name for folder in (*places, root / "figures" / "executed")):
+        if path.is_file():
+            notebook = nbformat.read(path, as_version=4)
+            if not any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", [])):
+                return notebook
+    return None
 
 
 def build(root: Path | str = ROOT) -> Path:
@@ -93,7 +103,9 @@ def build(root: Path | str = ROOT) -> Path:
     source, target = root / "build" / "site-source", root / "build" / "site"
     bare = stage(root, source)
     shutil.rmtree(target, ignore_errors=True)
-    app = Sphinx(source, None, target, root / "build" / "site-doctrees", "html", SETTINGS, status=None, warning=sys.stderr, freshenv=True)
+    app = Sphinx(
+        source, None, target, root / "build" / "site-doctrees", "html", SETTINGS, status=None, warning=sys.stderr, freshenv=True
+    )
     app.build()
     if app.statuscode:
         raise ReconError(f"the site could not be built; Sphinx ended with status {app.statuscode}")
