@@ -11,11 +11,12 @@ from recon.paper.profiles import ROOT
 # Notebook -> its figures, in the order in which the page shows them; then those about engineering, for its appendix.
 SCIENCE = {
     "0-quickstart": ("method", "quickstart-perplexity", "quickstart-error"),
-    "1-granularity": ("granularity", "granularity-all", "granularity-memory"),
+    "1-granularity": ("granularity", "granularity-difference", "granularity-all"),
     "2-sample-efficiency": ("sample-efficiency", "sample-efficiency-pareto", "learning-rates"),
     "3-criterion-convergence": ("criteria", "criteria-gap"),
     "4-propagation-and-loss": ("propagation", "propagation-drift"),
     "5-what-reviewers-asked": ("asked", "loss-curves", "costs", "error-accumulation"),
+    "8-explore": ("explore",),
 }
 ENGINEERING = {
     "6-cost": ("cost-phases", "cost-quality", "cost-operations", "cost-growth", "recipes"),
