@@ -44,7 +44,8 @@ def protocol_words(runs: pd.DataFrame, records: Sequence[RunRecord]) -> str:
     """How the runs of `records`, which differ in what a figure compares alone, were made and measured, in sentences."""
     spec = records[0].spec
     cells = runs.assign(cell=[f"{short(model)} {pattern}" for model, pattern in zip(runs["model"], runs["pattern"])])
+    text = f" Of these texts, {short(spec['evaluation_texts'][0])} is drawn." if len(spec["evaluation_texts"]) > 1 else ""
     return (
         f"{sentence(seed_words(cells, 'cell'))}. Calibration: {spec['samples']} x {spec['sequence_length']} tokens of {short(spec['text'])}. "
-        f"Learning rate: {spec['learning_rate']:g} ({spec['rate']}). {evaluation_words(records)}"
+        f"Learning rate: {spec['learning_rate']:g} ({spec['rate']}). {evaluation_words(records)}{text}"
     )

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from recon.experiment.record import RunRecord
-from recon.paper.captions import dense_words, evaluation_words, rate_words, seed_words
+from recon.paper.captions import dense_words, evaluation_words, protocol_words, rate_words, seed_words
 
 
 def test_seeds_in_words():
@@ -25,3 +25,15 @@ def test_what_dense_is_in_words():
     assert dense_words([quantised, quantised, folder, old]) == "Dense weights: a dequantised from X; b bfloat16."
     assert evaluation_words([quantised]) == "Perplexity: on text. Dense weights: a dequantised from X."
     assert dense_words([old]) == "" and evaluation_words([old]) == "Perplexity: on text."
+
+
+def test_the_protocol_of_runs_in_words():
+    def words(texts):
+        spec = {"model": "a", "text": "wikipedia", "samples": 8, "sequence_length": 64, "learning_rate": 0.01, "rate": "relative"}
+        record = RunRecord(spec | {"evaluation_texts": texts}, "key", protocol={"evaluation": "perplexity: on text"})
+        runs = pd.DataFrame({"model": ["a", "a", "b"], "pattern": ["0.5", "0.5", "2:4"], "seed": [0, 1, 0]})
+        return protocol_words(runs, [record])
+
+    said = "Seeds 0, 1 (seed 0 for b 2:4). Calibration: 8 x 64 tokens of wikipedia. Learning rate: 0.01 (relative). Perplexity: on text."
+    assert words(("wikipedia",)) == said
+    assert words(("wikipedia", "news")) == f"{said} Of these texts, wikipedia is drawn."

@@ -120,7 +120,8 @@ def test_sizes_are_equal_better_or_worse_by_the_data(coarse, said):
 
 def test_one_seed_decides_nothing_and_is_hollow():
     plot = drawn(granularity.differences(granularities(count=1)))
-    assert "1 undecided" in plot.finding and "2 undecided" in plot.finding
+    assert "1 undecided (fewer than 3 seeds)" in plot.finding and "2 undecided (fewer than 3 seeds)" in plot.finding
+    assert "fewer" not in drawn(granularity.differences(granularities())).finding
     [mark] = [line for line in plot.figure.axes[0].lines if line.get_marker() == granularity.look("model")["marker"]]
     assert mark.get_markerfacecolor() == "white"
 

@@ -27,7 +27,11 @@ def table(records: Sequence[RunRecord]) -> pd.DataFrame:
         found = [run.record for run in runs]
         row = {"model": model, "pattern": pattern, "granularity": fit, "seeds": len(runs)}
         row |= {f"{state} perplexity": _perplexity(runs, state) for state in ("dense", "pruned")}
-        row |= {"perplexity": _perplexity(runs), "lowest": min(map(_one, runs)), "highest": max(map(_one, runs))}
+        row |= {
+            "perplexity": _perplexity(runs),
+            "lowest perplexity": min(map(_one, runs)),
+            "highest perplexity": max(map(_one, runs)),
+        }
         row["share recovered"] = 1 - np.log(row["perplexity"] / row["dense perplexity"]) / np.log(
             row["pruned perplexity"] / row["dense perplexity"]
         )
@@ -54,7 +58,14 @@ def memory(records: Sequence[RunRecord]) -> Plot | None:
         known = cell[cell["memory added, GiB"] > 0]
         for row in known.to_dict("records"):
             at, shown = row["memory added, GiB"], look(row["granularity"])
-            ax.plot([at, at], [row["lowest"], row["highest"]], color=shown["color"], linestyle="-", marker="", linewidth=1)
+            ax.plot(
+                [at, at],
+                [row["lowest perplexity"], row["highest perplexity"]],
+                color=shown["color"],
+                linestyle="-",
+                marker="",
+                linewidth=1,
+            )
             ax.plot(at, row["perplexity"], **shown | _hollow(row["seeds"]), zorder=3)
         for state in ("dense", "pruned"):
             reference(ax, cell[f"{state} perplexity"].mean(), state)
@@ -180,9 +191,9 @@ def _size_matters(data: pd.DataFrame) -> str:
     larger = data[~data["granularity"].isin(MATRICES) & ~exact]
     said = []
     if len(larger):
-        said.append(f"Larger windows against half-blocks: {paired.count_words(larger['verdict'])}.")
+        said.append(f"Larger windows against half-blocks: {paired.count_words(larger['verdict'], larger['seeds'])}.")
     if len(matrices):
-        said.append(f"Single matrices against half-blocks: {paired.count_words(matrices['verdict'])}.")
+        said.append(f"Single matrices against half-blocks: {paired.count_words(matrices['verdict'], matrices['seeds'])}.")
     return " ".join([*said, f"Equal is within {paired.SHARE} of the damage."])
 
 

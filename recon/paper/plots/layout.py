@@ -67,7 +67,7 @@ def label_beside(ax: Axes, ends: Sequence[tuple[float, float, str, dict]]) -> No
 
 
 def label_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes each label beside its point, where it covers least of other marks and labels; with a line to it where it is far.
+    """Writes each label beside its point, where it covers least of other marks and labels; with a line to it where it is far or aslant.
 
     Limits and scales have to be set before."""
     pixels = ax.figure.dpi / 72
@@ -86,10 +86,10 @@ def label_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
                 new = (middle[0] - width / 2, middle[1] - height / 2, middle[0] + width / 2, middle[1] + height / 2)
                 inside = _shared(new, (ax.bbox.x0, ax.bbox.y0, ax.bbox.x1, ax.bbox.y1))
                 bad = sum(_shared(new, other) for other in taken) + width * height - inside
-                choices.append((20 * bad / height + (far + rank) * pixels, far, middle, new))
-        _, far, middle, new = min(choices)
+                choices.append((20 * bad / height + (far + rank) * pixels, far > 8 or rank > 3, middle, new))
+        _, away, middle, new = min(choices)
         taken.append(new)
-        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4} if far > 8 else None
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4} if away else None
         offset = {"xytext": ((middle[0] - x) / pixels, (middle[1] - y) / pixels), "textcoords": "offset points"}
         ax.annotate(text, points[text], **offset, ha="center", va="center", fontsize=SIZE, arrowprops=line)
 

@@ -53,10 +53,11 @@ def judged(low: float, high: float, seeds: int) -> str:
     return "better" if low > MARGIN else "worse" if high < -MARGIN else "undecided"
 
 
-def count_words(verdicts: Iterable[str]) -> str:
-    """How many verdicts of `judged` are what: "3 equal, 1 worse, 2 undecided"."""
+def count_words(verdicts: Iterable[str], seeds: Iterable[int]) -> str:
+    """How many verdicts of `judged` are what: "3 equal, 1 worse, 2 undecided (fewer than 3 seeds)"."""
     verdicts = list(verdicts)
-    return ", ".join(f"{verdicts.count(name)} {name}" for name in ("equal", "better", "worse", "undecided") if name in verdicts)
+    said = ", ".join(f"{verdicts.count(name)} {name}" for name in ("equal", "better", "worse", "undecided") if name in verdicts)
+    return said + (f" (fewer than {SEEDS} seeds)" if max(seeds, default=0) < SEEDS else "")
 
 
 def number(value: float) -> str:

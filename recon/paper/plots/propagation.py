@@ -72,7 +72,7 @@ def _matters(data: pd.DataFrame, default: tuple[str, str]) -> str:
     ends = [f"{row['propagation']} with {row['loss']} ({paired.number(row['difference'])})" for row in (best, worst)]
     return (
         f"Against {default[0]} propagation with {default[1]} loss, of {len(others)} other combinations: "
-        f"{paired.count_words(others['verdict'])}. Equal is within {paired.SHARE} of the damage. Highest is {ends[0]}, lowest {ends[1]}."
+        f"{paired.count_words(others['verdict'], others['seeds'])}. Equal is within {paired.SHARE} of the damage. Highest is {ends[0]}, lowest {ends[1]}."
     )
 
 
