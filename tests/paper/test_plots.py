@@ -174,6 +174,13 @@ def test_slopes_say_how_far_the_worst_criterion_is_from_the_best():
     assert criteria.gaps(seeds(granularity="half-block"), "sparsegpt") is None
 
 
+def test_panels_of_a_model_stand_together_in_whatever_order_runs_come():
+    left = {"sparsegpt": 0.4, "wanda": 0.42, "magnitude": 0.7}
+    cells = [("small", "0.5"), ("large", "0.5"), ("small", "2:4"), ("large", "2:4")]
+    plot = drawn(criteria.slopes([r for model, pattern in cells for r in by_criterion(left, model=model, pattern=pattern)]))
+    assert [ax.get_title() for ax in plot.figure.axes] == ["small, 50 %", "small, 2:4", "large, 50 %", "large, 2:4"]
+
+
 def combinations(worst=0.2):
     records = seeds(0.0, granularity="none", noise=0)
     for name in ("dense", "mixed"):

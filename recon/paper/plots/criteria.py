@@ -27,6 +27,7 @@ def slopes(records: Sequence[RunRecord]) -> Plot | None:
     if data.empty:
         return None
     steps = sorted(data["granularity"].unique(), key=lambda step: step != PRUNED)
+    data = _by_model(data)
     cells = list(data.groupby(["model", "pattern"], sort=False))
     fig, axes = panels(len(cells), (1.9, 2.5), columns=min(3, data["pattern"].nunique()), wspace=0.7, sharey=True)
     right = len(steps) - 0.92  # labels stand beyond it
@@ -63,6 +64,12 @@ def slopes(records: Sequence[RunRecord]) -> Plot | None:
     return Plot(fig, data, _closer(data, steps), drawn)
 
 
+def _by_model(data: pd.DataFrame) -> pd.DataFrame:
+    """Rows with those of a model together, and of its patterns; models and patterns in the order in which they first come."""
+    ranks = [data[name].map({value: rank for rank, value in enumerate(data[name].unique())}) for name in ("model", "pattern")]
+    return data.iloc[np.lexsort(ranks[::-1])].reset_index(drop=True)
+
+
 def _closer(data: pd.DataFrame, steps: Sequence[str]) -> str:
     """The perplexity of the worst criterion over that of the best, before and after."""
     by_step = data.groupby(["model", "pattern", "granularity"])["perplexity"].agg(["max", "min", "size"])
@@ -93,7 +100,7 @@ def gaps(records: Sequence[RunRecord], to: str) -> Plot | None:
     data = pd.DataFrame(rows)
     if data.empty:
         return None
-    data = data.rename(columns={"difference": "gap"})
+    data = _by_model(data.rename(columns={"difference": "gap"}))
     places = list(dict.fromkeys(zip(data["model"], data["pattern"])))
     criteria = list(data.groupby("criterion", sort=False))
     fig, axes = panels(len(criteria), (2.7, 0.5 + 0.32 * len(places)), wspace=0.1, sharey=True)
