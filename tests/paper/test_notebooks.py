@@ -19,11 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {
     "samples": 6,
+    "epochs": 1,
     "sequence_length": 32,
     "held_out_samples": 2,
     "evaluation_samples": 2,
     "evaluation_length": 64,
 }
+FEW_STEPS = {"chunks": 1, "retrain_epochs": 1}
 SMALL_BENCH = {"samples": 8, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "repeats": 1}
 PROMISED = {  # parameters, figures, number of run records
     "0-quickstart": (SMALL | {"new_tokens": 4}, ["quickstart-perplexity", "quickstart-error", "method"], 2),
@@ -110,7 +112,7 @@ def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path,
             record.metrics["perplexity"] = 30.0 + number
             write_record(record, tmp_path / "out/records" / f"{record.key}.json")
     elif "samples" not in own or name.startswith("6"):
-        parameters["common"] = SMALL | places | {"evaluation_texts": [tiny_text], "prune_samples": 6}
+        parameters["common"] = SMALL | FEW_STEPS | places | {"evaluation_texts": [tiny_text], "prune_samples": 6}
     parameters |= {"models": [tiny_folder]} if name.startswith("3") else {}
     parameters |= {"texts": [tiny_text, f"{tiny_folder}/other.txt"]} if "texts" in own else {}
     executed = execute(name, tmp_path, parameters)
