@@ -6,7 +6,7 @@ import pytest
 from recon.errors import ReconError
 from recon.experiment.config import RunSpec
 from recon.experiment.study import recipe_name
-from recon.paper import recipes
+from recon.paper import recipes, runner
 
 BASE = RunSpec.of(samples=32, prune_samples=32)
 NAMES = [
@@ -66,3 +66,13 @@ def test_the_rate_is_chosen_for_each_count_on_held_out_text():
     found = recipes.searched(runs)
     assert recipes.chosen(found) == {("full", 2): 0.03, ("full", 8): 0.01, ("reconstruction", 2): 0.1}
     assert len(found) == 5 and recipes.chosen(recipes.searched(runs[runs["status"] == "failed"])) == {}
+
+
+@pytest.mark.parametrize("profile", runner.PROFILES)
+def test_profiles_search_every_recipe_alike(profile):
+    parameters = runner.profile_parameters(profile)
+    of_recipes, of_adapters = parameters["2-sample-efficiency"], parameters["5-what-reviewers-asked"].get("adapter_rates", {})
+    recipes.check_alike(of_adapters, of_adapters)
+    if rates := of_recipes.get("rates"):
+        searched = ["reconstruction", *of_recipes["methods"], *of_recipes["more_methods"]]
+        recipes.check_alike([*searched, *(f"{name}, distilled" for name in of_recipes["distilled"])], rates)
