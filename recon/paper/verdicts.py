@@ -51,8 +51,8 @@ class Verdict:
 
 
 def effect_words(verdict: Verdict) -> str:
-    """The effect with its interval and unit; empty where there is none."""
-    if math.isnan(verdict.low):
+    """The effect with its interval and unit; empty where there is none, and where it could not be tested."""
+    if math.isnan(verdict.low) or verdict.verdict == UNTESTABLE:
         return ""
     form = "{:.3g}" if verdict.unit.startswith("times") else "{:+.3f}"
     effect, low, high = (form.format(value).replace("inf", "∞") for value in (verdict.effect, verdict.low, verdict.high))
