@@ -223,9 +223,10 @@ def _write_gallery(profile: str, outcomes: list[Outcome], root: Path) -> None:
     judged, missing = "", {}
     finished = {outcome.name for outcome in outcomes if outcome.status == "finished"}
     if record_folder.is_dir():
-        verdicts = claims.judge(claims.read_records(record_folder))
+        records = claims.read_records(record_folder)
+        verdicts = claims.judge(records)
         judged = claims.to_summary(verdicts)
-        forest.save(verdicts, figure_folder)
+        forest.save(verdicts, figure_folder, records)
         claims.write(record_folder, figure_folder / "claims.md", root / "README.md" if profile == "laptop" else None)
     for path in find_notebooks(root=root):
         code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
@@ -292,7 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else one that is started on this machine")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names of notebooks (default: all)")
     given = parser.parse_intermixed_args(arguments)
-    limit_compiled_shapes()  # in the kernels, which inherit it
+    # What kernels inherit: this checkout comes before an installed one.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    limit_compiled_shapes()
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or torch's profiler writes when it starts and stops
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it logs what the summary says
     try:

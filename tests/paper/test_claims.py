@@ -150,7 +150,8 @@ def test_judgement_is_quick_and_the_same_every_time():
 
 
 def test_the_forest_has_a_row_per_central_claim_and_model(tmp_path):
-    verdicts = judge(everything() + seeds(pattern="2:4"))
+    records = everything() + seeds(pattern="2:4")
+    verdicts = judge(records)
     fig, drawn, finding = forest(verdicts)
     plt.close(fig)
     assert set(CENTRAL) <= {claim.id for claim in claims.CLAIMS}
@@ -160,7 +161,7 @@ def test_the_forest_has_a_row_per_central_claim_and_model(tmp_path):
         assert (row.effect, row.verdict) == (shown[row.claim, row.model].effect, shown[row.claim, row.model].verdict)
     assert finding.startswith(f"Of {len(drawn)} central comparisons, {(drawn['verdict'] == HOLDS).sum()} are as the paper claims")
     assert forest(judge([])) is None
-    save(verdicts, tmp_path)
+    save(verdicts, tmp_path, records)
     assert (tmp_path / "claims.png").is_file()
 
 

@@ -1,6 +1,6 @@
 """The forest of claims: a row per claim and model, with its interval, against what it has to exceed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from recon.experiment.record import RunRecord
 from recon.paper.comparisons import CLOSE, MARGIN, SEEDS
 from recon.paper.figures import log_scale, savefig, style
 from recon.paper.runs import short
@@ -77,7 +78,7 @@ def forest(verdicts: Sequence[Verdict]) -> tuple[Figure, pd.DataFrame, str] | No
     )  # fmt: skip
     counts = {state: sum(v.verdict == state for v in shown) for state in (HOLDS, FAILS, UNSURE)}
     finding = f"Of {len(shown)} central comparisons, {counts[HOLDS]} are as the paper claims, {counts[FAILS]} are not"
-    finding += f", {counts[UNSURE]} are open" if counts[UNSURE] else ""
+    finding += f", {counts[UNSURE]} are open." if counts[UNSURE] else "."
     return fig, drawn, finding
 
 
@@ -115,8 +116,8 @@ def _draw(ax, name: str, verdicts: Sequence[Verdict]) -> None:
         log_scale(ax, "x")
 
 
-def save(verdicts: Sequence[Verdict], folder: Path | str) -> None:
-    """Saves the forest as the figure `claims` in `folder`, where there is anything to draw."""
+def save(verdicts: Sequence[Verdict], folder: Path | str, records: Iterable[RunRecord]) -> None:
+    """Saves the forest as the figure `claims` in `folder`, where there is anything to draw; records: what `verdicts` are of."""
     style()
     if not (made := forest(verdicts)):
         return
@@ -127,6 +128,7 @@ def save(verdicts: Sequence[Verdict], folder: Path | str) -> None:
         f"windows (95 %; equivalences 90 %). {HOLDS}: circle; {FAILS}: cross; {UNSURE}: diamond; hollow: fewer than {SEEDS} seeds. All claims "
         "and protocols: claims.md."
     )
-    what = "A row per claim and model, with the effect, its interval, and what it has to exceed"
-    savefig(fig, "claims", folder, drawn, [{"key": key} for key in sorted(keys)], caption, finding, what)
+    what = "A row per claim and model, with the effect, its interval, and what it has to exceed."
+    behind = [record.to_dict() for record in records if record.key in keys]
+    savefig(fig, "claims", folder, drawn, behind, caption, finding, what)
     plt.close(fig)
