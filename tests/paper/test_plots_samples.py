@@ -91,6 +91,14 @@ def test_the_finding_counts_on_each_measure_and_says_where_seeds_are_few(records
     )
 
 
+def test_training_that_did_harm_is_said(records):
+    assert "Worse than" not in samples.budget(samples.table(records)).finding
+    harmed = samples.table([*records, run("full", 128, 0, -0.5, 0.9, 384, 1.5)])
+    said = "Worse than the pruned model before any training: 1 of 10 by perplexity, wikipedia"
+    assert said in samples.budget(harmed).finding
+    assert said in samples.efficiency(harmed, samples.differences(records), 256).finding
+
+
 def test_only_sizes_that_were_run_are_on_the_axis(records):
     plot = samples.efficiency(samples.table(records), samples.differences(records), 256)
     assert list(plot.figure.axes[0].get_xticks()) == [2, 8, 32]

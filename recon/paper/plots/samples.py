@@ -126,7 +126,10 @@ def efficiency(data: pd.DataFrame, paired: pd.DataFrame, length: int) -> Plot:
         _names(axes[0, column], data, measure, everything=measure == panels[-1])
     drawn = pd.concat([data.drop(columns="key").assign(panel="quality"), paired.assign(panel="difference")])
     return Plot(
-        fig, drawn, _said(paired), "Above, quality against samples, below, paired differences; a column for each measure."
+        fig,
+        drawn,
+        _said(paired) + _worse_than_pruned(data),
+        "Above, quality against samples, below, paired differences; a column for each measure.",
     )
 
 
@@ -168,7 +171,8 @@ def _names(ax: Axes, data: pd.DataFrame, measure: str, everything: bool) -> None
 
 def _differences(ax: Axes, paired: pd.DataFrame) -> None:
     ax.axhline(0, color=look(MAIN[0])["color"], linewidth=1.2)
-    for shift, (method, group) in zip((0.94, 1.06), paired.groupby("method", sort=False)):
+    methods = list(paired.groupby("method", sort=False))
+    for shift, (method, group) in zip((0.96, 1.04) if len(methods) > 1 else (1,), methods):
         style = look(method)
         for row in group.itertuples():
             ax.errorbar(
@@ -188,6 +192,15 @@ def _said(paired: pd.DataFrame) -> str:
     most = int(paired["seeds"].max())
     few = "" if most >= SEEDS else f" With {most} seed{'s' * (most > 1)}, training noise is unknown."
     return f"Reconstruction against retraining at equal samples. By {'; '.join(parts)} comparisons.{few}"
+
+
+def _worse_than_pruned(data: pd.DataFrame) -> str:
+    """What training did harm, measure by measure; empty where nothing did."""
+    means = data[data["method"].isin(MAIN)].groupby(["method", "samples"])[measures(data)].mean()
+    pruned = data.loc[data["method"] == "pruned", measures(data)].mean()
+    counts = {measure: int((means[measure] > pruned[measure]).sum()) for measure in measures(data)}
+    said = ", ".join(f"{count} of {len(means)} by {measure}" for measure, count in counts.items() if count)
+    return f" Worse than the pruned model before any training: {said}." if said else ""
 
 
 def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
@@ -221,6 +234,10 @@ def budget(data: pd.DataFrame) -> Plot:
                         label=method)  # fmt: skip
             for count, x, y in zip(best["samples"], best[cost], best[quality]):
                 ax.annotate(f"{count}", (x, y), (-4, -4), textcoords="offset points", fontsize=7, ha="right", va="top")
+            ax.axhline(
+                data.loc[data["method"] == "pruned", quality].mean(),
+                **look("pruned") | {"marker": "", "linewidth": 1, "label": "pruned"},
+            )
             ax.margins(0.1)
     for ax, quality in zip(axes[:, 0], shown):
         ax.set_ylabel(quality)
@@ -235,7 +252,10 @@ def budget(data: pd.DataFrame) -> Plot:
     fig.tight_layout()
     fig.legend(handles, names, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     return Plot(
-        fig, means, _on_front(on_front), "Marks for methods and numbers of samples; a staircase joins what nothing beats."
+        fig,
+        means,
+        _on_front(on_front) + _worse_than_pruned(data),
+        "Marks for methods and numbers of samples; a staircase joins what nothing beats.",
     )
 
 
