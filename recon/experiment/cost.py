@@ -25,7 +25,7 @@ from recon.runtime.device import HOST, pick_compute_dtype, resident
 
 log = logging.getLogger("recon")
 EFFICIENCY = 0.6  # of a bare matrix product's speed that a whole pass reaches, measured on CPUs
-STEP = 1.5e-3  # seconds of a training step for each matrix, beside products and updates: what Python and autograd take, measured on CPUs
+STEP = 0.5e-3  # seconds of a training step for each matrix, beside products and updates: what Python and autograd take, measured on CPUs
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.1) -> float:
