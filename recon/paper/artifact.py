@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from recon.experiment.cost import duration
 from recon.experiment.record import RunRecord
 from recon.paper.runs import short
-from recon.paper.verdicts import MARKS, Verdict
+from recon.paper.verdicts import MARKS, UNTESTABLE, Verdict
 
 # Group of claims -> the notebook whose runs judge it.
 NOTEBOOKS = {group: "1-granularity" for group in "1234"} | {
@@ -87,7 +87,9 @@ def to_artifact(verdicts: Sequence[Verdict], records: Iterable[RunRecord]) -> st
 
 
 def _expected(verdict: Verdict) -> tuple[str, str]:
-    """The effect with its unit, and the interval."""
+    """The effect with its unit, and the interval; nothing where it could not be tested."""
+    if verdict.verdict == UNTESTABLE:
+        return "", ""
     form = "{:.3g}" if verdict.unit.startswith("times") else "{:+.3f}"
     effect, low, high = (
         "?" if math.isnan(x) else form.format(x).replace("inf", "∞") for x in (verdict.effect, verdict.low, verdict.high)
