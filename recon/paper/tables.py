@@ -95,6 +95,7 @@ class _Cells:
             self.add(state, column, side, state, measure)
 
     def table(self, name: str, title: str, what: str) -> Table | None:
+        """The cells as a table whose caption begins with `what`; None without any."""
         if not self.rows:
             return None
         models = ", ".join(dict.fromkeys(short(run.model) for run in self.runs))

@@ -4,24 +4,16 @@ import matplotlib
 
 matplotlib.use("agg")
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from fixtures import made_up
 
 from recon.experiment import study
-from recon.paper import figures
 from recon.paper.plots import asked
 
+pytestmark = pytest.mark.usefixtures("style")
+
 ORDER = ["none", "matrix", "half-block", "block"]
-
-
-@pytest.fixture(autouse=True)
-def style():
-    with matplotlib.rc_context():
-        figures.style()
-        yield
-    plt.close("all")
 
 
 def fitted(granularity, ratio, drift, seed=0):

@@ -10,9 +10,11 @@ import pytest
 from fixtures import made_up
 from matplotlib.text import Text
 
-from recon.paper import figures, recipes
+from recon.paper import recipes
 from recon.paper.plots import samples
 from recon.paper.plots.layout import label_beside
+
+pytestmark = pytest.mark.usefixtures("style")
 
 BASE = recipes.RunSpec.of(samples=32, prune_samples=32, sequence_length=256, evaluation_texts=("wikipedia", "news"))
 
@@ -46,14 +48,6 @@ def records():
             ]
     found += [run("lora", 8, 0, 0.25, 0.7, 24, 0.8), run("dense, masklora", 8, 0, 1.1, 0.2, 24, 0.9)]
     return found
-
-
-@pytest.fixture(autouse=True)
-def style():
-    with matplotlib.rc_context():
-        figures.style()
-        yield
-    plt.close("all")
 
 
 def test_the_table_has_a_row_per_run_with_samples_of_the_last_training(records):

@@ -9,6 +9,7 @@ from recon.experiment import study
 from recon.experiment.record import RunRecord
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, styles
 from recon.paper.runs import Run, protocol_words, short
+from recon.paper.tables import FITS
 
 MEASURES = {"perplexity": "perplexity", "KL to dense": "kl", "share of the damage recovered": "share_recovered"}
 OPTIONS = {
@@ -103,19 +104,7 @@ def show(runs: pd.DataFrame, **chosen: str) -> None:
 
 def _order(values: pd.Series) -> list[str]:
     """Windows by size, everything else in the order in which it comes."""
-    sizes = [
-        "none",
-        "matrix",
-        "matrix exact",
-        "half-block",
-        "half-block from exact",
-        "block",
-        "2-blocks",
-        "4-blocks",
-        "8-blocks",
-        "quarter",
-        "model",
-    ]
+    sizes = ["none", *FITS]
     return [*(size for size in sizes if size in set(values)), *(value for value in dict.fromkeys(values) if value not in sizes)]
 
 

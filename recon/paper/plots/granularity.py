@@ -180,7 +180,7 @@ def _cost(cell: pd.DataFrame) -> str:
     times = large["memory added, GiB"] / half["memory added, GiB"]
     change = large["perplexity"] / half["perplexity"] - 1
     said = f"{abs(change):.1%}".replace("%", " %") + (" higher" if change > 0 else " lower")
-    size = {"model": "the whole model", "quarter": "a quarter of the model"}.get(coarse[-1], coarse[-1])
+    size = {"block": "a block", "model": "the whole model", "quarter": "a quarter of the model"}.get(coarse[-1], coarse[-1])
     return f"reconstructing {size} at once takes {times:.1f} times the memory of half-blocks, for a perplexity {said}"
 
 
