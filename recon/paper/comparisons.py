@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recon.paper.runs import Run, pick, short
+from recon.paper.runs import Run, Seed, pick, short
 
 # Two sides are equal within this share of the damage log(pruned / dense). For the scale: granularities in the paper are about 0.1 apart
 # at a perplexity of 7.8 (LLaMA-3-8B at 50 %, dense 5.8, by a summary of it; pruned by Wanda 9.06, by the README of D2Prune).
@@ -47,16 +47,16 @@ class Evidence:
         return min(part.shape[1] for part in self.parts)
 
 
-def _stack(sides: Sequence[tuple[dict[int, Run], str]], seeds: Sequence[int], measure: str = "own") -> np.ndarray:
+def _stack(sides: Sequence[tuple[dict[Seed, Run], str]], seeds: Sequence[Seed], measure: str = "own") -> np.ndarray:
     """What is measured, (sides, seeds, windows), of each side's runs in the state named; see `recon.paper.runs.MEASURES`."""
     return np.array([[runs[seed].measures[measure][state] for seed in seeds] for runs, state in sides])
 
 
-def _used(sides: Iterable[dict[int, Run]], seeds: Sequence[int]) -> list[Run]:
+def _used(sides: Iterable[dict[Seed, Run]], seeds: Sequence[Seed]) -> list[Run]:
     return list({run.key: run for side in sides for run in (side[seed] for seed in seeds)}.values())
 
 
-def _common(*sides: dict[int, Run]) -> list[int]:
+def _common(*sides: dict[Seed, Run]) -> list[Seed]:
     return sorted(set.intersection(*map(set, sides)))
 
 
@@ -69,7 +69,9 @@ def better(runs: list[Run], claim) -> Evidence | None:
     return _difference(mine, theirs, seeds, claim, state)
 
 
-def _difference(mine: dict[int, Run], theirs: dict[int, Run], seeds: list[int], claim, state="reconstructed", **more) -> Evidence:
+def _difference(
+    mine: dict[Seed, Run], theirs: dict[Seed, Run], seeds: list[Seed], claim, state="reconstructed", **more
+) -> Evidence:
     values = _stack([(mine, "reconstructed"), (theirs, state)], seeds, claim.measure)
     return Evidence(_used([mine, theirs], seeds), [values], lambda means: means[1] - means[0], **more)
 
@@ -99,7 +101,7 @@ def samples(runs: list[Run], claim) -> Evidence | None:
     return _difference(mine, theirs, seeds, claim, note=note)
 
 
-def _best_supported(points: dict[tuple[int, int], dict[int, Run]], trained: int) -> dict[int, Run]:
+def _best_supported(points: dict[tuple[int, int], dict[Seed, Run]], trained: int) -> dict[Seed, Run]:
     """Of the points trained on so many samples, the one with the most seeds, then with the most samples to prune by."""
     fitting = {key: found for key, found in points.items() if key[1] == trained}
     return fitting[max(fitting, key=lambda key: (len(fitting[key]), key[0]))] if fitting else {}
@@ -120,7 +122,7 @@ def equal(runs: list[Run], claim) -> Evidence | None:
     return Evidence(_used([mine, theirs], seeds), [_stack(sides, seeds, claim.measure)], share, "of the damage")
 
 
-def points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], dict[int, Run]]:
+def points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], dict[Seed, Run]]:
     """The runs of one method whose cost is known, by samples (for pruning and reconstruction, for the last training) and seed."""
     groups: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
@@ -130,7 +132,7 @@ def points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], d
     return {count: found for count, found in picked.items() if found}
 
 
-def _curve(runs: list[Run], options: dict, cost: str) -> list[dict[int, Run]]:
+def _curve(runs: list[Run], options: dict, cost: str) -> list[dict[Seed, Run]]:
     """One point per number of samples trained on."""
     found = points(runs, options, cost)
     return [_best_supported(found, trained) for trained in dict.fromkeys(trained for _, trained in found)]
@@ -148,7 +150,7 @@ def ratio(runs: list[Run], claim) -> Evidence | None:
         return None
     seeds, mine, theirs = found
 
-    def log_cost(point: dict[int, Run]) -> float:
+    def log_cost(point: dict[Seed, Run]) -> float:
         return np.mean([math.log2(point[seed].cost(cost)) for seed in seeds])
 
     theirs = sorted(theirs, key=log_cost)
@@ -171,7 +173,7 @@ def ratio(runs: list[Run], claim) -> Evidence | None:
     return Evidence(_used([*mine, *theirs], seeds), [values], statistic, f"times the {COSTS[cost]}", note)
 
 
-def _at_common_seeds(mine: list[dict[int, Run]], theirs: list[dict[int, Run]]) -> tuple[list[int], list, list] | None:
+def _at_common_seeds(mine: list[dict[Seed, Run]], theirs: list[dict[Seed, Run]]) -> tuple[list[Seed], list, list] | None:
     """Seeds, and the points of both curves that have them all; None where there are none.
 
     Of several sets of seeds: one with at least SEEDS, then the one with the most points, so that a point that lacks seeds is left out
@@ -181,7 +183,7 @@ def _at_common_seeds(mine: list[dict[int, Run]], theirs: list[dict[int, Run]]) -
         return None
     choices = {frozenset(a) & frozenset(b) for a in mine for b in theirs} | {frozenset(_common(*mine, *theirs))}
 
-    def having(points: list[dict[int, Run]], seeds: frozenset) -> list[dict[int, Run]]:
+    def having(points: list[dict[Seed, Run]], seeds: frozenset) -> list[dict[Seed, Run]]:
         return [point for point in points if seeds <= set(point)]
 
     def rank(seeds: frozenset) -> tuple:
@@ -244,7 +246,7 @@ def combined(runs: list[Run], claim) -> Evidence | None:
     return _difference(mine, theirs, seeds, claim, note=lambda _: note, favours_other=not fair)
 
 
-def _by_criterion(runs: list[Run], options: dict) -> dict[str, dict[int, Run]]:
+def _by_criterion(runs: list[Run], options: dict) -> dict[str, dict[Seed, Run]]:
     found = {name: pick(runs, options | {"criterion": name}) for name in options["criterion"]}
     return {name: side for name, side in found.items() if side}
 

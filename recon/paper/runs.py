@@ -40,13 +40,20 @@ def _idle(name: str, spec: dict) -> bool:
     )
 
 
+Seed = tuple[
+    int, str
+]  # and the precision of products, which machines differ in: runs of one seed are pairs only where it is the same
+
+
 class Run:
     """A finished record. Raises `ReconError` for one that has nothing to judge by."""
 
     def __init__(self, record: RunRecord):
         spec = DEFAULTS | record.spec
         spec = {name: DEFAULTS[name] if _idle(name, spec) else spec[name] for name in DEFAULTS}
-        self.record, self.seed, self.key, self.pattern = record, spec["seed"], record.key, spec["pattern"]
+        dtype = record.environment.get("compute_dtype", "")
+        self.record, self.key, self.pattern = record, record.key, spec["pattern"]
+        self.seed: Seed = (spec["seed"], dtype)
         self.model = spec["model"] + (f"@{spec['revision']}" if spec["revision"] else "")
         self.samples = spec["samples"]
         self.trained_samples = (spec["retrain_samples"] if spec["retrain"] != "none" else 0) or spec["samples"]
@@ -60,12 +67,11 @@ class Run:
             self.measures["other"] = self._read_nll(spec["evaluation_texts"][1])
         if kl := record.metrics["by_text"][self.evaluated].get("kl_per_window"):
             self.measures["kl"] = {"dense": np.zeros(len(kl["pruned"]))} | {state: np.array(kl[state], float) for state in kl}
-        dtype = record.environment.get("compute_dtype", "")
         tokens = record.protocol.get("token_hashes", {}).get(f"evaluation {self.evaluated}", "")
         self.windows = (tokens, self.nll["dense"].size)
         self.protocol = (
             spec["text"], spec["sequence_length"], spec["prune_samples"] or spec["samples"], spec["statistics"], self.evaluated,
-            spec["evaluation_samples"], spec["evaluation_length"], spec["evaluation_protocol"], dtype,
+            spec["evaluation_samples"], spec["evaluation_length"], spec["evaluation_protocol"],
         )  # fmt: skip
 
     def _read_nll(self, text: str) -> dict[str, np.ndarray]:
@@ -87,7 +93,7 @@ class Run:
         return sum(self.record.flops.get(phase) or 0.0 for phase in ("reconstruct", "retrain")) or math.nan
 
 
-def pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[int, Run]:
+def pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[Seed, Run]:
     """By seed, the runs whose setting differs from the defaults by `options` alone, all of one tuning.
 
     Options that are tuning hold for it. Of several tunings the one nearest the defaults, so that no side of a comparison is tuned more than the other. `tuned`: every side
@@ -96,7 +102,7 @@ def pick(runs: Iterable[Run], options: dict, tuned: bool = False) -> dict[int, R
     """
     wanted = {name: {**DEFAULTS, **options}[name] for name in _SETTING}
     pinned = {(name, value) for name, value in options.items() if name in _TUNING}
-    choices: dict[tuple, dict[int, Run]] = {}
+    choices: dict[tuple, dict[Seed, Run]] = {}
     for run in runs:
         if run.setting == wanted and pinned <= set(run.tuning):
             choices.setdefault(run.tuning, {}).setdefault(run.seed, run)
@@ -151,12 +157,15 @@ def check_windows(runs: list[Run]) -> None:
 
 def protocol_words(runs: list[Run]) -> str:
     """What the runs that were compared read and were evaluated on, in words."""
-    text, length, pruned_on, statistics, evaluated, windows, evaluation_length, cut, dtype = runs[0].protocol
+    text, length, pruned_on, statistics, evaluated, windows, evaluation_length, cut = runs[0].protocol
+    dtypes = " or ".join(sorted({dtype for _, dtype in (run.seed for run in runs)} - {""}))
     counts = sorted({count for run in runs for count in (run.samples, run.trained_samples)})
     samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
         f"{samples} x {length} tokens of {short(text)}, pruned on {pruned_on} ({statistics} statistics); perplexity on {windows} x {evaluation_length} tokens of "
-        f"{short(evaluated)}" + f" ({cut})" * (cut != DEFAULTS["evaluation_protocol"]) + (f", {dtype} products" if dtype else "")
+        f"{short(evaluated)}"
+        + f" ({cut})" * (cut != DEFAULTS["evaluation_protocol"])
+        + (f", {dtypes} products" if dtypes else "")
     )
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from recon.experiment.record import RunRecord
 from recon.paper.comparisons import points
-from recon.paper.runs import DEFAULTS, MEASURES, Run, pick, protocol, protocol_words, short
+from recon.paper.runs import DEFAULTS, MEASURES, Run, Seed, pick, protocol, protocol_words, short
 from recon.paper.verdicts import markdown_table
 
 HALF, WHOLE = {"granularity": "half-block"}, {"chunks": 1}
@@ -80,7 +80,7 @@ class _Cells:
     def __init__(self):
         self.rows, self.runs = [], []
 
-    def add(self, row: str, column: str, side: dict[int, Run], state: str = "reconstructed", measure: str = "own") -> None:
+    def add(self, row: str, column: str, side: dict[Seed, Run], state: str = "reconstructed", measure: str = "own") -> None:
         runs = [run for run in side.values() if measure in run.measures]
         if not runs:
             return
@@ -90,7 +90,7 @@ class _Cells:
         self.rows.append({"row": row, "column": column, "mean": values.mean(), "std": spread, "seeds": len(values)})
         self.runs += runs
 
-    def levels(self, column: str, side: dict[int, Run], measure: str = "own") -> None:
+    def levels(self, column: str, side: dict[Seed, Run], measure: str = "own") -> None:
         for state in ("dense", "pruned"):
             self.add(state, column, side, state, measure)
 

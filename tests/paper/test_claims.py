@@ -117,6 +117,16 @@ def test_the_protocol_with_most_records_is_taken_and_printed():
     assert sorted(found.records) == sorted(r.key for r in large) and found.protocol in claims.to_markdown([found])
 
 
+def test_runs_in_different_precisions_are_no_pairs():
+    matrices, others = seeds(0.2, granularity="matrix"), [record(0.2, seed=seed, granularity="matrix") for seed in (3, 4, 5)]
+    other_machine = [record(0.4, seed=seed) for seed in range(5)]
+    for run in (*other_machine[2:], *others):
+        run.environment["compute_dtype"] = "float32"
+    found = verdict_on("3", other_machine + matrices + others)
+    # Seeds 0 and 1 of the one machine, 3 and 4 of the other; at seed 2, both sides are of different ones.
+    assert found.seeds == 4 and "bfloat16 or float32 products" in found.protocol
+
+
 def test_failed_runs_are_left_out_and_diverged_ones_prove_nothing():
     records = seeds() + seeds(0.2, granularity="matrix")
     records.append(RunRecord(records[-1].spec | {"seed": 9}, "f" * 16, "failed", "no"))

@@ -14,7 +14,7 @@ from recon.experiment.record import RunRecord
 from recon.paper.comparisons import SEEDS
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number
 from recon.paper.plots.layout import label_beside
-from recon.paper.runs import Run
+from recon.paper.runs import Run, Seed
 from recon.paper.statistics import interval
 
 MAIN = ("reconstruction", "masklora", "full")
@@ -63,7 +63,7 @@ def differences(records: Sequence[RunRecord]) -> pd.DataFrame:
 
     A row for each method, number of samples and measure: difference, low, high (95 %), seeds. Above 0, reconstruction is better.
     """
-    runs: dict[tuple[str, int], dict[int, Run]] = {}
+    runs: dict[tuple[str, int], dict[Seed, Run]] = {}
     for record in records:
         if (method := study.recipe_name(record.spec)) in MAIN:
             run = Run(record)
