@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fixtures.models import make_model
 
+from recon.model.discovery import take_apart
 from recon.paper.plots import quickstart
 
 pytestmark = pytest.mark.usefixtures("style")
@@ -24,6 +26,11 @@ def test_the_finding_says_what_is_recovered(share, said):
     plot = quickstart.perplexity(metrics)
     assert said in plot.finding and "from 20.0 to 45.0, reconstruction to 30.0" in plot.finding
     assert list(plot.data["perplexity"]) == [20.0, 45.0, 30.0]
+
+
+@pytest.mark.parametrize("family, fits", [("llama", True), ("mixtral", False)])
+def test_experts_do_not_fit_on_a_page(family, fits):
+    assert quickstart.fits_on_a_page(take_apart(make_model(family))) == fits
 
 
 def test_windows_that_got_no_better_are_not_counted():

@@ -10,10 +10,18 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
+from recon.model.decoder import Decoder
+from recon.model.structure import Halves
 from recon.paper.figures import Plot, look, lower_is_better, number
 from recon.paper.plots.layout import label_beside
 
 STATES = ("dense", "pruned", "reconstructed")
+
+
+def fits_on_a_page(model: Decoder) -> bool:
+    """Whether one window of `model` can be reconstructed by hand: its first block has two halves, and no experts."""
+    matrices = model.matrices(model.windows("block")[0])
+    return isinstance(model.halves[0], Halves) and all(matrix.expert is None for matrix in matrices.values())
 
 
 def perplexity(metrics: Mapping) -> Plot:
