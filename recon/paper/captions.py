@@ -35,17 +35,32 @@ def dense_words(records: Iterable[RunRecord]) -> str:
     return f"Dense weights: {words}." if words else ""
 
 
-def evaluation_words(records: Sequence[RunRecord]) -> str:
-    """How the perplexities of `records` were measured, and what the dense models are, in sentences."""
-    return f"{sentence(records[0].protocol['evaluation'])}. {dense_words(records)}".strip()
+def evaluation_words(records: Sequence[RunRecord], dense: bool = True) -> str:
+    """How the perplexities of `records` were measured, and (`dense`) what the dense models are, in sentences."""
+    return f"{sentence(records[0].protocol['evaluation'])}. {dense_words(records) if dense else ''}".strip()
 
 
 def protocol_words(runs: pd.DataFrame, records: Sequence[RunRecord]) -> str:
-    """How the runs of `records`, which differ in what a figure compares alone, were made and measured, in sentences."""
-    spec = records[0].spec
-    cells = runs.assign(cell=[f"{short(model)} {pattern}" for model, pattern in zip(runs["model"], runs["pattern"])])
-    text = f" Of these texts, {short(spec['evaluation_texts'][0])} is drawn." if len(spec["evaluation_texts"]) > 1 else ""
-    return (
-        f"{sentence(seed_words(cells, 'cell'))}. Calibration: {spec['samples']} x {spec['sequence_length']} tokens of {short(spec['text'])}. "
-        f"Learning rate: {spec['learning_rate']:g} ({spec['rate']}). {evaluation_words(records)}{text}"
-    )
+    """How the runs of `records`, which differ in what a figure compares alone, were made and measured, in sentences.
+
+    Where further models or patterns had another protocol, each protocol is said, with its cells first.
+    """
+    cells = runs.assign(cell=[_cell(model, pattern) for model, pattern in zip(runs["model"], runs["pattern"])])
+    found: dict[str, dict[str, None]] = {}  # the protocol in words -> the names of its cells, in order
+    for record in records:
+        spec = record.spec
+        text = f" Of these texts, {short(spec['evaluation_texts'][0])} is drawn." if len(spec["evaluation_texts"]) > 1 else ""
+        said = (
+            f"Calibration: {spec['samples']} x {spec['sequence_length']} tokens of {short(spec['text'])}. "
+            f"Learning rate: {spec['learning_rate']:g} ({spec['rate']}). {evaluation_words([record], dense=False)}{text}"
+        )
+        found.setdefault(said, {})[_cell(spec["model"], spec["pattern"])] = None
+    if len(found) > 1:
+        words = " ".join(f"{', '.join(names)}: {said[0].lower()}{said[1:]}" for said, names in found.items())
+    else:
+        [words] = found
+    return f"{sentence(seed_words(cells, 'cell'))}. {words} {dense_words(records)}".strip()
+
+
+def _cell(model: str, pattern: str) -> str:
+    return f"{short(model)} {pattern}"

@@ -28,12 +28,16 @@ def test_what_dense_is_in_words():
 
 
 def test_the_protocol_of_runs_in_words():
-    def words(texts):
-        spec = {"model": "a", "text": "wikipedia", "samples": 8, "sequence_length": 64, "learning_rate": 0.01, "rate": "relative"}
-        record = RunRecord(spec | {"evaluation_texts": texts}, "key", protocol={"evaluation": "perplexity: on text"})
-        runs = pd.DataFrame({"model": ["a", "a", "b"], "pattern": ["0.5", "0.5", "2:4"], "seed": [0, 1, 0]})
-        return protocol_words(runs, [record])
+    def record(model="a", texts=("wikipedia",), samples=8, pattern="0.5"):
+        spec = {"text": "wikipedia", "samples": samples, "sequence_length": 64, "learning_rate": 0.01, "rate": "relative"}
+        spec |= {"model": model, "pattern": pattern, "evaluation_texts": texts}
+        return RunRecord(spec, "key", protocol={"evaluation": "perplexity: on text"})
 
-    said = "Seeds 0, 1 (seed 0 for b 2:4). Calibration: 8 x 64 tokens of wikipedia. Learning rate: 0.01 (relative). Perplexity: on text."
-    assert words(("wikipedia",)) == said
-    assert words(("wikipedia", "news")) == f"{said} Of these texts, wikipedia is drawn."
+    runs = pd.DataFrame({"model": ["a", "a", "b"], "pattern": ["0.5", "0.5", "2:4"], "seed": [0, 1, 0]})
+    seeds = "Seeds 0, 1 (seed 0 for b 2:4)."
+    said = "Calibration: 8 x 64 tokens of wikipedia. Learning rate: 0.01 (relative). Perplexity: on text."
+    assert protocol_words(runs, [record(), record("b")]) == f"{seeds} {said}"
+    assert protocol_words(runs, [record(texts=("wikipedia", "news"))]) == f"{seeds} {said} Of these texts, wikipedia is drawn."
+    two = protocol_words(runs, [record(), record(), record("b", samples=4, pattern="2:4")])
+    other = said.replace("8 x", "4 x").replace("Cal", "cal")
+    assert two == f"{seeds} a 0.5: {said.replace('Cal', 'cal')} b 2:4: {other}"
