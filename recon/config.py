@@ -173,7 +173,9 @@ class ReconstructionConfig(Options):
         choices=LOSSES,
     )
     learning_rate: float = option(
-        0.01, "Peak learning rate of AdamW; for a window of n half-blocks it is divided by n^0.75.", above=0
+        0.01,
+        "Peak learning rate of AdamW; for a window of n half-blocks it is divided by n^0.75, for single matrices by 10.",
+        above=0,
     )
     rate: str = option(
         "relative",
