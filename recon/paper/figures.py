@@ -128,6 +128,8 @@ def _registry() -> dict[str, dict]:
     found |= group([blue, orange, green, purple], "os^D", ["-", "--", "-.", ":"], ["whitened", "mse", "cosine", "relative"])
     found |= group([blue, orange], "os", ["-", "--"], ["smollm2-135m", "gemma3-270m"])
     found |= group(["0.3", "0.3", blue], "Dxo", [":", "--", "-"], ["dense", "pruned", "reconstructed"])
+    found |= group([orange, blue], "Xo", ["--", "-"], ["reference", "ours"])  # loops of the benchmark
+    found |= group([blue, green, purple], "ov^", ["-", "--", "-."], ["default", "fast", "best"])
     return found
 
 
@@ -135,7 +137,7 @@ _LOOK = _registry()
 
 
 def look(name: str) -> dict:
-    """Colour, marker and line style of a granularity, criterion, method, loss, model or state, the same in every figure.
+    """Colour, marker and line style of a granularity, criterion, method, loss, model, state, loop or preset, the same in every figure.
 
     Granularities are a ramp from small (dark) to large (light); of methods, the three main ones are coloured and all else is grey. Of
     propagations the name is "dense propagation" and so on: "dense" is the dense model. A name that is not known, such as that of
