@@ -24,6 +24,7 @@ from recon.paper.bench.measure import bench
 from recon.paper.bench.report import TABLES, summary, tables, workers
 from recon.paper.bench.spec import DEFAULT, SECTIONS, BenchSpec
 from recon.paper.bench.subject import Subject, shortened
+from recon.paper.plots import cost
 from recon.runtime.execution import Execution
 
 
@@ -151,11 +152,15 @@ def test_the_reference_prunes_as_ours_does_on_the_sparse_model(tiny, tokens, mon
         assert torch.equal(theirs.matrices()[name].weight != 0, found[name])
 
 
-def test_phases_are_drawn(results):
-    fig, drawn = report.phases_figure(results["sections"]["phases"]["results"])
-    labels = [text.get_text() for text in fig.axes[0].texts]
-    assert len(drawn) == 8 and labels.count("") == 8 - 3  # the reference has three phases
-    assert f"{drawn['ours / floor'][0]:.1f}" in labels
+def test_what_sections_give_can_be_drawn(results, style):
+    for section, draw in {
+        "phases": cost.phases,
+        "profile": cost.operations,
+        "growth": cost.growth,
+        "quality": cost.quality,
+    }.items():
+        plot = draw(results["sections"][section]["results"])
+        assert len(plot.data) and "nan" not in plot.finding
 
 
 def test_the_reference_loop_reconstructs_like_ours(tiny, tokens):

@@ -49,26 +49,6 @@ def phases(section: dict) -> pd.DataFrame:
     return table.rename(columns={name: f"{name}, s" for name in ("reference", "ours", "floor")})
 
 
-def phases_figure(section: dict):
-    """Bars of every phase's time as a multiple of its floor, the reference's beside ours; (figure, what is drawn)."""
-    import matplotlib.pyplot as plt  # slow to import, and the command line prints tables alone
-
-    table = phases(section)[["reference / floor", "ours / floor"]]
-    fig, ax = plt.subplots(figsize=(6.4, 0.55 * len(table) + 0.8))
-    for index, column in enumerate(table):
-        places = [place + 0.4 * (index - 0.5) for place in range(len(table))]
-        bars = ax.barh(places, table[column], 0.38, color=f"C{1 - index}", hatch=("//", "")[index], label=column.split()[0])
-        ax.bar_label(bars, [f"{value:.1f}" if value == value else "" for value in table[column]], padding=3, fontsize=7)
-    ax.set_yticks(range(len(table)), table.index)
-    ax.invert_yaxis()
-    ax.axvline(1, color="0.4", linewidth=0.8, linestyle=":")
-    ax.margins(x=0.08)
-    ax.grid(visible=False, axis="y")
-    ax.set_xlabel("seconds / what its products take at this machine's full speed")
-    ax.legend(fontsize=7, loc="lower right")
-    return fig, table.reset_index(names="phase")
-
-
 def profile(section: dict) -> pd.DataFrame:
     """Seconds by kind of operation and loop."""
     return pd.DataFrame({name: part["kinds"] for name, part in section.items()})
