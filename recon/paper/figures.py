@@ -77,13 +77,6 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
-def label_values(ax: Axes, places: Iterable[float], values: Iterable[float], side: str = "right") -> None:
-    """Writes each value beside its point, to the "left" or "right" of it: two series at the same places want different sides."""
-    shift, align = {"left": (-6, "right"), "right": (6, "left")}[side]
-    for place, value in zip(places, values, strict=True):
-        ax.annotate(number(value), (place, value), (shift, 0), textcoords="offset points", fontsize=7, va="center", ha=align)
-
-
 def log_scale(ax: Axes, axis: str = "y") -> None:
     """Makes `axis` ("x" or "y") logarithmic, with plain numbers at a few round places; call it once all is drawn."""
     if axis not in ("x", "y"):
