@@ -67,12 +67,18 @@ def label_beside(ax: Axes, ends: Sequence[tuple[float, float, str, dict]]) -> No
 
 
 def label_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes each label beside its point, where it covers least of other marks and labels; with a line to it where it is far or aslant.
+    """Writes each label beside its point, where it covers least of marks, upright and level lines, and other labels; with a line to it
+    where it is far or aslant.
 
     Limits and scales have to be set before."""
     pixels = ax.figure.dpi / 72
     places = {text: ax.transData.transform(point) for text, point in points.items()}
     taken = [(x - 5 * pixels, y - 5 * pixels, x + 5 * pixels, y + 5 * pixels) for x, y in places.values()]
+    for line in ax.lines:
+        ends = line.get_transform().transform(line.get_xydata())
+        (left, bottom), (right, top) = ends.min(0), ends.max(0)
+        if min(right - left, top - bottom) < 1:
+            taken.append((left - 2 * pixels, bottom - 2 * pixels, right + 2 * pixels, top + 2 * pixels))
     # What is preferred comes first: above, below, right, left, then aslant.
     sides = [(0, 1), (0, -1), (1, 0), (-1, 0), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8)]
     for text, (x, y) in sorted(places.items(), key=lambda item: tuple(item[1])):
