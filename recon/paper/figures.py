@@ -228,6 +228,8 @@ def publish(plot: Plot | None, name: str, folder: Path | str, records: Sequence[
 def title(fig: Figure, finding: str) -> None:
     """Writes `finding` above all that is drawn, in lines as wide as that."""
     fig.suptitle("")
+    fig.draw_without_rendering()  # puts everything in its place, where it stays
+    fig.set_layout_engine("none")
     box, (width, height) = fig.get_tightbbox(fig.canvas.get_renderer()), fig.get_size_inches()
     lines = textwrap.wrap(finding, max(30, int(11.5 * box.width)))  # characters of this size to an inch
     place = {"x": box.x0 / width, "y": (box.y1 + 0.1) / height, "ha": "left", "va": "bottom"}

@@ -214,6 +214,17 @@ def test_a_long_finding_is_no_wider_than_the_figure_and_above_the_axes(fig, tmp_
     assert "\n" in fig.get_suptitle()
 
 
+def test_the_title_is_above_axes_that_are_laid_out_when_they_are_drawn():
+    fig, axes = plt.subplots(3, 1, figsize=(4, 3), layout="constrained")
+    for ax in axes:
+        ax.set_yticks([0, 1], ["a label that is wider than the axes were", "another"])
+    figures.title(fig, "A finding")
+    fig.draw_without_rendering()
+    lowest = fig._suptitle.get_window_extent().y0
+    assert all(ax.get_tightbbox().y1 < lowest for ax in axes)
+    plt.close(fig)
+
+
 def test_reference_lines_name_their_level(fig):
     ax = fig.axes[0]
     figures.reference(ax, 31.234, "pruned")

@@ -229,6 +229,18 @@ def test_labels_of_points_cover_neither_points_nor_one_another():
     plt.close(fig)
 
 
+def test_labels_of_points_keep_off_lines_across():
+    fig, ax = plt.subplots(figsize=(3, 3))
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    across = ax.axhline(0.58, marker="")
+    layout.label_points(ax, {"a point": (0.5, 0.5)})  # above it would be first, and on the line
+    fig.canvas.draw()
+    box = Text.get_window_extent(ax.texts[0])
+    line = across.get_transform().transform(across.get_xydata())[0, 1]
+    assert not box.y0 <= line <= box.y1
+    plt.close(fig)
+
+
 def test_a_missing_plot_is_said_and_nothing_is_written(tmp_path, capsys):
     figures.publish(None, "granularity", tmp_path, [], "")
     assert "no runs to draw it from" in capsys.readouterr().out and not list(tmp_path.iterdir())
