@@ -82,7 +82,7 @@ def test_committed_numbers_by_other_code():
         cells = {row["row"]: row for row in csv.DictReader(file) if row["column"] == "smollm2-135m, 0.5"}
     statistic = {record["spec"]["statistics"] for record in records}
     checked = 0
-    for granularity in ("matrix", "half-block", "block"):
+    for granularity in ("half-block", "block", "8-blocks"):
         choices = []
         for kind in statistic:
             wanted = plain | {"granularity": granularity, "statistics": kind}
