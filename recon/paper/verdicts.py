@@ -135,7 +135,7 @@ def _row(mine: list[Verdict]) -> tuple:
     )
 
 
-def count_words(verdicts: Iterable[Verdict]) -> str:
+def count_words(verdicts: Sequence[Verdict]) -> str:
     """How many verdicts are decided, and how many of those chance alone may have decided."""
     judged = [verdict for verdict in verdicts if verdict.records]
     counts = {state: sum(v.verdict == state for v in judged) for state in MARKS}
@@ -145,6 +145,8 @@ def count_words(verdicts: Iterable[Verdict]) -> str:
     said = f"{decided} of {decided + open_} comparisons are decided ({decided / (decided + open_):.0%}): {counts[HOLDS]} hold, {counts[FAILS]} do not."
     if counts[UNTESTABLE]:
         said += f" {counts[UNTESTABLE]} cannot be tested with these models."
+    if without := sum(not verdict.records for verdict in verdicts):
+        said += f" {without} more have no records yet."
     return (
         f"{said} Each is judged on its own at 5 %: of as many comparisons without any effect, about {0.05 * decided:.0f} would look decided "
         "by chance. Trust what several patterns and models agree on."

@@ -254,7 +254,9 @@ def test_verdicts_are_counted():
     counts = {state: sum(v.verdict == state for v in judged) for state in (HOLDS, FAILS, UNSURE, UNTESTABLE)}
     decided = counts[HOLDS] + counts[FAILS]
     assert all(counts.values())
-    assert f"{decided} of {decided + counts[UNSURE]} comparisons are decided" in claims.to_markdown(verdicts)
+    page = claims.to_markdown(verdicts)
+    assert f"{decided} of {decided + counts[UNSURE]} comparisons are decided" in page
+    assert f" {len(verdicts) - len(judged)} more have no records yet." in page
 
 
 def test_no_path_of_this_machine_is_on_the_page(tmp_path):
