@@ -169,7 +169,7 @@ def test_the_forest_has_a_row_per_central_claim_and_model(tmp_path):
     assert {tuple(row) for row in drawn[["claim", "model"]].to_numpy()} == set(shown) and set(drawn["pattern"]) == {"0.5"}
     for row in drawn.itertuples():
         assert (row.effect, row.verdict) == (shown[row.claim, row.model].effect, shown[row.claim, row.model].verdict)
-    assert finding.startswith(f"Of {len(drawn)} central comparisons, {(drawn['verdict'] == HOLDS).sum()} are as the paper claims")
+    assert finding.startswith(f"Of {len(drawn)} central comparisons, as the paper claims: {(drawn['verdict'] == HOLDS).sum()}")
     assert forest(judge([])) is None
     save(verdicts, tmp_path, records)
     assert (tmp_path / "claims.png").is_file()

@@ -77,8 +77,8 @@ def forest(verdicts: Sequence[Verdict]) -> tuple[Figure, pd.DataFrame, str] | No
         for v in shown
     )  # fmt: skip
     counts = {state: sum(v.verdict == state for v in shown) for state in (HOLDS, FAILS, UNSURE)}
-    finding = f"Of {len(shown)} central comparisons, {counts[HOLDS]} are as the paper claims, {counts[FAILS]} are not"
-    finding += f", {counts[UNSURE]} are open." if counts[UNSURE] else "."
+    finding = f"Of {len(shown)} central comparisons, as the paper claims: {counts[HOLDS]}; not so: {counts[FAILS]}"
+    finding += f"; open: {counts[UNSURE]}." if counts[UNSURE] else "."
     return fig, drawn, finding
 
 
