@@ -2,6 +2,8 @@
 # From a fresh checkout to every table and figure; see usage below. Works from any folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+# Set-up leaves compiling what is installed to its first use; without that, every notebook and test process would compile it anew.
+unset PYTHONDONTWRITEBYTECODE
 
 usage() {
     cat <<'TEXT'
