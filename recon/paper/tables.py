@@ -98,8 +98,15 @@ class _Cells:
         """The cells as a table whose caption begins with `what`; None without any."""
         if not self.rows:
             return None
-        models = ", ".join(dict.fromkeys(short(run.model) for run in self.runs))
-        caption = f"{what}; mean ± standard deviation (seeds), lower is better, the best of each column in bold. {models}; {protocol_words(self.runs)}."
+        groups: dict[tuple, list[Run]] = {}
+        for run in self.runs:
+            groups.setdefault(run.protocol, []).append(run)
+        said = [f"{', '.join(dict.fromkeys(map(_cell, group)))}: {protocol_words(group)}" for group in groups.values()]
+        if len(said) == 1:
+            said = [f"{', '.join(dict.fromkeys(short(run.model) for run in self.runs))}; {protocol_words(self.runs)}"]
+        caption = (
+            f"{what}; mean ± standard deviation (seeds), lower is better, the best of each column in bold. {'. '.join(said)}."
+        )
         values = pd.DataFrame(self.rows)
         order = list(dict.fromkeys(["dense", "pruned", *values["row"]]))
         columns = list(dict.fromkeys(values["column"]))
@@ -114,15 +121,28 @@ def make(records: Iterable[RunRecord]) -> list[Table]:
     return [table for table in found if table]
 
 
-def _studies(runs: Iterable[Run], kind: str, **fixed: str) -> dict[tuple[str, str], list[Run]]:
-    """By model and pattern, the runs of the protocol with the most of them."""
+def _studies(
+    runs: Iterable[Run], kind: str, sides: Callable[[list[Run]], dict], **fixed: str
+) -> dict[tuple[str, str], list[Run]]:
+    """By model and pattern, the runs of the protocol that fills most of the table, and of several, that with the most runs.
+
+    sides: gives what the rows of the table are made of, from runs of one protocol; what is not there is empty.
+    """
+
+    def size(group: list[Run]) -> tuple:
+        return sum(map(bool, sides(group).values())), len(group), group[0].key
+
     groups: dict[tuple[str, str], dict[tuple, list[Run]]] = {}
     for run in runs:
         if all(getattr(run, name) == value for name, value in fixed.items()):
             groups.setdefault((run.model, run.pattern), {}).setdefault(protocol(run, kind), []).append(run)
-    largest = {scope: max(found.values(), key=lambda group: (len(group), group[0].key)) for scope, found in groups.items()}
+    largest = {scope: max(found.values(), key=size) for scope, found in groups.items()}
     order = sorted(largest, key=lambda scope: (scope[0] != DEFAULTS["model"], scope[0], _place(scope[1])))
     return {scope: largest[scope] for scope in order}
+
+
+def _cell(run: Run) -> str:
+    return f"{short(run.model)} {run.pattern}"
 
 
 def _place(pattern: str) -> tuple:
@@ -130,8 +150,11 @@ def _place(pattern: str) -> tuple:
 
 
 def _table_1(runs: list[Run]) -> Table | None:
+    def sides(group: list[Run]) -> dict:
+        return {(name, key): side for name, options in METHODS.items() for key, side in points(group, options, "samples").items()}
+
     cells = _Cells()
-    for group in _studies(runs, "ratio", model=DEFAULTS["model"], pattern=DEFAULTS["pattern"]).values():
+    for group in _studies(runs, "ratio", sides, model=DEFAULTS["model"], pattern=DEFAULTS["pattern"]).values():
         by_method = {name: points(group, options, "samples") for name, options in METHODS.items()}
         counts = sorted({trained for found in by_method.values() for _, trained in found})
         for measure, words in MEASURES.items():
@@ -145,21 +168,26 @@ def _table_1(runs: list[Run]) -> Table | None:
 
 
 def _table_3(runs: list[Run]) -> Table | None:
+    def sides(group: list[Run]) -> dict:
+        return {name: pick(group, options | WHOLE) for name, options in FITS.items()}
+
     cells = _Cells()
-    for (model, pattern), group in _studies([run for run in runs if dict(run.tuning)["chunks"] == 1], "equal").items():
-        column, sides = f"{short(model)}, {pattern}", {name: pick(group, options | WHOLE) for name, options in FITS.items()}
-        cells.levels(column, next((side for side in sides.values() if side), {}))
-        for name, side in sides.items():
+    for (model, pattern), group in _studies([run for run in runs if dict(run.tuning)["chunks"] == 1], "equal", sides).items():
+        column, found = f"{short(model)}, {pattern}", sides(group)
+        cells.levels(column, next((side for side in found.values() if side), {}))
+        for name, side in found.items():
             cells.add(name, column, side)
     return cells.table("table-3", "Table 3: the size of the window", f"Perplexity, {DEFAULTS['criterion']}")
 
 
 def _table_4(runs: list[Run]) -> Table | None:
+    def sides(group: list[Run]) -> dict:
+        return {criterion: pick(group, HALF | {"criterion": criterion}) for criterion in ("magnitude", "wanda", "sparsegpt")}
+
     cells = _Cells()
-    for (model, pattern), group in _studies(runs, "gap").items():
+    for (model, pattern), group in _studies(runs, "gap", sides).items():
         column = f"{short(model)}, {pattern}"
-        for criterion in ("magnitude", "wanda", "sparsegpt"):
-            side = pick(group, HALF | {"criterion": criterion})
+        for criterion, side in sides(group).items():
             if criterion == DEFAULTS["criterion"]:
                 cells.add("dense", column, side, "dense")
             cells.add(f"{criterion}, pruned", column, side, "pruned")
@@ -168,17 +196,20 @@ def _table_4(runs: list[Run]) -> Table | None:
 
 
 def _appendix_b(runs: list[Run]) -> Table | None:
+    def sides(group: list[Run]) -> dict:
+        return {
+            f"{propagation}, {loss}": pick(group, HALF | {"propagation": propagation, "loss": loss})
+            for propagation in ("dense", "sparse", "mixed")
+            for loss in ("mse", "cosine", "whitened")
+        }
+
     cells = _Cells()
-    for (model, pattern), group in _studies(runs, "equal", pattern=DEFAULTS["pattern"]).items():
+    for (model, pattern), group in _studies(runs, "equal", sides, pattern=DEFAULTS["pattern"]).items():
         for measure, words in MEASURES.items():
-            column, first = f"{short(model)}, {pattern}, {words}", True
-            for propagation in ("dense", "sparse", "mixed"):
-                for loss in ("mse", "cosine", "whitened"):
-                    side = pick(group, HALF | {"propagation": propagation, "loss": loss})
-                    if side and first:
-                        cells.levels(column, side, measure)
-                        first = False
-                    cells.add(f"{propagation}, {loss}", column, side, measure=measure)
+            column, found = f"{short(model)}, {pattern}, {words}", sides(group)
+            cells.levels(column, next((side for side in found.values() if side), {}), measure)
+            for name, side in found.items():
+                cells.add(name, column, side, measure=measure)
     return cells.table("appendix-b", "Appendix B: propagation and loss", f"Half-blocks, {DEFAULTS['criterion']}")
 
 

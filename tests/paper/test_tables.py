@@ -98,3 +98,11 @@ def test_committed_numbers_by_other_code():
         )
         checked += 1
     assert checked == 3
+
+
+def test_a_table_is_of_the_protocol_that_fills_most_of_it():
+    one = seeds(0.4, 5, samples=64)  # more runs, but of one criterion
+    all_three = [record for name in ("magnitude", "wanda", "sparsegpt") for record in seeds(0.3, 1, samples=32, criterion=name)]
+    [table] = [table for table in tables.make(one + all_three) if table.name == "table-4"]
+    assert {"magnitude, reconstructed", "sparsegpt, reconstructed"} <= set(table.values["row"])
+    assert "32 x 512 tokens" in table.caption and "64 x" not in table.caption
