@@ -167,7 +167,7 @@ def to_summary(verdicts: Sequence[Verdict]) -> str:
             (
                 mine[0].title,
                 said,
-                f"{judged[0].statement}: {effect_words(judged[0])} ({_where(judged[0])}, {judged[0].seeds} seeds)",
+                f"{judged[0].statement}: {effect_words(judged[0])} ({_where(judged[0])}, {judged[0].seeds} seed{'s' * (judged[0].seeds != 1)})",
             )
         )
     lines = markdown_table(("the paper's claim", "verdicts", "for example"), rows) if rows else []
