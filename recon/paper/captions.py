@@ -35,9 +35,9 @@ def dense_words(records: Iterable[RunRecord]) -> str:
     return f"Dense weights: {words}." if words else ""
 
 
-def evaluation_words(records: Sequence[RunRecord], dense: bool = True) -> str:
-    """How the perplexities of `records` were measured, and (`dense`) what the dense models are, in sentences."""
-    return f"{sentence(records[0].protocol['evaluation'])}. {dense_words(records) if dense else ''}".strip()
+def evaluation_words(records: Sequence[RunRecord]) -> str:
+    """How the perplexities of `records` were measured, and what the dense models are, in sentences."""
+    return f"{sentence(records[0].protocol['evaluation'])}. {dense_words(records)}".strip()
 
 
 def protocol_words(runs: pd.DataFrame, records: Sequence[RunRecord]) -> str:
@@ -52,7 +52,7 @@ def protocol_words(runs: pd.DataFrame, records: Sequence[RunRecord]) -> str:
         text = f" Of these texts, {short(spec['evaluation_texts'][0])} is drawn." if len(spec["evaluation_texts"]) > 1 else ""
         said = (
             f"Calibration: {spec['samples']} x {spec['sequence_length']} tokens of {short(spec['text'])}. "
-            f"Learning rate: {spec['learning_rate']:g} ({spec['rate']}). {evaluation_words([record], dense=False)}{text}"
+            f"Learning rate: {spec['learning_rate']:g} ({spec['rate']}). {sentence(record.protocol['evaluation'])}.{text}"
         )
         found.setdefault(said, {})[_cell(spec["model"], spec["pattern"])] = None
     if len(found) > 1:

@@ -40,9 +40,8 @@ def _idle(name: str, spec: dict) -> bool:
     )
 
 
-Seed = tuple[
-    int, str
-]  # and the precision of products, which machines differ in: runs of one seed are pairs only where it is the same
+# A seed, and the precision of products, which machines differ in: runs of one seed are pairs only where it is the same.
+Seed = tuple[int, str]
 
 
 class Run:

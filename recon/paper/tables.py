@@ -101,12 +101,11 @@ class _Cells:
         groups: dict[tuple, list[Run]] = {}
         for run in self.runs:
             groups.setdefault(run.protocol, []).append(run)
-        said = [f"{', '.join(dict.fromkeys(map(_cell, group)))}: {protocol_words(group)}" for group in groups.values()]
-        if len(said) == 1:
-            said = [f"{', '.join(dict.fromkeys(short(run.model) for run in self.runs))}; {protocol_words(self.runs)}"]
-        caption = (
-            f"{what}; mean ± standard deviation (seeds), lower is better, the best of each column in bold. {'. '.join(said)}."
-        )
+        cells = {
+            key: ", ".join(dict.fromkeys(f"{short(run.model)} {run.pattern}" for run in group)) for key, group in groups.items()
+        }
+        said = ". ".join(f"{cells[key]}: {protocol_words(group)}" for key, group in groups.items())
+        caption = f"{what}; mean ± standard deviation (seeds), lower is better, the best of each column in bold. {said}."
         values = pd.DataFrame(self.rows)
         order = list(dict.fromkeys(["dense", "pruned", *values["row"]]))
         columns = list(dict.fromkeys(values["column"]))
@@ -121,28 +120,21 @@ def make(records: Iterable[RunRecord]) -> list[Table]:
     return [table for table in found if table]
 
 
-def _studies(
-    runs: Iterable[Run], kind: str, sides: Callable[[list[Run]], dict], **fixed: str
-) -> dict[tuple[str, str], list[Run]]:
-    """By model and pattern, the runs of the protocol that fills most of the table, and of several, that with the most runs.
+def _studies(runs: Iterable[Run], kind: str, sides: Callable[[list[Run]], dict], **fixed: str) -> dict[tuple[str, str], dict]:
+    """By model and pattern, what `sides` gives of the protocol that fills most of the table, and of several, of that with the most runs.
 
     sides: gives what the rows of the table are made of, from runs of one protocol; what is not there is empty.
     """
-
-    def size(group: list[Run]) -> tuple:
-        return sum(map(bool, sides(group).values())), len(group), group[0].key
-
     groups: dict[tuple[str, str], dict[tuple, list[Run]]] = {}
     for run in runs:
         if all(getattr(run, name) == value for name, value in fixed.items()):
             groups.setdefault((run.model, run.pattern), {}).setdefault(protocol(run, kind), []).append(run)
-    largest = {scope: max(found.values(), key=size) for scope, found in groups.items()}
+    largest = {}
+    for scope, found in groups.items():
+        choices = [((len(group), group[0].key), sides(group)) for group in found.values()]
+        largest[scope] = max(choices, key=lambda choice: (sum(map(bool, choice[1].values())), choice[0]))[1]
     order = sorted(largest, key=lambda scope: (scope[0] != DEFAULTS["model"], scope[0], _place(scope[1])))
     return {scope: largest[scope] for scope in order}
-
-
-def _cell(run: Run) -> str:
-    return f"{short(run.model)} {run.pattern}"
 
 
 def _place(pattern: str) -> tuple:
@@ -154,16 +146,13 @@ def _table_1(runs: list[Run]) -> Table | None:
         return {(name, key): side for name, options in METHODS.items() for key, side in points(group, options, "samples").items()}
 
     cells = _Cells()
-    for group in _studies(runs, "ratio", sides, model=DEFAULTS["model"], pattern=DEFAULTS["pattern"]).values():
-        by_method = {name: points(group, options, "samples") for name, options in METHODS.items()}
-        counts = sorted({trained for found in by_method.values() for _, trained in found})
+    for found in _studies(runs, "ratio", sides, model=DEFAULTS["model"], pattern=DEFAULTS["pattern"]).values():
         for measure, words in MEASURES.items():
-            for count in counts:
-                column = f"{count} samples, {words}"
-                for name, found in by_method.items():
-                    sides = [side for (_, trained), side in found.items() if trained == count]
-                    if sides:
-                        cells.add(name, column, max(sides, key=len), measure=measure)
+            for count in sorted({trained for _, (_, trained) in found}):
+                for method in METHODS:
+                    fitting = [side for (name, (_, trained)), side in found.items() if (name, trained) == (method, count)]
+                    if fitting:
+                        cells.add(method, f"{count} samples, {words}", max(fitting, key=len), measure=measure)
     return cells.table("table-1", "Table 1: reconstruction beside retraining", f"{DEFAULTS['criterion']} {DEFAULTS['pattern']}")
 
 
@@ -172,8 +161,8 @@ def _table_3(runs: list[Run]) -> Table | None:
         return {name: pick(group, options | WHOLE) for name, options in FITS.items()}
 
     cells = _Cells()
-    for (model, pattern), group in _studies([run for run in runs if dict(run.tuning)["chunks"] == 1], "equal", sides).items():
-        column, found = f"{short(model)}, {pattern}", sides(group)
+    for (model, pattern), found in _studies([run for run in runs if dict(run.tuning)["chunks"] == 1], "equal", sides).items():
+        column = f"{short(model)}, {pattern}"
         cells.levels(column, next((side for side in found.values() if side), {}))
         for name, side in found.items():
             cells.add(name, column, side)
@@ -185,9 +174,9 @@ def _table_4(runs: list[Run]) -> Table | None:
         return {criterion: pick(group, HALF | {"criterion": criterion}) for criterion in ("magnitude", "wanda", "sparsegpt")}
 
     cells = _Cells()
-    for (model, pattern), group in _studies(runs, "gap", sides).items():
+    for (model, pattern), found in _studies(runs, "gap", sides).items():
         column = f"{short(model)}, {pattern}"
-        for criterion, side in sides(group).items():
+        for criterion, side in found.items():
             if criterion == DEFAULTS["criterion"]:
                 cells.add("dense", column, side, "dense")
             cells.add(f"{criterion}, pruned", column, side, "pruned")
@@ -204,9 +193,9 @@ def _appendix_b(runs: list[Run]) -> Table | None:
         }
 
     cells = _Cells()
-    for (model, pattern), group in _studies(runs, "equal", sides, pattern=DEFAULTS["pattern"]).items():
+    for (model, pattern), found in _studies(runs, "equal", sides, pattern=DEFAULTS["pattern"]).items():
         for measure, words in MEASURES.items():
-            column, found = f"{short(model)}, {pattern}, {words}", sides(group)
+            column = f"{short(model)}, {pattern}, {words}"
             cells.levels(column, next((side for side in found.values() if side), {}), measure)
             for name, side in found.items():
                 cells.add(name, column, side, measure=measure)

@@ -36,7 +36,10 @@ def table(records: Sequence[RunRecord]) -> pd.DataFrame:
             row["pruned perplexity"] / row["dense perplexity"]
         )
         # The least: what a process runs first adds buffers that later runs find there.
-        row["memory added, GiB"] = min(r.added_memory_bytes_by_phase.get("reconstruct", math.nan) / 2**30 for r in found)
+        added = [
+            r.added_memory_bytes_by_phase["reconstruct"] / 2**30 for r in found if "reconstruct" in r.added_memory_bytes_by_phase
+        ]
+        row["memory added, GiB"] = min(added, default=math.nan)
         row["seconds"] = _mean(r.seconds.get("reconstruct", math.nan) for r in found)
         row["zero-shot accuracy"] = _mean(r.metrics.get("accuracy", math.nan) for r in found)
         rows.append(row)
