@@ -110,6 +110,7 @@ def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Pat
     parts = [_known(each, ASSETS, "asset") for each in sources]
 
     def make_from_parts(folder: Path) -> None:
+        """Joins the assets' files, fetched where they are not there, and has `make` fill `folder` from them."""
         with tempfile.NamedTemporaryFile(dir=folder.parent, prefix=f"{folder.name}.", suffix=PART) as joined:
             for path in map(fetch, sources):
                 with open(path, "rb") as part:

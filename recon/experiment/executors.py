@@ -106,6 +106,7 @@ def taker(left: dict[str, RunSpec]) -> Callable[[str | None], tuple[str, RunSpec
     specs, begun = dict(left), set()
 
     def take(last: str | None) -> tuple[str, RunSpec] | None:
+        """The next run for a worker whose last one had the key `last`; None once all are taken."""
         if not left:
             return None
         sizes = Counter(spec.pruned_by for spec in left.values())

@@ -249,6 +249,7 @@ class _Run:
         self.record.windows = [asdict(each) for each in reports]
 
     def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> None:
+        """Retrains the student's surviving weights in place, and notes in the record how; see `recon.methods.retrain`."""
         spec, record = self.spec, self.record
         text, tokens = next(iter(self.texts.evaluation.items()))
         execution = self.execution()
