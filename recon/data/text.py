@@ -6,18 +6,25 @@ and tokenised at once, and every sample begins as the tokenizer begins a text.
 
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from itertools import groupby, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from recon.config import PROTOCOLS
 from recon.data import assets, wikitext
+from recon.data.cache import cached
 from recon.errors import ReconError
+from recon.runtime.storage import write_safetensors
 
+log = logging.getLogger("recon")
 SPLITS = ("calibration", "validation", "evaluation")
 TEXTS = {
     "wikipedia": "about 90 English Wikipedia articles of 2016 as plain prose (bundled in the gensim wheel)",
@@ -184,9 +191,29 @@ def _tokens(name: str, split: str, tokenizer, special: bool) -> torch.LongTensor
             raise ReconError(
                 f"the {split} split of text {name!r} is empty: it has too few documents, which are dealt by position"
             )
-        # verbose=False: no warning about a text that is longer than the model's context, which is intended here.
-        kept[key] = tokenizer(text, add_special_tokens=special, return_tensors="pt", verbose=False).input_ids[0]
+
+        def tokenise() -> Tensor:
+            # verbose=False: no warning about a text that is longer than the model's context, which is intended here.
+            return tokenizer(text, add_special_tokens=special, return_tensors="pt", verbose=False).input_ids[0]
+
+        kept[key] = _from_cache(text, tokenizer, special, tokenise) if name in BUNDLED else tokenise()
     return kept[key]
+
+
+def _from_cache(text: str, tokenizer, special: bool, tokenise: Callable[[], Tensor]) -> Tensor:
+    """What `tokenise` gives, computed once for all processes: it takes seconds, and hundreds of bytes a token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # in Python alone, so that nothing tells all that it depends on
+        return tokenise()
+    decisive = [text, backend.to_str(), special, metadata.version("tokenizers")]
+    name = f"tokens-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]}"
+    file = "tokens.safetensors"
+    try:
+        folder = cached(name, lambda folder: write_safetensors(folder / file, {"tokens": tokenise().int()}))
+    except ReconError as error:
+        log.warning("the text's tokens are not kept: %s", error)
+        return tokenise()
+    return load_file(folder / file)["tokens"].long()
 
 
 def _deal(texts: list[str], deal: dict[str, set[int]], split: str) -> list[str]:

@@ -143,6 +143,8 @@ def _scores(
                 if window < compared:
                     dense = reference.decoder.logits(read[:, at], dense_states[:, at])[0]
                     divergences[window] += kl_divergence(dense, logits).double().sum().item()
+                    del dense
+                del logits  # before those of the next slice are there
     return [total / predicted for total in likelihoods], [total / predicted for total in divergences]
 
 

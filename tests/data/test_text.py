@@ -288,10 +288,30 @@ def test_a_text_is_tokenised_once_until_it_changes(paragraphs, tokenizer, monkey
     assert not torch.equal(text.sample_tokens(paragraphs, "evaluation", tokenizer, 2, 16), first)
 
 
+def _refused(name, make):
+    raise ReconError("the cache folder cannot be written")
+
+
+def test_a_bundled_text_is_tokenised_once_for_all_processes(tokenizer, dressed, monkeypatch):
+    def draw(by):
+        monkeypatch.setattr(text, "_TOKENS", {})  # as in another process
+        return text.sample_tokens("news", "validation", by, 2, 16, protocol="joined")
+
+    first, other = draw(tokenizer), draw(dressed("<one> $A"))
+    assert not torch.equal(first, other)  # kept apart
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "__call__", lambda *given, **options: pytest.fail("tokenised again"))
+        assert torch.equal(draw(tokenizer), first)
+
+    monkeypatch.setattr(text, "cached", _refused)
+    assert torch.equal(draw(tokenizer), first)
+
+
 def test_no_warning_about_long_texts(tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(tokenizer, "model_max_length", 64)
     monkeypatch.setattr(tokenizer, "deprecation_warnings", {})  # it warns once in its life
     monkeypatch.setattr(text, "_TOKENS", {})
+    monkeypatch.setattr(text, "cached", _refused)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     text.sample_tokens("news", "validation", tokenizer, 1, 64)
     assert "longer than" not in caplog.text
