@@ -61,6 +61,7 @@ def _rates(subject: Subject) -> dict[str, float]:
 
 
 def products(subject: Subject) -> dict:
+    """How near the loop of `ours` comes to its matrix products alone: each shape, timed by itself as often as it occurs, in seconds."""
     dense = subject.short(min(2, subject.spec.blocks))
     with FlopCounterMode(display=False) as counter, matrix_products.Recorder() as recorder:
         subject.ours(pruned(dense, {}), dense, subject.samples)
@@ -87,6 +88,7 @@ def products(subject: Subject) -> dict:
 
 
 def phases(subject: Subject) -> dict:
+    """Seconds of each phase, ours and the reference's, beside the products that it cannot do without."""
     dense, samples = subject.short(subject.spec.blocks), subject.samples
     stream = subject.execution.embed(dense, samples)
     rates, floors = _rates(subject), _floors(subject, dense)
@@ -145,6 +147,7 @@ def _floors(subject: Subject, dense: Decoder) -> dict[str, dict[str, float]]:
 
 
 def profile(subject: Subject) -> dict:
+    """Where the loops spend their time, by kind of operation: shares, and the operators that take most."""
     found = {}
     dense = subject.short(2)
     for name, loop in subject.loops.items():
@@ -163,6 +166,7 @@ def profile(subject: Subject) -> dict:
 
 
 def growth(subject: Subject) -> list[dict]:
+    """Seconds and memory of the loops while one of samples, sequence length, depth and width grows."""
     few, length = max(4, subject.spec.samples // 8), subject.spec.sequence_length
     one = subject.short(1)
     cases: list[tuple[str, int, Decoder, Tensor]] = []  # axis, value, dense model, samples
@@ -196,6 +200,7 @@ def _widths(subject: Subject) -> Iterator[tuple[int, Decoder]]:
 
 
 def quality(subject: Subject) -> list[dict]:
+    """Perplexity after so many seconds: the reference, and `RECIPES` of ours."""
     dense = subject.dense
     student = pruned(dense, {})
     subject.prune(student, dense, subject.samples)
@@ -228,6 +233,7 @@ def _run_spec(subject: Subject, **options) -> RunSpec:
 
 
 def sweep(subject: Subject) -> dict:
+    """Seconds of runs one by one, and of the same in a study, which shares what they have in common."""
     spec = subject.spec
     base = _run_spec(
         subject, pattern=spec.pattern, samples=max(2, spec.samples // 4), sequence_length=spec.sequence_length // 2,
@@ -252,6 +258,7 @@ def sweep(subject: Subject) -> dict:
 
 
 def workers(subject: Subject) -> dict:
+    """Seconds of a study without Ray, and on more and more workers of one thread each."""
     base = _run_spec(subject, device="cpu", propagation="dense")  # or windows would depend on one another
     specs = grid(base, criterion=["magnitude", "wanda"], seed=range(subject.spec.repeats))
     crews = [None, *(Ray(threads=1, workers=2**power) for power in range(device.cores().bit_length()))]
@@ -292,6 +299,7 @@ def _study(specs: list[RunSpec], executor) -> dict:
 
 
 def compile(subject: Subject) -> dict:
+    """What `torch.compile` of a block costs at first, and gains in each forward and backward pass."""
     plain = subject.short(1)
     compiled = take_apart(copy.deepcopy(plain.model), like=plain)
     # The block's children: its own forward is replaced where a window silences half of it.
@@ -325,6 +333,7 @@ def compile(subject: Subject) -> dict:
 
 
 def large(subject: Subject) -> dict:
+    """A few blocks of the shape of an 8-billion-parameter model, on a GPU: seconds and memory."""
     spec = subject.spec
     if subject.device.type != "cuda":
         raise ReconError(f"section large needs a GPU, and the device is {str(subject.device)!r}; leave it out")

@@ -81,10 +81,12 @@ class Subject:
         self.reference_reconstruct(student, dense, samples, masks)
 
     def reference_prune(self, student: Decoder, dense: Decoder, samples: Tensor) -> dict[str, Tensor]:
+        """Masks as published code makes them; see `recon.paper.bench.reference`."""
         with self._on_device(student):
             return reference.prune(student, samples, self.spec.pattern, self.progress)
 
     def reference_reconstruct(self, student: Decoder, dense: Decoder, samples: Tensor, masks: dict) -> None:
+        """The paper's loop, written down without any care for speed."""
         with self._on_device(student, dense):
             reference.reconstruct(student, dense, samples, masks, progress=self.progress)
 
