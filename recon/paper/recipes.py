@@ -1,15 +1,13 @@
 """Ways to train a pruned model, by the names that `recon.experiment.study.recipe_name` gives them, and their search for learning rates.
 
-Each recipe is searched at every sample count on its own, with as many rates in the same spacing as every other, and judged on held-out
-text. The rate found at one seed serves all.
+Each recipe is searched at every sample count on its own, among the same rates as every other and by the same rule, and judged on
+held-out text. The rate found at one seed serves all.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from recon.errors import ReconError
 from recon.experiment.config import RunSpec
 from recon.paper import tuning
 
@@ -37,35 +35,42 @@ def spec(base: RunSpec, recipe: str, count: int, seed: int = 0, rates: Mapping[t
     return base.replaced(**options)
 
 
-def search(base: RunSpec, counts: Mapping[str, Iterable[int]], rates: Mapping[str, Sequence[float]], seed: int) -> list[RunSpec]:
-    """The runs of a search: every recipe in `counts` at each of its sample counts with each of its `rates`; none where there are no rates.
+def search(
+    base: RunSpec,
+    counts: Mapping[str, Iterable[int]],
+    rates: Sequence[float],
+    seed: int,
+    study: Callable[..., pd.DataFrame],
+    compute: bool = True,
+) -> pd.DataFrame:
+    """Searches every recipe in `counts`, at each of its sample counts, for the best of `rates`, which rise. Returns what `searched` gives.
 
-    Raises `ReconError` where a recipe lacks rates, or where numbers of rates or their spacings differ.
+    Three rates in the middle are tried first, with those that have records; then one more beside the best, until it has been tried
+    on both sides of the best, or rates end.
+
+    study: runs specs, as `recon.run_study` does in a folder; takes `compute`.
     """
-    if not rates:
-        return []
-    check_alike(counts, rates)
-    return [
-        spec(base, recipe, count, seed, {(recipe, count): rate})
+    cells = {
+        (recipe, count): [spec(base, recipe, count, seed, {(recipe, count): rate}) for rate in rates]
         for recipe, own in counts.items()
         for count in own
-        for rate in rates[recipe]
-    ]
+    }
+    there = set(searched(study([each for row in cells.values() for each in row], compute=False))["key"])
+    tried = {
+        cell: {index for index, each in enumerate(row) if each.key() in there} | _beside(len(row) // 2, row)
+        for cell, row in cells.items()
+    }
+    while True:
+        found = searched(study([row[index] for cell, row in cells.items() for index in sorted(tried[cell])], compute=compute))
+        wanted = {cell: _beside(rates.index(best), rates) for cell, best in chosen(found).items()}
+        if all(wanted[cell] <= tried[cell] for cell in wanted):
+            return found
+        tried = {cell: indices | wanted.get(cell, set()) for cell, indices in tried.items()}
 
 
-def check_alike(recipes: Iterable[str], rates: Mapping[str, Sequence[float]]) -> None:
-    """Raises `ReconError` where some of `recipes` lack rates to try, or where their numbers of rates or spacings differ."""
-    recipes = list(recipes)
-    if lacking := [recipe for recipe in recipes if recipe not in rates]:
-        raise ReconError(
-            f"no learning rates to try for {lacking[0]!r}, but for {', '.join(rates)}: every recipe is searched or none is"
-        )
-    spacings = {recipe: [round(math.log10(b / a), 1) for a, b in zip(rates[recipe], rates[recipe][1:])] for recipe in recipes}
-    if len(set(map(tuple, spacings.values()))) > 1:
-        said = "; ".join(f"{recipe} {spacing}" for recipe, spacing in spacings.items())
-        raise ReconError(
-            f"learning rates to try differ in number or spacing (decades between them: {said}): give each recipe as many"
-        )
+def _beside(index: int, row: Sequence) -> set[int]:
+    """`index` and its neighbours, where `row` has them."""
+    return set(range(len(row))) & {index - 1, index, index + 1}
 
 
 def adapted(base: RunSpec, plain: RunSpec, adapter: str, rate: float, seed: int) -> RunSpec:
