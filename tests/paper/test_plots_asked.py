@@ -71,5 +71,6 @@ def test_the_overview_counts_what_is_helped_and_compares_adapters_in_pairs():
     assert "masklora is equal, lora is worse" in plot.finding
     lora = plot.data.set_index("name").loc["lora"]
     assert lora["low"] <= lora["difference"] <= lora["high"] and lora["difference"] == pytest.approx(-0.2, abs=0.02)
-    nothing = asked.overview(texts.head(0), structured.head(0), [])
-    assert nothing.finding == "Nothing can be compared."
+    alone = asked.overview(texts, structured.head(0), adapters[:3])
+    assert len(alone.figure.axes) == 1 and alone.finding == "Reconstruction helps with 2 of 2 calibration texts."
+    assert asked.overview(texts.head(2), structured.head(0), []) is None

@@ -18,32 +18,36 @@ from recon.paper.plots.paired import difference, grouped, judged
 COSTS = {"TFLOP": "TFLOP to reconstruct", "memory added, GiB": "memory added, GiB", "seconds": "seconds to reconstruct"}
 
 
-def overview(texts: pd.DataFrame, structured: pd.DataFrame, adapters: Sequence[RunRecord]) -> Plot:
-    """Three questions: perplexity before and after reconstruction by calibration text and by structured criterion, and adapters against full weights.
+def overview(texts: pd.DataFrame, structured: pd.DataFrame, adapters: Sequence[RunRecord]) -> Plot | None:
+    """Three questions: perplexity before and after reconstruction by calibration text and by structured criterion, and adapters against
+    full weights. One without runs has no panel; None where none has any.
 
     texts, structured: runs (frames of `recon.experiment.study`) without and with reconstruction. adapters: reconstructed runs.
     """
-    fig, axes = plt.subplots(1, 3, figsize=(11.5, 2.9))
-    before_after = [
-        _before_after(ax, cell, by, title)
-        for ax, cell, by, title in (
-            (axes[0], texts, "text", "calibration text"),
-            (axes[1], structured, "criterion", "whole heads and neurons removed"),
-        )
-    ]
-    compared = _adapters(axes[2], adapters)
+    questions = {  # runs, the column by which they differ, title
+        "calibration texts": (texts, "text", "calibration text"),
+        "structured criteria": (structured, "criterion", "whole heads and neurons removed"),
+    }
+    questions = {what: question for what, question in questions.items() if question[0][question[1]].nunique() > 1}
+    compares = len({record.spec["adapter"] for record in adapters}) > 1
+    panels = len(questions) + compares
+    if not panels:
+        return None
+    fig, axes = plt.subplots(1, panels, figsize=(3.8 * panels, 2.9), squeeze=False)
+    drawn = {what: _before_after(ax, *question) for ax, (what, question) in zip(axes[0], questions.items())}
+    compared = _adapters(axes[0][-1], adapters) if compares else pd.DataFrame()
     fig.tight_layout(w_pad=2)
     helped = [
         f"{int((cell['reconstructed'] < cell['pruned']).sum())} of {len(cell)} {what}"
-        for cell, what in zip(before_after, ("calibration texts", "structured criteria"))
+        for what, cell in drawn.items()
         if len(cell)
     ]
     said = [f"reconstruction helps with {' and '.join(helped)}"] if helped else []
     against = ", ".join(f"{row.name} is {row.judged}" for row in compared.itertuples(index=False))
     said += [f"against training a window's own weights, {against}"] if against else []
-    drawn = pd.concat([*before_after, compared.assign(panel="adapter in the window")])
+    data = pd.concat([*drawn.values(), compared.assign(panel="adapter in the window")])
     finding = sentence("; ".join(said) or "nothing can be compared")
-    return Plot(fig, drawn, f"{finding}.", "Two panels of perplexity before and after, one of paired differences.")
+    return Plot(fig, data, f"{finding}.", "Perplexity before and after, and paired differences.")
 
 
 def _before_after(ax: Axes, runs: pd.DataFrame, by: str, title: str) -> pd.DataFrame:
