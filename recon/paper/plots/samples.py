@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from recon.experiment import study
 from recon.experiment.record import RunRecord
 from recon.paper.comparisons import SEEDS
-from recon.paper.figures import Plot, log_scale, look, lower_is_better, number
+from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, sentence
 from recon.paper.plots.layout import label_beside
 from recon.paper.runs import Run, Seed
 from recon.paper.statistics import interval
@@ -272,7 +272,7 @@ def rates(searched: pd.DataFrame) -> Plot:
     """
     names, counts = list(dict.fromkeys(searched["recipe"])), sorted(set(searched["samples"]))
     columns = min(4, len(names))
-    fig, axes = plt.subplots(-(-len(names) // columns), columns, figsize=(2.5 * columns + 0.6, 2.3 * -(-len(names) // columns)), sharey=True,
+    fig, axes = plt.subplots(-(-len(names) // columns), columns, figsize=(2.5 * columns + 0.6, 2.3 * -(-len(names) // columns)), sharex=True, sharey=True,
                              squeeze=False)  # fmt: skip
     best = searched.groupby(["recipe", "samples"])["held_out_perplexity"].transform("min")
     data = searched.drop(columns="key").assign(ratio=searched["held_out_perplexity"] / best)
@@ -293,21 +293,24 @@ def rates(searched: pd.DataFrame) -> Plot:
             ax.plot(taken["learning_rate"], taken["ratio"], color=colour, marker="o", markersize=6, linestyle="")
         ax.set_title(name, fontsize=9)
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(FixedLocator(sorted(set(data.loc[data["recipe"] == name, "learning_rate"]))))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.margins(x=0.2)
     for ax in list(axes.flat)[len(names) :]:
         ax.set_visible(False)
     for ax in axes.flat[max(0, len(names) - columns) : len(names)]:
         ax.set_xlabel("learning rate")
     axes[0, 0].set_ylabel("held-out perplexity / best")
     lower_is_better(axes[0, 0])
+    log_scale(axes[0, 0])
     fig.tight_layout()
     handles = [plt.Line2D([], [], color=str(shades[count]), marker="o") for count in counts]
     fig.legend(handles, counts, title="samples", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8)
     groups = data.groupby(["recipe", "samples"])
     edge = [group.loc[group["chosen"].astype(bool), "learning_rate"].isin([group["learning_rate"].min(), group["learning_rate"].max()]).any()
             for _, group in groups]  # fmt: skip
-    finding = f"In {sum(edge)} of {len(edge)} searches the chosen rate lies at the edge of what was tried."
+    best = data[data["chosen"].astype(bool)].groupby("recipe", sort=False)["learning_rate"].agg(["min", "max", "size"])
+    spreads = [f"{number(row.max / row.min)} for {row.Index}" for row in best[best["size"] > 1].itertuples()]
+    said = (
+        [f"from one number of samples to another, the best rate changes by a factor of {', '.join(spreads)}"] if spreads else []
+    )
+    said.append(f"in {sum(edge)} of {len(edge)} searches it lies at the edge of what was tried")
+    finding = f"{sentence('; '.join(said))}."
     return Plot(fig, data, finding, "A panel for each recipe, a line for each number of samples; the chosen rate is filled.")
