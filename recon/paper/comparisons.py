@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recon.paper.runs import Run, Seed, pick, short
+from recon.paper.runs import Run, Seed, once, pick, short
 
 # Two sides are equal within this share of the damage log(pruned / dense). For the scale: granularities in the paper are about 0.1 apart
 # at a perplexity of 7.8 (LLaMA-3-8B at 50 %, dense 5.8, by a summary of it; pruned by Wanda 9.06, by the README of D2Prune).
@@ -57,7 +57,7 @@ def _used(sides: Iterable[dict[Seed, Run]], seeds: Sequence[Seed]) -> list[Run]:
 
 
 def _common(*sides: dict[Seed, Run]) -> list[Seed]:
-    return sorted(set.intersection(*map(set, sides)))
+    return once(set.intersection(*map(set, sides)))
 
 
 def better(runs: list[Run], claim) -> Evidence | None:
@@ -181,7 +181,7 @@ def _at_common_seeds(mine: list[dict[Seed, Run]], theirs: list[dict[Seed, Run]])
     """
     if not (mine and theirs):
         return None
-    choices = {frozenset(a) & frozenset(b) for a in mine for b in theirs} | {frozenset(_common(*mine, *theirs))}
+    choices = {frozenset(_common(a, b)) for a in mine for b in theirs} | {frozenset(_common(*mine, *theirs))}
 
     def having(points: list[dict[Seed, Run]], seeds: frozenset) -> list[dict[Seed, Run]]:
         return [point for point in points if seeds <= set(point)]

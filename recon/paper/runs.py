@@ -44,6 +44,11 @@ def _idle(name: str, spec: dict) -> bool:
 Seed = tuple[int, str]
 
 
+def once(seeds: Iterable[Seed]) -> list[Seed]:
+    """Sorted; a seed that was run in several precisions counts once, in the first of them: its runs are hardly independent."""
+    return sorted({seed: (seed, precision) for seed, precision in sorted(seeds, reverse=True)}.values())
+
+
 class Run:
     """A finished record. Raises `ReconError` for one that has nothing to judge by."""
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from recon.experiment.record import RunRecord
 from recon.paper.comparisons import points
-from recon.paper.runs import DEFAULTS, MEASURES, Run, Seed, pick, protocol, protocol_words, short
+from recon.paper.runs import DEFAULTS, MEASURES, Run, Seed, once, pick, protocol, protocol_words, short
 from recon.paper.verdicts import markdown_table
 
 HALF, WHOLE = {"granularity": "half-block"}, {"chunks": 1}
@@ -81,7 +81,7 @@ class _Cells:
         self.rows, self.runs = [], []
 
     def add(self, row: str, column: str, side: dict[Seed, Run], state: str = "reconstructed", measure: str = "own") -> None:
-        runs = [run for run in side.values() if measure in run.measures]
+        runs = [side[seed] for seed in once(side) if measure in side[seed].measures]
         if not runs:
             return
         values = np.array([run.measures[measure][state].mean() for run in runs])

@@ -127,6 +127,18 @@ def test_runs_in_different_precisions_are_no_pairs():
     assert found.seeds == 4 and "bfloat16 or float32 products" in found.protocol
 
 
+def test_a_seed_in_two_precisions_counts_once():
+    ours, theirs = seeds(), seeds(0.2, granularity="matrix")
+    again = [
+        record(level, seed=0, compute_dtype="float32", **options)
+        for level, options in ((0.4, {}), (0.2, {"granularity": "matrix"}))
+    ]
+    for run in again:
+        run.environment["compute_dtype"] = "float32"
+    found = verdict_on("3", ours + theirs + again)
+    assert found.seeds == len(ours) and not {run.key for run in again} & set(found.records)
+
+
 def test_failed_runs_are_left_out_and_diverged_ones_prove_nothing():
     records = seeds() + seeds(0.2, granularity="matrix")
     records.append(RunRecord(records[-1].spec | {"seed": 9}, "f" * 16, "failed", "no"))
