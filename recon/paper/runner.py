@@ -23,6 +23,7 @@ import jinja2
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import CellTimeoutError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
@@ -36,6 +37,7 @@ from recon.paper.profiles import PROFILES, ROOT, MissingRecords, folders
 from recon.runtime import lock, storage
 from recon.runtime.device import limit_compiled_shapes
 
+LONGEST = 300  # seconds that a cell takes at most which only draws; they take seconds
 _DRAWN = re.compile(r'(?:savefig|publish)\(\s*\w+,\s*"([\w.-]+)"')
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -166,10 +168,7 @@ def _run(path: Path, parameters: dict, build: Path, stdout: Console) -> Outcome:
         old.unlink(missing_ok=True)
     status, error, start = "finished", "", time.monotonic()
     try:
-        papermill.execute_notebook(
-            str(path), str(copy), parameters, kernel_name="python3", cwd=str(path.parent), progress_bar=False,
-            stdout_file=stdout, extra_arguments=["--IPKernelApp.log_level=ERROR"],  # kernels warn that they use TCP
-        )  # fmt: skip
+        _execute(path, copy, parameters, stdout)
     except KeyboardInterrupt:
         status, error = "stopped", "stopped by the user"
     except Exception as exception:  # whatever goes wrong in a notebook or its kernel: the others do not depend on it
@@ -183,6 +182,22 @@ def _run(path: Path, parameters: dict, build: Path, stdout: Console) -> Outcome:
     if copy.is_file():
         html.write_text(_render(copy), encoding="utf-8")
     return Outcome(path.stem, _title(path), status, seconds, error)
+
+
+def _execute(path: Path, copy: Path, parameters: dict, stdout: Console) -> None:
+    """Executes one notebook; once more where a cell that only draws does not end: now and then, a kernel waits forever for a message."""
+    draws = parameters.get("compute") is False
+    for last in (False, True) if draws else (True,):
+        try:
+            papermill.execute_notebook(
+                str(path), str(copy), parameters, kernel_name="python3", cwd=str(path.parent), progress_bar=False,
+                execution_timeout=LONGEST if draws else None,
+                stdout_file=stdout, extra_arguments=["--IPKernelApp.log_level=ERROR"],  # kernels warn that they use TCP
+            )  # fmt: skip
+            return
+        except CellTimeoutError:
+            if last:
+                raise
 
 
 def _render(copy: Path) -> str:

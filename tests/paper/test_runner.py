@@ -131,6 +131,17 @@ figures.savefig(
     assert runner.execute("quick", ["2-lacks"], tmp_path)[0].status == "failed"  # its runs were asked for, and none has finished
 
 
+def test_a_cell_that_only_draws_and_hangs_is_executed_once_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "LONGEST", 3)
+    hangs_once = "import pathlib, time\nif not (there := pathlib.Path('there')).exists():\n    there.touch()\n    time.sleep(60)"
+    write_notebook(tmp_path, "once", hangs_once, parameters=PARAMETERS + "\ncompute: bool = True")
+    write_notebook(tmp_path, "twice", "import time\ntime.sleep(60)", parameters=PARAMETERS + "\ncompute: bool = True")
+    write_profile(tmp_path, "quick", {"once": {}, "twice": {}})
+    outcomes = {each.name: each for each in runner.execute("quick", root=tmp_path, compute=False)}
+    assert outcomes["once"].status == "finished"
+    assert outcomes["twice"].status == "failed" and "Timeout" in outcomes["twice"].error
+
+
 def test_notebooks_inherit_the_executor_and_the_cluster(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     connected = []
