@@ -48,7 +48,7 @@ PROMISED = {  # parameters, figures, number of run records
             "methods": ["masklora"],
             "more_methods": ["lora"],
             "distilled": [],
-            "rates": {"reconstruction": [3e-3, 1e-2], "masklora": [1e-3, 3e-3], "lora": [1e-3, 3e-3]},
+            "rates": [3e-3, 1e-2],
         },
         ["learning-rates", "sample-efficiency", "sample-efficiency-pareto"],
         2 * 2 + 2 + 2 + 1 + 1 + 1,
@@ -63,7 +63,7 @@ PROMISED = {  # parameters, figures, number of run records
         {
             "texts": [],
             "adapters": ["none", "masklora"],
-            "adapter_rates": {"none": [1e-2, 3e-2], "masklora": [1e-2, 3e-2]},
+            "adapter_rates": [1e-2, 3e-2],
             "fits": ["matrix", "half-block"],
         },
         ["asked", "loss-curves", "costs", "error-accumulation"],
