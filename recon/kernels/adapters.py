@@ -74,6 +74,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, factor: Tensor | None, b: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
+        """The merged weight, (out, in)."""
         ctx.save_for_backward(factor, b, a)
         merged = torch.empty_like(weight, dtype=dtype, requires_grad=False)
         with torch.autocast(weight.device.type, enabled=False):

@@ -135,6 +135,7 @@ class _Prediction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor | None, wanted: Tensor | None) -> Tensor:
+        """Losses in float32; the gradient is made on the way, so that no logits are kept."""
         tokens = len(logits)
         losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
         # Of the mean over tokens: softmax(logits) - wanted probabilities. It is rounded to the logits' dtype once.

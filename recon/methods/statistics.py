@@ -34,6 +34,7 @@ def gather(
     count, ran = len(stream) if count is None else count, 0  # samples
 
     def accumulate(group: tuple[str, ...], x: Tensor) -> None:
+        """Adds `x` (..., in), which the matrices of `group` read, to their statistics."""
         x = x.detach().reshape(-1, x.shape[-1])
         if ran >= count or not len(x):
             return

@@ -27,6 +27,7 @@ class _Seen:
         self._last: Tensor | None = None  # input of the last group
 
     def module(self, name: str, x: Tensor) -> None:
+        """Notes that the matrix `name` has read `x` (..., in). Raises `ReconError` where it has run before."""
         if name in self.ran:
             raise ReconError(
                 f"{type(self.block).__name__} runs the matrix '{self.path}.{name}' more than once in one forward pass; it must run once"

@@ -124,6 +124,7 @@ def _silence(args: tuple, kwargs: dict, output) -> Callable:
     given = _hidden_states(args, kwargs)
 
     def zeros(leaf, like: Tensor, module: nn.Module):
+        """In place of `leaf` of the output, for input `like`; None for what is no tensor, or of another shape."""
         if not isinstance(leaf, Tensor):
             return None
         width = like.shape[-1] if leaf.shape[-1] == given.shape[-1] else leaf.shape[-1]

@@ -138,6 +138,7 @@ def made_up(parameters: dict[str, nn.Parameter]) -> Callable[[list[str]], Iterat
     """
 
     def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Names and random weights."""
         for number, name in enumerate(parameters):
             if name not in names:
                 continue

@@ -43,13 +43,14 @@ def search(
     study: Callable[..., pd.DataFrame],
     compute: bool = True,
 ) -> pd.DataFrame:
-    """Searches every recipe in `counts`, at each of its sample counts, for the best of `rates`, which rise. Returns what `searched` gives.
+    """Searches every recipe in `counts`, at each of its sample counts, for the best of `rates`. Returns what `searched` gives.
 
     Three rates in the middle are tried first, with those that have records; then one more beside the best, until it has been tried
     on both sides of the best, or rates end.
 
     study: runs specs, as `recon.run_study` does in a folder; takes `compute`.
     """
+    rates = sorted(rates)
     cells = {
         (recipe, count): [spec(base, recipe, count, seed, {(recipe, count): rate}) for rate in rates]
         for recipe, own in counts.items()

@@ -64,6 +64,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """softmax(scale * query key') value, (n, group, length, width), over positions that are not later; some queries at a time."""
         ctx.set_materialize_grads(False)
         n, groups, length, _ = query.shape
         future = torch.full((CHUNK, CHUNK), float("-inf"), dtype=query.dtype).triu_(1)
@@ -85,6 +86,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor | None):
+        """Gradients of query, key and value from that of the output, by the same chunks."""
         if gradient is None:
             return None, None, None, None
         key, value, *kept = ctx.saved_tensors

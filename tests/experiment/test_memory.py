@@ -156,9 +156,8 @@ print(json.dumps({"process": planned.memory["cpu"]["load"]["process"], "predicte
 @pytest.fixture(scope="session")
 def larger_models(tiny_folder, tmp_path_factory):
     folders, tokenizer = {}, AutoTokenizer.from_pretrained(tiny_folder)
-    for (
-        split
-    ) in SPLITS:  # kept in the cache: what tokenising leaves of the heap would count in the first process that is measured
+    # Kept in the cache: what tokenising leaves of the heap would count in the first process that is measured.
+    for split in SPLITS:
         sample_tokens("wikipedia", split, tokenizer, 1, 16)
     for name, shape in SHAPES.items():
         folders[name] = tmp_path_factory.mktemp(name)

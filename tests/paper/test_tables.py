@@ -87,9 +87,8 @@ def test_committed_numbers_by_other_code():
         for kind in statistic:
             wanted = plain | {"granularity": granularity, "statistics": kind}
             mine = [r for r in records if all(r["spec"].get(name) == value for name, value in wanted.items())]
-            mine.sort(
-                key=lambda r: r["environment"]["compute_dtype"], reverse=True
-            )  # a seed in two precisions counts once, in bfloat16
+            # A seed in two precisions counts once, in bfloat16.
+            mine.sort(key=lambda r: r["environment"]["compute_dtype"], reverse=True)
             mine = {r["spec"]["seed"]: r for r in mine}
             nll = [r["metrics"]["by_text"]["wikipedia"]["nll_per_window"]["reconstructed"] for r in mine.values()]
             if nll:
