@@ -18,6 +18,7 @@ from recon.paper.profiles import PROFILES, ROOT
 FILES = ("ARTIFACT.md", "CITATION.cff", "LICENSE", "run_all.sh", "ro-crate-metadata.json")
 SETTINGS = {
     "project": "recon",
+    "author": "",
     "copyright": "",
     "html_title": "recon",
     "html_theme": "sphinx_book_theme",
@@ -27,6 +28,8 @@ SETTINGS = {
         "show_toc_level": 2,
         "navbar_persistent": [],
     },
+    "html_static_path": ["style"],
+    "html_css_files": ["tables.css"],
     "html_show_copyright": False,
     "html_show_sphinx": False,
     "html_copy_source": False,
@@ -39,6 +42,7 @@ SETTINGS = {
     "nb_ipywidgets_js": {},
     "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],  # pages start where their Markdown does
 }
+TABLES = ".output td, .output th { padding: 0.15em 0.6em; }\n"  # the theme leaves no room between a notebook's numbers
 CONTENTS = """
 ```{{toctree}}
 :hidden:
@@ -53,7 +57,8 @@ def stage(root: Path | str, folder: Path) -> list[str]:
     """Puts the pages of the site into `folder`, linked as in the checkout `root`; returns the names of notebooks that were not executed."""
     root = Path(root)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    (folder / "style").mkdir(parents=True)
+    (folder / "style" / "tables.css").write_text(TABLES, encoding="utf-8")
     for name in FILES:
         if (root / name).is_file():
             shutil.copy(root / name, folder)

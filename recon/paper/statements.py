@@ -99,7 +99,7 @@ def _claims() -> Iterator[Claim]:
     for method in ("masklora", "full", "lora", "scalelora", "norms"):
         retrained, optional = alone | {"retrain": method}, method not in ("masklora", "full")
         for count in (2, 8, 32):
-            for times, more in ((1, "as many"), (10, "over ten times as many")):
+            for times, more in ((10, "over ten times as many"), (1, "as many")):
                 for measure, words in MEASURES.items():
                     said = f"Reconstruction with {count} samples is better than {method} with {more} ({words})"
                     name = f"5.{method}.{count}.{times}.{measure}"

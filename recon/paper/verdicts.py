@@ -163,13 +163,9 @@ def to_summary(verdicts: Sequence[Verdict]) -> str:
             continue
         counts = ((state, sum(v.verdict == state for v in judged)) for state in MARKS)
         said = ", ".join(f"{MARKS[state]} {state} ({n} of {len(judged)})" for state, n in counts if n)
-        rows.append(
-            (
-                mine[0].title,
-                said,
-                f"{judged[0].statement}: {effect_words(judged[0])} ({_where(judged[0])}, {judged[0].seeds} seed{'s' * (judged[0].seeds != 1)})",
-            )
-        )
+        first = judged[0]
+        example = f"{first.statement}: {effect_words(first) or first.reason} ({_where(first)}, {first.seeds} seed{'s' * (first.seeds != 1)})"
+        rows.append((mine[0].title, said, example))
     lines = markdown_table(("the paper's claim", "verdicts", "for example"), rows) if rows else []
     if missing:
         lines += ["", f"No records yet (run the notebooks) for: {'; '.join(f'{t[0].lower()}{t[1:]}' for t in missing)}."]

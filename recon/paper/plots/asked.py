@@ -15,7 +15,7 @@ from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, 
 from recon.paper.plots.layout import label_beside
 from recon.paper.plots.paired import difference, grouped, judged
 
-COSTS = {"TFLOP": "TFLOP to reconstruct", "memory added, GiB": "memory added, GiB", "seconds": "seconds to reconstruct"}
+COSTS = {"TFLOP": "TFLOP to reconstruct", "memory added, GiB": "memory added, GiB"}
 
 
 def overview(texts: pd.DataFrame, structured: pd.DataFrame, adapters: Sequence[RunRecord]) -> Plot | None:
@@ -168,9 +168,8 @@ def losses(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
 
 
 def costs(runs: pd.DataFrame, order: Sequence[str]) -> Plot:
-    """Perplexity of each size of window, mean over seeds, against FLOPs, memory and time, the least over seeds: other work only adds."""
-    data = runs.assign(**{"TFLOP": runs["flops_reconstruct"] / 1e12, "memory added, GiB": runs["added_memory_bytes_reconstruct"] / 2**30,
-                          "seconds": runs["seconds_reconstruct"]})  # fmt: skip
+    """Perplexity of each size of window, mean over seeds, against FLOPs and memory, the least over seeds: other work only adds."""
+    data = runs.assign(**{"TFLOP": runs["flops_reconstruct"] / 1e12, "memory added, GiB": runs["added_memory_bytes_reconstruct"] / 2**30})
     groups = data.groupby("fit")
     means = (
         groups[[*COSTS]]
@@ -178,7 +177,7 @@ def costs(runs: pd.DataFrame, order: Sequence[str]) -> Plot:
         .assign(perplexity=groups["perplexity"].mean(), spread=groups["perplexity"].std(), seeds=groups["seed"].nunique())
     )
     means = means.loc[[fit for fit in order if fit in means.index]]
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for ax, (cost, words) in zip(axes, COSTS.items()):
         for fit, point in means.iterrows():
             face = {} if point["seeds"] > 1 else {"markerfacecolor": "white"}
@@ -197,8 +196,8 @@ def costs(runs: pd.DataFrame, order: Sequence[str]) -> Plot:
     lower_is_better(axes[0])
     fig.tight_layout()
     label_beside(
-        axes[2],
-        [(means.loc[fit, "seconds"], means.loc[fit, "perplexity"], fit, {"color": look(fit)["color"]}) for fit in means.index],
+        axes[-1],
+        [(means.loc[fit, "memory added, GiB"], means.loc[fit, "perplexity"], fit, {"color": look(fit)["color"]}) for fit in means.index],
     )
     best, least = means["perplexity"].idxmin(), means["memory added, GiB"].idxmin()
     ratio = means.loc[best, "memory added, GiB"] / means.loc[least, "memory added, GiB"]
@@ -208,7 +207,7 @@ def costs(runs: pd.DataFrame, order: Sequence[str]) -> Plot:
         if best == least
         else f", with {number(ratio)} times the memory of {least}, which adds the least."
     )
-    return Plot(fig, means.reset_index(), finding, "A mark for each size of window in three panels: compute, memory, time.")
+    return Plot(fig, means.reset_index(), finding, "A mark for each size of window in two panels: compute and memory.")
 
 
 def accumulation(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
