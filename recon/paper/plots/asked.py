@@ -169,7 +169,9 @@ def losses(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
 
 def costs(runs: pd.DataFrame, order: Sequence[str]) -> Plot:
     """Perplexity of each size of window, mean over seeds, against FLOPs and memory, the least over seeds: other work only adds."""
-    data = runs.assign(**{"TFLOP": runs["flops_reconstruct"] / 1e12, "memory added, GiB": runs["added_memory_bytes_reconstruct"] / 2**30})
+    data = runs.assign(
+        **{"TFLOP": runs["flops_reconstruct"] / 1e12, "memory added, GiB": runs["added_memory_bytes_reconstruct"] / 2**30}
+    )
     groups = data.groupby("fit")
     means = (
         groups[[*COSTS]]
@@ -197,7 +199,10 @@ def costs(runs: pd.DataFrame, order: Sequence[str]) -> Plot:
     fig.tight_layout()
     label_beside(
         axes[-1],
-        [(means.loc[fit, "memory added, GiB"], means.loc[fit, "perplexity"], fit, {"color": look(fit)["color"]}) for fit in means.index],
+        [
+            (means.loc[fit, "memory added, GiB"], means.loc[fit, "perplexity"], fit, {"color": look(fit)["color"]})
+            for fit in means.index
+        ],
     )
     best, least = means["perplexity"].idxmin(), means["memory added, GiB"].idxmin()
     ratio = means.loc[best, "memory added, GiB"] / means.loc[least, "memory added, GiB"]
