@@ -45,8 +45,8 @@ def search(
 ) -> pd.DataFrame:
     """Searches every recipe in `counts`, at each of its sample counts, for the best of `rates`. Returns what `searched` gives.
 
-    Three rates in the middle are tried first, with those that have records; then one more beside the best, until it has been tried
-    on both sides of the best, or rates end.
+    It begins with the rates that have records, or with three in the middle. Then it tries one more beside the best, until there is
+    one on both sides of it, or rates end.
 
     study: runs specs, as `recon.run_study` does in a folder; takes `compute`.
     """
@@ -58,7 +58,7 @@ def search(
     }
     there = set(searched(study([each for row in cells.values() for each in row], compute=False))["key"])
     tried = {
-        cell: {index for index, each in enumerate(row) if each.key() in there} | _beside(len(row) // 2, row)
+        cell: {index for index, each in enumerate(row) if each.key() in there} or _beside(len(row) // 2, row)
         for cell, row in cells.items()
     }
     while True:

@@ -21,6 +21,8 @@ CENTRAL = {
     "1.kl": "reconstructed better than pruned: KL to dense",
     "3": "half-blocks better than single matrices",
     "4": "half-blocks better than matrices solved exactly",
+    "5.masklora.2.10.own": "2 samples better than MaskLoRA with > 20: perplexity",
+    "5.masklora.2.10.kl": "2 samples better than MaskLoRA with > 20: KL to dense",
     "5.masklora.8.1.own": "8 samples better than MaskLoRA with 8: perplexity",
     "5.masklora.8.1.kl": "8 samples better than MaskLoRA with 8: KL to dense",
     "5.masklora.8.10.own": "8 samples better than MaskLoRA with > 80: perplexity",
