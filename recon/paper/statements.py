@@ -36,6 +36,12 @@ GROUPS = {
     "11": ("Adapters inside the window are enough", "v3: it holds with parameter-efficient training, too", ""),
 }
 
+# Names as they are spelled in sentences.
+SPELLED = {
+    "masklora": "MaskLoRA", "lora": "LoRA", "scalelora": "ScaleLoRA", "full": "full retraining", "norms": "retraining of norms",
+    "magnitude": "magnitude", "wanda": "Wanda",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -101,16 +107,18 @@ def _claims() -> Iterator[Claim]:
         for count in (2, 8, 32):
             for times, more in ((10, "over ten times as many"), (1, "as many")):
                 for measure, words in MEASURES.items():
-                    said = f"Reconstruction with {count} samples is better than {method} with {more} ({words})"
+                    said = f"Reconstruction with {count} samples is better than {SPELLED[method]} with {more} ({words})"
                     name = f"5.{method}.{count}.{times}.{measure}"
                     yield Claim(name, said, "samples", half, retrained, measure, count=count, times=times, optional=optional)
         for cost in COSTS:
-            said = f"Retraining ({method}) needs more than 10 times the {COSTS[cost]} for the quality of reconstruction"
+            said = f"{SPELLED[method]} needs more than 10 times the {COSTS[cost]} for the quality of reconstruction"
+            said = said[0].upper() + said[1:]
             yield Claim(f"5.{method}.{cost}", said, "ratio", half, retrained, cost=cost, above=10, optional=optional)
     for method in ("masklora", "lora", "scalelora", "full", "norms"):
         both, optional = half | {"retrain": method}, method != "masklora"
         for than, other in (("reconstruction", half), ("retraining", alone | {"retrain": method})):
-            said = f"Reconstruction, then retraining ({method}), is better than {than} alone"
+            name = than if than == "reconstruction" else SPELLED[method]
+            said = f"Reconstruction, then {SPELLED[method]}, is better than {name} alone"
             yield Claim(
                 f"6.{method}.{than}.flops", f"{said} at equal compute", "combined", both, other, cost="flops", optional=optional
             )
@@ -118,7 +126,7 @@ def _claims() -> Iterator[Claim]:
                 with_samples = f"{said} at {count} samples"
                 yield Claim(f"6.{method}.{than}.{count}", with_samples, "samples", both, other, count=count, optional=optional)
     for criterion in ("magnitude", "wanda"):
-        said = f"The gap between {criterion} and SparseGPT is smaller after reconstruction than before"
+        said = f"The gap between {SPELLED[criterion]} and SparseGPT is smaller after reconstruction than before"
         yield Claim(f"7.{criterion}", said, "gap", half | {"criterion": (criterion, "sparsegpt")})
     criteria = half | {"criterion": ("magnitude", "wanda", "sparsegpt")}
     yield Claim("8", "The gap between criteria after reconstruction shrinks with model size", "trend", criteria)
@@ -134,7 +142,7 @@ def _claims() -> Iterator[Claim]:
             yield Claim(f"10.{loss}.{propagation}", said, "equal", ours, other, margin=MARGIN)
     for adapter in ("masklora", "lora", "scalelora"):
         ours, other = half | {"adapter": adapter}, half | {"adapter": "none"}
-        said = f"Windows trained through {adapter} equal windows trained in full"
+        said = f"Windows trained through {SPELLED[adapter]} equal windows trained in full"
         yield Claim(f"11.{adapter}", said, "equal", ours, other, margin=MARGIN, optional=adapter != "masklora")
 
 
