@@ -36,7 +36,8 @@ def judge(records: Iterable[RunRecord], resamples: int = 2000, seed: int = 0) ->
     """A verdict on every claim, for each model and pattern that records allow to compare. Failed runs are left out.
 
     "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below. "Equal" holds if the 90 % interval is
-    within the margin (two one-sided tests at 5 %), and does not if it is outside. A ratio is judged as "better", with its own bound.
+    within the margin (two one-sided tests at 5 %), and does not if it is outside. "At least as good" holds if the 90 % interval is above
+    minus the margin, and does not if it is below. A ratio is judged as "better", with its own bound.
     Everything else is not enough evidence, with about how many seeds it would take; so is what fewer than three seeds say where training
     noise could decide. What no number of seeds can decide on these models is not testable here.
 
@@ -85,7 +86,7 @@ def _without(claim: Claim) -> Verdict:
 
 
 def _verdict(claim: Claim, model: str, pattern: str, evidence: Evidence, resamples: int, seed: int) -> Verdict:
-    level = 0.90 if claim.kind == "equal" else 0.95
+    level = 0.90 if claim.margin else 0.95
     means = np.concatenate([part.mean((1, 2)) for part in evidence.parts])[:, None]
     lower = upper = low = high = math.nan
     needed = 0
@@ -113,7 +114,7 @@ def _verdict(claim: Claim, model: str, pattern: str, evidence: Evidence, resampl
     return Verdict(
         claim.id, *GROUPS[claim.group], claim.statement, claim.comparison, model, pattern, effect, low, high, evidence.unit,
         evidence.seeds, verdict, reason, protocol_words(evidence.runs), tuple(sorted(run.key for run in evidence.runs)), bound,
-        kind=claim.kind, bar=claim.above,
+        kind=claim.kind, bar=claim.bar,
     )  # fmt: skip
 
 
@@ -133,9 +134,11 @@ def _rule(claim: Claim, evidence: Evidence, low: float, high: float) -> tuple[st
         if inside and -CLOSE < low and high < CLOSE:
             reason += f", and ±{CLOSE:g}"
     else:
-        verdict = HOLDS if low > claim.above else FAILS if high < claim.above else UNSURE
+        verdict = HOLDS if low > claim.bar else FAILS if high < claim.bar else UNSURE
         where = {HOLDS: "above", FAILS: "below", UNSURE: "includes"}[verdict]
-        reason = f"95 % interval {where} {claim.above:g}"
+        reason = f"{90 if claim.margin else 95} % interval {where} {claim.bar:g}"
+        if claim.margin:
+            reason += " of the damage" + (", and above 0: it is better" if low > 0 else "")
     if verdict == FAILS and evidence.favours_other:
         return UNSURE, f"{reason}, but with less compute"
     if evidence.seeds < SEEDS:
@@ -150,9 +153,9 @@ def _seeds_needed(claim: Claim, seeds: int, effect: float, low: float, high: flo
     if not all(map(math.isfinite, (effect, low, high))):
         return 0
     if claim.kind == "ratio":
-        effect, low, high, above = (math.log(max(value, 1e-12)) for value in (effect, low, high, claim.above))
+        effect, low, high, above = (math.log(max(value, 1e-12)) for value in (effect, low, high, claim.bar))
     else:
-        above = claim.above
+        above = claim.bar
     distance = abs(claim.margin - abs(effect)) if claim.kind == "equal" else abs(effect - above)
     wanted = wider(seeds, level) / math.sqrt(seeds) * distance / max((high - low) / 2, 1e-12)
     fitting = (count for count in range(max(SEEDS, seeds), MANY) if wider(count, level) / math.sqrt(count) <= wanted)

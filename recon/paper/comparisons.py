@@ -76,10 +76,19 @@ def _difference(
     return Evidence(_used([mine, theirs], seeds), [values], lambda means: means[1] - means[0], **more)
 
 
+def _share(mine: dict[Seed, Run], theirs: dict[Seed, Run], seeds: list[Seed], claim, **more) -> Evidence:
+    def share(means: np.ndarray) -> np.ndarray:
+        damage = means[3] - means[2]
+        return (means[1] - means[0]) / np.where(damage > 0, damage, math.nan)
+
+    sides = [(mine, "reconstructed"), (theirs, "reconstructed"), (mine, "dense"), (mine, "pruned")]
+    return Evidence(_used([mine, theirs], seeds), [_stack(sides, seeds, claim.measure)], share, "of the damage", **more)
+
+
 def samples(runs: list[Run], claim) -> Evidence | None:
     """As `better`, where our side trains on `claim.count` samples, and the other on `claim.times` as many: at least, if that is over 1.
 
-    Learning rates were searched on both sides. The note says what the other side's training does to the dense model, which it cannot
+    With a margin, the difference is a share of the damage, as in `equal`. Learning rates were searched on both sides. The note says what the other side's training does to the dense model, which it cannot
     repair: what adapting to this kind of text alone is worth.
     """
     mine, theirs = points(runs, claim.ours, "samples"), points(runs, claim.other, "samples")
@@ -98,7 +107,7 @@ def samples(runs: list[Run], claim) -> Evidence | None:
         moved = _stack([(control, "dense"), (control, "reconstructed")], sorted(control), claim.measure).mean((1, 2))
         return f"{said}; the same retraining moves the dense model by {moved[1] - moved[0]:+.3f}"
 
-    return _difference(mine, theirs, seeds, claim, note=note)
+    return (_share if claim.margin else _difference)(mine, theirs, seeds, claim, note=note)
 
 
 def _best_supported(points: dict[tuple[int, int], dict[Seed, Run]], trained: int) -> dict[Seed, Run]:
@@ -114,12 +123,7 @@ def equal(runs: list[Run], claim) -> Evidence | None:
     if not (seeds := _common(mine, theirs)):
         return None
 
-    def share(means: np.ndarray) -> np.ndarray:
-        damage = means[3] - means[2]
-        return (means[1] - means[0]) / np.where(damage > 0, damage, math.nan)
-
-    sides = [(mine, "reconstructed"), (theirs, "reconstructed"), (mine, "dense"), (mine, "pruned")]
-    return Evidence(_used([mine, theirs], seeds), [_stack(sides, seeds, claim.measure)], share, "of the damage")
+    return _share(mine, theirs, seeds, claim)
 
 
 def points(runs: list[Run], options: dict, cost: str) -> dict[tuple[int, int], dict[Seed, Run]]:

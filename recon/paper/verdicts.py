@@ -80,7 +80,7 @@ def to_markdown(verdicts: Sequence[Verdict]) -> str:
         f"{', '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())}. Effects are differences of log-perplexity, or of the "
         "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and of "
         "equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and "
-        "windows: 95 %, for equivalences 90 % (two one-sided tests). Two sides are equal within "
+        "windows: 95 %; 90 % for \"equals\" (two one-sided tests) and \"as good as\" (one). Two sides are equal within "
         f"{MARGIN:g} of the damage log(pruned / dense), closely equal within {CLOSE:g}; granularities in the paper differ by about "
         f"{PAPER_SPREAD:.2g} of it (`recon.paper.comparisons.PAPER_SPREAD`). With fewer than {SEEDS} seeds, what training noise could "
         f"decide is {UNSURE}. \"Here\" is the model and protocol of the row.",

@@ -9,6 +9,7 @@ from fixtures.made_up import DAMAGE, record, seeds, verdict_on
 from recon.errors import ReconError
 from recon.paper import comparisons
 from recon.paper.claims import judge
+from recon.paper.comparisons import MARGIN
 from recon.paper.verdicts import FAILS, HOLDS, UNSURE, UNTESTABLE, to_markdown
 
 # ---- which runs enter
@@ -318,17 +319,28 @@ def test_samples_are_compared_count_by_count():
     for count, share in ((4, 0.1), (8, 0.3), (64, 0.9), (128, 0.5), (512, 0.7)):
         records += seeds(share, retrain_samples=count, prune_samples=64, kl=share, other=share, **other)
     same, tenfold = (verdict_on(f"5.masklora.8.{times}.own", records) for times in (1, 10))
-    assert same.verdict == HOLDS and same.effect == pytest.approx(0.1 * DAMAGE, abs=0.01)
-    assert tenfold.verdict == FAILS and tenfold.effect == pytest.approx(-0.1 * DAMAGE, abs=0.01)  # 128: the fewest that suffice
+    assert same.verdict == HOLDS and same.effect == pytest.approx(0.1, abs=0.01)  # of the damage
+    assert tenfold.verdict == FAILS and tenfold.effect == pytest.approx(-0.1, abs=0.01)  # 128: the fewest that suffice
     assert "8 samples against 128" in tenfold.reason and "moves the dense" not in tenfold.reason
     # By the divergence from the dense model it is the other way round.
-    assert verdict_on("5.masklora.8.10.kl", records).effect == pytest.approx(0.1 * DAMAGE, abs=0.01)
+    assert verdict_on("5.masklora.8.10.kl", records).effect == pytest.approx(0.1, abs=0.01)
     assert verdict_on("5.masklora.8.10.other", records).verdict == UNSURE
     assert verdict_on("5.masklora.32.1.own", records).reason == "no records"
     # What the same retraining does to the dense model is said.
     records += seeds(1.05, retrain_samples=128, prune_samples=64, criterion="none", **other)
     moved = float(verdict_on("5.masklora.8.10.own", records).reason.split("moves the dense model by ")[1])
     assert moved == pytest.approx(-0.05 * DAMAGE, abs=0.01)
+
+
+def test_as_good_is_not_worse_by_more_than_the_margin():
+    def compared(recovered):
+        retrained = seeds(0.4, granularity="none", retrain="masklora", samples=64, retrain_samples=8, prune_samples=64)
+        return verdict_on("5.masklora.8.1.own", retrained + seeds(recovered, samples=8, prune_samples=64))
+
+    worse, little_worse, better = (compared(0.4 + MARGIN * times) for times in (-2, -0.5, 1))
+    assert (worse.verdict, little_worse.verdict, better.verdict) == (FAILS, HOLDS, HOLDS)
+    assert "90 % interval above -0.05 of the damage" in little_worse.reason
+    assert "better" in better.reason and "better" not in little_worse.reason
 
 
 def test_a_measure_that_records_lack_is_not_judged():

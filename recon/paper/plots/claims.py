@@ -21,14 +21,14 @@ CENTRAL = {
     "1.kl": "reconstructed better than pruned: KL to dense",
     "3": "half-blocks better than single matrices",
     "4": "half-blocks better than matrices solved exactly",
-    "5.masklora.2.10.own": "2 samples better than MaskLoRA with > 20: perplexity",
-    "5.masklora.2.10.kl": "2 samples better than MaskLoRA with > 20: KL to dense",
-    "5.masklora.8.1.own": "8 samples better than MaskLoRA with 8: perplexity",
-    "5.masklora.8.1.kl": "8 samples better than MaskLoRA with 8: KL to dense",
-    "5.masklora.8.10.own": "8 samples better than MaskLoRA with > 80: perplexity",
-    "5.masklora.8.10.kl": "8 samples better than MaskLoRA with > 80: KL to dense",
-    "5.full.8.10.own": "8 samples better than full with > 80: perplexity",
-    "5.full.8.10.kl": "8 samples better than full with > 80: KL to dense",
+    "5.masklora.2.10.own": "2 samples as good as MaskLoRA with > 20: perplexity",
+    "5.masklora.2.10.kl": "2 samples as good as MaskLoRA with > 20: KL to dense",
+    "5.masklora.8.1.own": "8 samples as good as MaskLoRA with 8: perplexity",
+    "5.masklora.8.1.kl": "8 samples as good as MaskLoRA with 8: KL to dense",
+    "5.masklora.8.10.own": "8 samples as good as MaskLoRA with > 80: perplexity",
+    "5.masklora.8.10.kl": "8 samples as good as MaskLoRA with > 80: KL to dense",
+    "5.full.8.10.own": "8 samples as good as full with > 80: perplexity",
+    "5.full.8.10.kl": "8 samples as good as full with > 80: KL to dense",
     "6.masklora.reconstruction.flops": "with MaskLoRA after it, better at equal compute",
     "6.masklora.retraining.flops": "before MaskLoRA, better than MaskLoRA at equal compute",
     "7.magnitude": "gap of magnitude to SparseGPT shrinks",
@@ -48,6 +48,7 @@ COLOURS = {HOLDS: "#0072b2", FAILS: "#d55e00", UNSURE: "0.5"}
 SHAPES = {HOLDS: "o", FAILS: "X", UNSURE: "d"}
 PANELS = {  # of verdicts, by what their effect is -> label of the axis
     "difference": "nats per token by which it is better: right of 0 is as claimed",
+    "match": f"difference as a share of the damage: right of the line ({-MARGIN:g}) is as claimed",
     "gap": "nats per token by which the gap shrinks: right of 0 is as claimed",
     "equal": f"difference as a share of the damage: equal within the band (±{MARGIN:g}; dark: ±{CLOSE:g})",
     "ratio": "times the cost: right of the line is as claimed",
@@ -85,14 +86,14 @@ def forest(verdicts: Sequence[Verdict]) -> tuple[Figure, pd.DataFrame, str] | No
 
 
 def _panel(verdict: Verdict) -> str:
-    return verdict.kind if verdict.kind in PANELS else "difference"
+    return verdict.kind if verdict.kind in PANELS else "match" if verdict.bar < 0 else "difference"
 
 
 def _draw(ax, name: str, verdicts: Sequence[Verdict]) -> None:
     if name == "equal":
         ax.axvspan(-MARGIN, MARGIN, color="0.9", zorder=0)
         ax.axvspan(-CLOSE, CLOSE, color="0.82", zorder=0)
-    ax.axvline(verdicts[0].bar if name == "ratio" else 0, color="0.3", linewidth=1, zorder=1)
+    ax.axvline(verdicts[0].bar, color="0.3", linewidth=1, zorder=1)
     for place, verdict in enumerate(verdicts):
         colour, enough = COLOURS[verdict.verdict], verdict.seeds >= SEEDS
         if np.isfinite(verdict.high):
@@ -127,7 +128,7 @@ def save(verdicts: Sequence[Verdict], folder: Path | str, records: Iterable[RunR
     keys = {key for verdict in verdicts if verdict.claim in CENTRAL for key in verdict.records}
     caption = (
         "Central claims of the paper, a row for each and model, at its main pattern; marks: effects, lines: bootstrap intervals over seeds and "
-        f"windows (95 %; equivalences 90 %). {HOLDS}: circle; {FAILS}: cross; {UNSURE}: diamond; hollow: fewer than {SEEDS} seeds. All claims "
+        f"windows (95 %; equal and as good 90 %). {HOLDS}: circle; {FAILS}: cross; {UNSURE}: diamond; hollow: fewer than {SEEDS} seeds. All claims "
         "and protocols: claims.md."
     )
     what = "A row per claim and model, with the effect, its interval, and what it has to exceed."
