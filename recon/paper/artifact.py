@@ -10,7 +10,8 @@ from recon.paper.verdicts import MARKS, UNTESTABLE, Verdict
 
 # Group of claims -> the notebook whose runs judge it.
 NOTEBOOKS = {group: "1-granularity" for group in "1234"} | {
-    "5": "2-sample-efficiency",
+    "5a": "2-sample-efficiency",
+    "5b": "2-sample-efficiency",
     "6": "2-sample-efficiency",
     "7": "3-criterion-convergence",
     "8": "3-criterion-convergence",
