@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -19,14 +19,14 @@ class Console:
 
     Args:
         copy: where Papermill keeps the executed notebook, cell by cell.
-        figures: the folder of its figures.
+        figures: where its figures will be.
         stdout: None: nothing is shown.
     """
 
-    def __init__(self, name: str, cells: int, copy: Path, figures: Path, stdout: TextIO | None):
+    def __init__(self, name: str, cells: int, copy: Path, figures: Sequence[Path], stdout: TextIO | None):
         self.name, self.copy, self.figures, self.stdout = name, copy, figures, stdout
         self.log = copy.with_suffix(".log").open("w", encoding="utf-8")
-        self.here = Path.cwd()  # Papermill is elsewhere while it runs a notebook
+        self.here = Path.cwd()
         self.known, self.saved = dict(self._figures()), 0
         shown = stdout is not None and stdout.isatty()
         self.bar = tqdm(total=cells, desc=name, bar_format=BAR, file=stdout, disable=not shown, leave=False, dynamic_ncols=True)
@@ -72,8 +72,8 @@ class Console:
 
     def _figures(self) -> Iterator[tuple[Path, int]]:
         """Each figure that is there, and when it was drawn."""
-        for path in sorted(self.figures.glob("*.png")):
-            with contextlib.suppress(FileNotFoundError):  # another takes its place
+        for path in self.figures:
+            with contextlib.suppress(FileNotFoundError):  # not there yet, or another takes its place
                 yield path, path.stat().st_mtime_ns
 
     def _cells(self) -> int:

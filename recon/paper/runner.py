@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -35,7 +36,7 @@ from recon.paper.console import Console, shown
 from recon.paper.plots import claims as forest
 from recon.paper.profiles import PROFILES, ROOT, MissingRecords, folders
 from recon.runtime import lock, storage
-from recon.runtime.device import limit_compiled_shapes
+from recon.runtime.device import cores, limit_compiled_shapes
 
 LONGEST = 300  # seconds that a cell takes at most which only draws; they take seconds
 _DRAWN = re.compile(r'(?:savefig|publish)\(\s*\w+,\s*"([\w.-]+)"')
@@ -144,17 +145,25 @@ def execute(
     with lock.locked(build / lock.NAME, f"output folder {str(build)!r}"):
         for folder in ("notebooks", "html"):
             (build / folder).mkdir(exist_ok=True)
-        outcomes = []
-        with workers.shared(executor, address) if compute else contextlib.nullcontext():
-            for number, path in enumerate(paths, 1):
-                cells, copy = len(nbformat.read(path, as_version=4).cells), build / "notebooks" / path.name
-                console = Console(f"[{number}/{len(paths)}] {path.stem}", cells, copy, folders(profile, root=root)[0], stdout)
-                outcomes.append(_run(path, parameters[path.stem], build, console))
-                console.end(f"{outcomes[-1].status}, {duration(outcomes[-1].seconds)}")
-                if outcomes[-1].status == "stopped":
+        figure_folder, outcomes = folders(profile, root=root)[0], []
+
+        def run(number: int, path: Path) -> Outcome:
+            """Runs one notebook, and shows on the console how it goes."""
+            copy, name = build / "notebooks" / path.name, f"[{number}/{len(paths)}] {path.stem}"
+            drawn = [figure_folder / f"{each}.png" for each in _drawn(path)]
+            console = Console(name, len(nbformat.read(path, as_version=4).cells), copy, drawn, stdout)
+            outcome = _run(path, parameters[path.stem], build, console)
+            console.end(f"{outcome.status}, {duration(outcome.seconds)}")
+            return outcome
+
+        # Notebooks that only draw run side by side; one that computes has the machine to itself.
+        with workers.shared(executor, address) if compute else contextlib.nullcontext(), ThreadPoolExecutor(cores()) as pool:
+            for outcome in (map if compute else pool.map)(run, range(1, len(paths) + 1), paths):
+                outcomes.append(outcome)
+                if outcome.status == "stopped":
                     break
         if profile == "laptop":
-            _keep_executed(build / "notebooks", folders(profile, root=root)[0] / "executed", outcomes)
+            _keep_executed(build / "notebooks", figure_folder / "executed", outcomes)
         _write_gallery(profile, outcomes, root)
         _write_index(profile, outcomes, root)
     return outcomes
@@ -190,7 +199,8 @@ def _execute(path: Path, copy: Path, parameters: dict, stdout: Console) -> None:
     for last in (False, True) if draws else (True,):
         try:
             papermill.execute_notebook(
-                str(path), str(copy), parameters, kernel_name="python3", cwd=str(path.parent), progress_bar=False,
+                str(path), str(copy), parameters, kernel_name="python3", progress_bar=False,
+                resources={"metadata": {"path": str(path.parent)}},  # the kernel's folder; this process stays where it is
                 execution_timeout=LONGEST if draws else None,
                 stdout_file=stdout, extra_arguments=["--IPKernelApp.log_level=ERROR"],  # kernels warn that they use TCP
             )  # fmt: skip
@@ -231,6 +241,11 @@ def _keep_executed(copies: Path, folder: Path, outcomes: list[Outcome]) -> None:
             executed.keep(copies / f"{outcome.name}.ipynb", folder / f"{outcome.name}.ipynb")
 
 
+def _drawn(path: Path) -> list[str]:
+    """The names of the figures that a notebook draws."""
+    return _DRAWN.findall("\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells))
+
+
 def _write_gallery(profile: str, outcomes: list[Outcome], root: Path) -> None:
     """Writes the page of figures, which names those that are missing, and the judgement of the paper's claims from the records."""
     figure_folder, record_folder = folders(profile, root=root)
@@ -244,8 +259,7 @@ def _write_gallery(profile: str, outcomes: list[Outcome], root: Path) -> None:
         forest.save(verdicts, figure_folder, records)
         claims.write(record_folder, figure_folder / "claims.md", root / "README.md" if profile == "laptop" else None)
     for path in find_notebooks(root=root):
-        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
-        if names := [name for name in _DRAWN.findall(code) if not (figure_folder / f"{name}.png").is_file()]:
+        if names := [name for name in _drawn(path) if not (figure_folder / f"{name}.png").is_file()]:
             left_out = profile == "quick" and path.stem in finished  # it could draw no more
             missing[str(MissingRecords("laptop" if left_out else profile, path.stem))] = names
     gallery.write(figure_folder, judged, missing, profile, root)

@@ -96,7 +96,7 @@ def test_a_terminal_shows_a_bar_of_cells_that_moves_while_the_notebook_runs(tmp_
     copy, figures, screen = tmp_path / "copy.ipynb", tmp_path / "figures", Terminal()
     figures.mkdir()
     (figures / "old.png").touch()
-    shown = Console("[1/1] 0-a", 2, copy, figures, screen)
+    shown = Console("[1/1] 0-a", 2, copy, [figures / "old.png", figures / "new.png"], screen)
     shown.write("a study of 3 runs\n\n")
     status = {"papermill": {"status": "completed"}}
     copy.write_text(nbformat.writes(new_notebook(cells=[new_code_cell("1", metadata=status), new_code_cell("2")])))
@@ -299,7 +299,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
         env=os.environ,
         preexec_fn=heed_interrupts,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "notebooks/started").exists() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
