@@ -65,7 +65,11 @@ def test_a_measure_that_no_record_has_is_said(runs):
     assert explore.view(runs, "smollm2-135m", "0.5", "KL to dense", "window").finding.startswith("No runs of smollm2-135m")
 
 
-def test_show_draws_and_says(runs, capsys, monkeypatch):
-    monkeypatch.setattr(plt, "show", lambda: None)
-    explore.show(runs, model="smollm2-135m", pattern="0.5", measure="perplexity", x="window")
-    assert "half-block (wanda)" in capsys.readouterr().out
+def test_menus_change_the_picture(runs):
+    shown = explore.explorer(runs)
+    *menus, picture, words = shown.children
+    assert [menu.description for menu in menus] == ["model", "pattern", "measure", "x"]
+    before = bytes(picture.value)
+    assert before.startswith(b"\x89PNG") and "perplexity" in words.value and runs["protocol"].iloc[0] in words.value
+    menus[3].value = "criterion"
+    assert bytes(picture.value) != before and bytes(picture.value).startswith(b"\x89PNG")

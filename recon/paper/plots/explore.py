@@ -1,7 +1,10 @@
 """Any measure of the records against any of their options or costs."""
 
+import io
 from collections.abc import Sequence
+from html import escape
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -95,13 +98,27 @@ def view(runs: pd.DataFrame, model: str, pattern: str, measure: str, x: str) -> 
     return Plot(fig, data.drop(columns="at"), _said(data, measure, x, len(chosen)), "Marks for runs and for means over seeds.")
 
 
-def show(runs: pd.DataFrame, **chosen: str) -> None:
-    """Draws a view and says what is in it."""
-    plot = view(runs, **chosen)
-    plt.show()
-    print(plot.finding)
-    if len(plot.data):
-        print(plot.data["protocol"].iloc[0])
+def explorer(runs: pd.DataFrame) -> ipywidgets.VBox:
+    """Menus of `choices`, and below them the view that they choose, with what is found in it.
+
+    The view is a picture, not an output area as `ipywidgets.interact` makes: with that, a notebook that is executed by a program
+    sometimes never ended.
+    """
+    menus = {name: ipywidgets.Dropdown(options=values, description=name) for name, values in choices(runs).items()}
+    picture, words = ipywidgets.Image(layout={"max_width": "100%", "align_self": "flex-start"}), ipywidgets.HTML()
+
+    def draw(_=None) -> None:
+        """Shows what is chosen now."""
+        plot, png = view(runs, **{name: menu.value for name, menu in menus.items()}), io.BytesIO()
+        plot.figure.savefig(png, format="png", bbox_inches="tight", dpi=100)
+        plt.close(plot.figure)
+        picture.value = png.getvalue()
+        words.value = "<br>".join(map(escape, [plot.finding, *plot.data["protocol"].head(1)]))
+
+    for menu in menus.values():
+        menu.observe(draw, "value")
+    draw()
+    return ipywidgets.VBox([*menus.values(), picture, words])
 
 
 def _order(values: pd.Series) -> list[str]:
