@@ -65,6 +65,11 @@ def test_a_measure_that_no_record_has_is_said(runs):
     assert explore.view(runs, "smollm2-135m", "0.5", "KL to dense", "window").finding.startswith("No runs of smollm2-135m")
 
 
+def test_of_a_search_for_learning_rates_the_best_is_shown():
+    tried = [made_up.record(seed=seed, learning_rate=rate, held_out=30 + 100 * rate) for rate in (0.1, 0.01) for seed in range(2)]
+    assert list(explore.read(tried)["key"]) == [record.key for record in tried[2:]]
+
+
 def test_menus_change_the_picture(runs):
     shown = explore.explorer(runs)
     *menus, picture, words = shown.children

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from recon.experiment import study
+from recon.experiment.config import options
 from recon.experiment.record import RunRecord
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, styles
 from recon.paper.runs import Run, protocol_words, short
@@ -24,12 +25,16 @@ OPTIONS = {
     "recipe": "recipe",
     "text": "text",
 }
+RATES = ("learning_rate", "retrain_learning_rate")
 MEASURED = ("TFLOP", "memory added, GiB", "seconds")  # what a run takes
 AXES = (*OPTIONS, "samples", *MEASURED)
 
 
 def read(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """A row for each finished run: model, pattern, seed, protocol, what it is asked for (`OPTIONS`, samples), its `MEASURES`, and what it takes."""
+    """A row for each finished run: model, pattern, seed, protocol, what it is asked for (`OPTIONS`, samples), its `MEASURES`, and what it takes.
+
+    Of runs that differ in their learning rates alone, the one that is best on held-out text.
+    """
     done = [record for record in records if record.status == "done"]
     runs, data = list(map(Run, done)), study.frame(done)
     groups: dict[tuple, list[Run]] = {}
@@ -48,7 +53,9 @@ def read(records: Sequence[RunRecord]) -> pd.DataFrame:
         found[name] = sum(data.get(f"{column}_{phase}", pd.Series(0.0, data.index)).fillna(0) for phase in phases) / unit
     memory = [data.get(f"added_memory_bytes_{phase}", pd.Series(float("nan"), data.index)) for phase in phases]
     found["memory added, GiB"] = pd.concat(memory, axis=1).max(axis=1) / 2**30
-    return found
+    alike = data.reindex(columns=[name for name in options() if name not in RATES]).astype(str).agg(" ".join, axis=1)
+    best = data.get("held_out_perplexity", data["seed"]).groupby(alike).rank("first", na_option="bottom")
+    return found[best == 1]
 
 
 def choices(runs: pd.DataFrame) -> dict[str, list[str]]:
