@@ -9,7 +9,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from recon.experiment import study
-from recon.experiment.config import options
 from recon.experiment.record import RunRecord
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, styles
 from recon.paper.runs import Run, protocol_words, short
@@ -53,7 +52,7 @@ def read(records: Sequence[RunRecord]) -> pd.DataFrame:
         found[name] = sum(data.get(f"{column}_{phase}", pd.Series(0.0, data.index)).fillna(0) for phase in phases) / unit
     memory = [data.get(f"added_memory_bytes_{phase}", pd.Series(float("nan"), data.index)) for phase in phases]
     found["memory added, GiB"] = pd.concat(memory, axis=1).max(axis=1) / 2**30
-    alike = data.reindex(columns=[name for name in options() if name not in RATES]).astype(str).agg(" ".join, axis=1)
+    alike = [str([item for item in sorted(record.spec.items()) if item[0] not in RATES]) for record in done]
     best = data.get("held_out_perplexity", data["seed"]).groupby(alike).rank("first", na_option="bottom")
     return found[best == 1]
 
