@@ -36,7 +36,7 @@ def judge(records: Iterable[RunRecord], resamples: int = 2000, seed: int = 0) ->
     """A verdict on every claim, for each model and pattern that records allow to compare. Failed runs are left out.
 
     "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below. "Equal" holds if the 90 % interval is
-    within the margin (two one-sided tests at 5 %), and does not if it is outside. "At least as good" holds if the 90 % interval is above
+    within the margin (two one-sided tests at 5 %), and does not if it is outside. "As good" holds if the 90 % interval is above
     minus the margin, and does not if it is below. A ratio is judged as "better", with its own bound.
     Everything else is not enough evidence, with about how many seeds it would take; so is what fewer than three seeds say where training
     noise could decide. What no number of seeds can decide on these models is not testable here.
@@ -86,18 +86,17 @@ def _without(claim: Claim) -> Verdict:
 
 
 def _verdict(claim: Claim, model: str, pattern: str, evidence: Evidence, resamples: int, seed: int) -> Verdict:
-    level = 0.90 if claim.margin else 0.95
     means = np.concatenate([part.mean((1, 2)) for part in evidence.parts])[:, None]
     lower = upper = low = high = math.nan
     needed = 0
     if np.isfinite(means).all():
         lower, upper = (float(bound[0]) for bound in bounds(evidence.statistic(means)))
-        low, high = interval(evidence.parts, evidence.statistic, level, resamples, seed)
+        low, high = interval(evidence.parts, evidence.statistic, claim.level, resamples, seed)
         if claim.kind == "ratio":
             lower, upper, low, high = (float(np.exp2(value)) for value in (lower, upper, low, high))
         verdict, reason = _rule(claim, evidence, low, high)
         if verdict == UNSURE:
-            needed = _seeds_needed(claim, evidence.seeds, lower, low, high, level)
+            needed = _seeds_needed(claim, evidence.seeds, lower, low, high)
             reason += f"; {_needed_words(needed)}"
         if note := evidence.note(means):
             reason += f"; {note}"
@@ -136,7 +135,7 @@ def _rule(claim: Claim, evidence: Evidence, low: float, high: float) -> tuple[st
     else:
         verdict = HOLDS if low > claim.bar else FAILS if high < claim.bar else UNSURE
         where = {HOLDS: "above", FAILS: "below", UNSURE: "includes"}[verdict]
-        reason = f"{90 if claim.margin else 95} % interval {where} {claim.bar:g}"
+        reason = f"{100 * claim.level:.0f} % interval {where} {claim.bar:g}"
         if claim.margin:
             reason += " of the damage" + (", and above 0: it is better" if low > 0 else "")
     if verdict == FAILS and evidence.favours_other:
@@ -148,7 +147,7 @@ def _rule(claim: Claim, evidence: Evidence, low: float, high: float) -> tuple[st
     return verdict, reason
 
 
-def _seeds_needed(claim: Claim, seeds: int, effect: float, low: float, high: float, level: float) -> int:
+def _seeds_needed(claim: Claim, seeds: int, effect: float, low: float, high: float) -> int:
     """About how many seeds would decide, if the effect is what it seems and seeds are all the noise; 0: that cannot be said."""
     if not all(map(math.isfinite, (effect, low, high))):
         return 0
@@ -157,8 +156,8 @@ def _seeds_needed(claim: Claim, seeds: int, effect: float, low: float, high: flo
     else:
         above = claim.bar
     distance = abs(claim.margin - abs(effect)) if claim.kind == "equal" else abs(effect - above)
-    wanted = wider(seeds, level) / math.sqrt(seeds) * distance / max((high - low) / 2, 1e-12)
-    fitting = (count for count in range(max(SEEDS, seeds), MANY) if wider(count, level) / math.sqrt(count) <= wanted)
+    wanted = wider(seeds, claim.level) / math.sqrt(seeds) * distance / max((high - low) / 2, 1e-12)
+    fitting = (count for count in range(max(SEEDS, seeds), MANY) if wider(count, claim.level) / math.sqrt(count) <= wanted)
     return next(fitting, MANY)
 
 

@@ -105,7 +105,7 @@ def samples(runs: list[Run], claim) -> Evidence | None:
         if not control:
             return said
         moved = _stack([(control, "dense"), (control, "reconstructed")], sorted(control), claim.measure).mean((1, 2))
-        return f"{said}; the same retraining moves the dense model by {moved[1] - moved[0]:+.3f}"
+        return f"{said}; the same retraining moves the dense model by {moved[1] - moved[0]:+.3f} nats"
 
     return (_share if claim.margin else _difference)(mine, theirs, seeds, claim, note=note)
 

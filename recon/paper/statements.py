@@ -87,6 +87,11 @@ class Claim:
         return self.above if self.kind == "equal" else self.above - self.margin
 
     @property
+    def level(self) -> float:
+        """Of the interval that decides: one-sided tests against a margin at 5 % each, or a two-sided one against a bar."""
+        return 0.90 if self.margin else 0.95
+
+    @property
     def comparison(self) -> str:
         """Which runs against which, in words."""
         other = "the same before reconstruction" if self.other is None else _words(self.other)
