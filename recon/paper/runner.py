@@ -334,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
     except ReconError as error:
         parser.exit(2, f"recon.paper.runner: {error}\n")
+    except KeyboardInterrupt:  # of notebooks that were drawn side by side; one that computes ends as "stopped"
+        parser.exit(130, "recon.paper.runner: stopped by the user\n")
     print(summary(given.profile, outcomes), flush=True)
     statuses = {outcome.status for outcome in outcomes}
     return 130 if "stopped" in statuses else int("failed" in statuses)
