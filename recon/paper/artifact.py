@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from recon.experiment.cost import duration
 from recon.experiment.record import RunRecord
 from recon.paper.runs import short
-from recon.paper.verdicts import MARKS, UNTESTABLE, Verdict
+from recon.paper.verdicts import MARKS, UNTESTABLE, Verdict, not_run_words
 
 # Group of claims -> the notebook whose runs judge it.
 NOTEBOOKS = {group: "1-granularity" for group in "1234"} | {
@@ -34,6 +34,7 @@ drew. Its numbers are of one seed and are not those of the tables below. Nothing
 
 ```sh
 ./run_all.sh figures                        # draws the committed figures again; `git status` must show no data changed (*.csv)
+source .venv/bin/activate                   # unless an environment of your own was active
 python -m recon.paper.claims --check        # the committed verdicts, and this page, are what the committed records give
 ```
 
@@ -44,7 +45,8 @@ python -m recon.paper.claims --check        # the committed verdicts, and this p
 ```
 
 {laptop}
-It can be killed and started again. Records that are there are not computed again, so move them away first: `mv results/laptop elsewhere`.
+The profile asks for more runs than are committed, so all of it takes longer. A few records are of seeds beyond the profile's; without them, an interval
+is wider. The command can be killed and started again. Records that are there are not computed again, so move them away first: `mv results/laptop elsewhere`.
 
 ## 3. GPUs: the paper's models
 
@@ -81,10 +83,7 @@ def to_artifact(verdicts: Sequence[Verdict], records: Iterable[RunRecord]) -> st
             verdict.statement, where, NOTEBOOKS[verdict.group], *_expected(verdict), f"{MARKS[verdict.verdict]} {verdict.verdict}", duration(seconds),
         )  # fmt: skip
         lines += [f"| {' | '.join(cells)} |"]
-    if missing := dict.fromkeys(verdict.title for verdict in verdicts if not verdict.records):
-        open_ = [title for title in missing if all(verdict.title != title for verdict in listed)]
-        lines += ["", f"No records yet for: {'; '.join(open_)}."] if open_ else []
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", not_run_words(verdicts)]).rstrip() + "\n"
 
 
 def _expected(verdict: Verdict) -> tuple[str, str]:

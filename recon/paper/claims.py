@@ -24,7 +24,7 @@ from recon.paper.crate import to_crate
 from recon.paper.runs import DEFAULTS, Run, check_windows, protocol, protocol_words
 from recon.paper.statements import CLAIMS, GROUPS, Claim
 from recon.paper.statistics import bounds, interval, wider
-from recon.paper.verdicts import FAILS, HOLDS, UNSURE, UNTESTABLE, Verdict, to_markdown, to_summary, to_table
+from recon.paper.verdicts import FAILS, HOLDS, NOT_RUN, UNSURE, UNTESTABLE, Verdict, to_markdown, to_summary, to_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS, PAGE, README = ROOT / "results" / "laptop", ROOT / "figures" / "claims.md", ROOT / "README.md"
@@ -81,7 +81,7 @@ def _without(claim: Claim) -> Verdict:
     nothing = math.nan
     return Verdict(
         claim.id, *GROUPS[claim.group], claim.statement, claim.comparison, "", "", nothing, nothing, nothing, "", 0,
-        UNSURE, "no records", "", (),
+        NOT_RUN, "no records", "", (),
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def _rule(claim: Claim, evidence: Evidence, low: float, high: float) -> tuple[st
         where = {HOLDS: "above", FAILS: "below", UNSURE: "includes"}[verdict]
         reason = f"{100 * claim.level:.0f} % interval {where} {claim.bar:g}"
         if claim.margin:
-            reason += " of the damage" + (", and above 0: it is better" if low > 0 else "")
+            reason += " of the damage" + (", and above 0" if low > 0 else "")
     if verdict == FAILS and evidence.favours_other:
         return UNSURE, f"{reason}, but with less compute"
     if evidence.seeds < SEEDS:

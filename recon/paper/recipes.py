@@ -10,6 +10,7 @@ import pandas as pd
 
 from recon.experiment.config import RunSpec
 from recon.paper import tuning
+from recon.runtime.device import COMPUTE_DTYPES
 
 
 def spec(base: RunSpec, recipe: str, count: int, seed: int = 0, rates: Mapping[tuple[str, int], float] = {}) -> RunSpec:
@@ -74,12 +75,6 @@ def _beside(index: int, row: Sequence) -> set[int]:
     return set(range(len(row))) & {index - 1, index, index + 1}
 
 
-def adapted(base: RunSpec, plain: RunSpec, adapter: str, rate: float, seed: int) -> RunSpec:
-    """The run of half-blocks trained through `adapter` at `rate`. plain: what takes the place of `base` where both are the defaults."""
-    own = plain if (adapter, rate) == ("none", base.reconstruction.learning_rate) else base
-    return own.replaced(granularity="half-block", adapter=adapter, learning_rate=rate, seed=seed)
-
-
 def searched(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs of a search: recipe, samples, learning_rate, held_out_perplexity, key, and whether that rate is `chosen`."""
     columns = ["recipe", "samples", "learning_rate", "held_out_perplexity", "key"]
@@ -97,6 +92,11 @@ def chosen(search: pd.DataFrame) -> dict[tuple[str, int], float]:
     """The learning rate of each recipe at each sample count, from what `searched` gives."""
     best = search[search["chosen"].astype(bool)]
     return dict(zip(zip(best["recipe"], best["samples"]), best["learning_rate"]))
+
+
+def in_any_precision(specs: Iterable[RunSpec]) -> list[RunSpec]:
+    """`specs`, and each with the precision of its products named: the same run, if that is what the machine would take."""
+    return list(dict.fromkeys(spec.replaced(compute_dtype=name) for spec in specs for name in ("auto", *COMPUTE_DTYPES)))
 
 
 def finished(runs: pd.DataFrame, specs: Iterable[RunSpec]) -> pd.DataFrame:

@@ -105,7 +105,8 @@ class _Cells:
             key: ", ".join(dict.fromkeys(f"{short(run.model)} {run.pattern}" for run in group)) for key, group in groups.items()
         }
         said = ". ".join(f"{cells[key]}: {protocol_words(group)}" for key, group in groups.items())
-        caption = f"{what}; mean ± standard deviation (seeds), lower is better, the best of each column in bold. {said}."
+        caption = f"{what}; mean ± standard deviation (seeds), lower is better, the best of each column in bold. {said}. Paper: of its own models, from a summary of it; "
+        caption += f"{NOT_READ}: its tables could not be read here."
         values = pd.DataFrame(self.rows)
         order = list(dict.fromkeys(["dense", "pruned", *values["row"]]))
         columns = list(dict.fromkeys(values["column"]))

@@ -9,8 +9,9 @@ import pandas as pd
 from recon.paper.comparisons import CLOSE, MARGIN, PAPER_SPREAD, SEEDS
 from recon.paper.runs import short
 
-HOLDS, FAILS, UNSURE, UNTESTABLE = "holds", "does not hold here", "not enough evidence", "not testable here"
-MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?", UNTESTABLE: "–"}
+HOLDS, FAILS, UNSURE = "holds", "does not hold here", "not enough evidence"
+UNTESTABLE, NOT_RUN = "not testable here", "not run"
+MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?", UNTESTABLE: "–", NOT_RUN: "○"}
 
 
 @dataclass(frozen=True)
@@ -146,20 +147,27 @@ def count_words(verdicts: Sequence[Verdict]) -> str:
     if counts[UNTESTABLE]:
         said += f" {counts[UNTESTABLE]} cannot be tested with these models."
     if without := sum(not verdict.records for verdict in verdicts):
-        said += f" {without} more have no records yet."
+        said += f" {without} more were not run."
     return (
-        f"{said} Each is judged on its own at 5 %: of as many comparisons without any effect, about {0.05 * decided:.0f} would look decided "
-        "by chance. Trust what several patterns and models agree on."
+        f"{said} Each is judged on its own, with a chance of at most 5 % that noise makes a verdict wrong: of those decided, up to about "
+        f"{0.05 * decided:.0f}, and more as open comparisons were given further seeds and judged again. They share runs, so that several may be wrong "
+        "together. Trust what several patterns and models agree on."
     )
+
+
+def not_run_words(verdicts: Iterable[Verdict]) -> str:
+    """How many comparisons of which claims were not run, in a sentence; empty if all were."""
+    missing = _by([verdict for verdict in verdicts if verdict.verdict == NOT_RUN], "title")
+    said = "; ".join(f"{len(mine)} of *{title[0].lower()}{title[1:]}*" for title, mine in missing.items())
+    return f"Comparisons that were not run: {said}." if said else ""
 
 
 def to_summary(verdicts: Sequence[Verdict]) -> str:
     """A short table: a row per group of claims, with its verdicts counted over claims, models and patterns, and the first one's effect."""
-    rows, missing = [], []
+    rows = []
     for mine in _by(verdicts, "group").values():
         judged = [verdict for verdict in mine if verdict.records]
         if not judged:
-            missing.append(mine[0].title)
             continue
         counts = ((state, sum(v.verdict == state for v in judged)) for state in MARKS)
         said = ", ".join(f"{MARKS[state]} {state} ({n} of {len(judged)})" for state, n in counts if n)
@@ -167,9 +175,7 @@ def to_summary(verdicts: Sequence[Verdict]) -> str:
         example = f"{first.statement}: {effect_words(first) or first.reason} ({_where(first)}, {first.seeds} seed{'s' * (first.seeds != 1)})"
         rows.append((mine[0].title, said, example))
     lines = markdown_table(("the paper's claim", "verdicts", "for example"), rows) if rows else []
-    if missing:
-        lines += ["", f"No records yet (run the notebooks) for: {'; '.join(f'{t[0].lower()}{t[1:]}' for t in missing)}."]
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join([*lines, "", not_run_words(verdicts)]).strip() + "\n"
 
 
 def to_table(verdicts: Sequence[Verdict]) -> "pd.io.formats.style.Styler":

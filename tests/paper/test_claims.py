@@ -14,7 +14,7 @@ from recon.experiment.study import write_record
 from recon.paper import claims, tables
 from recon.paper.claims import judge
 from recon.paper.plots.claims import CENTRAL, forest, save
-from recon.paper.verdicts import FAILS, HOLDS, UNSURE, UNTESTABLE
+from recon.paper.verdicts import FAILS, HOLDS, NOT_RUN, UNSURE, UNTESTABLE
 
 # ---- verdicts
 
@@ -181,7 +181,11 @@ def test_the_forest_has_a_row_per_central_claim_and_model(tmp_path):
     assert {tuple(row) for row in drawn[["claim", "model"]].to_numpy()} == set(shown) and set(drawn["pattern"]) == {"0.5"}
     for row in drawn.itertuples():
         assert (row.effect, row.verdict) == (shown[row.claim, row.model].effect, shown[row.claim, row.model].verdict)
-    assert finding.startswith(f"Of {len(drawn)} central comparisons, as the paper claims: {(drawn['verdict'] == HOLDS).sum()}")
+    holds = drawn["verdict"] == HOLDS
+    tenfold = drawn["claim"].str.startswith("5b")
+    assert 0 < holds[tenfold].sum() < tenfold.sum() and holds[drawn["claim"] == "1.own"].all()
+    assert finding.startswith("Holds: recovery, ")
+    assert f"Holds in part: retraining on ten times the samples ({holds[tenfold].sum()} of {tenfold.sum()})" in finding
     assert forest(judge([])) is None
     save(verdicts, tmp_path, records)
     assert (tmp_path / "claims.png").is_file()
@@ -223,11 +227,11 @@ def test_pages_hold_every_claim_and_say_where_records_lack():
     page = claims.to_markdown(verdicts)
     for claim in claims.CLAIMS:
         assert (f" {claim.statement} |" in page) == (not claim.optional)
-    assert "| ? not enough evidence | Half-block equals quarter |  |  |  |  |" in page
+    assert "| ○ not run | Half-block equals quarter |  |  |  |  |" in page
     nothing = judge([])
-    assert {verdict.reason for verdict in nothing} == {"no records"} and {verdict.verdict for verdict in nothing} == {UNSURE}
+    assert {verdict.reason for verdict in nothing} == {"no records"} and {verdict.verdict for verdict in nothing} == {NOT_RUN}
     assert len(nothing) == sum(not claim.optional for claim in claims.CLAIMS)
-    assert claims.to_markdown(nothing) and claims.to_summary(nothing).startswith("No records yet ")
+    assert claims.to_markdown(nothing) and claims.to_summary(nothing).startswith("Comparisons that were not run: 3 of *reconstruction recovers quality*; ")
 
 
 def test_of_protocols_with_as_many_seeds_that_of_the_largest_study_is_taken():
@@ -269,7 +273,7 @@ def test_verdicts_are_counted():
     assert all(counts.values())
     page = claims.to_markdown(verdicts)
     assert f"{decided} of {decided + counts[UNSURE]} comparisons are decided" in page
-    assert f" {len(verdicts) - len(judged)} more have no records yet." in page
+    assert f" {len(verdicts) - len(judged)} more were not run." in page
 
 
 def test_no_path_of_this_machine_is_on_the_page(tmp_path):

@@ -14,43 +14,56 @@ from recon.paper.figures import log_scale, savefig, style
 from recon.paper.runs import short
 from recon.paper.verdicts import FAILS, HOLDS, MARKS, UNSURE, Verdict, effect_words
 
-# Those that stand for their group, as a page cannot show all, and what they say in short.
-CENTRAL = {
-    "1.own": "reconstructed better than pruned: perplexity",
-    "1.other": "reconstructed better than pruned: perplexity on another text",
-    "1.kl": "reconstructed better than pruned: KL to dense",
-    "3": "half-blocks better than single matrices",
-    "4": "half-blocks better than matrices solved exactly",
-    "5b.masklora.2.own": "2 samples as good as MaskLoRA with > 20: perplexity",
-    "5b.masklora.2.kl": "2 samples as good as MaskLoRA with > 20: KL to dense",
-    "5a.masklora.8.own": "8 samples as good as MaskLoRA with 8: perplexity",
-    "5a.masklora.8.kl": "8 samples as good as MaskLoRA with 8: KL to dense",
-    "5b.masklora.8.own": "8 samples as good as MaskLoRA with > 80: perplexity",
-    "5b.masklora.8.kl": "8 samples as good as MaskLoRA with > 80: KL to dense",
-    "5b.full.8.own": "8 samples as good as full with > 80: perplexity",
-    "5b.full.8.kl": "8 samples as good as full with > 80: KL to dense",
-    "6.masklora.reconstruction.flops": "with MaskLoRA after it, better at equal compute",
-    "6.masklora.retraining.flops": "before MaskLoRA, better than MaskLoRA at equal compute",
-    "7.magnitude": "gap of magnitude to SparseGPT shrinks",
-    "7.wanda": "gap of Wanda to SparseGPT shrinks",
-    "2.block": "half-block equals block",
-    "2.2-blocks": "half-block equals two blocks",
-    "2.quarter": "half-block equals a quarter",
-    "2.model": "half-block equals the model",
-    "9.sparse.mse": "sparse propagation equals dense",
-    "9.mixed.mse": "mixed propagation equals dense",
-    "10.cosine.mixed": "cosine loss equals squared error",
-    "10.whitened.mixed": "whitened loss equals squared error",
-    "11.masklora": "MaskLoRA in windows equals all weights",
-    "5b.masklora.flops": "MaskLoRA takes over 10 times the FLOPs",
-}
+_COUNTS, _SHORT = (2, 8, 32), {"own": "perplexity", "kl": "KL to dense"}
+# Those that are drawn, as a page cannot show all, and what they say in short: of ways to retrain MaskLoRA, of measures two; else every size,
+# count, propagation and loss.
+CENTRAL = (
+    {f"1.{measure}": f"reconstructed better than pruned: {words}" for measure, words in _SHORT.items()}
+    | {"3": "half-blocks better than single matrices", "4": "half-blocks better than matrices solved exactly"}
+    | {
+        f"{group}.masklora.{count}.{measure}": f"{count} samples as good as MaskLoRA with {more}: {words}"
+        for group, times in (("5a", 1), ("5b", 10))
+        for count in _COUNTS
+        for more in (count if times == 1 else f"{times * count} or more",)
+        for measure, words in _SHORT.items()
+    }
+    | {
+        f"6.masklora.reconstruction.{count}": f"then MaskLoRA: better than reconstruction, {count} samples"
+        for count in _COUNTS[1:]
+    }
+    | {f"6.masklora.retraining.{count}": f"then MaskLoRA: better than MaskLoRA, {count} samples" for count in _COUNTS[1:]}
+    | {
+        "6.masklora.reconstruction.flops": "then MaskLoRA: better than reconstruction, no more compute",
+        "6.masklora.retraining.flops": "then MaskLoRA: better than MaskLoRA, no more compute",
+        "7.magnitude": "gap of magnitude to SparseGPT shrinks",
+        "7.wanda": "gap of Wanda to SparseGPT shrinks",
+    }
+    | {f"2.{size}": f"half-block = {size}" for size in ("block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model")}
+    | {
+        f"9.{ours}.{loss}": f"{ours} = dense propagation ({loss})"
+        for ours in ("sparse", "mixed")
+        for loss in ("mse", "cosine", "whitened")
+    }
+    | {
+        f"10.{loss}.{of}": f"{loss} loss = mse ({of} propagation)"
+        for loss in ("cosine", "whitened")
+        for of in ("dense", "sparse", "mixed")
+    }
+    | {"11.masklora": "MaskLoRA in windows = all weights", "5b.masklora.flops": "MaskLoRA takes over 10 times the FLOPs"}
+)
+# Groups of claims, in the words of the title.
+TOPICS = {
+    "1": "recovery", "2": "window size", "3": "single matrices", "4": "exact solutions", "5a": "retraining on the same samples",
+    "5b": "retraining on ten times the samples", "6": "both together", "7": "criteria", "8": "model size", "9": "propagation", "10": "loss",
+    "11": "adapters",
+}  # fmt: skip
 COLOURS = {HOLDS: "#0072b2", FAILS: "#d55e00", UNSURE: "0.5"}
 SHAPES = {HOLDS: "o", FAILS: "X", UNSURE: "d"}
 PANELS = {  # of verdicts, by what their effect is -> label of the axis
     "difference": "nats per token by which it is better: right of 0 is as claimed",
     "match": f"difference as a share of the damage: right of the line ({-MARGIN:g}) is as claimed",
     "gap": "nats per token by which the gap shrinks: right of 0 is as claimed",
-    "equal": f"difference as a share of the damage: equal within the band (±{MARGIN:g}; dark: ±{CLOSE:g})",
+    "equal": f"share of the damage: equal in the band (±{MARGIN:g}; dark: ±{CLOSE:g}), right of it the first is better",
     "ratio": "times the cost: right of the line is as claimed",
 }
 
@@ -79,10 +92,19 @@ def forest(verdicts: Sequence[Verdict]) -> tuple[Figure, pd.DataFrame, str] | No
         }
         for v in shown
     )  # fmt: skip
-    counts = {state: sum(v.verdict == state for v in shown) for state in (HOLDS, FAILS, UNSURE)}
-    finding = f"Of {len(shown)} central comparisons, as the paper claims: {counts[HOLDS]}; not so: {counts[FAILS]}"
-    finding += f"; open: {counts[UNSURE]}." if counts[UNSURE] else "."
-    return fig, drawn, finding
+    return fig, drawn, _finding(shown)
+
+
+def _finding(shown: Sequence[Verdict]) -> str:
+    """Which groups of claims hold in all that is drawn, in some of it, and in none."""
+    topics: dict[str, list[str]] = {"Holds": [], "Holds in part": [], "Does not hold": [], "Open": []}
+    for group, topic in TOPICS.items():
+        mine = [v.verdict for v in shown if v.group == group]
+        for _ in mine[:1]:
+            holds, fails = mine.count(HOLDS), mine.count(FAILS)
+            word = "Holds" if holds == len(mine) else "Holds in part" if holds else "Does not hold" if fails else "Open"
+            topics[word].append(f"{topic} ({holds} of {len(mine)})" if word == "Holds in part" else topic)
+    return " ".join(f"{word}: {', '.join(found)}." for word, found in topics.items() if found)
 
 
 def _panel(verdict: Verdict) -> str:
