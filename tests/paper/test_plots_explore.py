@@ -41,8 +41,8 @@ def test_a_row_for_each_finished_run_with_what_it_took(runs):
 def test_only_runs_of_one_protocol_are_in_a_view(runs):
     plot = explore.view(runs, "smollm2-135m", "0.5", "perplexity", "window")
     assert len(plot.data) == 12 and set(plot.data["text"]) == {"wikipedia"}
-    assert plot.finding.startswith("The best perplexity of 12 runs, 30.5, is that of window half-block (wanda)")
-    assert "1 runs of other protocols are left out" in plot.finding
+    said = "Of 12 runs, those of reconstruction (wanda) with window half-block have the lowest mean perplexity: 30.5."
+    assert plot.finding == f"{said} 1 runs of other protocols are left out."
     assert [label.get_text() for label in plot.figure.axes[0].get_xticklabels()] == ["none", "half-block", "block"]
 
 
@@ -51,14 +51,29 @@ def test_every_axis_can_be_chosen_and_keeps_all_runs(runs, x):
     plot = explore.view(runs, "smollm2-135m", "0.5", "share of the damage recovered", x)
     expected = 0 if x == "memory added, GiB" else 12  # no record states it
     assert len(plot.data) == expected
-    assert expected == 0 or plot.figure.axes[0].get_xlabel() == x
+    assert plot.figure.axes[0].get_xlabel() == ("samples of 512 tokens" if x == "samples" else x)
 
 
 def test_what_varies_beside_the_axis_names_the_marks(runs):
     names = set(explore.view(runs, "smollm2-135m", "0.5", "perplexity", "criterion").data["series"])
-    assert names == {"half-block", "block", "none"}
+    assert names == {"reconstruction (half-block)", "reconstruction (block)", "pruned"}
     names = set(explore.view(runs, "smollm2-135m", "0.5", "perplexity", "TFLOP").data["series"])
-    assert "half-block, wanda" in names and len(names) == 6
+    assert {"reconstruction (half-block, wanda)", "pruned (wanda)"} < names and len(names) == 6
+
+
+def test_each_recipe_has_its_colour_and_mark(style):
+    records = [made_up.record(seed=seed, propagation=way) for way, count in (("mixed", 2), ("dense", 1)) for seed in range(count)]
+    records += [made_up.record(granularity="none"), made_up.record(granularity="none", retrain="masklora")]
+    for record in records:
+        record.metrics["perplexity"] = 30.0
+    ax = explore.view(explore.read(records), "smollm2-135m", "0.5", "perplexity", "samples").figure.axes[0]
+    shown = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    main, other = "reconstruction (mixed propagation)", "reconstruction (dense propagation)"
+    assert set(shown) == {main, other, "pruned", "masklora"}
+    for name, recipe in ((main, "reconstruction"), ("pruned", "pruned"), ("masklora", "masklora")):
+        assert (shown[name].get_color(), shown[name].get_marker()) == tuple(map(figures.look(recipe).get, ("color", "marker")))
+    assert shown[other].get_color() == shown[main].get_color() and shown[other].get_marker() != shown[main].get_marker()
+    assert len({float(line.get_xdata()[0]) for line in shown.values()}) == 4  # none hides another
 
 
 def test_a_measure_that_no_record_has_is_said(runs):

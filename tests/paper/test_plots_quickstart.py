@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("style")
 
 
 @pytest.mark.parametrize(
-    ("share", "said"), [(0.5, "50% of the damage is recovered"), (-0.1, "none of the damage is recovered"), (None, "to 30.0.")]
+    ("share", "said"),
+    [(0.5, "50% of the damage (the rise in log-perplexity) is"), (-0.1, "none of the damage"), (None, "to 30.0.")],
 )
 def test_the_finding_says_what_is_recovered(share, said):
     metrics = {"dense_perplexity": 20.0, "pruned_perplexity": 45.0, "perplexity": 30.0, "share_recovered": share}

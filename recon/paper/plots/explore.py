@@ -1,8 +1,9 @@
 """Any measure of the records against any of their options or costs."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -24,6 +25,9 @@ OPTIONS = {
     "recipe": "recipe",
     "text": "text",
 }
+FITTING = ["window", "propagation", "loss", "adapter"]  # what matters where windows are reconstructed
+SUFFIXES = {"propagation": " propagation", "adapter": " adapter", "samples": " samples"}  # of values, in names
+BEST = {"share of the damage recovered": "highest"}
 RATES = ("learning_rate", "retrain_learning_rate")
 MEASURED = ("TFLOP", "memory added, GiB", "seconds")  # what a run takes
 AXES = (*OPTIONS, "samples", *MEASURED)
@@ -32,7 +36,7 @@ AXES = (*OPTIONS, "samples", *MEASURED)
 def read(records: Sequence[RunRecord]) -> pd.DataFrame:
     """A row for each finished run: model, pattern, seed, protocol, what it is asked for (`OPTIONS`, samples), its `MEASURES`, and what it takes.
 
-    Of runs that differ in their learning rates alone, the one that is best on held-out text.
+    Options of reconstruction are "none" where there is none. Of runs that differ in their learning rates alone, the one that is best on held-out text.
     """
     done = [record for record in records if record.status == "done"]
     runs, data = list(map(Run, done)), study.frame(done)
@@ -46,7 +50,9 @@ def read(records: Sequence[RunRecord]) -> pd.DataFrame:
         | {name: data[column].map(str) for name, column in OPTIONS.items()}
         | {name: data.get(column) for name, column in MEASURES.items()}
     )
+    found.loc[found["window"] == "none", FITTING] = "none"
     phases = ("reconstruct", "retrain")
+    found["tokens"] = data["sequence_length"]
     found["samples"] = [run.trained_samples for run in runs]
     for name, column, unit in (("TFLOP", "flops", 1e12), ("seconds", "seconds", 1)):
         found[name] = sum(data.get(f"{column}_{phase}", pd.Series(0.0, data.index)).fillna(0) for phase in phases) / unit
@@ -75,20 +81,21 @@ def view(runs: pd.DataFrame, model: str, pattern: str, measure: str, x: str) -> 
     if chosen.empty:
         return Plot(fig, chosen, f"No runs of {model} at {pattern} have {measure} and {x}.", "Empty axes.")
     data = chosen[chosen["protocol"] == chosen["protocol"].mode()[0]].copy()
-    varying = [name for name in (*OPTIONS, "samples") if name != x and data[name].nunique() > 1]
-    if "recipe" in varying and "window" in (x, *varying) and set(data["recipe"]) <= {"reconstruction", "pruned"}:
-        varying.remove("recipe")  # whether there is a window says it
-    data["series"] = [", ".join(map(str, row)) or "all runs" for row in data[varying].itertuples(index=False)]
+    varying = _varying(data, x)
+    data["series"] = [_name(row, varying) for row in data.to_dict("records")]
     names = [name for name in _order(data[x]) if name in set(data[x])] if x in OPTIONS else []
-    data["at"] = data[x].map({name: place for place, name in enumerate(names)}) if names else data[x]
-    series = list(dict.fromkeys(data["series"]))
-    shown = {name: look(name) for name in series} if not any("," in name for name in series) else styles(series)
-    for name, group in data.groupby("series", sort=False):
+    data["at"] = data[x].map({name: place for place, name in enumerate(names)}) if names else data[x].astype(float)
+    shown = _styles(data, varying)
+    if x not in MEASURED:
+        shift = _shifts(data["at"], data["series"].map({name: rank for rank, name in enumerate(shown)}))
+        data["at"] = data["at"] + min(0.05, 0.6 / len(shown)) * shift if names else data["at"] * 1.03**shift
+    for name, style in shown.items():
+        group = data[data["series"] == name]
         by = "series" if x in MEASURED else x  # costs differ from run to run
         means = group.groupby(by, sort=False)[[measure, "at"]].mean().sort_values("at")
-        ax.plot(group["at"], group[measure], **shown[name] | {"linestyle": "", "markersize": 3, "alpha": 0.6})
+        ax.plot(group["at"], group[measure], **style | {"linestyle": "", "markersize": 3, "alpha": 0.6})
         lines = {} if x == "samples" else {"linestyle": ""}
-        ax.plot(means["at"], means[measure], **shown[name] | {"markersize": 7, "label": name} | lines)
+        ax.plot(means["at"], means[measure], **style | {"markersize": 6, "label": name} | lines)
     if names:
         ax.set_xticks(range(len(names)), names)
         if len(names) > 4:  # slanted, each with its end below its mark
@@ -96,7 +103,10 @@ def view(runs: pd.DataFrame, model: str, pattern: str, measure: str, x: str) -> 
         ax.margins(x=0.1)
     elif (data["at"] > 0).all():
         log_scale(ax, "x")
-    if measure != "share of the damage recovered":
+    if x == "samples":
+        ax.set_xticks(sorted(set(data["samples"])))
+        ax.set_xlabel(f"samples of {' or '.join(map(str, sorted(set(data['tokens']))))} tokens")
+    if measure not in BEST:
         log_scale(ax)
         lower_is_better(ax)
     fig.tight_layout()
@@ -133,10 +143,53 @@ def _order(values: pd.Series) -> list[str]:
     return [*(size for size in sizes if size in set(values)), *(value for value in dict.fromkeys(values) if value not in sizes)]
 
 
+def _varying(data: pd.DataFrame, x: str) -> list[str]:
+    """What differs between runs beside `x`, the recipe first: it says which runs have no windows, whose options then do not count."""
+    fitted, found = data["window"] != "none", []
+    for name in ("recipe", *OPTIONS, "samples"):
+        values = data.loc[fitted, name] if name in FITTING else data[name]
+        if name not in (x, *found) and values.nunique() > 1:
+            found.append(name)
+    return found
+
+
+def _name(run: Mapping, varying: Sequence[str]) -> str:
+    """The recipe of a run, if it varies, and in brackets what else does."""
+    words = [f"{run[name]}{SUFFIXES.get(name, '')}" for name in varying if name != "recipe" and run[name] != "none"]
+    said = ", ".join(words)
+    if "recipe" in varying and said:
+        return f"{run['recipe']} ({said})"
+    return said or run["recipe"]
+
+
+def _styles(data: pd.DataFrame, varying: Sequence[str]) -> dict[str, dict]:
+    """The look of each series: of its recipe where these vary, and of what else a recipe was run with the colour, with other marks."""
+    series = data.groupby(["recipe", "series"]).size().sort_values(ascending=False, kind="stable")
+    names = list(dict.fromkeys(series.index.get_level_values("series")))
+    if varying and "recipe" not in varying:
+        return {name: look(name) for name in names} if len(varying) == 1 else styles(names)
+    found, markers = {}, dict.fromkeys(each["marker"] for each in plt.rcParams["axes.prop_cycle"])
+    for recipe, group in series.groupby(level="recipe", sort=False):
+        main, *others = group.index.get_level_values("series")
+        found[main] = look(recipe)
+        colour, own = found[main]["color"], found[main]["marker"]
+        marks = [(marker, face) for face in ("white", colour) for marker in markers if marker != own]
+        for name, (marker, face) in zip(others, cycle(marks)):
+            found[name] = found[main] | {"marker": marker, "markerfacecolor": face}
+    return found
+
+
+def _shifts(at: pd.Series, rank: pd.Series) -> pd.Series:
+    """How many steps each mark moves so that series, by their `rank`, stand beside one another at each place."""
+    return rank.groupby(at).transform(lambda ranks: ranks.rank(method="dense") - (ranks.nunique() + 1) / 2)
+
+
 def _said(data: pd.DataFrame, measure: str, x: str, count: int) -> str:
-    by = ["series"] if x in MEASURED else ["series", x]
-    means = data.groupby(by, sort=False)[measure].mean()
-    best = means.idxmax() if measure == "share of the damage recovered" else means.idxmin()
-    where = best if x in MEASURED else f"{x} {best[1]}" + (f" ({best[0]})" if data["series"].nunique() > 1 else "")
-    left_out = f"; {count - len(data)} runs of other protocols are left out" if count > len(data) else ""
-    return f"The best {measure} of {len(data)} runs, {number(means[best])}, is that of {where}{left_out}."
+    """Which runs are best on average over what they share."""
+    means = data.groupby(["series"] if x in MEASURED else ["series", x], sort=False)[measure].mean()
+    best = means.idxmax() if measure in BEST else means.idxmin()
+    series, *value = [best] if x in MEASURED else best
+    words = [f"of {series}"] if data["series"].nunique() > 1 or not value else []
+    words += [f"on {place} samples" if x == "samples" else f"with {x} {place}" for place in value]
+    left_out = f" {count - len(data)} runs of other protocols are left out." if count > len(data) else ""
+    return f"Of {len(data)} runs, those {' '.join(words)} have the {BEST.get(measure, 'lowest')} mean {measure}: {number(means[best])}.{left_out}"

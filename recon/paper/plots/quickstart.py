@@ -42,8 +42,8 @@ def perplexity(metrics: Mapping) -> Plot:
     finding = f"Pruning takes perplexity from {dense} to {pruned}, reconstruction to {reconstructed}"
     share = metrics["share_recovered"]  # None where pruning did no harm
     if share is not None:
-        recovered = f"{share:.0%} of the damage is recovered" if share > 0 else "none of the damage is recovered"
-        finding += f": {recovered}"
+        recovered = f"{share:.0%}" if share > 0 else "none"
+        finding += f": {recovered} of the damage (the rise in log-perplexity) is recovered"
     return Plot(fig, data, f"{finding}.", "Three bars.")
 
 

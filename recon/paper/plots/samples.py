@@ -7,18 +7,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from recon.experiment import study
 from recon.experiment.record import RunRecord
 from recon.paper.comparisons import SEEDS
-from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, sentence
-from recon.paper.plots.layout import label_beside
+from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, reference
+from recon.paper.plots.layout import apart
 from recon.paper.runs import Run, Seed
 from recon.paper.statistics import interval
 
 MAIN = ("reconstruction", "masklora", "full")
 KL, COMPUTE, MEMORY = "KL to dense", "TFLOP", "memory added, GiB"
+SAME = 1.05  # costs that differ by less count as equal
+HIGHEST = 1.5  # ratios beyond are written, not drawn to scale
 
 
 def table(records: Sequence[RunRecord]) -> pd.DataFrame:
@@ -105,7 +108,7 @@ def efficiency(data: pd.DataFrame, paired: pd.DataFrame, length: int) -> Plot:
     """
     panels = measures(data)
     fig, axes = plt.subplots(
-        2, len(panels), figsize=(3.5 * len(panels) + 0.8, 5.4), sharex=True, squeeze=False, height_ratios=[1.5, 1]
+        2, len(panels), figsize=(3.4 * len(panels) + 0.3, 5.4), sharex=True, squeeze=False, height_ratios=[1.5, 1]
     )
     trained = data[data["method"] != "pruned"]
     for column, measure in enumerate(panels):
@@ -118,12 +121,9 @@ def efficiency(data: pd.DataFrame, paired: pd.DataFrame, length: int) -> Plot:
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter("{x:.0f}")
         ax.margins(x=0.06)
-    lower_is_better(axes[0, 0])
     axes[1, 0].set_ylabel("retraining minus\nreconstruction, nats per token")
-    axes[1, 0].set_title("above 0: reconstruction is better", fontsize=8, loc="left")
-    fig.tight_layout(w_pad=6.5)  # room for names
-    for column, measure in enumerate(panels):
-        _names(axes[0, column], data, measure, everything=measure == panels[-1])
+    fig.tight_layout()
+    _legend(fig, axes[0, 0])
     drawn = pd.concat([data.drop(columns="key").assign(panel="quality"), paired.assign(panel="difference")])
     return Plot(
         fig,
@@ -134,8 +134,10 @@ def efficiency(data: pd.DataFrame, paired: pd.DataFrame, length: int) -> Plot:
 
 
 def _levels(ax: Axes, data: pd.DataFrame, measure: str) -> None:
-    for method, group in data[data["method"] != "pruned"].groupby("method", sort=False):
+    trained = data[data["method"] != "pruned"]
+    for shift, (method, group) in zip(_beside(trained["method"].nunique()), trained.groupby("method", sort=False)):
         values = group.groupby("samples")[measure].agg(["mean", "std", "count"])
+        values.index = values.index * shift
         style = look(method) | {"linewidth": 2.2 if method in MAIN else 1, "markersize": 6.5 if method in MAIN else 4.5}
         style["zorder"] = 3 if method in MAIN else 2
         ax.errorbar(
@@ -143,36 +145,23 @@ def _levels(ax: Axes, data: pd.DataFrame, measure: str) -> None:
         )
         several = values[values["count"] > 1]
         ax.plot(several.index, several["mean"], **style | {"linestyle": ""})
-    log_scale(ax)
-    ax.set_title(f"{measure}, nats per token" if measure == KL else measure, fontsize=10)
-
-
-def _names(ax: Axes, data: pd.DataFrame, measure: str, everything: bool) -> None:
-    """The names of lines and levels beside `ax`: of the main methods, or of `everything`."""
-    last, ends = data["samples"].max(), []
+        ax.plot([], [], **style, label=method)
     levels = {"pruned": data.loc[data["method"] == "pruned", measure].mean()}
     if measure != KL:
         levels["dense"] = data[f"dense {measure}"].mean()
     for name, level in levels.items():
         if not math.isnan(level):
-            ax.axhline(level, **look(name) | {"marker": "", "linewidth": 1}, zorder=1)
-            ends.append((ax.get_xlim()[1], level, f"{name} {number(level)}", {"color": "0.3"}))
-    for method, group in data[data["method"] != "pruned"].groupby("method", sort=False):
-        if method not in MAIN and not everything:
-            continue
-        at = group["samples"].max()
-        bold = {"fontweight": "bold"} if method in MAIN else {}
-        colour = look(method)["color"] if method in MAIN else "0.35"
-        ends.append(
-            (at if at < last else last, group.loc[group["samples"] == at, measure].mean(), method, {"color": colour} | bold)
-        )
-    label_beside(ax, ends)
+            reference(ax, level, name)
+    log_scale(ax)
+    ax.set_title(measure, fontsize=10)
+    ax.set_ylabel("nats per token" if measure == KL else "perplexity")
+    lower_is_better(ax)
 
 
 def _differences(ax: Axes, paired: pd.DataFrame) -> None:
     ax.axhline(0, color=look(MAIN[0])["color"], linewidth=1.2)
-    methods = list(paired.groupby("method", sort=False))
-    for shift, (method, group) in zip((0.96, 1.04) if len(methods) > 1 else (1,), methods):
+    ax.set_title("above 0: reconstruction is better", fontsize=8, loc="left")
+    for shift, (method, group) in zip(_beside(paired["method"].nunique()), paired.groupby("method", sort=False)):
         style = look(method)
         for row in group.itertuples():
             ax.errorbar(
@@ -181,17 +170,36 @@ def _differences(ax: Axes, paired: pd.DataFrame) -> None:
             )  # fmt: skip
 
 
+def _legend(fig: Figure, ax: Axes) -> None:
+    """Says below all panels what the lines of `ax`, and of the others, are."""
+    handles, names = ax.get_legend_handles_labels()
+    fig.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(5, len(names)), fontsize=9)
+
+
+def _beside(count: int) -> np.ndarray:
+    """Factors that move `count` marks at one place of a logarithmic axis beside one another."""
+    return 1.08 ** (np.arange(count) - (count - 1) / 2)
+
+
 def _said(paired: pd.DataFrame) -> str:
     """Who is better at equal samples, measure by measure."""
     if paired.empty:
         return "No number of samples has both reconstruction and retraining: nothing can be compared."
-    parts = []
-    for measure, group in paired.groupby("measure", sort=False):
+    wins, losses = [], []
+    for kind, group in paired.groupby(paired["measure"].map(_kind), sort=False):
         ours, theirs = (group["low"] > 0).sum(), (group["high"] < 0).sum()
-        parts.append(f"{measure}: better in {ours}, worse in {theirs} of {len(group)}")
+        wins.append(f"in {ours or 'none'} of {len(group)} {'' if wins else 'comparisons '}by {kind}")
+        losses += [f"{theirs} by {kind}"] if theirs else []
     most = int(paired["seeds"].max())
     few = "" if most >= SEEDS else f" With {most} seed{'s' * (most > 1)}, training noise is unknown."
-    return f"Reconstruction against retraining at equal samples. By {'; '.join(parts)} comparisons.{few}"
+    return (
+        f"At equal samples, reconstruction beats retraining {' and '.join(wins)}; it loses {' and '.join(losses) or 'none'}.{few}"
+    )
+
+
+def _kind(measure: str) -> str:
+    """A measure without the text that it is of."""
+    return measure.split(", ")[0]
 
 
 def _worse_than_pruned(data: pd.DataFrame) -> str:
@@ -204,9 +212,10 @@ def _worse_than_pruned(data: pd.DataFrame) -> str:
 
 
 def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
-    """The rows of `means` that nothing beats in `quality` at their cost or less, by cost."""
-    ranked = means[means[cost] > 0].sort_values([cost, quality])
-    return ranked[ranked[quality] < ranked[quality].cummin().shift(fill_value=math.inf)]
+    """The rows of `means` that nothing beats in `quality` at their cost or less, by cost; of costs, those within 5 % are equal."""
+    ranked = means[means[cost] > 0].sort_values([cost, quality]).drop_duplicates(quality)
+    best = [ranked.loc[ranked[cost] < SAME * value, quality].min() for value in ranked[cost]]
+    return ranked[ranked[quality] <= best]
 
 
 def budget(data: pd.DataFrame) -> Plot:
@@ -218,11 +227,11 @@ def budget(data: pd.DataFrame) -> Plot:
     shared = set.intersection(*(set(group["seed"]) for _, group in recipes.groupby("method")))
     shown = [measures(data)[0], KL]
     means = recipes[recipes["seed"].isin(shared)].groupby(["method", "samples"], sort=False)[[*shown, COMPUTE]].mean()
-    # The seed has no part in memory: all records that state it tell.
-    means[MEMORY] = recipes.groupby(["method", "samples"])[MEMORY].mean()
+    # The seed has no part in memory, so that all records which state it tell; what else the process did can have, so no mean.
+    means[MEMORY] = recipes.groupby(["method", "samples"])[MEMORY].median()
     means = means.reset_index()
     fig, axes = plt.subplots(len(shown), 2, figsize=(9.5, 6), sharex="col", sharey="row")
-    on_front = []
+    on_front, fronts = [], []
     for row, quality in enumerate(shown):
         for ax, cost in zip(axes[row], (COMPUTE, MEMORY)):
             best = front(means, cost, quality)
@@ -230,10 +239,9 @@ def budget(data: pd.DataFrame) -> Plot:
             ax.step(best[cost], best[quality], where="post", color="0.6", linewidth=1, zorder=1)
             for method, group in means[means[cost] > 0].groupby("method", sort=False):
                 main = method in MAIN
-                ax.plot(group[cost], group[quality], **look(method) | {"linestyle": "", "markersize": 7 if main else 5}, zorder=3 if main else 2,
-                        label=method)  # fmt: skip
-            for count, x, y in zip(best["samples"], best[cost], best[quality]):
-                ax.annotate(f"{count}", (x, y), (-4, -4), textcoords="offset points", fontsize=7, ha="right", va="top")
+                style = look(method) | {"linestyle": "", "markersize": 7.5 if main else 4}
+                ax.plot(group[cost], group[quality], **style, zorder=2 if main else 3, label=method)
+            fronts.append((ax, best[["method", "samples", cost, quality]]))
             ax.axhline(
                 data.loc[data["method"] == "pruned", quality].mean(),
                 **look("pruned") | {"marker": "", "linewidth": 1, "label": "pruned"},
@@ -248,9 +256,10 @@ def budget(data: pd.DataFrame) -> Plot:
     log_scale(axes[-1, 0], "x")
     lower_is_better(axes[-1, 0], "x")
     lower_is_better(axes[-1, 1], "x")
-    handles, names = axes[0, 0].get_legend_handles_labels()
     fig.tight_layout()
-    fig.legend(handles, names, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    for ax, best in fronts:
+        _number(ax, best)
+    _legend(fig, axes[0, 0])
     return Plot(
         fig,
         means,
@@ -259,16 +268,30 @@ def budget(data: pd.DataFrame) -> Plot:
     )
 
 
+def _number(ax: Axes, best: pd.DataFrame) -> None:
+    """Writes the samples of each mark of the front (method, samples, cost, quality) to the left of it, in its colour."""
+    points = best.iloc[:, 2:].to_numpy()
+    heights = ax.transData.transform(points)[:, 1] * 72 / ax.figure.dpi - 6
+    for (method, count), point, old, new in zip(best.iloc[:, :2].to_numpy(), points, heights, apart(heights, 9)):
+        shift = {"xytext": (-6, new - old - 6), "textcoords": "offset points"}
+        ax.annotate(f"{count}", point, **shift, fontsize=7, ha="right", va="center", color=look(method)["color"])
+
+
 def _on_front(found: list[tuple[str, str, int, int]]) -> str:
-    words = {COMPUTE: "compute", MEMORY: "memory"}
-    each = [f"{ours} of {count} for {words[cost]} and {quality}" for cost, quality, ours, count in found if count]
-    return f"Of the recipes that nothing beats at their cost, reconstruction alone is {'; '.join(each)}."
+    """How many of each front (cost, quality, those of reconstruction alone, all) are reconstruction."""
+    words, parts = {COMPUTE: "compute", MEMORY: "memory"}, []
+    for quality in dict.fromkeys(quality for _, quality, _, _ in found):
+        counts = {words[cost]: (ours, count) for cost, other, ours, count in found if other == quality and count}
+        each = [f"{ours or 'none'} of {count} for {cost}" for cost, (ours, count) in counts.items()]
+        every = all(ours == count for ours, count in counts.values())
+        parts.append(f"{'all' if every else ' and '.join(each)} by {_kind(quality)}")
+    return f"Of the recipes that nothing beats at their cost, reconstruction alone is {', and '.join(parts)}."
 
 
-def rates(searched: pd.DataFrame) -> Plot:
+def rates(searched: pd.DataFrame, rate: str = "") -> Plot:
     """Held-out perplexity against the learning rate, relative to the best: a panel for each recipe, a line for each number of samples.
 
-    searched: of `recon.paper.recipes.searched`.
+    searched: of `recon.paper.recipes.searched`. rate: what rates are, "relative" or "absolute".
     """
     names, counts = list(dict.fromkeys(searched["recipe"])), sorted(set(searched["samples"]))
     columns = min(4, len(names))
@@ -277,40 +300,47 @@ def rates(searched: pd.DataFrame) -> Plot:
     best = searched.groupby(["recipe", "samples"])["held_out_perplexity"].transform("min")
     data = searched.drop(columns="key").assign(ratio=searched["held_out_perplexity"] / best)
     shades = dict(zip(counts, np.linspace(0.75, 0.0, len(counts))))
+    shifts = dict(zip(counts, _beside(len(counts))))
     for ax, name in zip(axes.flat, names):
         for count, group in data[data["recipe"] == name].groupby("samples"):
-            ordered, colour = group.sort_values("learning_rate"), str(shades[count])
-            ax.plot(
-                ordered["learning_rate"],
-                ordered["ratio"],
-                color=colour,
-                marker="o",
-                markerfacecolor="white",
-                markersize=4,
-                linestyle="-",
-            )
-            taken = ordered[ordered["chosen"].astype(bool)]
-            ax.plot(taken["learning_rate"], taken["ratio"], color=colour, marker="o", markersize=6, linestyle="")
+            ordered, mark = group.sort_values("learning_rate"), {"color": str(shades[count]), "marker": "o"}
+            at = ordered["learning_rate"] * shifts[count]
+            ax.plot(at, ordered["ratio"], **mark, markerfacecolor="white", markersize=4, linestyle="-")
+            taken = ordered["chosen"].astype(bool)
+            ax.plot(at[taken], ordered["ratio"][taken], **mark, markersize=6, linestyle="", zorder=4)
+            for x, ratio in zip(at, ordered["ratio"]):
+                if ratio > HIGHEST:
+                    words, offset = f"\N{UPWARDS ARROW}\n{number(ratio)}", {"xytext": (0, -2), "textcoords": "offset points"}
+                    ax.annotate(words, (x, HIGHEST), **offset, ha="center", va="top", fontsize=7, linespacing=0.9)
         ax.set_title(name, fontsize=9)
         ax.set_xscale("log")
     for ax in list(axes.flat)[len(names) :]:
         ax.set_visible(False)
     for ax in axes.flat[max(0, len(names) - columns) : len(names)]:
-        ax.set_xlabel("learning rate")
+        ax.set_xlabel("learning rate" + f" ({rate})" * bool(rate))
     axes[0, 0].set_ylabel("held-out perplexity / best")
+    axes[0, 0].set_ylim(0.98, min(HIGHEST, 1.02 * data["ratio"].max()))
     lower_is_better(axes[0, 0])
     log_scale(axes[0, 0])
     fig.tight_layout()
     handles = [plt.Line2D([], [], color=str(shades[count]), marker="o") for count in counts]
     fig.legend(handles, counts, title="samples", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8)
-    groups = data.groupby(["recipe", "samples"])
-    edge = [group.loc[group["chosen"].astype(bool), "learning_rate"].isin([group["learning_rate"].min(), group["learning_rate"].max()]).any()
-            for _, group in groups]  # fmt: skip
-    best = data[data["chosen"].astype(bool)].groupby("recipe", sort=False)["learning_rate"].agg(["min", "max", "size"])
-    spreads = [f"{number(row.max / row.min)} for {row.Index}" for row in best[best["size"] > 1].itertuples()]
-    said = (
-        [f"from one number of samples to another, the best rate changes by a factor of {', '.join(spreads)}"] if spreads else []
+    return Plot(
+        fig, data, _chosen_rates(data), "A panel for each recipe, a line for each number of samples; the chosen rate is filled."
     )
-    said.append(f"in {sum(edge)} of {len(edge)} searches it lies at the edge of what was tried")
-    finding = f"{sentence('; '.join(said))}."
-    return Plot(fig, data, finding, "A panel for each recipe, a line for each number of samples; the chosen rate is filled.")
+
+
+def _chosen_rates(data: pd.DataFrame) -> str:
+    """How many best rates lie at the edge of their search, and how far each recipe's moves from the fewest samples to the most."""
+    grid, taken = sorted(set(data["learning_rate"])), data[data["chosen"].astype(bool)].sort_values("samples")
+    tried = data.groupby(["recipe", "samples"])["learning_rate"].agg(["min", "max"])
+    ends = [row.learning_rate in set(tried.loc[(row.recipe, row.samples)]) for row in taken.itertuples()]
+    moves: dict[str, list[str]] = {}
+    for name, group in taken.groupby("recipe", sort=False)["learning_rate"]:
+        if len(group) > 1:
+            steps = grid.index(group.iloc[-1]) - grid.index(group.iloc[0])
+            moved = f"{'rises' if steps > 0 else 'falls'} by {abs(steps)} step{'s' * (abs(steps) > 1)}" if steps else "stays"
+            moves.setdefault(moved, []).append(name)
+    each = ", ".join(f"{moved} for {' and '.join(names)}" for moved, names in moves.items())
+    moved = f"; from the fewest samples to the most, it {each}" if moves else ""
+    return f"The best rate is at the edge of what was tried in {sum(ends) or 'none'} of {len(ends)} searches{moved}."
