@@ -102,9 +102,9 @@ def _registry() -> dict[str, dict]:
         matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.85 * index / (len(sizes) - 1))) for index in range(len(sizes))
     ]
     found = group(ramp, "soD^v<>*", ["-"] * len(sizes), sizes)
-    # The same window, started from or fitted by an exact solution: its colour and marker, another line.
+    # The same window, fitted by or started from an exact solution: its colour, another marker and line.
     found |= {"matrix exact": found["matrix"] | {"marker": "X", "linestyle": ":"}}
-    found |= {f"{size} from exact": found[size] | {"linestyle": ":"} for size in sizes}
+    found |= {f"{size} from exact": found[size] | {"marker": "P", "linestyle": ":"} for size in sizes}
     found |= group([orange, green, blue, purple, gold, "0.6"], "vs^DPx", ["--", "-.", "-", ":", "--", ":"],
                    ["magnitude", "wanda", "sparsegpt", "ria", "flap", "random"])  # fmt: skip
     found |= group([blue, orange, green], "os^", ["-", "--", "-."], ["reconstruction", "masklora", "full"])

@@ -231,7 +231,9 @@ def test_pages_hold_every_claim_and_say_where_records_lack():
     nothing = judge([])
     assert {verdict.reason for verdict in nothing} == {"no records"} and {verdict.verdict for verdict in nothing} == {NOT_RUN}
     assert len(nothing) == sum(not claim.optional for claim in claims.CLAIMS)
-    assert claims.to_markdown(nothing) and claims.to_summary(nothing).startswith("Comparisons that were not run: 3 of *reconstruction recovers quality*; ")
+    assert claims.to_markdown(nothing) and claims.to_summary(nothing).startswith(
+        "Comparisons that were not run: 3 of *reconstruction recovers quality*; "
+    )
 
 
 def test_of_protocols_with_as_many_seeds_that_of_the_largest_study_is_taken():

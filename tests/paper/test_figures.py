@@ -171,7 +171,8 @@ def test_granularities_are_a_ramp_and_the_exact_ones_keep_their_colour():
     sizes = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
     shades = [grey(figures.look(size)["color"]) for size in sizes]
     assert shades == sorted(shades) and len(set(shades)) == len(shades)
-    assert figures.look("half-block from exact")["color"] == figures.look("half-block")["color"]
+    exact, plain = figures.look("half-block from exact"), figures.look("half-block")
+    assert exact["color"] == plain["color"] and exact["marker"] != plain["marker"]
 
 
 def test_main_methods_are_coloured_and_the_rest_is_grey():

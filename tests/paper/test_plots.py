@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 from fixtures.made_up import DAMAGE, record, seeds
 from matplotlib.text import Text
@@ -100,12 +101,34 @@ def granularities(coarse=0.5, count=3, **options):
 
 def test_what_a_larger_window_costs_and_brings_is_said_as_it_is():
     better = drawn(granularity.memory(granularities(0.6)))
+    assert better.figure.axes[0].texts[0].get_text().startswith("pruned")  # with a line, dense is written at the edge:
+    assert [text.get_text()[:5] for text in better.figure.axes[0].texts if text.get_text().endswith("\N{DOWNWARDS ARROW}")] == [
+        "dense"
+    ]
     assert re.search(r"takes 8\.0 times the memory of half-blocks, for a perplexity 7\.\d % lower", better.finding)  # exp(-0.08)
     assert re.search(r"for a perplexity 8\.\d % higher", drawn(granularity.memory(granularities(0.4))).finding)  # exp(0.08)
     rows = better.data.set_index("granularity")
     assert list(rows.index) == ["matrix", "matrix exact", "half-block", "model"]  # pruned is a level, no mark
     assert rows["perplexity"]["half-block"] == pytest.approx(rows["dense perplexity"].iloc[0] * math.exp(0.5 * DAMAGE), rel=0.01)
     assert rows["share recovered"].tolist() == pytest.approx([-0.3, 0.3, 0.5, 0.6], abs=0.01)
+
+
+def test_memory_is_of_one_precision_and_a_seed_counts_once():
+    again = sized(0.5, 2, 0.05, granularity="half-block") + sized(0.3, 1, 0.01, granularity="block")
+    for one in again:
+        one.environment["compute_dtype"] = "float32"
+    records = granularities() + again
+    rows = granularity.table(records).set_index("granularity")
+    assert rows["seeds"].tolist() == [3, 3, 3, 3, 3, 1] and rows["memory of"].eq("bfloat16").all()
+    assert rows[granularity.MEMORY]["half-block"] == 0.5 and math.isnan(rows[granularity.MEMORY]["block"])
+    ax = drawn(granularity.memory(records)).figure.axes[0]
+    assert ax.get_xlabel().endswith("(bfloat16 runs; none of block)")
+    assert granularity.differences(records).data["seeds"].tolist() == [3, 3, 3, 1]
+
+
+def test_a_window_that_takes_no_more_memory_is_not_in_the_title():
+    records = sized(0.5, granularity="half-block") + sized(0.4, granularity="block")
+    assert "takes" not in drawn(granularity.memory(records)).finding
 
 
 @pytest.mark.parametrize(("coarse", "said"), [(0.5, "1 equal"), (0.7, "1 better"), (0.3, "1 worse")])
@@ -130,14 +153,33 @@ def test_a_difference_off_the_axis_is_written():
     plot = drawn(granularity.differences(granularities()))
     [note] = [text.get_text() for text in plot.figure.axes[0].texts]
     assert note.startswith("\N{MINUS SIGN}0.80 [")
+    assert paired.marks_words(plot, granularity.FAR) == " Arrow: beyond 0.25."
+
+
+def test_an_interval_that_the_axis_cuts_ends_in_an_arrow():
+    fig, ax = plt.subplots()
+    paired.draw(ax, 0, {"difference": 0.1, "low": -0.1, "high": 0.5, "seeds": 3}, granularity.look("block"), 0.25)
+    head, line, _ = ax.lines
+    assert head.get_marker() == ">" and head.get_xdata()[0] == line.get_xdata()[1] == pytest.approx(0.25 * paired.EDGE)
+    assert line.get_xdata()[0] == -0.1
+    plt.close(fig)
+
+
+def test_what_noise_leaves_open_has_no_single_leader():
+    data = pd.DataFrame({"mean": [2, 1, 5], "low": [1.4, 0.5, 4], "high": [2.5, 1.5, 6], "count": 3}, index=["b", "a", "c"])
+    assert sorted(paired.leading(data)) == ["a", "b"]
+    assert paired.leading(data.loc[["a", "c"]]) == ["a"]
+    assert len(paired.leading(data.assign(count=1))) == 3
 
 
 def test_every_model_and_pattern_has_its_field_and_none_is_made_up():
     records = granularities() + [r for r in granularities(pattern="2:4") if r.spec["granularity"] != "model"]
+    records += seeds(0.5, granularity="half-block", pattern="0.7")  # of one size: no best
     plot = drawn(granularity.everywhere(records))
     [ax] = plot.figure.axes
-    assert len(ax.texts) == len(plot.data) == 7
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["50 %", "2:4"]
+    assert len(ax.texts) - 1 == len(plot.data) == 8  # one says what the numbers are
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["50 %", "2:4", "70 %"]
+    assert [text.get_text() for text in ax.texts if text.get_fontweight() == "bold"] == ["0.50"] * 3  # the larger one ties
     assert "half-blocks in 2 of 2, single matrices in 0 of 2, single matrices solved exactly in 0 of 2" in plot.finding
 
 
@@ -166,12 +208,14 @@ def test_gaps_between_criteria_before_and_after():
 
 def test_slopes_say_how_far_the_worst_criterion_is_from_the_best():
     plot = drawn(criteria.slopes(by_criterion({"sparsegpt": 0.4, "wanda": 0.42, "magnitude": 0.7})))
-    assert f"{math.exp(1.2):.2f} pruned" in plot.finding and "falls in 1 of 1" in plot.finding
+    assert f"Perplexity of magnitude over SparseGPT: {math.exp(1.2):.2f} pruned" in plot.finding
+    assert "falls in 1 of 1" in plot.finding
     apart = drawn(criteria.slopes(by_criterion({"sparsegpt": 0.4, "wanda": 0.42, "magnitude": 1.9})))
     assert "falls in 0 of 1" in apart.finding
     texts = [text.get_text() for text in plot.figure.axes[0].texts]
     assert any(text.startswith("SparseGPT ") for text in texts) and any(text.startswith("dense ") for text in texts)
     assert criteria.gaps(seeds(granularity="half-block"), "sparsegpt") is None
+    assert criteria.slopes(seeds(granularity="half-block")) is None  # one criterion
 
 
 def test_panels_of_a_model_stand_together_in_whatever_order_runs_come():
@@ -194,7 +238,10 @@ def combinations(worst=0.2):
 
 def test_the_grid_is_against_the_default():
     plot = drawn(propagation.grid(combinations(), ("mixed", "whitened")))
-    assert "of 3 other combinations: 2 equal, 1 worse" in plot.finding and "lowest dense with mse" in plot.finding
+    assert (
+        "of 3 other combinations: 2 equal, 1 worse" in plot.finding
+        and "from \N{MINUS SIGN}0.30 (dense with mse) to" in plot.finding
+    )
     equal = drawn(propagation.grid(combinations(0.5), ("mixed", "whitened")))
     assert "of 3 other combinations: 3 equal" in equal.finding
     table = propagation.table(plot.data)
@@ -207,8 +254,14 @@ def test_drift_is_over_that_of_the_pruned_model():
     plot = drawn(propagation.drift(combinations(), "half-block"))
     ratios = plot.data.groupby(["propagation", "block"])["ratio"].mean()
     assert ratios.tolist() == pytest.approx([0.5, 1.25, 0.5, 0.75])
-    assert "0.75 times that of the pruned model with mixed propagation" in plot.finding
-    assert "2 of 4 combinations are no better than pruned" in plot.finding
+    assert plot.finding == (
+        "Mixed propagation ends at 0.75 of the pruned model's drift, dense at 1.25; "
+        "2 of 4 combinations are no better than pruned at some block."
+    )
+    same = [one for one in combinations() if one.spec["propagation"] != "dense"]
+    assert propagation.drift(same, "half-block").finding == (
+        "Drift ends at 0.75 of the pruned model's; all are better than pruned at every block."
+    )
 
 
 def test_labels_are_moved_apart_as_little_as_possible():
@@ -226,6 +279,21 @@ def test_labels_of_points_cover_neither_points_nor_one_another():
     boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the lines to points
     assert len(boxes) == 6 and not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
     assert not any(box.contains(*ax.transData.transform(point)) for box in boxes for point in points.values())
+    plt.close(fig)
+
+
+def test_a_label_that_another_point_is_nearer_to_has_a_line():
+    fig, ax = plt.subplots(figsize=(3, 3))
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    layout.label_points(
+        ax, {"alone": (0.1, 0.9), "first": (0.5, 0.5), "second": (0.53, 0.5), "third": (0.56, 0.5), "fourth": (0.53, 0.53)}
+    )
+    fig.canvas.draw()
+    assert any(text.arrow_patch for text in ax.texts) and not ax.texts[0].arrow_patch  # labels come from the left
+    for text in ax.texts:
+        box = Text.get_window_extent(text).extents
+        far = {other: layout._from(box, ax.transData.transform(other.xy)) for other in ax.texts}
+        assert text.arrow_patch or min(far, key=far.get) is text
     plt.close(fig)
 
 

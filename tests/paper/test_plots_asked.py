@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 from fixtures import made_up
 
-from recon.experiment import study
 from recon.paper.plots import asked
 
 pytestmark = pytest.mark.usefixtures("style")
@@ -33,11 +32,13 @@ RECORDS = [fitted("none", 1.0, 0.6), fitted("matrix", 0.5, 0.5), fitted("half-bl
 
 def test_windows_that_fit_best_need_not_make_the_best_model():
     plot = asked.accumulation(RECORDS, ORDER)
-    assert plot.finding.startswith("Windows of matrix lower their own errors most (to 50%")
-    assert "they leave 50%" in plot.finding and "half-block leaves 30%" in plot.finding
+    assert plot.finding == (
+        "Single matrices lower their own errors to 50 % (median), half-blocks to 90 %; after the last block they leave 0.50 of the variance "
+        "unexplained, half-blocks 0.30, the pruned model 0.60."
+    )
     ratios = plot.data[plot.data["panel"] == "windows"].groupby("fit")["ratio"].first()
     assert dict(ratios) == pytest.approx({"matrix": 0.5, "half-block": 0.9, "block": 0.95})
-    assert asked.accumulation(RECORDS[:1], ORDER).finding.startswith("The pruned model has 60%")
+    assert asked.accumulation(RECORDS[:1], ORDER).finding.endswith("the pruned model leaves 0.60 of the variance unexplained.")
 
 
 def test_losses_are_the_medians_over_windows_with_a_panel_for_each_size():
@@ -49,13 +50,24 @@ def test_losses_are_the_medians_over_windows_with_a_panel_for_each_size():
     assert "matrix 54%" in plot.finding  # the last four of 32 steps over the first four
 
 
-def test_costs_name_the_best_and_what_it_takes():
-    runs = study.frame(RECORDS[1:])
-    plot = asked.costs(runs, ORDER)
+def costly(recovered, memory, **options):
+    records = made_up.seeds(recovered, **options)
+    for one in records:
+        one.flops, one.added_memory_bytes_by_phase = {"reconstruct": 1e12}, {"reconstruct": memory * 2**30}
+    return records
+
+
+def test_costs_name_the_best_that_seeds_tell_and_what_it_takes():
+    half, matrix = costly(0.5, 0.3, granularity="half-block"), costly(0.1, 0.4, granularity="matrix")
+    plot = asked.costs(matrix + half, ORDER)
     assert plot.finding == "The lowest perplexity is that of half-block, which also adds the least memory."
-    runs.loc[runs["fit"] == "matrix", "added_memory_bytes_reconstruct"] = int(2**30 * 0.1)
-    assert asked.costs(runs, ORDER).finding.endswith("with 3.00 times the memory of matrix, which adds the least.")
-    assert list(plot.data["fit"]) == ORDER[1:]
+    assert list(plot.data["granularity"]) == ORDER[1:3] and plot.data["TFLOP"].eq(1).all()
+    small = asked.costs(costly(0.1, 0.1, granularity="matrix") + half, ORDER)
+    assert small.finding.endswith("with 3.00 times the memory of matrix, which adds the least.")
+    tie = asked.costs([*matrix, *half, *costly(0.5, 0.2, granularity="block")], ORDER).finding
+    assert tie.startswith("The lowest perplexities are those of ") and "which seeds do not tell apart; block adds" in tie
+    one = asked.costs([matrix[0], half[0]], ORDER).finding
+    assert one == "Seeds do not tell the perplexities of the sizes apart; half-block adds the least memory."
 
 
 def test_the_overview_counts_what_is_helped_and_compares_adapters_in_pairs():

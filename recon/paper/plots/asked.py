@@ -12,10 +12,10 @@ from recon.experiment.config import RunSpec
 from recon.experiment.record import RunRecord
 from recon.paper.comparisons import MARGIN
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, sentence
-from recon.paper.plots.layout import label_beside
-from recon.paper.plots.paired import difference, grouped, judged
-
-COSTS = {"TFLOP": "TFLOP to reconstruct", "memory added, GiB": "memory added, GiB"}
+from recon.paper.plots import granularity
+from recon.paper.plots.granularity import MEMORY
+from recon.paper.plots.layout import label_beside, label_points
+from recon.paper.plots.paired import difference, grouped, judged, leading
 
 
 def overview(texts: pd.DataFrame, structured: pd.DataFrame, adapters: Sequence[RunRecord]) -> Plot | None:
@@ -167,29 +167,17 @@ def losses(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
     return Plot(fig, pd.DataFrame(drawn), finding, "A curve with a band in each panel.")
 
 
-def costs(runs: pd.DataFrame, order: Sequence[str]) -> Plot:
-    """Perplexity of each size of window, mean over seeds, against FLOPs and memory, the least over seeds: other work only adds."""
-    data = runs.assign(
-        **{"TFLOP": runs["flops_reconstruct"] / 1e12, "memory added, GiB": runs["added_memory_bytes_reconstruct"] / 2**30}
-    )
-    groups = data.groupby("fit")
-    means = (
-        groups[[*COSTS]]
-        .min()
-        .assign(perplexity=groups["perplexity"].mean(), spread=groups["perplexity"].std(), seeds=groups["seed"].nunique())
-    )
-    means = means.loc[[fit for fit in order if fit in means.index]]
+def costs(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
+    """Perplexity of each size of window, mean and range over seeds, against FLOPs and memory, the least over seeds: other work only adds.
+
+    records: of one model and pattern. order: of the sizes.
+    """
+    table = granularity.table(records).set_index("granularity", drop=False)
+    data = table.loc[[fit for fit in order if fit in table.index and fit != "none"]]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for ax, (cost, words) in zip(axes, COSTS.items()):
-        for fit, point in means.iterrows():
-            face = {} if point["seeds"] > 1 else {"markerfacecolor": "white"}
-            ax.errorbar(
-                point[cost],
-                point["perplexity"],
-                yerr=point["spread"],
-                capsize=2,
-                **look(fit) | {"linestyle": "", "markersize": 7} | face,
-            )
+    for ax, (cost, words) in zip(axes, {"TFLOP": "TFLOP to reconstruct", MEMORY: granularity.memory_words(data)}.items()):
+        for row in data[data[cost] > 0].to_dict("records"):
+            granularity.mark(ax, row[cost], row)
         ax.margins(x=0.15, y=0.15)
         ax.set_xlim(left=0)
         ax.set_xlabel(words)
@@ -197,22 +185,30 @@ def costs(runs: pd.DataFrame, order: Sequence[str]) -> Plot:
     axes[0].set_ylabel("perplexity")
     lower_is_better(axes[0])
     fig.tight_layout()
-    label_beside(
-        axes[-1],
-        [
-            (means.loc[fit, "memory added, GiB"], means.loc[fit, "perplexity"], fit, {"color": look(fit)["color"]})
-            for fit in means.index
-        ],
-    )
-    best, least = means["perplexity"].idxmin(), means["memory added, GiB"].idxmin()
-    ratio = means.loc[best, "memory added, GiB"] / means.loc[least, "memory added, GiB"]
-    finding = f"The lowest perplexity is that of {best}"
-    finding += (
-        ", which also adds the least memory."
-        if best == least
-        else f", with {number(ratio)} times the memory of {least}, which adds the least."
-    )
-    return Plot(fig, means.reset_index(), finding, "A mark for each size of window in two panels: compute and memory.")
+    for ax, cost in zip(axes, ("TFLOP", MEMORY)):
+        points = data.loc[data[cost] > 0, [cost, "perplexity"]]
+        label_points(ax, {fit: tuple(point) for fit, point in points.iterrows()})
+    kept = ["granularity", "seeds", "perplexity", "lowest perplexity", "highest perplexity", "TFLOP", MEMORY, "memory of"]
+    drawn = "A mark for each size of window in two panels: compute and memory."
+    return Plot(fig, data[kept], _cheapest(data), drawn)
+
+
+def _cheapest(data: pd.DataFrame) -> str:
+    """Which size has the lowest perplexity, or which ones seeds do not tell apart, and which adds the least memory."""
+    names = {"perplexity": "mean", "lowest perplexity": "low", "highest perplexity": "high", "seeds": "count"}
+    best, known = leading(data.rename(columns=names)), data.loc[data[MEMORY] > 0, MEMORY]
+    least = known.idxmin() if len(known) else None
+    if len(best) == len(data) > 1:
+        finding = "Seeds do not tell the perplexities of the sizes apart"
+    elif len(best) > 1:
+        finding = f"The lowest perplexities are those of {' and '.join(best)}, which seeds do not tell apart"
+    else:
+        finding = f"The lowest perplexity is that of {best[0]}"
+        if least not in (None, best[0]) and best[0] in known:
+            return f"{finding}, with {number(known[best[0]] / known[least])} times the memory of {least}, which adds the least."
+        if least == best[0]:
+            return f"{finding}, which also adds the least memory."
+    return finding + (f"; {least} adds the least memory." if least else ".")
 
 
 def accumulation(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
@@ -266,13 +262,17 @@ def accumulation(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
 
 
 def _accumulated(groups: Mapping[str, pd.Series], drift: pd.DataFrame) -> str:
-    """What the size whose windows fit best leaves in the model."""
+    """What matrices, solved exactly where they are, and half-blocks leave of their own errors, and in the model."""
     last = drift.groupby("fit")["error"].last()
     if not groups:
-        return f"The pruned model has {last.iloc[0]:.0%} of the variance unexplained after the last block."
-    ratios = pd.Series({fit: group.median() for fit, group in groups.items()})
-    fitted, whole = ratios.idxmin(), last[ratios.index].idxmin()
-    finding = f"Windows of {fitted} lower their own errors most (to {ratios[fitted]:.0%}, median); after the last block"
-    if fitted == whole:
-        return f"{finding} they leave the least, too ({last[whole]:.0%} of the variance unexplained)."
-    return f"{finding} they leave {last[fitted]:.0%} of the variance unexplained, {whole} leaves {last[whole]:.0%}."
+        return f"After the last block, the pruned model leaves {last.iloc[0]:.2f} of the variance unexplained."
+    pruned = [f"the pruned model {last['none']:.2f}"] if "none" in last else []
+    words = {"matrix exact": "matrices solved exactly", "matrix": "single matrices", "half-block": "half-blocks"}
+    shown = [fit for fit in words if fit in groups]
+    shown = [shown[0], shown[-1]] if len(shown) > 1 else list(groups)
+    first, *others = (words.get(fit, f"windows of {fit}") for fit in shown)
+    share, *shares = (f"{100 * groups[fit].median():.0f} %" for fit in shown)
+    error, *errors = (f"{last[fit]:.2f}" for fit in shown)
+    own = [f"{sentence(first)} lower their own errors to {share} (median)", *map("{} to {}".format, others, shares)]
+    whole = [f"after the last block they leave {error} of the variance unexplained", *map("{} {}".format, others, errors)]
+    return f"{', '.join(own)}; {', '.join([*whole, *pruned])}."

@@ -12,8 +12,8 @@ from matplotlib.patches import Rectangle
 
 from recon.experiment.record import RunRecord
 from recon.paper.bench import report
-from recon.paper.comparisons import SEEDS
 from recon.paper.figures import Plot, look, lower_is_better, number, sentence
+from recon.paper.plots import paired
 from recon.paper.plots.layout import label_ends, label_points, panels
 from recon.paper.runs import short
 
@@ -32,16 +32,30 @@ def phases(section: dict) -> Plot:
     """Every phase's time as a multiple of its floor, ours beside the reference's: bars of means, lines over all rounds."""
     rows, floor = pd.DataFrame(section["rows"]), pd.Series(section["floor_seconds"])
     times = rows["seconds"] / rows["phase"].map(floor)
-    data = times.groupby([rows["phase"], rows["loop"]]).agg(times="mean", low="min", high="max").reset_index()
+    data = times.groupby([rows["phase"], rows["loop"]]).agg(times="mean", low="min", high="max", rounds="size").reset_index()
     data = data[data["phase"].isin(floor.index)]
     fig, [ax] = panels(1, (5, 0.42 * len(floor)))
     _bars(ax, data, list(floor.index), "times", [f"{value:.1f}" for value in data["times"]])
     ax.axvline(1, color="0.4", linewidth=1, linestyle=":", marker="")
-    ax.set_xlabel("times the floor")
+    ax.set_xlabel("times the floor: its products alone, at full speed")
     lower_is_better(ax, "x")
-    mean = data.set_index(["phase", "loop"])["times"]["reconstruct"]
-    finding = f"Reconstruction takes {mean['ours']:.1f} times its floor, the reference loop {mean['reference']:.1f} times."
-    return Plot(fig, data, finding, "A pair of bars for each phase, reference and ours; dotted at 1, the floor.")
+    drawn = "A pair of bars for each phase, reference and ours; dotted at 1, the floor."
+    return Plot(fig, data, _faster(data, list(floor.index)), drawn)
+
+
+def _faster(data: pd.DataFrame, names: Sequence[str]) -> str:
+    """Both loops in each phase where all rounds of one are shorter than those of the other, and where they are not."""
+    clear, other = [], []
+    for name in names:
+        pair = data[data["phase"] == name].set_index("loop")
+        if len(pair) == len(LOOPS):
+            told = len(paired.leading(pair.rename(columns={"times": "mean", "rounds": "count"}))) == 1
+            ours, reference = pair.loc[["ours", "reference"], "times"]
+            clear += [f'{ours:.1f} times the floor for "{name}" (reference loop: {reference:.1f})'] * told
+            other += [f'"{name}"'] * (not told)
+    parts = [f"Ours takes {', '.join(clear)}."] if clear else []
+    parts += [f"Rounds do not tell the loops apart for {', '.join(other)}."] if other else []
+    return " ".join(parts) or "No phase has both loops."
 
 
 def quality(section: list[dict]) -> Plot:
@@ -180,29 +194,27 @@ def recipes(data: pd.DataFrame) -> Plot:
 
 
 def _most(cells: Sequence[tuple[str, pd.DataFrame]]) -> str:
-    """What recovers most of each model's damage, and its compute beside that of the default, at the seeds that both have."""
-    parts, most = [], 0
+    """What recovers most of each model's damage, beside the default; where seeds do not tell, from how much to how much is recovered."""
+    parts = []
     for model, cell in cells:
         cell = cell.dropna(subset="recovered")
         if cell.empty:
             continue
-        best = cell.groupby("recipe", sort=False)["recovered"].mean().idxmax()
-        sides = [cell[cell["recipe"] == recipe].set_index("seed") for recipe in (best, "default")]
-        seeds = sides[0].index.intersection(sides[1].index)
-        ours, default = (side.loc[seeds] for side in sides)
-        said = f"on {model}, {best!r}: {_percent(ours['recovered'].mean())} of the damage"
-        if best != "default":
-            better, compute = (ours["recovered"] > default["recovered"]).sum(), ours[COMPUTE].mean() / default[COMPUTE].mean()
-            said += (
-                f" at {_of(compute)} the default's compute (default: {_percent(default['recovered'].mean())}), "
-                f"ahead at {better} of {len(seeds)} seeds"
-            )
-        parts.append(said)
-        most = max(most, len(seeds))
-    if not parts:
-        return "No model has damage, and the default recipe, to compare by."
-    few = "" if most >= SEEDS else f" With {most} seed{'s' * (most > 1)}, training noise is unknown."
-    return f"Which recipe recovers most? {sentence('; '.join(parts))}.{few}"
+        lost = (1 - cell["recovered"]).groupby(cell["recipe"], sort=False).agg(["mean", "min", "max", "count"])
+        best, *others = paired.leading(lost.rename(columns={"min": "low", "max": "high"}))
+        share = {name: _percent(value) for name, value in (1 - lost["mean"]).items()}
+        if others:
+            ends = " to ".join(f"{share[name]} ({name})" for name in (lost["mean"].idxmax(), best))
+            seeds = cell["seed"].nunique()
+            which = f"{seeds} seed{'s do' if seeds > 1 else ' does'} not tell which is best"
+            parts.append(f"on {model}, recipes recover {ends} of the damage, the default {share['default']}; {which}")
+        elif best == "default":
+            parts.append(f"on {model}, the default recovers most: {share[best]} of the damage")
+        else:
+            compute = cell.groupby("recipe")[COMPUTE].mean()
+            times = f"{_of(compute[best] / compute['default'])} the default's compute (default: {share['default']})"
+            parts.append(f"on {model}, {best} recovers most: {share[best]} of the damage at {times}")
+    return f"{'. '.join(map(sentence, parts))}." if parts else "No model has damage, and the default recipe, to compare by."
 
 
 def recipe_table(data: pd.DataFrame) -> pd.DataFrame:

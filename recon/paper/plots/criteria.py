@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from recon.experiment.record import RunRecord
 from recon.experiment.study import fit_name
@@ -13,23 +15,26 @@ from recon.paper.plots.layout import label_ends, panels, pattern_words
 from recon.paper.runs import Run, short
 
 PRUNED = "pruned"
+SHIFT = {PRUNED: -0.15, "reconstructed": 0.15}  # of states that share a row, down
 NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "ria": "RIA"}
 
 
 def slopes(records: Sequence[RunRecord]) -> Plot | None:
-    """Perplexity pruned and reconstructed, a line per criterion, a panel per model and pattern."""
+    """Perplexity pruned and reconstructed, a line per criterion, a panel per model and pattern that have several."""
     rows = []
     for (model, pattern, fit, criterion), runs in _cells(records).items():
         values = {state: float(np.exp(np.mean([run.nll[state].mean() for run in runs]))) for state in ("dense", "reconstructed")}
         row = {"model": model, "pattern": pattern, "criterion": criterion, "granularity": fit, "seeds": len(runs)}
         rows.append(row | {"dense perplexity": values["dense"], "perplexity": values["reconstructed"]})
     data = pd.DataFrame(rows)
+    if len(data):
+        data = data[data.groupby(["model", "pattern"])["criterion"].transform("nunique") > 1]
     if data.empty:
         return None
     steps = sorted(data["granularity"].unique(), key=lambda step: step != PRUNED)
     data = _by_model(data)
-    cells = list(data.groupby(["model", "pattern"], sort=False))
-    fig, axes = panels(len(cells), (1.9, 2.5), columns=min(3, data["pattern"].nunique()), wspace=0.7, sharey=True)
+    cells, patterns = list(data.groupby(["model", "pattern"], sort=False)), data["pattern"].nunique()
+    fig, axes = panels(len(cells), (1.9, 2.5), columns=min(3, patterns if patterns > 1 else len(cells)), wspace=0.7, sharey=True)
     right = len(steps) - 0.92  # labels stand beyond it
     for ax, ((model, pattern), cell) in zip(axes, cells):
         for criterion, line in cell.groupby("criterion", sort=False):
@@ -71,15 +76,19 @@ def _by_model(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def _closer(data: pd.DataFrame, steps: Sequence[str]) -> str:
-    """The perplexity of the worst criterion over that of the best, before and after."""
-    by_step = data.groupby(["model", "pattern", "granularity"])["perplexity"].agg(["max", "min", "size"])
-    ratios = (by_step["max"] / by_step["min"])[by_step["size"] == data["criterion"].nunique()].unstack("granularity")
+    """The perplexity of the worst criterion over that of the best, before and after; by name, where they are the same everywhere."""
+    wide = data.pivot(index=["model", "pattern", "granularity"], columns="criterion", values="perplexity").dropna()
+    wide = wide[wide.index.isin((steps[0], steps[-1]), level="granularity")]
+    ratios = (wide.max(axis=1) / wide.min(axis=1)).unstack("granularity")
     if not {steps[0], steps[-1]} <= set(ratios) or len(steps) < 2 or ratios[[steps[0], steps[-1]]].dropna().empty:
         return "No model and pattern with all criteria, pruned and reconstructed, yet."
     ratios = ratios.dropna(subset=[steps[0], steps[-1]])
     before, after = ratios[steps[0]], ratios[steps[-1]]
+    worst, best = (set(of(axis=1)) for of in (wide.idxmax, wide.idxmin))
+    same = len(worst) == len(best) == 1
+    which = " over ".join(NAMES.get(name, name) for name in (*worst, *best)) if same else "the worst criterion over the best"
     return (
-        f"Perplexity of the worst criterion over the best: {_span(before)} pruned, {_span(after)} reconstructed ({steps[-1]}); "
+        f"Perplexity of {which}: {_span(before)} pruned, {_span(after)} reconstructed ({steps[-1]}); "
         f"it falls in {(after < before).sum()} of {len(ratios)} models and patterns."
     )
 
@@ -103,33 +112,40 @@ def gaps(records: Sequence[RunRecord], to: str) -> Plot | None:
     data = _by_model(data.rename(columns={"difference": "gap"}))
     places = list(dict.fromkeys(zip(data["model"], data["pattern"])))
     criteria = list(data.groupby("criterion", sort=False))
-    fig, axes = panels(len(criteria), (2.7, 0.5 + 0.32 * len(places)), wspace=0.1, sharey=True)
+    fig, axes = panels(len(criteria), (2.7, 0.5 + 0.4 * len(places)), wspace=0.15, sharex=True, sharey=True)
+    # Linear up to 0.1, logarithmic beyond: gaps differ by orders of magnitude, and some are about 0.
+    axes[0].set_xscale("symlog", linthresh=0.1, linscale=0.5)
     for ax, (criterion, cell) in zip(axes, criteria):
         for row in cell.to_dict("records"):
-            place, shown = places.index((row["model"], row["pattern"])), look(_state(row["granularity"]))
+            state = _state(row["granularity"])
+            place, shown = places.index((row["model"], row["pattern"])) + SHIFT[state], look(state)
             ax.plot([row["low"], row["high"]], [place, place], color=shown["color"], linestyle="-", marker="", linewidth=1.5)
             filled = {} if row["seeds"] > 1 else {"markerfacecolor": "white"}
             ax.plot(row["gap"], place, **shown | {"linestyle": ""} | filled, zorder=3)
-        for row in cell[(cell["model"] == places[0][0]) & (cell["pattern"] == places[0][1])].to_dict("records"):
-            words = row["granularity"] if row["granularity"] == PRUNED else "reconstructed"
-            side = {"ha": "center"} if cell["gap"].max() > 1.5 else {"ha": "left" if words == PRUNED else "right"}
-            ax.annotate(
-                words,
-                (row["gap"], 0),
-                (0, 7),
-                textcoords="offset points",
-                fontsize=8,
-                **side,
-                bbox={"color": "white", "pad": 0.5},
-            )
         ax.axvline(0, color="0.4", linewidth=1, linestyle="-", marker="", zorder=1)
-        ax.margins(x=0.12)
-        ax.set_title(f"{NAMES.get(criterion, criterion)} less {NAMES.get(to, to)}")
+        ax.set_title(NAMES.get(criterion, criterion))
         ax.set_yticks(range(len(places)), [f"{model}, {pattern_words(pattern)}" for model, pattern in places])
-        ax.set_ylim(len(places) - 0.5, -0.8)
-        ax.set_xlabel("difference of log-perplexity, nats\n(0: the two are as good)", fontsize=8)
+        ax.set_ylim(len(places) - 0.5, -0.5)
+        ax.set_xlabel(f"worse than {NAMES.get(to, to)}, nats per token \N{RIGHTWARDS ARROW}")
+    _name_states(axes, data, places[0])
     drawn = f"How much worse each criterion is than {NAMES.get(to, to)}, pruned and reconstructed, with intervals, a panel per criterion."
     return Plot(fig, data, _shrinks(data, NAMES.get(to, to)), drawn)
+
+
+def _name_states(axes: Sequence[Axes], data: pd.DataFrame, place: tuple[str, str]) -> None:
+    """Ticks at round numbers, and in the uppermost row of each panel the name of each state: to the side of its interval that has room."""
+    low, high = axes[0].get_xlim()
+    steps = [0, *(sign * 10**power * digit for sign in (-1, 1) for power in range(-1, 3) for digit in (1, 2, 5))]
+    axes[0].set_xticks([step for step in steps if low <= step <= high])
+    axes[0].xaxis.set_major_formatter("{x:g}")
+    axes[0].xaxis.set_minor_locator(NullLocator())
+    for ax, (_, cell) in zip(axes, data.groupby("criterion", sort=False)):
+        for row in cell[(cell["model"] == place[0]) & (cell["pattern"] == place[1])].to_dict("records"):
+            state = _state(row["granularity"])
+            left = ax.transLimits.transform(ax.transScale.transform((row["gap"], 0)))[0] > 0.5
+            end = {"xytext": (-6 if left else 6, 0), "textcoords": "offset points", "ha": "right" if left else "left"}
+            at = row["low"] if left else row["high"], SHIFT[state]
+            ax.annotate(state, at, **end, va="center", fontsize=8, color=look(state)["color"])
 
 
 def _state(fit: str) -> str:

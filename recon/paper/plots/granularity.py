@@ -1,7 +1,9 @@
 """Quality and memory against granularity: what a larger window brings, and what it costs."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,37 +13,40 @@ from matplotlib.axes import Axes
 from recon.experiment.record import RunRecord
 from recon.experiment.study import fit_name
 from recon.paper.comparisons import MARGIN
-from recon.paper.figures import Plot, log_scale, look, lower_is_better, reference, sentence
+from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, reference, sentence
 from recon.paper.plots import paired
 from recon.paper.plots.layout import label_points, panels, pattern_words
 from recon.paper.runs import Run, short
 
 HALF, MATRICES = "half-block", ("matrix", "matrix exact")
+MEMORY = "memory added, GiB"
 FAR = 5 * MARGIN  # differences beyond are written, not drawn to scale
 
 
 def table(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """A row per model, pattern and granularity ("pruned": none): means over seeds of what was measured, and the least memory."""
-    rows = []
-    for (model, pattern, fit), runs in _cells(records).items():
-        found = [run.record for run in runs]
-        row = {"model": model, "pattern": pattern, "granularity": fit, "seeds": len(runs)}
-        row |= {f"{state} perplexity": _perplexity(runs, state) for state in ("dense", "pruned")}
-        row |= {
-            "perplexity": _perplexity(runs),
-            "lowest perplexity": min(map(_one, runs)),
-            "highest perplexity": max(map(_one, runs)),
-        }
+    """A row per model, pattern and granularity ("pruned": none): means over seeds of what was measured, and the least memory.
+
+    A seed that was run in several precisions counts once. Memory is that of one precision in each model and pattern.
+    """
+    cells, rows = _cells(records), []
+    for (model, pattern, fit), runs in cells.items():
+        nll = {state: _by_seed(runs, [run.nll[state].mean() for run in runs]) for state in ("dense", "pruned", "reconstructed")}
+        row = {"model": model, "pattern": pattern, "granularity": fit, "seeds": len(nll["dense"])}
+        row |= {f"{state} perplexity": float(np.exp(nll[state].mean())) for state in ("dense", "pruned")}
+        # Geometric mean over seeds, as the logarithm is what differences are of.
+        names = {"perplexity": "mean", "lowest perplexity": "min", "highest perplexity": "max"}
+        row |= {name: float(np.exp(nll["reconstructed"].agg(of))) for name, of in names.items()}
         row["share recovered"] = 1 - np.log(row["perplexity"] / row["dense perplexity"]) / np.log(
             row["pruned perplexity"] / row["dense perplexity"]
         )
+        precision = _precision([others for key, others in cells.items() if key[:2] == (model, pattern)])
         # The least: what a process runs first adds buffers that later runs find there.
-        added = [
-            r.added_memory_bytes_by_phase["reconstruct"] / 2**30 for r in found if "reconstruct" in r.added_memory_bytes_by_phase
-        ]
-        row["memory added, GiB"] = min(added, default=math.nan)
-        row["seconds"] = _mean(r.seconds.get("reconstruct", math.nan) for r in found)
-        row["zero-shot accuracy"] = _mean(r.metrics.get("accuracy", math.nan) for r in found)
+        row[MEMORY] = min((_added(run) for run in runs if run.seed[1] == precision), default=math.nan)
+        row["memory of"] = precision
+        found = [run.record for run in runs]
+        row["TFLOP"] = _by_seed(runs, [record.flops.get("reconstruct", math.nan) / 1e12 for record in found]).min()
+        row["seconds"] = _by_seed(runs, [record.seconds.get("reconstruct", math.nan) for record in found]).mean()
+        row["zero-shot accuracy"] = _by_seed(runs, [record.metrics.get("accuracy", math.nan) for record in found]).mean()
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -52,39 +57,36 @@ def memory(records: Sequence[RunRecord]) -> Plot | None:
     The records, as those of `differences`, are of one pattern.
     """
     data = table(records)
-    data = data[data["granularity"] != "pruned"].drop(columns=["seconds", "zero-shot accuracy"])
+    data = data[data["granularity"] != "pruned"].drop(columns=["TFLOP", "seconds", "zero-shot accuracy"])
     if data.empty:
         return None
     models = list(data.groupby("model", sort=False))
     fig, axes = panels(len(models), (2.8, 2.8), wspace=0.5, sharex=True)
-    said = []
     for ax, (model, cell) in zip(axes, models):
-        known = cell[cell["memory added, GiB"] > 0]
+        known = cell[cell[MEMORY] > 0]
         for row in known.to_dict("records"):
-            at, shown = row["memory added, GiB"], look(row["granularity"])
-            ax.plot(
-                [at, at],
-                [row["lowest perplexity"], row["highest perplexity"]],
-                color=shown["color"],
-                linestyle="-",
-                marker="",
-                linewidth=1,
-            )
-            ax.plot(at, row["perplexity"], **shown | _hollow(row["seeds"]), zorder=3)
-        for state in ("dense", "pruned"):
-            reference(ax, cell[f"{state} perplexity"].mean(), state)
+            mark(ax, row[MEMORY], row)
+        reference(ax, cell["pruned perplexity"].mean(), "pruned")
         ax.margins(x=0.2, y=0.08)
         if len(known):
             log_scale(ax, "x")
         log_scale(ax)
-        ax.set(title=model, xlabel="memory added while reconstructing, GiB", ylabel="perplexity")
+        _dense(ax, cell["dense perplexity"].mean())
+        ax.set(title=model, xlabel=memory_words(cell), ylabel="perplexity")
         lower_is_better(ax)
-        said.append(f"on {model}, {_cost(known if len(known) else cell)}")
     for ax, (_, cell) in zip(axes, models):  # once the limits of all are known
-        known = cell[cell["memory added, GiB"] > 0].set_index("granularity")
-        label_points(ax, {name: tuple(point) for name, point in known[["memory added, GiB", "perplexity"]].iterrows()})
-    drawn = "Perplexity against the memory that reconstruction adds, a mark per granularity, a panel per model; dashed the pruned model, dotted the dense one."
-    return Plot(fig, data, sentence("; ".join(said)) + ".", drawn)
+        known = cell[cell[MEMORY] > 0].set_index("granularity")
+        label_points(ax, {name: tuple(point) for name, point in known[[MEMORY, "perplexity"]].iterrows()})
+    drawn = "Perplexity against the memory that reconstruction adds, a mark per granularity, a panel per model; dashed the pruned model."
+    return Plot(fig, data, _costs(models), drawn)
+
+
+def memory_words(cell: pd.DataFrame) -> str:
+    """The label of an axis of memory: in which precision that is, and which granularities have no run in it."""
+    there = cell[MEMORY] > 0
+    of = [f"{name} runs" for name in cell.loc[there, "memory of"].unique() if name]
+    without = [f"none of {', '.join(cell.loc[~there, 'granularity'])}"] if of and not there.all() else []
+    return "memory added while reconstructing, GiB" + (f"\n({'; '.join([*of, *without])})" if of else "")
 
 
 def differences(records: Sequence[RunRecord]) -> Plot | None:
@@ -114,7 +116,8 @@ def differences(records: Sequence[RunRecord]) -> Plot | None:
 def everywhere(records: Sequence[RunRecord]) -> Plot | None:
     """The share of the damage undone by granularity and pattern, a panel per model."""
     data = table(records)
-    data = data[data["granularity"] != "pruned"].drop(columns=["memory added, GiB", "seconds", "zero-shot accuracy"])
+    without = [MEMORY, "memory of", "TFLOP", "seconds", "zero-shot accuracy"]
+    data = data[data["granularity"] != "pruned"].drop(columns=without)
     if data.empty:
         return None
     fits, models = list(dict.fromkeys(data["granularity"])), list(data.groupby("model", sort=False))
@@ -133,20 +136,34 @@ def everywhere(records: Sequence[RunRecord]) -> Plot | None:
         ax.set_xticks(range(len(patterns)), map(pattern_words, patterns))
         ax.set_yticks(range(len(fits)), fits)
         ax.grid(False)
+    under = {"xytext": (0, -34), "xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+    axes[0][0].annotate("number: share of the damage undone (higher is better)", (0, 0), **under, fontsize=8)
     return Plot(
         fig, data, _near_the_best(data), "A table of the share of the damage undone, granularity by pattern, a panel per model."
     )
 
 
 def _write_shares(ax: Axes, grid: pd.DataFrame, seeds: pd.DataFrame) -> None:
-    """The number in each field: bold for the best of a column, in brackets for one seed."""
+    """The number in each field: bold for the best of a column of several, or all that show as much; in brackets for one seed."""
     for column, pattern in enumerate(grid):
-        for row, value in enumerate(grid[pattern]):
-            if math.isfinite(value):
-                number = f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
-                text = number if seeds[pattern].iloc[row] > 1 else f"({number})"
-                best = "bold" if value == grid[pattern].max() else "normal"
-                ax.text(column, row, text, ha="center", va="center", fontsize=8, fontweight=best)
+        shown = (grid[pattern].round(2) + 0.0).dropna()  # no minus before 0
+        for name, value in shown.items():
+            said = f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+            text = said if seeds.loc[name, pattern] > 1 else f"({said})"
+            best = "bold" if len(shown) > 1 and value == shown.max() else "normal"
+            ax.text(column, grid.index.get_loc(name), text, ha="center", va="center", fontsize=8, fontweight=best)
+
+
+def _dense(ax: Axes, level: float) -> None:
+    """The dense model's level: a line within the limits, which stay; beyond them written at the edge."""
+    low, high = ax.get_ylim()
+    if low <= level <= high:
+        reference(ax, level, "dense")
+    else:
+        edge, arrow = (0, "\N{DOWNWARDS ARROW}") if level < low else (1, "\N{UPWARDS ARROW}")
+        beside = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        ax.annotate(f"dense {number(level)} {arrow}", (1, edge), (4, 0), **beside, va="center", fontsize=8)
+    ax.set_ylim(low, high)
 
 
 def _cells(records: Sequence[RunRecord]) -> dict[tuple, list[Run]]:
@@ -155,38 +172,49 @@ def _cells(records: Sequence[RunRecord]) -> dict[tuple, list[Run]]:
     return paired.grouped(records, lambda spec: (short(spec["model"]), spec["pattern"], name.get(fit_name(spec), fit_name(spec))))
 
 
-def _one(run: Run, state: str = "reconstructed") -> float:
-    return float(np.exp(run.nll[state].mean()))
+def _by_seed(runs: Sequence[Run], values: Sequence[float]) -> pd.Series:
+    """The values of runs by seed: the mean over the precisions in which it was run."""
+    return pd.Series(values, dtype=float).groupby([run.seed[0] for run in runs]).mean()
 
 
-def _perplexity(runs: Sequence[Run], state: str = "reconstructed") -> float:
-    """Geometric mean over runs, as the logarithm is what differences are of."""
-    return float(np.exp(np.mean([run.nll[state].mean() for run in runs])))
+def _added(run: Run) -> float:
+    return run.record.added_memory_bytes_by_phase.get("reconstruct", math.nan) / 2**30
 
 
-def _mean(values) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan
+def _precision(cells: Sequence[Sequence[Run]]) -> str:
+    """The precision in which the memory of most of `cells` is known, then that of most runs."""
+    known = [[run.seed[1] for run in runs if not math.isnan(_added(run))] for runs in cells]
+    total = Counter(itertools.chain(*known))
+    return max(total, key=lambda name: (sum(name in each for each in known), total[name], name), default="")
 
 
-def _hollow(seeds: int) -> dict:
-    """A mark of one seed is hollow."""
-    return {} if seeds > 1 else {"markerfacecolor": "white"}
+def mark(ax: Axes, at: float, row: Mapping) -> None:
+    """The perplexity of a row of `table` at the cost `at`, with its range over seeds; hollow for one seed."""
+    shown = look(row["granularity"]) | ({} if row["seeds"] > 1 else {"markerfacecolor": "white"})
+    ends = row["lowest perplexity"], row["highest perplexity"]
+    ax.plot([at, at], ends, color=shown["color"], linestyle="-", marker="", linewidth=1)
+    ax.plot(at, row["perplexity"], **shown, zorder=3)
 
 
-def _cost(cell: pd.DataFrame) -> str:
-    """What the largest window costs and brings, against half-blocks."""
-    by_name = cell.set_index("granularity")
-    coarse = [name for name in by_name.index if name not in (HALF, *MATRICES) and " from " not in name]
-    if HALF not in by_name.index or not coarse:
-        best = by_name["perplexity"].idxmin()
-        return f"the lowest perplexity, {by_name['perplexity'].min():.3g}, is that of {best}"
-    half, large = by_name.loc[HALF], by_name.loc[coarse[-1]]
-    times = large["memory added, GiB"] / half["memory added, GiB"]
-    change = large["perplexity"] / half["perplexity"] - 1
-    said = f"{abs(change):.1%}".replace("%", " %") + (" higher" if change > 0 else " lower")
-    size = {"block": "a block", "model": "the whole model", "quarter": "a quarter of the model"}.get(coarse[-1], coarse[-1])
-    return f"reconstructing {size} at once takes {times:.1f} times the memory of half-blocks, for a perplexity {said}"
+def _costs(models: Sequence[tuple[str, pd.DataFrame]]) -> str:
+    """What the largest window costs and brings, against half-blocks, on each model where it takes more memory, or less."""
+    said = []
+    for model, cell in models:
+        known = cell[cell[MEMORY] > 0].set_index("granularity")
+        coarse = [name for name in known.index if name not in (HALF, *MATRICES) and " from " not in name]
+        if HALF not in known.index or not coarse:
+            continue
+        half, large = known.loc[HALF], known.loc[coarse[-1]]
+        times = f"{large[MEMORY] / half[MEMORY]:.1f}"
+        change = large["perplexity"] / half["perplexity"] - 1
+        brings = f"a perplexity {abs(change):.1%}".replace("%", " %") + (" higher" if change > 0 else " lower")
+        size = {"block": "a block", "model": "the whole model", "quarter": "a quarter of the model"}.get(coarse[-1], coarse[-1])
+        takes = f"reconstructing {size} at once takes {times} times the memory of half-blocks"
+        said += [f"on {model}, {takes}, for {brings}"] * (times != "1.0")
+    if said:
+        return sentence("; ".join(said)) + "."
+    low, high = (number(of([cell["perplexity"].agg(of) for _, cell in models])) for of in (min, max))
+    return f"No window is known to take another amount of memory than half-blocks; perplexity is {low} to {high}."
 
 
 def _size_matters(data: pd.DataFrame) -> str:
@@ -199,13 +227,15 @@ def _size_matters(data: pd.DataFrame) -> str:
         said.append(f"Larger windows against half-blocks: {paired.count_words(larger['verdict'], larger['seeds'])}.")
     if len(matrices):
         said.append(f"Single matrices against half-blocks: {paired.count_words(matrices['verdict'], matrices['seeds'])}.")
-    return " ".join([*said, f"Equal is within {paired.SHARE} of the damage."])
+    if not said:
+        said.append(f"From an exact solution against half-blocks: {paired.count_words(data['verdict'], data['seeds'])}.")
+    return " ".join(said)
 
 
 def _near_the_best(data: pd.DataFrame) -> str:
-    """In how many models and patterns half-blocks, and single matrices, come close to the best size."""
-    best = data.groupby(["model", "pattern"])["share recovered"].transform("max")
-    close = data.assign(close=best - data["share recovered"] <= MARGIN)
+    """In how many models and patterns with several sizes half-blocks, and single matrices, come close to the best size."""
+    sizes = data.groupby(["model", "pattern"])["share recovered"]
+    close = data.assign(close=sizes.transform("max") - data["share recovered"] <= MARGIN)[sizes.transform("size") > 1]
     said = []
     for name, words in ((HALF, "half-blocks"), ("matrix", "single matrices"), ("matrix exact", "single matrices solved exactly")):
         cell = close[close["granularity"] == name]

@@ -1,5 +1,6 @@
 """Panels, and labels beside what is drawn in place of legends, moved so that none covers another."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -68,7 +69,7 @@ def label_beside(ax: Axes, ends: Sequence[tuple[float, float, str, dict]]) -> No
 
 def label_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     """Writes each label beside its point, where it covers least of marks, upright and level lines, and other labels; with a line to it
-    where it is far or aslant.
+    where it is far or aslant, or another point is nearer.
 
     Limits and scales have to be set before."""
     pixels = ax.figure.dpi / 72
@@ -92,12 +93,20 @@ def label_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
                 new = (middle[0] - width / 2, middle[1] - height / 2, middle[0] + width / 2, middle[1] + height / 2)
                 inside = _shared(new, (ax.bbox.x0, ax.bbox.y0, ax.bbox.x1, ax.bbox.y1))
                 bad = sum(_shared(new, other) for other in taken) + width * height - inside
-                choices.append((20 * bad / height + (far + rank) * pixels, far > 8 or rank > 3, middle, new))
+                unclear = any(_from(new, other) <= _from(new, (x, y)) for name, other in places.items() if name != text)
+                choices.append(
+                    (20 * bad / height + (far + rank + 8 * unclear) * pixels, unclear or far > 8 or rank > 3, middle, new)
+                )
         _, away, middle, new = min(choices)
         taken.append(new)
         line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4} if away else None
         offset = {"xytext": ((middle[0] - x) / pixels, (middle[1] - y) / pixels), "textcoords": "offset points"}
         ax.annotate(text, points[text], **offset, ha="center", va="center", fontsize=SIZE, arrowprops=line)
+
+
+def _from(box: tuple, point: Sequence[float]) -> float:
+    """How far a point is from a box (left, bottom, right, top)."""
+    return math.hypot(*(max(box[axis] - point[axis], 0, point[axis] - box[axis + 2]) for axis in (0, 1)))
 
 
 def _shared(one: tuple, other: tuple) -> float:

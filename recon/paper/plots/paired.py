@@ -4,16 +4,20 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MultipleLocator
 
 from recon.experiment.record import RunRecord
 from recon.paper.claims import Claim
 from recon.paper.comparisons import KINDS, MARGIN, SEEDS
+from recon.paper.figures import Plot
 from recon.paper.runs import DEFAULTS, Run
 from recon.paper.statistics import interval
 
 LEVEL = 0.90  # of intervals: within the margin, they are two one-sided tests at 5 %
 SHARE = f"{MARGIN:.0%}".replace("%", " %")  # the margin in words
+EDGE = 1.06  # where an axis of differences ends, in units of the largest that is drawn: room for arrow heads
 
 
 def grouped(records: Iterable[RunRecord], of: Callable[[dict], tuple]) -> dict[tuple, list[Run]]:
@@ -66,27 +70,53 @@ def number(value: float) -> str:
 
 
 def draw(ax: Axes, place: float, row: Mapping, shown: Mapping, far: float) -> None:
-    """A difference with its interval, at the height `place`; hollow for one seed. Beyond `far`, an arrow with the number."""
+    """A difference with its interval, at the height `place`; hollow for one seed. Beyond `far`, an arrow; a mean there is written."""
     value, low, high = row["difference"], row["low"], row["high"]
     if math.isnan(value):
         return
+    edge = EDGE * far
+    heads = [(-edge, "<")] * (min(value, low) < -far) + [(edge, ">")] * (max(value, high) > far)
+    for end, head in heads:
+        ax.plot(end, place, color=shown["color"], marker=head, markersize=5, linestyle="", clip_on=False)
     if abs(value) > far:
         right = value > 0
-        ax.plot(
-            far * (1 if right else -1), place, color=shown["color"], marker=">" if right else "<", linestyle="", clip_on=False
-        )
-        offset = {"xytext": (-7 if right else 7, 0), "textcoords": "offset points"}
+        offset = {"xytext": (-6 if right else 6, 0), "textcoords": "offset points"}
         note = number(value) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")
-        ax.annotate(note, (far * (1 if right else -1), place), **offset, ha="right" if right else "left", va="center", fontsize=8)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        align = {"ha": "right" if right else "left", "va": "center"}
+        ax.annotate(note, (edge if right else -edge, place), **offset, **align, fontsize=7.5, bbox=behind)
         return
     if not math.isnan(low):
-        ax.plot([max(low, -far), min(high, far)], [place, place], color=shown["color"], linestyle="-", marker="", linewidth=1.5)
+        left, right = (-edge if low < -far else low), (edge if high > far else high)
+        ax.plot([left, right], [place, place], color=shown["color"], linestyle="-", marker="", linewidth=1.5)
     ax.plot(value, place, **shown | {"linestyle": ""} | ({} if row["seeds"] > 1 else {"markerfacecolor": "white"}), zorder=3)
 
 
 def margin(ax: Axes, far: float, label: str) -> None:
-    """The band of equivalence on a horizontal axis of differences, and which side is which."""
+    """The band of equivalence on a horizontal axis of differences, named under it, and which side is which."""
     ax.axvspan(-MARGIN, MARGIN, color="0.9", zorder=0, linewidth=0)
     ax.axvline(0, color="0.4", linewidth=1, linestyle="-", marker="", zorder=1)
-    ax.set_xlim(-far, far)
-    ax.set_xlabel(f"\N{LEFTWARDS ARROW} worse        better \N{RIGHTWARDS ARROW}\n{label}", fontsize=8)
+    ax.set_xlim(-EDGE * far, EDGE * far)
+    ax.xaxis.set_major_locator(MultipleLocator(2 * MARGIN))
+    sides = "\N{LEFTWARDS ARROW} worse", f"equal (\N{PLUS-MINUS SIGN}{SHARE})", "better \N{RIGHTWARDS ARROW}"
+    ax.set_xlabel(f"{'    '.join(sides)}\n{label}", fontsize=8)
+
+
+def marks_words(plot: Plot | None, far: float = math.inf) -> str:
+    """What hollow marks and arrows are, each after a space, for the caption of a plot that has them; empty for one without."""
+    data = plot.data if plot else pd.DataFrame({"seeds": []})
+    found = {
+        "Hollow: one seed.": (data["seeds"] == 1).any(),
+        f"Arrow: beyond {far:g}.": data.filter(["difference", "low", "high"]).abs().gt(far).to_numpy().any(),
+    }
+    return "".join(f" {words}" for words, there in found.items() if there)
+
+
+def leading(data: pd.DataFrame) -> list[str]:
+    """The names of what is lowest in the mean, and of all that cannot be told apart from it: where ranges overlap, or are of one value.
+
+    data: columns mean, low, high and count (of values), by name.
+    """
+    data = data.sort_values("mean", kind="stable")
+    first = data.iloc[0]
+    return list(data.index[(data["low"] <= first["high"]) | (data["count"].clip(upper=first["count"]) < 2)])

@@ -7,9 +7,9 @@ import pandas as pd
 
 from recon.experiment.record import RunRecord
 from recon.paper.comparisons import MARGIN
-from recon.paper.figures import Plot, look
+from recon.paper.figures import Plot, look, sentence
 from recon.paper.plots import paired
-from recon.paper.plots.layout import label_ends, panels
+from recon.paper.plots.layout import label_beside, panels
 from recon.paper.runs import Run
 from recon.paper.statistics import interval
 
@@ -69,10 +69,10 @@ def _matters(data: pd.DataFrame, default: tuple[str, str]) -> str:
     if others["difference"].isna().all():
         return "Pruning did no harm that differences could be measured by."
     best, worst = (others.loc[index] for index in (others["difference"].idxmax(), others["difference"].idxmin()))
-    ends = [f"{row['propagation']} with {row['loss']} ({paired.number(row['difference'])})" for row in (best, worst)]
+    ends = [f"{paired.number(row['difference'])} ({row['propagation']} with {row['loss']})" for row in (worst, best)]
     return (
         f"Against {default[0]} propagation with {default[1]} loss, of {len(others)} other combinations: "
-        f"{paired.count_words(others['verdict'], others['seeds'])}. Equal is within {paired.SHARE} of the damage. Highest is {ends[0]}, lowest {ends[1]}."
+        f"{paired.count_words(others['verdict'], others['seeds'])}. Differences are from {ends[0]} to {ends[1]} of the damage."
     )
 
 
@@ -92,12 +92,15 @@ def drift(records: Sequence[RunRecord], granularity: str) -> Plot | None:
     if data.empty:
         return None
     groups = list(data.groupby("loss", sort=False))
-    fig, axes = panels(len(groups), (1.9, 2.2), columns=3, wspace=0.42, sharey=True)
+    fig, axes = panels(len(groups), (1.9, 2.2), columns=3, wspace=0.1, sharey=True)
     for ax, (loss, cell) in zip(axes, groups):
-        for propagation, line in cell.groupby("propagation", sort=False):
+        lines = list(cell.groupby("propagation", sort=False))
+        for index, (propagation, line) in enumerate(lines):
             shown = look(f"{propagation} propagation")
             few = {"markerfacecolor": "white"} if line["seeds"].min() == 1 else {}
-            ax.plot(line["block"], line["ratio"], **shown | few, markersize=4, markevery=max(1, len(line) // 8), linewidth=1.2)
+            step = max(1, len(line) // 8)
+            marks = {"markersize": 4, "markevery": (index * step // len(lines), step)}  # of no two lines at the same place
+            ax.plot(line["block"], line["ratio"], **shown | few | marks, linewidth=1.2)
             ax.fill_between(line["block"], line["low"], line["high"], color=shown["color"], alpha=0.15, linewidth=0)
         ax.axhline(1, **look("pruned") | {"marker": "", "linewidth": 1})
         ax.set_title(f"{loss} loss")
@@ -106,21 +109,35 @@ def drift(records: Sequence[RunRecord], granularity: str) -> Plot | None:
     axes[0].set_ylabel("drift over that of the pruned model\n(lower is better \N{DOWNWARDS ARROW})")
     axes[0].set_ylim(0, max(1.08, 1.05 * data["high"].max()))
     for ax, (_, cell) in zip(axes, groups):
+        if not (ax.get_subplotspec().is_last_col() or ax is axes[-1]):
+            continue  # every panel has the same lines
         last = cell[cell["block"] == cell["block"].max()]
-        ends = dict(zip(last["propagation"], last["ratio"]))
-        label_ends(ax, ax.get_xlim()[1], ends | {"pruned": 1.0})
+        ends = {f"{name} propagation": ratio for name, ratio in zip(last["propagation"], last["ratio"])} | {"pruned": 1.0}
+        label_beside(ax, [(last["block"].max(), ratio, name, {"color": look(name)["color"]}) for name, ratio in ends.items()])
     drawn = "Drift from the dense model after each block over that of the pruned model, a line per propagation, a panel per loss; dashed at 1, no better than pruned."
     return Plot(fig, data, _drifts(data), drawn)
 
 
 def _drifts(data: pd.DataFrame) -> str:
+    """Where drift ends: of the propagation that ends lowest, if its intervals are below those of all others, and where it is above pruned."""
     last = data[data["block"] == data["block"].max()]
-    low, high = last.loc[last["ratio"].idxmin()], last.loc[last["ratio"].idxmax()]
-    worse = data.groupby(["propagation", "loss"])["ratio"].max().ge(1)
-    said = f"After the last block, drift is {low['ratio']:.2f} times that of the pruned model with {low['propagation']} propagation and {low['loss']} loss"
-    if len(last) > 1:
-        said += f", and {high['ratio']:.2f} times with {high['propagation']} and {high['loss']}"
-    return f"{said}. Somewhere along the depth, {worse.sum()} of {len(worse)} combinations are no better than pruned."
+    first = last.loc[last["ratio"].idxmin(), "propagation"]
+    best, others = last[last["propagation"] == first], last[last["propagation"] != first]
+    said = f"Drift ends at {_span(last)} of the pruned model's"
+    if len(others) and last["seeds"].min() > 1 and best["high"].max() < others["low"].min():
+        names = " and ".join(others["propagation"].unique())
+        said = f"{sentence(first)} propagation ends at {_span(best)} of the pruned model's drift, {names} at {_span(others)}"
+    elif len(others):
+        said += ", and no propagation is clearly lowest"
+    above = data.groupby(["propagation", "loss"])["ratio"].max().ge(1)
+    if above.any():
+        return f"{said}; {above.sum()} of {len(above)} combinations are no better than pruned at some block."
+    return f"{said}; all are better than pruned at every block."
+
+
+def _span(rows: pd.DataFrame) -> str:
+    low, high = (f"{value:.2f}" for value in (rows["ratio"].min(), rows["ratio"].max()))
+    return low if low == high else f"{low} to {high}"
 
 
 def _cells(records: Sequence[RunRecord]) -> dict[tuple, list[Run]]:

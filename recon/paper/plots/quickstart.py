@@ -126,7 +126,7 @@ def method(weights: Mapping[str, np.ndarray], curve: pd.DataFrame, exact: float,
         if end < start
         else f"do not lower its error ({number(start)}, {number(end)})"
     )
-    finding = f"{steps} steps of gradient descent on the whole window {done}; the exact solution of each matrix by itself leaves {number(exact)}."
+    finding = f"On held-out text, {steps} steps of gradient descent on the whole window {done}; the exact solution of each matrix by itself leaves {number(exact)}."
     corners = [
         {"panel": "weights", "state": state, "row": row, "column": column, "value": value}
         for state, corner in weights.items()
