@@ -6,7 +6,8 @@ import pandas as pd
 
 from recon.experiment.record import RunRecord
 from recon.paper.figures import sentence
-from recon.paper.runs import short
+from recon.paper.runs import Run, short
+from recon.paper.runs import protocol_words as runs_words
 
 
 def seed_words(runs: pd.DataFrame, by: str) -> str:
@@ -36,8 +37,8 @@ def dense_words(records: Iterable[RunRecord]) -> str:
 
 
 def evaluation_words(records: Sequence[RunRecord]) -> str:
-    """How the perplexities of `records` were measured, and what the dense models are, in sentences."""
-    return f"{sentence(records[0].protocol['evaluation'])}. {dense_words(records)}".strip()
+    """How `records`, of one protocol, were made and measured, and what the dense models are, in sentences."""
+    return f"{sentence(_made(list(map(Run, records))))}. {dense_words(records)}".strip()
 
 
 def protocol_words(runs: pd.DataFrame, records: Sequence[RunRecord]) -> str:
@@ -46,20 +47,20 @@ def protocol_words(runs: pd.DataFrame, records: Sequence[RunRecord]) -> str:
     Where further models or patterns had another protocol, each protocol is said, with its cells first.
     """
     cells = runs.assign(cell=[_cell(model, pattern) for model, pattern in zip(runs["model"], runs["pattern"])])
-    found: dict[str, dict[str, None]] = {}  # the protocol in words -> the names of its cells, in order
-    for record in records:
-        spec = record.spec
-        text = f" Of these texts, {short(spec['evaluation_texts'][0])} is drawn." if len(spec["evaluation_texts"]) > 1 else ""
-        said = (
-            f"Calibration: {spec['samples']} x {spec['sequence_length']} tokens of {short(spec['text'])}. "
-            f"Learning rate: {spec['learning_rate']:g} ({spec['rate']}). {sentence(record.protocol['evaluation'])}.{text}"
-        )
-        found.setdefault(said, {})[_cell(spec["model"], spec["pattern"])] = None
-    if len(found) > 1:
-        words = " ".join(f"{', '.join(names)}: {said[0].lower()}{said[1:]}" for said, names in found.items())
-    else:
-        [words] = found
+    groups: dict[tuple, list[Run]] = {}
+    for run in map(Run, records):
+        groups.setdefault((run.samples, run.protocol), []).append(run)
+    said = {_made(group): ", ".join(dict.fromkeys(_cell(run.model, run.pattern) for run in group)) for group in groups.values()}
+    words = " ".join(f"{names}: {made}." if len(said) > 1 else f"{sentence(made)}." for made, names in said.items())
     return f"{sentence(seed_words(cells, 'cell'))}. {words} {dense_words(records)}".strip()
+
+
+def _made(runs: list[Run]) -> str:
+    """The protocol of `runs`, and how windows were fitted where all were fitted alike."""
+    fitted = [run for run in runs if run.setting["granularity"] != "none"]
+    alike = {name: {run.setting[name] for run in fitted} for name in ("propagation", "loss")}
+    how = [f"{value} {name}" for name, values in alike.items() if len(values) == 1 for value in values]
+    return "; ".join([runs_words(runs), *([", ".join(how)] if how else [])])
 
 
 def _cell(model: str, pattern: str) -> str:

@@ -69,6 +69,10 @@ def write(
         "",
         "Every figure with what it shows, the notebook and command that draw it, its data, and the records behind it. Written by",
         "`recon.paper.gallery`.",
+        "",
+        "Captions say how runs were made: 32 x 256 tokens are 32 samples, or evaluation windows, of 256 tokens. Whole samples are not cut into",
+        "chunks. Perplexity is exp of the mean negative log-likelihood over all but the first token of each window. The damage is",
+        "log(perplexity pruned / dense).",
     ]
     first = [line for figure in figures if figure["name"] == FOREST for line in _shown(figure, profile, up)]
     if claims or first:

@@ -165,8 +165,9 @@ def protocol_words(runs: list[Run]) -> str:
     dtypes = " or ".join(sorted({dtype for _, dtype in (run.seed for run in runs)} - {""}))
     counts = sorted({count for run in runs for count in (run.samples, run.trained_samples)})
     samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    whole = {dict(run.tuning)["chunks"] for run in runs if run.setting["granularity"] != "none"} == {1}
     return (
-        f"{samples} x {length} tokens of {short(text)}, pruned on {pruned_on} ({statistics} statistics); perplexity on {windows} x {evaluation_length} tokens of "
+        f"{samples} x {length} tokens of {short(text)}{', whole samples' * whole}, pruned on {pruned_on} ({statistics} statistics); perplexity on {windows} x {evaluation_length} tokens of "
         f"{short(evaluated)}"
         + f" ({cut})" * (cut != DEFAULTS["evaluation_protocol"])
         + (f", {dtypes} products" if dtypes else "")

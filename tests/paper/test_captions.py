@@ -1,6 +1,7 @@
 """Words for captions."""
 
 import pandas as pd
+from fixtures.made_up import record
 
 from recon.experiment.record import RunRecord
 from recon.paper.captions import dense_words, evaluation_words, protocol_words, rate_words, seed_words
@@ -18,26 +19,25 @@ def test_learning_rates_in_words():
 
 
 def test_what_dense_is_in_words():
-    def record(model, **protocol):
+    def of(model, **protocol):
         return RunRecord({"model": model}, "key", protocol={"evaluation": "perplexity: on text"} | protocol)
 
-    quantised, folder, old = record("a", dense="dequantised from X"), record("/some/b", dense="bfloat16"), record("c")
+    quantised, folder, old = of("a", dense="dequantised from X"), of("/some/b", dense="bfloat16"), of("c")
     assert dense_words([quantised, quantised, folder, old]) == "Dense weights: a dequantised from X; b bfloat16."
-    assert evaluation_words([quantised]) == "Perplexity: on text. Dense weights: a dequantised from X."
-    assert dense_words([old]) == "" and evaluation_words([old]) == "Perplexity: on text."
+    assert dense_words([old]) == ""
 
 
 def test_the_protocol_of_runs_in_words():
-    def record(model="a", texts=("wikipedia",), samples=8, pattern="0.5"):
-        spec = {"text": "wikipedia", "samples": samples, "sequence_length": 64, "learning_rate": 0.01, "rate": "relative"}
-        spec |= {"model": model, "pattern": pattern, "evaluation_texts": texts}
-        return RunRecord(spec, "key", protocol={"evaluation": "perplexity: on text"})
-
     runs = pd.DataFrame({"model": ["a", "a", "b"], "pattern": ["0.5", "0.5", "2:4"], "seed": [0, 1, 0]})
     seeds = "Seeds 0, 1 (seed 0 for b 2:4)."
-    said = "Calibration: 8 x 64 tokens of wikipedia. Learning rate: 0.01 (relative). Perplexity: on text."
-    assert protocol_words(runs, [record(), record("b")]) == f"{seeds} {said}"
-    assert protocol_words(runs, [record(texts=("wikipedia", "news"))]) == f"{seeds} {said} Of these texts, wikipedia is drawn."
-    two = protocol_words(runs, [record(), record(), record("b", samples=4, pattern="2:4")])
-    other = said.replace("8 x", "4 x").replace("Cal", "cal")
-    assert two == f"{seeds} a 0.5: {said.replace('Cal', 'cal')} b 2:4: {other}"
+    said = "8 x 64 tokens of wikipedia, whole samples, pruned on 8 (dense statistics); perplexity on 40 x 128 tokens of wikipedia, bfloat16 products"
+    made = {"samples": 8, "sequence_length": 64, "evaluation_samples": 40, "evaluation_length": 128}
+    fitted = f"{said}; mixed propagation, whitened loss"
+    assert evaluation_words([record(**made)]) == f"{fitted}."
+    assert protocol_words(runs, [record(**made)]) == f"{seeds} {fitted}."
+    losses = [record(**made), record(**made, loss="mse")]  # they differ in what is compared
+    assert protocol_words(runs, losses) == f"{seeds} {said}; mixed propagation."
+    assert "whole" not in evaluation_words([record(**made | {"chunks": 4})])
+    two = protocol_words(runs, [record(**made, model="a"), record(**made | {"samples": 4}, model="b", pattern="2:4")])
+    other = fitted.replace("8 x", "4 x").replace("on 8", "on 4")
+    assert two == f"{seeds} a 0.5: {fitted}. b 2:4: {other}."

@@ -112,7 +112,7 @@ def test_the_protocol_with_most_records_is_taken_and_printed():
     alone = seeds(samples=256, count=9)  # more records, but nothing to compare them with
     found = verdict_on("3", small + large + alone)
     assert found.protocol.startswith(
-        "128 x 512 tokens of wikipedia, pruned on 128 (dense statistics); perplexity on 40 x 1024 tokens of wikipedia"
+        "128 x 512 tokens of wikipedia, whole samples, pruned on 128 (dense statistics); perplexity on 40 x 1024 tokens of wikipedia"
     )
     assert sorted(found.records) == sorted(r.key for r in large) and found.protocol in claims.to_markdown([found])
 
