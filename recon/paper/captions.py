@@ -26,6 +26,15 @@ def rate_words(names: Iterable[str], rates: dict[str, float], default: float) ->
     return ", ".join(f"{rates.get(name, default):g} for {name}" for name in dict.fromkeys(names))
 
 
+def method_words(names: Iterable[str]) -> str:
+    """What names of recipes mean, each in a sentence with a space after it; of those that occur."""
+    said = {
+        ", distilled": "Distilled: on the dense model's predictions. ",
+        "dense, ": '"dense, ...": the dense model, retrained likewise. ',
+    }
+    return "".join(words for part, words in said.items() if any(part in name for name in names))
+
+
 def dense_words(records: Iterable[RunRecord]) -> str:
     """What the weights of each dense model are: "Dense weights: smollm2-135m dequantised from ...; gemma3-270m dequantised from ...".
 

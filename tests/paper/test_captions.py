@@ -4,7 +4,7 @@ import pandas as pd
 from fixtures.made_up import record
 
 from recon.experiment.record import RunRecord
-from recon.paper.captions import dense_words, evaluation_words, protocol_words, rate_words, seed_words
+from recon.paper.captions import dense_words, evaluation_words, method_words, protocol_words, rate_words, seed_words
 
 
 def test_seeds_in_words():
@@ -16,6 +16,11 @@ def test_seeds_in_words():
 
 def test_learning_rates_in_words():
     assert rate_words(["a", "b", "a"], {"b": 1e-4}, 3e-3) == "0.003 for a, 0.0001 for b"
+
+
+def test_only_names_that_occur_are_explained():
+    assert method_words(["reconstruction", "masklora"]) == ""
+    assert method_words(pd.Series(["dense, masklora"])) == '"dense, ...": the dense model, retrained likewise. '
 
 
 def test_what_dense_is_in_words():

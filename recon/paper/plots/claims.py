@@ -28,13 +28,16 @@ CENTRAL = (
         for measure, words in _SHORT.items()
     }
     | {
-        f"6.masklora.reconstruction.{count}": f"then MaskLoRA: better than reconstruction, {count} samples"
+        f"6.masklora.reconstruction.{count}": f"reconstruction + MaskLoRA better than reconstruction, {count} samples"
         for count in _COUNTS[1:]
     }
-    | {f"6.masklora.retraining.{count}": f"then MaskLoRA: better than MaskLoRA, {count} samples" for count in _COUNTS[1:]}
     | {
-        "6.masklora.reconstruction.flops": "then MaskLoRA: better than reconstruction, no more compute",
-        "6.masklora.retraining.flops": "then MaskLoRA: better than MaskLoRA, no more compute",
+        f"6.masklora.retraining.{count}": f"reconstruction + MaskLoRA better than MaskLoRA, {count} samples"
+        for count in _COUNTS[1:]
+    }
+    | {
+        "6.masklora.reconstruction.flops": "reconstruction + MaskLoRA better than reconstruction, no more compute",
+        "6.masklora.retraining.flops": "reconstruction + MaskLoRA better than MaskLoRA, no more compute",
         "7.magnitude": "gap of magnitude to SparseGPT shrinks",
         "7.wanda": "gap of Wanda to SparseGPT shrinks",
     }
