@@ -21,10 +21,12 @@ from recon.runtime.seeds import generator
 
 # Larger windows take smaller steps: the learning rate is divided by this power of their number of halves. For blocks of both bundled
 # models, powers from a quarter to three quarters do about alike. For larger windows of SmolLM2 it was chosen at absolute rates: with
-# smaller powers, 2 to 4 blocks got worse on held-out text; with power 1, all blocks as one window learned too little.
+# smaller powers, 2 to 4 blocks got worse on held-out text; with power 1, all blocks as one window learned too little. At relative rates
+# it suits 4 blocks and is too slow for all (50 %, seed 0, held-out perplexity at this rate and three times it: 50.6 and 53.9; 54.2 and 50.6).
 SLOWING = 0.75
 # Single matrices take smaller steps, too: they begin near their optimum, and at the rate of half-blocks most end worse than pruned
-# (SmolLM2 at 50 %, seed 0, held-out perplexity at 1, 0.3 and 0.1 of that rate: 73, 60.3 and 58.8; pruned 63.5).
+# (SmolLM2 at 50 %, seed 0, held-out perplexity at 1, 0.3 and 0.1 of that rate: 73, 60.3 and 58.8; in a later run at 0.1 and 0.03: 58.7 and
+# 61.2; pruned 63.5).
 SINGLE = 0.1
 
 
