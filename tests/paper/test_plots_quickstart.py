@@ -58,7 +58,7 @@ def test_the_method_is_drawn_with_its_error(end, exact, said):
     plot = quickstart.method(
         {"dense": dense, "pruned": dense * mask, "reconstructed": 2 * dense * mask}, curve, exact, "block 0 mlp"
     )
-    assert said in plot.finding and plot.finding.startswith("4 steps")
+    assert said in plot.finding and plot.finding.startswith("On held-out text, 4 steps")
     corners = plot.data[plot.data["panel"] == "weights"]
     zeros = corners[corners["value"] == 0].groupby("state").size()
     assert dict(zeros) == {"pruned": 6, "reconstructed": 6}
