@@ -45,8 +45,8 @@ python -m recon.paper.claims --check        # the committed verdicts, and this p
 ```
 
 {laptop}
-The profile asks for more runs than are committed, so all of it takes longer. A few records are of seeds beyond the profile's; without them, an interval
-is wider. The command can be killed and started again. Records that are there are not computed again, so move them away first: `mv results/laptop elsewhere`.
+The profile asks for more runs than are committed, so all of it takes longer. The command can be killed and started again. Records that are there
+are not computed again, so move them away first: `mv results/laptop elsewhere`.
 
 ## 3. GPUs: the paper's models
 

@@ -21,10 +21,9 @@ CENTRAL = (
     {f"1.{measure}": f"reconstructed better than pruned: {words}" for measure, words in _SHORT.items()}
     | {"3": "half-blocks better than single matrices", "4": "half-blocks better than matrices solved exactly"}
     | {
-        f"{group}.masklora.{count}.{measure}": f"{count} samples as good as MaskLoRA with {more}: {words}"
-        for group, times in (("5a", 1), ("5b", 10))
+        f"{group}.masklora.{count}.{measure}": f"{count} samples as good as MaskLoRA with {more.format(count * times)}: {words}"
+        for group, times, more in (("5a", 1, "{}"), ("5b", 10, "{} or more"))
         for count in _COUNTS
-        for more in (count if times == 1 else f"{times * count} or more",)
         for measure, words in _SHORT.items()
     }
     | {
@@ -103,7 +102,7 @@ def _finding(shown: Sequence[Verdict]) -> str:
     topics: dict[str, list[str]] = {"Holds": [], "Holds in part": [], "Does not hold": [], "Open": []}
     for group, topic in TOPICS.items():
         mine = [v.verdict for v in shown if v.group == group]
-        for _ in mine[:1]:
+        if mine:
             holds, fails = mine.count(HOLDS), mine.count(FAILS)
             word = "Holds" if holds == len(mine) else "Holds in part" if holds else "Does not hold" if fails else "Open"
             topics[word].append(f"{topic} ({holds} of {len(mine)})" if word == "Holds in part" else topic)
