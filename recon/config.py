@@ -50,12 +50,19 @@ PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
 }
-# Recipes by how long they take on the same samples: options of `ReconstructionConfig`. `recon bench` and notebook 6 compare them.
+# Recipes: options by flat name. fast, default and best differ in the time they take on the same samples. `paper` is the published one,
+# as its code has it (github.com/ZIB-IOL/Free-Lunch-in-LLM-Compression, 601ea9e): its learning rates are 1e-5 to 1e-4, and SparseGPT prunes
+# as many columns at once as there are samples.
 PRESETS: dict[str, dict] = {
     "fast": {"propagation": "dense", "batch_size": 2},
     "default": {},
     "best": {"start": "exact", "exact_iterations": 4, "epochs": 2},
-}
+    "paper": {
+        "statistics": "sparse", "sparsegpt_block_size": 0,
+        "propagation": "dense", "loss": "mse", "skip_first": False, "train": "all", "rate": "absolute", "learning_rate": 1e-4,
+        "size_power": 0.0, "matrix_rate": 1.0, "epochs": 1, "batch_size": 2, "chunks": 1, "roll_back": False,
+    },
+}  # fmt: skip
 STEPS = 32  # with fewer, a model can get worse than it was: AdamW's first steps follow the noise of single samples
 
 
@@ -117,7 +124,9 @@ class PruningConfig(Options):
     mask_refinement: int = option(
         0, "Exchanges of a pruned and a kept weight tried in each row after the criterion has chosen.", least=0
     )
-    sparsegpt_block_size: int = option(128, "Columns that SparseGPT prunes at once.", least=1)
+    sparsegpt_block_size: int = option(
+        128, "Columns that SparseGPT prunes at once; 0: as many as there are calibration samples (the paper's code).", least=0
+    )
     sparsegpt_damping: float = option(0.01, "Added to SparseGPT's Hessian, as a share of its mean diagonal.", above=0, most=1)
     compensate: bool = option(True, "Whether FLAP adds the mean of what it removes to a bias.")
 
@@ -143,6 +152,10 @@ class PruningConfig(Options):
                 f"{criterion.scope}; allowed: auto"
             )
 
+    def on(self, samples: int) -> "PruningConfig":
+        """These options for so many calibration samples."""
+        return self if self.sparsegpt_block_size else replace(self, sparsegpt_block_size=samples)
+
 
 @dataclass(frozen=True)
 class ReconstructionConfig(Options):
@@ -152,7 +165,9 @@ class ReconstructionConfig(Options):
     """
 
     preset: str = option(
-        "default", "Recipe for windows: fast, default or best. It sets other options that are at their defaults.", choices=PRESETS
+        "default",
+        "Recipe: fast, default, best, or paper (as published). It sets other options that are at their defaults.",
+        choices=PRESETS,
     )
     granularity: str = option("half-block", "Window: none (prune only), matrix, half-block, block, <k>-blocks, quarter, model.")
     propagation: str = option("mixed", "What feeds a window and what it must match: dense, sparse, mixed.", choices=PROPAGATIONS)
@@ -172,11 +187,18 @@ class ReconstructionConfig(Options):
         "relative to its target (relative), or one minus the cosine (cosine).",
         choices=LOSSES,
     )
-    learning_rate: float = option(
-        0.01,
-        "Peak learning rate of AdamW; for a window of n half-blocks it is divided by n^0.75, for single matrices by 10.",
-        above=0,
+    skip_first: bool = option(
+        True, "Whether the loss leaves out each sample's first position, whose activations are massive whatever the text."
     )
+    learning_rate: float = option(
+        0.01, "Peak learning rate of AdamW for half-blocks; for other windows see size_power and matrix_rate.", above=0
+    )
+    # 0.75 was chosen at absolute rates. At relative ones it suits 4 blocks of SmolLM2 and is too slow for all (50 %, seed 0, held-out
+    # perplexity at this rate and three times it: 50.6 and 53.9; 54.2 and 50.6).
+    size_power: float = option(0.75, "The learning rate of a window of n half-blocks is divided by n to this power.", least=0)
+    # They begin near their optimum, and at the rate of half-blocks most end worse than pruned (SmolLM2 at 50 %, seed 0, held-out
+    # perplexity at 1, 0.3 and 0.1 of that rate: 73, 60.3 and 58.8; in a later run at 0.1 and 0.03: 58.7 and 61.2; pruned 63.5).
+    matrix_rate: float = option(0.1, "Learning rate of single matrices as a share of that of half-blocks.", above=0)
     rate: str = option(
         "relative",
         "Whether the learning rate is times the root mean square of the surviving weights of each matrix (relative), or not (absolute).",
@@ -196,6 +218,7 @@ class ReconstructionConfig(Options):
     weight_decay: float = option(
         0.0, "Decoupled weight decay of AdamW: each step shrinks the weights by this times the learning rate.", least=0
     )
+    roll_back: bool = option(True, "Whether a window that gets worse on held-out samples goes back to its pruned weights.")
 
     def __post_init__(self):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
@@ -217,6 +240,10 @@ class ReconstructionConfig(Options):
     def schedule(self, samples: int) -> Schedule:
         """How this many samples are trained on."""
         return schedule_of(self, samples)
+
+    def pace(self, window: Window) -> float:
+        """The learning rate of `window` as a share of that of a half-block."""
+        return self.matrix_rate if window.matrices else window.halves**-self.size_power
 
     def chunks_of(self, window: Window, length: int) -> int:
         """How many chunks of one length samples of `length` tokens are cut into for `window`: the greatest divisor of both numbers."""
@@ -291,12 +318,16 @@ class EvaluationConfig(Options):
         flag="evaluation_texts",
     )
     samples: int = option(40, "Text windows per evaluation text.", least=1, flag="evaluation_samples")
+    more_samples: int = option(
+        0, "Text windows of each text but the first; 0: as many as of the first.", least=0, flag="evaluation_more_samples"
+    )
     length: int = option(
         0,
         f"Tokens per text window; 0: {LENGTHS['evaluation_length']}, or fewer where the model was made for fewer.",
         least=0,
         flag="evaluation_length",
     )
+    kl_windows: int = option(4, "The first text windows of each text, on which KL to the dense model is measured.", least=0)
     protocol: str = option(
         "samples",
         "How text windows begin: samples, each as the tokenizer begins a text; joined, only the first, as for published perplexities.",
@@ -313,6 +344,11 @@ class EvaluationConfig(Options):
         super().__post_init__()
         if not self.texts:
             raise ReconError("evaluation_texts is empty; name at least one text")
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """How many text windows of each text are predicted."""
+        return {text: (number and self.more_samples) or self.samples for number, text in enumerate(self.texts)}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from recon.experiment.config import RunSpec, options, place
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.losses import LOSSES
+from recon.model.windows import Window
 from recon.options import NAMES, Options
 from recon.runtime.device import COMPUTE_DTYPES
 
@@ -203,6 +204,17 @@ def test_few_samples_are_passed_over_until_there_are_enough_steps(kind, samples,
     config = kind(batch_size=batch_size)
     assert config.schedule(samples).epochs == epochs and config.schedule(samples).steps(samples) >= 32
     assert kind(batch_size=batch_size, epochs=2).schedule(samples).epochs == 2
+
+
+def test_the_paper_recipe_is_the_published_one():
+    """As the authors' code has it: dense propagation, mean squared error, one absolute rate for every size of window, whole samples."""
+    spec = RunSpec.of(preset="paper")
+    assert spec.pruning.statistics == "sparse" and spec.pruning.on(32).sparsegpt_block_size == 32
+    how = spec.reconstruction
+    assert (how.propagation, how.loss, how.skip_first, how.train, how.rate) == ("dense", "mse", False, "all", "absolute")
+    assert (how.batch_size, how.epochs, how.chunks, how.roll_back) == (2, 1, 1, False)
+    assert {how.pace(Window((0,), matrices=("q",))), how.pace(Window((0,))), how.pace(Window((0, 1, 2, 3)))} == {1.0}
+    assert RunSpec.of(preset="paper", learning_rate=3e-3).reconstruction.learning_rate == 3e-3
 
 
 def test_a_preset_sets_what_is_at_its_default():

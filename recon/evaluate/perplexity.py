@@ -16,7 +16,6 @@ from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
 SLICE = 256  # tokens whose logits exist at once
-KL_WINDOWS = 4  # text windows that KL(dense || model) is measured on; both models' heads run there
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from recon.config import (
     LENGTHS,
+    PRESETS,
     CalibrationConfig,
     ComputeConfig,
     EvaluationConfig,
@@ -63,6 +64,10 @@ class RunSpec(Options):
     def replaced(self, **values) -> "RunSpec":
         """This spec with other values of some options, by flat name. Raises `ReconError` for a name that is no option."""
         changed: dict[str, dict] = {}
+        known = {field.name for field in fields(ReconstructionConfig)}  # which follow the preset by themselves
+        for name, value in PRESETS.get(values.get("preset"), {}).items():
+            if name not in known and values.get(name, options()[name].default) == options()[name].default:
+                values[name] = value
         for name, value in values.items():
             concern, attribute = place(name)
             changed.setdefault(concern, {})[attribute] = value

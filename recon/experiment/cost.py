@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from recon.config import ReconstructionConfig, RetrainingConfig
-from recon.evaluate.perplexity import KL_WINDOWS
 from recon.experiment.config import RunSpec
 from recon.experiment.memory import highest, memory
 from recon.kernels import criteria
@@ -181,7 +180,7 @@ def _retrain(spec: RunSpec, model: "_Model") -> float:
 
 
 def _evaluate(spec: RunSpec, model: "_Model") -> float:
-    tokens = len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length
+    tokens = sum(spec.evaluation.windows.values()) * spec.evaluation.length
     changed = spec.reconstruction.granularity != "none" or spec.retraining.method != "none"  # so that it is evaluated once more
     return (2 + changed) * tokens * (2 * model.head + model.forward(spec.evaluation.length))
 
@@ -191,7 +190,7 @@ def beside_perplexity(spec: RunSpec, decoder: Decoder) -> float:
     the depth, for which the dense model runs again beside each other one, and perplexity."""
     model, how, calibration = _Model(decoder), spec.evaluation, spec.calibration
     others = 1 + (spec.reconstruction.granularity != "none" or spec.retraining.method != "none")  # than the dense model
-    compared = len(how.texts) * min(KL_WINDOWS, how.samples) * how.length
+    compared = sum(min(how.kl_windows, windows) for windows in how.windows.values()) * how.length
     held_out, forward = calibration.held_out_samples * calibration.sequence_length, model.forward(calibration.sequence_length)
     return others * compared * 2 * model.head + held_out * ((1 + 2 * others) * forward + (1 + others) * 2 * model.head)
 

@@ -17,7 +17,6 @@ from recon.data import models
 from recon.data.cache import cached, whole
 from recon.errors import ReconError
 from recon.evaluate import zero_shot
-from recon.evaluate.perplexity import KL_WINDOWS
 from recon.experiment.config import RunSpec
 from recon.experiment.environment import environment
 from recon.experiment.texts import Texts
@@ -45,7 +44,16 @@ class DenseCache:
             held_out = texts.held_out is not None and _digest(texts.held_out)
             read = {name: _digest(tokens) for name, tokens in texts.evaluation.items()}
             scorer = metadata.version("lm_eval") if spec.evaluation.tasks else None
-            decisive = [VERSION, models.fingerprint(*spec.loaded_by), KL_WINDOWS, read, held_out, tasks, scorer, here]
+            decisive = [
+                VERSION,
+                models.fingerprint(*spec.loaded_by),
+                spec.evaluation.kl_windows,
+                read,
+                held_out,
+                tasks,
+                scorer,
+                here,
+            ]
             self.name = f"dense-{hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]}"
 
     def get(self) -> tuple[dict, dict[str, Tensor]] | None:

@@ -58,7 +58,7 @@ class Measurement:
             perplexities[text], last = evaluation.perplexity_and_states(
                 self.dense, tokens, execution=execution, description=f"perplexity (dense, {text})"
             )
-            first = last[: evaluation.KL_WINDOWS]
+            first = last[: self.config.kl_windows]
             states[str(number)] = execution.empty(first.shape, first.dtype, first.device).copy_(first)  # the others go
         last = None
         if self.texts.held_out is not None:

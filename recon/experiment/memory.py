@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recon.evaluate.perplexity import KL_WINDOWS, SLICE
+from recon.evaluate.perplexity import SLICE
 from recon.experiment.config import RunSpec
 from recon.kernels import criteria, losses, rows
 from recon.methods.problem import ERROR_SAMPLES
@@ -347,7 +347,7 @@ class _Run:
         how = self.spec.evaluation
         kept = self.models(pruned=self.spec.reconstruction.granularity != "none" or self.spec.retraining.method != "none")
         stream = self.stream(how.samples, how.length)
-        references = len(how.texts) * self.stream(min(KL_WINDOWS, how.samples), how.length)
+        references = sum(self.stream(min(how.kl_windows, windows), how.length) for windows in how.windows.values())
         for size in self.blocks:
             streams = {"activations of all samples": references + 2 * stream}
             copied = {"pruned block": 4.0 * size.present} if self.spec.one_pass and not self.streamed else {}

@@ -7,7 +7,6 @@ import torch
 from recon.config import PROTOCOLS
 from recon.data import models
 from recon.evaluate import zero_shot
-from recon.evaluate.perplexity import KL_WINDOWS
 from recon.experiment.config import RunSpec
 from recon.experiment.measure import Measured
 from recon.experiment.texts import Texts
@@ -81,12 +80,12 @@ def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) ->
         ),
         "evaluation": (
             "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
-            f"{evaluation.samples} consecutive windows x {evaluation.length} tokens of {', '.join(evaluation.texts)} "
+            f"{', '.join(f'{count} consecutive windows of {text}' for text, count in evaluation.windows.items())} x {evaluation.length} tokens "
             f"(evaluation split), every window on its own; {PROTOCOLS[evaluation.protocol]}; "
             f"{str(dtype).removeprefix('torch.')} products, float32 loss"
         ),
         **({"reading": dense.reading} if dense.reading else {}),
-        "kl": f"KL(dense || model) per token, on the first {KL_WINDOWS} evaluation windows",
+        "kl": f"KL(dense || model) per token, on the first {evaluation.kl_windows} evaluation windows",
         "flops": "closed form from the shapes, as if the run shared nothing",
         "drift": (
             "share of the variance of the dense residual stream after each block that is unexplained, mean over channels and over all "

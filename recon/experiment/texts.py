@@ -36,10 +36,8 @@ class Texts:
             drawn,
             held_out,
             {
-                name: sample_tokens(
-                    name, "evaluation", tokenizer, evaluation.samples, evaluation.length, protocol=evaluation.protocol
-                )
-                for name in evaluation.texts
+                name: sample_tokens(name, "evaluation", tokenizer, windows, evaluation.length, protocol=evaluation.protocol)
+                for name, windows in evaluation.windows.items()
             },
         )
 

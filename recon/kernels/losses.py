@@ -101,8 +101,10 @@ def channel_variance(targets: Tensor) -> Tensor:
     return total[1].clamp_min(max(1e-6 * total[1].median().item(), 1e-30))
 
 
-def position_weights(samples: int, length: int, device: torch.device | None = None) -> Tensor:
-    """Weights (samples, length) with which the mean over tokens leaves out the first position of each sample."""
+def position_weights(samples: int, length: int, device: torch.device | None = None, skip: bool = True) -> Tensor:
+    """Weights (samples, length) with which the mean over tokens leaves out the first position of each sample; ones without `skip`."""
+    if not skip:
+        return torch.ones(samples, length, device=device)
     weights = torch.full((samples, length), length / (length - FIRST), device=device)
     weights[:, :FIRST] = 0.0
     return weights

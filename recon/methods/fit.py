@@ -19,16 +19,6 @@ from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
 from recon.runtime.seeds import generator
 
-# Larger windows take smaller steps: the learning rate is divided by this power of their number of halves. For blocks of both bundled
-# models, powers from a quarter to three quarters do about alike. For larger windows of SmolLM2 it was chosen at absolute rates: with
-# smaller powers, 2 to 4 blocks got worse on held-out text; with power 1, all blocks as one window learned too little. At relative rates
-# it suits 4 blocks and is too slow for all (50 %, seed 0, held-out perplexity at this rate and three times it: 50.6 and 53.9; 54.2 and 50.6).
-SLOWING = 0.75
-# Single matrices take smaller steps, too: they begin near their optimum, and at the rate of half-blocks most end worse than pruned
-# (SmolLM2 at 50 %, seed 0, held-out perplexity at 1, 0.3 and 0.1 of that rate: 73, 60.3 and 58.8; in a later run at 0.1 and 0.03: 58.7 and
-# 61.2; pruned 63.5).
-SINGLE = 0.1
-
 
 class WindowFit:
     """Fits windows of a problem's student in place, so that they match their task; weights that masks drop stay exact zeros."""
@@ -98,7 +88,7 @@ class WindowFit:
         """Trains `parameters` by gradient descent on calibration samples; `using`: a context to run the window in."""
         config, count = self.config, self.split.calibration
         inputs, targets = task.inputs[:count], task.targets[:count]
-        weights = position_weights(*inputs.shape[:2], targets.device)
+        weights = position_weights(*inputs.shape[:2], targets.device, skip=config.skip_first)
         data = [inputs, targets, weights]
         chunks = config.chunks_of(window, self.split.length)  # more steps at the same work, where tokens are not mixed
         data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
@@ -109,16 +99,11 @@ class WindowFit:
                 output = self.student.forward(window, x)
             return (loss(output.flatten(2), y.flatten(2), variance) * weight).mean()  # a token may have several vectors
 
-        random, schedule = generator(self.seed, "shuffle", window.name), config.schedule(count).scaled(_pace(window))
+        random, schedule = generator(self.seed, "shuffle", window.name), config.schedule(count).scaled(config.pace(window))
         try:
             return train(distance, data, parameters, schedule, random, self.execution)
         except ReconError as error:
             raise ReconError(f"window {window.name!r}: {error}") from error
-
-
-def _pace(window: Window) -> float:
-    """The learning rate of `window` as a share of that of a half-block."""
-    return SINGLE if window.matrices else window.halves**-SLOWING
 
 
 def _elements(parameters: Iterable[nn.Parameter]) -> int:

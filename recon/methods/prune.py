@@ -81,11 +81,11 @@ def prune(
     """
     decoder = take_apart(model)
     execution = execution or Execution(decoder.device)
-    pruner = Pruner(decoder, config, seed, execution)
+    samples = None if samples is None else as_tokens(samples)
+    pruner = Pruner(decoder, config.on(0 if samples is None else len(samples)), seed, execution)
     if pruner.statistics != "none" and samples is None:
         refined = " with mask refinement" if pruner.criterion.statistics == "none" else ""
         raise ReconError(f"criterion {config.criterion!r}{refined} weighs activations and needs calibration samples")
-    samples = None if pruner.statistics == "none" else as_tokens(samples)
     if isinstance(pruner.criterion, Structured):
         return Pruning(execution.store.masks, *prune_units(decoder, pruner.criterion, config, samples, execution))
     found = over_blocks(

@@ -106,7 +106,7 @@ def reconstruct(
         masks = keep_masks(student, masks)
     else:
         check_one_pass(masks, pruning, config, split.calibration)
-        pruner = Pruner(student, pruning, seed, execution)
+        pruner = Pruner(student, pruning.on(split.calibration), seed, execution)
         masks = execution.store.masks
     reconstruction = Reconstruction(Problem(teacher, student, masks, config, split, seed, execution, pruner))
     reports = [WindowReport(**found) for found in execution.store.finished("reconstruct")]
@@ -220,7 +220,7 @@ class Reconstruction:
             log.warning("window %r: fitting gave NaN or infinite %s; it is rolled back", window.name, ", ".join(broken))
             return NOT_FINITE
         # Only held-out text shows the harm of too high a learning rate; without any, nothing is rolled back for its error.
-        grew = "held_out" in after and not after["held_out"] <= before["held_out"]
+        grew = self.problem.config.roll_back and "held_out" in after and not after["held_out"] <= before["held_out"]
         return GREW if grew else RECONSTRUCTED
 
     def _copied(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
