@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 import tyro
 
 from recon.errors import ReconError
-from recon.experiment.config import RunOptions, RunSpec, options, place
-from recon.experiment.record import RunRecord
 from recon.paper.bench.spec import BenchSpec
 from recon.runtime.device import limit_compiled_shapes
+from recon.study.record import RunRecord
+from recon.study.spec import RunOptions, RunSpec, options, place
 
 
 def flags(name: str, doc: str, fields: Mapping[str, dataclasses.Field], without: tuple[str, ...] = (), **changed) -> type:
@@ -88,8 +88,8 @@ class _Run:
 
     def __call__(self) -> None:
         """Runs the spec, prints what came of it, and writes the record and the model where they are to go."""
-        from recon.experiment.study import RecordFile, run_or_record_failure
-        from recon.experiment.workers import Ray, check_address
+        from recon.study.studies import RecordFile, run_or_record_failure
+        from recon.study.workers import Ray, check_address
 
         spec, chosen = spec_of(self.spec), vars(self.output)
         check_address(chosen["executor"], self.address)
@@ -162,7 +162,7 @@ class Plan:
     """GiB that the run may write to the disk; default: what is free here."""
 
     def __call__(self) -> None:
-        from recon.experiment.plan import advice, plan
+        from recon.study.plan import advice, plan
 
         room = {"memory": self.memory, "device_memory": self.device_memory, "disk": self.disk}
         planned = plan(spec_of(self.spec), self.save, **vars(self.output), **room)
@@ -181,8 +181,8 @@ class Models:
     def __call__(self) -> None:
         from recon.config import PROTOCOLS
         from recon.data.assets import BUNDLED_MODELS
-        from recon.experiment import bundled
         from recon.runtime.execution import Execution
+        from recon.study import bundled
 
         execution = Execution()
         if self.measure:
@@ -206,8 +206,8 @@ class Unfinished:
     """Keys of runs to delete, or all."""
 
     def __call__(self) -> None:
-        from recon.experiment.cost import duration
-        from recon.experiment.unfinished import discard, unfinished
+        from recon.study.cost import duration
+        from recon.study.unfinished import discard, unfinished
 
         runs = unfinished()
         keys = [run.key for run in runs if not run.in_use] if self.delete == ("all",) else self.delete

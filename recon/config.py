@@ -1,4 +1,4 @@
-"""Every option, one config per concern. `recon.experiment.config.RunSpec` is made of them, and so is the command line."""
+"""Every option, one config per concern. `recon.study.spec.RunSpec` is made of them, and so is the command line."""
 
 import math
 from dataclasses import dataclass, fields, replace

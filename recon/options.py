@@ -4,7 +4,7 @@
     class PruningConfig(Options):
         criterion: str = option("wanda", "What decides which weights go.", choices=CRITERIA)
 
-The command line, the keys of records and the columns of tables are made from these fields; see `recon.experiment.config`.
+The command line, the keys of records and the columns of tables are made from these fields; see `recon.study.spec`.
 """
 
 import math

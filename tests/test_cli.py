@@ -9,8 +9,8 @@ import pytest
 from recon.cli import main
 from recon.config import PROTOCOLS
 from recon.data import assets
-from recon.experiment.config import options
 from recon.kernels import criteria
+from recon.study.spec import options
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_the_same_command_again_finds_that_all_is_done(small, stream, tmp_path, 
     said, before = capsys.readouterr().out, record.read_text()
     assert json.loads((saved / "record.json").read_text()) == json.loads(before)
     files = {path: path.read_bytes() for path in saved.iterdir()}
-    monkeypatch.setattr("recon.experiment.run._Run.execute", lambda *_: pytest.fail("runs again"))
-    monkeypatch.setattr("recon.experiment.plan.check", lambda *_: pytest.fail("plans what is done"))
+    monkeypatch.setattr("recon.study.run._Run.execute", lambda *_: pytest.fail("runs again"))
+    monkeypatch.setattr("recon.study.plan.check", lambda *_: pytest.fail("plans what is done"))
     main(["run", *small, *words])
     record.unlink()
     main(["run", *small, *words])

@@ -12,13 +12,13 @@ import recon
 from recon import config
 from recon.config import PRESETS, PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
-from recon.experiment.config import RunSpec, options, place
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.losses import LOSSES
 from recon.model.windows import Window
 from recon.options import NAMES, Options
 from recon.runtime.device import COMPUTE_DTYPES
+from recon.study.spec import RunSpec, options, place
 
 CONFIGS = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Options) and kind is not Options]
 CHOOSING = [name for name, each in options().items() if each.metadata["choices"]]

@@ -285,7 +285,7 @@ samples = torch.randint(99, (4, 16))
 pruned = copy.deepcopy(dense)
 masks = recon.prune(pruned, samples).masks
 reports = recon.reconstruct(pruned, dense, samples, ReconstructionConfig(granularity="block"), masks=masks)
-assert len(reports) == 2 and all(not (m.weight[~masks[n]] != 0).any() for n, m in recon.take_apart(pruned).matrices().items())
+assert len(reports) == 2 and all(not (m.weight[~masks[n]] != 0).any() for n, m in recon.decompose(pruned).matrices().items())
 """
 
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from recon.kernels.losses import channel_variance, kl_divergence, negative_log_likelihood, unexplained
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
@@ -59,7 +59,7 @@ def perplexity(
     Raises `ReconError` where windows are longer than the model was made for.
     """
     return perplexity_and_states(
-        take_apart(model), tokens, execution=execution, reference=reference, states=states, description=description
+        decompose(model), tokens, execution=execution, reference=reference, states=states, description=description
     )[0]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from recon.errors import ReconError, need
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 
 BUNDLED = {
@@ -74,7 +74,7 @@ def zero_shot(
     check_tasks(tasks)
     if limit is not None and limit < 1:
         raise ReconError(f"limit must be at least 1 document per task, or None for all, not {limit}")
-    decoder = take_apart(model)
+    decoder = decompose(model)
     check_model(decoder)
     import lm_eval  # slow to import, and optional
     from lm_eval.evaluator import evaluate

@@ -24,7 +24,7 @@ class Callback:
         """After `recon.retrain` has merged LoRA into the weights, before the mask is applied again."""
 
     def on_done(self, record) -> None:
-        """After `recon.run`, once the model is saved; record: `recon.experiment.record.RunRecord`."""
+        """After `recon.run`, once the model is saved; record: `recon.study.record.RunRecord`."""
 
 
 class ProgressBar(Callback):

@@ -11,7 +11,7 @@ from recon.kernels.patterns import sparsity_of
 from recon.methods.blocks import over_blocks
 from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.weights import Checkpoint, tied
@@ -22,7 +22,7 @@ LEAST = 0.01  # share of zeros in the matrices from which a model counts as prun
 
 def check_pruned(dense: nn.Module | Decoder, pruned: Checkpoint) -> None:
     """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `take_over` refuses."""
-    decoder = take_apart(dense)
+    decoder = decompose(dense)
     zeros, sizes = dict.fromkeys(_holders(decoder), 0), {}
     for name, value in read(decoder.model, pruned):
         if name in zeros:
@@ -41,7 +41,7 @@ def take_over(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
         ReconError: naming a parameter that one of the models has and the other does not, or that is of another shape, NaN or
             infinite; less than a share `LEAST` of the matrices' weights is zero, or all of them.
     """
-    decoder = take_apart(model)
+    decoder = decompose(model)
     holders, rest = _holders(decoder), {}
     for name, value in read(decoder.model, pruned):
         parameter = decoder.model.get_parameter(name)

@@ -20,7 +20,7 @@ from recon.methods.statistics import FEW
 from recon.methods.structured import prune_units, set_bias
 from recon.methods.units import find_units
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.matrices import Matrix
 from recon.model.skeleton import Lazy, second
 from recon.model.windows import Window
@@ -79,7 +79,7 @@ def prune(
         ReconError: a pattern that does not divide a matrix, missing samples, NaN in weights or activations, or a model without heads and
             neurons that could be removed.
     """
-    decoder = take_apart(model)
+    decoder = decompose(model)
     execution = execution or Execution(decoder.device)
     samples = None if samples is None else as_tokens(samples)
     pruner = Pruner(decoder, config.on(0 if samples is None else len(samples)), seed, execution)
@@ -207,7 +207,7 @@ def pruned_copy(dense: Decoder, pruning: Pruning, weights: dict[str, Tensor]) ->
             matrix.weight.data.masked_fill_(~pruning.masks[matrix.name], 0.0)
 
     lazy = Lazy(second(dense.model), read, mask)
-    copy = take_apart(lazy.model, like=dense, lazy=lazy)
+    copy = decompose(lazy.model, like=dense, lazy=lazy)
     for matrix in copy.matrices().values():
         holders.setdefault(matrix.parameter_name, []).append(matrix)
     return copy

@@ -31,7 +31,7 @@ from recon.methods.propagation import Propagation, Task
 from recon.methods.prune import Pruner
 from recon.methods.training import movement
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
@@ -92,9 +92,9 @@ def reconstruct(
         ReconError: a mask that does not fit, pruning that cannot be done in the same pass, models that differ in more than their values, a model not in float32, samples longer than
             the model was made for, held-out samples of another length, a granularity that does not fit the model.
     """
-    teacher = take_apart(dense)
+    teacher = decompose(dense)
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
-    student = take_apart(model, like=teacher)
+    student = decompose(model, like=teacher)
     execution = execution or Execution(teacher.device)
     if config.adapter != "none":
         check_adaptable(student)

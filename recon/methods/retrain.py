@@ -23,7 +23,7 @@ from recon.methods.masks import check_trainable, keep_masks
 from recon.methods.samples import as_tokens
 from recon.methods.training import movement, train
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.matrices import stored
 from recon.model.modules import replaced, requiring_gradients
 from recon.runtime.execution import Execution
@@ -74,7 +74,7 @@ def retrain(
         raise ReconError("retrain is 'none'; name a method")
     if config.objective == "distil" and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
-    student = take_apart(model)
+    student = decompose(model)
     samples = as_tokens(samples)
     student.check_length(samples.shape[1])
     if config.method not in ("full", "norms"):
@@ -82,7 +82,7 @@ def retrain(
     execution = execution or Execution(student.device)
     teacher = None
     if config.objective == "distil":
-        teacher = take_apart(dense, like=student)
+        teacher = decompose(dense, like=student)
     check_trainable(student)
     task = _Retraining(student, teacher, keep_masks(student, masks), config, seed, execution)
     with contextlib.ExitStack() as stack:

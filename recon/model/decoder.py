@@ -15,7 +15,7 @@ from recon.model.windows import Window, canonical, partition
 
 
 class Decoder(Blocks):
-    """A causal LM whose windows can be run, watched and trained one at a time. Made by `recon.take_apart`."""
+    """A causal LM whose windows can be run, watched and trained one at a time. Made by `recon.decompose`."""
 
     reading = ""  # how a sample is divided before the model reads it, in words
     divisible = True  # whether blocks may be divided

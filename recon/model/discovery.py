@@ -26,7 +26,7 @@ from recon.model.structure import BlockStructure, Output, Structure
 log = logging.getLogger("recon")
 
 
-def take_apart(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Lazy | None = None) -> Decoder:
+def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Lazy | None = None) -> Decoder:
     """The `Decoder` of a causal LM, or of an encoder-decoder. A `Decoder` is returned as it is.
 
     Args:

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from recon.experiment.cost import duration
-from recon.experiment.record import RunRecord
 from recon.paper.runs import short
 from recon.paper.verdicts import MARKS, UNTESTABLE, Verdict, not_run_words
+from recon.study.cost import duration
+from recon.study.record import RunRecord
 
 # Group of claims -> the notebook whose runs judge it.
 NOTEBOOKS = {group: "1-granularity" for group in "1234"} | {

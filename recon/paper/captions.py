@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from recon.experiment.record import RunRecord
 from recon.paper.figures import sentence
 from recon.paper.runs import Run, short
 from recon.paper.runs import protocol_words as runs_words
+from recon.study.record import RunRecord
 
 
 def seed_words(runs: pd.DataFrame, by: str) -> str:

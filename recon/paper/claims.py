@@ -15,8 +15,6 @@ import numpy as np
 import pandas as pd
 
 from recon.errors import ReconError
-from recon.experiment.record import RunRecord
-from recon.experiment.study import read_records
 from recon.paper import tables
 from recon.paper.artifact import to_artifact
 from recon.paper.comparisons import CLOSE, KINDS, SEEDS, Evidence
@@ -25,6 +23,8 @@ from recon.paper.runs import DEFAULTS, Run, check_windows, protocol, protocol_wo
 from recon.paper.statements import CLAIMS, GROUPS, Claim
 from recon.paper.statistics import bounds, interval, wider
 from recon.paper.verdicts import FAILS, HOLDS, NOT_RUN, UNSURE, UNTESTABLE, Verdict, to_markdown, to_summary, to_table
+from recon.study.record import RunRecord
+from recon.study.studies import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS, PAGE, README = ROOT / "results" / "laptop", ROOT / "figures" / "claims.md", ROOT / "README.md"

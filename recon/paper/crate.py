@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from recon.experiment.record import RunRecord
 from recon.paper.gallery import heading, saved
 from recon.paper.profiles import ROOT
+from recon.study.record import RunRecord
 
 FORMATS = {
     "png": "image/png", "csv": "text/csv", "json": "application/json", "md": "text/markdown", "tex": "application/x-tex",

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from recon.errors import ReconError
-from recon.experiment import environment
-from recon.experiment.record import RunRecord
 from recon.runtime import storage
+from recon.study import environment
+from recon.study.record import RunRecord
 
 PACKAGES = ("recon", "torch", "transformers", "numpy", "pandas", "matplotlib", "seaborn")
 _NAME = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")

@@ -1,4 +1,4 @@
-"""Ways to train a pruned model, by the names that `recon.experiment.study.recipe_name` gives them, and their search for learning rates.
+"""Ways to train a pruned model, by the names that `recon.study.studies.recipe_name` gives them, and their search for learning rates.
 
 Each recipe is searched at every sample count on its own, among the same rates as every other and by the same rule, and judged on
 held-out text. The rate found at one seed serves all.
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from recon.experiment.config import RunSpec
 from recon.paper import tuning
 from recon.runtime.device import COMPUTE_DTYPES
+from recon.study.spec import RunSpec
 
 
 def spec(base: RunSpec, recipe: str, count: int, seed: int = 0, rates: Mapping[tuple[str, int], float] = {}) -> RunSpec:

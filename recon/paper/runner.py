@@ -29,14 +29,14 @@ from nbconvert import HTMLExporter
 from traitlets.config import Config
 
 from recon.errors import ReconError
-from recon.experiment import workers
-from recon.experiment.cost import duration
 from recon.paper import claims, executed, gallery
 from recon.paper.console import Console, shown
 from recon.paper.plots import claims as forest
 from recon.paper.profiles import PROFILES, ROOT, MissingRecords, folders
 from recon.runtime import lock, storage
 from recon.runtime.device import cores, limit_compiled_shapes
+from recon.study import workers
+from recon.study.cost import duration
 
 LONGEST = 300  # seconds that a cell takes at most which only draws; they take seconds
 _DRAWN = re.compile(r'(?:savefig|publish)\(\s*\w+,\s*"([\w.-]+)"')
@@ -130,7 +130,7 @@ def execute(
             build/<profile>/notebooks/<name>.log.
         compute: False runs nothing: notebooks draw from the records that are there; those that cannot are left out, and those that
             find none end as "missing".
-        executor, address: what computes studies, and the Ray cluster that all notebooks share; see `recon.experiment.workers.shared`.
+        executor, address: what computes studies, and the Ray cluster that all notebooks share; see `recon.study.workers.shared`.
 
     Raises:
         ReconError: the call, the profile or a notebook's parameters are wrong, or another process runs this profile. Nothing has

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from recon.errors import ReconError
-from recon.experiment.config import RunSpec, place
-from recon.experiment.record import RunRecord
 from recon.kernels.gradient_descent import Schedule
+from recon.study.record import RunRecord
+from recon.study.spec import RunSpec, place
 
 DEFAULTS = RunSpec().flat()
 # A method is what pruning, reconstruction and retraining are asked for. Of its options, those of schedules are its tuning (but for

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig
 
-from recon.experiment import cost
-from recon.experiment.config import RunSpec
-from recon.experiment.shapes import decoder_of
 from recon.methods.problem import ERROR_SAMPLES
 from recon.model.decoder import Decoder
+from recon.study import cost
+from recon.study.shapes import decoder_of
+from recon.study.spec import RunSpec
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from recon.experiment.record import RunRecord
 from recon.paper.comparisons import points
 from recon.paper.runs import DEFAULTS, MEASURES, Run, Seed, once, pick, protocol, protocol_words, short
 from recon.paper.verdicts import markdown_table
+from recon.study.record import RunRecord
 
 HALF, WHOLE = {"granularity": "half-block"}, {"chunks": 1}
 FITS = {  # row -> options: windows of every size make the same steps

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from torch import Tensor
 
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.matrices import Matrix
 from recon.model.skeleton import Lazy, second
 from recon.runtime.journal import StepFiles
@@ -31,7 +31,7 @@ class StudentWeights:
         self._files, self._masks, self._start, self._pruned = files, masks, start, pruned
         self._lazy = Lazy(second(dense.model), self._read, self._apply_masks)
         self._admit(files.places["weights"])
-        self.decoder = take_apart(self._lazy.model, like=dense, lazy=self._lazy)
+        self.decoder = decompose(self._lazy.model, like=dense, lazy=self._lazy)
         self._matrices: dict[str, list[Matrix]] = {}  # by the name of the parameter that they are in
         for matrix in self.decoder.matrices().values():
             self._matrices.setdefault(matrix.parameter_name, []).append(matrix)

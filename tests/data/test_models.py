@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from recon.data import assets, gguf, models
 from recon.errors import ReconError
-from recon.experiment import streaming
-from recon.experiment.config import RunSpec
+from recon.study import streaming
+from recon.study.spec import RunSpec
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from recon.errors import ReconError
 from recon.evaluate import perplexity as evaluation
 from recon.evaluate.perplexity import Reference, drift, last_states, perplexity
 from recon.kernels.losses import channel_variance, kl_divergence, unexplained
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
@@ -55,7 +55,7 @@ def test_caps_and_scales_of_logits_count(tiny, tokens, family, setting, plain):
 
 def test_the_divergence_from_a_reference_is_told(tiny, tokens):
     dense, model, batch = tiny("llama"), tiny("llama", seed=1), tokens(3, 12)
-    reference = Reference(take_apart(dense), last_states(take_apart(dense), batch[:2], FLOAT32))
+    reference = Reference(decompose(dense), last_states(decompose(dense), batch[:2], FLOAT32))
     found = perplexity(model, batch, execution=FLOAT32, reference=reference)
     with torch.no_grad():
         expected = [kl_divergence(dense(b[None]).logits[0, :-1], model(b[None]).logits[0, :-1]).mean().item() for b in batch]
@@ -80,7 +80,7 @@ def test_shortest_windows(tiny, tokens):
 
 
 def test_bfloat16_is_close_and_not_the_same(tiny, tokens):
-    decoder, batch = take_apart(tiny("llama")), tokens(2, 31)
+    decoder, batch = decompose(tiny("llama")), tokens(2, 31)
     one, other = (perplexity(decoder, batch, execution=Execution("cpu", dtype)).value for dtype in ("float32", "bfloat16"))
     assert one != other
     assert other == pytest.approx(one, rel=0.05)
@@ -106,16 +106,16 @@ def test_too_long_sequences_are_refused(tiny, tokens, family, longest):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
 def test_drift_from_itself_is_nothing(tiny, tokens, family):
-    decoder = take_apart(tiny(family))
+    decoder = decompose(tiny(family))
     assert drift(decoder, decoder, tokens(3, 12), execution=FLOAT32)[0] == [0.0, 0.0, 0.0]
 
 
 @torch.no_grad()
 def test_drift_is_that_of_hidden_states(tiny, tokens):
-    dense, batch = take_apart(tiny("llama")), tokens(5, 12)
+    dense, batch = decompose(tiny("llama")), tokens(5, 12)
     model = copy.deepcopy(dense.model)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    found, states = drift(take_apart(model, like=dense), dense, batch, execution=FLOAT32)
+    found, states = drift(decompose(model, like=dense), dense, batch, execution=FLOAT32)
     known = perplexity(model, batch, execution=FLOAT32, states=states)
     assert known == perplexity(model, batch, execution=FLOAT32)
     seen = {}
@@ -135,10 +135,10 @@ def test_drift_is_that_of_hidden_states(tiny, tokens):
 
 @torch.no_grad()
 def test_drift_shares_what_it_knows_of_the_dense_model(tiny, tokens, monkeypatch):
-    dense, batch = take_apart(tiny("llama")), tokens(5, 12)
+    dense, batch = decompose(tiny("llama")), tokens(5, 12)
     model = copy.deepcopy(dense.model)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    student, kept = take_apart(model, like=dense), Activations()
+    student, kept = decompose(model, like=dense), Activations()
     alone = drift(student, dense, batch)[0]
     assert drift(student, dense, batch, activations=kept)[0] == alone
     run = evaluation.residual_streams

@@ -18,7 +18,7 @@ from recon.data import assets, models, text
 from recon.errors import ReconError
 from recon.evaluate import zero_shot
 from recon.evaluate.tasks import documents
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
 from recon.runtime.execution import Execution
 
@@ -105,7 +105,7 @@ def score(small):
     """Scores pairs of token ids with a model: [(log-likelihood, whether it is the likeliest)]."""
 
     def call(model, pairs, dtype="float32"):
-        scorer = harness.Scorer(take_apart(model), small[1], Execution("cpu", dtype))
+        scorer = harness.Scorer(decompose(model), small[1], Execution("cpu", dtype))
         return scorer._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
 
     return call
@@ -147,7 +147,7 @@ def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, monkeypatch, sco
 
 def test_a_model_on_disk_gives_the_same_bits(small, tiny_folder):
     skeleton, stored, tokenizer = models.skeleton(tiny_folder)
-    on_disk = take_apart(skeleton, lazy=Lazy(skeleton, stored.read))
+    on_disk = decompose(skeleton, lazy=Lazy(skeleton, stored.read))
     one, other = (zero_shot.zero_shot(model, tokenizer, ["last_word"], 6, execution=QUIET) for model in (small[0], on_disk))
     assert one == other
 

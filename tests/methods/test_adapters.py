@@ -7,12 +7,12 @@ from torch.nn.utils import parametrize
 
 from recon.kernels.adapters import ADAPTERS, ALPHA
 from recon.methods.adapters import adapted
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.seeds import generator
 
 
 def pruned(family: str):
-    decoder = take_apart(make_model(family))
+    decoder = decompose(make_model(family))
     masks = {}
     random = torch.Generator().manual_seed(0)
     for name, matrix in decoder.matrices().items():

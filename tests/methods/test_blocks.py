@@ -8,7 +8,7 @@ from fixtures.models import FLOAT32
 from torch.testing import assert_close
 
 from recon.methods.blocks import over_blocks
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 from recon.runtime.store import MemoryStore
 
@@ -33,12 +33,12 @@ class Noting(MemoryStore):
 @pytest.fixture(scope="module")
 def dense(tiny):
     """A decoder whose model no test changes; three blocks."""
-    return take_apart(tiny("llama"))
+    return decompose(tiny("llama"))
 
 
 @pytest.fixture
 def fresh(dense):
-    return lambda: take_apart(copy.deepcopy(dense.model), like=dense)
+    return lambda: decompose(copy.deepcopy(dense.model), like=dense)
 
 
 def executing(store) -> Execution:

@@ -19,13 +19,13 @@ from recon.cli import main
 from recon.config import PruningConfig
 from recon.data import models
 from recon.errors import ReconError
-from recon.experiment.texts import Texts
 from recon.kernels.losses import channel_variance, unexplained
 from recon.methods.external_mask import take_over
 from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
+from recon.study.texts import Texts
 
 UP = "model.layers.2.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -74,8 +74,8 @@ def spoilt(pruned_here, tmp_path):
 
 def take(folder: str, dense) -> tuple[Decoder, Pruning]:
     """A copy of the dense model (or of its decoder's) that was given the checkpoint in `folder`."""
-    decoder = take_apart(dense)
-    student = take_apart(copy.deepcopy(decoder.model), like=decoder)
+    decoder = decompose(dense)
+    student = decompose(copy.deepcopy(decoder.model), like=decoder)
     return student, take_over(student, models.load_pruned(folder, decoder.model))
 
 
@@ -272,8 +272,8 @@ def test_the_command_reconstructs_and_saves_a_pruned_model(
     assert record["metrics"]["perplexity"] == record_of(spec.replaced(pruned=pruned_folder)).metrics["perplexity"]
     assert "sparsity 0.5000 (pattern of the mask: 2:4)" in capsys.readouterr().out
     reconstructed, before = (
-        take_apart(models.load(str(tmp_path / "saved"))[0]),
-        take_apart(pruned_here[1].model, like=pruned_here[1].dense),
+        decompose(models.load(str(tmp_path / "saved"))[0]),
+        decompose(pruned_here[1].model, like=pruned_here[1].dense),
     )
     for name, matrix in before.matrices().items():
         assert torch.equal(reconstructed.matrices()[name].weight == 0, matrix.weight == 0)

@@ -9,7 +9,7 @@ import recon
 from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
 from recon.methods.masks import check_trainable, keep_masks
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral"])
@@ -21,7 +21,7 @@ def pruned(request):
 
 def test_masks_are_read_from_zeros(pruned):
     model, masks = pruned
-    found = keep_masks(take_apart(model), None)
+    found = keep_masks(decompose(model), None)
     assert found.keys() == masks.keys() and all(torch.equal(found[name], mask) for name, mask in masks.items())
 
 
@@ -59,7 +59,7 @@ def test_what_is_no_file_of_masks_is_refused_by_name(tmp_path):
 
 
 def test_masks_that_do_not_fit_are_refused_by_name():
-    decoder = take_apart(make_model("llama"))
+    decoder = decompose(make_model("llama"))
     masks = keep_masks(decoder, None)
     name = "model.layers.1.mlp.down_proj"
     with pytest.raises(ReconError, match=rf"'{name}'.*\(3,\).*\(32, 64\)"):
@@ -67,4 +67,4 @@ def test_masks_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ReconError, match=rf"'{name}'.*None.*\(32, 64\)"):
         keep_masks(decoder, {other: mask for other, mask in masks.items() if other != name})
     with pytest.raises(ReconError, match="'model.embed_tokens.weight' is torch.float16.*float32"):
-        check_trainable(take_apart(make_model("llama").half()))
+        check_trainable(decompose(make_model("llama").half()))

@@ -17,7 +17,7 @@ from recon.kernels.losses import LOSSES
 from recon.methods.reconstruct import NOT_FINITE, RECONSTRUCTED
 from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 from recon.runtime.store import MemoryStore
 
@@ -32,8 +32,8 @@ def execution(**options) -> Execution:
 @pytest.fixture
 def pair():
     """A dense model of three blocks and a pruned copy, as decoders."""
-    dense = take_apart(make_model("llama"))
-    student = take_apart(copy.deepcopy(dense.model), like=dense)
+    dense = decompose(make_model("llama"))
+    student = decompose(copy.deepcopy(dense.model), like=dense)
     recon.prune(student, config=PruningConfig(criterion="magnitude"), execution=execution())
     return dense, student
 
@@ -61,10 +61,10 @@ def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bo
 def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monkeypatch, caplog):
     """Statistics, targets and errors count every token once, though memory runs out when some have been counted already."""
     monkeypatch.setattr("recon.runtime.execution.TOKENS", 4 * 12)
-    dense, tokens = take_apart(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12)
+    dense, tokens = decompose(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12)
     found = []
     for little in (False, True):
-        student = take_apart(copy.deepcopy(dense.model), like=dense)
+        student = decompose(copy.deepcopy(dense.model), like=dense)
 
         def run_out(spared=spared, little=little, student=student):
             """In the second half of a block, when the first has been looked at."""
@@ -93,7 +93,7 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
 
 
 def test_where_one_sample_is_too_much_for_a_pass_it_is_said():
-    dense = take_apart(make_model("llama", num_hidden_layers=2))
+    dense = decompose(make_model("llama", num_hidden_layers=2))
     with little_memory(dense, 0, gradients=False), pytest.raises(ReconError, match=r"memory .*cpu.* one sample at a time .CUDA"):
         recon.perplexity(dense, random_tokens(2, 12), execution=execution())
 
@@ -101,7 +101,7 @@ def test_where_one_sample_is_too_much_for_a_pass_it_is_said():
 @pytest.mark.parametrize("spared", [0, 3], ids=["from the start", "in the middle of a step"])
 def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(pair, caplog, spared):
     dense, student = pair
-    other, tokens = take_apart(copy.deepcopy(student.model), like=dense), random_tokens(7, 12)
+    other, tokens = decompose(copy.deepcopy(student.model), like=dense), random_tokens(7, 12)
     wanted = recon.reconstruct(student, dense, tokens, BLOCKS, execution=execution())
     with little_memory(other, 1, spared):
         found = recon.reconstruct(other, dense, tokens, BLOCKS, execution=execution())
@@ -120,7 +120,7 @@ def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_resu
 def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
     dense, student = pair
     tokens, done = random_tokens(7, 12), MemoryStore()
-    copied = take_apart(copy.deepcopy(student.model), like=dense)
+    copied = decompose(copy.deepcopy(student.model), like=dense)
     first, *_ = recon.reconstruct(copied, dense, tokens, BLOCKS, execution=execution())
     done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]
     done.streams = lambda phase: dict.fromkeys(("dense", "sparse"), dense.embed(tokens))
@@ -130,7 +130,7 @@ def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
 
 def test_retraining_is_done_in_smaller_parts_too(pair, caplog):
     _, student = pair
-    other, tokens = take_apart(copy.deepcopy(student.model), like=student), random_tokens(7, 12)
+    other, tokens = decompose(copy.deepcopy(student.model), like=student), random_tokens(7, 12)
     config = RetrainingConfig(method="full", **SCHEDULE)
     wanted = recon.retrain(student, tokens, config, execution=execution())
     with little_memory(other, 2):

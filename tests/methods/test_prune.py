@@ -13,20 +13,20 @@ from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.patterns import Pattern
 from recon.methods.prune import prune
 from recon.methods.statistics import gather
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 
 
 @pytest.fixture(scope="module")
 def dense(tiny):
     """A decoder whose model no test changes; two blocks."""
-    return take_apart(tiny("llama", num_hidden_layers=2))
+    return decompose(tiny("llama", num_hidden_layers=2))
 
 
 @pytest.fixture
 def fresh(dense):
     """Factory of copies of `dense`."""
-    return lambda: take_apart(copy.deepcopy(dense.model), like=dense)
+    return lambda: decompose(copy.deepcopy(dense.model), like=dense)
 
 
 def weights(decoder):

@@ -21,7 +21,7 @@ from recon.methods.problem import ERROR_SAMPLES
 from recon.methods.prune import prune
 from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED, one_after_another, reconstruct
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.windows import Window
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
@@ -32,7 +32,7 @@ CALL = {"pruning", "masks", "held_out", "seed", "execution", "callbacks"}  # arg
 @pytest.fixture(scope="module")
 def dense(tiny):
     """A decoder whose model no test changes; two blocks."""
-    return take_apart(tiny("llama", num_hidden_layers=2))
+    return decompose(tiny("llama", num_hidden_layers=2))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def pruned(dense, tokens):
     """Factory of pruned copies of `dense` (or of another decoder)."""
 
     def make(of=dense, pattern="0.5"):
-        student = take_apart(copy.deepcopy(of.model), like=of)
+        student = decompose(copy.deepcopy(of.model), like=of)
         prune(student, tokens(4, 16, seed=1), PruningConfig(pattern=pattern), execution=FLOAT32)
         return student
 
@@ -132,7 +132,7 @@ def test_groups_of_m_stay(dense, pruned, tokens, pattern):
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "falcon", "gemma2"])
 @pytest.mark.parametrize("granularity", ["matrix", "half-block", "block"])
 def test_other_families(tiny, pruned, tokens, family, granularity):
-    dense = take_apart(tiny(family))
+    dense = decompose(tiny(family))
     student = pruned(dense)
     masks = {name: matrix.weight != 0 for name, matrix in student.matrices().items()}
     batch = tokens(12, 16)
@@ -189,7 +189,7 @@ def test_exact_matrices_are_least_squares_solutions(dense, pruned, tokens):
 @torch.no_grad()
 def test_exact_matrices_under_mixed_propagation(tiny, pruned, tokens):
     """Least squares of the dense outputs on the reconstructed model's inputs, where these differ from the dense ones."""
-    dense = take_apart(tiny("qwen2", num_hidden_layers=1))
+    dense = decompose(tiny("qwen2", num_hidden_layers=1))
     student, batch = pruned(dense), tokens(32, 32)
     run(student, dense, batch, granularity="matrix", solver="exact", propagation="mixed")
     hidden = dense.embed(batch)
@@ -235,7 +235,7 @@ def test_exact_start_begins_lower(dense, pruned, tokens):
 @pytest.mark.parametrize("family", ["gpt_neox", "phi"])
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_parallel_half_blocks_lower_the_drift(tiny, pruned, tokens, family, propagation):
-    dense = take_apart(tiny(family))
+    dense = decompose(tiny(family))
     student, unseen = pruned(dense), tokens(4, 16, seed=9)
     before = drift(student, dense, unseen, execution=FLOAT32)[0]
     run(student, dense, tokens(32, 16), epochs=3, propagation=propagation)
@@ -244,7 +244,7 @@ def test_parallel_half_blocks_lower_the_drift(tiny, pruned, tokens, family, prop
 
 
 def test_fitting_a_parallel_mlp_half_does_not_spoil_attention(tiny, pruned, tokens):
-    dense = take_apart(tiny("phi", num_hidden_layers=1))  # one norm feeds both halves
+    dense = decompose(tiny("phi", num_hidden_layers=1))  # one norm feeds both halves
     student, batch = pruned(dense), tokens(8, 16)
     reports = run(student, dense, batch, learning_rate=1e-2, epochs=3)
     window, hidden = dense.windows("half-block")[0], dense.embed(batch)
@@ -355,7 +355,7 @@ def test_each_window_gets_the_inputs_and_targets_of_the_propagation(
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_parallel_halves_both_read_the_blocks_input(tiny, pruned, tokens, trained, propagation):
-    dense = take_apart(tiny("gpt_neox", num_hidden_layers=2))
+    dense = decompose(tiny("gpt_neox", num_hidden_layers=2))
     student, batch = pruned(dense), tokens(5, 12)
 
     run(student, dense, batch, propagation=propagation)
@@ -435,7 +435,7 @@ def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens
         def on_pruned(self, pruning):
             found.append(pruning)
 
-    config, (one, two) = PruningConfig(criterion), (take_apart(copy.deepcopy(dense.model), like=dense) for _ in range(2))
+    config, (one, two) = PruningConfig(criterion), (decompose(copy.deepcopy(dense.model), like=dense) for _ in range(2))
     masks = prune(two, samples, config, execution=FLOAT32).masks
     run(two, dense, samples, masks=masks, **options)
     run(
@@ -456,7 +456,7 @@ def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens
     ],
 )
 def test_what_cannot_be_pruned_in_one_pass_is_refused(dense, tokens, pruning, options, message):
-    student = take_apart(copy.deepcopy(dense.model), like=dense)
+    student = decompose(copy.deepcopy(dense.model), like=dense)
     with pytest.raises(ReconError, match=message):
         run(student, dense, tokens(4, 48), pruning=PruningConfig(**pruning), **options)
 
@@ -476,7 +476,7 @@ def test_exact_iterations_reach_the_solver(dense, pruned, tokens):
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("propagation", ["dense", "mixed"])
 def test_shared_activations_change_no_bit(tiny, pruned, tokens, monkeypatch, family, propagation):
-    dense, batch, held_out = take_apart(tiny(family)), tokens(5, 12), tokens(3, 12, seed=7)
+    dense, batch, held_out = decompose(tiny(family)), tokens(5, 12), tokens(3, 12, seed=7)
     cases = [
         {"granularity": "block"}, {"granularity": "half-block", "start": "exact"}, {"granularity": "matrix"},
         {"granularity": "matrix", "solver": "exact"}, {"granularity": "model"}, {"granularity": "half-block", "chunks": 4},
@@ -578,7 +578,7 @@ def test_windows_that_do_not_fit_are_refused_before_anything_changes(dense, prun
             run(student, dense, tokens(2, 8), **options)
     assert same(before, state(student))
     with pytest.raises(ReconError, match="'model.embed_tokens.weight' is torch.bfloat16.*float32"):
-        run(take_apart(copy.deepcopy(student.model).bfloat16()), dense, tokens(2, 8))
+        run(decompose(copy.deepcopy(student.model).bfloat16()), dense, tokens(2, 8))
 
 
 def test_samples_of_another_length_are_refused(dense, pruned, tokens):
@@ -589,7 +589,7 @@ def test_samples_of_another_length_are_refused(dense, pruned, tokens):
 
 
 def test_half_blocks_of_undivided_models_are_refused(tiny, pruned, tokens):
-    dense = take_apart(tiny("bloom"))
+    dense = decompose(tiny("bloom"))
     with pytest.raises(ReconError, match="half-block windows do not fit this model"):
         run(pruned(dense), dense, tokens(2, 8))
     run(pruned(dense), dense, tokens(2, 8), granularity="block")
@@ -652,12 +652,12 @@ def test_what_is_to_be_matched_at_the_first_position_does_not_matter(dense, prun
 
 def test_where_one_channel_is_massive_the_whitened_loss_explains_more_of_all_of_them(dense, pruned, tokens):
     """On unseen text: more than before the fit, and than by the squared error, which follows that channel alone."""
-    teacher, student, found = take_apart(copy.deepcopy(dense.model)), pruned(), {}
+    teacher, student, found = decompose(copy.deepcopy(dense.model)), pruned(), {}
     with torch.no_grad():
         for layer in (*teacher.model.model.layers, *student.model.model.layers):
             layer.mlp.down_proj.weight[7] *= 30.0
     for loss in ("whitened", "mse"):
-        model, held_out = take_apart(copy.deepcopy(student.model), like=teacher), tokens(4, 16, seed=9)
+        model, held_out = decompose(copy.deepcopy(student.model), like=teacher), tokens(4, 16, seed=9)
         reports = run(model, teacher, tokens(32, 16), loss=loss, propagation="dense", chunks=4, held_out=held_out)
         found[loss] = {report.name: report for report in reports}
     for name, report in found["whitened"].items():
@@ -671,10 +671,10 @@ def test_size_of_activations_does_not_matter(dense, pruned, tokens):
     """The loss is taken relative to the targets' variance, so that AdamW's epsilon means the same at any size."""
     found = []
     for size in (1.0, 1e-3, 1e3):
-        teacher = take_apart(copy.deepcopy(dense.model))
+        teacher = decompose(copy.deepcopy(dense.model))
         with torch.no_grad():
             teacher.model.model.layers[0].input_layernorm.weight.mul_(size)
-        student = take_apart(copy.deepcopy(teacher.model), like=teacher)
+        student = decompose(copy.deepcopy(teacher.model), like=teacher)
         with torch.no_grad():
             for name, matrix in pruned().matrices().items():
                 student.matrices()[name].weight.copy_(matrix.weight)

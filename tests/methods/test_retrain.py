@@ -14,7 +14,7 @@ from recon.kernels.gradient_descent import Schedule
 from recon.methods.callbacks import Callback
 from recon.methods.prune import prune
 from recon.methods.retrain import NOT_FINITE, RETRAINED, retrain
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.seeds import generator
 
 METHODS = [method for method in RETRAINING if method != "none"]
@@ -37,7 +37,7 @@ def run(model, tokens, masks=None, **options):
 
 
 def zeros_hold(model, masks) -> bool:
-    return not any(matrix.weight[~masks[name]].any() for name, matrix in take_apart(model).matrices().items())
+    return not any(matrix.weight[~masks[name]].any() for name, matrix in decompose(model).matrices().items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -57,7 +57,7 @@ def test_every_method_lowers_the_loss_and_keeps_every_zero(family, method, token
 def test_only_what_a_method_trains_changes(method, tokens):
     _, model, masks = halved("opt")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    matrices = {f"{name}.weight" for name in take_apart(model).matrices()}
+    matrices = {f"{name}.weight" for name in decompose(model).matrices()}
     run(model, tokens(4, 12), masks, method=method)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     if method == "norms":
@@ -83,7 +83,7 @@ def test_full_retraining_is_masked_adamw_step_by_step(tokens):
         optimizer.param_groups[0]["lr"] = 1e-3 * schedule.factor(step, 4)
         optimizer.step()
         with torch.no_grad():
-            for name, matrix in take_apart(other).matrices().items():
+            for name, matrix in decompose(other).matrices().items():
                 matrix.weight.mul_(masks[name])
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
@@ -99,7 +99,7 @@ class Watch(Callback):
         self.losses.append(loss.item())
 
     def on_merged(self):
-        matrices = take_apart(self.model).matrices().items()
+        matrices = decompose(self.model).matrices().items()
         self.filled.append(all((matrix.weight[~self.masks[name]] != 0).any() for name, matrix in matrices))
 
 

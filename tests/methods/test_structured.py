@@ -11,16 +11,16 @@ from torch.testing import assert_close
 import recon
 from recon.config import STATISTICS, PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
-from recon.experiment import checkpoint
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.methods import prune as pruning
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.methods.statistics import gather
 from recon.methods.units import find_units
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.modules import distance
 from recon.runtime.execution import Execution
+from recon.study import checkpoint
 
 STRUCTURED = [name for name, rule in CRITERIA.items() if isinstance(rule, Structured)]
 # family -> changes, units of attention, rows of each unit in the parts that each matrix that makes them is fused of, reader
@@ -48,13 +48,13 @@ MLP = {  # family -> how many parts each matrix that makes neurons is fused of, 
 @pytest.fixture(scope="module")
 def dense(tiny):
     """A decoder whose model no test changes: grouped queries, three blocks."""
-    return take_apart(tiny("llama"))
+    return decompose(tiny("llama"))
 
 
 @pytest.fixture
 def fresh(dense):
     """Factory of copies of `dense`."""
-    return lambda: take_apart(copy.deepcopy(dense.model), like=dense)
+    return lambda: decompose(copy.deepcopy(dense.model), like=dense)
 
 
 def pruned(decoder, tokens, criterion, pattern="0.3", **options):
@@ -103,7 +103,7 @@ def inputs_of(model, names, samples):
 @pytest.mark.parametrize("family", ATTENTION)
 def test_key_value_groups_go_with_all_their_heads_or_stay(tiny, tokens, family, criterion):
     changes, units, makers, reader = ATTENTION[family]
-    decoder = take_apart(tiny(family, **changes))
+    decoder = decompose(tiny(family, **changes))
     assert [half.count for half in find_units(decoder)][::2] == [units] * 3
     masks = pruned(decoder, tokens, criterion, "0.5").masks
     gone = 0
@@ -127,7 +127,7 @@ def test_key_value_groups_go_with_all_their_heads_or_stay(tiny, tokens, family, 
 @pytest.mark.parametrize("family", MLP)
 def test_neurons_go_from_all_their_matrices(tiny, tokens, family, criterion):
     makers, reader = MLP[family]
-    masks = pruned(take_apart(tiny(family)), tokens, criterion).masks
+    masks = pruned(decompose(tiny(family)), tokens, criterion).masks
     for index in range(3):
         kept = lines(of_block(masks, index, reader), 0)
         assert 0 < kept.sum() < len(kept)
@@ -139,11 +139,11 @@ def test_neurons_go_from_all_their_matrices(tiny, tokens, family, criterion):
 @pytest.mark.parametrize("family", [*ATTENTION, "cohere", "gemma3", "glm4", "gptj", "starcoder2"])
 @torch.no_grad()
 def test_the_model_is_the_dense_one_with_units_silenced(tiny, tokens, family, criterion, compensate):
-    decoder = take_apart(tiny(family))
+    decoder = decompose(tiny(family))
     model, batch = copy.deepcopy(decoder.model), tokens(8, 20)
     options = {} if compensate is None else {"compensate": compensate}
     masks = pruned(decoder, tokens, criterion, **options).masks
-    readers = [half.reader.name for half in find_units(take_apart(model))]
+    readers = [half.reader.name for half in find_units(decompose(model))]
     means = {name: x.mean(0).float() for name, x in inputs_of(model, readers, batch).items()}
     before = model(input_ids=batch, use_cache=False).logits
     for name in readers:
@@ -179,7 +179,7 @@ def test_dropped_weights_are_zero_and_the_rest_is_untouched(fresh, dense, tokens
 def test_sparsity_is_as_close_as_whole_units_allow(tiny, tokens, family, pattern):
     neuron = {"llama": 3, "gpt2": 2, "opt": 2, "gpt_neox": 2}[family] * 32  # weights
     for criterion, off in [("flap", neuron / 2), ("wanda-sp", 3 * neuron / 2)]:  # the same number in each of three blocks
-        result = pruned(take_apart(tiny(family, **ATTENTION[family][0])), tokens, criterion, pattern)
+        result = pruned(decompose(tiny(family, **ATTENTION[family][0])), tokens, criterion, pattern)
         total = sum(mask.numel() for mask in result.masks.values())
         assert abs(result.total_sparsity - float(pattern)) <= off / total + 1e-9
 
@@ -194,7 +194,7 @@ def test_wanda_sp_removes_the_same_number_everywhere_and_flap_does_not(fresh, to
 
 
 def test_wanda_sp_leaves_something_of_every_half(tiny, tokens):
-    decoder = take_apart(tiny("llama", num_key_value_heads=1))
+    decoder = decompose(tiny("llama", num_key_value_heads=1))
     masks = pruned(decoder, tokens, "wanda-sp", "0.98").masks
     assert all(mask.any() for mask in masks.values())
 
@@ -253,11 +253,11 @@ def test_moments_are_those_of_a_slow_loop(dense, tokens):
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 @torch.no_grad()
 def test_compensation_leaves_no_mean_error_on_calibration_data(tiny, tokens, family):
-    plain = take_apart(tiny(family))
+    plain = decompose(tiny(family))
     inputs = inputs_of(plain.model, [half.reader.name for half in find_units(plain)], tokens(8, 20))
     errors = {}
     for compensate in (False, True):
-        decoder = take_apart(copy.deepcopy(plain.model), like=plain)
+        decoder = decompose(copy.deepcopy(plain.model), like=plain)
         result = pruned(decoder, tokens, "flap", compensate=compensate)
         assert bool(result.biases) == compensate
         for name, x in inputs.items():
@@ -275,13 +275,13 @@ def test_compensation_leaves_no_mean_error_on_calibration_data(tiny, tokens, fam
 def test_a_bias_is_part_of_its_half_and_survives_a_copy(fresh, dense, tokens):
     decoder = fresh()
     result = pruned(decoder, tokens, "flap", "0.5")
-    again = take_apart(copy.deepcopy(decoder.model), like=dense)
+    again = decompose(copy.deepcopy(decoder.model), like=dense)
     for window in again.windows("half-block"):
         *_, name = again.matrices(window)
         trained = again.trained(window, "matrices")
         assert (f"{name}.bias" in trained) == (name in result.biases)
     assert not any(name.endswith("bias") for name, _ in dense.model.named_parameters())
-    apart = take_apart(copy.deepcopy(dense.model), like=dense)
+    apart = decompose(copy.deepcopy(dense.model), like=dense)
     pruning.apply(apart, result)
     for name, parameter in decoder.model.named_parameters():
         assert torch.equal(apart.model.get_parameter(name), parameter)
@@ -366,7 +366,7 @@ def test_a_bias_without_a_place_is_refused_before_anything_is_written(spec, fres
     "family, criterion, compensate", [("gpt2", "flap", True), ("opt", "flap", True), ("llama", "flap", False)]
 )
 def test_what_has_a_place_can_be_saved(tiny, tokens, tmp_path, family, criterion, compensate):
-    decoder = take_apart(tiny(family))
+    decoder = decompose(tiny(family))
     pruned(decoder, tokens, criterion, compensate=compensate)
     checkpoint.check_places(decoder.model, decoder.model.state_dict())
     decoder.model.save_pretrained(tmp_path)

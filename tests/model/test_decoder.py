@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
 from recon.model.blocks import SHAPES
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.windows import Window
 
 # How many matrices share an input, group by group, as they run through the first block.
@@ -45,7 +45,7 @@ def made(tiny):
 
     def make(family):
         if family not in kept:
-            kept[family] = take_apart(tiny(family))
+            kept[family] = decompose(tiny(family))
         return kept[family]
 
     return make
@@ -154,7 +154,7 @@ def test_inputs_of_matrices_keep_samples_apart(made, tokens, family):
 
 
 def test_gradients_reach_the_window_alone(tiny, tokens):
-    decoder = take_apart(tiny("llama"))
+    decoder = decompose(tiny("llama"))
     window = decoder.windows("half-block")[3]
     decoder.forward(window, decoder.embed(tokens(2, 9))).square().sum().backward()
     with_gradient = {name for name, p in decoder.model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -219,7 +219,7 @@ def test_a_matrix_group_gives_outputs_side_by_side(made):
 
 
 def test_conv1d_matrices_are_out_by_in_views(tiny):
-    decoder = take_apart(tiny("gpt2"))
+    decoder = decompose(tiny("gpt2"))
     matrix = decoder.matrices()["transformer.h.0.mlp.c_fc"]
     assert tuple(matrix.weight.shape) == (128, 32)
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
@@ -234,16 +234,16 @@ def test_conv1d_matrices_are_out_by_in_views(tiny):
 
 
 def test_a_decoder_is_returned_as_it_is(made):
-    assert take_apart(made("llama"), like=made("gpt2")) is made("llama")
+    assert decompose(made("llama"), like=made("gpt2")) is made("llama")
 
 
 def test_like_takes_the_structure_and_its_own_weights(tiny, tokens):
-    dense = take_apart(tiny("llama"))
+    dense = decompose(tiny("llama"))
     model = copy.deepcopy(dense.model)
     with torch.no_grad():
         for p in model.model.layers.parameters():
             p.zero_()  # nothing could be found out from this
-    student, batch = take_apart(model, like=dense), tokens(3, 13)
+    student, batch = decompose(model, like=dense), tokens(3, 13)
     assert student.groups == dense.groups and student.halves == dense.halves
     for granularity in ("half-block", "block"):
         assert_same_output(run(student, batch, granularity), own_logits(model, batch))
@@ -260,7 +260,7 @@ def test_like_takes_the_structure_and_its_own_weights(tiny, tokens):
 
 @pytest.mark.parametrize("family, norms", [("llama", 2), ("gemma3", 4), ("gpt2", 2), ("gpt_neox", 2), ("phi", 0)])
 def test_norms_that_make_no_difference_to_a_half_do_not_run(made, tokens, family, norms):
-    decoder = take_apart(copy.deepcopy(made(family).model), like=made(family))
+    decoder = decompose(copy.deepcopy(made(family).model), like=made(family))
     hidden, idle = decoder.embed(tokens(2, 9)), decoder.halves[0].idle
     assert sum(map(len, idle.values())) == norms  # a norm that both halves read (phi) is in none
     for half, names in idle.items():
@@ -274,7 +274,7 @@ def test_norms_that_make_no_difference_to_a_half_do_not_run(made, tokens, family
 
 @pytest.mark.parametrize("half", [None, "attention", "mlp"])
 def test_forwards_are_restored_after_an_exception(tiny, tokens, half):
-    decoder, batch = take_apart(tiny("llama")), tokens(2, 9)
+    decoder, batch = decompose(tiny("llama")), tokens(2, 9)
     before = own_logits(decoder.model, batch)
     with pytest.raises(RuntimeError):
         decoder.forward(Window(range(1), half=half), torch.zeros(2, 9, 31))  # hidden size is 32
@@ -297,7 +297,7 @@ def test_a_forward_set_on_a_module_is_put_back(tiny, tokens):
         return wrapped(*args, **kwargs)
 
     block.forward = forward
-    decoder = take_apart(model)
+    decoder = decompose(model)
     run(decoder, batch, "block")
     calls.clear()
     own_logits(model, batch)
@@ -325,19 +325,19 @@ def test_half_blocks_are_refused_where_the_residual_is_added_inside(made, family
 
 def test_a_model_that_is_not_causal_is_refused(tiny):
     with pytest.raises(ReconError, match="BertLMHeadModel is not a causal language model"):
-        take_apart(tiny("bert"))
+        decompose(tiny("bert"))
 
 
 def test_fused_weights_that_are_in_no_product_are_refused_by_name(tiny):
     model = tiny("llama")
     model.model.layers[1].mlp.spare = nn.Parameter(torch.zeros(3, 4, 5))
     with pytest.raises(ReconError, match=r"LlamaDecoderLayer holds the fused weight 'model.layers.1.mlp.spare' of shape"):
-        take_apart(model)
+        decompose(model)
 
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ReconError, match="Linear cannot be taken apart: .* it has no such list"):
-        take_apart(nn.Linear(3, 3))
+        decompose(nn.Linear(3, 3))
 
 
 def test_lists_that_will_not_do_are_described(tiny):
@@ -348,14 +348,14 @@ def test_lists_that_will_not_do_are_described(tiny):
         ReconError,
         match=r"each of its blocks has to run once .*'model.layers', 3 x LlamaDecoderLayer, [\d,]+ parameters, run 6 times",
     ):
-        take_apart(model)
+        decompose(model)
 
 
 def test_a_list_that_does_not_run_is_passed_over(tiny, tokens):
     """As that of an image encoder is, where there is text alone."""
     model = tiny("llama")
     model.vision = nn.ModuleList([nn.Linear(500, 500)])
-    assert take_apart(model).path == "model.layers"
+    assert decompose(model).path == "model.layers"
 
 
 def test_blocks_that_share_weights_are_refused(tiny):
@@ -365,17 +365,17 @@ def test_blocks_that_share_weights_are_refused(tiny):
         ReconError,
         match=r"blocks of LlamaForCausalLM share weights: 'model.layers.0.mlp.up_proj.weight' is 'model.layers.2.mlp.up_proj",
     ):
-        take_apart(model)
+        decompose(model)
 
 
 def test_modules_whose_input_is_not_seen_stay_dense_and_are_named(tiny, caplog):
-    decoder = take_apart(tiny("llama"))
+    decoder = decompose(tiny("llama"))
     assert decoder.dense_modules == [] and not caplog.records
     model = tiny("llama")
     model.model.layers[1].mlp.spare = nn.Linear(32, 32)
-    decoder = take_apart(model)
+    decoder = decompose(model)
     assert decoder.dense_modules == ["model.layers.1.mlp.spare"] and "model.layers.1.mlp.spare" in caplog.text
-    assert set(decoder.matrices()) == set(take_apart(tiny("llama")).matrices())
+    assert set(decoder.matrices()) == set(decompose(tiny("llama")).matrices())
 
 
 def test_a_model_that_works_between_its_blocks_is_refused(tiny):
@@ -394,7 +394,7 @@ def test_a_model_that_works_between_its_blocks_is_refused(tiny):
         ReconError,
         match=r"LlamaForCausalLM cannot be taken apart: its 3 blocks at 'model.layers' \(LlamaDecoderLayer\), run one after another, do not give",
     ):
-        take_apart(model)
+        decompose(model)
 
 
 def test_too_large_windows_are_refused(made):
@@ -410,7 +410,7 @@ def test_aliases_of_the_paper(made):
 
 @torch.no_grad()
 def test_what_blocks_are_called_with_is_known_for_so_many_shapes(tiny):
-    decoder = take_apart(tiny("llama", num_hidden_layers=1))
+    decoder = decompose(tiny("llama", num_hidden_layers=1))
     for length in range(1, SHAPES + 10):
         decoder.forward(decoder.windows("block")[0], torch.zeros(1, length, 32))
     assert len(decoder.calls) == SHAPES

@@ -15,16 +15,16 @@ from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.data.models import load_pruned
 from recon.errors import ReconError
 from recon.evaluate.perplexity import perplexity
-from recon.experiment.plan import plan
 from recon.methods.external_mask import take_over
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
 from recon.methods.statistics import gather
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.encoder_decoder import EncoderDecoder
 from recon.model.modules import requiring_gradients
 from recon.runtime.execution import Execution
+from recon.study.plan import plan
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def made():
 
     def make(family):
         if family not in kept:
-            kept[family] = take_apart(make_model(family))
+            kept[family] = decompose(make_model(family))
         return kept[family]
 
     return make
@@ -84,7 +84,7 @@ def test_a_block_changes_its_own_half_and_a_decoder_block_reads_both(made, famil
 @torch.no_grad()
 def test_statistics_are_those_of_the_model_as_a_whole(made, family):
     """Also where a batch is of a shape not met before, for which the model is run to see what its blocks are called with."""
-    decoder, tokens = take_apart(copy.deepcopy(made(family).model)), random_tokens(5, 14)
+    decoder, tokens = decompose(copy.deepcopy(made(family).model)), random_tokens(5, 14)
     names, seen = list(decoder.matrices()), {}
     handles = [
         decoder.model.get_submodule(name).register_forward_pre_hook(
@@ -124,7 +124,7 @@ def test_pruned_reconstructed_and_saved(made, tmp_path, family):
     assert [report.name for report in reports] == [f"block {index}" for index in range(4)]
     assert all(report.error_after["calibration"] < report.error_before["calibration"] for report in reports)
     model.save_pretrained(tmp_path)
-    again = take_apart(AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), like=dense)
+    again = decompose(AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), like=dense)
     for name, matrix in again.matrices().items():
         assert torch.equal(matrix.weight == 0, ~result.masks[name])
 
@@ -142,7 +142,7 @@ def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
     config = RetrainingConfig(method="full", learning_rate=3e-4, rate="absolute", batch_size=16, epochs=8)
     report = retrain(model, random_tokens(16, 16), config, masks=masks, execution=Execution(progress=False))
     assert report.losses[-1] < report.losses[0]
-    for name, matrix in take_apart(model, like=made("t5")).matrices().items():
+    for name, matrix in decompose(model, like=made("t5")).matrices().items():
         assert not matrix.weight[~masks[name]].any()
 
 
@@ -153,8 +153,8 @@ def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
     assert dense.shared == biases and not made("bart").shared
     first = dense.windows("block")[0]
     assert biases & set(dense.parameters(first)) and not biases & set(dense.trained(first, "all"))
-    student = take_apart(copy.deepcopy(dense.model), like=dense)
-    copied = take_apart(copy.deepcopy(dense.model), like=dense)
+    student = decompose(copy.deepcopy(dense.model), like=dense)
+    copied = decompose(copy.deepcopy(dense.model), like=dense)
     masks = prune(student, tokens, PruningConfig(criterion="wanda"), execution=Execution(progress=False)).masks
     composed(student, tokens[:2]), composed(copied, tokens[:2])
     retrain(
@@ -166,7 +166,7 @@ def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
     )
     student.model.save_pretrained(tmp_path)
     take_over(copied, load_pruned(str(tmp_path), dense.model))
-    for decoder in (student, copied, take_apart(make_model("t5", seed=1), like=dense), dense):
+    for decoder in (student, copied, decompose(make_model("t5", seed=1), like=dense), dense):
         assert_close(composed(decoder, tokens[:2]), own_logits(decoder.model, tokens[:2]), rtol=1e-4, atol=1e-4)
     assert all(not torch.equal(student.model.get_parameter(name), dense.model.get_parameter(name)) for name in biases)
 
@@ -187,7 +187,7 @@ def test_what_blocks_share_has_to_be_known(monkeypatch):
     """A model is refused whose biases come of weights, but cannot be traced back to them."""
     monkeypatch.setattr(T5Attention, "compute_bias", torch.no_grad()(T5Attention.compute_bias))
     with pytest.raises(ReconError, match="cannot be taken apart: its 4 blocks .* do not give the model's own output"):
-        take_apart(make_model("t5"))
+        decompose(make_model("t5"))
 
 
 def test_a_run_says_what_the_encoder_reads(tiny_folder, tiny_text, tmp_path):

@@ -11,8 +11,6 @@ from torch.testing import assert_close
 from recon import reconstruct
 from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
-from recon.experiment import cost
-from recon.experiment.config import RunSpec
 from recon.kernels.gradient_descent import trained
 from recon.kernels.losses import channel_variance, get_loss
 from recon.methods.adapters import check_adaptable
@@ -20,12 +18,14 @@ from recon.methods.prune import prune
 from recon.methods.retrain import retrain
 from recon.methods.statistics import FEW, gather
 from recon.methods.training import train
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.experts import FusedProducts
 from recon.model.matrices import stored
 from recon.model.modules import requiring_gradients
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
+from recon.study import cost
+from recon.study.spec import RunSpec
 
 FAMILIES = ["mixtral", "gpt_oss", "llama4"]  # (experts, out, in); (experts, in, out) with biases; all experts in one product
 
@@ -37,7 +37,7 @@ def made():
 
     def make(family):
         if family not in kept:
-            kept[family] = take_apart(make_model(family, num_hidden_layers=2))
+            kept[family] = decompose(make_model(family, num_hidden_layers=2))
         return kept[family]
 
     return make
@@ -46,7 +46,7 @@ def made():
 @pytest.fixture
 def fresh(made):
     """Family -> a copy of its decoder."""
-    return lambda family: take_apart(copy.deepcopy(made(family).model), like=made(family))
+    return lambda family: decompose(copy.deepcopy(made(family).model), like=made(family))
 
 
 def experts_of(decoder, block=None):
@@ -204,7 +204,7 @@ def test_pruned_reconstructed_and_saved_zeros_stay(made, fresh, tmp_path, family
         assert torch.equal(decoder.model.get_parameter(name), before)
     decoder.model.save_pretrained(tmp_path)
     again = type(decoder.model).from_pretrained(tmp_path, dtype=torch.float32)
-    again = take_apart(again.eval(), like=made(family))
+    again = decompose(again.eval(), like=made(family))
     for name, matrix in again.matrices().items():
         assert torch.equal(matrix.weight, decoder.matrices()[name].weight)
         assert not matrix.weight[~result.masks[name]].any()
@@ -341,7 +341,7 @@ def test_the_configuration_is_left_as_it_was_and_the_bits_do_not_depend_on_it(ma
     model, tokens = copy.deepcopy(made("mixtral").model), random_tokens(2, 12)
     model.set_experts_implementation(implementation)
     before, ran = model.config.to_dict(), []
-    decoder = take_apart(model)
+    decoder = decompose(model)
     for block in decoder.blocks:
         block.register_forward_pre_hook(lambda *args: ran.append(model.config._experts_implementation))
     found = decoder.run(tokens).logits
@@ -372,7 +372,7 @@ def test_blocks_that_run_again_in_the_backward_pass_run_in_the_same_way(made):
 
 
 def test_flops_count_the_experts_that_a_token_sees(made):
-    all_of_them, half = (take_apart(make_model("mixtral", num_experts_per_tok=k, num_hidden_layers=2)) for k in (4, 2))
+    all_of_them, half = (decompose(make_model("mixtral", num_experts_per_tok=k, num_hidden_layers=2)) for k in (4, 2))
     spec = RunSpec.of(criterion="wanda", granularity="half-block")
     full, sparse = (cost.flops(spec, decoder) for decoder in (all_of_them, half))
     experts = sum(m.weight.numel() for m in experts_of(half).values())
@@ -447,7 +447,7 @@ def test_experts_that_are_modules_are_as_those_in_one_parameter(made):
     model = copy.deepcopy(fused.model)
     for block in model.model.layers:
         block.mlp = Apart(block.mlp)
-    decoder, execution = take_apart(model), Execution("cpu", "float32")
+    decoder, execution = decompose(model), Execution("cpu", "float32")
     assert decoder.dense_modules == []  # although the probe does not reach every expert
     assert not any(name.endswith("gate") for name in decoder.matrices())
     assert {m.share for name, m in decoder.matrices().items() if "experts" in name} == {0.5}
@@ -471,7 +471,7 @@ def test_experts_that_the_probe_does_not_reach_are_in_a_half_too():
     model = make_model("mixtral", num_local_experts=32)
     for block in model.model.layers:
         block.mlp = Apart(block.mlp)
-    decoder = take_apart(model)
+    decoder = decompose(model)
     halves = [decoder.matrices(window) for window in decoder.windows("half-block")]
     assert sorted(name for half in halves for name in half) == sorted(decoder.matrices())  # each in one
     assert all((".mlp." in name) == (number % 2 == 1) for number, half in enumerate(halves) for name in half)

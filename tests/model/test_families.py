@@ -17,7 +17,7 @@ from recon import prune, reconstruct
 from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.modules import distance
 from recon.runtime.execution import Execution
 
@@ -30,7 +30,7 @@ GRANULARITIES = ("matrix", "half-block", "block")
 def found(family: str) -> Decoder | str:
     """The family's decoder, whose model nothing changes, or the reason why there is none."""
     try:
-        return take_apart(small_model(family))
+        return decompose(small_model(family))
     except ReconError as error:
         return str(error)
 
@@ -137,7 +137,7 @@ def test_windows_give_the_model_back(decoder):
 
 def test_pruned_and_reconstructed(decoder):
     tokens = random_tokens(8, 16, seed=2)
-    pruned = take_apart(copy.deepcopy(decoder.model), like=decoder)
+    pruned = decompose(copy.deepcopy(decoder.model), like=decoder)
     masks = prune(
         pruned,
         tokens,
@@ -152,7 +152,7 @@ def test_pruned_and_reconstructed(decoder):
         assert ((~masks[name]).sum(1) == round(0.5 * dense.shape[1])).all()
         assert torch.equal(matrix.weight, dense * masks[name])
     for granularity in fitting(decoder):
-        student = take_apart(copy.deepcopy(pruned.model), like=decoder)
+        student = decompose(copy.deepcopy(pruned.model), like=decoder)
         reports = reconstruct(student, decoder, tokens, ReconstructionConfig(granularity=granularity, learning_rate=0.001, epochs=1, chunks=1), masks=masks, held_out=tokens[:2], execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
         for report in reports:
             before, after = report.error_before["held_out"], report.error_after["held_out"]

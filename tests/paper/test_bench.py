@@ -14,11 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
 from recon.evaluate.perplexity import drift
-from recon.experiment.cost import gemm_rate
 from recon.methods.problem import ERROR_SAMPLES
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.paper.bench import products, reference, report, sections
 from recon.paper.bench.measure import bench
 from recon.paper.bench.report import TABLES, summary, tables, workers
@@ -26,6 +25,7 @@ from recon.paper.bench.spec import DEFAULT, SECTIONS, BenchSpec
 from recon.paper.bench.subject import Subject, shortened
 from recon.paper.plots import cost
 from recon.runtime.execution import Execution
+from recon.study.cost import gemm_rate
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +143,8 @@ def test_floors_are_counted_for_the_model_at_hand(tiny, tokens, spec):
 
 def test_the_reference_prunes_as_ours_does_on_the_sparse_model(tiny, tokens, monkeypatch):
     monkeypatch.setattr(reference, "pick_compute_dtype", lambda *a: torch.float32)
-    dense, samples = take_apart(tiny("llama")), tokens(8, 16)
-    theirs, ours = (take_apart(copy.deepcopy(dense.model), like=dense) for _ in range(2))
+    dense, samples = decompose(tiny("llama")), tokens(8, 16)
+    theirs, ours = (decompose(copy.deepcopy(dense.model), like=dense) for _ in range(2))
     found = reference.prune(theirs, samples, "0.5", progress=False)
     masks = prune(ours, samples, PruningConfig(statistics="sparse"), execution=Execution("cpu", "float32", progress=False)).masks
     for name, mask in masks.items():
@@ -165,8 +165,8 @@ def test_what_sections_give_can_be_drawn(results, style):
 
 def test_the_reference_loop_reconstructs_like_ours(tiny, tokens):
     """Same windows, inputs, loss, steps and learning rates: it ends near where ours does, zeros included."""
-    dense, samples, unseen = take_apart(tiny("llama")), tokens(32, 16), tokens(8, 16, seed=9)
-    students = [take_apart(copy.deepcopy(dense.model), like=dense) for _ in range(3)]
+    dense, samples, unseen = decompose(tiny("llama")), tokens(32, 16), tokens(8, 16, seed=9)
+    students = [decompose(copy.deepcopy(dense.model), like=dense) for _ in range(3)]
     masks = [prune(student, samples, execution=Execution(compute_dtype="float32", progress=False)).masks for student in students][
         0
     ]
@@ -184,8 +184,8 @@ def test_the_reference_loop_reconstructs_like_ours(tiny, tokens):
 
 
 def test_products_are_counted_as_torch_counts_them(tiny, tokens):
-    dense, samples = take_apart(tiny("llama")), tokens(4, 16)
-    student = take_apart(copy.deepcopy(dense.model), like=dense)
+    dense, samples = decompose(tiny("llama")), tokens(4, 16)
+    student = decompose(copy.deepcopy(dense.model), like=dense)
     masks = prune(student, samples, execution=Execution(progress=False)).masks
     with FlopCounterMode(display=False) as theirs, products.Recorder() as ours:
         config = ReconstructionConfig(granularity="block", epochs=1)
@@ -202,7 +202,7 @@ def test_a_products_time_is_that_of_its_layout():
 
 
 def test_shortened_runs_its_first_blocks(tiny, tokens):
-    dense = take_apart(tiny("llama"))
+    dense = decompose(tiny("llama"))
     short = shortened(dense, 2)
     assert len(short.blocks) == 2 and len(dense.blocks) == 3
     hidden = dense.embed(tokens(2, 8))

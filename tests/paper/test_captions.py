@@ -3,8 +3,8 @@
 import pandas as pd
 from fixtures.made_up import record
 
-from recon.experiment.record import RunRecord
 from recon.paper.captions import dense_words, evaluation_words, method_words, protocol_words, rate_words, seed_words
+from recon.study.record import RunRecord
 
 
 def test_seeds_in_words():

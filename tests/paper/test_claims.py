@@ -9,12 +9,12 @@ import pytest
 from fixtures.made_up import DAMAGE, record, seeds, verdict_on
 
 from recon.errors import ReconError
-from recon.experiment.record import RunRecord
-from recon.experiment.study import write_record
 from recon.paper import claims, tables
 from recon.paper.claims import judge
 from recon.paper.plots.claims import CENTRAL, forest, save
 from recon.paper.verdicts import FAILS, HOLDS, NOT_RUN, UNSURE, UNTESTABLE
+from recon.study.record import RunRecord
+from recon.study.studies import write_record
 
 # ---- verdicts
 

@@ -11,9 +11,9 @@ import papermill
 import pytest
 from fixtures import made_up
 
-from recon.experiment.study import write_record
 from recon.paper import runner
 from recon.paper.bench.spec import SECTIONS
+from recon.study.studies import write_record
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

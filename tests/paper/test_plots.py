@@ -13,12 +13,12 @@ import pytest
 from fixtures.made_up import DAMAGE, record, seeds
 from matplotlib.text import Text
 
-from recon.experiment.study import fit_name
 from recon.paper import figures
 from recon.paper.claims import judge
 from recon.paper.comparisons import MARGIN
 from recon.paper.plots import criteria, granularity, layout, paired, propagation
 from recon.paper.plots.answers import answers
+from recon.study.studies import fit_name
 
 
 def by_fit(records):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fixtures.models import make_model
 
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.paper.plots import quickstart
 
 pytestmark = pytest.mark.usefixtures("style")
@@ -31,7 +31,7 @@ def test_the_finding_says_what_is_recovered(share, said):
 
 @pytest.mark.parametrize("family, fits", [("llama", True), ("mixtral", False)])
 def test_experts_do_not_fit_on_a_page(family, fits):
-    assert quickstart.fits_on_a_page(take_apart(make_model(family))) == fits
+    assert quickstart.fits_on_a_page(decompose(make_model(family))) == fits
 
 
 def test_windows_that_got_no_better_are_not_counted():

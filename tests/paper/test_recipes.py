@@ -5,9 +5,9 @@ import math
 import pandas as pd
 import pytest
 
-from recon.experiment.config import RunSpec
-from recon.experiment.study import recipe_name
 from recon.paper import recipes, runner
+from recon.study.spec import RunSpec
+from recon.study.studies import recipe_name
 
 BASE = RunSpec.of(samples=32, prune_samples=32)
 NAMES = [

@@ -147,7 +147,7 @@ def test_notebooks_inherit_the_executor_and_the_cluster(tmp_path, monkeypatch, c
     connected = []
     context = SimpleNamespace(gcs_address="127.0.0.1:4321")
     fake = SimpleNamespace(shutdown=lambda: connected.append("shut down"), get_runtime_context=lambda: context)
-    monkeypatch.setattr("recon.experiment.workers.connect", lambda address: connected.append(address) or fake)
+    monkeypatch.setattr("recon.study.workers.connect", lambda address: connected.append(address) or fake)
     seen = []
 
     def run(path, *others):

@@ -5,8 +5,8 @@ import random
 import pytest
 
 import recon
-from recon.experiment.cost import flops
 from recon.paper.scaling import Windows, shape, study, windows, windows_of
+from recon.study.cost import flops
 
 
 def test_runs_go_to_whoever_is_free_first():
@@ -52,7 +52,7 @@ def test_nothing_is_faster_than_any_of_its_parts_or_slower_than_all_of_them_in_t
 def test_windows_from_shapes(tiny):
     spec = recon.RunSpec.of(samples=6, sequence_length=16, held_out_samples=8, granularity="block", propagation="dense")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
-    decoder = recon.take_apart(tiny("llama"))
+    decoder = recon.decompose(tiny("llama"))
     found = windows_of(spec, decoder, rate=1e6)
     assert found == windows_of(spec, shape("llama", 3, **sizes), rate=1e6)
     block = sum(p.numel() for p in decoder.blocks[0].parameters())

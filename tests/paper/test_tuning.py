@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from recon.experiment.study import run_study
 from recon.paper.tuning import best
+from recon.study.studies import run_study
 
 
 def test_the_best_is_chosen_on_held_out_text():

@@ -10,7 +10,7 @@ from recon.config import PruningConfig, ReconstructionConfig
 from recon.evaluate.perplexity import drift, perplexity
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 
 
@@ -24,7 +24,7 @@ def far(monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_weights_are_rounded_for_a_while(tiny, fails):
-    decoder, execution = take_apart(tiny("llama")), Execution("cpu", "bfloat16")
+    decoder, execution = decompose(tiny("llama")), Execution("cpu", "bfloat16")
     window = decoder.windows("2-blocks")[0]
     before = [(p, p.data.clone(), p.data_ptr()) for p in decoder.model.parameters()]
     rounded = {id(p) for p in decoder.weights(window)}
@@ -39,7 +39,7 @@ def test_weights_are_rounded_for_a_while(tiny, fails):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi"])
 def test_rounded_weights_give_the_bits_of_autocast(tiny, tokens, family):
-    decoder, execution = take_apart(tiny(family)), Execution("cpu", "bfloat16")
+    decoder, execution = decompose(tiny(family)), Execution("cpu", "bfloat16")
     window = decoder.windows("2-blocks")[0]
     with execution, torch.no_grad():
         hidden = decoder.embed(tokens(2, 12))
@@ -49,7 +49,7 @@ def test_rounded_weights_give_the_bits_of_autocast(tiny, tokens, family):
 
 
 def test_what_is_trained_is_written_back_and_nothing_else(tiny, far):
-    decoder, execution = take_apart(tiny("llama")), Execution("cpu", "bfloat16")
+    decoder, execution = decompose(tiny("llama")), Execution("cpu", "bfloat16")
     window = decoder.windows("half-block")[0]
     before = {name: (p, p.data.clone(), p.data_ptr()) for name, p in decoder.model.named_parameters()}
     trained = decoder.trained(window, "matrices")
@@ -93,10 +93,10 @@ def test_batches_of_several_streams(far):
     "options", [{}, {"start": "exact"}, {"granularity": "matrix"}, {"propagation": "mixed", "granularity": "block"}]
 )
 def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, tokens, monkeypatch, options):
-    dense, samples, held_out = take_apart(tiny("llama")), tokens(5, 16), tokens(3, 16, seed=1)
+    dense, samples, held_out = decompose(tiny("llama")), tokens(5, 16), tokens(3, 16, seed=1)
 
     def results():
-        student = take_apart(copy.deepcopy(dense.model), like=dense)
+        student = decompose(copy.deepcopy(dense.model), like=dense)
         execution = Execution(compute_dtype="bfloat16", progress=False)
         prune(student, samples, PruningConfig(criterion="sparsegpt"), execution=execution)
         config = ReconstructionConfig(epochs=1, **options)

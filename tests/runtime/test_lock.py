@@ -11,8 +11,8 @@ from fixtures.runs import record_of
 
 import recon
 from recon.errors import ReconError
-from recon.experiment import unfinished
 from recon.runtime import lock
+from recon.study import unfinished
 
 HOLD = """
 import sys
@@ -95,7 +95,7 @@ def test_a_save_folder_is_held_from_the_start(stream, tmp_path, tiny_folder, tin
 
 def test_a_streamed_run_that_saves_nothing_is_held_too(tmp_path, tiny_folder, tiny_text, monkeypatch):
     """Two processes with the same command would work in the same folder of the cache."""
-    monkeypatch.setattr("recon.experiment.unfinished.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("recon.study.unfinished.cache_folder", lambda: tmp_path)
     monkeypatch.setattr("recon.data.models.skeleton", lambda *a, **k: pytest.fail("loaded before the folder was held"))
     run = spec(tiny_folder, tiny_text)
     with unfinished.locked(run.key()):

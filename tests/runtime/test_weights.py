@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from recon.errors import ReconError
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy, is_placeholder, made_up, second, skeleton
 from recon.runtime import weights
 from recon.runtime.device import resident_anonymous
@@ -210,7 +210,7 @@ def test_a_skeleton_is_taken_apart_like_the_model(family, tmp_path):
     whole.save_pretrained(tmp_path)
     model, checkpoint = opened(tmp_path)
     lazy = Lazy(model, checkpoint.read)
-    expected, found = take_apart(whole), take_apart(model, lazy=lazy)
+    expected, found = decompose(whole), decompose(model, lazy=lazy)
     assert found.groups == expected.groups
     assert family in ENCODER_DECODERS or found.halves == expected.halves  # whose blocks are not divided
     shapes = [{name: (m.weight.shape, m.share) for name, m in each.matrices().items()} for each in (expected, found)]

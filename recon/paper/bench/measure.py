@@ -9,11 +9,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from recon.errors import ReconError
-from recon.experiment.environment import environment
 from recon.paper.bench import sections
 from recon.paper.bench.spec import BenchSpec
 from recon.paper.bench.subject import Subject
 from recon.runtime.storage import check_writable, write_json
+from recon.study.environment import environment
 
 
 def bench(spec: BenchSpec, progress: bool = True, compute: bool = True) -> dict:

@@ -17,23 +17,23 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from recon.errors import ReconError
-from recon.experiment import ray_windows
-from recon.experiment.config import RunOptions, RunSpec
-from recon.experiment.cost import flops, gemm_rate
-from recon.experiment.report import share_recovered
-from recon.experiment.run import run
-from recon.experiment.session import Session
-from recon.experiment.study import grid, run_study
-from recon.experiment.workers import Ray, connect
 from recon.methods.reconstruct import reconstruct
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.paper.bench import products as matrix_products
 from recon.paper.bench import reference
 from recon.paper.bench.subject import EQUAL, Subject, pruned
 from recon.runtime import device
 from recon.runtime.activations import LIMIT
 from recon.runtime.execution import Execution
+from recon.study import ray_windows
+from recon.study.cost import flops, gemm_rate
+from recon.study.report import share_recovered
+from recon.study.run import run
+from recon.study.session import Session
+from recon.study.spec import RunOptions, RunSpec
+from recon.study.studies import grid, run_study
+from recon.study.workers import Ray, connect
 
 FROM_EXACT = {"epochs": 1, "start": "exact", "exact_iterations": 2}  # few samples: more iterations would fit their noise
 RECIPES: dict[str, tuple[dict, float]] = {  # options of `ReconstructionConfig`, share of the samples
@@ -118,7 +118,7 @@ def phases(subject: Subject) -> dict:
 
 
 def _floors(subject: Subject, dense: Decoder) -> dict[str, dict[str, float]]:
-    """The floating-point operations that each phase cannot do without, by dtype: what `recon.experiment.cost` counts.
+    """The floating-point operations that each phase cannot do without, by dtype: what `recon.study.cost` counts.
 
     Norms are free: they take the teacher's pass alone. With masks that depend on nothing that reconstruction does, its own pass
     of the teacher serves pruning too. Gram matrices, and what is solved with them, are products in float32.
@@ -196,7 +196,7 @@ def _widths(subject: Subject) -> Iterator[tuple[int, Decoder]]:
         config.num_hidden_layers = 1
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1]
-        yield config.hidden_size, take_apart(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+        yield config.hidden_size, decompose(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
 
 
 def quality(subject: Subject) -> list[dict]:
@@ -301,7 +301,7 @@ def _study(specs: list[RunSpec], executor) -> dict:
 def compile(subject: Subject) -> dict:
     """What `torch.compile` of a block costs at first, and gains in each forward and backward pass."""
     plain = subject.short(1)
-    compiled = take_apart(copy.deepcopy(plain.model), like=plain)
+    compiled = decompose(copy.deepcopy(plain.model), like=plain)
     # The block's children: its own forward is replaced where a window silences half of it.
     for child in compiled.blocks[0].children():
         child.compile()
@@ -341,7 +341,7 @@ def large(subject: Subject) -> dict:
         hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
         num_hidden_layers=spec.large_blocks, max_position_embeddings=8192, rope_theta=500000.0,
     )  # fmt: skip
-    dense = take_apart(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    dense = decompose(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
     draw = torch.Generator().manual_seed(0)  # time and memory do not depend on the values
     samples = torch.randint(config.vocab_size, (spec.large_samples, spec.large_length), generator=draw)
     row, _ = subject.measured(subject.ours, dense, samples)

@@ -17,7 +17,7 @@ from recon.evaluate import perplexity as evaluation
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.model.decoder import Decoder
-from recon.model.discovery import take_apart
+from recon.model.discovery import decompose
 from recon.paper.bench import reference
 from recon.runtime import device
 from recon.runtime.execution import Execution
@@ -35,7 +35,7 @@ class Subject:
         self.device = device.pick_device(spec.device)
         self.dtype = device.pick_compute_dtype("auto", self.device)
         model, self.tokenizer = models.load(spec.model)
-        self.dense = take_apart(model)
+        self.dense = decompose(model)
         self.dense.check_length(max(spec.sequence_length, spec.evaluation_length))
         seed = generator(0, "calibration").initial_seed() % 2**32
         self.samples = text.sample_tokens(spec.text, "calibration", self.tokenizer, spec.samples, spec.sequence_length, seed)
@@ -130,7 +130,7 @@ class Subject:
 
 def pruned(dense: Decoder, masks: dict[str, Tensor]) -> Decoder:
     """A copy of `dense` with what `masks` do not keep set to zero."""
-    student = take_apart(copy.deepcopy(dense.model), like=dense)
+    student = decompose(copy.deepcopy(dense.model), like=dense)
     with torch.no_grad():
         for name, matrix in student.matrices().items():
             if name in masks:
@@ -147,4 +147,4 @@ def shortened(decoder: Decoder, blocks: int) -> Decoder:
     finally:
         decoder.model.set_submodule(decoder.path, whole)
     model.config.num_hidden_layers = blocks
-    return take_apart(model)
+    return decompose(model)

@@ -7,22 +7,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from recon.experiment import study
-from recon.experiment.config import RunSpec
-from recon.experiment.record import RunRecord
 from recon.paper.comparisons import MARGIN
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, sentence
 from recon.paper.plots import granularity
 from recon.paper.plots.granularity import MEMORY
 from recon.paper.plots.layout import label_beside, label_points
 from recon.paper.plots.paired import difference, grouped, judged, leading
+from recon.study import studies
+from recon.study.record import RunRecord
+from recon.study.spec import RunSpec
 
 
 def overview(texts: pd.DataFrame, structured: pd.DataFrame, adapters: Sequence[RunRecord]) -> Plot | None:
     """Three questions: perplexity before and after reconstruction by calibration text and by structured criterion, and adapters against
     full weights. One without runs has no panel; None where none has any.
 
-    texts, structured: runs (frames of `recon.experiment.study`) without and with reconstruction. adapters: reconstructed runs.
+    texts, structured: runs (frames of `recon.study.studies`) without and with reconstruction. adapters: reconstructed runs.
     """
     questions = {  # runs, the column by which they differ, title
         "calibration texts": (texts, "text", "calibration text"),
@@ -138,7 +138,7 @@ def losses(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
 
     records: of one seed. order: of the sizes.
     """
-    found = {study.fit_name(record.spec): record for record in records if record.windows and record.spec["solver"] == "adamw"}
+    found = {studies.fit_name(record.spec): record for record in records if record.windows and record.spec["solver"] == "adamw"}
     fits = [fit for fit in order if fit in found]
     fig, axes = plt.subplots(1, len(fits), figsize=(2.1 * len(fits) + 1, 2.6), sharex=True, sharey=True, squeeze=False)
     drawn, falls = [], []
@@ -216,7 +216,7 @@ def accumulation(records: Sequence[RunRecord], order: Sequence[str]) -> Plot:
 
     records: of one seed. order: of the sizes; "none" is the pruned model.
     """
-    found = {study.fit_name(record.spec): record for record in records}
+    found = {studies.fit_name(record.spec): record for record in records}
     fits = [fit for fit in order if fit in found]
     local = pd.DataFrame(
         [

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from recon.experiment.record import RunRecord
 from recon.paper.comparisons import CLOSE, MARGIN, SEEDS
 from recon.paper.figures import log_scale, savefig, style
 from recon.paper.runs import short
 from recon.paper.verdicts import FAILS, HOLDS, MARKS, UNSURE, Verdict, effect_words
+from recon.study.record import RunRecord
 
 _COUNTS, _SHORT = (2, 8, 32), {"own": "perplexity", "kl": "KL to dense"}
 # Those that are drawn, as a page cannot show all, and what they say in short: of ways to retrain MaskLoRA, of measures two; else every size,

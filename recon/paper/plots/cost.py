@@ -10,12 +10,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from recon.experiment.record import RunRecord
 from recon.paper.bench import report
 from recon.paper.figures import Plot, look, lower_is_better, number, sentence
 from recon.paper.plots import paired
 from recon.paper.plots.layout import label_ends, label_points, panels
 from recon.paper.runs import short
+from recon.study.record import RunRecord
 
 LOOPS = {"reference": "reference loop", "ours": "ours"}
 HOLLOW = {"markerfacecolor": "white"}  # measured once, or of one seed

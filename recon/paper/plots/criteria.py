@@ -7,12 +7,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from recon.experiment.record import RunRecord
-from recon.experiment.study import fit_name
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number
 from recon.paper.plots import paired
 from recon.paper.plots.layout import label_ends, panels, pattern_words
 from recon.paper.runs import Run, short
+from recon.study.record import RunRecord
+from recon.study.studies import fit_name
 
 PRUNED = "pruned"
 SHIFT = {PRUNED: -0.15, "reconstructed": 0.15}  # of states that share a row, down

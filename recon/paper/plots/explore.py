@@ -9,11 +9,11 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from recon.experiment import study
-from recon.experiment.record import RunRecord
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, styles
 from recon.paper.runs import Run, protocol_words, short
 from recon.paper.tables import FITS
+from recon.study import studies
+from recon.study.record import RunRecord
 
 MEASURES = {"perplexity": "perplexity", "KL to dense": "kl", "share of the damage recovered": "share_recovered"}
 OPTIONS = {
@@ -39,7 +39,7 @@ def read(records: Sequence[RunRecord]) -> pd.DataFrame:
     Options of reconstruction are "none" where there is none. Of runs that differ in their learning rates alone, the one that is best on held-out text.
     """
     done = [record for record in records if record.status == "done"]
-    runs, data = list(map(Run, done)), study.frame(done)
+    runs, data = list(map(Run, done)), studies.frame(done)
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.model, run.protocol, run.windows), []).append(run)

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from recon.experiment.record import RunRecord
-from recon.experiment.study import fit_name
 from recon.paper.comparisons import MARGIN
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, reference, sentence
 from recon.paper.plots import paired
 from recon.paper.plots.layout import label_points, panels, pattern_words
 from recon.paper.runs import Run, short
+from recon.study.record import RunRecord
+from recon.study.studies import fit_name
 
 HALF, MATRICES = "half-block", ("matrix", "matrix exact")
 MEMORY = "memory added, GiB"

@@ -8,12 +8,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator
 
-from recon.experiment.record import RunRecord
 from recon.paper.claims import Claim
 from recon.paper.comparisons import KINDS, MARGIN, SEEDS
 from recon.paper.figures import Plot
 from recon.paper.runs import DEFAULTS, Run
 from recon.paper.statistics import interval
+from recon.study.record import RunRecord
 
 LEVEL = 0.90  # of intervals: within the margin, they are two one-sided tests at 5 %
 SHARE = f"{MARGIN:.0%}".replace("%", " %")  # the margin in words

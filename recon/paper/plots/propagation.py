@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from recon.experiment.record import RunRecord
 from recon.paper.comparisons import MARGIN
 from recon.paper.figures import Plot, look, sentence
 from recon.paper.plots import paired
 from recon.paper.plots.layout import label_beside, panels
 from recon.paper.runs import Run
 from recon.paper.statistics import interval
+from recon.study.record import RunRecord
 
 FAR = 5 * MARGIN  # differences beyond are written, not drawn to scale
 

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from recon.experiment import study
-from recon.experiment.record import RunRecord
 from recon.paper.comparisons import SEEDS
 from recon.paper.figures import Plot, log_scale, look, lower_is_better, number, reference
 from recon.paper.plots.layout import apart
 from recon.paper.runs import Run, Seed
 from recon.paper.statistics import interval
+from recon.study import studies
+from recon.study.record import RunRecord
 
 MAIN = ("reconstruction", "masklora", "full")
 KL, COMPUTE, MEMORY = "KL to dense", "TFLOP", "memory added, GiB"
@@ -29,7 +29,7 @@ def table(records: Sequence[RunRecord]) -> pd.DataFrame:
     rows = []
     for record in records:
         spec, metrics = record.spec, record.metrics
-        method = study.recipe_name(spec)
+        method = studies.recipe_name(spec)
         trained = spec["retrain_samples"] or spec["samples"] if spec["retrain"] != "none" else spec["samples"]
         # Records of before it was measured do not say.
         memory = [record.added_memory_bytes_by_phase.get(phase, math.nan) for phase in ("reconstruct", "retrain")]
@@ -68,7 +68,7 @@ def differences(records: Sequence[RunRecord]) -> pd.DataFrame:
     """
     runs: dict[tuple[str, int], dict[Seed, Run]] = {}
     for record in records:
-        if (method := study.recipe_name(record.spec)) in MAIN:
+        if (method := studies.recipe_name(record.spec)) in MAIN:
             run = Run(record)
             runs.setdefault((method, run.trained_samples), {})[run.seed] = run
     texts = records[0].spec["evaluation_texts"]

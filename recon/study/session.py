@@ -1,0 +1,69 @@
+"""What consecutive runs share."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from recon.data import models
+from recon.model.decoder import Decoder
+from recon.model.discovery import decompose
+from recon.runtime.activations import Activations
+from recon.runtime.storage import cache_folder
+from recon.study.spec import RunSpec
+
+Value = TypeVar("Value")
+
+
+class Session:
+    """What consecutive runs share: the dense model, its measurements and activations, and the last pruned state.
+
+    A pruned state depends on model, criterion, pattern and calibration alone, so granularities that follow one another in a
+    study start from the very same one.
+
+    Args:
+        activation_bytes: room on disk for activations and Gram matrices of the dense model; 0: none are kept.
+    """
+
+    def __init__(self, activation_bytes: int = 0):
+        self.activation_bytes = activation_bytes
+        self.reused: list[str] = []  # kinds of what the last run took from here
+        self._kept: dict[str, tuple[object, object]] = {}
+
+    def keep(self, kind: str, key: object, make: Callable[[], Value]) -> Value:
+        """`make()`, or what it gave last time for the same `kind` if `key` has not changed since."""
+        if self.holds(kind, key):
+            self.reused.append(kind)
+            return self._kept[kind][1]
+        self._kept.pop(kind, None)  # frees the memory before the next one is made
+        value = make()
+        self._kept[kind] = (key, value)
+        return value
+
+    def holds(self, kind: str, key: object) -> bool:
+        """Whether `keep` would give what it gave last time."""
+        return kind in self._kept and self._kept[kind][0] == key
+
+    def clear(self) -> None:
+        """Forgets everything: all that is kept is of one model."""
+        self._kept.clear()
+
+    def load(self, model: str, revision: str | None, trust_remote_code: bool = False) -> tuple[Decoder, object]:
+        """The dense model and its tokenizer."""
+
+        def make():
+            loaded, tokenizer = models.load(model, revision, trust_remote_code=trust_remote_code)
+            return decompose(loaded), tokenizer
+
+        key = (model, revision, trust_remote_code)
+        if not self.holds("model", key):
+            self.clear()  # before there is a second model
+        return self.keep("model", key, make)
+
+    def bytes_loaded(self, spec: RunSpec) -> int:
+        """Bytes of the weights of the model of `spec` that are in memory already."""
+        key, value = self._kept.get("model", (None, None))
+        return sum(p.nbytes for p in value[0].model.parameters()) if key == spec.loaded_by else 0
+
+    def activations(self, kind: str, key: object, share: float) -> Activations:
+        """Where activations of one `kind` are kept between runs, in this share of the room; without any, nothing is kept."""
+        limit = int(share * self.activation_bytes)
+        return self.keep(kind, key, lambda: Activations(limit, cache_folder())) if limit else Activations(limit=0)

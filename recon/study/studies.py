@@ -1,0 +1,259 @@
+"""Many specs to one data frame, through a folder of records: what is done is skipped, and a killed study goes on."""
+
+import contextlib
+import itertools
+import logging
+import os
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from recon.errors import ReconError
+from recon.methods.callbacks import Callback
+from recon.model.windows import canonical
+from recon.runtime import lock
+from recon.runtime.storage import check_writable, remove_unfinished, write_json
+from recon.study import executors, workers
+from recon.study.record import RunRecord, read_record
+from recon.study.run import run
+from recon.study.session import Session
+from recon.study.spec import RunOptions, RunSpec, options
+from recon.study.workers import Ray
+
+log = logging.getLogger("recon")
+
+
+def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
+    """Every combination of the values on `axes` (flat name of an option -> values), all else as in `base`.
+
+    Raises `ReconError` for an axis that is no option.
+    """
+    return [base.replaced(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def fit_options(fit: str) -> dict[str, list]:
+    """The axes for `grid` of a way to reconstruct by its short name: a granularity, "matrix exact", or "<granularity> from exact"."""
+    if fit == "matrix exact":
+        return {"granularity": ["matrix"], "solver": ["exact"]}
+    name, _, start = fit.partition(" from ")
+    return {"granularity": [canonical(name)], "start": [start or "pruned"]}
+
+
+def fit_name(spec: dict) -> str:
+    """The short name of how a spec reconstructs, the reverse of `fit_options`."""
+    if spec["solver"] == "exact" and spec["granularity"] == "matrix":
+        return "matrix exact"
+    return spec["granularity"] + (" from exact" if spec["start"] == "exact" else "")
+
+
+def recipe_name(spec: dict) -> str:
+    """The short name of how a spec trains: "reconstruction", a retraining method, both, or "pruned"."""
+    parts = ["reconstruction"] if spec["granularity"] != "none" else []
+    if spec["retrain"] != "none":
+        method = spec["retrain"] + (", distilled" if spec["retrain_objective"] == "distil" else "")
+        parts.append(f"then {method}" if parts else method)
+    name = ", ".join(parts) or "pruned"
+    return name if spec["criterion"] != "none" else f"dense, {name}"
+
+
+def write_record(record: RunRecord, path: Path) -> None:
+    """Writes `record` as JSON; it appears under its name only when it is complete.
+
+    Raises `ReconError` naming the path where that cannot be done.
+    """
+    try:
+        write_json(path, record.to_dict())
+    except OSError as error:
+        raise ReconError(f"record cannot be written to {str(path)!r}: {error.strerror}; choose a place with room") from error
+
+
+class RecordFile(Callback):
+    """Writes the record of a run to one file, once the run is done.
+
+    path: None: nothing is written. Raises `ReconError` for a path that cannot be written.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        if path is not None:
+            if path.is_dir():
+                raise ReconError(f"record {str(path)!r} is a folder; name a file")
+            check_writable(path.parent, "record")
+
+    def on_done(self, record: RunRecord) -> None:
+        if self.path is not None:
+            write_record(record, self.path)
+
+    def holds(self, spec: RunSpec) -> bool:
+        """Whether the file holds the record of a finished run of `spec`."""
+        if self.path is None or not self.path.exists():
+            return False
+        try:
+            record = read_record(self.path)
+        except ReconError:  # damaged, or no record
+            return False
+        return record.status == "done" and record.key == spec.key()
+
+
+def record_path(folder: Path | str, key: str) -> Path:
+    """The file with the record of the run of that key, in a folder of records."""
+    return Path(folder) / f"{key}.json"
+
+
+def read_records(folder: Path | str, keys: Iterable[str] | None = None) -> list[RunRecord]:
+    """The records in `folder`: those of `keys`, in their order, or all, by name.
+
+    Raises `ReconError` if there is no such folder, and for a file that is missing or no record.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReconError(f"record folder {str(folder)!r} does not exist; give one with run records (*.json)")
+    paths = sorted(folder.glob("*.json")) if keys is None else [record_path(folder, key) for key in dict.fromkeys(keys)]
+    return [read_record(path) for path in paths]
+
+
+def _finished(folder: Path, key: str) -> RunRecord | None:
+    """The finished record of `key`, if there is one. A corrupt file is reported, set aside and counts as absent."""
+    path = record_path(folder, key)
+    if not path.exists():
+        return None
+    try:
+        record = read_record(path)
+        if record.key != key:
+            raise ReconError(f"record {str(path)!r} is that of another run ({record.key})")
+    except ReconError as error:
+        aside = path.with_suffix(".corrupt")
+        log.warning("%s; set aside as %s and computed anew", error, aside.name)
+        os.replace(path, aside)
+        return None
+    return record if record.status == "done" else None
+
+
+def run_or_record_failure(
+    spec: RunSpec, options: RunOptions = RunOptions(), session: Session | None = None, callbacks: Sequence[Callback] = ()
+) -> tuple[RunRecord, Exception | None]:
+    """The record of `recon.run`; where it fails, a record that says how, and the exception."""
+    try:
+        return run(spec, options, session=session, callbacks=callbacks).record, None
+    except Exception as error:
+        try:
+            key = spec.key()
+        except Exception:  # what it reads cannot be had any more, if it ever could
+            key = ""
+        said = str(error) if isinstance(error, ReconError) else "".join(traceback.format_exception(error))
+        return RunRecord(spec.flat(), key, "failed", said), error
+
+
+@dataclass(frozen=True)
+class _Recorded(Callback):
+    """Computes a run of a study, here or in a worker. A finished record is written before a streamed run deletes its work.
+
+    keys: of the study's runs; a run whose model or texts have changed since has another one.
+    """
+
+    folder: Path
+    keys: frozenset[str]
+
+    def __call__(self, spec: RunSpec, session: Session, progress: bool) -> RunRecord:
+        return run_or_record_failure(spec, RunOptions(progress=progress), session, [self])[0]
+
+    def on_done(self, record: RunRecord) -> None:
+        if (
+            record.key in self.keys and (self.folder / lock.NAME).exists()
+        ):  # a worker may see another folder of that name, or none
+            write_record(record, record_path(self.folder, record.key))
+
+
+def run_study(
+    specs: Iterable[RunSpec],
+    folder: Path | str,
+    progress: bool = True,
+    compute: bool = True,
+    executor: str | Ray | None = None,
+) -> pd.DataFrame:
+    """Runs what is missing of `specs` and returns one row per spec, in their order.
+
+    Every finished run is a record in `folder` at once, so that a killed study goes on where it was. A run that fails leaves
+    a record that says how, and the others go on; a failed run is tried again next time.
+
+    Args:
+        folder: for the records, one JSON file per run, named by its key.
+        compute: False runs nothing; what has no record then has the status "missing".
+        executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable RECON_EXECUTOR
+            names, or serial. What a record says, and its name, do not depend on it.
+
+    Returns:
+        A frame with a column per option of the spec, `fit` and `recipe` (see `fit_name` and `recipe_name`), one per metric that is one
+        number, `seconds_<phase>`, `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`,
+        `key`, `status` and `error`.
+
+    Raises:
+        ReconError: another process is at work on `folder`, which cannot be shared, or the executor cannot be had.
+    """
+    specs, folder = [spec.resolved() for spec in specs], Path(folder).resolve()
+    keys = [spec.key() for spec in specs]
+    if not compute:
+        return frame([_as_it_is(folder, spec, key) for spec, key in zip(specs, keys, strict=True)])
+    settings = workers.get(executor)
+    with lock.locked(folder / lock.NAME, f"record folder {str(folder)!r}"):
+        remove_unfinished(folder, "*.json")
+        records = {key: _finished(folder, key) for key in keys}
+        missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
+        records |= _computed(missing, folder, settings, progress)
+    return frame([records[key] for key in keys])
+
+
+def _computed(specs: dict[str, RunSpec], folder: Path, settings: Ray | None, progress: bool) -> dict[str, RunRecord]:
+    """Runs `specs`, and writes their records to `folder`; by key."""
+    # Runs that start from one pruned state stand together, and among these the ones on as many samples.
+    order = sorted(specs, key=lambda key: [str(part) for part in (*specs[key].pruned_by, specs[key].calibration.samples)])
+    done = executors.each({key: specs[key] for key in order}, _Recorded(folder, frozenset(order)), settings, progress)
+    records, failed = {}, []
+    with contextlib.closing(done), tqdm(total=len(order), desc="study", unit="run", disable=not progress or not order) as bar:
+        for record in done:
+            if record.status != "done" or settings:  # others are written already
+                write_record(record, record_path(folder, record.key))
+            records[record.key] = record
+            bar.update()
+            if record.status != "done":
+                failed.append(record.key)
+                said = record.error.strip()
+                log.error("run %s failed: %s", record.key, said.splitlines()[-1] if said.startswith("Traceback") else said)
+    if len(failed) > 1:
+        log.error("%d of %d runs failed; their records say how: %s", len(failed), len(order), ", ".join(failed))
+    return records
+
+
+def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
+    """The record of a run, or one that says that there is none; nothing is written."""
+    if record_path(folder, key).is_file():
+        return read_record(record_path(folder, key))
+    return RunRecord(spec.flat(), key, "missing", f"not computed: no record in {folder.name}/")
+
+
+def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """One row per record, as `run_study` describes."""
+    rows = [
+        {
+            **record.spec,
+            "fit": fit_name(record.spec),
+            "recipe": recipe_name(record.spec),
+            **{name: value for name, value in record.metrics.items() if not isinstance(value, dict | list)},
+            **{f"seconds_{phase}": value for phase, value in record.seconds.items()},
+            **{f"flops_{phase}": value for phase, value in record.flops.items()},
+            "peak_memory_bytes": record.peak_memory_bytes,
+            **{f"peak_memory_bytes_{phase}": value for phase, value in record.peak_memory_bytes_by_phase.items()},
+            **{f"added_memory_bytes_{phase}": value for phase, value in record.added_memory_bytes_by_phase.items()},
+            "key": record.key,
+            "status": record.status,
+            "error": record.error,
+        }
+        for record in records
+    ]
+    # A study of nothing has the columns that every study has.
+    always = [*options(), "fit", "recipe", "key", "status", "error"]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=always)

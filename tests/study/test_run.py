@@ -1,0 +1,275 @@
+import copy
+import gc
+import math
+import shutil
+import weakref
+
+import pytest
+import torch
+from fixtures.models import make_model
+from fixtures.runs import comparable, record_of, result_of
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import recon
+from recon.config import PruningConfig, ReconstructionConfig
+from recon.data import models
+from recon.errors import ReconError
+from recon.model.discovery import decompose
+from recon.runtime.execution import Execution
+from recon.study.report import share_recovered
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_folder, tiny_text):
+    return recon.RunSpec.of(
+        model=str(tiny_folder),
+        text=str(tiny_text),
+        samples=6,
+        epochs=1,
+        sequence_length=32,
+        held_out_samples=3,
+        evaluation_texts=(str(tiny_text),),
+        evaluation_samples=3,
+        evaluation_length=64,
+    )
+
+
+@pytest.fixture(scope="module")
+def record(spec):
+    return record_of(spec)
+
+
+def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
+    assert record.status == "done" and record.error is None
+    assert record.spec == spec.flat() and record.key == spec.key()
+    assert record.metrics["sparsity"] == 0.5
+    assert record.metrics["pruned_perplexity"] > 1 and math.isfinite(record.metrics["perplexity"])
+    assert {"total", "prune", "reconstruct", "evaluate"} <= set(record.seconds)
+    assert record.seconds["total"] >= record.seconds["reconstruct"] > 0
+    assert record.peak_memory_bytes == max(record.peak_memory_bytes_by_phase.values()) > 0
+    added = record.added_memory_bytes_by_phase
+    assert 0 <= added["reconstruct"] < record.peak_memory_bytes_by_phase["reconstruct"]
+    assert record.tokens == {"prune": 6 * 32, "reconstruct": 6 * 32, "retrain": 6 * 32, "held_out": 3 * 32, "evaluation": 3 * 63}
+    assert "3 consecutive windows of" in record.protocol["evaluation"] and "x 64 tokens" in record.protocol["evaluation"]
+    assert record.protocol["dense"] == "float32" and "pruned" not in record.protocol
+    assert {"git_commit", "git_dirty", "packages", "device", "threads", "compute_dtype"} <= set(record.environment)
+    assert len(record.windows) == 8 and [len(window["losses"]) for window in record.windows] == [6, 4 * 6] * 4
+    assert len(record.metrics["drift"]) == len(record.metrics["drift_pruned"]) == 4
+
+
+def test_the_share_is_computed_from_the_perplexities_of_the_record(record):
+    metrics = record.metrics
+    lost = math.log(metrics["pruned_perplexity"] / metrics["dense_perplexity"])
+    left = math.log(metrics["perplexity"] / metrics["dense_perplexity"])
+    if lost > 0:
+        assert metrics["share_recovered"] == pytest.approx(1 - left / lost)
+    else:
+        assert metrics["share_recovered"] is None
+
+
+@pytest.mark.parametrize(
+    "values, share",
+    [
+        ((10, 40, 10), 1.0),
+        ((10, 40, 40), 0.0),
+        ((10, 40, 20), 0.5),
+        ((10, 40, 160), -1.0),
+        ((10, 9, 9), None),
+        ((10, math.inf, 9), None),
+    ],
+)
+def test_share_recovered(values, share):
+    assert share_recovered(*values) == (None if share is None else pytest.approx(share))
+
+
+def test_the_same_spec_gives_the_same_record(spec, record):
+    assert comparable(record_of(spec)) == comparable(record)
+
+
+def test_a_run_among_others_equals_a_run_alone(spec, record):
+    assert record.shared == []
+    session = recon.Session(activation_bytes=2**30)
+    first = record_of(spec.replaced(granularity="none"), session)
+    assert first.shared == []
+    shared = record_of(spec, session)
+    assert shared.shared == ["model", "held-out", "dense", "pruned", "measure pruned"]
+    assert comparable(shared) == comparable(record)
+    other = record_of(spec.replaced(seed=1), session)
+    assert other.shared == ["model", "held-out", "dense"]
+    assert other.protocol["token_hashes"] != record.protocol["token_hashes"]
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_nothing_of_one_model_is_in_memory_when_the_next_is_loaded(stream, spec, tiny_folder, tmp_path, monkeypatch):
+    session, other = recon.Session(activation_bytes=2**20), shutil.copytree(tiny_folder, tmp_path / "other")
+    spec = spec.replaced(granularity="none")
+    found = [result_of(spec, session, save=tmp_path / "pruned").model]
+    found += [result_of(spec.replaced(pruned=str(tmp_path / "pruned")), session).model, session.load(*spec.loaded_by)[0].model]
+    before = [weakref.ref(model) for model in found]
+    found.clear()
+    seen, read = [], models.AutoTokenizer.from_pretrained
+
+    def look(*args, **options):  # the first thing that is read
+        gc.collect()
+        seen.append([model() for model in before])
+        return read(*args, **options)
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", look)
+    monkeypatch.setattr("recon.study.unfinished.cache_folder", lambda: tmp_path)
+    record_of(spec.replaced(model=str(other)), session, stream=stream)
+    assert seen[0] == [None, None, None]
+
+
+def test_prune_only_changes_nothing_after_pruning(spec, record):
+    pruned = record_of(spec.replaced(granularity="none"))
+    assert pruned.metrics["perplexity"] == pruned.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
+    assert pruned.seconds["reconstruct"] == 0 and pruned.windows == []
+    assert pruned.metrics["drift"] == pruned.metrics["drift_pruned"]
+
+
+@pytest.mark.parametrize("criterion", ["sparsegpt", "wanda"])
+def test_a_pruned_state_that_is_reused_is_that_of_the_criterion(spec, criterion):
+    """SparseGPT also changes the weights that stay; they must survive being shared between runs."""
+    only = spec.replaced(criterion=criterion, granularity="none")
+    session = recon.Session()
+    first = result_of(only, session).model
+    record_of(only.replaced(granularity="block"), session)
+    again = result_of(only, session).model
+    dense = session.load(*only.loaded_by)[0].matrices()
+    changed = 0
+    for name, matrix in decompose(first).matrices().items():
+        assert torch.equal(matrix.weight, again.get_submodule(name).weight)
+        kept = matrix.weight != 0
+        changed += int((matrix.weight[kept] != dense[name].weight[kept]).sum())
+    assert (changed > 0) == (criterion == "sparsegpt")
+
+
+@pytest.mark.parametrize("retrain", ["masklora", "full"])
+def test_retraining_follows_reconstruction(spec, record, retrain):
+    found = record_of(spec.replaced(retrain=retrain, retrain_epochs=3, retrain_objective="distil"))
+    assert found.windows and found.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
+    assert found.metrics["kl"] < record.metrics["kl"]
+    assert found.metrics["sparsity"] == 0.5
+    assert len(found.retraining["losses"]) == 3 * spec.calibration.samples and found.seconds["retrain"] > 0
+    assert found.flops["retrain"] > 0 and found.flops["reconstruct"] == record.flops["reconstruct"]
+
+
+def test_samples_by_phase_are_the_first_of_one_draw(spec, record):
+    """With as many samples as before to prune and reconstruct with, more for retraining change nothing that comes before."""
+    more = record_of(spec.replaced(retrain="masklora", retrain_samples=9))
+    assert more.tokens["retrain"] == 9 * 32
+    assert more.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
+    for window, other in zip(more.windows, record.windows, strict=True):
+        assert window["losses"] == other["losses"]
+
+
+def test_lora_says_what_its_mask_costs(spec):
+    found = record_of(spec.replaced(granularity="none", retrain="lora", retrain_learning_rate=3e-3)).metrics
+    assert found["sparsity"] == 0.5 and found["perplexity_before_masking"] != found["perplexity"]
+
+
+def test_the_dense_control_is_not_pruned(spec):
+    found = record_of(spec.replaced(criterion="none", granularity="none", retrain="masklora")).metrics
+    assert found["sparsity"] == 0 and found["pruned_perplexity"] == found["dense_perplexity"] != found["perplexity"]
+    assert found["share_recovered"] is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pattern": "2:5"}, r"self_attn.q_proj has 32 input columns, which do not divide into the groups of 5"),
+        ({"model": "gpt-17"}, r"unknown model 'gpt-17'; bundled: smollm2-135m"),
+        ({"text": "wikipaedia"}, r"'wikipaedia'"),
+        (
+            {"samples": 100_000},
+            r"100000 samples of 32 tokens are more than the calibration split of text .* holds: it has \d+ tokens",
+        ),
+        ({"held_out_samples": 100_000}, r"more than the validation split"),
+        ({"evaluation_samples": 100_000}, r"more than the evaluation split"),
+        ({"sequence_length": 300, "samples": 1, "held_out_samples": 0}, r"sequence length 300 is more than the 256 tokens"),
+        ({"evaluation_length": 300}, r"sequence length 300 is more than the 256 tokens"),
+        ({"granularity": "9-blocks"}, r"windows of 9 blocks, but the model has 4"),
+        ({"device": "warp"}, r"device 'warp' cannot be used here"),
+    ],
+)
+def test_what_the_model_or_text_cannot_do_is_refused_before_anything_long(spec, change, message, monkeypatch):
+    monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("computed before it was checked"))
+    with pytest.raises(ReconError, match=message):
+        record_of(spec.replaced(**change))
+
+
+def test_an_empty_text_is_refused(spec, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    with pytest.raises(ReconError, match="empty"):
+        record_of(spec.replaced(text=str(empty)))
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        ("bloom", {}, r"half-block windows do not fit this model: block 0 \(BloomBlock\)"),
+        ("bert", {}, r"BertLMHeadModel is not a causal language model"),
+        ("mixtral", {"granularity": "matrix"}, r"matrix windows do not fit this model: .* has experts"),
+        ("mixtral", {"retrain": "masklora"}, r"one expert's part of a parameter"),
+        ("mixtral", {"criterion": "flap", "pattern": "0.2"}, r"is an expert's; whole heads and neurons"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(spec, family, change, message, tmp_path, tiny_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    make_model(family, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ReconError, match=message):
+        record_of(spec.replaced(model=str(tmp_path), **change))
+
+
+def test_a_model_with_experts_runs_and_names_those_that_starve(spec, tmp_path, tiny_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    make_model("mixtral", vocab_size=len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    record = record_of(spec.replaced(model=str(tmp_path), samples=2, sequence_length=16))
+    assert record.status == "done" and record.metrics["sparsity"] == 0.5
+    starved = record.metrics["under_calibrated_matrices"]
+    assert starved and set(starved) < set(record.metrics["sparsity_by_matrix"])
+
+
+def test_nan_weights_are_named(spec, tmp_path, tiny_folder):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name][0, :3] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ReconError, match=rf"'{name}' holds 3 NaN or infinite values"):
+        record_of(spec.replaced(model=str(folder)))
+
+
+def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
+    """The README's five lines."""
+    model, tokenizer = recon.load(str(tiny_folder))
+    samples = recon.sample_tokens(str(tiny_text), "calibration", tokenizer, samples=6, sequence_length=32, seed=0)
+    pruned = copy.deepcopy(model)
+    recon.prune(pruned, samples, PruningConfig(criterion="wanda", pattern="2:4"), execution=Execution(progress=False))
+    before = decompose(pruned, like=decompose(model)).matrices()
+    zeros = {name: matrix.weight == 0 for name, matrix in before.items()}
+    recon.reconstruct(pruned, model, samples, ReconstructionConfig(granularity="half-block"), execution=Execution(progress=False))
+    assert all(torch.equal(pruned.get_submodule(name).weight == 0, zero) for name, zero in zeros.items())
+    held_out = recon.sample_tokens(str(tiny_text), "evaluation", tokenizer, samples=2, sequence_length=64)
+    untouched = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert recon.perplexity(model, held_out) == recon.perplexity(untouched, held_out)
+    assert math.isfinite(recon.perplexity(pruned, held_out).value)
+
+
+def test_a_frozen_model_is_taken_apart_like_any_other(tiny, tokens):
+    frozen = tiny("llama").requires_grad_(False)
+    expected, found = recon.decompose(tiny("llama")), recon.decompose(frozen)
+    for window in expected.windows("half-block"):
+        assert list(found.parameters(window)) == list(expected.parameters(window)) != []
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())

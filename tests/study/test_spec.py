@@ -1,0 +1,109 @@
+"""What a run is asked for and how it is carried out: keys of runs, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from fixtures.models import make_model
+
+import recon
+from recon.data import text
+from recon.errors import ReconError
+from recon.study import spec as config
+from recon.study.spec import options
+
+
+@pytest.fixture
+def spec(tiny_folder, tiny_text):
+    return recon.RunSpec.of(model=tiny_folder, text=tiny_text, samples=6, sequence_length=32, evaluation_texts=tiny_text)
+
+
+def another(name: str, value: object) -> object:
+    """An allowed value of an option other than `value`."""
+    fixed = {
+        "pattern": "2:4", "granularity": "block", "evaluation_texts": ("news",), "text": "news", "tasks": ("analogies",), "device": "cpu",
+        "revision": "main", "pruned_revision": "v1", "chunks": 2,
+    }  # fmt: skip
+    choices = tuple(options()[name].metadata["choices"])
+    if name in fixed or choices:
+        return fixed.get(name) or next(choice for choice in reversed(choices) if choice != value)
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 or 0.1
+
+
+def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_path, tiny_text):
+    assert spec.replaced().key() == spec.key()
+    asked = {"solver": {"granularity": "matrix", "solver": "exact"}, "criterion": {"criterion": "ria"}}
+    names = options().keys() - {"model", "pruned"}  # which are hashed by content: see below
+    changed = {name: spec.replaced(**asked.get(name, {name: another(name, spec.get(name))})) for name in names}
+    assert len({spec.key(), *(other.key() for other in changed.values())}) == len(names) + 1
+    other = tmp_path / "text.txt"
+    other.write_text(Path(tiny_text).read_text() + "\n\nOne more paragraph.")
+    assert spec.replaced(text=str(other)).key() != spec.key()
+    assert text.fingerprint(str(other)) != text.fingerprint(tiny_text)
+
+
+def test_as_many_samples_said_in_another_way_are_the_same_run(spec):
+    said = spec.replaced(prune_samples=6, retrain_samples=6)
+    assert said.key() == spec.key()
+    # What was said stands when another number of samples is asked for.
+    assert said.replaced(samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 6}
+    assert spec.replaced(prune_samples=6, samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "lengths"),
+    [
+        ("llama", {"max_position_embeddings": 256}, (256, 256)),
+        ("llama", {"max_position_embeddings": 700}, (512, 700)),
+        ("llama", {"max_position_embeddings": 8192}, (512, 1024)),
+        ("gpt2", {"n_positions": 128}, (128, 128)),
+        ("bart", {"max_position_embeddings": 64}, (128, 128)),  # half for the encoder, half for the decoder
+        ("t5", {}, (512, 1024)),  # it does not tell
+    ],
+)
+def test_lengths_that_are_not_given_fit_the_model(spec, config_folder, model, changes, lengths):
+    asked = recon.RunSpec.of(
+        model=config_folder(make_model(model, **changes).config.to_dict()), text="news", evaluation_texts="news"
+    )
+    found = asked.resolved()
+    assert (found.calibration.sequence_length, found.evaluation.length) == lengths
+    assert found == asked.replaced(sequence_length=lengths[0], evaluation_length=lengths[1]) == found.resolved()
+    assert asked.key() == found.key() != asked.replaced(evaluation_length=lengths[1] - 1).key()
+    # What is given stands, even where it is too long: the run refuses it.
+    assert asked.replaced(sequence_length=4000).resolved().calibration.sequence_length == 4000
+
+
+def test_the_lengths_of_a_model_that_cannot_be_read_stay_open(tmp_path):
+    asked = recon.RunSpec.of(model=str(tmp_path))
+    assert asked.resolved() == asked
+
+
+def test_an_option_added_later_does_not_disown_old_records(spec, monkeypatch):
+    """A key is a hash of what differs from the defaults."""
+    before, known = spec.key(), options()
+    value = {"new": known["seed"].default}
+    monkeypatch.setattr(config, "options", lambda: known | {"new": known["seed"]})
+    monkeypatch.setattr(recon.RunSpec, "decisive", lambda self: self.flat() | value)
+    monkeypatch.setattr(recon.RunSpec, "flat", lambda self: {name: self.get(name) for name in known})
+    assert spec.key() == before
+    value["new"] = 1
+    assert spec.key() != before
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"stream": "maybe"}, ["stream is 'maybe'", "auto, yes, no"]),
+        ({"save_dtype": "int8", "save": "there"}, ["save_dtype is 'int8'", "float32, bfloat16, float16"]),
+        ({"save_dtype": "float16"}, ["save_dtype is 'float16'", "no folder to save to"]),
+        ({"executor": "dask"}, ["'dask'", "serial, ray"]),
+        ({"force": "yes"}, ["force is 'yes'"]),
+    ],
+)
+def test_how_a_run_is_carried_out_is_checked(wrong, words):
+    with pytest.raises(ReconError) as error:
+        recon.RunOptions(**wrong)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_place_to_save_may_be_a_string():
+    assert recon.RunOptions(save="there").save == Path("there")
