@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fixtures.processes import heed_interrupts
 from fixtures.runs import record_of
-from recon.studies.run import RunResult
+from recon.study.studies.run import RunResult
 
 import recon
 from recon.errors import ReconError
@@ -281,7 +281,7 @@ def test_a_worker_writes_the_record_where_it_sees_the_study(base, tmp_path, monk
         return RunResult(record, None)
 
     monkeypatch.setattr(studies, "run", run)
-    worker = study._Recorded(tmp_path, frozenset({"one"}))
+    worker = studies._Recorded(tmp_path, frozenset({"one"}))
     worker(base, None, False)
     assert not list(tmp_path.iterdir())  # a folder of that name, but not the one of a study
     (tmp_path / ".lock").touch()
