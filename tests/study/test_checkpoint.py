@@ -112,7 +112,7 @@ def test_killed_at_any_moment_the_folder_is_there_with_its_record_or_not_at_all(
             assert files.shards(folder) and written.key == spec.key() and written.seconds["total"] > written.seconds["save"] > 0
         if folder.exists() and before is None:
             before, left = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}, 0
-            monkeypatch.setattr("recon.studies.run._Run.execute", lambda *_: pytest.fail("computed anew"))
+            monkeypatch.setattr("recon.study.run._Run.execute", lambda *_: pytest.fail("computed anew"))
     assert states.count(False) > 6 and states.count(True) > 1
     assert record.to_dict() == written.to_dict()
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()} == before

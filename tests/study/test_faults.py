@@ -212,7 +212,7 @@ def test_a_run_that_is_killed_ends_with_its_record_when_it_is_repeated(stream, p
     assert any(path.suffix in (".part", ".unfinished") for path in tmp_path.iterdir()) == (stream == "yes" or place != "record")
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in saved.rglob("*")}
     if place == "record":
-        monkeypatch.setattr("recon.studies.run._Run.execute", lambda *_: pytest.fail("computed anew"))
+        monkeypatch.setattr("recon.study.run._Run.execute", lambda *_: pytest.fail("computed anew"))
     main(command)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "saved"]
@@ -248,7 +248,7 @@ def test_a_failure_leaves_no_trace_in_the_runs_after_it(spec, tmp_path, monkeypa
             raise RuntimeError("out of pencils")
         return calls[-1]
 
-    monkeypatch.setattr("recon.studies.run.reconstruct", fail_once)
+    monkeypatch.setattr("recon.study.run.reconstruct", fail_once)
     found = run_study(specs, tmp_path, progress=False)
     assert list(found.status) == ["failed", "done"]
     assert found.perplexity[1] == record_of(specs[1]).metrics["perplexity"]

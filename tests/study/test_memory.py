@@ -141,7 +141,7 @@ MEASURED = {
 MEASURE = """
 import json, sys
 from recon.study.plan import plan
-from recon.studies.run import run
+from recon.study.run import run
 from recon.study.spec import RunOptions, RunSpec
 from recon.runtime.device import limit_compiled_shapes
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from fixtures.models import make_model
 from fixtures.runs import Death, Killed, comparable, options, record_of, result_of
-from recon.studies.run import _Run
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -33,6 +32,7 @@ from recon.runtime.folder_store import FolderStore
 from recon.study import environment, streaming
 from recon.study.home import OnDisk
 from recon.study.record import read_record
+from recon.study.run import _Run
 from recon.study.spec import RunOptions
 
 
@@ -285,7 +285,7 @@ def test_what_a_dtype_cannot_hold_is_named_before_anything_long(stream, spec, ti
     content[name][1, 2] = -1e5
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
     spec = spec.replaced(model=str(folder))
-    monkeypatch.setattr("recon.studies.run._Run.measure_dense", lambda *_: pytest.fail("has begun to compute"))
+    monkeypatch.setattr("recon.study.run._Run.measure_dense", lambda *_: pytest.fail("has begun to compute"))
     with pytest.raises(ReconError, match=rf"'{name}' holds 1e\+05.*float16.*6.55e\+04.*bfloat16"):
         record_of(spec, save=tmp_path / "saved", stream=stream, save_dtype="float16")
     with pytest.raises(ReconError, match="save_dtype is 'float16', but no folder to save to is named"):

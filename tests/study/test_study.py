@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from fixtures.processes import heed_interrupts
 from fixtures.runs import record_of
-from recon.study.studies.run import RunResult
 
 import recon
 from recon.errors import ReconError
 from recon.study import executors, studies
 from recon.study.record import RunRecord, read_record
+from recon.study.run import RunResult
 from recon.study.spec import options
 from recon.study.studies import fit_name, fit_options, grid, recipe_name, record_path, run_study
 
