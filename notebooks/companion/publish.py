@@ -1,0 +1,233 @@
+"""One look for every figure, one way to save it with its data and origin, and the page that shows all of a profile."""
+
+import json
+import os
+import re
+import subprocess
+import textwrap
+import zlib
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+import seaborn as sns
+from IPython.display import HTML, display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+ROOT = Path(__file__).resolve().parents[2]
+PROFILES = {  # -> the folders of figures and of records
+    "quick": ("build/quick/figures", "build/quick/records"),
+    "laptop": ("figures", "results/laptop"),
+    "paper": ("figures/paper", "results/paper"),
+}
+# What belongs together, in the order of its colours, markers and lines.
+_BLUE, _ORANGE, _GREEN, _PURPLE, _GOLD = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b"
+_SIZES = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
+_RAMP = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.85 * place / 7)) for place in range(8)]
+_GROUPS = [
+    (_SIZES, _RAMP),
+    (["sparsegpt", "magnitude", "wanda", "ria", "flap", "random"], [_BLUE, _ORANGE, _GREEN, _PURPLE, _GOLD, "0.6"]),
+    (["reconstruction", "masklora", "full", "lora", "scalelora", "norms"], [_BLUE, _ORANGE, _GREEN, "0.4", "0.55", "0.7"]),
+    (["dense propagation", "sparse propagation", "mixed propagation"], [_BLUE, _ORANGE, _GREEN]),
+    (["whitened", "mse", "cosine"], [_BLUE, _ORANGE, _GREEN]),
+    (["smollm2-135m", "gemma3-270m"], [_BLUE, _ORANGE]),
+    (["reconstructed", "pruned", "dense"], [_BLUE, "0.3", "0.3"]),
+    (["ours", "reference"], [_BLUE, _ORANGE]),  # loops of `recon bench`
+]
+_MARKERS, _LINES = "os^DvP*h", ["-", "--", "-.", ":"]
+_LOOK = {
+    name: {"color": colour, "marker": _MARKERS[place], "linestyle": _LINES[place % 4]}
+    for names, colours in _GROUPS
+    for place, (name, colour) in enumerate(zip(names, colours))
+}
+
+
+class MissingRecords(Exception):
+    """Raised by a notebook that has no finished run to draw from."""
+
+    def __init__(self, profile: str, notebook: str):
+        super().__init__(f"no records yet: run ./run_all.sh {profile} {notebook}")
+
+
+def folders(profile: str, output: Path | str = "") -> tuple[Path, Path]:
+    """Where a notebook writes: (figures, records), those of `profile`, or folders inside `output`, which is relative to the checkout."""
+    figures, records = (f"{output}/figures", f"{output}/records") if output else PROFILES[profile]
+    return ROOT / figures, ROOT / records
+
+
+def style() -> None:
+    """Sets the look of all figures: colours for colour-blind readers, text in PDFs that stays text."""
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind")
+    plt.rcParams |= {"figure.figsize": (5.5, 3.4), "figure.dpi": 110, "savefig.bbox": "tight", "pdf.fonttype": 42}
+
+
+def look(name: str) -> dict:
+    """Colour, marker and line style of a granularity, criterion, method, loss, model, state or loop, the same in every figure.
+
+    "<size> from exact" is the size with another marker; what varies a method ("..., distilled", "reconstruction, then ...",
+    "dense, ...") is grey and keeps its marker. A name that is not known, such as another model's, is grey, with a marker by its name.
+    """
+    base = re.sub(r" from exact$|, distilled$|^dense, |^reconstruction, then ", "", name)
+    digest = zlib.crc32(base.encode())
+    shown = _LOOK.get(base, {"color": "0.5", "marker": _MARKERS[digest % 8], "linestyle": _LINES[digest // 8 % 4]})
+    if base == name:
+        return dict(shown)
+    if name.endswith("exact"):
+        return shown | {"marker": "P", "linestyle": ":"}
+    return shown | {"color": "0.15" if "then" in name else "0.45" if "distilled" in name else "0.65", "linestyle": ":"}
+
+
+def looks(names: Iterable[str]) -> dict:
+    """The same for seaborn: the arguments `palette` and `markers` of a plot whose hue and style are `names`."""
+    names = list(dict.fromkeys(names))
+    return {part: {name: look(name)[key] for name in names} for part, key in (("palette", "color"), ("markers", "marker"))}
+
+
+def lower_is_better(ax: Axes, axis: str = "y") -> None:
+    """Says in the label of `axis` ("x" or "y") that smaller values are better."""
+    label, note = getattr(ax, f"get_{axis}label")(), f"(lower is better {'←' if axis == 'x' else '↓'})"
+    getattr(ax, f"set_{axis}label")(f"{label}{' ' if axis == 'x' else chr(10)}{note}".strip())
+
+
+def log_scale(ax: Axes, axis: str = "y") -> None:
+    """Makes `axis` ("x" or "y") logarithmic, with plain numbers at a few round places; call it once all is drawn."""
+    getattr(ax, f"set_{axis}scale")("log")
+    low, high = getattr(ax, f"get_{axis}lim")()
+    places = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
+    ticks = getattr(ax, f"{axis}axis")
+    ticks.set_major_locator(LogLocator(subs=places, numticks=20))
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def number(value: float) -> str:
+    """`value` to three digits, zeros at the end included, so that labels beside one another are of one precision."""
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def setting(runs: pd.DataFrame) -> str:
+    """How `runs` (a row each, options by flat name) were made and measured: what all have in common, and their seeds."""
+    say = [
+        "{model}", "{criterion} {pattern}", "{samples} x {sequence_length} tokens of {text}", "pruned on {prune_samples} samples",
+        "{statistics} statistics", "{propagation} propagation", "{loss} loss",
+        "perplexity on {evaluation_samples} x {evaluation_length} tokens",
+    ]  # fmt: skip
+    shared = {name: runs[name].iloc[0] for name in runs if runs[name].astype(str).nunique() == 1}
+    words = [part.format(**shared) for part in say if set(re.findall(r"{(\w+)}", part)) <= shared.keys()]
+    seeds = sorted(set(runs["seed"]))
+    return ", ".join([*words, f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"])
+
+
+def publish(
+    figure: Figure,
+    name: str,
+    folder: Path,
+    data: pd.DataFrame,
+    caption: str,
+    keys: Iterable[str],
+    finding: str = "",
+) -> None:
+    """Writes `<name>.pdf`, `.png`, `.csv` and `.json` into `folder`, and shows the figure with its caption.
+
+    Args:
+        data: what is drawn, a row per mark.
+        caption: how the runs were made and measured, and what is drawn.
+        keys: of the run records behind it; the JSON file holds them with caption, finding and the commit of this code.
+        finding: a sentence computed from `data`; it becomes the figure's title.
+    """
+    if finding:
+        _title(figure, finding)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # so that drawing again changes nothing
+    figure.savefig(folder / f"{name}.png", dpi=200)
+    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+    origin = {"name": name, "finding": finding, "caption": caption, "records": sorted(set(keys)), "commit": commit()}
+    (folder / f"{name}.json").write_text(json.dumps(origin, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    plt.show()
+    plt.close(figure)
+    display(HTML(f"<p><small>{escape(caption)}</small></p>"))
+    print(os.path.relpath(folder / f"{name}.png", ROOT))
+
+
+def _title(figure: Figure, finding: str) -> None:
+    """Writes `finding` above all that is drawn, in lines as wide as that."""
+    figure.draw_without_rendering()  # puts everything in its place, where it stays
+    figure.set_layout_engine("none")
+    box, (width, height) = figure.get_tightbbox(figure.canvas.get_renderer()), figure.get_size_inches()
+    lines = textwrap.wrap(finding, max(30, int(11.5 * box.width)))  # characters of this size to an inch
+    place = {"x": box.x0 / width, "y": (box.y1 + 0.1) / height, "ha": "left", "va": "bottom"}
+    figure.suptitle("\n".join(lines), **place, fontsize=10, fontweight="bold")
+
+
+def commit() -> str:
+    """The commit of this checkout, with "-dirty" where code differs from it; empty outside git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "--", "recon", "notebooks"))
+
+
+def notebooks() -> list[Path]:
+    """The notebooks of this checkout, in their order."""
+    return sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def title(notebook: Path) -> str:
+    """The heading of a notebook."""
+    return nbformat.read(notebook, as_version=4).cells[0].source.splitlines()[0].lstrip("# ")
+
+
+def drawn(notebook: Path) -> list[str]:
+    """The names of the figures that a notebook publishes, in their order."""
+    return re.findall(r'publish\(\s*\w+,\s*"([\w-]+)"', "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells))
+
+
+def gallery(profile: str, claims: str = "", folder: Path | None = None) -> str:
+    """The page of all figures: writes README.md into the figure folder of `profile` and returns it; claims: their verdicts."""
+    folder = folder or folders(profile)[0]
+    up = Path(os.path.relpath(ROOT, folder)).as_posix()
+    page = ["# Gallery", "Every figure with what it shows, its data, and the runs behind it. Written by `companion.publish`."]
+    if (folder / "claims.png").exists():
+        page += ["## The paper's claims", *_entry(folder, "claims", f"`./run_all.sh figures {profile}`")]
+    page += [claims] if claims else []
+    tables = sorted((folder / "tables").glob("*.md"), key=lambda path: (path.stem.startswith("appendix"), path.stem))
+    page += ["## Tables"] * bool(tables) + [re.sub(r"^#", "###", path.read_text("utf-8").strip(), flags=re.M) for path in tables]
+    missing: dict[str, Sequence[str]] = {}
+    for notebook in notebooks():
+        names = drawn(notebook)
+        there = [name for name in names if (folder / f"{name}.json").exists()]
+        missing |= {notebook.stem: gone} if (gone := [name for name in names if name not in there]) else {}
+        if there:
+            page += [
+                f"## {title(notebook)}",
+                f"[Notebook]({up}/notebooks/{notebook.name}), `./run_all.sh {profile} {notebook.stem}`",
+            ]
+            page += [part for name in there for part in _entry(folder, name)]
+    if missing:
+        page += ["## Not drawn yet", "\n".join(f"- {', '.join(names)} ({stem})" for stem, names in missing.items())]
+    text = "\n\n".join(page) + "\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _entry(folder: Path, name: str, command: str = "") -> list[str]:
+    """A figure as paragraphs of the gallery."""
+    figure = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    count = len(figure["records"])
+    links = [f"[data]({name}.csv)", f"[{count} record{'s' * (count != 1)}]({name}.json)", f"[PDF]({name}.pdf)"]
+    heading = [] if command else [f"### {name.replace('-', ' ').capitalize()}"]
+    words = " ".join(f"{figure['finding']}".replace("[", "(").replace("]", ")").split())
+    return [
+        *heading,
+        figure["finding"],
+        f"![{words}]({name}.png)",
+        figure["caption"],
+        " · ".join([*[command] * bool(command), *links]),
+    ]
