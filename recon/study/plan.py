@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from recon.data import models
 from recon.errors import ReconError
 from recon.kernels import criteria
 from recon.model.decoder import Decoder
+from recon.model.windows import Window
+from recon.runtime.attention import CHUNK, LONGEST
 from recon.runtime.device import (
     COMPUTE_DTYPES,
     HOST,
@@ -237,6 +240,55 @@ def _tokens(spec: RunSpec) -> dict[str, int]:
     }
     tokens = {name: spec.samples_by_phase[name] * spec.calibration.sequence_length for name, there in phases.items() if there}
     return {**tokens, "evaluate": len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length}
+
+
+# --- one window -----------------------------------------------------------------------------------------------------------
+
+
+def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device | None = None) -> dict[str, int]:
+    """Bytes of the largest window of a run of `spec`, counted from shapes, by what they are for; empty where none is reconstructed.
+
+    "parameters": what it takes to run the window, float32. "gradients" and "moments" (AdamW's two): of what is trained, float32.
+    "copies": weights to roll back to, weights rounded for products, masks to multiply by. "activations": what the forward pass of one
+    batch keeps for the backward pass. "statistics": Gram matrices, where matrices are solved exactly.
+
+    decoder: the model, or its shapes alone. device: where windows are computed; default: the spec's.
+    """
+    device = pick_device(spec.compute.device) if device is None else device
+    if spec.reconstruction.granularity == "none":
+        return {}
+    windows = memory.distinct(decoder, spec.reconstruction.granularity)
+    found = [
+        _window_memory(decoder, window, spec, planned_dtype(spec.compute.compute_dtype, device), device) for window in windows
+    ]
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def _window_memory(decoder: Decoder, window: Window, spec: RunSpec, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    how, length, config = spec.reconstruction, spec.calibration.sequence_length, decoder.model.config.get_text_config()
+    matrices, adapted = decoder.matrices(window), how.adapter != "none"
+    shapes, rounds = [matrix.weight.shape for matrix in matrices.values()], dtype != torch.float32
+    groups = [group for index in window.blocks for group in decoder.groups[index] if group[0] in matrices]
+    weights, before = sum(map(math.prod, shapes)), sum(p.numel() for p in decoder.trained(window, how.train).values())
+    trained = how.rank * sum(map(sum, shapes)) if adapted else before
+    # Rounded, each matrix has an input of its own; else those of a group share it. Norms keep what they read and what they give.
+    read = [each for group in groups for each in (group if rounds else group[:1])]
+    width = sum(m.share * (m.weight.shape[0] + (name in read) * m.weight.shape[1]) for name, m in matrices.items())
+    per_token = dtype.itemsize * width + (0 if window.matrices else 2 * 4 * config.hidden_size * window.halves)
+    if rounds and device.type == "cpu" and window.mixes_tokens and CHUNK < length <= LONGEST:  # see `recon.runtime.attention`
+        heads = getattr(config, "num_attention_heads", 0) or 0
+        per_token += dtype.itemsize * heads * (length + CHUNK) / 2 * len(window.blocks)
+    tokens = min(how.batch_size, spec.calibration.samples) * length // how.chunks_of(window, length)
+    masked = (how.adapter in ("none", "masklora")) * (2 if device.type == "cpu" else 1)
+    descends, solves = how.solver == "adamw", "exact" in (how.solver, how.start)
+    return {
+        "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),
+        "gradients": descends * 4 * trained,
+        "moments": descends * 8 * trained,
+        "copies": 4 * before + descends * weights * (masked + dtype.itemsize * (rounds or adapted)),
+        "activations": descends * int(tokens * per_token),
+        "statistics": solves * 4 * sum(matrices[group[0]].weight.shape[1] ** 2 for group in groups),
+    }
 
 
 # --- devices that need not be here ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fixtures.families import small_model
+from fixtures.models import make_model
 from fixtures.runs import record_of
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,30 @@ def spec(tiny_folder, tiny_text):
         model=tiny_folder, text=tiny_text, samples=8, epochs=1, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=64, criterion="magnitude",
     )  # fmt: skip
+
+
+def test_memory_of_a_window_is_counted():
+    """Gradients, two moments and the copy of a window follow from what is trained in it; activations from its batch."""
+    decoder, base = decompose(make_model("llama", num_hidden_layers=4)), RunSpec.of(sequence_length=32, compute_dtype="float32")
+    assert plan.window_memory(decoder, base.replaced(granularity="none")) == {}
+    found = {
+        name: plan.window_memory(decoder, base.replaced(granularity=name))
+        for name in ("half-block", "block", "2-blocks", "model")
+    }
+    trained = sum(p.numel() for p in decoder.trained(decoder.windows("block")[0], "matrices").values())
+    for name, blocks in (("block", 1), ("2-blocks", 2), ("model", 4)):
+        assert found[name]["gradients"] == 4 * blocks * trained and found[name]["moments"] == 8 * blocks * trained
+        assert (
+            found[name]["copies"] == (4 + 2) * blocks * trained
+            and found[name]["activations"] == blocks * found["block"]["activations"]
+        )
+    assert sum(found["half-block"].values()) < sum(found["block"].values())
+    rounded = plan.window_memory(decoder, base.replaced(granularity="block", compute_dtype="bfloat16"))
+    assert rounded["copies"] == (4 + 2 + 2) * trained and rounded["activations"] < found["block"]["activations"]
+    adapted = plan.window_memory(decoder, base.replaced(granularity="block", adapter="masklora", rank=2))
+    assert adapted["moments"] < 0.2 * found["block"]["moments"]
+    exact = plan.window_memory(decoder, base.replaced(granularity="matrix", solver="exact"))
+    assert exact["gradients"] == exact["activations"] == 0 < exact["statistics"]
 
 
 @pytest.mark.parametrize("family, experts", [("qwen3_moe", "num_experts"), ("deepseek_v3", "n_routed_experts")])
