@@ -70,10 +70,10 @@ def style() -> None:
 def look(name: str) -> dict:
     """Colour, marker and line style of a granularity, criterion, method, loss, model, state or loop, the same in every figure.
 
-    "<size> from exact" is the size with another marker; what varies a method ("..., distilled", "reconstruction, then ...",
+    "<size> from exact" and "matrix exact" are the size with another marker; what varies a method ("..., distilled", "reconstruction, then ...",
     "dense, ...") is grey and keeps its marker. A name that is not known, such as another model's, is grey, with a marker by its name.
     """
-    base = re.sub(r" from exact$|, distilled$|^dense, |^reconstruction, then ", "", name)
+    base = re.sub(r"( from)? exact$|, distilled$|^dense, |^reconstruction, then ", "", name)
     digest = zlib.crc32(base.encode())
     shown = _LOOK.get(base, {"color": "0.5", "marker": _MARKERS[digest % 8], "linestyle": _LINES[digest // 8 % 4]})
     if base == name:

@@ -1,0 +1,427 @@
+"""Two sides of a comparison: which runs stand for each, and the effect between them with a bootstrap interval.
+
+An effect is a difference of log-perplexity, or of the divergence from the dense model, in nats per token, or a share of the perplexity gap
+log(pruned / dense). It is paired: both sides have the same seeds and evaluation windows.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from companion.frame import DEFAULTS, METHOD, TUNING, setting
+
+# Two sides are equal within this share of the perplexity gap. For the scale: granularities in the paper are about 0.1 apart at a
+# perplexity of 7.8 (LLaMA-3-8B at 50 %, dense 5.8, by a summary of it; pruned by Wanda 9.06, by the README of D2Prune).
+MARGIN = 0.05
+CLOSE = MARGIN / 2  # a second, stricter margin
+SPREAD_OF_PAPER = math.log((7.8 + 0.1) / 7.8) / math.log(9.06 / 5.8)
+SEEDS = 3  # fewer say nothing about training noise
+MODELS = 3  # of one family; fewer make no trend: two differ in more than their size
+BUDGET = 0.15  # compute is equal within this share
+# Quantiles of Student's t, 1 to 9 degrees of freedom, over those of the normal distribution.
+_T = {
+    0.95: np.array([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]) / 1.960,
+    0.90: np.array([6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833]) / 1.645,
+}
+_SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", re.IGNORECASE)
+
+# --- the interval -----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _draws(count: int, resamples: int, seed: int, stream: int) -> np.ndarray:
+    """Weights (resamples, count) of things drawn with replacement."""
+    # RandomState: its stream is frozen, so that the committed page does not depend on numpy's version.
+    drawn = np.random.RandomState([seed, stream]).randint(0, count, (resamples, count))
+    flat = (drawn + np.arange(resamples)[:, None] * count).ravel()
+    return np.bincount(flat, minlength=resamples * count).reshape(resamples, count) / count
+
+
+def wider(seeds: int, level: float) -> float:
+    """How many times wider than the bootstrap's the spread of means over so many seeds is taken to be; infinite for one."""
+    return math.sqrt(seeds / (seeds - 1)) * _T[level][min(seeds - 1, 9) - 1] if seeds > 1 else math.inf
+
+
+def interval(
+    parts: Sequence[np.ndarray], statistic: Callable, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple:
+    """Bootstrap percentile interval of `statistic` of the means of `parts`, each (means, seeds, windows); level 0.95 or 0.9.
+
+    Seeds are drawn with replacement, then windows; all seeds share their windows, so one draw of windows serves them all
+    (the "pigeonhole" bootstrap: Owen, Annals of Applied Statistics 2007). The bootstrap understates the spread of few
+    seeds, so that deviations of drawn seeds from their mean are widened by sqrt(n / (n - 1)) and by Student's t over normal
+    (as Hesterberg's expanded percentile interval does: The American Statistician 2015). With one seed only windows are drawn.
+    `statistic` gives effects (draws,), or lower and upper bounds of them. NaN where it is NaN in any draw.
+    """
+    means = []
+    for index, values in enumerate(parts):
+        seeds, windows = values.shape[1:]
+        of_seeds = _draws(seeds, resamples, seed, 2 * index)
+        if seeds > 1:
+            of_seeds = 1 / seeds + wider(seeds, level) * (of_seeds - 1 / seeds)
+        by_seed = values @ _draws(windows, resamples, seed, 2 * index + 1).T
+        means.append(np.einsum("bs,ksb->kb", of_seeds, by_seed))
+    lower, upper = _bounds(statistic(np.concatenate(means)))
+    if np.isnan(lower).any() or np.isnan(upper).any():
+        return math.nan, math.nan
+    # No arithmetic between draws: a ratio may be infinite.
+    low = np.quantile(lower, (1 - level) / 2, method="lower")
+    return float(low), float(np.quantile(upper, (1 + level) / 2, method="higher"))
+
+
+def _bounds(effects: np.ndarray | tuple) -> tuple:
+    """Lower and upper bounds of effects; effects that are known are both."""
+    return effects if isinstance(effects, tuple) else (effects, effects)
+
+
+# --- sides: frames of runs, by unit (a seed in one precision) -------------------------------------------------------------
+
+
+@dataclass
+class Evidence:
+    """The runs that enter a comparison, and what is computed from their means."""
+
+    runs: pd.DataFrame
+    parts: list[np.ndarray]
+    """What is measured, (means, seeds, windows); parts are drawn independently of one another."""
+    statistic: Callable[[np.ndarray], np.ndarray | tuple]
+    """From means (means of all parts, draws) to effects (draws,), or to lower and upper bounds of them."""
+    unit: str = "nats per token"
+    note: str = ""
+    favours_other: bool = False
+    """The claim's side had less compute: if it is worse, that proves nothing."""
+    lacks: str = ""
+    """Why this cannot be tested here, whatever the interval."""
+
+    @property
+    def seeds(self) -> int:
+        return min(part.shape[1] for part in self.parts)
+
+    def estimate(self, level: float) -> tuple[float, float, float, float]:
+        """Lower and upper bound of the effect, and the interval's ends; all NaN where a run diverged."""
+        if not all(np.isfinite(part).all() for part in self.parts):
+            return (math.nan,) * 4
+        lower, upper = _bounds(self.statistic(np.concatenate([part.mean((1, 2)) for part in self.parts])[:, None]))
+        return float(lower[0]), float(upper[0]), *interval(self.parts, self.statistic, level)
+
+
+def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[str, str], dict]]:
+    """For each model (empty: models are compared) and pattern, the default ones first, the runs that agree in what is `shared`."""
+    if runs.empty:
+        return []
+    default, found = (DEFAULTS["model"], DEFAULTS["pattern"]), {}
+    for name, group in runs[runs[f"{measure}_pruned"].notna()].groupby(list(shared)):
+        scope = group["model"].iloc[0] if "model" in shared else "", group["pattern"].iloc[0]
+        found.setdefault(scope, {})[repr(name)] = group
+    return sorted(
+        found.items(), key=lambda each: (each[0][0] not in ("", default[0]), each[0][0], each[0][1] != default[1], each[0][1])
+    )
+
+
+def pick(runs: pd.DataFrame, options: dict, tuned: bool = False) -> pd.DataFrame:
+    """By unit, the runs whose method differs from the defaults by `options` alone, all of one tuning.
+
+    Of several tunings the one nearest the defaults, so that no side of a comparison is tuned more than the other. `tuned`: every side had
+    its learning rates searched. Then the rates with the lowest held-out perplexity (mean over the units that all have) are taken, all
+    other tuning again nearest the defaults. Evaluation text never decides.
+    """
+    unknown = set(options) - {*METHOD, *TUNING}
+    if unknown:
+        raise ValueError(f"no option of a method: {', '.join(sorted(unknown))}")
+    if setting(options) not in set(runs["setting"]):
+        return pd.DataFrame()
+    runs = runs[runs["setting"] == setting(options)]
+    for name in set(options) & set(TUNING):
+        runs = runs[runs[name] == options[name]]
+    if len(runs):
+        runs = _nearest(runs, "tuning")
+        if tuned and runs["rates"].nunique() > 1:
+            held_out = runs.pivot_table(index="rates", columns="unit", values="held_out_perplexity").dropna(axis=1)
+            runs = runs[runs["rates"] == held_out.mean(axis=1).idxmin()] if held_out.size else runs
+        runs = _nearest(runs, "rates")
+    return runs.drop_duplicates("unit").set_index("unit")
+
+
+def _nearest(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The runs whose `name` ("tuning", "rates") is nearest the defaults."""
+    return runs[runs[name] == runs.at[runs[f"{name}_detour"].idxmin(), name]]
+
+
+def points(runs: pd.DataFrame, options: dict) -> dict[tuple[int, int], pd.DataFrame]:
+    """The runs of one method, by samples (of all that is before, and of the last training), at the rates that were searched for it."""
+    groups = runs[runs["setting"] == setting(options)].groupby(["samples", "trained"])
+    found = {count: pick(group, options, tuned=True) for count, group in groups}
+    return {count: side for count, side in found.items() if len(side)}
+
+
+def best_supported(points: dict[tuple[int, int], pd.DataFrame]) -> pd.DataFrame:
+    """The point with the most seeds, and of several, with the most samples before the last training; empty where there is none."""
+    return max(points.items(), key=lambda point: (len(point[1]), point[0]), default=(0, pd.DataFrame()))[1]
+
+
+def curve(runs: pd.DataFrame, options: dict) -> list[pd.DataFrame]:
+    """One point for each number of samples that the method was last trained on."""
+    return [best_supported(points(group, options)) for _, group in runs[runs["setting"] == setting(options)].groupby("trained")]
+
+
+def once(units: Sequence[str]) -> list[str]:
+    """Sorted; a seed that was run in several precisions counts once, in the first of them: its runs are hardly independent."""
+    return sorted({unit.split()[0]: unit for unit in sorted(units, reverse=True)}.values())
+
+
+def common(*sides: pd.DataFrame) -> list[str]:
+    """The units that all sides have."""
+    return once(set.intersection(*(set(side.index) for side in sides)))
+
+
+def _stack(sides: Sequence[tuple[pd.DataFrame, str]], units: list[str], measure: str = "own") -> np.ndarray:
+    """What is measured, (sides, units, windows), of each side's runs in the state named."""
+    return np.array([[side.at[unit, f"{measure}_{state}"] for unit in units] for side, state in sides], float)
+
+
+def _used(sides: Sequence[pd.DataFrame], units: list[str]) -> pd.DataFrame:
+    return pd.concat([side.loc[units].reset_index() for side in sides]).drop_duplicates("key")
+
+
+def pair(mine: pd.DataFrame, theirs: pd.DataFrame, measure="own", share=False, state="reconstructed", **more) -> Evidence | None:
+    """What is measured of the other side minus that of ours, above 0 ours is better; `share`: of the perplexity gap of ours.
+
+    mine, theirs: runs of one setting each, by unit. None where they have no unit in common.
+    """
+    if not (units := common(mine, theirs)):
+        return None
+
+    def difference(means: np.ndarray) -> np.ndarray:
+        gap = np.where(means[3] > means[2], means[3] - means[2], math.nan) if share else 1.0
+        return (means[1] - means[0]) / gap
+
+    values = _stack([(mine, "reconstructed"), (theirs, state), (mine, "dense"), (mine, "pruned")], units, measure)
+    unit = "of the perplexity gap" if share else "nats per token"
+    return Evidence(_used([mine, theirs], units), [values], difference, unit, **more)
+
+
+def paired(mine: pd.DataFrame, theirs: pd.DataFrame, measure: str = "own", share: bool = True, level: float = 0.90) -> dict:
+    """The effect of `pair` for a figure: difference, low, high, seeds. Without a common unit, `seeds` is 0 and the rest NaN."""
+    sides = [side.drop_duplicates("unit").set_index("unit") for side in (mine, theirs)]
+    evidence = pair(*sides, measure, share) if len(mine) and len(theirs) else None
+    effect, _, low, high = evidence.estimate(level) if evidence else (math.nan,) * 4
+    return {"difference": effect, "low": low, "high": high, "seeds": evidence.seeds if evidence else 0}
+
+
+# --- the kinds of comparison: from the runs of one protocol and a claim to evidence, or None -----------------------------
+
+
+def better(runs: pd.DataFrame, claim: dict) -> Evidence | None:
+    """Ours is better than the other side; without one, than the pruned model."""
+    mine = pick(runs, claim["left"])
+    if claim["right"] is None:
+        return pair(mine, mine, claim["measure"], state="pruned")
+    return pair(mine, pick(runs, claim["right"]), claim["measure"])
+
+
+def equal(runs: pd.DataFrame, claim: dict) -> Evidence | None:
+    """Both sides are the same within the margin, as a share of the perplexity gap."""
+    tuned = "adapter" in claim["left"]  # their rates are searched, and those of full weights with them
+    return pair(pick(runs, claim["left"], tuned), pick(runs, claim["right"], tuned), claim["measure"], share=True)
+
+
+def samples(runs: pd.DataFrame, claim: dict) -> Evidence | None:
+    """As `better`, where our side trains on `count` samples and the other on `times` as many: at least, if that is over 1.
+
+    With a margin, the difference is a share of the perplexity gap. Learning rates were searched on both sides. The note says what the
+    other side's training does to the dense model: what adapting to this kind of text alone is worth.
+    """
+    measure, wanted = claim["measure"], claim["count"] * claim["times"]
+    trained = runs.loc[runs["setting"] == setting(claim["right"]), "trained"]
+    enough = trained[(trained == wanted) | ((claim["times"] > 1) & (trained > wanted))].min()
+    if math.isnan(enough):
+        return None
+    ours, other = runs[runs["trained"] == claim["count"]], runs[runs["trained"] == enough]
+    mine, theirs = best_supported(points(ours, claim["left"])), best_supported(points(other, claim["right"]))
+    note = f"{claim['count']} samples against {enough}"
+    control = best_supported(points(other, claim["right"] | {"criterion": "none"}))
+    if len(control):
+        moved = np.diff(_stack([(control, "dense"), (control, "reconstructed")], list(control.index), measure).mean((1, 2)))[0]
+        note += f"; the same retraining moves the dense model by {moved:+.3f} nats"
+    return pair(mine, theirs, measure, share=bool(claim["margin"]), note=note)
+
+
+def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
+    """As `better`, at FLOPs equal within BUDGET or, where no pair of runs has that, with less on our side.
+
+    Of several pairs: the one with the most seeds (up to SEEDS), then equal FLOPs, then the most.
+    """
+    pairs = []
+    for count, mine in points(runs, claim["left"]).items():
+        for their_count, theirs in points(runs, claim["right"]).items():
+            if units := common(mine, theirs):
+                spent, they_spent = (side.loc[units, "flops"].mean() for side in (mine, theirs))
+                fair = spent >= (1 - BUDGET) * they_spent
+                rank = min(len(units), SEEDS), fair, spent, -abs(math.log(spent / they_spent)), count, their_count
+                pairs += [(rank, mine, theirs, they_spent)] if spent <= (1 + BUDGET) * they_spent else []
+    if not pairs:
+        return None
+    (_, fair, spent, _, count, their_count), mine, theirs, they_spent = max(pairs, key=lambda each: each[0])
+    note = f"FLOPs {spent:.3g} (samples {count[0]}, then {count[1]}) against {they_spent:.3g} (samples {their_count[1]})"
+    note += "" if fair else ": less compute on the combination's side"
+    return pair(mine, theirs, claim["measure"], note=note, favours_other=not fair)
+
+
+def ratio(runs: pd.DataFrame, claim: dict) -> Evidence | None:
+    """Cost at which the other side reaches the quality that ours has at each of its sample counts, over the cost of ours; the median.
+
+    The other side's quality is interpolated piecewise linearly over log2 of its cost, through its running best (in favour of the other
+    side). Where it never reaches our quality, the ratio is above what its last point gives; where its first point is better already, it
+    is below what that gives. The interval runs from that of the lower to that of the upper bounds.
+    """
+    cost = {"samples": "trained", "flops": "flops"}[claim["cost"]]
+    curves = [curve(runs, claim[side]) for side in ("left", "right")]
+    if not (units := _most_shared(*curves)):
+        return None
+    mine, theirs = ([point for point in curve if set(units) <= set(point.index)] for curve in curves)
+    theirs.sort(key=lambda point: np.log2(point.loc[units, cost]).mean())
+    at, their_at = (np.array([np.log2(point.loc[units, cost]).mean() for point in side]) for side in (mine, theirs))
+    values = _stack([(point, "reconstructed") for point in (*mine, *theirs)], units, claim["measure"])
+
+    def each(means: np.ndarray) -> list[np.ndarray]:
+        return [reached - at[:, None] for reached in _reach(means[: len(at)], means[len(at) :], their_at)]
+
+    def statistic(means: np.ndarray) -> tuple:
+        return tuple(np.median(bound, axis=0) for bound in each(means))
+
+    bounds = zip(*(np.exp2(bound[:, 0]) for bound in each(values.mean((1, 2))[:, None])))
+    said = [f"{point['samples'].iloc[0]}: {bounded(*pair)}" for point, pair in zip(mine, bounds)]
+    note = "ratio by samples of reconstruction: " + ", ".join(said)
+    return Evidence(_used([*mine, *theirs], units), [values], statistic, f"times the {claim['cost_words']}", note)
+
+
+def _most_shared(mine: list[pd.DataFrame], theirs: list[pd.DataFrame]) -> list[str]:
+    """The units to compare two curves at: of several sets one with at least SEEDS, then the one that the most points have.
+
+    So a point that lacks seeds is left out where enough of the others have them.
+    """
+
+    def rank(units: tuple) -> tuple:
+        having = [sum(set(units) <= set(point.index) for point in side) for side in (mine, theirs)]
+        return min(len(units), SEEDS), sum(having), len(units), units
+
+    choices = {tuple(common(a, b)) for a in mine for b in theirs} | (
+        {tuple(common(*mine, *theirs))} if mine and theirs else set()
+    )
+    return list(max(filter(None, choices), key=rank, default=()))
+
+
+def bounded(lower: float, upper: float) -> str:
+    """A value of which bounds are known, in words."""
+    if lower == upper:
+        return f"{lower:.3g}"
+    return f"> {lower:.3g}" if lower > 0 else f"< {upper:.3g}" if math.isfinite(upper) else "?"
+
+
+def _reach(targets: np.ndarray, curve: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where `curve` (points, draws) over `at` (points,), ascending, first falls to `targets` (targets, draws).
+
+    Returns lower and upper bounds (targets, draws): the same, but inf above where it never does, -inf below where it starts lower.
+    """
+    curve = np.minimum.accumulate(curve, axis=0)
+    there = curve[None] <= targets[:, None]
+    index = there.argmax(1)
+    before = np.maximum(index - 1, 0)
+    high, low = (np.take_along_axis(curve, places, 0) for places in (before, index))
+    share = np.where(high > low, (high - targets) / np.where(high > low, high - low, 1.0), 1.0)
+    reached = at[before] + share * (at[index] - at[before])
+    never, early = ~there.any(1), (index == 0) & (curve[0] < targets)
+    lower = np.where(never, at[-1], np.where(early, -np.inf, reached))
+    return lower, np.where(never, np.inf, np.where(early, at[0], reached))
+
+
+def _by_criterion(runs: pd.DataFrame, claim: dict) -> dict[str, pd.DataFrame]:
+    sides = {name: pick(runs, claim["left"] | {"criterion": name}) for name in claim["left"]["criterion"]}
+    return {name: side for name, side in sides.items() if len(side)}
+
+
+def _contrast(values: np.ndarray) -> np.ndarray:
+    """Weights (criteria,) of the gap between the means of `values` (criteria, seeds, windows): 1 for the worst, -1 for the best.
+
+    They are chosen once, not in every bootstrap draw: the range of a draw is never negative, so noise alone would make a gap. Chosen
+    from the same data, the gap is still slightly too large where criteria hardly differ.
+    """
+    order = values.mean((1, 2)).argsort(kind="stable")
+    return (np.arange(len(values)) == order[-1]) * 1.0 - (np.arange(len(values)) == order[0])
+
+
+def gap(runs: pd.DataFrame, claim: dict) -> Evidence | None:
+    """Gap between two criteria (larger minus smaller log-perplexity) after pruning, minus that after reconstruction."""
+    sides = list(_by_criterion(runs, claim).values())
+    if len(sides) < 2 or not (units := common(*sides)):
+        return None
+    states = [_stack([(side, state) for side in sides], units, claim["measure"]) for state in ("pruned", "reconstructed")]
+    before, after = (_contrast(part) for part in states)
+    sizes = [float(weights @ part.mean((1, 2))) for weights, part in zip((before, after), states)]
+    left = f", {sizes[1] / sizes[0]:.0%} of it" if sizes[0] > 0 else ""
+    note = f"gap {sizes[0]:.3f} before, {sizes[1]:.3f} after{left}"
+    return Evidence(
+        _used(sides, units), [np.concatenate(states)], lambda means: np.concatenate([before, -after]) @ means, note=note
+    )
+
+
+def trend(runs: pd.DataFrame, claim: dict) -> Evidence | None:
+    """Minus the slope of the gap between criteria after reconstruction, per doubling of the parameters that models' names state.
+
+    Models of different families differ in more than their size, so only those of one family make a trend: that with the most models.
+    """
+    families: dict[str, dict] = {}
+    for model in sorted(filter(parameters, runs["model"].unique()), key=parameters):
+        group = runs[runs["model"] == model]
+        # Windows are shared within a model only: tokenizers differ.
+        sides = _by_criterion(group[group["windows"] == group["windows"].mode()[0]], claim)
+        if len(sides) > 1 and common(*sides.values()):
+            families.setdefault(family(model), {})[model] = sides
+    if not families:
+        return None
+    models = max(families.values(), key=len)
+    names = [name for name in claim["left"]["criterion"] if all(name in sides for sides in models.values())]
+    if len(names) < 2:
+        return None
+    at = np.log2([parameters(model) for model in models])
+    at -= at.mean()
+    units = [common(*sides.values()) for sides in models.values()]
+    stacked = zip(models.values(), units)
+    parts = [_stack([(sides[name], "reconstructed") for name in names], own, claim["measure"]) for sides, own in stacked]
+    contrasts = np.concatenate([_contrast(part) for part in parts])
+
+    def gaps(means: np.ndarray) -> np.ndarray:
+        return (contrasts[:, None] * means).reshape(len(parts), len(names), -1).sum(1)
+
+    sizes = gaps(np.concatenate([part.mean((1, 2)) for part in parts])[:, None])[:, 0]
+    note = f"gap between {', '.join(names)}: {', '.join(f'{model} {size:.3f}' for model, size in zip(models, sizes))}"
+    lacks = f"it takes {MODELS} models of one family, and the records have {len(models)}" if len(models) < MODELS else ""
+    return Evidence(
+        pd.concat([_used(list(sides.values()), own) for sides, own in zip(models.values(), units)]),
+        parts, lambda means: -(at @ gaps(means)) / max(at @ at, 1e-30), "nats per token and doubling", note, lacks=lacks,
+    )  # fmt: skip
+
+
+def parameters(model: str) -> float | None:
+    """The number of parameters that a model's name states ("smollm2-135m", "Llama-3.1-8B"); None where it states none."""
+    stated = _SIZE.findall(_name(model))
+    return float(stated[-1][0]) * {"m": 1e6, "b": 1e9}[stated[-1][1].lower()] if stated else None
+
+
+def family(model: str) -> str:
+    """What a model's name says before its size, without a minor version: "llama-3" for "meta-llama/Llama-3.1-8B"."""
+    return _SIZE.split(_name(model))[0].partition(".")[0].strip("-_").lower()
+
+
+def _name(model: str) -> str:
+    return model.partition("@")[0].rpartition("/")[2]
+
+
+KINDS = {
+    "better": better, "samples": samples, "equal": equal, "ratio": ratio, "combined": combined, "gap": gap, "trend": trend
+}  # fmt: skip

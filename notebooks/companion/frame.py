@@ -1,0 +1,172 @@
+"""Run records as one tidy frame: a row a run, with its options by flat name, what it reached, and what it took."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import recon
+
+DEFAULTS = recon.RunSpec().flat()
+MEASURES = ("own", "other", "kl")  # NLL of the first and the second evaluation text, KL to the dense model on the first
+STATES = ("dense", "pruned", "reconstructed")
+RATES = ["learning_rate", "retrain_learning_rate"]
+MEMORY = "window memory, GiB"
+_IN_WINDOWS = {field.name for field in fields(recon.ReconstructionConfig)} - {"granularity"}
+# A method is what pruning, reconstruction and retraining are asked for. How its training is tuned is looked at apart from that.
+_TUNABLE = {"learning_rate", "batch_size", "accumulation", "warmup", "weight_decay", "chunks"}
+TUNING = [name for name in DEFAULTS if name.removeprefix("retrain_") in _TUNABLE]
+_APART = """model revision text samples sequence_length held_out_samples pattern statistics prune_samples retrain_samples
+    retrain_checkpointing evaluation_texts evaluation_samples evaluation_more_samples evaluation_length evaluation_protocol
+    kl_windows tasks task_limit device compute_dtype seed""".split()
+METHOD = [name for name in DEFAULTS if name not in (*TUNING, *_APART)]
+
+
+def fit_options(fit: str) -> dict[str, list]:
+    """The axes for `recon.grid` of a way to reconstruct: a granularity, "matrix exact", or "<granularity> from exact"."""
+    if fit == "matrix exact":
+        return {"granularity": ["matrix"], "solver": ["exact"]}
+    name, _, start = fit.partition(" from ")
+    return {"granularity": [name], "start": [start or "pruned"]}
+
+
+def fit_name(spec: dict) -> str:
+    """How a spec (flat names) reconstructs, the reverse of `fit_options`."""
+    if spec["solver"] == "exact" and spec["granularity"] == "matrix":
+        return "matrix exact"
+    return spec["granularity"] + (" from exact" if spec["start"] == "exact" else "")
+
+
+def recipe_name(spec: dict) -> str:
+    """How a spec trains: "reconstruction", a retraining method, both, or "pruned"; "dense, ..." for the dense model."""
+    parts = ["reconstruction"] if spec["granularity"] != "none" else []
+    if spec["retrain"] != "none":
+        method = spec["retrain"] + (", distilled" if spec["retrain_objective"] == "distil" else "")
+        parts.append(f"then {method}" if parts else method)
+    name = ", ".join(parts) or "pruned"
+    return name if spec["criterion"] != "none" else f"dense, {name}"
+
+
+def short(name: str) -> str:
+    """The name of a model or text; of a path on this machine its last part."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def setting(options: dict) -> str:
+    """The options of the method that differ from the defaults, in words that are equal for equal methods."""
+    return ", ".join(f"{name} {options[name]}" for name in METHOD if name in options and options[name] != DEFAULTS[name])
+
+
+def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd.DataFrame:
+    """The finished runs of a folder of records, or those of `specs` in their order, in whichever precision they were run.
+
+    Columns: every option (one that changes nothing in its run is at its default, as is one that the record does not know), every
+    metric that is a number, and
+
+    - key, fit, recipe, setting, tuning and rates with their detour from the defaults; precision, unit (seed and precision: runs of one unit are pairs), trained (samples of the last
+      training), protocol and windows (what runs have to share to be compared);
+    - <measure>_<state>: arrays (windows,) in nats per token, for `MEASURES` and `STATES`; NaN without them;
+      "perplexity, <text>" and "dense perplexity, <text>";
+    - drift, drift_pruned (blocks,); losses, an array for each window; error_before and error_after (windows,);
+    - flops, seconds (of reconstruction and retraining), seconds_total, and MEMORY, counted, of the largest window.
+    """
+    folder = Path(folder)
+    if specs is None:
+        paths = sorted(folder.glob("*.json"))
+    else:
+        each = [spec.replaced(compute_dtype=name) for spec in specs for name in ("auto", "bfloat16", "float32")]
+        paths = [folder / f"{key}.json" for key in dict.fromkeys(spec.key() for spec in each)]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    return pd.DataFrame([_row(record) for record in records if record["status"] == "done"])
+
+
+def _row(record: dict) -> dict:
+    spec, metrics = {name: record["spec"].get(name, default) for name, default in DEFAULTS.items()}, record["metrics"]
+    spec = {name: DEFAULTS[name] if _idle(name, spec) else tuple(x) if isinstance(x, list) else x for name, x in spec.items()}
+    environment, protocol, windows = record["environment"], record["protocol"], record["windows"]
+    row = {"key": record["key"], **spec, "model": short(spec["model"]) + (f"@{spec['revision']}" if spec["revision"] else "")}
+    row |= {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
+    row |= {"fit": fit_name(spec), "recipe": recipe_name(spec), "setting": setting(spec)}
+    for name, options in {"tuning": [name for name in TUNING if name not in RATES], "rates": RATES}.items():
+        row[name] = ", ".join(f"{option} {spec[option]}" for option in options)
+        # How far from the defaults. 0 counts as 1e-12: a warm-up of 0 is further from the default than any positive one.
+        far = [np.log(max(spec[option], 1e-12) / max(DEFAULTS[option], 1e-12)) for option in options]
+        row[f"{name}_detour"] = np.abs(far).sum()
+    row["precision"] = environment.get("compute_dtype", "")
+    row["unit"] = f"{spec['seed']:03d} {row['precision']}"
+    row["trained"] = (spec["retrain_samples"] if spec["retrain"] != "none" else 0) or spec["samples"]
+    pruned_on = spec["prune_samples"] or spec["samples"]
+    texts = spec["evaluation_texts"]
+    row["pruned_on"], row["evaluated"] = pruned_on, short(texts[0])
+    said = [spec[name] for name in ("sequence_length", "text", "statistics", "evaluation_samples", "evaluation_length")]
+    row["protocol"] = repr((*said, pruned_on, texts[0], spec["evaluation_protocol"]))
+    for text, found in metrics["by_text"].items():
+        row |= {f"perplexity, {text}": found["perplexity"], f"dense perplexity, {text}": found["dense_perplexity"]}
+    nats = {name: metrics["by_text"][text]["nll_per_window"] for name, text in zip(MEASURES, texts)}
+    kl = metrics["by_text"][texts[0]].get("kl_per_window")
+    nats |= {"kl": {"dense": [0.0] * len(kl["pruned"])} | kl} if kl else {}
+    for measure in MEASURES:
+        row |= {f"{measure}_{state}": np.array(nats[measure][state]) if measure in nats else np.nan for state in STATES}
+    row["windows"] = f"{protocol.get('token_hashes', {}).get(f'evaluation {texts[0]}', '')} {len(row['own_dense'])}"
+    held_out = metrics.get("held_out_perplexity")
+    row["held_out_perplexity"] = np.nan if held_out is None else np.nan_to_num(held_out, nan=np.inf)  # a run that diverged
+    row |= {name: np.array(metrics.get(name, [])) for name in ("drift", "drift_pruned")}
+    row["losses"] = [np.array(window["losses"]) for window in windows]
+    row |= {name: np.array([next(iter(window[name].values())) for window in windows]) for name in ("error_before", "error_after")}
+    row |= {name: sum(record[name].get(phase) or 0 for phase in ("reconstruct", "retrain")) for name in ("flops", "seconds")}
+    counted = record.get("window_memory_bytes")
+    row[MEMORY] = sum(counted.values()) / 2**30 if counted else np.nan
+    return row | {
+        "seconds_total": record["seconds"].get("total", 0), "device": environment.get("device"), "threads": environment.get("threads"),
+        "commit": str(environment.get("git_commit"))[:10], "dense": protocol.get("dense", ""), "notes": protocol,
+    }  # fmt: skip
+
+
+def _idle(name: str, spec: dict) -> bool:
+    """Whether the option `name` changes nothing in a run of `spec`."""
+    return (
+        (name in _IN_WINDOWS and spec["granularity"] == "none")
+        or (name.startswith("retrain_") and spec["retrain"] == "none")
+        or (name.startswith("exact_") and "exact" not in (spec["solver"], spec["start"]))
+        or (name.startswith("sparsegpt_") and spec["criterion"] != "sparsegpt")
+    )
+
+
+def seeds(runs: pd.DataFrame, by: str) -> str:
+    """Which seeds the values of the column `by` were run with: "seeds 0, 1, 2 (0 for lora, norms)"."""
+    groups: dict[str, list[str]] = {}
+    for name, own in runs.groupby(by, sort=False)["seed"]:
+        groups.setdefault(", ".join(map(str, sorted(set(own)))), []).append(str(name))
+    most = max(groups, key=lambda words: (len(groups[words]) * len(words), len(words)))
+    others = [f"{words} for {', '.join(names)}" for words, names in groups.items() if words != most]
+    return f"seed{'s' * (',' in most)} {most}" + (f" ({'; '.join(others)})" if others else "")
+
+
+def protocol(runs: pd.DataFrame) -> str:
+    """How runs were made and measured, in sentences: each protocol with its models and patterns, and what the dense models are."""
+    said = {}
+    for _, group in runs.groupby(["protocol"], sort=False):
+        cells = ", ".join(dict.fromkeys(group["model"] + " " + group["pattern"]))
+        said.setdefault(protocol_words(group), []).append(cells)
+    words = [f"{', '.join(cells)}: {text}" if len(said) > 1 else text for text, cells in said.items()]
+    dense = runs[runs["dense"] != ""].drop_duplicates("model")
+    words += [f"Dense weights: {'; '.join(dense['model'] + ' ' + dense['dense'])}"] if len(dense) else []
+    return ". ".join(words) + "."
+
+
+def protocol_words(runs: pd.DataFrame) -> str:
+    """What runs of one protocol read, and what they were evaluated on."""
+    first, counts = runs.iloc[0], sorted({*runs["samples"], *runs["trained"]})
+    fitted = runs[runs["granularity"] != "none"]
+    alike = [f"{values[0]} {name}" for name in ("propagation", "loss") if len(values := fitted[name].unique()) == 1]
+    cut = f" ({first['evaluation_protocol']})" * (first["evaluation_protocol"] != DEFAULTS["evaluation_protocol"])
+    return ", ".join([
+        f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} x {first['sequence_length']} tokens of {short(first['text'])}",
+        *["whole samples"] * (set(fitted["chunks"]) == {1}), *alike,
+        f"pruned on {first['pruned_on']} ({first['statistics']} statistics)",
+        f"perplexity on {first['evaluation_samples']} x {first['evaluation_length']} tokens of {first['evaluated']}{cut}",
+        *[f"{' or '.join(sorted(set(runs['precision'])))} products"] * (set(runs["precision"]) != {""}),
+    ])  # fmt: skip

@@ -1,0 +1,350 @@
+"""A verdict on each of the paper's claims from run records: `python -m companion.judge`.
+
+`claims.yaml` holds the claims, `companion.compare` what is computed from the runs on either side.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from companion import compare, tables
+from companion.compare import CLOSE, MARGIN, SEEDS, SPREAD_OF_PAPER, Evidence
+from companion.frame import load, protocol_words
+from companion.publish import ROOT
+
+HOLDS, FAILS, UNSURE, UNTESTABLE, NOT_RUN = "holds", "does not hold here", "not enough evidence", "not testable here", "not run"
+MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?", UNTESTABLE: "–", NOT_RUN: "○"}
+MANY = 100  # seeds that nobody will run
+START, END = "<!-- claims -->", "<!-- /claims -->"
+_YAML = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
+GROUPS = _YAML["groups"]
+
+
+def claims() -> list[dict]:
+    """A dict for each claim of `claims.yaml`, its lists of values written out."""
+    return [claim for row in _YAML["claims"] for claim in _expanded(row)]
+
+
+def _expanded(row: dict) -> Iterable[dict]:
+    defaults = {"measure": "own", "count": 0, "times": 1, "above": 0.0, "margin": 0.0, "noise": True, "cost": "", "short": ""}
+    central = row.get("for", {})
+    for axes, optional in ((central, False), (central | row.get("optional", {}), True))[: 1 + ("optional" in row)]:
+        for values in itertools.product(*axes.values()):
+            of = dict(zip(axes, values))
+            spelled = {name: _YAML["names"].get(value, value) for name, value in of.items()}
+            claim = {name: _filled(value, of) for name, value in (defaults | row).items() if name not in ("for", "drawn")}
+            drawn = all(of[name] in allowed for name, allowed in row.get("drawn", {}).items())
+            says, short = row["says"].format(**spelled), row.get("short", "").format(**spelled) * drawn
+            words = {"says": says[0].upper() + says[1:], "short": short, "cost_words": spelled.get("cost", "")}
+            yield claim | words | {"optional": optional, "group": claim["id"].partition(".")[0]}
+
+
+def _filled(value: object, of: dict) -> object:
+    """`value` with the names in braces replaced; a string that is a name alone becomes the value itself."""
+    if isinstance(value, dict | list):
+        return {k: _filled(v, of) for k, v in value.items()} if isinstance(value, dict) else [_filled(v, of) for v in value]
+    if not isinstance(value, str):
+        return value
+    return of[value[1:-1]] if value[1:-1] in of else value.format_map({name: name for name in re.findall(r"{(\w+)}", value)} | of)
+
+
+def judge(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each claim, model and pattern that `runs`, as of `companion.frame.load`, allow to compare, with its verdict.
+
+    "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below. "Equal" holds if the 90 % interval is
+    within the margin (two one-sided tests at 5 %), and does not if it is outside. "As good" holds if the 90 % interval is above
+    minus the margin, and does not if it is below. A ratio is judged as "better", with its own bound.
+    Everything else is not enough evidence, with about how many seeds it would take; so is what fewer than three seeds say where training
+    noise could decide. What no number of seeds can decide on these models is not testable here.
+
+    Where several protocols allow a comparison, the one with the most records that enter is taken; of these, that of the largest study.
+    """
+    rows, cached = [], {}
+    for claim in claims():
+        # What runs have to share to enter a comparison of this kind.
+        shared = ["protocol"] + ["samples"] * (claim["test"] not in ("ratio", "combined", "samples"))
+        shared += ["model", "windows"] * (claim["test"] != "trend") + ["pattern"]
+        kind = claim["measure"], *shared
+        if kind not in cached:
+            cached[kind] = compare.studies(runs, *kind)
+        mine = [verdict(claim, *scope, evidence) for scope, groups in cached[kind] if (evidence := _most(groups, claim))]
+        rows += mine or ([_row(claim, NOT_RUN, "no records")] if not claim["optional"] else [])
+    return pd.DataFrame(rows)
+
+
+def _most(groups: dict[str, pd.DataFrame], claim: dict) -> Evidence | None:
+    """Of the evidence that groups of runs give, that of the most runs, then seeds, then of the largest study."""
+    evidence = {name: compare.KINDS[claim["test"]](group, claim) for name, group in groups.items()}
+    ranks = {name: (len(each.runs), each.seeds, len(groups[name]), name) for name, each in evidence.items() if each}
+    return evidence[max(ranks, key=ranks.get)] if ranks else None
+
+
+def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
+    nothing = {
+        "model": "",
+        "pattern": "",
+        "effect": math.nan,
+        "low": math.nan,
+        "high": math.nan,
+        "unit": "",
+        "seeds": 0,
+        "protocol": "",
+    }
+    words = {"claim": claim["id"], "group": claim["group"], "statement": claim["says"], "comparison": comparison(claim)}
+    rule = {"test": claim["test"], "bar": _bar(claim), "short": claim["short"], "optional": claim["optional"]}
+    return words | nothing | {"verdict": verdict, "reason": reason, "keys": (), "bound": "", **rule} | more
+
+
+def _bar(claim: dict) -> float:
+    """What the effect must exceed; 0 for an equivalence, which has two."""
+    return claim["above"] if claim["test"] == "equal" else claim["above"] - claim["margin"]
+
+
+def verdict(claim: dict, model: str, pattern: str, evidence: Evidence) -> dict:
+    """What evidence says about a claim on a model and pattern: a row of `judge`."""
+    level = 0.90 if claim["margin"] else 0.95  # one-sided tests against a margin at 5 % each, or a two-sided one against a bar
+    lower, upper, low, high = evidence.estimate(level)
+    if claim["test"] == "ratio":
+        lower, upper, low, high = (float(np.exp2(value)) for value in (lower, upper, low, high))
+    state, reason = _rule(claim, evidence, level, low, high)
+    if state == UNSURE:
+        reason += f"; {_needed(claim, evidence.seeds, level, lower, low, high)}"
+    reason += f"; {evidence.note}" if evidence.note else ""
+    effect, bound = lower, ""
+    if lower != upper:  # a ratio of which bounds are known, perhaps only one
+        effect = math.sqrt(lower * upper)
+        if math.isinf(upper):
+            effect, bound = (lower, ">") if lower > 0 else (math.nan, "")
+        elif lower == 0:
+            effect, bound = upper, "<"
+    return _row(
+        claim, state, reason, model=model, pattern=pattern, effect=effect, low=low, high=high, unit=evidence.unit, bound=bound,
+        seeds=evidence.seeds, protocol=protocol_words(evidence.runs), keys=tuple(sorted(evidence.runs["key"])),
+    )  # fmt: skip
+
+
+def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float) -> tuple[str, str]:
+    """The verdict, and why, from the interval."""
+    bar, margin, equal = _bar(claim), claim["margin"], claim["test"] == "equal"
+    if evidence.lacks:
+        return UNTESTABLE, evidence.lacks
+    if math.isnan(low):
+        return UNSURE, "a run diverged, or pruning did no harm that could be measured by"
+    if equal:
+        within, outside = -margin < low and high < margin, low > margin or high < -margin
+        state = HOLDS if within else FAILS if outside else UNSURE
+        place = {HOLDS: "within", FAILS: "outside", UNSURE: "reaches across"}[state]
+        reason = f"90 % interval {place} ±{margin:g} of the perplexity gap"
+        reason += f", and ±{CLOSE:g}" * (-CLOSE < low and high < CLOSE)
+    else:
+        state = HOLDS if low > bar else FAILS if high < bar else UNSURE
+        place = {HOLDS: "above", FAILS: "below", UNSURE: "includes"}[state]
+        reason = f"{100 * level:.0f} % interval {place} {bar:g}"
+        reason += (" of the perplexity gap" + ", and above 0" * (low > 0)) if margin else ""
+    if state == FAILS and evidence.favours_other:
+        return UNSURE, f"{reason}, but with less compute"
+    if evidence.seeds < SEEDS:
+        reason += f"; fewer than {SEEDS} seeds ({evidence.seeds})" + ": training noise unknown" * claim["noise"]
+        state = UNSURE if claim["noise"] else state
+    return state, reason
+
+
+def _needed(claim: dict, seeds: int, level: float, effect: float, low: float, high: float) -> str:
+    """About how many seeds would decide, if the effect is what it seems and seeds are all the noise."""
+    if not all(map(math.isfinite, (effect, low, high))):
+        return "it cannot be said how many seeds would decide"
+    bar = _bar(claim)
+    if claim["test"] == "ratio":
+        effect, low, high, bar = (math.log(max(value, 1e-12)) for value in (effect, low, high, bar))
+    distance = abs(claim["margin"] - abs(effect)) if claim["test"] == "equal" else abs(effect - bar)
+    wanted = compare.wider(seeds, level) / math.sqrt(seeds) * distance / max((high - low) / 2, 1e-12)
+    fitting = (count for count in range(max(SEEDS, seeds), MANY) if compare.wider(count, level) / math.sqrt(count) <= wanted)
+    needed = next(fitting, MANY)
+    return f"it would take {MANY} seeds or more" if needed == MANY else f"it would take about {needed} seeds"
+
+
+# --- verdicts as text and tables ------------------------------------------------------------------------------------------
+
+
+def comparison(claim: dict) -> str:
+    """Which runs against which, in words."""
+
+    def words(options: dict) -> str:
+        return ", ".join(f"{name} {' / '.join(value) if isinstance(value, list) else value}" for name, value in options.items())
+
+    left, right = words(claim["left"]), words(claim["right"]) if claim["right"] else "the same before reconstruction"
+    return {
+        "ratio": f"{claim['cost_words']} with which {right} reaches the quality of {left}",
+        "gap": f"gap between criteria: {left}, against {right}", "trend": f"gap between criteria against model size: {left}",
+    }.get(claim["test"], f"{left} against {right}")  # fmt: skip
+
+
+def effect_words(row: pd.Series) -> str:
+    """The effect with its interval and unit; empty where there is none, and where it could not be tested."""
+    if math.isnan(row["low"]) or row["verdict"] == UNTESTABLE:
+        return ""
+    form = "{:.3g}" if row["unit"].startswith("times") else "{:+.3f}"
+    effect, low, high = (form.format(row[name]).replace("inf", "∞") for name in ("effect", "low", "high"))
+    return f"{row['bound']} {'?' if math.isnan(row['effect']) else effect} [{low}, {high}] {row['unit']}".strip()
+
+
+def _place(row: pd.Series) -> str:
+    return ", ".join(part for part in (row["model"], row["pattern"]) if part)
+
+
+def _counted(rows: pd.DataFrame) -> str:
+    """How many comparisons have which verdict: "✓ holds (3 of 7), ..."."""
+    counts = rows["verdict"].value_counts()
+    return ", ".join(f"{MARKS[state]} {state} ({counts[state]} of {len(rows)})" for state in MARKS if state in counts)
+
+
+def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.style.Styler":
+    """For a notebook: what the paper says in each of `groups` of claims, how many comparisons say what, and the first that says so."""
+    rows = []
+    for group in groups:
+        mine, about = verdicts[(verdicts["group"] == group) & (verdicts["seeds"] > 0)], GROUPS[group]
+        first = [row for _, row in mine.drop_duplicates("verdict").iterrows()]
+        why = [f"{MARKS[v['verdict']]} {v['statement']} ({_place(v)}): {effect_words(v)}; {v['reason']}" for v in first]
+        paper = f"{about['title']} ({about['source']})"
+        rows.append(
+            {"paper": paper, "here": _counted(mine) or "no records yet", "why": "\n".join([*why, about.get("remark", "")])}
+        )
+    left = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
+    return pd.DataFrame(rows).style.hide(axis="index").set_properties(**left)
+
+
+def page(verdicts: pd.DataFrame) -> str:
+    """A table per group of claims, a row per claim and model, and under it every verdict with its protocol."""
+    lines = [
+        "# Do the paper's claims hold?", "",
+        "Every claim of arXiv 2510.14444 that run records can judge. Written by `python -m companion.judge`. "
+        "`notebooks/companion/claims.yaml` states the claims and which runs each compares, `judge.py` beside it the rules.", "",
+        f"{', '.join(f'{mark} {state}' for state, mark in MARKS.items())}. Effects are differences of log-perplexity, or of the "
+        "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and of "
+        "equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and windows: 95 %; 90 % for "
+        f'"equals" (two one-sided tests) and "as good as" (one). Two sides are equal within {MARGIN:g} of the perplexity gap '
+        f"log(pruned / dense), closely equal within {CLOSE:g}; granularities in the paper differ by about {SPREAD_OF_PAPER:.2g} of it. "
+        f'With fewer than {SEEDS} seeds, what training noise could decide is {UNSURE}. "Here" is the model and protocol of the row.', "",
+        _count_words(verdicts),
+    ]  # fmt: skip
+    for group, mine in verdicts.groupby("group", sort=False):
+        about, numbers = GROUPS[group], {text: n for n, text in enumerate(filter(None, mine["protocol"].unique()), 1)}
+        lines += ["", f"## {group}. {about['title']}", "", f"Paper: {about['source']}. {about.get('remark', '')}".strip(), ""]
+        rows = []
+        for _, each in mine.groupby(["claim", "model"], sort=False):
+            first, others = each.iloc[0], each.iloc[1:]
+            elsewhere = " ".join(f"{MARKS[state]} {pattern}" for state, pattern in zip(others["verdict"], others["pattern"]))
+            state = f"{MARKS[first['verdict']]} {first['verdict']}"
+            rows.append((state, first["statement"], _place(first), effect_words(first), first["seeds"] or "", elsewhere))
+        lines += tables.markdown(("verdict", "claim", "model, pattern", "effect", "seeds", "other patterns"), rows)
+        if not numbers:
+            continue
+        lines += ["", "<details><summary>Every verdict, and why</summary>", ""]
+        every = [
+            (MARKS[v["verdict"]], v["statement"], v["comparison"], _place(v), effect_words(v), v["seeds"] or "", v["reason"],
+             numbers.get(v["protocol"], "")) for _, v in mine.iterrows()
+        ]  # fmt: skip
+        lines += tables.markdown(("", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"), every)
+        for text, number in numbers.items():
+            count = len(set(itertools.chain(*mine.loc[mine["protocol"] == text, "keys"])))
+            lines += ["", f"Protocol {number}: {text}; {count} record{'s' * (count > 1)}."]
+        lines += ["", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def _count_words(verdicts: pd.DataFrame) -> str:
+    """How many verdicts are decided, and how many of those chance alone may have decided."""
+    holds, fails, open_, untestable, without = ((verdicts["verdict"] == state).sum() for state in MARKS)
+    decided = holds + fails
+    if not decided + open_:
+        return "No verdict yet: there are no records."
+    said = f"{decided} of {decided + open_} comparisons are decided ({decided / (decided + open_):.0%}): {holds} hold, {fails} do not."
+    said += f" {untestable} cannot be tested with these models." * bool(untestable) + f" {without} more were not run." * bool(
+        without
+    )
+    return (
+        f"{said} Each is judged on its own, with a chance of at most 5 % that noise makes a verdict wrong: of those decided, up to about "
+        f"{0.05 * decided:.0f}, and more as open comparisons were given further seeds and judged again. They share runs, so that several "
+        "may be wrong together. Trust what several patterns and models agree on."
+    )
+
+
+def _not_run_words(verdicts: pd.DataFrame) -> str:
+    counts = verdicts.loc[verdicts["verdict"] == NOT_RUN, "group"].value_counts(sort=False)
+    titles = {group: GROUPS[group]["title"] for group in counts.index}
+    said = "; ".join(f"{counts[group]} of *{title[0].lower()}{title[1:]}*" for group, title in titles.items())
+    return f"Comparisons that were not run: {said}." if said else ""
+
+
+def summary(verdicts: pd.DataFrame) -> str:
+    """A short table: a row per group of claims, with its verdicts counted over claims, models and patterns, and the first one's effect."""
+    rows = []
+    for group, mine in verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].groupby("group", sort=False):
+        first = mine.iloc[0]
+        place = f"{_place(first)}, {first['seeds']} seed{'s' * (first['seeds'] != 1)}"
+        example = f"{first['statement']}: {effect_words(first) or first['reason']} ({place})"
+        rows.append((GROUPS[group]["title"], _counted(mine), example))
+    lines = tables.markdown(("the paper's claim", "verdicts", "for example"), rows) if rows else []
+    return "\n".join([*lines, "", _not_run_words(verdicts[~verdicts["optional"]])]).strip()
+
+
+def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """For each claim and model, at its main pattern: what to expect, how far it may be off, and the time that the runs took."""
+    hours = runs["seconds_total"].sum() / 3600 if len(runs) else 0
+    said = f"The {len(runs)} committed runs took {hours:.1f} h in all, one after the other."
+    shown = verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].drop_duplicates(["claim", "model"])
+    rows, seconds = [], dict(zip(runs.get("key", ()), runs.get("seconds_total", ())))
+    for _, v in shown.iterrows():
+        minutes = sum(seconds[key] for key in v["keys"]) / 60
+        words = (
+            v["statement"],
+            _place(v),
+            GROUPS[v["group"]]["notebook"],
+            effect_words(v),
+            f"{MARKS[v['verdict']]} {v['verdict']}",
+        )
+        rows.append((*words, f"{minutes:.0f} min"))
+    header = "claim", "model, pattern", "notebook", "expected [tolerance]", "verdict", "time"
+    return "\n".join([said, "", *tables.markdown(header, rows)])
+
+
+def pages(records: Path, page_path: Path, readme: Path | None) -> dict[Path, str]:
+    """What the page, the tables beside it and, where one is given, the README and ARTIFACT.md should hold."""
+    runs = load(records)
+    verdicts = judge(runs)
+    texts = {page_path: page(verdicts)} | {page_path.parent / "tables" / name: text for name, text in tables.texts(runs).items()}
+    blocks = {readme: summary(verdicts), readme.with_name("ARTIFACT.md"): artifact(verdicts, runs)} if readme else {}
+    for path, block in blocks.items():
+        head, rest = path.read_text(encoding="utf-8").split(START)
+        texts[path] = f"{head}{START}\n{block}\n{END}{rest.split(END)[1]}"
+    return texts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the pages, or with --check says which are not current; returns 0, or 1 if some were not."""
+    parser = argparse.ArgumentParser(prog="python -m companion.judge", description="Judge the paper's claims from run records.")
+    parser.add_argument("--check", action="store_true", help="write nothing; say what is not current")
+    parser.add_argument("--records", type=Path, default=ROOT / "results" / "laptop")
+    parser.add_argument("--page", type=Path, default=ROOT / "figures" / "claims.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the marks; ARTIFACT.md is beside it")
+    given = parser.parse_args(arguments)
+    texts = pages(given.records, given.page, given.readme)
+    stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path} is not what the records give; run: python -m companion.judge" if given.check else f"written: {path}")
+        if not given.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(texts[path], encoding="utf-8")
+    return int(given.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
