@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from recon.data.cache import cached
 from recon.data.files import digest
@@ -23,15 +22,12 @@ def converted(path: Path) -> Path:
     Raises `ReconError` naming the file if transformers cannot read it.
     """
 
-    def make(folder: Path) -> None:
-        try:
-            convert(path.absolute(), folder)
-        except (SafetensorError, OSError):  # a full disk raises either
-            raise
-        except Exception as error:  # transformers and gguf each raise their own kinds
-            raise ReconError(f"{str(path)!r} cannot be read as GGUF: {type(error).__name__}: {error}") from error
-
-    return cached(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}", make)
+    try:
+        return cached(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}", lambda folder: convert(path.absolute(), folder))
+    except ReconError:
+        raise
+    except Exception as error:  # transformers and gguf each raise their own kinds
+        raise ReconError(f"{str(path)!r} cannot be read as GGUF: {type(error).__name__}: {error}") from error
 
 
 def convert(path: Path, folder: Path) -> None:
@@ -61,8 +57,7 @@ def stored(path: Path) -> str:
     reader, elements = GGUFReader(path), Counter()
     for tensor in reader.tensors:
         elements[tensor.tensor_type.name] += int(tensor.n_elements)
-    shares = [f"{100 * count / elements.total():.0f} % {kind}" for kind, count in elements.most_common()]
-    shown = ", ".join(share for share in shares if not share.startswith("0 "))
+    shares = [f"{share:.0f} % {kind}" for kind, n in elements.most_common() if (share := 100 * n / elements.total()) > 0.5]
     named = reader.get_field("general.file_type")
     name = "" if named is None else f" {LlamaFileType(named.contents()).name.split('_', 1)[1]}"  # without MOSTLY_ or ALL_
-    return f"{'' if set(elements) <= FLOATS else 'dequantised from '}GGUF{name} ({shown})"
+    return f"{'' if set(elements) <= FLOATS else 'dequantised from '}GGUF{name} ({', '.join(shares)})"

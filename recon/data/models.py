@@ -2,41 +2,25 @@
 
 import contextlib
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from recon.data import assets, files, gguf
 from recon.errors import ReconError
 from recon.model.skeleton import auto_class
-from recon.runtime.weights import (
-    Checkpoint,
-    check_finite,
-    check_unquantised,
-    open_model,
-    quantisation,
-    warn_of_surplus,
-)
+from recon.runtime.weights import Checkpoint, check_finite, check_unquantised, open_model, quantisation
 
 # The files in a folder that make up a model and its tokenizer: by suffix, and by name.
 SUFFIXES = {".safetensors", ".json", ".model", ".tiktoken", ".spm"}
 VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+UNDONE = ("fp8", "mxfp4")  # quantisations that transformers undoes while it reads weights
 
 
 def locate(name: str) -> str:
@@ -53,7 +37,7 @@ def locate(name: str) -> str:
         if not (Path(name) / "config.json").is_file():
             raise ReconError(f"model folder {name!r} has no config.json; give a folder in the Hugging Face format")
         return name
-    if not HUB_ID.fullmatch(name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name):
         bundled = ", ".join(assets.BUNDLED_MODELS)
         raise ReconError(
             f"unknown model {name!r}; bundled: {bundled}; or an existing local folder or GGUF file, or a Hub id (organisation/name)"
@@ -67,33 +51,16 @@ def is_gguf(name: str) -> bool:
 
 
 def folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The folder with the checkpoint of the model called `name`, its files checked; fetched if it is on the Hub.
+    """The folder with the checkpoint of the model called `name`; fetched if it is on the Hub.
 
-    Raises `ReconError` for what `locate` and `recon.data.files.shards` refuse, a model that the Hub does not have, and one that
-    comes with its own code, unless `trust_remote_code`.
+    Raises `ReconError` for what `locate` refuses, a model that the Hub does not have, and one without weights in safetensors.
     """
     found = Path(locate(name))
     with _loading(name, revision):
         if not found.is_dir():
             found = files.hub_snapshot(str(found), revision, trust_remote_code)
-        _check_code(found, trust_remote_code)
         files.shards(found)
     return found
-
-
-def _check_code(folder: Path, trust_remote_code: bool) -> None:
-    """Raises `ReconError` if the model in `folder` needs code that comes with it, unless that is trusted."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        own, kind = config.get("auto_map") or {}, config.get("model_type")
-    except (OSError, ValueError, AttributeError):  # transformers says what is wrong with it
-        return
-    if own and kind not in CONFIG_MAPPING and not trust_remote_code:
-        code = ", ".join(sorted(map(str, own.values()))) if isinstance(own, dict) else own
-        raise ReconError(
-            f"transformers does not know models of type {kind!r}, and the code that comes with it ({code}) is not run unless you allow "
-            "it, after reading it: trust_remote_code=True, or --trust-remote-code"
-        )
 
 
 @contextlib.contextmanager
@@ -127,32 +94,28 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM, or encoder-decoder, `name` in float32 and its tokenizer, in evaluation mode, on `device`.
 
-    Weights are read from safetensors only, whose files are checked first (see `recon.data.files.shards`). Code that comes with a
-    model runs only if `trust_remote_code`. Weights that the model has no place for are left out, with a warning. Quantised weights
-    are read if transformers undoes their quantisation.
+    Weights are read from safetensors only. Code that comes with a model runs only if `trust_remote_code`. Quantised weights are
+    read if transformers undoes their quantisation.
 
-    Raises `ReconError` for an unknown model; naming weights that are missing or of the wrong shape, and the first that holds NaN or
-    infinity; and, before any are read, for a quantisation that transformers does not undo.
+    Raises `ReconError` for an unknown model; naming weights that are missing, and the first that holds NaN or infinity; and, before
+    any are read, for a quantisation that transformers does not undo.
     """
-    where = folder(name, revision, trust_remote_code)
+    path = folder(name, revision, trust_remote_code)
     with _loading(name, revision):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-        undone = _undo_quantisation(config)
-        model, found = auto_class(config).from_pretrained(
-            where, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
-            config=config, ignore_mismatched_sizes=True,  # refused below, by name
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        found = quantisation(config)
+        if found and found["quant_method"] in UNDONE:
+            # On a GPU, transformers does so only if it is asked to.
+            config.quantization_config = found | {"dequantize": True}
+        else:
+            check_unquantised(config)
+        model, report = auto_class(config).from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
+            config=config,
         )  # fmt: skip
-        if not undone:
-            Checkpoint(model, files.shards(where))  # refuses values that need scales from elsewhere
-        if found["mismatched_keys"]:
-            wrong = ", ".join(
-                f"{key} is {tuple(has)}, not {tuple(wants)}" for key, has, wants in sorted(found["mismatched_keys"])
-            )
-            raise ReconError(f"it has weights of other shapes than its config.json calls for: {wrong}")
-        if found["missing_keys"]:
-            raise ReconError(f"it lacks weights that its config.json calls for: {', '.join(sorted(found['missing_keys']))}")
-    warn_of_surplus(model, found["unexpected_keys"])
+        if report["missing_keys"]:
+            raise ReconError(f"it lacks weights that its config.json calls for: {', '.join(sorted(report['missing_keys']))}")
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
         if not values.untyped_storage().resizable():
@@ -161,37 +124,33 @@ def load(
     return model.eval().to(device), tokenizer
 
 
-def _undo_quantisation(config: PretrainedConfig) -> bool:
-    """Makes transformers undo the quantisation that `config` tells of while it reads weights; returns whether there is one.
-
-    Raises `ReconError` for a quantisation that transformers does not undo.
-    """
-    found = quantisation(config)
-    if found is None:
-        return False
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(found["quant_method"])
-    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
-        check_unquantised(config)
-    for part in (config, config.get_text_config()):
-        vars(part).pop("quantization_config", None)
-    # On a GPU, transformers does so only if it is asked to.
-    config.quantization_config = found | {"dequantize": True}
-    return True
-
-
 def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """The weights of the pruned model `name`, to be read parameter by parameter; `dense` is the model that it was pruned from.
 
     Raises `ReconError` as `load`, for a model of another type than `dense`, and for quantised weights. See
     `recon.methods.external_mask`.
     """
-    where = folder(name, revision, trust_remote_code)
+    path = folder(name, revision, trust_remote_code)
     with _loading(name, revision, "pruned model"):
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if config.model_type != dense.config.model_type:
             raise ReconError(f"it is of type {config.model_type!r}, and the dense model of type {dense.config.model_type!r}")
         check_unquantised(config)
-        return Checkpoint(dense, files.shards(where))
+        return Checkpoint(dense, files.shards(path))
+
+
+def skeleton(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Checkpoint, PreTrainedTokenizerBase]:
+    """As `load`, but the model's parameters stay on disk: a skeleton, its weights, and the tokenizer. See `recon.runtime.weights`."""
+    path = folder(name, revision, trust_remote_code)
+    with _loading(name, revision):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model, checkpoint = open_model(config, files.shards(path), trust_remote_code)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    return model, checkpoint, tokenizer
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -199,12 +158,12 @@ def configuration(name: str, revision: str | None = None, trust_remote_code: boo
 
     Raises `ReconError` for what `locate` refuses, and if it cannot be read.
     """
-    where = locate(name)
+    place = locate(name)
     with _loading(name, revision):
-        if not Path(where).is_dir():
+        if not Path(place).is_dir():
             # Asks the Hub once; reading a file would ask several times before it gives up.
-            revision = files.commit(where, revision)
-        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+            revision = files.commit(place, revision)
+        return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def precision(config: PretrainedConfig) -> str:
@@ -220,20 +179,6 @@ def precision(config: PretrainedConfig) -> str:
     return str(dtype).removeprefix("torch.") if dtype else "of a dtype that the configuration does not name"
 
 
-def skeleton(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Checkpoint, PreTrainedTokenizerBase]:
-    """As `load`, but the model's parameters stay on disk: a skeleton, its weights, and the tokenizer. See `recon.runtime.weights`."""
-    where = folder(name, revision, trust_remote_code)
-    with _loading(name, revision):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-        model, checkpoint = open_model(config, files.shards(where), trust_remote_code)
-        if (where / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(where)
-    return model, checkpoint, tokenizer
-
-
 def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
     """Hash of what `load(name, revision)` loads, without loading it.
 
@@ -245,15 +190,14 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
         return assets.origin(name)
     if is_gguf(name):
         return files.digest(Path(name))
-    where = Path(locate(name))
-    if not where.is_dir():
-        with _loading(name, revision):
-            return files.commit(str(where), revision)
-    suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
-    read = {path.name for path in where.iterdir() if path.suffix in suffixes or path.name in VOCABULARY_FILES}
-    read.discard(files.RECORD)  # of the run that made the model
-    with contextlib.suppress(ReconError):  # of a damaged index, which loading the model will name
-        read |= set(files.placed(where))  # shards may lie in folders below
-    # Ordered by name, so that the same files give the same hash wherever they lie.
-    digests = {name: files.digest(where / name) for name in read if (where / name).is_file()}
+    place = Path(locate(name))
+    with _loading(name, revision):
+        if not place.is_dir():
+            return files.commit(str(place), revision)
+        suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
+        read = {path for path in place.iterdir() if path.suffix in suffixes or path.name in VOCABULARY_FILES}
+        if (place / files.INDEX).is_file():
+            read |= set(files.shards(place))  # which may lie in folders below
+        # By name, so that the same files give the same hash wherever they lie; not of the run that made the model.
+        digests = {path.relative_to(place).as_posix(): files.digest(path) for path in read if path.name != files.RECORD}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

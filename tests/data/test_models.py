@@ -1,4 +1,4 @@
-"""Loading by name or folder, and what tells one set of weights from another."""
+"""Loading by name or folder, in shards or from GGUF, and what tells one set of weights from another."""
 
 import hashlib
 import json
@@ -6,15 +6,19 @@ import os
 import shutil
 from pathlib import Path
 
+import gguf as library
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, safetensors_conversion
 from transformers.utils import logging
 
-from recon.data import assets, gguf, models
+from recon.data import assets, files, models
 from recon.errors import ReconError
-from recon.study import streaming
 from recon.study.spec import RunSpec
+
+UP = "model.layers.2.mlp.up_proj.weight"
 
 
 @pytest.fixture
@@ -23,245 +27,134 @@ def folder(tiny_folder, tmp_path):
     return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
 
 
-def change(folder: Path, name: str, value: float, keep: slice = slice(0, 1)) -> None:
+@pytest.fixture
+def sharded(folder):
+    """The same in several shards with an index, in a folder below."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    (folder / "weights").mkdir()
+    for file in folder.glob("*.safetensors"):
+        file.rename(folder / "weights" / file.name)
+    change_json(
+        folder / files.INDEX, lambda index: index | {"weight_map": {n: f"weights/{f}" for n, f in index["weight_map"].items()}}
+    )
+    return folder
+
+
+def change_json(file: Path, change) -> None:
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def change_weights(folder: Path, change) -> None:
     file = folder / "model.safetensors"
-    weights = load_file(file)
-    weights[name].view(-1)[keep] = value
-    save_file(weights, file, metadata={"format": "pt"})
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
 # ---- loading
 
 
-def test_a_folder_is_loaded_in_float32_for_evaluation(tiny_folder):
-    model, tokenizer = models.load(tiny_folder)
+def test_a_model_is_loaded_in_float32_for_evaluation_whole_or_in_shards(tiny_folder, sharded):
     weights = load_file(f"{tiny_folder}/model.safetensors")
-    assert not model.training
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert set(weights) == {name for name, _ in model.named_parameters()}
-    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
-    assert tokenizer.decode(tokenizer("Zumuke le zila.")["input_ids"]) == "Zumuke le zila."
+    for name in (tiny_folder, str(sharded)):
+        model, tokenizer = models.load(name)
+        assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+        assert set(weights) == {name for name, _ in model.named_parameters()}
+        assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
+        assert tokenizer.decode(tokenizer("Zumuke le zila.")["input_ids"]) == "Zumuke le zila."
+        skeleton, checkpoint, _ = models.skeleton(name)
+        assert all(torch.equal(value, weights[name]) for name, value in checkpoint.read(list(weights)))
+    assert len(files.shards(sharded)) > 2
 
 
 def test_half_precision_weights_become_float32(folder):
-    file = folder / "model.safetensors"
-    save_file({name: w.bfloat16() for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
-    model, _ = models.load(str(folder))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    change_weights(folder, lambda weights: {name: w.bfloat16() for name, w in weights.items()})
+    change_json(folder / "config.json", lambda config: config | {"dtype": "bfloat16"})
+    assert {p.dtype for p in models.load(str(folder))[0].parameters()} == {torch.float32}
+    assert models.precision(models.configuration(str(folder))) == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["nonsense", "./missing/folder", "../missing", "/missing/folder", "a/b/c", "smollm2"])
 def test_unknown_names_are_refused_with_what_is_bundled(name):
-    with pytest.raises(ReconError, match="bundled: smollm2-135m") as error:
-        models.load(name)
-    assert f"unknown model {name!r}" in str(error.value)
-
-
-def test_a_hub_id_is_passed_on():
+    for ask in (models.load, models.fingerprint):
+        with pytest.raises(ReconError, match=f"unknown model '{name}'; bundled: smollm2-135m"):
+            ask(name)
     assert models.locate("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
 
 
-def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(ReconError, match=r"has no config\.json") as error:
-        models.load(str(tmp_path))
-    assert str(tmp_path) in str(error.value)
+def without_config(folder):
+    (folder / "config.json").unlink()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_that_are_not_finite_are_refused_by_name(folder, value):
-    name = "model.layers.2.mlp.up_proj.weight"
-    change(folder, name, value, slice(0, 3))
-    with pytest.raises(ReconError, match=rf"parameter '{name}' holds 3 NaN or infinite values of 2048"):
-        models.load(str(folder))
+def without_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def test_missing_weights_are_refused(folder):
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ReconError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        models.load(str(folder))
+def truncated(folder):
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
 
 
-def test_weights_without_a_place_are_left_out_with_a_warning_streamed_or_not(folder, caplog):
-    """As transformers does; not those that it ignores in old files."""
-    file = folder / "model.safetensors"
-    ignored = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    surplus = {"model.layers.9.mlp.up_proj.weight": torch.ones(3), "model.vision.weight": torch.ones(3)}
-    save_file(load_file(file) | ignored | surplus, file, metadata={"format": "pt"})
-    said = []
-    for read in (models.load, models.skeleton):
-        caplog.clear()
-        read(str(folder))
-        said.append([record.message for record in caplog.records if record.name == "recon"])
-    [only] = said[0]
-    assert said[1] == [only]
-    assert only.startswith(
-        "LlamaForCausalLM has no place for weight 'model.layers.9.mlp.up_proj.weight' of its checkpoint (2 such)"
-    )
+def quantised(folder):
+    change_json(folder / "config.json", lambda config: config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
 
 
-@pytest.mark.parametrize("kind, name", [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
-def test_weights_that_need_a_scale_are_refused_streamed_or_not(folder, kind, name):
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    save_file(weights | {"model.norm.weight": weights["model.norm.weight"].to(kind)}, file, metadata={"format": "pt"})
-    for read in (models.load, models.skeleton):
-        with pytest.raises(
-            ReconError, match=f"weight 'model.norm.weight' is stored as {name}; allowed: .* [Uu]ndo its quantisation"
-        ):
-            read(str(folder))
-
-
-def quantised(folder: Path, **how) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+def with_code(folder):
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.OwnConfig"}}
+    change_json(folder / "config.json", lambda config: config | own)
+    (folder / "modeling_own.py").write_text("raise SystemExit('was run')")
 
 
 @pytest.mark.parametrize(
-    "how",
-    [{"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}],
-    ids=lambda how: how["quant_method"],
+    "spoil, said",
+    [
+        (without_config, r"has no config\.json"),
+        (without_weights, "has neither model.safetensors nor .* reading a pickle can run any code"),
+        (truncated, "SafetensorError"),
+        (quantised, r"its weights are quantised \(gptq\); undo their quantisation first"),
+        (with_code, "trust_remote_code"),
+        (lambda f: change_weights(f, lambda w: {n: t for n, t in w.items() if n != UP}), UP),
+        (lambda f: change_weights(f, lambda w: w | {UP: w[UP] * torch.nan}), f"parameter '{UP}' holds 2048 NaN or infinite"),
+        (lambda f: change_weights(f, lambda w: w | {UP: w[UP][:5].contiguous()}), r"5, 32.*64, 32|[Mm]ismatch"),
+    ],
 )
-def test_quantised_weights_are_refused_before_they_are_read(folder, tiny_folder, how, monkeypatch):
-    quantised(folder, **how)
-    dense = models.load(tiny_folder)[0]
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("is read"))
-    reads = (models.load, models.skeleton, lambda name: models.load_pruned(name, dense))
-    for read in reads:
-        with pytest.raises(
-            ReconError, match=rf"its weights are quantised \({how['quant_method']}\); undo their quantisation first"
-        ):
-            read(str(folder))
+def test_what_cannot_be_loaded_is_named(folder, spoil, said):
+    spoil(folder)
+    with pytest.raises(ReconError, match=f"(?s){folder}.*{said}"):
+        models.load(str(folder))
+
+
+def test_a_missing_shard_is_named(sharded):
+    gone = files.shards(sharded)[1]
+    gone.unlink()
+    with pytest.raises(ReconError, match=f"lacks the weights' file 'weights/{gone.name}'"):
+        models.load(str(sharded))
 
 
 def test_quantisation_that_transformers_undoes_is_undone(folder, monkeypatch):
     """Weights in eighth precision with a scale for each block, whether there is a GPU that could compute with them or not."""
-    file = folder / "model.safetensors"
-    before, stored = load_file(file), {}
+    before, stored = load_file(folder / "model.safetensors"), {}
     for name, weight in before.items():
         stored[name] = weight
         if name.endswith("_proj.weight"):
             scale = weight.abs().max() / 448
             stored |= {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.view(1, 1)}
-    save_file(stored, file, metadata={"format": "pt"})
-    quantised(folder, quant_method="fp8", activation_scheme="dynamic", weight_block_size=[128, 128])
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    change_json(folder / "config.json", lambda config: config | {"quantization_config": how})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model, _ = models.load(str(folder))
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.allclose(parameter, before[name], rtol=2**-4, atol=before[name].abs().max() / 448 / 2**6)
-        assert torch.equal(parameter, before[name]) == (name not in stored or stored[name].dtype == torch.float32)
     assert not hasattr(model.config, "quantization_config")
     assert models.precision(models.configuration(str(folder))) == "dequantised from fp8"
-    with pytest.raises(ReconError, match=r"undoes its quantisation \(fp8\), which a streamed run cannot do"):
-        streaming.wanted("yes", RunSpec.of(model=str(folder)))
 
 
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ({"dtype": "bfloat16"}, "bfloat16"),
-        ({"dtype": None}, "of a dtype that the configuration does not name"),
-        ({gguf.NOTE: "dequantised from GGUF Q4_1 (100 % Q4_1)"}, "dequantised from GGUF Q4_1 (100 % Q4_1)"),
-    ],
-)
-def test_what_weights_are_before_they_are_float32(folder, words, said):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | words))
-    assert models.precision(models.configuration(str(folder))) == said
-
-
-# ---- fingerprints
-
-
-def test_fingerprint_does_not_depend_on_the_place(tiny_folder, folder):
-    assert models.fingerprint(str(folder)) == models.fingerprint(tiny_folder)
-    (folder / "README.md").write_text("a note")
-    assert models.fingerprint(str(folder)) == models.fingerprint(tiny_folder)
-
-
-def test_fingerprint_of_a_bundled_model_is_that_of_its_source(monkeypatch, tmp_path):
-    """The converted files differ between versions of transformers, and nothing has to be fetched to tell runs apart."""
-    monkeypatch.setenv("RECON_CACHE", str(tmp_path))
-    found = {name: models.fingerprint(name) for name in assets.BUNDLED_MODELS}
-    assert len(set(found.values())) == len(found) and not any(tmp_path.iterdir())
-    monkeypatch.setattr(gguf, "CONVERSION", gguf.CONVERSION + 1)
-    assert all(models.fingerprint(name) != value for name, value in found.items())
-
-
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
-def test_fingerprint_changes_with_each_file(folder, file):
-    before = models.fingerprint(str(folder))
-    path = folder / file
-    path.write_text(path.read_text() + "\n")
-    assert models.fingerprint(str(folder)) != before
-
-
-def test_fingerprint_changes_with_one_weight(folder):
-    before = models.fingerprint(str(folder))
-    change(folder, "model.norm.weight", 0.5)
-    assert models.fingerprint(str(folder)) != before
-
-
-@pytest.mark.parametrize("file", ["tokenizer.model", "merges.txt", "vocab.txt", "qwen.tiktoken", "source.spm"])
-def test_fingerprint_changes_with_a_tokenizer_in_other_formats(folder, file):
-    (folder / file).write_text("one")
-    before = models.fingerprint(str(folder))
-    (folder / file).write_text("two")
-    assert models.fingerprint(str(folder)) != before
-
-
-def test_fingerprint_changes_with_a_shard_in_a_folder_below(folder):
-    (folder / "weights").mkdir()
-    file = folder / "weights" / "all.safetensors"
-    (folder / "model.safetensors").rename(file)
-    names = load_file(file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(names, "weights/all.safetensors")})
-    )
-    before = models.fingerprint(str(folder))
-    save_file({name: weight + 1 for name, weight in names.items()}, file, metadata={"format": "pt"})
-    assert models.fingerprint(str(folder)) != before
-    # What is not there, or is no index, is for loading to refuse.
-    file.unlink()
-    assert models.fingerprint(str(folder)) != before
-    (folder / "model.safetensors.index.json").write_text("[]")
-    assert models.fingerprint(str(folder))
-
-
-def test_the_fingerprint_of_an_ordinary_folder_is_that_of_its_files_by_name(folder):
-    """As records were named by it from the start."""
-    read = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in read}
-    assert models.fingerprint(str(folder)) == hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-def test_fingerprint_of_an_unknown_model_is_refused():
-    with pytest.raises(ReconError, match="unknown model 'nonsense'"):
-        models.fingerprint("nonsense")
-
-
-def test_weights_lie_where_tensors_of_their_own_would(folder):
-    """As torch allocates on CPUs, and not in the file, wherever in it they begin: what is written to it later changes nothing."""
+def test_weights_lie_in_aligned_memory_and_not_in_the_file(folder):
     file = folder / "model.safetensors"
-    for padding in (0, 1, 2, 3, 4, 5, 6, 7):  # the header is a multiple of 8 bytes long
+    for padding in range(8):  # the header is a multiple of 8 bytes long
         save_file(load_file(file), file, metadata={"format": "pt", "padding": "x" * 8 * padding})
-        model, _ = models.load(str(folder))
-        assert {p.data_ptr() % 64 for p in model.parameters()} == {0}
-        before = [parameter.clone() for parameter in model.parameters()]
-        with open(file, "r+b") as opened:
-            opened.seek(-40_000, os.SEEK_END)
-            content = opened.read()
-            opened.seek(-40_000, os.SEEK_END)
-            opened.write(bytes(40_000))
-            opened.flush()
-            assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
-            opened.seek(-40_000, os.SEEK_END)
-            opened.write(content)
+        assert {p.data_ptr() % 64 for p in models.load(str(folder))[0].parameters()} == {0}
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -270,3 +163,193 @@ def test_the_progress_bars_of_transformers_are_as_they_were(tiny_folder, shown):
     models.load(tiny_folder)
     assert logging.is_progress_bar_enabled() == shown
     logging.enable_progress_bar()
+
+
+# ---- the Hub, and code that comes with a model
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hub, from which patterns of files are copied: repository -> folder, its newest commit, what was fetched."""
+    hub = {"repositories": {}, "newest": "b" * 40, "fetched": set()}
+    cache = tmp_path / "hub"
+
+    def snapshot(repository, revision=None, allow_patterns=()):
+        commit = revision or hub["newest"]
+        target = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / commit.replace("/", "-")
+        source = hub["repositories"][repository + ("@pr" if commit.startswith("refs") else "")]
+        for file in {file for pattern in allow_patterns for file in source.glob(pattern)}:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+            hub["fetched"].add(file.name)
+        if revision is None:
+            (target.parents[1] / "refs").mkdir(exist_ok=True)
+            (target.parents[1] / "refs" / "main").write_text(commit)
+        return str(target)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda name, file, revision: f"{snapshot(name, revision, [file])}/{file}"
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
+    monkeypatch.setattr(safetensors_conversion, "get_conversion_pr_reference", lambda api, name: "refs/pr/7")
+    files.commit.cache_clear()
+    return hub
+
+
+def test_what_is_loaded_from_the_hub_is_the_commit_that_its_fingerprint_names(hub, folder, tiny_folder):
+    """Though a newer one is out; and nothing is fetched that is not read."""
+    for name in ("consolidated.safetensors", "modeling.py", "pytorch_model.bin"):
+        (folder / name).write_text("the same once more")
+    hub["repositories"] = {"me/one": folder, "me/old": folder, "me/old@pr": Path(tiny_folder)}
+    assert models.fingerprint("me/one") == "b" * 40 == models.folder("me/one").name
+    hub["newest"] = "c" * 40
+    files.commit.cache_clear()  # as in another process
+    assert models.folder("me/one").name == models.fingerprint("me/one") == "b" * 40 and models.load("me/one")
+    assert models.fingerprint("me/one", "d" * 40) == "d" * 40 == models.folder("me/one", "d" * 40).name
+    assert not {"consolidated.safetensors", "modeling.py", "pytorch_model.bin"} & hub["fetched"]
+    # A repository with a pickle only: at no other revision than the newest does the Hub offer a conversion.
+    (folder / "model.safetensors").unlink()
+    assert models.load("me/old")
+    with pytest.raises(ReconError, match="model 'me/old' at revision 'v1' cannot be loaded: .*has neither"):
+        models.load("me/old", "v1")
+
+
+MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_where_trusted_and_counts(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    change_json(folder / "config.json", lambda config: config | {"auto_map": own, "model_type": "own"})
+    (folder / "modeling_own.py").write_text(MODEL)
+    assert type(models.load(str(folder), trust_remote_code=True)[0]).__name__ == "OwnForCausalLM"
+    spec = RunSpec.of(model=str(folder), text=f"{folder}/tiny_text.txt", evaluation_texts=f"{folder}/tiny_text.txt")
+    keys = [spec.key(), spec.replaced(trust_remote_code=True).key()]
+    (folder / "modeling_own.py").write_text(MODEL + "# changed")
+    keys += [spec.key(), spec.replaced(trust_remote_code=True).key()]
+    assert keys[0] == keys[2] and len(set(keys)) == 3
+
+
+# ---- fingerprints
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_its_files_by_name(folder, tiny_folder):
+    """As records were named by it from the start, wherever it lies."""
+    read = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in read}
+    expected = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    (folder / "README.md").write_text("a note")
+    (folder / "record.json").write_text("{}")
+    assert models.fingerprint(str(folder)) == models.fingerprint(tiny_folder) == expected
+
+
+@pytest.mark.parametrize(
+    "file", "config.json tokenizer.json tokenizer.model merges.txt vocab.txt qwen.tiktoken source.spm".split()
+)
+def test_fingerprint_changes_with_each_file(folder, file):
+    before = models.fingerprint(str(folder))
+    with (folder / file).open("a") as changed:
+        changed.write("\n")
+    assert models.fingerprint(str(folder)) != before
+
+
+def test_fingerprint_changes_with_one_weight_of_a_shard(sharded):
+    before, file = models.fingerprint(str(sharded)), files.shards(sharded)[1]
+    save_file({name: weight + 1 for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert models.fingerprint(str(sharded)) != before
+
+
+# ---- GGUF
+
+
+def write_gguf(path, kind="Q8_0", file_type=None):
+    """Writes a random Llama of two blocks with matrices of this kind; its head is its own."""
+    width, inner, keys, draw = 64, 96, 32, np.random.default_rng(0)
+    writer, kind = library.GGUFWriter(path, "llama"), library.GGMLQuantizationType[kind]
+    numbers = {
+        "block_count": 2, "context_length": 64, "embedding_length": width, "feed_forward_length": inner, "head_count": 4,
+        "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 16, "vocab_size": 50,
+    }  # fmt: skip
+    for name, value in numbers.items():
+        getattr(writer, f"add_{name}")(value)
+    if file_type is not None:
+        writer.add_file_type(file_type)
+    block = {
+        "attn_norm": (width,), "attn_q": (width, width), "attn_k": (keys, width), "attn_v": (keys, width),
+        "attn_output": (width, width), "ffn_norm": (width,), "ffn_gate": (inner, width), "ffn_up": (inner, width),
+        "ffn_down": (width, inner),
+    }  # fmt: skip
+    shapes = {"token_embd": (50, width), "output": (50, width), "output_norm": (width,)}
+    for name, shape in (shapes | {f"blk.{n}.{name}": shape for n in range(2) for name, shape in block.items()}).items():
+        values = draw.standard_normal(shape, dtype=np.float32)
+        plain = len(shape) == 1
+        writer.add_tensor(
+            f"{name}.weight", values if plain else library.quantize(values, kind), raw_dtype=None if plain else kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def without_tokenizer(tmp_path, monkeypatch):
+    class Nothing:  # the file has no tokenizer
+        from_pretrained = staticmethod(lambda **source: Nothing)
+        save_pretrained = staticmethod(lambda folder: None)
+
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.AutoTokenizer", Nothing)
+
+
+@pytest.mark.parametrize(
+    "kind, file_type, said",
+    [
+        ("Q8_0", None, "dequantised from GGUF (100 % Q8_0)"),
+        ("Q4_1", library.LlamaFileType.MOSTLY_Q4_1, "dequantised from GGUF Q4_1 (100 % Q4_1)"),
+        ("F16", library.LlamaFileType.MOSTLY_F16, "GGUF F16 (100 % F16)"),
+    ],
+)
+def test_gguf_is_unpacked_once_to_what_transformers_reads_and_says_what_it_was(
+    kind, file_type, said, tmp_path, without_tokenizer, capfd
+):
+    file = write_gguf(tmp_path / "tiny.gguf", kind, file_type)
+    place = models.locate(str(file))
+    assert capfd.readouterr() == ("", "")  # no bars
+    expected = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    found = AutoModelForCausalLM.from_pretrained(place)
+    assert not found.config.tie_word_embeddings and found.config.num_key_value_heads == 2
+    assert list(found.state_dict()) == list(expected.state_dict())
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
+    assert models.locate(str(file)) == place and models.fingerprint(str(file)) == files.digest(file)
+    found.to(torch.bfloat16).save_pretrained(tmp_path / "saved")  # what is saved of it says so too
+    assert {models.precision(models.configuration(str(name))) for name in (file, tmp_path / "saved")} == {said}
+
+
+def test_gguf_that_cannot_be_read_is_named_and_leaves_nothing(tmp_path, without_tokenizer):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(ReconError, match=r"tiny\.gguf' cannot be read as GGUF"):
+        models.locate(str(file))
+    assert not list((tmp_path / "cache" / "derived").iterdir())
+
+
+def test_the_bundled_tokenizer_is_that_of_the_source_file():
+    source = assets.fetch("smollm2-135m-gguf")
+    theirs = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    ours = AutoTokenizer.from_pretrained(models.locate("smollm2-135m"))
+    for text in ("Hello  world! 12345 don't", "éà 東京 🙂\n\n\ttab", "<|im_start|>user\nHi<|im_end|>"):
+        assert ours(text).input_ids == theirs(text).input_ids and ours.decode(ours(text).input_ids) == text
+    assert ours.special_tokens_map == theirs.special_tokens_map and ours.chat_template == theirs.chat_template

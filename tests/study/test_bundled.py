@@ -96,4 +96,4 @@ def test_the_bundled_models_by_protocol():
         assert found["gemma3-270m", each, "joined"] > 1.5 * found["gemma3-270m", each, "samples"]
         assert found["smollm2-135m", each, "joined"] == pytest.approx(found["smollm2-135m", each, "samples"], rel=1e-6)
     for name, size in assets.DOWNLOADS.items():
-        assert sum(assets.fetch(part).stat().st_size for part in assets._GGUF[name]) == size
+        assert sum(assets.fetch(part).stat().st_size for part in assets.PARTS[name]) == size
