@@ -1,104 +1,55 @@
-"""`recon ...`: the command line, generated from the configs."""
+"""`recon ...`: the command line. Options are read off the configs as they are; see `recon.config`."""
 
 import contextlib
-import dataclasses
 import logging
 import shlex
 import sys
-import textwrap
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from recon.config import CalibrationConfig, ComputeConfig, EvaluationConfig, ModelConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
 from recon.paper.bench.spec import BenchSpec
-from recon.runtime.device import limit_compiled_shapes
+from recon.runtime.device import SAVED, limit_compiled_shapes
 from recon.study.record import RunRecord
-from recon.study.spec import RunOptions, RunSpec, options, place
+from recon.study.spec import RunOptions, RunSpec
 
-
-def flags(name: str, doc: str, fields: Mapping[str, dataclasses.Field], without: tuple[str, ...] = (), **changed) -> type:
-    """A dataclass with the options `fields` by flat name, as the command line shows them; `doc`: what they are about.
-
-    without: options that cannot be given. changed: by option, what replaces its field's name, type, default or help.
-    """
-    rows = []
-    for option, each in fields.items():
-        if option not in without:
-            choices = tuple(each.metadata["choices"])
-            kind = Literal[choices] if choices else each.type
-            shown = {
-                "name": option,
-                "type": kind,
-                "default": each.default,
-                "help": each.metadata["help"],
-                **changed.get(option, {}),
-            }
-            argument = tyro.conf.arg(name=shown["name"].replace("_", "-"), help=shown["help"])
-            rows.append((option, Annotated[shown["type"], argument], shown["default"]))
-    rows.sort(key=lambda row: row[2] is not tyro.MISSING)
-    return dataclasses.make_dataclass(name, rows, frozen=True, namespace={"__doc__": doc})
-
-
-def spec_flags(name: str, without: tuple[str, ...] = (), **changed) -> type:
-    """A dataclass of the options of a `RunSpec`, in a group for each of its configs."""
-    groups: dict[str, dict] = {}
-    for option, each in options().items():
-        groups.setdefault(place(option)[0] or "compute", {})[option] = each
-    configs = {field.name: field.type for field in dataclasses.fields(RunSpec)}
-    made = {
-        group: flags(group, configs[group].__doc__.splitlines()[0], found, without, **changed) for group, found in groups.items()
-    }
-    return dataclasses.make_dataclass(
-        name, [(group, kind) for group, kind in made.items() if dataclasses.fields(kind)], frozen=True
-    )
-
-
-def spec_of(given: object) -> RunSpec:
-    """The spec of what was given on the command line."""
-    return RunSpec.of(**{option: value for group in vars(given).values() for option, value in vars(group).items()})
-
-
-_CARRIED_OUT = {field.name: field for field in dataclasses.fields(RunOptions)}
-Spec = spec_flags("Spec", without=("pruned", "pruned_revision"))
-External = spec_flags(
-    "External",
-    without=tuple(name for name in options() if place(name)[0] == "pruning"),
-    model={"name": "dense", "default": tyro.MISSING, "help": "The model before it was pruned: a bundled name, a local folder, a GGUF file, or a Hub id."},
-    revision={"name": "dense-revision", "help": "Branch, tag or commit of the dense model, where it is a Hub id."},
-    pruned={"default": tyro.MISSING, "type": str, "help": "The same model after something pruned it; its mask is wherever it is zero."},
-)  # fmt: skip
-Output = flags(
-    "Output",
-    "How the run is carried out.",
-    _CARRIED_OUT,
-    without=("progress", "command"),
-    executor={"type": Literal["serial", "ray"]},
-)
-Planned = flags(
-    "Planned", "How the run would be carried out.", _CARRIED_OUT, without=("progress", "command", "force", "executor", "save")
-)
 Group = tyro.conf.arg(name="")  # its options have no prefix
 
 
-class _Run:
-    """What the two commands that run something have in common; each has the fields `spec`, `output`, `record` and `address`."""
+@dataclass(frozen=True)
+class Output(RunOptions):
+    """How the run is carried out."""
+
+    executor: Literal["serial", "ray"] = "serial"
+    """ray reconstructs windows side by side, on the cores and GPUs of this machine or of a cluster (dense propagation)."""
+    progress: tyro.conf.Suppress[bool] = True
+    command: tyro.conf.Suppress[str] = field(default_factory=lambda: shlex.join(["recon", *sys.argv[1:]]))
+    record: Path | None = None  # File for the record (JSON).
+    address: str | None = None  # Address of the Ray cluster; default: RAY_ADDRESS, else a cluster is started on this machine.
+
+
+@dataclass(frozen=True)
+class Run:
+    """Prune and reconstruct one model; print its perplexities."""
+
+    spec: Annotated[RunSpec, Group]
+    output: Annotated[Output, Group]
 
     def __call__(self) -> None:
         """Runs the spec, prints what came of it, and writes the record and the model where they are to go."""
         from recon.study.studies import RecordFile, run_or_record_failure
         from recon.study.workers import Ray, check_address
 
-        spec, chosen = spec_of(self.spec), vars(self.output)
-        check_address(chosen["executor"], self.address)
-        if chosen["executor"] == "ray":
-            chosen = chosen | {"executor": Ray(self.address)}
-        file = RecordFile(self.record)
-        record, error = run_or_record_failure(
-            spec, RunOptions(**chosen, command=shlex.join(["recon", *sys.argv[1:]])), callbacks=[file]
-        )
+        spec, given = self.spec, vars(self.output).copy()
+        address, file = given.pop("address"), RecordFile(given.pop("record"))
+        check_address(given["executor"], address)
+        if given["executor"] == "ray":
+            given["executor"] = Ray(address)
+        record, error = run_or_record_failure(spec, RunOptions(**given), callbacks=[file])
         if error:
             if not file.holds(spec):  # a finished record of the very same run is kept
                 with contextlib.suppress(ReconError):  # such as a full disk; `error`, raised below, says more
@@ -107,28 +58,29 @@ class _Run:
         _report(spec, record)
 
 
-@dataclasses.dataclass(frozen=True)
-class Run(_Run):
-    """Prune and reconstruct one model; print its perplexities."""
-
-    spec: Annotated[Spec, Group]
-    output: Annotated[Output, Group]
-    record: Path | None = None
-    """File for the record (JSON)."""
-    address: str | None = None
-    """Address of the Ray cluster; default: RAY_ADDRESS, else a cluster is started on this machine."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Reconstruct(_Run):
+@dataclass(frozen=True)
+class Reconstruct:
     """Reconstruct a model that something else pruned, against the dense one; print perplexities."""
 
-    spec: Annotated[External, Group]
+    dense: str  # The model before it was pruned: a bundled name, a local folder, a GGUF file, or a Hub id.
+    pruned: str  # The same model after something pruned it; its mask is wherever it is zero.
+    calibration: CalibrationConfig
+    reconstruction: ReconstructionConfig
+    retraining: RetrainingConfig
+    evaluation: EvaluationConfig
+    compute: ComputeConfig
     output: Annotated[Output, Group]
-    record: Path | None = None
-    """File for the record (JSON)."""
-    address: str | None = None
-    """Address of the Ray cluster; default: RAY_ADDRESS, else a cluster is started on this machine."""
+    dense_revision: str | None = None  # Branch, tag or commit of the dense model, where it is a Hub id.
+    pruned_revision: str | None = None  # Branch, tag or commit of the pruned model, where it is a Hub id.
+    trust_remote_code: bool = False  # Run the code that comes with a model, for types that transformers does not know.
+    seed: int = 0  # Seed of every random choice.
+    preset: str = "default"
+    """Recipe: fast, default, best, or paper (as published). It sets other options that are at their defaults."""
+
+    def __call__(self) -> None:
+        model = ModelConfig(self.dense, self.dense_revision, self.trust_remote_code, self.pruned, self.pruned_revision)
+        same = ("calibration", "reconstruction", "retraining", "evaluation", "compute", "seed", "preset")
+        Run(RunSpec(model, **{name: getattr(self, name) for name in same}), self.output)()
 
 
 def _report(spec: RunSpec, record: RunRecord) -> None:
@@ -142,87 +94,51 @@ def _report(spec: RunSpec, record: RunRecord) -> None:
             f"reconstructed {values['perplexity']:.2f}{recovered}"
         )
     seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in record.seconds.items())
-    found = f" (pattern of the mask: {record.metrics['pattern']})" if spec.model.pruned else ""
-    print(f"sparsity {record.metrics['sparsity']:.4f}{found}; {seconds}; peak memory {record.peak_memory_bytes / 2**30:.2f} GiB")
+    pattern = f" (pattern of the mask: {record.metrics['pattern']})" if spec.model.pruned else ""
+    print(
+        f"sparsity {record.metrics['sparsity']:.4f}{pattern}; {seconds}; peak memory {record.peak_memory_bytes / 2**30:.2f} GiB"
+    )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plan:
     """Say what a run would take (memory, disk, time), and whether it fits here; no weights are read."""
 
-    spec: Annotated[Spec, Group]
-    output: Annotated[Planned, Group]
-    save: bool = False
-    """Whether the model would be saved."""
-    memory: float | None = None
-    """GiB of host memory that the run may take; default: what is free here."""
+    spec: Annotated[RunSpec, Group]
+    save: bool = False  # Whether the model would be saved.
+    save_dtype: Literal[tuple(SAVED)] = "float32"  # What weights would be saved in.
+    stream: Literal["auto", "yes", "no"] = "auto"  # Whether the model would stay on disk.
+    memory: float | None = None  # GiB of host memory that the run may take; default: what is free here.
     device_memory: float | None = None
     """GiB of memory of a GPU that the run may take; plans for such a GPU, whether one is here or not."""
-    disk: float | None = None
-    """GiB that the run may write to the disk; default: what is free here."""
+    disk: float | None = None  # GiB that the run may write to the disk; default: what is free here.
 
     def __call__(self) -> None:
         from recon.study.plan import advice, plan
 
-        room = {"memory": self.memory, "device_memory": self.device_memory, "disk": self.disk}
-        planned = plan(spec_of(self.spec), self.save, **vars(self.output), **room)
+        planned = plan(**vars(self))
         print(planned)
         if planned.problem:
             raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Models:
-    """List the bundled models: what each is, its size, what its weights are, its perplexity before anything is pruned."""
-
-    measure: bool = False
-    """Fetch all of them, and measure the perplexities that are not known yet (-); they are kept in the cache."""
+    """List the bundled models: what each is, its size, and whether it is here."""
 
     def __call__(self) -> None:
         from recon.config import PROTOCOLS
-        from recon.data.assets import BUNDLED_MODELS
-        from recon.runtime.execution import Execution
-        from recon.study import bundled
+        from recon.data import assets
 
-        execution = Execution()
-        if self.measure:
-            bundled.measure(execution)
-        for name in BUNDLED_MODELS:
-            print(f"{name}\n{textwrap.indent(bundled.describe(name, execution), '    ')}\n")
+        for name, description in assets.BUNDLED_MODELS.items():
+            state = "fetched" if assets.made(name) else "to fetch on first use"
+            print(f"{name}\n    {description}\n    {assets.DOWNLOADS[name] / 1e6:.0f} MB, {state}\n")
         for name, meaning in PROTOCOLS.items():
             print(f"{name}: {meaning}")
-        if bundled.unknown(execution):
-            print(
-                "not measured yet (-), or not fetched: `recon models --measure` fetches every bundled model and measures it once"
-            )
         print("\nOr any causal LM: a local folder, a GGUF file, or a Hub id (organisation/name) with --revision.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Unfinished:
-    """List streamed runs that were begun without --save and not finished; the same command goes on with them."""
-
-    delete: tuple[str, ...] = ()
-    """Keys of runs to delete, or all."""
-
-    def __call__(self) -> None:
-        from recon.study.cost import duration
-        from recon.study.unfinished import discard, unfinished
-
-        runs = unfinished()
-        keys = [run.key for run in runs if not run.in_use] if self.delete == ("all",) else self.delete
-        for key in keys:
-            discard(key)
-            print(f"{key}: deleted")
-        for run in runs:
-            if run.key not in keys:
-                state = "at work" if run.in_use else f"{duration(run.age)} ago"
-                print(f"{run.key}  {run.size / 2**30:8.2f} GiB  {state:10}  {run.options or 'its journal is damaged'}")
-        if not runs:
-            print("there are none")
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Criteria:
     """List the pruning criteria."""
 
@@ -233,7 +149,7 @@ class Criteria:
             print(f"{name:10} {criterion.description} (compares within a {criterion.scope}; {criterion.source})")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Assets:
     """Fetch bundled models and texts into the cache, once. Whatever is not fetched here is fetched on first use."""
 
@@ -253,7 +169,7 @@ class Assets:
             print(f"{name}: {count} documents")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Bench:
     """Measure time and memory, beside a straightforward loop and the machine's own ceiling."""
 
@@ -272,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     limit_compiled_shapes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recon").setLevel(logging.INFO)
-    commands = (Run, Reconstruct, Plan, Unfinished, Models, Criteria, Assets, Bench)
+    commands = (Run, Reconstruct, Plan, Models, Criteria, Assets, Bench)
     try:
         tyro.extras.subcommand_cli_from_dict(
             {command.__name__.lower(): command for command in commands},

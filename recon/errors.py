@@ -3,7 +3,7 @@
 import importlib.util
 
 
-class ReconError(ValueError):
+class ReconError(Exception):
     """Bad input: the message names the culprit, the value given, and what is allowed."""
 
 

@@ -89,3 +89,13 @@ def config_folder(tmp_path):
         return str(tmp_path)
 
     return make
+
+
+@pytest.fixture
+def small(tiny_folder, tiny_text):
+    """The options of `recon run` for a run of a moment."""
+    options = {
+        "model": tiny_folder, "text": tiny_text, "samples": 8, "epochs": 1, "sequence-length": 32, "held-out-samples": 2,
+        "evaluation-texts": tiny_text, "evaluation-samples": 2, "evaluation-length": 64, "learning-rate": "3e-3", "seed": 0,
+    }  # fmt: skip
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -11,7 +11,7 @@ import recon
 
 ROOT = Path(recon.__file__).parent
 FLOORS = [  # each imports from those above it, and from itself
-    {"errors"}, {"options"}, {"kernels"}, {"model"}, {"config"}, {"runtime"}, {"data"},
+    {"errors"}, {"kernels"}, {"model"}, {"config"}, {"runtime"}, {"data"},
     {"methods", "evaluate"}, {"study"}, {"paper"}, {"cli"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -9,7 +9,7 @@ AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Schedule as in the paper (arX
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,6 @@ class Schedule:
     accumulation: int = 1  # forward passes per optimiser step
     warmup: float = 0.1  # share of the steps in which the learning rate rises
     weight_decay: float = 0.0  # each step shrinks the weights by this times the learning rate
-
-    def scaled(self, factor: float) -> "Schedule":
-        """The same schedule with its learning rate multiplied by `factor`."""
-        return replace(self, learning_rate=self.learning_rate * factor)
 
     @property
     def per_step(self) -> int:

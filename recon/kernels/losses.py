@@ -5,7 +5,6 @@ value for each token, (...):
 
     whitened    mean over channels of (y - t)^2 / variance
     mse         |y - t|^2 / sum of the variances
-    relative    |y - t|^2 / |t|^2
     cosine      1 - y.t / (|y| |t|)
 
 The mean over tokens of `whitened` is the share of a channel's variance that is unexplained, mean over channels: 0 is perfect, 1 no
@@ -45,12 +44,6 @@ def mse(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
     return _Squares.apply(output, target, variance.sum().rsqrt())
 
 
-def relative(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
-    """The squared error relative to the target's square: all tokens count alike."""
-    output, target = output.float(), target.float()
-    return (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)
-
-
 def cosine(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
     """One minus the cosine between output and target: their sizes do not matter."""
     return 1 - F.cosine_similarity(output.float(), target.float(), dim=-1)
@@ -78,7 +71,7 @@ class _Squares(torch.autograd.Function):
 
 
 WindowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-LOSSES: dict[str, WindowLoss] = {"whitened": whitened, "mse": mse, "relative": relative, "cosine": cosine}
+LOSSES: dict[str, WindowLoss] = {"whitened": whitened, "mse": mse, "cosine": cosine}
 
 
 def get_loss(name: str) -> WindowLoss:

@@ -41,7 +41,7 @@ class Pattern:
                 n, m = int(match[1]), int(match[2])
                 return cls(1 - n / m, n, m)
             return cls(float(text))
-        except (ValueError, ZeroDivisionError):
+        except (ReconError, ValueError, ZeroDivisionError):
             raise _bad_pattern(text) from None
 
     def __str__(self) -> str:

@@ -99,7 +99,7 @@ class WindowFit:
                 output = self.student.forward(window, x)
             return (loss(output.flatten(2), y.flatten(2), variance) * weight).mean()  # a token may have several vectors
 
-        random, schedule = generator(self.seed, "shuffle", window.name), config.schedule(count).scaled(config.pace(window))
+        random, schedule = generator(self.seed, "shuffle", window.name), config.schedule(count, window)
         try:
             return train(distance, data, parameters, schedule, random, self.execution)
         except ReconError as error:

@@ -49,7 +49,7 @@ class RetrainingReport:
 def retrain(
     model: nn.Module | Decoder,
     samples: Tensor | Iterable,
-    config: RetrainingConfig = RetrainingConfig(method="masklora"),
+    config: RetrainingConfig = RetrainingConfig(retrain="masklora"),
     *,
     masks: dict[str, Tensor] | None = None,
     dense: nn.Module | Decoder | None = None,
@@ -70,18 +70,18 @@ def retrain(
         ReconError: no method, a missing dense model, a mask that does not fit, a model not in float32, samples longer than the model was
             made for.
     """
-    if config.method == "none":
+    if config.retrain == "none":
         raise ReconError("retrain is 'none'; name a method")
-    if config.objective == "distil" and dense is None:
+    if config.retrain_objective == "distil" and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
     student = decompose(model)
     samples = as_tokens(samples)
     student.check_length(samples.shape[1])
-    if config.method not in ("full", "norms"):
+    if config.retrain not in ("full", "norms"):
         check_adaptable(student)
     execution = execution or Execution(student.device)
     teacher = None
-    if config.objective == "distil":
+    if config.retrain_objective == "distil":
         teacher = decompose(dense, like=student)
     check_trainable(student)
     task = _Retraining(student, teacher, keep_masks(student, masks), config, seed, execution)
@@ -89,7 +89,7 @@ def retrain(
         for decoder in filter(None, (student, teacher)):
             stack.enter_context(_at(decoder.model, execution.device))
         bar = tqdm(
-            total=config.schedule(len(samples)).steps(len(samples)), desc=f"retrain ({config.method}, {config.objective})", unit="step",
+            total=config.schedule(len(samples)).steps(len(samples)), desc=f"retrain ({config.retrain}, {config.retrain_objective})", unit="step",
             disable=not execution.progress,
         )  # fmt: skip
         return task.run(samples, [ProgressBar(stack.enter_context(bar)), *callbacks])
@@ -113,7 +113,7 @@ class _Retraining:
 
     def run(self, samples: Tensor, callbacks: Sequence[Callback]) -> RetrainingReport:
         """Trains, and rolls everything back where losses or weights became non-finite."""
-        began, student, method = time.perf_counter(), self.student, self.config.method
+        began, student, method = time.perf_counter(), self.student, self.config.retrain
         before = {name: matrix.weight.detach().clone() for name, matrix in student.matrices().items()}
         rest = {}
         if method in ("full", "norms"):
@@ -136,7 +136,7 @@ class _Retraining:
         student.forget()
         moved = movement((before[name], matrix.weight) for name, matrix in student.matrices().items())
         seconds = time.perf_counter() - began - self.aside
-        batch = self.execution.micro_batch or self.config.batch_size
+        batch = self.execution.micro_batch or self.config.retrain_batch_size
         return RetrainingReport(count, losses, moved, seconds, status, batch)
 
     @torch.no_grad()
@@ -149,7 +149,10 @@ class _Retraining:
         if not broken:
             return RETRAINED
         log.warning(
-            "retraining (%s, %s) gave NaN or infinite %s; it is rolled back", self.config.method, self.config.objective, broken
+            "retraining (%s, %s) gave NaN or infinite %s; it is rolled back",
+            self.config.retrain,
+            self.config.retrain_objective,
+            broken,
         )
         for name, value in rest.items():
             student.model.get_parameter(name).copy_(value)
@@ -161,9 +164,9 @@ class _Retraining:
     def _trained(self, callbacks: Sequence[Callback]) -> Iterator[list[Trained]]:
         """The parameters that the method trains; what it put around the matrices is merged at the end."""
         matrices, config = self.student.matrices(), self.config
-        if config.method == "full":
+        if config.retrain == "full":
             yield trained(self.student.model.parameters(), dict(stored(matrices, self.masks, self.execution.device)))
-        elif config.method == "norms":
+        elif config.retrain == "norms":
             yield trained((p for p in self.student.model.parameters() if p.ndim == 1), {})
         else:
             random = generator(self.seed, "adapters")
@@ -174,14 +177,14 @@ class _Retraining:
                     callback.on_merged()
                 self.aside = time.perf_counter() - began
 
-            look = {"merged": merged} if config.method == "lora" else {}  # the others lose no zero by merging
-            with adapted(matrices.values(), self.masks, config.method, config.rank, random, **look) as parameters:
+            look = {"merged": merged} if config.retrain == "lora" else {}  # the others lose no zero by merging
+            with adapted(matrices.values(), self.masks, config.retrain, config.retrain_rank, random, **look) as parameters:
                 yield list(parameters.values())
 
     def _loss(self, tokens: Tensor) -> Tensor:
         """Mean over predicted tokens, in nats; tokens (batch, length)."""
         student, teacher, execution = self.student, self.teacher, self.execution
-        blocks = student.blocks if self.config.checkpointing else ()
+        blocks = student.blocks if self.config.retrain_checkpointing else ()
         # In the backward pass the blocks run under the execution again, which it is not part of otherwise.
         again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), execution))
         with execution, replaced({block: partial(again, block.forward) for block in blocks}):

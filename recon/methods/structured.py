@@ -51,7 +51,7 @@ def prune_units(
             name = half.window.name
             return kept[name] if whole else keep_all_but(_score(criterion, half, statistics)[None], gone[name])[0]
 
-    visit = _PruneUnits(decoder, halves, choose, means if config.compensate and criterion.compensates else {}, store.masks)
+    visit = _PruneUnits(decoder, halves, choose, means if criterion.compensates else {}, store.masks)
     description, statistics = f"prune ({criterion.name} {pattern})", "none" if whole else criterion.statistics
     rerun = config.statistics == "sparse"
     found = over_blocks(decoder, execution, "prune", visit, description, samples, statistics, rerun)

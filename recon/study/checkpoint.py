@@ -55,7 +55,7 @@ def check_places(model: PreTrainedModel, names: Iterable[str]) -> None:
     if missing := [name for name in names if name not in places]:
         raise ReconError(
             f"{type(model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that pruning adds, "
-            "and a checkpoint would load without them; to save it, prune by another criterion, or by flap with compensate=False"
+            "and a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
         )
 
 

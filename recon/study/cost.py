@@ -80,10 +80,10 @@ def updates(spec: RunSpec, decoder: Decoder) -> dict[str, tuple[int, int]]:
     found, calibration = {"reconstruct": (0, 0), "retrain": (0, 0)}, spec.calibration
     matrices = {name: matrix.weight.shape for name, matrix in decoder.matrices().items()}
 
-    def add(phase: str, how: ReconstructionConfig | RetrainingConfig, samples: int, names: Iterable[str], low_rank: bool) -> None:
+    def add(phase: str, how: ReconstructionConfig | RetrainingConfig, samples: int, names: Iterable[str], rank: int) -> None:
         schedule, shapes = how.schedule(samples), [matrices[name] for name in names]
         runs = schedule.epochs * -(-samples // schedule.batch_size)  # forward passes; an update takes `accumulation` of them
-        size = sum(how.rank * (rows + columns) if low_rank else rows * columns for rows, columns in shapes)
+        size = sum(rank * (rows + columns) if rank else rows * columns for rows, columns in shapes)
         steps, weights = found[phase]
         found[phase] = steps + runs * len(shapes), weights + schedule.steps(samples) * size
 
@@ -91,9 +91,10 @@ def updates(spec: RunSpec, decoder: Decoder) -> dict[str, tuple[int, int]]:
     if how.granularity != "none" and how.solver == "adamw":
         for window in decoder.windows(how.granularity):
             chunks = how.chunks_of(window, calibration.sequence_length)
-            add("reconstruct", how, samples * chunks, decoder.matrices(window), how.adapter != "none")
-    if spec.retraining.method != "none":
-        add("retrain", spec.retraining, spec.samples_by_phase["retrain"], matrices, spec.retraining.method != "full")
+            add("reconstruct", how, samples * chunks, decoder.matrices(window), how.rank * (how.adapter != "none"))
+    if spec.retraining.retrain != "none":
+        rank = spec.retraining.retrain_rank * (spec.retraining.retrain != "full")
+        add("retrain", spec.retraining, spec.samples_by_phase["retrain"], matrices, rank)
     return found
 
 
@@ -113,7 +114,7 @@ def flops(spec: RunSpec, decoder: Decoder) -> dict[str, float]:
     return {
         "prune": _prune(spec, model),
         "reconstruct": _reconstruct(spec, model) if spec.reconstruction.granularity != "none" else 0.0,
-        "retrain": _retrain(spec, model) if spec.retraining.method != "none" else 0.0,
+        "retrain": _retrain(spec, model) if spec.retraining.retrain != "none" else 0.0,
         "evaluate": _evaluate(spec, model),
     }
 
@@ -170,27 +171,33 @@ def _retrain(spec: RunSpec, model: "_Model") -> float:
     forward, found, epochs = model.forward(length), 0.0, how.schedule(samples).epochs
     whole = forward + 2 * model.head
     backward = 2 * (model.weights + model.head) + 2 * model.attention(length)
-    if how.method == "full":
+    if how.retrain == "full":
         backward += 2 * (model.weights + model.head)
-    elif how.method in ADAPTERS:
+    elif how.retrain in ADAPTERS:
         backward += 2 * model.weights
-        found += epochs * -(-samples // how.batch_size) * (6 + 2 * how.checkpointing) * how.rank * model.weights
-    per_token = whole + backward + whole * (how.objective == "distil") + forward * how.checkpointing
+        found += (
+            epochs
+            * -(-samples // how.retrain_batch_size)
+            * (6 + 2 * how.retrain_checkpointing)
+            * how.retrain_rank
+            * model.weights
+        )
+    per_token = whole + backward + whole * (how.retrain_objective == "distil") + forward * how.retrain_checkpointing
     return found + epochs * per_token * samples * length
 
 
 def _evaluate(spec: RunSpec, model: "_Model") -> float:
-    tokens = sum(spec.evaluation.windows.values()) * spec.evaluation.length
-    changed = spec.reconstruction.granularity != "none" or spec.retraining.method != "none"  # so that it is evaluated once more
-    return (2 + changed) * tokens * (2 * model.head + model.forward(spec.evaluation.length))
+    tokens = sum(spec.evaluation.windows.values()) * spec.evaluation.evaluation_length
+    changed = spec.reconstruction.granularity != "none" or spec.retraining.retrain != "none"  # so that it is evaluated once more
+    return (2 + changed) * tokens * (2 * model.head + model.forward(spec.evaluation.evaluation_length))
 
 
 def beside_perplexity(spec: RunSpec, decoder: Decoder) -> float:
     """Floating-point operations of what evaluation measures beside perplexity: KL's second head; on held-out samples, drift along
     the depth, for which the dense model runs again beside each other one, and perplexity."""
     model, how, calibration = _Model(decoder), spec.evaluation, spec.calibration
-    others = 1 + (spec.reconstruction.granularity != "none" or spec.retraining.method != "none")  # than the dense model
-    compared = sum(min(how.kl_windows, windows) for windows in how.windows.values()) * how.length
+    others = 1 + (spec.reconstruction.granularity != "none" or spec.retraining.retrain != "none")  # than the dense model
+    compared = sum(min(how.kl_windows, windows) for windows in how.windows.values()) * how.evaluation_length
     held_out, forward = calibration.held_out_samples * calibration.sequence_length, model.forward(calibration.sequence_length)
     return others * compared * 2 * model.head + held_out * ((1 + 2 * others) * forward + (1 + others) * 2 * model.head)
 
@@ -259,9 +266,9 @@ def announce_study(specs: list[RunSpec], decoder: Decoder, device: torch.device)
     spent, dense, pruned, disk = 0.0, set(), set(), 0
     for spec in specs:
         by_phase = seconds(spec, decoder, device, flops(spec, decoder))
-        once = by_phase["evaluate"] / (2 + (spec.reconstruction.granularity != "none" or spec.retraining.method != "none"))
+        once = by_phase["evaluate"] / (2 + (spec.reconstruction.granularity != "none" or spec.retraining.retrain != "none"))
         spent += by_phase["evaluate"] - 2 * once + by_phase["reconstruct"] + by_phase["retrain"]
-        shared = (spec.evaluation.texts, spec.evaluation.samples, spec.evaluation.length)
+        shared = (spec.evaluation.evaluation_texts, spec.evaluation.evaluation_samples, spec.evaluation.evaluation_length)
         if shared not in dense:
             dense.add(shared)
             spent += once

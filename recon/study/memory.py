@@ -148,7 +148,7 @@ class _Run:
         if self.spec.reconstruction.granularity != "none":
             windows = distinct(self.decoder, self.spec.reconstruction.granularity)
             found["reconstruct"] = (moment for window in windows for moment in self.reconstruct(window))
-        if self.spec.retraining.method != "none":
+        if self.spec.retraining.retrain != "none":
             found["retrain"] = self.retrain()
         return found | {"evaluate": self.evaluate()}
 
@@ -319,41 +319,47 @@ class _Run:
         how, length = self.spec.retraining, self.length
         whole = Size.of(self.decoder, Window(range(len(self.decoder.blocks))))
         largest = max(self.blocks, key=lambda size: size.matrices)
-        tokens = min(how.batch_size, self.spec.samples_by_phase["retrain"]) * length
-        all_of_it, distils = how.method in ("full", "norms"), how.objective == "distil"
+        tokens = min(how.retrain_batch_size, self.spec.samples_by_phase["retrain"]) * length
+        all_of_it, distils = how.retrain in ("full", "norms"), how.retrain_objective == "distil"
         kept = self.models() | {"copy of the model": 4.0 * (self.matrices + all_of_it * self.parameters)}
         shared = {}
-        if how.method in ("full", "masklora"):
+        if how.retrain in ("full", "masklora"):
             shared["masks of the model"] = float(self.masked * self.matrices)
         if self.on_gpu:
             shared["weights in hand"] = 4.0 * self.parameters * (1 + distils)
             kept |= {"pruned model": 0.0} | ({"dense model": 0.0} if distils else {})
         vectors = sum(parameter.numel() for parameter in self.decoder.model.parameters() if parameter.ndim == 1)
-        trained = {"full": self.parameters, "norms": vectors}.get(how.method, how.rank * (whole.inputs + whole.outputs))
-        there = largest if how.checkpointing else whole  # in the backward pass, a block at a time
+        trained = {"full": self.parameters, "norms": vectors}.get(how.retrain, how.retrain_rank * (whole.inputs + whole.outputs))
+        there = largest if how.retrain_checkpointing else whole  # in the backward pass, a block at a time
         copies = self.rounded if all_of_it else self.item  # an adapter is merged into its matrix
         batch = float(self.passing(largest, tokens, length))
-        inputs = 4 * tokens * self.hidden * whole.blocks * how.checkpointing
+        inputs = 4 * tokens * self.hidden * whole.blocks * how.retrain_checkpointing
         forward = {
             "rounded weights": float(copies * there.matrices + self.rounded * self.head),
             "one batch": batch + self.for_backward(there, tokens, length) + inputs,
             "logits": self.logits(tokens, 4 + distils),  # and those that predict something, and gradients of both
         }
-        for working in self.steps(trained, how.accumulation > 1, shared, forward, batch):
+        for working in self.steps(trained, how.retrain_accumulation > 1, shared, forward, batch):
             yield kept, working
 
     def evaluate(self) -> Moments:
         """Block by block, then the head, of both models where they are compared."""
         how = self.spec.evaluation
-        kept = self.models(pruned=self.spec.reconstruction.granularity != "none" or self.spec.retraining.method != "none")
-        stream = self.stream(how.samples, how.length)
-        references = sum(self.stream(min(how.kl_windows, windows), how.length) for windows in how.windows.values())
+        kept = self.models(pruned=self.spec.reconstruction.granularity != "none" or self.spec.retraining.retrain != "none")
+        stream = self.stream(how.evaluation_samples, how.evaluation_length)
+        references = sum(self.stream(min(how.kl_windows, windows), how.evaluation_length) for windows in how.windows.values())
         for size in self.blocks:
             streams = {"activations of all samples": references + 2 * stream}
             copied = {"pruned block": 4.0 * size.present} if self.spec.one_pass and not self.streamed else {}
-            yield kept | copied | self.read(max(size.present, self.embedding)) | streams, self.forward(size, how.length)
+            yield (
+                kept | copied | self.read(max(size.present, self.embedding)) | streams,
+                self.forward(size, how.evaluation_length),
+            )
         packed = self.rounded * self.head * (not self.on_gpu)  # by the CPU's kernel, for one of the two
-        working = {"rounded weights": 2.0 * self.rounded * self.head + packed, "logits": self.logits(min(SLICE, how.length), 2)}
+        working = {
+            "rounded weights": 2.0 * self.rounded * self.head + packed,
+            "logits": self.logits(min(SLICE, how.evaluation_length), 2),
+        }
         if self.on_gpu:
             ends = self.parameters - sum(p.numel() for block in self.decoder.blocks for p in block.parameters())
             working["weights in hand"] = 2 * 4.0 * (ends - self.head * bool(self.rounded))

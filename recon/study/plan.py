@@ -236,10 +236,15 @@ def _tokens(spec: RunSpec) -> dict[str, int]:
         "prune": not spec.model.pruned
         and (criteria.get(spec.pruning.criterion).statistics != "none" or spec.pruning.mask_refinement > 0),
         "reconstruct": spec.reconstruction.granularity != "none",
-        "retrain": spec.retraining.method != "none",
+        "retrain": spec.retraining.retrain != "none",
     }
     tokens = {name: spec.samples_by_phase[name] * spec.calibration.sequence_length for name, there in phases.items() if there}
-    return {**tokens, "evaluate": len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length}
+    return {
+        **tokens,
+        "evaluate": len(spec.evaluation.evaluation_texts)
+        * spec.evaluation.evaluation_samples
+        * spec.evaluation.evaluation_length,
+    }
 
 
 # --- one window -----------------------------------------------------------------------------------------------------------
@@ -365,7 +370,7 @@ def _can_be_streamed(spec: RunSpec) -> bool:
 def _changes(spec: RunSpec) -> Iterator[list[dict]]:
     """Options that a run could be given instead, ever smaller ones; the least harmful first."""
     yield _halves(spec, "batch_size")
-    if spec.retraining.method != "none":
+    if spec.retraining.retrain != "none":
         yield _halves(spec, "retrain_batch_size")
         yield [{"retrain_checkpointing": True}]
     yield _halves(spec, "evaluation_samples", 8)
@@ -382,7 +387,7 @@ def _changes(spec: RunSpec) -> Iterator[list[dict]]:
 
 def _halves(spec: RunSpec, name: str, least: int = 1) -> list[dict]:
     """Options with half of what `spec` says of `name`, and with half of that, down to `least`."""
-    found, value = [], spec.get(name) // 2
+    found, value = [], spec.flat()[name] // 2
     while value >= least:
         found.append({name: value})
         value //= 2

@@ -65,5 +65,5 @@ def read_record(path: Path) -> RunRecord:
     """The record at `path`; raises `ReconError` naming the file where it is not a whole record."""
     try:
         return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ReconError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ReconError(f"record {str(path)!r} cannot be read: {error}") from error

@@ -16,8 +16,8 @@ from recon.study.texts import Texts
 
 def metrics(spec: RunSpec, dense: Measured, pruned: Measured, final: Measured) -> dict:
     """The metrics of a record: of the first text, of held-out samples and tasks, and everything by text."""
-    by_text = {name: _of_text(name, dense, pruned, final) for name in spec.evaluation.texts}
-    headline = by_text[spec.evaluation.texts[0]]
+    by_text = {name: _of_text(name, dense, pruned, final) for name in spec.evaluation.evaluation_texts}
+    headline = by_text[spec.evaluation.evaluation_texts[0]]
     found = {name: headline[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "share_recovered", "kl")}
     found |= {"dense_held_out_perplexity": dense.held_out, "held_out_perplexity": final.held_out}
     if spec.evaluation.tasks:
@@ -80,8 +80,8 @@ def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) ->
         ),
         "evaluation": (
             "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
-            f"{', '.join(f'{count} consecutive windows of {text}' for text, count in evaluation.windows.items())} x {evaluation.length} tokens "
-            f"(evaluation split), every window on its own; {PROTOCOLS[evaluation.protocol]}; "
+            f"{', '.join(f'{count} consecutive windows of {text}' for text, count in evaluation.windows.items())} x {evaluation.evaluation_length} tokens "
+            f"(evaluation split), every window on its own; {PROTOCOLS[evaluation.evaluation_protocol]}; "
             f"{str(dtype).removeprefix('torch.')} products, float32 loss"
         ),
         **({"reading": dense.reading} if dense.reading else {}),

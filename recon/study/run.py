@@ -127,7 +127,7 @@ class _Run:
         if spec.reconstruction.granularity != "none" and not one_pass:
             with self.phase("reconstruct"):
                 self.reconstruct(student, masks=masks)
-        if spec.retraining.method != "none":
+        if spec.retraining.retrain != "none":
             with self.phase("retrain"):
                 self.retrain(student, masks)
             record.seconds["retrain"] = record.retraining["seconds"]  # without what was measured on the way
@@ -173,14 +173,14 @@ class _Run:
         """Raises `ReconError` for what this model cannot do: windows, adapters, patterns, lengths, tasks."""
         spec, dense = self.spec, self.dense
         dense.windows(spec.reconstruction.granularity if spec.reconstruction.granularity != "none" else "block")
-        if spec.reconstruction.adapter != "none" or spec.retraining.method not in ("none", "full", "norms"):
+        if spec.reconstruction.adapter != "none" or spec.retraining.retrain not in ("none", "full", "norms"):
             check_adaptable(dense)
         self.touched = []
         if not spec.model.pruned:
             self.touched = touched_biases(dense, spec.pruning.criterion)
             for name, matrix in dense.matrices().items():
                 Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
-        for length in (spec.calibration.sequence_length, spec.evaluation.length):
+        for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
             dense.check_length(length)
         if spec.evaluation.tasks:
             zero_shot.check_model(dense)

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from recon.config import (
     LENGTHS,
     PRESETS,
     CalibrationConfig,
+    Checked,
     ComputeConfig,
     EvaluationConfig,
+    FromZero,
     ModelConfig,
     PruningConfig,
     ReconstructionConfig,
@@ -20,7 +23,6 @@ from recon.config import (
 )
 from recon.errors import ReconError
 from recon.kernels import criteria
-from recon.options import Options, flag, option
 from recon.runtime.device import SAVED
 from recon.study import workers
 from recon.study.workers import Ray
@@ -29,11 +31,11 @@ SCHEMA = 6  # part of every key; raise it when the meaning of a record's values,
 
 
 @dataclass(frozen=True)
-class RunSpec(Options):
+class RunSpec(Checked):
     """Everything that can change a run's numbers.
 
-    Options have flat names as well, which the command line, records and tables use: `RunSpec.of(granularity="block", samples=16)`,
-    `spec.flat()`, `spec.replaced(seed=1)`.
+    The names of options are unique over all configs, so they need no other: `RunSpec.of(granularity="block", samples=16)`, `spec.flat()`,
+    `spec.replaced(seed=1)`.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -43,45 +45,44 @@ class RunSpec(Options):
     retraining: RetrainingConfig = field(default_factory=RetrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    seed: int = option(0, "Seed of every random choice.", least=0)
+    seed: FromZero = 0  # Seed of every random choice.
+    preset: Literal[tuple(PRESETS)] = "default"
+    """Recipe: fast, default, best, or paper (as published). It sets other options that are at their defaults."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.model.pruned is not None and self.pruning != PruningConfig():
-            changed = next(f for f in fields(PruningConfig) if getattr(self.pruning, f.name) != f.default)
+        changed = {name for name, value in self.flat().items() if value != _defaults()[name]}
+        masked = vars(self.pruning).keys() if self.model.pruned is not None else set()
+        if wrong := sorted(masked & changed):
+            value = self.flat()[wrong[0]]
             raise ReconError(
-                f"{flag(changed)} is {getattr(self.pruning, changed.name)!r}, but the mask is read from the pruned model "
-                f"{self.model.pruned!r}; leave it out"
+                f"{wrong[0]} is {value!r}, but the mask is read from the pruned model {self.model.pruned!r}; leave it out"
             )
-
-    # --- flat names -----------------------------------------------------------------------------------------------
+        recipe = {name: value for name, value in PRESETS[self.preset].items() if name not in changed | masked}
+        for name, part in self._changed(recipe | {"preset": "default"}).items():  # a record says what a preset stood for
+            object.__setattr__(self, name, part)
 
     @classmethod
     def of(cls, **values) -> "RunSpec":
-        """The spec with these options, by flat name. Raises `ReconError` for a name that is no option."""
+        """The spec with these options. Raises `ReconError` for a name that is no option."""
         return cls().replaced(**values)
 
     def replaced(self, **values) -> "RunSpec":
-        """This spec with other values of some options, by flat name. Raises `ReconError` for a name that is no option."""
-        changed: dict[str, dict] = {}
-        known = {field.name for field in fields(ReconstructionConfig)}  # which follow the preset by themselves
-        for name, value in PRESETS.get(values.get("preset"), {}).items():
-            if name not in known and values.get(name, options()[name].default) == options()[name].default:
-                values[name] = value
-        for name, value in values.items():
-            concern, attribute = place(name)
-            changed.setdefault(concern, {})[attribute] = value
-        own = changed.pop("", {})
-        return replace(self, **own, **{name: replace(getattr(self, name), **parts) for name, parts in changed.items()})
+        """This spec with other values of some options. Raises `ReconError` for a name that is no option."""
+        return replace(self, **self._changed(values))
 
     def flat(self) -> dict:
-        """The value of every option, by flat name."""
-        return {name: self.get(name) for name in options()}
+        """The value of every option."""
+        parts = [vars(part) for part in vars(self).values() if is_dataclass(part)]
+        return {name: value for part in (*parts, vars(self)) for name, value in part.items() if not is_dataclass(value)}
 
-    def get(self, name: str) -> object:
-        """The value of the option with this flat name."""
-        concern, attribute = place(name)
-        return getattr(getattr(self, concern) if concern else self, attribute)
+    def _changed(self, values: dict) -> dict:
+        """The fields of this spec with other values of some options."""
+        if unknown := values.keys() - self.flat().keys():
+            raise ReconError(f"unknown option {min(unknown)!r}; allowed: {', '.join(self.flat())}")
+        parts = {name: part for name, part in vars(self).items() if is_dataclass(part)}
+        new = {name: replace(part, **{k: values[k] for k in vars(part).keys() & values}) for name, part in parts.items()}
+        return new | {name: values[name] for name in values.keys() & {"seed", "preset"}}
 
     # --- what phases read -----------------------------------------------------------------------------------------
 
@@ -90,9 +91,9 @@ class RunSpec(Options):
         """Calibration samples that each phase reads: the first so many of one random draw."""
         samples = self.calibration.samples
         return {
-            "prune": 0 if self.model.pruned else self.pruning.samples or samples,
+            "prune": 0 if self.model.pruned else self.pruning.prune_samples or samples,
             "reconstruct": samples,
-            "retrain": self.retraining.samples or samples,
+            "retrain": self.retraining.retrain_samples or samples,
         }
 
     @property
@@ -105,17 +106,15 @@ class RunSpec(Options):
         """What decides the pruned model; runs that agree on it can share it."""
         if self.model.pruned is not None:
             return (*self.loaded_by, self.model.pruned, self.model.pruned_revision)
-        calibration = self.calibration
-        read = calibration.text, calibration.sequence_length, self.samples_by_phase["prune"]
-        return (*self.loaded_by, self.seed, *read, replace(self.pruning, samples=0))
+        read = self.calibration.text, self.calibration.sequence_length, self.samples_by_phase["prune"]
+        return (*self.loaded_by, self.seed, *read, replace(self.pruning, prune_samples=0))
 
     @property
     def changes_weights(self) -> bool:
         """Whether pruning may change weights that survive."""
-        if self.model.pruned is not None:
-            return True
         criterion = criteria.get(self.pruning.criterion)
-        return not (isinstance(criterion, criteria.Structured) or criterion.scores or self.pruning.criterion == "none")
+        keeps = isinstance(criterion, criteria.Structured) or criterion.scores or self.pruning.criterion == "none"
+        return self.model.pruned is not None or not keeps
 
     @property
     def one_pass(self) -> bool:
@@ -131,98 +130,65 @@ class RunSpec(Options):
         from recon.data import models  # slow to import, as below
         from recon.model.skeleton import max_length
 
-        asked = [name for name in LENGTHS if self.get(name) == 0]
+        asked = [name for name in LENGTHS if self.flat()[name] == 0]
         try:
             longest = max_length(models.configuration(*self.loaded_by)) if asked else None
         except ReconError:
             return self
         return self.replaced(**{name: min(LENGTHS[name], longest or LENGTHS[name]) for name in asked})
 
-    # --- the key --------------------------------------------------------------------------------------------------
-
     def sources(self) -> dict:
         """Hashes of the files that the run reads, and the schema of its record."""
         from recon.data import models, text
 
-        found = {
+        texts = sorted({self.calibration.text, *self.evaluation.evaluation_texts})
+        sources = {
             "schema": SCHEMA,
             "model": models.fingerprint(*self.loaded_by),
-            "texts": {name: text.fingerprint(name) for name in sorted({self.calibration.text, *self.evaluation.texts})},
+            "texts": {name: text.fingerprint(name) for name in texts},
         }
         if self.model.pruned is not None:
-            found["pruned"] = models.fingerprint(self.model.pruned, self.model.pruned_revision, self.model.trust_remote_code)
-        return found
+            sources["pruned"] = models.fingerprint(self.model.pruned, self.model.pruned_revision, self.model.trust_remote_code)
+        return sources
 
     def decisive(self) -> dict:
-        """The options by flat name, the same for specs that say the same in different ways."""
-        spec = self.flat()
-        for name in ("prune_samples", "retrain_samples"):
-            if spec[name] == self.calibration.samples:
-                spec[name] = 0
-        return spec
+        """The options, the same for specs that say the same in different ways."""
+        same = {name: 0 for name in ("prune_samples", "retrain_samples") if self.flat()[name] == self.calibration.samples}
+        return self.flat() | same
 
     def key(self) -> str:
         """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema.
 
         Options at their defaults are left out, so that a new option does not disown old records.
         """
-        defaults = options()
-        parts = {
-            "spec": {name: value for name, value in self.resolved().decisive().items() if value != defaults[name].default},
-            **self.sources(),
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        given = {name: value for name, value in self.resolved().decisive().items() if value != _defaults()[name]}
+        return hashlib.sha256(json.dumps({"spec": given, **self.sources()}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache
-def options() -> dict:
-    """The fields of all configs by flat name, in their order."""
-    return {name: each for name, (_, each) in _places().items()}
-
-
-def place(name: str) -> tuple[str, str]:
-    """The config ("" for the spec itself) and the field of the option with this flat name.
-
-    Raises `ReconError` for a name that is no option.
-    """
-    if name not in _places():
-        raise ReconError(f"unknown option {name!r}; allowed: {', '.join(_places())}")
-    concern, each = _places()[name]
-    return concern, each.name
-
-
-@cache
-def _places() -> dict:
-    found = {}
-    for own in fields(RunSpec):
-        for each in fields(own.type) if own.name != "seed" else (own,):
-            found[flag(each)] = own.name if own.name != "seed" else "", each
-    return found
+def _defaults() -> dict:
+    """The default of every option."""
+    configs = [each.default_factory for each in fields(RunSpec) if each.default is MISSING]
+    return {each.name: each.default for kind in (*configs, RunSpec) for each in fields(kind) if each.default is not MISSING}
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
-    """How a run is carried out, which changes no number. Raises `ReconError` for an unknown name."""
+class RunOptions(Checked):
+    """How a run is carried out, which changes no number."""
 
-    save: Path | None = option(
-        None, "New folder for the model as a Hugging Face checkpoint, with its record. A model that the very same run saved there is not computed again."
-    )  # fmt: skip
-    save_dtype: str = option(
-        "float32", "What weights are saved in; they are measured in float32, and rounded after that.", choices=SAVED
-    )
-    stream: str = option(
-        "auto",
-        "yes leaves the model on disk and works on one window at a time; a run that was killed goes on when it is called again. "
-        "auto does so where the model would not fit into memory.",
-        choices=("auto", "yes", "no"),
-    )
-    executor: str | Ray = option(
-        "serial",
-        "ray reconstructs windows side by side, on the cores and GPUs of this machine or of a cluster (dense propagation).",
-    )
-    force: bool = option(False, "Run even what is planned not to fit here (see `recon plan`).")
-    progress: bool = option(True, "Draw progress bars.")
-    command: str = option("", "The command that asked for the run, for the model card.")
+    save: Path | None = None
+    """New folder for the model as a Hugging Face checkpoint, with its record. A model that the very same run saved there is not computed
+    again."""
+    save_dtype: Literal[tuple(SAVED)] = "float32"
+    """What weights are saved in; they are measured in float32, and rounded after that."""
+    stream: Literal["auto", "yes", "no"] = "auto"
+    """yes leaves the model on disk and works on one window at a time; a run that was killed goes on when it is called again. auto does so
+    where the model would not fit into memory."""
+    executor: str | Ray = "serial"
+    """ray reconstructs windows side by side, on the cores and GPUs of this machine or of a cluster (dense propagation)."""
+    force: bool = False  # Run even what is planned not to fit here (see `recon plan`).
+    progress: bool = True  # Draw progress bars.
+    command: str = ""  # The command that asked for the run, for the model card.
 
     def __post_init__(self):
         object.__setattr__(self, "save", None if self.save is None else Path(self.save))

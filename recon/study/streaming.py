@@ -44,8 +44,8 @@ def wanted(stream: str, spec: RunSpec) -> bool:
         raise ReconError(f"stream is {stream!r}; allowed: {', '.join(STREAM)}")
     if stream == "no" or (stream == "auto" and not is_too_large(spec)):
         return False
-    if spec.retraining.method != "none":
-        needs_all = f"retraining (retrain {spec.retraining.method}) trains the whole model at once"
+    if spec.retraining.retrain != "none":
+        needs_all = f"retraining (retrain {spec.retraining.retrain}) trains the whole model at once"
     else:
         needs_all = _needs_memory(spec)
     if needs_all and stream == "yes":

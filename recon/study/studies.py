@@ -21,7 +21,7 @@ from recon.study import executors, workers
 from recon.study.record import RunRecord, read_record
 from recon.study.run import run
 from recon.study.session import Session
-from recon.study.spec import RunOptions, RunSpec, options
+from recon.study.spec import RunOptions, RunSpec
 from recon.study.workers import Ray
 
 log = logging.getLogger("recon")
@@ -255,5 +255,5 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         for record in records
     ]
     # A study of nothing has the columns that every study has.
-    always = [*options(), "fit", "recipe", "key", "status", "error"]
+    always = [*RunSpec().flat(), "fit", "recipe", "key", "status", "error"]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=always)

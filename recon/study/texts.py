@@ -36,7 +36,9 @@ class Texts:
             drawn,
             held_out,
             {
-                name: sample_tokens(name, "evaluation", tokenizer, windows, evaluation.length, protocol=evaluation.protocol)
+                name: sample_tokens(
+                    name, "evaluation", tokenizer, windows, evaluation.evaluation_length, protocol=evaluation.evaluation_protocol
+                )
                 for name, windows in evaluation.windows.items()
             },
         )

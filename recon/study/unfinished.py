@@ -10,7 +10,7 @@ from pathlib import Path
 from recon.errors import ReconError
 from recon.runtime import lock
 from recon.runtime.storage import cache_folder
-from recon.study.spec import options
+from recon.study.spec import RunSpec
 
 JOURNAL = "journal.jsonl"  # in the folder where a run works
 UNFINISHED = ".unfinished"  # ends the name of the folder of a run that saves its model
@@ -36,7 +36,7 @@ class Unfinished:
         words = []
         for name, value in self.spec.items():
             value = tuple(value) if isinstance(value, list) else value
-            if name != "model" and (name not in options() or value == options()[name].default):
+            if name != "model" and value == RunSpec().flat().get(name, value):
                 continue
             flag = name.replace("_", "-")
             if isinstance(value, bool):

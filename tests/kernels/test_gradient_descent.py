@@ -55,11 +55,6 @@ def test_step_counts(samples, epochs, batch_size, accumulation, steps):
     assert Schedule(epochs=epochs, batch_size=batch_size, accumulation=accumulation).steps(samples) == steps
 
 
-def test_a_scaled_schedule_differs_in_its_rate_alone():
-    schedule = Schedule(0.02, epochs=3, batch_size=2, accumulation=4, warmup=0.3)
-    assert schedule.scaled(0.5) == Schedule(0.01, epochs=3, batch_size=2, accumulation=4, warmup=0.3)
-
-
 # ---- descent
 
 

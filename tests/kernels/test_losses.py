@@ -18,7 +18,6 @@ from recon.kernels.losses import (
     mse,
     negative_log_likelihood,
     position_weights,
-    relative,
     unexplained,
     whitened,
 )
@@ -36,12 +35,6 @@ def test_mse_by_hand():
 def test_whitened_by_hand():
     output, target = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 4.0]]])
     assert_close(whitened(output, target, torch.tensor([3.0, 2.0])), torch.tensor([[(0 + 4 / 2) / 2, (9 / 3 + 0) / 2]]))
-
-
-def test_relative_by_hand():
-    target = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 10.0]]])
-    output = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[2.0, 1.0], [0.0, 5.0]]])
-    assert_close(relative(output, target, UNIT), torch.tensor([[0, 1], [1 / 4, 25 / 100]]))
 
 
 def test_cosine_by_hand():
@@ -136,7 +129,7 @@ def test_the_first_position_does_not_count():
 
 
 def test_unknown_loss_is_refused():
-    with pytest.raises(ReconError, match="'kl'.*whitened, mse, relative, cosine"):
+    with pytest.raises(ReconError, match="'kl'.*whitened, mse, cosine"):
         get_loss("kl")
 
 

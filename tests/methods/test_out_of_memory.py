@@ -131,7 +131,7 @@ def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
 def test_retraining_is_done_in_smaller_parts_too(pair, caplog):
     _, student = pair
     other, tokens = decompose(copy.deepcopy(student.model), like=student), random_tokens(7, 12)
-    config = RetrainingConfig(method="full", **SCHEDULE)
+    config = RetrainingConfig("full", **{f"retrain_{name}": value for name, value in SCHEDULE.items()})
     wanted = recon.retrain(student, tokens, config, execution=execution())
     with little_memory(other, 2):
         found = recon.retrain(other, tokens, config, execution=execution())
@@ -173,6 +173,6 @@ def test_an_infinite_loss_rolls_back_even_where_its_gradient_is_finite(pair, cap
     assert "'block 0-2'" in caplog.text and "losses" in caplog.text
     infinite = "recon.methods.retrain.negative_log_likelihood"
     monkeypatch.setattr(infinite, lambda logits, tokens: logits.square().mean(-1) + torch.inf)
-    report = recon.retrain(student, random_tokens(3, 12), RetrainingConfig(method="full"), execution=execution())
+    report = recon.retrain(student, random_tokens(3, 12), RetrainingConfig(retrain="full"), execution=execution())
     assert report.status == NOT_FINITE and "retraining (full, labels)" in caplog.text
     assert all(torch.equal(found, before[name]) for name, found in student.model.state_dict().items())

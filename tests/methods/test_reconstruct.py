@@ -10,7 +10,7 @@ from fixtures.models import FLOAT32
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from recon.config import PROPAGATIONS, STARTS, PruningConfig, ReconstructionConfig
+from recon.config import PruningConfig, ReconstructionConfig
 from recon.errors import ReconError
 from recon.evaluate.perplexity import drift
 from recon.kernels.adapters import ADAPTERS
@@ -26,6 +26,7 @@ from recon.model.windows import Window
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
+PROPAGATIONS, STARTS = ("dense", "sparse", "mixed"), ("pruned", "exact")
 CALL = {"pruning", "masks", "held_out", "seed", "execution", "callbacks"}  # arguments of `reconstruct`; all others are options
 
 
@@ -451,7 +452,7 @@ def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens
         ({"statistics": "sparse"}, {}, "statistics sparse.*recon.prune"),
         ({"criterion": "wanda-sp", "pattern": "0.2"}, {}, "'wanda-sp' weighs heads and neurons"),
         ({}, {"propagation": "sparse"}, "sparse propagation"),
-        ({"samples": 3}, {}, r"other samples \(3\) than reconstruction \(4\)"),
+        ({"prune_samples": 3}, {}, r"other samples \(3\) than reconstruction \(4\)"),
         ({}, {"masks": {}}, "both masks and pruning"),
     ],
 )

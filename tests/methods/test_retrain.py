@@ -7,9 +7,10 @@ import torch
 from fixtures.models import FLOAT32, make_model
 from torch.nn import functional as F
 
-from recon.config import RETRAINING, PruningConfig, RetrainingConfig
+from recon.config import PruningConfig, RetrainingConfig
 from recon.errors import ReconError
 from recon.evaluate.perplexity import perplexity
+from recon.kernels.adapters import ADAPTERS
 from recon.kernels.gradient_descent import Schedule
 from recon.methods.callbacks import Callback
 from recon.methods.prune import prune
@@ -17,7 +18,7 @@ from recon.methods.retrain import NOT_FINITE, RETRAINED, retrain
 from recon.model.discovery import decompose
 from recon.runtime.seeds import generator
 
-METHODS = [method for method in RETRAINING if method != "none"]
+METHODS = ("full", *ADAPTERS, "norms")
 CALL = {"dense", "seed", "callbacks"}  # arguments of `retrain`; all others are options
 
 
@@ -30,9 +31,8 @@ def halved(family: str = "llama"):
 
 def run(model, tokens, masks=None, **options):
     call = {name: options.pop(name) for name in CALL & options.keys()}
-    config = RetrainingConfig(
-        **{"method": "masklora", "learning_rate": 3e-3, "rate": "absolute", "epochs": 1, "batch_size": 2} | options
-    )
+    options = {"method": "masklora", "learning_rate": 3e-3, "rate": "absolute", "epochs": 1, "batch_size": 2} | options
+    config = RetrainingConfig(options.pop("method"), **{f"retrain_{name}": value for name, value in options.items()})
     return retrain(model, tokens, config, masks=masks, execution=FLOAT32, **call)
 
 

@@ -139,7 +139,9 @@ def test_perplexity_is_that_of_the_second_half_given_the_first(made):
 def test_retraining_lowers_the_loss_and_keeps_the_zeros(made):
     model = copy.deepcopy(made("t5").model)
     masks = prune(model, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
-    config = RetrainingConfig(method="full", learning_rate=3e-4, rate="absolute", batch_size=16, epochs=8)
+    config = RetrainingConfig(
+        retrain="full", retrain_learning_rate=3e-4, retrain_rate="absolute", retrain_batch_size=16, retrain_epochs=8
+    )
     report = retrain(model, random_tokens(16, 16), config, masks=masks, execution=Execution(progress=False))
     assert report.losses[-1] < report.losses[0]
     for name, matrix in decompose(model, like=made("t5")).matrices().items():
@@ -160,7 +162,7 @@ def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
     retrain(
         student,
         tokens,
-        RetrainingConfig(method="full", learning_rate=0.01, rate="absolute"),
+        RetrainingConfig(retrain="full", retrain_learning_rate=0.01, retrain_rate="absolute"),
         masks=masks,
         execution=Execution(compute_dtype="float32", progress=False),
     )

@@ -312,7 +312,7 @@ def test_retraining_keeps_the_zeros(fresh):
     retrain(
         decoder,
         random_tokens(4, 12),
-        RetrainingConfig(method="full", learning_rate=0.001, rate="absolute"),
+        RetrainingConfig(retrain="full", retrain_learning_rate=0.001, retrain_rate="absolute"),
         masks=masks,
         execution=Execution(progress=False),
     )
@@ -361,7 +361,7 @@ def test_blocks_that_run_again_in_the_backward_pass_run_in_the_same_way(made):
         model = copy.deepcopy(made("mixtral").model)
         model.set_experts_implementation("batched_mm")
         masks = prune(model, config=PruningConfig(criterion="magnitude"), execution=Execution(progress=False)).masks
-        config = RetrainingConfig(method="full", checkpointing=checkpointing)
+        config = RetrainingConfig(retrain="full", retrain_checkpointing=checkpointing)
         retrain(model, random_tokens(4, 12), config, masks=masks, execution=Execution(compute_dtype="float32", progress=False))
         found.append(model.lm_head.weight)
         assert model.config._experts_implementation == "batched_mm"
@@ -376,7 +376,7 @@ def test_flops_count_the_experts_that_a_token_sees(made):
     spec = RunSpec.of(criterion="wanda", granularity="half-block")
     full, sparse = (cost.flops(spec, decoder) for decoder in (all_of_them, half))
     experts = sum(m.weight.numel() for m in experts_of(half).values())
-    evaluated = len(spec.evaluation.texts) * spec.evaluation.samples * spec.evaluation.length
+    evaluated = len(spec.evaluation.evaluation_texts) * spec.evaluation.evaluation_samples * spec.evaluation.evaluation_length
     assert full["evaluate"] - sparse["evaluate"] == 3 * evaluated * 2 * experts / 2
 
 
@@ -397,7 +397,7 @@ def test_single_matrices_and_adapters_are_refused(made, fresh):
             execution=Execution(progress=False),
         ),
         lambda: retrain(
-            fresh("mixtral"), random_tokens(2, 8), RetrainingConfig(method="masklora"), execution=Execution(progress=False)
+            fresh("mixtral"), random_tokens(2, 8), RetrainingConfig(retrain="masklora"), execution=Execution(progress=False)
         ),
     ):
         with pytest.raises(ReconError, match=r"gate_up_proj\[0\]' is one expert's part of a parameter that holds those of 4"):

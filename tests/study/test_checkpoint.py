@@ -45,7 +45,7 @@ def zeros(model) -> dict[str, torch.Tensor]:
 def test_it_loads_anywhere_with_the_same_perplexity(saved, spec):
     folder, record = saved
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tokens = recon.sample_tokens(spec.evaluation.texts[0], "evaluation", tokenizer, 3, 64)
+    tokens = recon.sample_tokens(spec.evaluation.evaluation_texts[0], "evaluation", tokenizer, 3, 64)
     assert recon.perplexity(model, tokens).value == record.metrics["perplexity"]
 
 

@@ -71,7 +71,7 @@ def test_closed_form_agrees_with_what_is_counted(options, tokens):
     spec = RunSpec.of(**{**COMMON, **options})
     dense, samples = make_model("llama", **SIZES), spec.calibration.samples
     teacher, model, batch = decompose(dense), copy.deepcopy(dense), tokens(samples, spec.calibration.sequence_length)
-    retrained, fitted = spec.retraining.method != "none", spec.reconstruction.granularity != "none"
+    retrained, fitted = spec.retraining.retrain != "none", spec.reconstruction.granularity != "none"
     phase = "retrain" if retrained else "reconstruct" if fitted else "prune"
     execution = Execution(compute_dtype="float32", progress=False)
     if phase != "prune":

@@ -1,0 +1,136 @@
+"""Whatever is refused says what, the value, and what is allowed: options by themselves and together, and on the command line."""
+
+import math
+
+import pytest
+
+import recon
+from recon.cli import main
+from recon.config import RetrainingConfig
+from recon.errors import ReconError
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "allowed"),
+    [
+        *(("criterion", wrong, "magnitude, none, random, wanda") for wrong in ("magic", None, 1)),
+        *(("samples", wrong, "a whole number from 1") for wrong in (0, 2.0, True, "3", None, math.nan)),
+        *(("prune_samples", wrong, "a whole number from 0") for wrong in (-1, 0.5)),
+        *(("learning_rate", wrong, "a number above 0") for wrong in (0, -1.0, "1", True, math.nan, math.inf)),
+        *(("size_power", wrong, "a number from 0") for wrong in (-0.1, None)),
+        *(("retrain_warmup", wrong, "a number from 0 to 1") for wrong in (-0.1, 1.1)),
+        *(("sparsegpt_damping", wrong, "a number above 0 to 1") for wrong in (0, 1.1)),
+        *(("roll_back", wrong, "True, False") for wrong in (1, "True", None)),
+        *(("evaluation_texts", wrong, "a list of names") for wrong in (1, None, (1,))),
+        ("revision", 3, "text, None"),
+        ("model", None, "text"),
+        ("preset", "quick", "fast, default, best, paper"),
+        *(("granularity", wrong, "half-block") for wrong in ("layer", "0", "0-blocks", "1.5", "", None)),
+        *(("pattern", wrong, "a sparsity from 0") for wrong in ("1", "-0.1", "4:2", "2:2", "half", "", None, math.nan)),
+    ],
+)
+def test_a_value_that_its_option_may_not_have(name, wrong, allowed):
+    with pytest.raises(ReconError) as error:
+        recon.RunSpec.of(**{name: wrong})
+    assert (
+        name in str(error.value)
+        and str(wrong) in str(error.value)
+        and f"allowed: {allowed}" in str(error.value).replace("none, matrix, ", "")
+    )
+
+
+SUITED = "magnitude, random, wanda, ria$"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"granularty": "block"}, "'granularty'.*allowed: .*granularity, "),
+        ({"solver": "exact"}, "solver exact.*granularity 'half-block'.*matrix"),
+        ({"solver": "exact", "granularity": "matrix", "loss": "cosine"}, "solver exact.*loss 'cosine'"),
+        ({"adapter": "lora", "solver": "exact", "granularity": "matrix"}, "adapter 'lora'.*solver adamw"),
+        ({"adapter": "lora", "train": "all"}, "adapter 'lora'.*train matrices"),
+        ({"criterion": "sparsegpt", "mask_refinement": 3}, f"mask_refinement is 3.*'sparsegpt'.*{SUITED}"),
+        ({"evaluation_texts": ()}, "evaluation_texts is empty"),
+        ({"criterion": "flap", "pattern": "2:4"}, "pattern is '2:4'.*flap.*such as 0.2"),
+        ({"criterion": "wanda-sp", "scope": "row"}, "scope is 'row'.*wanda-sp.*allowed: auto"),
+        ({"criterion": "flap", "mask_refinement": 3}, f"mask_refinement is 3.*flap.*{SUITED}"),
+        ({"pruned": "there", "pattern": "0.6"}, "pattern is '0.6', but the mask is read from the pruned model 'there'"),
+    ],
+)
+def test_options_that_have_no_meaning_together(given, words):
+    with pytest.raises(ReconError, match=words):
+        recon.RunSpec.of(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"stream": "maybe"}, "stream is 'maybe'; allowed: auto, yes, no"),
+        ({"save_dtype": "int8", "save": "there"}, "save_dtype is 'int8'; allowed: float32, bfloat16, float16"),
+        ({"save_dtype": "float16"}, "save_dtype is 'float16', but no folder to save to"),
+        ({"executor": "dask"}, "'dask'.*serial, ray"),
+        ({"force": "yes"}, "force is 'yes'"),
+    ],
+)
+def test_ways_to_carry_out_a_run(given, words):
+    with pytest.raises(ReconError, match=words):
+        recon.RunOptions(**given)
+
+
+def test_an_option_of_another_config():
+    with pytest.raises(TypeError, match="granularity"):
+        RetrainingConfig(granularity="block")
+
+
+def refuse(arguments, capsys) -> str:
+    """What a call of the command line that must fail says on stderr, on one line."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    return " ".join(said.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("walk", "walk"),
+        ("run --criterion magic", "'magic' for argument '--criterion'. Expected one of ('magnitude', 'none', 'random', 'wanda'"),
+        ("run --pattern 2:5", "do not divide into the groups of 5"),
+        ("run --pattern 1.5", "pattern is '1.5'; allowed: a sparsity"),
+        ("run --granularity thirds", "recon: granularity is 'thirds'; allowed: none, matrix, half-block"),
+        ("run --samples 100000", "100000 samples of 32 tokens are more than the calibration split"),
+        ("run --samples many", "many"),
+        ("run --sample 3", "--sample"),
+        ("run --model gpt-17", "unknown model 'gpt-17'; bundled: smollm2-135m"),
+        ("run --text no-such.txt", "no-such.txt"),
+        ("run --sequence-length 300 --samples 2", "sequence length 300 is more than the 256 tokens"),
+        ("run --address 10.0.0.1:6379", "address '10.0.0.1:6379' is that of a Ray cluster"),
+        ("run --executor ray --propagation mixed", "side by side under mixed propagation"),
+        ("plan --stream perhaps", "stream"),
+        ("reconstruct --dense gpt-17", "--pruned"),
+        (
+            "assets --models smollm2-135m gpt-17",
+            "unknown bundled model 'gpt-17'; allowed: all, or some of smollm2-135m, gemma3-270m",
+        ),
+    ],
+)
+def test_bad_input_on_the_command_line(small, words, message, capsys):
+    command, *rest = words.split()
+    assert message in refuse([command, *(small if command == "run" else []), *rest], capsys)
+
+
+@pytest.mark.parametrize("option", ["--record", "--save"])
+def test_a_place_that_cannot_be_written_before_anything_is_computed(small, option, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused_later = ["--pattern", "2:5"]  # once the model is here
+    words = ["run", *small, option, str(tmp_path / "file" / "inside" / "out"), *refused_later]
+    assert "cannot write to" in refuse(words, capsys)
+
+
+def test_a_save_folder_that_holds_something(small, tmp_path, capsys):
+    (tmp_path / "record.json").write_text("{}")
+    assert "exists and is not an empty folder" in refuse(["run", *small, "--save", str(tmp_path)], capsys)
+    assert (tmp_path / "record.json").read_text() == "{}"
