@@ -17,7 +17,6 @@ from recon.errors import ReconError
 from recon.study import executors, studies
 from recon.study.record import RunRecord, read_record
 from recon.study.run import RunResult
-from recon.study.spec import options
 from recon.study.studies import fit_name, fit_options, grid, recipe_name, record_path, run_study
 
 SCRIPT = """
@@ -270,7 +269,7 @@ def test_recipes_have_names(changes, name):
 
 def test_a_study_of_nothing_has_the_columns_of_any_other(tmp_path):
     nothing = run_study([], tmp_path)
-    assert nothing.empty and {*options(), "fit", "recipe", "key", "status", "error"} <= set(nothing)
+    assert nothing.empty and {*recon.RunSpec().flat(), "fit", "recipe", "key", "status", "error"} <= set(nothing)
 
 
 def test_a_worker_writes_the_record_where_it_sees_the_study(base, tmp_path, monkeypatch):
