@@ -12,7 +12,6 @@ import tyro
 
 from recon.config import CalibrationConfig, ComputeConfig, EvaluationConfig, ModelConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
-from recon.paper.bench.spec import BenchSpec
 from recon.runtime.device import SAVED, limit_compiled_shapes
 from recon.study.record import RunRecord
 from recon.study.spec import RunOptions, RunSpec
@@ -171,16 +170,30 @@ class Assets:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure time and memory, beside a straightforward loop and the machine's own ceiling."""
+    """Time each phase on a shortened model, beside a straightforward loop and the least that its products take."""
 
-    spec: Annotated[BenchSpec, Group]
+    output: Path = Path("build/bench.json")
+    """File for the results (JSON)."""
+    model: str = "smollm2-135m"
+    """A bundled name, a local folder, or a Hub id."""
+    text: str = "wikipedia"
+    """Calibration and evaluation text."""
+    samples: int = 32
+    """Samples that are read."""
+    sequence_length: int = 256
+    """Tokens per sample."""
+    blocks: int = 4
+    """Blocks of the shortened model."""
+    repeats: int = 3
+    """Rounds of timing, all phases in turn."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
 
     def __call__(self) -> None:
-        from recon.paper.bench.measure import bench
-        from recon.paper.bench.report import summary
+        from recon.study import bench
 
-        print(summary(bench(self.spec)))
-        print(f"\nresults: {self.spec.output}")
+        print(bench.table(bench.bench(**vars(self))).round(3).to_string())
+        print(f"\nresults: {self.output}")
 
 
 def main(arguments: list[str] | None = None) -> None:

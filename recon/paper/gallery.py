@@ -16,11 +16,10 @@ SCIENCE = {
     "3-criterion-convergence": ("criteria", "criteria-gap"),
     "4-propagation-and-loss": ("propagation", "propagation-drift"),
     "5-what-reviewers-asked": ("asked", "loss-curves", "costs", "error-accumulation"),
-    "8-explore": ("explore",),
 }
 ENGINEERING = {
-    "6-cost": ("cost-phases", "cost-quality", "cost-operations", "cost-growth", "recipes"),
-    "7-scale": ("scaling-check", "scaling"),
+    "6-cost": ("cost-phases", "cost-operations", "recipes"),
+    "7-scale": ("scaling",),
 }
 NOTEBOOKS = {figure: notebook for group in (SCIENCE, ENGINEERING) for notebook, figures in group.items() for figure in figures}
 APPENDIX = {figure for figures in ENGINEERING.values() for figure in figures}

@@ -1,0 +1,220 @@
+"""`recon bench`: seconds of each phase, beside the least that its products take, and beside a straightforward loop.
+
+The straightforward loop does what published pruning code does: all samples, one by one, through each block to add up the norms of
+what every matrix reads, and again through the pruned block; then the dense outputs sample by sample, a data loader over samples,
+masks as `torch.nn.utils.prune` parametrisations that multiply in every forward pass, autocast, and torch's default AdamW.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune as parametrisation
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from recon.config import PruningConfig, ReconstructionConfig
+from recon.data import models
+from recon.data.text import sample_tokens
+from recon.evaluate.perplexity import perplexity
+from recon.kernels.patterns import Pattern, keep_mask
+from recon.methods.prune import prune
+from recon.methods.reconstruct import reconstruct
+from recon.model.decoder import Decoder
+from recon.model.discovery import decompose
+from recon.model.modules import requiring_gradients
+from recon.runtime.device import pick_compute_dtype, pick_device
+from recon.runtime.execution import Execution
+from recon.runtime.storage import check_writable, write_json
+from recon.study.cost import flops, gemm_rate
+from recon.study.environment import environment
+from recon.study.spec import RunSpec
+
+BATCH_SIZE, PATTERN, RATE = 2, "0.5", 3e-3
+PRUNING = PruningConfig(pattern=PATTERN, statistics="dense")
+EQUAL = {"epochs": 1, "batch_size": BATCH_SIZE, "propagation": "dense", "chunks": 1}  # as many steps as the straightforward loop
+EXACT = {"granularity": "matrix", "solver": "exact", "propagation": "dense"}
+
+
+def bench(
+    output: Path | str, model: str, text: str, samples: int, sequence_length: int, blocks: int, repeats: int, device: str = "auto"
+) -> dict:
+    """Times every phase in turn, `repeats` times, on the first `blocks` blocks of `model`; writes the results to `output`.
+
+    Returns settings, environment, `floor_seconds` by phase, and `rows`: phase, loop ("ours", "reference"), round, seconds. The floor
+    is what the products and attention of a phase take at the speed of large squares. Norms for Wanda are free: they come from the
+    dense model's pass. Gram matrices, and what is solved with them, are products in float32.
+
+    Raises `ReconError` for bad input.
+    """
+    settings = {name: value for name, value in locals().items() if name != "output"}
+    check_writable(Path(output).parent, "output")
+    dense, tokens = subject(model, text, samples, sequence_length, blocks, device)
+    floors = _floors(dense, settings)
+    execution = Execution(dense.device, progress=False)
+    masks = prune(copied(dense, {}), tokens, PRUNING, execution=execution).masks
+    sparsegpt, mixed = replace(PRUNING, criterion="sparsegpt"), EQUAL | {"propagation": "mixed"}
+
+    def fit(student: Decoder, **options) -> None:
+        reconstruct(student, dense, tokens, ReconstructionConfig(**options), masks=masks, execution=execution)
+
+    work: dict[tuple[str, str], Callable[[Decoder], object]] = {  # phase, loop -> what it does with a copy of the model
+        ("prune, wanda", "reference"): lambda student: reference_prune(student, tokens),
+        ("prune, wanda", "ours"): lambda student: prune(student, tokens, PRUNING, execution=execution),
+        ("prune, sparsegpt", "ours"): lambda student: prune(student, tokens, sparsegpt, execution=execution),
+        ("matrix, exact", "ours"): lambda student: fit(student, **EXACT),
+        ("reconstruct", "reference"): lambda student: reference_reconstruct(student, dense, tokens, masks),
+        ("reconstruct", "ours"): lambda student: fit(student, **EQUAL),
+        ("reconstruct, mixed", "ours"): lambda student: fit(student, **mixed),
+        ("prune and reconstruct", "reference"): lambda student: reference(student, dense, tokens),
+        ("prune and reconstruct", "ours"): lambda student: ours(student, dense, tokens),
+        ("evaluate", "ours"): lambda student: perplexity(student, tokens, execution=execution),
+    }
+    rows = []
+    for number in tqdm(range(repeats), desc="bench", unit="round"):
+        for (phase, loop), function in work.items():
+            student = copied(dense, {} if phase.startswith("prune") else masks)
+            began = time.perf_counter()
+            function(student)
+            if dense.device.type == "cuda":
+                torch.cuda.synchronize()
+            rows.append({"phase": phase, "loop": loop, "round": number, "seconds": time.perf_counter() - began})
+    results = {"settings": settings, "environment": environment(dense.device, "auto"), "floor_seconds": floors, "rows": rows}
+    write_json(Path(output), results)
+    return results
+
+
+def table(results: dict) -> pd.DataFrame:
+    """By phase: mean seconds of both loops, their ratio within a round, the floor, and how many times it each takes."""
+    rounds = pd.DataFrame(results["rows"]).pivot(index=["phase", "round"], columns="loop", values="seconds")
+    rounds["reference / ours"] = rounds["reference"] / rounds["ours"]
+    found = rounds.groupby("phase").mean().reindex(results["floor_seconds"])
+    found["floor"] = pd.Series(results["floor_seconds"])
+    for loop in ("reference", "ours"):
+        found[f"{loop} / floor"] = found[loop] / found["floor"]
+    return found.rename(columns={name: f"{name}, s" for name in ("reference", "ours", "floor")})
+
+
+def subject(model: str, text: str, samples: int, length: int, blocks: int, device: str = "auto") -> tuple[Decoder, Tensor]:
+    """The first `blocks` blocks of a model, and calibration tokens (samples, length), on the device."""
+    whole, tokenizer = models.load(model)
+    decoder = decompose(whole)
+    del whole.get_submodule(decoder.path)[blocks:]
+    whole.config.num_hidden_layers = min(blocks, len(decoder.blocks))
+    place = pick_device(device)
+    return decompose(whole.to(place)), sample_tokens(text, "calibration", tokenizer, samples, length, seed=0).to(place)
+
+
+def copied(dense: Decoder, masks: Mapping[str, Tensor]) -> Decoder:
+    """A copy of `dense`, with what `masks` do not keep set to zero."""
+    student = decompose(copy.deepcopy(dense.model), like=dense)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            student.matrices()[name].weight.mul_(mask)
+    return student
+
+
+def ours(student: Decoder, dense: Decoder, samples: Tensor) -> None:
+    """Prunes `student`, a copy of `dense`, and reconstructs it in one pass, with the steps of the straightforward loop."""
+    execution = Execution(dense.device, progress=False)
+    reconstruct(student, dense, samples, ReconstructionConfig(**EQUAL), pruning=PRUNING, execution=execution)
+
+
+def reference(student: Decoder, dense: Decoder, samples: Tensor) -> None:
+    """Prunes `student`, a copy of `dense`, and reconstructs it: the straightforward loop."""
+    reference_reconstruct(student, dense, samples, reference_prune(student, samples))
+
+
+def reference_prune(student: Decoder, samples: Tensor) -> dict[str, Tensor]:
+    """Prunes `student` in place by Wanda, with statistics from the model pruned so far; returns masks, True = kept, (out, in)."""
+    masks, totals = {}, {}
+
+    def add(name: str, module: nn.Module, args: tuple) -> None:
+        totals[name] = totals.get(name, 0) + args[0].flatten(0, -2).float().norm(dim=0) ** 2
+
+    with torch.no_grad(), _autocast(student):
+        hidden = [student.embed(sample[None]) for sample in samples]
+        for window in student.windows("block"):
+            matrices = student.matrices(window)
+            handles = [matrix.module.register_forward_pre_hook(partial(add, name)) for name, matrix in matrices.items()]
+            for x in hidden:
+                student.forward(window, x)
+            for handle in handles:
+                handle.remove()
+            for name, matrix in matrices.items():
+                masks[name] = keep_mask(matrix.weight.abs() * totals.pop(name).sqrt(), Pattern.parse(PATTERN), "row")
+                matrix.weight.mul_(masks[name])
+            hidden = [student.forward(window, x) for x in hidden]
+    return masks
+
+
+def reference_reconstruct(student: Decoder, dense: Decoder, samples: Tensor, masks: dict[str, Tensor], seed: int = 0) -> None:
+    """Reconstructs the pruned `student` (parameters in float32) in place: dense propagation, half-blocks, one epoch."""
+    from transformers import get_linear_schedule_with_warmup  # slow to import
+
+    with torch.no_grad(), _autocast(dense):
+        inputs = torch.cat([dense.embed(sample[None]) for sample in samples])
+    for window in dense.windows("half-block"):
+        outputs = torch.empty_like(inputs)
+        with torch.no_grad(), _autocast(dense):
+            for index in range(len(inputs)):
+                outputs[index] = dense.forward(window, inputs[index : index + 1])[0]
+        matrices, parameters = student.matrices(window), list(student.parameters(window).values())
+        for name, matrix in matrices.items():
+            parametrisation.custom_from_mask(matrix.module, "weight", matrix.oriented(masks[name]))
+        order = torch.Generator().manual_seed(seed)
+        loader = DataLoader(TensorDataset(inputs, outputs), BATCH_SIZE, shuffle=True, generator=order)
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+        scheduler = get_linear_schedule_with_warmup(optimizer, round(0.1 * len(loader)), len(loader))
+        with requiring_gradients(student.model.parameters(), False), requiring_gradients(parameters):
+            for x, y in loader:
+                with _autocast(dense):
+                    loss = F.mse_loss(student.forward(window, x), y)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        for matrix in matrices.values():
+            parametrisation.remove(matrix.module, "weight")
+        inputs = outputs
+
+
+def _floors(dense: Decoder, settings: dict) -> dict[str, float]:
+    """By phase, the seconds of its products at the speed of large squares: what `recon.study.cost` counts."""
+    dtype, single = _dtype(dense), torch.float32
+    rates = {each: gemm_rate(dense.device, each, size=2048, seconds=0.5) for each in {dtype, single}}
+    text, count, length = settings["text"], settings["samples"], settings["sequence_length"]
+    cell = RunSpec.of(
+        model=settings["model"], text=text, evaluation_texts=(text,), samples=count, evaluation_samples=count, sequence_length=length,
+        evaluation_length=length, epochs=1, statistics="dense", pattern=PATTERN, held_out_samples=0, granularity="none",
+    )  # fmt: skip
+    once = flops(cell, dense)["prune"]  # the dense model's pass
+
+    def seconds(phase: str, grams: bool = False, **options) -> float:
+        count = flops(cell.replaced(**options), dense)[phase]
+        return (once / rates[dtype] + (count - once) / rates[single]) if grams else count / rates[dtype]
+
+    return {
+        "prune, wanda": seconds("prune"),
+        "prune, sparsegpt": seconds("prune", grams=True, criterion="sparsegpt"),
+        "matrix, exact": seconds("reconstruct", grams=True, **EXACT),
+        "reconstruct": seconds("reconstruct", granularity="half-block", **EQUAL),
+        "reconstruct, mixed": seconds("reconstruct", granularity="half-block", **EQUAL | {"propagation": "mixed"}),
+        "prune and reconstruct": seconds("reconstruct", granularity="half-block", **EQUAL),
+        "evaluate": seconds("evaluate") / 2,  # a run evaluates twice
+    }
+
+
+def _dtype(decoder: Decoder) -> torch.dtype:
+    return pick_compute_dtype("auto", decoder.device)
+
+
+def _autocast(decoder: Decoder) -> torch.autocast:
+    return torch.autocast(decoder.device.type, _dtype(decoder), enabled=_dtype(decoder) != torch.float32)
