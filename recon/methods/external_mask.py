@@ -42,18 +42,17 @@ def take_over(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
             infinite; less than a share `LEAST` of the matrices' weights is zero, or all of them.
     """
     decoder = decompose(model)
-    holders, rest = _holders(decoder), {}
+    holders = _holders(decoder)
     for name, value in read(decoder.model, pruned):
         parameter = decoder.model.get_parameter(name)
         if name not in holders and not torch.equal(parameter.cpu(), value):
-            rest[name] = value
             fresh = ((value == 0) & (parameter.cpu() != 0)).float().mean().item()
             if fresh > LEAST:
                 log.warning("%s of %r, outside of the blocks' matrices, is zero: nothing keeps it so", f"{fresh:.0%}", name)
         parameter.copy_(value)
     decoder.forget()
     masks = {name: matrix.weight != 0 for name, matrix in decoder.matrices().items()}
-    return _checked(Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}, rest=rest))
+    return _checked(Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}))
 
 
 @torch.no_grad()

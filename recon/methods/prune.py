@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -22,7 +22,6 @@ from recon.methods.units import find_units
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.matrices import Matrix
-from recon.model.skeleton import Lazy, second
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
@@ -38,7 +37,6 @@ class Pruning:
     sparsity: by matrix name, the share of zeros.
     biases: by matrix name, (out,), those that make up for what was removed; the matrix may have had none before.
     under_calibrated: experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
-    rest: by full name, other parameters that are not the dense model's; see `recon.methods.external_mask`.
     seconds: that it took to make masks, where reconstruction gathered the statistics.
     """
 
@@ -46,7 +44,6 @@ class Pruning:
     sparsity: dict[str, float] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     under_calibrated: list[str] = field(default_factory=list)
-    rest: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -144,7 +141,7 @@ class Pruner:
         noted, changed = self.prune(window, statistics)
         noted["seconds"] = time.perf_counter() - began
         self.found.append(noted)
-        store.finish("prune", noted, weights=changed)
+        store.finish("prune", noted, tensors=changed)
 
     def summed_up(self, found: list[dict]) -> Pruning:
         """What was `found` window by window."""
@@ -184,33 +181,13 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None 
     weights: by full name, the parameters of matrices whose survivors pruning updated.
     """
     own = dict(decoder.model.named_parameters(remove_duplicate=False))
-    for name, value in (*(weights or {}).items(), *pruning.rest.items()):
+    for name, value in (weights or {}).items():
         if name in own:  # biases that the model lacks are among `pruning.biases`
             own[name].copy_(value)
     for name, matrix in decoder.matrices().items():
         matrix.weight.masked_fill_(~pruning.masks[name], 0.0)
         if name in pruning.biases:
             set_bias(matrix.module, pruning.biases[name])
-
-
-def pruned_copy(dense: Decoder, pruning: Pruning, weights: dict[str, Tensor]) -> Decoder:
-    """The pruned model as a skeleton: each block is made from the dense model, as in `apply`, while it is needed."""
-    holders: dict[str, list[Matrix]] = {}
-    originals = dict(dense.model.named_parameters())
-
-    def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            yield name, (weights[name] if name in weights else originals[name]).detach().clone()
-
-    def mask(names: list[str]) -> None:
-        for matrix in (matrix for name in names for matrix in holders.get(name, ())):
-            matrix.weight.data.masked_fill_(~pruning.masks[matrix.name], 0.0)
-
-    lazy = Lazy(second(dense.model), read, mask)
-    copy = decompose(lazy.model, like=dense, lazy=lazy)
-    for matrix in copy.matrices().values():
-        holders.setdefault(matrix.parameter_name, []).append(matrix)
-    return copy
 
 
 def touched_biases(decoder: Decoder, criterion: str) -> list[str]:

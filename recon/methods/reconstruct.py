@@ -197,8 +197,8 @@ class Reconstruction:
     def finish(self, window: Window, report: WindowReport, streams: dict[str, Tensor | None], seconds: float) -> WindowReport:
         """Notes that `window`, whose weights are in memory, is finished; `streams`: what the next one starts from."""
         found = asdict(report) | {"seconds": seconds}
-        shard = {name: parameter.detach() for name, parameter in self.problem.student.parameters(window).items()}
-        self.problem.execution.store.finish("reconstruct", found, streams, shard=shard)
+        tensors = {name: parameter.detach() for name, parameter in self.problem.student.parameters(window).items()}
+        self.problem.execution.store.finish("reconstruct", found, streams, tensors)
         return WindowReport(**found)
 
     def _error(self, window: Window, task: Task) -> dict[str, float]:

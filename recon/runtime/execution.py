@@ -16,7 +16,7 @@ from recon.model.windows import Window
 from recon.runtime.activations import Activations
 from recon.runtime.attention import FastCausalAttention
 from recon.runtime.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
-from recon.runtime.store import MemoryStore, Store
+from recon.runtime.storage import Storage
 
 log = logging.getLogger("recon")
 Result = TypeVar("Result")
@@ -54,7 +54,7 @@ class Execution(contextlib.AbstractContextManager):
         self,
         device: torch.device | str = "auto",
         compute_dtype: str = "auto",
-        store: Store | None = None,
+        store: Storage | None = None,
         progress: bool = True,
         cache: Activations | None = None,
         loop: Callable | None = None,
@@ -65,7 +65,7 @@ class Execution(contextlib.AbstractContextManager):
         # tokens per batch without training.
         self.micro_batch: int | None = None
         self.tokens: int | None = None
-        self.store = store or MemoryStore()
+        self.store = store or Storage()
         self.device = pick_device(str(device))
         self.dtype = pick_compute_dtype(compute_dtype, self.device)
         self._entered: list[contextlib.ExitStack] = []

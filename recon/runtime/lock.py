@@ -1,11 +1,7 @@
 """Lets one process at a time write to an output folder."""
 
 import contextlib
-import json
-import os
-import socket
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -24,32 +20,17 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
     what: what is protected, for messages, such as "record folder 'results'".
 
-    Raises `ReconError` naming the process and host that hold the lock, or a folder that cannot be written.
+    Raises `ReconError` where another process holds the lock, and for a folder that cannot be written.
     """
     check_writable(path.parent, what)
-    lock, note = FileLock(path), path.with_name(f"{path.name}.holder")
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ReconError(f"{what} is in use by {_holder(note)}; wait until it is done, or choose another place") from None
+        raise ReconError(f"{what} is in use by another process; wait until it is done, or choose another place") from None
     try:
-        with contextlib.suppress(OSError):  # on a full disk, there is a lock without a note of who holds it
-            who = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
-            note.write_text(json.dumps(who), encoding="utf-8")
         yield
     finally:
         # Removed while the lock is held: a process that opened the file before sees that it is gone, and opens a new one.
-        try:
-            for file in (note, path):
-                with contextlib.suppress(OSError):
-                    file.unlink()
-        finally:  # also if Ctrl-C interrupts
-            lock.release()
-
-
-def _holder(note: Path) -> str:
-    try:
-        who = json.loads(note.read_text(encoding="utf-8"))
-        return f"process {who['pid']} on host {who['host']}, since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        path.unlink(missing_ok=True)
+        lock.release()

@@ -1,23 +1,31 @@
-"""Files that appear only when they are complete; hashes; the cache folder."""
+"""Files that appear only when they are complete; the cache folder; and `Storage`, where a run keeps its finished windows."""
 
 import contextlib
-import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from hashlib import file_digest
 from pathlib import Path
 
 import platformdirs
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from recon.errors import ReconError
 
+log = logging.getLogger("recon")
 SLOW = 2**30  # bytes from which hashing takes long enough to be shown
 PART = ".part"  # ends the names of files and folders that are still being written; nothing ever reads one
+SMALL = 64 * 2**20  # bytes up to which activations stay in memory when others are put on disk
+RUN = "run.json"  # which run a folder belongs to
 
 
 def cache_folder() -> Path:
@@ -28,11 +36,8 @@ def cache_folder() -> Path:
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(folder: Path, what: str) -> None:
@@ -51,26 +56,17 @@ def check_writable(folder: Path, what: str) -> None:
 def complete(path: Path) -> Iterator[Path]:
     """Context that gives the name of a file or folder to write beside `path`, and renames it to `path` at the end.
 
-    Everything is on the disk before it gets its name. After an error nothing is left; a killed process leaves a name that
-    ends in `PART`, see `remove_unfinished`. The folder around `path` is made if need be.
-
-    Raises `OSError` where that cannot be done, such as for a folder that is to replace one with files in it.
+    After an error nothing is left; a killed process leaves a name that ends in `PART`, see `remove_unfinished`. The folder around
+    `path` is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PART}")
     try:
         yield temporary
-        rename(temporary, path)
+        os.replace(temporary, path)
     except BaseException:
         _remove(temporary)
         raise
-
-
-def rename(written: Path, path: Path) -> None:
-    """Renames a file or folder to `path`, once all of it is on the disk. When this returns, its new name is on the disk too."""
-    sync_all(written)
-    os.replace(written, path)
-    sync(path.parent)
 
 
 def remove_unfinished(folder: Path, pattern: str = "*") -> None:
@@ -89,10 +85,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Writes `tensors` to the safetensors file `path`; see `complete`. Raises safetensors' own error too, such as on a full disk."""
     with complete(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, temporary, metadata={"format": "pt", **metadata})
 
 
 def write_json(path: Path, content: object) -> None:
@@ -101,16 +98,155 @@ def write_json(path: Path, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def sync_all(path: Path) -> None:
-    """`sync` for a file, or for a folder and everything in it."""
-    for each in (*path.rglob("*"), path):
-        sync(each)
+class Storage:
+    """What the passes of a run keep: masks, room for activations, and the finished windows of each phase, such as "prune".
+
+        <folder>/<phase>/00012.safetensors           a finished window: its tensors, and in the metadata what was noted of it
+        <folder>/<phase>/00013.<name>.safetensors    the activations that the window after it starts from
+
+    Each file appears whole under its name, a window's own last: a run that was killed goes on after its last finished window. A run in
+    memory has no folder: then nothing is written, and nothing is finished beforehand.
+
+    `masks`: keep-masks by matrix name, bool (out, in).
+
+    Args:
+        folder: of the run's own; made if need be.
+        run: the key of the run.
+        keep: without a folder, the phases of which tensors are kept.
+
+    Raises `ReconError` where the folder belongs to another run, or cannot be written.
+    """
+
+    def __init__(self, folder: Path | None = None, run: str = "", keep: Collection[str] = ()):
+        self.folder, self._keep = folder, keep
+        self._noted: dict[str, list] = {}
+        self._tensors: dict[str, MutableMapping[str, Tensor]] = {}
+        self.new_masks()
+        if folder is None:
+            return
+        with self._writing():
+            if not (folder / RUN).exists():  # what is there was being deleted
+                shutil.rmtree(folder, ignore_errors=True)
+            elif json.loads((folder / RUN).read_text(encoding="utf-8")) != run:
+                raise ReconError(
+                    f"folder {str(folder)!r} holds another unfinished run; give its command to go on with it, delete the folder, or "
+                    "save to another one"
+                )
+            write_json(folder / RUN, run)
+        self._fresh: dict[str, Tensor] = {}  # masks that were set since the last finished window
+        self._stored = _Files()
+        self.masks = ChainMap(self._fresh, self._stored)
+        for path in sorted(folder.glob("*/?????.safetensors")):
+            self._take(path)
+
+    def new_masks(self) -> None:
+        """Pruning begins: in memory, `masks` is a new mapping; a folder belongs to one run, which may have pruned some already."""
+        if self.folder is None:
+            self.masks: MutableMapping[str, Tensor] = {}
+
+    def finished(self, phase: str) -> list:
+        """What was noted of the finished windows of `phase`, in their order."""
+        return list(self._noted.get(phase, ()))
+
+    def tensors(self, phase: str) -> Mapping[str, Tensor]:
+        """The tensors of the finished windows of `phase` by name, not to be changed in place."""
+        return self._tensors.get(phase, {})
+
+    def streams(self, phase: str) -> dict[str, Tensor]:
+        """The activations that the next window of `phase` starts from, by name."""
+        found = {}
+        for path in self._streams(phase, len(self.finished(phase))):
+            with safe_open(path, framework="pt") as file:
+                stored = file.get_tensor("stream")
+                # A copy: tensors in a file may begin anywhere, which can change the last bits of what is computed.
+                found[path.name.split(".")[1]] = self.empty(stored.shape, stored.dtype).copy_(stored)
+        return found
+
+    def finish(
+        self,
+        phase: str,
+        noted: object,
+        streams: Mapping[str, Tensor | None] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Ends one window (or another step) of `phase`, with the masks that were set since the last one.
+
+        Args:
+            noted: what `finished` is to tell of it, as JSON can hold it.
+            streams: activations that the next window starts from.
+            tensors: parameters by full name, as the phase left them.
+        """
+        if self.folder is None:
+            if phase in self._keep:
+                kept = self._tensors.setdefault(phase, {})
+                kept |= {name: tensor.detach().clone() for name, tensor in (tensors or {}).items()}
+            return
+        number, place = len(self.finished(phase)), self.folder / phase
+        with self._writing():
+            for name, stream in (streams or {}).items():
+                if stream is not None:
+                    write_safetensors(place / f"{number + 1:05}.{name}.safetensors", {"stream": stream})
+            path = place / f"{number:05}.safetensors"
+            write_safetensors(path, {**(tensors or {}), **self._fresh}, noted=json.dumps(noted))
+            for old in self._streams(phase, number):
+                old.unlink()
+        self._fresh.clear()
+        self._take(path)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """A tensor on the CPU to be filled, for activations or for weights that are put aside; with a folder, a large one is in a file
+        there that is gone with the tensor, of which the system keeps as much in memory as there is room for.
+
+        pinned: in memory that a GPU can read by itself, unless the tensor is in a file.
+        """
+        size = math.prod(shape)
+        if self.folder is None or size * dtype.itemsize <= SMALL:
+            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        with self._writing(), tempfile.NamedTemporaryFile(dir=self.folder) as file:
+            # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
+
+    def delete(self) -> None:
+        """Deletes the folder; what a killed process leaves of it counts as nothing."""
+        if self.folder is not None:
+            (self.folder / RUN).unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _streams(self, phase: str, number: int) -> list[Path]:
+        return sorted((self.folder / phase).glob(f"{number:05}.*.safetensors")) if self.folder else []
+
+    def _take(self, path: Path) -> None:
+        """Counts the window in the file `path` as finished, and reads its tensors from there."""
+        file = safe_open(path, framework="pt")
+        self._noted.setdefault(path.parent.name, []).append(json.loads(file.metadata()["noted"]))
+        tensors = self._tensors.setdefault(path.parent.name, _Files())
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            is_mask = file.get_slice(name).get_dtype() == "BOOL"
+            (self._stored if is_mask else tensors).files[name] = file
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:  # a full disk raises either
+            raise ReconError(
+                f"work folder {str(self.folder)!r} cannot be written: {error}. What is finished is kept: with room on the disk, the "
+                "same command goes on from there"
+            ) from error
 
 
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class _Files(Mapping):
+    """Tensors by name, mapped from the files that they are in."""
+
+    def __init__(self):
+        self.files: dict[str, safe_open] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)

@@ -1,6 +1,6 @@
-"""The weights of a student that stays on disk: what the steps of a run have made of the weights that it starts from."""
+"""A student whose weights are read in their newest version: what the finished windows of a run have made of those at the start."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -8,68 +8,47 @@ from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.matrices import Matrix
 from recon.model.skeleton import Lazy, second
-from recon.runtime.journal import StepFiles
-from recon.runtime.weights import Checkpoint
+from recon.runtime.storage import Storage
 
 Read = Callable[[list[str]], Iterator[tuple[str, Tensor]]]  # gives parameters by full name, float32, not shared with anything
 
 
-class StudentWeights:
-    """The student, `decoder`: a second skeleton beside the dense one, whose parameters are read in their newest version.
+def student(
+    dense: Decoder, storage: Storage, start: Read | None = None, phases: Sequence[str] = ("reconstruct", "prune")
+) -> Decoder:
+    """A skeleton beside `dense`, each parameter of which is that of the first of `phases` to have it in `storage`.
 
-    These are, newest first: reconstructed (in a finished shard of the checkpoint, or beside it where rounding changed the value),
-    pruned (where pruning did more than set weights to zero), and else those that the student starts from, with the masks applied.
-
-    Args:
-        files: of the run's finished steps.
-        masks: of the run, by matrix name.
-        start: reads the weights that the student starts from.
-        pruned: the student as pruning left it, whatever was reconstructed since.
+    start: reads what is in none of them, to which the masks in `storage` are applied; default: the dense model's.
     """
+    originals = dict(dense.model.named_parameters())
 
-    def __init__(self, files: StepFiles, masks: Mapping[str, Tensor], dense: Decoder, start: Read, pruned: bool = False):
-        self._files, self._masks, self._start, self._pruned = files, masks, start, pruned
-        self._lazy = Lazy(second(dense.model), self._read, self._apply_masks)
-        self._admit(files.places["weights"])
-        self.decoder = decompose(self._lazy.model, like=dense, lazy=self._lazy)
-        self._matrices: dict[str, list[Matrix]] = {}  # by the name of the parameter that they are in
-        for matrix in self.decoder.matrices().values():
-            self._matrices.setdefault(matrix.parameter_name, []).append(matrix)
+    def copies(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, originals[name].detach().clone()) for name in names)
 
-    def take(self, entry: dict) -> None:
-        """Reads from the files of one more finished step, which `files` knows already, from now on."""
-        if "weights" in entry:
-            self._admit(entry["weights"]["names"])
-        elif "shard" in entry:
-            self._reconstructed.add(self._files.folder / entry["shard"]["file"])
+    start = start or (dense.lazy.read if dense.lazy else copies)
+    holders: dict[str, list[Matrix]] = {}  # matrices by the name of the parameter that they are in
 
-    def _admit(self, pruned: Iterable[str]) -> None:
-        """Gives the student those of the `pruned` parameters that the dense model does not have, such as biases."""
-        for name in pruned:
-            self._lazy.add(name, self._files.tensor("weights", name).shape)
-        shards = [] if self._pruned else [self._files.folder / noted["file"] for noted in self._files.shards]
-        self._reconstructed = Checkpoint(self._lazy.model, shards)
+    def newest(name: str) -> Tensor | None:
+        return next((storage.tensors(phase)[name] for phase in phases if name in storage.tensors(phase)), None)
 
-    def _newest(self, name: str) -> str | None:
-        """The kind of file with the newest version of parameter `name`; None: it is as at the start, but for its mask."""
-        if name in self._files.places["exact"] and not self._pruned:
-            return "exact"
-        if name in self._reconstructed:
-            return "shard"
-        return "weights" if name in self._files.places["weights"] else None
-
-    def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        kinds = {name: self._newest(name) for name in names}
-        yield from self._reconstructed.read(name for name, kind in kinds.items() if kind == "shard")
-        for name, kind in kinds.items():
-            if kind in ("exact", "weights"):
-                yield name, self._files.tensor(kind, name).clone()
-        yield from self._start([name for name, kind in kinds.items() if kind is None])
-
-    def _apply_masks(self, names: list[str]) -> None:
-        """Sets weights that the masks drop to zero; those that were pruned or reconstructed have their zeros already."""
+    def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        left = []
         for name in names:
-            if self._newest(name) is None:
-                for matrix in self._matrices.get(name, ()):
-                    if matrix.name in self._masks:
-                        matrix.weight.data.masked_fill_(~self._masks[matrix.name], 0.0)
+            if (value := newest(name)) is None:
+                left.append(name)
+            else:
+                yield name, value.clone()
+        yield from start(left)
+
+    def mask(names: list[str]) -> None:
+        for matrix in (matrix for name in names if newest(name) is None for matrix in holders.get(name, ())):
+            if matrix.name in storage.masks:
+                matrix.weight.data.masked_fill_(~storage.masks[matrix.name], 0.0)
+
+    lazy = Lazy(second(dense.model), read, mask)
+    for name, value in storage.tensors("prune").items():  # such as biases that the dense model does not have
+        lazy.add(name, value.shape)
+    made = decompose(lazy.model, like=dense, lazy=lazy)
+    for matrix in made.matrices().values():
+        holders.setdefault(matrix.parameter_name, []).append(matrix)
+    return made

@@ -14,10 +14,10 @@ from recon.methods.problem import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.model.modules import kind_of
 from recon.model.windows import Window
-from recon.runtime.activations import SMALL
 from recon.runtime.attention import CHUNK, LONGEST
 from recon.runtime.device import HOST
 from recon.runtime.execution import TOKENS
+from recon.runtime.storage import SMALL
 from recon.study.spec import RunSpec
 
 SCRATCH = 64.0 * 2**20  # bytes of what no shape tells: tokenizer, texts, libraries loaded later, kernels' own memory

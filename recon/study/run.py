@@ -1,34 +1,36 @@
 """One run: prune, reconstruct, retrain and measure one model, from a specification to a record."""
 
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recon.data import models
+from recon.data import files, models
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
-from recon.methods import external_mask
+from recon.methods import external_mask, prune
 from recon.methods.adapters import check_adaptable
 from recon.methods.callbacks import Callback
-from recon.methods.prune import prune, touched_biases
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
 from recon.model.decoder import Decoder
-from recon.runtime import device
+from recon.model.discovery import decompose
+from recon.model.skeleton import Lazy
+from recon.runtime import device, student
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
-from recon.study import checkpoint, cost, plan, ray_windows, report, streaming, workers
-from recon.study.dense_cache import DenseCache
+from recon.runtime.lock import locked
+from recon.runtime.storage import Storage, write_json
+from recon.study import checkpoint, cost, dense_cache, plan, ray_windows, report, streaming, workers
 from recon.study.environment import environment
-from recon.study.home import Home, InMemory, OnDisk, Pruned, Step
 from recon.study.measure import Measured, Measurement, count_zeros
 from recon.study.record import RunRecord
 from recon.study.session import Session
@@ -37,6 +39,7 @@ from recon.study.texts import Texts
 
 log = logging.getLogger("recon")
 HELD_OUT_SHARE = 0.25  # of a session's room for activations: for those on held-out samples
+Step = tuple[dict, dict[str, Tensor]]  # what a step found, as JSON can hold it, and activations to keep with it
 
 
 class RunResult(NamedTuple):
@@ -49,6 +52,16 @@ class RunResult(NamedTuple):
     model: PreTrainedModel | None
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned state, and what it took. `storage` holds the parameters that pruning changed other than by zeroing."""
+
+    pruning: prune.Pruning
+    seconds: float
+    peak: int  # bytes
+    storage: Storage
+
+
 def run(
     spec: RunSpec,
     options: RunOptions = RunOptions(),
@@ -58,109 +71,126 @@ def run(
 ) -> RunResult:
     """Prunes, reconstructs and measures one model as `spec` says.
 
+    A streamed run leaves its models on disk and works on one window at a time, in the folder `<save>.unfinished`, or in one in the cache
+    that is named by its key; the same call goes on after the last finished window. The folder is deleted when the run is done.
+
     Args:
         options: how it is carried out: where the model is saved, whether it is streamed, on what it is computed.
         session: what earlier runs left in memory to share.
-        callbacks: told of windows and training steps, and of the record once it is done and the model is saved. Until that
-            returns, a streamed run can give the record again.
+        callbacks: told of windows and training steps, and of the record once it is done and the model is saved.
 
     Raises:
-        ReconError: bad input, a run that cannot fit here, or another process that does the same run;
-            before anything long begins.
+        ReconError: bad input, a run that cannot fit here, or another process that does the same run; before anything long begins.
     """
     spec, session, save = spec.resolved(), session or Session(), options.save
     ray_windows.check(options.executor, spec.reconstruction.propagation)
     if spec.evaluation.tasks:
         zero_shot.check_tasks(spec.evaluation.tasks)
-    streamed = streaming.decide(spec, options, session)
-    if not options.force and not streaming.begun(spec, save):
-        folder, loaded = save.parent if save else Path("."), session.bytes_loaded(spec)
-        if planned := plan.check(spec, save is not None, folder, loaded, options.stream, options.save_dtype):
-            log.info("%s", planned)
-    home = (OnDisk if streamed else InMemory)(spec, options, session)
-    with home.locked():
-        record, model = home.finished(), None
+    key, record, model, folder = spec.key(), None, None, None
+    with contextlib.ExitStack() as stack:
+        if save:
+            stack.enter_context(locked(save.with_name(f".{save.name}.lock"), f"save folder {str(save)!r}"))
+            record = checkpoint.finished(save, key, options.save_dtype)
         if record is None:
+            streamed = streaming.decide(spec, options, session)
+            if not options.force and not streaming.begun(spec, save):
+                place, loaded = save.parent if save else Path("."), session.bytes_loaded(spec)
+                if planned := plan.check(spec, save is not None, place, loaded, options.stream, options.save_dtype):
+                    log.info("%s", planned)
             if save:
                 checkpoint.check_target(save)
-            record, model = _Run(spec, options, session, home, callbacks).execute()
+            if streamed:
+                folder = streaming.work_folder(key, save)
+                log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
+            if streamed and not save:
+                stack.enter_context(locked(folder.with_name(f".{key}.lock"), f"work folder {str(folder)!r}"))
+            going = _Run(spec, options, session, folder, callbacks)
+            record, model = going.execute()
         for callback in callbacks:
             callback.on_done(record)
-        home.clear()
+        if folder:
+            going.storage.delete()
     return RunResult(record, model)
 
 
 class _Run:
-    """A run that is not done yet."""
+    """A run that is not done yet. folder: where it is streamed, for its finished windows."""
 
-    def __init__(self, spec: RunSpec, options: RunOptions, session: Session, home: Home, callbacks: Sequence[Callback]):
-        self.spec, self.options, self.session, self.home, self.callbacks = spec, options, session, home, callbacks
-        self.record = RunRecord(spec.flat(), spec.key())
+    def __init__(self, spec: RunSpec, options: RunOptions, session: Session, folder: Path | None, callbacks: Sequence[Callback]):
+        self.spec, self.options, self.session, self.folder, self.callbacks = spec, options, session, folder, callbacks
+        self.record, self.began = RunRecord(spec.flat(), spec.key()), time.perf_counter()
         self.device = device.pick_device(spec.compute.device)
         self.dtype = device.pick_compute_dtype(spec.compute.compute_dtype, self.device)
         session.reused.clear()
 
     def execute(self) -> tuple[RunRecord, PreTrainedModel | None]:
         """The whole pipeline, dense model first, so that a wrong set-up shows before anything is pruned."""
-        spec, home, record = self.spec, self.home, self.record
-        began = time.perf_counter()
+        spec, record = self.spec, self.record
         with self.phase("load"):
             self.load()
-            about = home.open()
+            self.storage = Storage(self.folder, record.key, keep=["prune"])
+        resumed = bool(self.storage.finished("dense"))
         cost.announce(spec, self.dense, self.device)
         with self.phase("evaluate"):
             dense, states = self.measure_dense()
-        student = home.student(self.external)
+        model = self.student()
         record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
-        serial, key = workers.get(self.options.executor) is None, self.key("prune")
-        one_pass = spec.one_pass and serial and not home.knows_pruned(key)
+        one_pass = (
+            spec.one_pass and not workers.get(self.options.executor) and not self.session.holds("pruned", self.key("prune"))
+        )
         if one_pass:
-            found = self.prune_and_reconstruct(student)
-            left = home.pruned_on_the_way(key, found)
+            found = self.prune_and_reconstruct(model)
+            left = student.student(self.dense, self.storage, phases=["prune"])
         else:
-            found = home.pruned(key, student, lambda: self.prune(student))
-            left = student
-        self.note_pruned(found)
+            found, left = self.prune(model), model
+        record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"] = found.seconds, found.peak
         with self.phase("evaluate"):
             pruned = final = self.measure("pruned", self.key("pruned"), left, states)
         masks = found.pruning.masks
         if spec.reconstruction.granularity != "none" and not one_pass:
-            with self.phase("reconstruct"):
-                self.reconstruct(student, masks=masks)
+            self.reconstruct(model, masks=masks)
         if spec.retraining.retrain != "none":
-            with self.phase("retrain"):
-                self.retrain(student, masks)
-            record.seconds["retrain"] = record.retraining["seconds"]  # without what was measured on the way
+            self.retrain(model, masks)
         if record.windows or record.retraining:
             with self.phase("evaluate"):
-                final = self.measure("reconstructed", None, student, states)
-        record.metrics |= report.metrics(spec, dense, pruned, final) | home.step("counted", None, lambda: count_zeros(student))[0]
+                final = self.measure("reconstructed", None, model, states)
+        record.metrics |= report.metrics(spec, dense, pruned, final) | self.step("counted", None, lambda: count_zeros(model))[0]
+        record.metrics["under_calibrated_matrices"] = found.pruning.under_calibrated
+        if self.external:
+            record.metrics["pattern"] = str(found_pattern(masks.values()))
         record.tokens = report.tokens(spec, self.texts, dense)
         record.flops = cost.flops(spec, self.dense)
         record.protocol = report.protocol(spec, self.texts, self.dense, self.dtype)
         record.shared = list(self.session.reused)
-        record.environment = environment(self.device, spec.compute.compute_dtype) | about
+        record.environment = environment(self.device, spec.compute.compute_dtype)
+        if self.folder:
+            record.environment |= {"streamed": True, "resumed": resumed}
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
-        record.status = "done"
-        self.save(student, began)
-        return record, None if home.streamed else student.model
+        record.status, record.seconds["total"] = "done", time.perf_counter() - self.began
+        if self.options.save:
+            self.save(model)
+        return record, None if self.folder else model.model
 
     # --- before anything is computed ------------------------------------------------------------------------------
 
     def load(self) -> None:
         """Loads model and texts, and refuses here whatever can be refused."""
         spec, save = self.spec, self.options.save
-        self.dense, tokenizer = self.home.load()
-        self.external = None
-        if spec.model.pruned:
-            self.external = self.session.keep("external mask", spec.pruned_by, self.open_external)
+        if self.folder:
+            self.session.clear()  # what earlier runs have in memory is of no use
+            model, stored, self.tokenizer = models.skeleton(*spec.loaded_by)
+            self.dense = decompose(model, lazy=Lazy(model, stored.read))
+        else:
+            self.dense, self.tokenizer = self.session.load(*spec.loaded_by)
+        self.external = self.session.keep("external mask", spec.pruned_by, self.open_external) if spec.model.pruned else None
         self.check_fits()
         if save:
-            checkpoint.check_places(self.dense.model, self.touched)
+            touched = [] if self.external else prune.touched_biases(self.dense, spec.pruning.criterion)
+            checkpoint.check_places(self.dense.model, touched)
             checkpoint.check_range(self.dense, self.options.save_dtype)
-        self.texts = Texts.draw(spec, tokenizer)
+        self.texts = Texts.draw(spec, self.tokenizer)
         streams = self.session.activations("held-out", self.key("held-out"), HELD_OUT_SHARE)
-        self.measurement = Measurement(spec.evaluation, self.texts, tokenizer, self.dense, streams)
+        self.measurement = Measurement(spec.evaluation, self.texts, self.tokenizer, self.dense, streams)
 
     def open_external(self):
         """The model that something else pruned, checked but not read into memory."""
@@ -175,9 +205,8 @@ class _Run:
         dense.windows(spec.reconstruction.granularity if spec.reconstruction.granularity != "none" else "block")
         if spec.reconstruction.adapter != "none" or spec.retraining.retrain not in ("none", "full", "norms"):
             check_adaptable(dense)
-        self.touched = []
         if not spec.model.pruned:
-            self.touched = touched_biases(dense, spec.pruning.criterion)
+            prune.touched_biases(dense, spec.pruning.criterion)
             for name, matrix in dense.matrices().items():
                 Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
         for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
@@ -185,105 +214,128 @@ class _Run:
         if spec.evaluation.tasks:
             zero_shot.check_model(dense)
 
+    def student(self) -> Decoder:
+        """The model to be pruned: a copy of the dense one; streamed, a skeleton of it, or of the one that something else pruned."""
+        if self.folder is None:
+            return decompose(copy.deepcopy(self.dense.model), like=self.dense)
+        return student.student(self.dense, self.storage, self.external and self.external.read)
+
     # --- phases ---------------------------------------------------------------------------------------------------
 
-    def prune(self, student: Decoder) -> Pruned:
-        """Prunes the student in a pass of its own, or takes over the external model."""
-        spec, began = self.spec, time.perf_counter()
-        with device.PeakMemory(self.device, anonymous=self.home.streamed) as peak:
-            if self.external:
-                found = self.home.take_mask(student, self.external, self.execution())
-            else:
-                found = prune(student, self.samples("prune"), spec.pruning, seed=spec.seed, execution=self.execution())
-        return Pruned(found, time.perf_counter() - began, peak.bytes)
+    def prune(self, model: Decoder) -> Pruned:
+        """Prunes the model in place in a pass of its own, or as a run of the session did, or takes over the external model."""
+        key = self.key("prune")
+        found = (
+            self._prune(model) if self.folder or self.external else self.session.keep("pruned", key, lambda: self._prune(model))
+        )
+        if found.storage is not self.storage:
+            prune.apply(model, found.pruning, found.storage.tensors("prune"))
+        return found
 
-    def prune_and_reconstruct(self, student: Decoder) -> Pruned:
-        """Prunes and reconstructs the student in one pass; the seconds of pruning are those of making masks."""
+    def _prune(self, model: Decoder) -> Pruned:
+        spec, began = self.spec, time.perf_counter()
+        with device.PeakMemory(self.device, anonymous=self.folder is not None) as peak:
+            if self.external and self.folder:
+                found = external_mask.read_mask(model, self.execution())
+            elif self.external:
+                found = external_mask.take_over(model, self.external)
+            else:
+                found = prune.prune(model, self.samples("prune"), spec.pruning, seed=spec.seed, execution=self.execution())
+        return Pruned(found, time.perf_counter() - began, peak.bytes, self.storage)
+
+    def prune_and_reconstruct(self, model: Decoder) -> Pruned:
+        """Prunes and reconstructs the model in one pass; the seconds of pruning are those of making masks."""
         found = []
 
         class Found(Callback):
             def on_pruned(self, pruning) -> None:
                 found.append(pruning)
 
-        with self.phase("reconstruct"):
-            self.reconstruct(student, [Found()], pruning=self.spec.pruning)
+        self.reconstruct(model, [Found()], pruning=self.spec.pruning)
         self.record.seconds["reconstruct"] -= found[0].seconds
-        return Pruned(found[0], found[0].seconds, self.record.peak_memory_bytes_by_phase["reconstruct"])
+        peak = self.record.peak_memory_bytes_by_phase["reconstruct"]
+        return self.session.keep("pruned", self.key("prune"), lambda: Pruned(found[0], found[0].seconds, peak, self.storage))
 
-    def note_pruned(self, found: Pruned) -> None:
-        """Writes into the record what pruning took, and what it found."""
-        record = self.record
-        record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"] = found.seconds, found.peak
-        record.metrics["under_calibrated_matrices"] = found.pruning.under_calibrated
-        if self.external:
-            record.metrics["pattern"] = str(found_pattern(found.pruning.masks.values()))
-
-    def measure_dense(self) -> tuple[Measured, dict[str, Tensor]]:
-        """What is measured of the dense model, and its states that other models are compared with."""
-        cache = DenseCache(self.spec, self.texts, self.device, cost.flops(self.spec, self.dense)["evaluate"])
-
-        def compute() -> Step:
-            if known := cache.get():
-                self.session.reused.append("dense")
-                return known
-            found, states = self.measurement.of_dense(self.execution())
-            cache.put(found, states)
-            return found, states
-
-        found, states = self.home.step("dense", self.key("dense"), compute)
-        return Measured.of(found), states
-
-    def measure(self, name: str, key: object, student: Decoder, states: dict[str, Tensor]) -> Measured:
-        """What is measured of the student by now."""
-        found, _ = self.home.step(f"measure {name}", key, lambda: self.measurement.of(student, name, states, self.execution()))
-        return Measured.of(found)
-
-    def reconstruct(self, student: Decoder, callbacks: Sequence[Callback] = (), **pruned: object) -> None:
+    def reconstruct(self, model: Decoder, callbacks: Sequence[Callback] = (), **pruned: object) -> None:
         """pruned: the masks, or how to prune; see `recon.reconstruct`."""
         spec = self.spec
         known = self.session.activations("activations", self.key("activations"), 1 - HELD_OUT_SHARE)
-        reports = reconstruct(
-            student, self.dense, self.samples("reconstruct"), spec.reconstruction, held_out=self.texts.held_out, seed=spec.seed,
-            execution=self.execution(known, ray_windows.loop(self.options.executor)), callbacks=[*callbacks, *self.callbacks], **pruned,
-        )  # fmt: skip
+        execution = self.execution(known, ray_windows.loop(self.options.executor))
+        with self.phase("reconstruct"):
+            reports = reconstruct(
+                model, self.dense, self.samples("reconstruct"), spec.reconstruction, held_out=self.texts.held_out, seed=spec.seed,
+                execution=execution, callbacks=[*callbacks, *self.callbacks], **pruned,
+            )  # fmt: skip
         self.record.windows = [asdict(each) for each in reports]
 
-    def retrain(self, student: Decoder, masks: dict[str, Tensor]) -> None:
-        """Retrains the student's surviving weights in place, and notes in the record how; see `recon.methods.retrain`."""
-        spec, record = self.spec, self.record
+    def retrain(self, model: Decoder, masks: dict[str, Tensor]) -> None:
+        """Retrains the model's surviving weights in place, and notes in the record how; see `recon.methods.retrain`."""
+        spec, record, execution = self.spec, self.record, self.execution()
         text, tokens = next(iter(self.texts.evaluation.items()))
-        execution = self.execution()
 
         class Merged(Callback):
             def on_merged(self) -> None:
-                found = perplexity(student, tokens, execution=execution, description=f"perplexity (merged, {text})")
+                found = perplexity(model, tokens, execution=execution, description=f"perplexity (merged, {text})")
                 record.metrics["perplexity_before_masking"] = found.value
 
-        found = retrain(
-            student, self.samples("retrain"), spec.retraining, masks=masks, dense=self.dense, seed=spec.seed,
-            execution=self.execution(), callbacks=[Merged(), *self.callbacks],
-        )  # fmt: skip
+        with self.phase("retrain"):
+            found = retrain(
+                model, self.samples("retrain"), spec.retraining, masks=masks, dense=self.dense, seed=spec.seed,
+                execution=self.execution(), callbacks=[Merged(), *self.callbacks],
+            )  # fmt: skip
         record.retraining = asdict(found)
+        record.seconds["retrain"] = found.seconds  # without what was measured on the way
 
-    def save(self, student: Decoder, began: float) -> None:
-        """Saves model and record, where they are to be saved."""
+    def measure_dense(self) -> tuple[Measured, dict[str, Tensor]]:
+        """What is measured of the dense model, and its states that other models are compared with."""
+
+        def compute() -> Step:
+            name = dense_cache.name(self.spec, self.texts, self.device)
+            if known := dense_cache.get(name):
+                self.session.reused.append("dense")
+            else:
+                known = self.measurement.of_dense(self.execution())
+                dense_cache.put(name, *known)
+            return known
+
+        found, states = self.step("dense", self.key("dense"), compute)
+        return Measured.of(found), states
+
+    def measure(self, name: str, key: object, model: Decoder, states: dict[str, Tensor]) -> Measured:
+        """What is measured of the model by now; key: see `step`."""
+        found, _ = self.step(f"measure {name}", key, lambda: self.measurement.of(model, name, states, self.execution()))
+        return Measured.of(found)
+
+    def save(self, model: Decoder) -> None:
+        """Saves model and record."""
         record, dtype = self.record, self.options.save_dtype
-        with self.home.saving(record) as folder:
-            if folder:
-                if dtype != "float32":
-                    record.environment["save_dtype"] = dtype
-                with self.phase("save"):
-                    self.home.write(student, folder, record)
-            record.seconds["total"] = time.perf_counter() - began
+        if dtype != "float32":
+            record.environment["save_dtype"] = dtype
+        with checkpoint.writing(self.options.save) as folder:
+            with self.phase("save"):
+                checkpoint.write(model, self.tokenizer, folder, record, self.options)
+            record.seconds["total"] = time.perf_counter() - self.began
+            write_json(folder / files.RECORD, record.to_dict())
 
     # --- what phases have in common -------------------------------------------------------------------------------
+
+    def step(self, name: str, key: object, compute: Callable[[], Step]) -> Step:
+        """`compute()`, unless it is known: from before the run was killed, or from a run of the session with the same `key`.
+
+        key: what decides the result; None where no other run has the same.
+        """
+        if self.storage.finished(name):
+            return self.storage.finished(name)[0], self.storage.streams(name)
+        found, streams = self.session.keep(name, key, compute) if key else compute()
+        self.storage.finish(name, found, streams)
+        return found, streams
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds up seconds and keeps the highest peak memory of a phase, which may be entered more than once."""
         record, began = self.record, time.perf_counter()
         device.release_memory()  # what is left from before counts as free, and not as this phase's
-        with device.PeakMemory(self.device, anonymous=self.home.streamed) as peak:
+        with device.PeakMemory(self.device, anonymous=self.folder is not None) as peak:
             yield
         record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - began
         for found, value in (
@@ -294,7 +346,7 @@ class _Run:
 
     def execution(self, known: Activations | None = None, loop: Callable | None = None) -> Execution:
         """Where and how a phase computes; made for each, as a phase that runs out of memory goes on with smaller batches."""
-        return Execution(self.device, self.spec.compute.compute_dtype, self.home.store, self.options.progress, known, loop)
+        return Execution(self.device, self.spec.compute.compute_dtype, self.storage, self.options.progress, known, loop)
 
     def samples(self, phase: str) -> Tensor:
         """The calibration samples that `phase` reads."""

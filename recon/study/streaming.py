@@ -1,4 +1,4 @@
-"""Whether the model of a run stays on disk."""
+"""Whether the model of a run stays on disk, and where such a run works."""
 
 import logging
 import math
@@ -9,8 +9,8 @@ from safetensors import safe_open
 from recon.data import files, models
 from recon.errors import ReconError
 from recon.runtime import device
+from recon.runtime.storage import RUN, cache_folder
 from recon.runtime.weights import quantisation
-from recon.study import unfinished
 from recon.study.memory import models_in_memory
 from recon.study.session import Session
 from recon.study.spec import RunOptions, RunSpec
@@ -19,23 +19,24 @@ log = logging.getLogger("recon")
 STREAM = ("auto", "yes", "no")
 
 
+def work_folder(key: str, save: Path | None) -> Path:
+    """The folder where the streamed run called `key` works: beside the one that it saves to, or in the cache."""
+    return cache_folder() / "unfinished" / key if save is None else save.with_name(f"{save.name}.unfinished")
+
+
+def begun(spec: RunSpec, save: Path | None) -> bool:
+    """Whether a streamed run of `spec` has finished something."""
+    return (work_folder(spec.key(), save) / RUN).exists()
+
+
 def decide(spec: RunSpec, options: RunOptions, session: Session) -> bool:
     """Whether the run's model stays on disk. Raises `ReconError` where it is to, but cannot."""
     stream = options.stream
-    if stream == "auto" and _begun(spec, options.save):
+    if stream == "auto" and begun(spec, options.save):
         stream = "yes"  # though it may fit into memory by now
     if stream == "auto" and session.holds("model", spec.loaded_by):
         return False  # what is in memory fits into it
     return wanted(stream, spec)
-
-
-def begun(spec: RunSpec, save: Path | None) -> bool:
-    """Whether some of a run of `spec` is on the disk already: finished steps of a streamed one, or what it has saved."""
-    return _begun(spec, save) or (save is not None and (save / files.RECORD).exists())
-
-
-def _begun(spec: RunSpec, save: Path | None) -> bool:
-    return (unfinished.folder_of(spec.key(), save) / unfinished.JOURNAL).exists()
 
 
 def wanted(stream: str, spec: RunSpec) -> bool:
@@ -44,26 +45,23 @@ def wanted(stream: str, spec: RunSpec) -> bool:
         raise ReconError(f"stream is {stream!r}; allowed: {', '.join(STREAM)}")
     if stream == "no" or (stream == "auto" and not is_too_large(spec)):
         return False
+    why = _in_memory_only(spec)
+    if why and stream == "yes":
+        raise ReconError(f"{why}, which a streamed run cannot do, as it has one window in memory; use stream no")
+    if why:
+        log.warning("model %r may not fit into memory, but %s and cannot be streamed", spec.model.model, why)
+    return not why
+
+
+def _in_memory_only(spec: RunSpec) -> str:
+    """Why the run's model has to be in memory, by the options and its configuration; empty: it need not."""
     if spec.retraining.retrain != "none":
-        needs_all = f"retraining (retrain {spec.retraining.retrain}) trains the whole model at once"
-    else:
-        needs_all = _needs_memory(spec)
-    if needs_all and stream == "yes":
-        raise ReconError(f"{needs_all}, which a streamed run cannot do, as it has one window in memory; use stream no")
-    if needs_all:
-        log.warning("model %r may not fit into memory, but %s and cannot be streamed", spec.model.model, needs_all)
-    return not needs_all
-
-
-def _needs_memory(spec: RunSpec) -> str | None:
-    """Why the run's model has to be in memory, by its configuration, which alone is read (`recon plan` asks); None: it need not."""
+        return f"retraining (retrain {spec.retraining.retrain}) trains the whole model at once"
     try:
-        config = models.configuration(*spec.loaded_by)
+        found = quantisation(models.configuration(*spec.loaded_by))
     except ReconError:  # loading the model will say what is wrong
-        return None
-    if found := quantisation(config):
-        return f"reading model {spec.model.model!r} undoes its quantisation ({found['quant_method']})"
-    return None
+        return ""
+    return f"reading model {spec.model.model!r} undoes its quantisation ({found['quant_method']})" if found else ""
 
 
 def is_too_large(spec: RunSpec) -> bool:

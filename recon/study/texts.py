@@ -46,4 +46,9 @@ class Texts:
     def hashes(self) -> dict[str, str]:
         """Hashes of what is read, by which runs on the same tokens are known."""
         read = {"calibration": self.calibration, **{f"evaluation {name}": tokens for name, tokens in self.evaluation.items()}}
-        return {name: hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16] for name, tokens in read.items()}
+        return {name: digest(tokens) for name, tokens in read.items()}
+
+
+def digest(tokens: Tensor) -> str:
+    """Hash of `tokens`."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]

@@ -10,10 +10,10 @@ from torch.testing import assert_close
 from recon.methods.blocks import over_blocks
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
-from recon.runtime.store import MemoryStore
+from recon.runtime.storage import Storage
 
 
-class Noting(MemoryStore):
+class Noting(Storage):
     """A store that some blocks are finished in already, and that notes what else is."""
 
     def __init__(self, done: int = 0, stream: torch.Tensor | None = None):

@@ -19,7 +19,7 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
-from recon.runtime.store import MemoryStore
+from recon.runtime.storage import Storage
 
 SCHEDULE = {"learning_rate": 1e-3, "rate": "absolute", "epochs": 2, "batch_size": 3, "accumulation": 2}
 BLOCKS = ReconstructionConfig(granularity="block", **SCHEDULE)
@@ -119,7 +119,7 @@ def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_resu
 
 def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
     dense, student = pair
-    tokens, done = random_tokens(7, 12), MemoryStore()
+    tokens, done = random_tokens(7, 12), Storage()
     copied = decompose(copy.deepcopy(student.model), like=dense)
     first, *_ = recon.reconstruct(copied, dense, tokens, BLOCKS, execution=execution())
     done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]

@@ -116,7 +116,7 @@ def test_nothing_of_one_model_is_in_memory_when_the_next_is_loaded(stream, spec,
         return read(*args, **options)
 
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", look)
-    monkeypatch.setattr("recon.study.unfinished.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("recon.study.streaming.cache_folder", lambda: tmp_path)
     record_of(spec.replaced(model=str(other)), session, stream=stream)
     assert seen[0] == [None, None, None]
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from fixtures.processes import heed_interrupts
-from fixtures.runs import record_of
 
 import recon
 from recon.errors import ReconError
 from recon.study import executors, studies
 from recon.study.record import RunRecord, read_record
 from recon.study.run import RunResult
-from recon.study.studies import fit_name, fit_options, grid, recipe_name, record_path, run_study
+from recon.study.studies import fit_name, fit_options, grid, recipe_name, run_study
 
 SCRIPT = """
 import sys
@@ -201,18 +200,6 @@ def test_a_folder_that_cannot_be_written_is_refused_first(base, counted, tmp_pat
     with pytest.raises(ReconError, match="record folder .*: cannot write to .*file/records"):
         run_study([base], tmp_path / "file" / "records", progress=False)
     assert not counted
-
-
-def test_a_full_disk_leaves_no_half_record(base, tmp_path, monkeypatch):
-    record = record_of(base)
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ReconError, match=r"record cannot be written to .*: No space left on device"):
-        studies.write_record(record, record_path(tmp_path, record.key))
-    assert list(tmp_path.iterdir()) == []
 
 
 def start(folder, tiny_folder, tiny_text):

@@ -1,0 +1,263 @@
+"""Kills and full disks: nothing half-written is ever under a final name, and the same command goes on to the same numbers."""
+
+import contextlib
+import errno
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fixtures.models import saved_model
+from fixtures.runs import Death, Killed, comparable, options, record_of
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import recon
+from recon.cli import main
+from recon.errors import ReconError
+from recon.runtime import storage
+from recon.study.record import read_record
+from recon.study.studies import grid, run_study, write_record
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_folder, tiny_text) -> recon.RunSpec:
+    return recon.RunSpec.of(
+        model=tiny_folder, text=tiny_text, samples=3, epochs=1, sequence_length=16, held_out_samples=2, granularity="block",
+        evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=16, compute_dtype="float32",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(spec):
+    """The record of a run in memory that nothing happens to."""
+    return record_of(spec)
+
+
+@pytest.fixture
+def spilled(monkeypatch):
+    """All activations of streamed runs are in files."""
+    monkeypatch.setattr(storage, "SMALL", 0)
+
+
+@contextlib.contextmanager
+def room_for(size: int):
+    """No file can grow beyond `size` bytes for a while, as on a disk that is nearly full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def assert_whole(folder: Path) -> None:
+    """What is under a final name can be read."""
+    for path in folder.rglob("*.safetensors"):
+        if not any(part.endswith(storage.PART) for part in path.parts):
+            with safe_open(path, framework="pt") as file:
+                assert all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118 - it is no mapping
+
+
+def until_done(spec, folder: Path, monkeypatch, step: int, error=None, **how):
+    """The record of a run that fails at a write to the disk, and is repeated until it is done; and how often it failed."""
+    for attempt in range(60):
+        with monkeypatch.context() as patch:
+            death = Death(patch, step + attempt % 3, error)
+            try:
+                return record_of(spec, **how), attempt
+            except (Killed, ReconError) as fault:
+                assert isinstance(fault, Killed) or "No space left on device" in str(fault)
+            finally:
+                gc.collect()
+                del death
+        assert_whole(folder)
+    pytest.fail("no end in sight")
+
+
+CASES = {
+    "blocks": ("", {}),
+    "matrices, exact": ("", {"granularity": "matrix", "solver": "exact", "propagation": "dense"}),
+    "SparseGPT, two passes": ("gpt2", {"criterion": "sparsegpt", "propagation": "sparse"}),
+    "experts": ("mixtral", {"granularity": "half-block", "criterion": "sparsegpt"}),
+    "biases that pruning adds": ("", {"criterion": "flap", "pattern": "0.3"}),
+    "encoder-decoder": ("t5", {"propagation": "sparse", "train": "all"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_writes_to_the_disk_again_and_again(case, spec, tiny_folder, tmp_path, monkeypatch, spilled):
+    family, changes = CASES[case]
+    spec = spec.replaced(**changes)
+    if family:
+        spec = spec.replaced(model=saved_model(family, tiny_folder, tmp_path / "model"))
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
+    wanted = record_of(spec, stream="no")
+    record, killed = until_done(spec, tmp_path, monkeypatch, 6, stream="yes")
+    assert killed > 1 and record.environment["resumed"] and comparable(record) == comparable(wanted)
+    assert not list((tmp_path / "cache" / "unfinished").iterdir())
+
+
+@pytest.mark.parametrize("error", [None, FULL], ids=["killed", "full disk"])
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_a_checkpoint_is_there_with_its_record_or_not_at_all(stream, error, spec, expected, tmp_path, monkeypatch):
+    saved = tmp_path / "saved"
+    record, failed = until_done(spec, tmp_path, monkeypatch, 1 if stream == "no" else 9, error, save=saved, stream=stream)
+    assert failed and comparable(record) == comparable(expected) == comparable(read_record(saved / "record.json"))
+    assert record.seconds["total"] > record.seconds["save"] > 0
+    assert AutoModelForCausalLM.from_pretrained(saved) and [path.name for path in tmp_path.iterdir()] == ["saved"]
+    before = {path: path.stat().st_mtime_ns for path in saved.iterdir()}
+    assert record_of(spec, save=saved, stream=stream).to_dict() == record.to_dict()  # what is done is not done again
+    assert {path: path.stat().st_mtime_ns for path in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("stream, sizes", [("no", [100, 60_000]), ("yes", [5, 3_000, 20_000, 60_000])])
+def test_wherever_the_disk_is_full_the_same_command_goes_on(stream, sizes, spec, expected, tmp_path, spilled):
+    """No file could grow beyond so many bytes: notes, activations, weights. Libraries raise exceptions of their own here."""
+    for size in sizes:
+        with (
+            room_for(size),
+            pytest.raises(ReconError, match=r"cannot be written.*saved.*File too large|saved.*cannot be written.*File too large"),
+        ):
+            record_of(spec, save=tmp_path / "saved", stream=stream)
+        assert not (tmp_path / "saved").exists()
+        assert_whole(tmp_path)
+    found = record_of(spec, save=tmp_path / "saved", stream=stream)
+    assert comparable(found) == comparable(expected) and [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_the_work_of_another_run_is_refused_and_that_of_the_same_goes_on(spec, tmp_path, monkeypatch):
+    saved = tmp_path / "saved"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        Death(patch, 12)
+        record_of(spec, save=saved, stream="yes")
+    with pytest.raises(ReconError, match=r"saved\.unfinished' holds another unfinished run; give its command .*, delete"):
+        record_of(spec.replaced(learning_rate=1e-3), save=saved, stream="yes")
+    same = record_of(spec.replaced(prune_samples=3), save=saved)  # said in another way; streamed, as it was begun so
+    assert same.environment["resumed"] and not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_run_that_is_refused_leaves_nothing_in_the_way(spec, tmp_path):
+    with pytest.raises(ReconError, match="sequence length 4000 is more than"):
+        record_of(spec.replaced(sequence_length=4000), save=tmp_path / "saved", stream="yes")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_an_interrupted_run_leaves_nothing_but_what_it_goes_on_from(stream, spec, expected, tmp_path, capsys):
+    class Stop(recon.Callback):
+        def on_window(self, report):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            record_of(spec, callbacks=[Stop()], save=tmp_path / "saved", stream=stream)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.unfinished"] * (stream == "yes")
+    assert comparable(record_of(spec, save=tmp_path / "saved", stream=stream)) == comparable(expected)
+
+
+def test_a_record_for_which_there_is_no_room(expected, tmp_path):
+    path = tmp_path / "full" / "r.json"
+    for record in (expected, replace(expected, key="other")):
+        with room_for(1000), pytest.raises(ReconError, match=r"record cannot be written to .*r\.json'.*File too large"):
+            write_record(record, path)
+        assert [each.name for each in path.parent.iterdir()] == (["r.json"] if record.key == "other" else [])
+        if record is expected:
+            write_record(record, path)
+    assert read_record(path) == expected
+
+
+def test_a_run_that_cannot_save_says_so_in_its_record(spec, tmp_path, capsys):
+    record, saved = tmp_path / "r.json", tmp_path / "saved"
+    with room_for(60_000), pytest.raises(SystemExit) as end:
+        main(options(spec, "--record", str(record), "--save", str(saved)))
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and "Traceback" not in errors and str(saved) in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    assert read_record(record).status == "failed" and str(saved) in read_record(record).error
+
+
+@pytest.mark.parametrize("damage", ['{"spec"', None], ids=["half a record", "fields"])
+def test_a_damaged_record_is_set_aside_and_computed_anew(damage, spec, expected, tmp_path, caplog):
+    path = tmp_path / f"{spec.key()}.json"
+    path.write_text(damage or json.dumps(expected.to_dict() | {"metrics": []}))
+    found = run_study([spec], tmp_path, progress=False)
+    assert "set aside" in caplog.text and path.with_suffix(".corrupt").is_file()
+    assert found.perplexity[0] == expected.metrics["perplexity"]
+
+
+def test_a_study_killed_at_any_write_goes_on(spec, tmp_path, monkeypatch):
+    specs, seen = grid(spec.replaced(granularity="none"), seed=range(3)), {}
+    for _ in range(4):
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            Death(patch, 2)
+            run_study(specs, tmp_path, progress=False)
+        for path in tmp_path.glob("*.json"):
+            assert read_record(path).status == "done"
+            assert seen.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+    assert list(run_study(specs, tmp_path, progress=False).status) == ["done"] * 3
+    assert {path.name for path in tmp_path.iterdir()} == {f"{each.key()}.json" for each in specs}
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from recon.runtime import lock
+with lock.locked(Path(sys.argv[1]), "folder"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("what", ["study", "save, no", "save, yes", "cache"])
+def test_two_processes_that_do_the_same_refuse_each_other_and_a_dead_one_stops_nobody(what, spec, tmp_path, monkeypatch):
+    spec = spec.replaced(granularity="none", held_out_samples=0)
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
+    place = {"study": ".lock", "cache": f"cache/unfinished/.{spec.key()}.lock"}.get(what, ".saved.lock")
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+
+    def go():
+        if what == "study":
+            return run_study([spec], tmp_path, progress=False)
+        return record_of(spec, save=None if what == "cache" else tmp_path / "saved", stream="no" if what[-2:] == "no" else "yes")
+
+    command = [sys.executable, "-c", HOLD, str(tmp_path / place)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ReconError, match="is in use by another process; wait until it is done"):
+            go()
+        holder.kill()
+    assert (tmp_path / place).exists()
+    go()
+    assert not (tmp_path / place).exists()
+
+
+@pytest.mark.slow
+def test_killed_for_real(spec, expected, tmp_path):
+    """SIGKILL at many moments, to a process of its own."""
+    saved, work = tmp_path / "saved", tmp_path / "saved.unfinished"
+    command = [sys.executable, "-m", "recon.cli", *options(spec, "--save", str(saved), "--record", str(tmp_path / "r.json"))]
+    for number in range(12):
+        process, began = subprocess.Popen([*command, "--stream", "yes"], stderr=subprocess.DEVNULL), time.monotonic()
+        before = len(list(work.rglob("?????.safetensors")))
+        while process.poll() is None and time.monotonic() - began < 120:
+            if len(list(work.rglob("?????.safetensors"))) > before + 1:
+                time.sleep(0.013 * number)
+                process.kill()
+            time.sleep(0.002)
+        assert_whole(tmp_path)
+        if process.wait() == 0:
+            break
+    assert number > 2 and comparable(read_record(tmp_path / "r.json"))["metrics"] == comparable(expected)["metrics"]
