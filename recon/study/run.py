@@ -92,13 +92,13 @@ def run(
             stack.enter_context(locked(save.with_name(f".{save.name}.lock"), f"save folder {str(save)!r}"))
             record = checkpoint.finished(save, key, options.save_dtype)
         if record is None:
+            if save:
+                checkpoint.check_target(save)
             streamed = streaming.decide(spec, options, session)
             if not options.force and not streaming.begun(spec, save):
                 place, loaded = save.parent if save else Path("."), session.bytes_loaded(spec)
                 if planned := plan.check(spec, save is not None, place, loaded, options.stream, options.save_dtype):
                     log.info("%s", planned)
-            if save:
-                checkpoint.check_target(save)
             if streamed:
                 folder = streaming.work_folder(key, save)
                 log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
