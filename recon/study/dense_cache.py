@@ -16,12 +16,14 @@ from recon.study.environment import environment
 from recon.study.spec import RunSpec
 from recon.study.texts import Texts, digest
 
+LEAST = 1e12  # floating-point operations of measuring, a few seconds; what costs less is measured anew
 
-def name(spec: RunSpec, texts: Texts, device: torch.device) -> str:
-    """Of what is measured of the dense model of `spec`, by all that decides it; empty where that cannot be told: by code that is not
-    committed, and by tasks whose documents come from the Hub."""
+
+def name(spec: RunSpec, texts: Texts, device: torch.device, flops: float) -> str:
+    """Of what is measured of the dense model of `spec`, by all that decides it; empty where that cannot be told (by code that is not
+    committed, and by tasks whose documents come from the Hub), or takes no time."""
     here = environment(device, spec.compute.compute_dtype)
-    if here["git_dirty"] or set(spec.evaluation.tasks) - set(zero_shot.BUNDLED):
+    if flops < LEAST or here["git_dirty"] or set(spec.evaluation.tasks) - set(zero_shot.BUNDLED):
         return ""
     evaluation, held_out = spec.evaluation, texts.held_out
     read = [{text: digest(tokens) for text, tokens in texts.evaluation.items()}, None if held_out is None else digest(held_out)]

@@ -290,7 +290,7 @@ class _Run:
         """What is measured of the dense model, and its states that other models are compared with."""
 
         def compute() -> Step:
-            name = dense_cache.name(self.spec, self.texts, self.device)
+            name = dense_cache.name(self.spec, self.texts, self.device, cost.flops(self.spec, self.dense)["evaluate"])
             if known := dense_cache.get(name):
                 self.session.reused.append("dense")
             else:

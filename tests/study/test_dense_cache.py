@@ -4,10 +4,12 @@ import pytest
 from fixtures.runs import comparable, record_of
 
 import recon
+from recon.study import dense_cache
 
 
 @pytest.fixture
 def spec(tiny_folder, tiny_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(dense_cache, "LEAST", 0)
     monkeypatch.setenv("RECON_CACHE", str(tmp_path))
     monkeypatch.setattr("recon.study.environment.commit", lambda: {"git_commit": "one", "git_dirty": False})
     return recon.RunSpec.of(
