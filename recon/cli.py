@@ -113,12 +113,13 @@ class Plan:
     disk: float | None = None  # GiB that the run may write to the disk; default: what is free here.
 
     def __call__(self) -> None:
-        from recon.study.plan import advice, plan
+        from recon.study.plan import plan
 
-        planned = plan(**vars(self))
+        options = RunOptions(Path() if self.save else None, self.save_dtype, self.stream)
+        planned = plan(self.spec, options, memory_gib=self.memory, device_gib=self.device_memory, disk_gib=self.disk)
         print(planned)
         if planned.problem:
-            raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")
+            raise ReconError(planned.problem)
 
 
 @dataclass(frozen=True)

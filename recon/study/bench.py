@@ -33,8 +33,8 @@ from recon.model.modules import requiring_gradients
 from recon.runtime.device import pick_compute_dtype, pick_device
 from recon.runtime.execution import Execution
 from recon.runtime.storage import check_writable, write_json
-from recon.study.cost import flops, gemm_rate
 from recon.study.environment import environment
+from recon.study.plan import flops, gemm_rate
 from recon.study.spec import RunSpec
 
 BATCH_SIZE, PATTERN, RATE = 2, "0.5", 3e-3
@@ -187,7 +187,7 @@ def reference_reconstruct(student: Decoder, dense: Decoder, samples: Tensor, mas
 
 
 def _floors(dense: Decoder, settings: dict) -> dict[str, float]:
-    """By phase, the seconds of its products at the speed of large squares: what `recon.study.cost` counts."""
+    """By phase, the seconds of its products at the speed of large squares: what `recon.study.plan` counts."""
     dtype, single = _dtype(dense), torch.float32
     rates = {each: gemm_rate(dense.device, each, size=2048, seconds=0.5) for each in {dtype, single}}
     text, count, length = settings["text"], settings["samples"], settings["sequence_length"]
@@ -195,10 +195,10 @@ def _floors(dense: Decoder, settings: dict) -> dict[str, float]:
         model=settings["model"], text=text, evaluation_texts=(text,), samples=count, evaluation_samples=count, sequence_length=length,
         evaluation_length=length, epochs=1, statistics="dense", pattern=PATTERN, held_out_samples=0, granularity="none",
     )  # fmt: skip
-    once = flops(cell, dense)["prune"]  # the dense model's pass
+    once = flops(cell)["prune"]  # the dense model's pass
 
     def seconds(phase: str, grams: bool = False, **options) -> float:
-        count = flops(cell.replaced(**options), dense)[phase]
+        count = flops(cell.replaced(**options))[phase]
         return (once / rates[dtype] + (count - once) / rates[single]) if grams else count / rates[dtype]
 
     return {

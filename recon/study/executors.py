@@ -2,18 +2,15 @@
 
 import contextlib
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from recon.runtime.activations import LIMIT
-from recon.runtime.device import HOST, pick_device
-from recon.study import cost, plan, streaming, workers
-from recon.study.memory import highest
+from recon.study import plan, workers
 from recon.study.record import RunRecord
 from recon.study.session import Session
 from recon.study.spec import RunSpec
-from recon.study.workers import Ray, Request
+from recon.study.workers import Ray
 
 log = logging.getLogger("recon")
 # Computes one run, with or without progress bars; never raises, but gives a record that says how it failed.
@@ -41,17 +38,14 @@ def _serial(specs: dict[str, RunSpec], run: Run, progress: bool) -> Iterator[tup
     for key, spec in specs.items():
         if several and spec.loaded_by not in announced:
             announced.add(spec.loaded_by)
-            _announce([other for other in specs.values() if other.loaded_by == spec.loaded_by], session)
+            _announce([other for other in specs.values() if other.loaded_by == spec.loaded_by])
         yield key, run(spec, session, progress)
 
 
-def _announce(specs: list[RunSpec], session: Session) -> None:
-    """Says how long the runs of one model will take, unless it is too large to be loaded for that; they may be streamed."""
+def _announce(specs: list[RunSpec]) -> None:
+    """Says how long the runs of one model will take."""
     try:
-        if any(map(streaming.is_too_large, specs)):
-            return
-        decoder, _ = session.load(*specs[0].loaded_by)
-        cost.announce_study(specs, decoder, pick_device(specs[0].compute.device))
+        plan.announce(specs)
     except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
         log.debug("no estimate: %s", error)
 
@@ -76,29 +70,13 @@ def _spread(specs: dict[str, RunSpec], run: Run, settings: Ray) -> Iterator[tupl
         models.setdefault(spec.loaded_by, {})[key] = spec
     groups: dict[int, dict[str, RunSpec]] = {}  # by the memory of their workers: one group after the other
     for group in models.values():
-        memory = _memory(group.values(), workers.nodes(ray), settings.request(ray, on_cpu)) if settings.memory is None else 0
-        groups.setdefault(memory, {}).update(group)
+        groups.setdefault(0, {}).update(group)
     for memory, group in groups.items():
         request, left = settings.request(ray, on_cpu, memory), dict(group)
         with contextlib.closing(workers.spread(ray, settings, request, Runs(run), left, taker(left))) as found:
             for key, record in found:
                 failed = RunRecord(specs[key].flat(), key, "failed", str(record))
                 yield key, record if isinstance(record, RunRecord) else failed
-
-
-def _memory(specs: Iterable[RunSpec], nodes: list[dict[str, float]], request: Request) -> int:
-    """Bytes that the largest of `specs`, of one model, is planned to take; 0 where that is little of a worker's share of a node."""
-    room = [(node["memory"], node["memory"] / request.fits(node)) for node in nodes if "memory" in node and request.fits(node)]
-    if not room:
-        return 0
-    try:
-        peaks = [plan.peak_memory(spec, pick_device(spec.compute.device))[HOST.type] for spec in specs]
-        largest = max(sum(highest(phases).values()) for phases in peaks)
-    except Exception as error:  # the runs themselves will fail in the same way, each with a record of it
-        log.debug("no memory is set aside: %s", error)
-        return 0
-    # A run that is too large for any node is to say so itself.
-    return 0 if largest < plan.LARGE * min(share for _, share in room) else math.ceil(min(largest, max(room)[0]))
 
 
 def taker(left: dict[str, RunSpec]) -> Callable[[str | None], tuple[str, RunSpec] | None]:

@@ -1,420 +1,507 @@
-"""What a run takes, before it starts and without weights: parameters, windows, memory, disk, operations, time; whether it fits here."""
+"""What a run takes, before it starts and without weights: operations, time, memory, disk; and whether it fits here."""
 
-import contextlib
+import functools
 import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PretrainedConfig
 
+from recon.config import ReconstructionConfig
 from recon.data import models
 from recon.errors import ReconError
+from recon.evaluate.perplexity import SLICE
 from recon.kernels import criteria
+from recon.kernels.adapters import ADAPTERS
+from recon.kernels.losses import ELEMENTS
+from recon.kernels.moments import triangle
+from recon.methods.problem import ERROR_SAMPLES
 from recon.model.decoder import Decoder
+from recon.model.discovery import decompose
+from recon.model.encoder_decoder import EncoderDecoder
+from recon.model.modules import kind_of
+from recon.model.skeleton import Lazy, skeleton
 from recon.model.windows import Window
+from recon.runtime import device as devices
 from recon.runtime.attention import CHUNK, LONGEST
-from recon.runtime.device import (
-    COMPUTE_DTYPES,
-    HOST,
-    SAVED,
-    available_memory,
-    available_on_device,
-    pick_compute_dtype,
-    pick_device,
-    resident,
-    resident_anonymous,
-)
-from recon.runtime.storage import cache_folder
-from recon.study import cost, memory, streaming
-from recon.study.memory import Phases, highest, models_in_memory
-from recon.study.shapes import shapes_of
-from recon.study.spec import RunSpec
+from recon.runtime.device import HOST
+from recon.runtime.execution import TOKENS
+from recon.runtime.storage import SMALL, cache_folder
+from recon.study import streaming
+from recon.study.spec import RunOptions, RunSpec
 
 log = logging.getLogger("recon")
 GIB = 2**30
-LONG = 600  # seconds: runs that are expected to take longer say their plan before they start
+LONG = 600  # seconds: runs that are expected to take longer say their whole plan before they start
 LARGE = 0.3  # of the available memory: so do those that take more
-GRANULARITIES = ("half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter")  # tried where a larger one does not fit
+MARGIN = 64 * 2**20  # bytes of what no shape tells: tokenizer, texts, libraries loaded later, kernels' own memory
+EFFICIENCY = 0.6  # of a bare matrix product's speed that a whole pass reaches, measured on CPUs
+STEP = 0.5e-3  # seconds of a training step for each matrix, beside products and updates: what Python and autograd take, measured on CPUs
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run of `spec` takes on this machine, or on one with another GPU.
+# --- a model without weights ------------------------------------------------------------------------------------------------
 
-    parameters, prunable: elements of the model, and of the matrices that are pruned.
-    weights: what the dense model's weights are dequantised from, or their dtype.
-    windows, largest_window: how many are fitted one after another, and the parameters of the largest.
-    memory: peak bytes by kind of device, by phase, and by what they are for; on the host, "process" is what this process takes already.
-    available: bytes that the run may take, by kind of device, what this process takes already included.
-    disk, available_disk: bytes that the run keeps on the disk at most; bytes that are free there.
-    tokens, flops, seconds: by phase; no seconds where the device is not here.
-    streamed: whether the model stays on disk; see `recon.study.home.OnDisk`.
-    device: where windows are computed.
-    again: plans another spec (and `stream`), with all other arguments of `plan` unchanged.
+
+@functools.lru_cache(maxsize=4)
+def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Decoder:
+    """The model called `model` without weights: of the Hub's files, or those of a folder, the configuration alone is read.
+
+    Its blocks are on torch's meta device; outside them there are placeholders, so that the model itself says what its blocks are
+    called with. Raises `ReconError` for what `recon.data.models` refuses, and for a model that cannot be decomposed.
     """
-
-    spec: RunSpec
-    parameters: int
-    prunable: int
-    weights: str
-    windows: int
-    largest_window: int
-    memory: dict[str, Phases]
-    available: dict[str, float]
-    disk: int
-    available_disk: int
-    tokens: dict[str, int]
-    flops: dict[str, float]
-    seconds: dict[str, float]
-    streamed: bool
-    device: torch.device
-    again: Callable[..., "Plan"]
-
-    @property
-    def rooms(self) -> dict[str, tuple[float, float]]:
-        """Bytes that the run needs, and that there are: of "memory", of "memory on" a GPU, and of "disk"."""
-        found = {self._memory_of(kind): (sum(highest(self.memory[kind]).values()), has) for kind, has in self.available.items()}
-        return found | {"disk": (self.disk, self.available_disk)}
-
-    @property
-    def tight(self) -> list[str]:
-        """The rooms of which the run needs more than there is."""
-        return [room for room, (needs, has) in self.rooms.items() if needs > has]
-
-    @property
-    def problem(self) -> str:
-        """Why the run cannot fit here; empty where it can."""
-        rooms = {room: [f"{size / GIB:.1f} GiB" for size in self.rooms[room]] for room in self.tight}
-        return "; ".join(f"needs {needs} of {room}, of which there are {has}" for room, (needs, has) in rooms.items())
-
-    def _memory_of(self, kind: str) -> str:
-        return "memory" if kind == HOST.type else f"memory on {self.device}"
-
-    def __str__(self) -> str:
-        spec = self.spec
-        rooms = [
-            f"{needs / GIB:.2f} GiB of {has / GIB:.1f} GiB {room}" for room, (needs, has) in self.rooms.items() if room != "disk"
-        ]
-        times = ", ".join(f"{phase} {cost.duration(value)}" for phase, value in self.seconds.items() if value)
-        time = f"about {cost.duration(sum(self.seconds.values()))} on this machine: {times}"
-        rows = [
-            (
-                "model",
-                f"{spec.model.model}: {self.parameters:,} parameters, {self.prunable:,} of them in matrices that are pruned",
-            ),
-            ("dense", self.weights),
-            ("kept", "on disk, one window at a time in memory" if self.streamed else "in memory"),
-            (
-                "windows",
-                f"{self.windows} of {spec.reconstruction.granularity}, the largest of {self.largest_window:,} parameters",
-            ),
-            ("tokens", ", ".join(f"{phase} {count:,}" for phase, count in self.tokens.items())),
-            ("operations", ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count)),
-            ("time", time if self.seconds else f"not known: how fast {self.device} is can only be told where it is"),
-            ("disk", f"{self.disk / GIB:.2f} GiB of {self.available_disk / GIB:.0f} GiB free"),
-        ]
-        for kind, phases in self.memory.items():
-            by_phase = ", ".join(f"{phase} {sum(parts.values()) / GIB:.2f} GiB" for phase, parts in phases.items())
-            parts = highest(phases)
-            large = sorted(((size, name) for name, size in parts.items() if size >= 0.01 * sum(parts.values())), reverse=True)
-            rows.append((self._memory_of(kind).removeprefix("memory on "), by_phase))
-            rows.append(("at its peak", ", ".join(f"{name} {size / GIB:.2f} GiB" for size, name in large)))
-        rows.append(("verdict", self.problem or f"fits: {', '.join(rooms)}"))
-        return "\n".join(f"{name:12} {value}" for name, value in rows)
+    config = models.configuration(model, revision, trust_remote_code)
+    made = skeleton(config)
+    made.tie_weights()
+    Lazy(made, lambda names: iter(()))
+    structure = _structure(config)
+    decoder = decompose(made, like=structure)
+    if isinstance(decoder, EncoderDecoder):  # learnt by running blocks, which with some masks takes values
+        decoder.shared = structure.shared
+    for block in decoder.blocks:
+        block.to_empty(device="meta")
+    return decoder
 
 
-def plan(
-    spec: RunSpec,
-    save: bool = False,
-    folder: Path | str = ".",
-    stream: str = "auto",
-    save_dtype: str = "float32",
-    memory: float | None = None,
-    device_memory: float | None = None,
-    disk: float | None = None,
-) -> Plan:
-    """What a run of `spec` takes, from the configuration of its model alone: no weights are read, and no texts.
+def _structure(config: PretrainedConfig) -> Decoder:
+    """A model built as that of `config`, of much smaller widths where that is possible, decomposed."""
+    names = set(skeleton(config).state_dict())
+    for factor in (64, 32, 16, 8, 4, 2, 1):
+        try:
+            model = skeleton(_narrowed(config, factor))
+            if set(model.state_dict()) == names:
+                return decompose(model, lazy=Lazy(model, lambda names: iter(())))
+        except Exception:  # whatever a model of strange widths runs into
+            if factor == 1:
+                raise
 
-    Args:
-        save: whether the reconstructed model is written as a checkpoint.
-        folder: where to; its disk counts, unless the run keeps in the cache what it writes.
-        stream: "yes": the model stays on disk; "no": it is in memory; "auto": on disk where the copies of
-            its weights that the run needs would not fit into memory, and the run can be streamed.
-        save_dtype: what the checkpoint is written in.
-        memory: GiB of host memory that the run may take; default: what can still be had here.
-        device_memory: GiB of a GPU's memory that the run may take: it is planned for one with so much, which need not be here.
-        disk: GiB that the run may write; default: what is free where it writes.
 
-    Raises:
-        ReconError: a device that is not here, unless `device_memory` is given; a run that cannot be streamed but is to be, a model
-            that is unknown or cannot be taken apart, a granularity that it is too small for.
+def _narrowed(config: PretrainedConfig, factor: int) -> PretrainedConfig:
+    """`config` with the widths of its layers divided by `factor`. Raises `ReconError` where they do not divide."""
+    if factor == 1:
+        return config
+    config = type(config).from_dict(config.to_dict())
+    text = config.get_text_config()
+    for name, value in list(vars(text).items()):
+        widths = ("hidden_size", "intermediate_size", "_dim", "_rank", "n_embd", "n_inner", "d_model")
+        if isinstance(value, int) and name.endswith(widths):
+            if value % factor or value == factor:  # of matrices with one column it cannot be told which way round they lie
+                raise ReconError(f"{name} is {value}, which {factor} does not divide into 2 or more")
+            setattr(text, name, value // factor)
+    return config
+
+
+def kinds(decoder: Decoder, granularity: str) -> list[list[Window]]:
+    """The windows of `granularity` by kind: those of blocks that are built alike are as large as one another."""
+    blocks, found = [kind_of(block) for block in decoder.blocks], {}
+    for window in decoder.windows(granularity) if granularity != "none" else []:
+        inside = tuple(name.removeprefix(decoder.names[window.blocks[0]]) for name in window.matrices)
+        found.setdefault((window.half, inside, *(blocks[index] for index in window.blocks)), []).append(window)
+    return list(found.values())
+
+
+# --- operations and time ----------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def counted(decoder: Decoder, window: Window, length: int, train: str = "none") -> float:
+    """Operations per token of a pass through `window` of `shapes_of`, in samples of `length` tokens, as torch counts them.
+
+    train: "none", or what gradients are for: "matrices", "all", or "norms"; the backward pass is counted then, too.
     """
-    spec, (config, decoder) = spec.resolved(), shapes_of(*spec.loaded_by)
-    windows = decoder.windows(spec.reconstruction.granularity) if spec.reconstruction.granularity != "none" else []
-    device = planned_device(spec.compute.device, device_memory)
-    dtype, here = planned_dtype(spec.compute.compute_dtype, device), is_here(device)
-    parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
-    room = available_memory() if memory is None else int(memory * GIB)
-    on_disk = stream == "yes" and streaming.wanted("yes", spec)
-    if stream == "auto" and 0 < room < models_in_memory(spec, parameters):
-        on_disk = _can_be_streamed(spec)
-    flops = cost.flops(spec, decoder)
-    found = peak_memory(spec, device, on_disk)
-    available = {HOST.type: float(room) + _process(on_disk)}
-    if len(found) > 1:
-        available[device.type] = float(available_on_device(device) if device_memory is None else int(device_memory * GIB))
-    return Plan(
-        spec,
-        parameters,
-        prunable=sum(matrix.weight.numel() for matrix in decoder.matrices().values()),
-        weights=models.precision(config),
-        windows=len(windows),
-        largest_window=max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0),
-        memory=found,
-        available=available,
-        disk=_written(spec, decoder, save, on_disk, SAVED[save_dtype], dtype),
-        available_disk=_free(Path(folder) if save or not on_disk else cache_folder()) if disk is None else int(disk * GIB),
-        tokens=_tokens(spec),
-        flops=flops,
-        seconds=cost.seconds(spec, decoder, device, flops) if here else {},
-        streamed=on_disk,
-        device=device,
-        again=partial(
-            plan, save=save, folder=folder, save_dtype=save_dtype, memory=memory, device_memory=device_memory, disk=disk
-        ),
-    )
+    weights = sum(matrix.share * matrix.weight.numel() for matrix in decoder.matrices(window).values())
+    trained = decoder.trained(window, "all" if train == "norms" else train) if train != "none" else {}
+    for parameter in decoder.model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(train != "norms" or parameter.ndim == 1)
+    first = next(iter(decoder.matrices(window).values())).weight
+    width = first.shape[1] if window.matrices else decoder.model.config.get_text_config().hidden_size
+    try:
+        with FlopCounterMode(display=False) as counter:
+            output = decoder.forward(window, torch.empty(1, length, width, device="meta"))
+            if trained:
+                output.sum().backward()
+    except Exception:  # what depends on values cannot run without any, such as experts that tokens are sent to
+        return weights * {"none": 2.0, "norms": 4.0}.get(train, 6.0)
+    # Products of activations with one another, as in attention, count half: a causal mask needs no more.
+    aten = torch.ops.aten
+    by_weights = (aten.mm, aten.addmm, aten.convolution, aten.convolution_backward)
+    return sum(n if kind in by_weights else n / 2 for kind, n in counter.get_flop_counts()["Global"].items()) / length
 
 
-def peak_memory(spec: RunSpec, device: torch.device, on_disk: bool = False) -> dict[str, Phases]:
-    """Peak bytes of a run by kind of device, by phase, and by what they are for; what this process takes already is part of the host's."""
-    device, dtype = (device if device.type == "cuda" else HOST), planned_dtype(spec.compute.compute_dtype, device)
-    found = memory.memory(spec, shapes_of(*spec.loaded_by).decoder, dtype, device, on_disk)
-    process = _process(on_disk)
-    return found | {HOST.type: {phase: {"process": process, **parts} for phase, parts in found[HOST.type].items()}}
+def flops(spec: RunSpec) -> dict[str, float]:
+    """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate".
+
+    As if the run shared nothing with others: products with weights (forward, weight gradient, input gradient), attention over the
+    causal half, Gram matrices, adapters, exact solvers; no element-wise work. Evaluation is that of perplexity.
+    """
+    spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
+    how, length, samples = spec.reconstruction, spec.calibration.sequence_length, spec.samples_by_phase
+    matrices, whole = decoder.matrices(), Window(range(len(decoder.blocks)))
+    weights = {name: matrix.share * matrix.weight.numel() for name, matrix in matrices.items()}  # that a token meets, on average
+    forward, tokens = counted(decoder, whole, length), {phase: count * length for phase, count in samples.items()}
+    predicted = decoder.predicted(torch.empty(1, 2)).shape[1] / 2  # of all tokens; an encoder-decoder predicts half of them
+    head = predicted * 2 * sum(weight.numel() for weight in decoder.head_weights())
+    read = [matrices[group[0]] for groups in decoder.groups for group in groups]
+    grams = sum(2 * triangle(matrix.weight.shape[1]) * matrix.share for matrix in read)
+    products = sum(matrix.weight.shape[0] * matrix.weight.shape[1] ** 2 for matrix in matrices.values())  # with Gram matrices
+    found = dict.fromkeys(("prune", "reconstruct", "retrain", "evaluate"), 0.0)
+
+    pruning, rule = spec.pruning, criteria.get("none" if spec.model.pruned else spec.pruning.criterion)
+    if (rule.statistics != "none" or pruning.mask_refinement) and not spec.one_pass:  # else reconstruction's pass serves
+        found["prune"] += forward * tokens["prune"] * (2 if pruning.statistics == "sparse" and rule.scope != "model" else 1)
+    if rule.statistics == "gram" or pruning.mask_refinement:
+        found["prune"] += grams * tokens["prune"]
+    if pruning.criterion == "sparsegpt":
+        found["prune"] += products + sum(2 * matrix.weight.shape[1] ** 3 for matrix in read)
+
+    if how.granularity != "none":
+        windows, own = decoder.windows(how.granularity), how.propagation != "dense"
+        # The dense model's pass, and the student's own, of which nothing reads what comes after the last window.
+        per_token = forward * (1 + own * (1 - len(windows[-1].blocks) / len(decoder.blocks)))
+        if how.granularity == "matrix":  # targets come matrix by matrix; inputs by running a block up to it, but for dense ones
+            per_token += 2 * sum(weights.values()) * (own or how.solver != "exact") + 2 * forward * (how.propagation == "mixed")
+        if how.solver == "adamw":
+            epochs = how.schedule(samples["reconstruct"]).epochs
+            for alike in kinds(decoder, how.granularity):
+                per_token += epochs * len(alike) * counted(decoder, alike[0], length, how.train)
+                if how.adapter != "none":
+                    steps = epochs * -(-samples["reconstruct"] * how.chunks_of(alike[0], length) // how.batch_size)
+                    size = sum(map(weights.get, decoder.matrices(alike[0])))
+                    found["reconstruct"] += len(alike) * steps * 6 * how.rank * size
+        if "exact" in (how.solver, how.start):
+            found["reconstruct"] += grams * tokens["reconstruct"] + 2 * products * (1 + how.exact_iterations)
+        # Errors: on held-out samples, through the dense windows too; before and after through the student's.
+        errors = ERROR_SAMPLES * length * forward * ((spec.calibration.held_out_samples > 0) + 2)
+        found["reconstruct"] += per_token * tokens["reconstruct"] + errors
+
+    if (again := spec.retraining).retrain != "none":
+        train = again.retrain if again.retrain == "norms" else "all" if again.retrain == "full" else "matrices"
+        per_token = counted(decoder, whole, length, train) + head * (3 if again.retrain == "full" else 2)
+        per_token += (forward + head) * (again.retrain_objective == "distil") + forward * again.retrain_checkpointing
+        runs = -(-samples["retrain"] // again.retrain_batch_size) * (again.retrain in ADAPTERS)
+        merging = runs * (6 + 2 * again.retrain_checkpointing) * again.retrain_rank * sum(weights.values())
+        found["retrain"] = again.schedule(samples["retrain"]).epochs * (per_token * tokens["retrain"] + merging)
+
+    evaluated = sum(spec.evaluation.windows.values()) * spec.evaluation.evaluation_length
+    found["evaluate"] = (2 + (found["reconstruct"] + found["retrain"] > 0)) * evaluated  # models
+    found["evaluate"] *= head + counted(decoder, whole, spec.evaluation.evaluation_length)
+    return found
 
 
-def _process(on_disk: bool) -> float:
-    """Bytes that this process takes; where a run is streamed, mapped files do not count, and so neither do libraries."""
-    return float(on_disk and resident_anonymous() or resident())
+def rate(work: Callable[[], object], amount: float, seconds: float = 0.1) -> float:
+    """How much of something is done per second, where `work` does `amount` of it and waits for the device."""
+    work()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        work()
+        count += 1
+    return amount * count / (time.perf_counter() - began)
 
 
-def _written(spec: RunSpec, decoder: Decoder, save: bool, on_disk: bool, saved: torch.dtype, dtype: torch.dtype) -> int:
-    """Bytes that the run writes: the checkpoint in dtype `saved`, and of a streamed run, which computes in `dtype`, all its work."""
-    parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
-    found = saved.itemsize * parameters * (save or on_disk)
-    if not on_disk:
-        return found
-    prunable = sum(matrix.weight.numel() for matrix in decoder.matrices().values())
-    if saved.itemsize < 4 and spec.reconstruction.granularity != "none":
-        # Until the run is done, what is not computed with as it is saved is there in float32 as well.
-        windows = decoder.windows(spec.reconstruction.granularity)
-        fitted = sum(p.numel() for window in windows for p in decoder.parameters(window).values())
-        found += 4 * (fitted - prunable * (dtype == saved))
-    return found + prunable // 8 + _streams(spec, decoder)
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.1) -> float:
+    """Floating-point operations per second of a square matrix product on this machine, measured now."""
+    square = torch.ones(size, size, device=device, dtype=dtype)
+    return rate(lambda: (square @ square).sum().item(), 2 * size**3, seconds)
 
 
-def _streams(spec: RunSpec, decoder: Decoder) -> int:
-    """Bytes of the activations that a streamed run keeps on disk: of both models, each before and after the window in hand."""
-    width = decoder.model.config.get_text_config().hidden_size
-    return 4 * 4 * width * (spec.calibration.samples + spec.calibration.held_out_samples) * spec.calibration.sequence_length
+@functools.cache
+def speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """How fast this machine is: operations per second of a pass; weights per second that a training step rounds, updates and masks,
+    which memory bounds. Measured once per process."""
+    weights = nn.Parameter(torch.ones(1536, 1024, device=device))
+    mask, optimizer = torch.ones_like(weights, dtype=torch.bfloat16), torch.optim.AdamW([weights], fused=True)
+
+    def update() -> None:
+        weights.grad = weights.detach().to(dtype).float()
+        optimizer.step()
+        weights.data.mul_(mask)[0, 0].item()
+
+    return EFFICIENCY * gemm_rate(device, dtype), rate(update, weights.numel())
 
 
-def _free(folder: Path) -> int:
-    """Bytes that can still be written to `folder`, which need not be there yet."""
-    folder = folder.absolute()
-    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+def seconds(spec: RunSpec, device: torch.device) -> dict[str, float]:
+    """Seconds that a run of `spec` will take on this machine by phase."""
+    spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
+    products, updates = speeds(device, devices.pick_compute_dtype(spec.compute.compute_dtype, device))
+    found = {phase: count / products for phase, count in flops(spec).items()}
+    trained = []  # phase, options, samples, rank of adapters or 0, windows of one kind
+    if spec.reconstruction.solver == "adamw":
+        how, length = spec.reconstruction, spec.calibration.sequence_length
+        for windows in kinds(decoder, how.granularity):
+            samples = spec.calibration.samples * how.chunks_of(windows[0], length)
+            trained.append(("reconstruct", how, samples, how.rank * (how.adapter != "none"), windows))
+    if (again := spec.retraining).retrain != "none":
+        rank, whole = again.retrain_rank * (again.retrain != "full"), Window(range(len(decoder.blocks)))
+        trained.append(("retrain", again, spec.samples_by_phase["retrain"], rank, [whole]))
+    for phase, how, samples, rank, windows in trained:
+        schedule, shapes = how.schedule(samples), [matrix.weight.shape for matrix in decoder.matrices(windows[0]).values()]
+        size = sum(rank * sum(shape) if rank else shape.numel() for shape in shapes)
+        steps = schedule.epochs * -(-samples // schedule.batch_size)
+        found[phase] += len(windows) * (steps * len(shapes) * STEP + schedule.steps(samples) * size / updates)
+    return found
 
 
-def _tokens(spec: RunSpec) -> dict[str, int]:
-    """Tokens that each phase reads."""
-    phases = {
-        "prune": not spec.model.pruned
-        and (criteria.get(spec.pruning.criterion).statistics != "none" or spec.pruning.mask_refinement > 0),
-        "reconstruct": spec.reconstruction.granularity != "none",
-        "retrain": spec.retraining.retrain != "none",
-    }
-    tokens = {name: spec.samples_by_phase[name] * spec.calibration.sequence_length for name, there in phases.items() if there}
-    return {
-        **tokens,
-        "evaluate": len(spec.evaluation.evaluation_texts)
-        * spec.evaluation.evaluation_samples
-        * spec.evaluation.evaluation_length,
-    }
+def duration(seconds: float) -> str:
+    """Seconds in the unit that people would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-# --- one window -----------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------------
 
 
 def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device | None = None) -> dict[str, int]:
     """Bytes of the largest window of a run of `spec`, counted from shapes, by what they are for; empty where none is reconstructed.
 
-    "parameters": what it takes to run the window, float32. "gradients" and "moments" (AdamW's two): of what is trained, float32.
-    "copies": weights to roll back to, weights rounded for products, masks to multiply by. "activations": what the forward pass of one
-    batch keeps for the backward pass. "statistics": Gram matrices, where matrices are solved exactly.
+    "parameters": what it takes to run the window. "gradients", "moments" (AdamW's two): of what is trained. "copies": weights to roll
+    back to. "masks": as weights are multiplied by them. "rounded": weights in the compute dtype. "activations": what the forward pass
+    of one batch keeps for the backward pass. "statistics": Gram matrices, and room to factor one, where there are any.
 
     decoder: the model, or its shapes alone. device: where windows are computed; default: the spec's.
     """
-    device = pick_device(spec.compute.device) if device is None else device
-    if spec.reconstruction.granularity == "none":
-        return {}
-    windows = memory.distinct(decoder, spec.reconstruction.granularity)
-    found = [
-        _window_memory(decoder, window, spec, planned_dtype(spec.compute.compute_dtype, device), device) for window in windows
-    ]
-    return max(found, key=lambda parts: sum(parts.values()))
+    device = devices.pick_device(spec.compute.device) if device is None else device
+    found = [_window_memory(decoder, alike[0], spec, device) for alike in kinds(decoder, spec.reconstruction.granularity)]
+    return max(found, key=lambda parts: sum(parts.values()), default={})
 
 
-def _window_memory(decoder: Decoder, window: Window, spec: RunSpec, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+def _window_memory(decoder: Decoder, window: Window, spec: RunSpec, device: torch.device) -> dict[str, int]:
     how, length, config = spec.reconstruction, spec.calibration.sequence_length, decoder.model.config.get_text_config()
-    matrices, adapted = decoder.matrices(window), how.adapter != "none"
+    dtype, matrices = planned_dtype(spec, device), decoder.matrices(window)
     shapes, rounds = [matrix.weight.shape for matrix in matrices.values()], dtype != torch.float32
     groups = [group for index in window.blocks for group in decoder.groups[index] if group[0] in matrices]
     weights, before = sum(map(math.prod, shapes)), sum(p.numel() for p in decoder.trained(window, how.train).values())
-    trained = how.rank * sum(map(sum, shapes)) if adapted else before
+    trained = before if how.adapter == "none" else how.rank * sum(map(sum, shapes))
     # Rounded, each matrix has an input of its own; else those of a group share it. Norms keep what they read and what they give.
-    read = [each for group in groups for each in (group if rounds else group[:1])]
+    read = [name for group in groups for name in (group if rounds else group[:1])]
     width = sum(m.share * (m.weight.shape[0] + (name in read) * m.weight.shape[1]) for name, m in matrices.items())
     per_token = dtype.itemsize * width + (0 if window.matrices else 2 * 4 * config.hidden_size * window.halves)
     if rounds and device.type == "cpu" and window.mixes_tokens and CHUNK < length <= LONGEST:  # see `recon.runtime.attention`
         heads = getattr(config, "num_attention_heads", 0) or 0
         per_token += dtype.itemsize * heads * (length + CHUNK) / 2 * len(window.blocks)
     tokens = min(how.batch_size, spec.calibration.samples) * length // how.chunks_of(window, length)
-    masked = (how.adapter in ("none", "masklora")) * (2 if device.type == "cpu" else 1)
-    descends, solves = how.solver == "adamw", "exact" in (how.solver, how.start)
+    rule = criteria.get("magnitude" if spec.model.pruned else spec.pruning.criterion)
+    by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
+    columns, descends = [matrices[group[0]].weight.shape[1] for group in groups], how.solver == "adamw"
     return {
         "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),
         "gradients": descends * 4 * trained,
         "moments": descends * 8 * trained,
-        "copies": 4 * before + descends * weights * (masked + dtype.itemsize * (rounds or adapted)),
+        "copies": 4 * before,
+        "masks": descends * (how.adapter in ("none", "masklora")) * weights * (2 if device.type == "cpu" else 1),
+        "rounded": descends * weights * dtype.itemsize * (rounds or how.adapter != "none"),
         "activations": descends * int(tokens * per_token),
-        "statistics": solves * 4 * sum(matrices[group[0]].weight.shape[1] ** 2 for group in groups),
+        "statistics": 4 * (sum(each**2 for each in columns) + 6 * max(columns) ** 2) if by_grams else 0,
     }
 
 
-# --- devices that need not be here ----------------------------------------------------------------------------------------
+def peak_memory(spec: RunSpec, device: torch.device, streamed: bool) -> dict[str, dict[str, float]]:
+    """Peak bytes of a run of `spec` by kind of device, and by what they are for; the process itself is left out.
 
-
-def is_here(device: torch.device) -> bool:
-    """Whether this machine has the device."""
-    return device.type != "cuda" or torch.cuda.is_available()
-
-
-def planned_device(name: str, device_memory: float | None = None) -> torch.device:
-    """The device that a run is planned for: the first GPU where memory of one is given, which need not be here.
-
-    Raises `ReconError` for a device that is not here, where no memory is given.
+    Both models, unless `streamed`; activations of all samples, unless they are in mapped files; the largest window (for retraining, the
+    model; see `window_memory`); logits; and `MARGIN` for the rest.
     """
-    if device_memory is not None:
-        if not (gpu := re.fullmatch(r"auto|cuda(?::(\d+))?", name)):
-            raise ReconError(
-                f"memory of a GPU is given to plan for, but the device is {name!r}; allowed: auto, cuda, cuda:NUMBER"
-            )
-        return torch.device("cuda", int(gpu[1] or 0))
-    try:
-        return pick_device(name)
-    except ReconError as error:
-        raise ReconError(f"{error}; to plan for a GPU that is not here, say how much memory it has (--device-memory)") from None
+    spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
+    how, again, calibration, evaluation = spec.reconstruction, spec.retraining, spec.calibration, spec.evaluation
+    config, dtype, length = decoder.model.config.get_text_config(), planned_dtype(spec, device), calibration.sequence_length
+    parameters, pruned = _elements(decoder)
+    work: dict[str, float] = dict(window_memory(decoder, spec, device))
+    if how.granularity == "none":
+        work["statistics"] = window_memory(decoder, spec.replaced(granularity="block"), device)["statistics"]
+    tokens, copies = min(evaluation.evaluation_length, SLICE), 2
+    if again.retrain != "none":
+        train = {"train": "all"} if again.retrain == "full" else {"adapter": again.retrain} if again.retrain in ADAPTERS else {}
+        alike = ReconstructionConfig(
+            granularity="model", rank=again.retrain_rank, batch_size=again.retrain_batch_size, chunks=1, **train
+        )
+        work |= window_memory(decoder, replace(spec, reconstruction=alike), device)
+        tokens, copies, blocks = again.retrain_batch_size * length, 4 + (again.retrain_objective == "distil"), len(decoder.blocks)
+        if again.retrain_checkpointing:  # the blocks' inputs alone, and one block in the backward pass
+            work["activations"] = work["activations"] / blocks + 4 * tokens * config.hidden_size * blocks
+    if how.accumulation == again.retrain_accumulation == 1:  # gradients come while activations go
+        work["gradients"] = max(0.0, work.get("gradients", 0) - work.get("activations", 0))
+    read = [(matrix.share, matrix.weight.shape) for matrix in decoder.matrices(Window(range(1))).values()]
+    widest = max(share * shape[0] for share, shape in read)
+    work["one batch"] = max(TOKENS, length) * (2 * dtype.itemsize * widest + 16 * config.hidden_size)
+    head = sum(weight.numel() for weight in decoder.head_weights())
+    work["logits"] = tokens * config.vocab_size * copies * dtype.itemsize + 12 * min(tokens * config.vocab_size, ELEMENTS)
+    work["rounded"] = max(work.get("rounded", 0), 2 * head * dtype.itemsize * (dtype != torch.float32))
+
+    samples = calibration.samples + min(calibration.held_out_samples, ERROR_SAMPLES)
+    width = config.hidden_size * (3 + (how.propagation == "mixed")) * 4
+    if how.granularity == "matrix":  # what all matrices of a block read and give
+        width += dtype.itemsize * sum(share * sum(shape) for share, shape in read)
+    streams = [
+        samples * length * width,
+        2 * 4 * evaluation.evaluation_samples * evaluation.evaluation_length * config.hidden_size,
+    ]
+    kept = {"activations of all samples": max(float(size) for size in streams if not streamed or size <= SMALL), "margin": MARGIN}
+    if streamed:
+        work["parameters"] = max(work.get("parameters", 0), 2 * 4 * head)
+        work["copies"] = work.get("copies", 0) * (work.get("copies", 0) <= SMALL)
+    else:
+        kept |= {"models": 8.0 * parameters, "masks of all": pruned, "what pruning changed": 4.0 * pruned * spec.changes_weights}
+    if device.type == "cuda":
+        return {HOST.type: kept, device.type: work}
+    if not streamed:
+        work.pop("parameters", None)  # they are the model's
+    return {HOST.type: kept | work}
 
 
-def planned_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in: on a GPU that is not here, what any since 2020 multiplies natively."""
-    return pick_compute_dtype(name if is_here(device) or name in COMPUTE_DTYPES else "bfloat16", device)
+# --- the plan of a run ------------------------------------------------------------------------------------------------------
 
 
-# --- what would fit instead -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Plan:
+    """What a run of `spec` takes on this machine, or on one with another GPU.
+
+    memory: peak bytes by kind of device, and by what they are for; on the host, "process" is what this process takes already.
+    rooms: bytes that the run needs, and that there are: of "memory", of "memory on" a GPU, and of "disk".
+    flops, seconds: by phase; no seconds where the device is not here. streamed: whether the model stays on disk.
+    """
+
+    spec: RunSpec
+    memory: dict[str, dict[str, float]]
+    rooms: dict[str, tuple[float, float]]
+    flops: dict[str, float]
+    seconds: dict[str, float]
+    streamed: bool
+
+    @property
+    def problem(self) -> str:
+        """Why the run cannot fit here, and what to try; empty where it can."""
+        tight = [
+            f"{needs / GIB:.1f} GiB of {room}, of which there are {has / GIB:.1f} GiB"
+            for room, (needs, has) in self.rooms.items()
+            if needs > has
+        ]
+        return f"this run needs {' and '.join(tight)}; try smaller windows or --stream yes" if tight else ""
+
+    @property
+    def line(self) -> str:
+        """The run, its time and its memory in one line."""
+        spec, parts = self.spec, ", ".join(f"{phase} {duration(value)}" for phase, value in self.seconds.items() if value)
+        time = f"about {duration(sum(self.seconds.values()))} on this machine ({parts})" if self.seconds else "time not known"
+        about = f"{spec.model.model}, {spec.pruning.criterion} {spec.pruning.pattern}, {spec.reconstruction.granularity}"
+        return f"{about}: {time}; about {self.rooms['memory'][0] / GIB:.1f} GiB of memory"
+
+    def __str__(self) -> str:
+        spec, decoder = self.spec, shapes_of(*self.spec.loaded_by)
+        windows = [window for alike in kinds(decoder, spec.reconstruction.granularity) for window in alike]
+        largest = max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0)
+        parameters, pruned = _elements(decoder)
+        weights = models.precision(models.configuration(*spec.loaded_by))
+        rows = {
+            "run": self.line,
+            "model": f"{parameters:,} parameters, {pruned:,} of them in matrices that are pruned; {weights}; "
+            + ("kept on disk, one window at a time in memory" if self.streamed else "kept in memory"),
+            "windows": f"{len(windows)} of {spec.reconstruction.granularity}, the largest of {largest:,} parameters",
+            "operations": ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count),
+        }
+        for kind, parts in self.memory.items():
+            large = sorted(parts.items(), key=lambda part: -part[1])
+            rows[f"on {kind}"] = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in large if size >= 0.01 * GIB)
+        needs = ", ".join(f"{needs / GIB:.2f} GiB of {has / GIB:.1f} GiB {room}" for room, (needs, has) in self.rooms.items())
+        return "\n".join(f"{name:12} {value}" for name, value in (rows | {"verdict": self.problem or f"fits: {needs}"}).items())
 
 
-def advice(planned: Plan) -> str:
-    """The nearest run that would fit, where `planned` does not, and what it needs; empty where nothing here helps."""
-    if not planned.problem:
-        return ""
-    spec, again, options, stream = planned.spec, planned.again, {}, "yes" if planned.streamed else "no"
-    if "memory" in planned.tight and stream == "no" and _can_be_streamed(spec):
-        other = again(spec, stream="yes")
-        if not other.problem:
-            return _said({"stream": "yes"}, planned, other)
-        if "memory" not in other.tight:  # which leaves the device, or the disk
-            planned, stream, options = other, "yes", {"stream": "yes"}
-    together: dict = {}
-    for steps in _changes(spec):
-        for step in steps:
-            other = again(spec.replaced(**step), stream=stream)
-            if not other.problem:
-                return _said(options | step, planned, other)
-        if steps and any(other.rooms[room][0] < planned.rooms[room][0] for room in planned.tight):
-            together |= steps[-1]
-    if planned.tight == ["disk"] and stream == "no":
-        return f"save to a folder on a disk with {planned.disk / GIB:.1f} GiB free, or do not save the model"
-    return _said(options | together, planned, again(spec.replaced(**together), stream=stream)) if together else ""
-
-
-def _said(options: dict, planned: Plan, other: Plan) -> str:
-    """What `other` needs of what is tight for `planned`, with these options in place of its own."""
-    shown = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-    needs = " and ".join(f"{other.rooms[room][0] / GIB:.1f} GiB of {room}" for room in planned.tight)
-    return f"even {shown} would need {needs}" if other.problem else f"{shown} would fit, with {needs}"
-
-
-def _can_be_streamed(spec: RunSpec) -> bool:
-    try:
-        return streaming.wanted("yes", spec)
-    except ReconError:
-        return False
-
-
-def _changes(spec: RunSpec) -> Iterator[list[dict]]:
-    """Options that a run could be given instead, ever smaller ones; the least harmful first."""
-    yield _halves(spec, "batch_size")
-    if spec.retraining.retrain != "none":
-        yield _halves(spec, "retrain_batch_size")
-        yield [{"retrain_checkpointing": True}]
-    yield _halves(spec, "evaluation_samples", 8)
-    if spec.reconstruction.granularity not in ("none", "matrix"):
-        decoder, sizes = shapes_of(*spec.loaded_by).decoder, {}
-        for name in (spec.reconstruction.granularity, *GRANULARITIES):
-            with contextlib.suppress(ReconError):  # it does not fit this model
-                sizes.setdefault(max(window.halves for window in decoder.windows(name)), name)
-        now = next(iter(sizes))
-        yield [{"granularity": sizes[size]} for size in sorted(sizes, reverse=True) if size < now]
-    yield _halves(spec, "samples", 8)
-    yield _halves(spec, "sequence_length", 128)
-
-
-def _halves(spec: RunSpec, name: str, least: int = 1) -> list[dict]:
-    """Options with half of what `spec` says of `name`, and with half of that, down to `least`."""
-    found, value = [], spec.flat()[name] // 2
-    while value >= least:
-        found.append({name: value})
-        value //= 2
-    return found
-
-
-def check(
+def plan(
     spec: RunSpec,
-    save: bool = False,
-    folder: Path | str = ".",
+    options: RunOptions = RunOptions(),
+    *,
     loaded: int = 0,
-    stream: str = "auto",
-    save_dtype: str = "float32",
-) -> Plan | None:
-    """The plan of a run that is long or large, once it is known to fit; None where it is neither, or has no plan.
+    memory_gib: float | None = None,
+    device_gib: float | None = None,
+    disk_gib: float | None = None,
+) -> Plan:
+    """What a run of `spec` takes, from the configuration of its model alone: no weights are read, and no texts.
 
-    loaded: bytes of the model's weights that are in memory already.
+    Args:
+        loaded: bytes of the model's weights that are in memory already.
+        memory_gib, device_gib, disk_gib: GiB of the host's memory, of a GPU's, and of the disk that the run may take; default: what is
+            free here. Where `device_gib` is given, the GPU need not be here.
 
-    Raises `ReconError` for a run that cannot fit, with the nearest one that would.
+    Raises:
+        ReconError: a device that is not here, a run that is to be streamed but cannot be, a model that is unknown or cannot be
+            decomposed, a granularity that it is too small for.
+    """
+    spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
+    device = planned_device(spec.compute.device, device_gib)
+    parameters, pruned = _elements(decoder)
+    room = devices.available_memory() if memory_gib is None else memory_gib * GIB
+    streamed = options.stream == "yes" and streaming.wanted("yes", spec)
+    if options.stream == "auto" and 0 < room < streaming.models_in_memory(spec, parameters):
+        streamed = not streaming.in_memory_only(spec)
+    process = float(streamed and devices.resident_anonymous() or devices.resident())  # mapped files and libraries do not count
+    needs, itemsize = peak_memory(spec, device, streamed), devices.SAVED[options.save_dtype].itemsize
+    needs[HOST.type] = {"process": process, **needs[HOST.type]}
+    disk = itemsize * parameters * (options.save is not None or streamed)
+    if streamed:  # masks, activations of both models before and after a window, and what is not computed with as it is saved
+        samples = spec.calibration.samples + spec.calibration.held_out_samples
+        disk += pruned // 8 + 16 * samples * spec.calibration.sequence_length * decoder.model.config.get_text_config().hidden_size
+        disk += 4 * parameters * (itemsize < 4)
+    place = (options.save or (cache_folder() if streamed else Path("."))).absolute()
+    free = shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists())).free
+    rooms = {"memory": (sum(needs[HOST.type].values()), room + process + loaded)}
+    if device.type == "cuda":
+        there = devices.available_on_device(device) if device_gib is None else device_gib * GIB
+        rooms[f"memory on {device}"] = sum(needs[device.type].values()), there
+    rooms["disk"] = disk, free if disk_gib is None else disk_gib * GIB
+    here = device.type != "cuda" or torch.cuda.is_available()
+    return Plan(spec, needs, rooms, flops(spec), seconds(spec, device) if here else {}, streamed)
+
+
+def check(spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0) -> None:
+    """Logs what a run of `spec` will take: in one line, or all of its plan where it is long or large; see `plan`.
+
+    Raises `ReconError` for a run that cannot fit, unless it is forced.
     """
     try:
-        planned = plan(spec, save, folder, stream, save_dtype)
+        planned = plan(spec, options, loaded=loaded)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is
         log.info("no plan: %s", error)
-        return None
-    planned.available[HOST.type] += loaded
-    if planned.problem:
-        raise ReconError(f"this run {planned.problem}; {advice(planned) or 'nothing smaller is known that would fit'}")
+        return
+    if planned.problem and not options.force:
+        raise ReconError(planned.problem)
     large = any(needs > LARGE * has for room, (needs, has) in planned.rooms.items() if room != "disk")
-    return planned if large or sum(planned.seconds.values()) > LONG else None
+    log.info("%s", planned if large or sum(planned.seconds.values()) > LONG else planned.line)
+
+
+def announce(specs: list[RunSpec]) -> None:
+    """Logs how long `specs`, runs of one study, will take at most: what they share is computed once."""
+    planned = [plan(spec) for spec in specs]
+    spent, needs = sum(sum(each.seconds.values()) for each in planned), max(each.rooms["memory"][0] for each in planned)
+    log.info("study: %d runs, at most %s on this machine; %.1f GiB of memory", len(specs), duration(spent), needs / GIB)
+
+
+def planned_device(name: str, memory: float | None = None) -> torch.device:
+    """The device called `name`; where `memory` (GiB) of a GPU is given, the first GPU, or the one named, which need not be here.
+
+    Raises `ReconError` for a device that is not here.
+    """
+    if memory is None:
+        return devices.pick_device(name)
+    if not (gpu := re.fullmatch(r"auto|cuda(?::(\d+))?", name)):
+        raise ReconError(f"memory of a GPU is given to plan for, but the device is {name!r}; allowed: auto, cuda, cuda:NUMBER")
+    return torch.device("cuda", int(gpu[1] or 0))
+
+
+def planned_dtype(spec: RunSpec, device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in: on a GPU that is not here, by default what any since 2020 multiplies natively."""
+    absent, name = device.type == "cuda" and not torch.cuda.is_available(), spec.compute.compute_dtype
+    return devices.pick_compute_dtype("bfloat16" if absent and name == "auto" else name, device)
+
+
+def _elements(decoder: Decoder) -> tuple[int, int]:
+    """Elements of the model, and of the matrices that are pruned."""
+    pruned = sum(matrix.weight.numel() for matrix in decoder.matrices().values())
+    return sum(parameter.numel() for parameter in decoder.model.parameters()), pruned

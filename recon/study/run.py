@@ -29,7 +29,7 @@ from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 from recon.runtime.lock import locked
 from recon.runtime.storage import Storage, write_json
-from recon.study import checkpoint, cost, dense_cache, plan, ray_windows, report, streaming, workers
+from recon.study import checkpoint, dense_cache, plan, ray_windows, report, streaming, workers
 from recon.study.environment import environment
 from recon.study.measure import Measured, Measurement, count_zeros
 from recon.study.record import RunRecord
@@ -95,10 +95,8 @@ def run(
             if save:
                 checkpoint.check_target(save)
             streamed = streaming.decide(spec, options, session)
-            if not options.force and not streaming.begun(spec, save):
-                place, loaded = save.parent if save else Path("."), session.bytes_loaded(spec)
-                if planned := plan.check(spec, save is not None, place, loaded, options.stream, options.save_dtype):
-                    log.info("%s", planned)
+            if not streaming.begun(spec, save):
+                plan.check(spec, options, session.bytes_loaded(spec))
             if streamed:
                 folder = streaming.work_folder(key, save)
                 log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
@@ -130,7 +128,6 @@ class _Run:
             self.load()
             self.storage = Storage(self.folder, record.key, keep=["prune"])
         resumed = bool(self.storage.finished("dense"))
-        cost.announce(spec, self.dense, self.device)
         with self.phase("evaluate"):
             dense, states = self.measure_dense()
         model = self.student()
@@ -159,7 +156,7 @@ class _Run:
         if self.external:
             record.metrics["pattern"] = str(found_pattern(masks.values()))
         record.tokens = report.tokens(spec, self.texts, dense)
-        record.flops = cost.flops(spec, self.dense)
+        record.flops = plan.flops(spec)
         record.protocol = report.protocol(spec, self.texts, self.dense, self.dtype)
         record.shared = list(self.session.reused)
         record.environment = environment(self.device, spec.compute.compute_dtype)
@@ -290,7 +287,7 @@ class _Run:
         """What is measured of the dense model, and its states that other models are compared with."""
 
         def compute() -> Step:
-            name = dense_cache.name(self.spec, self.texts, self.device, cost.flops(self.spec, self.dense)["evaluate"])
+            name = dense_cache.name(self.spec, self.texts, self.device, plan.flops(self.spec)["evaluate"])
             if known := dense_cache.get(name):
                 self.session.reused.append("dense")
             else:

@@ -11,7 +11,6 @@ from recon.errors import ReconError
 from recon.runtime import device
 from recon.runtime.storage import RUN, cache_folder
 from recon.runtime.weights import quantisation
-from recon.study.memory import models_in_memory
 from recon.study.session import Session
 from recon.study.spec import RunOptions, RunSpec
 
@@ -45,7 +44,7 @@ def wanted(stream: str, spec: RunSpec) -> bool:
         raise ReconError(f"stream is {stream!r}; allowed: {', '.join(STREAM)}")
     if stream == "no" or (stream == "auto" and not is_too_large(spec)):
         return False
-    why = _in_memory_only(spec)
+    why = in_memory_only(spec)
     if why and stream == "yes":
         raise ReconError(f"{why}, which a streamed run cannot do, as it has one window in memory; use stream no")
     if why:
@@ -53,7 +52,7 @@ def wanted(stream: str, spec: RunSpec) -> bool:
     return not why
 
 
-def _in_memory_only(spec: RunSpec) -> str:
+def in_memory_only(spec: RunSpec) -> str:
     """Why the run's model has to be in memory, by the options and its configuration; empty: it need not."""
     if spec.retraining.retrain != "none":
         return f"retraining (retrain {spec.retraining.retrain}) trains the whole model at once"
@@ -62,6 +61,12 @@ def _in_memory_only(spec: RunSpec) -> str:
     except ReconError:  # loading the model will say what is wrong
         return ""
     return f"reading model {spec.model.model!r} undoes its quantisation ({found['quant_method']})" if found else ""
+
+
+def models_in_memory(spec: RunSpec, parameters: int) -> int:
+    """The least bytes that a run in memory takes: a model of so many parameters and its copy, in float32, and once more what pruning
+    made of it, where that is more than zeros."""
+    return 4 * parameters * (2 + spec.changes_weights)
 
 
 def is_too_large(spec: RunSpec) -> bool:

@@ -18,10 +18,9 @@ from fixtures.processes import heed_interrupts
 import recon
 from recon.errors import ReconError
 from recon.study import executors, workers
-from recon.study.plan import plan
 from recon.study.record import RunRecord, read_record
 from recon.study.studies import grid, run_study
-from recon.study.workers import Ray, Request
+from recon.study.workers import Ray
 
 
 def specs(count: int, **options) -> dict[str, recon.RunSpec]:
@@ -152,21 +151,6 @@ def test_the_next_run_shares_most_with_the_last_one_and_least_with_those_of_othe
         "two": ["a ria block", "a ria model", "b ria block", "b ria model"],
     }
     assert not left and take(None) is None
-
-
-def test_memory_is_set_aside_for_the_largest_run_of_a_model(tiny_folder, tiny_text):
-    base = recon.RunSpec.of(model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, evaluation_length=32)
-    specs = grid(base, granularity=["none", "half-block", "model"])
-
-    def memory(specs, *nodes) -> int:
-        return executors._memory(specs, [{"CPU": 2.0, "memory": size} for size in nodes], Request(1, 0, 0))
-
-    planned = max(plan(spec).rooms["memory"][0] for spec in specs)
-    assert memory(specs, 1e12) == 0  # little of a worker's share of the node
-    assert 0.9 < memory(specs, planned, 2 * planned) / planned < 1.1
-    assert memory(specs, planned / 2) == int(planned / 2)  # a run that is too large will say so itself
-    assert memory([recon.RunSpec.of(model=f"{tiny_folder}/none")], planned) == 0
-    assert memory(specs) == executors._memory(specs, [{"CPU": 2.0}], Request(1, 0, 0)) == 0
 
 
 def test_a_study_without_ray_is_refused_before_anything_runs(monkeypatch, tmp_path):
