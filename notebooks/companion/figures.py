@@ -1,0 +1,664 @@
+"""The figures of notebooks 1 to 5. Each function draws runs, as of `companion.frame.load`, and gives the figure, the data (a row per mark),
+and what it shows in a sentence."""
+
+import math
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from adjustText import adjust_text
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from companion.compare import CLOSE, MARGIN, SEEDS, interval, paired
+from companion.frame import MEMORY
+from companion.judge import FAILS, GROUPS, HOLDS, MARKS, UNSURE, effect_words
+from companion.publish import log_scale, look, looks, lower_is_better, number
+
+Plot = tuple[Figure, pd.DataFrame, str]
+MAIN = ["reconstruction", "masklora", "full"]
+KL, COMPUTE = "KL to dense", "TFLOP"
+FAR = 5 * MARGIN  # differences beyond are written, not drawn to scale
+ALIKE = 1.05  # costs that differ by less count as equal
+
+# --- numbers: means over seeds, paired differences, and words for them -----------------------------------------------------
+
+
+def sizes(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per model, pattern and granularity ("pruned": none): geometric means over seeds of perplexities, and what it costs.
+
+    A seed that was run in several precisions counts once.
+    """
+    levels, by = ["dense perplexity", "pruned perplexity", "perplexity"], ["model", "pattern", "granularity"]
+    runs = runs.assign(granularity=runs["fit"].replace("none", "pruned"), TFLOP=runs["flops"] / 1e12)
+    runs = runs.rename(columns={"dense_perplexity": levels[0], "pruned_perplexity": levels[1]})
+    runs[levels] = np.log(runs[levels])
+    seeds = runs.groupby([*by, "seed"], sort=False)[[*levels, COMPUTE, MEMORY, "seconds"]].mean().reset_index("seed")
+    groups = seeds.groupby(by, sort=False)
+    data = pd.concat([groups["seed"].size().rename("seeds"), np.exp(groups[levels].mean())], axis=1)
+    data["lowest perplexity"], data["highest perplexity"] = (np.exp(groups["perplexity"].agg(of)) for of in ("min", "max"))
+    left, gap = (np.log(data[name] / data[levels[0]]) for name in ("perplexity", levels[1]))
+    data["share recovered"] = 1 - left / gap
+    return data.assign(
+        **{COMPUTE: groups[COMPUTE].min(), MEMORY: groups[MEMORY].max(), "seconds": groups["seconds"].mean()}
+    ).reset_index()
+
+
+def effects(runs: pd.DataFrame, by: Sequence[str], baseline: dict, flip: bool = False, **options) -> pd.DataFrame:
+    """Each group of runs, by the columns `by`, against that with the values of `baseline` in its place: see `companion.compare.paired`.
+
+    Above 0 it is better than the baseline; flip: worse. `verdict` says whether it is equal within the margin.
+    """
+    groups, rows = dict(list(runs.groupby(list(by), sort=False))), []
+    for name, group in groups.items():
+        other = groups.get(tuple((dict(zip(by, name)) | baseline)[part] for part in by), group.iloc[:0])
+        row = dict(zip(by, name)) | {"perplexity": np.exp(np.log(group["perplexity"]).mean())}
+        if other is group:
+            row |= {"difference": 0.0, "low": math.nan, "high": math.nan, "seeds": group["unit"].nunique(), "verdict": "default"}
+        else:
+            row |= paired(*((other, group) if flip else (group, other)), **options)
+            row["verdict"] = judged(row["low"], row["high"], row["seeds"])
+        rows.append(row)
+    return pd.DataFrame(rows, columns=[*by, "perplexity", "difference", "low", "high", "seeds", "verdict"]).query("seeds > 0")
+
+
+def judged(low: float, high: float, seeds: int) -> str:
+    """ "equal" within the margin, "better" or "worse" beyond it; "undecided" where the interval reaches across it or seeds are few."""
+    if seeds < SEEDS or math.isnan(low):
+        return "undecided"
+    return (
+        "equal" if -MARGIN < low and high < MARGIN else "better" if low > MARGIN else "worse" if high < -MARGIN else "undecided"
+    )
+
+
+def count_words(data: pd.DataFrame) -> str:
+    """How many verdicts are what: "3 equal, 1 worse, 2 undecided"."""
+    counts = data["verdict"].value_counts()
+    return ", ".join(f"{counts[name]} {name}" for name in ("equal", "better", "worse", "undecided") if name in counts)
+
+
+def span(values: pd.Series, form: str = "{:.2f}") -> str:
+    """From the lowest to the highest value."""
+    return " to ".join(dict.fromkeys(form.format(value).replace("-", "−") for value in (values.min(), values.max())))
+
+
+# --- parts of figures --------------------------------------------------------------------------------------------------
+
+
+def panels(count: int, width: float, height: float, columns: int = 3, **options) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels of this size in inches, up to `columns` beside one another."""
+    rows, columns = -(-count // columns), min(count, columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **options
+    )
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return figure, list(axes.flat[:count])
+
+
+def label(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Writes each name beside its point, where it covers no other; limits and scales have to be set before."""
+    ax.figure.draw_without_rendering()
+    texts = [ax.text(x, y, name, fontsize=8) for name, (x, y) in points.items()]
+    arrows = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
+    adjust_text(texts, *zip(*points.values()), ax=ax, expand=(1.3, 1.8), force_static=(0.3, 0.6), arrowprops=arrows)
+
+
+def label_ends(ax: Axes, x: float, ends: dict[str, float]) -> None:
+    """Writes each name to the right of the last value of its line, moved up where another is below; limits and scales have to be set before."""
+    ax.figure.draw_without_rendering()
+    least = -math.inf
+    for name, y in sorted(ends.items(), key=lambda end: end[1]):
+        own = ax.transData.transform((x, y))[1] * 72 / ax.figure.dpi
+        least = max(own, least + 10)  # points
+        ax.annotate(name, (x, y), (6, least - own), textcoords="offset points", va="center", fontsize=8, annotation_clip=False)
+
+
+def level(ax: Axes, value: float, name: str, inside: bool = True) -> None:
+    """A line across `ax` at `value`, of the dense or pruned model, named at its right end; not inside the limits: named at their edge."""
+    low, high = ax.get_ylim()
+    if inside:
+        low, high = min(low, 0.96 * value), max(high, 1.03 * value)
+    ax.axhline(value, color=look(name)["color"], linestyle=look(name)["linestyle"], linewidth=1, zorder=1)
+    ax.set_ylim(low, high)
+    words = f"{name} {number(value)}" + (" ↓" if value < low else " ↑" if value > high else "")
+    place = (1, min(max(value, low), high))
+    ax.annotate(words, place, (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", fontsize=8)
+
+
+def legend(figure: Figure, ax: Axes) -> None:
+    """Says below all panels what the marks of `ax`, and of the others, are."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    ax.get_legend().remove()
+
+
+def mark(ax: Axes, x: float, row: dict, name: str) -> None:
+    """The perplexity of a row of `sizes` at the cost `x`, with its range over seeds; hollow for one seed."""
+    shown = look(name)
+    ax.plot([x, x], [row["lowest perplexity"], row["highest perplexity"]], color=shown["color"], linewidth=1)
+    ax.plot(x, row["perplexity"], **shown, **hollow(row["seeds"]), zorder=3)
+
+
+def hollow(seeds: int) -> dict:
+    """Marks of one seed are hollow."""
+    return {"markerfacecolor": "white"} if seeds == 1 else {}
+
+
+def bars(ax: Axes, data: pd.DataFrame, places: Sequence[float], names: Sequence[str], far: float = math.inf) -> None:
+    """Differences with their intervals at heights `places`, in the look of `names`; a mean beyond `far` is written."""
+    for row, place, name in zip(data.to_dict("records"), places, names):
+        value, shown = row["difference"], look(name)
+        if abs(value) > far:
+            words, right = f"{value:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]".replace("-", "−"), value > 0
+            ax.plot(math.copysign(far, value), place, color=shown["color"], marker=">" if right else "<", clip_on=False)
+            side = {"xytext": (-8 if right else 8, 0), "textcoords": "offset points", "ha": "right" if right else "left"}
+            ax.annotate(words, (math.copysign(far, value), place), **side, va="center", fontsize=8, backgroundcolor="white")
+            continue
+        ax.plot(np.clip([row["low"], row["high"]], -far, far), [place, place], color=shown["color"], linewidth=1.5)
+        ax.plot(value, place, **shown | {"linestyle": ""}, **hollow(row["seeds"]), zorder=3)
+
+
+def forest(data: pd.DataFrame, by: str, panel: str, words: str, looks_of: str = "{}") -> Figure:
+    """Differences of `effects` as shares of the perplexity gap: a row for each value of `by`, a panel for each of `panel`."""
+    names, groups = list(dict.fromkeys(data[by])), list(data.groupby(panel, sort=False))
+    figure, axes = panels(len(groups), 2.8 + (len(groups) == 1), 0.9 + 0.25 * len(names), sharey=True)
+    for ax, (title, group) in zip(axes, groups):
+        ax.axvspan(-MARGIN, MARGIN, color="0.9", zorder=0, linewidth=0)
+        ax.axvline(0, color="0.4", linewidth=1, zorder=1)
+        ax.set_xlim(-1.05 * FAR, 1.05 * FAR)
+        bars(ax, group, [names.index(name) for name in group[by]], [looks_of.format(name) for name in group[by]], FAR)
+        for place in [names.index(name) for name in group.loc[group["verdict"] == "default", by]]:
+            ax.annotate("default", (0, place), (8, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.set_title(title)
+        ax.set_xlabel(f"← worse    equal (±{MARGIN:.0%})    better →\n{words}", fontsize=8)
+        ax.set_yticks(range(len(names)), [looks_of.format(name) for name in names])
+        ax.set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+# --- notebook 1 --------------------------------------------------------------------------------------------------------
+
+
+def memory(data: pd.DataFrame) -> Plot:
+    """Perplexity against the memory of a window, a panel per model; where no run says it, against FLOPs. data: of `sizes`, of one pattern."""
+    cost = MEMORY if data[MEMORY].notna().any() else COMPUTE
+    data = data[(data["granularity"] != "pruned") & data[cost].notna()].drop(
+        columns=[COMPUTE if cost == MEMORY else MEMORY, "seconds"]
+    )
+    models, said = list(data.groupby("model", sort=False)), []
+    figure, axes = panels(len(models), 3.6, 3.4, columns=2, sharex=True)
+    for ax, (model, cell) in zip(axes, models):
+        for row in cell.to_dict("records"):
+            mark(ax, row[cost], row, row["granularity"])
+        ax.margins(0.12)
+        level(ax, cell["pruned perplexity"].mean(), "pruned")
+        log_scale(ax, "x")
+        log_scale(ax)
+        level(ax, cell["dense perplexity"].mean(), "dense", inside=False)
+        ax.set(title=model, xlabel=cost, ylabel="perplexity")
+        lower_is_better(ax, "x")
+        lower_is_better(ax)
+        known = cell.set_index("granularity")
+        large = [name for name in known.index if not name.startswith(("matrix", "half-block"))][-1:]
+        if large and "half-block" in known.index:
+            half, last = known.loc["half-block"], known.loc[large[0]]
+            change = last["perplexity"] / half["perplexity"] - 1
+            brings = f"{abs(change):.1%} {'higher' if change > 0 else 'lower'}"
+            said.append(
+                f"on {model}, {large[0]} windows take {last[cost] / half[cost]:.1f} times the {cost.split(',')[0]} of half-blocks, for a perplexity {brings}"
+            )
+    for ax, (_, cell) in zip(axes, models):
+        label(ax, dict(zip(cell["granularity"], zip(cell[cost], cell["perplexity"]))))
+    finding = f"O{'; '.join(said)[1:]}." if said else f"Perplexity is {span(data['perplexity'])}."
+    return figure, data, finding
+
+
+def everywhere(data: pd.DataFrame) -> Plot:
+    """The share of the perplexity gap that is undone, granularity by model and pattern; data: of `sizes`."""
+    data = data[data["granularity"] != "pruned"].drop(columns=[COMPUTE, MEMORY, "seconds"])
+    table = (
+        data.pivot_table(index="granularity", columns=["model", "pattern"], values="share recovered", sort=False).round(2) + 0.0
+    )
+    table = table[list(dict.fromkeys(data["model"]))]  # the columns of a model together
+    figure, [ax] = panels(1, 1.8 + 0.9 * table.shape[1], 1.2 + 0.28 * len(table))
+    sns.heatmap(table, annot=True, fmt=".2f", cmap="Blues", vmin=0, vmax=1.8 * max(0.1, table.max().max()), cbar=False, ax=ax)
+    ax.set(xlabel="share of the perplexity gap undone (higher is better)", ylabel="")
+    ax.set_xticklabels(["\n".join(column) for column in table], rotation=0)
+    several = table.loc[:, table.notna().sum() > 1]
+    close = (several.max() - several <= MARGIN).sum(axis=1)
+    said = [
+        f"{name} in {close[name]} of {count}"
+        for name, count in several.notna().sum(axis=1).items()
+        if name in ("matrix", "half-block", "block")
+    ]
+    return (
+        figure,
+        data,
+        f"Models and patterns where a size comes within {MARGIN:.0%} of the gap of the best one: {', '.join(said)}.",
+    )
+
+
+# --- notebook 2 --------------------------------------------------------------------------------------------------------
+
+
+def methods(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each run: its method, samples and seed, what it reached, and what it took; for `efficiency` and `budget`."""
+    reached = [name for name in runs if name.startswith(("perplexity, ", "dense perplexity, "))] + [KL]
+    runs = runs.assign(**{COMPUTE: runs["flops"] / 1e12, KL: runs["kl"], "method": runs["recipe"]})
+    runs["samples"] = runs["trained"].where(runs["recipe"] != "pruned", 0)
+    return runs[["method", "samples", "seed", *reached, COMPUTE, "seconds", MEMORY]]
+
+
+def measures(data: pd.DataFrame) -> list[str]:
+    return [name for name in data if name.startswith("perplexity, ")] + [KL]
+
+
+def efficiency(runs: pd.DataFrame, length: int) -> Plot:
+    """Above, quality against samples; below, retraining minus reconstruction at equal samples. A column for each measure of quality.
+
+    length: tokens of a sample.
+    """
+    data, found = methods(runs), []
+    names, main = measures(data), runs[runs["recipe"].isin(MAIN)].rename(columns={"recipe": "method"})
+    main["samples"] = main["trained"]
+    for name, measure in zip(names, ["own", "other"][: len(names) - 1] + ["kl"]):
+        group = main[main[f"{measure}_pruned"].notna()]
+        part = effects(group, ["method", "samples"], {"method": MAIN[0]}, flip=True, measure=measure, share=False, level=0.95)
+        found.append(part[part["verdict"] != "default"].drop(columns=["verdict", "perplexity"]).assign(measure=name))
+    differences, trained = pd.concat(found), data[data["method"] != "pruned"]
+    order = list(dict.fromkeys(trained["method"]))
+    figure, axes = plt.subplots(2, len(names), figsize=(3.4 * len(names), 5.6), sharex=True, squeeze=False, height_ratios=[1.5, 1],
+                                layout="constrained")  # fmt: skip
+    for name, above, below in zip(names, *axes):
+        sns.lineplot(trained, x="samples", y=name, hue="method", style="method", errorbar="sd", err_style="bars", dashes=False, ax=above,
+                     hue_order=order, style_order=order, **looks(order), legend=name == names[0], markersize=7)  # fmt: skip
+        log_scale(above)
+        above.set(title=name, ylabel="nats per token" if name == KL else "perplexity")
+        level(above, data.loc[data["method"] == "pruned", name].mean(), "pruned")
+        if name != KL:
+            level(above, data[f"dense {name}"].mean(), "dense", inside=False)
+        lower_is_better(above)
+        below.axhline(0, color=look(MAIN[0])["color"], linewidth=1.2)
+        for shift, (method, group) in zip(
+            (0.96, 1.04, 1, 1), differences[differences["measure"] == name].groupby("method", sort=False)
+        ):
+            errors = np.abs(group[["low", "high"]].T.to_numpy() - group["difference"].to_numpy())
+            below.errorbar(group["samples"] * shift, group["difference"], errors, **look(method) | {"linestyle": ""}, capsize=2.5)
+        below.set_title("above 0: reconstruction is better", fontsize=8, loc="left")
+        below.set(xlabel=f"samples of {length} tokens", xscale="log")
+        below.xaxis.set_major_locator(FixedLocator(sorted(set(trained["samples"]))))
+        below.xaxis.set_minor_locator(NullLocator())
+        below.xaxis.set_major_formatter("{x:.0f}")
+    legend(figure, axes[0, 0])
+    axes[1, 0].set_ylabel("retraining minus\nreconstruction, nats per token")
+    kinds = differences.groupby(differences["measure"].str.split(",").str[0], sort=False)
+    said = [
+        f"{(part['low'] > 0).sum()} better, {(part['high'] < 0).sum()} worse of {len(part)} by {kind}" for kind, part in kinds
+    ]
+    finding = (
+        f"Reconstruction against retraining at equal samples: {'; '.join(said)}." if said else "Nothing can be compared yet."
+    )
+    return figure, pd.concat([data.assign(panel="quality"), differences.assign(panel="difference")]), finding
+
+
+def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
+    """The rows of `means` that nothing beats in `quality` at their cost or less, by cost; of costs, those within 5 % are equal."""
+    ranked = means[means[cost] > 0].sort_values([cost, quality]).drop_duplicates(quality)
+    return ranked[ranked[quality] <= [ranked.loc[ranked[cost] < ALIKE * value, quality].min() for value in ranked[cost]]]
+
+
+def budget(runs: pd.DataFrame) -> Plot:
+    """Quality against compute and against memory, where that is known; numbers: samples of what nothing beats at its cost or less.
+
+    A mark is a method with a number of samples, mean over the seeds that all methods have; the dense control and the pruned model have none.
+    """
+    data = methods(runs)
+    recipes, shown = data[~data["method"].str.startswith(("dense", "pruned"))], [measures(data)[0], KL]
+    shared = set.intersection(*(set(group["seed"]) for _, group in recipes.groupby("method")))
+    means = (
+        recipes[recipes["seed"].isin(shared)]
+        .groupby(["method", "samples"], sort=False)[[*shown, COMPUTE, MEMORY]]
+        .mean()
+        .reset_index()
+    )
+    costs = [cost for cost in (COMPUTE, MEMORY) if means[cost].notna().any()]
+    figure, axes = plt.subplots(2, len(costs), figsize=(4.7 * len(costs), 6), sharex="col", sharey="row", squeeze=False,
+                                layout="constrained")  # fmt: skip
+    order, counts = list(dict.fromkeys(means["method"])), []
+    for row, quality in zip(axes, shown):
+        for ax, cost in zip(row, costs):
+            best = front(means, cost, quality)
+            counts.append(
+                f"{(best['method'] == MAIN[0]).sum()} of {len(best)} for {cost.split(',')[0]} by {quality.split(',')[0]}"
+            )
+            ax.step(best[cost], best[quality], where="post", color="0.6", linewidth=1, zorder=1)
+            sns.scatterplot(
+                means, x=cost, y=quality, hue="method", style="method", s=60, **looks(order), legend=ax is axes[0, 0], ax=ax
+            )
+            if cost == COMPUTE:
+                log_scale(ax, "x")
+            log_scale(ax)
+            level(ax, data.loc[data["method"] == "pruned", quality].mean(), "pruned")
+            for place in best.to_dict("records"):
+                ax.annotate(
+                    place["samples"],
+                    (place[cost], place[quality]),
+                    (-5, -5),
+                    textcoords="offset points",
+                    fontsize=7,
+                    ha="right",
+                    va="top",
+                )
+        lower_is_better(row[0])
+    legend(figure, axes[0, 0])
+    return figure, means, f"Of the recipes that nothing beats at their cost, reconstruction alone is {', '.join(counts)}."
+
+
+def rates(searched: pd.DataFrame, unit: str) -> Plot:
+    """Held-out perplexity against the learning rate, relative to the best: a panel for each recipe, a line for each number of samples."""
+    lowest = searched.groupby(["recipe", "samples"])["held_out_perplexity"].transform("min")
+    data = searched.drop(columns="key").assign(ratio=searched["held_out_perplexity"] / lowest)
+    grid = sns.relplot(data, x="learning_rate", y="ratio", hue="samples", col="recipe", kind="line", palette="flare", hue_norm=plt.Normalize(0, 150),
+                       marker="o", markersize=4, height=2.4, aspect=1.1, col_wrap=min(4, data["recipe"].nunique()))  # fmt: skip
+    for name, ax in grid.axes_dict.items():
+        taken = data[(data["recipe"] == name) & data["chosen"].astype(bool)]
+        ax.plot(taken["learning_rate"], taken["ratio"], "o", color="0.2", markersize=6, zorder=4)
+        ax.set(title=name, xscale="log", ylim=(0.98, min(1.5, 1.02 * data["ratio"].max())))
+    grid.set_axis_labels(f"learning rate ({unit})", "held-out perplexity / best\n(lower is better ↓)")
+    tried = data.groupby(["recipe", "samples"])["learning_rate"]
+    taken = data[data["chosen"].astype(bool)].set_index(["recipe", "samples"])["learning_rate"]
+    ends = ((taken == tried.min()[taken.index]) | (taken == tried.max()[taken.index])).sum()
+    each = [f"{span(group, '{:g}')} for {name}" for name, group in taken.groupby("recipe", sort=False)]
+    return grid.figure, data, f"The best rates are {', '.join(each)}; {ends} of {len(taken)} are at the edge of what was tried."
+
+
+# --- notebook 3 --------------------------------------------------------------------------------------------------------
+
+
+def criteria(runs: pd.DataFrame) -> Plot:
+    """Perplexity pruned and reconstructed, a line per criterion, a panel per model and pattern that have several."""
+    data = sizes(runs.assign(model=runs["model"] + "/" + runs["criterion"]))
+    data[["model", "criterion"]] = data["model"].str.split("/", expand=True)
+    data = data[["model", "pattern", "criterion", "granularity", "seeds", "dense perplexity", "perplexity"]]
+    data = data[data.groupby(["model", "pattern"])["criterion"].transform("nunique") > 1]
+    cells = list(data.groupby(["model", "pattern"], sort=False))
+    figure, axes = panels(len(cells), 3.2, 3.2, sharey=True)
+    for ax, ((model, pattern), cell) in zip(axes, cells):
+        sns.lineplot(
+            cell,
+            x="granularity",
+            y="perplexity",
+            hue="criterion",
+            style="criterion",
+            **looks(cell["criterion"]),
+            legend=False,
+            ax=ax,
+        )
+        ax.set(title=f"{model}, {pattern}", xlabel="", ylabel="perplexity")
+        ax.margins(x=0.1)
+        lower_is_better(ax)
+    log_scale(axes[0])
+    for ax, (_, cell) in zip(axes, cells):
+        dense, last = cell["dense perplexity"].mean(), cell[cell["granularity"] == cell["granularity"].iloc[-1]]
+        ax.axhline(dense, color="0.3", linestyle=":", linewidth=1)
+        ends = {**dict(zip(last["criterion"], last["perplexity"])), "dense": dense}
+        label_ends(ax, 1, {f"{name} {number(value)}": value for name, value in ends.items()})
+    ratios = data.groupby(["model", "pattern", "granularity"], sort=False)["perplexity"].agg(
+        lambda values: values.max() / values.min()
+    )
+    each = [f"{span(values, '{:.3g}')} {name}" for name, values in ratios.groupby("granularity", sort=False)]
+    return figure, data, f"Perplexity of the worst criterion over the best: {', '.join(each)}."
+
+
+def gaps(runs: pd.DataFrame, to: str) -> Plot:
+    """How much worse each criterion is than the criterion `to`, pruned and reconstructed, in nats, a panel per criterion."""
+    runs = runs.assign(granularity=runs["fit"].replace("none", "pruned"))
+    data = effects(runs, ["model", "pattern", "criterion", "granularity"], {"criterion": to}, flip=True, share=False)
+    data = data[data["verdict"] != "default"].drop(columns=["verdict", "perplexity"])
+    places = list(dict.fromkeys(data["model"] + ", " + data["pattern"]))
+    groups = list(data.groupby("criterion", sort=False))
+    figure, axes = panels(len(groups), 3.2, 0.9 + 0.45 * len(places), sharex=True, sharey=True)
+    for ax, (criterion, cell) in zip(axes, groups):
+        # Linear up to 0.1, logarithmic beyond: gaps differ by orders of magnitude, and some are about 0.
+        ax.set_xscale("symlog", linthresh=0.1, linscale=0.5)
+        states = ["pruned" if name == "pruned" else "reconstructed" for name in cell["granularity"]]
+        rows = [places.index(f"{model}, {pattern}") for model, pattern in zip(cell["model"], cell["pattern"])]
+        heights = [row + (0.15 if state == "reconstructed" else -0.15) for row, state in zip(rows, states)]
+        bars(ax, cell, heights, states)
+        for row, height, low, state in zip(rows, heights, cell["low"], states):
+            if row == 0 and ax is axes[0]:
+                words = {
+                    "textcoords": "offset points",
+                    "va": "center",
+                    "ha": "right",
+                    "fontsize": 8,
+                    "color": look(state)["color"],
+                }
+                ax.annotate(state, (low, height), (-6, 0), **words)
+        ax.axvline(0, color="0.4", linewidth=1, zorder=1)
+        ax.set(title=criterion, xlabel=f"nats worse than {to} →", ylim=(len(places) - 0.5, -0.5))
+        ax.set_yticks(range(len(places)), places)
+        ax.set_xticks([0, 0.1, 0.2, 0.5, 1, 2, 5], ["0", "0.1", "0.2", "0.5", "1", "2", "5"])
+    wide = data.pivot(index=["model", "pattern", "criterion"], columns="granularity", values="difference")
+    last = next((name for name in wide if name != "pruned"), None)
+    if "pruned" not in wide or last is None:
+        return figure, data, f"No gap to {to} both pruned and reconstructed yet."
+    shrinks = (wide[last].abs() < wide["pruned"].abs()).sum()
+    ends = f"from {span(wide['pruned'])} to {span(wide[last])} nats"
+    return figure, data, f"The gap to {to} shrinks with reconstruction in {shrinks} of {len(wide)} comparisons: {ends}."
+
+
+# --- notebook 4 --------------------------------------------------------------------------------------------------------
+
+
+def drift(runs: pd.DataFrame) -> Plot:
+    """Drift from the dense model along the depth, relative to that of the pruned model, a panel per loss."""
+    rows = []
+    for (size, propagation, loss), group in runs.groupby(["granularity", "propagation", "loss"], sort=False):
+        for block, values in enumerate(np.array([a / b for a, b in zip(group["drift"], group["drift_pruned"])]).T, 1):
+            low, high = interval([values[None, :, None]], lambda means: means[0], 0.90)
+            row = {"granularity": size, "propagation": propagation, "loss": loss, "block": block, "ratio": values.mean()}
+            rows.append(row | {"low": low, "high": high, "seeds": len(group)})
+    data = pd.DataFrame(rows)
+    groups = list(data.groupby("loss", sort=False))
+    figure, axes = panels(len(groups), 2.5, 2.8, sharey=True)
+    for ax, (loss, cell) in zip(axes, groups):
+        for name, line in cell.groupby("propagation", sort=False):
+            shown = look(f"{name} propagation")
+            ax.plot(line["block"], line["ratio"], **shown, markersize=3.5, markevery=4, linewidth=1.2)
+            ax.fill_between(line["block"], line["low"], line["high"], color=shown["color"], alpha=0.15, linewidth=0)
+        ax.set(
+            title=f"{loss} loss",
+            xlabel="after block",
+            ylabel="drift over that of the pruned model",
+            ylim=(0, max(1.08, data["high"].max())),
+        )
+        ax.axhline(1, color="0.3", linestyle="--", linewidth=1)
+    axes[0].set_ylabel("drift over that of the pruned model")
+    lower_is_better(axes[0])
+    last = data[data["block"] == data["block"].max()]
+    ends = last[last["loss"] == groups[-1][0]]
+    label_ends(axes[-1], last["block"].max(), {**dict(zip(ends["propagation"] + " propagation", ends["ratio"])), "pruned": 1.0})
+    said = [f"{span(part['ratio'])} for {name}" for name, part in last.groupby("propagation", sort=False)]
+    return figure, data, f"Drift ends at these shares of the pruned model's: {', '.join(said)}."
+
+
+# --- notebook 5 --------------------------------------------------------------------------------------------------------
+
+
+def before_after(questions: dict[str, tuple[pd.DataFrame, str]]) -> Plot | None:
+    """Perplexity before and after reconstruction: a panel for each question (its runs, and the column by which they differ)."""
+    parts = []
+    for title, (runs, by) in questions.items():
+        if len(runs) and runs[by].nunique() > 1:
+            runs = runs.assign(state=np.where(runs["fit"] == "none", "pruned", "reconstructed"), name=runs[by], panel=title)
+            parts.append(runs[["panel", "name", "state", "seed", "perplexity", "dense_perplexity"]])
+    if not parts:
+        return None
+    data = pd.concat(parts, ignore_index=True)
+    grid = sns.FacetGrid(data, col="panel", sharex=False, sharey=False, height=2.6, aspect=1.4)
+    grid.map_dataframe(sns.pointplot, x="perplexity", y="name", hue="state", errorbar="sd", linestyle="none", **looks(["pruned", "reconstructed"]),
+                       hue_order=["pruned", "reconstructed"])  # fmt: skip
+    for title, ax in grid.axes_dict.items():
+        ax.axvline(data.loc[data["panel"] == title, "dense_perplexity"].mean(), color="0.3", linestyle=":", linewidth=1)
+    grid.set_axis_labels("perplexity (lower is better ←; dotted: dense)", "").set_titles("{col_name}").add_legend()
+    wide = data.pivot_table(index=["panel", "name"], columns="state", values="perplexity").dropna()
+    helps = (wide["reconstructed"] < wide["pruned"]).groupby("panel", sort=False).agg(["sum", "size"])
+    return (
+        grid.figure,
+        data,
+        f"Reconstruction helps with {', '.join(f'{a} of {b} ({name})' for name, a, b in helps.itertuples())}.",
+    )
+
+
+def losses(runs: pd.DataFrame) -> Plot:
+    """Loss while windows are fitted, median and middle half over the windows: a panel for each size; runs: of one seed."""
+    runs = runs[(runs["solver"] == "adamw") & (runs["losses"].map(len) > 0)].drop_duplicates("fit")
+    figure, axes = panels(len(runs), 2.2, 2.6, columns=6, sharey=True)
+    rows, falls = [], []
+    for ax, run in zip(axes, runs.to_dict("records")):
+        # Windows that do not mix tokens may make several steps per sample: their mean is drawn.
+        length = min(map(len, run["losses"]))
+        each = np.array([[part.mean() for part in np.array_split(losses, length)] for losses in run["losses"]])
+        seen = np.arange(1, length + 1) * run["batch_size"] * run["accumulation"]
+        low, middle, high = np.quantile(each, [0.25, 0.5, 0.75], axis=0)
+        ax.plot(seen, middle, color=look(run["fit"])["color"])
+        ax.fill_between(seen, low, high, color=look(run["fit"])["color"], alpha=0.2)
+        ax.set(title=run["fit"], xlabel="samples trained on")
+        rows.append(pd.DataFrame({"fit": run["fit"], "samples": seen, "low": low, "loss": middle, "high": high}))
+        ends = max(1, length // 8)
+        falls.append(f"{run['fit']} {np.median(each[:, -ends:].mean(1) / each[:, :ends].mean(1)):.0%}")
+    log_scale(axes[0])
+    lower_is_better(axes[0])
+    return (
+        figure,
+        pd.concat(rows),
+        f"From the first to the last eighth of the steps, the median loss falls to: {', '.join(falls)}.",
+    )
+
+
+def costs(runs: pd.DataFrame) -> Plot:
+    """Perplexity of each size of window, mean and range over seeds, against FLOPs and, where it is known, memory."""
+    data = sizes(runs)
+    data = data[data["granularity"] != "pruned"][
+        ["granularity", "seeds", "perplexity", "lowest perplexity", "highest perplexity", COMPUTE, MEMORY]
+    ]
+    shown = [cost for cost in (COMPUTE, MEMORY) if data[cost].notna().any()]
+    figure, axes = panels(len(shown), 4.4, 3.2, sharey=True)
+    for ax, cost in zip(axes, shown):
+        for row in data.to_dict("records"):
+            mark(ax, row[cost], row, row["granularity"])
+        ax.margins(0.15)
+        ax.set(xlim=(0, None), xlabel=cost, ylabel="perplexity")
+        lower_is_better(ax, "x")
+        label(ax, dict(zip(data["granularity"], zip(data[cost], data["perplexity"]))))
+    lower_is_better(axes[0])
+    best = data.sort_values("perplexity").iloc[0]
+    close = data[(data["lowest perplexity"] <= best["highest perplexity"]) | (data["seeds"] < 2)]["granularity"]
+    finding = f"The lowest perplexity is that of {best['granularity']}"
+    others = [name for name in close if name != best["granularity"]]
+    return figure, data, finding + (f"; seeds do not tell it from that of {', '.join(others)}." if others else ".")
+
+
+def accumulation(runs: pd.DataFrame) -> Plot:
+    """Left, the error of each window after it is fitted, relative to before; right, the drift of the model after each block.
+
+    runs: of one seed; "none" is the pruned model.
+    """
+    runs = runs.drop_duplicates("fit")
+    local = runs[["fit", "error_before", "error_after"]].explode(["error_before", "error_after"]).dropna()
+    local = local.set_axis(["fit", "before", "after"], axis=1).infer_objects()
+    local["ratio"] = local["after"] / local["before"]
+    whole = runs[["fit", "drift"]].explode("drift").rename(columns={"drift": "error"}).infer_objects()
+    whole["block"] = whole.groupby("fit").cumcount() + 1
+    figure, (left, right) = panels(2, 4.7, 3.4)
+    sns.boxplot(
+        local,
+        x="ratio",
+        y="fit",
+        whis=(0, 100),
+        color="0.9",
+        width=0.5,
+        medianprops={"color": look("reconstructed")["color"], "linewidth": 2},
+        ax=left,
+    )
+    left.axvline(1, color="0.3", linestyle="--", linewidth=1)
+    left.set(title="Each window by itself", xlabel="error of a window, after / before", ylabel="")
+    lower_is_better(left, "x")
+    ends = {}
+    for fit, line in whole.groupby("fit", sort=False):
+        name = "pruned" if fit == "none" else fit
+        right.plot(line["block"], line["error"], **look(name), markersize=3)
+        ends[name] = line["error"].iloc[-1]
+    right.set(title="The model's state after each block", xlabel="block", ylabel="unexplained share of variance")
+    log_scale(right)
+    lower_is_better(right)
+    label_ends(right, whole["block"].max(), ends)
+    own = local.groupby("fit", sort=False)["ratio"].median()
+    said = [f"{name} {own[name]:.0%} and {ends[name]:.2f}" for name in own.index]
+    finding = f"Errors of windows fall to (median), and after the last block leave unexplained: {', '.join(said)}; pruned {ends.get('pruned', 1):.2f}."
+    return figure, pd.concat([whole.assign(panel="drift"), local.assign(panel="windows")]), finding
+
+
+# --- all claims --------------------------------------------------------------------------------------------------------
+
+_AXES = {  # of verdicts, by what their effect is -> label of the axis
+    "difference": "nats per token by which it is better: right of 0 is as claimed",
+    "match": f"share of the perplexity gap: right of the line ({-MARGIN:g}) is as claimed",
+    "gap": "nats per token by which the gap shrinks: right of 0 is as claimed",
+    "equal": f"share of the perplexity gap: equal in the band (±{MARGIN:g}; dark: ±{CLOSE:g}), right of it the first is better",
+    "ratio": "times the cost: right of the line is as claimed",
+}
+
+
+def claims(verdicts: pd.DataFrame) -> Plot | None:
+    """The central claims, a row for each and model, at its main pattern, against what the effect has to exceed."""
+    shown = verdicts[(verdicts["short"] != "") & np.isfinite(verdicts[["low", "effect"]]).all(axis=1)].drop_duplicates(
+        ["claim", "model"]
+    )
+    if shown.empty:
+        return None
+    kinds = [kind if kind in _AXES else "match" if bar < 0 else "difference" for kind, bar in zip(shown["test"], shown["bar"])]
+    groups = [(name, shown[np.array(kinds) == name]) for name in _AXES if name in kinds]
+    heights = [len(group) + 1.6 for _, group in groups]
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(9, 0.24 * sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for ax, (name, group) in zip(axes.flat, groups):
+        for width, shade in ((MARGIN, "0.9"), (CLOSE, "0.82")) if name == "equal" else ():
+            ax.axvspan(-width, width, color=shade, zorder=0)
+        ax.axvline(group["bar"].iloc[0], color="0.3", linewidth=1, zorder=1)
+        for place, (_, row) in enumerate(group.iterrows()):
+            colour, shape = {HOLDS: ("#0072b2", "o"), FAILS: ("#d55e00", "X"), UNSURE: ("0.5", "d")}[row["verdict"]]
+            ax.plot([row["low"], min(row["high"], 9 * row["effect"])], [place, place], color=colour, linewidth=1.5)
+            ax.plot(
+                row["effect"],
+                place,
+                color=colour,
+                marker=shape,
+                markersize=5.5,
+                markerfacecolor=colour if row["seeds"] >= SEEDS else "white",
+            )
+            words = f"{MARKS[row['verdict']]}  {effect_words(row).removesuffix(row['unit'])}"
+            beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "fontsize": 7}
+            ax.annotate(words, (1, place), (6, 0), **beside)
+        names = group["short"] + "  ·  " + group["model"] + " " + group["pattern"]
+        ax.set_yticks(range(len(group)), names, fontsize=7)
+        ax.set(ylim=(len(group) - 0.4, -0.6), xlabel=_AXES[name])
+        ax.grid(axis="y", visible=False)
+        if name == "ratio":
+            log_scale(ax, "x")
+    topics: dict[str, list[str]] = {}
+    for group, mine in shown.groupby("group", sort=False):
+        holds, fails = ((mine["verdict"] == state).sum() for state in (HOLDS, FAILS))
+        word = "Holds" if holds == len(mine) else "Holds in part" if holds else "Does not hold" if fails else "Open"
+        topics.setdefault(word, []).append(
+            GROUPS[group]["topic"] + (f" ({holds} of {len(mine)})" if word == "Holds in part" else "")
+        )
+    finding = " ".join(
+        f"{word}: {', '.join(topics[word])}." for word in ("Holds", "Holds in part", "Does not hold", "Open") if word in topics
+    )
+    return figure, shown[["claim", "statement", "model", "pattern", "effect", "low", "high", "unit", "seeds", "verdict"]], finding
