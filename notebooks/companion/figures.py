@@ -473,7 +473,6 @@ def drift(runs: pd.DataFrame) -> Plot:
         ax.set(
             title=f"{loss} loss",
             xlabel="after block",
-            ylabel="drift over that of the pruned model",
             ylim=(0, max(1.08, data["high"].max())),
         )
         ax.axhline(1, color="0.3", linestyle="--", linewidth=1)
@@ -532,12 +531,9 @@ def losses(runs: pd.DataFrame) -> Plot:
         ends = max(1, length // 8)
         falls.append(f"{run['fit']} {np.median(each[:, -ends:].mean(1) / each[:, :ends].mean(1)):.0%}")
     log_scale(axes[0])
+    axes[0].set_ylabel("unexplained share of the target")
     lower_is_better(axes[0])
-    return (
-        figure,
-        pd.concat(rows),
-        f"From the first to the last eighth of the steps, the median loss falls to: {', '.join(falls)}.",
-    )
+    return figure, pd.concat(rows), f"From the first to the last eighth of the steps, median losses fall to: {', '.join(falls)}."
 
 
 def costs(runs: pd.DataFrame) -> Plot:
