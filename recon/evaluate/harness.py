@@ -12,6 +12,7 @@ from torch import Tensor
 from recon.data.text import beginning
 from recon.evaluate.perplexity import last_states
 from recon.model.decoder import Decoder
+from recon.model.skeleton import max_length
 from recon.runtime.execution import Execution
 
 ELEMENTS = {"cpu": 2**27}  # logits that exist at once, by kind of device; lm-eval makes as many log-probabilities of them
@@ -50,7 +51,7 @@ class Scorer(HFLM):
     def __init__(self, decoder: Decoder, tokenizer, execution: Execution):
         tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
         self.beginning, model = beginning(tokenizer), BlockByBlock(decoder, execution)
-        super().__init__(model, backend="causal", tokenizer=tokenizer, max_length=decoder.max_length)
+        super().__init__(model, backend="causal", tokenizer=tokenizer, max_length=max_length(decoder.model.config))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
         front = [] if add_special_tokens is False else self.beginning

@@ -123,9 +123,7 @@ class _Retraining:
             for callback in callbacks:
                 callback.on_step(loss)
 
-        # Each expert's products apart, also where checkpointed blocks run again.
-        apart = student.experts_apart()
-        with apart, requiring_gradients(student.model.parameters(), False), self._trained(callbacks) as parameters:
+        with requiring_gradients(student.model.parameters(), False), self._trained(callbacks) as parameters:
             count = sum(each.parameter.numel() for each in parameters)
             with requiring_gradients([each.parameter for each in parameters]):
                 random = generator(self.seed, "retrain")

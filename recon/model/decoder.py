@@ -1,27 +1,113 @@
-"""The windows of a causal LM: what runs in them, and which matrices and parameters they hold."""
+"""A causal LM as a chain of windows between embedding and head, each of which can be run, watched and trained by itself.
+
+Each block is called with what the model itself calls it with, so that the model's own code always runs.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from recon.errors import ReconError
 from recon.model import experts
-from recon.model.blocks import Blocks, Stop
+from recon.model.experts import FusedProducts
 from recon.model.matrices import Matrix
-from recon.model.structure import OTHER, Halves
+from recon.model.modules import Stop, first, placeholder_tokens, replaced, watched
+from recon.model.skeleton import Lazy, max_length
+from recon.model.structure import OTHER, Argument, Halves, Structure
 from recon.model.windows import Window, canonical, partition
 
+SHAPES = 64  # shapes of batches for which the blocks' arguments are kept
 
-class Decoder(Blocks):
-    """A causal LM whose windows can be run, watched and trained one at a time. Made by `recon.decompose`."""
+
+class Decoder:
+    """A causal LM whose windows can be run, watched and trained one at a time. Made by `recon.decompose`.
+
+    Args:
+        model: a causal LM from transformers, in evaluation mode.
+        structure: how it is built.
+        lazy: of a skeleton, its parameters, which are in memory only while something here needs them.
+        calls: what its blocks are known to be called with; see `call`.
+    """
 
     reading = ""  # how a sample is divided before the model reads it, in words
     divisible = True  # whether blocks may be divided
     stack_owners = ("",)  # paths of the modules that hold a list of blocks each
 
-    # --- running windows ------------------------------------------------------------------------------------------
+    def __init__(self, model: nn.Module, structure: Structure = Structure(), lazy: Lazy | None = None, calls: dict | None = None):
+        self.model, self.structure, self.lazy = model, structure, lazy
+        self.calls: dict[tuple, list[tuple[tuple, dict]]] = {} if calls is None else calls
+
+    @functools.cached_property
+    def blocks(self) -> nn.ModuleList:
+        """All blocks, in the order in which they run."""
+        return nn.ModuleList(block for path in self.structure.stacks for block in self.model.get_submodule(path))
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Full names of the blocks."""
+        return [f"{path}.{index}" for path in self.structure.stacks for index in range(len(self.model.get_submodule(path)))]
+
+    @property
+    def starts(self) -> list[int]:
+        """Numbers of the blocks that begin a list of blocks."""
+        return [0, *accumulate(len(self.model.get_submodule(path)) for path in self.structure.stacks[:-1])]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def check_length(self, length: int) -> None:
+        """Raises `ReconError` if sequences of `length` tokens are longer than the model was made for."""
+        longest = max_length(self.model.config)
+        if longest is not None and length > longest:
+            raise ReconError(f"sequence length {length} is more than the {longest} tokens that the model was made for")
+
+    # --- running the model ----------------------------------------------------------------------------------------
+
+    def run(self, tokens: Tensor):
+        """What the whole model returns for `tokens` (batch, length): its logits are those of `predicted(tokens)`."""
+        return self.model(input_ids=tokens.to(self.device), use_cache=False)
+
+    def run_head(self, tokens: Tensor):
+        """As `run`, for `predicted(tokens)`; what the blocks read does not matter."""
+        return self.run(tokens)
+
+    def predicted(self, sequence: Tensor) -> Tensor:
+        """The part of tokens, or of a residual stream, (batch, length, ...) that the model has logits for: all of it."""
+        return sequence
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input of the first block for `tokens` (batch, length): (batch, length, hidden)."""
+        caught = []
+
+        def catch(index: int, hidden: Tensor, *args, **kwargs):
+            caught.append(hidden)
+            if index == self.starts[-1]:
+                raise Stop
+            return self.bypass(index, hidden, *args, **kwargs)
+
+        starts = {self.blocks[index]: partial(catch, index) for index in self.starts}
+        with self.loaded_embedding(), replaced(self.bypassed() | starts), contextlib.suppress(Stop):
+            self.run(tokens)
+        return torch.cat(caught, 1) if len(caught) > 1 else caught[0]
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The model's logits (batch, length, vocabulary) if its last block returns `hidden` (batch, length, hidden).
+
+        The model's own forward runs with its blocks by-passed, so final norms, scalings and soft caps are the model's own.
+        `tokens` (batch, length) give the shape only. Both are `predicted` parts.
+        """
+        with self.loaded_head(), replaced(self.bypassed(-1, hidden)):
+            return self.run_head(tokens).logits
 
     def forward(self, window: Window, hidden: Tensor) -> Tensor:
         """Output of `window` for its input `hidden` (batch, length, input width).
@@ -32,9 +118,36 @@ class Decoder(Blocks):
         if window.matrices:
             return torch.cat([self.model.get_submodule(name)(hidden) for name in window.matrices], dim=-1)
         for index in window.blocks:
-            silenced = self.halves[index].silenced(window.half) if window.half else {}
-            hidden = self.run_block(index, hidden, silenced)
+            hidden = self.run_block(index, hidden, self.halves[index].silenced(window.half) if window.half else {})
         return hidden
+
+    def run_block(self, index: int, hidden: Tensor, silenced: Mapping[str, Callable] = {}) -> Tensor:
+        """Output of block `index` for its input `hidden`, both (batch, length, hidden).
+
+        silenced: child of the block -> what runs in its place; see `Halves.silenced`.
+        """
+        block, (args, kwargs) = self.blocks[index], self.call(hidden)[index]
+        children = {block.get_submodule(child): stub for child, stub in silenced.items()}
+        with replaced({child: partial(stub, child) for child, stub in children.items()}):
+            return first(block(hidden, *args, **kwargs))
+
+    def skip_block(self, index: int, hidden: Tensor) -> Tensor:
+        """The residual stream after block `index` if the block is by-passed."""
+        return hidden
+
+    def bypass(self, index: int, hidden: Tensor, *args, **kwargs):
+        """The output of block `index`, called with `args` and `kwargs` beside its input, with hidden states `hidden`."""
+        beside, named = self.structure.blocks[index].beside, {**dict(enumerate(args)), **kwargs}
+        if beside is None:
+            return hidden
+        return (hidden, *(named.get(value.name) if isinstance(value, Argument) else value for value in beside))
+
+    def bypassed(self, last: int = -1, hidden: Tensor | None = None) -> dict[nn.Module, Callable]:
+        """Stand-ins for all blocks: each returns its input, and block `last` returns `hidden` instead, if given."""
+        stubs = {block: partial(self.bypass, index) for index, block in enumerate(self.blocks)}
+        if hidden is not None:
+            stubs[self.blocks[last]] = lambda own, *args, **kwargs: self.bypass(last, hidden, *args, **kwargs)
+        return stubs
 
     @torch.no_grad()
     def inputs(self, window: Window, hidden: Tensor) -> Tensor:
@@ -46,16 +159,13 @@ class Decoder(Blocks):
             return hidden
         caught = []
 
-        def stop(module, args):
+        def stop(name, args, kwargs):
             caught.append(args[0])
             raise Stop
 
-        handle = self.model.get_submodule(window.matrices[0]).register_forward_pre_hook(stop)
-        try:
-            with contextlib.suppress(Stop):
-                self.run_block(window.blocks[0], hidden)
-        finally:
-            handle.remove()
+        name = window.matrices[0]
+        with watched({name: self.model.get_submodule(name)}, stop), contextlib.suppress(Stop):
+            self.run_block(window.blocks[0], hidden)
         # Some blocks (OPT's) flatten batch and length into one axis.
         return caught[0].reshape(*hidden.shape[:2], -1)
 
@@ -63,14 +173,10 @@ class Decoder(Blocks):
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
         """Context in which `see(group, input)` is called whenever a group of the window's matrices reads its input."""
         wanted = self.matrices(window)
-        with contextlib.ExitStack() as stack:
-            for index in window.blocks:
-                for group in self.groups[index]:
-                    if group[0] in wanted and wanted[group[0]].expert is None:
-                        module = self.model.get_submodule(group[0])
-                        handle = module.register_forward_pre_hook(lambda m, args, group=group: see(group, args[0]))
-                        stack.callback(handle.remove)
-            stack.enter_context(experts.watching(wanted, see))
+        groups = [group for index in window.blocks for group in self.groups[index] if group[0] in wanted]
+        modules = {group: self.model.get_submodule(group[0]) for group in groups if wanted[group[0]].expert is None}
+        fused = FusedProducts(experts.fused(wanted), lambda product: see((product.name,), product.x))
+        with watched(modules, lambda group, args, kwargs: see(group, args[0])), fused if fused.parameters else nullcontext():
             yield
 
     def using(self, window: Window, weights: dict[str, Tensor]) -> contextlib.AbstractContextManager:
@@ -78,24 +184,86 @@ class Decoder(Blocks):
 
         weights: by matrix name, laid out as stored.
         """
-        return experts.using(self.matrices(window), weights)
+        return FusedProducts(experts.fused(self.matrices(window)), use=weights)
+
+    # --- what blocks are called with ------------------------------------------------------------------------------
+
+    def call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
+        """The arguments of each block beside `hidden` (batch, length, hidden): positions, rotary embeddings, masks.
+
+        As no sample is padded, they depend only on the shape (batch, length), so one copy per shape and device is kept.
+        """
+        key = tuple(hidden.shape[:2]), hidden.device
+        if key not in self.calls:
+            with torch.no_grad(), self.loaded_embedding():
+                calls = self.observe_calls(placeholder_tokens(self.model, key[0]))
+            while len(self.calls) >= SHAPES:
+                self.calls.pop(next(iter(self.calls)))
+            # The blocks may be on another device than the embedding.
+            self.calls[key] = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls)
+        return self.calls[key]
+
+    def observe_calls(self, tokens: Tensor, stand_in: Callable | None = None) -> list[tuple[tuple, dict]]:
+        """The arguments of each block beside hidden states, from a pass in which the blocks are by-passed.
+
+        stand_in: returns what a block returns instead, from its number, its own forward, and its arguments.
+        """
+        calls: list[tuple[tuple, dict]] = []
+
+        def observe(index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
+            calls.append((args, kwargs))
+            if len(calls) == len(self.blocks):
+                raise Stop
+            return stand_in(index, forward, hidden, *args, **kwargs) if stand_in else self.bypass(index, hidden, *args, **kwargs)
+
+        stubs = {block: partial(observe, index, block.forward) for index, block in enumerate(self.blocks)}
+        with replaced(stubs), contextlib.suppress(Stop):
+            self.run(tokens)
+        return calls
+
+    def forget(self) -> None:
+        """Forgets what blocks are called with. To be called when weights have changed that it may be computed from."""
+        self.calls = {}
+
+    # --- weights that are in memory only while they are needed ----------------------------------------------------
+
+    def present(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
+        """Context in which `parameters` are in memory; they always are if the model is no skeleton."""
+        return nullcontext() if self.lazy is None else self.lazy.present(parameters)
 
     def loaded(self, window: Window) -> contextlib.AbstractContextManager:
         """Context in which everything that it takes to run `window` is in memory."""
         return self.present(tensor for tensor in self.needed(window) if isinstance(tensor, nn.Parameter))
 
+    def loaded_embedding(self) -> contextlib.AbstractContextManager:
+        """Context in which everything before the first block is in memory."""
+        return self.present(p for name, p in self.ends.items() if name in self.structure.embedding)
+
+    def loaded_head(self) -> contextlib.AbstractContextManager:
+        """Context in which everything after the last block is in memory."""
+        embedded = {parameter for name, parameter in self.ends.items() if name in self.structure.embedding}
+        # A weight tied to the embedding is left out, unless it is the head's: its other names may be used by nothing.
+        skipped = embedded.difference(self.head_weights())
+        return self.present(p for name, p in self.ends.items() if name not in self.structure.embedding and p not in skipped)
+
+    def head_weights(self) -> list[nn.Parameter]:
+        """The weight of the output head, which may be the embedding's as well; empty if there is no head."""
+        head = self.model.get_output_embeddings()
+        return [] if head is None else [head.weight]
+
     def needed(self, window: Window) -> list[Tensor]:
         """The parameters and buffers that it takes to run `window`: those of its blocks, except in silenced children."""
         if window.matrices:
             return list(self.parameters(window).values())
-        found = []
-        for index in window.blocks:
-            silenced = self.halves[index].children[OTHER[window.half]] if window.half else ()
-            block = self.blocks[index]
-            for name, tensor in (*block.named_parameters(), *block.named_buffers()):
-                if name.partition(".")[0] not in silenced:
-                    found.append(tensor)
-        return found
+        silenced = {i: self.halves[i].children[OTHER[window.half]] if window.half else () for i in window.blocks}
+        tensors = ((i, each) for i in silenced for each in (*self.blocks[i].named_parameters(), *self.blocks[i].named_buffers()))
+        return [tensor for index, (name, tensor) in tensors if name.partition(".")[0] not in silenced[index]]
+
+    @functools.cached_property
+    def ends(self) -> dict[str, nn.Parameter]:
+        """The parameters outside the blocks, by full name; those that are tied under each of their names."""
+        inside, named = tuple(f"{path}." for path in self.structure.stacks), self.model.named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in named if not name.startswith(inside)}
 
     # --- what is in a window --------------------------------------------------------------------------------------
 
@@ -110,11 +278,6 @@ class Decoder(Blocks):
         """Of each block its halves, or why it does not divide."""
         return [block.halves for block in self.structure.blocks]
 
-    @property
-    def dense_modules(self) -> list[str]:
-        """Full names of linear modules in the blocks that are not pruned."""
-        return [f"{path}.{name}" for path, block in zip(self.names, self.structure.blocks, strict=True) for name in block.dense]
-
     def windows(self, granularity: str) -> list[Window]:
         """The windows of the model at `granularity`, in the order in which they are adapted.
 
@@ -123,51 +286,35 @@ class Decoder(Blocks):
         """
         granularity = canonical(granularity)
         if granularity == "matrix":
-            self._refuse_experts()
-            return [
-                Window(range(index, index + 1), matrices=group, ends_block=group == groups[-1])
-                for index, groups in enumerate(self.groups)
-                for group in groups
-            ]
+            if routed := next((name for name, matrix in self.matrices().items() if matrix.routed), None):
+                raise ReconError(
+                    f"matrix windows do not fit this model: {type(self.model).__name__} has experts, such as {routed!r}, each of which "
+                    "reads tokens of its own; use half-block, block or a larger granularity"
+                )
+            groups = [(index, group, group == groups[-1]) for index, groups in enumerate(self.groups) for group in groups]
+            return [Window(range(index, index + 1), matrices=group, ends_block=last) for index, group, last in groups]
         if granularity == "half-block":
-            self._refuse_undivided()
+            for index, halves in enumerate(self.halves):
+                if isinstance(halves, str):
+                    raise ReconError(
+                        f"half-block windows do not fit this model: block {index} ({type(self.blocks[index]).__name__}) {halves}; "
+                        "use granularity block (or k-blocks, quarter, model, matrix)"
+                    )
             return [
                 Window(range(i, i + 1), half=half, parallel=halves.layout == "parallel", ends_block=half == "mlp")
                 for i, halves in enumerate(self.halves)
-                for half in ("attention", "mlp")
+                for half in OTHER
             ]
         return [Window(blocks) for blocks in partition(granularity, len(self.blocks))]
 
-    def _refuse_undivided(self) -> None:
-        for index, halves in enumerate(self.halves):
-            if isinstance(halves, str):
-                kind = type(self.blocks[index]).__name__
-                raise ReconError(
-                    f"half-block windows do not fit this model: block {index} ({kind}) {halves}; "
-                    "use granularity block (or k-blocks, quarter, model, matrix)"
-                )
-
-    def _refuse_experts(self) -> None:
-        name = next((name for name, matrix in self.matrices().items() if matrix.routed), None)
-        if name:
-            raise ReconError(
-                f"matrix windows do not fit this model: {type(self.model).__name__} has experts, such as {name!r}, each of which reads "
-                "tokens of its own; use half-block, block or a larger granularity"
-            )
-
     def parameters(self, window: Window) -> dict[str, nn.Parameter]:
         """The parameters of `window`, by full name: matrices, norms and biases that its output depends on."""
-        if window.matrices:
-            return {
-                f"{name}.{suffix}": parameter
-                for name in window.matrices
-                for suffix, parameter in self.model.get_submodule(name).named_parameters()
-            }
+        modules = window.matrices or [self.names[index] for index in window.blocks]
         return {
-            f"{self.names[index]}.{suffix}": parameter
-            for index in window.blocks
-            for suffix, parameter in self.blocks[index].named_parameters()
-            if not window.half or self.halves[index].has(window.half, suffix)
+            f"{path}.{name}": parameter
+            for path in modules
+            for name, parameter in self.model.get_submodule(path).named_parameters()
+            if not window.half or self.halves[window.blocks[0]].has(window.half, name)
         }
 
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
@@ -180,18 +327,15 @@ class Decoder(Blocks):
 
     def matrices(self, window: Window | None = None) -> dict[str, Matrix]:
         """The prunable matrices of `window` (default: of all blocks), by name, in the order in which they run."""
-        found = {}
-        for index in window.blocks if window else range(len(self.blocks)):
-            known = (
-                matrix.within(self.names[index], self.blocks[index]) for matrix in self.structure.blocks[index].matrices.values()
-            )
-            found |= {matrix.name: matrix for matrix in known}
+        indices = window.blocks if window else range(len(self.blocks))
+        known = ((index, matrix) for index in indices for matrix in self.structure.blocks[index].matrices.values())
+        inside = [matrix.within(self.names[index], self.blocks[index]) for index, matrix in known]
         if window and window.matrices:
-            return {name: found[name] for name in window.matrices}
-        if window and window.half:
-            inside = self.parameters(window)
-            return {name: matrix for name, matrix in found.items() if matrix.parameter_name in inside}
-        return found
+            inside = [matrix for matrix in inside if matrix.name in window.matrices]
+        elif window and window.half:
+            own = self.parameters(window)
+            inside = [matrix for matrix in inside if matrix.parameter_name in own]
+        return {matrix.name: matrix for matrix in inside}
 
     def weights(self, window: Window | None = None) -> list[nn.Parameter]:
         """The parameters that hold the matrices of `window` (default: of all blocks)."""

@@ -1,6 +1,5 @@
 """An encoder-decoder as a chain of blocks: the encoder's, then the decoder's."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
-from recon.model.modules import first, placeholder_tokens, replaced, requiring_gradients, sources
+from recon.model.modules import first, placeholder_tokens, replaced, requiring_gradients
 from recon.model.skeleton import placeholder
 from recon.model.windows import Window, canonical
 
@@ -41,12 +40,10 @@ class EncoderDecoder(Decoder):
 
     def run(self, tokens: Tensor):
         read, predicted = _cut(tokens.to(self.device))
-        with self.experts_apart():
-            return self.model(input_ids=read, decoder_input_ids=predicted, use_cache=False)
+        return self.model(input_ids=read, decoder_input_ids=predicted, use_cache=False)
 
     def run_head(self, tokens: Tensor):
-        with self.experts_apart():
-            return self.model(input_ids=tokens[:, :1], decoder_input_ids=tokens, use_cache=False)
+        return self.model(input_ids=tokens[:, :1], decoder_input_ids=tokens, use_cache=False)
 
     def predicted(self, sequence: Tensor) -> Tensor:
         """The part of tokens, or of a residual stream, (batch, length, ...) that the decoder reads: the second half."""
@@ -55,20 +52,18 @@ class EncoderDecoder(Decoder):
     def run_block(self, index: int, hidden: Tensor, silenced: Mapping[str, Callable] = {}) -> Tensor:
         read, predicted = _cut(hidden)
         args, kwargs = tree_map(lambda leaf: read if leaf is _ENCODED else leaf, self.call(hidden)[index])
-        with self.experts_apart():
-            if index >= self.starts[1]:
-                return torch.cat([read, first(self.blocks[index](predicted, *args, **kwargs))], 1)
-            return self.skip_block(index, torch.cat([first(self.blocks[index](read, *args, **kwargs)), predicted], 1))
+        if index >= self.starts[1]:
+            return torch.cat([read, first(self.blocks[index](predicted, *args, **kwargs))], 1)
+        return self.skip_block(index, torch.cat([first(self.blocks[index](read, *args, **kwargs)), predicted], 1))
 
     def skip_block(self, index: int, hidden: Tensor) -> Tensor:
+        if index != self.starts[1] - 1:
+            return hidden
         read, predicted = _cut(hidden)
-        return torch.cat([self._finished(read), predicted], 1) if index == self.starts[1] - 1 else hidden
-
-    def _finished(self, hidden: Tensor) -> Tensor:
-        """The encoder's output where its last block returns `hidden`, both (batch, length, hidden)."""
-        with replaced(self.bypassed(self.starts[1] - 1, hidden)):
+        with replaced(self.bypassed(index, read)):
             # Its embedding may be on another device than its last norm, or be a placeholder: what it gives is not used.
-            return self.model.get_encoder()(input_ids=placeholder_tokens(self.model, hidden.shape[:2]).to(self.device))[0]
+            tokens = placeholder_tokens(self.model, read.shape[:2]).to(self.device)
+            return torch.cat([self.model.get_encoder()(input_ids=tokens)[0], predicted], 1)
 
     # --- what blocks are called with ------------------------------------------------------------------------------
 
@@ -92,8 +87,8 @@ class EncoderDecoder(Decoder):
 
         Weights are placeholders, except those called `shared`.
         """
-        output, block, homes = self.structure.blocks[index].output, self.blocks[index], []
-        if output is None or not output.made:
+        block, homes = self.blocks[index], []
+        if not any(isinstance(value, Tensor) for value in self.structure.blocks[index].beside or ()):
             return self.bypass(index, hidden, *args, **kwargs)
         try:
             for name, tensor in chain(block.named_parameters(), block.named_buffers()):
@@ -111,8 +106,10 @@ class EncoderDecoder(Decoder):
         blocks = zip(self.names, self.blocks, strict=True)
         inside = {f"{path}.{name}": p for path, block in blocks for name, p in block.named_parameters()}
         with torch.enable_grad(), self.loaded_embedding(), requiring_gradients(inside.values()):
-            found = sources(tree_leaves(self._observe(placeholder_tokens(self.model, (1, 2)), ())))
-        return frozenset(name for name, parameter in inside.items() if parameter in found)
+            calls = self._observe(placeholder_tokens(self.model, (1, 2)), ())
+            computed = [leaf.sum() for leaf in tree_leaves(calls) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            gradients = torch.autograd.grad(computed, list(inside.values()), allow_unused=True) if computed else ()
+        return frozenset(name for name, gradient in zip(inside, gradients) if gradient is not None)
 
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]):
         """As in a causal LM; not while blocks run for the arguments of others."""
@@ -121,22 +118,13 @@ class EncoderDecoder(Decoder):
     # --- what is in a window --------------------------------------------------------------------------------------
 
     def needed(self, window: Window) -> list[Tensor]:
-        """As in a causal LM, with shared parameters; for the encoder's last block, with everything before the encoder's output."""
-        found = super().needed(window) + [self.model.get_parameter(name) for name in sorted(self.shared)]
+        """As in a causal LM, with shared parameters; for the encoder's last block, with all of the encoder but blocks and embedding."""
+        tensors = super().needed(window) + [self.model.get_parameter(name) for name in sorted(self.shared)]
         if self.starts[1] - 1 in window.blocks:
-            found += (tensor for m in self._finishing for tensor in chain(m.parameters(recurse=False), m.buffers(recurse=False)))
-        return list({id(tensor): tensor for tensor in found}.values())
-
-    @functools.cached_property
-    def _finishing(self) -> list[nn.Module]:
-        """The modules that run after the encoder's last block."""
-        ended: list[nn.Module] = []
-        encoder, tokens = self.model.get_encoder(), placeholder_tokens(self.model, (1, 2)).to(self.device)
-        with contextlib.ExitStack() as hooks, replaced(self.bypassed()), torch.no_grad():
-            for module in encoder.modules():
-                hooks.callback(module.register_forward_hook(lambda m, args, output: ended.append(m)).remove)
-            encoder(input_ids=tokens)
-        return ended[ended.index(self.blocks[self.starts[1] - 1]) + 1 :]
+            encoder = self.model.get_encoder()
+            others = {id(each) for module in (self.blocks, encoder.get_input_embeddings()) for each in _tensors(module)}
+            tensors += (tensor for tensor in _tensors(encoder) if id(tensor) not in others)
+        return list({id(tensor): tensor for tensor in tensors}.values())
 
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
         return {name: p for name, p in super().trained(window, what).items() if name not in self.shared}
@@ -148,6 +136,10 @@ class EncoderDecoder(Decoder):
                 "blocks; use block or a larger granularity"
             )
         return super().windows(granularity)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _cut(sequence: Tensor) -> tuple[Tensor, Tensor]:

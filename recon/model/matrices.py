@@ -22,12 +22,8 @@ class Matrix:
 
     def within(self, path: str, block: nn.Module) -> "Matrix":
         """The matrix of `block`, whose full name is `path`, that has this one's name within the block."""
-        return replace(self, name=f"{path}.{self.name}", module=block.get_submodule(self.module_name))
-
-    @property
-    def module_name(self) -> str:
-        """Full name of the module."""
-        return self.name if self.expert is None else self.parameter_name.rpartition(".")[0]
+        module = self.name if self.expert is None else self.parameter_name.rpartition(".")[0]
+        return replace(self, name=f"{path}.{self.name}", module=block.get_submodule(module))
 
     @property
     def parameter_name(self) -> str:

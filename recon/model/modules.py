@@ -1,13 +1,17 @@
-"""Helpers on modules and models: stand-in forwards, gradients for a while, random tokens to find structure by."""
+"""Helpers on modules and models: stand-in forwards, hooks and gradients for a while, random tokens to find structure by."""
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 PROBE_LENGTH = 8
+
+
+class Stop(Exception):
+    """Ends a forward pass once everything that is needed has been seen."""
 
 
 def probe_tokens(model: nn.Module) -> Tensor:
@@ -27,9 +31,9 @@ def first(output):
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def distance(found: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:
-    """Error of `found` relative to the distance between `expected` and `origin`."""
-    return ((found - expected).float().norm() / (expected - origin).float().norm().clamp_min(1e-30)).item()
+def distance(output: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:
+    """Error of `output` relative to the distance between `expected` and `origin`."""
+    return ((output - expected).float().norm() / (expected - origin).float().norm().clamp_min(1e-30)).item()
 
 
 def tolerance(tensor: Tensor) -> float:
@@ -65,6 +69,19 @@ def replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def watched(modules: dict[Hashable, nn.Module], before: Callable | None = None, after: Callable | None = None) -> Iterator[None]:
+    """Context in which `before(key, args, kwargs)` or `after(key, args, kwargs, output)` is called with each forward of a module."""
+    with contextlib.ExitStack() as hooks:
+        for key, module in modules.items():
+            if before:
+                hook = module.register_forward_pre_hook(lambda m, a, k, key=key: before(key, a, k), with_kwargs=True)
+            else:
+                hook = module.register_forward_hook(lambda m, a, k, out, key=key: after(key, a, k, out), with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield
+
+
+@contextlib.contextmanager
 def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = True) -> Iterator[None]:
     """Context in which all `parameters` require gradients, or none do."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
@@ -75,19 +92,3 @@ def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = Tru
     finally:
         for parameter, required_before in before:
             parameter.requires_grad_(required_before)
-
-
-def sources(tensors: Iterable[object]) -> set[Tensor]:
-    """The leaves of the autograd graph, such as parameters, that `tensors` were computed from."""
-    nodes, seen, found = [], set(), set()
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            nodes.append(tensor.grad_fn) if tensor.grad_fn else found.add(tensor)
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-            if hasattr(node, "variable"):
-                found.add(node.variable)
-    return found

@@ -10,6 +10,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
+Read = Callable[
+    [list[str]], Iterator[tuple[str, Tensor]]
+]  # yields names and values of the parameters of these names, in any order
+
 
 def auto_class(config: PretrainedConfig) -> type:
     """The class of transformers that builds the model of `config`."""
@@ -17,7 +21,7 @@ def auto_class(config: PretrainedConfig) -> type:
 
 
 def max_length(config: PretrainedConfig) -> int | None:
-    """The longest sequence, in tokens, that the model of `config` was made for, where that tells.
+    """The longest sequence, in tokens, that the model of `config` was made for, if that tells.
 
     An encoder-decoder reads half of a sequence with its encoder, and half with its decoder.
     """
@@ -74,34 +78,28 @@ class Lazy:
         done: called with the names of parameters that have just been read.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        read: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
-        done: Callable[[list[str]], None] = lambda names: None,
-    ):
+    def __init__(self, model: nn.Module, read: Read, done: Callable[[list[str]], None] = lambda names: None):
         self.model, self.read, self.done = model, read, done
         self.parameters: dict[str, nn.Parameter] = {}
-        made: dict[nn.Parameter, nn.Parameter] = {}
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            if parameter not in made:
-                made[parameter] = self.parameters[name] = nn.Parameter(placeholder(parameter.shape))
-            place(model, name, made[parameter])
-        self._names = {parameter: name for name, parameter in self.parameters.items()}
+        self._names: dict[nn.Parameter, str] = {}
         self._users: Counter[str] = Counter()
+        tied: dict[nn.Parameter, str] = {}  # parameter of the model -> the first of its names
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if tied.setdefault(parameter, name) == name:
+                self.add(name, parameter.shape)
+            else:
+                place(model, name, self.parameters[tied[parameter]])
 
-    def add(self, name: str, shape: torch.Size) -> bool:
-        """Adds the parameter `name`, such as a bias that pruning gives a matrix, to the model; False: it is known already."""
+    def add(self, name: str, shape: torch.Size) -> None:
+        """Adds the parameter `name`, such as a bias that pruning gives a matrix, to the model, unless it is known already."""
         path, _, attribute = name.rpartition(".")
-        if getattr(self.model.get_submodule(path), attribute) in self._names:
-            return False
-        self.parameters[name] = nn.Parameter(placeholder(shape))
-        self._names[self.parameters[name]] = name
-        place(self.model, name, self.parameters[name])
-        return True
+        if getattr(self.model.get_submodule(path), attribute) not in self._names:
+            self.parameters[name] = nn.Parameter(placeholder(shape))
+            self._names[self.parameters[name]] = name
+            place(self.model, name, self.parameters[name])
 
     @contextlib.contextmanager
-    def reading(self, read: Callable[[list[str]], Iterator[tuple[str, Tensor]]]) -> Iterator[None]:
+    def reading(self, read: Read) -> Iterator[None]:
         """Context in which values are read by `read` instead."""
         own, self.read, done, self.done = self.read, read, self.done, lambda names: None
         try:
@@ -131,27 +129,24 @@ class Lazy:
                     parameter.data, parameter.grad = placeholder(parameter.shape), None
 
 
-def made_up(parameters: dict[str, nn.Parameter]) -> Callable[[list[str]], Iterator[tuple[str, Tensor]]]:
+def made_up(parameters: dict[str, nn.Parameter]) -> Read:
     """A `read` for `Lazy` that gives random weights of a usual size, with which a model's structure can be found.
 
     Matrices take little memory: entry (i, j) is entry i + j of one random vector. Parameters of more dimensions repeat a random vector.
     """
 
     def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Names and random weights."""
         for number, name in enumerate(parameters):
             if name not in names:
                 continue
             shape, random = parameters[name].shape, torch.Generator().manual_seed(number)
             if len(shape) < 2:
-                noise = 0.2 * torch.randn(shape, generator=random)
-                yield name, noise + 1 if name.endswith("weight") else noise
-            elif len(shape) == 2:
-                rows, columns = shape
-                sequence = torch.randn(rows + columns, generator=random) / columns**0.5
-                yield name, sequence.as_strided((rows, columns), (1, 1))
+                yield name, 0.2 * torch.randn(shape, generator=random) + name.endswith("weight")
+                continue
+            noise = torch.randn(sum(shape) if len(shape) == 2 else 1_000_003, generator=random) / shape[-1] ** 0.5
+            if len(shape) == 2:
+                yield name, noise.as_strided(shape, (1, 1))
             else:
-                sequence = torch.randn(1_000_003, generator=random) / shape[-1] ** 0.5
-                yield name, sequence.repeat(-(-shape.numel() // len(sequence)))[: shape.numel()].view(shape)
+                yield name, noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape)
 
     return read

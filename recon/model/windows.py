@@ -28,8 +28,8 @@ class Window:
     def name(self) -> str:
         if self.matrices:
             return "+".join(self.matrices)
-        where = str(self.blocks[0]) if len(self.blocks) == 1 else f"{self.blocks[0]}-{self.blocks[-1]}"
-        return f"block {where}" + (f" {self.half}" if self.half else "")
+        numbers = str(self.blocks[0]) if len(self.blocks) == 1 else f"{self.blocks[0]}-{self.blocks[-1]}"
+        return f"block {numbers}" + (f" {self.half}" if self.half else "")
 
     @property
     def chained(self) -> bool:

@@ -106,7 +106,7 @@ def subject(model: str, text: str, samples: int, length: int, blocks: int, devic
     """The first `blocks` blocks of a model, and calibration tokens (samples, length), on the device."""
     whole, tokenizer = models.load(model)
     decoder = decompose(whole)
-    del whole.get_submodule(decoder.path)[blocks:]
+    del whole.get_submodule(decoder.structure.stacks[-1])[blocks:]
     whole.config.num_hidden_layers = min(blocks, len(decoder.blocks))
     place = pick_device(device)
     return decompose(whole.to(place)), sample_tokens(text, "calibration", tokenizer, samples, length, seed=0).to(place)
