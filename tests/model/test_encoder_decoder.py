@@ -149,7 +149,7 @@ def test_a_run_says_what_the_encoder_reads_and_samples_are_as_long_as_both_halve
     tokenizer.save_pretrained(tmp_path)
     spec = recon.RunSpec.of(
         model=str(tmp_path), text=tiny_text, samples=2, held_out_samples=0, evaluation_texts=(tiny_text,), evaluation_samples=1,
-        granularity="block", **lengths,
+        granularity="block", epochs=1, **lengths,
     )  # fmt: skip
     record = record_of(spec)
     assert record.status == "done" and record.metrics["sparsity"] == 0.5

@@ -1,4 +1,4 @@
-"""Every family of causal LMs in transformers, and encoder-decoders: taken apart, pruned and reconstructed, or refused with the reason.
+"""Every family of causal LMs in transformers, and encoder-decoders: decomposed, pruned and reconstructed, or refused with the reason.
 
 `PYTHONPATH=tests python tests/model/test_families.py --write` writes what was found into guides/families.md.
 """
