@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from recon.data import assets, files, gguf
 from recon.errors import ReconError
 from recon.model.skeleton import auto_class
-from recon.runtime.weights import Checkpoint, check_finite, check_unquantised, open_model, quantisation
+from recon.runtime.weights import Weights, check_finite, check_unquantised, open_model, quantisation
 
 # The files in a folder that make up a model and its tokenizer: by suffix, and by name.
 SUFFIXES = {".safetensors", ".json", ".model", ".tiktoken", ".spm"}
@@ -124,7 +124,20 @@ def load(
     return model.eval().to(device), tokenizer
 
 
-def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+def skeleton(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, scratch: Path | None = None
+) -> tuple[PreTrainedModel, Weights, PreTrainedTokenizerBase]:
+    """As `load`, but the model's parameters stay on disk: the model without them, these, and the tokenizer. See `recon.runtime.weights`."""
+    path = folder(name, revision, trust_remote_code)
+    with _loading(name, revision):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return *open_model(path, config, trust_remote_code, scratch), tokenizer
+
+
+def load_pruned(
+    name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False, scratch: Path | None = None
+) -> Weights:
     """The weights of the pruned model `name`, to be read parameter by parameter; `dense` is the model that it was pruned from.
 
     Raises `ReconError` as `load`, for a model of another type than `dense`, and for quantised weights. See
@@ -135,22 +148,7 @@ def load_pruned(name: str, dense: PreTrainedModel, revision: str | None = None, 
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if config.model_type != dense.config.model_type:
             raise ReconError(f"it is of type {config.model_type!r}, and the dense model of type {dense.config.model_type!r}")
-        check_unquantised(config)
-        return Checkpoint(dense, files.shards(path))
-
-
-def skeleton(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Checkpoint, PreTrainedTokenizerBase]:
-    """As `load`, but the model's parameters stay on disk: a skeleton, its weights, and the tokenizer. See `recon.runtime.weights`."""
-    path = folder(name, revision, trust_remote_code)
-    with _loading(name, revision):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model, checkpoint = open_model(config, files.shards(path), trust_remote_code)
-        if (path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(path)
-    return model, checkpoint, tokenizer
+        return open_model(path, config, trust_remote_code, scratch)[1]
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:

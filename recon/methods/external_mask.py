@@ -14,13 +14,13 @@ from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
-from recon.runtime.weights import Checkpoint, tied
+from recon.runtime.weights import Weights, tied
 
 log = logging.getLogger("recon")
 LEAST = 0.01  # share of zeros in the matrices from which a model counts as pruned: dense ones have a few of their own
 
 
-def check_pruned(dense: nn.Module | Decoder, pruned: Checkpoint) -> None:
+def check_pruned(dense: nn.Module | Decoder, pruned: Weights) -> None:
     """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `take_over` refuses."""
     decoder = decompose(dense)
     zeros, sizes = dict.fromkeys(_holders(decoder), 0), {}
@@ -31,7 +31,7 @@ def check_pruned(dense: nn.Module | Decoder, pruned: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def take_over(model: nn.Module | Decoder, pruned: Checkpoint) -> Pruning:
+def take_over(model: nn.Module | Decoder, pruned: Weights) -> Pruning:
     """Gives `model`, a copy of the dense one, the weights of `pruned` in place; its mask is wherever those are zero.
 
     All of its parameters are taken over, as what made the mask may have changed others (SparseGPT updates what survives),
@@ -68,18 +68,21 @@ def read_mask(student: Decoder, execution: Execution) -> Pruning:
     return _checked(Pruning(masks, {name: share for shares in found for name, share in shares.items()}))
 
 
-def read(model: nn.Module, pruned: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def read(model: nn.Module, pruned: Weights) -> Iterator[tuple[str, Tensor]]:
     """The parameters of `model` by full name, with their values in `pruned`, float32, checked one by one; see `take_over`."""
-    if surplus := pruned.unmatched()[1]:
+    known = dict(model.named_parameters(remove_duplicate=False))
+    if surplus := pruned.surplus or sorted(pruned.names - known.keys()):
         raise ReconError(f"pruned model: it has {surplus[0]!r}, which the dense one does not ({len(surplus)} such)")
     for name, names in tied(model).items():
-        stored = [other for other in names if other in pruned]
+        stored = [other for other in names if other in pruned.names]
         if not stored:
             raise ReconError(f"pruned model: it lacks {name!r}")
         try:
             values = dict(pruned.read(stored))
         except ReconError as error:
             raise ReconError(f"pruned model: {error}") from error
+        if values[stored[0]].shape != known[name].shape:
+            raise ReconError(f"pruned model: weight {name!r} is {tuple(values[stored[0]].shape)}, not {tuple(known[name].shape)}")
         value = values.pop(stored[0])
         for other, its in values.items():
             if not torch.equal(value, its):

@@ -132,6 +132,7 @@ class Storage:
                     f"folder {str(folder)!r} holds another unfinished run; give its command to go on with it, delete the folder, or "
                     "save to another one"
                 )
+            remove_unfinished(folder)
             write_json(folder / RUN, run)
         self._fresh: dict[str, Tensor] = {}  # masks that were set since the last finished window
         self._stored = _Files()
@@ -207,9 +208,9 @@ class Storage:
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
 
-    def delete(self) -> None:
-        """Deletes the folder; what a killed process leaves of it counts as nothing."""
-        if self.folder is not None:
+    def delete(self, begun: bool = True) -> None:
+        """Deletes the folder; unless `begun`, only where nothing is finished. What a killed process leaves of it counts as nothing."""
+        if self.folder is not None and (begun or not self._noted):
             (self.folder / RUN).unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
 

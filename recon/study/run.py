@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.data import files, models
+from recon.errors import ReconError
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
@@ -103,7 +104,11 @@ def run(
             if streamed and not save:
                 stack.enter_context(locked(folder.with_name(f".{key}.lock"), f"work folder {str(folder)!r}"))
             going = _Run(spec, options, session, folder, callbacks)
-            record, model = going.execute()
+            try:
+                record, model = going.execute()
+            except ReconError:
+                going.storage.delete(begun=False)  # refused: it would stand in the way of another try
+                raise
         for callback in callbacks:
             callback.on_done(record)
         if folder:
@@ -119,6 +124,7 @@ class _Run:
         self.record, self.began = RunRecord(spec.flat(), spec.key()), time.perf_counter()
         self.device = device.pick_device(spec.compute.device)
         self.dtype = device.pick_compute_dtype(spec.compute.compute_dtype, self.device)
+        self.storage = Storage(folder, self.record.key, keep=["prune"])
         session.reused.clear()
 
     def execute(self) -> tuple[RunRecord, PreTrainedModel | None]:
@@ -126,7 +132,6 @@ class _Run:
         spec, record = self.spec, self.record
         with self.phase("load"):
             self.load()
-            self.storage = Storage(self.folder, record.key, keep=["prune"])
         resumed = bool(self.storage.finished("dense"))
         with self.phase("evaluate"):
             dense, states = self.measure_dense()
@@ -175,7 +180,7 @@ class _Run:
         spec, save = self.spec, self.options.save
         if self.folder:
             self.session.clear()  # what earlier runs have in memory is of no use
-            model, stored, self.tokenizer = models.skeleton(*spec.loaded_by)
+            model, stored, self.tokenizer = models.skeleton(*spec.loaded_by, self.folder)
             self.dense = decompose(model, lazy=Lazy(model, stored.read))
         else:
             self.dense, self.tokenizer = self.session.load(*spec.loaded_by)
@@ -192,7 +197,7 @@ class _Run:
     def open_external(self):
         """The model that something else pruned, checked but not read into memory."""
         model = self.spec.model
-        opened = models.load_pruned(model.pruned, self.dense.model, model.pruned_revision, model.trust_remote_code)
+        opened = models.load_pruned(model.pruned, self.dense.model, model.pruned_revision, model.trust_remote_code, self.folder)
         external_mask.check_pruned(self.dense, opened)
         return opened
 

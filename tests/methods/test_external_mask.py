@@ -164,15 +164,13 @@ def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoi
     "name, make, said",
     [
         (UP, lambda w: w[:5].contiguous(), rf"weight '{UP}' is \(5, 32\), not \(64, 32\)"),
-        (UP, lambda w: None, f"it lacks '{UP}'"),
+        (UP, lambda w: None, f"it lacks .*{UP}"),
         ("model.layers.9.mlp.up_proj.weight", lambda w: torch.ones(3), r"it has 'model.layers.9.mlp.up_proj.weight', which the dense"),
-        (UP, lambda w: w.to(torch.int8), rf"'{UP}' is stored as I8; allowed: F64, F32, BF16, F16"),
-        (UP, lambda w: w.to(torch.float8_e4m3fn), rf"'{UP}' is stored as F8_E4M3; allowed"),
         (UP, lambda w: w.fill_(torch.nan), f"'{UP}' holds 2048 NaN or infinite values of 2048"),
         ("model.norm.weight", lambda w: w * torch.inf, "'model.norm.weight' holds 32 NaN or infinite values of 32"),
         ("lm_head.weight", lambda w: torch.ones(400, 32), f"'lm_head.weight' differs from '{EMBEDDING}'"),
     ],
-    ids=["shape", "missing", "surplus", "integers", "eighth precision", "NaN", "infinite norm", "tied"],
+    ids=["shape", "missing", "surplus", "NaN", "infinite norm", "tied"],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_path, monkeypatch, name, make, said, stream):

@@ -36,20 +36,20 @@ def test_four_gibibytes_are_enough(tmp_path):
         "--learning-rate", "1e-4", "--save", str(saved), "--record", str(record),
     ]  # fmt: skip
     peak = 0
-    for killed_after in (5, 9, None):  # steps: in pruning, in reconstruction, never
+    for killed_after in (3, 7, None):  # windows: on the way, and never
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ, text=True)
-        journal = tmp_path / "saved.unfinished" / "journal.jsonl"
+        work = tmp_path / "saved.unfinished"
         while process.poll() is None:
             time.sleep(0.02)
             peak = max(peak, anonymous(process))
-            if killed_after and journal.exists() and len(journal.read_bytes().splitlines()) > killed_after:
+            if killed_after and len(list(work.glob("*/?????.safetensors"))) >= killed_after:
                 process.send_signal(signal.SIGKILL)
                 break
         _, complaint = process.communicate()
         assert process.returncode == (-signal.SIGKILL if killed_after else 0), complaint
     assert 0 < peak < 4 * 2**30
     found = read_record(record)
-    assert found.environment["resumed"] == 2 and found.metrics["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert found.environment["resumed"] and found.metrics["sparsity"] == pytest.approx(0.5, abs=1e-4)
     assert abs(found.peak_memory_bytes - peak) < 2**29
     zeros = total = 0
     for path in files.shards(saved):
