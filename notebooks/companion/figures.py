@@ -499,7 +499,7 @@ def before_after(questions: dict[str, tuple[pd.DataFrame, str]]) -> Plot | None:
         return None
     data = pd.concat(parts, ignore_index=True)
     grid = sns.FacetGrid(data, col="panel", sharex=False, sharey=False, height=2.6, aspect=1.4)
-    grid.map_dataframe(sns.pointplot, x="perplexity", y="name", hue="state", errorbar="sd", linestyle="none", **looks(["pruned", "reconstructed"]),
+    grid.map_dataframe(sns.pointplot, x="perplexity", y="name", hue="state", errorbar="sd", linestyle="none", palette=looks(["pruned", "reconstructed"])["palette"], markers=["x", "o"],
                        hue_order=["pruned", "reconstructed"])  # fmt: skip
     for title, ax in grid.axes_dict.items():
         ax.axvline(data.loc[data["panel"] == title, "dense_perplexity"].mean(), color="0.3", linestyle=":", linewidth=1)
@@ -629,7 +629,12 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
         ax.axvline(group["bar"].iloc[0], color="0.3", linewidth=1, zorder=1)
         for place, (_, row) in enumerate(group.iterrows()):
             colour, shape = {HOLDS: ("#0072b2", "o"), FAILS: ("#d55e00", "X"), UNSURE: ("0.5", "d")}[row["verdict"]]
-            ax.plot([row["low"], min(row["high"], 9 * row["effect"])], [place, place], color=colour, linewidth=1.5)
+            ax.plot(
+                [row["low"], row["high"] if np.isfinite(row["high"]) else 9 * row["effect"]],
+                [place, place],
+                color=colour,
+                linewidth=1.5,
+            )
             ax.plot(
                 row["effect"],
                 place,

@@ -79,7 +79,11 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
     else:
         each = [spec.replaced(compute_dtype=name) for spec in specs for name in ("auto", "bfloat16", "float32")]
         paths = [folder / f"{key}.json" for key in dict.fromkeys(spec.key() for spec in each)]
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    return table(json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file())
+
+
+def table(records: Iterable[dict]) -> pd.DataFrame:
+    """The same from records as plain data."""
     return pd.DataFrame([_row(record) for record in records if record["status"] == "done"])
 
 
@@ -103,7 +107,7 @@ def _row(record: dict) -> dict:
     row["pruned_on"], row["evaluated"] = pruned_on, short(texts[0])
     said = [spec[name] for name in ("sequence_length", "text", "statistics", "evaluation_samples", "evaluation_length")]
     row["protocol"] = repr((*said, pruned_on, texts[0], spec["evaluation_protocol"]))
-    for text, found in metrics["by_text"].items():
+    for text, found in ((text, metrics["by_text"][text]) for text in texts):
         row |= {f"perplexity, {text}": found["perplexity"], f"dense perplexity, {text}": found["dense_perplexity"]}
     nats = {name: metrics["by_text"][text]["nll_per_window"] for name, text in zip(MEASURES, texts)}
     kl = metrics["by_text"][texts[0]].get("kl_per_window")

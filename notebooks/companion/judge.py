@@ -56,8 +56,8 @@ def _filled(value: object, of: dict) -> object:
     return of[value[1:-1]] if value[1:-1] in of else value.format_map({name: name for name in re.findall(r"{(\w+)}", value)} | of)
 
 
-def judge(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each claim, model and pattern that `runs`, as of `companion.frame.load`, allow to compare, with its verdict.
+def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None) -> pd.DataFrame:
+    """A verdict on each claim (of `rows`, or all), model and pattern that `runs`, as of `companion.frame.load`, allow to compare.
 
     "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below. "Equal" holds if the 90 % interval is
     within the margin (two one-sided tests at 5 %), and does not if it is outside. "As good" holds if the 90 % interval is above
@@ -67,8 +67,8 @@ def judge(runs: pd.DataFrame) -> pd.DataFrame:
 
     Where several protocols allow a comparison, the one with the most records that enter is taken; of these, that of the largest study.
     """
-    rows, cached = [], {}
-    for claim in claims():
+    verdicts, cached = [], {}
+    for claim in claims() if rows is None else rows:
         # What runs have to share to enter a comparison of this kind.
         shared = ["protocol"] + ["samples"] * (claim["test"] not in ("ratio", "combined", "samples"))
         shared += ["model", "windows"] * (claim["test"] != "trend") + ["pattern"]
@@ -76,8 +76,8 @@ def judge(runs: pd.DataFrame) -> pd.DataFrame:
         if kind not in cached:
             cached[kind] = compare.studies(runs, *kind)
         mine = [verdict(claim, *scope, evidence) for scope, groups in cached[kind] if (evidence := _most(groups, claim))]
-        rows += mine or ([_row(claim, NOT_RUN, "no records")] if not claim["optional"] else [])
-    return pd.DataFrame(rows)
+        verdicts += mine or ([_row(claim, NOT_RUN, "no records")] if not claim["optional"] else [])
+    return pd.DataFrame(verdicts)
 
 
 def _most(groups: dict[str, pd.DataFrame], claim: dict) -> Evidence | None:
@@ -222,7 +222,7 @@ def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.sty
 
 
 def page(verdicts: pd.DataFrame) -> str:
-    """A table per group of claims, a row per claim and model, and under it every verdict with its protocol."""
+    """A table per group of claims, a row per claim, model and pattern, and under it the protocols."""
     lines = [
         "# Do the paper's claims hold?", "",
         "Every claim of arXiv 2510.14444 that run records can judge. Written by `python -m companion.judge`. "
@@ -235,28 +235,18 @@ def page(verdicts: pd.DataFrame) -> str:
         f'With fewer than {SEEDS} seeds, what training noise could decide is {UNSURE}. "Here" is the model and protocol of the row.', "",
         _count_words(verdicts),
     ]  # fmt: skip
+    header = "verdict", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"
     for group, mine in verdicts.groupby("group", sort=False):
         about, numbers = GROUPS[group], {text: n for n, text in enumerate(filter(None, mine["protocol"].unique()), 1)}
         lines += ["", f"## {group}. {about['title']}", "", f"Paper: {about['source']}. {about.get('remark', '')}".strip(), ""]
-        rows = []
-        for _, each in mine.groupby(["claim", "model"], sort=False):
-            first, others = each.iloc[0], each.iloc[1:]
-            elsewhere = " ".join(f"{MARKS[state]} {pattern}" for state, pattern in zip(others["verdict"], others["pattern"]))
-            state = f"{MARKS[first['verdict']]} {first['verdict']}"
-            rows.append((state, first["statement"], _place(first), effect_words(first), first["seeds"] or "", elsewhere))
-        lines += tables.markdown(("verdict", "claim", "model, pattern", "effect", "seeds", "other patterns"), rows)
-        if not numbers:
-            continue
-        lines += ["", "<details><summary>Every verdict, and why</summary>", ""]
-        every = [
-            (MARKS[v["verdict"]], v["statement"], v["comparison"], _place(v), effect_words(v), v["seeds"] or "", v["reason"],
-             numbers.get(v["protocol"], "")) for _, v in mine.iterrows()
+        rows = [
+            (f"{MARKS[v['verdict']]} {v['verdict']}", v["statement"], v["comparison"], _place(v), effect_words(v), v["seeds"] or "",
+             v["reason"], numbers.get(v["protocol"], "")) for _, v in mine.iterrows()
         ]  # fmt: skip
-        lines += tables.markdown(("", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"), every)
+        lines += tables.markdown(header, rows)
         for text, number in numbers.items():
             count = len(set(itertools.chain(*mine.loc[mine["protocol"] == text, "keys"])))
             lines += ["", f"Protocol {number}: {text}; {count} record{'s' * (count > 1)}."]
-        lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
 
@@ -289,7 +279,7 @@ def summary(verdicts: pd.DataFrame) -> str:
     rows = []
     for group, mine in verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].groupby("group", sort=False):
         first = mine.iloc[0]
-        place = f"{_place(first)}, {first['seeds']} seed{'s' * (first['seeds'] != 1)}"
+        place = f"{_place(first)}; seeds: {first['seeds']}"
         example = f"{first['statement']}: {effect_words(first) or first['reason']} ({place})"
         rows.append((GROUPS[group]["title"], _counted(mine), example))
     lines = tables.markdown(("the paper's claim", "verdicts", "for example"), rows) if rows else []

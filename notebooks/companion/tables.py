@@ -91,7 +91,8 @@ def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     if not shown:
         return pd.DataFrame(), runs
     data = pd.DataFrame(shown)
-    order = list(dict.fromkeys(["dense", "pruned", *data["row"]]))
+    order = ["dense", "pruned", *data["row"]]
+    data["column"] = pd.Categorical(data["column"], list(dict.fromkeys(data["column"])))
     return data.sort_values("row", key=lambda rows: rows.map(order.index), kind="stable", ignore_index=True), pd.concat(used)
 
 
@@ -119,15 +120,16 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
 
 def _words(data: pd.DataFrame, name: str, bold: str) -> pd.DataFrame:
     """The table as text: "mean ± std (seeds)", the lowest mean of each column but the dense model's in bold."""
-    best = data[~data["row"].isin(("dense", "pruned"))].groupby("column")["mean"].min()
+    rivals = data["mean"].where(~data["row"].isin(("dense", "pruned")))
+    leads = data["mean"] == rivals.groupby(data["column"], observed=True).transform("min")
     said = [
         f"{mean:.2f}{f' ± {std:.2f}' * (seeds > 1)} ({seeds})"
         for mean, std, seeds in zip(data["mean"], data["std"], data["seeds"])
     ]
-    leads = (data["mean"] == data["column"].map(best)) & (data["row"] != "dense")
-    words = data.assign(said=[bold.format(text) if lead else text for text, lead in zip(said, leads)])
-    shown = words.pivot(index="row", columns="column", values="said").fillna("")
-    shown = shown.loc[data["row"].unique(), list(dict.fromkeys(data["column"]))].rename_axis(index=None, columns=None)
+    words = data.assign(said=[bold.format(text) if lead else text for text, lead in zip(said, leads & rivals.notna())])
+    shown = words.pivot(index="row", columns="column", values="said").fillna("").loc[data["row"].unique()]
+    shown = shown.rename_axis(index=None, columns=None)
+    shown.columns = shown.columns.astype(str)
     return shown.assign(paper=[PAPER.get((name, row), "not read") for row in shown.index])
 
 

@@ -1,0 +1,329 @@
+"""Which made-up records enter a comparison, and what is computed from them, as the verdict on a claim tells it; intervals."""
+
+import math
+
+import numpy as np
+import pytest
+from fixtures.made_up import GAP, record, seeds, verdict_on
+
+from companion import compare
+from companion.compare import MARGIN, interval
+from companion.judge import FAILS, HOLDS, UNSURE, UNTESTABLE, effect_words
+
+COUNTS = (16, 32, 64, 128)
+
+# ---- intervals
+
+
+@pytest.mark.parametrize("level", [0.95, 0.90])
+@pytest.mark.parametrize("seed_spread, window_spread", [(1.0, 0.3), (0.1, 1.0), (0.5, 3.0)])
+@pytest.mark.parametrize("count", [3, 5])
+def test_intervals_cover_the_truth(count, seed_spread, window_spread, level):
+    """Crossed seed and window effects and noise: the interval holds the true mean about as often as it says, or a bit more often."""
+    draw, hits, widths, trials = np.random.default_rng(1), 0, [], 300
+    for _ in range(trials):
+        values = (
+            2.0
+            + draw.normal(0, seed_spread, (count, 1))
+            + draw.normal(0, window_spread, (1, 30))
+            + draw.normal(0, 0.3, (count, 30))
+        )
+        low, high = interval([values[None]], lambda means: means[0], level, 400)
+        hits += low <= 2.0 <= high
+        widths.append(high - low)
+    assert level - 0.04 <= hits / trials <= 1
+    # Not by being wide without need: Student's t with the true spread, if only seeds mattered, plus that of windows.
+    t = {3: {0.95: 4.303, 0.90: 2.920}, 5: {0.95: 2.776, 0.90: 2.132}}[count][level]
+    assert np.mean(widths) < 2 * 1.25 * (t * math.sqrt((seed_spread**2 + 0.1) / count) + 2 * math.sqrt(window_spread**2 / 30))
+
+
+def test_interval_of_one_seed_is_that_of_windows():
+    values = np.random.default_rng(0).normal(5.0, 2.0, (1, 1, 400))
+    low, high = interval([values], lambda means: means[0], 0.95, 4000)
+    error = 1.96 * values.std() / 20
+    assert (low, high) == (pytest.approx(values.mean() - error, abs=0.03), pytest.approx(values.mean() + error, abs=0.03))
+
+
+def test_interval_may_be_infinite():
+    low, high = interval([np.zeros((1, 3, 5))], lambda means: (means[0] - np.inf, means[0] + np.inf))
+    assert (low, high) == (-np.inf, np.inf)
+
+
+# ---- which runs enter
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"samples": 128},
+        {"sequence_length": 256},
+        {"text": "news"},
+        {"evaluation_texts": ("news",)},
+        {"evaluation_samples": 8},
+        {"evaluation_length": 512},
+        {"evaluation_protocol": "joined"},
+        {"hash": "other windows"},
+        {"pattern": "2:4"},
+        {"model": "another"},
+        {"revision": "v2"},
+        {"mask_refinement": 3},
+        {"epochs": 2},
+        {"rate": "absolute"},
+        {"criterion": "magnitude"},
+        {"statistics": "sparse"},
+    ],
+    ids=lambda other: "-".join(other),
+)
+def test_protocols_are_not_mixed(other):
+    assert verdict_on("3", seeds() + seeds(0.2, granularity="matrix"))["keys"]
+    assert verdict_on("3", seeds() + seeds(0.2, granularity="matrix", **other))["reason"] == "no records"
+
+
+def test_the_same_seeds_are_on_both_sides():
+    matrix = [record(0.2, seed=seed, granularity="matrix") for seed in (2, 3, 4, 5)]
+    ours = [record(0.4, seed=seed) for seed in (0, 1, 2, 3, 4)]
+    found = verdict_on("3", ours + matrix)
+    assert found["seeds"] == 3 and sorted(found["keys"]) == sorted(r["key"] for r in ours[2:] + matrix[:3])
+
+
+def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():
+    plain = seeds(0.2)
+    tempting = seeds(0.9, adapter="masklora", learning_rate=3e-2, held_out=40.0)
+    chosen = seeds(0.5, adapter="masklora", learning_rate=3e-3, held_out=30.0)
+    default = seeds(0.4, adapter="masklora", held_out=35.0)
+    assert verdict_on("11.masklora", plain + tempting + chosen + default)["effect"] == pytest.approx(0.3, abs=0.01)
+    # A rate tried with one seed alone is compared on that seed, and the winner keeps its other seeds.
+    trial = [record(0.9, adapter="masklora", learning_rate=3e-2, held_out=40.0)]
+    found = verdict_on("11.masklora", plain + trial + chosen)
+    assert found["seeds"] == 3 and found["effect"] == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_run_without_warmup_is_one_choice_among_others():
+    runs = [*seeds(0.4), *seeds(0.4, warmup=0.0), *seeds(0.2, granularity="matrix")]
+    assert verdict_on("3", runs)["effect"] == pytest.approx(0.2 * GAP, abs=0.01)
+
+
+def test_no_side_is_tuned_where_the_others_are_not():
+    """Rates of half-blocks were searched for another claim: here they do not help it against matrices, which had one."""
+    matrix, default = seeds(0.2, granularity="matrix"), seeds(0.4, held_out=35.0)
+    tuned = seeds(0.5, learning_rate=3e-3, held_out=30.0)
+    assert verdict_on("3", matrix + tuned + default)["effect"] == pytest.approx(0.2 * GAP, abs=0.01)
+    # Nor do recipes that make more steps.
+    chunks = seeds(0.6, chunks=64, held_out=20.0)
+    assert verdict_on("3", matrix + chunks + default)["effect"] == pytest.approx(0.2 * GAP, abs=0.01)
+    # Not even where rates were chosen on every side.
+    adapters = seeds(0.5, adapter="masklora", held_out=30.0)
+    assert verdict_on("11.masklora", adapters + chunks + default + tuned)["effect"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_records_older_than_a_field_did_what_its_default_says():
+    records = seeds() + seeds(0.2, granularity="matrix")
+    new = verdict_on("3", records)
+    for found in records:
+        for name in ("retrain", "retrain_objective", "adapter", "mask_refinement"):
+            del found["spec"][name]
+    assert verdict_on("3", records).equals(new)
+
+
+def test_options_that_do_nothing_do_not_divide():
+    """A half-block run is the same whatever SparseGPT's options, which it does not use, were."""
+    matrix = seeds(0.2, granularity="matrix", sparsegpt_damping=0.1, exact_iterations=3, retrain_objective="distil", device="cpu")
+    assert verdict_on("3", seeds() + matrix)["verdict"] == HOLDS
+    assert (
+        verdict_on("4", seeds() + seeds(0.2, granularity="matrix", solver="exact", exact_iterations=3))["reason"] == "no records"
+    )
+
+
+def test_reconstruction_is_compared_with_its_own_pruned_model():
+    assert verdict_on("1.own", seeds(0.4))["verdict"] == HOLDS
+    assert verdict_on("1.own", seeds(-0.1))["verdict"] == FAILS
+    assert verdict_on("1.own", seeds(0.0003, noise=0.02))["verdict"] == UNSURE
+
+
+@pytest.mark.parametrize("gap_after, verdict", [(0.02, HOLDS), (0.3, FAILS), (0.1, UNSURE)])
+def test_gap_between_two_criteria(gap_after, verdict):
+    """Models pruned by magnitude are 0.1 nats worse than by SparseGPT, and `gap_after` once reconstructed."""
+    records = []
+    for criterion, step in (("magnitude", 1), ("sparsegpt", 0)):
+        gap = GAP + 0.1 * step
+        records += seeds(1 - (0.4 + gap_after * step) / gap, gap=gap, criterion=criterion)
+    found = verdict_on("7.magnitude", records)
+    assert found["verdict"] == verdict and found["effect"] == pytest.approx(0.1 - gap_after, abs=0.01)
+    assert "gap 0.100 before" in found["reason"]
+    left = float(found["reason"].split("after, ")[1].split("%")[0]) / 100
+    assert left == pytest.approx(gap_after / 0.1, abs=0.1)
+    assert verdict_on("7.wanda", records)["reason"] == "no records"
+
+
+def family(gaps, names=("a-100m", "a-0.4b", "a-1.6B")):
+    records = []
+    for (model, gap), text_seed in zip(zip(names, gaps), range(9)):
+        for criterion, step in (("magnitude", 1), ("wanda", 0)):
+            options = {"model": model, "text_seed": text_seed, "hash": model}  # every tokenizer has its own windows
+            records += seeds(0.5 - gap * step / GAP, criterion=criterion, **options)
+    return records
+
+
+@pytest.mark.parametrize("gaps, verdict", [((0.3, 0.2, 0.1), HOLDS), ((0.1, 0.2, 0.3), FAILS), ((0.2, 0.2, 0.2), UNSURE)])
+def test_gap_against_model_size(gaps, verdict):
+    records = family(gaps)
+    found = verdict_on("8", records)
+    assert found["verdict"] == verdict and found["model"] == ""
+    # Two doublings from model to model.
+    assert found["effect"] == pytest.approx((gaps[0] - gaps[1]) / 2, abs=0.01) and "doubling" in found["unit"]
+    again = verdict_on("8", list(reversed(records)))
+    assert (again.effect, again.low, again.high) == (found["effect"], found["low"], found["high"])
+
+
+@pytest.mark.parametrize("names", [("a-100m", "a-1b"), ("a-100m", "b-0.4b", "c-1.6B"), ("a-100m", "a-0.4b", "b-1.6B")])
+def test_models_of_several_families_make_no_trend(names):
+    found = verdict_on("8", family((0.3, 0.2, 0.1)[: len(names)], names))
+    assert found["verdict"] == UNTESTABLE and "it takes 3 models of one family" in found["reason"]
+    assert verdict_on("8", family((0.3, 0.2, 0.1), ("x", "y", "z")))["reason"] == "no records"  # whose names state no size
+
+
+def test_parameters_by_name():
+    sizes = {"smollm2-135m": 135e6, "meta-llama/Llama-3.1-8B": 8e9, "Qwen/Qwen2.5-0.5B-Instruct": 5e8, "gemma-3-270m-it": 27e7}
+    assert {name: compare.parameters(name) for name in sizes} == sizes
+    assert [compare.parameters(name) for name in ("gpt2", "phi-2", "opt-125@8b")] == [None] * 3
+    families = ["smollm2", "llama-3", "qwen2", "gemma-3"]
+    assert [compare.family(name) for name in sizes] == families
+
+
+def curve(best, counts, noise=0.0005, flops=None, **options):
+    """Three seeds at each count; `best` recovered at 128, 0.08 less per halving."""
+    return [
+        record(best - 0.08 * (7 - math.log2(n)), seed=s, noise=noise, flops=flops and flops(n), **options, **spec)
+        for n in counts
+        for spec in [{"samples": 64, "retrain_samples": n} if "retrain" in options else {"samples": n, "prune_samples": 64}]
+        for s in range(3)
+    ]
+
+
+@pytest.mark.parametrize("doublings, verdict", [(5, HOLDS), (2, FAILS), (-1, FAILS)])
+def test_ratio_of_samples_at_equal_quality(doublings, verdict):
+    counts = [2**power for power in range(2, 15)]
+    records = curve(0.5, COUNTS) + curve(0.5 - 0.08 * doublings, counts, granularity="none", retrain="masklora")
+    found = verdict_on("5b.masklora.samples", records)
+    assert found["verdict"] == verdict
+    assert found["low"] < 2.0**doublings < found["high"] and found["effect"] == pytest.approx(2.0**doublings, rel=0.05)
+    assert found["bound"] == "" and found["high"] / found["low"] < 1.2
+
+
+def test_more_passes_are_another_method_and_no_tuning():
+    """A slightly better recipe at ten times the cost must not stand for the cost of the method."""
+    other = {"granularity": "none", "retrain": "masklora"}
+    records = curve(0.5, COUNTS, flops=lambda n: {"reconstruct": float(n)}, held_out=30)
+    records += curve(0.5, (8, *COUNTS, 256), flops=lambda n: {"retrain": float(n)}, held_out=30, **other)
+    records += curve(0.51, (8, *COUNTS, 256), flops=lambda n: {"retrain": 10.0 * n}, held_out=29, retrain_epochs=10, **other)
+    assert verdict_on("5b.masklora.flops", records)["effect"] == pytest.approx(1, rel=0.05)
+
+
+def test_ratio_that_is_only_known_to_be_above():
+    """Retraining never gets there: all that its largest run shows is a bound."""
+    records = curve(0.9, COUNTS) + curve(0.1, [128, 1024], granularity="none", retrain="masklora")
+    found = verdict_on("5b.masklora.samples", records)
+    bound = 1024 / math.sqrt(32 * 64)  # the median over four counts
+    assert (found["bound"], found["effect"], found["high"]) == (">", pytest.approx(bound), math.inf) and found[
+        "low"
+    ] == pytest.approx(bound)
+    assert found["verdict"] == HOLDS
+    assert "128: > 8" in found["reason"] and "> 22.6 [22.6, ∞]" in effect_words(found)
+    # With fewer samples tried, the bound is too low to say that it is ten times: that is no evidence against it either.
+    few = [r for r in records if r["spec"]["retrain_samples"] != 1024]
+    assert verdict_on("5b.masklora.samples", few)["verdict"] == UNSURE
+
+
+def test_ratio_that_is_only_known_to_be_below():
+    """Retraining is better from its first run on."""
+    records = curve(0.3, COUNTS) + curve(0.9, [32, 128], granularity="none", retrain="masklora")
+    found = verdict_on("5b.masklora.samples", records)
+    bound = 32 / math.sqrt(32 * 64)
+    assert (found["bound"], found["effect"], found["low"]) == ("<", pytest.approx(bound), 0.0) and found["verdict"] == FAILS
+
+
+def test_ratio_of_compute():
+    reconstruction = curve(0.5, COUNTS, flops=lambda n: {"prune": 1e9, "reconstruct": 3e9 * n})
+    cost = {"granularity": "none", "retrain": "lora", "flops": lambda n: {"prune": 1e9, "retrain": 6e9 * n}}
+    retraining = curve(0.5, (8, *COUNTS, 256), **cost)
+    found = verdict_on("5b.lora.flops", reconstruction + retraining)
+    assert found["verdict"] == FAILS and found["effect"] == pytest.approx(2.0, rel=0.05) and found["low"] < 2 < found["high"]
+    assert verdict_on("5b.lora.samples", reconstruction + retraining)["effect"] == pytest.approx(1.0, rel=0.05)
+
+
+def test_points_without_enough_seeds_do_not_spoil_a_ratio():
+    records = curve(0.5, COUNTS) + curve(0.34, [16, 64, 256, 1024], granularity="none", retrain="masklora")
+    records.append(record(0.9, granularity="none", retrain="masklora", retrain_samples=4096))
+    found = verdict_on("5b.masklora.samples", records)
+    assert found["seeds"] == 3 and found["effect"] == pytest.approx(4, rel=0.05)
+
+
+def budgeted(recovered, flops, **spec):
+    return seeds(recovered, flops={"prune": 1e12, "reconstruct": flops / 2, "retrain": flops / 2}, **spec)
+
+
+def test_combination_is_compared_at_equal_compute():
+    both = {"retrain": "masklora", "retrain_samples": 32}
+    equal = budgeted(0.5, 1.0e9, **both) + budgeted(0.4, 1.1e9) + budgeted(0.9, 9e9, samples=512)
+    found = verdict_on("6.masklora.reconstruction.flops", equal)
+    assert found["verdict"] == HOLDS and found["effect"] == pytest.approx(0.1 * GAP, abs=0.01)
+    assert verdict_on("6.masklora.retraining.flops", equal)["reason"] == "no records"
+    worse = budgeted(0.3, 1.0e9, **both) + budgeted(0.4, 1.1e9)
+    assert verdict_on("6.masklora.reconstruction.flops", worse)["verdict"] == FAILS
+
+
+def test_combination_with_less_compute_may_win_but_not_lose():
+    both = {"retrain": "masklora", "retrain_samples": 32}
+    win = verdict_on("6.masklora.reconstruction.flops", budgeted(0.5, 1e9, **both) + budgeted(0.4, 5e9))
+    lose = verdict_on("6.masklora.reconstruction.flops", budgeted(0.3, 1e9, **both) + budgeted(0.4, 5e9))
+    assert win["verdict"] == HOLDS and "less compute" in win["reason"]
+    assert lose["verdict"] == UNSURE and "but with less compute" in lose["reason"]
+    more = verdict_on("6.masklora.reconstruction.flops", budgeted(0.5, 9e9, **both) + budgeted(0.4, 5e9))
+    assert more["reason"] == "no records"
+
+
+def test_samples_are_compared_count_by_count():
+    """Retraining with as many samples is worse, and with sixteen times as many better."""
+    other = {"granularity": "none", "retrain": "masklora", "samples": 64}
+    records = seeds(0.4, samples=8, prune_samples=64, kl=0.6, other=0.5)
+    for count, share in ((4, 0.1), (8, 0.3), (64, 0.9), (128, 0.5), (512, 0.7)):
+        records += seeds(share, retrain_samples=count, prune_samples=64, kl=share, other=share, **other)
+    same, tenfold = (verdict_on(f"{group}.masklora.8.own", records) for group in ("5a", "5b"))
+    assert same["verdict"] == HOLDS and same["effect"] == pytest.approx(0.1, abs=0.01)  # of the perplexity gap
+    assert tenfold["verdict"] == FAILS and tenfold["effect"] == pytest.approx(-0.1, abs=0.01)  # 128: the fewest that suffice
+    assert "8 samples against 128" in tenfold["reason"] and "moves the dense" not in tenfold["reason"]
+    # By the divergence from the dense model it is the other way round.
+    assert verdict_on("5b.masklora.8.kl", records)["effect"] == pytest.approx(0.1, abs=0.01)
+    assert verdict_on("5b.masklora.8.other", records)["verdict"] == HOLDS  # on both sides half of it
+    assert verdict_on("5a.masklora.32.own", records)["reason"] == "no records"
+    # What the same retraining does to the dense model is said.
+    records += seeds(1.05, retrain_samples=128, prune_samples=64, criterion="none", **other)
+    moved = float(verdict_on("5b.masklora.8.own", records)["reason"].split("moves the dense model by ")[1].split()[0])
+    assert moved == pytest.approx(-0.05 * GAP, abs=0.01)
+
+
+def test_as_good_is_not_worse_by_more_than_the_margin():
+    def compared(recovered):
+        retrained = seeds(0.4, granularity="none", retrain="masklora", samples=64, retrain_samples=8, prune_samples=64)
+        return verdict_on("5a.masklora.8.own", retrained + seeds(recovered, samples=8, prune_samples=64))
+
+    worse, little_worse, better = (compared(0.4 + MARGIN * times) for times in (-2, -0.5, 1))
+    assert (worse["verdict"], little_worse["verdict"], better["verdict"]) == (FAILS, HOLDS, HOLDS)
+    assert "90 % interval above -0.05 of the perplexity gap" in little_worse["reason"]
+    assert "above 0" in better["reason"] and "above 0" not in little_worse["reason"]
+
+
+def test_a_measure_that_records_lack_is_not_judged():
+    assert verdict_on("1.kl", seeds())["reason"] == "no records"
+    assert verdict_on("1.kl", seeds(kl=0.3))["effect"] == pytest.approx(0.3 * GAP, abs=0.01)
+    assert verdict_on("1.other", seeds(0.4, other=0.2))["effect"] == pytest.approx(0.2 * GAP, abs=0.01)
+
+
+def test_as_many_seeds_as_it_says_decide():
+    """Undecided with three seeds; with the number that it asks for, decided most of the time."""
+    found = verdict_on("3", seeds(0.4, noise=0.02) + seeds(0.37, noise=0.02, granularity="matrix"))
+    assert found["verdict"] == UNSURE
+    needed = int(found["reason"].split("it would take about ")[1].split()[0])
+    assert needed > 3
+    more = [seeds(share, 2 * needed, noise=0.02, **o) for share, o in ((0.4, {}), (0.37, {"granularity": "matrix"}))]
+    assert verdict_on("3", sum(more, []))["verdict"] == HOLDS

@@ -1,0 +1,172 @@
+"""Figures from few made-up records: they draw, and their data hold what was put in."""
+
+import json
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from fixtures.made_up import record, seeds
+
+import recon
+from companion import figures, frame, judge, search
+
+matplotlib.use("agg")
+SIZES = ("none", "matrix", "half-block", "block")
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def table(*records, memory=False):
+    runs = frame.table(
+        [run | ({"window_memory_bytes": {"weights": 2**29, "moments": 2**29}} if memory else {}) for run in records]
+    )
+    return runs
+
+
+def of_sizes(count=2, **options):
+    shares = dict(zip(SIZES, (0.0, 0.2, 0.4, 0.41)))
+    return [run for size, share in shares.items() for run in seeds(share, count, granularity=size, **options)]
+
+
+def test_sizes_are_means_over_seeds():
+    runs = table(*of_sizes(3), *of_sizes(1, pattern="2:4"), memory=True)
+    data = figures.sizes(runs).set_index(["pattern", "granularity"])
+    assert data.loc[("0.5", "half-block"), "perplexity"] == pytest.approx(35.0) and data.loc[("0.5", "pruned"), "seeds"] == 3
+    expected = 1 - np.log(35 / 20) / np.log(45 / 20)
+    assert data.loc[("0.5", "half-block"), "share recovered"] == pytest.approx(expected) and data[frame.MEMORY].eq(1.0).all()
+    figure, drawn, finding = figures.everywhere(data.reset_index())
+    assert len(drawn) == 6 and "half-block in 2 of 2" in finding
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_memory_is_drawn_where_records_have_it_and_flops_elsewhere(memory):
+    figure, drawn, finding = figures.memory(figures.sizes(table(*of_sizes(), memory=memory)))
+    assert (frame.MEMORY in drawn) == memory and "block windows take 1.0 times" in finding and len(figure.axes) == 1
+    assert figures.costs(table(*of_sizes(), memory=memory))[2].startswith("The lowest perplexity is that of block")
+
+
+def test_effects_are_paired_and_judged():
+    data = figures.effects(table(*of_sizes(3)), ["model", "fit"], {"fit": "half-block"}).set_index("fit")
+    assert data["verdict"].to_dict() == {"none": "worse", "matrix": "worse", "half-block": "default", "block": "equal"}
+    assert data.loc["matrix", "difference"] == pytest.approx(-0.2, abs=0.01)
+    flipped = figures.effects(table(*of_sizes(3)), ["model", "fit"], {"fit": "half-block"}, flip=True, share=False).set_index(
+        "fit"
+    )
+    assert flipped.loc["matrix", "difference"] == pytest.approx(0.2 * 0.8, abs=0.01)
+    figure = figures.forest(data.reset_index(), "fit", "model", "share")
+    assert len(figure.axes) == 1 and figures.count_words(data) == "1 equal, 2 worse"
+
+
+def retrained():
+    pruned = seeds(0.0, 2, granularity="none", other=0.0, kl=0.0)
+    both = {"other": 0.3, "kl": 0.3, "prune_samples": 32}
+    ours = [run for n in (2, 8) for run in seeds(0.3 + n / 100, 2, samples=n, **both)]
+    return pruned + ours + [
+        run for n in (2, 8) for run in seeds(0.2, 2, granularity="none", retrain="masklora", retrain_samples=n, samples=32, **both)
+    ]  # fmt: skip
+
+
+def test_efficiency_and_budget():
+    runs = table(*retrained())
+    figure, drawn, finding = figures.efficiency(runs, 256)
+    differences = drawn[drawn["panel"] == "difference"]
+    assert (
+        len(differences) == 2 * 3 and (differences.loc[differences["measure"] == "perplexity, wikipedia", "difference"] > 0).all()
+    )
+    assert finding.startswith("Reconstruction against retraining at equal samples: 2 better, ")
+    figure, means, finding = figures.budget(runs)
+    assert set(means["method"]) == {"reconstruction", "masklora"} and "reconstruction alone is" in finding
+
+
+def test_front_is_what_nothing_beats():
+    draw = np.random.default_rng(0)
+    means = pd.DataFrame({"cost": draw.uniform(1, 100, 60), "quality": draw.uniform(0, 1, 60)})
+    best = figures.front(means, "cost", "quality")
+    for row in means.itertuples():
+        beaten = ((means["cost"] * figures.ALIKE < row.cost) & (means["quality"] < row.quality)).any()
+        assert (row.Index in best.index) != beaten
+
+
+def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
+    """Held-out perplexity is lowest at 1e-3: the search begins in the middle, walks there, and tries both its neighbours."""
+
+    def run_study(specs, folder, **_):
+        for spec in specs:
+            rate = spec.flat()["learning_rate"]
+            run = record(0.4, held_out=30 + abs(np.log10(rate) + 3), **spec.flat())
+            (folder / f"{spec.key()}.json").write_text(json.dumps(run | {"key": spec.key()}))
+
+    monkeypatch.setattr(recon, "run_study", run_study)
+    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    base = recon.RunSpec.of(sequence_length=64, evaluation_length=64)
+    assert search.search(base, {"reconstruction": [8]}, rates, 0, tmp_path, compute=False).empty
+    found = search.search(base, {"reconstruction": [8]}, rates, 0, tmp_path)
+    assert search.chosen(found) == {("reconstruction", 8): 1e-3} and sorted(found["learning_rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
+    figure, drawn, finding = figures.rates(found, "relative")
+    assert finding == "The best rates are 0.001 for reconstruction; 0 of 1 are at the edge of what was tried."
+
+
+@pytest.mark.parametrize(
+    "name", ["pruned", "reconstruction", "masklora", "reconstruction, then lora", "dense, full", "lora, distilled"]
+)
+def test_recipes_have_the_names_of_their_runs(name):
+    spec = search.recipe(recon.RunSpec(), name, 16)
+    assert frame.recipe_name(spec.flat()) == name and (
+        name == "pruned" or 16 in (spec.flat()["samples"], spec.flat()["retrain_samples"])
+    )
+
+
+@pytest.mark.parametrize("fit", ["matrix", "matrix exact", "half-block", "block from exact"])
+def test_fits_have_the_names_of_their_options(fit):
+    [spec] = recon.grid(recon.RunSpec(), **frame.fit_options(fit))
+    assert frame.fit_name(spec.flat()) == fit
+
+
+def test_criteria():
+    shares = {"magnitude": 0.2, "wanda": 0.3, "sparsegpt": 0.4}
+    runs = table(*[run for name, share in shares.items() for size in ("none", "half-block")
+                   for run in seeds(share * (size != "none"), 2, criterion=name, granularity=size)])  # fmt: skip
+    figure, drawn, finding = figures.criteria(runs)
+    assert len(drawn) == 6 and finding.startswith("Perplexity of the worst criterion over the best: ")
+    figure, drawn, finding = figures.gaps(runs, "sparsegpt")
+    assert set(drawn["criterion"]) == {"magnitude", "wanda"} and "in 0 of 2 comparisons" in finding
+
+
+def test_depth_and_losses():
+    runs = table(*[run for name in ("dense", "mixed") for run in seeds(0.4, 2, propagation=name)])
+    figure, drawn, finding = figures.drift(runs)
+    assert np.allclose(drawn["ratio"], 0.5) and "0.50 for dense" in finding
+    runs = table(*of_sizes(1))
+    assert figures.losses(runs)[2].endswith("matrix 60%, half-block 60%, block 60%.")
+    figure, drawn, finding = figures.accumulation(runs)
+    assert "half-block 80% and 0.30" in finding and set(drawn["panel"]) == {"drift", "windows"}
+
+
+def test_before_after():
+    runs = table(
+        *[
+            run
+            for text in ("wikipedia", "news")
+            for size in ("none", "half-block")
+            for run in seeds(0.4 * (size != "none"), 2, text=text, granularity=size)
+        ]
+    )
+    figure, drawn, finding = figures.before_after({"calibration text": (runs, "text"), "nothing": (runs, "criterion")})
+    assert finding == "Reconstruction helps with 2 of 2 (calibration text)." and figures.before_after({}) is None
+
+
+def test_the_forest_has_a_row_per_central_claim_and_model():
+    runs = table(*of_sizes(3), *of_sizes(3, pattern="2:4"))
+    figure, drawn, finding = figures.claims(judge.judge(runs))
+    assert (
+        set(drawn["claim"]) == {"1.own", "2.block", "3"}
+        and set(drawn["pattern"]) == {"0.5"}
+        and finding.startswith("Holds: recovery, ")
+    )
+    assert figures.claims(judge.judge(table(*of_sizes(3)[:3]))) is None
