@@ -1,14 +1,12 @@
-"""Gradient descent on the weights that survive: AdamW, linear schedule with warm-up, the mask applied again after every step.
+"""How long, how fast and on what gradient descent goes: a linear schedule with warm-up, and rates relative to the size of weights.
 
-    theta <- M * AdamW(theta, grad L(theta), r * s)        M: keep-mask, 1 where a weight survives
-
-AdamW moves every weight by about its learning rate, whatever the gradient's size. So the rate r is relative: times s, the root mean
+The loop is `recon.methods.training.train`. AdamW moves every weight by about its learning rate, whatever the gradient's size. So the rate r is relative: times s, the root mean
 square of the surviving weights of each matrix. One r then fits models whose weights differ by an order of magnitude.
 
 AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Schedule as in the paper (arXiv 2510.14444): linear with 10 % warm-up.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -71,38 +69,3 @@ def trained(parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor
     least = (sum(squares[p] for p in matrices) / max(1, sum(counts[p] for p in matrices))) ** 0.5
     sizes = {p: (squares[p] / max(1, counts[p])) ** 0.5 for p in squares}
     return [Trained(p, masks.get(p), max(size, least) if p.ndim == 1 or not size else size) for p, size in sizes.items()]
-
-
-@torch.enable_grad()
-def descend(
-    gradients: Callable[[int], Tensor],
-    trained: list[Trained],
-    schedule: Schedule,
-    steps: int,
-    after_step: Callable[[Tensor], None] = lambda loss: None,
-) -> list[float]:
-    """Trains parameters in place by AdamW; dropped weights are exact zeros after every step. Returns the loss of each step.
-
-    Args:
-        gradients: called with the number of a step; adds its gradients to those of the parameters and returns its loss, ().
-        trained: the parameters, float32 leaves that require gradients, each with its mask and its size.
-        schedule: sets the learning rate of each step, and the weight decay; batch sizes are up to `gradients`.
-        steps: optimiser steps in all.
-        after_step: called with the loss of every step.
-    """
-    rates = [schedule.learning_rate * (each.size if schedule.rate == "relative" else 1.0) for each in trained]
-    groups = [{"params": [each.parameter], "lr": rate} for each, rate in zip(trained, rates, strict=True)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
-    losses = []
-    for step in range(steps):
-        losses.append(gradients(step))
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for each in trained:
-                if each.mask is not None:
-                    each.parameter.mul_(each.mask)
-        after_step(losses[-1])
-    return torch.stack(losses).tolist() if losses else []

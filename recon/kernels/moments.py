@@ -4,6 +4,7 @@ With X (tokens, in) the inputs: the Gram matrix X'X, of which only the upper tri
 tokens; and sums of squares.
 """
 
+import torch
 from torch import Tensor
 
 from recon.kernels.rows import parts
@@ -58,3 +59,11 @@ def mirrored(gram: Tensor) -> Tensor:
     """The symmetric matrix (in, in) with the upper triangle of `gram` (in, in)."""
     upper = gram.triu()
     return upper + gram.triu(1).T
+
+
+def mean_product(left: Tensor, right: Tensor) -> Tensor:
+    """Mean over tokens of the outer product: left (samples, length, a), right (samples, length, b) -> (a, b) float32."""
+    total = left.new_zeros(left.shape[-1], right.shape[-1], dtype=torch.float32)
+    for a, b in zip(left, right, strict=True):
+        total.addmm_(a.float().T, b.float())
+    return total / left.shape[:2].numel()

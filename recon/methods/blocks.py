@@ -55,7 +55,7 @@ def over_blocks(
         outputs = None
         with decoder.loaded(window):
             if stream is not None:
-                outputs, gathered = gather(execution, decoder, window, stream, statistics)
+                outputs, gathered, _ = gather(execution, decoder, window, stream, statistics)
             noted, changed = visit(window, gathered)
             if window == blocks[-1]:
                 outputs = None

@@ -111,7 +111,7 @@ class Pruner:
         for name, matrix in decoder.matrices().items():
             self.pattern.check_columns(name, matrix.weight.shape[1])
         execution.store.new_masks()
-        self.found = list(execution.store.finished("prune"))  # what was found window by window, one after another
+        self.noted = list(execution.store.finished("prune"))  # what was found window by window, one after another
 
     @torch.no_grad()
     def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -140,7 +140,7 @@ class Pruner:
             return
         noted, changed = self.prune(window, statistics)
         noted["seconds"] = time.perf_counter() - began
-        self.found.append(noted)
+        self.noted.append(noted)
         store.finish("prune", noted, tensors=changed)
 
     def summed_up(self, found: list[dict]) -> Pruning:
@@ -159,10 +159,10 @@ class Pruner:
         return Pruning(masks, sparsity, under_calibrated=under_calibrated, seconds=seconds)
 
     def _pruned(self, matrix: Matrix, statistics: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The matrix's new weight and mask. `statistics`: a Gram matrix with mask refinement, else what the criterion asks for."""
+        """The matrix's new weight and mask. `statistics`: what the criterion asks for, or a Gram matrix."""
         weight, own, steps = matrix.weight.float(), statistics, self.config.mask_refinement
-        if steps:
-            own = {"none": None, "norm": statistics.diagonal().sqrt(), "gram": statistics}[self.criterion.statistics]
+        if self.criterion.statistics == "norm" and statistics.ndim == 2:  # a Gram matrix, which tells norms
+            own = statistics.diagonal().sqrt()
         random = generator(self.seed, "criterion", matrix.name)
         try:
             pruned, mask = self.criterion.prune(weight, own, self.pattern, self.scope, random, **self.options)

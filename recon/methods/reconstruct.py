@@ -6,9 +6,10 @@ For a window f with weights theta, survivors M, inputs X and targets Y (which of
 
 (or another loss; the paper's is without sigma; `recon.kernels.losses`).
 
-A Free Lunch in LLM Compression, arXiv 2510.14444, method section. How a window is fitted: `recon.methods.fit`.
+A Free Lunch in LLM Compression, arXiv 2510.14444, method section.
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -21,24 +22,28 @@ from tqdm.auto import tqdm
 
 from recon.config import PruningConfig, ReconstructionConfig, two_passes
 from recon.errors import ReconError
-from recon.kernels.losses import unexplained
-from recon.methods.adapters import check_adaptable
+from recon.kernels.gradient_descent import Trained, trained
+from recon.kernels.least_squares import masked_least_squares
+from recon.kernels.losses import channel_variance, get_loss, position_weights, unexplained
+from recon.kernels.moments import mean_product
+from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
-from recon.methods.fit import WindowFit
 from recon.methods.masks import check_alike, check_trainable, keep_masks
-from recon.methods.problem import Problem, split_samples
-from recon.methods.propagation import Propagation, Task
+from recon.methods.propagation import Streams
 from recon.methods.prune import Pruner
-from recon.methods.training import movement
+from recon.methods.samples import Split, split_samples
+from recon.methods.training import movement, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
+from recon.model.matrices import factors, stored
 from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
+from recon.runtime.seeds import generator
 
 log = logging.getLogger("recon")
 
-ALIGNED = 16  # elements in float32: parts of one buffer begin at whole cache lines, as separate tensors do
+TOKENS = 2**17  # that tell the variance of channels
 # What became of a window. Rolled back: its weights are those that pruning left.
 RECONSTRUCTED, GREW, NOT_FINITE = "reconstructed", "rolled back: error grew", "rolled back: not finite"
 
@@ -82,15 +87,16 @@ def reconstruct(
         pruning: prunes as well, in the same pass: `model` is a copy of `dense`, and each window is pruned before it is fitted, by
             statistics of what it reads in the dense model.
         held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on. A window whose error on the first
-            `recon.methods.problem.ERROR_SAMPLES` of them grows is rolled back.
-        execution: where and in what precision to compute; default: where `dense` is. Models stay where they are, but for the window in hand.
-        callbacks: told of each window's report, and of what pruning found.
+            `recon.methods.samples.ERROR_SAMPLES` of them grows is rolled back.
+        execution: where and in what precision to compute; default: where `dense` is. Models stay there, but for the current window.
+        callbacks: told of each window's report, and of the masks that pruning made.
 
     Returns the reports of all windows, in the order in which they were fitted.
 
     Raises:
-        ReconError: a mask that does not fit, pruning that cannot be done in the same pass, models that differ in more than their values, a model not in float32, samples longer than
-            the model was made for, held-out samples of another length, a granularity that does not fit the model.
+        ReconError: a mask that does not fit, pruning that cannot be done in the same pass, models that differ in more than their
+            values, a model not in float32, samples longer than the model was made for, held-out samples of another length, a
+            granularity that does not fit the model.
     """
     teacher = decompose(dense)
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
@@ -108,26 +114,32 @@ def reconstruct(
         check_one_pass(masks, pruning, config, split.calibration)
         pruner = Pruner(student, pruning.on(split.calibration), seed, execution)
         masks = execution.store.masks
-    reconstruction = Reconstruction(Problem(teacher, student, masks, config, split, seed, execution, pruner))
-    reports = [WindowReport(**found) for found in execution.store.finished("reconstruct")]
+    reconstruction = Reconstruction(teacher, student, masks, config, split, seed, execution, pruner)
+    reports = [WindowReport(**noted) for noted in execution.store.finished("reconstruct")]
     left = windows[len(reports) :]
     if left:
         reconstruction.begin(tokens, reports)
     bar = tqdm(
-        desc=f"{'prune and ' if pruner else ''}reconstruct ({config.granularity})", unit="window", disable=not execution.progress, initial=len(reports),
-        total=len(windows),
+        desc=f"{'prune and ' if pruner else ''}reconstruct ({config.granularity})", unit="window", disable=not execution.progress,
+        initial=len(reports), total=len(windows),
     )  # fmt: skip
-    # Only the window in hand is trained; nothing else needs gradients.
+    # Only the current window is trained; nothing else needs gradients.
     with bar, requiring_gradients(student.model.parameters(), False):
         for report in (execution.loop or one_after_another)(reconstruction, left):
             reports.append(report)
             for callback in (ProgressBar(bar), *callbacks):
                 callback.on_window(report)
     if pruner:
-        found = pruner.summed_up(pruner.found)
+        made = pruner.summed_up(pruner.noted)
         for callback in callbacks:
-            callback.on_pruned(found)
-    warn_of_rolled_back(reports, config)
+            callback.on_pruned(made)
+    grew = sum(report.status == GREW for report in reports)
+    if 2 * grew > len(reports):
+        log.warning(
+            "%d of %d windows got worse on held-out text and were rolled back: the learning rate, %g, is probably too high for this "
+            "model; try a third or a tenth of it",
+            grew, len(reports), config.learning_rate,
+        )  # fmt: skip
     return reports
 
 
@@ -140,103 +152,183 @@ def check_one_pass(masks: dict | None, pruning: PruningConfig, config: Reconstru
 
 
 def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window]) -> Iterator[WindowReport]:
-    """The loop over windows: inputs and targets by propagation, its masks, a fit, and on to the next."""
-    problem, propagation = reconstruction.problem, reconstruction.propagation
-    for window in windows:
+    """The loop over windows: inputs and targets by propagation, its mask, a start, a fit, and on to the next."""
+    student, streams, pruner = reconstruction.student, reconstruction.streams, reconstruction.pruner
+    for f in windows:
         began = time.perf_counter()
-        task = propagation.task(window)
-        with problem.student.loaded(window):
-            if problem.pruner:
-                problem.pruner.visit(window, task.statistics)
-            report = reconstruction.reconstruct(window, task)
-            propagation.advance(window)
-            report = reconstruction.finish(window, report, propagation.streams, time.perf_counter() - began)
-        yield report
+        X, Y, statistics = streams.task(reconstruction.config.propagation, f)
+        with student.loaded(f):
+            if pruner:
+                pruner.visit(f, statistics)
+            report = reconstruction.fit(f, X, Y, statistics)
+            streams.advance(f)
+            yield reconstruction.finish(f, report, time.perf_counter() - began)
 
 
 class Reconstruction:
-    """One pass over the windows of a problem: what a loop over them is made of."""
+    """What a loop over windows is made of: `streams.task`, `fit`, `streams.advance` and `finish`, for one window after another.
 
-    def __init__(self, problem: Problem):
-        self.problem = problem
-        self.propagation = Propagation(problem)
-        self.fit = WindowFit(problem)
+    Another loop than `one_after_another` may be given as `execution.loop`. Under dense propagation `streams.advance` needs no window to be
+    fitted, and `fit` none but the current one: given the dense stream at its start, the windows of a block can be fitted anywhere, by a
+    `Reconstruction` of its own whose `streams.dense` is set to it; `finish` takes what came of it, in the order of the windows.
+
+    Args:
+        teacher: the dense model, which stays as it is. student: the pruned one, whose parameters change in place.
+        masks: keep-masks M by matrix name, bool (out, in).
+        split: which samples serve for what.
+        pruner: prunes each window before it is fitted; None: all are pruned.
+    """
+
+    def __init__(
+        self,
+        teacher: Decoder,
+        student: Decoder,
+        masks: dict[str, Tensor],
+        config: ReconstructionConfig,
+        split: Split,
+        seed: int,
+        execution: Execution,
+        pruner: Pruner | None = None,
+    ):
+        self.teacher, self.student, self.masks, self.config = teacher, student, masks, config
+        self.split, self.seed, self.execution, self.pruner = split, seed, execution, pruner
+        self.exact = "exact" in (config.solver, config.start)
+        own = config.granularity == "matrix" and config.propagation != "dense"  # Gram matrices are of what the student reads
+        pruned_by = pruner.statistics if pruner else "none"
+        self.streams = Streams(teacher, student, execution, split.calibration, "gram" if self.exact and not own else pruned_by)
 
     def begin(self, tokens: Tensor, reports: list[WindowReport]) -> None:
         """Starts with all of `tokens` (samples, length), or goes on after the windows of `reports`."""
-        execution = self.problem.execution
-        self.propagation.begin(tokens, execution.store.streams("reconstruct"))
-        config, split, student = self.problem.config, self.problem.split, self.problem.student
+        execution, config, split, student = self.execution, self.config, self.split, self.student
+        self.streams.begin(config.propagation, tokens, execution.store.streams("reconstruct"))
         chunks = max(config.chunks_of(window, split.length) for window in student.windows(config.granularity))
         if chunks > 1:
             # To find out what blocks are called with at this length takes the embedding; later, a window would be in memory beside it.
             batch = min(config.batch_size, split.calibration * chunks)
             student.call(torch.empty(batch, split.length // chunks, 0, device=execution.device))
-        if reports and 0 < reports[-1].micro_batch < self.problem.config.batch_size:
+        if reports and 0 < reports[-1].micro_batch < config.batch_size:
             execution.micro_batch = reports[-1].micro_batch
 
-    def reconstruct(self, window: Window, task: Task) -> WindowReport:
-        """Fits one window, measures its error before and after, and rolls it back where the error grew or became non-finite."""
-        student, config = self.problem.student, self.problem.config
-        parameters = student.trained(window, config.train)
-        backup = self._copied(parameters)
-        before = self._error(window, task)
-        trained, losses = self.fit(window, task, parameters)
-        after = self._error(window, task)
-        status = self._status(window, parameters, losses, before, after)
+    def fit(self, f: Window, X: Tensor, Y: Tensor, statistics: dict[str, Tensor]) -> WindowReport:
+        """Fits one window, measures its error before and after, and rolls it back where the error grew or became non-finite.
+
+        statistics: of what its matrices read, by matrix name; Gram matrices where they are solved exactly.
+        """
+        config, split, theta = self.config, self.split, self.student.trained(f, self.config.train)
+        variance = channel_variance(Y[: min(-(-TOKENS // split.length), split.calibration)])  # sigma^2
+        pruned = {name: self.execution.store.empty(p.shape, p.dtype).copy_(p.detach()) for name, p in theta.items()}
+        before = self._error(f, X, Y, variance)
+        if self.exact:
+            self._solve_exactly(f, X, Y, statistics, theta)
+        count, losses = sum(p.numel() for p in theta.values()), []
+        if config.solver == "adamw":
+            count, losses = self._descend(f, X, Y, variance, theta)
+        after = self._error(f, X, Y, variance)
+        status = self._status(f, theta, losses, before, after)
         if status != RECONSTRUCTED:
             after = before
             with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(backup[name])
-        matrices = dict.fromkeys(matrix.parameter_name for matrix in student.matrices(window).values())
-        moved = movement((backup[name], parameters[name]) for name in matrices)
-        batch = (self.problem.execution.micro_batch or config.batch_size) if config.solver == "adamw" else 0
-        return WindowReport(window.name, trained, before, after, losses, moved, 0.0, status, batch)
+                for name, parameter in theta.items():
+                    parameter.copy_(pruned[name])
+        matrices = {matrix.parameter_name for matrix in self.student.matrices(f).values()}
+        moved = movement((pruned[name], parameter) for name, parameter in theta.items() if name in matrices)
+        batch = (self.execution.micro_batch or config.batch_size) if config.solver == "adamw" else 0
+        return WindowReport(f.name, count, before, after, losses, moved, 0.0, status, batch)
 
-    def finish(self, window: Window, report: WindowReport, streams: dict[str, Tensor | None], seconds: float) -> WindowReport:
-        """Notes that `window`, whose weights are in memory, is finished; `streams`: what the next one starts from."""
-        found = asdict(report) | {"seconds": seconds}
-        tensors = {name: parameter.detach() for name, parameter in self.problem.student.parameters(window).items()}
-        self.problem.execution.store.finish("reconstruct", found, streams, tensors)
-        return WindowReport(**found)
+    def finish(
+        self, f: Window, report: WindowReport, seconds: float, streams: dict[str, Tensor | None] | None = None
+    ) -> WindowReport:
+        """Notes that `f`, whose weights are in memory, is finished; `streams`: what the next window starts from, if not the current ones."""
+        noted = asdict(report) | {"seconds": seconds}
+        tensors = {name: parameter.detach() for name, parameter in self.student.parameters(f).items()}
+        now = {"dense": self.streams.dense, "sparse": self.streams.sparse}
+        self.execution.store.finish("reconstruct", noted, streams or now, tensors)
+        return WindowReport(**noted)
 
-    def _error(self, window: Window, task: Task) -> dict[str, float]:
-        """The error of the window's output on the samples that errors are measured on."""
-        split, inputs, targets = self.problem.split, task.inputs, task.targets
-        if not self.propagation.by_grams:  # else the task holds these samples alone
-            inputs, targets = inputs[split.measured], targets[split.measured]
-        output = self.propagation.forward(self.problem.student, window, inputs)
-        return {split.measured_on: unexplained(output, targets, task.variance)}
+    # --- one window -------------------------------------------------------------------------------------------------
 
-    def _status(self, window: Window, parameters, losses: list[float], before: dict, after: dict) -> str:
+    def _error(self, f: Window, X: Tensor, Y: Tensor, variance: Tensor) -> dict[str, float]:
+        """The error of f(X) on the samples that errors are measured on."""
+        measured = self.split.measured
+        output = self.streams.forward(self.student, f, X[measured])
+        return {self.split.measured_on: unexplained(output, Y[measured], variance)}
+
+    def _status(self, f: Window, theta: dict[str, nn.Parameter], losses: list[float], before: dict, after: dict) -> str:
         """What became of a window that was fitted."""
         finite = {
-            "weights": all(bool(parameter.isfinite().all()) for parameter in parameters.values()),
+            "weights": all(bool(parameter.isfinite().all()) for parameter in theta.values()),
             "losses": all(map(math.isfinite, losses)),
             "activations": all(map(math.isfinite, after.values())),
         }
         if broken := [what for what, fine in finite.items() if not fine]:
-            log.warning("window %r: fitting gave NaN or infinite %s; it is rolled back", window.name, ", ".join(broken))
+            log.warning("window %r: fitting gave NaN or infinite %s; it is rolled back", f.name, ", ".join(broken))
             return NOT_FINITE
         # Only held-out text shows the harm of too high a learning rate; without any, nothing is rolled back for its error.
-        grew = self.problem.config.roll_back and "held_out" in after and not after["held_out"] <= before["held_out"]
+        grew = self.config.roll_back and "held_out" in after and not after["held_out"] <= before["held_out"]
         return GREW if grew else RECONSTRUCTED
 
-    def _copied(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Copies of `parameters`, in one buffer, which the store may place in a file."""
-        steps = [-(-p.numel() // ALIGNED) * ALIGNED for p in parameters.values()]
-        room = self.problem.execution.store.empty((sum(steps),), torch.float32).split(steps)
-        found = zip(parameters.items(), room, strict=True)
-        return {name: part[: p.numel()].view(p.shape).copy_(p.detach()) for (name, p), part in found}
+    @torch.no_grad()
+    def _solve_exactly(self, f: Window, X: Tensor, Y: Tensor, grams: dict[str, Tensor], theta: dict[str, nn.Parameter]) -> None:
+        """Sets each matrix of the window to its masked least-squares solution; see `recon.kernels.least_squares`."""
+        dense, count, column = self.teacher.matrices(f), self.split.calibration, 0
+        if f.matrices and self.config.propagation != "dense":
+            grams = dict.fromkeys(f.matrices, mean_product(X[:count], X[:count]))
+        with self.execution.holding(self.student, f, theta.values()), self.teacher.loaded(f):
+            for name, matrix in self.student.matrices(f).items():
+                if name not in grams:  # an expert that too few tokens are sent to
+                    continue
+                rows = matrix.weight.shape[0]
+                gram = grams[name].to(matrix.weight.device)
+                cross = dense[name].weight.to(gram.device) @ gram
+                bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
+                if f.matrices and self.config.propagation == "mixed":
+                    # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
+                    wanted = Y[:count, :, column : column + rows].float()
+                    cross = mean_product(wanted if bias is None else wanted - bias, X[:count])
+                elif bias is not None:
+                    # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
+                    bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
+                mask, iterations = self.masks[name].to(gram.device), self.config.exact_iterations
+                matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), iterations))
+                column += rows
 
+    def _descend(
+        self, f: Window, X: Tensor, Y: Tensor, variance: Tensor, theta: dict[str, nn.Parameter]
+    ) -> tuple[int, list[float]]:
+        """Trains the window by gradient descent on calibration samples; returns how many elements, and the loss of each step."""
+        config, count, matrices = self.config, self.split.calibration, self.student.matrices(f)
+        data = [X[:count], Y[:count], position_weights(count, self.split.length, Y.device, skip=config.skip_first)]
+        chunks = config.chunks_of(f, self.split.length)  # more steps at the same work, where tokens are not mixed
+        data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
+        distance, variance = get_loss(config.loss), variance.to(self.execution.device)
+        schedule, random = config.schedule(count, f), generator(self.seed, "shuffle", f.name)
 
-def warn_of_rolled_back(reports: list[WindowReport], config: ReconstructionConfig) -> None:
-    """Warns where more than half of the windows got worse."""
-    grew = sum(report.status == GREW for report in reports)
-    if 2 * grew > len(reports):
-        log.warning(
-            "%d of %d windows got worse on held-out text and were rolled back: the learning rate, %g, is probably too high for this "
-            "model; try a third or a tenth of it",
-            grew, len(reports), config.learning_rate,
-        )  # fmt: skip
+        def descend(parameters: list[Trained], using=contextlib.nullcontext()) -> tuple[int, list[float]]:
+            def loss(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+                with self.execution, using:
+                    output = self.student.forward(f, x)
+                return (distance(output.flatten(2), y.flatten(2), variance) * weight).mean()  # a token may have several vectors
+
+            try:
+                losses = train(loss, data, parameters, schedule, random, self.execution)
+            except ReconError as error:
+                raise ReconError(f"window {f.name!r}: {error}") from error
+            return sum(each.parameter.numel() for each in parameters), losses
+
+        if config.adapter != "none":
+            draw = generator(self.seed, "adapters", f.name)
+            with adapted(matrices.values(), self.masks, config.adapter, config.rank, draw) as low_rank:
+                with self.execution.holding(self.student, f, [each.parameter for each in low_rank.values()]):
+                    return descend(list(low_rank.values()))
+        with self.execution.holding(self.student, f, theta.values()):
+            # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same memory, as the
+            # gradient of the parameter that holds them all would be made anew, in full, for every expert.
+            alone = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None and matrix.alone}
+            leaves = {name: nn.Parameter(matrix.part.detach()) for name, matrix in alone.items()}
+            held = {matrix.parameter_name for matrix in alone.values()}
+            rest, device = [parameter for name, parameter in theta.items() if name not in held], self.execution.device
+            masks = dict(stored({name: matrix for name, matrix in matrices.items() if name not in alone}, self.masks, device))
+            masks |= {leaf: factors(alone[name].oriented(self.masks[name]), device) for name, leaf in leaves.items()}
+            using = self.student.using(f, leaves) if alone else contextlib.nullcontext()
+            with requiring_gradients(rest):
+                return descend(trained([*rest, *leaves.values()], masks), using)

@@ -1,5 +1,7 @@
 """Statistics of what the matrices of a window read, gathered in one pass over calibration samples."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -14,34 +16,45 @@ FEW = 32  # tokens that say too little of what an expert reads
 
 @torch.no_grad()
 def gather(
-    execution: Execution, decoder: Decoder, window: Window, stream: Tensor, kind: str, count: int | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Runs `window` on `stream` and gathers statistics of what its matrices read.
+    execution: Execution,
+    decoder: Decoder,
+    window: Window,
+    stream: Tensor,
+    kind: str = "none",
+    count: int | None = None,
+    record: bool = False,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Runs `window` on `stream` (samples, length, hidden), and gathers statistics of what its matrices read.
 
     Args:
-        stream: inputs of the window, (samples, length, hidden).
-        kind: "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in); "moments": mean and
-            variance of each input column, (2, in).
+        kind: "none"; "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in); "moments": mean
+            and variance of each input column, (2, in).
         count: statistics are of the first so many samples; default: of all.
+        record: whether to keep what the matrices read.
 
     Returns:
-        The window's outputs, and the statistics by matrix name in float32, on the execution's device. Matrices that share an
-        input share one tensor. They accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
-        An expert's are those of the tokens that are sent to it; one that fewer than FEW are sent to has none.
+        The window's outputs; the statistics by matrix name in float32, on the execution's device; and by matrix name what they read,
+        (samples, length, in), in the compute dtype, if asked for. Matrices that share an input share one tensor. Statistics accumulate
+        in float32 outside autocast: a Gram matrix formed in bfloat16 is useless. An expert's are those of the tokens that are sent to
+        it; one that fewer than FEW are sent to has none.
     """
     totals: dict[tuple[str, ...], Tensor] = {}
-    tokens: dict[tuple[str, ...], int] = {}
+    inputs: dict[tuple[str, ...], Tensor] = {}
+    tokens: Counter = Counter()
     count, ran = len(stream) if count is None else count, 0  # samples
 
-    def accumulate(group: tuple[str, ...], x: Tensor) -> None:
-        """Adds `x` (..., in), which the matrices of `group` read, to their statistics."""
+    def see(group: tuple[str, ...], x: Tensor) -> None:
+        """Takes in x (..., in), which the matrices of `group` read."""
         x = x.detach().reshape(-1, x.shape[-1])
-        if ran >= count or not len(x):
+        if record:
+            if group not in inputs:
+                inputs[group] = execution.empty((*stream.shape[:2], x.shape[1]), execution.dtype, stream.device)
+            inputs[group].flatten(0, 1)[ran * stream.shape[1] :][: len(x)] = x
+        if kind == "none" or ran >= count or not len(x):
             return
         if group not in totals:
             rows = {"norm": (), "gram": (x.shape[1],), "moments": (2,)}[kind]
             totals[group] = x.new_zeros((*rows, x.shape[1]), dtype=torch.float32)
-            tokens[group] = 0
         with torch.autocast(x.device.type, enabled=False):
             if kind == "gram":
                 add_gram(totals[group], x.float())
@@ -51,7 +64,7 @@ def gather(
                 add_squares(totals[group], x)
         tokens[group] += len(x)
 
-    def forget() -> None:
+    def anew() -> None:
         nonlocal ran
         totals.clear()
         tokens.clear()
@@ -63,17 +76,16 @@ def gather(
         ran += len(batch)
         return output
 
-    with execution.holding(decoder, window), decoder.watching(window, accumulate):
-        outputs = execution.run(forward, stream, count, forget)
+    with execution.holding(decoder, window), decoder.watching(window, see):
+        outputs = execution.run(forward, stream, count, anew)
     statistics, matrices = {}, decoder.matrices(window)
     for group, total in totals.items():
         if tokens[group] < FEW and matrices[group[0]].routed:
             continue
         if not torch.isfinite(total).all():
             raise ReconError(f"the input of {group[0]!r} holds NaN or infinite activations on the calibration samples")
-        if kind == "moments":
-            statistics |= dict.fromkeys(group, total)
-            continue
-        mean = total / tokens[group]
-        statistics |= dict.fromkeys(group, mirrored(mean) if kind == "gram" else mean.sqrt())
-    return outputs, statistics
+        if kind != "moments":
+            total /= tokens[group]
+            total = mirrored(total) if kind == "gram" else total.sqrt()
+        statistics |= dict.fromkeys(group, total)
+    return outputs, statistics, {name: x for group, x in inputs.items() for name in group}

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from recon.errors import ReconError
-from recon.methods.problem import Problem
 from recon.methods.reconstruct import Reconstruction, WindowReport
 from recon.model.decoder import Decoder
 from recon.model.modules import requiring_gradients
@@ -110,7 +109,7 @@ class Task:
 class Fit:
     """What a worker does: reconstructs one window after another."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Reconstruction):
         self.decoder, execution = without_weights(problem.teacher), problem.execution
         self.execution = "cpu" if execution.device.type == "cpu" else "auto", str(execution.dtype).removeprefix("torch.")
         self.config, self.split, self.seed = problem.config, problem.split, problem.seed
@@ -129,19 +128,19 @@ class Fit:
             self.student.lazy.add(name, value.shape)
         masks, began = {name: mask.tensor() for name, mask in task.masks.items()}, time.perf_counter()
         execution = Execution(*self.execution)
-        alone = Reconstruction(Problem(self.teacher, self.student, masks, self.config, self.split, self.seed, execution))
-        alone.propagation.dense = ray.get(task.stream).tensor()
+        alone = Reconstruction(self.teacher, self.student, masks, self.config, self.split, self.seed, execution)
+        alone.streams.dense = ray.get(task.stream).tensor()
         with requiring_gradients(self.student.model.parameters(), False):
-            aim = alone.propagation.task(task.window)
+            aim = alone.streams.task("dense", task.window)
             with self.student.loaded(task.window):
-                report = alone.reconstruct(task.window, aim)
+                report = alone.fit(task.window, *aim)
                 shard = {name: Packed.of(p) for name, p in self.student.parameters(task.window).items()}
         return asdict(report) | {"seconds": time.perf_counter() - began}, shard
 
 
 def side_by_side(settings: Ray, reconstruction: Reconstruction, windows: list[Window]) -> Iterator[WindowReport]:
     """The reports of `windows`, in their order, as workers reconstruct them."""
-    problem, propagation, ray = reconstruction.problem, reconstruction.propagation, workers.connect(settings.address)
+    problem, propagation, ray = reconstruction, reconstruction.streams, workers.connect(settings.address)
     request = settings.request(ray, on_cpu=problem.execution.device.type == "cpu")
     most = AHEAD * (settings.workers or request.room(ray))
     left, done = deque(windows), {}
@@ -176,5 +175,5 @@ def side_by_side(settings: Ray, reconstruction: Reconstruction, windows: list[Wi
                 for name, value in shard.items():
                     parameters[name].copy_(value.tensor())
                 streams = {"dense": after.pop(window.name), "sparse": None}
-                report = reconstruction.finish(window, WindowReport(**report), streams, report["seconds"])
+                report = reconstruction.finish(window, WindowReport(**report), report["seconds"], streams)
             yield report

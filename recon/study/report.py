@@ -7,7 +7,7 @@ import torch
 from recon.config import PROTOCOLS
 from recon.data import models
 from recon.evaluate import zero_shot
-from recon.methods.problem import ERROR_SAMPLES
+from recon.methods.samples import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.study.measure import Measured
 from recon.study.spec import RunSpec

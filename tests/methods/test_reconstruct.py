@@ -17,7 +17,7 @@ from recon.kernels.adapters import ADAPTERS
 from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
 from recon.methods import fit, propagation
 from recon.methods.callbacks import Callback
-from recon.methods.problem import ERROR_SAMPLES
+from recon.methods.samples import ERROR_SAMPLES
 from recon.methods.prune import prune
 from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED, one_after_another, reconstruct
 from recon.model.decoder import Decoder

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from recon.errors import ReconError
-from recon.methods.problem import ERROR_SAMPLES, Split, split_samples
+from recon.methods.samples import ERROR_SAMPLES, Split, split_samples
 from recon.methods.samples import as_tokens
 
 ROWS = torch.arange(3, 23).view(5, 4)
