@@ -48,7 +48,7 @@ class LowRank(nn.Module):
             mask = mask.to(torch.bfloat16)
         self.register_buffer("mask", mask if kind == "masklora" else None, persistent=False)
 
-    def trained(self, weight: Tensor) -> dict[str, Trained]:
+    def trained(self, weight: Tensor) -> list[Trained]:
         """A and B with the sizes that a relative rate is times; weight: (out, in).
 
         B's is the size at which s BA is as large as the surviving weights; for scalelora, as large as 1. A's is 1: where it starts
@@ -57,7 +57,7 @@ class LowRank(nn.Module):
         rank, kept = len(self.a), max(1, int((weight != 0).sum()))
         start = self.a.detach().square().mean().sqrt().item()
         whole = 1.0 if self.kind == "scalelora" else weight.detach().norm().item() / kept**0.5
-        return {"a": Trained(self.a), "b": Trained(self.b, size=whole / (ALPHA * start * rank**0.5))}
+        return [Trained(self.a), Trained(self.b, size=whole / (ALPHA * start * rank**0.5))]
 
     def forward(self, weight: Tensor) -> Tensor:
         """The merged weight (out, in), computed in float32, and rounded once where autocast would round it."""

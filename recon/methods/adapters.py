@@ -32,7 +32,7 @@ def adapted(
     rank: int,
     random: torch.Generator,
     merged: Callable[[], None] = lambda: None,
-) -> Iterator[dict[str, Trained]]:
+) -> Iterator[list[Trained]]:
     """While active, `matrices` are parametrised by adapters; afterwards these are merged, masked where `masks` drop, and gone.
 
     Args:
@@ -40,27 +40,23 @@ def adapted(
         kind: see `recon.kernels.adapters.ADAPTERS`.
         merged: called once the adapters are merged, before the mask is applied.
 
-    Yields:
-        The adapters' parameters by name, to be trained.
+    Yields the adapters' parameters, to be trained.
     """
-    matrices = list(matrices)
-    trained = {}
+    matrices, trained = list(matrices), []
     for matrix in matrices:
         mask = matrix.oriented(masks[matrix.name]).to(matrix.module.weight.device)
         adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
-        trained |= {f"{matrix.name}.{name}": each for name, each in adapter.trained(matrix.module.weight).items()}
+        trained += adapter.trained(matrix.module.weight)
         parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
     try:
         yield trained
     finally:
         with torch.no_grad():
             for matrix in matrices:
-                original = matrix.module.parametrizations.weight.original
-                weight = matrix.module.weight
+                original, weight = matrix.module.parametrizations.weight.original, matrix.module.weight
                 # The very parameter that was there before comes back, so that whoever holds it sees the merged weight.
                 parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
                 original.copy_(weight)
-        merged()
-        with torch.no_grad():
+            merged()
             for matrix in matrices:
                 matrix.part.mul_(matrix.oriented(masks[matrix.name]).to(matrix.part.device))

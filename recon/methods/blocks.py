@@ -30,39 +30,28 @@ def over_blocks(
 
     Args:
         phase: the name that finished blocks are noted under in the execution's store.
-        visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name.
-            Returns what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
+        visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name. Returns
+            what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
         description: of the progress bar.
-        samples: calibration tokens (samples, length), where statistics are wanted.
-        statistics: what to gather; see `recon.methods.statistics.gather`.
+        samples: calibration tokens (samples, length), where statistics are wanted; see `recon.methods.statistics.gather`.
         rerun: whether the next block reads this one's outputs after the visit, rather than those before it.
     """
-    store, blocks = execution.store, decoder.windows("block")
-    found = list(store.finished(phase))
-    stream = None
-    if statistics != "none" and len(found) < len(blocks):
-        stream = store.streams(phase)["stream"] if found else execution.embed(decoder, samples)
-    bar = tqdm(
-        blocks[len(found) :],
-        desc=description,
-        unit="block",
-        disable=not execution.progress,
-        initial=len(found),
-        total=len(blocks),
-    )
-    for window in bar:
+    store, blocks, stream = execution.store, decoder.windows("block"), None
+    notes = list(store.finished(phase))
+    if statistics != "none" and len(notes) < len(blocks):
+        stream = store.streams(phase)["stream"] if notes else execution.embed(decoder, samples)
+    left, off = blocks[len(notes) :], not execution.progress
+    for window in tqdm(left, desc=description, unit="block", disable=off, initial=len(notes), total=len(blocks)):
         gathered: dict[str, Tensor] = {}
-        outputs = None
         with decoder.loaded(window):
+            outputs = None
             if stream is not None:
                 outputs, gathered, _ = gather(execution, decoder, window, stream, statistics)
             noted, changed = visit(window, gathered)
-            if window == blocks[-1]:
-                outputs = None
-            elif stream is not None and rerun:
+            if stream is not None and rerun and window != blocks[-1]:
                 with execution.holding(decoder, window):
                     outputs = execution.run(partial(decoder.forward, window), stream)
-            stream = outputs
+            stream = None if window == blocks[-1] else outputs
             store.finish(phase, noted, {"stream": stream}, changed)
-        found.append(noted)
-    return found
+        notes.append(noted)
+    return notes

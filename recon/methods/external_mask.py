@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import ReconError
-from recon.kernels.patterns import sparsity_of
 from recon.methods.blocks import over_blocks
 from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
@@ -23,11 +22,10 @@ LEAST = 0.01  # share of zeros in the matrices from which a model counts as prun
 def check_pruned(dense: nn.Module | Decoder, pruned: Weights) -> None:
     """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `take_over` refuses."""
     decoder = decompose(dense)
-    zeros, sizes = dict.fromkeys(_holders(decoder), 0), {}
-    for name, value in read(decoder.model, pruned):
-        if name in zeros:
-            zeros[name], sizes[name] = value.numel() - int(value.count_nonzero()), value.numel()
-    _check_share(sum(zeros.values()) / sum(sizes.values()))
+    holders = {matrix.parameter_name for matrix in decoder.matrices().values()}
+    held = [(value.numel(), int(value.count_nonzero())) for name, value in read(decoder.model, pruned) if name in holders]
+    sizes, kept = map(sum, zip(*held, strict=True))
+    _check_share(1 - kept / sizes)
 
 
 @torch.no_grad()
@@ -42,30 +40,27 @@ def take_over(model: nn.Module | Decoder, pruned: Weights) -> Pruning:
             infinite; less than a share `LEAST` of the matrices' weights is zero, or all of them.
     """
     decoder = decompose(model)
-    holders = _holders(decoder)
+    holders = {matrix.parameter_name for matrix in decoder.matrices().values()}
     for name, value in read(decoder.model, pruned):
         parameter = decoder.model.get_parameter(name)
-        if name not in holders and not torch.equal(parameter.cpu(), value):
-            fresh = ((value == 0) & (parameter.cpu() != 0)).float().mean().item()
-            if fresh > LEAST:
-                log.warning("%s of %r, outside of the blocks' matrices, is zero: nothing keeps it so", f"{fresh:.0%}", name)
+        fresh = ((value == 0) & (parameter.cpu() != 0)).float().mean().item()
+        if name not in holders and fresh > LEAST:
+            log.warning("%s of %r, outside of the blocks' matrices, is zero: nothing keeps it so", f"{fresh:.0%}", name)
         parameter.copy_(value)
     decoder.forget()
-    masks = {name: matrix.weight != 0 for name, matrix in decoder.matrices().items()}
-    return _checked(Pruning(masks, {name: sparsity_of(mask) for name, mask in masks.items()}))
+    return _checked(Pruning({name: matrix.weight != 0 for name, matrix in decoder.matrices().items()}))
 
 
 @torch.no_grad()
 def read_mask(student: Decoder, execution: Execution) -> Pruning:
     """The mask of a student whose weights are those of the pruned model already, read block by block."""
-    masks = execution.store.masks
 
-    def visit(window: Window, statistics: dict) -> tuple[dict, dict]:
-        masks.update({name: matrix.weight != 0 for name, matrix in student.matrices(window).items()})
-        return {name: sparsity_of(masks[name]) for name in student.matrices(window)}, {}
+    def visit(window: Window, statistics: dict) -> tuple[None, dict]:
+        execution.store.masks.update({name: matrix.weight != 0 for name, matrix in student.matrices(window).items()})
+        return None, {}
 
-    found = over_blocks(student, execution, "prune", visit, "read the mask")
-    return _checked(Pruning(masks, {name: share for shares in found for name, share in shares.items()}))
+    over_blocks(student, execution, "prune", visit, "read the mask")
+    return _checked(Pruning(execution.store.masks))
 
 
 def read(model: nn.Module, pruned: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -90,23 +85,16 @@ def read(model: nn.Module, pruned: Weights) -> Iterator[tuple[str, Tensor]]:
         yield name, value
 
 
-def _holders(decoder: Decoder) -> set[str]:
-    """Names of the parameters that hold the matrices."""
-    return {matrix.parameter_name for matrix in decoder.matrices().values()}
-
-
-def _checked(found: Pruning) -> Pruning:
+def _checked(pruning: Pruning) -> Pruning:
     """Raises `ReconError` where less than `LEAST` of the matrices is zero, or all; warns of one that is all zero."""
-    _check_share(found.total_sparsity)
-    if empty := [name for name, share in found.sparsity.items() if share == 1]:
+    _check_share(pruning.total_sparsity)
+    if empty := [name for name, share in pruning.sparsity.items() if share == 1]:
         log.warning("all of matrix %r is zero (%d such): there is nothing to reconstruct in it", empty[0], len(empty))
-    return found
+    return pruning
 
 
 def _check_share(share: float) -> None:
-    if share < LEAST:
+    if not LEAST <= share < 1:
         raise ReconError(
-            f"pruned model: {share:.2%} of its matrices is zero; a mask is read from zeros, and takes {LEAST:.0%} at least"
+            f"pruned model: {share:.2%} of its matrices is zero; a mask is read from zeros: at least {LEAST:.0%}, not all"
         )
-    if share == 1:
-        raise ReconError("pruned model: all of its matrices are zero; something must survive")

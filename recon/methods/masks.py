@@ -24,29 +24,26 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
 
     Raises `ReconError` naming a mask that is missing or does not fit.
     """
-    matrices = student.matrices()
     if student.lazy:  # whose masks are of its own run
         return masks
+    matrices = student.matrices()
     if masks is None:
         return {name: matrix.weight != 0 for name, matrix in matrices.items()}
     for name, matrix in matrices.items():
-        if name not in masks or masks[name].shape != matrix.weight.shape:
-            found = tuple(masks[name].shape) if name in masks else None
-            raise ReconError(f"mask of {name!r} has shape {found}; it must be {tuple(matrix.weight.shape)}")
+        shape = tuple(masks[name].shape) if name in masks else None
+        if shape != tuple(matrix.weight.shape):
+            raise ReconError(f"mask of {name!r} has shape {shape}; it must be {tuple(matrix.weight.shape)}")
     return masks
 
 
 def check_alike(pruned: nn.Module, dense: nn.Module) -> None:
     """Raises `ReconError` naming a parameter of `dense` that `pruned` lacks, or has in another shape; pruning may have added biases."""
-    found = dict(pruned.named_parameters(remove_duplicate=False))
+    theirs = dict(pruned.named_parameters(remove_duplicate=False))
     for name, parameter in dense.named_parameters(remove_duplicate=False):
-        if name not in found:
+        shape = tuple(theirs[name].shape) if name in theirs else None
+        if shape != tuple(parameter.shape):
             raise ReconError(
-                f"the pruned model, a {type(pruned).__name__}, lacks {name!r} of the dense one, a {type(dense).__name__}"
-            )
-        if found[name].shape != parameter.shape:
-            raise ReconError(
-                f"{name!r} is {tuple(found[name].shape)} in the pruned model, and {tuple(parameter.shape)} in the dense one"
+                f"parameter {name!r} has shape {shape} in the pruned model, and {tuple(parameter.shape)} in the dense one"
             )
 
 

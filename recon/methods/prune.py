@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -31,26 +31,28 @@ log = logging.getLogger("recon")
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a pruning pass found.
+    """What a pruning pass made.
 
     masks: by matrix name, bool (out, in), True = kept.
-    sparsity: by matrix name, the share of zeros.
     biases: by matrix name, (out,), those that make up for what was removed; the matrix may have had none before.
     under_calibrated: experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
     seconds: that it took to make masks, where reconstruction gathered the statistics.
     """
 
-    masks: dict[str, Tensor]
-    sparsity: dict[str, float] = field(default_factory=dict)
+    masks: MutableMapping[str, Tensor]
     biases: dict[str, Tensor] = field(default_factory=dict)
     under_calibrated: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
+    def sparsity(self) -> dict[str, float]:
+        """By matrix name, the share of zeros."""
+        return {name: sparsity_of(mask) for name, mask in self.masks.items()}
+
+    @property
     def total_sparsity(self) -> float:
         """Share of zeros over all pruned matrices."""
-        kept = sum(int(mask.sum()) for mask in self.masks.values())
-        return 1 - kept / sum(mask.numel() for mask in self.masks.values())
+        return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / sum(mask.numel() for mask in self.masks.values())
 
 
 @torch.no_grad()
@@ -68,7 +70,7 @@ def prune(
         model: a causal LM, or its `Decoder`.
         samples: calibration tokens (samples, length), or batches of them (see `recon.methods.samples`); needed by criteria that weigh
             activations.
-        execution: where and in what precision to compute; default: where the model is. It stays where it is, but for the block in hand.
+        execution: where and in what precision to compute; default: where the model is. It stays there, but for the current block.
 
     Returns the masks, and what else pruning changed.
 
@@ -84,12 +86,11 @@ def prune(
         refined = " with mask refinement" if pruner.criterion.statistics == "none" else ""
         raise ReconError(f"criterion {config.criterion!r}{refined} weighs activations and needs calibration samples")
     if isinstance(pruner.criterion, Structured):
-        return Pruning(execution.store.masks, *prune_units(decoder, pruner.criterion, config, samples, execution))
-    found = over_blocks(
-        decoder, execution, "prune", pruner.prune, f"prune ({config.criterion} {pruner.pattern})", samples, pruner.statistics,
-        rerun=config.statistics == "sparse",
-    )  # fmt: skip
-    return pruner.summed_up(found)
+        return Pruning(execution.store.masks, prune_units(decoder, pruner.criterion, config, samples, execution))
+    description, rerun = f"prune ({config.criterion} {pruner.pattern})", config.statistics == "sparse"
+    return pruner.summed_up(
+        over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
+    )
 
 
 class Pruner:
@@ -111,42 +112,37 @@ class Pruner:
         for name, matrix in decoder.matrices().items():
             self.pattern.check_columns(name, matrix.weight.shape[1])
         execution.store.new_masks()
-        self.noted = list(execution.store.finished("prune"))  # what was found window by window, one after another
+        self.noted = list(execution.store.finished("prune"))  # of windows that `visit` pruned
 
     @torch.no_grad()
     def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
         """Prunes `window`, whose weights are in memory: a visit of `recon.methods.blocks.over_blocks`."""
-        masks, changed, under_calibrated = self.execution.store.masks, {}, []
+        changed, under_calibrated, began = {}, [], time.perf_counter()
         with self.execution.holding(self.decoder, window, trained=self.decoder.weights(window)):
-            matrices = self.decoder.matrices(window)
-            for name, matrix in matrices.items():
+            for name, matrix in self.decoder.matrices(window).items():
                 if self.statistics != "none" and name not in statistics:
                     under_calibrated.append(name)
-                    magnitude, random = criteria.get("magnitude"), generator(self.seed, "criterion", name)
-                    weight, mask = magnitude.prune(matrix.weight.float(), None, self.pattern, self.scope, random)
+                    weight, mask = self._pruned(criteria.get("magnitude"), matrix, None)
                 else:
-                    weight, mask = self._pruned(matrix, statistics.get(name))
+                    weight, mask = self._pruned(self.criterion, matrix, statistics.get(name), **self.options)
                 if not (self.criterion.scores or torch.equal(weight, matrix.weight.masked_fill(~mask, 0.0).float())):
                     changed[matrix.parameter_name] = matrix.parameter
                 matrix.weight.copy_(weight)
-                masks[name] = mask.to(self.decoder.device)
-        sparsity = {name: sparsity_of(masks[name]) for name in matrices}
-        return {"sparsity": sparsity, "under_calibrated": under_calibrated}, changed
+                self.execution.store.masks[name] = mask.to(self.decoder.device)
+        return {"under_calibrated": under_calibrated, "seconds": time.perf_counter() - began}, changed
 
     def visit(self, window: Window, statistics: dict[str, Tensor]) -> None:
         """Prunes `window`, unless a run that was killed has done so already."""
-        store, began = self.execution.store, time.perf_counter()
-        if all(name in store.masks for name in self.decoder.matrices(window)):
-            return
-        noted, changed = self.prune(window, statistics)
-        noted["seconds"] = time.perf_counter() - began
-        self.noted.append(noted)
-        store.finish("prune", noted, tensors=changed)
+        store = self.execution.store
+        if any(name not in store.masks for name in self.decoder.matrices(window)):
+            noted, changed = self.prune(window, statistics)
+            self.noted.append(noted)
+            store.finish("prune", noted, tensors=changed)
 
-    def summed_up(self, found: list[dict]) -> Pruning:
-        """What was `found` window by window."""
+    def summed_up(self, notes: list[dict]) -> Pruning:
+        """What was noted window by window."""
         masks = self.execution.store.masks
-        under_calibrated = [name for window in found for name in window["under_calibrated"]]
+        under_calibrated = [name for noted in notes for name in noted["under_calibrated"]]
         if under_calibrated:
             some = ", ".join(under_calibrated[:3]) + (", ..." if len(under_calibrated) > 3 else "")
             log.warning(
@@ -154,29 +150,26 @@ class Pruner:
                 "instead of %s: %s; more samples help",
                 len(under_calibrated), len(masks), FEW, self.config.criterion, some,
             )  # fmt: skip
-        sparsity = {name: share for window in found for name, share in window["sparsity"].items()}
-        seconds = sum(window.get("seconds", 0.0) for window in found)
-        return Pruning(masks, sparsity, under_calibrated=under_calibrated, seconds=seconds)
+        return Pruning(masks, under_calibrated=under_calibrated, seconds=sum(noted["seconds"] for noted in notes))
 
-    def _pruned(self, matrix: Matrix, statistics: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _pruned(self, criterion, matrix: Matrix, statistics: Tensor | None, **options) -> tuple[Tensor, Tensor]:
         """The matrix's new weight and mask. `statistics`: what the criterion asks for, or a Gram matrix."""
-        weight, own, steps = matrix.weight.float(), statistics, self.config.mask_refinement
-        if self.criterion.statistics == "norm" and statistics.ndim == 2:  # a Gram matrix, which tells norms
+        weight, own, random = matrix.weight.float(), statistics, generator(self.seed, "criterion", matrix.name)
+        if criterion.statistics == "norm" and statistics.ndim == 2:  # a Gram matrix tells norms
             own = statistics.diagonal().sqrt()
-        random = generator(self.seed, "criterion", matrix.name)
         try:
-            pruned, mask = self.criterion.prune(weight, own, self.pattern, self.scope, random, **self.options)
+            pruned, mask = criterion.prune(weight, own, self.pattern, self.scope, random, **options)
         except ReconError as error:
             raise ReconError(f"matrix {matrix.name!r}: {error}") from None
-        if not steps:
+        if not self.config.mask_refinement or statistics is None:
             return pruned, mask
-        mask = refine(weight, mask, statistics, steps, self.pattern.m)
+        mask = refine(weight, mask, statistics, self.config.mask_refinement, self.pattern.m)
         return weight.masked_fill(~mask, 0.0), mask
 
 
 @torch.no_grad()
 def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None = None) -> None:
-    """Prunes a copy of the dense model, in place, as `pruning` found for another one.
+    """Prunes a copy of the dense model, in place, as `pruning` says of another one.
 
     weights: by full name, the parameters of matrices whose survivors pruning updated.
     """
@@ -193,8 +186,8 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None 
 def touched_biases(decoder: Decoder, criterion: str) -> list[str]:
     """Full names of the biases that pruning the dense model by `criterion` may change, or add where there are none.
 
-    Raises `ReconError` where the criterion removes heads and neurons, and none are found.
+    Raises `ReconError` where the criterion removes heads and neurons, and the model does not divide into these.
     """
-    found = criteria.get(criterion)
-    halves = find_units(decoder) if isinstance(found, Structured) else []
-    return [f"{half.reader.name}.bias" for half in halves if found.compensates]
+    chosen = criteria.get(criterion)
+    halves = find_units(decoder) if isinstance(chosen, Structured) else []
+    return [f"{half.reader.name}.bias" for half in halves if chosen.compensates]

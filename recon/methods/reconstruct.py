@@ -318,8 +318,8 @@ class Reconstruction:
         if config.adapter != "none":
             draw = generator(self.seed, "adapters", f.name)
             with adapted(matrices.values(), self.masks, config.adapter, config.rank, draw) as low_rank:
-                with self.execution.holding(self.student, f, [each.parameter for each in low_rank.values()]):
-                    return descend(list(low_rank.values()))
+                with self.execution.holding(self.student, f, [each.parameter for each in low_rank]):
+                    return descend(low_rank)
         with self.execution.holding(self.student, f, theta.values()):
             # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same memory, as the
             # gradient of the parameter that holds them all would be made anew, in full, for every expert.

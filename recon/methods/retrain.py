@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from recon.config import RetrainingConfig
 from recon.errors import ReconError
-from recon.kernels.gradient_descent import Trained, trained
+from recon.kernels.gradient_descent import trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
 from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
@@ -57,7 +57,7 @@ def retrain(
     execution: Execution | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RetrainingReport:
-    """Trains `model` in place on `samples`; weights that `masks` drop are exact zeros afterwards.
+    """Trains `model` in place on `samples`; weights that `masks` drop are exact zeros afterwards. What diverges is rolled back.
 
     Args:
         model: the pruned model, or its `Decoder`, in float32; all of it is on the compute device meanwhile.
@@ -70,133 +70,93 @@ def retrain(
         ReconError: no method, a missing dense model, a mask that does not fit, a model not in float32, samples longer than the model was
             made for.
     """
-    if config.retrain == "none":
+    method, distils = config.retrain, config.retrain_objective == "distil"
+    if method == "none":
         raise ReconError("retrain is 'none'; name a method")
-    if config.retrain_objective == "distil" and dense is None:
+    if distils and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
-    student = decompose(model)
-    samples = as_tokens(samples)
+    student, samples = decompose(model), as_tokens(samples)
     student.check_length(samples.shape[1])
-    if config.retrain not in ("full", "norms"):
+    if method not in ("full", "norms"):
         check_adaptable(student)
     execution = execution or Execution(student.device)
-    teacher = None
-    if config.retrain_objective == "distil":
-        teacher = decompose(dense, like=student)
+    teacher = decompose(dense, like=student) if distils else None
     check_trainable(student)
-    task = _Retraining(student, teacher, keep_masks(student, masks), config, seed, execution)
-    with contextlib.ExitStack() as stack:
-        for decoder in filter(None, (student, teacher)):
-            stack.enter_context(_at(decoder.model, execution.device))
-        bar = tqdm(
-            total=config.schedule(len(samples)).steps(len(samples)), desc=f"retrain ({config.retrain}, {config.retrain_objective})", unit="step",
-            disable=not execution.progress,
-        )  # fmt: skip
-        return task.run(samples, [ProgressBar(stack.enter_context(bar)), *callbacks])
+    masks, matrices, parameters = keep_masks(student, masks), student.matrices(), list(student.model.parameters())
+    schedule, random, aside, began = config.schedule(len(samples)), generator(seed, "retrain"), 0.0, time.perf_counter()
+    bar = tqdm(
+        total=schedule.steps(len(samples)),
+        desc=f"retrain ({method}, {config.retrain_objective})",
+        unit="step",
+        disable=not execution.progress,
+    )
+    told = [ProgressBar(bar), *callbacks]
 
+    def after_step(loss: Tensor) -> None:
+        for callback in told:
+            callback.on_step(loss)
 
-class _Retraining:
-    """One retraining of `student`, against `teacher` or, where that is None, on labels."""
+    def merged() -> None:
+        nonlocal aside
+        stopped = time.perf_counter()
+        for callback in told if method == "lora" else ():  # the others lose no zero by merging
+            callback.on_merged()
+        aside = time.perf_counter() - stopped
 
-    def __init__(
-        self,
-        student: Decoder,
-        teacher: Decoder | None,
-        masks: dict[str, Tensor],
-        config: RetrainingConfig,
-        seed: int,
-        execution: Execution,
-    ):
-        self.student, self.teacher, self.masks, self.config = student, teacher, masks, config
-        self.seed, self.execution = seed, execution
-        self.aside = 0.0  # seconds that callbacks spent on the merged model
-
-    def run(self, samples: Tensor, callbacks: Sequence[Callback]) -> RetrainingReport:
-        """Trains, and rolls everything back where losses or weights became non-finite."""
-        began, student, method = time.perf_counter(), self.student, self.config.retrain
-        before = {name: matrix.weight.detach().clone() for name, matrix in student.matrices().items()}
-        rest = {}
-        if method in ("full", "norms"):
-            rest = {name: p.detach().clone() for name, p in student.model.named_parameters()}
-
-        def after_step(loss: Tensor) -> None:
-            for callback in callbacks:
-                callback.on_step(loss)
-
-        with requiring_gradients(student.model.parameters(), False), self._trained(callbacks) as parameters:
-            count = sum(each.parameter.numel() for each in parameters)
-            with requiring_gradients([each.parameter for each in parameters]):
-                random = generator(self.seed, "retrain")
-                losses = train(
-                    self._loss, [samples], parameters, self.config.schedule(len(samples)), random, self.execution, after_step
-                )
-        status = self._rolled_back(losses, before, rest)
-        student.forget()
-        moved = movement((before[name], matrix.weight) for name, matrix in student.matrices().items())
-        seconds = time.perf_counter() - began - self.aside
-        batch = self.execution.micro_batch or self.config.retrain_batch_size
-        return RetrainingReport(count, losses, moved, seconds, status, batch)
-
-    @torch.no_grad()
-    def _rolled_back(self, losses: list[float], before: dict[str, Tensor], rest: dict[str, Tensor]) -> str:
-        """Restores the weights `before`, and the `rest`, where losses or weights are not finite; returns the status."""
-        student = self.student
-        broken = "" if all(map(math.isfinite, losses)) else "losses"
-        if not all(bool(torch.isfinite(p).all()) for p in student.model.parameters()):
-            broken = "weights"
-        if not broken:
-            return RETRAINED
-        log.warning(
-            "retraining (%s, %s) gave NaN or infinite %s; it is rolled back",
-            self.config.retrain,
-            self.config.retrain_objective,
-            broken,
+    with bar, _at(student.model, execution.device), _at(teacher and teacher.model, execution.device):
+        changing = (
+            dict(student.model.named_parameters()) if method in ("full", "norms") else {n: m.weight for n, m in matrices.items()}
         )
-        for name, value in rest.items():
-            student.model.get_parameter(name).copy_(value)
-        for name, matrix in student.matrices().items():
-            matrix.weight.copy_(before[name])
-        return NOT_FINITE
+        before = {name: value.detach().clone() for name, value in changing.items()}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(requiring_gradients(parameters, False))
+            if method == "full":
+                theta = trained(parameters, dict(stored(matrices, masks, execution.device)))
+            elif method == "norms":
+                theta = trained((p for p in parameters if p.ndim == 1), {})
+            else:
+                draw = generator(seed, "adapters")
+                theta = stack.enter_context(adapted(matrices.values(), masks, method, config.retrain_rank, draw, merged))
+            stack.enter_context(requiring_gradients([each.parameter for each in theta]))
+            loss = partial(_loss, student, teacher, execution, config.retrain_checkpointing)
+            losses = train(loss, [samples], theta, schedule, random, execution, after_step)
+        status = RETRAINED
+        if not (all(map(math.isfinite, losses)) and all(bool(p.isfinite().all()) for p in parameters)):
+            log.warning(
+                "retraining (%s, %s) gave NaN or infinite losses or weights; it is rolled back", method, config.retrain_objective
+            )
+            status = NOT_FINITE
+            with torch.no_grad():
+                for name, value in changing.items():
+                    value.copy_(before[name])
+        student.forget()
+        names = {name: name if name in before else matrix.parameter_name for name, matrix in matrices.items()}
+        moved = movement((before[name], changing[name]) for name in dict.fromkeys(names.values()))
+    batch = execution.micro_batch or config.retrain_batch_size
+    count = sum(each.parameter.numel() for each in theta)
+    return RetrainingReport(count, losses, moved, time.perf_counter() - began - aside, status, batch)
 
-    @contextlib.contextmanager
-    def _trained(self, callbacks: Sequence[Callback]) -> Iterator[list[Trained]]:
-        """The parameters that the method trains; what it put around the matrices is merged at the end."""
-        matrices, config = self.student.matrices(), self.config
-        if config.retrain == "full":
-            yield trained(self.student.model.parameters(), dict(stored(matrices, self.masks, self.execution.device)))
-        elif config.retrain == "norms":
-            yield trained((p for p in self.student.model.parameters() if p.ndim == 1), {})
-        else:
-            random = generator(self.seed, "adapters")
 
-            def merged() -> None:
-                began = time.perf_counter()
-                for callback in callbacks:
-                    callback.on_merged()
-                self.aside = time.perf_counter() - began
-
-            look = {"merged": merged} if config.retrain == "lora" else {}  # the others lose no zero by merging
-            with adapted(matrices.values(), self.masks, config.retrain, config.retrain_rank, random, **look) as parameters:
-                yield list(parameters.values())
-
-    def _loss(self, tokens: Tensor) -> Tensor:
-        """Mean over predicted tokens, in nats; tokens (batch, length)."""
-        student, teacher, execution = self.student, self.teacher, self.execution
-        blocks = student.blocks if self.config.retrain_checkpointing else ()
-        # In the backward pass the blocks run under the execution again, which it is not part of otherwise.
-        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), execution))
-        with execution, replaced({block: partial(again, block.forward) for block in blocks}):
-            logits = student.run(tokens).logits[:, :-1].flatten(0, 1)
-        if teacher is None:
-            return negative_log_likelihood(logits, student.predicted(tokens)[:, 1:].flatten()).mean()
-        with execution, torch.no_grad():
-            wanted = teacher.run(tokens).logits[:, :-1].flatten(0, 1)
-        return kl_divergence(wanted, logits).mean()
+def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:
+    """Mean over predicted tokens, in nats; tokens (batch, length)."""
+    # In the backward pass the blocks run under the execution again, which it is not part of otherwise.
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), execution))
+    blocks = student.blocks if checkpointing else ()
+    with execution, replaced({block: partial(again, block.forward) for block in blocks}):
+        logits = student.run(tokens).logits[:, :-1].flatten(0, 1)
+    if teacher is None:
+        return negative_log_likelihood(logits, student.predicted(tokens)[:, 1:].flatten()).mean()
+    with execution, torch.no_grad():
+        wanted = teacher.run(tokens).logits[:, :-1].flatten(0, 1)
+    return kl_divergence(wanted, logits).mean()
 
 
 @contextlib.contextmanager
-def _at(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """All of `model` is on `device` for a while."""
+def _at(model: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """All of `model`, if there is one, is on `device` for a while."""
+    if model is None:
+        yield
+        return
     home = next(model.parameters()).device
     model.to(device)
     try:
