@@ -5,7 +5,6 @@ import torch
 
 from recon.kernels import adapters
 from recon.kernels.adapters import ADAPTERS, ALPHA, LowRank
-from recon.kernels.gradient_descent import Schedule, descend
 
 
 @pytest.mark.parametrize("elements", [1, 40, 2**18])  # one row at a time, several, all
@@ -35,15 +34,10 @@ def test_a_step_of_b_moves_the_merged_weight_by_about_the_rate_times_its_size(ki
     mask = torch.rand(40, 60, generator=random) > 0.5
     weight = size * torch.randn(40, 60, generator=random) * mask
     adapter = LowRank(weight, mask, kind, 8, random)
-    found = adapter.trained(weight)
-    assert found["a"].parameter is adapter.a and found["b"].parameter is adapter.b
-    assert found["a"].size == 1  # no weight decides how A starts
-
-    def gradients(step: int) -> torch.Tensor:
-        adapter.b.grad = torch.randn(40, 8, generator=random)
-        return torch.zeros(())
-
-    descend(gradients, [found["b"]], Schedule(learning_rate=0.1), 1)
+    a, b = adapter.trained(weight)
+    assert (a.parameter, b.parameter, a.size) == (adapter.a, adapter.b, 1)  # no weight decides how A starts
+    with torch.no_grad():
+        adapter.b.add_(0.1 * b.size * torch.randn(40, 8, generator=random).sign())
     moved = (adapter(weight) - weight)[mask]
     assert moved.norm().item() == pytest.approx(0.1 * weight.norm().item(), rel=0.1)
 

@@ -30,7 +30,7 @@ def test_nothing_changes_until_it_is_trained(family, kind, tokens):
     before = decoder.model(batch).logits
     with adapted(decoder.matrices().values(), masks, kind, 4, generator(0, "test")) as trained:
         torch.testing.assert_close(decoder.model(batch).logits, before)
-        assert all(each.parameter.is_leaf and each.parameter.requires_grad for each in trained.values())
+        assert all(each.parameter.is_leaf and each.parameter.requires_grad for each in trained)
     assert torch.equal(decoder.model(batch).logits, before)
     after = dict(decoder.model.named_parameters())
     assert after.keys() == parameters.keys() and all(after[name] is parameters[name] for name in parameters)
@@ -45,9 +45,9 @@ def test_merging_gives_the_formula_and_loses_no_zero(family, kind):
     before = {name: matrix.weight.detach().clone() for name, matrix in matrices.items()}
     with adapted(matrices.values(), masks, kind, 4, generator(0, "test")) as trained:
         with torch.no_grad():
-            for each in trained.values():
+            for each in trained:
                 each.parameter.normal_(generator=torch.Generator().manual_seed(each.parameter.numel()))
-            low_rank = {name: trained[f"{name}.b"].parameter @ trained[f"{name}.a"].parameter for name in matrices}
+            low_rank = {name: b.parameter @ a.parameter for name, a, b in zip(matrices, trained[::2], trained[1::2], strict=True)}
     for name, matrix in matrices.items():
         product = ALPHA * matrix.oriented(low_rank[name])
         grown = before[name] * (1 + product) if kind == "scalelora" else before[name] + product

@@ -91,12 +91,6 @@ def test_visits_are_given_the_statistics_of_what_their_block_reads(dense, fresh,
     assert not torch.allclose(given["model.layers.2.mlp.down_proj"].double(), other["model.layers.2.mlp.down_proj"], rtol=1e-2)
 
 
-def test_without_statistics_no_samples_are_read(fresh):
-    store = Noting()
-    found = over_blocks(fresh(), executing(store), "test", lambda window, statistics: (statistics, {}), "")
-    assert found == [{}, {}, {}] and all(stream is None for _, _, stream, _ in store.told)
-
-
 def test_each_block_is_finished_with_what_the_next_one_reads(dense, fresh, tokens):
     store, weights = Noting(), [{"some": torch.ones(1)}, {}, {}]
     visited = iter(weights)

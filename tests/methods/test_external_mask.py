@@ -1,22 +1,15 @@
 """A pruned model from elsewhere: its zeros are the mask, its weights the start, and what does not fit is refused by name."""
 
 import copy
-import json
-import shutil
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.models import FLOAT32, make_model
 from fixtures.runs import record_of, result_of
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import recon
-from recon.cli import main
-from recon.config import PruningConfig
 from recon.data import models
 from recon.errors import ReconError
 from recon.kernels.losses import channel_variance, unexplained
@@ -105,37 +98,6 @@ def test_a_run_from_an_external_mask_is_that_of_the_criterion_that_made_it(spec,
     assert found.metrics["perplexity"] != found.metrics["pruned_perplexity"]
 
 
-def test_runs_that_share_an_external_mask_read_it_once(spec, pruned_folder):
-    session = recon.Session()
-    record_of(spec.replaced(pruned=pruned_folder, granularity="none"), session)
-    own = record_of(spec.replaced(pruned=pruned_folder, seed=1), session)
-    assert "external mask" in own.shared
-    assert own.metrics == record_of(spec.replaced(pruned=pruned_folder, seed=1)).metrics
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral"])
-def test_masks_are_found_however_matrices_are_stored(family, tmp_path):
-    dense = make_model(family)
-    pruned = copy.deepcopy(dense)
-    wanted = recon.prune(pruned, None, PruningConfig(criterion="magnitude", pattern="0.4"), execution=FLOAT32)
-    pruned.save_pretrained(tmp_path)
-    student, found = take(str(tmp_path), dense)
-    assert found.masks.keys() == wanted.masks.keys()
-    assert all(torch.equal(found.masks[name], mask) for name, mask in wanted.masks.items())
-    assert all(torch.equal(found, kept) for found, kept in zip(student.model.parameters(), pruned.parameters(), strict=True))
-
-
-def test_half_precision_is_taken_as_it_is(pruned_here, tmp_path):
-    model = copy.deepcopy(pruned_here[1].model).bfloat16()
-    model.save_pretrained(tmp_path)
-    student, found = take(str(tmp_path), pruned_here[1].dense)
-    assert all(p.dtype == torch.float32 for p in student.model.parameters())
-    assert all(
-        torch.equal(ours, theirs.float()) for ours, theirs in zip(student.model.parameters(), model.parameters(), strict=True)
-    )
-    assert found.total_sparsity == 0.5
-
-
 def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoilt):
     """Norms and embeddings that changed since; a window then reads what the pruned model's embedding gives."""
     state, dense = pruned_here[1].model.state_dict(), pruned_here[1].dense
@@ -188,35 +150,8 @@ def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, ti
         record_of(spec.replaced(pruned=tiny_folder))
     names = {matrix.parameter_name for matrix in pruned_here[1].dense.matrices().values()}
     state = pruned_here[1].model.state_dict()
-    with pytest.raises(ReconError, match="all of its matrices are zero"):
+    with pytest.raises(ReconError, match="100.00% of its matrices is zero.*not all"):
         record_of(spec.replaced(pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})))
-
-
-@pytest.mark.parametrize("stream", ["no", "yes"])
-def test_a_model_of_another_type_is_refused(spec, tmp_path, stream):
-    make_model("qwen2").save_pretrained(tmp_path)
-    with pytest.raises(ReconError, match=f"pruned model '{tmp_path}' .* is of type 'qwen2', and the dense model of type 'llama'"):
-        record_of(spec.replaced(pruned=str(tmp_path)), stream=stream)
-
-
-@pytest.mark.parametrize(
-    "family, changes, said",
-    [
-        (
-            "llama",
-            {"intermediate_size": 48},
-            r"'model.layers.0.mlp.gate_proj.weight' is \(48, 32\) in the pruned model, and \(64, 32\)",
-        ),
-        (
-            "gpt2",
-            {},
-            "the pruned model, a GPT2LMHeadModel, lacks 'model.embed_tokens.weight' of the dense one, a LlamaForCausalLM",
-        ),
-    ],
-)
-def test_models_in_memory_must_be_alike(tokens, family, changes, said):
-    with pytest.raises(ReconError, match=said):
-        recon.reconstruct(make_model(family, **changes), make_model("llama"), tokens(2, 8), execution=FLOAT32)
 
 
 def test_zeros_where_they_do_no_good_are_said(pruned_here, spoilt, caplog):
@@ -232,56 +167,4 @@ def test_zeros_where_they_do_no_good_are_said(pruned_here, spoilt, caplog):
 # ---- the spec
 
 
-@pytest.mark.parametrize(
-    "options", [{"criterion": "magnitude"}, {"pattern": "2:4"}, {"mask_refinement": 3}, {"prune_samples": 8}, {"scope": "row"}]
-)
-def test_what_would_decide_about_the_mask_is_refused(options):
-    [(name, value)] = options.items()
-    with pytest.raises(ReconError, match=f"{name} is '?{value}'?, but the mask is read from the pruned model 'B'; leave it out"):
-        recon.RunSpec.of(pruned="B", **options)
-    with pytest.raises(ReconError, match="given"):
-        recon.RunSpec.of(criterion="given")
-
-
-def test_the_key_depends_on_the_pruned_weights(spec, pruned_folder, tmp_path):
-    copied = Path(shutil.copytree(pruned_folder, tmp_path / "copy"))
-    run = spec.replaced(pruned=str(copied))
-    before, file = run.key(), sorted(copied.glob("*.safetensors"))[0]
-    assert replace(run, seed=run.seed).key() == before != spec.key()
-    weights = load_file(file)
-    name = sorted(weights)[0]
-    save_file(weights | {name: weights[name] + 1}, file, metadata={"format": "pt"})
-    assert run.key() != before
-
-
 # ---- the command line
-
-
-def test_the_command_reconstructs_and_saves_a_pruned_model(
-    spec, tiny_folder, tiny_text, pruned_here, pruned_folder, tmp_path, capsys
-):
-    words = [
-        "reconstruct", "--dense", tiny_folder, "--pruned", pruned_folder, "--text", tiny_text, "--samples", "4", "--sequence-length", "16",
-        "--evaluation-texts", tiny_text, "--evaluation-samples", "2", "--evaluation-length", "16", "--held-out-samples", "2",
-        "--compute-dtype", "float32", "--epochs", "1", "--record", str(tmp_path / "r.json"), "--save", str(tmp_path / "saved"),
-    ]  # fmt: skip
-    main(words)
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert record["metrics"]["perplexity"] == record_of(spec.replaced(pruned=pruned_folder)).metrics["perplexity"]
-    assert "sparsity 0.5000 (pattern of the mask: 2:4)" in capsys.readouterr().out
-    reconstructed, before = (
-        decompose(models.load(str(tmp_path / "saved"))[0]),
-        decompose(pruned_here[1].model, like=pruned_here[1].dense),
-    )
-    for name, matrix in before.matrices().items():
-        assert torch.equal(reconstructed.matrices()[name].weight == 0, matrix.weight == 0)
-    card = (tmp_path / "saved" / "README.md").read_text()
-    assert f"pruned 2:4 with the mask of {pruned_folder}" in card and f"base_model: {tiny_folder}" in card
-    for missing, said in (
-        (["--dense", "A"], "--pruned"),
-        (["--pruned", "B"], "--dense"),
-        ([*words[1:], "--criterion", "ria"], "criterion"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(["reconstruct", *missing])
-        assert stop.value.code == 2 and said in capsys.readouterr().err

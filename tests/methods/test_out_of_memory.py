@@ -11,9 +11,7 @@ from fixtures.models import make_model, random_tokens
 from torch.testing import assert_close
 
 import recon
-from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
-from recon.errors import ReconError
-from recon.kernels.losses import LOSSES
+from recon.config import PruningConfig, ReconstructionConfig
 from recon.methods.reconstruct import NOT_FINITE, RECONSTRUCTED
 from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
@@ -92,12 +90,6 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
     assert other == pytest.approx(value, rel=1e-3) and all(map(torch.equal, zeros, same))
 
 
-def test_where_one_sample_is_too_much_for_a_pass_it_is_said():
-    dense = decompose(make_model("llama", num_hidden_layers=2))
-    with little_memory(dense, 0, gradients=False), pytest.raises(ReconError, match=r"memory .*cpu.* one sample at a time .CUDA"):
-        recon.perplexity(dense, random_tokens(2, 12), execution=execution())
-
-
 @pytest.mark.parametrize("spared", [0, 3], ids=["from the start", "in the middle of a step"])
 def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(pair, caplog, spared):
     dense, student = pair
@@ -128,25 +120,6 @@ def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
     assert first.micro_batch == 3 and [report.micro_batch for report in found] == [1] * 3
 
 
-def test_retraining_is_done_in_smaller_parts_too(pair, caplog):
-    _, student = pair
-    other, tokens = decompose(copy.deepcopy(student.model), like=student), random_tokens(7, 12)
-    config = RetrainingConfig("full", **{f"retrain_{name}": value for name, value in SCHEDULE.items()})
-    wanted = recon.retrain(student, tokens, config, execution=execution())
-    with little_memory(other, 2):
-        found = recon.retrain(other, tokens, config, execution=execution())
-    assert wanted.micro_batch == 3 and found.micro_batch == 2 and "3 samples at a time: 2 from here on" in caplog.text
-    assert_close(found.losses, wanted.losses, rtol=1e-4, atol=1e-6)
-
-
-def test_where_not_even_one_sample_fits_the_window_is_named(pair):
-    dense, student = pair
-    before = {name: p.clone() for name, p in student.model.named_parameters()}
-    with little_memory(student, 0), pytest.raises(ReconError, match=r"window 'block 0 attention'.*cpu.*smaller windows"):
-        recon.reconstruct(student, dense, random_tokens(3, 12), ReconstructionConfig(**SCHEDULE), execution=execution())
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in student.model.named_parameters())
-
-
 def test_windows_whose_activations_overflow_are_left_as_pruned(pair, caplog):
     """The second block's MLP overflows, and with it all that follows."""
     dense, student = pair
@@ -161,18 +134,3 @@ def test_windows_whose_activations_overflow_are_left_as_pruned(pair, caplog):
     for number, window in enumerate(dense.windows("half-block")):
         for name in dense.trained(window, "matrices"):
             assert torch.equal(student.model.get_parameter(name), before[name]) == (number >= 3)
-
-
-def test_an_infinite_loss_rolls_back_even_where_its_gradient_is_finite(pair, caplog, monkeypatch):
-    dense, student = pair
-    before = copy.deepcopy(student.model.state_dict())
-    monkeypatch.setitem(LOSSES, "whitened", lambda output, target, variance: (output - target).square().mean(-1) + torch.inf)
-    config = ReconstructionConfig(granularity="model")
-    reports = recon.reconstruct(student, dense, random_tokens(3, 12), config, execution=execution())
-    assert [report.status for report in reports] == [NOT_FINITE]
-    assert "'block 0-2'" in caplog.text and "losses" in caplog.text
-    infinite = "recon.methods.retrain.negative_log_likelihood"
-    monkeypatch.setattr(infinite, lambda logits, tokens: logits.square().mean(-1) + torch.inf)
-    report = recon.retrain(student, random_tokens(3, 12), RetrainingConfig(retrain="full"), execution=execution())
-    assert report.status == NOT_FINITE and "retraining (full, labels)" in caplog.text
-    assert all(torch.equal(found, before[name]) for name, found in student.model.state_dict().items())

@@ -11,16 +11,13 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from recon.config import PruningConfig, ReconstructionConfig
-from recon.errors import ReconError
 from recon.evaluate.perplexity import drift
 from recon.kernels.adapters import ADAPTERS
-from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
-from recon.methods import fit, propagation
+from recon.kernels.losses import channel_variance, unexplained
 from recon.methods.callbacks import Callback
-from recon.methods.samples import ERROR_SAMPLES
 from recon.methods.prune import prune
 from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED, one_after_another, reconstruct
-from recon.model.decoder import Decoder
+from recon.methods.samples import ERROR_SAMPLES
 from recon.model.discovery import decompose
 from recon.model.windows import Window
 from recon.runtime.activations import Activations
@@ -48,17 +45,19 @@ def pruned(dense, tokens):
     return make
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """What each window is trained on, and by which schedule: (inputs, targets, weights, schedule)."""
-    seen, train = [], fit.train
+def looking(seen, change=lambda number, X, Y: (X, Y)):
+    """An execution whose loop over windows notes in `seen` the inputs and targets of each, which `change` may replace."""
 
-    def record(loss, data, parameters, schedule, *rest):
-        seen.append((*(tensor.clone() for tensor in data), schedule))
-        return train(loss, data, parameters, schedule, *rest)
+    def loop(reconstruction, windows):
+        for number, f in enumerate(windows):
+            X, Y, statistics = reconstruction.streams.task(reconstruction.config.propagation, f)
+            seen.append((X.clone(), Y.clone()))
+            with reconstruction.student.loaded(f):
+                report = reconstruction.fit(f, *change(number, X, Y), statistics)
+                reconstruction.streams.advance(f)
+                yield reconstruction.finish(f, report, 0.0)
 
-    monkeypatch.setattr(fit, "train", record)
-    return seen
+    return Execution("cpu", "float32", progress=False, loop=loop)
 
 
 def run(student, teacher, samples, **options):
@@ -83,51 +82,27 @@ def same(one, other):
 # ---- invariants
 
 
-@pytest.mark.parametrize("loss", ["whitened", "mse", "cosine"])
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("propagation", PROPAGATIONS)
-@pytest.mark.parametrize("granularity", ["matrix", "half-block", "block", "2-blocks", "quarter", "model"])
+@pytest.mark.parametrize("start", [*STARTS, "solver exact"])
+@pytest.mark.parametrize("propagation, loss", [("dense", "mse"), ("sparse", "cosine"), ("mixed", "whitened")])
+@pytest.mark.parametrize("granularity", ["matrix", "half-block", "2-blocks", "quarter", "model"])
 def test_zeros_stay_and_the_rest_is_untouched(dense, pruned, tokens, granularity, propagation, start, loss):
-    student, teacher_before = pruned(), state(dense)
-    before = state(student)
-    train = {"pruned": "all", "exact": "matrices"}[start]
-    options = {"granularity": granularity, "propagation": propagation, "start": start, "loss": loss, "train": train, "chunks": 1}
+    student, teacher_before = pruned(pattern="2:4"), state(dense)
+    before, train = state(student), {"pruned": "all"}.get(start, "matrices")
+    options = {"granularity": granularity, "propagation": propagation, "loss": loss, "train": train, "chunks": 1, "start": start}
+    if start == "solver exact":
+        options |= {"granularity": "matrix", "solver": "exact", "loss": "mse", "start": "pruned"}
     reports = run(student, dense, tokens(3, 12), **options)
-    assert [r.status for r in reports] == [RECONSTRUCTED] * len(dense.windows(granularity))
-    after = state(student)
+    windows = dense.windows(options["granularity"])
+    assert [r.status for r in reports] == [RECONSTRUCTED] * len(windows)
+    after, trained = state(student), {name for window in windows for name in dense.trained(window, train)}
     for name in student.matrices():
-        old, new = before[f"{name}.weight"], after[f"{name}.weight"]
-        assert torch.equal(old == 0, new == 0)
-        assert not torch.equal(old, new)
-    trained = {name for window in dense.windows(granularity) for name in dense.trained(window, train)}
+        assert torch.equal(before[f"{name}.weight"] == 0, after[f"{name}.weight"] == 0)
     assert any("norm" in name for name in trained) == (train == "all" and granularity != "matrix")
     for name in before:
         assert torch.equal(before[name], after[name]) == (name not in trained)
-    assert "model.norm.weight" not in trained and "model.embed_tokens.weight" not in trained and "lm_head.weight" not in trained
+    assert not {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"} & trained
     assert same(teacher_before, state(dense))
-    for decoder in (dense, student):
-        assert all(p.grad is None for p in decoder.model.parameters())
-
-
-@pytest.mark.parametrize("propagation", PROPAGATIONS)
-def test_exact_solver_keeps_zeros(dense, pruned, tokens, propagation):
-    student = pruned()
-    before = state(student)
-    run(student, dense, tokens(3, 12), granularity="matrix", solver="exact", propagation=propagation)
-    after = state(student)
-    matrices = {f"{name}.weight" for name in student.matrices()}
-    for name in before:
-        assert torch.equal(before[name] == 0, after[name] == 0)
-        assert torch.equal(before[name], after[name]) == (name not in matrices)
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
-def test_groups_of_m_stay(dense, pruned, tokens, pattern):
-    student = pruned(pattern=pattern)
-    run(student, dense, tokens(3, 12), start="exact")
-    n, m = map(int, pattern.split(":"))
-    for matrix in student.matrices().values():
-        assert ((matrix.weight != 0).reshape(-1, m).sum(1) == n).all()
+    assert all(p.grad is None for decoder in (dense, student) for p in decoder.model.parameters())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "falcon", "gemma2"])
@@ -141,14 +116,6 @@ def test_other_families(tiny, pruned, tokens, family, granularity):
     run(student, dense, batch, granularity=granularity, start="exact", learning_rate=1e-3, epochs=4)
     assert all(torch.equal(matrix.weight != 0, masks[name]) for name, matrix in student.matrices().items())
     assert drift(student, dense, batch, execution=FLOAT32)[0][-1] < before
-
-
-def test_masks_are_read_from_zeros(dense, pruned, tokens):
-    masks = {name: matrix.weight != 0 for name, matrix in pruned().matrices().items()}
-    one, other = pruned(), pruned()
-    run(one, dense, tokens(3, 12))
-    run(other, dense, tokens(3, 12), masks=masks)
-    assert same(state(one), state(other))
 
 
 def test_given_masks_are_obeyed(dense, pruned, tokens):
@@ -207,16 +174,6 @@ def test_exact_matrices_under_mixed_propagation(tiny, pruned, tokens):
         assert errors[0] < 1.01 * errors[1]
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS)
-def test_exact_never_raises_the_error(dense, pruned, tokens, propagation):
-    reports = run(pruned(), dense, tokens(4, 48), granularity="matrix", solver="exact", propagation=propagation)
-    for report in reports:
-        assert report.error_after["calibration"] <= 1.02 * report.error_before["calibration"]
-        assert report.losses == []
-    total = [sum(getattr(r, when)["calibration"] for r in reports) for when in ("error_before", "error_after")]
-    assert total[1] < 0.8 * total[0]
-
-
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_half_blocks_lower_the_error_on_unseen_samples(dense, pruned, tokens, start, propagation):
@@ -226,11 +183,6 @@ def test_half_blocks_lower_the_error_on_unseen_samples(dense, pruned, tokens, st
         assert r.error_after["held_out"] < r.error_before["held_out"]
         assert epochs(r, 4)[-1] < epochs(r, 4)[0]
         assert len(r.losses) == 4 * 32 / 2 * (4 if r.name.endswith("mlp") else 1)  # chunks
-
-
-def test_exact_start_begins_lower(dense, pruned, tokens):
-    reports = [run(pruned(), dense, tokens(16, 16), batch_size=16, epochs=1, start=start) for start in ("pruned", "exact")]
-    assert reports[1][0].losses[0] < 0.9 * reports[0][0].losses[0]
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "phi"])
@@ -317,24 +269,16 @@ def activations(model, batch):
     return pairs
 
 
-@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 @pytest.mark.parametrize("granularity", ["matrix", "half-block", "block", "model"])
-def test_each_window_gets_the_inputs_and_targets_of_the_propagation(
-    dense, pruned, tokens, trained, granularity, propagation, start
-):
-    student, batch = pruned(), tokens(5, 12)
-
-    held_out = tokens(3, 12, seed=7)
-    options = {"granularity": granularity, "propagation": propagation, "start": start, "chunks": 4}
-    run(student, dense, batch, held_out=held_out, **options)
-    windows = dense.windows(granularity)
-    assert len(trained) == len(windows)
+def test_each_window_gets_the_inputs_and_targets_of_the_propagation(dense, pruned, tokens, granularity, propagation):
+    student, batch, seen, windows = pruned(), tokens(5, 12), [], dense.windows(granularity)
+    options = {"granularity": granularity, "propagation": propagation, "held_out": tokens(3, 12, seed=7)}
+    run(student, dense, batch, execution=looking(seen), **options)
     theirs = activations(dense.model, batch)
     ours = activations(student.model, batch)  # what precedes a window was reconstructed before it, and has not changed since
-    for window, (inputs, targets, weights, _) in zip(windows, trained, strict=True):
-        inputs, targets = (tensor.reshape(5, 12, -1) for tensor in (inputs, targets))  # of chunks, where tokens are not mixed
-        assert_close(weights.reshape(5, 12), position_weights(5, 12))
+    for window, (X, Y) in zip(windows, seen, strict=True):
+        inputs, targets = X[:5], Y[:5]
         hybrid = copy.deepcopy(student.model)  # all reconstructed but for this window, which is the dense model's
         for name, parameter in dense.parameters(window).items():
             hybrid.get_parameter(name).data.copy_(parameter)
@@ -352,37 +296,6 @@ def test_each_window_gets_the_inputs_and_targets_of_the_propagation(
                     for a, b in zip((inputs, targets), expected[other], strict=True)
                 ]
                 assert any(differs)
-
-
-@pytest.mark.parametrize("propagation", PROPAGATIONS)
-def test_parallel_halves_both_read_the_blocks_input(tiny, pruned, tokens, trained, propagation):
-    dense = decompose(tiny("gpt_neox", num_hidden_layers=2))
-    student, batch = pruned(dense), tokens(5, 12)
-
-    run(student, dense, batch, propagation=propagation)
-
-    @torch.no_grad()
-    def second_block(model):
-        """Input of the second block, and its two increments."""
-        layer, seen = model.gpt_neox.layers[1], {}
-        handles = [
-            layer.register_forward_pre_hook(lambda m, args: seen.update(input=args[0])),
-            layer.attention.register_forward_hook(lambda m, args, out: seen.update(attention=out[0])),
-            layer.mlp.register_forward_hook(lambda m, args, out: seen.update(mlp=out)),
-        ]
-        model(input_ids=batch, use_cache=False)
-        for handle in handles:
-            handle.remove()
-        return seen
-
-    theirs, ours = second_block(dense.model), second_block(student.model)
-    hybrid = copy.deepcopy(student.model)
-    hybrid.gpt_neox.layers[1].load_state_dict(dense.model.gpt_neox.layers[1].state_dict())
-    for half, (inputs, targets, *_) in zip(("attention", "mlp"), trained[2:], strict=True):
-        source = theirs if propagation == "dense" else ours
-        goal = second_block(hybrid) if propagation == "sparse" else theirs
-        assert_close(inputs.reshape(5, 12, -1), source["input"], rtol=1e-4, atol=1e-4)
-        assert_close(targets.reshape(5, 12, -1), goal["input"] + goal[half], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"start": "exact"}, {"granularity": "matrix", "solver": "exact"}])
@@ -407,25 +320,16 @@ def test_held_out_samples_decide_only_what_is_kept(dense, pruned, tokens, option
 # ---- cheaper ways
 
 
-def test_chunks_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, trained):
-    batch, options = tokens(3, 12), {"chunks": 4, "epochs": 1, "propagation": "dense"}
-    for granularity, steps in {"half-block": [3, 12, 3, 12], "block": [3, 3], "matrix": [12] * 8}.items():
-        reports = run(pruned(), dense, batch, granularity=granularity, **options)
-        assert [len(report.losses) for report in reports] == steps
-    for found, expected in zip(trained[1][:2], activations(dense.model, batch)["block 0 mlp"], strict=True):
-        assert found.shape == (12, 3, 32)
-        assert_close(found.reshape(3, 12, 32), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("granularity, steps", [("half-block", [3, 12, 3, 12]), ("block", [3, 3]), ("matrix", [12] * 8)])
+def test_chunks_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, granularity, steps):
+    options = {"chunks": 4, "epochs": 1, "granularity": granularity}
+    assert [len(report.losses) for report in run(pruned(), dense, tokens(3, 12), **options)] == steps
+    assert [len(report.losses) for report in run(pruned(), dense, tokens(3, 11), **options)] == [3] * len(steps)  # 11 is prime
 
 
-@pytest.mark.parametrize("length, chunks", [(12, 4), (10, 2), (11, 1)])
-def test_chunks_are_as_many_as_divide_the_samples(dense, pruned, tokens, length, chunks):
-    reports = run(pruned(), dense, tokens(3, length), epochs=1, chunks=4)
-    assert [len(report.losses) for report in reports] == [3, 3 * chunks] * 2
-
-
-@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(
-    ("propagation", "granularity"), [("mixed", "half-block"), ("dense", "matrix"), ("mixed", "matrix"), ("dense", "model")]
+    ("propagation", "granularity", "start"),
+    [("mixed", "half-block", "exact"), ("dense", "matrix", "exact"), ("mixed", "matrix", "pruned"), ("dense", "model", "pruned")],
 )
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "magnitude"])
 def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens, criterion, propagation, granularity, start):
@@ -446,74 +350,20 @@ def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens
     assert found[0].masks.keys() == masks.keys() and all(torch.equal(found[0].masks[name], masks[name]) for name in masks)
 
 
-@pytest.mark.parametrize(
-    ("pruning", "options", "message"),
-    [
-        ({"statistics": "sparse"}, {}, "statistics sparse.*recon.prune"),
-        ({"criterion": "wanda-sp", "pattern": "0.2"}, {}, "'wanda-sp' weighs heads and neurons"),
-        ({}, {"propagation": "sparse"}, "sparse propagation"),
-        ({"prune_samples": 3}, {}, r"other samples \(3\) than reconstruction \(4\)"),
-        ({}, {"masks": {}}, "both masks and pruning"),
-    ],
-)
-def test_what_cannot_be_pruned_in_one_pass_is_refused(dense, tokens, pruning, options, message):
-    student = decompose(copy.deepcopy(dense.model), like=dense)
-    with pytest.raises(ReconError, match=message):
-        run(student, dense, tokens(4, 48), pruning=PruningConfig(**pruning), **options)
-
-
-def test_exact_iterations_reach_the_solver(dense, pruned, tokens):
-    options = {"granularity": "matrix", "solver": "exact"}
-    errors = [
-        sum(r.error_after["calibration"] for r in run(pruned(), dense, tokens(4, 48), exact_iterations=n, **options))
-        for n in (1, 3, 30)
-    ]
-    assert errors[0] > 1.05 * errors[1] and errors[1] > 1.01 * errors[2]
-
-
 # ---- what passes share
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("propagation", ["dense", "mixed"])
-def test_shared_activations_change_no_bit(tiny, pruned, tokens, monkeypatch, family, propagation):
-    dense, batch, held_out = decompose(tiny(family)), tokens(5, 12), tokens(3, 12, seed=7)
-    cases = [
-        {"granularity": "block"}, {"granularity": "half-block", "start": "exact"}, {"granularity": "matrix"},
-        {"granularity": "matrix", "solver": "exact"}, {"granularity": "model"}, {"granularity": "half-block", "chunks": 4},
-        {"granularity": "half-block", "start": "exact"},
-    ]  # fmt: skip
-    sharing_them, ran = Execution("cpu", "float32", progress=False, cache=Activations()), []
-    forward = Decoder.forward
-
-    def counting(self, window, hidden):
-        ran.append(self is dense)
-        return forward(self, window, hidden)
-
-    monkeypatch.setattr(Decoder, "forward", counting)
-    for number, options in enumerate(cases):
+def test_shared_activations_change_no_bit(tiny, pruned, tokens, family, propagation):
+    dense, batch, cache = decompose(tiny(family)), tokens(5, 12), Activations()
+    sharing_them = Execution("cpu", "float32", progress=False, cache=cache)
+    for options in ({"granularity": "block"}, {"start": "exact"}, {"granularity": "matrix"}, {"granularity": "block"}):
         alone, sharing = pruned(dense), pruned(dense)
-        options = {"held_out": held_out, "propagation": propagation, "epochs": 1, "chunks": 1} | options
+        options = {"held_out": tokens(3, 12, seed=7), "propagation": propagation, "epochs": 1} | options
         run(alone, dense, batch, **options)
-        ran.clear()
         run(sharing, dense, batch, execution=sharing_them, **options)
-        assert same(state(alone), state(sharing))
-        if propagation == "dense" and number >= 4:
-            assert not any(ran)  # all that is asked of the dense model is known by now
-
-
-def test_the_exact_solver_runs_the_dense_block_once(dense, pruned, tokens, monkeypatch):
-    ran, forward = [], Decoder.forward
-
-    def counting(self, window, hidden):
-        if self is dense and not window.matrices:
-            ran.append(len(hidden))
-        return forward(self, window, hidden)
-
-    monkeypatch.setattr(Decoder, "forward", counting)
-    run(pruned(), dense, tokens(16, 12), granularity="matrix", solver="exact", propagation="dense")
-    # Per block: once for the Gram matrices and the output; once for the inputs of the few samples that errors are measured on.
-    assert ran == [16, ERROR_SAMPLES] * 2
+        assert same(state(alone), state(sharing)) and cache.bytes > 0
 
 
 # ---- seeds
@@ -534,66 +384,20 @@ def test_same_seed_same_weights(dense, pruned, tokens, granularity):
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_window_that_breaks_is_rolled_back(dense, pruned, tokens, monkeypatch, caplog, value, start):
-    calls, train = [], fit.train
-
-    def breaks(loss, data, parameters, *rest):
-        losses = train(loss, data, parameters, *rest)
-        calls.append(1)
-        if len(calls) == 2:
-            with torch.no_grad():
-                parameters[0].parameter.view(-1)[3] = value
-        return losses
-
-    monkeypatch.setattr(fit, "train", breaks)
+def test_a_window_that_breaks_is_rolled_back(dense, pruned, tokens, caplog, value, start):
     student = pruned()
-    before = state(student)
+    before, execution = (
+        state(student),
+        looking([], lambda number, X, Y: (X, Y.index_fill(1, torch.tensor(3), value) if number == 1 else Y)),
+    )
     with caplog.at_level(logging.WARNING, "recon"):
-        reports = run(student, dense, tokens(4, 12), start=start)
+        reports = run(student, dense, tokens(4, 12), start=start, execution=execution)
     assert [r.status for r in reports] == [RECONSTRUCTED, NOT_FINITE, RECONSTRUCTED, RECONSTRUCTED]
-    assert reports[1].error_after == reports[1].error_before
     after, windows = state(student), dense.windows("half-block")
     changed = {name for number in (0, 2, 3) for name in dense.trained(windows[number], "matrices")}
     for name in before:
         assert torch.equal(before[name], after[name]) == (name not in changed)
     assert [r.levelname for r in caplog.records if "'block 0 mlp'" in r.message and "rolled back" in r.message] == ["WARNING"]
-
-
-def test_an_absurd_learning_rate_is_survived(dense, pruned, tokens):
-    student = pruned()
-    before = state(student)
-    reports = run(student, dense, tokens(4, 12), learning_rate=1e38)
-    assert {r.status for r in reports} == {NOT_FINITE}
-    assert same(before, state(student))
-
-
-def test_windows_that_do_not_fit_are_refused_before_anything_changes(dense, pruned, tokens):
-    student = pruned()
-    before = state(student)
-    for options, words in (
-        ({"granularity": "none"}, "granularity none"),
-        ({"granularity": "3"}, "windows of 3 blocks, but the model has 2"),
-        ({"masks": {}}, r"'model.layers.0.self_attn.q_proj'.* None.*\(32, 32\)"),
-    ):
-        with pytest.raises(ReconError, match=words):
-            run(student, dense, tokens(2, 8), **options)
-    assert same(before, state(student))
-    with pytest.raises(ReconError, match="'model.embed_tokens.weight' is torch.bfloat16.*float32"):
-        run(decompose(copy.deepcopy(student.model).bfloat16()), dense, tokens(2, 8))
-
-
-def test_samples_of_another_length_are_refused(dense, pruned, tokens):
-    with pytest.raises(ReconError, match="sequence length 65 is more than the 64 tokens"):
-        run(pruned(), dense, tokens(2, 65))
-    with pytest.raises(ReconError, match="held-out samples of 8 tokens are not as long as calibration samples, 16"):
-        run(pruned(), dense, tokens(2, 16), held_out=tokens(2, 8))
-
-
-def test_half_blocks_of_undivided_models_are_refused(tiny, pruned, tokens):
-    dense = decompose(tiny("bloom"))
-    with pytest.raises(ReconError, match="half-block windows do not fit this model"):
-        run(pruned(dense), dense, tokens(2, 8))
-    run(pruned(dense), dense, tokens(2, 8), granularity="block")
 
 
 # ---- the call itself
@@ -607,20 +411,6 @@ def test_models_and_iterables_are_as_good_as_decoders_and_tensors(dense, pruned,
     assert [r.error_after for r in reports] == [r.error_after for r in again]
 
 
-def test_callbacks_are_told_of_every_window_as_soon_as_it_is_done(dense, pruned, tokens):
-    student, told = pruned(), []
-    before = state(student)
-
-    class Watch(Callback):
-        def on_window(self, report):
-            changed = {name for name, value in state(student).items() if not torch.equal(value, before[name])}
-            told.append((report, len(changed)))
-
-    reports = run(student, dense, tokens(4, 12), callbacks=[Watch(), Watch()])
-    assert [report for report, _ in told] == [report for report in reports for _ in range(2)]
-    assert [changed for _, changed in told] == [4, 4, 7, 7, 11, 11, 14, 14]  # matrices of the windows so far
-
-
 def test_reports_are_plain_data_in_order(dense, pruned, tokens):
     plain = [vars(report) for report in run(pruned(), dense, tokens(4, 12))]
     assert [r["name"] for r in plain] == ["block 0 attention", "block 0 mlp", "block 1 attention", "block 1 mlp"]
@@ -631,24 +421,6 @@ def test_reports_are_plain_data_in_order(dense, pruned, tokens):
 
 
 # ---- what the loss sees
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("granularity", ["matrix", "half-block", "model"])
-def test_what_is_to_be_matched_at_the_first_position_does_not_matter(dense, pruned, tokens, monkeypatch, granularity, loss):
-    variance, found = propagation.channel_variance, []
-    for size in (0.0, 1e3):
-
-        def spoilt(targets, size=size):
-            targets[:, 0] += size
-            return variance(targets)
-
-        monkeypatch.setattr(propagation, "channel_variance", spoilt)
-        student = pruned()
-        # Calibration samples alone: the next window is to read the same. Chunks: the first of them is all that differs.
-        reports = run(student, dense, tokens(3, 12), propagation="sparse", chunks=4, granularity=granularity, loss=loss)
-        found.append((state(student), [(report.losses, report.error_before, report.error_after) for report in reports]))
-    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
 
 def test_where_one_channel_is_massive_the_whitened_loss_explains_more_of_all_of_them(dense, pruned, tokens):
@@ -666,24 +438,6 @@ def test_where_one_channel_is_massive_the_whitened_loss_explains_more_of_all_of_
         assert after < 0.8 * report.error_before["held_out"]
         if name.endswith("mlp"):
             assert after < 0.95 * found["mse"][name].error_after["held_out"]
-
-
-def test_size_of_activations_does_not_matter(dense, pruned, tokens):
-    """The loss is taken relative to the targets' variance, so that AdamW's epsilon means the same at any size."""
-    found = []
-    for size in (1.0, 1e-3, 1e3):
-        teacher = decompose(copy.deepcopy(dense.model))
-        with torch.no_grad():
-            teacher.model.model.layers[0].input_layernorm.weight.mul_(size)
-        student = decompose(copy.deepcopy(teacher.model), like=teacher)
-        with torch.no_grad():
-            for name, matrix in pruned().matrices().items():
-                student.matrices()[name].weight.copy_(matrix.weight)
-        reports = run(student, teacher, tokens(4, 12), granularity="matrix")
-        found.append((reports[0].losses, student.matrices()["model.layers.0.self_attn.q_proj"].weight.detach()))
-    for losses, weight in found[1:]:
-        assert_close(losses, found[0][0], rtol=1e-3, atol=1e-5)
-        assert_close(weight, found[0][1], rtol=1e-3, atol=1e-4)
 
 
 # ---- adapters; windows that get worse
@@ -711,11 +465,3 @@ def test_a_window_that_gets_worse_on_held_out_text_is_rolled_back(dense, pruned,
     )
     assert all(report.error_after == report.error_before and report.movement == 0 for report in reports)
     assert same(state(student), before)
-
-
-@pytest.mark.parametrize(
-    "granularity, share", [("matrix", 0.1), ("half-block", 1), ("block", 2**-0.75), ("2-blocks", 4**-0.75), ("model", 4**-0.75)]
-)
-def test_larger_windows_and_single_matrices_take_smaller_steps(dense, pruned, tokens, trained, granularity, share):
-    run(pruned(), dense, tokens(4, 16), learning_rate=0.5, granularity=granularity)
-    assert {schedule.learning_rate for *_, schedule in trained} == {0.5 * share}

@@ -5,22 +5,15 @@ import copy
 import pytest
 import torch
 from fixtures.models import FLOAT32
-from fixtures.runs import record_of, result_of
-from torch.testing import assert_close
 
-import recon
 from recon.config import PruningConfig, ReconstructionConfig
-from recon.errors import ReconError
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.methods import prune as pruning
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
-from recon.methods.statistics import gather
 from recon.methods.units import find_units
 from recon.model.discovery import decompose
 from recon.model.modules import distance
-from recon.runtime.execution import Execution
-from recon.study import checkpoint
 
 STRUCTURED = [name for name, rule in CRITERIA.items() if isinstance(rule, Structured)]
 # family -> changes, units of attention, rows of each unit in the parts that each matrix that makes them is fused of, reader
@@ -183,21 +176,6 @@ def test_sparsity_is_as_close_as_whole_units_allow(tiny, tokens, family, pattern
         assert abs(result.total_sparsity - float(pattern)) <= off / total + 1e-9
 
 
-def test_wanda_sp_removes_the_same_number_everywhere_and_flap_does_not(fresh, tokens):
-    rates = {}
-    for criterion in STRUCTURED:
-        found = pruned(fresh(), tokens, criterion, "0.4").sparsity
-        rates[criterion] = {suffix: {v for n, v in found.items() if n.endswith(suffix)} for suffix in ("o_proj", "down_proj")}
-    assert all(len(values) == 1 for values in rates["wanda-sp"].values())
-    assert len(rates["flap"]["down_proj"]) > 1
-
-
-def test_wanda_sp_leaves_something_of_every_half(tiny, tokens):
-    decoder = decompose(tiny("llama", num_key_value_heads=1))
-    masks = pruned(decoder, tokens, "wanda-sp", "0.98").masks
-    assert all(mask.any() for mask in masks.values())
-
-
 # ---- what is chosen
 
 
@@ -239,14 +217,6 @@ def test_flap_compares_over_the_whole_dense_model(fresh, dense, tokens, statisti
 
 
 # ---- means, and the bias that makes up for them
-
-
-def test_moments_are_those_of_a_slow_loop(dense, tokens):
-    batch, execution = tokens(70, 20), Execution("cpu", "float32")  # more than one batch
-    stream = execution.run(dense.embed, batch)
-    _, found = gather(execution, dense, dense.windows("block")[0], stream, "moments")
-    for name, x in inputs_of(dense.model, list(found), batch).items():
-        assert_close(found[name].double(), torch.stack([x.mean(0), x.var(0, correction=0)]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
@@ -304,107 +274,3 @@ def test_reconstruction_keeps_units_gone_and_trains_the_new_biases(fresh, dense,
         assert not matrix.weight[~result.masks[name]].any()
     for name, bias in result.biases.items():
         assert not torch.equal(student.model.get_submodule(name).bias, bias)
-
-
-@pytest.mark.parametrize("granularity, solver, start", [("matrix", "exact", "pruned"), ("half-block", "adamw", "exact")])
-@pytest.mark.parametrize("propagation", ["dense", "sparse"])
-def test_exact_solutions_do_not_add_to_the_compensation(fresh, dense, tokens, granularity, solver, start, propagation):
-    """They fit weights alone, to the dense matrices, so they start over from the dense biases: here from none."""
-    students, reports = [], []
-    config = ReconstructionConfig(
-        granularity=granularity, propagation=propagation, solver=solver, start=start, learning_rate=1e-30
-    )
-    for bare in (False, True):
-        student = fresh()
-        result = pruned(student, tokens, "flap")
-        for name in result.biases if bare else ():
-            student.model.get_submodule(name.removesuffix(".bias")).bias = None
-        reports += reconstruct(student, dense, tokens(16, 20, seed=1), config, masks=result.masks, execution=FLOAT32)
-        students.append(student)
-    for name, matrix in students[0].matrices().items():
-        assert_close(matrix.weight, students[1].matrices()[name].weight)
-        assert matrix.module.bias is None or matrix.module.bias.abs().max() < 1e-6
-    assert all(r.error_after["calibration"] <= r.error_before["calibration"] * 1.001 for r in reports[len(reports) // 2 :])
-
-
-# ---- runs and checkpoints
-
-
-@pytest.fixture(scope="module")
-def spec(tiny_folder, tiny_text):
-    return recon.RunSpec.of(
-        model=str(tiny_folder), text=str(tiny_text), criterion="flap", pattern="0.3", samples=6, sequence_length=32,
-        held_out_samples=2, evaluation_texts=(str(tiny_text),), evaluation_samples=3, evaluation_length=64,
-    )  # fmt: skip
-
-
-def test_runs_share_the_biases_with_the_pruned_state(spec):
-    session = recon.Session()
-    first = record_of(spec, session)
-    alone, model = result_of(spec.replaced(granularity="none"), session)
-    assert "pruned" in alone.shared
-    assert first.metrics["sparsity"] == alone.metrics["sparsity"] == pytest.approx(0.3, abs=0.01)
-    assert first.metrics["pruned_perplexity"] == alone.metrics["perplexity"]
-    assert alone.metrics["perplexity"] == record_of(spec.replaced(granularity="none")).metrics["perplexity"]
-    texts = recon.sample_tokens(spec.calibration.text, "evaluation", session.load(*spec.loaded_by)[1], 3, 64)
-    assert recon.perplexity(model, texts).value == alone.metrics["perplexity"]
-    with_biases = dict(model.named_parameters())
-    assert any(name.endswith("proj.bias") for name in with_biases)
-
-
-def test_a_bias_without_a_place_is_refused_before_anything_is_written(spec, fresh, tokens, tmp_path, monkeypatch):
-    decoder = fresh()
-    pruned(decoder, tokens, "flap")
-    with pytest.raises(
-        ReconError, match=r"LlamaForCausalLM as configured has no place for 'model.*proj.bias'.*another criterion"
-    ):
-        checkpoint.write(decoder.model, None, tmp_path / "model", None, recon.RunOptions())
-    monkeypatch.setattr(
-        "recon.evaluate.perplexity.perplexity", lambda *args, **kwargs: pytest.fail("measured before it was refused")
-    )
-    with pytest.raises(ReconError, match="no place for 'model.layers.0.self_attn.o_proj.bias', one of 8 biases"):
-        record_of(spec, save=tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("family, criterion", [("gpt2", "flap"), ("opt", "flap"), ("llama", "wanda-sp")])
-def test_what_has_a_place_can_be_saved(tiny, tokens, tmp_path, family, criterion):
-    decoder = decompose(tiny(family))
-    pruned(decoder, tokens, criterion)
-    checkpoint.check_places(decoder.model, decoder.model.state_dict())
-    decoder.model.save_pretrained(tmp_path)
-    loaded = type(decoder.model).from_pretrained(tmp_path).eval()
-    batch = tokens(2, 12)
-    assert torch.equal(loaded(input_ids=batch).logits, decoder.model(input_ids=batch).logits)
-
-
-# ---- refusals
-
-
-@pytest.mark.parametrize("criterion", STRUCTURED)
-def test_samples_are_needed(fresh, dense, criterion):
-    decoder = fresh()
-    with pytest.raises(ReconError, match=f"'{criterion}'.*needs calibration samples"):
-        prune(decoder, None, PruningConfig(criterion=criterion, pattern="0.2"))
-    assert all(torch.equal(m.weight, dense.matrices()[name].weight) for name, m in decoder.matrices().items())
-
-
-@pytest.mark.parametrize("criterion", STRUCTURED)
-def test_models_without_units_are_refused(tiny, fresh, tokens, criterion):
-    with pytest.raises(ReconError, match="half-block windows do not fit this model: block 0 .BloomBlock."):
-        pruned(tiny("bloom"), tokens, criterion)
-    decoder = fresh()
-    decoder.model.config.num_attention_heads = 5
-    with pytest.raises(
-        ReconError, match="32 columns of 'model.layers.0.self_attn.o_proj' do not divide into num_attention_heads 5"
-    ):
-        pruned(decoder, tokens, criterion)
-
-
-@pytest.mark.parametrize("criterion", STRUCTURED)
-def test_nan_is_refused_by_name(fresh, tokens, criterion):
-    decoder = fresh()
-    with torch.no_grad():
-        decoder.model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
-    with pytest.raises(ReconError, match="model.layers.1.mlp.down_proj'.* NaN|input of 'model.layers.2.* NaN"):
-        pruned(decoder, tokens, criterion)

@@ -86,7 +86,7 @@ def test_statistics_are_those_of_the_model_as_a_whole(made, family):
     execution, gathered = Execution("cpu", "float32"), {}
     stream = execution.run(decoder.embed, tokens)
     for window in decoder.windows("block"):
-        stream, statistics = gather(execution, decoder, window, stream, "norm")
+        stream, statistics, _ = gather(execution, decoder, window, stream, "norm")
         gathered |= statistics
     assert set(gathered) == set(seen)
     for name, x in seen.items():
