@@ -23,7 +23,7 @@ from recon.kernels import criteria
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.losses import ELEMENTS
 from recon.kernels.moments import triangle
-from recon.methods.problem import ERROR_SAMPLES
+from recon.methods.samples import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.encoder_decoder import EncoderDecoder
