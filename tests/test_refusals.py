@@ -162,60 +162,65 @@ def broken(decoder, name, value):
 
 UP = "model.layers.1.mlp.up_proj"
 TOKENS = random_tokens(2, 12)
-PRUNE = lambda model, samples=TOKENS, **given: recon.prune(model, samples, PruningConfig(**given), execution=FLOAT32)  # noqa: E731
-FIT = lambda d, s, samples=TOKENS, call={}, **given: recon.reconstruct(  # noqa: E731
-    s, d, samples, ReconstructionConfig(**given), execution=FLOAT32, **call
-)
-RETRAIN = lambda s, method="full", samples=TOKENS, **call: recon.retrain(
-    s, samples, RetrainingConfig(method), execution=FLOAT32, **call
-)  # noqa: E731
+
+
+def prune(model, samples=TOKENS, **given):
+    return recon.prune(model, samples, PruningConfig(**given), execution=FLOAT32)
+
+
+def fit(dense, student, samples=TOKENS, call=None, **given):
+    return recon.reconstruct(student, dense, samples, ReconstructionConfig(**given), execution=FLOAT32, **(call or {}))
+
+
+def retrain(student, method="full", samples=TOKENS, **call):
+    return recon.retrain(student, samples, RetrainingConfig(method), execution=FLOAT32, **call)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda d, s: PRUNE(d, None), "'wanda' weighs activations and needs calibration samples"),
-        (lambda d, s: PRUNE(d, None, criterion="magnitude", mask_refinement=2), "'magnitude' with mask refinement weighs"),
-        (lambda d, s: PRUNE(d, None, criterion="flap", pattern="0.2"), "'flap'.*needs calibration samples"),
-        (lambda d, s: PRUNE(d, pattern="3:5"), "32 input columns, which do not divide into the groups of 5"),
-        (lambda d, s: PRUNE(broken(d, f"{UP}.weight", math.nan), None, criterion="magnitude"), f"{UP}'.*NaN"),
+        (lambda d, s: prune(d, None), "'wanda' weighs activations and needs calibration samples"),
+        (lambda d, s: prune(d, None, criterion="magnitude", mask_refinement=2), "'magnitude' with mask refinement weighs"),
+        (lambda d, s: prune(d, None, criterion="flap", pattern="0.2"), "'flap'.*needs calibration samples"),
+        (lambda d, s: prune(d, pattern="3:5"), "32 input columns, which do not divide into the groups of 5"),
+        (lambda d, s: prune(broken(d, f"{UP}.weight", math.nan), None, criterion="magnitude"), f"{UP}'.*NaN"),
         (
-            lambda d, s: PRUNE(broken(d, "model.layers.1.input_layernorm.weight", math.inf)),
+            lambda d, s: prune(broken(d, "model.layers.1.input_layernorm.weight", math.inf)),
             "input of 'model.layers.1.*NaN or infinite",
         ),
         (
-            lambda d, s: PRUNE(make_model("bloom"), criterion="wanda-sp", pattern="0.2"),
+            lambda d, s: prune(make_model("bloom"), criterion="wanda-sp", pattern="0.2"),
             "half-block windows do not fit this model",
         ),
-        (lambda d, s: PRUNE(make_model("mixtral"), criterion="flap", pattern="0.2"), "expert's; whole heads and neurons"),
-        (lambda d, s: FIT(d, s, granularity="none"), "granularity none"),
-        (lambda d, s: FIT(d, s, granularity="3"), "windows of 3 blocks, but the model has 2"),
-        (lambda d, s: FIT(d, s, random_tokens(2, 65)), "sequence length 65 is more than the 64 tokens"),
-        (lambda d, s: FIT(d, s, random_tokens(2, 1)), "calibration samples are of 1 token"),
-        (lambda d, s: FIT(d, s, call={"held_out": random_tokens(2, 8)}), "held-out samples of 8 tokens are not as long"),
+        (lambda d, s: prune(make_model("mixtral"), criterion="flap", pattern="0.2"), "expert's; whole heads and neurons"),
+        (lambda d, s: fit(d, s, granularity="none"), "granularity none"),
+        (lambda d, s: fit(d, s, granularity="3"), "windows of 3 blocks, but the model has 2"),
+        (lambda d, s: fit(d, s, random_tokens(2, 65)), "sequence length 65 is more than the 64 tokens"),
+        (lambda d, s: fit(d, s, random_tokens(2, 1)), "calibration samples are of 1 token"),
+        (lambda d, s: fit(d, s, call={"held_out": random_tokens(2, 8)}), "held-out samples of 8 tokens are not as long"),
         (
-            lambda d, s: FIT(d, s, call={"masks": {}}),
+            lambda d, s: fit(d, s, call={"masks": {}}),
             r"mask of 'model.layers.0.self_attn.q_proj' has shape None; it must be \(32, 32\)",
         ),
-        (lambda d, s: FIT(d, copy.deepcopy(s.model).bfloat16()), "'model.embed_tokens.weight' is torch.bfloat16.*float32"),
-        (lambda d, s: FIT(d, make_model("llama", num_hidden_layers=1)), "'model.layers.1.* has shape None in the pruned model"),
-        (lambda d, s: FIT(make_model("mixtral"), make_model("mixtral"), adapter="lora"), "one expert's part of a parameter"),
-        (lambda d, s: FIT(d, s, call={"pruning": PruningConfig(), "masks": {}}), "both masks and pruning"),
-        (lambda d, s: FIT(d, s, call={"pruning": PruningConfig(statistics="sparse")}), "statistics sparse.*recon.prune"),
-        (lambda d, s: FIT(d, s, call={"pruning": PruningConfig("flap", "0.2")}), "'flap' weighs heads and neurons"),
-        (lambda d, s: FIT(d, s, propagation="sparse", call={"pruning": PruningConfig()}), "sparse propagation"),
+        (lambda d, s: fit(d, copy.deepcopy(s.model).bfloat16()), "'model.embed_tokens.weight' is torch.bfloat16.*float32"),
+        (lambda d, s: fit(d, make_model("llama", num_hidden_layers=1)), "'model.layers.1.* has shape None in the pruned model"),
+        (lambda d, s: fit(make_model("mixtral"), make_model("mixtral"), adapter="lora"), "one expert's part of a parameter"),
+        (lambda d, s: fit(d, s, call={"pruning": PruningConfig(), "masks": {}}), "both masks and pruning"),
+        (lambda d, s: fit(d, s, call={"pruning": PruningConfig(statistics="sparse")}), "statistics sparse.*recon.prune"),
+        (lambda d, s: fit(d, s, call={"pruning": PruningConfig("flap", "0.2")}), "'flap' weighs heads and neurons"),
+        (lambda d, s: fit(d, s, propagation="sparse", call={"pruning": PruningConfig()}), "sparse propagation"),
         (
-            lambda d, s: FIT(d, s, call={"pruning": PruningConfig(prune_samples=3)}),
+            lambda d, s: fit(d, s, call={"pruning": PruningConfig(prune_samples=3)}),
             r"other samples \(3\) than reconstruction \(2\)",
         ),
-        (lambda d, s: RETRAIN(s, "none"), "retrain is 'none'"),
+        (lambda d, s: retrain(s, "none"), "retrain is 'none'"),
         (lambda d, s: recon.retrain(s, TOKENS, RetrainingConfig("full", "distil")), "'distil'.*`dense`"),
-        (lambda d, s: RETRAIN(s, samples=random_tokens(2, 65)), "sequence length 65 is more than the 64"),
-        (lambda d, s: RETRAIN(s, masks={}), "mask of 'model.layers.0.self_attn.q_proj' has shape None"),
-        (lambda d, s: RETRAIN(copy.deepcopy(s.model).half()), "is torch.float16"),
-        (lambda d, s: RETRAIN(make_model("mixtral"), "lora"), "one expert's part"),
+        (lambda d, s: retrain(s, samples=random_tokens(2, 65)), "sequence length 65 is more than the 64"),
+        (lambda d, s: retrain(s, masks={}), "mask of 'model.layers.0.self_attn.q_proj' has shape None"),
+        (lambda d, s: retrain(copy.deepcopy(s.model).half()), "is torch.float16"),
+        (lambda d, s: retrain(make_model("mixtral"), "lora"), "one expert's part"),
         *(
-            (lambda d, s, wrong=wrong: PRUNE(d, wrong), words)
+            (lambda d, s, wrong=wrong: prune(d, wrong), words)
             for wrong, words in (
                 ("text", "calibration samples are 'text'; allowed"),
                 ([], "calibration samples are none"),

@@ -136,7 +136,7 @@ def test_experts_are_multiplied_by_what_is_given_instead(made, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_are_those_of_the_tokens_sent_there(made, family, kind):
     decoder, tokens = made(family), random_tokens(16, 20)
-    _, gathered = gather(FLOAT32, decoder, decoder.windows("block")[0], FLOAT32.run(decoder.embed, tokens), kind)
+    _, gathered, _ = gather(FLOAT32, decoder, decoder.windows("block")[0], FLOAT32.run(decoder.embed, tokens), kind)
     expected = slow_inputs(decoder, 0, tokens)
     assert set(expected) == set(experts_of(decoder, 0))
     assert len({len(x) for x in expected.values()}) > 1  # experts differ in what they get
