@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -111,19 +112,6 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
-def setting(runs: pd.DataFrame) -> str:
-    """How `runs` (a row each, options by flat name) were made and measured: what all have in common, and their seeds."""
-    say = [
-        "{model}", "{criterion} {pattern}", "{samples} x {sequence_length} tokens of {text}", "pruned on {prune_samples} samples",
-        "{statistics} statistics", "{propagation} propagation", "{loss} loss",
-        "perplexity on {evaluation_samples} x {evaluation_length} tokens",
-    ]  # fmt: skip
-    shared = {name: runs[name].iloc[0] for name in runs if runs[name].astype(str).nunique() == 1}
-    words = [part.format(**shared) for part in say if set(re.findall(r"{(\w+)}", part)) <= shared.keys()]
-    seeds = sorted(set(runs["seed"]))
-    return ", ".join([*words, f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"])
-
-
 def publish(
     figure: Figure,
     name: str,
@@ -149,9 +137,10 @@ def publish(
     data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
     origin = {"name": name, "finding": finding, "caption": caption, "records": sorted(set(keys)), "commit": commit()}
     (folder / f"{name}.json").write_text(json.dumps(origin, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    plt.show()
+    if get_ipython():  # in a notebook
+        plt.show()
+        display(HTML(f"<p><small>{escape(caption)}</small></p>"))
     plt.close(figure)
-    display(HTML(f"<p><small>{escape(caption)}</small></p>"))
     print(os.path.relpath(folder / f"{name}.png", ROOT))
 
 
@@ -192,6 +181,7 @@ def drawn(notebook: Path) -> list[str]:
 def gallery(profile: str, claims: str = "", folder: Path | None = None) -> str:
     """The page of all figures: writes README.md into the figure folder of `profile` and returns it; claims: their verdicts."""
     folder = folder or folders(profile)[0]
+    folder.mkdir(parents=True, exist_ok=True)
     up = Path(os.path.relpath(ROOT, folder)).as_posix()
     page = ["# Gallery", "Every figure with what it shows, its data, and the runs behind it. Written by `companion.publish`."]
     if (folder / "claims.png").exists():

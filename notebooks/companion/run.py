@@ -1,0 +1,176 @@
+"""Runs the notebooks under a profile: `python -m companion.run quick [NOTEBOOK ...] [--executor ray] [--from-records]`.
+
+What each profile sets is in notebooks/profiles/. Notebooks do not depend on one another: one that fails is named at the end, and the
+others go on. Executed copies, logs and HTML pages go to build/<profile>/; figures and records where `companion.publish` says.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import papermill
+import yaml
+from nbconvert import HTMLExporter
+from traitlets.config import Config
+
+from companion import judge
+from companion.compare import SEEDS
+from companion.figures import claims
+from companion.frame import load
+from companion.publish import PROFILES, ROOT, folders, gallery, notebooks, publish, style
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Console:
+    """What a notebook prints goes to its log; the paths of its figures to the console as well."""
+
+    def __init__(self, name: str, log: Path):
+        self.name, self.log = name, log.open("w", encoding="utf-8")
+
+    def write(self, text: str) -> None:
+        self.log.write(text)
+        for path in re.findall(r"^\S+\.png$", text, re.MULTILINE):
+            print(f"{self.name}  {path}", flush=True)
+
+    def flush(self) -> None:
+        self.log.flush()
+
+
+def parameters(profile: str) -> dict[str, dict]:
+    """The parameters of each notebook under `profile`, by its name."""
+    given = yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"))
+    return {path.stem: given.get(path.stem, {}) | {"profile": profile} for path in notebooks()}
+
+
+def execute(path: Path, values: dict, build: Path) -> dict:
+    """Executes one notebook into `build`, renders it, and says how it went: name, status, seconds, error (one line)."""
+    copy, began, error = build / path.name, time.monotonic(), ""
+    try:
+        papermill.execute_notebook(
+            str(path), str(copy), values, kernel_name="python3", progress_bar=False,
+            resources={"metadata": {"path": str(path.parent)}},  # the kernel's folder; this process stays where it is
+            stdout_file=Console(path.stem, build / f"{path.stem}.log"), extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        )  # fmt: skip
+        status = "finished"
+    except papermill.PapermillExecutionError as failure:
+        missing = failure.ename == "MissingRecords" and values.get("compute") is False
+        status, error = "no records" if missing else "failed", f"{failure.ename}: {_ANSI.sub('', failure.evalue)}"
+    except Exception as failure:  # of a kernel: the other notebooks do not depend on it
+        status, error = "failed", f"{type(failure).__name__}: {failure}"
+        traceback.print_exc()
+    if copy.exists():
+        page(nbformat.read(copy, as_version=4), build / f"{path.stem}.html")
+    seconds = round(time.monotonic() - began)
+    print(f"{path.stem}  {status} after {seconds} s", flush=True)
+    return {"notebook": path.stem, "status": status, "seconds": seconds, "error": " ".join(error.split())[:300]}
+
+
+def page(notebook: nbformat.NotebookNode, target: Path) -> None:
+    """Writes a notebook as one HTML page that loads nothing from elsewhere, without the source of cells tagged `hide-input`."""
+    hidden = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}}})
+    exporter = HTMLExporter(hidden, embed_images=True, mathjax_url="", require_js_url="", jquery_url="")
+    resources = {"metadata": {"name": target.stem, "path": str(target.parent)}}
+    target.write_text(exporter.from_notebook_node(readable(notebook), resources)[0], encoding="utf-8")
+
+
+def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A notebook without what Papermill notes of the machine and without live widgets, which are empty frames on a page."""
+    for part in (notebook, *notebook.cells):
+        for name in ("papermill", "widgets", "execution"):
+            part.metadata.pop(name, None)
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [out for out in cell.outputs if "application/vnd.jupyter.widget-view+json" not in out.get("data", {})]
+    return notebook
+
+
+def judged(profile: str) -> str:
+    """Judges the paper's claims from the records of `profile`: writes pages, tables and the figure of all; returns a summary."""
+    figures, records = folders(profile)
+    runs = load(records) if records.is_dir() else pd.DataFrame()
+    if runs.empty:
+        return ""
+    style()
+    verdicts = judge.judge(runs)
+    if plot := claims(verdicts):
+        caption = (
+            "Central claims of the paper, a row for each and model, at its main pattern; marks: effects, lines: bootstrap intervals over seeds "
+            f"and windows (95 %; equal and as good 90 %). Hollow: fewer than {SEEDS} seeds. All claims and protocols: claims.md."
+        )
+        figure, drawn, finding = plot
+        publish(figure, "claims", figures, drawn, caption, {key for keys in verdicts["keys"] for key in keys}, finding)
+    readme = ROOT / "README.md" if profile == "laptop" else None
+    for path, text in judge.pages(records, figures / "claims.md", readme).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return judge.summary(verdicts)
+
+
+def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[dict]:
+    """Runs the notebooks called `names`, or all, and writes verdicts, gallery and index.html; returns how each went.
+
+    compute: False runs nothing: notebooks draw from the records that are there, and those that cannot are left out.
+    """
+    build, values = ROOT / "build" / profile, parameters(profile)
+    paths = [path for path in notebooks() if path.stem in (names or values)]
+    if not compute:
+        paths = [path for path in paths if "compute" in papermill.inspect_notebook(str(path))]
+        values = {name: given | {"compute": False} for name, given in values.items()}
+    build.mkdir(parents=True, exist_ok=True)
+    side_by_side = 2 if (profile == "quick" or not compute) and os.environ.get("RECON_EXECUTOR") != "ray" else 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
+    with ThreadPoolExecutor(side_by_side) as pool:
+        outcomes = list(pool.map(lambda path: execute(path, values[path.stem], build), paths))
+    figures, _ = folders(profile)
+    if profile == "laptop":  # to be committed
+        (figures / "executed").mkdir(exist_ok=True)
+        for name in (outcome["notebook"] for outcome in outcomes if outcome["status"] == "finished"):
+            nbformat.write(readable(nbformat.read(build / f"{name}.ipynb", as_version=4)), figures / "executed" / f"{name}.ipynb")
+    summary = judged(profile)
+    rows = "\n".join(
+        f"| [{o['notebook']}]({o['notebook']}.html) | {o['status']} | {o['seconds']} s | {o['error']} |" for o in outcomes
+    )
+    links = re.sub(r"\]\((?!http)", f"]({os.path.relpath(figures, build)}/", gallery(profile, summary))
+    text = f"# Profile {profile}\n\n| notebook | status | time | error |\n|---|---|---|---|\n{rows}\n\n{links}"
+    page(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), build / "index.html")
+    return outcomes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, or 1 if a notebook failed."""
+    parser = argparse.ArgumentParser(prog="python -m companion.run", description="Run the notebooks under a profile.")
+    parser.add_argument("profile", choices=PROFILES, help="which sizes to run")
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=f"default: all of {[path.stem for path in notebooks()]}")
+    parser.add_argument("--from-records", action="store_true", help="run nothing: draw from the records that are there")
+    parser.add_argument(
+        "--executor", choices=("serial", "ray"), help="what computes studies (default: RECON_EXECUTOR, or serial)"
+    )
+    parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else one that is started on this machine")
+    given = parser.parse_intermixed_args(arguments)
+    if unknown := set(given.notebooks) - {path.stem for path in notebooks()}:
+        parser.error(f"unknown notebook {unknown.pop()!r}; known: {', '.join(path.stem for path in notebooks())}")
+    inherited = {"RECON_EXECUTOR": given.executor, "RAY_ADDRESS": given.address}  # by the notebooks' kernels
+    os.environ |= {name: value for name, value in inherited.items() if value}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "notebooks"), os.environ.get("PYTHONPATH", "")])
+    outcomes = run(given.profile, given.notebooks, compute=not given.from_records)
+    failed = [outcome for outcome in outcomes if outcome["status"] != "finished"]
+    print(f"\nProfile {given.profile}: {len(outcomes) - len(failed)} of {len(outcomes)} notebooks finished")
+    for outcome in failed:
+        print(f"  {outcome['notebook']}  {outcome['status']}: {outcome['error']}")
+    figures, records = (os.path.relpath(folder) for folder in folders(given.profile))
+    build = os.path.relpath(ROOT / "build" / given.profile)
+    print(f"figures: {figures}\nrecords: {records}\nnotebooks and logs: {build}\nto read in a browser: {build}/index.html")
+    return int(any(outcome["status"] == "failed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

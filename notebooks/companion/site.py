@@ -1,0 +1,67 @@
+"""One site of README, gallery, verdicts, executed notebooks and guides: `python -m companion.site` writes build/site.
+
+Sphinx makes it, with MyST-NB for Markdown and notebooks: its pages load nothing from elsewhere, and open from disk.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+from sphinx.application import Sphinx
+
+from companion.publish import ROOT, notebooks
+from companion.run import readable
+
+SETTINGS = {
+    "project": "recon",
+    "html_title": "recon",
+    "html_theme": "sphinx_book_theme",
+    "html_theme_options": {
+        "use_download_button": False,
+        "use_fullscreen_button": False,
+        "show_toc_level": 2,
+        "navbar_persistent": [],
+    },
+    "html_show_copyright": False,
+    "html_copy_source": False,
+    "extensions": ["myst_nb"],
+    "myst_heading_anchors": 3,
+    "myst_enable_extensions": [],  # a dollar is a dollar
+    "nb_execution_mode": "off",
+    "nb_merge_streams": True,
+    "nb_ipywidgets_js": {},
+    "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],  # pages start where their Markdown does
+}
+CONTENTS = {
+    "Results": ["figures/README", "figures/claims", "ARTIFACT"],
+    "Notebooks": [f"notebooks/{path.stem}" for path in notebooks()],
+    "Guides": ["guides/README", *(f"guides/{path.stem}" for path in sorted((ROOT / "guides").glob("[!R]*.md")))],
+}
+
+
+def stage(folder: Path) -> None:
+    """Puts the pages of the site into `folder`, linked as in the checkout; notebooks as they were executed, if they were."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "guides", folder / "guides")
+    shutil.copytree(ROOT / "figures", folder / "figures", ignore=shutil.ignore_patterns("executed", "paper", "tables"))
+    for name in ("ARTIFACT.md", "CITATION.cff", "LICENSE", "run_all.sh"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "notebooks").mkdir()
+    for path in notebooks():
+        executed = ROOT / "figures" / "executed" / path.name
+        page = readable(nbformat.read(executed if executed.exists() else path, as_version=4))
+        nbformat.write(page, folder / "notebooks" / path.name)
+    trees = [
+        f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```\n" for title, pages in CONTENTS.items()
+    ]
+    (folder / "index.md").write_text((ROOT / "README.md").read_text(encoding="utf-8") + "".join(trees), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    source, target = ROOT / "build" / "site-source", ROOT / "build" / "site"
+    stage(source)
+    app = Sphinx(source, None, target, ROOT / "build" / "site-doctrees", "html", SETTINGS, status=None, freshenv=True)
+    app.build()
+    print("The site: build/site/index.html")
+    sys.exit(app.statuscode)
