@@ -2,14 +2,17 @@
 
 import contextlib
 import errno
+import functools
 import gc
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,6 +214,14 @@ def test_a_study_killed_at_any_write_goes_on(spec, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {f"{each.key()}.json" for each in specs}
 
 
+def test_studies_share_a_folder_and_compute_a_run_once(spec, tmp_path):
+    specs = grid(spec.replaced(granularity="none"), seed=range(3))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        one, other = pool.map(functools.partial(run_study, folder=tmp_path, progress=False), (specs[:2], specs[1:]))
+    assert set(one.status) == set(other.status) == {"done"} and one.seconds_total[1] == other.seconds_total[0]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{each.key()}.json" for each in specs}
+
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -221,16 +232,14 @@ with lock.locked(Path(sys.argv[1]), "folder"):
 """
 
 
-@pytest.mark.parametrize("what", ["study", "save, no", "save, yes", "cache"])
+@pytest.mark.parametrize("what", ["save, no", "save, yes", "cache"])
 def test_two_processes_that_do_the_same_refuse_each_other_and_a_dead_one_stops_nobody(what, spec, tmp_path, monkeypatch):
     spec = spec.replaced(granularity="none", held_out_samples=0)
     monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
-    place = {"study": ".lock", "cache": f"cache/unfinished/.{spec.key()}.lock"}.get(what, ".saved.lock")
+    place = f"cache/unfinished/.{spec.key()}.lock" if what == "cache" else ".saved.lock"
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
 
     def go():
-        if what == "study":
-            return run_study([spec], tmp_path, progress=False)
         return record_of(spec, save=None if what == "cache" else tmp_path / "saved", stream="no" if what[-2:] == "no" else "yes")
 
     command = [sys.executable, "-c", HOLD, str(tmp_path / place)]

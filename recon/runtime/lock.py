@@ -9,8 +9,6 @@ from filelock import FileLock, Timeout
 from recon.errors import ReconError
 from recon.runtime.storage import check_writable
 
-NAME = ".lock"  # of the lock file in the folder that it protects
-
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.methods.callbacks import Callback
 from recon.model.windows import canonical
-from recon.runtime import lock
 from recon.runtime.storage import check_writable, remove_unfinished, write_json
 from recon.study import executors, workers
 from recon.study.record import RunRecord, read_record
@@ -156,15 +156,22 @@ class _Recorded(Callback):
     """
 
     folder: Path
-    keys: frozenset[str]
+    keys: dict[RunSpec, str]
 
     def __call__(self, spec: RunSpec, session: Session, progress: bool) -> RunRecord:
-        return run_or_record_failure(spec, RunOptions(progress=progress), session, [self])[0]
+        if not self.folder.exists():  # in a worker on another machine
+            return run_or_record_failure(spec, RunOptions(progress=progress), session)[0]
+        key = self.keys[spec]
+        lock = self.folder / f".{key}.lock"
+        with FileLock(lock):  # another study may be at work on the same run
+            remove_unfinished(self.folder, f"{key}.json")
+            done = _finished(self.folder, key)
+            done = done or run_or_record_failure(spec, RunOptions(progress=progress), session, [self])[0]
+            lock.unlink(missing_ok=True)
+        return done
 
     def on_done(self, record: RunRecord) -> None:
-        if (
-            record.key in self.keys and (self.folder / lock.NAME).exists()
-        ):  # a worker may see another folder of that name, or none
+        if record.key in self.keys.values():
             write_record(record, record_path(self.folder, record.key))
 
 
@@ -177,8 +184,9 @@ def run_study(
 ) -> pd.DataFrame:
     """Runs what is missing of `specs` and returns one row per spec, in their order.
 
-    Every finished run is a record in `folder` at once, so that a killed study goes on where it was. A run that fails leaves
-    a record that says how, and the others go on; a failed run is tried again next time.
+    Every finished run is a record in `folder` at once, so that a killed study goes on where it was; several studies may be at work
+    on one folder, and share what they have in common. A run that fails leaves a record that says how, and the others go on; a failed
+    run is tried again next time.
 
     Args:
         folder: for the records, one JSON file per run, named by its key.
@@ -192,18 +200,17 @@ def run_study(
         `key`, `status` and `error`.
 
     Raises:
-        ReconError: another process is at work on `folder`, which cannot be shared, or the executor cannot be had.
+        ReconError: nothing can be written to `folder`, or the executor cannot be had.
     """
     specs, folder = [spec.resolved() for spec in specs], Path(folder).resolve()
     keys = [spec.key() for spec in specs]
     if not compute:
         return frame([_as_it_is(folder, spec, key) for spec, key in zip(specs, keys, strict=True)])
     settings = workers.get(executor)
-    with lock.locked(folder / lock.NAME, f"record folder {str(folder)!r}"):
-        remove_unfinished(folder, "*.json")
-        records = {key: _finished(folder, key) for key in keys}
-        missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
-        records |= _computed(missing, folder, settings, progress)
+    check_writable(folder, "record folder")
+    records = {key: _finished(folder, key) for key in keys}
+    missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
+    records |= _computed(missing, folder, settings, progress)
     return frame([records[key] for key in keys])
 
 
@@ -211,7 +218,7 @@ def _computed(specs: dict[str, RunSpec], folder: Path, settings: Ray | None, pro
     """Runs `specs`, and writes their records to `folder`; by key."""
     # Runs that start from one pruned state stand together, and among these the ones on as many samples.
     order = sorted(specs, key=lambda key: [str(part) for part in (*specs[key].pruned_by, specs[key].calibration.samples)])
-    done = executors.each({key: specs[key] for key in order}, _Recorded(folder, frozenset(order)), settings, progress)
+    done = executors.each({key: specs[key] for key in order}, _Recorded(folder, {spec: key for key, spec in specs.items()}), settings, progress)
     records, failed = {}, []
     with contextlib.closing(done), tqdm(total=len(order), desc="study", unit="run", disable=not progress or not order) as bar:
         for record in done:
