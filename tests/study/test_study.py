@@ -197,7 +197,7 @@ def test_an_unexpected_exception_leaves_its_traceback(base, tmp_path, monkeypatc
 
 def test_a_folder_that_cannot_be_written_is_refused_first(base, counted, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ReconError, match="record folder .*: cannot write to .*file/records"):
+    with pytest.raises(ReconError, match="record folder.*: cannot write to .*file/records"):
         run_study([base], tmp_path / "file" / "records", progress=False)
     assert not counted
 
