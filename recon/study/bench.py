@@ -6,6 +6,7 @@ masks as `torch.nn.utils.prune` parametrisations that multiply in every forward 
 """
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -57,7 +58,9 @@ def bench(
     settings = {name: value for name, value in locals().items() if name != "output"}
     check_writable(Path(output).parent, "output")
     dense, tokens = subject(model, text, samples, sequence_length, blocks, device)
-    floors = _floors(dense, settings)
+    with tempfile.TemporaryDirectory() as folder:  # whose configuration is that of the shortened model
+        dense.model.config.save_pretrained(folder)
+        floors = _floors(dense, settings | {"model": folder})
     execution = Execution(dense.device, progress=False)
     masks = prune(copied(dense, {}), tokens, PRUNING, execution=execution).masks
     sparsegpt, mixed = replace(PRUNING, criterion="sparsegpt"), EQUAL | {"propagation": "mixed"}
@@ -107,8 +110,10 @@ def subject(model: str, text: str, samples: int, length: int, blocks: int, devic
     whole, tokenizer = models.load(model)
     decoder = decompose(whole)
     del whole.get_submodule(decoder.structure.stacks[-1])[blocks:]
-    whole.config.num_hidden_layers = min(blocks, len(decoder.blocks))
-    place = pick_device(device)
+    place, config = pick_device(device), whole.config
+    config.num_hidden_layers = min(blocks, len(decoder.blocks))
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:blocks]
     return decompose(whole.to(place)), sample_tokens(text, "calibration", tokenizer, samples, length, seed=0).to(place)
 
 
@@ -188,7 +193,7 @@ def reference_reconstruct(student: Decoder, dense: Decoder, samples: Tensor, mas
 
 def _floors(dense: Decoder, settings: dict) -> dict[str, float]:
     """By phase, the seconds of its products at the speed of large squares: what `recon.study.plan` counts."""
-    dtype, single = _dtype(dense), torch.float32
+    dtype, single = pick_compute_dtype("auto", dense.device), torch.float32
     rates = {each: gemm_rate(dense.device, each, size=2048, seconds=0.5) for each in {dtype, single}}
     text, count, length = settings["text"], settings["samples"], settings["sequence_length"]
     cell = RunSpec.of(
@@ -212,9 +217,6 @@ def _floors(dense: Decoder, settings: dict) -> dict[str, float]:
     }
 
 
-def _dtype(decoder: Decoder) -> torch.dtype:
-    return pick_compute_dtype("auto", decoder.device)
-
-
 def _autocast(decoder: Decoder) -> torch.autocast:
-    return torch.autocast(decoder.device.type, _dtype(decoder), enabled=_dtype(decoder) != torch.float32)
+    dtype = pick_compute_dtype("auto", decoder.device)
+    return torch.autocast(decoder.device.type, dtype, enabled=dtype != torch.float32)

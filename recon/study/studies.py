@@ -218,7 +218,9 @@ def _computed(specs: dict[str, RunSpec], folder: Path, settings: Ray | None, pro
     """Runs `specs`, and writes their records to `folder`; by key."""
     # Runs that start from one pruned state stand together, and among these the ones on as many samples.
     order = sorted(specs, key=lambda key: [str(part) for part in (*specs[key].pruned_by, specs[key].calibration.samples)])
-    done = executors.each({key: specs[key] for key in order}, _Recorded(folder, {spec: key for key, spec in specs.items()}), settings, progress)
+    done = executors.each(
+        {key: specs[key] for key in order}, _Recorded(folder, {spec: key for key, spec in specs.items()}), settings, progress
+    )
     records, failed = {}, []
     with contextlib.closing(done), tqdm(total=len(order), desc="study", unit="run", disable=not progress or not order) as bar:
         for record in done:

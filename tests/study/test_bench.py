@@ -17,8 +17,8 @@ from recon.study import bench
 
 
 def test_the_command_times_each_phase_beside_its_floor(tiny_folder, tiny_text, tmp_path, capsys):
-    words = ["--model", tiny_folder, "--text", tiny_text, "--samples", "4", "--sequence-length", "16", "--blocks", "2"]
-    cli.main(["bench", *words, "--repeats", "2", "--output", str(tmp_path / "bench.json")])
+    words = ["--model", tiny_folder, "--text", tiny_text, "--samples", "4", "--sequence-length", "16", "--repeats", "2"]
+    cli.main(["bench", *words, "--blocks", "2", "--output", str(tmp_path / "bench.json")])
     results = json.loads((tmp_path / "bench.json").read_text())
     both = {(row["phase"], row["loop"]) for row in results["rows"]}
     assert {phase for phase, _ in both} == set(results["floor_seconds"]) and all(row["seconds"] > 0 for row in results["rows"])
