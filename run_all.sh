@@ -122,15 +122,15 @@ quick | laptop | paper)
     if [[ $word != quick || " $* " =~ [\ =]ray\  || ${RECON_EXECUTOR:-} == ray ]]; then extras+=(ray); fi
     set_up "${extras[@]}"
     "$bin/recon" assets
-    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.paper.runner "$word" "$@"
+    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m companion.run "$word" "$@"
     ;;
 figures)
     set_up notebooks
-    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m recon.paper.runner "${1:-laptop}" --from-records
+    JUPYTER_PREFER_ENV_PATH=1 exec "$bin/python" -m companion.run "${1:-laptop}" --from-records
     ;;
 site)
     set_up notebooks site
-    exec "$bin/python" -m recon.paper.site
+    exec "$bin/python" -m companion.site
     ;;
 test)
     set_up notebooks site test evaluation ray

@@ -1,4 +1,4 @@
-"""The house: imports point one way from room to room, in no circle, and kernels know nothing but torch."""
+"""The house: imports point one way from room to room, in no circle; kernels know nothing but torch, and the library no notebooks."""
 
 import ast
 import sys
@@ -10,9 +10,9 @@ import pytest
 import recon
 
 ROOT = Path(recon.__file__).parent
+COMPANION = ROOT.parent / "notebooks" / "companion"
 FLOORS = [  # each imports from those above it, and from itself
-    {"errors"}, {"kernels"}, {"model"}, {"config"}, {"runtime"}, {"data"},
-    {"methods", "evaluate"}, {"study"}, {"paper"}, {"cli"},
+    {"errors"}, {"kernels"}, {"model"}, {"config"}, {"runtime"}, {"data"}, {"methods", "evaluate"}, {"study"}, {"cli"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -24,45 +24,48 @@ def _name(path: Path) -> str:
 SOURCES = {_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def imported(module: str) -> set[str]:
-    """Every module that `module` imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
+def imported(path: Path) -> set[str]:
+    """Every module that `path` imports, anywhere in it."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module} imports by a relative name"
+            assert not node.level, f"{path} imports by a relative name"
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            modules = whole & SOURCES.keys()
-            found |= modules | ({node.module} if whole - modules else set())
-    return found
+            modules |= whole & SOURCES.keys() | ({node.module} if whole - SOURCES.keys() else set())
+    return modules
 
 
-ARROWS = {(module, other) for module in SOURCES for other in imported(module) if other in SOURCES}
+ARROWS = {(module, other) for module, path in SOURCES.items() for other in imported(path)}
+INSIDE = {(module, other) for module, other in ARROWS if other in SOURCES}
 
 
 def room(module: str) -> str:
     return module.split(".")[1]
 
 
-def test_every_module_has_a_room():
+def test_arrows_point_one_way_between_rooms_that_are_known():
     assert {room(module) for module in SOURCES if module != "recon"} <= FLOOR.keys()
-
-
-def test_arrows_point_one_way():
-    wrong = [(a, b) for a, b in ARROWS if room(a) != room(b) and FLOOR[room(b)] >= FLOOR[room(a)]]
-    assert not wrong
+    assert not [(a, b) for a, b in INSIDE if room(a) != room(b) and FLOOR[room(b)] >= FLOOR[room(a)]]
+    assert not [module for module, other in ARROWS if other.startswith("companion")]
 
 
 def test_no_circles():
-    graph = {module: set() for module in SOURCES}
-    for module, other in ARROWS:
-        graph[module].add(other)
+    graph = {module: {b for a, b in INSIDE if a == module} for module in SOURCES}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("module", [module for module in SOURCES if module.startswith("recon.kernels")])
-def test_kernels_know_nothing_but_torch(module):
-    for other in imported(module):
-        top = other.partition(".")[0]
-        assert top == "torch" or top in sys.stdlib_module_names or other == "recon.errors" or room(other) == "kernels"
+def test_kernels_know_nothing_but_torch():
+    for module, other in ARROWS:
+        if module.startswith("recon.kernels"):
+            known = {"torch", *sys.stdlib_module_names}
+            assert other.partition(".")[0] in known or other == "recon.errors" or room(other) == "kernels", (module, other)
+
+
+@pytest.mark.parametrize("path", sorted(COMPANION.glob("*.py")), ids=lambda path: path.stem)
+def test_the_companion_uses_public_names_only(path):
+    assert not [name for name in imported(path) if name.startswith("recon.")]
+    used = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)]
+    names = {node.attr for node in used if isinstance(node.value, ast.Name) and node.value.id == "recon"}
+    assert names <= set(recon.__all__)

@@ -102,60 +102,44 @@ def test_conda_installs_what_pip_installs():
 
 def test_docker_and_binder_draw_the_figures():
     docker = (ROOT / "Dockerfile").read_text()
-    assert re.search(r'^CMD \["./run_all.sh", "figures"\]$', docker, re.MULTILINE)
-    base = re.search(r"^FROM python:([\d.]+)", docker, re.MULTILINE)[1]
-    assert SpecifierSet(PROJECT["requires-python"]).contains(base)
+    assert '\nCMD ["./run_all.sh", "figures"]' in docker
+    assert SpecifierSet(PROJECT["requires-python"]).contains(re.search(r"^FROM python:([\d.]+)", docker, re.MULTILINE)[1])
     assert ".git" not in (ROOT / ".dockerignore").read_text().split()  # figures name the commit
-    after = subprocess.run(["bash", "-n", str(ROOT / "postBuild")], capture_output=True, text=True)
-    assert after.returncode == 0, after.stderr
     assert os.access(ROOT / "postBuild", os.X_OK) and (ROOT / "postBuild").read_text().endswith("exec ./run_all.sh figures\n")
-
-
-def run(*words: str, script: Path = ROOT / "run_all.sh", **environment: str) -> subprocess.CompletedProcess:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "CONDA"))}
-    command, environment = ["bash", str(script), *words], kept | environment
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with run_all.sh, and an environment whose Python and recon only write down how they are called."""
-    here, environment = tmp_path / "a checkout", tmp_path / "an environment"
-    (environment / "bin").mkdir(parents=True)
+    here, log, tools = tmp_path / "a checkout", tmp_path / "log", tmp_path / "tools"
+    (tmp_path / "env" / "bin").mkdir(parents=True)
     here.mkdir()
+    tools.mkdir()
     for name in ("run_all.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, here)
-    log = tmp_path / "log"
-    python = environment / "bin" / "python"
-    python.write_text(
-        f'#!/bin/bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\necho "python $*" >>"{log}"\n'
-        f'if [[ -f "{tmp_path}/offline" && $* == *install* ]]; then echo no network; exit 1; fi\n'
-        f'if [[ -f "{tmp_path}/settings" && $* == *config* ]]; then echo global.index-url; fi\n'
-    )
-    recon = environment / "bin" / "recon"
-    recon.write_text(f'#!/bin/bash\necho "recon $*" >>"{log}"\n')
-    python.chmod(0o755)
-    recon.chmod(0o755)
-    tools = tmp_path / "tools"
-    tools.mkdir()
 
-    def call(*words: str, **variables: str):
+    def program(path: Path, text: str) -> None:
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+
+    def call(*words: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         log.write_text("")
-        path = f"{tools}:/usr/bin:/bin"
-        done = run(*words, script=here / "run_all.sh", VIRTUAL_ENV=str(environment), PATH=path, **variables)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "CONDA"))}
+        kept |= {"VIRTUAL_ENV": str(tmp_path / "env"), "PATH": f"{tools}:/usr/bin:/bin"} | variables
+        command = ["bash", str(here / "run_all.sh"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=kept, stdin=subprocess.DEVNULL)
         return done, log.read_text().splitlines()
 
-    def add_uv(status: int):
-        (tools / "uv").write_text(f'#!/bin/bash\necho "uv $*" >>"{log}"\nexit {status}\n')
-        (tools / "uv").chmod(0o755)
-
-    call.here, call.offline, call.add_uv, call.python, call.settings = (
-        here,
-        tmp_path / "offline",
-        add_uv,
-        python,
-        tmp_path / "settings",
+    program(
+        tmp_path / "env" / "bin" / "python",
+        f'[[ $1 == -c ]] && exec {sys.executable} "$@"\necho "python $*" >>"{log}"\n'
+        f'if [[ -f "{tmp_path}/offline" && $* == *install* ]]; then echo no network; exit 1; fi\n'
+        f'if [[ -f "{tmp_path}/settings" && $* == *config* ]]; then echo global.index-url; fi',
     )
+    program(tmp_path / "env" / "bin" / "recon", f'echo "recon $*" >>"{log}"')
+    call.here, call.offline, call.settings = here, tmp_path / "offline", tmp_path / "settings"
+    call.add_uv = lambda status: program(tools / "uv", f'echo "uv $*" >>"{log}"\nexit {status}')
+    call.program = program
     return call
 
 
@@ -168,24 +152,22 @@ def install(extras: str) -> list[str]:
 def test_the_active_environment_is_set_up_once(checkout):
     done, calls = checkout()
     assert done.returncode == 0, done.stderr
-    assert calls == [*install("notebooks"), "recon assets", "python -m recon.paper.runner quick"]
+    assert calls == [*install("notebooks"), "recon assets", "python -m companion.run quick"]
     done, calls = checkout("quick", "1-granularity")
-    assert calls == ["recon assets", "python -m recon.paper.runner quick 1-granularity"]
-    assert done.stdout == ""
+    assert calls == ["recon assets", "python -m companion.run quick 1-granularity"] and done.stdout == ""
     with (checkout.here / "constraints.txt").open("a") as file:
         file.write("# changed\n")
-    assert checkout()[1][:2] == install("notebooks")
-    assert not (checkout.here / ".venv").exists()
+    assert checkout()[1][:2] == install("notebooks") and not (checkout.here / ".venv").exists()
 
 
 def test_what_a_word_needs_is_installed_when_it_is_first_used(checkout):
     assert checkout("test", "-m", "slow", "-k", "a b")[1] == [
         *install("notebooks,site,test,evaluation,ray"), "recon assets", "python -m pytest -m slow -k a b",
     ]  # fmt: skip
-    assert checkout("site")[1] == ["python -m recon.paper.site"]
+    assert checkout("site")[1] == ["python -m companion.site"]
     assert checkout("lint")[1] == ["python -m ruff check .", "python -m ruff format --check ."]
-    assert checkout("figures")[1] == ["python -m recon.paper.runner laptop --from-records"]
-    assert checkout("laptop")[1] == ["recon assets", "python -m recon.paper.runner laptop"]
+    assert checkout("figures")[1] == ["python -m companion.run laptop --from-records"]
+    assert checkout("laptop")[1] == ["recon assets", "python -m companion.run laptop"]
     assert checkout("lab")[1] == [*install("lab"), "python -m jupyter lab notebooks/"]
     assert checkout("lab")[1] == ["python -m jupyter lab notebooks/"]
 
@@ -200,14 +182,14 @@ def test_what_a_word_needs_is_installed_when_it_is_first_used(checkout):
         ([], {"RECON_EXECUTOR": "ray"}, "notebooks,ray"),
     ],
 )
-def test_profiles_install_the_evaluation_and_ray_where_they_use_them(checkout, words, variables, extras):
-    _, calls = checkout(*words, **variables)
+def test_profiles_install_the_evaluation_and_ray_for_runs_that_use_them(checkout, words, variables, extras):
     profile = words if words and not words[0].startswith("-") else ["quick", *words]
-    assert calls == [*install(extras), "recon assets", f"python -m recon.paper.runner {' '.join(profile)}"]
+    assert checkout(*words, **variables)[1] == [*install(extras), "recon assets", f"python -m companion.run {' '.join(profile)}"]
 
 
-def test_uv_installs_where_it_is_there_and_pip_where_it_fails(checkout):
-    asked, theirs = "python -m pip config list", f"uv pip install --python {checkout.python} -c constraints.txt -e .[notebooks]"
+def test_uv_installs_if_it_is_there_and_pip_if_it_fails(checkout):
+    python = checkout.here.parent / "env" / "bin" / "python"
+    asked, theirs = "python -m pip config list", f"uv pip install --python {python} -c constraints.txt -e .[notebooks]"
     checkout.add_uv(1)
     assert checkout("figures")[1][:4] == [asked, theirs, *install("notebooks")]
     checkout.add_uv(0)
@@ -219,54 +201,47 @@ def test_uv_installs_where_it_is_there_and_pip_where_it_fails(checkout):
 def test_a_set_up_that_failed_is_done_again(checkout):
     checkout.offline.touch()
     done, calls = checkout()
-    assert done.returncode == 1
-    assert "no network" in done.stderr
-    assert "run the same command to try again" in done.stderr
-    assert calls == install("notebooks")[:1]
+    assert done.returncode == 1 and calls == install("notebooks")[:1]
+    assert "no network" in done.stderr and "run the same command to try again" in done.stderr
     checkout.offline.unlink()
     assert checkout()[1][:2] == install("notebooks")
 
 
-@pytest.mark.parametrize("word", ["--help", "-h", "help"])
-def test_help_sets_nothing_up(checkout, word):
-    done, calls = checkout(word)
-    assert done.returncode == 0
-    assert all(name in done.stdout for name in ("quick", "laptop", "paper", "figures", "site", "test", "lab", ".venv"))
-    assert calls == []
+def test_help_and_unknown_words_set_nothing_up(checkout):
+    for word, status in {"--help": 0, "-h": 0, "help": 0, "fast": 2}.items():
+        done, calls = checkout(word)
+        assert done.returncode == status and calls == []
+        said = done.stderr if status else done.stdout
+        assert all(name in said for name in ("quick", "laptop", "paper", "figures", "site", "test", "lint", "lab"))
     assert sorted(path.name for path in checkout.here.iterdir()) == ["constraints.txt", "pyproject.toml", "run_all.sh"]
 
 
-def test_an_unknown_word_is_refused_with_the_known_ones(checkout):
-    done, calls = checkout("fast")
-    assert done.returncode == 2
-    assert "unknown word fast; known: quick, laptop, paper, figures, site, test, lint, lab, --help" in done.stderr
-    assert calls == []
-
-
 def test_an_old_python_is_refused(checkout, tmp_path):
-    old = tmp_path / "old" / "bin"
-    old.mkdir(parents=True)
-    (old / "python").write_text("#!/bin/bash\n[[ $1 == --version ]] && echo Python 3.8.18\nexit 1\n")
-    (old / "python").chmod(0o755)
-    done = run("quick", script=checkout.here / "run_all.sh", VIRTUAL_ENV=str(old.parent))
-    assert done.returncode == 1
-    assert "Python >= 3.10 is needed" in done.stderr and "Python 3.8.18" in done.stderr
+    (tmp_path / "old" / "bin").mkdir(parents=True)
+    checkout.program(tmp_path / "old" / "bin" / "python", "[[ $1 == --version ]] && echo Python 3.8.18\nexit 1")
+    done, _ = checkout("quick", VIRTUAL_ENV=str(tmp_path / "old"))
+    assert done.returncode == 1 and "Python >= 3.10 is needed" in done.stderr and "Python 3.8.18" in done.stderr
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A copy of what is installed, and the Python of a new environment."""
+    for name in ("recon", "notebooks/companion"):
+        shutil.copytree(ROOT / name, tmp_path / "checkout" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "checkout")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    return tmp_path / "checkout", tmp_path / "venv" / "bin" / "python"
 
 
 @pytest.mark.slow
-def test_the_pip_section_installs_in_a_fresh_environment(tmp_path):
-    here = tmp_path / "checkout"
-    here.mkdir()
-    shutil.copytree(ROOT / "recon", here / "recon", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "constraints.txt", "LICENSE"):
-        shutil.copy(ROOT / name, here)
+def test_the_pip_section_installs_in_a_fresh_environment(fresh):
+    here, python = fresh
     # conda writes the section to a file beside environment.yml and gives that to pip.
     (here / "pip.txt").write_text("\n".join(conda()[1]) + "\n")
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "pip>=24.1"], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", "-U", "-r", "pip.txt"], cwd=here, check=True)
-    code = "import recon, recon.paper.runner, recon.paper.figures, recon.cli, lm_eval.models.huggingface; print(recon.__file__)"
+    code = "import companion.run, companion.site, recon, recon.cli, lm_eval.models.huggingface; print(recon.__file__)"
     done = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True)
     assert done.stdout.strip() == str(here / "recon" / "__init__.py"), done.stderr
     subprocess.run([python, "-m", "pip", "check"], check=True)
@@ -290,22 +265,14 @@ assert len(reports) == 2 and all(not (m.weight[~masks[n]] != 0).any() for n, m i
 
 
 @pytest.mark.slow
-def test_a_plain_install_works_and_says_before_any_work_what_needs_an_extra(tmp_path):
-    here, venv = tmp_path / "checkout", tmp_path / "venv"
-    here.mkdir()
-    shutil.copytree(ROOT / "recon", here / "recon", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "constraints.txt", "LICENSE"):
-        shutil.copy(ROOT / name, here)
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    python, recon = venv / "bin" / "python", venv / "bin" / "recon"
+def test_a_plain_install_works_and_says_before_any_work_what_needs_an_extra(fresh):
+    here, python = fresh
     subprocess.run([python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "."], cwd=here, check=True)
     for extra in ("lm_eval", "ray", "matplotlib", "jupyterlab"):
-        assert subprocess.run([python, "-c", f"import {extra}"], capture_output=True).returncode, (
-            f"{extra} comes without its extra"
-        )
+        assert subprocess.run([python, "-c", f"import {extra}"], capture_output=True).returncode, f"{extra} comes along"
     subprocess.run([python, "-c", PLAIN], cwd="/", check=True)
     for words in (["--help"], ["run", "--help"], ["criteria"], ["models"]):
-        subprocess.run([recon, *words], cwd="/", check=True, capture_output=True)
+        subprocess.run([python.with_name("recon"), *words], cwd="/", check=True, capture_output=True)
     for words, extra in ((["--tasks", "analogies"], "evaluation"), (["--executor", "ray", "--propagation", "dense"], "ray")):
-        done = subprocess.run([recon, "run", "--model", "no/such", *words], cwd="/", capture_output=True, text=True)
+        done = subprocess.run([python.with_name("recon"), "run", "--model", "no/such", *words], capture_output=True, text=True)
         assert done.returncode == 2 and f"recon[{extra}]" in done.stderr, done.stderr

@@ -9,6 +9,7 @@ import nbformat
 import papermill
 import pytest
 import yaml
+
 from companion import run
 from companion.publish import PROFILES, drawn, notebooks
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from companion import run
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from companion import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = (

@@ -1,1 +1,0 @@
-"""Claims, statistics, tables, figures, notebooks, the benchmark."""
