@@ -2,10 +2,8 @@
 
 import copy
 from collections import defaultdict
-from dataclasses import dataclass
 from types import SimpleNamespace
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
@@ -19,20 +17,12 @@ ELEMENTS = {"cpu": 2**27}  # logits that exist at once, by kind of device; lm-ev
 ELSEWHERE = 2**29
 
 
-@dataclass(frozen=True)
 class BlockByBlock:
     """What lm-eval takes for a transformers model: runs one block at a time, so that weights may be elsewhere or on disk."""
 
-    decoder: Decoder
-    execution: Execution
-
-    @property
-    def device(self) -> torch.device:
-        return self.execution.device
-
-    @property
-    def config(self):
-        return self.decoder.model.config
+    def __init__(self, decoder: Decoder, execution: Execution):
+        self.decoder, self.execution = decoder, execution
+        self.device, self.config = execution.device, decoder.model.config
 
     def __call__(self, tokens: Tensor) -> SimpleNamespace:
         """`logits` (batch, length, vocabulary) for `tokens` (batch, length): in float32, as choices would tie in bfloat16."""

@@ -41,26 +41,12 @@ class Reference:
     states: Tensor
 
 
-@torch.no_grad()
-def perplexity(
-    model: nn.Module | Decoder,
-    tokens: Tensor,
-    *,
-    execution: Execution | None = None,
-    reference: Reference | None = None,
-    states: Tensor | None = None,
-    description: str = "perplexity",
-) -> Perplexity:
+def perplexity(model: nn.Module | Decoder, tokens: Tensor, **options) -> Perplexity:
     """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
-    execution: where and in what precision; default: where the model is.
-    reference: the dense model that the divergence is measured from, on as many windows as it has states.
-    states: the last block's output for `tokens`, (windows, length, hidden), where it is known.
-    Raises `ReconError` where windows are longer than the model was made for.
+    options: as `perplexity_and_states`. Raises `ReconError` if windows are longer than the model was made for.
     """
-    return perplexity_and_states(
-        decompose(model), tokens, execution=execution, reference=reference, states=states, description=description
-    )[0]
+    return perplexity_and_states(decompose(model), tokens, **options)[0]
 
 
 @torch.no_grad()
@@ -73,7 +59,12 @@ def perplexity_and_states(
     states: Tensor | None = None,
     description: str = "perplexity",
 ) -> tuple[Perplexity, Tensor]:
-    """The same as `perplexity`, and the last block's output (windows, length, hidden) that it was computed from."""
+    """The same as `perplexity`, and the last block's output (windows, length, hidden) that it was computed from.
+
+    execution: where and in what precision; default: where the model is.
+    reference: the dense model that the divergence is measured from, on as many windows as it has states.
+    states: the last block's output for `tokens`, (windows, length, hidden), if it is known.
+    """
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)
     with tqdm(total=len(decoder.blocks) + 1, desc=description, unit="block", disable=not execution.progress) as bar:
@@ -107,7 +98,7 @@ def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> 
 
 
 def dense_streams(dense: Decoder, tokens: Tensor, execution: Execution, activations: Activations) -> Iterator[Tensor]:
-    """`residual_streams` of the dense model, by way of `activations`: where all are kept there, nothing is computed."""
+    """`residual_streams` of the dense model, by way of `activations`: if all are kept there, nothing is computed."""
     known = [activations.get(index) for index in range(len(dense.blocks))]
     if any(stream is None for stream in known):
         return (activations.put(index, stream) for index, stream in enumerate(residual_streams(dense, tokens, execution)))
@@ -117,7 +108,7 @@ def dense_streams(dense: Decoder, tokens: Tensor, execution: Execution, activati
 def _scores(
     decoder: Decoder, execution: Execution, tokens: Tensor, stream: Tensor, reference: Reference | None
 ) -> tuple[list[float], list[float]]:
-    """Of each window, the mean over its predicted tokens of the negative log-likelihood; and of KL(dense || model), where
+    """Of each window, the mean over its predicted tokens of the negative log-likelihood; and of KL(dense || model), if
     `reference` has the window's states.
 
     tokens: (windows, length). stream: the last block's output for them, (windows, length, hidden).
@@ -125,11 +116,8 @@ def _scores(
     compared = 0 if reference is None else min(len(reference.states), len(tokens))
     predicted = tokens.shape[1] - 1
     likelihoods, divergences = [0.0] * len(tokens), [0.0] * compared
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(execution)
-        stack.enter_context(execution.holding_ends(decoder))
-        if compared:
-            stack.enter_context(execution.holding_ends(reference.decoder))
+    ends = execution.holding_ends(reference.decoder) if compared else contextlib.nullcontext()
+    with execution, execution.holding_ends(decoder), ends:
         batches = execution.batches([tokens, stream], [range(i, i + 1) for i in range(len(tokens))])
         for window, (read, states) in enumerate(batches):
             if window < compared:
@@ -163,7 +151,7 @@ def drift(
     depth.
 
     execution: where and in what precision; default: where the dense model is.
-    activations: where calls with the same dense model and tokens share its streams.
+    activations: keeps the dense model's streams for calls with the same tokens.
     """
     execution, activations = execution or Execution(dense.device), activations or Activations(limit=0)
     known, errors = dense_streams(dense, tokens, execution, activations), []

@@ -34,7 +34,7 @@ HUB = {  # task -> the folder of lm-eval's task files that it is in
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Raises `ReconError` for unknown or repeated tasks, for none at all, and where lm-eval is not installed."""
+    """Raises `ReconError` for unknown or repeated tasks, for none at all, and if lm-eval is not installed."""
     for name in names:
         if name not in BUNDLED and name not in HUB:
             raise ReconError(f"unknown task {name!r}; bundled: {', '.join(BUNDLED)}; on the Hub: {', '.join(HUB)}")
@@ -85,8 +85,8 @@ def zero_shot(
     with _quiet(execution.progress):
         loaded = _load(tasks)
         scorer = Scorer(decoder, tokenizer, execution)
-        found = evaluate(lm=scorer, task_dict={"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=True)
-    summaries = {name: _summary(found["results"][name], found["samples"][name], found["versions"][name]) for name in tasks}
+        said = evaluate(lm=scorer, task_dict={"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=True)
+    summaries = {name: _summary(said["results"][name], said["samples"][name], said["versions"][name]) for name in tasks}
     return {"lm_eval_version": lm_eval.__version__, "tasks": summaries}
 
 
@@ -101,19 +101,13 @@ def _load(names: Sequence[str]) -> dict:
 
     # Only the folders that are needed: to read all of lm-eval's task files takes a quarter of a minute.
     theirs = Path(lm_eval.tasks.__file__).parent
-    folders = {name: theirs / HUB[name] if name in HUB else Path(__file__).parent / "tasks" for name in names}
-    manager = lm_eval.tasks.TaskManager(include_path=sorted(set(folders.values())), include_defaults=False)
-    loaded = {}
+    folders = {theirs / HUB[name] if name in HUB else Path(__file__).parent / "tasks" for name in names}
+    manager, loaded = lm_eval.tasks.TaskManager(include_path=sorted(folders), include_defaults=False), {}
     for name in names:
         try:
             loaded |= manager.load([name])["tasks"]
-        except ReconError:
-            raise
         except Exception as error:  # datasets, huggingface_hub and httpx each raise their own kinds
-            raise ReconError(
-                f"the documents of task {name!r} cannot be had from the Hub ({type(error).__name__}: {error}); "
-                f"{' and '.join(BUNDLED)} need no Hub"
-            ) from error
+            raise ReconError(f"the documents of task {name!r} cannot be had ({type(error).__name__}: {error})") from error
         loaded[name].set_config(key="num_fewshot", value=0)
     return loaded
 
@@ -140,9 +134,9 @@ def _quiet(progress: bool) -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    try:
-        # Its bars have no other switch.
-        with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
+    # Its bars have no other switch.
+    with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
+        try:
             yield
-    finally:
-        logger.setLevel(level)
+        finally:
+            logger.setLevel(level)

@@ -9,10 +9,10 @@ from fixtures.models import FAMILIES, FLOAT32
 from torch.testing import assert_close
 
 from recon.errors import ReconError
-from recon.evaluate import perplexity as evaluation
-from recon.evaluate.perplexity import Reference, drift, last_states, perplexity
+from recon.evaluate.perplexity import SLICE, Reference, drift, last_states, perplexity
 from recon.kernels.losses import channel_variance, kl_divergence, unexplained
 from recon.model.discovery import decompose
+from recon.model.modules import watched
 from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
@@ -27,15 +27,13 @@ def own_losses(model, tokens):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("slice_length", [7, 256])
-def test_perplexity_is_the_models_own(tiny, tokens, monkeypatch, family, slice_length):
-    monkeypatch.setattr(evaluation, "SLICE", slice_length)
-    model, batch = tiny(family), tokens(3, 31)
-    result = perplexity(model, batch, execution=FLOAT32)
-    expected = own_losses(model, batch)
-    assert_close(result.per_window, expected, rtol=1e-5, atol=1e-5)
-    assert result.value == pytest.approx(math.exp(sum(expected) / 3), rel=1e-4)
-    assert result.tokens == 3 * 30
+def test_perplexity_is_the_models_own(tiny, tokens, family):
+    for batch in (tokens(3, 31), tokens(2, 2)):
+        model, count = tiny(family), len(batch)
+        result, expected = perplexity(model, batch, execution=FLOAT32), own_losses(model, batch)
+        assert_close(result.per_window, expected, rtol=1e-5, atol=1e-5)
+        assert result.value == pytest.approx(math.exp(sum(expected) / count), rel=1e-4)
+        assert result.tokens == count * (batch.shape[1] - 1)
 
 
 @pytest.mark.parametrize(
@@ -64,19 +62,9 @@ def test_the_divergence_from_a_reference_is_told(tiny, tokens):
 
 
 def test_windows_longer_than_a_slice(tiny, tokens):
-    model, batch = tiny("llama", max_position_embeddings=600), tokens(2, 2 * evaluation.SLICE + 30)
+    model, batch = tiny("llama", max_position_embeddings=600), tokens(2, 2 * SLICE + 30)
     result = perplexity(model, batch, execution=FLOAT32)
     assert_close(result.per_window, own_losses(model, batch), rtol=1e-5, atol=1e-5)
-
-
-def test_shortest_windows(tiny, tokens):
-    model, batch = tiny("llama"), tokens(2, 2)
-    assert_close(
-        perplexity(model, batch, execution=FLOAT32).per_window,
-        own_losses(model, batch),
-        rtol=1e-5,
-        atol=1e-5,
-    )
 
 
 def test_bfloat16_is_close_and_not_the_same(tiny, tokens):
@@ -104,45 +92,22 @@ def test_too_long_sequences_are_refused(tiny, tokens, family, longest):
 # ---- distances
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
-def test_drift_from_itself_is_nothing(tiny, tokens, family):
-    decoder = decompose(tiny(family))
-    assert drift(decoder, decoder, tokens(3, 12), execution=FLOAT32)[0] == [0.0, 0.0, 0.0]
-
-
 @torch.no_grad()
-def test_drift_is_that_of_hidden_states(tiny, tokens):
-    dense, batch = decompose(tiny("llama")), tokens(5, 12)
+def test_drift_is_that_of_hidden_states_and_shares_what_it_knows_of_the_dense_model(tiny, tokens):
+    dense, batch, kept = decompose(tiny("llama")), tokens(5, 12), Activations()
     model = copy.deepcopy(dense.model)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    found, states = drift(decompose(model, like=dense), dense, batch, execution=FLOAT32)
-    known = perplexity(model, batch, execution=FLOAT32, states=states)
-    assert known == perplexity(model, batch, execution=FLOAT32)
+    student = decompose(model, like=dense)
+    measured, states = drift(student, dense, batch, execution=FLOAT32)
+    assert perplexity(model, batch, execution=FLOAT32, states=states) == perplexity(model, batch, execution=FLOAT32)
     seen = {}
-    for which in (dense.model, model):
-        handles = [
-            layer.register_forward_hook(lambda m, a, out, key=(which, n): seen.update({key: out}))
-            for n, layer in enumerate(which.model.layers)
-        ]
-        which(input_ids=batch, use_cache=False)
-        for handle in handles:
-            handle.remove()
-    ours, theirs = ([seen[which, n] for n in range(3)] for which in (model, dense.model))
-    assert found[0] == 0
-    assert min(found[1:]) > 1e-3
-    assert_close(found, [unexplained(a, b, channel_variance(b)) for a, b in zip(ours, theirs, strict=True)], rtol=1e-4, atol=1e-7)
-
-
-@torch.no_grad()
-def test_drift_shares_what_it_knows_of_the_dense_model(tiny, tokens, monkeypatch):
-    dense, batch = decompose(tiny("llama")), tokens(5, 12)
-    model = copy.deepcopy(dense.model)
-    model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    student, kept = decompose(model, like=dense), Activations()
-    alone = drift(student, dense, batch)[0]
-    assert drift(student, dense, batch, activations=kept)[0] == alone
-    run = evaluation.residual_streams
-    monkeypatch.setattr(
-        evaluation, "residual_streams", lambda decoder, *a: pytest.fail() if decoder is dense else run(decoder, *a)
-    )
-    assert drift(student, dense, batch, activations=kept)[0] == alone
+    layers = {(which, n): layer for which, each in enumerate((dense.model, model)) for n, layer in enumerate(each.model.layers)}
+    with watched(layers, after=lambda key, args, kwargs, output: seen.update({key: output})):
+        dense.model(input_ids=batch, use_cache=False), model(input_ids=batch, use_cache=False)
+    expected = [unexplained(seen[1, n], seen[0, n], channel_variance(seen[0, n])) for n in range(3)]
+    assert measured[0] == 0 and min(measured[1:]) > 1e-3
+    assert_close(measured, expected, rtol=1e-4, atol=1e-7)
+    assert drift(dense, dense, batch, execution=FLOAT32)[0] == [0.0, 0.0, 0.0]
+    for _ in range(2):
+        assert drift(student, dense, batch, execution=FLOAT32, activations=kept)[0] == measured
+        dense.model.model.embed_tokens.weight.zero_()  # it is not run again

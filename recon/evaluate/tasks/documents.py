@@ -1,38 +1,34 @@
-"""Documents of the bundled tasks, made once from pinned assets and shuffled, so that the first ones are a fair sample."""
+"""Documents of the bundled tasks, made from pinned assets and shuffled, so that the first ones are a fair sample."""
 
-import json
 import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 
 from recon.data import assets, text
 
-ANALOGIES = 1  # raise it when `analogy_rows` changes: the documents are cached under this number
 PER_SECTION = 100  # analogies
 DISTRACTORS = 3
-LAST_WORD = 1  # the same for `last_word_rows`; the text that they come from is part of the name
 SENTENCES = 4  # before the one whose last word is asked for, at most; two at least
 WORDS = range(30, 151)  # in a passage, without its last word
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 _LAST_WORD = re.compile(r"(.*\s)([A-Za-z]{4,})[.!?]", re.DOTALL)
 
 
-def analogies(**_):
+def analogies(**_) -> dict:
     """lm-eval's data set of the analogies: rows "section", "a", "b", "c", "choices", "label"."""
-    folder = assets.derived("analogies", ["analogy-questions"], ANALOGIES, _write_analogies)
-    return _dataset(folder)
+    return _dataset(analogy_rows(assets.fetch("analogy-questions").read_text(encoding="utf-8").splitlines()))
 
 
-def last_word(**_):
+def last_word(**_) -> dict:
     """lm-eval's data set of the passages: rows "text" (all but the last word) and "word"."""
-    name = f"last-word-{text.fingerprint('wikipedia')[:8]}"
+    return _dataset(last_word_rows(text.documents("wikipedia", "evaluation")))
 
-    def make(_, folder: Path) -> None:
-        _write(folder, last_word_rows(text.documents("wikipedia", "evaluation")))
 
-    return _dataset(assets.derived(name, ["enwiki-sample"], LAST_WORD, make))
+def _dataset(rows: list[dict]) -> dict:
+    import datasets  # slow to import
+
+    return {"test": datasets.Dataset.from_list(rows)}
 
 
 def analogy_rows(lines: Iterable[str]) -> list[dict]:
@@ -84,21 +80,3 @@ def last_word_rows(articles: Iterable[str]) -> list[dict]:
             before.append(sentence)
     random.Random(0).shuffle(rows)
     return rows
-
-
-def _write_analogies(questions: Path, folder: Path) -> None:
-    with questions.open(encoding="utf-8") as lines:
-        _write(folder, analogy_rows(lines))
-
-
-def _write(folder: Path, rows: list[dict]) -> None:
-    with (folder / "documents.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-
-
-def _dataset(folder: Path):
-    import datasets  # slow to import
-
-    with (folder / "documents.jsonl").open(encoding="utf-8") as lines:
-        return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
