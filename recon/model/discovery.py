@@ -105,9 +105,8 @@ def _find_structure(decoder: Decoder) -> None:
         running = range(len(blocks))
         if lazy:
             running = sorted(known)
-            parameters = [*decoder.ends.values(), *(p for index in known for p in blocks[index].parameters())]
             stack.enter_context(lazy.reading(made_up(lazy.parameters)))
-            stack.enter_context(lazy.present(parameters))
+            stack.enter_context(lazy.present([*decoder.ends.values(), *(p for i in known for p in blocks[i].parameters())]))
             stack.enter_context(replaced({blocks[i]: partial(decoder.bypass, i) for i in range(len(blocks)) if i not in known}))
         note(0)
         ran: list[int] = []
@@ -147,10 +146,9 @@ def _find_embedding(decoder: Decoder, tokens: Tensor) -> None:
 
 def _check_apart(decoder: Decoder) -> None:
     owners: dict[nn.Parameter, str] = {}
-    for path, block in zip(decoder.names, decoder.blocks, strict=True):
+    for path, block in zip(decoder.names, decoder.blocks):
         for name, parameter in block.named_parameters():
-            owner = owners.setdefault(parameter, f"{path}.{name}")
-            if not owner.startswith(f"{path}."):
+            if not (owner := owners.setdefault(parameter, f"{path}.{name}")).startswith(f"{path}."):
                 raise ReconError(
                     f"blocks of {type(decoder.model).__name__} share weights: {owner!r} is '{path}.{name}' too; what is adapted for "
                     "one block would change another, so each must have its own"

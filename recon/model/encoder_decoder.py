@@ -65,8 +65,6 @@ class EncoderDecoder(Decoder):
             tokens = placeholder_tokens(self.model, read.shape[:2]).to(self.device)
             return torch.cat([self.model.get_encoder()(input_ids=tokens)[0], predicted], 1)
 
-    # --- what blocks are called with ------------------------------------------------------------------------------
-
     def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
         """As in a causal LM; the encoder's output is replaced by `_ENCODED`."""
         return self._observe(tokens, self.shared)
@@ -114,8 +112,6 @@ class EncoderDecoder(Decoder):
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]):
         """As in a causal LM; not while blocks run for the arguments of others."""
         return super().watching(window, lambda group, x: None if self._observing else see(group, x))
-
-    # --- what is in a window --------------------------------------------------------------------------------------
 
     def needed(self, window: Window) -> list[Tensor]:
         """As in a causal LM, with shared parameters; for the encoder's last block, with all of the encoder but blocks and embedding."""

@@ -1,4 +1,4 @@
-"""Mixtures of experts: matrices of several experts in one parameter, the products with them, and routers.
+"""Mixtures of experts: the products with their matrices, which of a block's modules are experts, and which are routers.
 
 transformers keeps the matrices of all experts of a layer in one parameter, (experts, out, in) or (experts, in, out). Each expert's
 slice is a `Matrix` here. What it reads is seen by watching for matrix products with views of the parameter.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from recon.errors import ReconError
 
 NAMED = ("none", "matrix", "half-block", "block", "quarter", "model")
-ALLOWED = "none, matrix, half-block, block, <k>-blocks (such as 2-blocks), quarter, model"
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,12 @@ def canonical(granularity: str) -> str:
 
     Raises `ReconError` for anything else.
     """
-    aliases = {"1/2": "half-block", "1": "block", "1-block": "block", "1-blocks": "block"}
-    name = aliases.get(granularity, granularity)
-    if re.fullmatch(r"[1-9]\d*", name):
-        name += "-blocks"
-    if name in NAMED or re.fullmatch(r"[1-9]\d*-blocks", name):
+    name = {"1/2": "half-block", "1": "block", "1-block": "block", "1-blocks": "block"}.get(granularity, granularity)
+    if name in NAMED:
         return name
-    raise ReconError(f"granularity is {granularity!r}; allowed: {ALLOWED}")
+    if counted := re.fullmatch(r"([1-9]\d*)(-blocks)?", name):
+        return f"{counted[1]}-blocks"
+    raise ReconError(f"granularity is {granularity!r}; allowed: {', '.join(NAMED)}, <k>-blocks (such as 2-blocks)")
 
 
 def partition(granularity: str, blocks: int) -> list[range]:
@@ -67,8 +65,6 @@ def partition(granularity: str, blocks: int) -> list[range]:
     if name == "quarter":
         edges = [round(blocks * i / 4) for i in range(5)]
         return [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
-    if name in ("none", "matrix", "half-block"):
-        raise ReconError(f"granularity {name} is not made of whole blocks")
     size = {"block": 1, "model": blocks}.get(name) or int(name.removesuffix("-blocks"))
     if size > blocks:
         raise ReconError(f"granularity {granularity} asks for windows of {size} blocks, but the model has {blocks}")

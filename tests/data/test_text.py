@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedTokenizer
+from transformers import AutoTokenizer
 
 from recon.data import assets, text, wikitext
 from recon.errors import ReconError
@@ -102,39 +102,11 @@ def test_wikitext_becomes_prose(source, expected):
 # ---- tokens
 
 
-class ByteTokenizer(PreTrainedTokenizer):
-    """A slow tokenizer: bytes are tokens."""
-
-    vocab_size = 256
-
-    def __init__(self, template: str):
-        self.front, _, self.behind = (part.split() for part in template.partition("$A"))
-        super().__init__(additional_special_tokens=self.front + self.behind)
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(n): n for n in range(256)} | self.added_tokens_encoder
-
-    def _tokenize(self, text: str) -> list[str]:
-        return [chr(byte) for byte in text.encode()]
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return ord(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return chr(index)
-
-    def build_inputs_with_special_tokens(self, ids, pair=None) -> list[int]:
-        front, behind = map(self.convert_tokens_to_ids, (self.front, self.behind))
-        return front + ids + behind
-
-
 @pytest.fixture
 def dressed(tokenizer):
     """Factory of tokenizers that put around a text what a template says, such as "<bos> $A"."""
 
-    def make(template: str, fast: bool = True):
-        if not fast:
-            return ByteTokenizer(template)
+    def make(template: str):
         made = copy.deepcopy(tokenizer)
         special = [part for part in template.split() if part != "$A"]
         made.add_special_tokens({"additional_special_tokens": special})
@@ -145,12 +117,11 @@ def dressed(tokenizer):
     return make
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "slow"])
 @pytest.mark.parametrize(
     "template", ["$A", "<bos> $A", "<one> <two> $A", "<bos> $A <eos>", "$A <eos>", "<same> <same> $A <same>"]
 )
-def test_samples_begin_as_the_tokenizer_begins_a_text(paragraphs, dressed, template, fast):
-    tokenizer = dressed(template, fast)
+def test_samples_begin_as_the_tokenizer_begins_a_text(paragraphs, dressed, template):
+    tokenizer = dressed(template)
     front = tokenizer.convert_tokens_to_ids(template.partition("$A")[0].split())
     assert text.beginning(tokenizer) == front
     length = 16 - len(front)

@@ -1,6 +1,6 @@
 """Every family of causal LMs in transformers, and encoder-decoders: decomposed, pruned and reconstructed, or refused with the reason.
 
-`PYTHONPATH=tests python tests/model/test_families.py --write` writes what was found into guides/families.md.
+`PYTHONPATH=tests python tests/model/test_families.py --write` writes what works into guides/families.md.
 """
 
 import copy
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.families import FAMILIES, UNTRIED, VOCABULARY, small_model
+from fixtures.models import FLOAT32
 
 from recon import prune, reconstruct
 from recon.config import PruningConfig, ReconstructionConfig
@@ -19,15 +20,13 @@ from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.modules import distance
-from recon.runtime.execution import Execution
 
 GUIDE = Path(__file__).parents[2] / "guides" / "families.md"
 MARKERS = ("<!-- families -->", "<!-- /families -->")
-GRANULARITIES = ("matrix", "half-block", "block")
 
 
 @functools.cache
-def found(family: str) -> Decoder | str:
+def decomposed(family: str) -> Decoder | str:
     """The family's decoder, whose model nothing changes, or the reason why there is none."""
     try:
         return decompose(small_model(family))
@@ -37,33 +36,25 @@ def found(family: str) -> Decoder | str:
 
 def fitting(decoder: Decoder) -> list[str]:
     """The granularities that the model can be reconstructed at."""
-    fit = []
-    for granularity in GRANULARITIES:
+
+    def fits(granularity: str) -> bool:
         try:
-            decoder.windows(granularity)
-            fit.append(granularity)
+            return bool(decoder.windows(granularity))
         except ReconError:
-            pass
-    return fit
+            return False
 
-
-def random_tokens(samples: int, length: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
-
-
-# ---- what the guide says
+    return [granularity for granularity in ("matrix", "half-block", "block") if fits(granularity)]
 
 
 def described(family: str) -> tuple[str, ...]:
     """What the guide says of a family: yes or no for each granularity, and the layout of its halves; or why it is refused."""
-    decoder = found(family)
+    decoder = decomposed(family)
     if isinstance(decoder, str):
         return (decoder,)
-    fit = fitting(decoder)
+    fit, experts = fitting(decoder), any(matrix.routed for matrix in decoder.matrices().values())
     layouts = sorted({halves.layout for halves in decoder.halves if not isinstance(halves, str)})
     half = " and ".join(layouts) if "half-block" in fit else "no"
-    experts = any(matrix.routed for matrix in decoder.matrices().values())
-    return ("no" if "matrix" not in fit else "yes", half, "yes", "yes" if experts else "no")
+    return ("yes" if "matrix" in fit else "no", half, "yes", "yes" if experts else "no")
 
 
 def table() -> str:
@@ -73,9 +64,9 @@ def table() -> str:
         groups.setdefault(described(family), []).append(family)
     works = sorted((what, names) for what, names in groups.items() if len(what) > 1)
     refused = sorted((name, reason) for (reason, *rest), names in groups.items() if not rest for name in names)
-    count = sum(len(names) for _, names in works)
     lines = [
-        f"{count} families of transformers, each as a tiny random model; k-blocks, quarter and model work wherever block does.",
+        f"{sum(len(names) for _, names in works)} families of transformers, each as a tiny random model; k-blocks, quarter and model "
+        "work wherever block does.",
         "",
         "| matrix | half-block: halves are | block | experts | families |",
         "|---|---|---|---|---|",
@@ -96,54 +87,41 @@ def in_guide() -> str:
     return GUIDE.read_text(encoding="utf-8").split(MARKERS[0])[1].split(MARKERS[1])[0].strip()
 
 
-def test_the_guide_says_what_works():
-    assert in_guide() == table(), "run: PYTHONPATH=tests python tests/model/test_families.py --write"
-
-
-# ---- pieces give the model back
-
-
 def working() -> list[str]:
     """The families that work, by the guide's table, whose rows of five cells end with their names."""
     rows = [line.strip("| ").split(" | ") for line in in_guide().splitlines() if line.startswith("| ")]
     return sorted(name for row in rows[1:] if len(row) == 5 for name in row[-1].split(", "))
 
 
-@pytest.fixture(params=working())
-def decoder(request):
-    made = found(request.param)
-    assert isinstance(made, Decoder), made
-    return made
+def random_tokens(samples: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
+def test_the_guide_says_what_works():
+    assert in_guide() == table(), "run: PYTHONPATH=tests python tests/model/test_families.py --write"
+
+
+@pytest.mark.parametrize("family", working())
 @torch.no_grad()
-def test_windows_give_the_model_back(decoder):
+def test_windows_give_the_model_back(family):
     """On other tokens, and more of them, than its structure was found with."""
-    tokens = random_tokens(3, 11, seed=1)
+    decoder, tokens = decomposed(family), random_tokens(3, 11, seed=1)
     expected = decoder.run(tokens).logits
-    for granularity in ("half-block", "block"):
-        if granularity not in fitting(decoder):
-            continue
-        hidden = decoder.embed(tokens)
+    for granularity in {"half-block", "block"}.intersection(fitting(decoder)):
+        hidden = before = decoder.embed(tokens)
         for window in decoder.windows(granularity):
-            if window.parallel and window.half == "attention":
-                before, hidden = hidden, decoder.forward(window, hidden)
-            elif window.parallel:
+            if window.parallel and window.half == "mlp":
                 hidden = hidden + decoder.forward(window, before) - before
             else:
-                hidden = decoder.forward(window, hidden)
+                before, hidden = hidden, decoder.forward(window, hidden)
         assert distance(decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden)), expected) < 1e-4
 
 
-def test_pruned_and_reconstructed(decoder):
-    tokens = random_tokens(8, 16, seed=2)
+@pytest.mark.parametrize("family", working())
+def test_pruned_and_reconstructed(family):
+    decoder, tokens = decomposed(family), random_tokens(8, 16, seed=2)
     pruned = decompose(copy.deepcopy(decoder.model), like=decoder)
-    masks = prune(
-        pruned,
-        tokens,
-        PruningConfig(criterion="wanda", pattern="0.5"),
-        execution=Execution(compute_dtype="float32", progress=False),
-    ).masks
+    masks = prune(pruned, tokens, PruningConfig(criterion="wanda", pattern="0.5"), execution=FLOAT32).masks
     holders = {matrix.parameter_name for matrix in decoder.matrices().values()}
     for name, parameter in pruned.model.named_parameters():
         assert name in holders or torch.equal(parameter, decoder.model.get_parameter(name))
@@ -153,13 +131,13 @@ def test_pruned_and_reconstructed(decoder):
         assert torch.equal(matrix.weight, dense * masks[name])
     for granularity in fitting(decoder):
         student = decompose(copy.deepcopy(pruned.model), like=decoder)
-        reports = reconstruct(student, decoder, tokens, ReconstructionConfig(granularity=granularity, learning_rate=0.001, epochs=1, chunks=1), masks=masks, held_out=tokens[:2], execution=Execution(compute_dtype="float32", progress=False))  # fmt: skip
+        config = ReconstructionConfig(granularity=granularity, learning_rate=0.001, epochs=1, chunks=1)
+        reports = reconstruct(student, decoder, tokens, config, masks=masks, held_out=tokens[:2], execution=FLOAT32)
         for report in reports:
             before, after = report.error_before["held_out"], report.error_after["held_out"]
             assert after < before if report.status == "reconstructed" else report.status == "rolled back: error grew"
         assert any(report.status == "reconstructed" for report in reports)
-        for name, matrix in student.matrices().items():
-            assert not matrix.weight[~masks[name]].any()
+        assert not any(matrix.weight[~masks[name]].any() for name, matrix in student.matrices().items())
 
 
 if __name__ == "__main__":
