@@ -67,21 +67,18 @@ def perplexity_and_states(
     """
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)
-    with tqdm(total=len(decoder.blocks) + 1, desc=description, unit="block", disable=not execution.progress) as bar:
-        stream = last_states(decoder, tokens, execution, bar) if states is None else states
-        tokens, read = decoder.predicted(tokens), decoder.predicted(stream)
-        means, divergences = _scores(decoder, execution, tokens, read, reference)
-        bar.update()
+    stream = last_states(decoder, tokens, execution, description) if states is None else states
+    tokens, read = decoder.predicted(tokens), decoder.predicted(stream)
+    means, divergences = _scores(decoder, execution, tokens, read, reference)
     mean, predicted = sum(means) / len(means), len(means) * (tokens.shape[1] - 1)
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, predicted, means, divergences), stream
 
 
-def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, bar: tqdm | None = None) -> Tensor:
-    """The last block's output for `tokens` (windows, length): (windows, length, hidden)."""
-    for stream in residual_streams(decoder, tokens, execution):
+def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, description: str = "") -> Tensor:
+    """The last block's output for `tokens` (windows, length): (windows, length, hidden). A progress bar bears the description, if any."""
+    shown, streams = bool(execution.progress and description), residual_streams(decoder, tokens, execution)
+    for stream in tqdm(streams, description, len(decoder.blocks), unit="block", disable=not shown):
         last = stream
-        if bar is not None:
-            bar.update()
     return last
 
 
@@ -137,12 +134,7 @@ def _scores(
 
 @torch.no_grad()
 def drift(
-    model: Decoder,
-    dense: Decoder,
-    tokens: Tensor,
-    *,
-    execution: Execution | None = None,
-    activations: Activations | None = None,
+    model: Decoder, dense: Decoder, tokens: Tensor, *, execution: Execution | None = None, activations: Activations | None = None
 ) -> tuple[list[float], Tensor]:
     """The share of the variance of the dense model's residual stream after each block that the stream of `model` leaves unexplained;
     and the last stream of `model`.

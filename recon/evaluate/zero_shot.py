@@ -22,15 +22,9 @@ BUNDLED = {
     "analogies": "word analogies, four choices (Mikolov et al. 2013; bundled in the gensim wheel)",
     "last_word": "the last word of a Wikipedia passage in which it occurs earlier, as in LAMBADA (Paperno et al. 2016; bundled)",
 }
-HUB = {  # task -> the folder of lm-eval's task files that it is in
-    "boolq": "super_glue",
-    "rte": "glue",
-    "hellaswag": "hellaswag",
-    "winogrande": "winogrande",
-    "arc_easy": "arc",
-    "arc_challenge": "arc",
-    "openbookqa": "openbookqa",
-}
+# Task -> the folder of lm-eval's task files that it is in.
+HUB = {"boolq": "super_glue", "rte": "glue", "hellaswag": "hellaswag", "winogrande": "winogrande"}
+HUB |= {"arc_easy": "arc", "arc_challenge": "arc", "openbookqa": "openbookqa"}
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -50,12 +44,7 @@ def check_model(decoder: Decoder) -> None:
 
 
 def zero_shot(
-    model: nn.Module | Decoder,
-    tokenizer,
-    tasks: Sequence[str],
-    limit: int | None = None,
-    *,
-    execution: Execution | None = None,
+    model: nn.Module | Decoder, tokenizer, tasks: Sequence[str], limit: int | None = None, *, execution: Execution | None = None
 ) -> dict:
     """Accuracy of `model` on `tasks` without examples in the prompt.
 
@@ -123,9 +112,9 @@ def _summary(metrics: dict, samples: list[dict], version: object) -> dict:
             if metric == "perplexity" and error is not None:
                 error *= value  # of exp(-mean), to first order; lm-eval would resample, in as many processes as there are cores
             summary |= {metric: value, f"{metric}_stderr": error}
+    # Of what lm-eval's own tracker hashes.
     hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
-    digest = hashlib.sha256(hashes.encode()).hexdigest()  # of what lm-eval's own tracker hashes
-    return summary | {"n": len(samples), "version": version, "hash": digest}
+    return summary | {"n": len(samples), "version": version, "hash": hashlib.sha256(hashes.encode()).hexdigest()}
 
 
 @contextlib.contextmanager

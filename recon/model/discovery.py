@@ -76,8 +76,7 @@ def find_blocks(decoder: Decoder, within: str = "") -> str:
             raise ReconError(f"{kind} does not run on tokens alone ({said}); models of text are supported") from error
     path = max((name for name in lists if ran[name]), key=sizes.__getitem__, default=None)
     if path is None or ran[path] != len(lists[path]):
-        largest = sorted(lists, key=sizes.__getitem__, reverse=True)[:5]
-        known = "; ".join(f"{name!r}, {len(lists[name])} modules, run {ran[name]} times" for name in largest)
+        known = "; ".join(f"{name!r}, {len(children)} modules, run {ran[name]} times" for name, children in lists.items())
         raise ReconError(
             f"{kind} cannot be decomposed: its blocks have to be a torch.nn.ModuleList, and each of its blocks has to run once in a "
             f"forward pass; it has {known or 'no such list'}"

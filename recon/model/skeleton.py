@@ -10,9 +10,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
-Read = Callable[
-    [list[str]], Iterator[tuple[str, Tensor]]
-]  # yields names and values of the parameters of these names, in any order
+# Yields names and values of the parameters of these names, in any order.
+Read = Callable[[list[str]], Iterator[tuple[str, Tensor]]]
 
 
 def auto_class(config: PretrainedConfig) -> type:
@@ -73,8 +72,7 @@ class Lazy:
 
     Args:
         model: the skeleton. Its parameters become placeholders, in float32 on the CPU; tied ones stay tied.
-        read: yields names and values of the parameters that it is given full names of, in any order. Values are float32 and share no
-            memory with anything.
+        read: gives values in float32 that share no memory with anything.
         done: called with the names of parameters that have just been read.
     """
 

@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 
 from recon.data import assets, text
@@ -37,24 +36,18 @@ def analogy_rows(lines: Iterable[str]) -> list[dict]:
     The distractors are answers to other questions of the section: none of a, b and c, and no other answer for c.
     """
     sections: dict[str, list[tuple[str, ...]]] = {}
-    for line in lines:
-        words = line.split()
-        if words[0] == ":":
-            questions = sections[words[1]] = []
+    for first, *rest in map(str.split, lines):
+        if first == ":":
+            questions = sections[rest[0]] = []
         else:
-            questions.append(tuple(words))
-    draw = random.Random(0)
-    chosen = {}
+            questions.append((first, *rest))
+    draw, chosen = random.Random(0), {}
     for section, questions in sections.items():
-        answers = defaultdict(set)
-        for _, _, c, d in questions:
-            answers[c].add(d)
-        every = sorted({question[3] for question in questions})
-        chosen[section] = []
+        every, chosen[section] = sorted({question[3] for question in questions}), []
         for a, b, c, d in draw.sample(questions, PER_SECTION):
-            wrong = [word for word in every if word not in {a, b, c, *answers[c]}]
-            choices = [d, *draw.sample(wrong, DISTRACTORS)]
-            draw.shuffle(choices)
+            right = {answer for _, _, asked, answer in questions if asked == c}
+            wrong = [word for word in every if word not in {a, b, c, *right}]
+            draw.shuffle(choices := [d, *draw.sample(wrong, DISTRACTORS)])
             row = {"section": section, "a": a, "b": b, "c": c, "choices": choices, "label": choices.index(d)}
             chosen[section].append(row)
     return [chosen[section][turn] for turn in range(PER_SECTION) for section in draw.sample(list(chosen), len(chosen))]
