@@ -15,7 +15,7 @@ _PUBLIC = {
     "Execution": "runtime.execution",
     "ModelConfig": "config",
     "PruningConfig": "config",
-    "Ray": "study.workers",
+    "Ray": "study.cluster",
     "ReconError": "errors",
     "ReconstructionConfig": "config",
     "RetrainingConfig": "config",

@@ -40,14 +40,15 @@ class Run:
 
     def __call__(self) -> None:
         """Runs the spec, prints what came of it, and writes the record and the model where they are to go."""
+        from recon.study.cluster import Ray
         from recon.study.studies import RecordFile, run_or_record_failure
-        from recon.study.workers import Ray, check_address
 
         spec, given = self.spec, vars(self.output).copy()
         address, file = given.pop("address"), RecordFile(given.pop("record"))
-        check_address(given["executor"], address)
         if given["executor"] == "ray":
             given["executor"] = Ray(address)
+        elif address is not None:
+            raise ReconError(f"address {address!r} is that of a Ray cluster, but the executor is serial; choose executor ray")
         record, error = run_or_record_failure(spec, RunOptions(**given), callbacks=[file])
         if error:
             if not file.holds(spec):  # a finished record of the very same run is kept

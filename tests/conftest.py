@@ -13,28 +13,11 @@ from fixtures.models import _paragraphs, make_model, random_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-CLUSTERED = ("test_executors.py", "test_ray_windows.py")  # whose tests share a cluster
-
 
 def pytest_collection_finish():
     """What has been imported is there to stay: no later collection of garbage, of 0.2 s and more, looks at it again."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Where every file goes to a process of its own, those with a cluster go to the same, so that only one is started."""
-    if config.getoption("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class ByFile(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            file = super()._split_scope(nodeid)
-            return "clustered" if file.endswith(CLUSTERED) else file
-
-    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """What a run takes, before it starts and without weights: operations, time, memory, disk; and whether it fits here."""
 
+import contextlib
 import functools
 import logging
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -33,7 +33,6 @@ from recon.model.windows import Window
 from recon.runtime import device as devices
 from recon.runtime.attention import CHUNK, LONGEST
 from recon.runtime.device import HOST
-from recon.runtime.execution import TOKENS
 from recon.runtime.storage import SMALL, cache_folder
 from recon.study import streaming
 from recon.study.spec import RunOptions, RunSpec
@@ -42,7 +41,16 @@ log = logging.getLogger("recon")
 GIB = 2**30
 LONG = 600  # seconds: runs that are expected to take longer say their whole plan before they start
 LARGE = 0.3  # of the available memory: so do those that take more
-MARGIN = 64 * 2**20  # bytes of what no shape tells: tokenizer, texts, libraries loaded later, kernels' own memory
+MARGIN = 96 * 2**20  # bytes of what no shape tells: tokenizer, texts, libraries loaded later, kernels' own memory
+WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "_dim",
+    "_rank",
+    "n_embd",
+    "n_inner",
+    "d_model",
+)  # how options of a layer's widths end
 EFFICIENCY = 0.6  # of a bare matrix product's speed that a whole pass reaches, measured on CPUs
 STEP = 0.5e-3  # seconds of a training step for each matrix, beside products and updates: what Python and autograd take, measured on CPUs
 
@@ -71,31 +79,21 @@ def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool =
 
 
 def _structure(config: PretrainedConfig) -> Decoder:
-    """A model built as that of `config`, of much smaller widths where that is possible, decomposed."""
+    """A model built as that of `config`, its layers as many times narrower as is possible, decomposed."""
     names = set(skeleton(config).state_dict())
     for factor in (64, 32, 16, 8, 4, 2, 1):
-        try:
-            model = skeleton(_narrowed(config, factor))
+        narrow = type(config).from_dict(config.to_dict())
+        widths = {
+            name: size for name, size in vars(narrow.get_text_config()).items() if name.endswith(WIDTHS) and type(size) is int
+        }
+        # Of matrices with one column it cannot be told which way round they lie.
+        if factor > 1 and any(size % factor or size == factor for size in widths.values()):
+            continue
+        vars(narrow.get_text_config()).update({name: size // factor for name, size in widths.items()})
+        with contextlib.suppress(Exception if factor > 1 else ()):  # whatever a model of strange widths runs into
+            model = skeleton(narrow)
             if set(model.state_dict()) == names:
                 return decompose(model, lazy=Lazy(model, lambda names: iter(())))
-        except Exception:  # whatever a model of strange widths runs into
-            if factor == 1:
-                raise
-
-
-def _narrowed(config: PretrainedConfig, factor: int) -> PretrainedConfig:
-    """`config` with the widths of its layers divided by `factor`. Raises `ReconError` where they do not divide."""
-    if factor == 1:
-        return config
-    config = type(config).from_dict(config.to_dict())
-    text = config.get_text_config()
-    for name, value in list(vars(text).items()):
-        widths = ("hidden_size", "intermediate_size", "_dim", "_rank", "n_embd", "n_inner", "d_model")
-        if isinstance(value, int) and name.endswith(widths):
-            if value % factor or value == factor:  # of matrices with one column it cannot be told which way round they lie
-                raise ReconError(f"{name} is {value}, which {factor} does not divide into 2 or more")
-            setattr(text, name, value // factor)
-    return config
 
 
 def kinds(decoder: Decoder, granularity: str) -> list[list[Window]]:
@@ -168,7 +166,7 @@ def flops(spec: RunSpec) -> dict[str, float]:
         # The dense model's pass, and the student's own, of which nothing reads what comes after the last window.
         per_token = forward * (1 + own * (1 - len(windows[-1].blocks) / len(decoder.blocks)))
         if how.granularity == "matrix":  # targets come matrix by matrix; inputs by running a block up to it, but for dense ones
-            per_token += 2 * sum(weights.values()) * (own or how.solver != "exact") + 2 * forward * (how.propagation == "mixed")
+            per_token += 2 * sum(weights.values()) + forward * (how.propagation == "mixed")
         if how.solver == "adamw":
             epochs = how.schedule(samples["reconstruct"]).epochs
             for alike in kinds(decoder, how.granularity):
@@ -320,18 +318,18 @@ def peak_memory(spec: RunSpec, device: torch.device, streamed: bool) -> dict[str
     tokens, copies = min(evaluation.evaluation_length, SLICE), 2
     if again.retrain != "none":
         train = {"train": "all"} if again.retrain == "full" else {"adapter": again.retrain} if again.retrain in ADAPTERS else {}
-        alike = ReconstructionConfig(
-            granularity="model", rank=again.retrain_rank, batch_size=again.retrain_batch_size, chunks=1, **train
-        )
+        batch = {"batch_size": again.retrain_batch_size, "chunks": 1, "rank": again.retrain_rank}
+        alike = ReconstructionConfig(granularity="model", **batch, **train)
         work |= window_memory(decoder, replace(spec, reconstruction=alike), device)
         tokens, copies, blocks = again.retrain_batch_size * length, 4 + (again.retrain_objective == "distil"), len(decoder.blocks)
+        if again.retrain == "full":  # embedding and head as well
+            rest = parameters - work["moments"] // 8
+            work |= {"gradients": work["gradients"] + 4 * rest, "moments": work["moments"] + 8 * rest}
+        work["copies"] = 4 * (pruned + parameters * (again.retrain in ("full", "norms")))
         if again.retrain_checkpointing:  # the blocks' inputs alone, and one block in the backward pass
             work["activations"] = work["activations"] / blocks + 4 * tokens * config.hidden_size * blocks
     if how.accumulation == again.retrain_accumulation == 1:  # gradients come while activations go
         work["gradients"] = max(0.0, work.get("gradients", 0) - work.get("activations", 0))
-    read = [(matrix.share, matrix.weight.shape) for matrix in decoder.matrices(Window(range(1))).values()]
-    widest = max(share * shape[0] for share, shape in read)
-    work["one batch"] = max(TOKENS, length) * (2 * dtype.itemsize * widest + 16 * config.hidden_size)
     head = sum(weight.numel() for weight in decoder.head_weights())
     work["logits"] = tokens * config.vocab_size * copies * dtype.itemsize + 12 * min(tokens * config.vocab_size, ELEMENTS)
     work["rounded"] = max(work.get("rounded", 0), 2 * head * dtype.itemsize * (dtype != torch.float32))
@@ -339,12 +337,9 @@ def peak_memory(spec: RunSpec, device: torch.device, streamed: bool) -> dict[str
     samples = calibration.samples + min(calibration.held_out_samples, ERROR_SAMPLES)
     width = config.hidden_size * (3 + (how.propagation == "mixed")) * 4
     if how.granularity == "matrix":  # what all matrices of a block read and give
-        width += dtype.itemsize * sum(share * sum(shape) for share, shape in read)
-    streams = [
-        samples * length * width,
-        2 * 4 * evaluation.evaluation_samples * evaluation.evaluation_length * config.hidden_size,
-    ]
-    kept = {"activations of all samples": max(float(size) for size in streams if not streamed or size <= SMALL), "margin": MARGIN}
+        width += dtype.itemsize * sum(m.share * sum(m.weight.shape) for m in decoder.matrices(Window(range(1))).values())
+    streams = samples * length * width, 8 * evaluation.evaluation_samples * evaluation.evaluation_length * config.hidden_size
+    kept = {"streams": max((float(size) for size in streams if not streamed or size <= SMALL), default=0.0), "margin": MARGIN}
     if streamed:
         work["parameters"] = max(work.get("parameters", 0), 2 * 4 * head)
         work["copies"] = work.get("copies", 0) * (work.get("copies", 0) <= SMALL)
@@ -379,12 +374,9 @@ class Plan:
     @property
     def problem(self) -> str:
         """Why the run cannot fit here, and what to try; empty where it can."""
-        tight = [
-            f"{needs / GIB:.1f} GiB of {room}, of which there are {has / GIB:.1f} GiB"
-            for room, (needs, has) in self.rooms.items()
-            if needs > has
-        ]
-        return f"this run needs {' and '.join(tight)}; try smaller windows or --stream yes" if tight else ""
+        tight = {room: [f"{size / GIB:.1f} GiB" for size in both] for room, both in self.rooms.items() if both[0] > both[1]}
+        said = " and ".join(f"{needs} of {room}, of which there are {has}" for room, (needs, has) in tight.items())
+        return said and f"this run needs {said}; try smaller windows or --stream yes"
 
     @property
     def line(self) -> str:
@@ -395,16 +387,12 @@ class Plan:
         return f"{about}: {time}; about {self.rooms['memory'][0] / GIB:.1f} GiB of memory"
 
     def __str__(self) -> str:
-        spec, decoder = self.spec, shapes_of(*self.spec.loaded_by)
-        windows = [window for alike in kinds(decoder, spec.reconstruction.granularity) for window in alike]
-        largest = max((sum(p.numel() for p in decoder.parameters(window).values()) for window in windows), default=0)
+        decoder, granularity = shapes_of(*self.spec.loaded_by), self.spec.reconstruction.granularity
         parameters, pruned = _elements(decoder)
-        weights = models.precision(models.configuration(*spec.loaded_by))
         rows = {
             "run": self.line,
-            "model": f"{parameters:,} parameters, {pruned:,} of them in matrices that are pruned; {weights}; "
-            + ("kept on disk, one window at a time in memory" if self.streamed else "kept in memory"),
-            "windows": f"{len(windows)} of {spec.reconstruction.granularity}, the largest of {largest:,} parameters",
+            "model": f"{parameters:,} parameters, {pruned:,} of them pruned; kept {'on disk' if self.streamed else 'in memory'}",
+            "windows": f"{sum(map(len, kinds(decoder, granularity)))} of {granularity}",
             "operations": ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count),
         }
         for kind, parts in self.memory.items():
@@ -435,7 +423,7 @@ def plan(
             decomposed, a granularity that it is too small for.
     """
     spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
-    device = planned_device(spec.compute.device, device_gib)
+    device = devices.pick_device(spec.compute.device) if device_gib is None else torch.device("cuda", 0)
     parameters, pruned = _elements(decoder)
     room = devices.available_memory() if memory_gib is None else memory_gib * GIB
     streamed = options.stream == "yes" and streaming.wanted("yes", spec)
@@ -478,21 +466,12 @@ def check(spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0) ->
 
 def announce(specs: list[RunSpec]) -> None:
     """Logs how long `specs`, runs of one study, will take at most: what they share is computed once."""
-    planned = [plan(spec) for spec in specs]
-    spent, needs = sum(sum(each.seconds.values()) for each in planned), max(each.rooms["memory"][0] for each in planned)
+    known, spent, needs = {}, 0.0, 0.0
+    for spec in (replace(spec, seed=0) for spec in specs):
+        with contextlib.suppress(ReconError):  # the run will say what is wrong with it, in its record
+            known[spec] = known.get(spec) or plan(spec)
+            spent, needs = spent + sum(known[spec].seconds.values()), max(needs, known[spec].rooms["memory"][0])
     log.info("study: %d runs, at most %s on this machine; %.1f GiB of memory", len(specs), duration(spent), needs / GIB)
-
-
-def planned_device(name: str, memory: float | None = None) -> torch.device:
-    """The device called `name`; where `memory` (GiB) of a GPU is given, the first GPU, or the one named, which need not be here.
-
-    Raises `ReconError` for a device that is not here.
-    """
-    if memory is None:
-        return devices.pick_device(name)
-    if not (gpu := re.fullmatch(r"auto|cuda(?::(\d+))?", name)):
-        raise ReconError(f"memory of a GPU is given to plan for, but the device is {name!r}; allowed: auto, cuda, cuda:NUMBER")
-    return torch.device("cuda", int(gpu[1] or 0))
 
 
 def planned_dtype(spec: RunSpec, device: torch.device) -> torch.dtype:

@@ -26,6 +26,7 @@ class RunRecord:
     peak_memory_bytes: int = 0
     peak_memory_bytes_by_phase: dict[str, int] = field(default_factory=dict)
     added_memory_bytes_by_phase: dict[str, int] = field(default_factory=dict)  # beyond what was in use before the phase
+    window_memory_bytes: dict[str, int] = field(default_factory=dict)  # counted: see `recon.study.plan.window_memory`
     tokens: dict[str, int] = field(default_factory=dict)
     protocol: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict)
@@ -40,6 +41,7 @@ class RunRecord:
     @classmethod
     def from_dict(cls, data: dict) -> "RunRecord":
         """The record from plain data; raises `ReconError` naming missing, unknown or malformed fields."""
+        data = {"window_memory_bytes": {}} | data  # which records from before it was counted do not have
         wanted = {f.name for f in fields(cls)}
         if set(data) != wanted:
             raise ReconError(f"not a record: fields missing {sorted(wanted - set(data))}, unknown {sorted(set(data) - wanted)}")
@@ -50,6 +52,7 @@ class RunRecord:
             "flops",
             "peak_memory_bytes_by_phase",
             "added_memory_bytes_by_phase",
+            "window_memory_bytes",
             "tokens",
             "protocol",
             "environment",

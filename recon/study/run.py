@@ -30,7 +30,8 @@ from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 from recon.runtime.lock import locked
 from recon.runtime.storage import Storage, write_json
-from recon.study import checkpoint, dense_cache, plan, ray_windows, report, streaming, workers
+from recon.study import checkpoint, dense_cache, plan, report, side_by_side, streaming
+from recon.study.cluster import settings
 from recon.study.environment import environment
 from recon.study.measure import Measured, Measurement, count_zeros
 from recon.study.record import RunRecord
@@ -84,7 +85,7 @@ def run(
         ReconError: bad input, a run that cannot fit here, or another process that does the same run; before anything long begins.
     """
     spec, session, save = spec.resolved(), session or Session(), options.save
-    ray_windows.check(options.executor, spec.reconstruction.propagation)
+    side_by_side.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins
     if spec.evaluation.tasks:
         zero_shot.check_tasks(spec.evaluation.tasks)
     key, record, model, folder = spec.key(), None, None, None
@@ -137,9 +138,7 @@ class _Run:
             dense, states = self.measure_dense()
         model = self.student()
         record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
-        one_pass = (
-            spec.one_pass and not workers.get(self.options.executor) and not self.session.holds("pruned", self.key("prune"))
-        )
+        one_pass = spec.one_pass and not settings(self.options.executor) and not self.session.holds("pruned", self.key("prune"))
         if one_pass:
             found = self.prune_and_reconstruct(model)
             left = student.student(self.dense, self.storage, phases=["prune"])
@@ -161,7 +160,7 @@ class _Run:
         if self.external:
             record.metrics["pattern"] = str(found_pattern(masks.values()))
         record.tokens = report.tokens(spec, self.texts, dense)
-        record.flops = plan.flops(spec)
+        record.flops, record.window_memory_bytes = plan.flops(spec), plan.window_memory(self.dense, spec, self.device)
         record.protocol = report.protocol(spec, self.texts, self.dense, self.dtype)
         record.shared = list(self.session.reused)
         record.environment = environment(self.device, spec.compute.compute_dtype)
@@ -262,7 +261,7 @@ class _Run:
         """pruned: the masks, or how to prune; see `recon.reconstruct`."""
         spec = self.spec
         known = self.session.activations("activations", self.key("activations"), 1 - HELD_OUT_SHARE)
-        execution = self.execution(known, ray_windows.loop(self.options.executor))
+        execution = self.execution(known, side_by_side.loop(self.options.executor, spec.reconstruction.propagation))
         with self.phase("reconstruct"):
             reports = reconstruct(
                 model, self.dense, self.samples("reconstruct"), spec.reconstruction, held_out=self.texts.held_out, seed=spec.seed,

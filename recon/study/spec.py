@@ -24,8 +24,7 @@ from recon.config import (
 from recon.errors import ReconError
 from recon.kernels import criteria
 from recon.runtime.device import SAVED
-from recon.study import workers
-from recon.study.workers import Ray
+from recon.study.cluster import Ray, settings
 
 SCHEMA = 6  # part of every key; raise it when the meaning of a record's values, or a default, changes
 
@@ -195,4 +194,4 @@ class RunOptions(Checked):
         super().__post_init__()
         if self.save_dtype != "float32" and self.save is None:
             raise ReconError(f"save_dtype is {self.save_dtype!r}, but no folder to save to is named; name one, or leave it out")
-        workers.get(self.executor)
+        settings(self.executor)

@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from tqdm.auto import tqdm
 from recon.errors import ReconError
 from recon.methods.callbacks import Callback
 from recon.model.windows import canonical
+from recon.runtime.activations import LIMIT
 from recon.runtime.storage import check_writable, remove_unfinished, write_json
-from recon.study import executors, workers
+from recon.study import plan
+from recon.study.cluster import ATTEMPTS, Ray, settings, spread
 from recon.study.record import RunRecord, read_record
 from recon.study.run import run
 from recon.study.session import Session
 from recon.study.spec import RunOptions, RunSpec
-from recon.study.workers import Ray
 
 log = logging.getLogger("recon")
 
@@ -206,35 +207,73 @@ def run_study(
     keys = [spec.key() for spec in specs]
     if not compute:
         return frame([_as_it_is(folder, spec, key) for spec, key in zip(specs, keys, strict=True)])
-    settings = workers.get(executor)
+    how = settings(executor)
     check_writable(folder, "record folder")
     records = {key: _finished(folder, key) for key in keys}
     missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
-    records |= _computed(missing, folder, settings, progress)
+    records |= _computed(missing, folder, how, progress)
     return frame([records[key] for key in keys])
 
 
-def _computed(specs: dict[str, RunSpec], folder: Path, settings: Ray | None, progress: bool) -> dict[str, RunRecord]:
+def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress: bool) -> dict[str, RunRecord]:
     """Runs `specs`, and writes their records to `folder`; by key."""
     # Runs that start from one pruned state stand together, and among these the ones on as many samples.
     order = sorted(specs, key=lambda key: [str(part) for part in (*specs[key].pruned_by, specs[key].calibration.samples)])
-    done = executors.each(
-        {key: specs[key] for key in order}, _Recorded(folder, {spec: key for key, spec in specs.items()}), settings, progress
-    )
+    specs, run = {key: specs[key] for key in order}, _Recorded(folder, {spec: key for key, spec in specs.items()})
+    if len(specs) > 1:
+        plan.announce(list(specs.values()))
+    done = _one_by_one(specs, run, progress) if how is None else _side_by_side(specs, run, how)
     records, failed = {}, []
     with contextlib.closing(done), tqdm(total=len(order), desc="study", unit="run", disable=not progress or not order) as bar:
-        for record in done:
-            if record.status != "done" or settings:  # others are written already
-                write_record(record, record_path(folder, record.key))
-            records[record.key] = record
+        for key, record in done:
+            if record.key != key:
+                said = f"its key is {record.key} by now: the model or texts that it reads have changed, or are others where it was computed"
+                record = RunRecord(specs[key].flat(), key, "failed", said if record.status == "done" else record.error)
+            if record.status != "done" or how:  # others are written already
+                write_record(record, record_path(folder, key))
+            records[key] = record
             bar.update()
             if record.status != "done":
-                failed.append(record.key)
+                failed.append(key)
                 said = record.error.strip()
-                log.error("run %s failed: %s", record.key, said.splitlines()[-1] if said.startswith("Traceback") else said)
+                log.error("run %s failed: %s", key, said.splitlines()[-1] if said.startswith("Traceback") else said)
     if len(failed) > 1:
         log.error("%d of %d runs failed; their records say how: %s", len(failed), len(order), ", ".join(failed))
     return records
+
+
+def _one_by_one(specs: dict[str, RunSpec], run: "_Recorded", progress: bool) -> Iterator[tuple[str, RunRecord]]:
+    """The record of each of `specs`, by key, one after the other."""
+    session = Session(activation_bytes=LIMIT if len(specs) > 1 else 0)
+    for key, spec in specs.items():
+        yield key, run(spec, session, progress)
+
+
+def _side_by_side(specs: dict[str, RunSpec], run: "_Recorded", how: Ray) -> Iterator[tuple[str, RunRecord]]:
+    """The record of each of `specs`, by key, as soon as a worker has computed it."""
+    left, lost = dict(specs), None
+    on_cpu = any(spec.compute.device == "cpu" for spec in specs.values())
+    with contextlib.closing(spread(how, on_cpu, _InWorker(run), specs.items())) as answers:
+        for answer in answers:
+            if isinstance(answer, Exception):  # runs do not raise
+                lost = answer
+                continue
+            left.pop(answer[0])
+            yield answer
+    for key, spec in left.items():
+        said = f"{ATTEMPTS} workers were lost with this in hand, the last one by: {' '.join(str(lost).split())}"
+        yield key, RunRecord(spec.flat(), key, "failed", said)
+
+
+class _InWorker:
+    """What a worker does: runs one after another, which share what they can."""
+
+    def __init__(self, run: "_Recorded"):
+        self.run, self.session = run, None
+
+    def __call__(self, task: tuple[str, RunSpec]) -> tuple[str, RunRecord]:
+        (key, spec), self.session = task, self.session or Session(activation_bytes=LIMIT)
+        return key, self.run(spec, self.session, False)
 
 
 def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:

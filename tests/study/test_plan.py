@@ -179,8 +179,6 @@ def test_memory_of_a_gpu_that_is_not_here_follows_the_window(stream, spec):
     assert "models" not in whole.memory["cuda"]
     tight = plan.plan(spec, device_gib=1e-6)
     assert "of memory on cuda:0, of which there are 0.0 GiB; try smaller windows" in tight.problem
-    with pytest.raises(ReconError, match="device is 'cpu'; allowed: auto, cuda"):
-        plan.plan(spec.replaced(device="cpu"), device_gib=24)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4_text", "biogpt", "mamba", "qwen3_next", "t5 (encoder-decoder)"])

@@ -1,0 +1,207 @@
+"""Runs and windows side by side have the bits of one after the other; workers that are killed cost nothing but time."""
+
+import copy
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.cluster import one_thread
+from fixtures.models import ENCODER_DECODERS, make_model, random_tokens
+from fixtures.runs import record_of
+
+import recon
+from recon.config import PruningConfig, ReconstructionConfig
+from recon.errors import ReconError
+from recon.model.discovery import decompose
+from recon.runtime.execution import Execution
+from recon.study import cluster as clusters
+from recon.study import side_by_side
+from recon.study.cluster import Ray, connect, settings, spread
+from recon.study.record import read_record
+from recon.study.side_by_side import weights, with_weights
+from recon.study.studies import grid, run_study
+
+
+@pytest.fixture
+def base(tiny_folder, tiny_text):
+    return recon.RunSpec.of(
+        model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
+        evaluation_samples=2, evaluation_length=64,
+    )  # fmt: skip
+
+
+# --- settings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how, there, on_cpu, found",
+    [
+        (Ray(), {"CPU": 7.0}, False, (1, 0, 7)),
+        (Ray(threads=2, workers=2), {"CPU": 7.0}, False, (2, 0, 2)),
+        (Ray(workers=9), {"CPU": 2.0}, True, (1, 0, 2)),
+        (Ray(), {"CPU": 96.0, "GPU": 8.0}, False, (12, 1, 8)),
+        (Ray(gpus=0.5), {"CPU": 96.0, "GPU": 8.0}, False, (6, 0.5, 16)),
+        (Ray(), {"CPU": 96.0, "GPU": 8.0}, True, (1, 0, 96)),
+    ],
+)
+def test_what_a_worker_asks_for(how, there, on_cpu, found):
+    assert how.request(there, on_cpu) == found
+
+
+def test_settings_that_cannot_be_met_are_refused(monkeypatch):
+    with pytest.raises(ReconError, match=r"no room for a worker \(5 CPUs, 1 GPUs\); it has 4 CPUs, 0 GPUs"):
+        Ray(threads=5, gpus=1).request({"CPU": 4.0}, False)
+    with pytest.raises(ReconError, match="threads of executor ray is 0; allowed: from 1 up"):
+        Ray(threads=0)
+    monkeypatch.delenv(clusters.VARIABLE, raising=False)
+    assert settings(None) is None and settings("ray") == Ray() and settings(Ray(threads=2)) == Ray(threads=2)
+    monkeypatch.setenv(clusters.VARIABLE, "ray")
+    assert settings(None) == Ray() and settings("serial") is None
+    with pytest.raises(ReconError, match="unknown executor 'dask'; allowed: serial, ray, or recon.Ray"):
+        settings("dask")
+
+
+@pytest.mark.parametrize("propagation", ["sparse", "mixed"])
+def test_windows_that_depend_on_one_another_are_not_spread(propagation, tmp_path):
+    with pytest.raises(ReconError, match=f"side by side under {propagation} propagation.*choose propagation dense"):
+        record_of(recon.RunSpec.of(propagation=propagation), save=tmp_path / "saved", executor="ray")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_without_ray_is_refused_before_anything_runs(base, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ReconError, match=r"pip install 'recon\[ray\]'"):
+        run_study([base], tmp_path, progress=False, executor="ray")
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_an_address_that_does_not_answer_is_named(monkeypatch):
+    def init(address, **options):
+        raise ConnectionError("timed out")
+
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ReconError, match=r"'10.0.0.1:6379': timed out"):
+        connect("10.0.0.1:6379")
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------------
+
+
+class Notes:
+    """What a worker does in these tests: writes down in files of a folder who does what, and may die or break."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, task: str) -> tuple[str, int]:
+        times = len(list(self.folder.glob(f"{task} *")))
+        (self.folder / f"{task} {times}").touch()
+        if task == "dies always" or (task == "dies once" and not times):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task == "breaks":
+            raise RuntimeError("a bug")
+        return task, torch.get_num_threads()
+
+
+def test_lost_workers_and_failing_tasks_cost_nothing_but_themselves(cluster, tmp_path):
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    try:
+        tasks = ["a", "dies once", "breaks", "b", "dies always", "c", "d"]
+        answers = list(spread(Ray(), True, Notes(tmp_path), tasks))
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    failed = [str(answer) for answer in answers if isinstance(answer, Exception)]
+    assert {answer[0] for answer in answers if isinstance(answer, tuple)} == {"a", "b", "c", "d", "dies once"}
+    assert {answer[1] for answer in answers if isinstance(answer, tuple)} == {1}
+    assert len(failed) == 2 and any("a bug" in each for each in failed)
+    times = {task: len(list(tmp_path.glob(f"{task} *"))) for task in tasks}
+    assert times == dict.fromkeys(tasks, 1) | {"dies once": 2, "dies always": clusters.ATTEMPTS}
+
+
+def test_a_study_has_the_same_records_on_a_cluster(cluster, base, tmp_path):
+    wanted = grid(base, granularity=["none", "9-blocks", "half-block"], seed=[0, 1])
+    with one_thread():
+        serial = run_study(wanted, tmp_path / "serial", progress=False)
+    run_study(wanted[:1], tmp_path / "ray", progress=False)  # one of the runs is there already
+    [first] = (tmp_path / "ray").glob("*.json")
+    stamp = first.stat().st_mtime_ns
+    spread = run_study(wanted, tmp_path / "ray", progress=False, executor="ray")
+    assert first.stat().st_mtime_ns == stamp
+    columns = ["key", "granularity", "seed", "status", "error", "perplexity", "held_out_error", "sparsity", "flops_reconstruct"]
+    assert spread[columns].equals(serial[columns])
+    assert list(spread["status"]) == ["done", "done", "failed", "failed", "done", "done"]
+    key = spread["key"].iloc[-1]
+    one, other = (read_record(tmp_path / folder / f"{key}.json") for folder in ("serial", "ray"))
+    assert [w["losses"] for w in one.windows] == [w["losses"] for w in other.windows]
+    assert other.environment["threads"] == 1
+
+
+# --- windows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "t5", "bart"])
+def test_a_decoder_arrives_without_weights_and_runs_on_those_that_it_is_given(family):
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    model = make_model(family, **({"tie_word_embeddings": True} if family == "llama" else {}))
+    decoder = decompose(model)
+    sent = cloudpickle.dumps(with_weights(decoder, {}).structure)
+    assert not any(p.detach().numpy().tobytes() in sent for p in model.parameters() if p.ndim > 1)
+    hidden = decoder.embed(random_tokens(2, 10))
+    with torch.no_grad():
+        for window in decoder.windows("block" if family in ENCODER_DECODERS else "half-block"):
+            one = with_weights(decoder, weights(decoder, window))
+            with one.loaded(window):
+                assert torch.equal(one.forward(window, hidden), decoder.forward(window, hidden))
+
+
+WAYS = {  # the family of models, how it is pruned, and how windows are fitted
+    "halves": ("llama", {}, {"chunks": 2}),
+    "matrices exactly": ("llama", {}, {"granularity": "matrix", "solver": "exact"}),
+    "biases that pruning added": ("llama", {"criterion": "flap", "pattern": "0.3"}, {}),
+    "blocks from exact": ("llama", {}, {"granularity": "2-blocks", "start": "exact", "train": "all"}),
+    "experts": ("mixtral", {}, {}),
+    "adapters": ("llama", {}, {"granularity": "block", "adapter": "masklora", "rank": 2}),
+}
+
+
+@pytest.mark.parametrize("way", ["halves", *(pytest.param(way, marks=pytest.mark.slow) for way in [*WAYS][1:])])
+def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny, tokens, way):
+    family, pruning, fitting = WAYS[way]
+    config = ReconstructionConfig(**{"granularity": "half-block", "propagation": "dense"} | fitting)
+    dense, samples, held_out = tiny(family, tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
+    pruned = copy.deepcopy(dense)
+    config_of_pruning = PruningConfig(**{"criterion": "wanda", "pattern": "0.5"} | pruning)
+    masks = recon.prune(pruned, samples, config_of_pruning, execution=Execution(progress=False)).masks
+    made, reports = {}, {}
+    with one_thread():
+        for executor in ("serial", Ray()):
+            made[executor] = copy.deepcopy(pruned)
+            execution = Execution(progress=False, loop=side_by_side.loop(executor, "dense"))
+            reports[executor] = recon.reconstruct(
+                made[executor], dense, samples, config, masks=masks, held_out=held_out, execution=execution
+            )
+    serial, spread = (made[executor].state_dict() for executor in made)
+    assert all(torch.equal(serial[name], spread[name]) for name in serial)
+    assert any(not torch.equal(serial[name], pruned.state_dict()[name]) for name in serial)
+    one, other = ([replace(report, seconds=0) for report in reports[executor]] for executor in made)
+    assert one == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_the_windows_of_a_run_are_spread(cluster, stream, base, tmp_path):
+    spec = base.replaced(propagation="dense")
+    with one_thread():
+        serial = record_of(spec, save=tmp_path / "serial", stream=stream)
+        spread = record_of(spec, save=tmp_path / "spread", stream=stream, executor=Ray())
+    assert spread.metrics == serial.metrics and len(spread.windows) == len(serial.windows) > 2
+    for path in (tmp_path / "serial").glob("*.safetensors"):
+        assert (tmp_path / "spread" / path.name).read_bytes() == path.read_bytes()
+    assert not list(tmp_path.glob("*.unfinished"))
