@@ -9,17 +9,14 @@ With W (out, in) a pruned weight, M its mask, B (out, rank) and A (rank, in) wha
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from recon.kernels.gradient_descent import Trained
-from recon.kernels.rows import parts
 
 ADAPTERS = {
     "lora": "W + BA; merging fills the zeros, so the mask is applied once more (Hu et al. 2022, arXiv 2106.09685)",
     "masklora": "W + M*(BA), merged without losing a zero (Zimmer et al. 2023, arXiv 2312.15230)",
     "scalelora": "W*(1 + BA), zeros stay zeros (Zimmer et al. 2023, arXiv 2312.15230; Lu et al. 2024, arXiv 2405.16057)",
 }
-ELEMENTS = 2**18  # of a matrix at once
 ALPHA = 2.0  # the factor s itself, alpha / rank: alpha is twice the rank, as usual
 
 
@@ -63,39 +60,7 @@ class LowRank(nn.Module):
         """The merged weight (out, in), computed in float32, and rounded once where autocast would round it."""
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return _Merged.apply(weight, weight if self.kind == "scalelora" else self.mask, self.b, self.a, dtype)
-
-
-class _Merged(torch.autograd.Function):
-    """W + ALPHA * F * (BA) in `dtype`, for W (out, in), F (out, in) or None for ones, B (out, rank), A (rank, in).
-
-    A few rows at a time, so that only the result has the size of W. Neither W nor F gets a gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, factor: Tensor | None, b: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-        """The merged weight, (out, in)."""
-        ctx.save_for_backward(factor, b, a)
-        merged = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-        with torch.autocast(weight.device.type, enabled=False):
-            for part in parts(weight, ELEMENTS):
-                change = b[part] @ a
-                if factor is not None:
-                    change *= factor[part]
-                merged[part] = change.mul_(ALPHA).add_(weight[part])
-        return merged
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        """Gradients of B and A from that of the merged weight, (out, in)."""
-        factor, b, a = ctx.saved_tensors
-        b_gradient, a_gradient = torch.empty_like(b), torch.zeros_like(a)
-        with torch.autocast(gradient.device.type, enabled=False):
-            for part in parts(gradient, ELEMENTS):
-                slope = gradient[part].float() * ALPHA
-                if factor is not None:
-                    slope *= factor[part]
-                b_gradient[part] = slope @ a.T
-                a_gradient.addmm_(b[part].T, slope)
-        return None, None, b_gradient, a_gradient, None
+        with torch.autocast(device, enabled=False):
+            change = self.b @ self.a
+            factor = weight if self.kind == "scalelora" else self.mask
+            return (weight + ALPHA * (change if factor is None else change * factor)).to(dtype)

@@ -7,13 +7,11 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from recon.errors import ReconError
 from recon.kernels import losses
 from recon.kernels.losses import (
     LOSSES,
     channel_variance,
     cosine,
-    get_loss,
     kl_divergence,
     mse,
     negative_log_likelihood,
@@ -43,42 +41,9 @@ def test_cosine_by_hand():
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_losses_are_in_float32(loss):
-    value = loss(torch.full((1, 2, 3), 300.0).half(), torch.full((1, 2, 3), -300.0).half(), torch.ones(3))
-    assert value.dtype == torch.float32 and value.isfinite().all() and value.shape == (1, 2)
-
-
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_equal_outputs_cost_nothing_even_where_they_are_zero(loss):
     target = torch.tensor([[[1.0, -2.0], [0.0, 0.0]]])
     assert_close(loss(target, target, UNIT), torch.tensor([[0.0, 1.0 if loss is cosine else 0.0]]))  # zeros have no angle
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("loss", [whitened, mse])
-def test_values_and_gradients_of_squared_errors_are_those_of_their_formula(loss, dtype):
-    draw = torch.Generator().manual_seed(0)
-    output, target = (torch.randn(2, 5, 6, generator=draw).to(dtype) for _ in range(2))
-    variance, weights = torch.rand(6, generator=draw) + 0.1, torch.linspace(0, 2, 10).view(2, 5)
-    ours, theirs = output.clone().requires_grad_(), output.double().requires_grad_()
-    squares = (theirs - target.double()).square()
-    expected = (squares / variance).mean(-1) if loss is whitened else squares.sum(-1) / variance.sum()
-    found = loss(ours, target, variance)
-    assert_close(found, expected.float())
-    for value in (found, expected):
-        (value * weights).mean().backward()
-    assert ours.grad.dtype == dtype
-    assert_close(ours.grad, theirs.grad.to(dtype))
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_size_of_activations_does_not_matter(loss, scale):
-    draw = torch.Generator().manual_seed(0)
-    output, target = (torch.randn(2, 5, 6, generator=draw) for _ in range(2))
-    variance = channel_variance(target)
-    assert_close(channel_variance(target * scale), variance * scale**2)
-    assert_close(loss(output * scale, target * scale, variance * scale**2), loss(output, target, variance))
 
 
 def test_whitened_alone_does_not_care_for_the_size_of_a_channel():
@@ -97,13 +62,6 @@ def test_channel_variance_is_torchs_without_the_first_position():
     targets[:, 0] = 1e4
     assert_close(channel_variance(targets), targets[:, 1:].flatten(0, 1).var(0, correction=0))
     assert channel_variance(targets.bfloat16()).dtype == torch.float32
-
-
-def test_channels_of_several_vectors_a_token_are_channels_of_one():
-    targets = torch.randn(3, 7, 4, 5, generator=torch.Generator().manual_seed(0))
-    variance = channel_variance(targets)
-    assert_close(variance, channel_variance(targets.flatten(2)))
-    assert unexplained(2 * targets, targets, variance) == unexplained(2 * targets.flatten(2), targets.flatten(2), variance) > 0
 
 
 def test_a_channel_that_never_varies_has_a_positive_variance():
@@ -126,11 +84,6 @@ def test_the_first_position_does_not_count():
     output[:, 0] += 1e3
     assert unexplained(output, targets, variance) == 0 == (whitened(output, targets, variance) * weights).mean()
     assert weights.mean() == 1 and len(weights[:, 1:].unique()) == 1
-
-
-def test_unknown_loss_is_refused():
-    with pytest.raises(ReconError, match="'kl'.*whitened, mse, cosine"):
-        get_loss("kl")
 
 
 # ---- of predictions
@@ -170,19 +123,3 @@ def test_divergences_and_their_gradients_are_torchs(draw, monkeypatch, elements,
     expected.mean().backward()
     assert_close(ours.grad, theirs.grad)
     assert_close(kl_divergence(wanted, wanted), torch.zeros(13))
-
-
-def test_weighted_tokens_have_weighted_gradients(draw):
-    found, _, targets = draw
-    ours, theirs = (found.clone().requires_grad_() for _ in range(2))
-    weights = torch.linspace(0, 2, 13)
-    (weights * negative_log_likelihood(ours, targets)).sum().backward()
-    (weights * F.cross_entropy(theirs, targets, reduction="none")).sum().backward()
-    assert_close(ours.grad, theirs.grad)
-
-
-def test_nothing_is_kept_where_no_gradient_is_wanted(draw):
-    found, _, targets = draw
-    assert not negative_log_likelihood(found, targets).requires_grad
-    with torch.no_grad():
-        assert not negative_log_likelihood(found.requires_grad_(), targets).requires_grad

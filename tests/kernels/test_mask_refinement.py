@@ -62,13 +62,6 @@ def test_one_step_is_the_exchange_that_brute_force_predicts(group):
             assert not out
 
 
-def test_uncorrelated_inputs_leave_wanda_alone():
-    weight, _ = problem()
-    gram = torch.diag(torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.1)
-    mask = start(weight, gram, "0.5")
-    assert torch.equal(refine(weight, mask, gram, 50), mask)
-
-
 def test_nothing_kept_or_nothing_pruned():
     weight, gram = problem()
     for mask in (torch.ones_like(weight, dtype=torch.bool), torch.zeros_like(weight, dtype=torch.bool)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recon.errors import ReconError
-from recon.kernels.patterns import Pattern, found_pattern, keep_mask, sparsity_of
+from recon.kernels.patterns import Pattern, found_pattern, keep_mask
 
 
 def random_scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -44,12 +44,6 @@ def test_bad_patterns_are_refused(text):
         Pattern.parse(text)
 
 
-@pytest.mark.parametrize("fields", [(1.0,), (0.5, 2), (0.5, None, 4), (0.5, 3, 4), (0.0, 4, 4)])
-def test_bad_fields_are_refused(fields):
-    with pytest.raises(ReconError, match="such as '2:4'"):
-        Pattern(*fields)
-
-
 def test_columns_must_divide_into_groups():
     with pytest.raises(ReconError) as error:
         Pattern.parse("2:5").check_columns("layers.3.mlp.up_proj", 576)
@@ -80,44 +74,6 @@ def test_unstructured_equals_sorting(scope, sparsity, levels):
     groups = scores.tolist() if scope == "row" else [scores.flatten().tolist()]
     expected = [drop_smallest(group, round(float(sparsity) * len(group))) for group in groups]
     assert mask.flatten().tolist() == [kept for group in expected for kept in group]
-
-
-@pytest.mark.parametrize("fill", [0.0, 1.0, float("inf")])
-@pytest.mark.parametrize("text, scope", [("0.4", "row"), ("0.4", "matrix"), ("2:4", "row")])
-def test_equal_scores_keep_the_count_and_the_later_positions(text, scope, fill):
-    pattern = Pattern.parse(text)
-    mask = keep_mask(torch.full((6, 20), fill), pattern, scope)
-    size = {"row": 20, "matrix": 120}[scope] if pattern.m is None else pattern.m
-    zeros = pattern.zeros(size)
-    assert mask.reshape(-1, size).tolist() == [[False] * zeros + [True] * (size - zeros)] * (120 // size)
-
-
-def test_infinite_scores_are_kept_and_nan_refused():
-    scores = random_scores(4, 8)
-    scores[1, 3] = float("inf")
-    assert keep_mask(scores, Pattern.parse("0.9"), "matrix")[1, 3]
-    scores[2, 5] = float("nan")
-    with pytest.raises(ReconError, match="1 of 32 scores are NaN"):
-        keep_mask(scores, Pattern.parse("0.9"), "matrix")
-
-
-def test_scope_and_columns_of_scores_are_checked():
-    with pytest.raises(ReconError, match="'column'; allowed: row, matrix"):
-        keep_mask(random_scores(4, 8), Pattern.parse("0.5"), "column")
-    with pytest.raises(ReconError, match="10 input columns"):
-        keep_mask(random_scores(4, 10), Pattern.parse("2:4"), "row")
-
-
-def test_more_entries_than_quantile_can_take():
-    scores = random_scores(4097, 4096)  # torch.quantile stops at 2^24
-    mask = keep_mask(scores, Pattern.parse("0.5"), "matrix")
-    assert int(mask.sum()) == scores.numel() - round(0.5 * scores.numel())
-    assert scores[mask].min() >= scores[~mask].max()
-
-
-def test_sparsity_of_weights_and_masks():
-    assert sparsity_of(torch.tensor([[0.0, 1.0], [-0.0, -2.0], [3.0, 4.0], [5.0, 6.0]])) == 0.25
-    assert sparsity_of(torch.tensor([[False, True], [False, True]])) == 0.5
 
 
 @pytest.mark.parametrize("text", ["1:2", "2:4", "1:4", "4:8", "5:8", "0.5", "0.7", "0.3333"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recon.kernels.criteria import wanda
+from recon.kernels.criteria import scores
 from recon.kernels.criteria.structured import flap, keep_globally, wanda_sp
 
 
@@ -28,7 +28,7 @@ def test_scores_follow_their_formulas():
     weight = torch.randn(5, 12, generator=draw, dtype=torch.float64)
     x = torch.randn(200, 12, generator=draw, dtype=torch.float64) * torch.rand(12, generator=draw, dtype=torch.float64) + 3
     norm = x.square().mean(0).sqrt()
-    assert_close(wanda_sp(weight, norm), wanda.score(weight, norm, None).sum(0))
+    assert_close(wanda_sp(weight, norm), scores.wanda(weight, norm, None).sum(0))
     fluctuation = torch.stack([sum((t[j] - x[:, j].mean()) ** 2 for t in x) * weight[:, j].norm() ** 2 for j in range(12)])
     standard = (fluctuation - fluctuation.mean()) / fluctuation.std(correction=0)
     assert_close(flap(weight, torch.stack([x.mean(0), x.var(0)])), standard)

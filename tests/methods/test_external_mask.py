@@ -154,16 +154,6 @@ def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, ti
         record_of(spec.replaced(pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})))
 
 
-def test_zeros_where_they_do_no_good_are_said(pruned_here, spoilt, caplog):
-    state = pruned_here[1].model.state_dict()
-    embedding = state[EMBEDDING].clone()
-    embedding[:100] = 0
-    _, found = take(spoilt(**{UP: torch.zeros_like(state[UP]), EMBEDDING: embedding}), pruned_here[1].dense)
-    assert f"all of matrix '{UP.removesuffix('.weight')}' is zero (1 such)" in caplog.text
-    assert f"of '{EMBEDDING}', outside of the blocks' matrices, is zero: nothing keeps it so" in caplog.text
-    assert found.sparsity[UP.removesuffix(".weight")] == 1
-
-
 # ---- the spec
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,6 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
-from recon.runtime.storage import Storage
 
 SCHEDULE = {"learning_rate": 1e-3, "rate": "absolute", "epochs": 2, "batch_size": 3, "accumulation": 2}
 BLOCKS = ReconstructionConfig(granularity="block", **SCHEDULE)
@@ -107,17 +105,6 @@ def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_resu
     for name, matrix in other.matrices().items():
         assert_close(matrix.weight, student.matrices()[name].weight, rtol=1e-3, atol=1e-5)
         assert torch.equal(matrix.weight == 0, student.matrices()[name].weight == 0)
-
-
-def test_a_pass_that_goes_on_knows_what_memory_has_sufficed_for(pair):
-    dense, student = pair
-    tokens, done = random_tokens(7, 12), Storage()
-    copied = decompose(copy.deepcopy(student.model), like=dense)
-    first, *_ = recon.reconstruct(copied, dense, tokens, BLOCKS, execution=execution())
-    done.finished = lambda phase: [asdict(replace(first, micro_batch=1))]
-    done.streams = lambda phase: dict.fromkeys(("dense", "sparse"), dense.embed(tokens))
-    found = recon.reconstruct(student, dense, tokens, BLOCKS, execution=execution(store=done))
-    assert first.micro_batch == 3 and [report.micro_batch for report in found] == [1] * 3
 
 
 def test_windows_whose_activations_overflow_are_left_as_pruned(pair, caplog):

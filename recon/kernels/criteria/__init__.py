@@ -1,8 +1,8 @@
-"""Pruning criteria: which weights of a matrix survive. One file each, pure functions on tensors; `CRITERIA` lists them.
+"""Pruning criteria: which weights of a matrix survive. Pure functions on tensors; `CRITERIA` lists them.
 
 A criterion that only ranks weights is a function `score(weight, statistics, generator, **options)` -> (out, in), higher = kept.
 One that also updates the survivors, such as SparseGPT, is a function `prune` like `Criterion.prune`. Criteria that remove whole
-heads and neurons are `Structured`. To add one, write its file and enter it in `CRITERIA`.
+heads and neurons are `Structured`. To add one, write its function and enter it in `CRITERIA`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recon.errors import ReconError
-from recon.kernels.criteria import magnitude, random, ria, sparsegpt, wanda
+from recon.kernels.criteria import scores, sparsegpt
 from recon.kernels.criteria.structured import Structured, flap, wanda_sp
 from recon.kernels.patterns import Pattern, check_scope, keep_mask
 
@@ -68,23 +68,15 @@ class Criterion:
     def _check_statistics(self, weight: Tensor, statistics: Tensor | None) -> None:
         columns = weight.shape[1]
         expected = {"none": None, "norm": (columns,), "gram": (columns, columns)}[self.statistics]
-        if expected is None:
-            return
-        found = None if statistics is None else tuple(statistics.shape)
-        if found != expected:
-            raise ReconError(
-                f"criterion {self.name!r}: statistics of shape {found} do not fit a weight of shape {tuple(weight.shape)}; "
-                f"it needs {self.statistics!r} statistics of shape {expected}"
-            )
-        self._check_finite("statistics", statistics)
+        shape = None if statistics is None else tuple(statistics.shape)
+        if expected and shape != expected:
+            raise ReconError(f"criterion {self.name!r}: statistics have shape {shape}; for this weight it needs {expected}")
+        if expected:
+            self._check_finite("statistics", statistics)
 
     def _check_finite(self, what: str, tensor: Tensor) -> None:
         if not tensor.isfinite().all():
-            count = int((~tensor.isfinite()).sum())
-            raise ReconError(
-                f"criterion {self.name!r}: {count} of {tensor.numel()} entries of the {what} are NaN or infinite; "
-                "all must be finite"
-            )
+            raise ReconError(f"criterion {self.name!r}: entries of the {what} are NaN or infinite; all must be finite")
 
 
 def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Tensor]:
@@ -95,7 +87,7 @@ def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Ten
 _ALL = (
     Criterion(
         "magnitude", "smallest weights go", "layer-wise baseline of Sun et al. 2023, arXiv 2306.11695",
-        statistics="none", scope="matrix", score=magnitude.score,
+        statistics="none", scope="matrix", score=scores.magnitude,
     ),
     Criterion(
         "none", "nothing goes: the dense model, as a control", "control",
@@ -103,15 +95,15 @@ _ALL = (
     ),
     Criterion(
         "random", "weights go by lot", "control",
-        statistics="none", scope="row", score=random.score,
+        statistics="none", scope="row", score=scores.random,
     ),
     Criterion(
         "wanda", "weight times input norm", "Sun et al. 2023, arXiv 2306.11695, equation 1",
-        statistics="norm", scope="row", score=wanda.score,
+        statistics="norm", scope="row", score=scores.wanda,
     ),
     Criterion(
         "ria", "weight relative to its row and column, times the root of the input norm", "Zhang et al., ICLR 2024, equation 4",
-        statistics="norm", scope="matrix", score=ria.score,
+        statistics="norm", scope="matrix", score=scores.ria,
     ),
     Criterion(
         "sparsegpt", "optimal brain surgery column by column; survivors are updated",

@@ -43,12 +43,8 @@ def prune(
     scope: what an unstructured pattern compares within, in each block of columns: one "row", or the "matrix" (all rows).
     block_size: columns whose unstructured mask is chosen at once; for N:M it affects speed alone.
     damping: added to H's diagonal, as a fraction of its mean; ten times more after each failed factorisation.
-    Raises `ReconError` for a bad option, and for a Gram matrix that no damping makes positive definite.
+    Raises `ReconError` for a Gram matrix that no damping makes positive definite.
     """
-    if block_size < 1:
-        raise ReconError(f"criterion 'sparsegpt': block_size is {block_size}; it must be at least 1")
-    if not damping > 0:
-        raise ReconError(f"criterion 'sparsegpt': damping is {damping}; it must be above 0")
     block_size += -block_size % (pattern.m or 1)  # no group of M straddles two blocks
 
     dead = statistics.diagonal() == 0  # inputs that are always zero, (in,)

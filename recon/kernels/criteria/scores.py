@@ -1,0 +1,43 @@
+"""Criteria that only rank weights. Each gives scores (out, in), higher = kept, of a weight W (out, in).
+
+    magnitude   |W_ij|                                                              (compared within a whole matrix)
+    random      uniform in [0, 1): the floor that every other criterion has to beat
+    wanda       |W_ij| * ||x_j||
+    ria         (|W_ij| / sum_k |W_kj|  +  |W_ij| / sum_k |W_ik|) * ||x_j|| ^ a,  a = 0.5
+
+Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023, arXiv 2306.11695), equation 1; Zhang et al.,
+"Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), equation 4: a weight is compared
+with those of its input and of its output, so that no whole channel is pruned away.
+
+statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2); its unit changes no mask.
+"""
+
+import torch
+from torch import Tensor
+
+from recon.errors import ReconError
+
+
+def magnitude(weight: Tensor, statistics: None, generator: torch.Generator | None) -> Tensor:
+    """The weight's size."""
+    return weight.abs()
+
+
+def random(weight: Tensor, statistics: None, generator: torch.Generator | None) -> Tensor:
+    """Drawn on the generator's device: the weight's does not matter. Raises `ReconError` without one: no mask could be made again."""
+    if generator is None:
+        raise ReconError("criterion 'random' was given no generator; pass a seeded torch.Generator")
+    return torch.rand(weight.shape, generator=generator, device=generator.device).to(weight.device)
+
+
+def wanda(weight: Tensor, statistics: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The weight's size times the norm of its input."""
+    return weight.abs() * statistics
+
+
+def ria(weight: Tensor, statistics: Tensor, generator: torch.Generator | None, a: float = 0.5) -> Tensor:
+    """The weight's size relative to its column and its row, times the norm of its input to the power `a`."""
+    size, smallest = weight.abs(), torch.finfo(weight.dtype).tiny  # a row or column of zeros scores 0, not 0/0
+    by_column = size / size.sum(0, keepdim=True).clamp_min(smallest)
+    by_row = size / size.sum(1, keepdim=True).clamp_min(smallest)
+    return (by_column + by_row) * statistics**a
