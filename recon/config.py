@@ -18,7 +18,7 @@ from recon.kernels.patterns import SCOPES, Pattern
 from recon.model.windows import Window, canonical
 
 # Where a length is 0, it is so many tokens, or as many as the model was made for where these are fewer.
-LENGTHS = {"sequence_length": 512, "evaluation_length": 1024}
+LENGTHS = {"sequence_length": 512, "evaluation_length": 256}
 PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
@@ -262,9 +262,9 @@ class EvaluationConfig(Checked):
     """What is measured, on which text."""
 
     evaluation_texts: Names = ("wikipedia",)  # Texts whose evaluation split perplexity is measured on; the first is the headline.
-    evaluation_samples: FromOne = 40  # Text windows per evaluation text.
+    evaluation_samples: FromOne = 48  # Text windows per evaluation text.
     evaluation_more_samples: FromZero = 0  # Text windows of each text but the first; 0: as many as of the first.
-    evaluation_length: FromZero = 0  # Tokens per text window; 0: 1024, or fewer where the model was made for fewer.
+    evaluation_length: FromZero = 0  # Tokens per text window; 0: 256, or fewer where the model was made for fewer.
     kl_windows: FromZero = 4  # The first text windows of each text, on which KL to the dense model is measured.
     evaluation_protocol: Literal[tuple(PROTOCOLS)] = "samples"
     """How text windows begin: samples, each as the tokenizer begins a text; joined, only the first, as for published perplexities."""

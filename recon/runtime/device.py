@@ -70,44 +70,38 @@ class PeakMemory(contextlib.AbstractContextManager):
 
     Linux can reset its high-water mark (`/proc/self/clear_refs`). On other systems the peak is that of the process so far.
 
-    Args:
-        anonymous: leaves out what is mapped from files, which the system takes back when it needs memory. The system keeps no
-            mark of that, so it is sampled every `INTERVAL` seconds (on Linux; elsewhere everything counts).
+    anonymous: leaves out what is mapped from files, which the system takes back when it needs memory. The system keeps no mark of that,
+    so it is sampled every hundredth of a second (on Linux; elsewhere everything counts).
     """
 
-    INTERVAL = 0.01
-
     def __init__(self, device: torch.device, anonymous: bool = False):
-        self.device = device
-        self.anonymous = anonymous and device.type != "cuda" and bool(resident_anonymous())
+        self.device, self.cuda = device, device.type == "cuda"
+        self.anonymous = anonymous and not self.cuda and bool(resident_anonymous())
         self.bytes = self.before = 0  # the peak; what was in use on entry
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self):
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        elif self.anonymous:
-            self.before = self.bytes = resident_anonymous()
-            self._stop = threading.Event()
-            self._thread = threading.Thread(target=self._sample, daemon=True)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self.bytes = self.before = (
+            torch.cuda.memory_allocated(self.device) if self.cuda else resident_anonymous() if self.anonymous else resident()
+        )
+        if self.anonymous:
             self._thread.start()
-        else:
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-            self.before = resident()
         return self
 
     def __exit__(self, *exception):
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
-        elif self.anonymous:
+        if self.anonymous:
             self._stop.set()
             self._thread.join()
         else:
-            self.bytes = resident(highest=True)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) if self.cuda else resident(highest=True)
 
     def _sample(self) -> None:
-        while not self._stop.wait(self.INTERVAL):
+        while not self._stop.wait(0.01):
             self.bytes = max(self.bytes, resident_anonymous())
 
 
@@ -154,21 +148,17 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
-    for line in lines:  # number:controllers:path; version 2 names no controllers
-        number, controllers, place = line.split(":", 2)
-        if number == "0" and not controllers:
-            home, (limit, usage), prefix = root / "sys/fs/cgroup", ("memory.max", "memory.current"), ""
-        elif "memory" in controllers.split(","):
-            home, (limit, usage) = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            prefix = "total_"
-        else:
+    for _, controllers, path in (line.split(":", 2) for line in lines):  # version 2 names no controllers
+        if controllers and "memory" not in controllers.split(","):
             continue
+        place, names, prefix = root / "sys/fs/cgroup", ("memory.max", "memory.current"), ""
+        if controllers:
+            place, names, prefix = place / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
         # The groups around it count too. In a container the path may be the host's, and its own group is the root.
-        parts = [part for part in place.split("/") if part not in ("", "..")]
-        for depth in range(len(parts) + 1):
-            group = home.joinpath(*parts[:depth])
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for group in (place.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)):
             with contextlib.suppress(OSError, ValueError, KeyError):  # there is no such group, or its limit is "max"
-                most, used = (int((group / name).read_text()) for name in (limit, usage))
+                most, used = (int((group / name).read_text()) for name in names)
                 pages = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
                 # Cached files count as used, but make room when memory is needed.
                 yield most - used + sum(int(pages[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))

@@ -14,7 +14,6 @@ from recon.model.decoder import Decoder
 from recon.model.skeleton import moved
 from recon.model.windows import Window
 from recon.runtime.activations import Activations
-from recon.runtime.attention import FastCausalAttention
 from recon.runtime.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
 from recon.runtime.storage import Storage
 
@@ -24,10 +23,9 @@ TOKENS = 1024  # in a batch of a pass without training
 
 
 def in_batches(samples: int, length: int, count: int, tokens: int | None = None) -> list[range]:
-    """The indices of `samples`, of `length` tokens each, in batches for a pass without training.
+    """The indices of `samples`, of `length` tokens each, in batches for a pass without training, of `tokens` (default: `TOKENS`) at most.
 
     count: no batch mixes the first `count` samples with later ones.
-    tokens: at most so many in a batch, unless it is a single sample; default: `TOKENS`.
     """
     size, edges = max(1, (tokens or TOKENS) // length), (0, min(count, samples), samples)
     return [range(i, min(i + size, stop)) for start, stop in pairwise(edges) for i in range(start, stop, size)]
@@ -36,8 +34,8 @@ def in_batches(samples: int, length: int, count: int, tokens: int | None = None)
 class Execution(contextlib.AbstractContextManager):
     """Where and how passes over a model run. As a context: matrix products run in the compute dtype, parameters keep theirs.
 
-    Models may be elsewhere than on the compute device, such as in host memory beside a small GPU. One window at a time is then
-    copied there, and activations come and go batch by batch, copied while the device computes.
+    Models may be elsewhere, such as in host memory beside a small GPU: one window at a time is then copied to the compute device, and
+    activations come and go batch by batch, while the device computes.
 
     Args:
         device: a torch device or its name, or "auto"; see `recon.runtime.device.pick_device`.
@@ -61,29 +59,23 @@ class Execution(contextlib.AbstractContextManager):
     ):
         self.progress, self.loop = progress, loop
         self.cache = cache or Activations(limit=0)
-        # What memory has turned out to suffice for, if less than asked for: samples per forward pass in training, and
-        # tokens per batch without training.
-        self.micro_batch: int | None = None
-        self.tokens: int | None = None
+        # What memory has turned out to suffice for, if less than asked for.
+        self.micro_batch: int | None = None  # samples per forward pass in training
+        self.tokens: int | None = None  # per batch without training
         self.store = store or Storage()
         self.device = pick_device(str(device))
         self.dtype = pick_compute_dtype(compute_dtype, self.device)
-        self._entered: list[contextlib.ExitStack] = []
+        self._entered: list[torch.autocast] = []
 
     def __enter__(self):
-        stack = contextlib.ExitStack()
-        rounding = self.dtype != torch.float32
         # No cache of rounded weights: each is used once in a pass, and those of placeholders would outlive the placeholders.
-        stack.enter_context(torch.autocast(self.device.type, self.dtype, enabled=rounding, cache_enabled=False))
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            stack.enter_context(FastCausalAttention())
-        self._entered.append(stack)
+        rounding = self.dtype != torch.float32
+        self._entered.append(torch.autocast(self.device.type, self.dtype, enabled=rounding, cache_enabled=False))
+        self._entered[-1].__enter__()
         return self
 
     def __exit__(self, *exception):
-        self._entered.pop().close()
-
-    # --- weights --------------------------------------------------------------------------------------------------
+        self._entered.pop().__exit__(*exception)
 
     @contextlib.contextmanager
     def holding(self, decoder: Decoder, window: Window, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
@@ -104,33 +96,31 @@ class Execution(contextlib.AbstractContextManager):
         inside = {id(tensor) for block in decoder.blocks for tensor in chain(block.parameters(), block.buffers())}
         tensors = chain(decoder.model.parameters(), decoder.model.buffers())
         ends = (tensor for tensor in tensors if id(tensor) not in inside)
-        with decoder.loaded_head(), self._holding(ends, decoder.head_weights(), ()):
+        with decoder.loaded_head(), self._holding(ends, decoder.head_weights()):
             yield
 
     @contextlib.contextmanager
-    def _holding(self, tensors: Iterable[Tensor], rounded: Iterable[Tensor], trained: Iterable[Tensor]) -> Iterator[None]:
+    def _holding(self, tensors: Iterable[Tensor], rounded: Iterable[Tensor], trained: Iterable[Tensor] = ()) -> Iterator[None]:
         keep = {id(tensor) for tensor in trained}
         round_off = {id(tensor) for tensor in rounded} - keep
-        homes: list[tuple[Tensor, Tensor]] = []
+        places: list[tuple[Tensor, Tensor]] = []
         try:
             for tensor in tensors:
                 dtype = self.dtype if id(tensor) in round_off else tensor.dtype
                 if self.elsewhere(tensor) or dtype != tensor.dtype:
-                    homes.append((tensor, tensor.data))
+                    places.append((tensor, tensor.data))
                     tensor.data = moved(tensor.data, self.device, dtype)
             yield
         finally:
-            for tensor, home in homes:
+            for tensor, place in places:
                 if id(tensor) in keep:
-                    home.copy_(tensor.data)
+                    place.copy_(tensor.data)
                 tensor.grad = None  # it is on the compute device
-                tensor.data = home
+                tensor.data = place
 
     def elsewhere(self, tensor: Tensor) -> bool:
         """Whether `tensor` has to be copied to the compute device."""
         return tensor.device != self.device
-
-    # --- activations ----------------------------------------------------------------------------------------------
 
     def embed(self, decoder: Decoder, tokens: Tensor, count: int | None = None) -> Tensor:
         """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run`."""
@@ -146,14 +136,10 @@ class Execution(contextlib.AbstractContextManager):
     ) -> Tensor:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result is on the device of `stream`.
 
-        If memory runs out, all of `stream` is run again in batches of half as many samples, and so are later calls. The size of
-        batches changes results in their last bits only, by the order in which a device adds up products.
+        If memory runs out, all of `stream` is run again in batches of half as many samples, and so are later calls; see `halving`.
 
-        Args:
-            count: no batch mixes the first `count` samples with later ones.
-            anew: called before `stream` is run again, to discard what `function` has gathered.
-
-        Raises `ReconError` if memory does not suffice for one sample at a time.
+        count: no batch mixes the first `count` samples with later ones.
+        anew: called before `stream` is run again, to discard what `function` has gathered.
         """
         samples, length = stream.shape[:2]
         edge = samples if count is None else count
@@ -168,9 +154,7 @@ class Execution(contextlib.AbstractContextManager):
         return self.halving(attempt, size)[0]
 
     def halving(self, attempt: Callable[[int], Result], size: int) -> tuple[Result, int]:
-        """`attempt(size)`, tried again with half the size whenever memory runs out; returns the size that succeeded, too.
-
-        size: samples at a time.
+        """`attempt(size)`, `size` samples at a time, tried again with half the size whenever memory runs out; and the size that succeeded.
 
         Raises `ReconError` if memory does not suffice for one sample at a time.
         """
@@ -213,7 +197,7 @@ class Execution(contextlib.AbstractContextManager):
 
         On CUDA, the next batch is copied while the device computes with the one before.
         """
-        if self.device.type != "cuda" or not any(self.elsewhere(stream) for stream in streams):
+        if self.device.type != "cuda" or not any(map(self.elsewhere, streams)):
             for part in parts:
                 yield tuple(self._read(stream, part) for stream in streams)
             return
@@ -232,10 +216,11 @@ class Execution(contextlib.AbstractContextManager):
                     tensor.record_stream(computing)
 
     def _read(self, stream: Tensor, part: Sequence[int]) -> Tensor:
+        here = not self.elsewhere(stream)
         if isinstance(part, range):
             batch = stream[part.start : part.stop]
-            return batch.to(self.device, non_blocking=True) if self.elsewhere(stream) else batch
-        if self.elsewhere(stream):
-            # Sample by sample: slices of pinned memory are copied without the CPU.
-            return torch.stack([stream[index].to(self.device, non_blocking=True) for index in part])
-        return stream[torch.as_tensor(part, device=stream.device)]
+            return batch if here else batch.to(self.device, non_blocking=True)
+        if here:
+            return stream[torch.as_tensor(part, device=stream.device)]
+        # Sample by sample: slices of pinned memory are copied without the CPU.
+        return torch.stack([stream[index].to(self.device, non_blocking=True) for index in part])

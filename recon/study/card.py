@@ -18,13 +18,14 @@ Method: local reconstruction after pruning, arXiv 2510.14444.
 
 | | |
 |---|---|
-| base model | {model}{revision} |
+| base model | {model} {revision} |
 | weights of the base model ("dense") | {dense} |
 | criterion, pattern | {criterion}, {pattern} |
 | sparsity of the pruned matrices, as counted | {sparsity:.4f} |
 | reconstruction | granularity {granularity}, propagation {propagation}, solver {solver}, start {start}, loss {loss} |
 | calibration | {calibration} |
-{rounding}| licence | that of the base model |
+| weights | {rounding} |
+| licence | that of the base model |
 
 | perplexity (lower is better) | dense | pruned | this model |
 |---|---|---|---|
@@ -42,24 +43,15 @@ Made by:
 
 def write_card(folder: Path, record: RunRecord, options: RunOptions) -> None:
     """Writes the model card to `folder`, from the record."""
-    spec, found, dtype = record.spec, record.metrics, options.save_dtype
+    spec, metrics, dtype = record.spec, record.metrics, options.save_dtype
     rows = [
         f"| {text} | {values['dense_perplexity']:.2f} | {values['pruned_perplexity']:.2f} | {values['perplexity']:.2f} |"
-        for text, values in found["by_text"].items()
+        for text, values in metrics["by_text"].items()
     ]
-    said = {
-        **spec,
-        **({"criterion": f"the mask of {spec['pruned']}", "pattern": found["pattern"]} if spec["pruned"] else {}),
-        "name": Path(spec["model"]).name,
-        "revision": f" at {spec['revision']}" if spec["revision"] else "",
-        "dense": record.protocol["dense"],
-        "sparsity": found["sparsity"],
-        "calibration": record.protocol["calibration"],
-        "evaluation": record.protocol["evaluation"],
-        "rows": "\n".join(rows),
-        "rounding": ""
-        if dtype == "float32"
-        else f"| weights | rounded to {dtype}; everything here was measured before, in float32 |\n",
-        "command": options.command or "recon.run(...) from Python",
-    }
-    (folder / "README.md").write_text(CARD.format(**said), encoding="utf-8")
+    external = {"criterion": f"the mask of {spec['pruned']}", "pattern": metrics.get("pattern")} if spec["pruned"] else {}
+    rounding = "float32" if dtype == "float32" else f"rounded to {dtype}; everything here was measured before, in float32"
+    said = spec | external | {"name": Path(spec["model"]).name, "revision": spec["revision"] or ""}
+    said |= {"sparsity": metrics["sparsity"], "rows": "\n".join(rows), "rounding": rounding}
+    said |= {name: record.protocol[name] for name in ("dense", "calibration", "evaluation")}
+    card = CARD.format(**said, command=options.command or "recon.run(...) from Python")
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -32,22 +32,13 @@ def commit() -> dict:
 
 def environment(device: torch.device, compute_dtype: str) -> dict:
     """Versions, commit, device and threads, as plain data for a record."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    )
+    here = {found.metadata["Name"].lower(): found.version for found in metadata.distributions() if found.metadata["Name"]}
+    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     return {
         **commit(),
         "python": platform.python_version(),
-        "packages": versions,
-        "device": f"{device.type}: {name}",
+        "packages": {name: here.get(name) for name in PACKAGES},
+        "device": f"{device.type}: {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}",
         "compute_dtype": str(pick_compute_dtype(compute_dtype, device)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }

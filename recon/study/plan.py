@@ -31,7 +31,6 @@ from recon.model.modules import kind_of
 from recon.model.skeleton import Lazy, skeleton
 from recon.model.windows import Window
 from recon.runtime import device as devices
-from recon.runtime.attention import CHUNK, LONGEST
 from recon.runtime.device import HOST
 from recon.runtime.storage import SMALL, cache_folder
 from recon.study import streaming
@@ -283,9 +282,6 @@ def _window_memory(decoder: Decoder, window: Window, spec: RunSpec, device: torc
     read = [name for group in groups for name in (group if rounds else group[:1])]
     width = sum(m.share * (m.weight.shape[0] + (name in read) * m.weight.shape[1]) for name, m in matrices.items())
     per_token = dtype.itemsize * width + (0 if window.matrices else 2 * 4 * config.hidden_size * window.halves)
-    if rounds and device.type == "cpu" and window.mixes_tokens and CHUNK < length <= LONGEST:  # see `recon.runtime.attention`
-        heads = getattr(config, "num_attention_heads", 0) or 0
-        per_token += dtype.itemsize * heads * (length + CHUNK) / 2 * len(window.blocks)
     tokens = min(how.batch_size, spec.calibration.samples) * length // how.chunks_of(window, length)
     rule = criteria.get("magnitude" if spec.model.pruned else spec.pruning.criterion)
     by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)

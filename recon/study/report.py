@@ -65,38 +65,33 @@ def tokens(spec: RunSpec, texts: Texts, dense: Measured) -> dict[str, int]:
 def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) -> dict:
     """How numbers came about, in words; "dense": what the dense model's weights were dequantised from, or their dtype."""
     calibration, evaluation = spec.calibration, spec.evaluation
-    samples = ", ".join(f"{phase} {count}" for phase, count in spec.samples_by_phase.items())
-    tasks = "none"
-    if evaluation.tasks:
-        asked = f"the first {evaluation.task_limit or 'all'} questions of each"
-        tasks = f"{', '.join(evaluation.tasks)}: {asked}; scored by lm-eval, float32 logits"
+    read = f"{calibration.sequence_length} tokens of {calibration.text}"
+    windows = ", ".join(f"{count} consecutive windows of {text}" for text, count in evaluation.windows.items())
     loaded = {"dense": spec.loaded_by}
     if spec.model.pruned is not None:
         loaded["pruned"] = (spec.model.pruned, spec.model.pruned_revision, spec.model.trust_remote_code)
+    samples = ", ".join(f"{phase} {count}" for phase, count in spec.samples_by_phase.items())
+    asked = f"the first {evaluation.task_limit or 'all'} questions of each; scored by lm-eval, float32 logits"
     return {
         **{name: models.precision(models.configuration(*model)) for name, model in loaded.items()},
-        "calibration": (
-            f"{samples} x {calibration.sequence_length} tokens of {calibration.text} (calibration split), seed {spec.seed}"
-        ),
+        "calibration": f"{samples} x {read} (calibration split), seed {spec.seed}",
         "evaluation": (
-            "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
-            f"{', '.join(f'{count} consecutive windows of {text}' for text, count in evaluation.windows.items())} x {evaluation.evaluation_length} tokens "
-            f"(evaluation split), every window on its own; {PROTOCOLS[evaluation.evaluation_protocol]}; "
-            f"{str(dtype).removeprefix('torch.')} products, float32 loss"
+            f"perplexity: exp of the mean negative log-likelihood over all but the first token of each window; {windows} x "
+            f"{evaluation.evaluation_length} tokens (evaluation split), every window on its own; "
+            f"{PROTOCOLS[evaluation.evaluation_protocol]}; {str(dtype).removeprefix('torch.')} products, float32 loss"
         ),
         **({"reading": dense.reading} if dense.reading else {}),
         "kl": f"KL(dense || model) per token, on the first {evaluation.kl_windows} evaluation windows",
         "flops": "closed form from the shapes, as if the run shared nothing",
         "drift": (
             "share of the variance of the dense residual stream after each block that is unexplained, mean over channels and over all "
-            f"tokens but the first of each sample, on {calibration.held_out_samples} x {calibration.sequence_length} tokens of "
-            f"{calibration.text} (validation split)"
+            f"tokens but the first of each sample, on {calibration.held_out_samples} x {read} (validation split)"
         ),
         "held_out_error": "drift after the last block",
         "rolled_back": (
             f"a window is rolled back where the unexplained share of its own target grew on the first {ERROR_SAMPLES} of these samples"
         ),
-        "zero_shot": tasks,
+        "zero_shot": f"{', '.join(evaluation.tasks)}: {asked}" if evaluation.tasks else "none",
         "share_recovered": "1 - log(reconstructed / dense) / log(pruned / dense), in perplexities",
         "token_hashes": texts.hashes(),
     }

@@ -163,9 +163,8 @@ class _Run:
         record.flops, record.window_memory_bytes = plan.flops(spec), plan.window_memory(self.dense, spec, self.device)
         record.protocol = report.protocol(spec, self.texts, self.dense, self.dtype)
         record.shared = list(self.session.reused)
-        record.environment = environment(self.device, spec.compute.compute_dtype)
-        if self.folder:
-            record.environment |= {"streamed": True, "resumed": resumed}
+        streamed = {"streamed": True, "resumed": resumed} if self.folder else {}
+        record.environment = environment(self.device, spec.compute.compute_dtype) | streamed
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
         record.status, record.seconds["total"] = "done", time.perf_counter() - self.began
         if self.options.save:
@@ -339,11 +338,8 @@ class _Run:
         with device.PeakMemory(self.device, anonymous=self.folder is not None) as peak:
             yield
         record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - began
-        for found, value in (
-            (record.peak_memory_bytes_by_phase, peak.bytes),
-            (record.added_memory_bytes_by_phase, peak.bytes - peak.before),
-        ):
-            found[name] = max(found.get(name, 0), value)
+        peaks, added = record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase
+        peaks[name], added[name] = max(peaks.get(name, 0), peak.bytes), max(added.get(name, 0), peak.bytes - peak.before)
 
     def execution(self, known: Activations | None = None, loop: Callable | None = None) -> Execution:
         """Where and how a phase computes; made for each, as a phase that runs out of memory goes on with smaller batches."""

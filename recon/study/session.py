@@ -14,13 +14,10 @@ Value = TypeVar("Value")
 
 
 class Session:
-    """What consecutive runs share: the dense model, its measurements and activations, and the last pruned state.
+    """What consecutive runs share: the dense model, its measurements, and the last pruned state, so that granularities which follow one
+    another in a study start from the very same one.
 
-    A pruned state depends on model, criterion, pattern and calibration alone, so granularities that follow one another in a
-    study start from the very same one.
-
-    Args:
-        activation_bytes: room on disk for activations and Gram matrices of the dense model; 0: none are kept.
+    activation_bytes: room on disk for activations and Gram matrices of the dense model; 0: none are kept.
     """
 
     def __init__(self, activation_bytes: int = 0):
@@ -34,9 +31,8 @@ class Session:
             self.reused.append(kind)
             return self._kept[kind][1]
         self._kept.pop(kind, None)  # frees the memory before the next one is made
-        value = make()
-        self._kept[kind] = (key, value)
-        return value
+        self._kept[kind] = (key, make())
+        return self._kept[kind][1]
 
     def holds(self, kind: str, key: object) -> bool:
         """Whether `keep` would give what it gave last time."""
@@ -60,8 +56,8 @@ class Session:
 
     def bytes_loaded(self, spec: RunSpec) -> int:
         """Bytes of the weights of the model of `spec` that are in memory already."""
-        key, value = self._kept.get("model", (None, None))
-        return sum(p.nbytes for p in value[0].model.parameters()) if key == spec.loaded_by else 0
+        loaded = self.holds("model", spec.loaded_by)
+        return sum(parameter.nbytes for parameter in self._kept["model"][1][0].model.parameters()) if loaded else 0
 
     def activations(self, kind: str, key: object, share: float) -> Activations:
         """Where activations of one `kind` are kept between runs, in this share of the room; without any, nothing is kept."""

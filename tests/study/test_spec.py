@@ -55,11 +55,11 @@ def test_as_many_samples_said_in_another_way_are_the_same_run(spec):
     ("model", "changes", "lengths"),
     [
         ("llama", {"max_position_embeddings": 256}, (256, 256)),
-        ("llama", {"max_position_embeddings": 700}, (512, 700)),
-        ("llama", {"max_position_embeddings": 8192}, (512, 1024)),
+        ("llama", {"max_position_embeddings": 700}, (512, 256)),
+        ("llama", {"max_position_embeddings": 8192}, (512, 256)),
         ("gpt2", {"n_positions": 128}, (128, 128)),
         ("bart", {"max_position_embeddings": 64}, (128, 128)),  # half for the encoder, half for the decoder
-        ("t5", {}, (512, 1024)),  # it does not tell
+        ("t5", {}, (512, 256)),  # it does not tell
     ],
 )
 def test_lengths_that_are_not_given_fit_the_model(spec, config_folder, model, changes, lengths):
