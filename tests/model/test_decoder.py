@@ -154,7 +154,9 @@ def test_canonical_names(given, name):
 
 @pytest.mark.parametrize("given", ["", "0", "0-blocks", "-1", "1/3", "2-block", "02", "Block", "half", "1.5", "block "])
 def test_unknown_granularities_are_refused_with_what_is_allowed(given):
-    with pytest.raises(ReconError, match=rf"granularity is '{given}'; allowed: none, matrix, half-block, block, quarter, model, <k>-blocks"):
+    with pytest.raises(
+        ReconError, match=rf"granularity is '{given}'; allowed: none, matrix, half-block, block, quarter, model, <k>-blocks"
+    ):
         canonical(given)
 
 
