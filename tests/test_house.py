@@ -57,10 +57,9 @@ def test_no_circles():
 
 
 def test_kernels_know_nothing_but_torch():
-    for module, other in ARROWS:
-        if module.startswith("recon.kernels"):
-            known = {"torch", *sys.stdlib_module_names}
-            assert other.partition(".")[0] in known or other == "recon.errors" or room(other) == "kernels", (module, other)
+    known = {"torch", *sys.stdlib_module_names}
+    others = {other for module, other in ARROWS if module.startswith("recon.kernels.") and other.partition(".")[0] not in known}
+    assert {other for other in others if not other.startswith("recon.kernels")} <= {"recon.errors"}
 
 
 @pytest.mark.parametrize("path", sorted(COMPANION.glob("*.py")), ids=lambda path: path.stem)

@@ -160,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown notebook {unknown.pop()!r}; known: {', '.join(path.stem for path in notebooks())}")
     inherited = {"RECON_EXECUTOR": given.executor, "RAY_ADDRESS": given.address}  # by the notebooks' kernels
     os.environ |= {name: value for name, value in inherited.items() if value}
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or torch's profiler says when it starts and stops
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "notebooks"), os.environ.get("PYTHONPATH", "")])
     outcomes = run(given.profile, given.notebooks, compute=not given.from_records)
     failed = [outcome for outcome in outcomes if outcome["status"] != "finished"]
