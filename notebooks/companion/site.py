@@ -47,7 +47,7 @@ def stage(folder: Path) -> None:
     shutil.copytree(ROOT / "figures", folder / "figures", ignore=shutil.ignore_patterns("executed", "paper", "tables"))
     for name in ("ARTIFACT.md", "CITATION.cff", "LICENSE", "run_all.sh"):
         shutil.copy(ROOT / name, folder)
-    (folder / "notebooks").mkdir()
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for path in notebooks():
         executed = ROOT / "figures" / "executed" / path.name
         page = readable(nbformat.read(executed if executed.exists() else path, as_version=4))
