@@ -1,4 +1,4 @@
-"""Activations in files that are mapped into memory: those that several runs of a study share, and those that memory is too small for.
+"""Activations that several runs of a study share, in files that are mapped into memory.
 
 The operating system keeps as much of such files in memory as there is room for, and writes the rest to disk.
 """
@@ -7,38 +7,17 @@ import logging
 import math
 import mmap
 import os
+import shutil
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recon.runtime.storage import PART
-
 log = logging.getLogger("recon")
 LIMIT = 16 * 2**30  # bytes
 RESERVE = 2 * 2**30  # bytes of the disk that are left free
-
-
-def mapped(shape: Sequence[int], dtype: torch.dtype, folder: Path | str | None) -> tuple[Tensor, mmap.mmap, Path]:
-    """A tensor to be filled, the mapped pages of a new file in `folder` that it views, and the file.
-
-    The pages are freed with the last tensor that views them. Raises `OSError` where the disk is full.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    handle, name = tempfile.mkstemp(prefix="recon-", suffix=PART, dir=folder)
-    path = Path(name)
-    with open(handle, "rb+") as file:
-        try:
-            # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
-            os.posix_fallocate(file.fileno(), 0, size)
-            pages = mmap.mmap(file.fileno(), size)
-        except BaseException:
-            path.unlink()
-            raise
-    tensor = torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize).view(*shape)
-    return tensor, pages, path
 
 
 class Activations:
@@ -53,9 +32,7 @@ class Activations:
     """
 
     def __init__(self, limit: int = LIMIT, folder: Path | str | None = None):
-        self.limit = limit
-        self.folder = folder
-        self.bytes = 0
+        self.limit, self.folder, self.bytes = limit, folder, 0
         self._kept: dict[Hashable, Tensor] = {}
         self._maps: list[mmap.mmap] = []
 
@@ -79,13 +56,13 @@ class Activations:
     def _room(self, tensor: Tensor) -> Tensor:
         if self.folder is not None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
-        space = os.statvfs(self.folder or tempfile.gettempdir())
-        if tensor.nbytes + RESERVE > space.f_bavail * space.f_frsize:
-            raise OSError(f"{math.ceil(tensor.nbytes / 2**20)} MiB more would leave less than {RESERVE / 2**30:.0f} GiB free")
-        room, pages, path = mapped(tensor.shape, tensor.dtype, self.folder)
-        path.unlink()
-        self._maps.append(pages)
-        return room
+        with tempfile.NamedTemporaryFile(prefix="recon-", dir=self.folder) as file:
+            if tensor.nbytes + RESERVE > shutil.disk_usage(file.name).free:
+                raise OSError(f"{math.ceil(tensor.nbytes / 2**20)} MiB more would leave less than {RESERVE / 2**30:.0f} GiB free")
+            # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+            self._maps.append(mmap.mmap(file.fileno(), tensor.nbytes))
+        return torch.frombuffer(self._maps[-1], dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
 
     def release(self) -> None:
         """Gives back the memory that the tensors' pages occupy; they are read again from disk (or its cache) when needed."""

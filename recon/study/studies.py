@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.methods.callbacks import Callback
-from recon.model.windows import canonical
 from recon.runtime.activations import LIMIT
 from recon.runtime.storage import check_writable, remove_unfinished, write_json
 from recon.study import plan
@@ -34,31 +33,6 @@ def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
     Raises `ReconError` for an axis that is no option.
     """
     return [base.replaced(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
-
-
-def fit_options(fit: str) -> dict[str, list]:
-    """The axes for `grid` of a way to reconstruct by its short name: a granularity, "matrix exact", or "<granularity> from exact"."""
-    if fit == "matrix exact":
-        return {"granularity": ["matrix"], "solver": ["exact"]}
-    name, _, start = fit.partition(" from ")
-    return {"granularity": [canonical(name)], "start": [start or "pruned"]}
-
-
-def fit_name(spec: dict) -> str:
-    """The short name of how a spec reconstructs, the reverse of `fit_options`."""
-    if spec["solver"] == "exact" and spec["granularity"] == "matrix":
-        return "matrix exact"
-    return spec["granularity"] + (" from exact" if spec["start"] == "exact" else "")
-
-
-def recipe_name(spec: dict) -> str:
-    """The short name of how a spec trains: "reconstruction", a retraining method, both, or "pruned"."""
-    parts = ["reconstruction"] if spec["granularity"] != "none" else []
-    if spec["retrain"] != "none":
-        method = spec["retrain"] + (", distilled" if spec["retrain_objective"] == "distil" else "")
-        parts.append(f"then {method}" if parts else method)
-    name = ", ".join(parts) or "pruned"
-    return name if spec["criterion"] != "none" else f"dense, {name}"
 
 
 def write_record(record: RunRecord, path: Path) -> None:
@@ -91,30 +65,16 @@ class RecordFile(Callback):
 
     def holds(self, spec: RunSpec) -> bool:
         """Whether the file holds the record of a finished run of `spec`."""
-        if self.path is None or not self.path.exists():
-            return False
         try:
-            record = read_record(self.path)
-        except ReconError:  # damaged, or no record
+            record = read_record(self.path) if self.path else None
+        except ReconError:  # absent, damaged, or no record
             return False
-        return record.status == "done" and record.key == spec.key()
+        return record is not None and record.status == "done" and record.key == spec.key()
 
 
 def record_path(folder: Path | str, key: str) -> Path:
     """The file with the record of the run of that key, in a folder of records."""
     return Path(folder) / f"{key}.json"
-
-
-def read_records(folder: Path | str, keys: Iterable[str] | None = None) -> list[RunRecord]:
-    """The records in `folder`: those of `keys`, in their order, or all, by name.
-
-    Raises `ReconError` if there is no such folder, and for a file that is missing or no record.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ReconError(f"record folder {str(folder)!r} does not exist; give one with run records (*.json)")
-    paths = sorted(folder.glob("*.json")) if keys is None else [record_path(folder, key) for key in dict.fromkeys(keys)]
-    return [read_record(path) for path in paths]
 
 
 def _finished(folder: Path, key: str) -> RunRecord | None:
@@ -196,9 +156,8 @@ def run_study(
             names, or serial. What a record says, and its name, do not depend on it.
 
     Returns:
-        A frame with a column per option of the spec, `fit` and `recipe` (see `fit_name` and `recipe_name`), one per metric that is one
-        number, `seconds_<phase>`, `flops_<phase>`, `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`,
-        `key`, `status` and `error`.
+        A frame with a column per option of the spec, one per metric that is one number, `seconds_<phase>`, `flops_<phase>`,
+        `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`, `key`, `status` and `error`.
 
     Raises:
         ReconError: nothing can be written to `folder`, or the executor cannot be had.
@@ -285,23 +244,17 @@ def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
 
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """One row per record, as `run_study` describes."""
-    rows = [
-        {
-            **record.spec,
-            "fit": fit_name(record.spec),
-            "recipe": recipe_name(record.spec),
-            **{name: value for name, value in record.metrics.items() if not isinstance(value, dict | list)},
-            **{f"seconds_{phase}": value for phase, value in record.seconds.items()},
-            **{f"flops_{phase}": value for phase, value in record.flops.items()},
-            "peak_memory_bytes": record.peak_memory_bytes,
-            **{f"peak_memory_bytes_{phase}": value for phase, value in record.peak_memory_bytes_by_phase.items()},
-            **{f"added_memory_bytes_{phase}": value for phase, value in record.added_memory_bytes_by_phase.items()},
-            "key": record.key,
-            "status": record.status,
-            "error": record.error,
-        }
-        for record in records
-    ]
+    rows = []
+    for record in records:
+        row = record.spec | {name: value for name, value in record.metrics.items() if not isinstance(value, dict | list)}
+        for column, parts in (
+            ("seconds", record.seconds),
+            ("flops", record.flops),
+            ("peak_memory_bytes", record.peak_memory_bytes_by_phase),
+            ("added_memory_bytes", record.added_memory_bytes_by_phase),
+        ):
+            row |= {f"{column}_{phase}": value for phase, value in parts.items()}
+        own = ("peak_memory_bytes", "key", "status", "error")
+        rows.append(row | {name: getattr(record, name) for name in own})
     # A study of nothing has the columns that every study has.
-    always = [*RunSpec().flat(), "fit", "recipe", "key", "status", "error"]
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=always)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*RunSpec().flat(), "key", "status", "error"])
