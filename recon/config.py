@@ -1,7 +1,7 @@
-"""Every option, one frozen dataclass per concern; `recon.study.spec.RunSpec` is made of them, and the command line reads them as they are.
+"""Every option, one frozen dataclass per concern; `recon.study.spec.RunSpec` and the command line are made of them.
 
-An option is a field with its type, its default, and its help beside it. Its name is the same everywhere: in Python, on the command line
-(`--sequence-length`), in records and tables. What its type allows is checked when a config is made.
+An option is a field with its type, its default, and its help beside it. Its name is the same everywhere: in Python, on the
+command line (`--sequence-length`), in records and tables. What its type allows is checked when a config is made.
 """
 
 import math
@@ -23,9 +23,9 @@ PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
 }
-# Recipes: options that are set where they are at their defaults. fast, default and best differ in the time they take on the same samples.
-# `paper` is the published one, as its code has it (github.com/ZIB-IOL/Free-Lunch-in-LLM-Compression, 601ea9e): its learning rates are 1e-5
-# to 1e-4, and SparseGPT prunes as many columns at once as there are samples.
+# Recipes: options that are set where they are at their defaults. fast, default and best differ in the time they take on the same
+# samples. `paper` is the published one, as its code has it (github.com/ZIB-IOL/Free-Lunch-in-LLM-Compression, 601ea9e): its
+# learning rates are 1e-5 to 1e-4, and SparseGPT prunes as many columns at once as there are samples.
 PRESETS: dict[str, dict] = {
     "fast": {"propagation": "dense", "batch_size": 2},
     "default": {},
@@ -80,7 +80,7 @@ def checked(name: str, value: object, kind: type) -> object:
 
 
 def epochs_for(samples: int, per_step: int) -> int:
-    """How often to pass over so many samples where it is not said: once, or as often as makes `STEPS` steps of `per_step` samples."""
+    """Passes over so many samples where it is not said: one, or as many as make `STEPS` steps of `per_step` samples."""
     return max(1, -(-STEPS // -(-samples // per_step)))
 
 
@@ -150,21 +150,21 @@ class ReconstructionConfig(Checked):
 
     granularity: str = "half-block"  # Window: none (prune only), matrix, half-block, block, <k>-blocks, quarter, model.
     propagation: Literal["dense", "sparse", "mixed"] = "mixed"
-    """What feeds a window and what it must match. dense: the dense model's activations, before and after. sparse: inputs from the already
-    reconstructed model, targets the dense window's outputs on those same inputs. mixed: inputs from the already reconstructed model,
-    targets the dense model's own activations."""
+    """What feeds a window and what it must match. dense: the dense model's activations, before and after. sparse: inputs from
+    the already reconstructed model, targets the dense window's outputs on those same inputs. mixed: inputs from the already
+    reconstructed model, targets the dense model's own activations."""
     solver: Literal["adamw", "exact"] = "adamw"
     """How a window is fitted: gradient descent, or masked least squares, matrix by matrix (granularity matrix only)."""
     start: Literal["pruned", "exact"] = "pruned"
     """Where fitting starts: the weights that pruning left, or the masked least-squares solution of every matrix in the window."""
     exact_iterations: FromOne = 15  # Iterations of conjugate gradients for exact solutions, at most.
     train: Literal["matrices", "all"] = "matrices"
-    """What is trained in a window: its matrices with their biases, or every parameter that its output depends on, norms included."""
+    """What is trained in a window: its matrices with their biases, or all that its output depends on, norms included."""
     adapter: Literal[("none", *ADAPTERS)] = "none"  # Low-rank parametrisation of a window's matrices.
     rank: FromOne = 16  # Rank of adapters.
     loss: Literal[tuple(LOSSES)] = "whitened"
-    """Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one minus the
-    cosine (cosine)."""
+    """Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
+    minus the cosine (cosine)."""
     skip_first: bool = True
     """Whether the loss leaves out each sample's first position, whose activations are massive whatever the text."""
     learning_rate: Positive = 0.01
@@ -172,11 +172,11 @@ class ReconstructionConfig(Checked):
     size_power: Size = 0.75  # The learning rate of a window of n half-blocks is divided by n to this power.
     matrix_rate: Positive = 0.1  # Learning rate of single matrices as a share of that of half-blocks.
     rate: Literal[tuple(RATES)] = "relative"
-    """Whether the learning rate is times the root mean square of the surviving weights of each matrix (relative), or not (absolute)."""
+    """Whether the learning rate is times the root mean square of each matrix's surviving weights (relative), or absolute."""
     epochs: FromZero = 0  # Passes over the calibration samples, per window; 0: one, or as many as make 32 steps.
     batch_size: FromOne = 1  # Samples per forward pass.
     chunks: FromOne = 4
-    """Chunks, at most, that samples are cut into where a window does not mix tokens (MLP halves, matrices): more steps, same work."""
+    """Chunks, at most, that samples are cut into where a window does not mix tokens (MLP halves, matrices)."""
     accumulation: FromOne = 1  # Forward passes per optimiser step.
     warmup: Share = 0.1  # Share of the steps in which the learning rate rises.
     weight_decay: Size = 0.0  # Decoupled weight decay of AdamW: each step shrinks the weights by this times the learning rate.
@@ -199,8 +199,8 @@ class ReconstructionConfig(Checked):
         """How this many samples are trained on: for `window`, or for a half-block.
 
         size_power 0.75 was chosen at absolute rates; at relative ones it suits 4 blocks of SmolLM2 and is too slow for all (50 %,
-        held-out perplexity at this rate and three times it: 50.6 and 53.9; 54.2 and 50.6). Matrices begin near their optimum: at the rate
-        of half-blocks most end worse than pruned (at 1, 0.3, 0.1 of it: 73, 60.3, 58.8; pruned 63.5).
+        held-out perplexity at this rate and three times it: 50.6 and 53.9; 54.2 and 50.6). Matrices begin near their optimum: at
+        the rate of half-blocks most end worse than pruned (at 1, 0.3, 0.1 of it: 73, 60.3, 58.8; pruned 63.5).
         """
         pace = 1.0 if window is None else self.matrix_rate if window.matrices else window.halves**-self.size_power
         epochs = self.epochs or epochs_for(samples, self.batch_size * self.accumulation)
@@ -209,7 +209,7 @@ class ReconstructionConfig(Checked):
         )
 
     def chunks_of(self, window: Window, length: int) -> int:
-        """How many chunks of one length samples of `length` tokens are cut into for `window`: the greatest divisor of both numbers."""
+        """How many chunks of one length samples of `length` tokens are cut into for `window`: a divisor of both numbers."""
         return 1 if window.mixes_tokens else math.gcd(self.chunks, length)
 
 
@@ -267,9 +267,10 @@ class EvaluationConfig(Checked):
     evaluation_length: FromZero = 0  # Tokens per text window; 0: 256, or fewer where the model was made for fewer.
     kl_windows: FromZero = 4  # The first text windows of each text, on which KL to the dense model is measured.
     evaluation_protocol: Literal[tuple(PROTOCOLS)] = "samples"
-    """How text windows begin: samples, each as the tokenizer begins a text; joined, only the first, as for published perplexities."""
+    """How text windows begin: samples, each as the tokenizer begins a text; joined, only the first, as published."""
     tasks: Names = ()
-    """Zero-shot tasks: analogies, last_word (bundled); boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa (Hub)."""
+    """Zero-shot tasks: analogies, last_word (bundled); boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa
+    (Hub)."""
     task_limit: FromZero = 200  # Questions per zero-shot task, at most; 0: all.
 
     def __post_init__(self):

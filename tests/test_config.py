@@ -126,7 +126,8 @@ def test_the_learning_rate_of_a_window_follows_its_size():
 
 
 def test_the_paper_recipe_is_the_published_one():
-    """As the authors' code has it: dense propagation, mean squared error, one absolute rate for every size of window, whole samples."""
+    """As the authors' code has it: dense propagation, mean squared error, one absolute rate for every size of window, whole
+    samples."""
     spec = RunSpec.of(preset="paper")
     assert spec.pruning.statistics == "sparse" and spec.pruning.on(32).sparsegpt_block_size == 32
     how = spec.reconstruction

@@ -48,8 +48,8 @@ class LowRank(nn.Module):
     def trained(self, weight: Tensor) -> list[Trained]:
         """A and B with the sizes that a relative rate is times; weight: (out, in).
 
-        B's is the size at which s BA is as large as the surviving weights; for scalelora, as large as 1. A's is 1: where it starts
-        does not depend on the weights.
+        B's is the size at which s BA is as large as the surviving weights; for scalelora, as large as 1. A's is 1: where it
+        starts does not depend on the weights.
         """
         rank, kept = len(self.a), max(1, int((weight != 0).sum()))
         start = self.a.detach().square().mean().sqrt().item()

@@ -1,7 +1,8 @@
-"""How long, how fast and on what gradient descent goes: a linear schedule with warm-up, and rates relative to the size of weights.
+"""How long and how fast gradient descent goes: a linear schedule with warm-up, and rates relative to the size of weights.
 
-The loop is `recon.methods.training.train`. AdamW moves every weight by about its learning rate, whatever the gradient's size. So the rate r is relative: times s, the root mean
-square of the surviving weights of each matrix. One r then fits models whose weights differ by an order of magnitude.
+The loop is `recon.methods.training.train`. AdamW moves every weight by about its learning rate, whatever the gradient's size. So
+the rate r is relative: times s, the root mean square of the surviving weights of each matrix. One r then fits models whose
+weights differ by an order of magnitude.
 
 AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Schedule as in the paper (arXiv 2510.14444): linear with 10 % warm-up.
 """
@@ -58,8 +59,8 @@ class Trained:
 def trained(parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor]) -> list[Trained]:
     """`parameters` with their masks and sizes. A size is the root mean square of what survives of a parameter.
 
-    A vector (a bias or a norm) gets at least the root mean square of all matrices together, and so does a matrix of zeros: else they
-    would never learn. Without matrices, it is that of all vectors.
+    A vector (a bias or a norm) gets at least the root mean square of all matrices together, and so does a matrix of zeros: else
+    they would never learn. Without matrices, it is that of all vectors.
 
     masks: keep-masks, 1 = survives, each of its parameter's shape; a parameter without one is trained in full.
     """

@@ -7,8 +7,9 @@ value for each token, (...):
     mse         |y - t|^2 / sum of the variances
     cosine      1 - y.t / (|y| |t|)
 
-The mean over tokens of `whitened` is the share of a channel's variance that is unexplained, mean over channels: 0 is perfect, 1 no
-better than the channel's mean. `mse` is the share of the variance of all channels together: the paper's loss but for a constant.
+The mean over tokens of `whitened` is the share of a channel's variance that is unexplained, mean over channels: 0 is perfect, 1
+no better than the channel's mean. `mse` is the share of the variance of all channels together: the paper's loss but for a
+constant.
 
 Prediction losses take logits (tokens, vocabulary) and give a value in nats for each token. Logits are large: they are worked on a
 few rows at a time, and of their size only a gradient in their own dtype is ever made.
@@ -26,8 +27,8 @@ from recon.kernels.moments import add_moments
 from recon.kernels.rows import parts
 
 ELEMENTS = 2**19  # logits in float32 at once: they stay in a CPU core's cache
-# Positions at the start of each sample that losses and errors leave out. Models park attention on the first token, whichever it is: its
-# activations are massive, hardly depend on the text, and would decide the variance of the channels that they are in.
+# Positions at the start of each sample that losses and errors leave out. Models park attention on the first token, whichever it
+# is: its activations are massive, hardly depend on the text, and would decide the variance of the channels that they are in.
 FIRST = 1
 
 
@@ -74,7 +75,8 @@ def channel_variance(targets: Tensor) -> Tensor:
 
 
 def position_weights(samples: int, length: int, device: torch.device | None = None, skip: bool = True) -> Tensor:
-    """Weights (samples, length) with which the mean over tokens leaves out the first position of each sample; ones without `skip`."""
+    """Weights (samples, length) with which the mean over tokens leaves out the first position of each sample; ones without
+    `skip`."""
     if not skip:
         return torch.ones(samples, length, device=device)
     weights = torch.full((samples, length), length / (length - FIRST), device=device)
@@ -107,8 +109,8 @@ def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
 class _Prediction(torch.autograd.Function):
     """Loss (tokens,) of logits (tokens, vocabulary) against targets (tokens,), or against `wanted` logits of that shape.
 
-    Plain torch takes 1.14 times as long for targets, and 1.65 times for logits (255 tokens, 49,152 words, float32, one core), and keeps
-    logits in float32.
+    Plain torch takes 1.14 times as long for targets, and 1.65 times for logits (255 tokens, 49,152 words, float32, one core),
+    and keeps logits in float32.
     """
 
     @staticmethod

@@ -30,8 +30,8 @@ def over_blocks(
 
     Args:
         phase: the name that finished blocks are noted under in the execution's store.
-        visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name. Returns
-            what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
+        visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name.
+            Returns what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
         description: of the progress bar.
         samples: calibration tokens (samples, length), where statistics are wanted; see `recon.methods.statistics.gather`.
         rerun: whether the next block reads this one's outputs after the visit, rather than those before it.

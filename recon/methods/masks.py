@@ -37,7 +37,8 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
 
 
 def check_alike(pruned: nn.Module, dense: nn.Module) -> None:
-    """Raises `ReconError` naming a parameter of `dense` that `pruned` lacks, or has in another shape; pruning may have added biases."""
+    """Raises `ReconError` naming a parameter of `dense` that `pruned` lacks, or has in another shape; pruning may have added
+    biases."""
     theirs = dict(pruned.named_parameters(remove_duplicate=False))
     for name, parameter in dense.named_parameters(remove_duplicate=False):
         shape = tuple(theirs[name].shape) if name in theirs else None

@@ -6,8 +6,8 @@
 | sparse      | the reconstructed model's       | the dense window's outputs on those same inputs  |
 | mixed       | the reconstructed model's       | the dense model's                                |
 
-A stream holds the activations of all samples at one place of a model, (samples, length, width): calibration samples first, then held-out
-ones. Of each model one stream is kept: the one that the next window starts from.
+A stream holds the activations of all samples at one place of a model, (samples, length, width): calibration samples first, then
+held-out ones. Of each model one stream is kept: the one that the next window starts from.
 """
 
 from functools import partial
@@ -118,7 +118,8 @@ class Streams:
         return self.forward(self.teacher, f, inputs[f.matrices[0]]), own
 
     def _dense_run(self, f: Window, statistics: str = "none") -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The dense model's run through the blocks, or the half, of `f`; see `gather`. One run serves all windows of matrices in a block."""
+        """The dense model's run through the blocks, or the half, of `f`; see `gather`. One run serves all windows of matrices in
+        a block."""
         whole = Window(f.blocks) if f.matrices else f
         inside = f.half and not (f.chained and f.ends_block)
         place = f"block {f.blocks[-1]}" + (f" {f.half}" if inside else "")  # the same for windows that end at one place

@@ -68,15 +68,15 @@ def prune(
 
     Args:
         model: a causal LM, or its `Decoder`.
-        samples: calibration tokens (samples, length), or batches of them (see `recon.methods.samples`); needed by criteria that weigh
-            activations.
+        samples: calibration tokens (samples, length), or batches of them (see `recon.methods.samples`); needed by criteria that
+            weigh activations.
         execution: where and in what precision to compute; default: where the model is. It stays there, but for the current block.
 
     Returns the masks, and what else pruning changed.
 
     Raises:
-        ReconError: a pattern that does not divide a matrix, missing samples, NaN in weights or activations, or a model without heads and
-            neurons that could be removed.
+        ReconError: a pattern that does not divide a matrix, missing samples, NaN in weights or activations, or a model without
+            heads and neurons that could be removed.
     """
     decoder = decompose(model)
     execution = execution or Execution(decoder.device)

@@ -50,7 +50,8 @@ RECONSTRUCTED, GREW, NOT_FINITE = "reconstructed", "rolled back: error grew", "r
 
 @dataclass(frozen=True)
 class WindowReport:
-    """What became of one window. Errors: the share of the variance of its output that is unexplained; see `recon.kernels.losses`."""
+    """What became of one window. Errors: the share of the variance of its output that is unexplained; see
+    `recon.kernels.losses`."""
 
     name: str
     parameters: int  # elements trained
@@ -88,8 +89,8 @@ def reconstruct(
             statistics of what it reads in the dense model.
         held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on. A window whose error on the first
             `recon.methods.samples.ERROR_SAMPLES` of them grows is rolled back.
-        execution: where and in what precision to compute; default: where `dense` is. Models stay there, but for the current window.
-        callbacks: told of each window's report, and of the masks that pruning made.
+        execution: where and in what precision to compute; default: where `dense` is. Models stay there, but for the current
+        window. callbacks: told of each window's report, and of the masks that pruning made.
 
     Returns the reports of all windows, in the order in which they were fitted.
 
@@ -111,7 +112,10 @@ def reconstruct(
     if pruning is None:
         masks = keep_masks(student, masks)
     else:
-        check_one_pass(masks, pruning, config, split.calibration)
+        if masks is not None:
+            raise ReconError("both masks and pruning are given; masks are of a model that is pruned already: leave one out")
+        if why := two_passes(pruning, config, split.calibration):
+            raise ReconError(f"windows cannot be pruned as reconstruction reaches them: {why}; prune with `recon.prune` first")
         pruner = Pruner(student, pruning.on(split.calibration), seed, execution)
         masks = execution.store.masks
     reconstruction = Reconstruction(teacher, student, masks, config, split, seed, execution, pruner)
@@ -143,14 +147,6 @@ def reconstruct(
     return reports
 
 
-def check_one_pass(masks: dict | None, pruning: PruningConfig, config: ReconstructionConfig, samples: int) -> None:
-    """Raises `ReconError` where pruning cannot be done in the same pass."""
-    if masks is not None:
-        raise ReconError("both masks and pruning are given; masks are of a model that is pruned already: leave one out")
-    if why := two_passes(pruning, config, samples):
-        raise ReconError(f"windows cannot be pruned as reconstruction reaches them: {why}; prune with `recon.prune` first")
-
-
 def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window]) -> Iterator[WindowReport]:
     """The loop over windows: inputs and targets by propagation, its mask, a start, a fit, and on to the next."""
     student, streams, pruner = reconstruction.student, reconstruction.streams, reconstruction.pruner
@@ -168,9 +164,10 @@ def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window
 class Reconstruction:
     """What a loop over windows is made of: `streams.task`, `fit`, `streams.advance` and `finish`, for one window after another.
 
-    Another loop than `one_after_another` may be given as `execution.loop`. Under dense propagation `streams.advance` needs no window to be
-    fitted, and `fit` none but the current one: given the dense stream at its start, the windows of a block can be fitted anywhere, by a
-    `Reconstruction` of its own whose `streams.dense` is set to it; `finish` takes what came of it, in the order of the windows.
+    Another loop than `one_after_another` may be given as `execution.loop`. Under dense propagation `streams.advance` needs no
+    window to be fitted, and `fit` none but the current one: given the dense stream at its start, the windows of a block can be
+    fitted anywhere, by a `Reconstruction` of its own whose `streams.dense` is set to it; `finish` takes what came of it, in the
+    order of the windows.
 
     Args:
         teacher: the dense model, which stays as it is. student: the pruned one, whose parameters change in place.
@@ -203,7 +200,8 @@ class Reconstruction:
         self.streams.begin(config.propagation, tokens, execution.store.streams("reconstruct"))
         chunks = max(config.chunks_of(window, split.length) for window in student.windows(config.granularity))
         if chunks > 1:
-            # To find out what blocks are called with at this length takes the embedding; later, a window would be in memory beside it.
+            # To find out what blocks are called with at this length takes the embedding; later, a window would be in memory
+            # beside it.
             batch = min(config.batch_size, split.calibration * chunks)
             student.call(torch.empty(batch, split.length // chunks, 0, device=execution.device))
         if reports and 0 < reports[-1].micro_batch < config.batch_size:
@@ -238,7 +236,8 @@ class Reconstruction:
     def finish(
         self, f: Window, report: WindowReport, seconds: float, streams: dict[str, Tensor | None] | None = None
     ) -> WindowReport:
-        """Notes that `f`, whose weights are in memory, is finished; `streams`: what the next window starts from, if not the current ones."""
+        """Notes that `f`, whose weights are in memory, is finished; `streams`: what the next window starts from, if not the
+        current ones."""
         noted = asdict(report) | {"seconds": seconds}
         tensors = {name: parameter.detach() for name, parameter in self.student.parameters(f).items()}
         now = {"dense": self.streams.dense, "sparse": self.streams.sparse}
@@ -321,8 +320,8 @@ class Reconstruction:
                 with self.execution.holding(self.student, f, [each.parameter for each in low_rank]):
                     return descend(low_rank)
         with self.execution.holding(self.student, f, theta.values()):
-            # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same memory, as the
-            # gradient of the parameter that holds them all would be made anew, in full, for every expert.
+            # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same
+            # memory, as the gradient of the parameter that holds them all would be made anew, in full, for every expert.
             alone = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None and matrix.alone}
             leaves = {name: nn.Parameter(matrix.part.detach()) for name, matrix in alone.items()}
             held = {matrix.parameter_name for matrix in alone.values()}

@@ -67,8 +67,8 @@ def retrain(
         callbacks: told of each step, and when LoRA is merged.
 
     Raises:
-        ReconError: no method, a missing dense model, a mask that does not fit, a model not in float32, samples longer than the model was
-            made for.
+        ReconError: no method, a missing dense model, a mask that does not fit, a model not in float32, samples longer than the
+            model was made for.
     """
     method, distils = config.retrain, config.retrain_objective == "distil"
     if method == "none":

@@ -33,10 +33,10 @@ def gather(
         record: whether to keep what the matrices read.
 
     Returns:
-        The window's outputs; the statistics by matrix name in float32, on the execution's device; and by matrix name what they read,
-        (samples, length, in), in the compute dtype, if asked for. Matrices that share an input share one tensor. Statistics accumulate
-        in float32 outside autocast: a Gram matrix formed in bfloat16 is useless. An expert's are those of the tokens that are sent to
-        it; one that fewer than FEW are sent to has none.
+        The window's outputs; the statistics by matrix name in float32, on the execution's device; and by matrix name what they
+        read, (samples, length, in), in the compute dtype, if asked for. Matrices that share an input share one tensor.
+        Statistics accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless. An expert's are those of
+        the tokens that are sent to it; one that fewer than FEW are sent to has none.
     """
     totals: dict[tuple[str, ...], Tensor] = {}
     inputs: dict[tuple[str, ...], Tensor] = {}

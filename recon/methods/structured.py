@@ -25,8 +25,8 @@ def prune_units(
 ) -> dict[str, Tensor]:
     """Removes whole units in place until the pattern's share of all the blocks' weights is gone, as near as units allow.
 
-    Wanda-sp compares within each half of a block, on what the already pruned model (or the dense one) reads; FLAP compares over the
-    whole dense model before it removes anything, and puts the mean of what it removes into the reader's bias.
+    Wanda-sp compares within each half of a block, on what the already pruned model (or the dense one) reads; FLAP compares over
+    the whole dense model before it removes anything, and puts the mean of what it removes into the reader's bias.
 
     samples: calibration tokens (samples, length).
 
@@ -69,7 +69,8 @@ def prune_units(
 def _compare(
     decoder: Decoder, criterion: Structured, halves: list[Units], target: float, samples: Tensor, execution: Execution
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By name of each half, which of its units are kept (count,), and the means (in,) of what its reader reads in the dense model."""
+    """By name of each half, which of its units are kept (count,), and the means (in,) of what its reader reads in the dense
+    model."""
 
     def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[list, dict]:
         here = [half for half in halves if half.window.blocks == window.blocks]

@@ -22,11 +22,9 @@ class Units:
     """The units of one half of a block.
 
     reader: the matrix that reads them, as many consecutive columns for each: the last to run of the half.
-    count: how many there are. In an MLP half each column is one, a neuron; in an attention half, each key/value head
-        with all the query heads that it serves.
-    rows: by name of the matrices that make them, the unit that each row belongs to, (out,). A matrix whose rows cannot be
-        told apart (rows that serve several units, or a layout other than those tried) is missing: its rows stay, and
-        the unit is gone all the same, for nothing reads it.
+    count: how many there are: neurons, or key/value heads with all the query heads that they serve.
+    rows: by name of the matrices that make them, the unit that each row belongs to, (out,). A matrix whose rows cannot be told
+        apart is missing: its rows stay, and the unit is gone all the same, for nothing reads it.
     weights: how many weights go with one unit.
     """
 

@@ -33,8 +33,8 @@ SCHEMA = 6  # part of every key; raise it when the meaning of a record's values,
 class RunSpec(Checked):
     """Everything that can change a run's numbers.
 
-    The names of options are unique over all configs, so they need no other: `RunSpec.of(granularity="block", samples=16)`, `spec.flat()`,
-    `spec.replaced(seed=1)`.
+    The names of options are unique over all configs, so they need no other: `RunSpec.of(granularity="block", samples=16)`,
+    `spec.flat()`, `spec.replaced(seed=1)`.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -176,13 +176,13 @@ class RunOptions(Checked):
     """How a run is carried out, which changes no number."""
 
     save: Path | None = None
-    """New folder for the model as a Hugging Face checkpoint, with its record. A model that the very same run saved there is not computed
-    again."""
+    """New folder for the model as a Hugging Face checkpoint, with its record. A model that the very same run saved there is not
+    computed again."""
     save_dtype: Literal[tuple(SAVED)] = "float32"
     """What weights are saved in; they are measured in float32, and rounded after that."""
     stream: Literal["auto", "yes", "no"] = "auto"
-    """yes leaves the model on disk and works on one window at a time; a run that was killed goes on when it is called again. auto does so
-    where the model would not fit into memory."""
+    """yes leaves the model on disk and works on one window at a time; a run that was killed goes on when it is called again.
+    auto does so where the model would not fit into memory."""
     executor: str | Ray = "serial"
     """ray reconstructs windows side by side, on the cores and GPUs of this machine or of a cluster (dense propagation)."""
     force: bool = False  # Run even what is planned not to fit here (see `recon plan`).

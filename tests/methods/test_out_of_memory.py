@@ -36,7 +36,8 @@ def pair():
 
 @contextlib.contextmanager
 def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bool = True):
-    """Where gradients are needed, or are not, the blocks can take `samples` at a time, but for the first `spared` calls with more."""
+    """Where gradients are needed, or are not, the blocks can take `samples` at a time, but for the first `spared` calls with
+    more."""
     calls = []
 
     def run_out(block, args):

@@ -5,8 +5,8 @@
     wanda       |W_ij| * ||x_j||
     ria         (|W_ij| / sum_k |W_kj|  +  |W_ij| / sum_k |W_ik|) * ||x_j|| ^ a,  a = 0.5
 
-Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023, arXiv 2306.11695), equation 1; Zhang et al.,
-"Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), equation 4: a weight is compared
+Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023, arXiv 2306.11695), equation 1;
+Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), equation 4: a weight is compared
 with those of its input and of its output, so that no whole channel is pruned away.
 
 statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2); its unit changes no mask.
@@ -24,7 +24,7 @@ def magnitude(weight: Tensor, statistics: None, generator: torch.Generator | Non
 
 
 def random(weight: Tensor, statistics: None, generator: torch.Generator | None) -> Tensor:
-    """Drawn on the generator's device: the weight's does not matter. Raises `ReconError` without one: no mask could be made again."""
+    """Drawn on the generator's device. Raises `ReconError` without one: the mask could not be made again."""
     if generator is None:
         raise ReconError("criterion 'random' was given no generator; pass a seeded torch.Generator")
     return torch.rand(weight.shape, generator=generator, device=generator.device).to(weight.device)

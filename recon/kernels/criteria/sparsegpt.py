@@ -65,8 +65,8 @@ def _prune_block(columns: Tensor, factor: Tensor, pattern: Pattern, scope: str, 
     """Updates one block of `columns` (block, out) in place, without zeroing; it has `before` columns to its left.
 
     factor: the part of U for these columns, (block, block).
-    Returns the mask, and the errors (W_ij - pruned W_ij) / U_jj, (block, out) each, which columns to its right have yet to make up for.
-    Within the block, a column makes up for those before it in few products: after each strip, and when its turn comes.
+    Returns the mask, and the errors (W_ij - pruned W_ij) / U_jj, (block, out) each, which columns to its right have yet to make
+    up for. Within the block, a column makes up for those before it in few products: after each strip, and when its turn comes.
     """
     pivots, errors = factor.diagonal()[:, None], torch.zeros_like(columns)
     mask = torch.ones_like(columns, dtype=torch.bool)
