@@ -65,6 +65,8 @@ def partition(granularity: str, blocks: int) -> list[range]:
     if name == "quarter":
         edges = [round(blocks * i / 4) for i in range(5)]
         return [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    if name in ("none", "matrix", "half-block"):
+        raise ReconError(f"granularity {name} is not made of whole blocks")
     size = {"block": 1, "model": blocks}.get(name) or int(name.removesuffix("-blocks"))
     if size > blocks:
         raise ReconError(f"granularity {granularity} asks for windows of {size} blocks, but the model has {blocks}")
