@@ -308,9 +308,9 @@ class _Run:
 
     def save(self, model: Decoder) -> None:
         """Saves model and record."""
-        record, dtype = self.record, self.options.save_dtype
-        if dtype != "float32":
-            record.environment["save_dtype"] = dtype
+        record = self.record
+        if self.options.save_dtype != "float32":
+            record.environment["save_dtype"] = self.options.save_dtype
         with checkpoint.writing(self.options.save) as folder:
             with self.phase("save"):
                 checkpoint.write(model, self.tokenizer, folder, record, self.options)

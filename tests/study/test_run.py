@@ -8,13 +8,11 @@ import pytest
 import torch
 from fixtures.models import make_model
 from fixtures.runs import comparable, record_of, result_of
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import recon
 from recon.config import PruningConfig, ReconstructionConfig
 from recon.data import models
-from recon.errors import ReconError
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 from recon.study.report import share_recovered
@@ -56,16 +54,6 @@ def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
     assert {"git_commit", "git_dirty", "packages", "device", "threads", "compute_dtype"} <= set(record.environment)
     assert len(record.windows) == 8 and [len(window["losses"]) for window in record.windows] == [6, 4 * 6] * 4
     assert len(record.metrics["drift"]) == len(record.metrics["drift_pruned"]) == 4
-
-
-def test_the_share_is_computed_from_the_perplexities_of_the_record(record):
-    metrics = record.metrics
-    lost = math.log(metrics["pruned_perplexity"] / metrics["dense_perplexity"])
-    left = math.log(metrics["perplexity"] / metrics["dense_perplexity"])
-    if lost > 0:
-        assert metrics["share_recovered"] == pytest.approx(1 - left / lost)
-    else:
-        assert metrics["share_recovered"] is None
 
 
 @pytest.mark.parametrize(
@@ -175,57 +163,6 @@ def test_the_dense_control_is_not_pruned(spec):
     assert found["share_recovered"] is None
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"pattern": "2:5"}, r"self_attn.q_proj has 32 input columns, which do not divide into the groups of 5"),
-        ({"model": "gpt-17"}, r"unknown model 'gpt-17'; bundled: smollm2-135m"),
-        ({"text": "wikipaedia"}, r"'wikipaedia'"),
-        (
-            {"samples": 100_000},
-            r"100000 samples of 32 tokens are more than the calibration split of text .* holds: it has \d+ tokens",
-        ),
-        ({"held_out_samples": 100_000}, r"more than the validation split"),
-        ({"evaluation_samples": 100_000}, r"more than the evaluation split"),
-        ({"sequence_length": 300, "samples": 1, "held_out_samples": 0}, r"sequence length 300 is more than the 256 tokens"),
-        ({"evaluation_length": 300}, r"sequence length 300 is more than the 256 tokens"),
-        ({"granularity": "9-blocks"}, r"windows of 9 blocks, but the model has 4"),
-        ({"device": "warp"}, r"device 'warp' cannot be used here"),
-    ],
-)
-def test_what_the_model_or_text_cannot_do_is_refused_before_anything_long(spec, change, message, monkeypatch):
-    monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("computed before it was checked"))
-    with pytest.raises(ReconError, match=message):
-        record_of(spec.replaced(**change))
-
-
-def test_an_empty_text_is_refused(spec, tmp_path):
-    empty = tmp_path / "empty.txt"
-    empty.write_text("\n\n")
-    with pytest.raises(ReconError, match="empty"):
-        record_of(spec.replaced(text=str(empty)))
-
-
-@pytest.mark.parametrize(
-    "family, change, message",
-    [
-        ("bloom", {}, r"half-block windows do not fit this model: block 0 \(BloomBlock\)"),
-        ("bert", {}, r"BertLMHeadModel is not a causal language model"),
-        ("mixtral", {"granularity": "matrix"}, r"matrix windows do not fit this model: .* has experts"),
-        ("mixtral", {"retrain": "masklora"}, r"one expert's part of a parameter"),
-        ("mixtral", {"criterion": "flap", "pattern": "0.2"}, r"is an expert's; whole heads and neurons"),
-    ],
-)
-def test_models_that_do_not_fit_are_refused(spec, family, change, message, tmp_path, tiny_folder):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    make_model(family, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ReconError, match=message):
-        record_of(spec.replaced(model=str(tmp_path), **change))
-
-
 def test_a_model_with_experts_runs_and_names_those_that_starve(spec, tmp_path, tiny_folder):
     from transformers import AutoTokenizer
 
@@ -236,19 +173,6 @@ def test_a_model_with_experts_runs_and_names_those_that_starve(spec, tmp_path, t
     assert record.status == "done" and record.metrics["sparsity"] == 0.5
     starved = record.metrics["under_calibrated_matrices"]
     assert starved and set(starved) < set(record.metrics["sparsity_by_matrix"])
-
-
-def test_nan_weights_are_named(spec, tmp_path, tiny_folder):
-    import shutil
-
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder)
-    weights = load_file(folder / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    weights[name][0, :3] = math.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ReconError, match=rf"'{name}' holds 3 NaN or infinite values"):
-        record_of(spec.replaced(model=str(folder)))
 
 
 def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
@@ -265,11 +189,3 @@ def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
     untouched = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert recon.perplexity(model, held_out) == recon.perplexity(untouched, held_out)
     assert math.isfinite(recon.perplexity(pruned, held_out).value)
-
-
-def test_a_frozen_model_is_taken_apart_like_any_other(tiny, tokens):
-    frozen = tiny("llama").requires_grad_(False)
-    expected, found = recon.decompose(tiny("llama")), recon.decompose(frozen)
-    for window in expected.windows("half-block"):
-        assert list(found.parameters(window)) == list(expected.parameters(window)) != []
-    assert not any(parameter.requires_grad for parameter in frozen.parameters())
