@@ -42,9 +42,8 @@ def sizes(runs: pd.DataFrame) -> pd.DataFrame:
     data["lowest perplexity"], data["highest perplexity"] = (np.exp(groups["perplexity"].agg(of)) for of in ("min", "max"))
     left, gap = (np.log(data[name] / data[levels[0]]) for name in ("perplexity", levels[1]))
     data["share recovered"] = 1 - left / gap
-    return data.assign(
-        **{COMPUTE: groups[COMPUTE].min(), MEMORY: groups[MEMORY].max(), "seconds": groups["seconds"].mean()}
-    ).reset_index()
+    data[COMPUTE], data[MEMORY], data["seconds"] = groups[COMPUTE].min(), groups[MEMORY].max(), groups["seconds"].mean()
+    return data.reset_index()
 
 
 def effects(runs: pd.DataFrame, by: Sequence[str], baseline: dict, flip: bool = False, **options) -> pd.DataFrame:
@@ -69,9 +68,9 @@ def judged(low: float, high: float, seeds: int) -> str:
     """ "equal" within the margin, "better" or "worse" beyond it; "undecided" where the interval reaches across it or seeds are few."""
     if seeds < SEEDS or math.isnan(low):
         return "undecided"
-    return (
-        "equal" if -MARGIN < low and high < MARGIN else "better" if low > MARGIN else "worse" if high < -MARGIN else "undecided"
-    )
+    if -MARGIN < low and high < MARGIN:
+        return "equal"
+    return "better" if low > MARGIN else "worse" if high < -MARGIN else "undecided"
 
 
 def count_words(data: pd.DataFrame) -> str:
@@ -91,9 +90,8 @@ def span(values: pd.Series, form: str = "{:.2f}") -> str:
 def panels(count: int, width: float, height: float, columns: int = 3, **options) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels of this size in inches, up to `columns` beside one another."""
     rows, columns = -(-count // columns), min(count, columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **options
-    )
+    options |= {"figsize": (width * columns, height * rows), "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, **options)
     for ax in axes.flat[count:]:
         ax.remove()
     return figure, list(axes.flat[:count])
@@ -185,9 +183,8 @@ def forest(data: pd.DataFrame, by: str, panel: str, words: str, looks_of: str = 
 def memory(data: pd.DataFrame) -> Plot:
     """Perplexity against the memory of a window, a panel per model; where no run says it, against FLOPs. data: of `sizes`, of one pattern."""
     cost = MEMORY if data[MEMORY].notna().any() else COMPUTE
-    data = data[(data["granularity"] != "pruned") & data[cost].notna()].drop(
-        columns=[COMPUTE if cost == MEMORY else MEMORY, "seconds"]
-    )
+    data = data[(data["granularity"] != "pruned") & data[cost].notna()]
+    data = data.drop(columns=[COMPUTE if cost == MEMORY else MEMORY, "seconds"])
     models, said = list(data.groupby("model", sort=False)), []
     figure, axes = panels(len(models), 3.6, 3.4, columns=2, sharex=True)
     for ax, (model, cell) in zip(axes, models):
@@ -206,39 +203,13 @@ def memory(data: pd.DataFrame) -> Plot:
         if large and "half-block" in known.index:
             half, last = known.loc["half-block"], known.loc[large[0]]
             change = last["perplexity"] / half["perplexity"] - 1
-            brings = f"{abs(change):.1%} {'higher' if change > 0 else 'lower'}"
-            said.append(
-                f"on {model}, {large[0]} windows take {last[cost] / half[cost]:.1f} times the {cost.split(',')[0]} of half-blocks, for a perplexity {brings}"
-            )
+            brings = f"for a perplexity {abs(change):.1%} {'higher' if change > 0 else 'lower'}"
+            times = f"{number(last[cost] / half[cost])} times the {cost.split(',')[0]} of half-blocks"
+            said.append(f"on {model}, {large[0]} windows take {times}, {brings}")
     for ax, (_, cell) in zip(axes, models):
         label(ax, dict(zip(cell["granularity"], zip(cell[cost], cell["perplexity"]))))
     finding = f"O{'; '.join(said)[1:]}." if said else f"Perplexity is {span(data['perplexity'])}."
     return figure, data, finding
-
-
-def everywhere(data: pd.DataFrame) -> Plot:
-    """The share of the perplexity gap that is undone, granularity by model and pattern; data: of `sizes`."""
-    data = data[data["granularity"] != "pruned"].drop(columns=[COMPUTE, MEMORY, "seconds"])
-    table = (
-        data.pivot_table(index="granularity", columns=["model", "pattern"], values="share recovered", sort=False).round(2) + 0.0
-    )
-    table = table[list(dict.fromkeys(data["model"]))]  # the columns of a model together
-    figure, [ax] = panels(1, 1.8 + 0.9 * table.shape[1], 1.2 + 0.28 * len(table))
-    sns.heatmap(table, annot=True, fmt=".2f", cmap="Blues", vmin=0, vmax=1.8 * max(0.1, table.max().max()), cbar=False, ax=ax)
-    ax.set(xlabel="share of the perplexity gap undone (higher is better)", ylabel="")
-    ax.set_xticklabels(["\n".join(column) for column in table], rotation=0)
-    several = table.loc[:, table.notna().sum() > 1]
-    close = (several.max() - several <= MARGIN).sum(axis=1)
-    said = [
-        f"{name} in {close[name]} of {count}"
-        for name, count in several.notna().sum(axis=1).items()
-        if name in ("matrix", "half-block", "block")
-    ]
-    return (
-        figure,
-        data,
-        f"Models and patterns where a size comes within {MARGIN:.0%} of the gap of the best one: {', '.join(said)}.",
-    )
 
 
 # --- notebook 2 --------------------------------------------------------------------------------------------------------
@@ -282,9 +253,8 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
             level(above, data[f"dense {name}"].mean(), "dense", inside=False)
         lower_is_better(above)
         below.axhline(0, color=look(MAIN[0])["color"], linewidth=1.2)
-        for shift, (method, group) in zip(
-            (0.96, 1.04, 1, 1), differences[differences["measure"] == name].groupby("method", sort=False)
-        ):
+        lines = differences[differences["measure"] == name].groupby("method", sort=False)
+        for shift, (method, group) in zip((0.96, 1.04, 1, 1), lines):
             errors = np.abs(group[["low", "high"]].T.to_numpy() - group["difference"].to_numpy())
             below.errorbar(group["samples"] * shift, group["difference"], errors, **look(method) | {"linestyle": ""}, capsize=2.5)
         below.set_title("above 0: reconstruction is better", fontsize=8, loc="left")
@@ -295,12 +265,9 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
     legend(figure, axes[0, 0])
     axes[1, 0].set_ylabel("retraining minus\nreconstruction, nats per token")
     kinds = differences.groupby(differences["measure"].str.split(",").str[0], sort=False)
-    said = [
-        f"{(part['low'] > 0).sum()} better, {(part['high'] < 0).sum()} worse of {len(part)} by {kind}" for kind, part in kinds
-    ]
-    finding = (
-        f"Reconstruction against retraining at equal samples: {'; '.join(said)}." if said else "Nothing can be compared yet."
-    )
+    counts = {kind: ((part["low"] > 0).sum(), (part["high"] < 0).sum(), len(part)) for kind, part in kinds}
+    said = "; ".join(f"{wins} better, {losses} worse of {count} by {kind}" for kind, (wins, losses, count) in counts.items())
+    finding = f"Reconstruction against retraining at equal samples: {said or 'nothing to compare yet'}."
     return figure, pd.concat([data.assign(panel="quality"), differences.assign(panel="difference")]), finding
 
 
@@ -318,12 +285,8 @@ def budget(runs: pd.DataFrame) -> Plot:
     data = methods(runs)
     recipes, shown = data[~data["method"].str.startswith(("dense", "pruned"))], [measures(data)[0], KL]
     shared = set.intersection(*(set(group["seed"]) for _, group in recipes.groupby("method")))
-    means = (
-        recipes[recipes["seed"].isin(shared)]
-        .groupby(["method", "samples"], sort=False)[[*shown, COMPUTE, MEMORY]]
-        .mean()
-        .reset_index()
-    )
+    groups = recipes[recipes["seed"].isin(shared)].groupby(["method", "samples"], sort=False)
+    means = groups[[*shown, COMPUTE, MEMORY]].mean().reset_index()
     costs = [cost for cost in (COMPUTE, MEMORY) if means[cost].notna().any()]
     figure, axes = plt.subplots(2, len(costs), figsize=(4.7 * len(costs), 6), sharex="col", sharey="row", squeeze=False,
                                 layout="constrained")  # fmt: skip
@@ -357,60 +320,7 @@ def budget(runs: pd.DataFrame) -> Plot:
     return figure, means, f"Of the recipes that nothing beats at their cost, reconstruction alone is {', '.join(counts)}."
 
 
-def rates(searched: pd.DataFrame, unit: str) -> Plot:
-    """Held-out perplexity against the learning rate, relative to the best: a panel for each recipe, a line for each number of samples."""
-    lowest = searched.groupby(["recipe", "samples"])["held_out_perplexity"].transform("min")
-    data = searched.drop(columns="key").assign(ratio=searched["held_out_perplexity"] / lowest)
-    grid = sns.relplot(data, x="learning_rate", y="ratio", hue="samples", col="recipe", kind="line", palette="flare", hue_norm=plt.Normalize(0, 150),
-                       marker="o", markersize=4, height=2.4, aspect=1.1, col_wrap=min(4, data["recipe"].nunique()))  # fmt: skip
-    for name, ax in grid.axes_dict.items():
-        taken = data[(data["recipe"] == name) & data["chosen"].astype(bool)]
-        ax.plot(taken["learning_rate"], taken["ratio"], "o", color="0.2", markersize=6, zorder=4)
-        ax.set(title=name, xscale="log", ylim=(0.98, min(1.5, 1.02 * data["ratio"].max())))
-    grid.set_axis_labels(f"learning rate ({unit})", "held-out perplexity / best\n(lower is better ↓)")
-    tried = data.groupby(["recipe", "samples"])["learning_rate"]
-    taken = data[data["chosen"].astype(bool)].set_index(["recipe", "samples"])["learning_rate"]
-    ends = ((taken == tried.min()[taken.index]) | (taken == tried.max()[taken.index])).sum()
-    each = [f"{span(group, '{:g}')} for {name}" for name, group in taken.groupby("recipe", sort=False)]
-    return grid.figure, data, f"The best rates are {', '.join(each)}; {ends} of {len(taken)} are at the edge of what was tried."
-
-
 # --- notebook 3 --------------------------------------------------------------------------------------------------------
-
-
-def criteria(runs: pd.DataFrame) -> Plot:
-    """Perplexity pruned and reconstructed, a line per criterion, a panel per model and pattern that have several."""
-    data = sizes(runs.assign(model=runs["model"] + "/" + runs["criterion"]))
-    data[["model", "criterion"]] = data["model"].str.split("/", expand=True)
-    data = data[["model", "pattern", "criterion", "granularity", "seeds", "dense perplexity", "perplexity"]]
-    data = data[data.groupby(["model", "pattern"])["criterion"].transform("nunique") > 1]
-    cells = list(data.groupby(["model", "pattern"], sort=False))
-    figure, axes = panels(len(cells), 3.2, 3.2, sharey=True)
-    for ax, ((model, pattern), cell) in zip(axes, cells):
-        sns.lineplot(
-            cell,
-            x="granularity",
-            y="perplexity",
-            hue="criterion",
-            style="criterion",
-            **looks(cell["criterion"]),
-            legend=False,
-            ax=ax,
-        )
-        ax.set(title=f"{model}, {pattern}", xlabel="", ylabel="perplexity")
-        ax.margins(x=0.1)
-        lower_is_better(ax)
-    log_scale(axes[0])
-    for ax, (_, cell) in zip(axes, cells):
-        dense, last = cell["dense perplexity"].mean(), cell[cell["granularity"] == cell["granularity"].iloc[-1]]
-        ax.axhline(dense, color="0.3", linestyle=":", linewidth=1)
-        ends = {**dict(zip(last["criterion"], last["perplexity"])), "dense": dense}
-        label_ends(ax, 1, {f"{name} {number(value)}": value for name, value in ends.items()})
-    ratios = data.groupby(["model", "pattern", "granularity"], sort=False)["perplexity"].agg(
-        lambda values: values.max() / values.min()
-    )
-    each = [f"{span(values, '{:.3g}')} {name}" for name, values in ratios.groupby("granularity", sort=False)]
-    return figure, data, f"Perplexity of the worst criterion over the best: {', '.join(each)}."
 
 
 def gaps(runs: pd.DataFrame, to: str) -> Plot:
@@ -488,54 +398,6 @@ def drift(runs: pd.DataFrame) -> Plot:
 # --- notebook 5 --------------------------------------------------------------------------------------------------------
 
 
-def before_after(questions: dict[str, tuple[pd.DataFrame, str]]) -> Plot | None:
-    """Perplexity before and after reconstruction: a panel for each question (its runs, and the column by which they differ)."""
-    parts = []
-    for title, (runs, by) in questions.items():
-        if len(runs) and runs[by].nunique() > 1:
-            runs = runs.assign(state=np.where(runs["fit"] == "none", "pruned", "reconstructed"), name=runs[by], panel=title)
-            parts.append(runs[["panel", "name", "state", "seed", "perplexity", "dense_perplexity"]])
-    if not parts:
-        return None
-    data = pd.concat(parts, ignore_index=True)
-    grid = sns.FacetGrid(data, col="panel", sharex=False, sharey=False, height=2.6, aspect=1.4)
-    grid.map_dataframe(sns.pointplot, x="perplexity", y="name", hue="state", errorbar="sd", linestyle="none", palette=looks(["pruned", "reconstructed"])["palette"], markers=["x", "o"],
-                       hue_order=["pruned", "reconstructed"])  # fmt: skip
-    for title, ax in grid.axes_dict.items():
-        ax.axvline(data.loc[data["panel"] == title, "dense_perplexity"].mean(), color="0.3", linestyle=":", linewidth=1)
-    grid.set_axis_labels("perplexity (lower is better ←; dotted: dense)", "").set_titles("{col_name}").add_legend()
-    wide = data.pivot_table(index=["panel", "name"], columns="state", values="perplexity").dropna()
-    helps = (wide["reconstructed"] < wide["pruned"]).groupby("panel", sort=False).agg(["sum", "size"])
-    return (
-        grid.figure,
-        data,
-        f"Reconstruction helps with {', '.join(f'{a} of {b} ({name})' for name, a, b in helps.itertuples())}.",
-    )
-
-
-def losses(runs: pd.DataFrame) -> Plot:
-    """Loss while windows are fitted, median and middle half over the windows: a panel for each size; runs: of one seed."""
-    runs = runs[(runs["solver"] == "adamw") & (runs["losses"].map(len) > 0)].drop_duplicates("fit")
-    figure, axes = panels(len(runs), 2.2, 2.6, columns=6, sharey=True)
-    rows, falls = [], []
-    for ax, run in zip(axes, runs.to_dict("records")):
-        # Windows that do not mix tokens may make several steps per sample: their mean is drawn.
-        length = min(map(len, run["losses"]))
-        each = np.array([[part.mean() for part in np.array_split(losses, length)] for losses in run["losses"]])
-        seen = np.arange(1, length + 1) * run["batch_size"] * run["accumulation"]
-        low, middle, high = np.quantile(each, [0.25, 0.5, 0.75], axis=0)
-        ax.plot(seen, middle, color=look(run["fit"])["color"])
-        ax.fill_between(seen, low, high, color=look(run["fit"])["color"], alpha=0.2)
-        ax.set(title=run["fit"], xlabel="samples trained on")
-        rows.append(pd.DataFrame({"fit": run["fit"], "samples": seen, "low": low, "loss": middle, "high": high}))
-        ends = max(1, length // 8)
-        falls.append(f"{run['fit']} {np.median(each[:, -ends:].mean(1) / each[:, :ends].mean(1)):.0%}")
-    log_scale(axes[0])
-    axes[0].set_ylabel("unexplained share of the target")
-    lower_is_better(axes[0])
-    return figure, pd.concat(rows), f"From the first to the last eighth of the steps, median losses fall to: {', '.join(falls)}."
-
-
 def costs(runs: pd.DataFrame) -> Plot:
     """Perplexity of each size of window, mean and range over seeds, against FLOPs and, where it is known, memory."""
     data = sizes(runs)
@@ -548,7 +410,7 @@ def costs(runs: pd.DataFrame) -> Plot:
         for row in data.to_dict("records"):
             mark(ax, row[cost], row, row["granularity"])
         ax.margins(0.15)
-        ax.set(xlim=(0, None), xlabel=cost, ylabel="perplexity")
+        ax.set(xlim=(0, None), xlabel=cost, ylabel="perplexity" if ax is axes[0] else "")
         lower_is_better(ax, "x")
         label(ax, dict(zip(data["granularity"], zip(data[cost], data["perplexity"]))))
     lower_is_better(axes[0])
@@ -557,46 +419,6 @@ def costs(runs: pd.DataFrame) -> Plot:
     finding = f"The lowest perplexity is that of {best['granularity']}"
     others = [name for name in close if name != best["granularity"]]
     return figure, data, finding + (f"; seeds do not tell it from that of {', '.join(others)}." if others else ".")
-
-
-def accumulation(runs: pd.DataFrame) -> Plot:
-    """Left, the error of each window after it is fitted, relative to before; right, the drift of the model after each block.
-
-    runs: of one seed; "none" is the pruned model.
-    """
-    runs = runs.drop_duplicates("fit")
-    local = runs[["fit", "error_before", "error_after"]].explode(["error_before", "error_after"]).dropna()
-    local = local.set_axis(["fit", "before", "after"], axis=1).infer_objects()
-    local["ratio"] = local["after"] / local["before"]
-    whole = runs[["fit", "drift"]].explode("drift").rename(columns={"drift": "error"}).infer_objects()
-    whole["block"] = whole.groupby("fit").cumcount() + 1
-    figure, (left, right) = panels(2, 4.7, 3.4)
-    sns.boxplot(
-        local,
-        x="ratio",
-        y="fit",
-        whis=(0, 100),
-        color="0.9",
-        width=0.5,
-        medianprops={"color": look("reconstructed")["color"], "linewidth": 2},
-        ax=left,
-    )
-    left.axvline(1, color="0.3", linestyle="--", linewidth=1)
-    left.set(title="Each window by itself", xlabel="error of a window, after / before", ylabel="")
-    lower_is_better(left, "x")
-    ends = {}
-    for fit, line in whole.groupby("fit", sort=False):
-        name = "pruned" if fit == "none" else fit
-        right.plot(line["block"], line["error"], **look(name), markersize=3)
-        ends[name] = line["error"].iloc[-1]
-    right.set(title="The model's state after each block", xlabel="block", ylabel="unexplained share of variance")
-    log_scale(right)
-    lower_is_better(right)
-    label_ends(right, whole["block"].max(), ends)
-    own = local.groupby("fit", sort=False)["ratio"].median()
-    said = [f"{name} {own[name]:.0%} and {ends[name]:.2f}" for name in own.index]
-    finding = f"Errors of windows fall to (median), and after the last block leave unexplained: {', '.join(said)}; pruned {ends.get('pruned', 1):.2f}."
-    return figure, pd.concat([whole.assign(panel="drift"), local.assign(panel="windows")]), finding
 
 
 # --- all claims --------------------------------------------------------------------------------------------------------
