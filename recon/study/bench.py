@@ -51,9 +51,7 @@ def bench(
 
     Returns settings, environment, `floor_seconds` by phase, and `rows`: phase, loop ("ours", "reference"), round, seconds. The floor
     is what the products and attention of a phase take at the speed of large squares. Norms for Wanda are free: they come from the
-    dense model's pass. Gram matrices, and what is solved with them, are products in float32.
-
-    Raises `ReconError` for bad input.
+    dense model's pass. Gram matrices, and what is solved with them, are products in float32. Raises `ReconError` for bad input.
     """
     settings = {name: value for name, value in locals().items() if name != "output"}
     check_writable(Path(output).parent, "output")
