@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from recon.kernels.losses import channel_variance, kl_divergence, negative_log_likelihood, unexplained
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
-from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
 SLICE = 256  # tokens whose logits exist at once
@@ -94,14 +93,6 @@ def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> 
         yield stream
 
 
-def dense_streams(dense: Decoder, tokens: Tensor, execution: Execution, activations: Activations) -> Iterator[Tensor]:
-    """`residual_streams` of the dense model, by way of `activations`: if all are kept there, nothing is computed."""
-    known = [activations.get(index) for index in range(len(dense.blocks))]
-    if any(stream is None for stream in known):
-        return (activations.put(index, stream) for index, stream in enumerate(residual_streams(dense, tokens, execution)))
-    return iter(known)
-
-
 def _scores(
     decoder: Decoder, execution: Execution, tokens: Tensor, stream: Tensor, reference: Reference | None
 ) -> tuple[list[float], list[float]]:
@@ -133,9 +124,7 @@ def _scores(
 
 
 @torch.no_grad()
-def drift(
-    model: Decoder, dense: Decoder, tokens: Tensor, *, execution: Execution | None = None, activations: Activations | None = None
-) -> tuple[list[float], Tensor]:
+def drift(model: Decoder, dense: Decoder, tokens: Tensor, *, execution: Execution | None = None) -> tuple[list[float], Tensor]:
     """The share of the variance of the dense model's residual stream after each block that the stream of `model` leaves unexplained;
     and the last stream of `model`.
 
@@ -143,11 +132,8 @@ def drift(
     depth.
 
     execution: where and in what precision; default: where the dense model is.
-    activations: keeps the dense model's streams for calls with the same tokens.
     """
-    execution, activations = execution or Execution(dense.device), activations or Activations(limit=0)
-    known, errors = dense_streams(dense, tokens, execution, activations), []
-    for ours, theirs in zip(residual_streams(model, tokens, execution), known, strict=True):
+    execution, errors = execution or Execution(dense.device), []
+    for ours, theirs in zip(*(residual_streams(each, tokens, execution) for each in (model, dense)), strict=True):
         errors.append(unexplained(ours, theirs, channel_variance(theirs)))
-    activations.release()  # the next model is measured much later: until then streams may be on disk alone
     return errors, ours

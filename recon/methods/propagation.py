@@ -66,9 +66,7 @@ class Streams:
         if stored:
             self.dense, self.sparse = stored.get("dense"), stored.get("sparse")
             return
-        embedded = self.execution.cache.get("embedded")
-        if embedded is None:
-            embedded = self.execution.cache.put("embedded", self.execution.embed(self.teacher, tokens, self.count))
+        embedded = self.execution.embed(self.teacher, tokens, self.count)
         if propagation in ("dense", "mixed"):
             self.dense = embedded
         if propagation in ("sparse", "mixed"):
@@ -88,7 +86,6 @@ class Streams:
                 self.sparse = self.forward(self.student, whole, self.sparse)
         if f.ends_block:
             self._runs.clear()
-            self.execution.cache.release()
 
     def forward(self, decoder: Decoder, f: Window, X: Tensor) -> Tensor:
         """f(X), for all samples."""
@@ -124,9 +121,6 @@ class Streams:
         inside = f.half and not (f.chained and f.ends_block)
         place = f"block {f.blocks[-1]}" + (f" {f.half}" if inside else "")  # the same for windows that end at one place
         if place not in self._runs:
-            known = None if f.matrices or statistics != "none" else self.execution.cache.get(place)
-            run = (known, {}, {})
-            if known is None:
-                run = gather(self.execution, self.teacher, whole, self.dense, statistics, self.count, record=bool(f.matrices))
-            self._runs[place] = self.execution.cache.put(place, run[0]), *run[1:]
+            record = bool(f.matrices)
+            self._runs[place] = gather(self.execution, self.teacher, whole, self.dense, statistics, self.count, record=record)
         return self._runs[place]

@@ -13,7 +13,6 @@ from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.skeleton import moved
 from recon.model.windows import Window
-from recon.runtime.activations import Activations
 from recon.runtime.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
 from recon.runtime.storage import Storage
 
@@ -42,7 +41,6 @@ class Execution(contextlib.AbstractContextManager):
         compute_dtype: "auto", "bfloat16" or "float32"; see `recon.runtime.device.pick_compute_dtype`.
         store: what is finished, and room for masks and activations; default: memory.
         progress: whether passes show progress bars.
-        cache: activations of the dense model that several passes share; default: none are kept.
         loop: goes over the windows of a reconstruction; default: `recon.methods.reconstruct.one_after_another`.
 
     Raises `ReconError` for a device or dtype that cannot be used.
@@ -54,11 +52,9 @@ class Execution(contextlib.AbstractContextManager):
         compute_dtype: str = "auto",
         store: Storage | None = None,
         progress: bool = True,
-        cache: Activations | None = None,
         loop: Callable | None = None,
     ):
         self.progress, self.loop = progress, loop
-        self.cache = cache or Activations(limit=0)
         # What memory has turned out to suffice for, if less than asked for.
         self.micro_batch: int | None = None  # samples per forward pass in training
         self.tokens: int | None = None  # per batch without training

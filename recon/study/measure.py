@@ -12,7 +12,6 @@ from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import Perplexity, Reference
 from recon.kernels.patterns import sparsity_of
 from recon.model.decoder import Decoder
-from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 from recon.study.texts import Texts
 
@@ -39,16 +38,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Measures the models of one run. Its methods give plain data, as JSON can hold it, and activations to keep with it.
-
-    streams: where the dense model's residual streams on held-out samples are kept.
-    """
+    """Measures the models of one run. Its methods give plain data, as JSON can hold it, and activations to keep with it."""
 
     config: EvaluationConfig
     texts: Texts
     tokenizer: PreTrainedTokenizerBase
     dense: Decoder
-    streams: Activations
 
     def of_dense(self, execution: Execution) -> tuple[dict, dict[str, Tensor]]:
         """The dense model's `Measured`, and its last states (windows, length, hidden), which others are compared with, by number
@@ -62,9 +57,7 @@ class Measurement:
             states[str(number)] = execution.empty(first.shape, first.dtype, first.device).copy_(first)  # the others go
         last = None
         if self.texts.held_out is not None:
-            for stream in evaluation.dense_streams(self.dense, self.texts.held_out, execution, self.streams):
-                last = stream
-            self.streams.release()
+            last = evaluation.last_states(self.dense, self.texts.held_out, execution)
         return self._of(self.dense, "dense", perplexities, [], last, execution), states
 
     def of(self, decoder: Decoder, name: str, states: Mapping[str, Tensor], execution: Execution) -> tuple[dict, dict]:
@@ -81,9 +74,7 @@ class Measurement:
         }  # fmt: skip
         drift, last = [], None
         if self.texts.held_out is not None:
-            drift, last = evaluation.drift(
-                decoder, self.dense, self.texts.held_out, execution=execution, activations=self.streams
-            )  # fmt: skip
+            drift, last = evaluation.drift(decoder, self.dense, self.texts.held_out, execution=execution)
         return self._of(decoder, name, perplexities, drift, last, execution), {}
 
     def _of(

@@ -26,7 +26,6 @@ from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
 from recon.runtime import device, student
-from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 from recon.runtime.lock import locked
 from recon.runtime.storage import Storage, write_json
@@ -40,7 +39,6 @@ from recon.study.spec import RunOptions, RunSpec
 from recon.study.texts import Texts
 
 log = logging.getLogger("recon")
-HELD_OUT_SHARE = 0.25  # of a session's room for activations: for those on held-out samples
 Step = tuple[dict, dict[str, Tensor]]  # what a step found, as JSON can hold it, and activations to keep with it
 
 
@@ -189,8 +187,7 @@ class _Run:
             checkpoint.check_places(self.dense.model, touched)
             checkpoint.check_range(self.dense, self.options.save_dtype)
         self.texts = Texts.draw(spec, self.tokenizer)
-        streams = self.session.activations("held-out", self.key("held-out"), HELD_OUT_SHARE)
-        self.measurement = Measurement(spec.evaluation, self.texts, self.tokenizer, self.dense, streams)
+        self.measurement = Measurement(spec.evaluation, self.texts, self.tokenizer, self.dense)
 
     def open_external(self):
         """The model that something else pruned, checked but not read into memory."""
@@ -259,8 +256,7 @@ class _Run:
     def reconstruct(self, model: Decoder, callbacks: Sequence[Callback] = (), **pruned: object) -> None:
         """pruned: the masks, or how to prune; see `recon.reconstruct`."""
         spec = self.spec
-        known = self.session.activations("activations", self.key("activations"), 1 - HELD_OUT_SHARE)
-        execution = self.execution(known, side_by_side.loop(self.options.executor, spec.reconstruction.propagation))
+        execution = self.execution(side_by_side.loop(self.options.executor, spec.reconstruction.propagation))
         with self.phase("reconstruct"):
             reports = reconstruct(
                 model, self.dense, self.samples("reconstruct"), spec.reconstruction, held_out=self.texts.held_out, seed=spec.seed,
@@ -341,9 +337,9 @@ class _Run:
         peaks, added = record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase
         peaks[name], added[name] = max(peaks.get(name, 0), peak.bytes), max(added.get(name, 0), peak.bytes - peak.before)
 
-    def execution(self, known: Activations | None = None, loop: Callable | None = None) -> Execution:
+    def execution(self, loop: Callable | None = None) -> Execution:
         """Where and how a phase computes; made for each, as a phase that runs out of memory goes on with smaller batches."""
-        return Execution(self.device, self.spec.compute.compute_dtype, self.storage, self.options.progress, known, loop)
+        return Execution(self.device, self.spec.compute.compute_dtype, self.storage, self.options.progress, loop)
 
     def samples(self, phase: str) -> Tensor:
         """The calibration samples that `phase` reads."""
@@ -355,8 +351,6 @@ class _Run:
         held_out = (spec.calibration.text, spec.calibration.sequence_length, spec.calibration.held_out_samples)
         return {
             "dense": (spec.loaded_by, spec.evaluation, held_out, spec.compute),
-            "held-out": (spec.loaded_by, held_out, spec.compute),
-            "activations": (spec.loaded_by, held_out, spec.calibration.samples, spec.seed, spec.compute),
             "prune": (spec.pruned_by, spec.compute),
             "pruned": (spec.pruned_by, spec.evaluation, held_out, spec.compute),
         }[what]

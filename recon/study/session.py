@@ -6,8 +6,6 @@ from typing import TypeVar
 from recon.data import models
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
-from recon.runtime.activations import Activations
-from recon.runtime.storage import cache_folder
 from recon.study.spec import RunSpec
 
 Value = TypeVar("Value")
@@ -16,12 +14,9 @@ Value = TypeVar("Value")
 class Session:
     """What consecutive runs share: the dense model, its measurements, and the last pruned state, so that granularities which follow one
     another in a study start from the very same one.
-
-    activation_bytes: room on disk for activations and Gram matrices of the dense model; 0: none are kept.
     """
 
-    def __init__(self, activation_bytes: int = 0):
-        self.activation_bytes = activation_bytes
+    def __init__(self):
         self.reused: list[str] = []  # kinds of what the last run took from here
         self._kept: dict[str, tuple[object, object]] = {}
 
@@ -58,8 +53,3 @@ class Session:
         """Bytes of the weights of the model of `spec` that are in memory already."""
         loaded = self.holds("model", spec.loaded_by)
         return sum(parameter.nbytes for parameter in self._kept["model"][1][0].model.parameters()) if loaded else 0
-
-    def activations(self, kind: str, key: object, share: float) -> Activations:
-        """Where activations of one `kind` are kept between runs, in this share of the room; without any, nothing is kept."""
-        limit = int(share * self.activation_bytes)
-        return self.keep(kind, key, lambda: Activations(limit, cache_folder())) if limit else Activations(limit=0)

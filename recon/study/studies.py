@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.methods.callbacks import Callback
-from recon.runtime.activations import LIMIT
 from recon.runtime.storage import check_writable, remove_unfinished, write_json
 from recon.study import plan
 from recon.study.cluster import ATTEMPTS, Ray, settings, spread
@@ -203,7 +202,7 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
 
 def _one_by_one(specs: dict[str, RunSpec], run: "_Recorded", progress: bool) -> Iterator[tuple[str, RunRecord]]:
     """The record of each of `specs`, by key, one after the other."""
-    session = Session(activation_bytes=LIMIT if len(specs) > 1 else 0)
+    session = Session()
     for key, spec in specs.items():
         yield key, run(spec, session, progress)
 
@@ -231,7 +230,7 @@ class _InWorker:
         self.run, self.session = run, None
 
     def __call__(self, task: tuple[str, RunSpec]) -> tuple[str, RunRecord]:
-        (key, spec), self.session = task, self.session or Session(activation_bytes=LIMIT)
+        (key, spec), self.session = task, self.session or Session()
         return key, self.run(spec, self.session, False)
 
 

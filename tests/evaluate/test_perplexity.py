@@ -13,7 +13,6 @@ from recon.evaluate.perplexity import SLICE, Reference, drift, last_states, perp
 from recon.kernels.losses import channel_variance, kl_divergence, unexplained
 from recon.model.discovery import decompose
 from recon.model.modules import watched
-from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
 
@@ -93,8 +92,8 @@ def test_too_long_sequences_are_refused(tiny, tokens, family, longest):
 
 
 @torch.no_grad()
-def test_drift_is_that_of_hidden_states_and_shares_what_it_knows_of_the_dense_model(tiny, tokens):
-    dense, batch, kept = decompose(tiny("llama")), tokens(5, 12), Activations()
+def test_drift_is_that_of_hidden_states(tiny, tokens):
+    dense, batch = decompose(tiny("llama")), tokens(5, 12)
     model = copy.deepcopy(dense.model)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
     student = decompose(model, like=dense)
@@ -108,6 +107,3 @@ def test_drift_is_that_of_hidden_states_and_shares_what_it_knows_of_the_dense_mo
     assert measured[0] == 0 and min(measured[1:]) > 1e-3
     assert_close(measured, expected, rtol=1e-4, atol=1e-7)
     assert drift(dense, dense, batch, execution=FLOAT32)[0] == [0.0, 0.0, 0.0]
-    for _ in range(2):
-        assert drift(student, dense, batch, execution=FLOAT32, activations=kept)[0] == measured
-        dense.model.model.embed_tokens.weight.zero_()  # it is not run again

@@ -17,7 +17,6 @@ from recon.methods.prune import prune
 from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED, one_after_another, reconstruct
 from recon.model.discovery import decompose
 from recon.model.windows import Window
-from recon.runtime.activations import Activations
 from recon.runtime.execution import Execution
 
 PROPAGATIONS, STARTS = ("dense", "sparse", "mixed"), ("pruned", "exact")
@@ -315,22 +314,6 @@ def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens
     )
     assert same(state(one), state(two))
     assert found[0].masks.keys() == masks.keys() and all(torch.equal(found[0].masks[name], masks[name]) for name in masks)
-
-
-# ---- what passes share
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("propagation", ["dense", "mixed"])
-def test_shared_activations_change_no_bit(tiny, pruned, tokens, family, propagation):
-    dense, batch, cache = decompose(tiny(family)), tokens(5, 12), Activations()
-    sharing_them = Execution("cpu", "float32", progress=False, cache=cache)
-    for options in ({"granularity": "block"}, {"start": "exact"}, {"granularity": "matrix"}, {"granularity": "block"}):
-        alone, sharing = pruned(dense), pruned(dense)
-        options = {"held_out": tokens(3, 12, seed=7), "propagation": propagation, "epochs": 1} | options
-        run(alone, dense, batch, **options)
-        run(sharing, dense, batch, execution=sharing_them, **options)
-        assert same(state(alone), state(sharing)) and cache.bytes > 0
 
 
 # ---- seeds

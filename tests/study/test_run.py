@@ -77,20 +77,20 @@ def test_the_same_spec_gives_the_same_record(spec, record):
 
 def test_a_run_among_others_equals_a_run_alone(spec, record):
     assert record.shared == []
-    session = recon.Session(activation_bytes=2**30)
+    session = recon.Session()
     first = record_of(spec.replaced(granularity="none"), session)
     assert first.shared == []
     shared = record_of(spec, session)
-    assert shared.shared == ["model", "held-out", "dense", "pruned", "measure pruned"]
+    assert shared.shared == ["model", "dense", "pruned", "measure pruned"]
     assert comparable(shared) == comparable(record)
     other = record_of(spec.replaced(seed=1), session)
-    assert other.shared == ["model", "held-out", "dense"]
+    assert other.shared == ["model", "dense"]
     assert other.protocol["token_hashes"] != record.protocol["token_hashes"]
 
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_nothing_of_one_model_is_in_memory_when_the_next_is_loaded(stream, spec, tiny_folder, tmp_path, monkeypatch):
-    session, other = recon.Session(activation_bytes=2**20), shutil.copytree(tiny_folder, tmp_path / "other")
+    session, other = recon.Session(), shutil.copytree(tiny_folder, tmp_path / "other")
     spec = spec.replaced(granularity="none")
     found = [result_of(spec, session, save=tmp_path / "pruned").model]
     found += [result_of(spec.replaced(pruned=str(tmp_path / "pruned")), session).model, session.load(*spec.loaded_by)[0].model]
