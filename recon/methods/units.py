@@ -5,6 +5,7 @@ Found by running blocks, so that no family of models needs code of its own.
 
 import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,27 +87,14 @@ def _units_of(decoder: Decoder, window: Window, hidden: Tensor) -> Units:
     if not makers or set(beside) & set(makers):
         raise ReconError(f"{window.name} has no single matrix that reads what its others make, so no units are found in it")
     rows, columns = matrices[last].weight.shape
-    count, served = _heads(decoder, window, last, columns) if window.half == "attention" else (columns, columns)
-    owners, weights = {}, rows * columns // count
-    for name in makers:
-        size, width = matrices[name].weight.shape
-        # Alone, or fused unit by unit; two of equal size fused (gate|up); fused q|k|v.
-        for parts in ((size,), (size // 2, size // 2), (columns, served, served)):
-            if sum(parts) != size or any(part % count for part in parts):
-                continue
-            owner = torch.cat([torch.arange(count).repeat_interleave(part // count) for part in parts])
-            if _serve_their_units(decoder, window, hidden, name, last, owner, count):
-                owners[name] = owner.to(decoder.device)
-                weights += size // count * width
-                break
-    return Units(window, matrices[last], count, owners, weights)
+    count = _heads(decoder, window, last, columns) if window.half == "attention" else columns
+    owners = _owners(decoder, window, hidden, makers, last, count)
+    made = sum(matrices[name].weight.numel() for name in owners)
+    return Units(window, matrices[last], count, owners, (rows * columns + made) // count)
 
 
-def _heads(decoder: Decoder, window: Window, reader: str, columns: int) -> tuple[int, int]:
-    """How many key/value heads an attention half has, and how many rows of keys, or of values, they take in all.
-
-    columns: of the matrix `reader`, which reads all query heads side by side.
-    """
+def _heads(decoder: Decoder, window: Window, reader: str, columns: int) -> int:
+    """How many key/value heads an attention half has; columns: of the matrix `reader`, which reads all query heads side by side."""
     config = decoder.model.config.get_text_config()
     heads = config.num_attention_heads
     count = getattr(config, "num_key_value_heads", None) or heads
@@ -115,45 +103,42 @@ def _heads(decoder: Decoder, window: Window, reader: str, columns: int) -> tuple
             f"{window.name}: the {columns} columns of {reader!r} do not divide into num_attention_heads {heads!r} "
             f"in num_key_value_heads {count!r} groups"
         )
-    return count, columns // heads * count
+    return count
 
 
-def _serve_their_units(
-    decoder: Decoder, window: Window, hidden: Tensor, name: str, reader: str, owner: Tensor, count: int
-) -> bool:
-    """Whether the rows of the matrix `name` make the units that `owner` (out,) says, and nothing else.
+@torch.enable_grad()
+def _owners(decoder: Decoder, window: Window, hidden: Tensor, makers: list[str], reader: str, count: int) -> dict[str, Tensor]:
+    """By name of the matrices `makers`, the unit (out,) that each row serves; matrices with a row that serves several are left out.
 
-    Noise in place of what the rows of half of the units give must change these units in the reader's input, and no other
-    one by a single bit; then the same with the other half. What is fused otherwise, and norms over several units, fail.
+    A row serves the units whose part of what `reader` reads has a gradient in it. Units are told apart by the bits of their numbers:
+    for each bit, a row of one unit has a gradient in the units with that bit or in those without it, and in no others. Noise
+    stands in for what `makers` give, so that no row is silent by chance.
     """
-    draw = torch.Generator().manual_seed(0)
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[torch.randperm(count, generator=draw)[: (count + 1) // 2]] = True
-    plain = _read(decoder, window, hidden, reader)
-    for half in (chosen, ~chosen) if count > 1 else (chosen,):
-        noisy = half[owner].to(decoder.device)
+    draw, noise, read, handles = torch.Generator().manual_seed(0), {}, [], []
 
-        def disturb(module, args, output, noisy=noisy):
-            noise = torch.randn(output.shape, generator=draw).to(output)
-            return torch.where(noisy, noise, output)
+    def by_noise(name: str, module, args, output: Tensor) -> Tensor:
+        noise[name] = torch.randn(output.shape, generator=draw).to(output).requires_grad_()
+        return noise[name].clone()
 
-        handle = decoder.model.get_submodule(name).register_forward_hook(disturb)
-        try:
-            changed = _read(decoder, window, hidden, reader)
-        finally:
-            handle.remove()
-        touched = (changed != plain).flatten(0, -2).any(0).view(count, -1).any(1).cpu()
-        if not touched.any() or (touched & ~half).any():
-            return False
-    return True
-
-
-def _read(decoder: Decoder, window: Window, hidden: Tensor, reader: str) -> Tensor:
-    """What the matrix `reader` reads, (..., in), where `window` reads `hidden`."""
-    caught = []
-    handle = decoder.model.get_submodule(reader).register_forward_pre_hook(lambda module, args: caught.append(args[0].clone()))
+    for name in makers:
+        handles.append(decoder.model.get_submodule(name).register_forward_hook(partial(by_noise, name)))
+    handles.append(decoder.model.get_submodule(reader).register_forward_pre_hook(lambda module, args: read.append(args[0])))
     try:
         decoder.forward(window, hidden)
     finally:
-        handle.remove()
-    return caught[0]
+        for handle in handles:
+            handle.remove()
+    weighted = (read[0] * torch.randn(read[0].shape, generator=draw).to(read[0])).flatten(0, -2).sum(0).view(count, -1).sum(1)
+
+    def reached(units: Tensor) -> dict[str, Tensor]:
+        total = weighted[units.to(weighted.device)].sum()
+        gradients = torch.autograd.grad(total, list(noise.values()), retain_graph=True, materialize_grads=True)
+        return {name: (each != 0).flatten(0, -2).any(0) for name, each in zip(noise, gradients, strict=True)}
+
+    owners = {name: torch.zeros(each.shape[-1], dtype=torch.long, device=each.device) for name, each in noise.items()}
+    single, numbers = set(owners), torch.arange(count)
+    for bit in range(max(1, (count - 1).bit_length())):
+        on, off = (reached((numbers >> bit & 1).bool() == value) for value in (True, False))
+        single -= {name for name in single if not (on[name] ^ off[name]).all()}
+        owners = {name: owners[name] + (on[name].long() << bit) for name in single}
+    return {name: owners[name] for name in makers if name in single}
