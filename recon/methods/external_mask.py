@@ -20,47 +20,49 @@ LEAST = 0.01  # share of zeros in the matrices from which a model counts as prun
 
 
 def check_pruned(dense: nn.Module | Decoder, pruned: Weights) -> None:
-    """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `take_over` refuses."""
-    decoder = decompose(dense)
+    """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `take_over` cannot use.
+
+    That is a parameter that one of the models has and the other does not, or that is of another shape, NaN or infinite; and matrices
+    of which less than a share `LEAST` is zero, or all.
+    """
+    decoder, zeros, sizes = decompose(dense), 0, 0
     holders = {matrix.parameter_name for matrix in decoder.matrices().values()}
-    held = [(value.numel(), int(value.count_nonzero())) for name, value in read(decoder.model, pruned) if name in holders]
-    sizes, kept = map(sum, zip(*held, strict=True))
-    _check_share(1 - kept / sizes)
+    for name, value in read(decoder.model, pruned):
+        if name in holders:
+            zeros, sizes = zeros + int((value == 0).sum()), sizes + value.numel()
+    if not LEAST * sizes <= zeros < sizes:
+        raise ReconError(
+            f"pruned model: {zeros / sizes:.2%} of its matrices is zero; a mask is read from zeros: at least {LEAST:.0%}, not all"
+        )
 
 
 @torch.no_grad()
-def take_over(model: nn.Module | Decoder, pruned: Weights) -> Pruning:
+def take_over(model: nn.Module | Decoder, pruned: Weights, execution: Execution | None = None) -> Pruning:
     """Gives `model`, a copy of the dense one, the weights of `pruned` in place; its mask is wherever those are zero.
 
     All of its parameters are taken over, as what made the mask may have changed others (SparseGPT updates what survives),
-    and what was trained since may have changed any. Weights in half precision become float32, which loses nothing.
+    and what was trained since may have changed any. Weights in half precision become float32, which loses nothing. A model on disk
+    has been made of `pruned` already; its mask is read block by block.
 
-    Raises:
-        ReconError: naming a parameter that one of the models has and the other does not, or that is of another shape, NaN or
-            infinite; less than a share `LEAST` of the matrices' weights is zero, or all of them.
+    Raises `ReconError` for a parameter that one of the models has and the other does not, or of another shape, NaN or infinite.
     """
     decoder = decompose(model)
-    holders = {matrix.parameter_name for matrix in decoder.matrices().values()}
-    for name, value in read(decoder.model, pruned):
-        parameter = decoder.model.get_parameter(name)
-        fresh = ((value == 0) & (parameter.cpu() != 0)).float().mean().item()
-        if name not in holders and fresh > LEAST:
-            log.warning("%s of %r, outside of the blocks' matrices, is zero: nothing keeps it so", f"{fresh:.0%}", name)
-        parameter.copy_(value)
-    decoder.forget()
-    return _checked(Pruning({name: matrix.weight != 0 for name, matrix in decoder.matrices().items()}))
-
-
-@torch.no_grad()
-def read_mask(student: Decoder, execution: Execution) -> Pruning:
-    """The mask of a student whose weights are those of the pruned model already, read block by block."""
+    execution = execution or Execution(decoder.device, progress=False)
+    if not decoder.lazy:
+        for name, value in read(decoder.model, pruned):
+            decoder.model.get_parameter(name).copy_(value)
+        decoder.forget()
+    masks = execution.store.masks
 
     def visit(window: Window, statistics: dict) -> tuple[None, dict]:
-        execution.store.masks.update({name: matrix.weight != 0 for name, matrix in student.matrices(window).items()})
+        masks.update({name: matrix.weight != 0 for name, matrix in decoder.matrices(window).items()})
         return None, {}
 
-    over_blocks(student, execution, "prune", visit, "read the mask")
-    return _checked(Pruning(execution.store.masks))
+    over_blocks(decoder, execution, "prune", visit, "read the mask")
+    pruning = Pruning(masks)
+    if empty := [name for name, share in pruning.sparsity.items() if share == 1]:
+        log.warning("all of matrix %r is zero (%d such): there is nothing to reconstruct in it", empty[0], len(empty))
+    return pruning
 
 
 def read(model: nn.Module, pruned: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -83,18 +85,3 @@ def read(model: nn.Module, pruned: Weights) -> Iterator[tuple[str, Tensor]]:
             if not torch.equal(value, its):
                 raise ReconError(f"pruned model: {other!r} differs from {stored[0]!r}; in the dense model they are one")
         yield name, value
-
-
-def _checked(pruning: Pruning) -> Pruning:
-    """Raises `ReconError` where less than `LEAST` of the matrices is zero, or all; warns of one that is all zero."""
-    _check_share(pruning.total_sparsity)
-    if empty := [name for name, share in pruning.sparsity.items() if share == 1]:
-        log.warning("all of matrix %r is zero (%d such): there is nothing to reconstruct in it", empty[0], len(empty))
-    return pruning
-
-
-def _check_share(share: float) -> None:
-    if not LEAST <= share < 1:
-        raise ReconError(
-            f"pruned model: {share:.2%} of its matrices is zero; a mask is read from zeros: at least {LEAST:.0%}, not all"
-        )

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from recon.config import RetrainingConfig
 from recon.errors import ReconError
-from recon.kernels.gradient_descent import trained
+from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
 from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
@@ -70,26 +70,20 @@ def retrain(
         ReconError: no method, a missing dense model, a mask that does not fit, a model not in float32, samples longer than the
             model was made for.
     """
-    method, distils = config.retrain, config.retrain_objective == "distil"
+    method, name = config.retrain, f"retrain ({config.retrain}, {config.retrain_objective})"
     if method == "none":
         raise ReconError("retrain is 'none'; name a method")
-    if distils and dense is None:
+    if config.retrain_objective == "distil" and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
     student, samples = decompose(model), as_tokens(samples)
     student.check_length(samples.shape[1])
     if method not in ("full", "norms"):
         check_adaptable(student)
     execution = execution or Execution(student.device)
-    teacher = decompose(dense, like=student) if distils else None
+    teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
     check_trainable(student)
-    masks, matrices, parameters = keep_masks(student, masks), student.matrices(), list(student.model.parameters())
-    schedule, random, aside, began = config.schedule(len(samples)), generator(seed, "retrain"), 0.0, time.perf_counter()
-    bar = tqdm(
-        total=schedule.steps(len(samples)),
-        desc=f"retrain ({method}, {config.retrain_objective})",
-        unit="step",
-        disable=not execution.progress,
-    )
+    masks, schedule, aside, began = keep_masks(student, masks), config.schedule(len(samples)), 0.0, time.perf_counter()
+    bar = tqdm(total=schedule.steps(len(samples)), desc=name, unit="step", disable=not execution.progress)
     told = [ProgressBar(bar), *callbacks]
 
     def after_step(loss: Tensor) -> None:
@@ -104,37 +98,41 @@ def retrain(
         aside = time.perf_counter() - stopped
 
     with bar, _at(student.model, execution.device), _at(teacher and teacher.model, execution.device):
-        changing = (
-            dict(student.model.named_parameters()) if method in ("full", "norms") else {n: m.weight for n, m in matrices.items()}
-        )
-        before = {name: value.detach().clone() for name, value in changing.items()}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(requiring_gradients(parameters, False))
-            if method == "full":
-                theta = trained(parameters, dict(stored(matrices, masks, execution.device)))
-            elif method == "norms":
-                theta = trained((p for p in parameters if p.ndim == 1), {})
-            else:
-                draw = generator(seed, "adapters")
-                theta = stack.enter_context(adapted(matrices.values(), masks, method, config.retrain_rank, draw, merged))
-            stack.enter_context(requiring_gradients([each.parameter for each in theta]))
-            loss = partial(_loss, student, teacher, execution, config.retrain_checkpointing)
-            losses = train(loss, [samples], theta, schedule, random, execution, after_step)
+        every = dict(student.model.named_parameters())
+        holders = {matrix.parameter_name for matrix in student.matrices().values()}
+        changing = every if method in ("full", "norms") else {holder: every[holder] for holder in holders}
+        before = {name: parameter.detach().clone() for name, parameter in changing.items()}
+        with requiring_gradients(every.values(), False), _trained(student, config, masks, seed, execution, merged) as theta:
+            with requiring_gradients([each.parameter for each in theta]):
+                loss = partial(_loss, student, teacher, execution, config.retrain_checkpointing)
+                losses = train(loss, [samples], theta, schedule, generator(seed, "retrain"), execution, after_step)
         status = RETRAINED
-        if not (all(map(math.isfinite, losses)) and all(bool(p.isfinite().all()) for p in parameters)):
-            log.warning(
-                "retraining (%s, %s) gave NaN or infinite losses or weights; it is rolled back", method, config.retrain_objective
-            )
+        if not (all(map(math.isfinite, losses)) and all(bool(p.isfinite().all()) for p in every.values())):
+            log.warning("%s gave NaN or infinite losses or weights; it is rolled back", name)
             status = NOT_FINITE
             with torch.no_grad():
-                for name, value in changing.items():
-                    value.copy_(before[name])
+                for name, parameter in changing.items():
+                    parameter.copy_(before[name])
         student.forget()
-        names = {name: name if name in before else matrix.parameter_name for name, matrix in matrices.items()}
-        moved = movement((before[name], changing[name]) for name in dict.fromkeys(names.values()))
+        moved = movement((before[name], every[name]) for name in before if name in holders)
     batch = execution.micro_batch or config.retrain_batch_size
     count = sum(each.parameter.numel() for each in theta)
     return RetrainingReport(count, losses, moved, time.perf_counter() - began - aside, status, batch)
+
+
+@contextlib.contextmanager
+def _trained(
+    student: Decoder, config: RetrainingConfig, masks: dict[str, Tensor], seed: int, execution: Execution, merged: Callable
+) -> Iterator[list[Trained]]:
+    """What a method trains; `merged`: called when adapters are merged, before the mask is applied."""
+    matrices, method = student.matrices(), config.retrain
+    if method == "full":
+        yield trained(student.model.parameters(), dict(stored(matrices, masks, execution.device)))
+    elif method == "norms":
+        yield trained((p for p in student.model.parameters() if p.ndim == 1), {})
+    else:
+        with adapted(matrices.values(), masks, method, config.retrain_rank, generator(seed, "adapters"), merged) as low_rank:
+            yield low_rank
 
 
 def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:

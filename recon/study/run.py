@@ -232,10 +232,8 @@ class _Run:
     def _prune(self, model: Decoder) -> Pruned:
         spec, began = self.spec, time.perf_counter()
         with device.PeakMemory(self.device, anonymous=self.folder is not None) as peak:
-            if self.external and self.folder:
-                found = external_mask.read_mask(model, self.execution())
-            elif self.external:
-                found = external_mask.take_over(model, self.external)
+            if self.external:
+                found = external_mask.take_over(model, self.external, self.execution())
             else:
                 found = prune.prune(model, self.samples("prune"), spec.pruning, seed=spec.seed, execution=self.execution())
         return Pruned(found, time.perf_counter() - began, peak.bytes, self.storage)
