@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from recon.config import CalibrationConfig, ComputeConfig, EvaluationConfig, ModelConfig, ReconstructionConfig, RetrainingConfig
 from recon.errors import ReconError
 from recon.runtime.device import SAVED, limit_compiled_shapes
 from recon.study.record import RunRecord
@@ -59,28 +58,13 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Reconstruct:
-    """Reconstruct a model that something else pruned, against the dense one; print perplexities."""
-
-    dense: str  # The model before it was pruned: a bundled name, a local folder, a GGUF file, or a Hub id.
-    pruned: str  # The same model after something pruned it; its mask is wherever it is zero.
-    calibration: CalibrationConfig
-    reconstruction: ReconstructionConfig
-    retraining: RetrainingConfig
-    evaluation: EvaluationConfig
-    compute: ComputeConfig
-    output: Annotated[Output, Group]
-    dense_revision: str | None = None  # Branch, tag or commit of the dense model, where it is a Hub id.
-    pruned_revision: str | None = None  # Branch, tag or commit of the pruned model, where it is a Hub id.
-    trust_remote_code: bool = False  # Run the code that comes with a model, for types that transformers does not know.
-    seed: int = 0  # Seed of every random choice.
-    preset: str = "default"
-    """Recipe: fast, default, best, or paper (as published). It sets other options that are at their defaults."""
+class Reconstruct(Run):
+    """Reconstruct a model that something else pruned (--pruned) against the dense one (--dense, or --model); print perplexities."""
 
     def __call__(self) -> None:
-        model = ModelConfig(self.dense, self.dense_revision, self.trust_remote_code, self.pruned, self.pruned_revision)
-        same = ("calibration", "reconstruction", "retraining", "evaluation", "compute", "seed", "preset")
-        Run(RunSpec(model, **{name: getattr(self, name) for name in same}), self.output)()
+        if self.spec.model.pruned is None:
+            raise ReconError("which model is to be reconstructed is not said; name it with --pruned")
+        super().__call__()
 
 
 def _report(spec: RunSpec, record: RunRecord) -> None:
@@ -174,22 +158,14 @@ class Assets:
 class Bench:
     """Time each phase on a shortened model, beside a straightforward loop and the least that its products take."""
 
-    output: Path = Path("build/bench.json")
-    """File for the results (JSON)."""
-    model: str = "smollm2-135m"
-    """A bundled name, a local folder, or a Hub id."""
-    text: str = "wikipedia"
-    """Calibration and evaluation text."""
-    samples: int = 32
-    """Samples that are read."""
-    sequence_length: int = 256
-    """Tokens per sample."""
-    blocks: int = 4
-    """Blocks of the shortened model."""
-    repeats: int = 3
-    """Rounds of timing, all phases in turn."""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
+    output: Path = Path("build/bench.json")  # File for the results (JSON).
+    model: str = "smollm2-135m"  # A bundled name, a local folder, or a Hub id.
+    text: str = "wikipedia"  # Calibration and evaluation text.
+    samples: int = 32  # Samples that are read.
+    sequence_length: int = 256  # Tokens per sample.
+    blocks: int = 4  # Blocks of the shortened model.
+    repeats: int = 3  # Rounds of timing, all phases in turn.
+    device: str = "auto"  # auto, cpu, cuda, ...
 
     def __call__(self) -> None:
         from recon.study import bench
@@ -203,6 +179,10 @@ def main(arguments: list[str] | None = None) -> None:
     limit_compiled_shapes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recon").setLevel(logging.INFO)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["reconstruct"]:  # whose model is called dense
+        names = {"--dense": "--model", "--dense-revision": "--revision"}
+        arguments = ["".join((names.get(flag, flag), *rest)) for flag, *rest in (word.partition("=") for word in arguments)]
     commands = (Run, Reconstruct, Plan, Models, Criteria, Assets, Bench)
     try:
         tyro.extras.subcommand_cli_from_dict(

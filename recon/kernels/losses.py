@@ -22,9 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recon.errors import ReconError
-from recon.kernels.moments import add_moments
-from recon.kernels.rows import parts
+from recon.kernels.moments import add_moments, parts
 
 ELEMENTS = 2**19  # logits in float32 at once: they stay in a CPU core's cache
 # Positions at the start of each sample that losses and errors leave out. Models park attention on the first token, whichever it
@@ -50,15 +48,7 @@ def cosine(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(output.float(), target.float(), dim=-1)
 
 
-WindowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-LOSSES: dict[str, WindowLoss] = {"whitened": whitened, "mse": mse, "cosine": cosine}
-
-
-def get_loss(name: str) -> WindowLoss:
-    """The window loss called `name`. Raises `ReconError` for an unknown one."""
-    if name not in LOSSES:
-        raise ReconError(f"loss is {name!r}; allowed: {', '.join(LOSSES)}")
-    return LOSSES[name]
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"whitened": whitened, "mse": mse, "cosine": cosine}
 
 
 def channel_variance(targets: Tensor) -> Tensor:

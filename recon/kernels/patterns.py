@@ -1,5 +1,6 @@
 """Sparsity patterns, and exact masks made from scores. Matrices are always (out, in)."""
 
+import contextlib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,28 +25,22 @@ class Pattern:
     n: int | None = None
     m: int | None = None
 
-    def __post_init__(self):
-        if self.n is None and self.m is None:
-            valid = 0 <= self.sparsity < 1
-        else:
-            valid = None not in (self.n, self.m) and 0 < self.n < self.m and self.sparsity == 1 - self.n / self.m
-        if not valid:
-            raise _bad_pattern(str(self))
-
     @classmethod
     def parse(cls, text: str) -> "Pattern":
         """The pattern called "0.5" or "2:4"; the inverse of `str`. Raises `ReconError` for anything else."""
-        match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
-        try:
-            if match:
-                n, m = int(match[1]), int(match[2])
-                return cls(1 - n / m, n, m)
-            return cls(float(text))
-        except (ReconError, ValueError, ZeroDivisionError):
-            raise _bad_pattern(text) from None
+        if (match := re.fullmatch(r"([0-9]+):([0-9]+)", text)) and 0 < int(match[1]) < int(match[2]):
+            n, m = int(match[1]), int(match[2])
+            return cls(1 - n / m, n, m)
+        with contextlib.suppress(ValueError):
+            if 0 <= float(text) < 1:
+                return cls(float(text))
+        raise ReconError(
+            f"pattern is {text!r}; allowed: a sparsity from 0 up to, not including, 1 (such as '0.5'), or N:M with 0 < N < M "
+            "(such as '2:4': 2 of every 4 consecutive input weights are kept)"
+        )
 
     def __str__(self) -> str:
-        return str(self.sparsity) if self.n is None and self.m is None else f"{self.n}:{self.m}"
+        return str(self.sparsity) if self.m is None else f"{self.n}:{self.m}"
 
     def zeros(self, entries: int) -> int:
         """The number of zeros among `entries` weights."""
@@ -60,13 +55,6 @@ class Pattern:
             )
 
 
-def _bad_pattern(text: str) -> ReconError:
-    return ReconError(
-        f"pattern is {text!r}; allowed: a sparsity from 0 up to, not including, 1 (such as '0.5'), or N:M with 0 < N < M "
-        "(such as '2:4': 2 of every 4 consecutive input weights are kept)"
-    )
-
-
 def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
     """The mask (out, in), True = kept, that keeps the largest `scores` (out, in).
 
@@ -74,9 +62,8 @@ def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
         round(sparsity * out * in). An N:M pattern always compares within its groups of M.
 
     The number of zeros is exact, whatever the ties: of equal scores the earlier position goes first, as in a stable sort.
-    Raises `ReconError` for NaN scores, an unknown scope, and columns that do not divide into groups of M.
+    Raises `ReconError` for NaN scores and for columns that do not divide into groups of M.
     """
-    check_scope(scope)
     pattern.check_columns("the score matrix", scores.shape[1])
     if pattern.m is not None:
         groups = scores.reshape(-1, pattern.m)
@@ -110,30 +97,21 @@ def found_pattern(masks: Collection[Tensor]) -> Pattern:
     M is the smallest power of two up to 32 that holds. Matrices without zeros are ignored. `masks` may be a collection that makes
     each mask when it is iterated over, which happens several times. Raises `ReconError` where nothing is kept.
     """
-    kept = numel = 0
-    for mask in masks:
-        if not mask.all():
-            kept, numel = kept + int(mask.sum()), numel + mask.numel()
-    if not numel:
+    counts = [(int(mask.sum()), mask.numel()) for mask in masks if not mask.all()]
+    if not counts:
         return Pattern(0.0)
-    kept = kept / numel
+    share = sum(kept for kept, _ in counts) / sum(size for _, size in counts)
     for m in (2, 4, 8, 16, 32):
-        n = round(kept * m)
+        n = round(share * m)
         # A few more may be zero, such as weights that half precision rounded to it.
-        if 0 < n < m and abs(kept - n / m) < 0.005 and all(mask.all() or _keeps(mask, n, m) for mask in masks):
+        if 0 < n < m and abs(share - n / m) < 0.005 and all(mask.all() or _keeps(mask, n, m) for mask in masks):
             return Pattern(1 - n / m, n, m)
-    return Pattern(round(1 - kept, 4))
+    return Pattern(round(1 - share, 4))
 
 
 def _keeps(mask: Tensor, n: int, m: int) -> bool:
     """Whether `mask` (out, in) keeps at most `n` of every `m` consecutive inputs."""
     return mask.shape[1] % m == 0 and int(mask.reshape(-1, m).sum(1).max()) <= n
-
-
-def check_scope(scope: str) -> None:
-    """Raises `ReconError` for a scope that is not in `SCOPES`."""
-    if scope not in SCOPES:
-        raise ReconError(f"scope is {scope!r}; allowed: {', '.join(SCOPES)}")
 
 
 def sparsity_of(tensor: Tensor) -> float:

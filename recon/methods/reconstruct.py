@@ -24,7 +24,7 @@ from recon.config import PruningConfig, ReconstructionConfig, two_passes
 from recon.errors import ReconError
 from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.least_squares import masked_least_squares
-from recon.kernels.losses import channel_variance, get_loss, position_weights, unexplained
+from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
 from recon.kernels.moments import mean_product
 from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
@@ -299,7 +299,7 @@ class Reconstruction:
         data = [X[:count], Y[:count], position_weights(count, self.split.length, Y.device, skip=config.skip_first)]
         chunks = config.chunks_of(f, self.split.length)  # more steps at the same work, where tokens are not mixed
         data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
-        distance, variance = get_loss(config.loss), variance.to(self.execution.device)
+        distance, variance = LOSSES[config.loss], variance.to(self.execution.device)
         schedule, random = config.schedule(count, f), generator(self.seed, "shuffle", f.name)
 
         def descend(parameters: list[Trained], using=contextlib.nullcontext()) -> tuple[int, list[float]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from recon.errors import ReconError
 from recon.kernels.criteria import scores, sparsegpt
 from recon.kernels.criteria.structured import Structured, flap, wanda_sp
-from recon.kernels.patterns import Pattern, check_scope, keep_mask
+from recon.kernels.patterns import SCOPES, Pattern, keep_mask
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,21 @@ class Criterion:
         Raises `ReconError` for NaN or infinite input, statistics of the wrong shape, an unknown scope, and columns that do not
         divide into groups of M.
         """
-        check_scope(scope)
+        if scope not in SCOPES:
+            raise ReconError(f"scope is {scope!r}; allowed: {', '.join(SCOPES)}")
         pattern.check_columns("the weight", weight.shape[1])
-        self._check_finite("weight", weight)
-        self._check_statistics(weight, statistics)
-        if self.method:
-            return self.method(weight, statistics, pattern, scope, generator, **options)
-        mask = keep_mask(self.score(weight, statistics, generator, **options), pattern, scope)
-        return weight.masked_fill(~mask, 0.0), mask
-
-    def _check_statistics(self, weight: Tensor, statistics: Tensor | None) -> None:
         columns = weight.shape[1]
         expected = {"none": None, "norm": (columns,), "gram": (columns, columns)}[self.statistics]
         shape = None if statistics is None else tuple(statistics.shape)
         if expected and shape != expected:
             raise ReconError(f"criterion {self.name!r}: statistics have shape {shape}; for this weight it needs {expected}")
-        if expected:
-            self._check_finite("statistics", statistics)
-
-    def _check_finite(self, what: str, tensor: Tensor) -> None:
-        if not tensor.isfinite().all():
-            raise ReconError(f"criterion {self.name!r}: entries of the {what} are NaN or infinite; all must be finite")
+        for what, tensor in {"weight": weight, **({"statistics": statistics} if expected else {})}.items():
+            if not tensor.isfinite().all():
+                raise ReconError(f"criterion {self.name!r}: entries of the {what} are NaN or infinite; all must be finite")
+        if self.method:
+            return self.method(weight, statistics, pattern, scope, generator, **options)
+        mask = keep_mask(self.score(weight, statistics, generator, **options), pattern, scope)
+        return weight.masked_fill(~mask, 0.0), mask
 
 
 def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Tensor]:
