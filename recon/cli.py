@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from recon.errors import ReconError
-from recon.runtime.device import SAVED, limit_compiled_shapes
+from recon.runtime.device import limit_compiled_shapes
 from recon.study.record import RunRecord
 from recon.study.spec import RunOptions, RunSpec
 
@@ -86,22 +86,16 @@ def _report(spec: RunSpec, record: RunRecord) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Say what a run would take (memory, disk, time), and whether it fits here; no weights are read."""
+    """Say what a run would take (memory, time), and whether it fits here; no weights are read."""
 
     spec: Annotated[RunSpec, Group]
-    save: bool = False  # Whether the model would be saved.
-    save_dtype: Literal[tuple(SAVED)] = "float32"  # What weights would be saved in.
     stream: Literal["auto", "yes", "no"] = "auto"  # Whether the model would stay on disk.
     memory: float | None = None  # GiB of host memory that the run may take; default: what is free here.
-    device_memory: float | None = None
-    """GiB of memory of a GPU that the run may take; plans for such a GPU, whether one is here or not."""
-    disk: float | None = None  # GiB that the run may write to the disk; default: what is free here.
 
     def __call__(self) -> None:
         from recon.study.plan import plan
 
-        options = RunOptions(Path() if self.save else None, self.save_dtype, self.stream)
-        planned = plan(self.spec, options, memory_gib=self.memory, device_gib=self.device_memory, disk_gib=self.disk)
+        planned = plan(self.spec, self.stream, memory_gib=self.memory)
         print(planned)
         if planned.problem:
             raise ReconError(planned.problem)

@@ -40,7 +40,7 @@ def test_reconstruct_reads_the_mask_of_a_pruned_model(small, tmp_path, capsys):
 
 
 def test_plan_says_what_a_run_would_take(small, capsys):
-    main(["plan", *small, "--save"])
+    main(["plan", *small])
     assert "memory" in capsys.readouterr().out
     assert "this run" in refuse(["plan", *small, "--memory", "0.0001"], capsys)
 

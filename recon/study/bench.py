@@ -8,8 +8,7 @@ masks as `torch.nn.utils.prune` parametrisations that multiply in every forward 
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from torch.nn.utils import prune as parametrisation
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from recon.config import PruningConfig, ReconstructionConfig
 from recon.data import models
 from recon.data.text import sample_tokens
 from recon.evaluate.perplexity import perplexity
@@ -39,9 +37,15 @@ from recon.study.plan import flops, gemm_rate
 from recon.study.spec import RunSpec
 
 BATCH_SIZE, PATTERN, RATE = 2, "0.5", 3e-3
-PRUNING = PruningConfig(pattern=PATTERN, statistics="dense")
-EQUAL = {"epochs": 1, "batch_size": BATCH_SIZE, "propagation": "dense", "chunks": 1}  # as many steps as the straightforward loop
-EXACT = {"granularity": "matrix", "solver": "exact", "propagation": "dense"}
+PHASES = {  # phase -> what `recon.study.plan.flops` calls it, and its options beside those of the straightforward loop
+    "prune, wanda": ("prune", {"granularity": "none"}),
+    "prune, sparsegpt": ("prune", {"granularity": "none", "criterion": "sparsegpt"}),
+    "reconstruct": ("reconstruct", {}),
+    "reconstruct, mixed": ("reconstruct", {"propagation": "mixed"}),
+    "prune and reconstruct": ("reconstruct", {}),
+    "evaluate": ("evaluate", {"granularity": "none"}),
+}
+REFERENCE = ("prune, wanda", "reconstruct", "prune and reconstruct")  # what the straightforward loop does, too
 
 
 def bench(
@@ -50,43 +54,49 @@ def bench(
     """Times every phase in turn, `repeats` times, on the first `blocks` blocks of `model`; writes the results to `output`.
 
     Returns settings, environment, `floor_seconds` by phase, and `rows`: phase, loop ("ours", "reference"), round, seconds. The floor
-    is what the products and attention of a phase take at the speed of large squares. Norms for Wanda are free: they come from the
-    dense model's pass. Gram matrices, and what is solved with them, are products in float32. Raises `ReconError` for bad input.
+    is what the products and attention of a phase take at the speed of large squares. Raises `ReconError` for bad input.
     """
     settings = {name: value for name, value in locals().items() if name != "output"}
     check_writable(Path(output).parent, "output")
     dense, tokens = subject(model, text, samples, sequence_length, blocks, device)
+    rate, rows = gemm_rate(dense.device, pick_compute_dtype("auto", dense.device), size=2048), []
+    cell = RunSpec.of(
+        text=text, evaluation_texts=(text,), samples=samples, evaluation_samples=samples, sequence_length=sequence_length,
+        evaluation_length=sequence_length, held_out_samples=0, pattern=PATTERN, epochs=1, batch_size=BATCH_SIZE, propagation="dense",
+        chunks=1,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:  # whose configuration is that of the shortened model
         dense.model.config.save_pretrained(folder)
-        floors = _floors(dense, settings | {"model": folder})
+        specs = {phase: cell.replaced(model=folder, **options) for phase, (_, options) in PHASES.items()}
+        floors = {phase: flops(spec)[PHASES[phase][0]] / rate for phase, spec in specs.items()}
+    floors["evaluate"] /= 2  # a run evaluates twice
     execution = Execution(dense.device, progress=False)
-    masks = prune(copied(dense, {}), tokens, PRUNING, execution=execution).masks
-    sparsegpt, mixed = replace(PRUNING, criterion="sparsegpt"), EQUAL | {"propagation": "mixed"}
+    masks = prune(copied(dense, {}), tokens, cell.pruning, execution=execution).masks
 
-    def fit(student: Decoder, **options) -> None:
-        reconstruct(student, dense, tokens, ReconstructionConfig(**options), masks=masks, execution=execution)
+    def ours(phase: str, student: Decoder) -> None:
+        spec = specs[phase]
+        if phase == "evaluate":
+            perplexity(student, tokens, execution=execution)
+        elif spec.reconstruction.granularity == "none":
+            prune(student, tokens, spec.pruning, execution=execution)
+        else:
+            pruned = {"pruning": spec.pruning} if phase.startswith("prune") else {"masks": masks}
+            reconstruct(student, dense, tokens, spec.reconstruction, execution=execution, **pruned)
 
-    work: dict[tuple[str, str], Callable[[Decoder], object]] = {  # phase, loop -> what it does with a copy of the model
-        ("prune, wanda", "reference"): lambda student: reference_prune(student, tokens),
-        ("prune, wanda", "ours"): lambda student: prune(student, tokens, PRUNING, execution=execution),
-        ("prune, sparsegpt", "ours"): lambda student: prune(student, tokens, sparsegpt, execution=execution),
-        ("matrix, exact", "ours"): lambda student: fit(student, **EXACT),
-        ("reconstruct", "reference"): lambda student: reference_reconstruct(student, dense, tokens, masks),
-        ("reconstruct", "ours"): lambda student: fit(student, **EQUAL),
-        ("reconstruct, mixed", "ours"): lambda student: fit(student, **mixed),
-        ("prune and reconstruct", "reference"): lambda student: reference(student, dense, tokens),
-        ("prune and reconstruct", "ours"): lambda student: ours(student, dense, tokens),
-        ("evaluate", "ours"): lambda student: perplexity(student, tokens, execution=execution),
-    }
-    rows = []
+    def reference(phase: str, student: Decoder) -> None:
+        kept = reference_prune(student, tokens) if phase.startswith("prune") else masks
+        if phase.endswith("reconstruct"):
+            reference_reconstruct(student, dense, tokens, kept)
+
     for number in tqdm(range(repeats), desc="bench", unit="round"):
-        for (phase, loop), function in work.items():
-            student = copied(dense, {} if phase.startswith("prune") else masks)
-            began = time.perf_counter()
-            function(student)
-            if dense.device.type == "cuda":
-                torch.cuda.synchronize()
-            rows.append({"phase": phase, "loop": loop, "round": number, "seconds": time.perf_counter() - began})
+        for phase in PHASES:
+            for loop in (reference, ours) if phase in REFERENCE else (ours,):
+                student = copied(dense, {} if phase.startswith("prune") else masks)
+                began = time.perf_counter()
+                loop(phase, student)
+                if dense.device.type == "cuda":
+                    torch.cuda.synchronize()
+                rows.append({"phase": phase, "loop": loop.__name__, "round": number, "seconds": time.perf_counter() - began})
     results = {"settings": settings, "environment": environment(dense.device, "auto"), "floor_seconds": floors, "rows": rows}
     write_json(Path(output), results)
     return results
@@ -124,17 +134,6 @@ def copied(dense: Decoder, masks: Mapping[str, Tensor]) -> Decoder:
     return student
 
 
-def ours(student: Decoder, dense: Decoder, samples: Tensor) -> None:
-    """Prunes `student`, a copy of `dense`, and reconstructs it in one pass, with the steps of the straightforward loop."""
-    execution = Execution(dense.device, progress=False)
-    reconstruct(student, dense, samples, ReconstructionConfig(**EQUAL), pruning=PRUNING, execution=execution)
-
-
-def reference(student: Decoder, dense: Decoder, samples: Tensor) -> None:
-    """Prunes `student`, a copy of `dense`, and reconstructs it: the straightforward loop."""
-    reference_reconstruct(student, dense, samples, reference_prune(student, samples))
-
-
 def reference_prune(student: Decoder, samples: Tensor) -> dict[str, Tensor]:
     """Prunes `student` in place by Wanda, with statistics from the model pruned so far; returns masks, True = kept, (out, in)."""
     masks, totals = {}, {}
@@ -167,8 +166,8 @@ def reference_reconstruct(student: Decoder, dense: Decoder, samples: Tensor, mas
     for window in dense.windows("half-block"):
         outputs = torch.empty_like(inputs)
         with torch.no_grad(), _autocast(dense):
-            for index in range(len(inputs)):
-                outputs[index] = dense.forward(window, inputs[index : index + 1])[0]
+            for index, x in enumerate(inputs):
+                outputs[index] = dense.forward(window, x[None])[0]
         matrices, parameters = student.matrices(window), list(student.parameters(window).values())
         for name, matrix in matrices.items():
             parametrisation.custom_from_mask(matrix.module, "weight", matrix.oriented(masks[name]))
@@ -187,32 +186,6 @@ def reference_reconstruct(student: Decoder, dense: Decoder, samples: Tensor, mas
         for matrix in matrices.values():
             parametrisation.remove(matrix.module, "weight")
         inputs = outputs
-
-
-def _floors(dense: Decoder, settings: dict) -> dict[str, float]:
-    """By phase, the seconds of its products at the speed of large squares: what `recon.study.plan` counts."""
-    dtype, single = pick_compute_dtype("auto", dense.device), torch.float32
-    rates = {each: gemm_rate(dense.device, each, size=2048, seconds=0.5) for each in {dtype, single}}
-    text, count, length = settings["text"], settings["samples"], settings["sequence_length"]
-    cell = RunSpec.of(
-        model=settings["model"], text=text, evaluation_texts=(text,), samples=count, evaluation_samples=count, sequence_length=length,
-        evaluation_length=length, epochs=1, statistics="dense", pattern=PATTERN, held_out_samples=0, granularity="none",
-    )  # fmt: skip
-    once = flops(cell)["prune"]  # the dense model's pass
-
-    def seconds(phase: str, grams: bool = False, **options) -> float:
-        count = flops(cell.replaced(**options))[phase]
-        return (once / rates[dtype] + (count - once) / rates[single]) if grams else count / rates[dtype]
-
-    return {
-        "prune, wanda": seconds("prune"),
-        "prune, sparsegpt": seconds("prune", grams=True, criterion="sparsegpt"),
-        "matrix, exact": seconds("reconstruct", grams=True, **EXACT),
-        "reconstruct": seconds("reconstruct", granularity="half-block", **EQUAL),
-        "reconstruct, mixed": seconds("reconstruct", granularity="half-block", **EQUAL | {"propagation": "mixed"}),
-        "prune and reconstruct": seconds("reconstruct", granularity="half-block", **EQUAL),
-        "evaluate": seconds("evaluate") / 2,  # a run evaluates twice
-    }
 
 
 def _autocast(decoder: Decoder) -> torch.autocast:

@@ -1,17 +1,14 @@
-"""What a run takes, before it starts and without weights: operations, time, memory, disk; and whether it fits here."""
+"""What a run takes, before it starts and without weights: operations, time, memory; and whether it fits here."""
 
 import contextlib
 import functools
 import logging
-import math
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig
 
@@ -27,31 +24,23 @@ from recon.methods.samples import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.encoder_decoder import EncoderDecoder
+from recon.model.matrices import Matrix
 from recon.model.modules import kind_of
 from recon.model.skeleton import Lazy, skeleton
 from recon.model.windows import Window
 from recon.runtime import device as devices
 from recon.runtime.device import HOST
-from recon.runtime.storage import SMALL, cache_folder
+from recon.runtime.storage import SMALL
 from recon.study import streaming
 from recon.study.spec import RunOptions, RunSpec
 
 log = logging.getLogger("recon")
 GIB = 2**30
-LONG = 600  # seconds: runs that are expected to take longer say their whole plan before they start
-LARGE = 0.3  # of the available memory: so do those that take more
 MARGIN = 96 * 2**20  # bytes of what no shape tells: tokenizer, texts, libraries loaded later, kernels' own memory
-WIDTHS = (
-    "hidden_size",
-    "intermediate_size",
-    "_dim",
-    "_rank",
-    "n_embd",
-    "n_inner",
-    "d_model",
-)  # how options of a layer's widths end
+WIDTHS = ("hidden_size", "intermediate_size", "_dim", "_rank", "n_embd", "n_inner", "d_model")  # ends of options: layers' widths
 EFFICIENCY = 0.6  # of a bare matrix product's speed that a whole pass reaches, measured on CPUs
-STEP = 0.5e-3  # seconds of a training step for each matrix, beside products and updates: what Python and autograd take, measured on CPUs
+UPDATE = 2000  # operations that take as long as one weight's rounding, update and masking, which memory bounds: measured on CPUs
+STEP = 0.5e-3  # seconds of a training step for each matrix, beside all that: what Python and autograd take, measured on CPUs
 
 
 # --- a model without weights ------------------------------------------------------------------------------------------------
@@ -134,6 +123,38 @@ def counted(decoder: Decoder, window: Window, length: int, train: str = "none") 
     return sum(n if kind in by_weights else n / 2 for kind, n in counter.get_flop_counts()["Global"].items()) / length
 
 
+class Trained(NamedTuple):
+    """Windows of one kind that a run trains: `passes` through each, in both directions, of so many `tokens` in all, for its `elements`."""
+
+    phase: str
+    how: ReconstructionConfig
+    windows: list[Window]
+    passes: int
+    tokens: int
+    elements: int
+
+
+def trained(spec: RunSpec, decoder: Decoder) -> Iterator[Trained]:
+    """What a run of `spec` (resolved) trains; retraining has one window, the whole model. Exact solutions take no pass."""
+    again, length = spec.retraining, spec.calibration.sequence_length
+    parts = [("reconstruct", spec.reconstruction, alike) for alike in kinds(decoder, spec.reconstruction.granularity)]
+    if again.retrain != "none":
+        same = {name: getattr(again, f"retrain_{name}") for name in ("rank", "epochs", "batch_size", "accumulation")}
+        trains = {"adapter": again.retrain} if again.retrain in ADAPTERS else {"train": "all"}
+        whole = ReconstructionConfig(granularity="model", **same, **trains)
+        parts.append(("retrain", whole, [Window(range(len(decoder.blocks)))]))
+    for phase, how, windows in parts:
+        samples, parameters = spec.samples_by_phase[phase], decoder.trained(windows[0], how.train).values()
+        epochs = how.schedule(samples).epochs * (how.solver == "adamw")
+        passes = epochs * -(-samples * how.chunks_of(windows[0], length) // how.batch_size)
+        if phase == "retrain" and again.retrain == "full":  # embedding and head as well
+            parameters = list(decoder.model.parameters())
+        elements = sum(parameter.numel() for parameter in parameters)
+        if how.adapter != "none":
+            elements = how.rank * sum(sum(matrix.weight.shape) for matrix in decoder.matrices(windows[0]).values())
+        yield Trained(phase, how, windows, passes, epochs * samples * length, elements)
+
+
 def flops(spec: RunSpec) -> dict[str, float]:
     """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate".
 
@@ -141,10 +162,10 @@ def flops(spec: RunSpec) -> dict[str, float]:
     causal half, Gram matrices, adapters, exact solvers; no element-wise work. Evaluation is that of perplexity.
     """
     spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
-    how, length, samples = spec.reconstruction, spec.calibration.sequence_length, spec.samples_by_phase
+    how, again, pruning, length = spec.reconstruction, spec.retraining, spec.pruning, spec.calibration.sequence_length
     matrices, whole = decoder.matrices(), Window(range(len(decoder.blocks)))
     weights = {name: matrix.share * matrix.weight.numel() for name, matrix in matrices.items()}  # that a token meets, on average
-    forward, tokens = counted(decoder, whole, length), {phase: count * length for phase, count in samples.items()}
+    forward, tokens = counted(decoder, whole, length), {phase: count * length for phase, count in spec.samples_by_phase.items()}
     predicted = decoder.predicted(torch.empty(1, 2)).shape[1] / 2  # of all tokens; an encoder-decoder predicts half of them
     head = predicted * 2 * sum(weight.numel() for weight in decoder.head_weights())
     read = [matrices[group[0]] for groups in decoder.groups for group in groups]
@@ -152,41 +173,37 @@ def flops(spec: RunSpec) -> dict[str, float]:
     products = sum(matrix.weight.shape[0] * matrix.weight.shape[1] ** 2 for matrix in matrices.values())  # with Gram matrices
     found = dict.fromkeys(("prune", "reconstruct", "retrain", "evaluate"), 0.0)
 
-    pruning, rule = spec.pruning, criteria.get("none" if spec.model.pruned else spec.pruning.criterion)
-    if (rule.statistics != "none" or pruning.mask_refinement) and not spec.one_pass:  # else reconstruction's pass serves
-        found["prune"] += forward * tokens["prune"] * (2 if pruning.statistics == "sparse" and rule.scope != "model" else 1)
-    if rule.statistics == "gram" or pruning.mask_refinement:
-        found["prune"] += grams * tokens["prune"]
+    rule = criteria.get("none" if spec.model.pruned else pruning.criterion)
+    by_grams = rule.statistics == "gram" or pruning.mask_refinement > 0
+    passes = rule.statistics != "none" or by_grams
+    passes = 0 if spec.one_pass else passes * (2 if pruning.statistics == "sparse" and rule.scope != "model" else 1)
+    found["prune"] = (passes * forward + by_grams * grams) * tokens["prune"]
     if pruning.criterion == "sparsegpt":
         found["prune"] += products + sum(2 * matrix.weight.shape[1] ** 3 for matrix in read)
 
+    for part in trained(spec, decoder):
+        per_token, per_pass = counted(decoder, part.windows[0], length, part.how.train), 0.0
+        if part.how.adapter != "none":  # made into weights, and back into gradients
+            per_pass = 6 * part.how.rank * sum(map(weights.get, decoder.matrices(part.windows[0])))
+        if part.phase == "retrain":
+            if again.retrain == "norms":
+                per_token = counted(decoder, whole, length, "norms")
+            per_token += head * (3 if again.retrain == "full" else 2) + forward * again.retrain_checkpointing
+            per_token += (forward + head) * (again.retrain_objective == "distil")
+            per_pass *= 4 / 3 if again.retrain_checkpointing else 1
+        found[part.phase] += len(part.windows) * (per_token * part.tokens + per_pass * part.passes)
+
     if how.granularity != "none":
-        windows, own = decoder.windows(how.granularity), how.propagation != "dense"
         # The dense model's pass, and the student's own, of which nothing reads what comes after the last window.
-        per_token = forward * (1 + own * (1 - len(windows[-1].blocks) / len(decoder.blocks)))
+        left = 1 - len(decoder.windows(how.granularity)[-1].blocks) / len(decoder.blocks)
+        per_token = forward * (1 + (how.propagation != "dense") * left)
         if how.granularity == "matrix":  # targets come matrix by matrix; inputs by running a block up to it, but for dense ones
             per_token += 2 * sum(weights.values()) + forward * (how.propagation == "mixed")
-        if how.solver == "adamw":
-            epochs = how.schedule(samples["reconstruct"]).epochs
-            for alike in kinds(decoder, how.granularity):
-                per_token += epochs * len(alike) * counted(decoder, alike[0], length, how.train)
-                if how.adapter != "none":
-                    steps = epochs * -(-samples["reconstruct"] * how.chunks_of(alike[0], length) // how.batch_size)
-                    size = sum(map(weights.get, decoder.matrices(alike[0])))
-                    found["reconstruct"] += len(alike) * steps * 6 * how.rank * size
         if "exact" in (how.solver, how.start):
             found["reconstruct"] += grams * tokens["reconstruct"] + 2 * products * (1 + how.exact_iterations)
         # Errors: on held-out samples, through the dense windows too; before and after through the student's.
         errors = ERROR_SAMPLES * length * forward * ((spec.calibration.held_out_samples > 0) + 2)
         found["reconstruct"] += per_token * tokens["reconstruct"] + errors
-
-    if (again := spec.retraining).retrain != "none":
-        train = again.retrain if again.retrain == "norms" else "all" if again.retrain == "full" else "matrices"
-        per_token = counted(decoder, whole, length, train) + head * (3 if again.retrain == "full" else 2)
-        per_token += (forward + head) * (again.retrain_objective == "distil") + forward * again.retrain_checkpointing
-        runs = -(-samples["retrain"] // again.retrain_batch_size) * (again.retrain in ADAPTERS)
-        merging = runs * (6 + 2 * again.retrain_checkpointing) * again.retrain_rank * sum(weights.values())
-        found["retrain"] = again.schedule(samples["retrain"]).epochs * (per_token * tokens["retrain"] + merging)
 
     evaluated = sum(spec.evaluation.windows.values()) * spec.evaluation.evaluation_length
     found["evaluate"] = (2 + (found["reconstruct"] + found["retrain"] > 0)) * evaluated  # models
@@ -194,56 +211,25 @@ def flops(spec: RunSpec) -> dict[str, float]:
     return found
 
 
-def rate(work: Callable[[], object], amount: float, seconds: float = 0.1) -> float:
-    """How much of something is done per second, where `work` does `amount` of it and waits for the device."""
-    work()
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        work()
-        count += 1
-    return amount * count / (time.perf_counter() - began)
-
-
-def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.1) -> float:
-    """Floating-point operations per second of a square matrix product on this machine, measured now."""
-    square = torch.ones(size, size, device=device, dtype=dtype)
-    return rate(lambda: (square @ square).sum().item(), 2 * size**3, seconds)
-
-
 @functools.cache
-def speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """How fast this machine is: operations per second of a pass; weights per second that a training step rounds, updates and masks,
-    which memory bounds. Measured once per process."""
-    weights = nn.Parameter(torch.ones(1536, 1024, device=device))
-    mask, optimizer = torch.ones_like(weights, dtype=torch.bfloat16), torch.optim.AdamW([weights], fused=True)
-
-    def update() -> None:
-        weights.grad = weights.detach().to(dtype).float()
-        optimizer.step()
-        weights.data.mul_(mask)[0, 0].item()
-
-    return EFFICIENCY * gemm_rate(device, dtype), rate(update, weights.numel())
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, times: int = 20) -> float:
+    """Floating-point operations per second of a square matrix product on this machine, measured once per process."""
+    square = torch.ones(size, size, device=device, dtype=dtype)
+    (square @ square).sum().item()
+    began = time.perf_counter()
+    for _ in range(times):
+        (square @ square).sum().item()
+    return times * 2 * size**3 / (time.perf_counter() - began)
 
 
 def seconds(spec: RunSpec, device: torch.device) -> dict[str, float]:
     """Seconds that a run of `spec` will take on this machine by phase."""
     spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
-    products, updates = speeds(device, devices.pick_compute_dtype(spec.compute.compute_dtype, device))
-    found = {phase: count / products for phase, count in flops(spec).items()}
-    trained = []  # phase, options, samples, rank of adapters or 0, windows of one kind
-    if spec.reconstruction.solver == "adamw":
-        how, length = spec.reconstruction, spec.calibration.sequence_length
-        for windows in kinds(decoder, how.granularity):
-            samples = spec.calibration.samples * how.chunks_of(windows[0], length)
-            trained.append(("reconstruct", how, samples, how.rank * (how.adapter != "none"), windows))
-    if (again := spec.retraining).retrain != "none":
-        rank, whole = again.retrain_rank * (again.retrain != "full"), Window(range(len(decoder.blocks)))
-        trained.append(("retrain", again, spec.samples_by_phase["retrain"], rank, [whole]))
-    for phase, how, samples, rank, windows in trained:
-        schedule, shapes = how.schedule(samples), [matrix.weight.shape for matrix in decoder.matrices(windows[0]).values()]
-        size = sum(rank * sum(shape) if rank else shape.numel() for shape in shapes)
-        steps = schedule.epochs * -(-samples // schedule.batch_size)
-        found[phase] += len(windows) * (steps * len(shapes) * STEP + schedule.steps(samples) * size / updates)
+    speed = EFFICIENCY * gemm_rate(device, devices.pick_compute_dtype(spec.compute.compute_dtype, device))
+    found = {phase: count / speed for phase, count in flops(spec).items()}
+    for part in trained(spec, decoder):
+        step = STEP * len(decoder.matrices(part.windows[0])) + UPDATE * part.elements / speed
+        found[part.phase] += len(part.windows) * part.passes * step
     return found
 
 
@@ -261,91 +247,70 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device | None =
     """Bytes of the largest window of a run of `spec`, counted from shapes, by what they are for; empty where none is reconstructed.
 
     "parameters": what it takes to run the window. "gradients", "moments" (AdamW's two): of what is trained. "copies": weights to roll
-    back to. "masks": as weights are multiplied by them. "rounded": weights in the compute dtype. "activations": what the forward pass
-    of one batch keeps for the backward pass. "statistics": Gram matrices, and room to factor one, where there are any.
+    back to. "rounded": weights in the compute dtype, and masks. "activations": what the forward pass of one batch keeps for the
+    backward pass. "statistics": Gram matrices, and room to factor one, where there are any.
 
     decoder: the model, or its shapes alone. device: where windows are computed; default: the spec's.
     """
     device = devices.pick_device(spec.compute.device) if device is None else device
-    found = [_window_memory(decoder, alike[0], spec, device) for alike in kinds(decoder, spec.reconstruction.granularity)]
-    return max(found, key=lambda parts: sum(parts.values()), default={})
+    found = [_bytes(decoder, part, spec, device) for part in trained(spec, decoder) if part.phase == "reconstruct"]
+    return max(found, key=lambda sizes: sum(sizes.values()), default={})
 
 
-def _window_memory(decoder: Decoder, window: Window, spec: RunSpec, device: torch.device) -> dict[str, int]:
-    how, length, config = spec.reconstruction, spec.calibration.sequence_length, decoder.model.config.get_text_config()
-    dtype, matrices = planned_dtype(spec, device), decoder.matrices(window)
-    shapes, rounds = [matrix.weight.shape for matrix in matrices.values()], dtype != torch.float32
+def _bytes(decoder: Decoder, part: Trained, spec: RunSpec, device: torch.device) -> dict[str, int]:
+    """Bytes of one window of a kind; see `window_memory`."""
+    how, window, length = part.how, part.windows[0], spec.calibration.sequence_length
+    itemsize, matrices = _itemsize(spec, device), decoder.matrices(window)
+    weights = sum(matrix.weight.numel() for matrix in matrices.values())
     groups = [group for index in window.blocks for group in decoder.groups[index] if group[0] in matrices]
-    weights, before = sum(map(math.prod, shapes)), sum(p.numel() for p in decoder.trained(window, how.train).values())
-    trained = before if how.adapter == "none" else how.rank * sum(map(sum, shapes))
-    # Rounded, each matrix has an input of its own; else those of a group share it. Norms keep what they read and what they give.
-    read = [name for group in groups for name in (group if rounds else group[:1])]
-    width = sum(m.share * (m.weight.shape[0] + (name in read) * m.weight.shape[1]) for name, m in matrices.items())
-    per_token = dtype.itemsize * width + (0 if window.matrices else 2 * 4 * config.hidden_size * window.halves)
-    tokens = min(how.batch_size, spec.calibration.samples) * length // how.chunks_of(window, length)
+    norms = 0 if window.matrices else 2 * 4 * decoder.model.config.get_text_config().hidden_size * window.halves  # read and give
+    tokens = min(how.batch_size, spec.samples_by_phase[part.phase]) * length // how.chunks_of(window, length)
+    columns, descends = [matrices[group[0]].weight.shape[1] for group in groups], part.passes > 0
     rule = criteria.get("magnitude" if spec.model.pruned else spec.pruning.criterion)
     by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
-    columns, descends = [matrices[group[0]].weight.shape[1] for group in groups], how.solver == "adamw"
     return {
         "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),
-        "gradients": descends * 4 * trained,
-        "moments": descends * 8 * trained,
-        "copies": 4 * before,
-        "masks": descends * (how.adapter in ("none", "masklora")) * weights * (2 if device.type == "cpu" else 1),
-        "rounded": descends * weights * dtype.itemsize * (rounds or how.adapter != "none"),
-        "activations": descends * int(tokens * per_token),
+        "gradients": descends * 4 * part.elements,
+        "moments": descends * 8 * part.elements,
+        "copies": 4 * max(weights, part.elements),
+        "rounded": descends * weights * (2 + itemsize * (itemsize < 4 or how.adapter != "none")),
+        "activations": descends * int(tokens * (itemsize * _width(matrices.values()) + norms)),
         "statistics": 4 * (sum(each**2 for each in columns) + 6 * max(columns) ** 2) if by_grams else 0,
     }
 
 
 def peak_memory(spec: RunSpec, device: torch.device, streamed: bool) -> dict[str, dict[str, float]]:
-    """Peak bytes of a run of `spec` by kind of device, and by what they are for; the process itself is left out.
+    """Peak bytes of a run of `spec` (resolved) by kind of device, and by what they are for; the process itself is left out.
 
-    Both models, unless `streamed`; activations of all samples, unless they are in mapped files; the largest window (for retraining, the
-    model; see `window_memory`); logits; and `MARGIN` for the rest.
+    Both models, unless `streamed`; activations of all samples, unless they are in mapped files; the largest window, which may be a block
+    that is only run, or the model where it is retrained (see `window_memory`); logits; and `MARGIN` for the rest.
     """
-    spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
-    how, again, calibration, evaluation = spec.reconstruction, spec.retraining, spec.calibration, spec.evaluation
-    config, dtype, length = decoder.model.config.get_text_config(), planned_dtype(spec, device), calibration.sequence_length
-    parameters, pruned = _elements(decoder)
-    work: dict[str, float] = dict(window_memory(decoder, spec, device))
-    if how.granularity == "none":
-        work["statistics"] = window_memory(decoder, spec.replaced(granularity="block"), device)["statistics"]
-    tokens, copies = min(evaluation.evaluation_length, SLICE), 2
+    decoder, again, length = shapes_of(*spec.loaded_by), spec.retraining, spec.calibration.sequence_length
+    config, itemsize = decoder.model.config.get_text_config(), _itemsize(spec, device)
+    run = Trained("prune", ReconstructionConfig(), [Window(range(1))], 0, 0, 0)
+    windows = [_bytes(decoder, part, spec, device) for part in (run, *trained(spec, decoder))]
+    window = max(windows, key=lambda sizes: sum(sizes.values()))
+    tokens, copies = min(spec.evaluation.evaluation_length, SLICE), 2
     if again.retrain != "none":
-        train = {"train": "all"} if again.retrain == "full" else {"adapter": again.retrain} if again.retrain in ADAPTERS else {}
-        batch = {"batch_size": again.retrain_batch_size, "chunks": 1, "rank": again.retrain_rank}
-        alike = ReconstructionConfig(granularity="model", **batch, **train)
-        work |= window_memory(decoder, replace(spec, reconstruction=alike), device)
-        tokens, copies, blocks = again.retrain_batch_size * length, 4 + (again.retrain_objective == "distil"), len(decoder.blocks)
-        if again.retrain == "full":  # embedding and head as well
-            rest = parameters - work["moments"] // 8
-            work |= {"gradients": work["gradients"] + 4 * rest, "moments": work["moments"] + 8 * rest}
-        work["copies"] = 4 * (pruned + parameters * (again.retrain in ("full", "norms")))
-        if again.retrain_checkpointing:  # the blocks' inputs alone, and one block in the backward pass
-            work["activations"] = work["activations"] / blocks + 4 * tokens * config.hidden_size * blocks
-    if how.accumulation == again.retrain_accumulation == 1:  # gradients come while activations go
-        work["gradients"] = max(0.0, work.get("gradients", 0) - work.get("activations", 0))
-    head = sum(weight.numel() for weight in decoder.head_weights())
-    work["logits"] = tokens * config.vocab_size * copies * dtype.itemsize + 12 * min(tokens * config.vocab_size, ELEMENTS)
-    work["rounded"] = max(work.get("rounded", 0), 2 * head * dtype.itemsize * (dtype != torch.float32))
+        tokens, copies = again.retrain_batch_size * length, 4 + (again.retrain_objective == "distil")
+        window["activations"] //= len(decoder.blocks) if again.retrain_checkpointing else 1
+    if spec.reconstruction.accumulation == again.retrain_accumulation == 1:  # gradients come while activations go
+        window["gradients"] = max(0, window["gradients"] - window["activations"])
+    window["logits"] = tokens * config.vocab_size * copies * itemsize + 12 * min(tokens * config.vocab_size, ELEMENTS)
 
-    samples = calibration.samples + min(calibration.held_out_samples, ERROR_SAMPLES)
-    width = config.hidden_size * (3 + (how.propagation == "mixed")) * 4
-    if how.granularity == "matrix":  # what all matrices of a block read and give
-        width += dtype.itemsize * sum(m.share * sum(m.weight.shape) for m in decoder.matrices(Window(range(1))).values())
-    streams = samples * length * width, 8 * evaluation.evaluation_samples * evaluation.evaluation_length * config.hidden_size
-    kept = {"streams": max((float(size) for size in streams if not streamed or size <= SMALL), default=0.0), "margin": MARGIN}
+    width = 16 * config.hidden_size  # inputs and targets of both models
+    if spec.reconstruction.granularity == "matrix":  # and what all matrices of a block read and give
+        width += itemsize * int(_width(decoder.matrices(run.windows[0]).values()))
+    samples = spec.calibration.samples + min(spec.calibration.held_out_samples, ERROR_SAMPLES)
+    kept = {"streams": samples * length * width, "margin": MARGIN}
     if streamed:
-        work["parameters"] = max(work.get("parameters", 0), 2 * 4 * head)
-        work["copies"] = work.get("copies", 0) * (work.get("copies", 0) <= SMALL)
+        kept["streams"], window["copies"] = min(kept["streams"], SMALL), min(window["copies"], SMALL)
+        window["parameters"] = max(window["parameters"], 8 * sum(weight.numel() for weight in decoder.head_weights()))
     else:
-        kept |= {"models": 8.0 * parameters, "masks of all": pruned, "what pruning changed": 4.0 * pruned * spec.changes_weights}
+        kept["models"] = streaming.models_in_memory(spec, _elements(decoder))
     if device.type == "cuda":
-        return {HOST.type: kept, device.type: work}
-    if not streamed:
-        work.pop("parameters", None)  # they are the model's
-    return {HOST.type: kept | work}
+        return {HOST.type: kept, device.type: window}
+    return {HOST.type: window | kept | ({} if streamed else {"parameters": 0})}  # those in memory are the models'
 
 
 # --- the plan of a run ------------------------------------------------------------------------------------------------------
@@ -353,11 +318,11 @@ def peak_memory(spec: RunSpec, device: torch.device, streamed: bool) -> dict[str
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of `spec` takes on this machine, or on one with another GPU.
+    """What a run of `spec` takes on this machine.
 
     memory: peak bytes by kind of device, and by what they are for; on the host, "process" is what this process takes already.
-    rooms: bytes that the run needs, and that there are: of "memory", of "memory on" a GPU, and of "disk".
-    flops, seconds: by phase; no seconds where the device is not here. streamed: whether the model stays on disk.
+    rooms: bytes that the run needs, and that there are, of "memory", and of "memory on" a GPU.
+    flops, seconds: by phase. streamed: whether the model stays on disk.
     """
 
     spec: RunSpec
@@ -374,109 +339,78 @@ class Plan:
         said = " and ".join(f"{needs} of {room}, of which there are {has}" for room, (needs, has) in tight.items())
         return said and f"this run needs {said}; try smaller windows or --stream yes"
 
-    @property
-    def line(self) -> str:
-        """The run, its time and its memory in one line."""
-        spec, parts = self.spec, ", ".join(f"{phase} {duration(value)}" for phase, value in self.seconds.items() if value)
-        time = f"about {duration(sum(self.seconds.values()))} on this machine ({parts})" if self.seconds else "time not known"
-        about = f"{spec.model.model}, {spec.pruning.criterion} {spec.pruning.pattern}, {spec.reconstruction.granularity}"
-        return f"{about}: {time}; about {self.rooms['memory'][0] / GIB:.1f} GiB of memory"
-
     def __str__(self) -> str:
-        decoder, granularity = shapes_of(*self.spec.loaded_by), self.spec.reconstruction.granularity
-        parameters, pruned = _elements(decoder)
+        spec, decoder, granularity = self.spec, shapes_of(*self.spec.loaded_by), self.spec.reconstruction.granularity
+        times = ", ".join(f"{phase} {duration(value)}" for phase, value in self.seconds.items() if value)
         rows = {
-            "run": self.line,
-            "model": f"{parameters:,} parameters, {pruned:,} of them pruned; kept {'on disk' if self.streamed else 'in memory'}",
+            "run": f"{spec.model.model}, {spec.pruning.criterion} {spec.pruning.pattern}, {granularity}: about "
+            f"{duration(sum(self.seconds.values()))} on this machine ({times}); about {self.rooms['memory'][0] / GIB:.1f} GiB of memory",
+            "model": f"{_elements(decoder):,} parameters, kept {'on disk' if self.streamed else 'in memory'}",
             "windows": f"{sum(map(len, kinds(decoder, granularity)))} of {granularity}",
             "operations": ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count),
         }
         for kind, parts in self.memory.items():
-            large = sorted(parts.items(), key=lambda part: -part[1])
-            rows[f"on {kind}"] = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in large if size >= 0.01 * GIB)
+            rows[f"on {kind}"] = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items() if size >= 0.01 * GIB)
         needs = ", ".join(f"{needs / GIB:.2f} GiB of {has / GIB:.1f} GiB {room}" for room, (needs, has) in self.rooms.items())
         return "\n".join(f"{name:12} {value}" for name, value in (rows | {"verdict": self.problem or f"fits: {needs}"}).items())
 
 
-def plan(
-    spec: RunSpec,
-    options: RunOptions = RunOptions(),
-    *,
-    loaded: int = 0,
-    memory_gib: float | None = None,
-    device_gib: float | None = None,
-    disk_gib: float | None = None,
-) -> Plan:
+def plan(spec: RunSpec, stream: str = "auto", *, loaded: int = 0, memory_gib: float | None = None) -> Plan:
     """What a run of `spec` takes, from the configuration of its model alone: no weights are read, and no texts.
 
     Args:
+        stream: whether the model is to stay on disk; see `RunOptions`.
         loaded: bytes of the model's weights that are in memory already.
-        memory_gib, device_gib, disk_gib: GiB of the host's memory, of a GPU's, and of the disk that the run may take; default: what is
-            free here. Where `device_gib` is given, the GPU need not be here.
+        memory_gib: GiB of the host's memory that the run may take; default: what is free here.
 
     Raises:
         ReconError: a device that is not here, a run that is to be streamed but cannot be, a model that is unknown or cannot be
             decomposed, a granularity that it is too small for.
     """
-    spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
-    device = devices.pick_device(spec.compute.device) if device_gib is None else torch.device("cuda", 0)
-    parameters, pruned = _elements(decoder)
+    spec, device = spec.resolved(), devices.pick_device(spec.compute.device)
     room = devices.available_memory() if memory_gib is None else memory_gib * GIB
-    streamed = options.stream == "yes" and streaming.wanted("yes", spec)
-    if options.stream == "auto" and 0 < room < streaming.models_in_memory(spec, parameters):
+    streamed = stream == "yes" and streaming.wanted("yes", spec)
+    if stream == "auto" and 0 < room < streaming.models_in_memory(spec, _elements(shapes_of(*spec.loaded_by))):
         streamed = not streaming.in_memory_only(spec)
+    memory = peak_memory(spec, device, streamed)
     process = float(streamed and devices.resident_anonymous() or devices.resident())  # mapped files and libraries do not count
-    needs, itemsize = peak_memory(spec, device, streamed), devices.SAVED[options.save_dtype].itemsize
-    needs[HOST.type] = {"process": process, **needs[HOST.type]}
-    disk = itemsize * parameters * (options.save is not None or streamed)
-    if streamed:  # masks, activations of both models before and after a window, and what is not computed with as it is saved
-        samples = spec.calibration.samples + spec.calibration.held_out_samples
-        disk += pruned // 8 + 16 * samples * spec.calibration.sequence_length * decoder.model.config.get_text_config().hidden_size
-        disk += 4 * parameters * (itemsize < 4)
-    place = (options.save or (cache_folder() if streamed else Path("."))).absolute()
-    free = shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists())).free
-    rooms = {"memory": (sum(needs[HOST.type].values()), room + process + loaded)}
+    memory[HOST.type]["process"] = process
+    rooms = {"memory": (sum(memory[HOST.type].values()), room + process + loaded)}
     if device.type == "cuda":
-        there = devices.available_on_device(device) if device_gib is None else device_gib * GIB
-        rooms[f"memory on {device}"] = sum(needs[device.type].values()), there
-    rooms["disk"] = disk, free if disk_gib is None else disk_gib * GIB
-    here = device.type != "cuda" or torch.cuda.is_available()
-    return Plan(spec, needs, rooms, flops(spec), seconds(spec, device) if here else {}, streamed)
+        rooms[f"memory on {device}"] = sum(memory[device.type].values()), devices.available_on_device(device)
+    return Plan(spec, memory, rooms, flops(spec), seconds(spec, device), streamed)
 
 
 def check(spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0) -> None:
-    """Logs what a run of `spec` will take: in one line, or all of its plan where it is long or large; see `plan`.
-
-    Raises `ReconError` for a run that cannot fit, unless it is forced.
-    """
+    """Logs in one line what a run of `spec` will take; see `plan`. Raises `ReconError` for one that cannot fit, unless it is forced."""
     try:
-        planned = plan(spec, options, loaded=loaded)
+        planned = plan(spec, options.stream, loaded=loaded)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is
         log.info("no plan: %s", error)
         return
     if planned.problem and not options.force:
         raise ReconError(planned.problem)
-    large = any(needs > LARGE * has for room, (needs, has) in planned.rooms.items() if room != "disk")
-    log.info("%s", planned if large or sum(planned.seconds.values()) > LONG else planned.line)
+    log.info("%s", str(planned).partition("\n")[0].removeprefix("run").strip())
 
 
 def announce(specs: list[RunSpec]) -> None:
     """Logs how long `specs`, runs of one study, will take at most: what they share is computed once."""
-    known, spent, needs = {}, 0.0, 0.0
+    known, spent = {}, 0.0
     for spec in (replace(spec, seed=0) for spec in specs):
         with contextlib.suppress(ReconError):  # the run will say what is wrong with it, in its record
-            known[spec] = known.get(spec) or plan(spec)
-            spent, needs = spent + sum(known[spec].seconds.values()), max(needs, known[spec].rooms["memory"][0])
-    log.info("study: %d runs, at most %s on this machine; %.1f GiB of memory", len(specs), duration(spent), needs / GIB)
+            known[spec] = known.get(spec) or sum(plan(spec).seconds.values())
+            spent += known[spec]
+    log.info("study: %d runs, at most %s on this machine", len(specs), duration(spent))
 
 
-def planned_dtype(spec: RunSpec, device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in: on a GPU that is not here, by default what any since 2020 multiplies natively."""
-    absent, name = device.type == "cuda" and not torch.cuda.is_available(), spec.compute.compute_dtype
-    return devices.pick_compute_dtype("bfloat16" if absent and name == "auto" else name, device)
+def _elements(decoder: Decoder) -> int:
+    return sum(parameter.numel() for parameter in decoder.model.parameters())
 
 
-def _elements(decoder: Decoder) -> tuple[int, int]:
-    """Elements of the model, and of the matrices that are pruned."""
-    pruned = sum(matrix.weight.numel() for matrix in decoder.matrices().values())
-    return sum(parameter.numel() for parameter in decoder.model.parameters()), pruned
+def _width(matrices: Iterable[Matrix]) -> float:
+    """Elements of what `matrices` read and give per token."""
+    return sum(matrix.share * sum(matrix.weight.shape) for matrix in matrices)
+
+
+def _itemsize(spec: RunSpec, device: torch.device) -> int:
+    return devices.pick_compute_dtype(spec.compute.compute_dtype, device).itemsize

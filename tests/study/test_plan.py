@@ -9,7 +9,7 @@ import pytest
 import torch
 from fixtures.families import small_model
 from fixtures.models import FAMILIES, make_model, random_tokens
-from fixtures.runs import record_of
+from fixtures.runs import record_of, result_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoTokenizer
@@ -25,7 +25,7 @@ from recon.methods.retrain import retrain
 from recon.model.discovery import decompose
 from recon.runtime.device import resident
 from recon.runtime.execution import Execution
-from recon.study import plan, studies
+from recon.study import plan
 from recon.study.spec import RunOptions, RunSpec
 
 QUIET = Execution(compute_dtype="float32", progress=False)
@@ -135,19 +135,18 @@ def test_what_is_not_done_costs_nothing(spec):
 def test_memory_of_a_window_is_counted():
     """Gradients, two moments and the copy of a window follow from what is trained in it; activations from its batch."""
     decoder, base = decompose(make_model("llama", num_hidden_layers=4)), RunSpec.of(sequence_length=32, compute_dtype="float32")
-    names = ("none", "half-block", "block", "2-blocks", "model")
-    found = {name: plan.window_memory(decoder, base.replaced(granularity=name)) for name in names}
-    trained = sum(p.numel() for p in decoder.trained(decoder.windows("block")[0], "matrices").values())
-    for name, blocks in (("block", 1), ("2-blocks", 2), ("model", 4)):
-        bytes_of = {
-            part: found[name][part] / (blocks * trained) for part in ("gradients", "moments", "copies", "masks", "rounded")
-        }
-        assert bytes_of == {"gradients": 4, "moments": 8, "copies": 4, "masks": 2, "rounded": 0}
+    found = {
+        name: plan.window_memory(decoder, base.replaced(granularity=name)) for name in ("none", "half-block", "block", "model")
+    }
+    elements = sum(p.numel() for p in decoder.trained(decoder.windows("block")[0], "matrices").values())
+    for name, blocks in (("block", 1), ("model", 4)):
+        per_element = {part: found[name][part] / (blocks * elements) for part in ("gradients", "moments", "copies", "rounded")}
+        assert per_element == {"gradients": 4, "moments": 8, "copies": 4, "rounded": 2}  # 2: masks
         assert found[name]["activations"] == blocks * found["block"]["activations"]
     assert found["none"] == {} and sum(found["half-block"].values()) < sum(found["block"].values())
     base = base.replaced(granularity="block")
     rounded = plan.window_memory(decoder, base.replaced(compute_dtype="bfloat16"))
-    assert rounded["rounded"] == 2 * trained and rounded["activations"] < found["block"]["activations"]
+    assert rounded["rounded"] == 4 * elements and rounded["activations"] < found["block"]["activations"]
     assert plan.window_memory(decoder, base.replaced(adapter="masklora", rank=2))["moments"] < 0.2 * found["block"]["moments"]
     exact = plan.window_memory(decoder, base.replaced(granularity="matrix", solver="exact"))
     assert exact["gradients"] == exact["activations"] == 0 < exact["statistics"]
@@ -155,60 +154,35 @@ def test_memory_of_a_window_is_counted():
 
 def test_what_takes_less(spec):
     def needs(stream: str = "no", **options) -> float:
-        planned = plan.plan(
-            spec.replaced(**{"evaluation_samples": 1, "granularity": "block", **options}), RunOptions(stream=stream)
-        )
+        planned = plan.plan(spec.replaced(**{"evaluation_samples": 1, "granularity": "block", **options}), stream)
         return sum(size for part, size in planned.memory["cpu"].items() if part not in ("process", "margin"))
 
     assert needs(granularity="half-block") < needs() < needs(granularity="model")
-    assert needs(propagation="dense") < needs(propagation="mixed") and needs(criterion="wanda") < needs(criterion="sparsegpt")
+    assert needs(criterion="wanda") < needs(criterion="sparsegpt") and needs("yes") < 0.9 * needs("no")
     assert needs(adapter="masklora", granularity="model") < needs(granularity="model")
-    assert needs(retrain="masklora") < needs(retrain="full") and needs("yes") < 0.9 * needs("no")
+    assert needs(retrain="masklora") < needs(retrain="full")
     long = {"retrain": "full", "retrain_batch_size": 8}
     assert needs(**long, retrain_checkpointing=True) < needs(**long)
 
 
-@pytest.mark.parametrize("stream", ["no", "yes"])
-def test_memory_of_a_gpu_that_is_not_here_follows_the_window(stream, spec):
-    blocks, whole = (
-        plan.plan(spec.replaced(granularity=name), RunOptions(stream=stream), device_gib=1) for name in ("block", "model")
-    )
-    assert blocks.seconds == {} and blocks.rooms["memory on cuda:0"][1] == 2**30 and "time not known" in str(blocks)
-    assert sum(whole.memory["cuda"].values()) > sum(blocks.memory["cuda"].values())
-    assert whole.memory["cpu"].keys() == blocks.memory["cpu"].keys() and "moments" not in whole.memory["cpu"]
-    assert "models" not in whole.memory["cuda"]
-    tight = plan.plan(spec, device_gib=1e-6)
-    assert "of memory on cuda:0, of which there are 0.0 GiB; try smaller windows" in tight.problem
-
-
-@pytest.mark.parametrize("family", ["mixtral", "llama4_text", "biogpt", "mamba", "qwen3_next", "t5 (encoder-decoder)"])
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text", "mamba", "t5 (encoder-decoder)"])
 def test_families_are_planned(family, spec, config_folder):
-    """Experts, halves that are no module, convolutions, routers in another dtype, two stacks; with and without a GPU."""
+    """Experts, routers in another dtype, convolutions, two stacks."""
     spec = spec.replaced(model=config_folder(small_model(family).config.to_dict()), granularity="block", compute_dtype="bfloat16")
-    here, there = (plan.plan(spec, RunOptions(stream="yes"), device_gib=gib) for gib in (None, 1))
-    assert (
-        here.memory.keys() == {"cpu"}
-        and sum(there.memory["cuda"].values()) > 0
-        and all(here.flops[p] for p in ("reconstruct", "evaluate"))
-    )
+    planned = plan.plan(spec, "yes")
+    assert planned.memory.keys() == {"cpu"} and all(planned.flops[phase] for phase in ("reconstruct", "evaluate"))
 
 
 # --- the plan of a run ----------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_and_a_run_agree(spec, tmp_path):
+def test_a_plan_and_a_run_agree(spec):
     asked = spec.replaced(sequence_length=0, evaluation_length=0, samples=1, granularity="none")
-    saved = tmp_path / "saved"
-    planned = plan.plan(asked, RunOptions(save=saved))
+    planned = plan.plan(asked)
     assert planned.spec == asked.replaced(sequence_length=256, evaluation_length=256)  # what the model was made for
-    record = record_of(asked, save=saved)
-    assert record.key == planned.spec.key() and record.flops == planned.flops
-    model, _ = models.load(str(saved))
-    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in str(planned)
-    file = saved / "model.safetensors"
-    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    half = plan.plan(asked, RunOptions(save=saved, save_dtype="bfloat16"))
-    assert planned.rooms["disk"][0] == file.stat().st_size - header == 2 * half.rooms["disk"][0]
+    found = result_of(asked)
+    assert found.record.key == planned.spec.key() and found.record.flops == planned.flops
+    assert f"{sum(p.numel() for p in found.model.parameters()):,} parameters" in str(planned)
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
@@ -217,25 +191,22 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
 
     monkeypatch.setattr("recon.runtime.device.available_memory", lambda: 1000)
     monkeypatch.setattr(models, "load", read)
-    record, error = studies.run_or_record_failure(spec, RunOptions(stream="no"))
-    assert record.status == "failed" and "this run needs" in str(error) and "try smaller windows or --stream yes" in str(error)
-    _, error = studies.run_or_record_failure(spec, RunOptions(stream="no", force=True))
-    assert isinstance(error, AssertionError)
+    with pytest.raises(ReconError, match="this run needs .* try smaller windows or --stream yes"):
+        record_of(spec, stream="no")
+    with pytest.raises(AssertionError):
+        record_of(spec, stream="no", force=True)
     plan.check(spec, RunOptions(stream="no"), loaded=2**30)  # what is loaded already need not fit once more
     with pytest.raises(ReconError, match="retraining"):
-        plan.plan(spec.replaced(retrain="full"), RunOptions(stream="yes"))
+        plan.plan(spec.replaced(retrain="full"), "yes")
 
 
-def test_runs_and_studies_are_announced(spec, caplog, monkeypatch):
+def test_runs_and_studies_are_announced(spec, caplog):
     with caplog.at_level("INFO", "recon"):
         plan.check(spec)
         plan.announce([spec, spec.replaced(seed=1)])
-        monkeypatch.setattr(plan, "LONG", 0)
-        plan.check(spec)
-    one, several, long = caplog.messages
+    one, several = caplog.messages
     assert "magnitude 0.5, half-block: about" in one and "GiB of memory" in one and "\n" not in one
     assert several.startswith("study: 2 runs, at most ")
-    assert "windows      8 of half-block" in long and "verdict      fits: " in long
 
 
 def test_72b_parameters_are_planned_without_weights(config_folder, capsys):
@@ -250,7 +221,7 @@ def test_72b_parameters_are_planned_without_weights(config_folder, capsys):
     said = capsys.readouterr().out
     assert resident() - before < 2**30
     assert "72,706,203,648 parameters" in said and "80 of block" in said and "verdict      fits" in said
-    assert "models 541.7" in said  # of both, in float32
+    assert "models 541.70" in said  # of both, in float32
     with pytest.raises(SystemExit):
         cli.main(["plan", "--model", folder, "--memory", "100", "--stream", "no"])
     assert "of which there are" in capsys.readouterr().err
@@ -279,7 +250,7 @@ from recon.runtime.device import limit_compiled_shapes
 
 limit_compiled_shapes()  # as the command line does
 spec, options = RunSpec.of(**json.loads(sys.argv[1])), RunOptions(stream=sys.argv[2], progress=False)
-planned = plan(spec, options)
+planned = plan(spec, sys.argv[2])
 process = planned.memory["cpu"]["process"]
 print(json.dumps([planned.rooms["memory"][0] - process, run(spec, options).record.peak_memory_bytes - process]))
 """
@@ -293,9 +264,7 @@ def test_predicted_memory_is_within_a_quarter_of_what_a_run_takes(name, tiny_fol
     options |= {"evaluation_length": 256, "epochs": 1, "retrain_epochs": 1, **MEASURED[name]}
     shape = SHAPES[options["model"]] | {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1024}
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    for (
-        split
-    ) in SPLITS:  # kept in the cache: what tokenising leaves of the heap would count in the first process that is measured
+    for split in SPLITS:  # kept in the cache: what tokenising leaves of the heap would count in the first process
         sample_tokens("wikipedia", split, tokenizer, 1, 16)
     tokenizer.save_pretrained(tmp_path)
     make_model("llama", std=0.02, tie_word_embeddings=True, **shape).save_pretrained(tmp_path)
