@@ -30,7 +30,10 @@ from recon.errors import ReconError
         ("model", None, "text"),
         ("preset", "quick", "fast, default, best, paper"),
         *(("granularity", wrong, "half-block") for wrong in ("layer", "0", "0-blocks", "1.5", "", None)),
-        *(("pattern", wrong, "a sparsity from 0") for wrong in ("1", "-0.1", "4:2", "2:2", "half", "", None, math.nan)),
+        *(
+            ("pattern", wrong, "a sparsity from 0")
+            for wrong in ("1", "-0.1", "4:2", "2:2", "0:0", "2:4:8", "-2:4", "2.0:4", "half", "", None, math.nan)
+        ),
     ],
 )
 def test_a_value_that_its_option_may_not_have(name, wrong, allowed):

@@ -20,9 +20,8 @@ from recon.model.decoder import Decoder
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 
-Task = tuple[
-    Tensor, Tensor, dict[str, Tensor]
-]  # X (samples, length, in), Y (samples, length, out), and statistics by matrix name
+# X (samples, length, in), Y (samples, length, out), and statistics by matrix name
+Task = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 class Streams:
@@ -38,7 +37,7 @@ class Streams:
         self.count, self.statistics = count, statistics
         self.dense: Tensor | None = None
         self.sparse: Tensor | None = None
-        self._runs: dict[str, tuple] = {}  # of the dense model, through the current block
+        self._runs: dict[tuple, tuple] = {}  # of the dense model, through the current block
 
     # --- by propagation ---------------------------------------------------------------------------------------------
 
@@ -81,7 +80,7 @@ class Streams:
         elif f.chained or f.ends_block:
             whole = f if f.chained else Window(f.blocks)
             if self.dense is not None:
-                self.dense = self._dense_run(whole)[0]
+                self.dense = self._dense_run(whole, "none")[0]
             if self.sparse is not None:
                 self.sparse = self.forward(self.student, whole, self.sparse)
         if f.ends_block:
@@ -104,23 +103,20 @@ class Streams:
 
     def dense_inputs(self, f: Window) -> Tensor:
         """What `f` reads in the dense model."""
-        return self._dense_run(f, self.statistics)[2][f.matrices[0]] if f.matrices else self.dense
+        return self._dense_run(f)[2][f.matrices[0]] if f.matrices else self.dense
 
     def dense_outputs(self, f: Window) -> tuple[Tensor, dict[str, Tensor]]:
         """The dense model's activations after `f`, and statistics of what its matrices read."""
-        Y, statistics, inputs = self._dense_run(f, self.statistics)
+        Y, statistics, inputs = self._dense_run(f)
         if not f.matrices:
             return Y, statistics
         own = {name: statistics[name] for name in f.matrices if name in statistics}
         return self.forward(self.teacher, f, inputs[f.matrices[0]]), own
 
-    def _dense_run(self, f: Window, statistics: str = "none") -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The dense model's run through the blocks, or the half, of `f`; see `gather`. One run serves all windows of matrices in
-        a block."""
-        whole = Window(f.blocks) if f.matrices else f
-        inside = f.half and not (f.chained and f.ends_block)
-        place = f"block {f.blocks[-1]}" + (f" {f.half}" if inside else "")  # the same for windows that end at one place
-        if place not in self._runs:
-            record = bool(f.matrices)
-            self._runs[place] = gather(self.execution, self.teacher, whole, self.dense, statistics, self.count, record=record)
-        return self._runs[place]
+    def _dense_run(self, f: Window, statistics: str | None = None) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The dense model's run through `f`, or through its block, which serves all windows of matrices in it; see `gather`."""
+        whole, kind = Window(f.blocks) if f.matrices else f, self.statistics if statistics is None else statistics
+        key = whole.blocks, whole.half
+        if key not in self._runs:
+            self._runs[key] = gather(self.execution, self.teacher, whole, self.dense, kind, self.count, bool(f.matrices))
+        return self._runs[key]

@@ -111,22 +111,19 @@ def reconstruct(
     windows, pruner = teacher.windows(config.granularity), None
     if pruning is None:
         masks = keep_masks(student, masks)
+    elif masks is not None:
+        raise ReconError("both masks and pruning are given; masks are of a model that is pruned already: leave one out")
     else:
-        if masks is not None:
-            raise ReconError("both masks and pruning are given; masks are of a model that is pruned already: leave one out")
         if why := two_passes(pruning, config, split.calibration):
             raise ReconError(f"windows cannot be pruned as reconstruction reaches them: {why}; prune with `recon.prune` first")
         pruner = Pruner(student, pruning.on(split.calibration), seed, execution)
         masks = execution.store.masks
     reconstruction = Reconstruction(teacher, student, masks, config, split, seed, execution, pruner)
     reports = [WindowReport(**noted) for noted in execution.store.finished("reconstruct")]
-    left = windows[len(reports) :]
-    if left:
-        reconstruction.begin(tokens, reports)
-    bar = tqdm(
-        desc=f"{'prune and ' if pruner else ''}reconstruct ({config.granularity})", unit="window", disable=not execution.progress,
-        initial=len(reports), total=len(windows),
-    )  # fmt: skip
+    if left := windows[len(reports) :]:
+        reconstruction.begin(tokens)
+    name = f"{'prune and ' if pruner else ''}reconstruct ({config.granularity})"
+    bar = tqdm(desc=name, unit="window", disable=not execution.progress, initial=len(reports), total=len(windows))
     # Only the current window is trained; nothing else needs gradients.
     with bar, requiring_gradients(student.model.parameters(), False):
         for report in (execution.loop or one_after_another)(reconstruction, left):
@@ -194,8 +191,8 @@ class Reconstruction:
         pruned_by = pruner.statistics if pruner else "none"
         self.streams = Streams(teacher, student, execution, split.calibration, "gram" if self.exact and not own else pruned_by)
 
-    def begin(self, tokens: Tensor, reports: list[WindowReport]) -> None:
-        """Starts with all of `tokens` (samples, length), or goes on after the windows of `reports`."""
+    def begin(self, tokens: Tensor) -> None:
+        """Starts with all of `tokens` (samples, length), or goes on where a run that was killed stopped."""
         execution, config, split, student = self.execution, self.config, self.split, self.student
         self.streams.begin(config.propagation, tokens, execution.store.streams("reconstruct"))
         chunks = max(config.chunks_of(window, split.length) for window in student.windows(config.granularity))
@@ -204,8 +201,6 @@ class Reconstruction:
             # beside it.
             batch = min(config.batch_size, split.calibration * chunks)
             student.call(torch.empty(batch, split.length // chunks, 0, device=execution.device))
-        if reports and 0 < reports[-1].micro_batch < config.batch_size:
-            execution.micro_batch = reports[-1].micro_batch
 
     def fit(self, f: Window, X: Tensor, Y: Tensor, statistics: dict[str, Tensor]) -> WindowReport:
         """Fits one window, measures its error before and after, and rolls it back where the error grew or became non-finite.
@@ -222,7 +217,17 @@ class Reconstruction:
         if config.solver == "adamw":
             count, losses = self._descend(f, X, Y, variance, theta)
         after = self._error(f, X, Y, variance)
-        status = self._status(f, theta, losses, before, after)
+        finite = {
+            "weights": all(bool(parameter.isfinite().all()) for parameter in theta.values()),
+            "losses": all(map(math.isfinite, losses)),
+            "activations": all(map(math.isfinite, after.values())),
+        }
+        status = RECONSTRUCTED
+        if broken := [what for what, fine in finite.items() if not fine]:
+            log.warning("window %r: fitting gave NaN or infinite %s; it is rolled back", f.name, ", ".join(broken))
+            status = NOT_FINITE
+        elif config.roll_back and "held_out" in after and not after["held_out"] <= before["held_out"]:
+            status = GREW  # only held-out text shows the harm of too high a learning rate
         if status != RECONSTRUCTED:
             after = before
             with torch.no_grad():
@@ -251,20 +256,6 @@ class Reconstruction:
         measured = self.split.measured
         output = self.streams.forward(self.student, f, X[measured])
         return {self.split.measured_on: unexplained(output, Y[measured], variance)}
-
-    def _status(self, f: Window, theta: dict[str, nn.Parameter], losses: list[float], before: dict, after: dict) -> str:
-        """What became of a window that was fitted."""
-        finite = {
-            "weights": all(bool(parameter.isfinite().all()) for parameter in theta.values()),
-            "losses": all(map(math.isfinite, losses)),
-            "activations": all(map(math.isfinite, after.values())),
-        }
-        if broken := [what for what, fine in finite.items() if not fine]:
-            log.warning("window %r: fitting gave NaN or infinite %s; it is rolled back", f.name, ", ".join(broken))
-            return NOT_FINITE
-        # Only held-out text shows the harm of too high a learning rate; without any, nothing is rolled back for its error.
-        grew = self.config.roll_back and "held_out" in after and not after["held_out"] <= before["held_out"]
-        return GREW if grew else RECONSTRUCTED
 
     @torch.no_grad()
     def _solve_exactly(self, f: Window, X: Tensor, Y: Tensor, grams: dict[str, Tensor], theta: dict[str, nn.Parameter]) -> None:

@@ -25,19 +25,16 @@ from recon.kernels.losses import (
 UNIT = torch.ones(2)
 
 
-def test_mse_by_hand():
-    output, target = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 4.0]]])
-    assert_close(mse(output, target, torch.tensor([1.0, 3.0])), torch.tensor([[4.0, 9.0]]) / 4)
-
-
-def test_whitened_by_hand():
-    output, target = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 4.0]]])
-    assert_close(whitened(output, target, torch.tensor([3.0, 2.0])), torch.tensor([[(0 + 4 / 2) / 2, (9 / 3 + 0) / 2]]))
-
-
-def test_cosine_by_hand():
-    output, target = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[5.0, 0.0], [0.0, 2.0]]])
-    assert_close(cosine(output, target, UNIT), torch.tensor([[0, 1 - 1 / math.sqrt(2)]]))
+@pytest.mark.parametrize(
+    "loss, output, target, expected",
+    [
+        (mse, [[1.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, 4.0]], [4 / 4, 9 / 4]),
+        (whitened, [[1.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, 4.0]], [4 / 1 / 2, 9 / 3 / 2]),
+        (cosine, [[1.0, 0.0], [1.0, 1.0]], [[5.0, 0.0], [0.0, 2.0]], [0, 1 - 1 / math.sqrt(2)]),
+    ],
+)
+def test_losses_by_hand(loss, output, target, expected):
+    assert_close(loss(torch.tensor(output), torch.tensor(target), torch.tensor([3.0, 1.0])), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -22,26 +22,12 @@ def drop_smallest(scores: list[float], zeros: int) -> list[bool]:
 
 @pytest.mark.parametrize(
     "text, sparsity, n, m",
-    [
-        ("0.5", 0.5, None, None),
-        ("0", 0.0, None, None),
-        ("0.625", 0.625, None, None),
-        ("2:4", 0.5, 2, 4),
-        ("2:5", 0.6, 2, 5),
-    ],
+    [("0.5", 0.5, None, None), ("0", 0.0, None, None), ("0.625", 0.625, None, None), ("2:4", 0.5, 2, 4), ("2:5", 0.6, 2, 5)],
 )
 def test_parse_and_back(text, sparsity, n, m):
     pattern = Pattern.parse(text)
     assert (pattern.sparsity, pattern.n, pattern.m) == (pytest.approx(sparsity), n, m)
     assert Pattern.parse(str(pattern)) == pattern
-
-
-@pytest.mark.parametrize(
-    "text", ["4:2", "4:4", "0:4", "0:0", "1.5", "1", "-0.1", "nan", "inf", "abc", "", "2:", "2:4:8", "-2:4", "2.0:4"]
-)
-def test_bad_patterns_are_refused(text):
-    with pytest.raises(ReconError, match=f"pattern is '{text}'; allowed: .*such as '2:4'"):
-        Pattern.parse(text)
 
 
 def test_columns_must_divide_into_groups():

@@ -152,9 +152,3 @@ def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, ti
     state = pruned_here[1].model.state_dict()
     with pytest.raises(ReconError, match="100.00% of its matrices is zero.*not all"):
         record_of(spec.replaced(pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})))
-
-
-# ---- the spec
-
-
-# ---- the command line

@@ -42,12 +42,7 @@ def weights(decoder):
 def test_masks_are_exact_and_the_rest_is_untouched(fresh, tokens, criterion, pattern, scope):
     decoder = fresh()
     before = {name: p.detach().clone() for name, p in decoder.model.named_parameters()}
-    result = prune(
-        decoder,
-        tokens(4, 16),
-        PruningConfig(criterion=criterion, pattern=pattern, scope=scope),
-        execution=FLOAT32,
-    )
+    result = prune(decoder, tokens(4, 16), PruningConfig(criterion=criterion, pattern=pattern, scope=scope), execution=FLOAT32)
     assert set(result.masks) == set(result.sparsity) == set(decoder.matrices())
     rule, spec = CRITERIA[criterion], Pattern.parse(pattern)
     for name, matrix in decoder.matrices().items():
@@ -68,12 +63,7 @@ def test_masks_are_exact_and_the_rest_is_untouched(fresh, tokens, criterion, pat
             assert not torch.equal(matrix.weight, before[f"{name}.weight"] * mask)
     pruned = {f"{name}.weight" for name in result.masks}
     others = {name for name in before if name not in pruned}
-    assert {
-        "lm_head.weight",
-        "model.embed_tokens.weight",
-        "model.layers.1.input_layernorm.weight",
-        "model.norm.weight",
-    } <= others
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight"} <= others
     for name in others:
         assert torch.equal(decoder.model.get_parameter(name), before[name])
 
@@ -176,6 +166,3 @@ def test_gram_accumulates_in_float32_under_autocast(dense, tokens):
     assert statistics[name].dtype == torch.float32
     assert error(formed_in_bfloat16) > 1e-3  # what this guards against
     assert error(statistics[name]) < 1e-5
-
-
-# ---- options and refusals

@@ -27,14 +27,6 @@ ATTENTION = {
     "falcon": ({}, 2, {}, "dense"),  # one key/value head, fused with the queries of all: its rows stay
     "olmo2": ({}, 2, {"v_proj": [8]}, "o_proj"),  # a norm over all heads reads the rows of q and k
 }
-MLP = {  # family -> how many parts each matrix that makes neurons is fused of, reader
-    "llama": ({"gate_proj": 1, "up_proj": 1}, "down_proj"),
-    "gpt2": ({"c_fc": 1}, "mlp.c_proj"),
-    "opt": ({"fc1": 1}, "fc2"),
-    "phi3": ({"gate_up_proj": 2}, "down_proj"),
-    "gpt_neox": ({"dense_h_to_4h": 1}, "dense_4h_to_h"),
-    "phi": ({"fc1": 1}, "fc2"),
-}
 
 
 @pytest.fixture(scope="module")

@@ -127,20 +127,6 @@ def test_trained_in_float32_under_autocast():
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
-def test_where_memory_runs_out_smaller_batches_give_the_same_weights():
-    execution, sizes = Execution("cpu", "float32"), []
-
-    def see(x, output):
-        sizes.append(len(x))
-        if len(x) > 2:
-            raise torch.OutOfMemoryError("no room")
-
-    found, plain = run(Schedule(batch_size=7), execution=execution, see=see), run(Schedule(batch_size=7))
-    assert sizes == [7, 4, 2, 2, 2, 1, 1]  # tried; then one step of seven, and one of the eighth sample
-    assert execution.micro_batch == 2  # also for what is trained next
-    assert_close(found[:2], plain[:2])
-
-
 def test_too_little_memory_for_one_sample_is_an_error():
     def see(x, output):
         raise torch.OutOfMemoryError("no room")
