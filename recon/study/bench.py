@@ -32,8 +32,8 @@ from recon.model.modules import requiring_gradients
 from recon.runtime.device import pick_compute_dtype, pick_device
 from recon.runtime.execution import Execution
 from recon.runtime.storage import check_writable, write_json
-from recon.study.environment import environment
 from recon.study.plan import flops, gemm_rate
+from recon.study.record import environment
 from recon.study.spec import RunSpec
 
 BATCH_SIZE, PATTERN, RATE = 2, "0.5", 3e-3

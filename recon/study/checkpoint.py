@@ -1,4 +1,4 @@
-"""A reconstructed model as a Hugging Face checkpoint that loads anywhere, zeros and all."""
+"""A reconstructed model as a Hugging Face checkpoint that loads anywhere, zeros and all; and its model card."""
 
 import contextlib
 import copy
@@ -21,12 +21,45 @@ from recon.model.decoder import Decoder
 from recon.runtime.device import SAVED
 from recon.runtime.storage import check_writable, complete, remove_unfinished
 from recon.runtime.weights import rounded
-from recon.study.card import write_card
 from recon.study.record import RunRecord, read_record
 from recon.study.spec import RunOptions
 
 log = logging.getLogger("recon")
 SHARD = "1GB"  # so much of the model is in memory while it is written
+CARD = """---
+base_model: {model}
+library_name: transformers
+tags: [pruned, sparse, reconstruction]
+---
+
+# {name}: pruned {pattern} with {criterion}, reconstructed at {granularity} granularity
+
+An ordinary checkpoint with exact zeros: it loads with the `from_pretrained` of transformers and needs no special kernel.
+Method: local reconstruction after pruning, arXiv 2510.14444.
+
+| | |
+|---|---|
+| base model | {model} {revision} |
+| weights of the base model ("dense") | {dense} |
+| criterion, pattern | {criterion}, {pattern} |
+| sparsity of the pruned matrices, as counted | {sparsity:.4f} |
+| reconstruction | granularity {granularity}, propagation {propagation}, solver {solver}, start {start}, loss {loss} |
+| calibration | {calibration} |
+| weights | {rounding} |
+| licence | that of the base model |
+
+| perplexity (lower is better) | dense | pruned | this model |
+|---|---|---|---|
+{rows}
+
+Protocol: {evaluation}
+
+Made by:
+
+```
+{command}
+```
+"""
 
 
 def check_target(folder: Path) -> None:
@@ -48,14 +81,6 @@ def check_places(model: PreTrainedModel, names: Iterable[str]) -> None:
             f"{type(model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that pruning adds, "
             "and a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
         )
-
-
-def check_range(dense: Decoder, dtype: str) -> None:
-    """Raises `ReconError` naming a weight of `dense` that is beyond the range of the dtype to save in."""
-    if dtype == "float16":  # the range of the others is that of float32
-        for name, parameter in dense.model.named_parameters():
-            with dense.present([parameter]):
-                rounded(name, parameter.detach(), SAVED[dtype])
 
 
 def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
@@ -124,3 +149,19 @@ class _Weights(dict):
         tensor = self.student.model.get_parameter_or_buffer(name)
         with self.student.present([tensor]) if isinstance(tensor, nn.Parameter) else contextlib.nullcontext():
             return rounded(name, tensor.detach(), self.dtype).clone()
+
+
+def write_card(folder: Path, record: RunRecord, options: RunOptions) -> None:
+    """Writes the model card to `folder`, from the record."""
+    spec, metrics, dtype = record.spec, record.metrics, options.save_dtype
+    rows = [
+        f"| {text} | {values['dense_perplexity']:.2f} | {values['pruned_perplexity']:.2f} | {values['perplexity']:.2f} |"
+        for text, values in metrics["by_text"].items()
+    ]
+    external = {"criterion": f"the mask of {spec['pruned']}", "pattern": metrics.get("pattern")} if spec["pruned"] else {}
+    rounding = "float32" if dtype == "float32" else f"rounded to {dtype}; everything here was measured before, in float32"
+    said = spec | external | {"name": Path(spec["model"]).name, "revision": spec["revision"] or ""}
+    said |= {"sparsity": metrics["sparsity"], "rows": "\n".join(rows), "rounding": rounding}
+    said |= {name: record.protocol[name] for name in ("dense", "calibration", "evaluation")}
+    card = CARD.format(**said, command=options.command or "recon.run(...) from Python")
+    (folder / "README.md").write_text(card, encoding="utf-8")

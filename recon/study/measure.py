@@ -1,103 +1,203 @@
-"""What is measured of a model: perplexity, divergence from the dense model, zero-shot tasks, drift along the depth."""
+"""What a run reads, what it measures of a model, and what its record says of both."""
 
+import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from recon.config import EvaluationConfig
+from recon.config import PROTOCOLS, EvaluationConfig
+from recon.data import models
+from recon.data.text import sample_tokens
 from recon.evaluate import perplexity as evaluation
 from recon.evaluate import zero_shot
-from recon.evaluate.perplexity import Perplexity, Reference
+from recon.evaluate.perplexity import Reference
 from recon.kernels.patterns import sparsity_of
+from recon.methods.samples import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
-from recon.study.texts import Texts
+from recon.runtime.seeds import generator
+from recon.study.spec import RunSpec
+
+# --- what is read -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Measured:
-    """How good a model is.
+class Texts:
+    """The tokens that a run reads, each (samples, length).
 
-    perplexities: by text. zero_shot: as `recon.evaluate.zero_shot.zero_shot` gives it. held_out: perplexity on held-out samples.
-    drift: share of the variance of the dense residual stream after each block that is unexplained; empty for the dense model.
+    calibration: one random draw; every phase reads the first so many of it.
+    held_out: of the validation split, for errors; None where none are asked for.
+    evaluation: by name of the text.
     """
 
-    perplexities: dict[str, Perplexity]
-    zero_shot: dict
-    drift: list[float]
-    held_out: float | None
+    calibration: Tensor
+    held_out: Tensor | None
+    evaluation: dict[str, Tensor]
 
     @classmethod
-    def of(cls, found: dict) -> "Measured":
-        """From plain data, as `asdict` gives it."""
-        perplexities = {name: Perplexity(**values) for name, values in found["perplexities"].items()}
-        return cls(**(found | {"perplexities": perplexities}))
+    def draw(cls, spec: RunSpec, tokenizer) -> "Texts":
+        """The texts of `spec`. Raises `ReconError` for a text that is unknown, cannot be had, or is too short."""
+        text, length, held_out = spec.calibration.text, spec.calibration.sequence_length, spec.calibration.held_out_samples
+        seed, how = generator(spec.seed, "calibration").initial_seed() % 2**32, spec.evaluation
+        return cls(
+            sample_tokens(text, "calibration", tokenizer, max(spec.samples_by_phase.values()), length, seed),
+            sample_tokens(text, "validation", tokenizer, held_out, length) if held_out else None,
+            {
+                name: sample_tokens(name, "evaluation", tokenizer, count, how.evaluation_length, protocol=how.evaluation_protocol)
+                for name, count in how.windows.items()
+            },
+        )
+
+    def hashes(self) -> dict[str, str]:
+        """Hashes of what is read, by which runs on the same tokens are known."""
+        read = {"calibration": self.calibration, **{f"evaluation {name}": tokens for name, tokens in self.evaluation.items()}}
+        return {name: digest(tokens) for name, tokens in read.items()}
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Measures the models of one run. Its methods give plain data, as JSON can hold it, and activations to keep with it."""
-
-    config: EvaluationConfig
-    texts: Texts
-    tokenizer: PreTrainedTokenizerBase
-    dense: Decoder
-
-    def of_dense(self, execution: Execution) -> tuple[dict, dict[str, Tensor]]:
-        """The dense model's `Measured`, and its last states (windows, length, hidden), which others are compared with, by number
-        of the text."""
-        perplexities, states = {}, {}
-        for number, (text, tokens) in enumerate(self.texts.evaluation.items()):
-            perplexities[text], last = evaluation.perplexity_and_states(
-                self.dense, tokens, execution=execution, description=f"perplexity (dense, {text})"
-            )
-            first = last[: self.config.kl_windows]
-            states[str(number)] = execution.empty(first.shape, first.dtype, first.device).copy_(first)  # the others go
-        last = None
-        if self.texts.held_out is not None:
-            last = evaluation.last_states(self.dense, self.texts.held_out, execution)
-        return self._of(self.dense, "dense", perplexities, [], last, execution), states
-
-    def of(self, decoder: Decoder, name: str, states: Mapping[str, Tensor], execution: Execution) -> tuple[dict, dict]:
-        """The `Measured` of `decoder`.
-
-        name: of the model, for progress bars. states: of the dense model; see `of_dense`.
-        """
-        perplexities = {
-            text: evaluation.perplexity(
-                decoder, tokens, execution=execution, reference=Reference(self.dense, states[str(number)]),
-                description=f"perplexity ({name}, {text})",
-            )
-            for number, (text, tokens) in enumerate(self.texts.evaluation.items())
-        }  # fmt: skip
-        drift, last = [], None
-        if self.texts.held_out is not None:
-            drift, last = evaluation.drift(decoder, self.dense, self.texts.held_out, execution=execution)
-        return self._of(decoder, name, perplexities, drift, last, execution), {}
-
-    def _of(
-        self, decoder: Decoder, name: str, perplexities: dict, drift: list, last: Tensor | None, execution: Execution
-    ) -> dict:
-        """`Measured` as plain data, with tasks and the perplexity on held-out samples, where there are any."""
-        tasks, held_out = {}, None
-        if self.config.tasks:
-            limit = self.config.task_limit or None
-            tasks = zero_shot.zero_shot(decoder, self.tokenizer, self.config.tasks, limit, execution=execution)
-        if self.texts.held_out is not None:
-            held_out = evaluation.perplexity(
-                decoder, self.texts.held_out, execution=execution, states=last, description=f"perplexity ({name}, held out)"
-            ).value
-        return asdict(Measured(perplexities, tasks, drift, held_out))
+def digest(tokens: Tensor) -> str:
+    """Hash of `tokens`."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
-def count_zeros(decoder: Decoder) -> tuple[dict, dict]:
-    """The share of zeros in all matrices of `decoder`, and in each, counted; plain data, and no activations."""
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def measure(
+    decoder: Decoder,
+    name: str,
+    texts: Texts,
+    config: EvaluationConfig,
+    tokenizer,
+    execution: Execution,
+    dense: Decoder | None = None,
+    states: Mapping[str, Tensor] = {},
+) -> tuple[dict, dict[str, Tensor]]:
+    """How good the model of `decoder` is, as JSON can hold it, and states that others are compared with, if it is the dense one.
+
+    Args:
+        name: of the model, for progress bars.
+        dense: the dense model, unless this is it; and its `states`.
+
+    Returns:
+        "perplexities": `Perplexity` by text. "zero_shot": as `recon.evaluate.zero_shot.zero_shot` gives it. "held_out": perplexity on
+        held-out samples, or None. "drift": share of the variance of the dense residual stream after each block that is unexplained;
+        empty for the dense model. And the dense model's last states on the windows that divergence is measured on, (windows, length,
+        hidden), by number of the text.
+    """
+    perplexities, kept, drift, last, held_out, tasks = {}, {}, [], None, None, {}
+    for number, (text, tokens) in enumerate(texts.evaluation.items()):
+        reference = Reference(dense, states[str(number)]) if dense else None
+        perplexities[text], stream = evaluation.perplexity_and_states(
+            decoder, tokens, execution=execution, reference=reference, description=f"perplexity ({name}, {text})"
+        )
+        if dense is None:
+            first = stream[: config.kl_windows]
+            kept[str(number)] = execution.empty(first.shape, first.dtype, first.device).copy_(first)  # the others go
+        del stream
+    if texts.held_out is not None:
+        if dense:
+            drift, last = evaluation.drift(decoder, dense, texts.held_out, execution=execution)
+        held_out = evaluation.perplexity(
+            decoder, texts.held_out, execution=execution, states=last, description=f"perplexity ({name}, held out)"
+        ).value
+    if config.tasks:
+        tasks = zero_shot.zero_shot(decoder, tokenizer, config.tasks, config.task_limit or None, execution=execution)
+    by_text = {text: asdict(found) for text, found in perplexities.items()}
+    return {"perplexities": by_text, "zero_shot": tasks, "drift": drift, "held_out": held_out}, kept
+
+
+def count_zeros(decoder: Decoder) -> dict:
+    """The share of zeros in all matrices of `decoder`, and in each, counted."""
     zeros, size, shares = 0, 0, {}
     for block in decoder.windows("block"):
         with decoder.loaded(block):
             for name, matrix in decoder.matrices(block).items():
                 zeros, size = zeros + int((matrix.weight == 0).sum()), size + matrix.weight.numel()
                 shares[name] = sparsity_of(matrix.weight)
-    return {"sparsity": zeros / size, "sparsity_by_matrix": shares}, {}
+    return {"sparsity": zeros / size, "sparsity_by_matrix": shares}
+
+
+# --- what the record says ---------------------------------------------------------------------------------------------
+
+
+def metrics(spec: RunSpec, dense: dict, pruned: dict, final: dict) -> dict:
+    """The metrics of a record, of what `measure` gave: of the first text, of held-out samples and tasks, and everything by text."""
+    states = {"dense": dense, "pruned": pruned, "reconstructed": final}
+    by_text = {
+        text: _of_text({state: measured["perplexities"][text] for state, measured in states.items()})
+        for text in spec.evaluation.evaluation_texts
+    }
+    headline = by_text[spec.evaluation.evaluation_texts[0]]
+    found = {name: headline[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "share_recovered", "kl")}
+    found |= {"dense_held_out_perplexity": dense["held_out"], "held_out_perplexity": final["held_out"]}
+    if spec.evaluation.tasks:
+        found["zero_shot"] = {state: measured["zero_shot"] for state, measured in states.items()}
+        for prefix, measured in (("dense_", dense), ("pruned_", pruned), ("", final)):
+            found[f"{prefix}accuracy"] = zero_shot.mean_accuracy(measured["zero_shot"])
+    for suffix, measured in (("_pruned", pruned), ("", final)):
+        found[f"held_out_error{suffix}"] = measured["drift"][-1] if measured["drift"] else None
+        found[f"drift{suffix}"] = measured["drift"]
+    return found | {"by_text": by_text}
+
+
+def _of_text(results: dict[str, dict]) -> dict:
+    """The metrics of one text, of the `Perplexity` of each state."""
+    values, divergences = [result["value"] for result in results.values()], results["reconstructed"]["kl_per_window"]
+    return {
+        **dict(zip(("dense_perplexity", "pruned_perplexity", "perplexity"), values, strict=True)),
+        "share_recovered": share_recovered(*values),
+        "nll_per_window": {state: result["per_window"] for state, result in results.items()},
+        "kl_per_window": {state: results[state]["kl_per_window"] for state in ("pruned", "reconstructed")},
+        "kl": sum(divergences) / max(1, len(divergences)),
+    }
+
+
+def share_recovered(dense: float, pruned: float, final: float) -> float | None:
+    """1 - log(final / dense) / log(pruned / dense), in perplexities; None where pruning did no harm to recover from."""
+    if not (math.isfinite(pruned) and math.isfinite(final) and pruned > dense):
+        return None
+    return 1 - math.log(final / dense) / math.log(pruned / dense)
+
+
+def tokens(spec: RunSpec, texts: Texts, dense: dict) -> dict[str, int]:
+    """How many tokens each phase reads; of evaluation, how many are predicted."""
+    read = {phase: count * spec.calibration.sequence_length for phase, count in spec.samples_by_phase.items()}
+    held_out = 0 if texts.held_out is None else texts.held_out.numel()
+    return read | {"held_out": held_out, "evaluation": sum(result["tokens"] for result in dense["perplexities"].values())}
+
+
+def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) -> dict:
+    """How numbers came about, in words; "dense": what the dense model's weights were dequantised from, or their dtype."""
+    calibration, how, external = spec.calibration, spec.evaluation, spec.model.pruned is not None
+    read = f"{calibration.sequence_length} tokens of {calibration.text}"
+    windows = ", ".join(f"{count} consecutive windows of {text}" for text, count in how.windows.items())
+    samples = ", ".join(f"{phase} {count}" for phase, count in spec.samples_by_phase.items())
+    pruned = (spec.model.pruned, spec.model.pruned_revision, spec.model.trust_remote_code)
+    asked = f"the first {how.task_limit or 'all'} questions of each; scored by lm-eval, float32 logits"
+    return {
+        "dense": models.precision(models.configuration(*spec.loaded_by)),
+        **({"pruned": models.precision(models.configuration(*pruned))} if external else {}),
+        "calibration": f"{samples} x {read} (calibration split), seed {spec.seed}",
+        "evaluation": (
+            f"perplexity: exp of the mean negative log-likelihood over all but the first token of each window; {windows} x "
+            f"{how.evaluation_length} tokens (evaluation split), every window on its own; "
+            f"{PROTOCOLS[how.evaluation_protocol]}; {str(dtype).removeprefix('torch.')} products, float32 loss"
+        ),
+        **({"reading": dense.reading} if dense.reading else {}),
+        "kl": f"KL(dense || model) per token, on the first {how.kl_windows} evaluation windows",
+        "flops": "counted by torch on shapes, as if the run shared nothing",
+        "drift": (
+            "share of the variance of the dense residual stream after each block that is unexplained, mean over channels and over all "
+            f"tokens but the first of each sample, on {calibration.held_out_samples} x {read} (validation split)"
+        ),
+        "held_out_error": "drift after the last block",
+        "rolled_back": (
+            f"a window is rolled back where the unexplained share of its own target grew on the first {ERROR_SAMPLES} of these samples"
+        ),
+        "zero_shot": f"{', '.join(how.tasks)}: {asked}" if how.tasks else "none",
+        "share_recovered": "1 - log(reconstructed / dense) / log(pruned / dense), in perplexities",
+        "token_hashes": texts.hashes(),
+    }

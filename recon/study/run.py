@@ -4,11 +4,11 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,21 +25,19 @@ from recon.methods.retrain import retrain
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
-from recon.runtime import device, student
+from recon.runtime import device
 from recon.runtime.execution import Execution
 from recon.runtime.lock import locked
 from recon.runtime.storage import Storage, write_json
-from recon.study import checkpoint, dense_cache, plan, report, side_by_side, streaming
+from recon.runtime.student import student
+from recon.study import checkpoint, measure, plan, side_by_side, streaming
 from recon.study.cluster import settings
-from recon.study.environment import environment
-from recon.study.measure import Measured, Measurement, count_zeros
-from recon.study.record import RunRecord
+from recon.study.record import RunRecord, environment
 from recon.study.session import Session
 from recon.study.spec import RunOptions, RunSpec
-from recon.study.texts import Texts
 
 log = logging.getLogger("recon")
-Step = tuple[dict, dict[str, Tensor]]  # what a step found, as JSON can hold it, and activations to keep with it
+Step = tuple[dict, Mapping[str, Tensor]]  # what a step found, as JSON can hold it, and activations to keep with it
 
 
 class RunResult(NamedTuple):
@@ -52,14 +50,13 @@ class RunResult(NamedTuple):
     model: PreTrainedModel | None
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned state, and what it took. `storage` holds the parameters that pruning changed other than by zeroing."""
+class Pruned(NamedTuple):
+    """A pruned state, and what it took. `tensors`: parameters that pruning changed other than by zeroing."""
 
     pruning: prune.Pruning
     seconds: float
     peak: int  # bytes
-    storage: Storage
+    tensors: Mapping[str, Tensor]
 
 
 def run(
@@ -86,14 +83,15 @@ def run(
     side_by_side.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins
     if spec.evaluation.tasks:
         zero_shot.check_tasks(spec.evaluation.tasks)
-    key, record, model, folder = spec.key(), None, None, None
+    key, done, folder, storage = spec.key(), None, None, Storage()
     with contextlib.ExitStack() as stack:
         if save:
             stack.enter_context(locked(save.with_name(f".{save.name}.lock"), f"save folder {str(save)!r}"))
-            record = checkpoint.finished(save, key, options.save_dtype)
-        if record is None:
-            if save:
+            if record := checkpoint.finished(save, key, options.save_dtype):
+                done = RunResult(record, None)
+            else:
                 checkpoint.check_target(save)
+        if done is None:
             streamed = streaming.decide(spec, options, session)
             if not streaming.begun(spec, save):
                 plan.check(spec, options, session.bytes_loaded(spec))
@@ -102,216 +100,46 @@ def run(
                 log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
             if streamed and not save:
                 stack.enter_context(locked(folder.with_name(f".{key}.lock"), f"work folder {str(folder)!r}"))
-            going = _Run(spec, options, session, folder, callbacks)
+            storage = Storage(folder, key, keep=["prune"])
             try:
-                record, model = going.execute()
+                done = _computed(_Run(spec, options, session, storage, RunRecord(spec.flat(), key)), callbacks)
             except ReconError:
-                going.storage.delete(begun=False)  # refused: it would stand in the way of another try
+                storage.delete(begun=False)  # refused: it would stand in the way of another try
                 raise
         for callback in callbacks:
-            callback.on_done(record)
-        if folder:
-            going.storage.delete()
-    return RunResult(record, model)
+            callback.on_done(done.record)
+        storage.delete()
+    return done
 
 
+@dataclass(frozen=True)
 class _Run:
-    """A run that is not done yet. folder: where it is streamed, for its finished windows."""
+    """What all phases of a run have at hand."""
 
-    def __init__(self, spec: RunSpec, options: RunOptions, session: Session, folder: Path | None, callbacks: Sequence[Callback]):
-        self.spec, self.options, self.session, self.folder, self.callbacks = spec, options, session, folder, callbacks
-        self.record, self.began = RunRecord(spec.flat(), spec.key()), time.perf_counter()
-        self.device = device.pick_device(spec.compute.device)
-        self.dtype = device.pick_compute_dtype(spec.compute.compute_dtype, self.device)
-        self.storage = Storage(folder, self.record.key, keep=["prune"])
-        session.reused.clear()
+    spec: RunSpec
+    options: RunOptions
+    session: Session
+    storage: Storage
+    record: RunRecord
 
-    def execute(self) -> tuple[RunRecord, PreTrainedModel | None]:
-        """The whole pipeline, dense model first, so that a wrong set-up shows before anything is pruned."""
-        spec, record = self.spec, self.record
-        with self.phase("load"):
-            self.load()
-        resumed = bool(self.storage.finished("dense"))
-        with self.phase("evaluate"):
-            dense, states = self.measure_dense()
-        model = self.student()
-        record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
-        one_pass = spec.one_pass and not settings(self.options.executor) and not self.session.holds("pruned", self.key("prune"))
-        if one_pass:
-            found = self.prune_and_reconstruct(model)
-            left = student.student(self.dense, self.storage, phases=["prune"])
-        else:
-            found, left = self.prune(model), model
-        record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"] = found.seconds, found.peak
-        with self.phase("evaluate"):
-            pruned = final = self.measure("pruned", self.key("pruned"), left, states)
-        masks = found.pruning.masks
-        if spec.reconstruction.granularity != "none" and not one_pass:
-            self.reconstruct(model, masks=masks)
-        if spec.retraining.retrain != "none":
-            self.retrain(model, masks)
-        if record.windows or record.retraining:
-            with self.phase("evaluate"):
-                final = self.measure("reconstructed", None, model, states)
-        record.metrics |= report.metrics(spec, dense, pruned, final) | self.step("counted", None, lambda: count_zeros(model))[0]
-        record.metrics["under_calibrated_matrices"] = found.pruning.under_calibrated
-        if self.external:
-            record.metrics["pattern"] = str(found_pattern(masks.values()))
-        record.tokens = report.tokens(spec, self.texts, dense)
-        record.flops, record.window_memory_bytes = plan.flops(spec), plan.window_memory(self.dense, spec, self.device)
-        record.protocol = report.protocol(spec, self.texts, self.dense, self.dtype)
-        record.shared = list(self.session.reused)
-        streamed = {"streamed": True, "resumed": resumed} if self.folder else {}
-        record.environment = environment(self.device, spec.compute.compute_dtype) | streamed
-        record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
-        record.status, record.seconds["total"] = "done", time.perf_counter() - self.began
-        if self.options.save:
-            self.save(model)
-        return record, None if self.folder else model.model
+    @property
+    def device(self) -> torch.device:
+        return device.pick_device(self.spec.compute.device)
 
-    # --- before anything is computed ------------------------------------------------------------------------------
+    def execution(self, loop: Callable | None = None) -> Execution:
+        """Where and how a phase computes; made for each, as a phase that runs out of memory goes on with smaller batches."""
+        return Execution(self.device, self.spec.compute.compute_dtype, self.storage, self.options.progress, loop)
 
-    def load(self) -> None:
-        """Loads model and texts, and refuses here whatever can be refused."""
-        spec, save = self.spec, self.options.save
-        if self.folder:
-            self.session.clear()  # what earlier runs have in memory is of no use
-            model, stored, self.tokenizer = models.skeleton(*spec.loaded_by, self.folder)
-            self.dense = decompose(model, lazy=Lazy(model, stored.read))
-        else:
-            self.dense, self.tokenizer = self.session.load(*spec.loaded_by)
-        self.external = self.session.keep("external mask", spec.pruned_by, self.open_external) if spec.model.pruned else None
-        self.check_fits()
-        if save:
-            touched = [] if self.external else prune.touched_biases(self.dense, spec.pruning.criterion)
-            checkpoint.check_places(self.dense.model, touched)
-            checkpoint.check_range(self.dense, self.options.save_dtype)
-        self.texts = Texts.draw(spec, self.tokenizer)
-        self.measurement = Measurement(spec.evaluation, self.texts, self.tokenizer, self.dense)
-
-    def open_external(self):
-        """The model that something else pruned, checked but not read into memory."""
-        model = self.spec.model
-        opened = models.load_pruned(model.pruned, self.dense.model, model.pruned_revision, model.trust_remote_code, self.folder)
-        external_mask.check_pruned(self.dense, opened)
-        return opened
-
-    def check_fits(self) -> None:
-        """Raises `ReconError` for what this model cannot do: windows, adapters, patterns, lengths, tasks."""
-        spec, dense = self.spec, self.dense
-        dense.windows(spec.reconstruction.granularity if spec.reconstruction.granularity != "none" else "block")
-        if spec.reconstruction.adapter != "none" or spec.retraining.retrain not in ("none", "full", "norms"):
-            check_adaptable(dense)
-        if not spec.model.pruned:
-            prune.touched_biases(dense, spec.pruning.criterion)
-            for name, matrix in dense.matrices().items():
-                Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
-        for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
-            dense.check_length(length)
-        if spec.evaluation.tasks:
-            zero_shot.check_model(dense)
-
-    def student(self) -> Decoder:
-        """The model to be pruned: a copy of the dense one; streamed, a skeleton of it, or of the one that something else pruned."""
-        if self.folder is None:
-            return decompose(copy.deepcopy(self.dense.model), like=self.dense)
-        return student.student(self.dense, self.storage, self.external and self.external.read)
-
-    # --- phases ---------------------------------------------------------------------------------------------------
-
-    def prune(self, model: Decoder) -> Pruned:
-        """Prunes the model in place in a pass of its own, or as a run of the session did, or takes over the external model."""
-        key = self.key("prune")
-        found = (
-            self._prune(model) if self.folder or self.external else self.session.keep("pruned", key, lambda: self._prune(model))
-        )
-        if found.storage is not self.storage:
-            prune.apply(model, found.pruning, found.storage.tensors("prune"))
-        return found
-
-    def _prune(self, model: Decoder) -> Pruned:
-        spec, began = self.spec, time.perf_counter()
-        with device.PeakMemory(self.device, anonymous=self.folder is not None) as peak:
-            if self.external:
-                found = external_mask.take_over(model, self.external, self.execution())
-            else:
-                found = prune.prune(model, self.samples("prune"), spec.pruning, seed=spec.seed, execution=self.execution())
-        return Pruned(found, time.perf_counter() - began, peak.bytes, self.storage)
-
-    def prune_and_reconstruct(self, model: Decoder) -> Pruned:
-        """Prunes and reconstructs the model in one pass; the seconds of pruning are those of making masks."""
-        found = []
-
-        class Found(Callback):
-            def on_pruned(self, pruning) -> None:
-                found.append(pruning)
-
-        self.reconstruct(model, [Found()], pruning=self.spec.pruning)
-        self.record.seconds["reconstruct"] -= found[0].seconds
-        peak = self.record.peak_memory_bytes_by_phase["reconstruct"]
-        return self.session.keep("pruned", self.key("prune"), lambda: Pruned(found[0], found[0].seconds, peak, self.storage))
-
-    def reconstruct(self, model: Decoder, callbacks: Sequence[Callback] = (), **pruned: object) -> None:
-        """pruned: the masks, or how to prune; see `recon.reconstruct`."""
-        spec = self.spec
-        execution = self.execution(side_by_side.loop(self.options.executor, spec.reconstruction.propagation))
-        with self.phase("reconstruct"):
-            reports = reconstruct(
-                model, self.dense, self.samples("reconstruct"), spec.reconstruction, held_out=self.texts.held_out, seed=spec.seed,
-                execution=execution, callbacks=[*callbacks, *self.callbacks], **pruned,
-            )  # fmt: skip
-        self.record.windows = [asdict(each) for each in reports]
-
-    def retrain(self, model: Decoder, masks: dict[str, Tensor]) -> None:
-        """Retrains the model's surviving weights in place, and notes in the record how; see `recon.methods.retrain`."""
-        spec, record, execution = self.spec, self.record, self.execution()
-        text, tokens = next(iter(self.texts.evaluation.items()))
-
-        class Merged(Callback):
-            def on_merged(self) -> None:
-                found = perplexity(model, tokens, execution=execution, description=f"perplexity (merged, {text})")
-                record.metrics["perplexity_before_masking"] = found.value
-
-        with self.phase("retrain"):
-            found = retrain(
-                model, self.samples("retrain"), spec.retraining, masks=masks, dense=self.dense, seed=spec.seed,
-                execution=self.execution(), callbacks=[Merged(), *self.callbacks],
-            )  # fmt: skip
-        record.retraining = asdict(found)
-        record.seconds["retrain"] = found.seconds  # without what was measured on the way
-
-    def measure_dense(self) -> tuple[Measured, dict[str, Tensor]]:
-        """What is measured of the dense model, and its states that other models are compared with."""
-
-        def compute() -> Step:
-            name = dense_cache.name(self.spec, self.texts, self.device, plan.flops(self.spec)["evaluate"])
-            if known := dense_cache.get(name):
-                self.session.reused.append("dense")
-            else:
-                known = self.measurement.of_dense(self.execution())
-                dense_cache.put(name, *known)
-            return known
-
-        found, states = self.step("dense", self.key("dense"), compute)
-        return Measured.of(found), states
-
-    def measure(self, name: str, key: object, model: Decoder, states: dict[str, Tensor]) -> Measured:
-        """What is measured of the model by now; key: see `step`."""
-        found, _ = self.step(f"measure {name}", key, lambda: self.measurement.of(model, name, states, self.execution()))
-        return Measured.of(found)
-
-    def save(self, model: Decoder) -> None:
-        """Saves model and record."""
-        record = self.record
-        if self.options.save_dtype != "float32":
-            record.environment["save_dtype"] = self.options.save_dtype
-        with checkpoint.writing(self.options.save) as folder:
-            with self.phase("save"):
-                checkpoint.write(model, self.tokenizer, folder, record, self.options)
-            record.seconds["total"] = time.perf_counter() - self.began
-            write_json(folder / files.RECORD, record.to_dict())
-
-    # --- what phases have in common -------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds up seconds and keeps the highest peak memory of a phase, which may be entered more than once."""
+        record, began = self.record, time.perf_counter()
+        device.release_memory()  # what is left from before counts as free, and not as this phase's
+        with device.PeakMemory(self.device, anonymous=self.storage.folder is not None) as peak:
+            yield
+        record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - began
+        peaks, added = record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase
+        peaks[name], added[name] = max(peaks.get(name, 0), peak.bytes), max(added.get(name, 0), peak.bytes - peak.before)
 
     def step(self, name: str, key: object, compute: Callable[[], Step]) -> Step:
         """`compute()`, unless it is known: from before the run was killed, or from a run of the session with the same `key`.
@@ -324,31 +152,161 @@ class _Run:
         self.storage.finish(name, found, streams)
         return found, streams
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds up seconds and keeps the highest peak memory of a phase, which may be entered more than once."""
-        record, began = self.record, time.perf_counter()
-        device.release_memory()  # what is left from before counts as free, and not as this phase's
-        with device.PeakMemory(self.device, anonymous=self.folder is not None) as peak:
-            yield
-        record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - began
-        peaks, added = record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase
-        peaks[name], added[name] = max(peaks.get(name, 0), peak.bytes), max(added.get(name, 0), peak.bytes - peak.before)
 
-    def execution(self, loop: Callable | None = None) -> Execution:
-        """Where and how a phase computes; made for each, as a phase that runs out of memory goes on with smaller batches."""
-        return Execution(self.device, self.spec.compute.compute_dtype, self.storage, self.options.progress, loop)
+def _computed(now: _Run, callbacks: Sequence[Callback]) -> RunResult:
+    """The whole pipeline, dense model first, so that a wrong set-up shows before anything is pruned."""
+    spec, options, session, storage, record = now.spec, now.options, now.session, now.storage, now.record
+    began, resumed, calibration = time.perf_counter(), bool(storage.finished("dense")), spec.calibration
+    session.reused.clear()
 
-    def samples(self, phase: str) -> Tensor:
-        """The calibration samples that `phase` reads."""
-        return self.texts.calibration[: self.spec.samples_by_phase[phase]]
+    with now.phase("load"):
+        dense, tokenizer, external = _loaded(now)
+        _check_fits(spec, dense)
+        if options.save and external is None:
+            checkpoint.check_places(dense.model, prune.touched_biases(dense, spec.pruning.criterion))
+        texts = measure.Texts.draw(spec, tokenizer)
+    samples = {phase: texts.calibration[:count] for phase, count in spec.samples_by_phase.items()}
 
-    def key(self, what: str) -> tuple:
-        """What decides something that runs of a session share."""
-        spec = self.spec
-        held_out = (spec.calibration.text, spec.calibration.sequence_length, spec.calibration.held_out_samples)
-        return {
-            "dense": (spec.loaded_by, spec.evaluation, held_out, spec.compute),
-            "prune": (spec.pruned_by, spec.compute),
-            "pruned": (spec.pruned_by, spec.evaluation, held_out, spec.compute),
-        }[what]
+    # What decides measurements, and the pruned state: runs of a session that agree on it share them.
+    measured_by = (spec.evaluation, calibration.text, calibration.sequence_length, calibration.held_out_samples, spec.compute)
+    pruned_by = (spec.pruned_by, spec.compute)
+
+    def measured(decoder: Decoder, name: str, **reference: object) -> Step:
+        return measure.measure(decoder, name, texts, spec.evaluation, tokenizer, now.execution(), **reference)
+
+    def measured_dense() -> Step:
+        flops = plan.flops(spec)["evaluate"]
+        return session.measured(spec, texts, now.device, flops, lambda: measured(dense, "dense"))
+
+    with now.phase("evaluate"):
+        found_dense, states = now.step("dense", (spec.loaded_by, *measured_by), measured_dense)
+    if storage.folder:
+        model = student(dense, storage, external and external.read)
+    else:
+        model = decompose(copy.deepcopy(dense.model), like=dense)
+    record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
+
+    def reconstruct_model(callbacks: Sequence[Callback] = callbacks, **pruned: object) -> None:
+        execution = now.execution(side_by_side.loop(options.executor, spec.reconstruction.propagation))
+        with now.phase("reconstruct"):
+            reports = reconstruct(
+                model, dense, samples["reconstruct"], spec.reconstruction, held_out=texts.held_out, seed=spec.seed,
+                execution=execution, callbacks=callbacks, **pruned,
+            )  # fmt: skip
+        record.windows = [asdict(report) for report in reports]
+
+    def prune_model() -> Pruned:
+        with now.phase("prune"):
+            if external is None:
+                found = prune.prune(model, samples["prune"], spec.pruning, seed=spec.seed, execution=now.execution())
+            else:
+                found = external_mask.take_over(model, external, now.execution())
+        return Pruned(found, record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"], storage.tensors("prune"))
+
+    def prune_and_reconstruct() -> Pruned:
+        """In one pass; the seconds of pruning are those of making masks."""
+        seen = []
+
+        class Seen(Callback):
+            def on_pruned(self, pruning) -> None:
+                seen.append(pruning)
+
+        reconstruct_model([Seen(), *callbacks], pruning=spec.pruning)
+        record.seconds["reconstruct"] -= seen[0].seconds
+        peak = record.peak_memory_bytes_by_phase["reconstruct"]
+        return Pruned(seen[0], seen[0].seconds, peak, storage.tensors("prune"))
+
+    one_pass = spec.one_pass and not settings(options.executor) and not session.holds("pruned", pruned_by)
+    make = prune_and_reconstruct if one_pass else prune_model
+    pruned = make() if storage.folder or external else session.keep("pruned", pruned_by, make)
+    if "pruned" in session.reused:
+        prune.apply(model, pruned.pruning, pruned.tensors)
+    masks = pruned.pruning.masks
+    record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"] = pruned.seconds, pruned.peak
+    with now.phase("evaluate"):
+        left, key = student(dense, storage, phases=["prune"]) if one_pass else model, (spec.pruned_by, *measured_by)
+        found_pruned, _ = now.step("measure pruned", key, lambda: measured(left, "pruned", dense=dense, states=states))
+
+    if spec.reconstruction.granularity != "none" and not one_pass:
+        reconstruct_model(masks=masks)
+    if spec.retraining.retrain != "none":
+        _retrain(now, model, dense, samples["retrain"], masks, texts, callbacks)
+    final = found_pruned
+    if record.windows or record.retraining:
+        with now.phase("evaluate"):
+            known = {"dense": dense, "states": states}
+            final, _ = now.step("measure reconstructed", None, lambda: measured(model, "reconstructed", **known))
+
+    record.metrics |= measure.metrics(spec, found_dense, found_pruned, final) | measure.count_zeros(model)
+    record.metrics["under_calibrated_matrices"] = pruned.pruning.under_calibrated
+    if external:
+        record.metrics["pattern"] = str(found_pattern(masks.values()))
+    record.tokens, record.flops = measure.tokens(spec, texts, found_dense), plan.flops(spec)
+    record.window_memory_bytes = plan.window_memory(dense, spec, now.device)
+    record.protocol = measure.protocol(spec, texts, dense, now.execution().dtype)
+    record.shared = list(session.reused)
+    record.environment = environment(now.device, spec.compute.compute_dtype)
+    if storage.folder:
+        record.environment |= {"streamed": True, "resumed": resumed}
+    record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
+    record.status, record.seconds["total"] = "done", time.perf_counter() - began
+    if options.save:
+        if options.save_dtype != "float32":
+            record.environment["save_dtype"] = options.save_dtype
+        with checkpoint.writing(options.save) as folder:
+            with now.phase("save"):
+                checkpoint.write(model, tokenizer, folder, record, options)
+            record.seconds["total"] = time.perf_counter() - began
+            write_json(folder / files.RECORD, record.to_dict())
+    return RunResult(record, None if storage.folder else model.model)
+
+
+def _loaded(now: _Run) -> tuple[Decoder, object, object | None]:
+    """The dense model, its tokenizer, and the model that something else pruned, if any: checked, but not read into memory."""
+    spec, session, folder, model = now.spec, now.session, now.storage.folder, now.spec.model
+    if folder:
+        session.clear()  # what earlier runs have in memory is of no use
+        skeleton, stored, tokenizer = models.skeleton(*spec.loaded_by, folder)
+        dense = decompose(skeleton, lazy=Lazy(skeleton, stored.read))
+    else:
+        dense, tokenizer = session.load(*spec.loaded_by)
+
+    def open_external():
+        opened = models.load_pruned(model.pruned, dense.model, model.pruned_revision, model.trust_remote_code, folder)
+        external_mask.check_pruned(dense, opened)
+        return opened
+
+    return dense, tokenizer, session.keep("external mask", spec.pruned_by, open_external) if model.pruned else None
+
+
+def _check_fits(spec: RunSpec, dense: Decoder) -> None:
+    """Raises `ReconError` for what this model cannot do: windows, adapters, patterns, lengths, tasks."""
+    dense.windows(spec.reconstruction.granularity if spec.reconstruction.granularity != "none" else "block")
+    if spec.reconstruction.adapter != "none" or spec.retraining.retrain not in ("none", "full", "norms"):
+        check_adaptable(dense)
+    if not spec.model.pruned:
+        prune.touched_biases(dense, spec.pruning.criterion)
+        for name, matrix in dense.matrices().items():
+            Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
+    for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
+        dense.check_length(length)
+    if spec.evaluation.tasks:
+        zero_shot.check_model(dense)
+
+
+def _retrain(now: _Run, model: Decoder, dense: Decoder, samples: Tensor, masks: dict, texts: measure.Texts, callbacks) -> None:
+    """Retrains the model's surviving weights in place, and notes in the record how; see `recon.methods.retrain`."""
+    text, tokens = next(iter(texts.evaluation.items()))
+
+    class Merged(Callback):
+        def on_merged(self) -> None:
+            found = perplexity(model, tokens, execution=now.execution(), description=f"perplexity (merged, {text})")
+            now.record.metrics["perplexity_before_masking"] = found.value
+
+    with now.phase("retrain"):
+        found = retrain(
+            model, samples, now.spec.retraining, masks=masks, dense=dense, seed=now.spec.seed, execution=now.execution(),
+            callbacks=[Merged(), *callbacks],
+        )  # fmt: skip
+    now.record.retraining = asdict(found)
+    now.record.seconds["retrain"] = found.seconds  # without what was measured on the way

@@ -18,7 +18,7 @@ from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
-from recon.study.texts import Texts
+from recon.study.measure import Texts
 
 UP = "model.layers.2.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"

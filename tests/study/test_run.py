@@ -8,14 +8,16 @@ import pytest
 import torch
 from fixtures.models import make_model
 from fixtures.runs import comparable, record_of, result_of
-from transformers import AutoModelForCausalLM
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recon
 from recon.config import PruningConfig, ReconstructionConfig
 from recon.data import models
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
-from recon.study.report import share_recovered
+from recon.study import session as sessions
+from recon.study.measure import Texts, share_recovered
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +166,6 @@ def test_the_dense_control_is_not_pruned(spec):
 
 
 def test_a_model_with_experts_runs_and_names_those_that_starve(spec, tmp_path, tiny_folder):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     make_model("mixtral", vocab_size=len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -189,3 +189,55 @@ def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
     untouched = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert recon.perplexity(model, held_out) == recon.perplexity(untouched, held_out)
     assert math.isfinite(recon.perplexity(pruned, held_out).value)
+
+
+# ---- what is read, and what is known of the dense model from one process to the next
+
+
+def test_all_that_a_run_reads_begins_as_the_tokenizer_begins_a_text(tiny_folder, tiny_text):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    spec = recon.RunSpec.of(text=tiny_text, samples=4, sequence_length=16, held_out_samples=3, evaluation_texts=(tiny_text,))
+    spec = spec.replaced(evaluation_samples=5, evaluation_length=32, retrain="full", retrain_samples=6)
+    own, joined = (Texts.draw(spec.replaced(evaluation_protocol=protocol), tokenizer) for protocol in ("samples", "joined"))
+    for tokens in (own.calibration, own.held_out, *own.evaluation.values()):
+        assert torch.equal(tokens == bos, torch.arange(tokens.shape[1]).expand_as(tokens) == 0)
+    assert (joined.evaluation[tiny_text] == bos).sum() == 1
+    # The protocol is one of evaluation alone.
+    assert torch.equal(own.calibration, joined.calibration) and torch.equal(own.held_out, joined.held_out)
+    assert own.hashes() != joined.hashes()
+
+
+@pytest.fixture
+def cached(tiny_folder, tiny_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sessions, "LEAST", 0)
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path))
+    monkeypatch.setattr("recon.study.record.commit", lambda: {"git_commit": "one", "git_dirty": False})
+    return recon.RunSpec.of(
+        model=tiny_folder, text=tiny_text, samples=4, sequence_length=32, held_out_samples=2, granularity="none",
+        evaluation_texts=(tiny_text,), evaluation_samples=3, evaluation_length=32, compute_dtype="bfloat16",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_the_next_process_measures_the_dense_model_no_more(cached, stream):
+    first = record_of(cached, stream=stream)
+    again, same = record_of(cached.replaced(pattern="0.6", seed=1), stream=stream), record_of(cached, stream=stream)
+    assert comparable(same) == comparable(first)
+    assert (first.shared, again.shared) == ([], ["dense"])
+    assert again.metrics["dense_perplexity"] == first.metrics["dense_perplexity"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"evaluation_length": 16}, {"evaluation_samples": 2}, {"held_out_samples": 0}, {"compute_dtype": "float32"}]
+)
+def test_whatever_decides_it_keeps_it_apart(cached, change):
+    record_of(cached)
+    assert record_of(cached.replaced(**change)).shared == []
+
+
+def test_of_code_that_is_not_committed_nothing_is_kept(cached, tmp_path, monkeypatch):
+    monkeypatch.setattr("recon.study.record.commit", lambda: {"git_commit": "one", "git_dirty": True})
+    record_of(cached)
+    assert not list((tmp_path / "derived").glob("dense-*"))
