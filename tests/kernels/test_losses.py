@@ -95,28 +95,19 @@ def draw():
 
 @pytest.mark.parametrize("elements", [1, 50, 170, 2**20])  # one row at a time, several, all; the last part is shorter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_likelihoods_and_their_gradients_are_torchs(draw, monkeypatch, elements, dtype):
+@pytest.mark.parametrize("against", ["targets", "predictions"])
+def test_prediction_losses_and_their_gradients_are_torchs(draw, monkeypatch, elements, dtype, against):
     monkeypatch.setattr(losses, "ELEMENTS", elements)
-    found, _, targets = draw
+    found, wanted, targets = draw
     ours, theirs = (found.to(dtype).requires_grad_() for _ in range(2))
-    loss, expected = negative_log_likelihood(ours, targets), F.cross_entropy(theirs.float(), targets, reduction="none")
+    if against == "targets":
+        loss, expected = negative_log_likelihood(ours, targets), F.cross_entropy(theirs.float(), targets, reduction="none")
+    else:
+        p, q = wanted.log_softmax(-1), theirs.float().log_softmax(-1)
+        loss, expected = kl_divergence(wanted, ours), (p.exp() * (p - q)).sum(-1)
+        assert_close(kl_divergence(wanted, wanted), torch.zeros(13))
     assert_close(loss, expected)
     (3 * loss.mean()).backward()
     (3 * expected.mean()).backward()
     assert ours.grad.dtype == dtype
     assert_close(ours.grad, theirs.grad)
-
-
-@pytest.mark.parametrize("elements", [1, 170, 2**20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_divergences_and_their_gradients_are_torchs(draw, monkeypatch, elements, dtype):
-    monkeypatch.setattr(losses, "ELEMENTS", elements)
-    found, wanted, _ = draw
-    ours, theirs = (found.to(dtype).requires_grad_() for _ in range(2))
-    p, q = wanted.log_softmax(-1), theirs.float().log_softmax(-1)
-    loss, expected = kl_divergence(wanted, ours), (p.exp() * (p - q)).sum(-1)
-    assert_close(loss, expected)
-    loss.mean().backward()
-    expected.mean().backward()
-    assert_close(ours.grad, theirs.grad)
-    assert_close(kl_divergence(wanted, wanted), torch.zeros(13))

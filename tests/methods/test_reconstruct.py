@@ -128,6 +128,14 @@ def test_given_masks_are_obeyed(dense, pruned, tokens):
 # ---- exact solutions
 
 
+def least_squares(x, wanted, mask):
+    """The best weight (out, in) on inputs x (tokens, in), row by row, for outputs `wanted` (tokens, out)."""
+    best = torch.zeros(mask.shape)
+    for row, support in enumerate(mask):
+        best[row, support] = torch.linalg.lstsq(x[:, support].double(), wanted[:, row].double()).solution.float()
+    return best
+
+
 def error_of(weight, target, x):
     return (x @ (weight - target).T).double().square().sum().item()
 
@@ -142,10 +150,7 @@ def test_exact_matrices_are_least_squares_solutions(dense, pruned, tokens):
         x = dense.inputs(window, hidden).reshape(-1, dense.matrices()[window.matrices[0]].weight.shape[1])
         for name in window.matrices:
             target, found = dense.matrices()[name].weight, student.matrices()[name].weight
-            best = torch.zeros_like(target)
-            for row, support in enumerate(found != 0):
-                best[row, support] = torch.linalg.lstsq(x[:, support].double(), (x @ target[row]).double()).solution.float()
-            least = error_of(best, target, x)
+            least = error_of(least_squares(x, x @ target.T, found != 0), target, x)
             assert 0 < least < 0.9 * error_of(start[f"{name}.weight"], target, x)
             assert error_of(found, target, x) < 1.001 * least
 
@@ -163,9 +168,7 @@ def test_exact_matrices_under_mixed_propagation(tiny, pruned, tokens):
         matrix = dense.matrices()[name]
         wanted = F.linear(wanted, matrix.weight)
         found = student.matrices()[name].weight
-        best = torch.zeros_like(found)
-        for row, support in enumerate(found != 0):
-            best[row, support] = torch.linalg.lstsq(x[:, support].double(), wanted[:, row].double()).solution.float()
+        best = least_squares(x, wanted, found != 0)
         errors = [(x @ w.T - wanted).square().sum().item() for w in (found, best)]
         assert errors[0] < 1.01 * errors[1]
 
