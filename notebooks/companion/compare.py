@@ -1,7 +1,7 @@
 """Two sides of a comparison: which runs stand for each, and the effect between them with a bootstrap interval.
 
-An effect is a difference of log-perplexity, or of the divergence from the dense model, in nats per token, or a share of the perplexity gap
-log(pruned / dense). It is paired: both sides have the same seeds and evaluation windows.
+An effect is a difference of log-perplexity, or of the divergence from the dense model, in nats per token. Some are given as a
+share of the perplexity gap, log(pruned / dense). Effects are paired: both sides have the same seeds and evaluation windows.
 """
 
 import math
@@ -35,7 +35,7 @@ _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", re.IGNORECASE)
 
 @lru_cache(maxsize=64)
 def _draws(count: int, resamples: int, seed: int, stream: int) -> np.ndarray:
-    """Weights (resamples, count) of things drawn with replacement."""
+    """Weights (resamples, count) of `count` items drawn with replacement."""
     # RandomState: its stream is frozen, so that the committed page does not depend on numpy's version.
     drawn = np.random.RandomState([seed, stream]).randint(0, count, (resamples, count))
     flat = (drawn + np.arange(resamples)[:, None] * count).ravel()
@@ -43,7 +43,7 @@ def _draws(count: int, resamples: int, seed: int, stream: int) -> np.ndarray:
 
 
 def wider(seeds: int, level: float) -> float:
-    """How many times wider than the bootstrap's the spread of means over so many seeds is taken to be; infinite for one."""
+    """The factor by which the bootstrap's spread over so many seeds is widened; infinite for one seed."""
     return math.sqrt(seeds / (seeds - 1)) * _T[level][min(seeds - 1, 9) - 1] if seeds > 1 else math.inf
 
 
@@ -54,9 +54,9 @@ def interval(
 
     Seeds are drawn with replacement, then windows; all seeds share their windows, so one draw of windows serves them all
     (the "pigeonhole" bootstrap: Owen, Annals of Applied Statistics 2007). The bootstrap understates the spread of few
-    seeds, so that deviations of drawn seeds from their mean are widened by sqrt(n / (n - 1)) and by Student's t over normal
+    seeds. So deviations of drawn seeds from their mean are widened by sqrt(n / (n - 1)) and by Student's t over normal
     (as Hesterberg's expanded percentile interval does: The American Statistician 2015). With one seed only windows are drawn.
-    `statistic` gives effects (draws,), or lower and upper bounds of them. NaN where it is NaN in any draw.
+    `statistic` gives effects (draws,), or lower and upper bounds of them. NaN if it is NaN in any draw.
     """
     means = []
     for index, values in enumerate(parts):
@@ -75,7 +75,7 @@ def interval(
 
 
 def _bounds(effects: np.ndarray | tuple) -> tuple:
-    """Lower and upper bounds of effects; effects that are known are both."""
+    """Lower and upper bounds of effects; for effects known exactly, both are the effect."""
     return effects if isinstance(effects, tuple) else (effects, effects)
 
 
@@ -84,7 +84,7 @@ def _bounds(effects: np.ndarray | tuple) -> tuple:
 
 @dataclass
 class Evidence:
-    """The runs that enter a comparison, and what is computed from their means."""
+    """The runs that enter a comparison, and the statistic of their means."""
 
     runs: pd.DataFrame
     parts: list[np.ndarray]
@@ -103,7 +103,7 @@ class Evidence:
         return min(part.shape[1] for part in self.parts)
 
     def estimate(self, level: float) -> tuple[float, float, float, float]:
-        """Lower and upper bound of the effect, and the interval's ends; all NaN where a run diverged."""
+        """Lower and upper bound of the effect, and the interval's ends; all NaN if a run diverged."""
         if not all(np.isfinite(part).all() for part in self.parts):
             return (math.nan,) * 4
         lower, upper = _bounds(self.statistic(np.concatenate([part.mean((1, 2)) for part in self.parts])[:, None]))
@@ -111,24 +111,24 @@ class Evidence:
 
 
 def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[str, str], dict]]:
-    """For each model (empty: models are compared) and pattern, the default ones first, the runs that agree in what is `shared`."""
+    """By model (empty: models are compared) and pattern, the default ones first: groups of runs that agree in `shared`."""
     if runs.empty:
         return []
-    default, found = (DEFAULTS["model"], DEFAULTS["pattern"]), {}
+    default, scopes = (DEFAULTS["model"], DEFAULTS["pattern"]), {}
     for name, group in runs[runs[f"{measure}_pruned"].notna()].groupby(list(shared)):
         scope = group["model"].iloc[0] if "model" in shared else "", group["pattern"].iloc[0]
-        found.setdefault(scope, {})[repr(name)] = group
+        scopes.setdefault(scope, {})[repr(name)] = group
     return sorted(
-        found.items(), key=lambda each: (each[0][0] not in ("", default[0]), each[0][0], each[0][1] != default[1], each[0][1])
+        scopes.items(), key=lambda each: (each[0][0] not in ("", default[0]), each[0][0], each[0][1] != default[1], each[0][1])
     )
 
 
 def pick(runs: pd.DataFrame, options: dict, tuned: bool = False) -> pd.DataFrame:
     """By unit, the runs whose method differs from the defaults by `options` alone, all of one tuning.
 
-    Of several tunings the one nearest the defaults, so that no side of a comparison is tuned more than the other. `tuned`: every side had
-    its learning rates searched. Then the rates with the lowest held-out perplexity (mean over the units that all have) are taken, all
-    other tuning again nearest the defaults. Evaluation text never decides.
+    Of several tunings, the one nearest the defaults is taken, so that no side is tuned more than the other. `tuned`: learning
+    rates were searched for both sides. Then the rates with the lowest held-out perplexity are taken (mean over the units that
+    all have), and the rest of the tuning is nearest the defaults. Evaluation text never decides.
     """
     unknown = set(options) - {*METHOD, *TUNING}
     if unknown:
@@ -153,14 +153,14 @@ def _nearest(runs: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def points(runs: pd.DataFrame, options: dict) -> dict[tuple[int, int], pd.DataFrame]:
-    """The runs of one method, by samples (of all that is before, and of the last training), at the rates that were searched for it."""
+    """The runs of one method at the rates searched for it, by (samples, samples of the last training)."""
     groups = runs[runs["setting"] == setting(options)].groupby(["samples", "trained"])
-    found = {count: pick(group, options, tuned=True) for count, group in groups}
-    return {count: side for count, side in found.items() if len(side)}
+    sides = {count: pick(group, options, tuned=True) for count, group in groups}
+    return {count: side for count, side in sides.items() if len(side)}
 
 
 def best_supported(points: dict[tuple[int, int], pd.DataFrame]) -> pd.DataFrame:
-    """The point with the most seeds, and of several, with the most samples before the last training; empty where there is none."""
+    """The point with the most seeds, and of several, with the most samples before the last training; empty if there is none."""
     return max(points.items(), key=lambda point: (len(point[1]), point[0]), default=(0, pd.DataFrame()))[1]
 
 
@@ -170,7 +170,7 @@ def curve(runs: pd.DataFrame, options: dict) -> list[pd.DataFrame]:
 
 
 def once(units: Sequence[str]) -> list[str]:
-    """Sorted; a seed that was run in several precisions counts once, in the first of them: its runs are hardly independent."""
+    """Sorted units. A seed run in several precisions counts once, in the first of them: its runs are hardly independent."""
     return sorted({unit.split()[0]: unit for unit in sorted(units, reverse=True)}.values())
 
 
@@ -180,7 +180,7 @@ def common(*sides: pd.DataFrame) -> list[str]:
 
 
 def _stack(sides: Sequence[tuple[pd.DataFrame, str]], units: list[str], measure: str = "own") -> np.ndarray:
-    """What is measured, (sides, units, windows), of each side's runs in the state named."""
+    """The measure (sides, units, windows) of each side's runs in the state named."""
     return np.array([[side.at[unit, f"{measure}_{state}"] for unit in units] for side, state in sides], float)
 
 
@@ -189,9 +189,9 @@ def _used(sides: Sequence[pd.DataFrame], units: list[str]) -> pd.DataFrame:
 
 
 def pair(mine: pd.DataFrame, theirs: pd.DataFrame, measure="own", share=False, state="reconstructed", **more) -> Evidence | None:
-    """What is measured of the other side minus that of ours, above 0 ours is better; `share`: of the perplexity gap of ours.
+    """The other side's measure minus ours: above 0, ours is better. `share`: as a share of our perplexity gap.
 
-    mine, theirs: runs of one setting each, by unit. None where they have no unit in common.
+    mine, theirs: runs of one setting each, by unit. None if they have no unit in common.
     """
     if not (units := common(mine, theirs)):
         return None
@@ -231,10 +231,10 @@ def equal(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def samples(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """As `better`, where our side trains on `count` samples and the other on `times` as many: at least, if that is over 1.
+    """As `better`, but our side trains on `count` samples and the other on `times` as many (or more, if `times` is over 1).
 
-    With a margin, the difference is a share of the perplexity gap. Learning rates were searched on both sides. The note says what the
-    other side's training does to the dense model: what adapting to this kind of text alone is worth.
+    With a margin, the difference is a share of the perplexity gap. Learning rates were searched on both sides. The note says how
+    far the other side's training moves the dense model: what adapting to such text is worth on its own.
     """
     measure, wanted = claim["measure"], claim["count"] * claim["times"]
     trained = runs.loc[runs["setting"] == setting(claim["right"]), "trained"]
@@ -252,7 +252,7 @@ def samples(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """As `better`, at FLOPs equal within BUDGET or, where no pair of runs has that, with less on our side.
+    """As `better`, at FLOPs equal within BUDGET or, if no pair of runs has that, with less on our side.
 
     Of several pairs: the one with the most seeds (up to SEEDS), then equal FLOPs, then the most.
     """
@@ -273,11 +273,11 @@ def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def ratio(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """Cost at which the other side reaches the quality that ours has at each of its sample counts, over the cost of ours; the median.
+    """The other side's cost over ours at equal quality: the median over our sample counts.
 
-    The other side's quality is interpolated piecewise linearly over log2 of its cost, through its running best (in favour of the other
-    side). Where it never reaches our quality, the ratio is above what its last point gives; where its first point is better already, it
-    is below what that gives. The interval runs from that of the lower to that of the upper bounds.
+    The other side's quality is interpolated linearly over log2 of its cost, through its running best (in its favour). If it
+    never reaches our quality, its last point gives a lower bound of the ratio. If its first point is already better, it gives an
+    upper bound. The interval runs from that of the lower bounds to that of the upper bounds.
     """
     cost = {"samples": "trained", "flops": "flops"}[claim["cost"]]
     curves = [curve(runs, claim[side]) for side in ("left", "right")]
@@ -301,9 +301,9 @@ def ratio(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def _most_shared(mine: list[pd.DataFrame], theirs: list[pd.DataFrame]) -> list[str]:
-    """The units to compare two curves at: of several sets one with at least SEEDS, then the one that the most points have.
+    """The units to compare two curves at: of several sets, one with at least SEEDS, then the one that most points have.
 
-    So a point that lacks seeds is left out where enough of the others have them.
+    So a point that lacks seeds is left out if enough of the others have them.
     """
 
     def rank(units: tuple) -> tuple:
@@ -326,7 +326,8 @@ def bounded(lower: float, upper: float) -> str:
 def _reach(targets: np.ndarray, curve: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where `curve` (points, draws) over `at` (points,), ascending, first falls to `targets` (targets, draws).
 
-    Returns lower and upper bounds (targets, draws): the same, but inf above where it never does, -inf below where it starts lower.
+    Returns lower and upper bounds (targets, draws). They are equal, except that the upper is inf if it never does, and the lower
+    -inf if it starts lower.
     """
     curve = np.minimum.accumulate(curve, axis=0)
     there = curve[None] <= targets[:, None]
@@ -348,8 +349,8 @@ def _by_criterion(runs: pd.DataFrame, claim: dict) -> dict[str, pd.DataFrame]:
 def _contrast(values: np.ndarray) -> np.ndarray:
     """Weights (criteria,) of the gap between the means of `values` (criteria, seeds, windows): 1 for the worst, -1 for the best.
 
-    They are chosen once, not in every bootstrap draw: the range of a draw is never negative, so noise alone would make a gap. Chosen
-    from the same data, the gap is still slightly too large where criteria hardly differ.
+    They are chosen once, not in every bootstrap draw: the range of a draw is never negative, so noise alone would make a gap.
+    Chosen on the same data, the gap is still slightly too large if criteria hardly differ.
     """
     order = values.mean((1, 2)).argsort(kind="stable")
     return (np.arange(len(values)) == order[-1]) * 1.0 - (np.arange(len(values)) == order[0])
@@ -373,7 +374,7 @@ def gap(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 def trend(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """Minus the slope of the gap between criteria after reconstruction, per doubling of the parameters that models' names state.
 
-    Models of different families differ in more than their size, so only those of one family make a trend: that with the most models.
+    Models of different families differ in more than size. So only one family counts: that with the most models.
     """
     families: dict[str, dict] = {}
     for model in sorted(filter(parameters, runs["model"].unique()), key=parameters):
@@ -408,7 +409,7 @@ def trend(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def parameters(model: str) -> float | None:
-    """The number of parameters that a model's name states ("smollm2-135m", "Llama-3.1-8B"); None where it states none."""
+    """The number of parameters that a model's name states ("smollm2-135m", "Llama-3.1-8B"); None if it states none."""
     stated = _SIZE.findall(_name(model))
     return float(stated[-1][0]) * {"m": 1e6, "b": 1e9}[stated[-1][1].lower()] if stated else None
 

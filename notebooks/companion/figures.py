@@ -1,5 +1,7 @@
-"""The figures of notebooks 1 to 5. Each function draws runs, as of `companion.frame.load`, and gives the figure, the data (a row per mark),
-and what it shows in a sentence."""
+"""The figures of notebooks 1 to 5.
+
+Each function draws runs from `companion.frame.load`. It returns the figure, its data (a row per mark) and a sentence.
+"""
 
 import math
 from collections.abc import Sequence
@@ -28,9 +30,9 @@ ALIKE = 1.05  # costs that differ by less count as equal
 
 
 def sizes(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per model, pattern and granularity ("pruned": none): geometric means over seeds of perplexities, and what it costs.
+    """A row per model, pattern and granularity ("pruned": none): geometric means over seeds of perplexities, and costs.
 
-    A seed that was run in several precisions counts once.
+    A seed run in several precisions counts once.
     """
     levels, by = ["dense perplexity", "pruned perplexity", "perplexity"], ["model", "pattern", "granularity"]
     runs = runs.assign(granularity=runs["fit"].replace("none", "pruned"), TFLOP=runs["flops"] / 1e12)
@@ -47,7 +49,7 @@ def sizes(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def effects(runs: pd.DataFrame, by: Sequence[str], baseline: dict, flip: bool = False, **options) -> pd.DataFrame:
-    """Each group of runs, by the columns `by`, against that with the values of `baseline` in its place: see `companion.compare.paired`.
+    """Each group of runs (by the columns `by`) against the group with the values of `baseline`, by `companion.compare.paired`.
 
     Above 0 it is better than the baseline; flip: worse. `verdict` says whether it is equal within the margin.
     """
@@ -65,7 +67,7 @@ def effects(runs: pd.DataFrame, by: Sequence[str], baseline: dict, flip: bool = 
 
 
 def judged(low: float, high: float, seeds: int) -> str:
-    """ "equal" within the margin, "better" or "worse" beyond it; "undecided" where the interval reaches across it or seeds are few."""
+    """ "equal" within the margin, "better" or "worse" beyond it; "undecided" if the interval crosses it or seeds are few."""
     if seeds < SEEDS or math.isnan(low):
         return "undecided"
     if -MARGIN < low and high < MARGIN:
@@ -74,7 +76,7 @@ def judged(low: float, high: float, seeds: int) -> str:
 
 
 def count_words(data: pd.DataFrame) -> str:
-    """How many verdicts are what: "3 equal, 1 worse, 2 undecided"."""
+    """The verdicts counted: "3 equal, 1 worse, 2 undecided"."""
     counts = data["verdict"].value_counts()
     return ", ".join(f"{counts[name]} {name}" for name in ("equal", "better", "worse", "undecided") if name in counts)
 
@@ -98,7 +100,7 @@ def panels(count: int, width: float, height: float, columns: int = 3, **options)
 
 
 def label(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Writes each name beside its point, where it covers no other; limits and scales have to be set before."""
+    """Writes each name beside its point, without overlap; set limits and scales before."""
     ax.figure.draw_without_rendering()
     texts = [ax.text(x, y, name, fontsize=8) for name, (x, y) in points.items()]
     arrows = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
@@ -106,7 +108,7 @@ def label(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
 
 
 def label_ends(ax: Axes, x: float, ends: dict[str, float]) -> None:
-    """Writes each name to the right of the last value of its line, moved up where another is below; limits and scales have to be set before."""
+    """Writes each name to the right of its line's last value, moved up if another is below; set limits and scales before."""
     ax.figure.draw_without_rendering()
     least = -math.inf
     for name, y in sorted(ends.items(), key=lambda end: end[1]):
@@ -116,7 +118,10 @@ def label_ends(ax: Axes, x: float, ends: dict[str, float]) -> None:
 
 
 def level(ax: Axes, value: float, name: str, inside: bool = True) -> None:
-    """A line across `ax` at `value`, of the dense or pruned model, named at its right end; not inside the limits: named at their edge."""
+    """A line across `ax` at `value` of the dense or pruned model, named at its right end.
+
+    inside: False leaves the limits as they are; a name beyond them is at their edge.
+    """
     low, high = ax.get_ylim()
     if inside:
         low, high = min(low, 0.96 * value), max(high, 1.03 * value)
@@ -128,7 +133,7 @@ def level(ax: Axes, value: float, name: str, inside: bool = True) -> None:
 
 
 def legend(figure: Figure, ax: Axes) -> None:
-    """Says below all panels what the marks of `ax`, and of the others, are."""
+    """One legend for all panels, below them: that of `ax`."""
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     ax.get_legend().remove()
 
@@ -146,7 +151,7 @@ def hollow(seeds: int) -> dict:
 
 
 def bars(ax: Axes, data: pd.DataFrame, places: Sequence[float], names: Sequence[str], far: float = math.inf) -> None:
-    """Differences with their intervals at heights `places`, in the look of `names`; a mean beyond `far` is written."""
+    """Differences with their intervals at heights `places`, in the look of `names`; a mean beyond `far` is written as text."""
     for row, place, name in zip(data.to_dict("records"), places, names):
         value, shown = row["difference"], look(name)
         if abs(value) > far:
@@ -181,7 +186,7 @@ def forest(data: pd.DataFrame, by: str, panel: str, words: str, looks_of: str = 
 
 
 def memory(data: pd.DataFrame) -> Plot:
-    """Perplexity against the memory of a window, a panel per model; where no run says it, against FLOPs. data: of `sizes`, of one pattern."""
+    """Perplexity against the memory of a window, or FLOPs if no run has it: a panel per model. data: `sizes` of one pattern."""
     cost = MEMORY if data[MEMORY].notna().any() else COMPUTE
     data = data[(data["granularity"] != "pruned") & data[cost].notna()]
     data = data.drop(columns=[COMPUTE if cost == MEMORY else MEMORY, "seconds"])
@@ -216,7 +221,7 @@ def memory(data: pd.DataFrame) -> Plot:
 
 
 def methods(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each run: its method, samples and seed, what it reached, and what it took; for `efficiency` and `budget`."""
+    """A row for each run: its method, samples, seed, quality and costs; for `efficiency` and `budget`."""
     reached = [name for name in runs if name.startswith(("perplexity, ", "dense perplexity, "))] + [KL]
     runs = runs.assign(**{COMPUTE: runs["flops"] / 1e12, KL: runs["kl"], "method": runs["recipe"]})
     runs["samples"] = runs["trained"].where(runs["recipe"] != "pruned", 0)
@@ -228,24 +233,25 @@ def measures(data: pd.DataFrame) -> list[str]:
 
 
 def efficiency(runs: pd.DataFrame, length: int) -> Plot:
-    """Above, quality against samples; below, retraining minus reconstruction at equal samples. A column for each measure of quality.
+    """Above, quality against samples; below, retraining minus reconstruction at equal samples. A column for each measure.
 
     length: tokens of a sample.
     """
-    data, found = methods(runs), []
+    data, parts = methods(runs), []
     names, main = measures(data), runs[runs["recipe"].isin(MAIN)].rename(columns={"recipe": "method"})
     main["samples"] = main["trained"]
     for name, measure in zip(names, ["own", "other"][: len(names) - 1] + ["kl"]):
         group = main[main[f"{measure}_pruned"].notna()]
         part = effects(group, ["method", "samples"], {"method": MAIN[0]}, flip=True, measure=measure, share=False, level=0.95)
-        found.append(part[part["verdict"] != "default"].drop(columns=["verdict", "perplexity"]).assign(measure=name))
-    differences, trained = pd.concat(found), data[data["method"] != "pruned"]
+        parts.append(part[part["verdict"] != "default"].drop(columns=["verdict", "perplexity"]).assign(measure=name))
+    differences, trained = pd.concat(parts), data[data["method"] != "pruned"]
     order = list(dict.fromkeys(trained["method"]))
-    figure, axes = plt.subplots(2, len(names), figsize=(3.4 * len(names), 5.6), sharex=True, squeeze=False, height_ratios=[1.5, 1],
-                                layout="constrained")  # fmt: skip
+    shape = {"figsize": (3.4 * len(names), 5.6), "height_ratios": [1.5, 1], "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(names), sharex=True, squeeze=False, **shape)
+    by_method = {"hue": "method", "style": "method", "hue_order": order, "style_order": order, **looks(order)}
+    by_method |= {"errorbar": "sd", "err_style": "bars", "dashes": False, "markersize": 7}
     for name, above, below in zip(names, *axes):
-        sns.lineplot(trained, x="samples", y=name, hue="method", style="method", errorbar="sd", err_style="bars", dashes=False, ax=above,
-                     hue_order=order, style_order=order, **looks(order), legend=name == names[0], markersize=7)  # fmt: skip
+        sns.lineplot(trained, x="samples", y=name, ax=above, legend=name == names[0], **by_method)
         log_scale(above)
         above.set(title=name, ylabel="nats per token" if name == KL else "perplexity")
         level(above, data.loc[data["method"] == "pruned", name].mean(), "pruned")
@@ -272,15 +278,16 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
 
 
 def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
-    """The rows of `means` that nothing beats in `quality` at their cost or less, by cost; of costs, those within 5 % are equal."""
+    """The rows of `means` that nothing beats in `quality` at their cost or less, by cost. Costs within 5 % count as equal."""
     ranked = means[means[cost] > 0].sort_values([cost, quality]).drop_duplicates(quality)
     return ranked[ranked[quality] <= [ranked.loc[ranked[cost] < ALIKE * value, quality].min() for value in ranked[cost]]]
 
 
 def budget(runs: pd.DataFrame) -> Plot:
-    """Quality against compute and against memory, where that is known; numbers: samples of what nothing beats at its cost or less.
+    """Quality against compute and, if known, memory. Numbers: samples of the recipes that nothing beats at their cost or less.
 
-    A mark is a method with a number of samples, mean over the seeds that all methods have; the dense control and the pruned model have none.
+    A mark is a method at a number of samples: the mean over the seeds that all methods have. The dense control and the pruned
+    model have none.
     """
     data = methods(runs)
     recipes, shown = data[~data["method"].str.startswith(("dense", "pruned"))], [measures(data)[0], KL]
@@ -399,7 +406,7 @@ def drift(runs: pd.DataFrame) -> Plot:
 
 
 def costs(runs: pd.DataFrame) -> Plot:
-    """Perplexity of each size of window, mean and range over seeds, against FLOPs and, where it is known, memory."""
+    """Perplexity of each size of window, mean and range over seeds, against FLOPs and, if known, memory."""
     data = sizes(runs)
     data = data[data["granularity"] != "pruned"][
         ["granularity", "seeds", "perplexity", "lowest perplexity", "highest perplexity", COMPUTE, MEMORY]
@@ -423,7 +430,7 @@ def costs(runs: pd.DataFrame) -> Plot:
 
 # --- all claims --------------------------------------------------------------------------------------------------------
 
-_AXES = {  # of verdicts, by what their effect is -> label of the axis
+_AXES = {  # kind of effect -> label of the axis
     "difference": "nats per token by which it is better: right of 0 is as claimed",
     "match": f"share of the perplexity gap: right of the line ({-MARGIN:g}) is as claimed",
     "gap": "nats per token by which the gap shrinks: right of 0 is as claimed",
@@ -433,7 +440,7 @@ _AXES = {  # of verdicts, by what their effect is -> label of the axis
 
 
 def claims(verdicts: pd.DataFrame) -> Plot | None:
-    """The central claims, a row for each and model, at its main pattern, against what the effect has to exceed."""
+    """The central claims, a row per claim and model, at its main pattern, against what the effect has to exceed."""
     shown = verdicts[(verdicts["short"] != "") & np.isfinite(verdicts[["low", "effect"]]).all(axis=1)].drop_duplicates(
         ["claim", "model"]
     )

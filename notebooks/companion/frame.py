@@ -1,4 +1,4 @@
-"""Run records as one tidy frame: a row a run, with its options by flat name, what it reached, and what it took."""
+"""Run records as one tidy frame: a row per run, with its options by flat name, its quality and its costs."""
 
 import json
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ STATES = ("dense", "pruned", "reconstructed")
 RATES = ["learning_rate", "retrain_learning_rate"]
 MEMORY = "window memory, GiB"
 _IN_WINDOWS = {field.name for field in fields(recon.ReconstructionConfig)} - {"granularity"}
-# A method is what pruning, reconstruction and retraining are asked for. How its training is tuned is looked at apart from that.
+# A method is how a run prunes, reconstructs and retrains. How its training is tuned is kept apart.
 _TUNABLE = {"learning_rate", "batch_size", "accumulation", "warmup", "weight_decay", "chunks"}
 TUNING = [name for name in DEFAULTS if name.removeprefix("retrain_") in _TUNABLE]
 _APART = """model revision text samples sequence_length held_out_samples pattern statistics prune_samples retrain_samples
@@ -66,9 +66,10 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
     Columns: every option (one that changes nothing in its run is at its default, as is one that the record does not know), every
     metric that is a number, and
 
-    - key, fit, recipe, setting, tuning and rates with their detour from the defaults; precision, unit (seed and precision: runs of one unit are pairs), trained (samples of the last
-      training), protocol and windows (what runs have to share to be compared);
-    - <measure>_<state>: arrays (windows,) in nats per token, for `MEASURES` and `STATES`; NaN without them;
+    - key, fit, recipe, setting, precision; tuning and rates, each with its detour (how far it is from the defaults);
+    - unit (seed and precision: runs of one unit are pairs), trained (samples of the last training);
+    - protocol and windows: what runs have to share to be compared;
+    - <measure>_<state>: arrays (windows,) in nats per token, for `MEASURES` and `STATES`; NaN if the record has none;
       "perplexity, <text>" and "dense perplexity, <text>";
     - drift, drift_pruned (blocks,); losses, an array for each window; error_before and error_after (windows,);
     - flops, seconds (of reconstruction and retraining), seconds_total, and MEMORY, counted, of the largest window.
@@ -107,8 +108,9 @@ def _row(record: dict) -> dict:
     row["pruned_on"], row["evaluated"] = pruned_on, short(texts[0])
     said = [spec[name] for name in ("sequence_length", "text", "statistics", "evaluation_samples", "evaluation_length")]
     row["protocol"] = repr((*said, pruned_on, texts[0], spec["evaluation_protocol"]))
-    for text, found in ((text, metrics["by_text"][text]) for text in texts):
-        row |= {f"perplexity, {text}": found["perplexity"], f"dense perplexity, {text}": found["dense_perplexity"]}
+    for text in texts:
+        of_text = metrics["by_text"][text]
+        row |= {f"perplexity, {text}": of_text["perplexity"], f"dense perplexity, {text}": of_text["dense_perplexity"]}
     nats = {name: metrics["by_text"][text]["nll_per_window"] for name, text in zip(MEASURES, texts)}
     kl = metrics["by_text"][texts[0]].get("kl_per_window")
     nats |= {"kl": {"dense": [0.0] * len(kl["pruned"])} | kl} if kl else {}
@@ -124,8 +126,9 @@ def _row(record: dict) -> dict:
     counted = record.get("window_memory_bytes")
     row[MEMORY] = sum(counted.values()) / 2**30 if counted else np.nan
     return row | {
-        "seconds_total": record["seconds"].get("total", 0), "device": environment.get("device"), "threads": environment.get("threads"),
-        "commit": str(environment.get("git_commit"))[:10], "dense": protocol.get("dense", ""), "notes": protocol,
+        "seconds_total": record["seconds"].get("total", 0), "device": environment.get("device"),
+        "threads": environment.get("threads"), "commit": str(environment.get("git_commit"))[:10],
+        "dense": protocol.get("dense", ""), "notes": protocol,
     }  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def seeds(runs: pd.DataFrame, by: str) -> str:
 
 
 def protocol(runs: pd.DataFrame) -> str:
-    """How runs were made and measured, in sentences: each protocol with its models and patterns, and what the dense models are."""
+    """How runs were made and measured, in sentences: each protocol with its models and patterns, and the dense weights."""
     said = {}
     for _, group in runs.groupby(["protocol"], sort=False):
         cells = ", ".join(dict.fromkeys(group["model"] + " " + group["pattern"]))
@@ -167,8 +170,9 @@ def protocol_words(runs: pd.DataFrame) -> str:
     fitted = runs[runs["granularity"] != "none"]
     alike = [f"{values[0]} {name}" for name in ("propagation", "loss") if len(values := fitted[name].unique()) == 1]
     cut = f" ({first['evaluation_protocol']})" * (first["evaluation_protocol"] != DEFAULTS["evaluation_protocol"])
+    samples = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return ", ".join([
-        f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} x {first['sequence_length']} tokens of {short(first['text'])}",
+        f"{samples} x {first['sequence_length']} tokens of {short(first['text'])}",
         *["whole samples"] * (set(fitted["chunks"]) == {1}), *alike,
         f"pruned on {first['pruned_on']} ({first['statistics']} statistics)",
         f"perplexity on {first['evaluation_samples']} x {first['evaluation_length']} tokens of {first['evaluated']}{cut}",

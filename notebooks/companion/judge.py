@@ -57,15 +57,16 @@ def _filled(value: object, of: dict) -> object:
 
 
 def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None) -> pd.DataFrame:
-    """A verdict on each claim (of `rows`, or all), model and pattern that `runs`, as of `companion.frame.load`, allow to compare.
+    """A verdict on each claim (of `rows`, or all), model and pattern that `runs`, from `companion.frame.load`, allow to compare.
 
-    "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below. "Equal" holds if the 90 % interval is
-    within the margin (two one-sided tests at 5 %), and does not if it is outside. "As good" holds if the 90 % interval is above
-    minus the margin, and does not if it is below. A ratio is judged as "better", with its own bound.
-    Everything else is not enough evidence, with about how many seeds it would take; so is what fewer than three seeds say where training
-    noise could decide. What no number of seeds can decide on these models is not testable here.
+    - "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below.
+    - "Equal" holds if the 90 % interval is within the margin (two one-sided tests at 5 %), and does not if it is outside.
+    - "As good" holds if the 90 % interval is above minus the margin, and does not if it is below.
+    - A ratio is judged as "better", with its own bound.
+    - Everything else is not enough evidence; the reason says about how many seeds would decide. The same goes for fewer than
+      three seeds if training noise could decide. What no number of seeds can decide on these models is not testable here.
 
-    Where several protocols allow a comparison, the one with the most records that enter is taken; of these, that of the largest study.
+    If several protocols allow a comparison, the one with the most records in it is taken; of these, that of the largest study.
     """
     verdicts, cached = [], {}
     for claim in claims() if rows is None else rows:
@@ -188,7 +189,7 @@ def comparison(claim: dict) -> str:
 
 
 def effect_words(row: pd.Series) -> str:
-    """The effect with its interval and unit; empty where there is none, and where it could not be tested."""
+    """The effect with its interval and unit; empty if there is none or it could not be tested."""
     if math.isnan(row["low"]) or row["verdict"] == UNTESTABLE:
         return ""
     form = "{:.3g}" if row["unit"].startswith("times") else "{:+.3f}"
@@ -207,7 +208,7 @@ def _counted(rows: pd.DataFrame) -> str:
 
 
 def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.style.Styler":
-    """For a notebook: what the paper says in each of `groups` of claims, how many comparisons say what, and the first that says so."""
+    """For a notebook, by group of claims: what the paper says, the verdicts counted, and the first comparison of each verdict."""
     rows = []
     for group in groups:
         mine, about = verdicts[(verdicts["group"] == group) & (verdicts["seeds"] > 0)], GROUPS[group]
@@ -228,11 +229,12 @@ def page(verdicts: pd.DataFrame) -> str:
         "Every claim of arXiv 2510.14444 that run records can judge. Written by `python -m companion.judge`. "
         "`notebooks/companion/claims.yaml` states the claims and which runs each compares, `judge.py` beside it the rules.", "",
         f"{', '.join(f'{mark} {state}' for state, mark in MARKS.items())}. Effects are differences of log-perplexity, or of the "
-        "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and of "
-        "equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and windows: 95 %; 90 % for "
-        f'"equals" (two one-sided tests) and "as good as" (one). Two sides are equal within {MARGIN:g} of the perplexity gap '
-        f"log(pruned / dense), closely equal within {CLOSE:g}; granularities in the paper differ by about {SPREAD_OF_PAPER:.2g} of it. "
-        f'With fewer than {SEEDS} seeds, what training noise could decide is {UNSURE}. "Here" is the model and protocol of the row.', "",
+        "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and "
+        "of equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and windows: 95 %; "
+        f'90 % for "equals" (two one-sided tests) and "as good as" (one). Two sides are equal within {MARGIN:g} of the '
+        f"perplexity gap log(pruned / dense), closely equal within {CLOSE:g}; granularities in the paper differ by about "
+        f"{SPREAD_OF_PAPER:.2g} of it. With fewer than {SEEDS} seeds, what training noise could decide is {UNSURE}. "
+        '"Here" is the model and protocol of the row.', "",
         _count_words(verdicts),
     ]  # fmt: skip
     header = "verdict", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"
@@ -240,8 +242,8 @@ def page(verdicts: pd.DataFrame) -> str:
         about, numbers = GROUPS[group], {text: n for n, text in enumerate(filter(None, mine["protocol"].unique()), 1)}
         lines += ["", f"## {group}. {about['title']}", "", f"Paper: {about['source']}. {about.get('remark', '')}".strip(), ""]
         rows = [
-            (f"{MARKS[v['verdict']]} {v['verdict']}", v["statement"], v["comparison"], _place(v), effect_words(v), v["seeds"] or "",
-             v["reason"], numbers.get(v["protocol"], "")) for _, v in mine.iterrows()
+            (f"{MARKS[v['verdict']]} {v['verdict']}", v["statement"], v["comparison"], _place(v), effect_words(v),
+             v["seeds"] or "", v["reason"], numbers.get(v["protocol"], "")) for _, v in mine.iterrows()
         ]  # fmt: skip
         lines += tables.markdown(header, rows)
         for text, number in numbers.items():
@@ -256,14 +258,14 @@ def _count_words(verdicts: pd.DataFrame) -> str:
     decided = holds + fails
     if not decided + open_:
         return "No verdict yet: there are no records."
-    said = f"{decided} of {decided + open_} comparisons are decided ({decided / (decided + open_):.0%}): {holds} hold, {fails} do not."
-    said += f" {untestable} cannot be tested with these models." * bool(untestable) + f" {without} more were not run." * bool(
-        without
-    )
+    compared = decided + open_
+    said = f"{decided} of {compared} comparisons are decided ({decided / compared:.0%}): {holds} hold, {fails} do not."
+    said += f" {untestable} cannot be tested with these models." * bool(untestable)
+    said += f" {without} more were not run." * bool(without)
     return (
-        f"{said} Each is judged on its own, with a chance of at most 5 % that noise makes a verdict wrong: of those decided, up to about "
-        f"{0.05 * decided:.0f}, and more as open comparisons were given further seeds and judged again. They share runs, so that several "
-        "may be wrong together. Trust what several patterns and models agree on."
+        f"{said} Each is judged on its own, with a chance of at most 5 % that noise makes a verdict wrong: of those decided, "
+        f"up to about {0.05 * decided:.0f}, and more as open comparisons were given further seeds and judged again. "
+        "They share runs, so that several may be wrong together. Trust what several patterns and models agree on."
     )
 
 
@@ -275,7 +277,7 @@ def _not_run_words(verdicts: pd.DataFrame) -> str:
 
 
 def summary(verdicts: pd.DataFrame) -> str:
-    """A short table: a row per group of claims, with its verdicts counted over claims, models and patterns, and the first one's effect."""
+    """A short table, a row per group of claims: its verdicts counted over claims, models and patterns, and one example."""
     rows = []
     for group, mine in verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].groupby("group", sort=False):
         first = mine.iloc[0]
@@ -287,7 +289,7 @@ def summary(verdicts: pd.DataFrame) -> str:
 
 
 def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame) -> str:
-    """For each claim and model, at its main pattern: what to expect, how far it may be off, and the time that the runs took."""
+    """For each claim and model, at its main pattern: the expected effect, its tolerance, and the time that the runs took."""
     hours = runs["seconds_total"].sum() / 3600 if len(runs) else 0
     said = f"The {len(runs)} committed runs took {hours:.1f} h in all, one after the other."
     shown = verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].drop_duplicates(["claim", "model"])
@@ -307,7 +309,7 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 
 def pages(records: Path, page_path: Path, readme: Path | None) -> dict[Path, str]:
-    """What the page, the tables beside it and, where one is given, the README and ARTIFACT.md should hold."""
+    """What the page, the tables beside it and, if one is given, the README and ARTIFACT.md should hold."""
     runs = load(records)
     verdicts = judge(runs)
     texts = {page_path: page(verdicts)} | {page_path.parent / "tables" / name: text for name, text in tables.texts(runs).items()}

@@ -27,7 +27,7 @@ PROFILES = {  # -> the folders of figures and of records
     "laptop": ("figures", "results/laptop"),
     "paper": ("figures/paper", "results/paper"),
 }
-# What belongs together, in the order of its colours, markers and lines.
+# Names that are compared with one another, in the order of their colours, markers and lines.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GOLD = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b"
 _SIZES = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
 _RAMP = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.85 * place / 7)) for place in range(8)]
@@ -57,7 +57,7 @@ class MissingRecords(Exception):
 
 
 def folders(profile: str, output: Path | str = "") -> tuple[Path, Path]:
-    """Where a notebook writes: (figures, records), those of `profile`, or folders inside `output`, which is relative to the checkout."""
+    """(figures, records): the folders of `profile`, or those inside `output`, which is relative to the checkout."""
     figures, records = (f"{output}/figures", f"{output}/records") if output else PROFILES[profile]
     return ROOT / figures, ROOT / records
 
@@ -71,8 +71,8 @@ def style() -> None:
 def look(name: str) -> dict:
     """Colour, marker and line style of a granularity, criterion, method, loss, model, state or loop, the same in every figure.
 
-    "<size> from exact" and "matrix exact" are the size with another marker; what varies a method ("..., distilled", "reconstruction, then ...",
-    "dense, ...") is grey and keeps its marker. A name that is not known, such as another model's, is grey, with a marker by its name.
+    "<size> from exact" and "matrix exact" are the size with another marker. Variants of a method ("..., distilled",
+    "reconstruction, then ...", "dense, ...") are grey and keep its marker. Other names are grey, with a marker chosen by name.
     """
     base = re.sub(r"( from)? exact$|, distilled$|^dense, |^reconstruction, then ", "", name)
     digest = zlib.crc32(base.encode())
@@ -108,7 +108,7 @@ def log_scale(ax: Axes, axis: str = "y") -> None:
 
 
 def number(value: float) -> str:
-    """`value` to three digits, zeros at the end included, so that labels beside one another are of one precision."""
+    """`value` to three digits, zeros at the end included, so that labels have one precision."""
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
@@ -125,7 +125,7 @@ def publish(
 
     Args:
         data: what is drawn, a row per mark.
-        caption: how the runs were made and measured, and what is drawn.
+        caption: how the runs were made and measured, and what the figure shows.
         keys: of the run records behind it; the JSON file holds them with caption, finding and the commit of this code.
         finding: a sentence computed from `data`; it becomes the figure's title.
     """
@@ -146,7 +146,7 @@ def publish(
 
 def _title(figure: Figure, finding: str) -> None:
     """Writes `finding` above all that is drawn, in lines as wide as that."""
-    figure.draw_without_rendering()  # puts everything in its place, where it stays
+    figure.draw_without_rendering()  # lays everything out; then the layout stays
     figure.set_layout_engine("none")
     box, (width, height) = figure.get_tightbbox(figure.canvas.get_renderer()), figure.get_size_inches()
     lines = textwrap.wrap(finding, max(30, int(11.5 * box.width)))  # characters of this size to an inch
@@ -155,7 +155,7 @@ def _title(figure: Figure, finding: str) -> None:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" where code differs from it; empty outside git."""
+    """The commit of this checkout, with "-dirty" if code differs from it; empty outside git."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()

@@ -1,7 +1,7 @@
 """Runs the notebooks under a profile: `python -m companion.run quick [NOTEBOOK ...] [--executor ray] [--from-records]`.
 
-What each profile sets is in notebooks/profiles/. Notebooks do not depend on one another: one that fails is named at the end, and the
-others go on. Executed copies, logs and HTML pages go to build/<profile>/; figures and records where `companion.publish` says.
+What each profile sets is in notebooks/profiles/. Notebooks do not depend on one another: if one fails, the others go on, and it
+is named at the end. Executed copies, logs and HTML pages go to build/<profile>/; figures and records to `publish.folders`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def execute(path: Path, values: dict, build: Path) -> dict:
     try:
         papermill.execute_notebook(
             str(path), str(copy), values, kernel_name="python3", progress_bar=False,
-            resources={"metadata": {"path": str(path.parent)}},  # the kernel's folder; this process stays where it is
+            resources={"metadata": {"path": str(path.parent)}},  # the kernel's folder; that of this process stays
             stdout_file=Console(path.stem, build / f"{path.stem}.log"), extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )  # fmt: skip
         status = "finished"
@@ -103,8 +103,9 @@ def judged(profile: str) -> str:
     verdicts = judge.judge(runs)
     if plot := claims(verdicts):
         caption = (
-            "Central claims of the paper, a row for each and model, at its main pattern; marks: effects, lines: bootstrap intervals over seeds "
-            f"and windows (95 %; equal and as good 90 %). Hollow: fewer than {SEEDS} seeds. All claims and protocols: claims.md."
+            "Central claims of the paper, a row for each and model, at its main pattern; marks: effects, lines: bootstrap "
+            f"intervals over seeds and windows (95 %; equal and as good 90 %). Hollow: fewer than {SEEDS} seeds. "
+            "All claims and protocols: claims.md."
         )
         figure, drawn, finding = plot
         publish(figure, "claims", figures, drawn, caption, {key for keys in verdicts["keys"] for key in keys}, finding)
@@ -118,7 +119,7 @@ def judged(profile: str) -> str:
 def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[dict]:
     """Runs the notebooks called `names`, or all, and writes verdicts, gallery and index.html; returns how each went.
 
-    compute: False runs nothing: notebooks draw from the records that are there, and those that cannot are left out.
+    compute: False runs nothing: notebooks draw from existing records, and those that cannot are left out.
     """
     build, values = ROOT / "build" / profile, parameters(profile)
     paths = [path for path in notebooks() if path.stem in (names or values)]

@@ -12,9 +12,9 @@ from companion.frame import load
 def recipe(
     base: recon.RunSpec, name: str, count: int, seed: int = 0, rates: Mapping[tuple[str, int], float] = {}
 ) -> recon.RunSpec:
-    """The run of a recipe on `count` samples; "dense, <retraining>" is the dense model retrained.
+    """The spec of a recipe on `count` samples; "dense, <retraining>" is the dense model retrained.
 
-    rates: by recipe and sample count, of "reconstruction" and of ways to retrain, which recipes made of them share; else the base's.
+    rates: by part of a recipe ("reconstruction", or a way to retrain) and sample count; those of `base` if missing.
     """
     rest = name.removeprefix("dense, ")
     first, _, then = rest.partition(", then ")
@@ -41,7 +41,7 @@ def search(
 ) -> pd.DataFrame:
     """Searches every recipe in `counts`, at each of its sample counts on its own, for the rate that is best on held-out text.
 
-    It begins with the rates that have records, or three in the middle, and tries those beside the best until there is one on both sides.
+    It begins with the rates that have records, or three in the middle. It tries the neighbours of the best until both have run.
     Returns the runs: recipe, samples, learning_rate, held_out_perplexity, key, and whether that rate is `chosen`.
     """
     rates, cells = sorted(rates), [(name, count) for name, own in counts.items() for count in own]

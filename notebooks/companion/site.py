@@ -41,7 +41,7 @@ CONTENTS = {
 
 
 def stage(folder: Path) -> None:
-    """Puts the pages of the site into `folder`, linked as in the checkout; notebooks as they were executed, if they were."""
+    """Puts the pages of the site into `folder`, linked as in the checkout; executed notebooks with their outputs."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "guides", folder / "guides")
     shutil.copytree(ROOT / "figures", folder / "figures", ignore=shutil.ignore_patterns("executed", "paper", "tables"))

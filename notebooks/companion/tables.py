@@ -1,6 +1,6 @@
 """The paper's tables from runs, each as Markdown, LaTeX and CSV: mean ± standard deviation (seeds), the best in bold.
 
-Beside them stands what the paper reports, where that is known; its own tables could not be read here.
+Beside them stands what the paper reports, if that is known; its own tables could not be read here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,13 +25,15 @@ TABLES = {  # name -> title, row -> options, measures
     }, ("own", "other", "kl")),
     "table-3": ("Table 3: the size of the window", {name: options | WHOLE for name, options in _FITS.items()}, ("own",)),
     "table-4": (
-        "Table 4: the pruning criterion", {name: HALF | {"criterion": name} for name in ("magnitude", "wanda", "sparsegpt")}, ("own",)
+        "Table 4: the pruning criterion",
+        {name: HALF | {"criterion": name} for name in ("magnitude", "wanda", "sparsegpt")}, ("own",),
     ),
     "appendix-b": (
-        "Appendix B: propagation and loss", {f"{a}, {b}": HALF | {"propagation": a, "loss": b} for a, b in _GRID}, ("own", "other", "kl")
+        "Appendix B: propagation and loss",
+        {f"{a}, {b}": HALF | {"propagation": a, "loss": b} for a, b in _GRID}, ("own", "other", "kl"),
     ),
 }  # fmt: skip
-# What is known of the paper's values, via a summary of it: LLaMA-3-8B at 50 %, WikiText-2 perplexity.
+# The paper's values, as far as a summary of it gives them: LLaMA-3-8B at 50 %, WikiText-2 perplexity.
 PAPER = {
     ("table-3", "dense"): "about 5.8 (LLaMA-3-8B)",
     ("table-3", "half-block"): "about 7.8 (LLaMA-3-8B, 50 %)",
@@ -49,9 +51,9 @@ def markdown(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
 
 
 def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells of a table (row, column, mean, std, seeds), and the runs that they are of.
+    """The cells of a table (row, column, mean, std, seeds), and the runs behind them.
 
-    Of each model and pattern, those of the protocol that fills most of the table, and of several, of that with the most runs.
+    For each model and pattern, of the protocol that fills most of the table; of several, that with the most runs.
     """
     _, rows, measures = TABLES[name]
     by_samples, criteria = name == "table-1", name == "table-4"
@@ -101,8 +103,8 @@ def _sides(runs: pd.DataFrame, options: dict, by_samples: bool) -> list[pd.DataF
 
 
 def texts(runs: pd.DataFrame) -> dict[str, str]:
-    """What the files of all tables hold, by name: `<table>.md`, `.tex` and `.csv`; the same bytes for the same runs."""
-    found = {}
+    """The files of all tables, by name: `<table>.md`, `.tex` and `.csv`; the same bytes for the same runs."""
+    files = {}
     for name, (title, _, _) in TABLES.items() if len(runs) else ():
         data, used = cells(runs, name)
         if data.empty:
@@ -111,15 +113,15 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
         caption += "Paper: of its own models, from a summary of it; not read: its tables could not be read here."
         shown = _words(data, name, "**{}**")
         rows = [[row, *line] for row, line in zip(shown.index, shown.to_numpy())]
-        found[f"{name}.md"] = "\n".join([f"# {title}", "", *markdown(["", *shown.columns], rows), "", caption]) + "\n"
+        files[f"{name}.md"] = "\n".join([f"# {title}", "", *markdown(["", *shown.columns], rows), "", caption]) + "\n"
         plain = _words(data, name, r"\textbf{{{}}}").rename(index=_escaped, columns=_escaped).map(_escaped)
-        found[f"{name}.tex"] = plain.style.to_latex(hrules=True, caption=_escaped(f"{title}. {caption}"), label=f"tab:{name}")
-        found[f"{name}.csv"] = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    return found
+        files[f"{name}.tex"] = plain.style.to_latex(hrules=True, caption=_escaped(f"{title}. {caption}"), label=f"tab:{name}")
+        files[f"{name}.csv"] = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return files
 
 
 def _words(data: pd.DataFrame, name: str, bold: str) -> pd.DataFrame:
-    """The table as text: "mean ± std (seeds)", the lowest mean of each column but the dense model's in bold."""
+    """The table as text: "mean ± std (seeds)", the lowest mean of each column in bold, dense and pruned aside."""
     rivals = data["mean"].where(~data["row"].isin(("dense", "pruned")))
     leads = data["mean"] == rivals.groupby(data["column"], observed=True).transform("min")
     said = [

@@ -1,4 +1,4 @@
-"""Which made-up records enter a comparison, and what is computed from them, as the verdict on a claim tells it; intervals."""
+"""Intervals; which made-up records enter a comparison, and its effect, as the verdict on a claim says."""
 
 import math
 
@@ -19,7 +19,7 @@ COUNTS = (16, 32, 64, 128)
 @pytest.mark.parametrize("seed_spread, window_spread", [(1.0, 0.3), (0.1, 1.0), (0.5, 3.0)])
 @pytest.mark.parametrize("count", [3, 5])
 def test_intervals_cover_the_truth(count, seed_spread, window_spread, level):
-    """Crossed seed and window effects and noise: the interval holds the true mean about as often as it says, or a bit more often."""
+    """With crossed seed and window effects and noise, the interval holds the true mean at least about as often as it says."""
     draw, hits, widths, trials = np.random.default_rng(1), 0, [], 300
     for _ in range(trials):
         values = (
@@ -32,7 +32,7 @@ def test_intervals_cover_the_truth(count, seed_spread, window_spread, level):
         hits += low <= 2.0 <= high
         widths.append(high - low)
     assert level - 0.04 <= hits / trials <= 1
-    # Not by being wide without need: Student's t with the true spread, if only seeds mattered, plus that of windows.
+    # It is not too wide: at most about Student's t with the true spread of seeds, plus the spread of windows.
     t = {3: {0.95: 4.303, 0.90: 2.920}, 5: {0.95: 2.776, 0.90: 2.132}}[count][level]
     assert np.mean(widths) < 2 * 1.25 * (t * math.sqrt((seed_spread**2 + 0.1) / count) + 2 * math.sqrt(window_spread**2 / 30))
 
@@ -82,8 +82,8 @@ def test_protocols_are_not_mixed(other):
 def test_the_same_seeds_are_on_both_sides():
     matrix = [record(0.2, seed=seed, granularity="matrix") for seed in (2, 3, 4, 5)]
     ours = [record(0.4, seed=seed) for seed in (0, 1, 2, 3, 4)]
-    found = verdict_on("3", ours + matrix)
-    assert found["seeds"] == 3 and sorted(found["keys"]) == sorted(r["key"] for r in ours[2:] + matrix[:3])
+    row = verdict_on("3", ours + matrix)
+    assert row["seeds"] == 3 and sorted(row["keys"]) == sorted(r["key"] for r in ours[2:] + matrix[:3])
 
 
 def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():
@@ -94,8 +94,8 @@ def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():
     assert verdict_on("11.masklora", plain + tempting + chosen + default)["effect"] == pytest.approx(0.3, abs=0.01)
     # A rate tried with one seed alone is compared on that seed, and the winner keeps its other seeds.
     trial = [record(0.9, adapter="masklora", learning_rate=3e-2, held_out=40.0)]
-    found = verdict_on("11.masklora", plain + trial + chosen)
-    assert found["seeds"] == 3 and found["effect"] == pytest.approx(0.3, abs=0.01)
+    row = verdict_on("11.masklora", plain + trial + chosen)
+    assert row["seeds"] == 3 and row["effect"] == pytest.approx(0.3, abs=0.01)
 
 
 def test_a_run_without_warmup_is_one_choice_among_others():
@@ -103,15 +103,15 @@ def test_a_run_without_warmup_is_one_choice_among_others():
     assert verdict_on("3", runs)["effect"] == pytest.approx(0.2 * GAP, abs=0.01)
 
 
-def test_no_side_is_tuned_where_the_others_are_not():
-    """Rates of half-blocks were searched for another claim: here they do not help it against matrices, which had one."""
+def test_no_side_is_tuned_if_the_others_are_not():
+    """Rates of half-blocks were searched for another claim: here they do not help against matrices, which had one rate."""
     matrix, default = seeds(0.2, granularity="matrix"), seeds(0.4, held_out=35.0)
     tuned = seeds(0.5, learning_rate=3e-3, held_out=30.0)
     assert verdict_on("3", matrix + tuned + default)["effect"] == pytest.approx(0.2 * GAP, abs=0.01)
     # Nor do recipes that make more steps.
     chunks = seeds(0.6, chunks=64, held_out=20.0)
     assert verdict_on("3", matrix + chunks + default)["effect"] == pytest.approx(0.2 * GAP, abs=0.01)
-    # Not even where rates were chosen on every side.
+    # Not even if rates were chosen on every side.
     adapters = seeds(0.5, adapter="masklora", held_out=30.0)
     assert verdict_on("11.masklora", adapters + chunks + default + tuned)["effect"] == pytest.approx(0.0, abs=0.01)
 
@@ -119,14 +119,14 @@ def test_no_side_is_tuned_where_the_others_are_not():
 def test_records_older_than_a_field_did_what_its_default_says():
     records = seeds() + seeds(0.2, granularity="matrix")
     new = verdict_on("3", records)
-    for found in records:
+    for run in records:
         for name in ("retrain", "retrain_objective", "adapter", "mask_refinement"):
-            del found["spec"][name]
+            del run["spec"][name]
     assert verdict_on("3", records).equals(new)
 
 
 def test_options_that_do_nothing_do_not_divide():
-    """A half-block run is the same whatever SparseGPT's options, which it does not use, were."""
+    """A half-block run does not depend on SparseGPT's options: it does not use them."""
     matrix = seeds(0.2, granularity="matrix", sparsegpt_damping=0.1, exact_iterations=3, retrain_objective="distil", device="cpu")
     assert verdict_on("3", seeds() + matrix)["verdict"] == HOLDS
     assert (
@@ -147,10 +147,10 @@ def test_gap_between_two_criteria(gap_after, verdict):
     for criterion, step in (("magnitude", 1), ("sparsegpt", 0)):
         gap = GAP + 0.1 * step
         records += seeds(1 - (0.4 + gap_after * step) / gap, gap=gap, criterion=criterion)
-    found = verdict_on("7.magnitude", records)
-    assert found["verdict"] == verdict and found["effect"] == pytest.approx(0.1 - gap_after, abs=0.01)
-    assert "gap 0.100 before" in found["reason"]
-    left = float(found["reason"].split("after, ")[1].split("%")[0]) / 100
+    row = verdict_on("7.magnitude", records)
+    assert row["verdict"] == verdict and row["effect"] == pytest.approx(0.1 - gap_after, abs=0.01)
+    assert "gap 0.100 before" in row["reason"]
+    left = float(row["reason"].split("after, ")[1].split("%")[0]) / 100
     assert left == pytest.approx(gap_after / 0.1, abs=0.1)
     assert verdict_on("7.wanda", records)["reason"] == "no records"
 
@@ -167,18 +167,18 @@ def family(gaps, names=("a-100m", "a-0.4b", "a-1.6B")):
 @pytest.mark.parametrize("gaps, verdict", [((0.3, 0.2, 0.1), HOLDS), ((0.1, 0.2, 0.3), FAILS), ((0.2, 0.2, 0.2), UNSURE)])
 def test_gap_against_model_size(gaps, verdict):
     records = family(gaps)
-    found = verdict_on("8", records)
-    assert found["verdict"] == verdict and found["model"] == ""
+    row = verdict_on("8", records)
+    assert row["verdict"] == verdict and row["model"] == ""
     # Two doublings from model to model.
-    assert found["effect"] == pytest.approx((gaps[0] - gaps[1]) / 2, abs=0.01) and "doubling" in found["unit"]
+    assert row["effect"] == pytest.approx((gaps[0] - gaps[1]) / 2, abs=0.01) and "doubling" in row["unit"]
     again = verdict_on("8", list(reversed(records)))
-    assert (again.effect, again.low, again.high) == (found["effect"], found["low"], found["high"])
+    assert (again.effect, again.low, again.high) == (row["effect"], row["low"], row["high"])
 
 
 @pytest.mark.parametrize("names", [("a-100m", "a-1b"), ("a-100m", "b-0.4b", "c-1.6B"), ("a-100m", "a-0.4b", "b-1.6B")])
 def test_models_of_several_families_make_no_trend(names):
-    found = verdict_on("8", family((0.3, 0.2, 0.1)[: len(names)], names))
-    assert found["verdict"] == UNTESTABLE and "it takes 3 models of one family" in found["reason"]
+    row = verdict_on("8", family((0.3, 0.2, 0.1)[: len(names)], names))
+    assert row["verdict"] == UNTESTABLE and "it takes 3 models of one family" in row["reason"]
     assert verdict_on("8", family((0.3, 0.2, 0.1), ("x", "y", "z")))["reason"] == "no records"  # whose names state no size
 
 
@@ -204,10 +204,10 @@ def curve(best, counts, noise=0.0005, flops=None, **options):
 def test_ratio_of_samples_at_equal_quality(doublings, verdict):
     counts = [2**power for power in range(2, 15)]
     records = curve(0.5, COUNTS) + curve(0.5 - 0.08 * doublings, counts, granularity="none", retrain="masklora")
-    found = verdict_on("5b.masklora.samples", records)
-    assert found["verdict"] == verdict
-    assert found["low"] < 2.0**doublings < found["high"] and found["effect"] == pytest.approx(2.0**doublings, rel=0.05)
-    assert found["bound"] == "" and found["high"] / found["low"] < 1.2
+    row = verdict_on("5b.masklora.samples", records)
+    assert row["verdict"] == verdict
+    assert row["low"] < 2.0**doublings < row["high"] and row["effect"] == pytest.approx(2.0**doublings, rel=0.05)
+    assert row["bound"] == "" and row["high"] / row["low"] < 1.2
 
 
 def test_more_passes_are_another_method_and_no_tuning():
@@ -220,15 +220,15 @@ def test_more_passes_are_another_method_and_no_tuning():
 
 
 def test_ratio_that_is_only_known_to_be_above():
-    """Retraining never gets there: all that its largest run shows is a bound."""
+    """Retraining never reaches the quality: its largest run gives a bound."""
     records = curve(0.9, COUNTS) + curve(0.1, [128, 1024], granularity="none", retrain="masklora")
-    found = verdict_on("5b.masklora.samples", records)
+    row = verdict_on("5b.masklora.samples", records)
     bound = 1024 / math.sqrt(32 * 64)  # the median over four counts
-    assert (found["bound"], found["effect"], found["high"]) == (">", pytest.approx(bound), math.inf) and found[
-        "low"
-    ] == pytest.approx(bound)
-    assert found["verdict"] == HOLDS
-    assert "128: > 8" in found["reason"] and "> 22.6 [22.6, ∞]" in effect_words(found)
+    assert (row["bound"], row["effect"], row["high"]) == (">", pytest.approx(bound), math.inf) and row["low"] == pytest.approx(
+        bound
+    )
+    assert row["verdict"] == HOLDS
+    assert "128: > 8" in row["reason"] and "> 22.6 [22.6, ∞]" in effect_words(row)
     # With fewer samples tried, the bound is too low to say that it is ten times: that is no evidence against it either.
     few = [r for r in records if r["spec"]["retrain_samples"] != 1024]
     assert verdict_on("5b.masklora.samples", few)["verdict"] == UNSURE
@@ -237,25 +237,25 @@ def test_ratio_that_is_only_known_to_be_above():
 def test_ratio_that_is_only_known_to_be_below():
     """Retraining is better from its first run on."""
     records = curve(0.3, COUNTS) + curve(0.9, [32, 128], granularity="none", retrain="masklora")
-    found = verdict_on("5b.masklora.samples", records)
+    row = verdict_on("5b.masklora.samples", records)
     bound = 32 / math.sqrt(32 * 64)
-    assert (found["bound"], found["effect"], found["low"]) == ("<", pytest.approx(bound), 0.0) and found["verdict"] == FAILS
+    assert (row["bound"], row["effect"], row["low"]) == ("<", pytest.approx(bound), 0.0) and row["verdict"] == FAILS
 
 
 def test_ratio_of_compute():
     reconstruction = curve(0.5, COUNTS, flops=lambda n: {"prune": 1e9, "reconstruct": 3e9 * n})
     cost = {"granularity": "none", "retrain": "lora", "flops": lambda n: {"prune": 1e9, "retrain": 6e9 * n}}
     retraining = curve(0.5, (8, *COUNTS, 256), **cost)
-    found = verdict_on("5b.lora.flops", reconstruction + retraining)
-    assert found["verdict"] == FAILS and found["effect"] == pytest.approx(2.0, rel=0.05) and found["low"] < 2 < found["high"]
+    row = verdict_on("5b.lora.flops", reconstruction + retraining)
+    assert row["verdict"] == FAILS and row["effect"] == pytest.approx(2.0, rel=0.05) and row["low"] < 2 < row["high"]
     assert verdict_on("5b.lora.samples", reconstruction + retraining)["effect"] == pytest.approx(1.0, rel=0.05)
 
 
 def test_points_without_enough_seeds_do_not_spoil_a_ratio():
     records = curve(0.5, COUNTS) + curve(0.34, [16, 64, 256, 1024], granularity="none", retrain="masklora")
     records.append(record(0.9, granularity="none", retrain="masklora", retrain_samples=4096))
-    found = verdict_on("5b.masklora.samples", records)
-    assert found["seeds"] == 3 and found["effect"] == pytest.approx(4, rel=0.05)
+    row = verdict_on("5b.masklora.samples", records)
+    assert row["seeds"] == 3 and row["effect"] == pytest.approx(4, rel=0.05)
 
 
 def budgeted(recovered, flops, **spec):
@@ -265,8 +265,8 @@ def budgeted(recovered, flops, **spec):
 def test_combination_is_compared_at_equal_compute():
     both = {"retrain": "masklora", "retrain_samples": 32}
     equal = budgeted(0.5, 1.0e9, **both) + budgeted(0.4, 1.1e9) + budgeted(0.9, 9e9, samples=512)
-    found = verdict_on("6.masklora.reconstruction.flops", equal)
-    assert found["verdict"] == HOLDS and found["effect"] == pytest.approx(0.1 * GAP, abs=0.01)
+    row = verdict_on("6.masklora.reconstruction.flops", equal)
+    assert row["verdict"] == HOLDS and row["effect"] == pytest.approx(0.1 * GAP, abs=0.01)
     assert verdict_on("6.masklora.retraining.flops", equal)["reason"] == "no records"
     worse = budgeted(0.3, 1.0e9, **both) + budgeted(0.4, 1.1e9)
     assert verdict_on("6.masklora.reconstruction.flops", worse)["verdict"] == FAILS
@@ -296,7 +296,7 @@ def test_samples_are_compared_count_by_count():
     assert verdict_on("5b.masklora.8.kl", records)["effect"] == pytest.approx(0.1, abs=0.01)
     assert verdict_on("5b.masklora.8.other", records)["verdict"] == HOLDS  # on both sides half of it
     assert verdict_on("5a.masklora.32.own", records)["reason"] == "no records"
-    # What the same retraining does to the dense model is said.
+    # The reason says how the same retraining moves the dense model.
     records += seeds(1.05, retrain_samples=128, prune_samples=64, criterion="none", **other)
     moved = float(verdict_on("5b.masklora.8.own", records)["reason"].split("moves the dense model by ")[1].split()[0])
     assert moved == pytest.approx(-0.05 * GAP, abs=0.01)
@@ -321,9 +321,9 @@ def test_a_measure_that_records_lack_is_not_judged():
 
 def test_as_many_seeds_as_it_says_decide():
     """Undecided with three seeds; with the number that it asks for, decided most of the time."""
-    found = verdict_on("3", seeds(0.4, noise=0.02) + seeds(0.37, noise=0.02, granularity="matrix"))
-    assert found["verdict"] == UNSURE
-    needed = int(found["reason"].split("it would take about ")[1].split()[0])
+    row = verdict_on("3", seeds(0.4, noise=0.02) + seeds(0.37, noise=0.02, granularity="matrix"))
+    assert row["verdict"] == UNSURE
+    needed = int(row["reason"].split("it would take about ")[1].split()[0])
     assert needed > 3
     more = [seeds(share, 2 * needed, noise=0.02, **o) for share, o in ((0.4, {}), (0.37, {"granularity": "matrix"}))]
     assert verdict_on("3", sum(more, []))["verdict"] == HOLDS

@@ -43,7 +43,7 @@ def test_sizes_are_means_over_seeds():
 
 
 @pytest.mark.parametrize("memory", [True, False])
-def test_memory_is_drawn_where_records_have_it_and_flops_elsewhere(memory):
+def test_memory_is_drawn_if_records_have_it_and_else_flops(memory):
     figure, drawn, finding = figures.memory(figures.sizes(table(*of_sizes(), memory=memory)))
     assert (frame.MEMORY in drawn) == memory and "block windows take 1.00 times" in finding and len(figure.axes) == 1
     assert figures.costs(table(*of_sizes(), memory=memory))[2].startswith("The lowest perplexity is that of block")
@@ -65,9 +65,8 @@ def retrained():
     pruned = seeds(0.0, 2, granularity="none", other=0.0, kl=0.0)
     both = {"other": 0.3, "kl": 0.3, "prune_samples": 32}
     ours = [run for n in (2, 8) for run in seeds(0.3 + n / 100, 2, samples=n, **both)]
-    return pruned + ours + [
-        run for n in (2, 8) for run in seeds(0.2, 2, granularity="none", retrain="masklora", retrain_samples=n, samples=32, **both)
-    ]  # fmt: skip
+    options = {"granularity": "none", "retrain": "masklora", "samples": 32, **both}
+    return pruned + ours + [run for n in (2, 8) for run in seeds(0.2, 2, retrain_samples=n, **options)]
 
 
 def test_efficiency_and_budget():
@@ -104,8 +103,8 @@ def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
     rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
     base = recon.RunSpec.of(sequence_length=64, evaluation_length=64)
     assert search.search(base, {"reconstruction": [8]}, rates, 0, tmp_path, compute=False).empty
-    found = search.search(base, {"reconstruction": [8]}, rates, 0, tmp_path)
-    assert search.chosen(found) == {("reconstruction", 8): 1e-3} and sorted(found["learning_rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
+    runs = search.search(base, {"reconstruction": [8]}, rates, 0, tmp_path)
+    assert search.chosen(runs) == {("reconstruction", 8): 1e-3} and sorted(runs["learning_rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Claims judged on made-up records whose truth is known, and the pages and tables that come of them."""
+"""Claims judged on made-up records whose truth is known, and the pages and tables made of them."""
 
 import json
 import math
@@ -17,8 +17,8 @@ def everything(count=3):
         seeds(0.4, count) + seeds(0.2, count, granularity="matrix") + seeds(0.25, count, granularity="matrix", solver="exact")
     )
     for options in (
-        {"granularity": "block"}, {"propagation": "dense"}, {"loss": "mse"}, {"loss": "cosine"}, {"propagation": "dense", "loss": "mse"},
-        {"adapter": "masklora"},
+        {"granularity": "block"}, {"propagation": "dense"}, {"loss": "mse"}, {"loss": "cosine"},
+        {"propagation": "dense", "loss": "mse"}, {"adapter": "masklora"},
     ):  # fmt: skip
         records += seeds(0.401, count, **options)
     records += seeds(0.39, count, criterion="magnitude", gap=1.2) + seeds(0.4, count, criterion="sparsegpt")
@@ -34,10 +34,10 @@ def everything(count=3):
 
 @pytest.mark.parametrize("matrix, verdict", [(0.2, HOLDS), (0.6, FAILS), (0.4, UNSURE)])
 def test_better_is_decided_by_the_side_of_zero(matrix, verdict):
-    found = verdict_on("3", seeds(0.4) + seeds(matrix, granularity="matrix"))
-    assert found["verdict"] == verdict and found["seeds"] == 3
-    assert found["effect"] == pytest.approx(GAP * (0.4 - matrix), abs=0.01)
-    assert found["low"] < GAP * (0.4 - matrix) < found["high"] and found["unit"] == "nats per token"
+    row = verdict_on("3", seeds(0.4) + seeds(matrix, granularity="matrix"))
+    assert row["verdict"] == verdict and row["seeds"] == 3
+    assert row["effect"] == pytest.approx(GAP * (0.4 - matrix), abs=0.01)
+    assert row["low"] < GAP * (0.4 - matrix) < row["high"] and row["unit"] == "nats per token"
 
 
 @pytest.mark.parametrize(
@@ -45,25 +45,25 @@ def test_better_is_decided_by_the_side_of_zero(matrix, verdict):
     [(0.41, 0.002, HOLDS), (0.6, 0.002, FAILS), (0.2, 0.002, FAILS), (0.44, 0.02, UNSURE), (0.4, 0.05, UNSURE)],
 )
 def test_equivalence_takes_a_margin_of_the_perplexity_gap(block, noise, verdict):
-    found = verdict_on("2.block", seeds(0.4, noise=noise) + seeds(block, noise=noise, granularity="block"))
-    assert found["verdict"] == verdict and found["unit"] == "of the perplexity gap"
-    assert found["low"] < 0.4 - block < found["high"]
+    row = verdict_on("2.block", seeds(0.4, noise=noise) + seeds(block, noise=noise, granularity="block"))
+    assert row["verdict"] == verdict and row["unit"] == "of the perplexity gap"
+    assert row["low"] < 0.4 - block < row["high"]
     if noise == 0.002:  # a pattern that does ten times the harm has the same verdict: the margin is relative
         worse = seeds(0.4, gap=8.0, noise=0.02) + seeds(block, gap=8.0, noise=0.02, granularity="block")
         assert verdict_on("2.block", worse)["verdict"] == verdict
 
 
-def test_nothing_equals_anything_where_pruning_did_no_harm():
-    found = verdict_on("2.block", seeds(gap=0.0) + seeds(gap=0.0, granularity="block"))
-    assert found["verdict"] == UNSURE and "no harm" in found["reason"] and math.isnan(found["low"])
+def test_nothing_equals_anything_if_pruning_did_no_harm():
+    row = verdict_on("2.block", seeds(gap=0.0) + seeds(gap=0.0, granularity="block"))
+    assert row["verdict"] == UNSURE and "no harm" in row["reason"] and math.isnan(row["low"])
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_seeds_say_nothing_about_noise(count):
-    found = judge.judge(frame.table(everything(count))).query("seeds > 0").set_index("claim")
-    assert set(found["group"]) == set(judge.GROUPS)
-    assert set(found.index[found["verdict"] != UNSURE]) <= {"1.own", "8"}
-    assert found["reason"].drop("8").str.contains(f"fewer than 3 seeds ({count})", regex=False).all()
+    rows = judge.judge(frame.table(everything(count))).query("seeds > 0").set_index("claim")
+    assert set(rows["group"]) == set(judge.GROUPS)
+    assert set(rows.index[rows["verdict"] != UNSURE]) <= {"1.own", "8"}
+    assert rows["reason"].drop("8").str.contains(f"fewer than 3 seeds ({count})", regex=False).all()
 
 
 def test_three_seeds_decide_and_every_claim_has_a_row_or_says_not_run():
@@ -88,9 +88,9 @@ def test_the_protocol_with_most_records_is_taken_and_named():
     small = seeds() + seeds(0.2, granularity="matrix")
     large = seeds(samples=128, count=4) + seeds(0.1, granularity="matrix", samples=128, count=4)
     alone = seeds(samples=256, count=9)  # more records, but nothing to compare them with
-    found = verdict_on("3", small + large + alone)
-    assert found["protocol"].startswith("128 x 512 tokens of wikipedia, whole samples") and "48 x 1024" in found["protocol"]
-    assert sorted(found["keys"]) == sorted(r["key"] for r in large)
+    row = verdict_on("3", small + large + alone)
+    assert row["protocol"].startswith("128 x 512 tokens of wikipedia, whole samples") and "48 x 1024" in row["protocol"]
+    assert sorted(row["keys"]) == sorted(r["key"] for r in large)
 
 
 def test_runs_in_different_precisions_are_no_pairs_and_a_seed_counts_once():
@@ -98,9 +98,9 @@ def test_runs_in_different_precisions_are_no_pairs_and_a_seed_counts_once():
     other_machine = [record(0.4, seed=seed) for seed in range(5)]
     for run in (*other_machine[2:], *others):
         run["environment"]["compute_dtype"] = "float32"
-    found = verdict_on("3", other_machine + matrices + others)
-    # Seeds 0 and 1 of the one machine, 3 and 4 of the other; at seed 2, both sides are of different ones.
-    assert found["seeds"] == 4 and "bfloat16 or float32 products" in found["protocol"]
+    row = verdict_on("3", other_machine + matrices + others)
+    # Seeds 0 and 1 ran on one machine, 3 and 4 on the other; at seed 2 the two sides ran on different ones.
+    assert row["seeds"] == 4 and "bfloat16 or float32 products" in row["protocol"]
     again = [record(0.4, compute_dtype="float32"), record(0.2, compute_dtype="float32", granularity="matrix")]
     for run in again:
         run["environment"]["compute_dtype"] = "float32"
@@ -112,8 +112,8 @@ def test_failed_runs_are_left_out_and_diverged_ones_prove_nothing():
     records.append({"status": "failed"})
     assert verdict_on("3", records)["verdict"] == HOLDS
     records[-2]["metrics"]["by_text"]["wikipedia"]["nll_per_window"]["reconstructed"][3] = math.nan
-    found = verdict_on("3", records)
-    assert found["verdict"] == UNSURE and "diverged" in found["reason"] and judge.effect_words(found) == ""
+    row = verdict_on("3", records)
+    assert row["verdict"] == UNSURE and "diverged" in row["reason"] and judge.effect_words(row) == ""
 
 
 # ---- pages and tables

@@ -1,4 +1,4 @@
-"""The notebooks: what their cells are, and executed through Papermill at a tiny size."""
+"""The notebooks: their cells are plain, and they run through Papermill at a tiny size."""
 
 import ast
 import json
@@ -27,14 +27,16 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
     ),
     "3-criterion-convergence": ({"criteria": ["magnitude", "wanda"]}, 4),
     "4-propagation-and-loss": ({"propagations": ["dense", "mixed"], "losses": ["whitened", "mse"]}, 5),
-    "5-what-reviewers-asked": ({"adapters": ["none", "masklora"], "adapter_rates": [1e-2], "fits": ["matrix", "half-block"]}, None),
+    "5-what-reviewers-asked": (
+        {"adapters": ["none", "masklora"], "adapter_rates": [1e-2], "fits": ["matrix", "half-block"]}, None,
+    ),
     "6-cost": ({"samples": 4, "sequence_length": 32, "repeats": 1}, 2),
     "7-scale": ({"samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "workers": [1]}, 0),
 }  # fmt: skip
 
 
 def parameters(path: Path) -> str:
-    """The source of the one cell of a notebook that is tagged so."""
+    """The source of the one cell of a notebook that is tagged "parameters"."""
     [cell] = [cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
     return cell.source
 

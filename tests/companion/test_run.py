@@ -92,5 +92,5 @@ def test_committed_notebooks_hold_nothing_of_the_machine():
     cell = new_code_cell(
         "1", outputs=[out, nbformat.v4.new_output("stream", text="said")], metadata={"papermill": {"duration": 1}}
     )
-    found = run.readable(new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/home"}, "widgets": {}}))
-    assert not found.metadata and not found.cells[0].metadata and [each.text for each in found.cells[0].outputs] == ["said"]
+    clean = run.readable(new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/home"}, "widgets": {}}))
+    assert not clean.metadata and not clean.cells[0].metadata and [each.text for each in clean.cells[0].outputs] == ["said"]
