@@ -5,16 +5,15 @@ import itertools
 import logging
 import os
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.methods.callbacks import Callback
+from recon.runtime.lock import locked
 from recon.runtime.storage import check_writable, remove_unfinished, write_json
 from recon.study import plan
 from recon.study.cluster import ATTEMPTS, Ray, settings, spread
@@ -71,14 +70,9 @@ class RecordFile(Callback):
         return record is not None and record.status == "done" and record.key == spec.key()
 
 
-def record_path(folder: Path | str, key: str) -> Path:
-    """The file with the record of the run of that key, in a folder of records."""
-    return Path(folder) / f"{key}.json"
-
-
 def _finished(folder: Path, key: str) -> RunRecord | None:
     """The finished record of `key`, if there is one. A corrupt file is reported, set aside and counts as absent."""
-    path = record_path(folder, key)
+    path = folder / f"{key}.json"
     if not path.exists():
         return None
     try:
@@ -108,31 +102,28 @@ def run_or_record_failure(
         return RunRecord(spec.flat(), key, "failed", said), error
 
 
-@dataclass(frozen=True)
-class _Recorded(Callback):
-    """Computes a run of a study, here or in a worker. A finished record is written before a streamed run deletes its work.
+class _Work(Callback):
+    """Computes runs of a study one after another, which share what they can, here or in a worker; by key.
 
-    keys: of the study's runs; a run whose model or texts have changed since has another one.
+    A finished record is written before a streamed run deletes its work. keys: of the study's runs; a run whose model or texts have
+    changed since has another one.
     """
 
-    folder: Path
-    keys: dict[RunSpec, str]
+    def __init__(self, folder: Path, keys: Collection[str], progress: bool):
+        self.folder, self.keys, self.options, self.session = folder, keys, RunOptions(progress=progress), Session()
 
-    def __call__(self, spec: RunSpec, session: Session, progress: bool) -> RunRecord:
+    def __call__(self, task: tuple[str, RunSpec]) -> tuple[str, RunRecord]:
+        key, spec = task
         if not self.folder.exists():  # in a worker on another machine
-            return run_or_record_failure(spec, RunOptions(progress=progress), session)[0]
-        key = self.keys[spec]
-        lock = self.folder / f".{key}.lock"
-        with FileLock(lock):  # another study may be at work on the same run
+            return key, run_or_record_failure(spec, self.options, self.session)[0]
+        with locked(self.folder / f".{key}.lock", "record folder", wait=True):  # another study may be at work on the same run
             remove_unfinished(self.folder, f"{key}.json")
             done = _finished(self.folder, key)
-            done = done or run_or_record_failure(spec, RunOptions(progress=progress), session, [self])[0]
-            lock.unlink(missing_ok=True)
-        return done
+            return key, done or run_or_record_failure(spec, self.options, self.session, [self])[0]
 
     def on_done(self, record: RunRecord) -> None:
-        if record.key in self.keys.values():
-            write_record(record, record_path(self.folder, record.key))
+        if record.key in self.keys:
+            write_record(record, self.folder / f"{record.key}.json")
 
 
 def run_study(
@@ -164,7 +155,12 @@ def run_study(
     specs, folder = [spec.resolved() for spec in specs], Path(folder).resolve()
     keys = [spec.key() for spec in specs]
     if not compute:
-        return frame([_as_it_is(folder, spec, key) for spec, key in zip(specs, keys, strict=True)])
+        said = f"not computed: no record in {folder.name}/"
+        paths = [folder / f"{key}.json" for key in keys]
+        return frame(
+            read_record(path) if path.is_file() else RunRecord(spec.flat(), path.stem, "missing", said)
+            for spec, path in zip(specs, paths, strict=True)
+        )
     how = settings(executor)
     check_writable(folder, "record folder")
     records = {key: _finished(folder, key) for key in keys}
@@ -177,68 +173,40 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
     """Runs `specs`, and writes their records to `folder`; by key."""
     # Runs that start from one pruned state stand together, and among these the ones on as many samples.
     order = sorted(specs, key=lambda key: [str(part) for part in (*specs[key].pruned_by, specs[key].calibration.samples)])
-    specs, run = {key: specs[key] for key in order}, _Recorded(folder, {spec: key for key, spec in specs.items()})
     if len(specs) > 1:
         plan.announce(list(specs.values()))
-    done = _one_by_one(specs, run, progress) if how is None else _side_by_side(specs, run, how)
-    records, failed = {}, []
-    with contextlib.closing(done), tqdm(total=len(order), desc="study", unit="run", disable=not progress or not order) as bar:
-        for key, record in done:
-            if record.key != key:
-                said = f"its key is {record.key} by now: the model or texts that it reads have changed, or are others where it was computed"
-                record = RunRecord(specs[key].flat(), key, "failed", said if record.status == "done" else record.error)
-            if record.status != "done" or how:  # others are written already
-                write_record(record, record_path(folder, key))
-            records[key] = record
-            bar.update()
-            if record.status != "done":
-                failed.append(key)
-                said = record.error.strip()
-                log.error("run %s failed: %s", key, said.splitlines()[-1] if said.startswith("Traceback") else said)
-    if len(failed) > 1:
-        log.error("%d of %d runs failed; their records say how: %s", len(failed), len(order), ", ".join(failed))
-    return records
-
-
-def _one_by_one(specs: dict[str, RunSpec], run: "_Recorded", progress: bool) -> Iterator[tuple[str, RunRecord]]:
-    """The record of each of `specs`, by key, one after the other."""
-    session = Session()
-    for key, spec in specs.items():
-        yield key, run(spec, session, progress)
-
-
-def _side_by_side(specs: dict[str, RunSpec], run: "_Recorded", how: Ray) -> Iterator[tuple[str, RunRecord]]:
-    """The record of each of `specs`, by key, as soon as a worker has computed it."""
-    left, lost = dict(specs), None
+    tasks, work = [(key, specs[key]) for key in order], _Work(folder, set(specs), progress and how is None)
     on_cpu = any(spec.compute.device == "cpu" for spec in specs.values())
-    with contextlib.closing(spread(how, on_cpu, _InWorker(run), specs.items())) as answers:
-        for answer in answers:
+    answers = (work(task) for task in tasks) if how is None else spread(how, on_cpu, work, tasks)
+    records, lost = {}, None
+
+    def keep(key: str, record: RunRecord) -> None:
+        records[key] = record
+        if record.status != "done" or how:  # others are written already
+            write_record(record, folder / f"{key}.json")
+        if record.status != "done":
+            said = record.error.strip()
+            log.error("run %s failed: %s", key, said.splitlines()[-1] if said.startswith("Traceback") else said)
+
+    with (
+        contextlib.closing(answers),
+        tqdm(answers, total=len(order), desc="study", unit="run", disable=not progress or not order) as bar,
+    ):
+        for answer in bar:
             if isinstance(answer, Exception):  # runs do not raise
                 lost = answer
                 continue
-            left.pop(answer[0])
-            yield answer
-    for key, spec in left.items():
+            key, record = answer
+            if record.key != key:
+                said = (
+                    f"its key is {record.key} by now: the model or texts that it reads have changed, or are others where it ran"
+                )
+                record = RunRecord(specs[key].flat(), key, "failed", said if record.status == "done" else record.error)
+            keep(key, record)
+    for key in specs.keys() - records.keys():
         said = f"{ATTEMPTS} workers were lost with this in hand, the last one by: {' '.join(str(lost).split())}"
-        yield key, RunRecord(spec.flat(), key, "failed", said)
-
-
-class _InWorker:
-    """What a worker does: runs one after another, which share what they can."""
-
-    def __init__(self, run: "_Recorded"):
-        self.run, self.session = run, None
-
-    def __call__(self, task: tuple[str, RunSpec]) -> tuple[str, RunRecord]:
-        (key, spec), self.session = task, self.session or Session()
-        return key, self.run(spec, self.session, False)
-
-
-def _as_it_is(folder: Path, spec: RunSpec, key: str) -> RunRecord:
-    """The record of a run, or one that says that there is none; nothing is written."""
-    if record_path(folder, key).is_file():
-        return read_record(record_path(folder, key))
-    return RunRecord(spec.flat(), key, "missing", f"not computed: no record in {folder.name}/")
+        keep(key, RunRecord(specs[key].flat(), key, "failed", said))
+    return records
 
 
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
