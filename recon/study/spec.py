@@ -54,9 +54,8 @@ class RunSpec(Checked):
         masked = vars(self.pruning).keys() if self.model.pruned is not None else set()
         if wrong := sorted(masked & changed):
             value = self.flat()[wrong[0]]
-            raise ReconError(
-                f"{wrong[0]} is {value!r}, but the mask is read from the pruned model {self.model.pruned!r}; leave it out"
-            )
+            said = f"but the mask is read from the pruned model {self.model.pruned!r}; leave it out"
+            raise ReconError(f"{wrong[0]} is {value!r}, {said}")
         recipe = {name: value for name, value in PRESETS[self.preset].items() if name not in changed | masked}
         for name, part in self._changed(recipe | {"preset": "default"}).items():  # a record says what a preset stood for
             object.__setattr__(self, name, part)
@@ -140,27 +139,20 @@ class RunSpec(Checked):
         """Hashes of the files that the run reads, and the schema of its record."""
         from recon.data import models, text
 
-        texts = sorted({self.calibration.text, *self.evaluation.evaluation_texts})
-        sources = {
-            "schema": SCHEMA,
-            "model": models.fingerprint(*self.loaded_by),
-            "texts": {name: text.fingerprint(name) for name in texts},
-        }
+        texts = {name: text.fingerprint(name) for name in sorted({self.calibration.text, *self.evaluation.evaluation_texts})}
+        sources = {"schema": SCHEMA, "model": models.fingerprint(*self.loaded_by), "texts": texts}
         if self.model.pruned is not None:
             sources["pruned"] = models.fingerprint(self.model.pruned, self.model.pruned_revision, self.model.trust_remote_code)
         return sources
-
-    def decisive(self) -> dict:
-        """The options, the same for specs that say the same in different ways."""
-        same = {name: 0 for name in ("prune_samples", "retrain_samples") if self.flat()[name] == self.calibration.samples}
-        return self.flat() | same
 
     def key(self) -> str:
         """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema.
 
         Options at their defaults are left out, so that a new option does not disown old records.
         """
-        given = {name: value for name, value in self.resolved().decisive().items() if value != _defaults()[name]}
+        values = self.resolved().flat()
+        values |= {name: 0 for name in ("prune_samples", "retrain_samples") if values[name] == values["samples"]}  # says the same
+        given = {name: value for name, value in values.items() if value != _defaults()[name]}
         return hashlib.sha256(json.dumps({"spec": given, **self.sources()}, sort_keys=True).encode()).hexdigest()[:16]
 
 

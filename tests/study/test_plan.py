@@ -40,7 +40,7 @@ def spec(tiny_folder, tiny_text):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2", "phi", "bloom", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "bloom", "mixtral"])
 def test_a_model_is_decomposed_by_its_configuration_as_with_its_weights(family, config_folder):
     model = make_model(family)
     real, shapes = decompose(model), plan.shapes_of(config_folder(model.config.to_dict()))
@@ -75,7 +75,6 @@ class Counter(TorchDispatchMode):
     [
         {"granularity": "none", "criterion": "wanda"},
         {"granularity": "half-block", "propagation": "dense", "epochs": 3},
-        {"granularity": "half-block", "train": "all"},
         {"granularity": "half-block", "propagation": "sparse", "adapter": "masklora"},
         {"granularity": "2-blocks", "propagation": "mixed"},
         {"granularity": "model"},
@@ -120,13 +119,6 @@ def test_operations_count_the_experts_that_a_token_sees(config_folder, tmp_path)
         found[seen] = plan.flops(spec)["evaluate"]
     experts = sum(matrix.weight.numel() for matrix in decompose(model).matrices().values() if matrix.expert is not None)
     assert found[4] - found[2] == 3 * spec.evaluation.evaluation_samples * 16 * 2 * experts / 2
-
-
-def test_what_is_not_done_costs_nothing(spec):
-    found = plan.flops(spec.replaced(granularity="none"))
-    assert (found["prune"], found["reconstruct"], found["retrain"]) == (0, 0, 0) and found["evaluate"] > 0
-    one, two = (plan.flops(spec.replaced(samples=n, retrain="norms", criterion="wanda", propagation="sparse")) for n in (32, 64))
-    assert two["prune"] == 2 * one["prune"] and two["retrain"] == 2 * one["retrain"] and two["evaluate"] == one["evaluate"]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------------
