@@ -125,8 +125,7 @@ class Decoder:
         silenced: child of the block -> what runs in its place; see `Halves.silenced`.
         """
         block, (args, kwargs) = self.blocks[index], self.call(hidden)[index]
-        children = {block.get_submodule(child): stub for child, stub in silenced.items()}
-        with replaced({child: partial(stub, child) for child, stub in children.items()}):
+        with replaced({block.get_submodule(child): stub for child, stub in silenced.items()}):
             return first(block(hidden, *args, **kwargs))
 
     def skip_block(self, index: int, hidden: Tensor) -> Tensor:

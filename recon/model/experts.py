@@ -103,21 +103,16 @@ def fused_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
 def routed_modules(modules: Iterable[str], ran: dict[str, int]) -> dict[str, list[str]]:
     """Those of the `modules` of a block, by name, that only some tokens are sent to, as to experts; each with all that are alike.
 
-    Names of experts differ in one number only, and some experts read fewer tokens than other modules of the block, or none.
+    Names of experts differ in numbers only, and some experts read fewer tokens than other modules of the block, or none.
 
     ran: number of tokens that each module read; modules that did not run are missing.
     """
-    alike: dict[tuple[str, str], list[str]] = {}
+    alike: dict[str, list[str]] = {}
     for name in modules:
-        for number in re.finditer(r"\d+", name):
-            alike.setdefault((name[: number.start()], name[number.end() :]), []).append(name)
-    most, routed = max(ran.values(), default=0), {}
-    for names in alike.values():
-        read = [ran.get(name, 0) for name in names]
-        if 0 < max(read) and min(read) < most:
-            # Of several numbers in a name, the one with the most values counts the experts.
-            routed |= {name: names for name in names if len(names) > max(1, len(routed.get(name, ())))}
-    return routed
+        alike.setdefault(re.sub(r"\d+", "", name), []).append(name)
+    most = max(ran.values(), default=0)
+    kinds = [(names, [ran.get(name, 0) for name in names]) for names in alike.values()]
+    return {name: names for names, read in kinds if len(names) > 1 and 0 < max(read) and min(read) < most for name in names}
 
 
 def routers(modules: dict[str, nn.Module], experts: dict[str, int]) -> set[str]:
@@ -127,8 +122,6 @@ def routers(modules: dict[str, nn.Module], experts: dict[str, int]) -> set[str]:
 
     experts: number of experts, by name of each expert's module, or of the parameter that holds them.
     """
+    counts = {(name.partition(".")[0], outputs) for name, count in experts.items() for outputs in (1, count)}
     outputs = {name: module.weight.shape[isinstance(module, Conv1D)] for name, module in modules.items() if name not in experts}
-    beside = (
-        (other, count) for name, count in experts.items() for other in outputs if other.startswith(f"{name.partition('.')[0]}.")
-    )
-    return {other for other, count in beside if outputs[other] in (1, count)}
+    return {name for name, rows in outputs.items() if "." in name and (name.partition(".")[0], rows) in counts}

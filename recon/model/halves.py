@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from recon.model.decoder import Decoder
 from recon.model.modules import distance, first, requiring_gradients, tolerance, watched
@@ -83,28 +82,19 @@ def _mixes_tokens(child: nn.Module, args: tuple, kwargs: dict) -> bool:
 
 
 def _silence(args: tuple, kwargs: dict, output) -> Callable:
-    """A function that takes a module and its arguments, of any batch and length, and returns zeros in the structure of `output`.
+    """A function that takes a child's arguments, of any batch and length, and returns zeros in the structure of its `output`.
 
-    args, kwargs: what gave `output`. The module may be that of another model, of other widths.
+    args, kwargs: what gave `output`. None stands for what is no tensor, or is not of the tokens that the child reads.
     """
-    given = _hidden_states(args, kwargs)
+    tokens = _hidden_states(args, kwargs).shape[:-1]
 
-    def zeros(leaf, like: Tensor, module: nn.Module) -> Tensor | None:
-        """In place of `leaf` of the output, for input `like`; None for what is no tensor, or of another shape."""
-        if not isinstance(leaf, Tensor):
-            return None
-        width = like.shape[-1] if leaf.shape[-1] == given.shape[-1] else leaf.shape[-1]
-        if isinstance(module, nn.Linear | Conv1D):
-            width = module.weight.shape[isinstance(module, Conv1D)]
-        if leaf.shape[:-1] == given.shape[:-1]:
-            return like.new_zeros(*like.shape[:-1], width)
-        # Batch and length in one axis.
-        return like.new_zeros(like.shape[:-1].numel(), width) if leaf.shape[:-1] == (given.shape[:-1].numel(),) else None
-
-    def forward(module: nn.Module, *args, **kwargs):
+    def forward(*args, **kwargs):
         like = _hidden_states(args, kwargs)
-        if isinstance(output, tuple | list):
-            return type(output)(zeros(leaf, like, module) for leaf in output)
-        return zeros(output, like, module)
+
+        def zeros(leaf) -> Tensor | None:
+            fits = isinstance(leaf, Tensor) and leaf.shape[:-1] == tokens
+            return like.new_zeros(*like.shape[:-1], leaf.shape[-1]) if fits else None
+
+        return type(output)(map(zeros, output)) if isinstance(output, tuple | list) else zeros(output)
 
     return forward

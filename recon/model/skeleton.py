@@ -130,21 +130,17 @@ class Lazy:
 def made_up(parameters: dict[str, nn.Parameter]) -> Read:
     """A `read` for `Lazy` that gives random weights of a usual size, with which a model's structure can be found.
 
-    Matrices take little memory: entry (i, j) is entry i + j of one random vector. Parameters of more dimensions repeat a random vector.
+    Matrices take little memory: entry (i, j) is entry i + j of one random vector.
     """
 
     def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for number, name in enumerate(parameters):
-            if name not in names:
-                continue
-            shape, random = parameters[name].shape, torch.Generator().manual_seed(number)
-            if len(shape) < 2:
-                yield name, 0.2 * torch.randn(shape, generator=random) + name.endswith("weight")
-                continue
-            noise = torch.randn(sum(shape) if len(shape) == 2 else 1_000_003, generator=random) / shape[-1] ** 0.5
-            if len(shape) == 2:
-                yield name, noise.as_strided(shape, (1, 1))
-            else:
-                yield name, noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape)
+            if name in names:
+                shape, random = parameters[name].shape, torch.Generator().manual_seed(number)
+                values = torch.randn(sum(shape) if len(shape) == 2 else shape, generator=random)
+                if len(shape) < 2:
+                    yield name, 0.2 * values + name.endswith("weight")
+                else:
+                    yield name, (values / shape[-1] ** 0.5).as_strided(shape, (1, 1) if len(shape) == 2 else values.stride())
 
     return read

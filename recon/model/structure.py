@@ -34,7 +34,7 @@ class Halves:
 
     layout: str  # "sequential": the MLP half reads the attention half's output; "parallel": both read the block's input
     children: dict[str, tuple[str, ...]]  # "attention" | "mlp" -> names of the children with matrices in that half
-    # Child -> function that takes the child and its arguments, and returns zeros in the structure of its output.
+    # Child -> function that takes the child's arguments, and returns zeros in the structure of its output.
     silence: dict[str, Callable] = field(compare=False, repr=False)
     parameters: dict[str, frozenset[str]] = field(default_factory=dict)  # half -> names of those that its output depends on
 
