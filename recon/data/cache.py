@@ -12,24 +12,16 @@ from recon.errors import ReconError
 from recon.runtime.storage import cache_folder
 
 
-def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` in the cache with the files that `make(empty folder)` writes; made when it is first asked for.
-
-    name: differs wherever anything that `make` depends on differs.
-
-    Raises `ReconError` if the cache cannot be written; and whatever `make` raises.
-    """
-    return once(cache_folder() / "derived" / name, make)
-
-
-def whole(name: str) -> Path | None:
-    """The folder `name` in the cache as `cached` gives it, if it is there; nothing is made."""
-    folder = cache_folder() / "derived" / name
-    return folder if folder.is_dir() else None
+def derived_folder(name: str) -> Path:
+    """Where the folder `name` of files that are computed from others is; the name differs wherever anything decisive differs."""
+    return cache_folder() / "derived" / name
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make(empty folder)` unless it is there. What a killed process left of it is begun again."""
+    """`folder`, filled by `make(empty folder)` unless it is there. What a killed process left of it is begun again.
+
+    Raises `ReconError` if the cache cannot be written; and whatever `make` raises.
+    """
     if folder.is_dir():
         return folder
     home, fresh = cache_folder(), folder.with_name(f"{folder.name}.part")

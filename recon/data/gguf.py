@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from recon.data.cache import cached
+from recon.data.cache import derived_folder, once
 from recon.data.files import digest
 from recon.errors import ReconError
 
@@ -21,9 +21,9 @@ def converted(path: Path) -> Path:
 
     Raises `ReconError` naming the file if transformers cannot read it.
     """
-
+    folder = derived_folder(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}")
     try:
-        return cached(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}", lambda folder: convert(path.absolute(), folder))
+        return once(folder, lambda fresh: convert(path.absolute(), fresh))
     except ReconError:
         raise
     except Exception as error:  # transformers and gguf each raise their own kinds

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recon.config import PROTOCOLS
 from recon.data import assets, wikitext
-from recon.data.cache import cached
+from recon.data.cache import derived_folder, once
 from recon.errors import ReconError
 
 SPLITS = ("calibration", "validation", "evaluation")
@@ -29,7 +29,6 @@ PROBE = "The quick brown fox jumps over the lazy dog."  # tells what a tokenizer
 DEAL = {"calibration": {0, 1, 2, 4, 6}, "validation": {5}, "evaluation": {3, 7}}
 DEAL_NEWS = {"calibration": {1, 3, 7}, "validation": {5}, "evaluation": {0, 2, 4, 6}}
 DEAL_C4_TRAIN = {"calibration": {0, 1, 2, 3, 4, 6, 7}, "validation": {5}}
-
 
 # Where the Hub keeps a text, and the most documents of each part: 24,000 pages of C4 are about 10 million calibration tokens (2,048
 # samples of 4,096 fit), and 1,100 pages are the published protocol's evaluation text. `path` may also be a local folder.
@@ -115,11 +114,6 @@ def beginning(tokenizer) -> list[int]:
     return whole[: starts[0]]
 
 
-def is_fetched(name: str) -> bool:
-    """Whether a text is on this machine; False for one of the Hub."""
-    return name not in HUB and all(assets.ASSETS[each].path.is_file() for each in BUNDLED.get(name, []))
-
-
 def fingerprint(name: str) -> str:
     """SHA-256 of the text's documents, split by split; of a Hub text, of where it is taken from and its revision."""
     if name in HUB:
@@ -140,21 +134,18 @@ def _tokens(name: str, split: str, tokenizer, special: bool) -> torch.LongTensor
     if not text.strip():
         raise ReconError(f"the {split} split of text {name!r} is empty: it has too few documents, which are dealt by position")
 
+    folder = None
+
     def tokenise() -> Tensor:
         # verbose=False: no warning about a text that is longer than the model's context, which is intended here.
         return tokenizer(text, add_special_tokens=special, return_tensors="pt", verbose=False).input_ids[0]
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend, file = getattr(tokenizer, "backend_tokenizer", None), "tokens.safetensors"
     if name in BUNDLED and backend is not None:  # it takes seconds, and hundreds of bytes a token
         decisive = json.dumps([text, backend.to_str(), special, metadata.version("tokenizers")])
-        file = "tokens.safetensors"
-        folder = cached(
-            f"tokens-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}",
-            lambda folder: save_file({"tokens": tokenise().int()}, folder / file),
-        )
-        kept[key] = load_file(folder / file)["tokens"].long()
-    else:
-        kept[key] = tokenise()
+        folder = derived_folder(f"tokens-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}")
+        once(folder, lambda folder: save_file({"tokens": tokenise().int()}, folder / file))
+    kept[key] = load_file(folder / file)["tokens"].long() if folder else tokenise()
     return kept[key]
 
 

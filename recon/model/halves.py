@@ -92,8 +92,10 @@ def _silence(args: tuple, kwargs: dict, output) -> Callable:
         like = _hidden_states(args, kwargs)
 
         def zeros(leaf) -> Tensor | None:
-            fits = isinstance(leaf, Tensor) and leaf.shape[:-1] == tokens
-            return like.new_zeros(*like.shape[:-1], leaf.shape[-1]) if fits else None
+            if not isinstance(leaf, Tensor) or leaf.shape[:-1].numel() != tokens.numel():
+                return None
+            rows = like.shape[:-1] if leaf.shape[:-1] == tokens else (like.shape[:-1].numel(),)  # batch and length in one axis
+            return like.new_zeros(*rows, leaf.shape[-1])
 
         return type(output)(map(zeros, output)) if isinstance(output, tuple | list) else zeros(output)
 

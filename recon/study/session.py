@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recon.data import models
-from recon.data.cache import cached, whole
+from recon.data.cache import derived_folder, once
 from recon.evaluate import zero_shot
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
@@ -88,15 +88,15 @@ class Session:
             texts.held_out is not None and digest(texts.held_out),
         ]
         decisive = [models.fingerprint(*spec.loaded_by), read, how.kl_windows, how.tasks, how.task_limit, here]
-        name = f"dense-{hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]}"
-        if folder := whole(name):
+        folder = derived_folder(f"dense-{hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]}")
+        if folder.is_dir():
             self.reused.append("dense")
             return json.loads((folder / "measured.json").read_text()), load_file(folder / "states.safetensors")
         found, states = measure()
 
-        def write(folder: Path) -> None:
-            write_json(folder / "measured.json", found)
-            write_safetensors(folder / "states.safetensors", states)
+        def write(fresh: Path) -> None:
+            write_json(fresh / "measured.json", found)
+            write_safetensors(fresh / "states.safetensors", states)
 
-        cached(name, write)
+        once(folder, write)
         return found, states

@@ -249,11 +249,6 @@ def test_bad_files(tmp_path, filename, content, message):
         text.fingerprint(str(tmp_path / "none.txt"))
 
 
-def test_whether_a_text_is_here_is_told_without_fetching_it(paragraphs, tmp_path, monkeypatch):
-    monkeypatch.setenv("RECON_CACHE", str(tmp_path))
-    assert [text.is_fetched(name) for name in (paragraphs, *text.TEXTS)] == [True] + [False] * len(text.TEXTS)
-
-
 # ---- hub texts, from local folders in the hub's own formats
 
 
