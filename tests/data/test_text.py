@@ -4,7 +4,6 @@ import ast
 import copy
 import gzip
 import json
-import logging
 
 import datasets
 import pytest
@@ -137,17 +136,6 @@ def test_samples_begin_as_the_tokenizer_begins_a_text(paragraphs, dressed, templ
             text.sample_tokens(paragraphs, split, tokenizer, count + 1, 16)
 
 
-@pytest.mark.parametrize("name", assets.BUNDLED_MODELS)
-def test_samples_begin_as_the_bundled_tokenizers_begin_a_text(name):
-    tokenizer = AutoTokenizer.from_pretrained(assets.bundled_model(name))
-    front = {"smollm2-135m": [], "gemma3-270m": [tokenizer.bos_token_id]}[name]
-    assert text.beginning(tokenizer) == front
-    whole = tokenizer("\n\n".join(text.documents("news", "validation")), verbose=False).input_ids
-    samples = text.sample_tokens("news", "validation", tokenizer, 20, 64)
-    assert samples[:, : len(front)].tolist() == [front] * 20
-    assert samples[:, len(front) :].flatten().tolist() == whole[len(front) :][: 20 * (64 - len(front))]
-
-
 def test_the_published_protocol(paragraphs, dressed):
     tokenizer = dressed("<bos> $A <eos>")
     expected = tokenizer("\n\n".join(text.documents(paragraphs, "evaluation")), return_tensors="pt").input_ids[0]
@@ -170,16 +158,6 @@ def test_an_edited_file_is_read_again_and_tokenizers_are_kept_apart(paragraphs, 
     first = text.sample_tokens(paragraphs, "evaluation", tokenizer, 2, 16)
     (tmp_path / "own.txt").write_text("\n\n".join(f"entirely different words, number {n}" for n in range(40)))
     assert not torch.equal(text.sample_tokens(paragraphs, "evaluation", tokenizer, 2, 16), first)
-
-
-def test_no_warning_about_long_texts(paragraphs, tokenizer, caplog, monkeypatch):
-    monkeypatch.setattr(tokenizer, "model_max_length", 64)
-    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})  # it warns once in its life
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    text.sample_tokens(paragraphs, "calibration", tokenizer, 1, 64)
-    assert "longer than" not in caplog.text
-    tokenizer("word " * 100)
-    assert "longer than" in caplog.text  # it would have been seen
 
 
 def test_what_cannot_be_sampled_is_refused(paragraphs, tokenizer, dressed, tmp_path):

@@ -27,8 +27,10 @@ def own_losses(model, tokens):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_perplexity_is_the_models_own(tiny, tokens, family):
-    for batch in (tokens(3, 31), tokens(2, 2)):
-        model, count = tiny(family), len(batch)
+    model = tiny(family, max_position_embeddings=600) if family == "llama" else tiny(family)
+    long = [tokens(2, 2 * SLICE + 30)] * (family == "llama")  # more than one slice
+    for batch in (tokens(3, 31), tokens(2, 2), *long):
+        count = len(batch)
         result, expected = perplexity(model, batch, execution=FLOAT32), own_losses(model, batch)
         assert_close(result.per_window, expected, rtol=1e-5, atol=1e-5)
         assert result.value == pytest.approx(math.exp(sum(expected) / count), rel=1e-4)
@@ -58,12 +60,6 @@ def test_the_divergence_from_a_reference_is_told(tiny, tokens):
         expected = [kl_divergence(dense(b[None]).logits[0, :-1], model(b[None]).logits[0, :-1]).mean().item() for b in batch]
     assert found.kl_per_window == pytest.approx(expected[:2], rel=1e-4)
     assert perplexity(dense, batch, execution=FLOAT32, reference=reference).kl_per_window == pytest.approx([0, 0], abs=1e-6)
-
-
-def test_windows_longer_than_a_slice(tiny, tokens):
-    model, batch = tiny("llama", max_position_embeddings=600), tokens(2, 2 * SLICE + 30)
-    result = perplexity(model, batch, execution=FLOAT32)
-    assert_close(result.per_window, own_losses(model, batch), rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_close_and_not_the_same(tiny, tokens):
