@@ -225,8 +225,8 @@ def test_studies_share_a_folder_and_compute_a_run_once(spec, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from recon.runtime import lock
-with lock.locked(Path(sys.argv[1]), "folder"):
+from recon.runtime.storage import locked
+with locked(Path(sys.argv[1]), "folder"):
     print("held", flush=True)
     sys.stdin.read()
 """

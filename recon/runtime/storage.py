@@ -1,4 +1,4 @@
-"""Files that appear only when they are complete; the cache folder; and `Storage`, where a run keeps its finished windows."""
+"""Files that appear only when they are complete; the cache folder; locks; and `Storage`, where a run keeps its finished windows."""
 
 import contextlib
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +23,6 @@ from torch import Tensor
 from recon.errors import ReconError
 
 log = logging.getLogger("recon")
-SLOW = 2**30  # bytes from which hashing takes long enough to be shown
 PART = ".part"  # ends the names of files and folders that are still being written; nothing ever reads one
 SMALL = 64 * 2**20  # bytes up to which activations stay in memory when others are put on disk
 RUN = "run.json"  # which run a folder belongs to
@@ -83,6 +83,30 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Context in which no other process holds the lock file `path`, which is made, and removed at the end.
+
+    The operating system releases the lock when the process ends, however it ends: a lock file that is left over blocks nobody.
+
+    what: what is protected, for messages, such as "record folder 'results'". wait: until no other process holds the lock.
+
+    Raises `ReconError` where another process holds the lock, and for a folder that cannot be written.
+    """
+    check_writable(path.parent, what)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise ReconError(f"{what} is in use by another process; wait until it is done, or choose another place") from None
+    try:
+        yield
+    finally:
+        # Removed while the lock is held: a process that opened the file before sees that it is gone, and opens a new one.
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:

@@ -1,16 +1,14 @@
 """A student whose weights are read in their newest version: what the finished windows of a run have made of those at the start."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.matrices import Matrix
-from recon.model.skeleton import Lazy, second
+from recon.model.skeleton import Lazy, Read, second
 from recon.runtime.storage import Storage
-
-Read = Callable[[list[str]], Iterator[tuple[str, Tensor]]]  # gives parameters by full name, float32, not shared with anything
 
 
 def student(
@@ -18,7 +16,7 @@ def student(
 ) -> Decoder:
     """A skeleton beside `dense`, each parameter of which is that of the first of `phases` to have it in `storage`.
 
-    start: reads what is in none of them, to which the masks in `storage` are applied; default: the dense model's.
+    start: reads what is in none of them, as `recon.model.skeleton.Lazy` asks for it, to which the masks in `storage` are applied; default: the dense model's.
     """
     originals = dict(dense.model.named_parameters())
 

@@ -27,8 +27,7 @@ from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
 from recon.runtime import device
 from recon.runtime.execution import Execution
-from recon.runtime.lock import locked
-from recon.runtime.storage import Storage, write_json
+from recon.runtime.storage import Storage, locked, write_json
 from recon.runtime.student import student
 from recon.study import checkpoint, measure, plan, side_by_side, streaming
 from recon.study.cluster import settings

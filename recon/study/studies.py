@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.methods.callbacks import Callback
-from recon.runtime.lock import locked
-from recon.runtime.storage import check_writable, remove_unfinished, write_json
+from recon.runtime.storage import check_writable, locked, remove_unfinished, write_json
 from recon.study import plan
 from recon.study.cluster import ATTEMPTS, Ray, settings, spread
 from recon.study.record import RunRecord, read_record

@@ -1,7 +1,5 @@
-"""Weights read one by one are those that `from_pretrained` reads; files are whole or not there."""
+"""Weights read one by one are those that `from_pretrained` reads."""
 
-import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from recon.errors import ReconError
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy, auto_class, is_placeholder, made_up, second, skeleton
 from recon.runtime.device import resident_anonymous
-from recon.runtime.storage import write_safetensors
 from recon.runtime.weights import open_model
 
 
@@ -111,21 +108,6 @@ def test_made_up_weights_take_no_memory_and_differ():
             assert parameter.ndim != 2 or parameter.untyped_storage().nbytes() <= 4 * sum(parameter.shape), name
         experts = model.model.layers[0].mlp.experts.down_proj
         assert not torch.equal(experts[0], experts[1])
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    file, old, new = tmp_path / "a.safetensors", {"x": torch.zeros(3)}, {"x": torch.ones(3)}
-    write_safetensors(file, old)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(os, "replace", full)
-        write_safetensors(file, new)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"] and torch.equal(load_file(file)["x"], old["x"])
-    write_safetensors(file, new)
-    assert torch.equal(load_file(file)["x"], new["x"])
 
 
 LONGER = {"t5": {"num_layers": 4}, "bart": {"encoder_layers": 4, "decoder_layers": 3}}  # with several blocks of one kind in a row
