@@ -51,7 +51,7 @@ class RunRecord:
     @classmethod
     def from_dict(cls, data: dict) -> "RunRecord":
         """The record from plain data; raises `ReconError` naming missing, unknown or malformed fields."""
-        wanted, data = {each.name: each.type for each in fields(cls)}, {"window_memory_bytes": {}} | data  # the newest field
+        wanted = {each.name: each.type for each in fields(cls)}
         if data.keys() != wanted.keys():
             raise ReconError(
                 f"not a record: fields missing {sorted(wanted - data.keys())}, unknown {sorted(data.keys() - wanted)}"
