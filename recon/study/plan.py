@@ -244,17 +244,20 @@ def duration(seconds: float) -> str:
 
 
 def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device | None = None) -> dict[str, int]:
-    """Bytes of the largest window of a run of `spec`, counted from shapes, by what they are for; empty where none is reconstructed.
+    """Bytes of the largest window of a run of `spec`, the whole model where it is retrained, by what they are for; empty without training.
 
     "parameters": what it takes to run the window. "gradients", "moments" (AdamW's two): of what is trained. "copies": weights to roll
     back to. "rounded": weights in the compute dtype, and masks. "activations": what the forward pass of one batch keeps for the
-    backward pass. "statistics": Gram matrices, and room to factor one, where there are any.
+    backward pass. "statistics": Gram matrices, and room to factor one, where there are any. "logits": of retraining, and their gradients.
 
     decoder: the model, or its shapes alone. device: where windows are computed; default: the spec's.
     """
     device = devices.pick_device(spec.compute.device) if device is None else device
-    found = [_bytes(decoder, part, spec, device) for part in trained(spec, decoder) if part.phase == "reconstruct"]
-    return max(found, key=lambda sizes: sum(sizes.values()), default={})
+    tokens = spec.retraining.retrain_batch_size * spec.calibration.sequence_length
+    logits = 2 * tokens * decoder.model.config.get_text_config().vocab_size * _itemsize(spec, device)
+    more = {"retrain": {"copies": 0, "logits": logits}, "reconstruct": {}}  # nothing is rolled back in retraining
+    windows = [_bytes(decoder, part, spec, device) | more[part.phase] for part in trained(spec, decoder)]
+    return max(windows, key=lambda sizes: sum(sizes.values()), default={})
 
 
 def _bytes(decoder: Decoder, part: Trained, spec: RunSpec, device: torch.device) -> dict[str, int]:
