@@ -175,7 +175,9 @@ def title(notebook: Path) -> str:
 
 def drawn(notebook: Path) -> list[str]:
     """The names of the figures that a notebook publishes, in their order."""
-    return re.findall(r'publish\(\s*[\w.]+,\s*"([\w-]+)"', "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells))
+    return re.findall(
+        r'publish\(\s*[\w.]+,\s*"([\w-]+)"', "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells)
+    )
 
 
 def gallery(profile: str, claims: str = "", folder: Path | None = None) -> str:
