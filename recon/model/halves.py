@@ -84,9 +84,11 @@ def _mixes_tokens(child: nn.Module, args: tuple, kwargs: dict) -> bool:
 def _silence(args: tuple, kwargs: dict, output) -> Callable:
     """A function that takes a child's arguments, of any batch and length, and returns zeros in the structure of its `output`.
 
-    args, kwargs: what gave `output`. None stands for what is no tensor, or is not of the tokens that the child reads.
+    args, kwargs: what gave `output`. None stands for what is no tensor, or is not of the tokens that the child reads. The child may be
+    of a wider model than the one that was looked at (see `recon.study.plan`): what was as wide as its input is so again.
     """
-    tokens = _hidden_states(args, kwargs).shape[:-1]
+    given = _hidden_states(args, kwargs)
+    tokens, width = given.shape[:-1], given.shape[-1]
 
     def forward(*args, **kwargs):
         like = _hidden_states(args, kwargs)
@@ -95,7 +97,7 @@ def _silence(args: tuple, kwargs: dict, output) -> Callable:
             if not isinstance(leaf, Tensor) or leaf.shape[:-1].numel() != tokens.numel():
                 return None
             rows = like.shape[:-1] if leaf.shape[:-1] == tokens else (like.shape[:-1].numel(),)  # batch and length in one axis
-            return like.new_zeros(*rows, leaf.shape[-1])
+            return like.new_zeros(*rows, like.shape[-1] if leaf.shape[-1] == width else leaf.shape[-1])
 
         return type(output)(map(zeros, output)) if isinstance(output, tuple | list) else zeros(output)
 

@@ -23,7 +23,7 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
     "1-granularity": ({"fits": ["none", "matrix exact", "half-block"], "seeds": [0, 1]}, 6),
     "2-sample-efficiency": (
         {"counts": [4, 6], "retrain_counts": [4], "more_counts": [4], "methods": ["masklora"], "more_methods": [], "both": [],
-         "distilled": [], "controls": [], "rates": [3e-3, 1e-2]}, 6,
+         "distilled": [], "controls": [], "rates": [3e-3, 1e-2]}, 7,
     ),
     "3-criterion-convergence": ({"criteria": ["magnitude", "wanda"]}, 4),
     "4-propagation-and-loss": ({"propagations": ["dense", "mixed"], "losses": ["whitened", "mse"]}, 5),
