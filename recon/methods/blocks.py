@@ -29,17 +29,17 @@ def over_blocks(
     """Visits in turn the blocks of a model that are not finished yet; returns what was noted of every block, finished or visited.
 
     Args:
-        phase: the name that finished blocks are noted under in the execution's store.
+        phase: the name that finished blocks are noted under in the execution's storage.
         visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name.
             Returns what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
         description: of the progress bar.
         samples: calibration tokens (samples, length), where statistics are wanted; see `recon.methods.statistics.gather`.
         rerun: whether the next block reads this one's outputs after the visit, rather than those before it.
     """
-    store, blocks, stream = execution.store, decoder.windows("block"), None
-    notes = list(store.finished(phase))
+    storage, blocks, stream = execution.storage, decoder.windows("block"), None
+    notes = list(storage.finished(phase))
     if statistics != "none" and len(notes) < len(blocks):
-        stream = store.streams(phase)["stream"] if notes else execution.embed(decoder, samples)
+        stream = storage.streams(phase)["stream"] if notes else execution.embed(decoder, samples)
     left, off = blocks[len(notes) :], not execution.progress
     for window in tqdm(left, desc=description, unit="block", disable=off, initial=len(notes), total=len(blocks)):
         gathered: dict[str, Tensor] = {}
@@ -52,6 +52,6 @@ def over_blocks(
                 with execution.holding(decoder, window):
                     outputs = execution.run(partial(decoder.forward, window), stream)
             stream = None if window == blocks[-1] else outputs
-            store.finish(phase, noted, {"stream": stream}, changed)
+            storage.finish(phase, noted, {"stream": stream}, changed)
         notes.append(noted)
     return notes

@@ -52,7 +52,7 @@ def take_over(model: nn.Module | Decoder, pruned: Weights, execution: Execution 
         for name, value in read(decoder.model, pruned):
             decoder.model.get_parameter(name).copy_(value)
         decoder.forget()
-    masks = execution.store.masks
+    masks = execution.storage.masks
 
     def visit(window: Window, statistics: dict) -> tuple[None, dict]:
         masks.update({name: matrix.weight != 0 for name, matrix in decoder.matrices(window).items()})

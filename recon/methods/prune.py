@@ -86,7 +86,7 @@ def prune(
         refined = " with mask refinement" if pruner.criterion.statistics == "none" else ""
         raise ReconError(f"criterion {config.criterion!r}{refined} weighs activations and needs calibration samples")
     if isinstance(pruner.criterion, Structured):
-        return Pruning(execution.store.masks, prune_units(decoder, pruner.criterion, config, samples, execution))
+        return Pruning(execution.storage.masks, prune_units(decoder, pruner.criterion, config, samples, execution))
     description, rerun = f"prune ({config.criterion} {pruner.pattern})", config.statistics == "sparse"
     return pruner.summed_up(
         over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
@@ -111,8 +111,8 @@ class Pruner:
         self.options = {f.name.removeprefix(own): getattr(config, f.name) for f in fields(config) if f.name.startswith(own)}
         for name, matrix in decoder.matrices().items():
             self.pattern.check_columns(name, matrix.weight.shape[1])
-        execution.store.new_masks()
-        self.noted = list(execution.store.finished("prune"))  # of windows that `visit` pruned
+        execution.storage.new_masks()
+        self.noted = list(execution.storage.finished("prune"))  # of windows that `visit` pruned
 
     @torch.no_grad()
     def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -128,20 +128,20 @@ class Pruner:
                 if not (self.criterion.scores or torch.equal(weight, matrix.weight.masked_fill(~mask, 0.0).float())):
                     changed[matrix.parameter_name] = matrix.parameter
                 matrix.weight.copy_(weight)
-                self.execution.store.masks[name] = mask.to(self.decoder.device)
+                self.execution.storage.masks[name] = mask.to(self.decoder.device)
         return {"under_calibrated": under_calibrated, "seconds": time.perf_counter() - began}, changed
 
     def visit(self, window: Window, statistics: dict[str, Tensor]) -> None:
         """Prunes `window`, unless a run that was killed has done so already."""
-        store = self.execution.store
-        if any(name not in store.masks for name in self.decoder.matrices(window)):
+        storage = self.execution.storage
+        if any(name not in storage.masks for name in self.decoder.matrices(window)):
             noted, changed = self.prune(window, statistics)
             self.noted.append(noted)
-            store.finish("prune", noted, tensors=changed)
+            storage.finish("prune", noted, tensors=changed)
 
     def summed_up(self, notes: list[dict]) -> Pruning:
         """What was noted window by window."""
-        masks = self.execution.store.masks
+        masks = self.execution.storage.masks
         under_calibrated = [name for noted in notes for name in noted["under_calibrated"]]
         if under_calibrated:
             some = ", ".join(under_calibrated[:3]) + (", ..." if len(under_calibrated) > 3 else "")

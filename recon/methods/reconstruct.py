@@ -117,9 +117,9 @@ def reconstruct(
         if why := two_passes(pruning, config, split.calibration):
             raise ReconError(f"windows cannot be pruned as reconstruction reaches them: {why}; prune with `recon.prune` first")
         pruner = Pruner(student, pruning.on(split.calibration), seed, execution)
-        masks = execution.store.masks
+        masks = execution.storage.masks
     reconstruction = Reconstruction(teacher, student, masks, config, split, seed, execution, pruner)
-    reports = [WindowReport(**noted) for noted in execution.store.finished("reconstruct")]
+    reports = [WindowReport(**noted) for noted in execution.storage.finished("reconstruct")]
     if left := windows[len(reports) :]:
         reconstruction.begin(tokens)
     name = f"{'prune and ' if pruner else ''}reconstruct ({config.granularity})"
@@ -194,7 +194,7 @@ class Reconstruction:
     def begin(self, tokens: Tensor) -> None:
         """Starts with all of `tokens` (samples, length), or goes on where a run that was killed stopped."""
         execution, config, split, student = self.execution, self.config, self.split, self.student
-        self.streams.begin(config.propagation, tokens, execution.store.streams("reconstruct"))
+        self.streams.begin(config.propagation, tokens, execution.storage.streams("reconstruct"))
         chunks = max(config.chunks_of(window, split.length) for window in student.windows(config.granularity))
         if chunks > 1:
             # To find out what blocks are called with at this length takes the embedding; later, a window would be in memory
@@ -209,7 +209,7 @@ class Reconstruction:
         """
         config, split, theta = self.config, self.split, self.student.trained(f, self.config.train)
         variance = channel_variance(Y[: min(-(-TOKENS // split.length), split.calibration)])  # sigma^2
-        pruned = {name: self.execution.store.empty(p.shape, p.dtype).copy_(p.detach()) for name, p in theta.items()}
+        pruned = {name: self.execution.storage.empty(p.shape, p.dtype).copy_(p.detach()) for name, p in theta.items()}
         before = self._error(f, X, Y, variance)
         if self.exact:
             self._solve_exactly(f, X, Y, statistics, theta)
@@ -246,7 +246,7 @@ class Reconstruction:
         noted = asdict(report) | {"seconds": seconds}
         tensors = {name: parameter.detach() for name, parameter in self.student.parameters(f).items()}
         now = {"dense": self.streams.dense, "sparse": self.streams.sparse}
-        self.execution.store.finish("reconstruct", noted, streams or now, tensors)
+        self.execution.storage.finish("reconstruct", noted, streams or now, tensors)
         return WindowReport(**noted)
 
     # --- one window -------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def prune_units(
                 set_bias(half.reader.module, biases[half.reader.name])
         for name, matrix in matrices.items():
             matrix.weight.masked_fill_(~masks[name], 0.0)
-        execution.store.masks.update(masks)
+        execution.storage.masks.update(masks)
         return None, changed
 
     description, statistics = f"prune ({criterion.name} {pattern})", "none" if whole else criterion.statistics

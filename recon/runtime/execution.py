@@ -39,7 +39,7 @@ class Execution(contextlib.AbstractContextManager):
     Args:
         device: a torch device or its name, or "auto"; see `recon.runtime.device.pick_device`.
         compute_dtype: "auto", "bfloat16" or "float32"; see `recon.runtime.device.pick_compute_dtype`.
-        store: what is finished, and room for masks and activations; default: memory.
+        storage: what is finished, and room for masks and activations; default: memory.
         progress: whether passes show progress bars.
         loop: goes over the windows of a reconstruction; default: `recon.methods.reconstruct.one_after_another`.
 
@@ -50,7 +50,7 @@ class Execution(contextlib.AbstractContextManager):
         self,
         device: torch.device | str = "auto",
         compute_dtype: str = "auto",
-        store: Storage | None = None,
+        storage: Storage | None = None,
         progress: bool = True,
         loop: Callable | None = None,
     ):
@@ -58,7 +58,7 @@ class Execution(contextlib.AbstractContextManager):
         # What memory has turned out to suffice for, if less than asked for.
         self.micro_batch: int | None = None  # samples per forward pass in training
         self.tokens: int | None = None  # per batch without training
-        self.store = store or Storage()
+        self.storage = storage or Storage()
         self.device = pick_device(str(device))
         self.dtype = pick_compute_dtype(compute_dtype, self.device)
         self._entered: list[torch.autocast] = []
@@ -183,10 +183,10 @@ class Execution(contextlib.AbstractContextManager):
         return result
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor for activations, to be filled; on the CPU, the store makes it."""
+        """A tensor for activations, to be filled; on the CPU, `storage` makes it."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
-        return self.store.empty(shape, dtype, pinned=self.device.type == "cuda")
+        return self.storage.empty(shape, dtype, pinned=self.device.type == "cuda")
 
     def batches(self, streams: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
         """For each of `parts`, which are indices of samples, those samples of every stream, on the compute device.
