@@ -5,9 +5,9 @@ import ctypes
 import os
 import resource
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from recon.errors import ReconError
@@ -18,7 +18,7 @@ SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`; "auto" is CUDA if there is one, else the CPU. Raises `ReconError` for one that cannot be used."""
+    """The torch device called `name`; "auto": CUDA if there is one, else the CPU. Raises `ReconError` for one that cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -28,25 +28,23 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; "auto" is bfloat16 where the hardware has it, else float32. Raises `ReconError` for other names."""
-    if name in COMPUTE_DTYPES:
-        return COMPUTE_DTYPES[name]
-    if name != "auto":
+    """The dtype of matrix products; "auto": bfloat16 if the hardware has it, else float32. Raises `ReconError` for other names."""
+    if name == "auto":
+        can = torch.cpu.get_capabilities()
+        on_cpu = any(can.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
+        name = "bfloat16" if native else "float32"
+    if name not in COMPUTE_DTYPES:
         raise ReconError(f"unknown compute dtype {name!r}; allowed: auto, {', '.join(COMPUTE_DTYPES)}")
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
-    return torch.bfloat16 if native else torch.float32
+    return COMPUTE_DTYPES[name]
 
 
 def limit_compiled_shapes() -> None:
     """Limits oneDNN's cache of compiled matrix products (CPUs) to the last 16 shapes; call it before the first product.
 
-    The default is 1,024. Experts read another number of tokens with every batch, so that it would grow to hundreds of megabytes.
-    Sets the environment variables ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY unless they are set already. Child
-    processes inherit them. The command line, the notebook runner and Ray workers call this; other programs may.
+    With the default, 1,024, it would grow to hundreds of megabytes, as experts read another number of tokens with every batch. Sets
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY, which child processes inherit, unless they are set. The command line, the
+    notebook runner and Ray workers call this.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
@@ -66,102 +64,78 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class PeakMemory(contextlib.AbstractContextManager):
-    """Peak memory of what runs inside, in bytes: memory of a CUDA device, or else resident memory of this process.
+    """`bytes`, the peak memory of what runs inside, and `before`, what was in use: of a CUDA device, or resident in this process.
 
     Linux can reset its high-water mark (`/proc/self/clear_refs`). On other systems the peak is that of the process so far.
 
-    anonymous: leaves out what is mapped from files, which the system takes back when it needs memory. The system keeps no mark of that,
-    so it is sampled every hundredth of a second (on Linux; elsewhere everything counts).
+    anonymous: leaves out what is mapped from files, which the system takes back when it needs memory; as the system keeps no mark of
+    that, it is sampled every hundredth of a second.
     """
 
     def __init__(self, device: torch.device, anonymous: bool = False):
-        self.device, self.cuda = device, device.type == "cuda"
-        self.anonymous = anonymous and not self.cuda and bool(resident_anonymous())
-        self.bytes = self.before = 0  # the peak; what was in use on entry
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.device, self.cuda, self.sampled = device, device.type == "cuda", anonymous and device.type != "cuda"
+        self._stop, self._sampler = threading.Event(), threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self):
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        self.bytes = self.before = (
-            torch.cuda.memory_allocated(self.device) if self.cuda else resident_anonymous() if self.anonymous else resident()
-        )
-        if self.anonymous:
-            self._thread.start()
+        self.bytes = self.before = torch.cuda.memory_allocated(self.device) if self.cuda else resident(self.sampled)
+        if self.sampled:
+            self._sampler.start()
         return self
 
     def __exit__(self, *exception):
-        if self.anonymous:
+        if self.sampled:
             self._stop.set()
-            self._thread.join()
+            self._sampler.join()
         else:
-            self.bytes = torch.cuda.max_memory_allocated(self.device) if self.cuda else resident(highest=True)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) if self.cuda else _highest()
 
     def _sample(self) -> None:
         while not self._stop.wait(0.01):
-            self.bytes = max(self.bytes, resident_anonymous())
+            self.bytes = max(self.bytes, resident(anonymous=True))
 
 
-def resident(highest: bool = False) -> int:
-    """Resident memory of this process in bytes: now, or its peak. Always the peak on systems that tell nothing else."""
-    return _status("VmHWM:" if highest else "VmRSS:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(anonymous: bool = False) -> int:
+    """Resident memory of this process in bytes; anonymous: without what is mapped from files, where the system tells them apart."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - (getattr(memory, "shared", 0) if anonymous else 0)
 
 
-def resident_anonymous() -> int:
-    """Resident memory of this process in bytes that is not mapped from files; 0 if the system does not tell."""
-    return _status("RssAnon:")
-
-
-def _status(name: str, file: Path = Path("/proc/self/status")) -> int:
-    """Bytes of the entry `name`, which Linux states in KiB, of `file`; 0 if there is none."""
+def _highest() -> int:
+    """The most bytes that were resident in this process, on Linux since its mark was reset."""
     try:
-        return int(file.read_text().split(name)[1].split()[0]) * 1024
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
-        return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def available_memory(root: Path | str = "/") -> int:
-    """Bytes of memory that this process can still use without swapping; 0 if the system does not tell.
-
-    That is what the machine has left, or less if the limit of a control group leaves less, as in containers and SLURM jobs.
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process can still use without swapping: what the machine has left, or less if the limit of a control
+    group (version 2) leaves less, as in containers and SLURM jobs.
 
     root: the folder that /proc and /sys are in.
     """
-    left = _status("MemAvailable:", Path(root) / "proc/meminfo")
-    return left and max(1, min([left, *_left_in_groups(Path(root))]))
+    left = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError, IndexError):
+        parts = (root / "proc/self/cgroup").read_text().split("0::/")[1].split("\n")[0].split("/")
+        # The groups around it count too. In a container the path may be the host's, and its own group is the root.
+        for depth in range(len(parts) + 1):
+            group = root.joinpath("sys/fs/cgroup", *(part for part in parts[:depth] if part != ".."))
+            with contextlib.suppress(OSError, ValueError, KeyError):  # there is no such group, or its limit is "max"
+                most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+                pages = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                # Cached files count as used, but make room when memory is needed.
+                left.append(most - used + int(pages["active_file"]) + int(pages["inactive_file"]))
+    return max(1, min(left))
 
 
 def available_on_device(device: torch.device) -> int:
-    """Bytes of a GPU's own memory that this process can still use; 0 for other devices."""
-    if device.type != "cuda":
-        return 0
+    """Bytes of a GPU's own memory that this process can still use."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
-
-
-def _left_in_groups(root: Path) -> Iterator[int]:
-    """Bytes that are left of the memory limit of each control group that this process is in; groups without a limit are left out."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for _, controllers, path in (line.split(":", 2) for line in lines):  # version 2 names no controllers
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        place, names, prefix = root / "sys/fs/cgroup", ("memory.max", "memory.current"), ""
-        if controllers:
-            place, names, prefix = place / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
-        # The groups around it count too. In a container the path may be the host's, and its own group is the root.
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for group in (place.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # there is no such group, or its limit is "max"
-                most, used = (int((group / name).read_text()) for name in names)
-                pages = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-                # Cached files count as used, but make room when memory is needed.
-                yield most - used + sum(int(pages[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
 
 
 def release_memory() -> None:

@@ -21,24 +21,14 @@ Result = TypeVar("Result")
 TOKENS = 1024  # in a batch of a pass without training
 
 
-def in_batches(samples: int, length: int, count: int, tokens: int | None = None) -> list[range]:
-    """The indices of `samples`, of `length` tokens each, in batches for a pass without training, of `tokens` (default: `TOKENS`) at most.
-
-    count: no batch mixes the first `count` samples with later ones.
-    """
-    size, edges = max(1, (tokens or TOKENS) // length), (0, min(count, samples), samples)
-    return [range(i, min(i + size, stop)) for start, stop in pairwise(edges) for i in range(start, stop, size)]
-
-
 class Execution(contextlib.AbstractContextManager):
     """Where and how passes over a model run. As a context: matrix products run in the compute dtype, parameters keep theirs.
 
     Models may be elsewhere, such as in host memory beside a small GPU: one window at a time is then copied to the compute device, and
-    activations come and go batch by batch, while the device computes.
+    activations come and go batch by batch.
 
     Args:
-        device: a torch device or its name, or "auto"; see `recon.runtime.device.pick_device`.
-        compute_dtype: "auto", "bfloat16" or "float32"; see `recon.runtime.device.pick_compute_dtype`.
+        device, compute_dtype: as `pick_device` and `pick_compute_dtype` of `recon.runtime.device` take them.
         storage: what is finished, and room for masks and activations; default: memory.
         progress: whether passes show progress bars.
         loop: goes over the windows of a reconstruction; default: `recon.methods.reconstruct.one_after_another`.
@@ -75,20 +65,16 @@ class Execution(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def holding(self, decoder: Decoder, window: Window, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-        """Context in which everything that `window` needs is on the compute device.
+        """Context in which everything that `window` needs is on the compute device, its matrices rounded to the compute dtype once.
 
-        Its matrices are rounded to the compute dtype once; autocast would round them with every call. `trained` parameters
-        keep their dtype, and their new values are written back at the end.
+        `trained` parameters keep their dtype, and their new values are written back at the end.
         """
         with decoder.loaded(window), self._holding(decoder.needed(window), decoder.weights(window), trained):
             yield
 
     @contextlib.contextmanager
     def holding_ends(self, decoder: Decoder) -> Iterator[None]:
-        """Context in which everything but the blocks is on the compute device: last norm, head (rounded), and embedding.
-
-        A skeleton's embedding remains a placeholder: no prediction uses its values.
-        """
+        """Context in which everything but the blocks is on the compute device, the head rounded; a skeleton's embedding is a placeholder."""
         inside = {id(tensor) for block in decoder.blocks for tensor in chain(block.parameters(), block.buffers())}
         tensors = chain(decoder.model.parameters(), decoder.model.buffers())
         ends = (tensor for tensor in tensors if id(tensor) not in inside)
@@ -132,25 +118,35 @@ class Execution(contextlib.AbstractContextManager):
     ) -> Tensor:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result is on the device of `stream`.
 
-        If memory runs out, all of `stream` is run again in batches of half as many samples, and so are later calls; see `halving`.
+        If memory runs out, all of `stream` is run again in smaller batches, and later calls start with those; see `halving`.
 
         count: no batch mixes the first `count` samples with later ones.
         anew: called before `stream` is run again, to discard what `function` has gathered.
         """
         samples, length = stream.shape[:2]
-        edge = samples if count is None else count
-        size = max(map(len, in_batches(samples, length, edge, self.tokens)))
+        edges = list(pairwise((0, samples if count is None else min(count, samples), samples)))
+        size = min(max(1, (self.tokens or TOKENS) // length), max(stop - start for start, stop in edges))
 
         def attempt(fewer: int) -> Tensor:
             if fewer < size:
                 self.tokens = fewer * length
                 anew()
-            return self._run(function, stream, in_batches(samples, length, edge, self.tokens))
+            parts = [range(i, min(i + fewer, stop)) for start, stop in edges for i in range(start, stop, fewer)]
+            result = None
+            with self, torch.no_grad():
+                for part, (batch,) in zip(parts, self.batches([stream], parts)):
+                    output = function(batch)
+                    if result is None:
+                        result = self.empty((samples, *output.shape[1:]), output.dtype, stream.device)
+                    result[part.start : part.stop].copy_(output, non_blocking=True)
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()  # copies to host memory may not be finished
+            return result
 
         return self.halving(attempt, size)[0]
 
     def halving(self, attempt: Callable[[int], Result], size: int) -> tuple[Result, int]:
-        """`attempt(size)`, `size` samples at a time, tried again with half the size whenever memory runs out; and the size that succeeded.
+        """`attempt(size)`, again with half the size whenever memory runs out; and the size, in samples, that succeeded.
 
         Raises `ReconError` if memory does not suffice for one sample at a time.
         """
@@ -170,18 +166,6 @@ class Execution(contextlib.AbstractContextManager):
             log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
             size = -(-size // 2)
 
-    def _run(self, function: Callable[[Tensor], Tensor], stream: Tensor, parts: Sequence[range]) -> Tensor:
-        result = None
-        with self, torch.no_grad():
-            for part, (batch,) in zip(parts, self.batches([stream], parts)):
-                output = function(batch)
-                if result is None:
-                    result = self.empty((len(stream), *output.shape[1:]), output.dtype, stream.device)
-                result[part.start : part.stop].copy_(output, non_blocking=True)
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # copies to host memory may not be finished
-        return result
-
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor for activations, to be filled; on the CPU, `storage` makes it."""
         if device.type != "cpu":
@@ -193,11 +177,7 @@ class Execution(contextlib.AbstractContextManager):
 
         On CUDA, the next batch is copied while the device computes with the one before.
         """
-        if self.device.type != "cuda" or not any(map(self.elsewhere, streams)):
-            for part in parts:
-                yield tuple(self._read(stream, part) for stream in streams)
-            return
-        copying, computing = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" and any(map(self.elsewhere, streams)) else None
         coming = None
         for part in [*parts, None]:
             ready = coming
@@ -206,17 +186,16 @@ class Execution(contextlib.AbstractContextManager):
                     coming = tuple(self._read(stream, part) for stream in streams)
             if ready is not None:
                 yield ready
-            if part is not None:
+            if copying and part is not None:
+                computing = torch.cuda.current_stream(self.device)
                 computing.wait_stream(copying)
                 for tensor in coming:
                     tensor.record_stream(computing)
 
     def _read(self, stream: Tensor, part: Sequence[int]) -> Tensor:
-        here = not self.elsewhere(stream)
         if isinstance(part, range):
-            batch = stream[part.start : part.stop]
-            return batch if here else batch.to(self.device, non_blocking=True)
-        if here:
+            return stream[part.start : part.stop].to(self.device, non_blocking=True)
+        if not self.elsewhere(stream):
             return stream[torch.as_tensor(part, device=stream.device)]
         # Sample by sample: slices of pinned memory are copied without the CPU.
         return torch.stack([stream[index].to(self.device, non_blocking=True) for index in part])

@@ -1,5 +1,6 @@
 """A student whose weights are read in their newest version: what the finished windows of a run have made of those at the start."""
 
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -16,7 +17,7 @@ def student(
 ) -> Decoder:
     """A skeleton beside `dense`, each parameter of which is that of the first of `phases` to have it in `storage`.
 
-    start: reads what is in none of them, as `recon.model.skeleton.Lazy` asks for it, to which the masks in `storage` are applied; default: the dense model's.
+    start: reads what is in none of them, to which the masks in `storage` are then applied; default: the dense model's values.
     """
     originals = dict(dense.model.named_parameters())
 
@@ -26,20 +27,16 @@ def student(
     start = start or (dense.lazy.read if dense.lazy else copies)
     holders: dict[str, list[Matrix]] = {}  # matrices by the name of the parameter that they are in
 
-    def newest(name: str) -> Tensor | None:
-        return next((storage.tensors(phase)[name] for phase in phases if name in storage.tensors(phase)), None)
+    def newest() -> ChainMap:
+        return ChainMap(*map(storage.tensors, phases))
 
     def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        left = []
-        for name in names:
-            if (value := newest(name)) is None:
-                left.append(name)
-            else:
-                yield name, value.clone()
-        yield from start(left)
+        known = newest()
+        yield from ((name, known[name].clone()) for name in names if name in known)
+        yield from start([name for name in names if name not in known])
 
     def mask(names: list[str]) -> None:
-        for matrix in (matrix for name in names if newest(name) is None for matrix in holders.get(name, ())):
+        for matrix in (matrix for name in names if name not in newest() for matrix in holders.get(name, ())):
             if matrix.name in storage.masks:
                 matrix.weight.data.masked_fill_(~storage.masks[matrix.name], 0.0)
 

@@ -1,5 +1,6 @@
 """The weights of a model that stays on disk: transformers leaves them there (`device_map={"": "disk"}`), and they are read one by one."""
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,11 +22,10 @@ class Weights:
     """The weights of a model that `from_pretrained` has left on disk, with the values that it gives them in memory.
 
     names: of all parameters; those that are tied under each of their names. surplus: entries that the model has no place for.
-
     scratch: where transformers has put what is not stored as the model has it, such as stacked experts.
     """
 
-    def __init__(self, model: PreTrainedModel, surplus: list[str], scratch: tempfile.TemporaryDirectory):
+    def __init__(self, model: PreTrainedModel, path: Path, surplus: list[str], scratch: tempfile.TemporaryDirectory):
         hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
         self._stored = next(hook.weights_map for hook in hooks if hook.weights_map is not None)
         while hasattr(self._stored, "dataset"):  # of one module
@@ -33,6 +33,12 @@ class Weights:
         for hook in hooks:
             hook.original_devices = {}  # nothing is brought back when it is removed
         remove_hook_from_module(model, recurse=True)
+        for entry in self._stored.index.values():
+            if not Path(
+                entry.get("safetensors_file", path)
+            ).exists():  # it looks for all shards beside the first, in a folder below
+                shards = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+                entry["safetensors_file"] = str(path / shards[entry["weight_name"]])
         self.surplus, self._scratch = surplus, scratch
         self._places: dict[str, str] = {}  # the name under which each parameter is stored
         self._computed: dict[str, Tensor] = {}  # what no file has, such as sinusoidal positions
@@ -48,10 +54,7 @@ class Weights:
         self._finite: set[str] = set()  # parameters without NaN and infinity, as was checked
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The parameters called `names`, in float32, all in memory of their own.
-
-        Raises `ReconError` naming one of another shape than the model has, or that holds NaN or infinity.
-        """
+        """The parameters `names` in float32, in memory of their own. Raises `ReconError` naming one that does not fit or is not finite."""
         for name in names:
             stored = self._computed[name] if name in self._computed else self._stored[self._places[name]]
             value = stored.to(torch.float32, copy=True)
@@ -70,7 +73,7 @@ def open_model(
 
     folder: for what has to be stored anew, such as experts that are stacked; default: the cache.
 
-    Raises `ReconError` naming weights that are missing or quantised.
+    Raises `ReconError` naming weights that are missing, or if they are quantised.
     """
     check_unquantised(config)
     folder = folder or cache_folder()
@@ -82,7 +85,7 @@ def open_model(
     )  # fmt: skip
     if report["missing_keys"]:
         raise ReconError(f"it lacks weights that its config.json calls for: {', '.join(sorted(report['missing_keys']))}")
-    return model.eval(), Weights(model, sorted(report["unexpected_keys"]), scratch)
+    return model.eval(), Weights(model, path, sorted(report["unexpected_keys"]), scratch)
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
@@ -117,17 +120,10 @@ def check_finite(name: str, tensor: Tensor, owner: str) -> None:
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype` if it is floating-point, else as it is; zeros stay zeros.
-
-    Raises `ReconError` naming the parameter or buffer `name` if a finite value would become infinite.
-    """
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor
-    found = tensor.to(dtype)
-    if not found.isfinite().all():
-        largest = tensor.abs().max().item()
-        raise ReconError(
-            f"{name!r} holds {largest:.4g}, more than {str(dtype).removeprefix('torch.')} can ({torch.finfo(dtype).max:.4g}); save in "
-            "bfloat16 or float32"
-        )
+    """`tensor` in `dtype` if it is floating-point, else as it is. Raises `ReconError` naming it if a value would become infinite."""
+    found = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if found.dtype != tensor.dtype and not found.isfinite().all():
+        largest, most = tensor.abs().max().item(), torch.finfo(dtype).max
+        kind = str(dtype).removeprefix("torch.")
+        raise ReconError(f"{name!r} holds {largest:.4g}, more than {kind} can ({most:.4g}); save in bfloat16 or float32")
     return found

@@ -376,7 +376,7 @@ def plan(spec: RunSpec, stream: str = "auto", *, loaded: int = 0, memory_gib: fl
     if stream == "auto" and 0 < room < streaming.models_in_memory(spec, _elements(shapes_of(*spec.loaded_by))):
         streamed = not streaming.in_memory_only(spec)
     memory = peak_memory(spec, device, streamed)
-    process = float(streamed and devices.resident_anonymous() or devices.resident())  # mapped files and libraries do not count
+    process = float(devices.resident(anonymous=streamed))  # mapped files and libraries do not count
     memory[HOST.type]["process"] = process
     rooms = {"memory": (sum(memory[HOST.type].values()), room + process + loaded)}
     if device.type == "cuda":

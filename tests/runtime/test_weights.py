@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from recon.errors import ReconError
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy, auto_class, is_placeholder, made_up, second, skeleton
-from recon.runtime.device import resident_anonymous
+from recon.runtime.device import resident
 from recon.runtime.weights import open_model
 
 
@@ -141,9 +141,9 @@ def test_a_second_skeleton_takes_no_memory():
     model = skeleton(AutoConfig.for_model("llama", num_hidden_layers=1, tie_word_embeddings=True))
     model.tie_weights()
     Lazy(model, lambda names: iter(()))
-    before = resident_anonymous()
+    before = resident(anonymous=True)
     copy = second(model)
     assert sum(parameter.numel() for parameter in copy.parameters()) > 3e8
-    assert resident_anonymous() < before + 2**27
+    assert resident(anonymous=True) < before + 2**27
     assert copy.lm_head.weight is copy.model.embed_tokens.weight is not model.lm_head.weight
     assert all(is_placeholder(parameter) for parameter in copy.parameters())
