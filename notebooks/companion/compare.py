@@ -110,32 +110,37 @@ class Evidence:
         return float(lower[0]), float(upper[0]), *interval(self.parts, self.statistic, level)
 
 
-def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[str, str], dict]]:
-    """By model (empty: models are compared) and pattern, the default ones first: groups of runs that agree in `shared`."""
+def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[str, str, str], dict]]:
+    """By model (empty: models are compared), pattern and recipe, default ones first: groups of runs that agree in `shared`, too."""
     if runs.empty:
         return []
-    default, scopes = (DEFAULTS["model"], DEFAULTS["pattern"]), {}
-    for name, group in runs[runs[f"{measure}_pruned"].notna()].groupby(list(shared)):
-        scope = group["model"].iloc[0] if "model" in shared else "", group["pattern"].iloc[0]
+    scopes: dict[tuple, dict] = {}
+    for name, group in runs[runs[f"{measure}_pruned"].notna()].groupby([*shared, "pattern", "recipe"]):
+        first = group.iloc[0]
+        scope = first["model"] if "model" in shared else "", first["pattern"], first["recipe"]
         scopes.setdefault(scope, {})[repr(name)] = group
-    return sorted(
-        scopes.items(), key=lambda each: (each[0][0] not in ("", default[0]), each[0][0], each[0][1] != default[1], each[0][1])
-    )
+    usual = ("", DEFAULTS["model"]), (DEFAULTS["pattern"],), ("default",)
+    return sorted(scopes.items(), key=lambda each: [(value not in first, value) for value, first in zip(each[0], usual)])
+
+
+def of_method(runs: pd.DataFrame, options: dict) -> pd.DataFrame:
+    """Of runs under one recipe, those whose method differs from it by `options` alone."""
+    return runs[runs["setting"] == setting(options, runs["recipe"].iloc[0])] if len(runs) else runs
 
 
 def pick(runs: pd.DataFrame, options: dict, tuned: bool = False) -> pd.DataFrame:
-    """By unit, the runs whose method differs from the defaults by `options` alone, all of one tuning.
+    """By unit, the runs whose method differs from their recipe's by `options` alone, all of one tuning.
 
-    Of several tunings, the one nearest the defaults is taken, so that no side is tuned more than the other. `tuned`: learning
+    Of several tunings, the one nearest the recipe's is taken, so that no side is tuned more than the other. `tuned`: learning
     rates were searched for both sides. Then the rates with the lowest held-out perplexity are taken (mean over the units that
-    all have), and the rest of the tuning is nearest the defaults. Evaluation text never decides.
+    all have), and the rest of the tuning is nearest the recipe's. Evaluation text never decides.
     """
     unknown = set(options) - {*METHOD, *TUNING}
     if unknown:
         raise ValueError(f"no option of a method: {', '.join(sorted(unknown))}")
-    if setting(options) not in set(runs["setting"]):
+    runs = of_method(runs, options)
+    if runs.empty:
         return pd.DataFrame()
-    runs = runs[runs["setting"] == setting(options)]
     for name in set(options) & set(TUNING):
         runs = runs[runs[name] == options[name]]
     if len(runs):
@@ -154,7 +159,7 @@ def _nearest(runs: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def points(runs: pd.DataFrame, options: dict) -> dict[tuple[int, int], pd.DataFrame]:
     """The runs of one method at the rates searched for it, by (samples, samples of the last training)."""
-    groups = runs[runs["setting"] == setting(options)].groupby(["samples", "trained"])
+    groups = of_method(runs, options).groupby(["samples", "trained"])
     sides = {count: pick(group, options, tuned=True) for count, group in groups}
     return {count: side for count, side in sides.items() if len(side)}
 
@@ -166,7 +171,7 @@ def best_supported(points: dict[tuple[int, int], pd.DataFrame]) -> pd.DataFrame:
 
 def curve(runs: pd.DataFrame, options: dict) -> list[pd.DataFrame]:
     """One point for each number of samples that the method was last trained on."""
-    return [best_supported(points(group, options)) for _, group in runs[runs["setting"] == setting(options)].groupby("trained")]
+    return [best_supported(points(group, options)) for _, group in of_method(runs, options).groupby("trained")]
 
 
 def once(units: Sequence[str]) -> list[str]:
@@ -237,7 +242,7 @@ def samples(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     far the other side's training moves the dense model: what adapting to such text is worth on its own.
     """
     measure, wanted = claim["measure"], claim["count"] * claim["times"]
-    trained = runs.loc[runs["setting"] == setting(claim["right"]), "trained"]
+    trained = of_method(runs, claim["right"])["trained"]
     enough = trained[(trained == wanted) | ((claim["times"] > 1) & (trained > wanted))].min()
     if math.isnan(enough):
         return None

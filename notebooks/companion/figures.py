@@ -223,8 +223,8 @@ def memory(data: pd.DataFrame) -> Plot:
 def methods(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each run: its method, samples, seed, quality and costs; for `efficiency` and `budget`."""
     reached = [name for name in runs if name.startswith(("perplexity, ", "dense perplexity, "))] + [KL]
-    runs = runs.assign(**{COMPUTE: runs["flops"] / 1e12, KL: runs["kl"], "method": runs["recipe"]})
-    runs["samples"] = runs["trained"].where(runs["recipe"] != "pruned", 0)
+    runs = runs.assign(**{COMPUTE: runs["flops"] / 1e12, KL: runs["kl"]})
+    runs["samples"] = runs["trained"].where(runs["method"] != "pruned", 0)
     return runs[["method", "samples", "seed", *reached, COMPUTE, "seconds", MEMORY]]
 
 
@@ -238,8 +238,7 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
     length: tokens of a sample.
     """
     data, parts = methods(runs), []
-    names, main = measures(data), runs[runs["recipe"].isin(MAIN)].rename(columns={"recipe": "method"})
-    main["samples"] = main["trained"]
+    names, main = measures(data), runs[runs["method"].isin(MAIN)].assign(samples=runs["trained"])
     for name, measure in zip(names, ["own", "other"][: len(names) - 1] + ["kl"]):
         group = main[main[f"{measure}_pruned"].notna()]
         part = effects(group, ["method", "samples"], {"method": MAIN[0]}, flip=True, measure=measure, share=False, level=0.95)
@@ -442,7 +441,7 @@ _AXES = {  # kind of effect -> label of the axis
 def claims(verdicts: pd.DataFrame) -> Plot | None:
     """The central claims, a row per claim and model, at its main pattern, against what the effect has to exceed."""
     shown = verdicts[(verdicts["short"] != "") & np.isfinite(verdicts[["low", "effect"]]).all(axis=1)].drop_duplicates(
-        ["claim", "model"]
+        ["claim", "model", "recipe"]
     )
     if shown.empty:
         return None
@@ -476,6 +475,7 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
             beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "fontsize": 7}
             ax.annotate(words, (1, place), (6, 0), **beside)
         names = group["short"] + "  ·  " + group["model"] + " " + group["pattern"]
+        names += (group["recipe"] == "paper").map({True: ", paper's recipe", False: ""})
         ax.set_yticks(range(len(group)), names, fontsize=7)
         ax.set(ylim=(len(group) - 0.4, -0.6), xlabel=_AXES[name])
         ax.grid(axis="y", visible=False)
@@ -491,4 +491,8 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
     finding = " ".join(
         f"{word}: {', '.join(topics[word])}." for word in ("Holds", "Holds in part", "Does not hold", "Open") if word in topics
     )
-    return figure, shown[["claim", "statement", "model", "pattern", "effect", "low", "high", "unit", "seeds", "verdict"]], finding
+    return (
+        figure,
+        shown[["claim", "statement", "model", "pattern", "recipe", "effect", "low", "high", "unit", "seeds", "verdict"]],
+        finding,
+    )

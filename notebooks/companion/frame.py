@@ -10,14 +10,17 @@ import pandas as pd
 
 import recon
 
-DEFAULTS = recon.RunSpec().flat()
+RECIPES = {
+    name: recon.RunSpec.of(preset=name).flat() for name in ("default", "paper")
+}  # -> what an option is unless it is varied
+DEFAULTS = RECIPES["default"]
 MEASURES = ("own", "other", "kl")  # NLL of the first and the second evaluation text, KL to the dense model on the first
 STATES = ("dense", "pruned", "reconstructed")
-RATES = ["learning_rate", "retrain_learning_rate"]
+RATES = ["learning_rate", "retrain_learning_rate", "size_power", "matrix_rate"]
 MEMORY = "window memory, GiB"
 _IN_WINDOWS = {field.name for field in fields(recon.ReconstructionConfig)} - {"granularity"}
 # A method is how a run prunes, reconstructs and retrains. How its training is tuned is kept apart.
-_TUNABLE = {"learning_rate", "batch_size", "accumulation", "warmup", "weight_decay", "chunks"}
+_TUNABLE = {*RATES, "batch_size", "accumulation", "warmup", "weight_decay", "chunks"}
 TUNING = [name for name in DEFAULTS if name.removeprefix("retrain_") in _TUNABLE]
 _APART = """model revision text samples sequence_length held_out_samples pattern statistics prune_samples retrain_samples
     retrain_checkpointing evaluation_texts evaluation_samples evaluation_more_samples evaluation_length evaluation_protocol
@@ -28,7 +31,7 @@ METHOD = [name for name in DEFAULTS if name not in (*TUNING, *_APART)]
 def fit_options(fit: str) -> dict[str, list]:
     """The axes for `recon.grid` of a way to reconstruct: a granularity, "matrix exact", or "<granularity> from exact"."""
     if fit == "matrix exact":
-        return {"granularity": ["matrix"], "solver": ["exact"]}
+        return {"granularity": ["matrix"], "solver": ["exact"], "train": ["matrices"]}
     name, _, start = fit.partition(" from ")
     return {"granularity": [name], "start": [start or "pruned"]}
 
@@ -40,7 +43,7 @@ def fit_name(spec: dict) -> str:
     return spec["granularity"] + (" from exact" if spec["start"] == "exact" else "")
 
 
-def recipe_name(spec: dict) -> str:
+def method_name(spec: dict) -> str:
     """How a spec trains: "reconstruction", a retraining method, both, or "pruned"; "dense, ..." for the dense model."""
     parts = ["reconstruction"] if spec["granularity"] != "none" else []
     if spec["retrain"] != "none":
@@ -55,9 +58,16 @@ def short(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def setting(options: dict) -> str:
-    """The options of the method that differ from the defaults, in words that are equal for equal methods."""
-    return ", ".join(f"{name} {options[name]}" for name in METHOD if name in options and options[name] != DEFAULTS[name])
+def setting(options: dict, recipe: str = "default") -> str:
+    """The options of the method that differ from those of `recipe`, in words that are equal for equal methods."""
+    usual = RECIPES[recipe]
+    return ", ".join(f"{name} {options[name]}" for name in METHOD if name in options and options[name] != usual[name])
+
+
+def recipe_of(spec: dict) -> str:
+    """The recipe that a spec (flat names) is nearest to: that from which the fewest options differ that matter in its run."""
+    said = [name for name in (*METHOD, *TUNING, "statistics") if name not in RATES and not _idle(name, spec)]
+    return min(RECIPES, key=lambda recipe: sum(spec[name] != RECIPES[recipe][name] for name in said))
 
 
 def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd.DataFrame:
@@ -66,7 +76,7 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
     Columns: every option (one that changes nothing in its run is at its default, as is one that the record does not know), every
     metric that is a number, and
 
-    - key, fit, recipe, setting, precision; tuning and rates, each with its detour (how far it is from the defaults);
+    - key, recipe ("default", "paper"), fit, method, setting, precision; tuning and rates, each with its detour (how far it is from the recipe's);
     - unit (seed and precision: runs of one unit are pairs), trained (samples of the last training);
     - protocol and windows: what runs have to share to be compared;
     - <measure>_<state>: arrays (windows,) in nats per token, for `MEASURES` and `STATES`; NaN if the record has none;
@@ -90,15 +100,17 @@ def table(records: Iterable[dict]) -> pd.DataFrame:
 
 def _row(record: dict) -> dict:
     spec, metrics = {name: record["spec"].get(name, default) for name, default in DEFAULTS.items()}, record["metrics"]
-    spec = {name: DEFAULTS[name] if _idle(name, spec) else tuple(x) if isinstance(x, list) else x for name, x in spec.items()}
+    spec = {name: tuple(x) if isinstance(x, list) else x for name, x in spec.items()}
+    recipe = recipe_of(spec)
+    spec = {name: RECIPES[recipe][name] if _idle(name, spec) else x for name, x in spec.items()}
     environment, protocol, windows = record["environment"], record["protocol"], record["windows"]
     row = {"key": record["key"], **spec, "model": short(spec["model"]) + (f"@{spec['revision']}" if spec["revision"] else "")}
     row |= {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
-    row |= {"fit": fit_name(spec), "recipe": recipe_name(spec), "setting": setting(spec)}
+    row |= {"recipe": recipe, "fit": fit_name(spec), "method": method_name(spec), "setting": setting(spec, recipe)}
     for name, options in {"tuning": [name for name in TUNING if name not in RATES], "rates": RATES}.items():
         row[name] = ", ".join(f"{option} {spec[option]}" for option in options)
-        # How far from the defaults. 0 counts as 1e-12: a warm-up of 0 is further from the default than any positive one.
-        far = [np.log(max(spec[option], 1e-12) / max(DEFAULTS[option], 1e-12)) for option in options]
+        # How far from the recipe. 0 counts as 1e-12: a warm-up of 0 is further from the default than any positive one.
+        far = [np.log(max(spec[option], 1e-12) / max(RECIPES[recipe][option], 1e-12)) for option in options]
         row[f"{name}_detour"] = np.abs(far).sum()
     row["precision"] = environment.get("compute_dtype", "")
     row["unit"] = f"{spec['seed']:03d} {row['precision']}"
@@ -136,6 +148,8 @@ def _idle(name: str, spec: dict) -> bool:
     """Whether the option `name` changes nothing in a run of `spec`."""
     return (
         (name in _IN_WINDOWS and spec["granularity"] == "none")
+        or (name == "size_power" and spec["granularity"] in ("matrix", "half-block"))
+        or (name == "matrix_rate" and spec["granularity"] != "matrix")
         or (name.startswith("retrain_") and spec["retrain"] == "none")
         or (name.startswith("exact_") and "exact" not in (spec["solver"], spec["start"]))
         or (name.startswith("sparsegpt_") and spec["criterion"] != "sparsegpt")

@@ -57,7 +57,7 @@ def _filled(value: object, of: dict) -> object:
 
 
 def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None) -> pd.DataFrame:
-    """A verdict on each claim (of `rows`, or all), model and pattern that `runs`, from `companion.frame.load`, allow to compare.
+    """A verdict on each claim (of `rows`, or all), model, pattern and recipe that `runs`, from `companion.frame.load`, allow to compare.
 
     - "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below.
     - "Equal" holds if the 90 % interval is within the margin (two one-sided tests at 5 %), and does not if it is outside.
@@ -72,7 +72,7 @@ def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None) -> pd.DataFram
     for claim in claims() if rows is None else rows:
         # What runs have to share to enter a comparison of this kind.
         shared = ["protocol"] + ["samples"] * (claim["test"] not in ("ratio", "combined", "samples"))
-        shared += ["model", "windows"] * (claim["test"] != "trend") + ["pattern"]
+        shared += ["model", "windows"] * (claim["test"] != "trend")
         kind = claim["measure"], *shared
         if kind not in cached:
             cached[kind] = compare.studies(runs, *kind)
@@ -92,6 +92,7 @@ def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
     nothing = {
         "model": "",
         "pattern": "",
+        "recipe": "",
         "effect": math.nan,
         "low": math.nan,
         "high": math.nan,
@@ -109,8 +110,8 @@ def _bar(claim: dict) -> float:
     return claim["above"] if claim["test"] == "equal" else claim["above"] - claim["margin"]
 
 
-def verdict(claim: dict, model: str, pattern: str, evidence: Evidence) -> dict:
-    """What evidence says about a claim on a model and pattern: a row of `judge`."""
+def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Evidence) -> dict:
+    """What evidence says about a claim on a model and pattern under a recipe: a row of `judge`."""
     level = 0.90 if claim["margin"] else 0.95  # one-sided tests against a margin at 5 % each, or a two-sided one against a bar
     lower, upper, low, high = evidence.estimate(level)
     if claim["test"] == "ratio":
@@ -127,7 +128,7 @@ def verdict(claim: dict, model: str, pattern: str, evidence: Evidence) -> dict:
         elif lower == 0:
             effect, bound = upper, "<"
     return _row(
-        claim, state, reason, model=model, pattern=pattern, effect=effect, low=low, high=high, unit=evidence.unit, bound=bound,
+        claim, state, reason, model=model, pattern=pattern, recipe=recipe, effect=effect, low=low, high=high, unit=evidence.unit, bound=bound,
         seeds=evidence.seeds, protocol=protocol_words(evidence.runs), keys=tuple(sorted(evidence.runs["key"])),
     )  # fmt: skip
 
@@ -198,7 +199,7 @@ def effect_words(row: pd.Series) -> str:
 
 
 def _place(row: pd.Series) -> str:
-    return ", ".join(part for part in (row["model"], row["pattern"]) if part)
+    return ", ".join(part for part in (row["model"], row["pattern"], "the paper's recipe" * (row["recipe"] == "paper")) if part)
 
 
 def _counted(rows: pd.DataFrame) -> str:

@@ -1,6 +1,6 @@
-"""Ways to train a pruned model, by the names of `companion.frame.recipe_name`, and the search for their learning rates."""
+"""Ways to train a pruned model, by the names of `companion.frame.method_name`, and the search for learning rates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,12 +9,12 @@ import recon
 from companion.frame import load
 
 
-def recipe(
+def method(
     base: recon.RunSpec, name: str, count: int, seed: int = 0, rates: Mapping[tuple[str, int], float] = {}
 ) -> recon.RunSpec:
-    """The spec of a recipe on `count` samples; "dense, <retraining>" is the dense model retrained.
+    """The spec of a method on `count` samples; "dense, <retraining>" is the dense model retrained.
 
-    rates: by part of a recipe ("reconstruction", or a way to retrain) and sample count; those of `base` if missing.
+    rates: by part of a method ("reconstruction", or a way to retrain) and sample count; those of `base` if missing.
     """
     rest = name.removeprefix("dense, ")
     first, _, then = rest.partition(", then ")
@@ -25,50 +25,70 @@ def recipe(
     else:
         options["granularity"], then = "none", "" if first == "pruned" else first
     if then:
-        method, _, distilled = then.partition(", ")
-        options |= {"retrain": method, "retrain_samples": count} | ({"retrain_objective": "distil"} if distilled else {})
+        retraining, _, distilled = then.partition(", ")
+        options |= {"retrain": retraining, "retrain_samples": count} | ({"retrain_objective": "distil"} if distilled else {})
         options |= {"retrain_learning_rate": rates[then, count]} if (then, count) in rates else {}
     return base.replaced(**options)
 
 
 def search(
-    base: recon.RunSpec,
-    counts: Mapping[str, Sequence[int]],
-    rates: Sequence[float],
-    seed: int,
-    folder: Path,
-    compute: bool = True,
+    cells: Mapping[Hashable, recon.RunSpec], rates: Sequence[float], folder: Path, compute: bool = True, **options
 ) -> pd.DataFrame:
-    """Searches every recipe in `counts`, at each of its sample counts on its own, for the rate that is best on held-out text.
+    """For the spec of each cell on its own, the rate of `rates` that is best on held-out text; of retraining, if it is all training.
 
     It begins with the rates that have records, or three in the middle. It tries the neighbours of the best until both have run.
-    Returns the runs: recipe, samples, learning_rate, held_out_perplexity, key, and whether that rate is `chosen`.
+    Returns the runs: cell, learning_rate, held_out_perplexity, key, and whether that rate is `chosen`.
+
+    options: in which the runs of the search differ from `cells`, such as the seed.
     """
-    rates, cells = sorted(rates), [(name, count) for name, own in counts.items() for count in own]
-    grid = {(*cell, rate): recipe(base, *cell, seed, {cell: rate}) for cell in cells for rate in rates}
-    asked: set = set()
+    rates, asked = sorted(map(float, rates)), set()
+    names = {
+        cell: "learning_rate" if spec.reconstruction.granularity != "none" else "retrain_learning_rate"
+        for cell, spec in cells.items()
+    }
+    grid = {(cell, rate): spec.replaced(**options, **{names[cell]: rate}) for cell, spec in cells.items() for rate in rates}
+    of_key = {
+        spec.replaced(compute_dtype=dtype).key(): place
+        for place, spec in grid.items()
+        for dtype in ("auto", "bfloat16", "float32")
+    }
     while True:
         runs = load(folder, grid.values())
         if len(runs):
-            alone = runs["retrain"] == "none"
-            runs = runs.assign(
-                learning_rate=runs["learning_rate"].where(alone, runs["retrain_learning_rate"]), samples=runs["trained"]
+            runs = (
+                runs[["held_out_perplexity", "key"]]
+                .assign(cell=[of_key[key][0] for key in runs["key"]], learning_rate=[of_key[key][1] for key in runs["key"]])
+                .drop_duplicates(["cell", "learning_rate"])
             )
-            runs = runs[["recipe", "samples", "learning_rate", "held_out_perplexity", "key"]].drop_duplicates(
-                ["recipe", "samples", "learning_rate"]
-            )
-            runs["chosen"] = runs.index.isin(runs.groupby(["recipe", "samples"])["held_out_perplexity"].idxmin())
+            runs["chosen"] = runs.index.isin(runs.groupby("cell", sort=False)["held_out_perplexity"].idxmin())
         best = {cell: rates.index(rate) for cell, rate in chosen(runs).items()}
         wanted = {
-            key for key in grid if abs(rates.index(key[2]) - best.get(key[:2], len(rates) // 2)) <= 1 and key not in asked
-        }  # fmt: skip
+            each for each in grid if abs(rates.index(each[1]) - best.get(each[0], len(rates) // 2)) <= 1 and each not in asked
+        }
         if not (compute and wanted):
             return runs
-        recon.run_study([grid[key] for key in grid if key in wanted], folder)
+        recon.run_study([grid[each] for each in grid if each in wanted], folder)
         asked |= wanted
 
 
-def chosen(search: pd.DataFrame) -> dict[tuple[str, int], float]:
-    """The learning rate of each recipe at each sample count, from what `search` gives."""
+def chosen(search: pd.DataFrame) -> dict[Hashable, float]:
+    """The learning rate of each cell, from what `search` gives."""
     best = search[search["chosen"]] if len(search) else search
-    return dict(zip(zip(best["recipe"], best["samples"]), best["learning_rate"])) if len(best) else {}
+    return dict(zip(best["cell"], best["learning_rate"])) if len(best) else {}
+
+
+def tuned(
+    specs: Sequence[recon.RunSpec], rates: Sequence[float], folder: Path, compute: bool = True, **options
+) -> tuple[list[recon.RunSpec], pd.DataFrame]:
+    """`specs`, each at the rate that `search` chooses for it, and the runs of the search; without `rates`, as they are.
+
+    options: in which the runs of the search differ; specs that agree in all else share one search.
+    """
+    if not rates:
+        return list(specs), pd.DataFrame()
+    specs = [spec.replaced(size_power=0.0, matrix_rate=1.0) for spec in specs]  # a rate is that of its window, by no rule
+    fitted = [spec for spec in specs if spec.reconstruction.granularity != "none" and spec.reconstruction.solver == "adamw"]
+    cells = {spec: spec.replaced(**options) for spec in fitted}
+    searched = search({cell: cell for cell in cells.values()}, rates, folder, compute)
+    best = chosen(searched)
+    return [spec.replaced(learning_rate=best[cells[spec]]) if cells.get(spec) in best else spec for spec in specs], searched

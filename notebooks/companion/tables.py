@@ -61,9 +61,8 @@ def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     runs = runs[runs["pattern"] == DEFAULTS["pattern"]] if name in ("table-1", "appendix-b") else runs
     runs = runs[runs["model"] == DEFAULTS["model"]] if by_samples else runs
     shown, used = [], []
-    for (model, pattern), groups in studies(
-        runs, "own", "protocol", *["samples"] * (not by_samples), "model", "windows", "pattern"
-    ):
+    for scope, groups in studies(runs, "own", "protocol", *["samples"] * (not by_samples), "model", "windows"):
+        place = ", ".join(part for part in scope if part != "default")
         choices = []
         for key, group in groups.items():
             sides = {
@@ -87,7 +86,7 @@ def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
                 values = values if measure == "kl" else np.exp(values)
                 if len(values):
                     spread = values.std(ddof=1) if len(values) > 1 else 0.0
-                    column = f"{count} samples{words}" if by_samples else f"{model}, {pattern}{words}"
+                    column = f"{count} samples{words}" if by_samples else f"{place}{words}"
                     shown.append({"row": label, "column": column, "mean": values.mean(), "std": spread, "seeds": len(values)})
                     used.append(known.reset_index())
     if not shown:

@@ -102,17 +102,20 @@ def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(recon, "run_study", run_study)
     rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
     base = recon.RunSpec.of(sequence_length=64, evaluation_length=64)
-    assert search.search(base, {"reconstruction": [8]}, rates, 0, tmp_path, compute=False).empty
-    runs = search.search(base, {"reconstruction": [8]}, rates, 0, tmp_path)
-    assert search.chosen(runs) == {("reconstruction", 8): 1e-3} and sorted(runs["learning_rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
+    assert search.search({"cell": base}, rates, tmp_path, compute=False).empty
+    runs = search.search({"cell": base}, rates, tmp_path)
+    assert search.chosen(runs) == {"cell": 1e-3} and sorted(runs["learning_rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
+    specs = recon.grid(base, seed=[0, 1], granularity=["none", "block"])
+    found, _ = search.tuned(specs, rates, tmp_path, seed=100)
+    assert [spec.flat()["learning_rate"] for spec in found] == [1e-2, 1e-3] * 2  # nothing is trained without windows
 
 
 @pytest.mark.parametrize(
     "name", ["pruned", "reconstruction", "masklora", "reconstruction, then lora", "dense, full", "lora, distilled"]
 )
-def test_recipes_have_the_names_of_their_runs(name):
-    spec = search.recipe(recon.RunSpec(), name, 16)
-    assert frame.recipe_name(spec.flat()) == name and (
+def test_methods_have_the_names_of_their_runs(name):
+    spec = search.method(recon.RunSpec(), name, 16)
+    assert frame.method_name(spec.flat()) == name and (
         name == "pruned" or 16 in (spec.flat()["samples"], spec.flat()["retrain_samples"])
     )
 
