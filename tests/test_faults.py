@@ -174,7 +174,7 @@ def test_an_interrupted_run_leaves_nothing_but_what_it_goes_on_from(stream, spec
 def test_a_record_for_which_there_is_no_room(expected, tmp_path):
     path = tmp_path / "full" / "r.json"
     for record in (expected, replace(expected, key="other")):
-        with room_for(1000), pytest.raises(ReconError, match=r"record cannot be written to .*r\.json'.*File too large"):
+        with room_for(1000), pytest.raises(ReconError, match=r"record .*r\.json' cannot be written: .*File too large"):
             write_record(record, path)
         assert [each.name for each in path.parent.iterdir()] == (["r.json"] if record.key == "other" else [])
         if record is expected:
@@ -226,7 +226,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from recon.runtime.storage import locked
-with locked(Path(sys.argv[1]), "folder"):
+with locked(Path(sys.argv[1]), "save folder"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -236,21 +236,21 @@ with locked(Path(sys.argv[1]), "folder"):
 def test_two_processes_that_do_the_same_refuse_each_other_and_a_dead_one_stops_nobody(what, spec, tmp_path, monkeypatch):
     spec = spec.replaced(granularity="none", held_out_samples=0)
     monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
-    place = f"cache/unfinished/.{spec.key()}.lock" if what == "cache" else ".saved.lock"
-    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    place = tmp_path / (f"cache/unfinished/{spec.key()}" if what == "cache" else "saved")
+    lock = place.with_name(f".{place.name}.lock")
 
     def go():
         return record_of(spec, save=None if what == "cache" else tmp_path / "saved", stream="no" if what[-2:] == "no" else "yes")
 
-    command = [sys.executable, "-c", HOLD, str(tmp_path / place)]
+    command = [sys.executable, "-c", HOLD, str(place)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ReconError, match="is in use by another process; wait until it is done"):
             go()
         holder.kill()
-    assert (tmp_path / place).exists()
+    assert lock.exists()
     go()
-    assert not (tmp_path / place).exists()
+    assert not lock.exists()
 
 
 @pytest.mark.slow

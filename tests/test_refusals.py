@@ -134,7 +134,7 @@ def test_a_place_that_cannot_be_written_before_anything_is_computed(small, optio
     (tmp_path / "file").write_text("")
     refused_later = ["--pattern", "2:5"]  # once the model is here
     words = ["run", *small, option, str(tmp_path / "file" / "inside" / "out"), *refused_later]
-    assert "cannot write to" in refuse(words, capsys)
+    assert "cannot be written" in refuse(words, capsys)
 
 
 def test_a_save_folder_that_holds_something(small, tmp_path, capsys):

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recon.data import gguf
-from recon.data.cache import derived_folder, once
 from recon.errors import ReconError
-from recon.runtime.storage import cache_folder
+from recon.runtime.storage import cache_folder, derived_folder, once
 
 log = logging.getLogger("recon")
 
@@ -77,7 +76,7 @@ def origin(name: str) -> str:
 
 
 def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Path, Path], None]) -> Path:
-    """Folder of files that `make(file, empty folder)` computes from the joined files of assets; see `recon.data.cache.once`.
+    """Folder of files that `make(file, empty folder)` computes from the joined files of assets; see `recon.runtime.storage.once`.
 
     version: of what `make` does.
     """

@@ -1,11 +1,11 @@
 """The files of a checkpoint: a folder in the Hugging Face format with its weights in safetensors, or a repository of the Hub."""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
 from recon.errors import ReconError
-from recon.runtime.storage import sha256
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 RECORD = "record.json"  # the record of the run that made a model
@@ -74,4 +74,5 @@ def digest(path: Path) -> str:
 
 @functools.cache
 def _digest(path: Path, size: int, changed: int) -> str:
-    return sha256(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from recon.data.cache import derived_folder, once
 from recon.data.files import digest
 from recon.errors import ReconError
+from recon.runtime.storage import derived_folder, once
 
 CONVERSION = 2  # raise it when what `convert` writes changes: converted models are cached under this number
 NOTE = "weights_from"  # where the configuration of a converted model says what the file held

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from recon.config import PROTOCOLS
 from recon.data import assets, wikitext
-from recon.data.cache import derived_folder, once
 from recon.errors import ReconError
+from recon.runtime.storage import derived_folder, once
 
 SPLITS = ("calibration", "validation", "evaluation")
 TEXTS: dict[str, str] = {name: text["description"] for name, text in assets.TABLE["texts"].items()}

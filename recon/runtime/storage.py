@@ -1,28 +1,26 @@
 """Files that appear only when they are complete; the cache folder; locks; and `Storage`, where a run keeps its finished windows."""
 
 import contextlib
+import glob
 import json
-import logging
 import math
 import os
 import shutil
 import tempfile
-import uuid
 from collections import ChainMap
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
-from hashlib import file_digest
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import platformdirs
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recon.errors import ReconError
 
-log = logging.getLogger("recon")
 PART = ".part"  # ends the names of files and folders that are still being written; nothing ever reads one
 SMALL = 64 * 2**20  # bytes up to which activations stay in memory when others are put on disk
 RUN = "run.json"  # which run a folder belongs to
@@ -34,79 +32,87 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("recon")
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def writing(what: str, advice: str) -> Iterator[None]:
+    """Context that raises `ReconError`, naming `what` cannot be written, where the system refuses it, such as on a full disk."""
+    try:
+        yield
+    except Exception as error:
+        refused = getattr(error, "errno", None) or "(os error " in str(error)  # as libraries in Rust put it, each in its own kind
+        if isinstance(error, ReconError) or not refused:
+            raise
+        raise ReconError(f"{what} cannot be written: {error}; {advice}") from error
 
 
 def check_writable(folder: Path, what: str) -> None:
     """Makes `folder` if need be; raises `ReconError` naming it, and `what` it is for, if nothing can be written to it."""
-    try:
+    with writing(f"{what}: folder {str(folder)!r}", "name a folder that can be written"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise ReconError(
-            f"{what}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that can be written"
-        ) from None
 
 
 @contextlib.contextmanager
 def complete(path: Path) -> Iterator[Path]:
-    """Context that gives the name of a file or folder to write beside `path`, and renames it to `path` at the end.
+    """Context that gives the name of a file or folder to write, and renames it to `path` at the end.
 
-    After an error nothing is left; a killed process leaves a name that ends in `PART`, see `remove_unfinished`. The folder around
-    `path` is made if need be.
+    After an error nothing is left; a killed process leaves a folder beside `path` whose name ends in `PART`. The folder around `path`
+    is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PART}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def remove_unfinished(folder: Path, pattern: str = "*") -> None:
-    """Removes what processes that were killed inside `complete` left in `folder` of files called like `pattern`.
-
-    Call it only while no other process writes there, such as under a lock.
-    """
-    for left in folder.glob(f".{pattern}.*{PART}"):
-        _remove(left)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    beside = {"prefix": f".{path.name}.", "suffix": PART, "dir": path.parent}
+    with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as folder:
+        yield Path(folder) / path.name
+        os.replace(Path(folder) / path.name, path)
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Context in which no other process holds the lock file `path`, which is made, and removed at the end.
+def locked(place: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Context in which no other process is at work on the file or folder `place`; what killed ones left beside it is removed.
 
     The operating system releases the lock when the process ends, however it ends: a lock file that is left over blocks nobody.
 
-    what: what is protected, for messages, such as "record folder 'results'". wait: until no other process holds the lock.
+    what: what `place` is, for messages, such as "save folder". wait: until no other process holds the lock.
 
-    Raises `ReconError` where another process holds the lock, and for a folder that cannot be written.
+    Raises `ReconError` if another process holds the lock, and for a folder that cannot be written.
     """
-    check_writable(path.parent, what)
+    check_writable(place.parent, what)
+    path = place.with_name(f".{place.name}.lock")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise ReconError(f"{what} is in use by another process; wait until it is done, or choose another place") from None
+        raise ReconError(
+            f"{what} {str(place)!r} is in use by another process; wait until it is done, or choose another place"
+        ) from None
     try:
+        for left in place.parent.glob(f".{glob.escape(place.name)}.*{PART}"):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         # Removed while the lock is held: a process that opened the file before sees that it is gone, and opens a new one.
         path.unlink(missing_ok=True)
         lock.release()
+
+
+def derived_folder(name: str) -> Path:
+    """Where the cache has the folder `name` of files that are computed from others; anything decisive is in its name."""
+    return cache_folder() / "derived" / name
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder` in the cache, filled by `make(empty folder)` unless it is there: by one process, and whole.
+
+    Raises `ReconError` if the cache cannot be written; and whatever `make` raises.
+    """
+    if not folder.is_dir():
+        refused = writing(f"cache folder {str(cache_folder())!r}", "free space there, or set RECON_CACHE to another folder")
+        with refused, locked(folder, "cache (RECON_CACHE)", wait=True):
+            if not folder.is_dir():  # another process may have made it meanwhile
+                with complete(folder) as fresh:
+                    fresh.mkdir()
+                    make(fresh)
+    return folder
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
@@ -144,23 +150,24 @@ class Storage:
     def __init__(self, folder: Path | None = None, run: str = "", keep: Collection[str] = ()):
         self.folder, self._keep = folder, keep
         self._noted: dict[str, list] = {}
-        self._tensors: dict[str, MutableMapping[str, Tensor]] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
         self.new_masks()
         if folder is None:
             return
+        go_on = "what is finished is kept: with room on the disk, the same command goes on from there"
+        self._writing = partial(writing, f"work folder {str(folder)!r}", go_on)
         with self._writing():
             if not (folder / RUN).exists():  # what is there was being deleted
                 shutil.rmtree(folder, ignore_errors=True)
+                write_json(folder / RUN, run)
             elif json.loads((folder / RUN).read_text(encoding="utf-8")) != run:
                 raise ReconError(
                     f"folder {str(folder)!r} holds another unfinished run; give its command to go on with it, delete the folder, or "
                     "save to another one"
                 )
-            remove_unfinished(folder)
-            write_json(folder / RUN, run)
-        self._fresh: dict[str, Tensor] = {}  # masks that were set since the last finished window
-        self._stored = _Files()
-        self.masks = ChainMap(self._fresh, self._stored)
+        for left in [*folder.glob(f"**/.*{PART}")]:
+            shutil.rmtree(left, ignore_errors=True)
+        self.masks = ChainMap({}, {})  # those that were set since the last finished window, and those in files
         for path in sorted(folder.glob("*/?????.safetensors")):
             self._take(path)
 
@@ -181,18 +188,13 @@ class Storage:
         """The activations that the next window of `phase` starts from, by name."""
         found = {}
         for path in self._streams(phase, len(self.finished(phase))):
-            with safe_open(path, framework="pt") as file:
-                stored = file.get_tensor("stream")
-                # A copy: tensors in a file may begin anywhere, which can change the last bits of what is computed.
-                found[path.name.split(".")[1]] = self.empty(stored.shape, stored.dtype).copy_(stored)
+            stored = load_file(path)["stream"]
+            # A copy: tensors in a file may begin anywhere, which can change the last bits of what is computed.
+            found[path.name.split(".")[1]] = self.empty(stored.shape, stored.dtype).copy_(stored)
         return found
 
     def finish(
-        self,
-        phase: str,
-        noted: object,
-        streams: Mapping[str, Tensor | None] | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        self, phase: str, noted: object, streams: Mapping[str, Tensor | None] = {}, tensors: Mapping[str, Tensor] = {}
     ) -> None:
         """Ends one window (or another step) of `phase`, with the masks that were set since the last one.
 
@@ -203,19 +205,18 @@ class Storage:
         """
         if self.folder is None:
             if phase in self._keep:
-                kept = self._tensors.setdefault(phase, {})
-                kept |= {name: tensor.detach().clone() for name, tensor in (tensors or {}).items()}
+                self._tensors.setdefault(phase, {}).update({name: t.detach().clone() for name, t in tensors.items()})
             return
         number, place = len(self.finished(phase)), self.folder / phase
         with self._writing():
-            for name, stream in (streams or {}).items():
+            for name, stream in streams.items():
                 if stream is not None:
                     write_safetensors(place / f"{number + 1:05}.{name}.safetensors", {"stream": stream})
-            path = place / f"{number:05}.safetensors"
-            write_safetensors(path, {**(tensors or {}), **self._fresh}, noted=json.dumps(noted))
+            path, masks = place / f"{number:05}.safetensors", self.masks.maps[0]
+            write_safetensors(path, {**tensors, **masks}, noted=json.dumps(noted))
             for old in self._streams(phase, number):
                 old.unlink()
-        self._fresh.clear()
+        masks.clear()
         self._take(path)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
@@ -242,36 +243,10 @@ class Storage:
         return sorted((self.folder / phase).glob(f"{number:05}.*.safetensors")) if self.folder else []
 
     def _take(self, path: Path) -> None:
-        """Counts the window in the file `path` as finished, and reads its tensors from there."""
-        file = safe_open(path, framework="pt")
-        self._noted.setdefault(path.parent.name, []).append(json.loads(file.metadata()["noted"]))
-        tensors = self._tensors.setdefault(path.parent.name, _Files())
-        for name in file.keys():  # noqa: SIM118 - it is no mapping
-            is_mask = file.get_slice(name).get_dtype() == "BOOL"
-            (self._stored if is_mask else tensors).files[name] = file
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:  # a full disk raises either
-            raise ReconError(
-                f"work folder {str(self.folder)!r} cannot be written: {error}. What is finished is kept: with room on the disk, the "
-                "same command goes on from there"
-            ) from error
-
-
-class _Files(Mapping):
-    """Tensors by name, mapped from the files that they are in."""
-
-    def __init__(self):
-        self.files: dict[str, safe_open] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.files[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
+        """Counts the window in the file `path` as finished; its tensors are mapped from there."""
+        with safe_open(path, framework="pt") as file:
+            self._noted.setdefault(path.parent.name, []).append(json.loads(file.metadata()["noted"]))
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                tensor = file.get_tensor(name)
+                masks, tensors = self.masks.maps[1], self._tensors.setdefault(path.parent.name, {})
+                (masks if tensor.dtype == torch.bool else tensors)[name] = tensor

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import glob
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +17,7 @@ from recon.data.models import quiet
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.runtime.device import SAVED
-from recon.runtime.storage import check_writable, complete, remove_unfinished
+from recon.runtime.storage import check_writable, complete, writing
 from recon.runtime.weights import rounded
 from recon.study.record import RunRecord, read_record
 from recon.study.spec import RunOptions
@@ -96,21 +94,14 @@ def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[Path]:
+def whole(folder: Path) -> Iterator[Path]:
     """Context that gives a new folder to write a checkpoint to, which gets its place `folder` at the end; the caller holds its lock.
 
     Raises `ReconError` naming the folder where the disk is full or cannot be written.
     """
-    remove_unfinished(folder.parent, glob.escape(folder.name))  # of processes that were killed
-    try:
-        with complete(folder) as temporary:
-            temporary.mkdir()
-            yield temporary
-    except Exception as error:
-        # Where the disk is full: Python's own error, that of safetensors, or of tokenizers, which raises nothing more particular.
-        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
-            raise
-        raise ReconError(f"checkpoint cannot be written to {str(folder)!r}: {error}") from error
+    with writing(f"checkpoint {str(folder)!r}", "choose a place with room"), complete(folder) as temporary:
+        temporary.mkdir()
+        yield temporary
 
 
 def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, record: RunRecord, options: RunOptions) -> None:

@@ -85,7 +85,7 @@ def run(
     key, done, folder, storage = spec.key(), None, None, Storage()
     with contextlib.ExitStack() as stack:
         if save:
-            stack.enter_context(locked(save.with_name(f".{save.name}.lock"), f"save folder {str(save)!r}"))
+            stack.enter_context(locked(save, "save folder"))
             if record := checkpoint.finished(save, key, options.save_dtype):
                 done = RunResult(record, None)
             else:
@@ -98,7 +98,7 @@ def run(
                 folder = streaming.work_folder(key, save)
                 log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
             if streamed and not save:
-                stack.enter_context(locked(folder.with_name(f".{key}.lock"), f"work folder {str(folder)!r}"))
+                stack.enter_context(locked(folder, "work folder"))
             storage = Storage(folder, key, keep=["prune"])
             try:
                 done = _computed(_Run(spec, options, session, storage, RunRecord(spec.flat(), key)), callbacks)
@@ -252,7 +252,7 @@ def _computed(now: _Run, callbacks: Sequence[Callback]) -> RunResult:
     if options.save:
         if options.save_dtype != "float32":
             record.environment["save_dtype"] = options.save_dtype
-        with checkpoint.writing(options.save) as folder:
+        with checkpoint.whole(options.save) as folder:
             with now.phase("save"):
                 checkpoint.write(model, tokenizer, folder, record, options)
             record.seconds["total"] = time.perf_counter() - began

@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recon.data import models
-from recon.data.cache import derived_folder, once
 from recon.evaluate import zero_shot
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
-from recon.runtime.storage import write_json, write_safetensors
+from recon.runtime.storage import derived_folder, once, write_json, write_safetensors
 from recon.study.measure import Texts, digest
 from recon.study.record import environment
 from recon.study.spec import RunSpec

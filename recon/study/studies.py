@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.methods.callbacks import Callback
-from recon.runtime.storage import check_writable, locked, remove_unfinished, write_json
+from recon.runtime.storage import check_writable, locked, write_json, writing
 from recon.study import plan
 from recon.study.cluster import ATTEMPTS, Ray, settings, spread
 from recon.study.record import RunRecord, read_record
@@ -37,10 +37,8 @@ def write_record(record: RunRecord, path: Path) -> None:
 
     Raises `ReconError` naming the path where that cannot be done.
     """
-    try:
+    with writing(f"record {str(path)!r}", "choose a place with room"):
         write_json(path, record.to_dict())
-    except OSError as error:
-        raise ReconError(f"record cannot be written to {str(path)!r}: {error.strerror}; choose a place with room") from error
 
 
 class RecordFile(Callback):
@@ -115,8 +113,7 @@ class _Work(Callback):
         key, spec = task
         if not self.folder.exists():  # in a worker on another machine
             return key, run_or_record_failure(spec, self.options, self.session)[0]
-        with locked(self.folder / f".{key}.lock", "record folder", wait=True):  # another study may be at work on the same run
-            remove_unfinished(self.folder, f"{key}.json")
+        with locked(self.folder / f"{key}.json", "record", wait=True):  # another study may be at work on the same run
             done = _finished(self.folder, key)
             return key, done or run_or_record_failure(spec, self.options, self.session, [self])[0]
 

@@ -111,7 +111,7 @@ def test_a_failed_run_says_how_and_the_others_go_on(base, counted, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused_first(base, counted, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ReconError, match="record folder.*: cannot write to .*file/records"):
+    with pytest.raises(ReconError, match="record folder: folder '.*file/records' cannot be written"):
         run_study([base], tmp_path / "file" / "records", progress=False)
     assert not counted
 
