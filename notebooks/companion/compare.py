@@ -15,11 +15,8 @@ import pandas as pd
 
 from companion.frame import DEFAULTS, METHOD, TUNING, setting
 
-# Two sides are equal within this share of the perplexity gap. For the scale: granularities in the paper are about 0.1 apart at a
-# perplexity of 7.8 (LLaMA-3-8B at 50 %, dense 5.8, by a summary of it; pruned by Wanda 9.06, by the README of D2Prune).
-MARGIN = 0.05
+MARGIN = 0.05  # two sides are equal within this share of the perplexity gap: a choice of ours, not of the paper
 CLOSE = MARGIN / 2  # a second, stricter margin
-SPREAD_OF_PAPER = math.log((7.8 + 0.1) / 7.8) / math.log(9.06 / 5.8)
 SEEDS = 3  # fewer say nothing about training noise
 MODELS = 3  # of one family; fewer make no trend: two differ in more than their size
 BUDGET = 0.15  # compute is equal within this share
@@ -108,6 +105,11 @@ class Evidence:
             return (math.nan,) * 4
         lower, upper = _bounds(self.statistic(np.concatenate([part.mean((1, 2)) for part in self.parts])[:, None]))
         return float(lower[0]), float(upper[0]), *interval(self.parts, self.statistic, level)
+
+    def error(self, level: float) -> float:
+        """By how much the interval's ends differ from one bootstrap to the next: standard deviation, the larger of both ends'."""
+        ends = np.array([interval(self.parts, self.statistic, level, seed=seed) for seed in range(1, 6)])
+        return max((float(end.std(ddof=1)) for end in ends.T if np.isfinite(end).all()), default=0.0)
 
 
 def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[str, str, str], dict]]:

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from companion import compare, tables
-from companion.compare import CLOSE, MARGIN, SEEDS, SPREAD_OF_PAPER, Evidence
+from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
 from companion.frame import load, protocol_words
 from companion.publish import ROOT
 
@@ -151,6 +151,11 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
         place = {HOLDS: "above", FAILS: "below", UNSURE: "includes"}[state]
         reason = f"{100 * level:.0f} % interval {place} {bar:g}"
         reason += (" of the perplexity gap" + ", and above 0" * (low > 0)) if margin else ""
+    ends, marks = np.array([low, high]), np.array([-margin, margin] if equal else [bar])
+    if claim["test"] == "ratio":
+        ends, marks = np.log2(np.maximum(ends, 1e-12)), np.log2(marks)
+    if state != UNSURE and np.abs(ends[:, None] - marks).min() <= evidence.error(level):
+        return UNSURE, f"{reason}, but borderline: as near to it as two bootstraps differ"
     if state == FAILS and evidence.favours_other:
         return UNSURE, f"{reason}, but with less compute"
     if evidence.seeds < SEEDS:
@@ -233,8 +238,9 @@ def page(verdicts: pd.DataFrame) -> str:
         "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and "
         "of equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and windows: 95 %; "
         f'90 % for "equals" (two one-sided tests) and "as good as" (one). Two sides are equal within {MARGIN:g} of the '
-        f"perplexity gap log(pruned / dense), closely equal within {CLOSE:g}; granularities in the paper differ by about "
-        f"{SPREAD_OF_PAPER:.2g} of it. With fewer than {SEEDS} seeds, what training noise could decide is {UNSURE}. "
+        f"perplexity gap log(pruned / dense), closely equal within {CLOSE:g}: margins of ours, not of the paper. A bound that is as near to "
+        f"its margin as two bootstraps differ is borderline, and decides nothing. With fewer than {SEEDS} seeds, what training noise "
+        f"could decide is {UNSURE}. "
         '"Here" is the model and protocol of the row.', "",
         _count_words(verdicts),
     ]  # fmt: skip

@@ -109,7 +109,7 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
         if data.empty:
             continue
         caption = f"Mean ± standard deviation (seeds), lower is better, the best of each column in bold. {protocol(used)} "
-        caption += "Paper: of its own models, from a summary of it; not read: its tables could not be read here."
+        caption += "Paper: of its own models, from a summary of it; its tables could not be read here."
         shown = _words(data, name, "**{}**")
         rows = [[row, *line] for row, line in zip(shown.index, shown.to_numpy())]
         files[f"{name}.md"] = "\n".join([f"# {title}", "", *markdown(["", *shown.columns], rows), "", caption]) + "\n"
@@ -131,7 +131,7 @@ def _words(data: pd.DataFrame, name: str, bold: str) -> pd.DataFrame:
     shown = words.pivot(index="row", columns="column", values="said").fillna("").loc[data["row"].unique()]
     shown = shown.rename_axis(index=None, columns=None)
     shown.columns = shown.columns.astype(str)
-    return shown.assign(paper=[PAPER.get((name, row), "not read") for row in shown.index])
+    return shown.assign(paper=[PAPER.get((name, row), "") for row in shown.index])
 
 
 def _escaped(text: str) -> str:

@@ -58,6 +58,15 @@ def test_nothing_equals_anything_if_pruning_did_no_harm():
     assert row["verdict"] == UNSURE and "no harm" in row["reason"] and math.isnan(row["low"])
 
 
+def test_a_bound_that_two_bootstraps_would_place_on_either_side_of_the_margin_decides_nothing():
+    runs = frame.table(seeds(0.42, noise=0.02) + seeds(0.4, noise=0.02, granularity="block"))
+    [claim] = [each for each in judge.claims() if each["id"] == "2.block"]
+    first = judge.judge(runs, [claim]).iloc[0]
+    farthest = max(abs(first["low"]), abs(first["high"]))
+    borderline, clear = (judge.judge(runs, [claim | {"margin": margin * farthest}]).iloc[0] for margin in (1.0001, 1.5))
+    assert (borderline["verdict"], clear["verdict"]) == (UNSURE, HOLDS) and "borderline" in borderline["reason"]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_seeds_say_nothing_about_noise(count):
     rows = judge.judge(frame.table(everything(count))).query("seeds > 0").set_index("claim")
