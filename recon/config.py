@@ -11,7 +11,6 @@ from typing import Annotated, Literal, get_args, get_origin
 from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA, Structured
-from recon.kernels.criteria import get as get_criterion
 from recon.kernels.gradient_descent import RATES, Schedule
 from recon.kernels.losses import LOSSES
 from recon.kernels.patterns import SCOPES, Pattern
@@ -91,8 +90,7 @@ class ModelConfig(Checked):
     model: str = "smollm2-135m"  # A bundled name (see `recon models`), a local folder, a GGUF file, or a Hub id.
     revision: str | None = None  # Branch, tag or commit of a Hub id; default: the commit in the Hub's cache, or else the newest.
     trust_remote_code: bool = False  # Run the code that comes with a model, for types that transformers does not know.
-    pruned: str | None = None
-    """A model that something else pruned, from `model`: its mask is read from its zeros, and no criterion is used."""
+    pruned: str | None = None  # A model that something else pruned from `model`: its zeros are the mask; no criterion is used.
     pruned_revision: str | None = None  # Branch, tag or commit of the pruned model, where it is a Hub id.
 
 
@@ -103,8 +101,7 @@ class CalibrationConfig(Checked):
     text: str = "wikipedia"  # Calibration text: wikipedia, news, code, c4, wikitext2, or a .txt, .jsonl or .parquet file.
     samples: FromOne = 64  # Calibration samples that windows are reconstructed with.
     sequence_length: FromZero = 0  # Tokens per calibration sample; 0: 512, or fewer where the model was made for fewer.
-    held_out_samples: FromZero = 8
-    """Samples of the validation split to measure errors on; a window that gets worse on the first two is rolled back."""
+    held_out_samples: FromZero = 8  # Validation samples to measure errors on; a window that gets worse on two is rolled back.
 
 
 @dataclass(frozen=True)
@@ -114,30 +111,24 @@ class PruningConfig(Checked):
     criterion: Literal[tuple(CRITERIA)] = "wanda"  # What decides which weights go (see `recon criteria`).
     pattern: str = "0.5"  # Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).
     scope: Literal[("auto", *SCOPES)] = "auto"  # Weights compete within a row or the matrix; auto is the criterion's own default.
-    statistics: Literal["sparse", "dense"] = "dense"
-    """Statistics from the dense model, or from the already pruned one, as the authors of Wanda and SparseGPT have it."""
+    statistics: Literal["sparse", "dense"] = "dense"  # From the dense model, or the pruned one (as Wanda and SparseGPT have it).
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
     mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight tried in each row after the criterion has chosen.
-    sparsegpt_block_size: FromZero = 128
-    """Columns that SparseGPT prunes at once; 0: as many as there are calibration samples (the paper's code)."""
+    sparsegpt_block_size: FromZero = 128  # Columns that SparseGPT prunes at once; 0: as many as samples (the paper's code).
     sparsegpt_damping: PositiveShare = 0.01  # Added to SparseGPT's Hessian, as a share of its mean diagonal.
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
         super().__post_init__()
-        criterion = get_criterion(self.criterion)
-        structured = isinstance(criterion, Structured)
-        does = "removes whole heads and neurons" if structured else "adapts weights to its own mask"
+        structured = isinstance(CRITERIA[self.criterion], Structured)
         suited = ", ".join(name for name, each in CRITERIA.items() if each.scores)
         for name, refused, allowed in (
-            ("mask_refinement", self.mask_refinement and not criterion.scores, f"0, or with {suited}"),
+            ("mask_refinement", self.mask_refinement and self.criterion not in suited.split(", "), f"0, or with {suited}"),
             ("pattern", structured and ":" in self.pattern, "the share of the weights that is to go, such as 0.2"),
             ("scope", structured and self.scope != "auto", "auto"),
         ):
             if refused:
-                raise ReconError(
-                    f"{name} is {getattr(self, name)!r}, but criterion {self.criterion!r} {does}; allowed: {allowed}"
-                )
+                raise ReconError(f"{name} is {getattr(self, name)!r} with criterion {self.criterion!r}; allowed: {allowed}")
 
     def on(self, samples: int) -> "PruningConfig":
         """These options for so many calibration samples."""
@@ -153,30 +144,23 @@ class ReconstructionConfig(Checked):
     """What feeds a window and what it must match. dense: the dense model's activations, before and after. sparse: inputs from
     the already reconstructed model, targets the dense window's outputs on those same inputs. mixed: inputs from the already
     reconstructed model, targets the dense model's own activations."""
-    solver: Literal["adamw", "exact"] = "adamw"
-    """How a window is fitted: gradient descent, or masked least squares, matrix by matrix (granularity matrix only)."""
-    start: Literal["pruned", "exact"] = "pruned"
-    """Where fitting starts: the weights that pruning left, or the masked least-squares solution of every matrix in the window."""
+    solver: Literal["adamw", "exact"] = "adamw"  # Gradient descent, or masked least squares (of granularity matrix only).
+    start: Literal["pruned", "exact"] = "pruned"  # What pruning left, or the masked least-squares solution of every matrix.
     exact_iterations: FromOne = 15  # Iterations of conjugate gradients for exact solutions, at most.
-    train: Literal["matrices", "all"] = "matrices"
-    """What is trained in a window: its matrices with their biases, or all that its output depends on, norms included."""
+    train: Literal["matrices", "all"] = "matrices"  # Matrices with their biases, or all of a window, norms included.
     adapter: Literal[("none", *ADAPTERS)] = "none"  # Low-rank parametrisation of a window's matrices.
     rank: FromOne = 16  # Rank of adapters.
     loss: Literal[tuple(LOSSES)] = "whitened"
     """Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
     minus the cosine (cosine)."""
-    skip_first: bool = True
-    """Whether the loss leaves out each sample's first position, whose activations are massive whatever the text."""
-    learning_rate: Positive = 0.01
-    """Peak learning rate of AdamW for half-blocks; for other windows see size_power and matrix_rate."""
+    skip_first: bool = True  # Leave out each sample's first position, whose activations are massive whatever the text.
+    learning_rate: Positive = 0.01  # Peak rate of AdamW for half-blocks; for other windows see size_power and matrix_rate.
     size_power: Size = 0.75  # The learning rate of a window of n half-blocks is divided by n to this power.
     matrix_rate: Positive = 0.1  # Learning rate of single matrices as a share of that of half-blocks.
-    rate: Literal[tuple(RATES)] = "relative"
-    """Whether the learning rate is times the root mean square of each matrix's surviving weights (relative), or absolute."""
+    rate: Literal[RATES] = "relative"  # Times the root mean square of each matrix's surviving weights, or absolute.
     epochs: FromZero = 0  # Passes over the calibration samples, per window; 0: one, or as many as make 32 steps.
     batch_size: FromOne = 1  # Samples per forward pass.
-    chunks: FromOne = 4
-    """Chunks, at most, that samples are cut into where a window does not mix tokens (MLP halves, matrices)."""
+    chunks: FromOne = 4  # Chunks, at most, that samples are cut into for windows that mix no tokens (MLP halves, matrices).
     accumulation: FromOne = 1  # Forward passes per optimiser step.
     warmup: Share = 0.1  # Share of the steps in which the learning rate rises.
     weight_decay: Size = 0.0  # Decoupled weight decay of AdamW: each step shrinks the weights by this times the learning rate.
@@ -186,10 +170,7 @@ class ReconstructionConfig(Checked):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
         super().__post_init__()
         if self.solver == "exact" and self.granularity not in ("matrix", "none"):
-            raise ReconError(
-                f"solver exact fits single matrices, not granularity {self.granularity!r}; use granularity matrix, or start exact "
-                "to begin larger windows from the exact solution of their matrices"
-            )
+            raise ReconError(f"solver exact is for granularity matrix, not {self.granularity!r}; larger windows have start exact")
         if self.solver == "exact" and self.loss not in ("whitened", "mse"):  # the same for each output channel
             raise ReconError(f"solver exact minimises squared errors, not loss {self.loss!r}; allowed: whitened, mse")
         if self.adapter != "none" and (self.solver == "exact" or self.train == "all"):
@@ -198,9 +179,9 @@ class ReconstructionConfig(Checked):
     def schedule(self, samples: int, window: Window | None = None) -> Schedule:
         """How this many samples are trained on: for `window`, or for a half-block.
 
-        size_power 0.75 was chosen at absolute rates; at relative ones it suits 4 blocks of SmolLM2 and is too slow for all (50 %,
-        held-out perplexity at this rate and three times it: 50.6 and 53.9; 54.2 and 50.6). Matrices begin near their optimum: at
-        the rate of half-blocks most end worse than pruned (at 1, 0.3, 0.1 of it: 73, 60.3, 58.8; pruned 63.5).
+        size_power 0.75 suits 4 blocks of SmolLM2 and is too slow for all (50 %, held-out perplexity at this rate and three times
+        it: 50.6 and 53.9; 54.2 and 50.6). Matrices begin near their optimum (at 1, 0.3, 0.1 of the rate of half-blocks: 73, 60.3,
+        58.8; pruned 63.5).
         """
         pace = 1.0 if window is None else self.matrix_rate if window.matrices else window.halves**-self.size_power
         epochs = self.epochs or epochs_for(samples, self.batch_size * self.accumulation)
@@ -215,18 +196,16 @@ class ReconstructionConfig(Checked):
 
 def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, samples: int) -> str:
     """Why windows cannot be pruned one by one as reconstruction, with so many samples, reaches them; empty where they can."""
-    criterion = get_criterion(pruning.criterion)
-    if isinstance(criterion, Structured):
-        return f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model against one another"
-    if reconstruction.propagation == "sparse":
-        return "under sparse propagation, the dense model's activations are not computed"
-    if criterion.statistics == "none" and not pruning.mask_refinement:
-        return ""
-    if pruning.statistics == "sparse":
-        return "statistics are from the pruned model (statistics sparse)"
-    if pruning.prune_samples not in (0, samples):
-        return f"pruning reads other samples ({pruning.prune_samples}) than reconstruction ({samples})"
-    return ""
+    criterion = CRITERIA[pruning.criterion]
+    reads = criterion.statistics != "none" or pruning.mask_refinement
+    other = reads and pruning.prune_samples not in (0, samples)
+    reasons = {
+        f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": isinstance(criterion, Structured),
+        "sparse propagation computes no activations of the dense model": reconstruction.propagation == "sparse",
+        "statistics are from the pruned model (statistics sparse)": reads and pruning.statistics == "sparse",
+        f"pruning reads other samples ({pruning.prune_samples}) than reconstruction ({samples})": other,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 @dataclass(frozen=True)
@@ -236,19 +215,16 @@ class RetrainingConfig(Checked):
     retrain: Literal[("none", "full", *ADAPTERS, "norms")] = "none"
     """Retraining of the whole model: none; full, every parameter, embeddings included; adapters; norms, biases and norms only."""
     retrain_objective: Literal["labels", "distil"] = "labels"
-    """What retraining learns from: labels (cross-entropy of the next token), or distil (KL divergence from the dense model's
-    predictions; Hinton et al. 2015, arXiv 1503.02531)."""
+    """Cross-entropy of the next token (labels), or KL divergence from the dense model (distil; Hinton et al. 2015)."""
     retrain_samples: FromZero = 0  # Calibration samples for retraining; 0: as many as reconstruction.
     retrain_rank: FromOne = 16  # Rank of adapters in retraining.
     retrain_learning_rate: Positive = 1e-3  # Peak learning rate of retraining.
-    retrain_rate: Literal[tuple(RATES)] = "relative"
-    """Whether the learning rate of retraining is relative or absolute, as for windows."""
+    retrain_rate: Literal[RATES] = "relative"  # Whether the learning rate of retraining is relative or absolute, as for windows.
     retrain_epochs: FromZero = 0  # Passes over the samples of retraining; 0: one, or as many as make 32 steps.
     retrain_batch_size: FromOne = 1  # Samples per forward pass in retraining.
     retrain_accumulation: FromOne = 1  # Forward passes per optimiser step in retraining.
     retrain_warmup: Share = 0.1  # Share of the steps of retraining in which the learning rate rises.
-    retrain_checkpointing: bool = False
-    """Keeps the blocks' inputs alone and runs each block again in the backward pass: less memory, a third more time."""
+    retrain_checkpointing: bool = False  # Runs each block again in the backward pass: less memory, a third more time.
 
     def schedule(self, samples: int) -> Schedule:
         """How this many samples are trained on."""
@@ -290,5 +266,4 @@ class ComputeConfig(Checked):
     """Where and in what precision."""
 
     device: str = "auto"  # Where to compute: auto (cuda if there is one, else cpu), cpu, cuda, ...
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Matrix products in bfloat16 or float32; auto takes bfloat16 where the hardware multiplies it natively."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # Auto: bfloat16 if the hardware multiplies it natively.

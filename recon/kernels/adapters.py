@@ -21,16 +21,10 @@ ALPHA = 2.0  # the factor s itself, alpha / rank: alpha is twice the rank, as us
 
 
 class LowRank(nn.Module):
-    """A weight as a function of B, which starts at zero, and A, which is random: at first the weight itself.
+    """A weight (out, in) as a function of B, which starts at zero, and A, which is random: at first the weight itself.
 
-    Args:
-        weight: (out, in).
-        mask: (out, in), True = kept.
-        kind: see `ADAPTERS`.
-        rank: of BA.
-        random: draws A as `peft` does (Kaiming uniform).
-
-    A weight that its module stores as (in, out) comes with a mask laid out likewise.
+    mask: (out, in), True = kept; a weight that its module stores as (in, out) comes with a mask laid out likewise.
+    kind: see `ADAPTERS`. rank: of BA. random: draws A as `peft` does (Kaiming uniform).
     """
 
     def __init__(self, weight: Tensor, mask: Tensor, kind: str, rank: int, random: torch.Generator):

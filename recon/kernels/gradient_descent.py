@@ -13,10 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-RATES = {
-    "relative": "times the root mean square of the surviving weights of each matrix",
-    "absolute": "the same for every parameter",
-}
+RATES = ("relative", "absolute")  # times the root mean square of the surviving weights of each matrix; as it is
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,10 @@ class Trained:
 
 @torch.no_grad()
 def trained(parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor]) -> list[Trained]:
-    """`parameters` with their masks and sizes. A size is the root mean square of what survives of a parameter.
+    """`parameters` with their masks (1 = survives) and sizes: the root mean square of what survives of each.
 
     A vector (a bias or a norm) gets at least the root mean square of all matrices together, and so does a matrix of zeros: else
     they would never learn. Without matrices, it is that of all vectors.
-
-    masks: keep-masks, 1 = survives, each of its parameter's shape; a parameter without one is trained in full.
     """
     squares = {p: p.detach().float().square().sum().item() for p in parameters}
     counts = {p: int(masks[p].count_nonzero()) if p in masks else p.numel() for p in squares}

@@ -11,8 +11,8 @@ The mean over tokens of `whitened` is the share of a channel's variance that is 
 no better than the channel's mean. `mse` is the share of the variance of all channels together: the paper's loss but for a
 constant.
 
-Prediction losses take logits (tokens, vocabulary) and give a value in nats for each token. Logits are large: they are worked on a
-few rows at a time, and of their size only a gradient in their own dtype is ever made.
+Prediction losses take logits (tokens, vocabulary) and give a value in nats for each token. Logits are large: they are worked on
+a few rows at a time, and of their size only a gradient in their own dtype is ever made.
 """
 
 from collections.abc import Callable
@@ -65,12 +65,10 @@ def channel_variance(targets: Tensor) -> Tensor:
 
 
 def position_weights(samples: int, length: int, device: torch.device | None = None, skip: bool = True) -> Tensor:
-    """Weights (samples, length) with which the mean over tokens leaves out the first position of each sample; ones without
-    `skip`."""
-    if not skip:
-        return torch.ones(samples, length, device=device)
-    weights = torch.full((samples, length), length / (length - FIRST), device=device)
-    weights[:, :FIRST] = 0.0
+    """Weights (samples, length) with which the mean over tokens leaves out the first position of each sample, if `skip`."""
+    first = FIRST * skip
+    weights = torch.full((samples, length), length / (length - first), device=device)
+    weights[:, :first] = 0.0
     return weights
 
 
@@ -84,10 +82,7 @@ def unexplained(output: Tensor, target: Tensor, variance: Tensor) -> float:
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target], (tokens,), for logits (tokens, vocabulary) and targets (tokens,).
-
-    Every target counts: no index means "ignore".
-    """
+    """-log softmax(logits)[target], (tokens,), for logits (tokens, vocabulary) and targets (tokens,), all of which count."""
     return _Prediction.apply(logits, targets, None)
 
 

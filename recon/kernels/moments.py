@@ -1,7 +1,7 @@
 """Moments of what a matrix reads, summed up batch by batch: the statistics that criteria and exact solutions need.
 
-With X (tokens, in) the inputs: the Gram matrix X'X, of which only the upper triangle is formed, and mean and variance over
-tokens; and sums of squares.
+With X (tokens, in) the inputs: sums of squares; the Gram matrix X'X, of which only the upper triangle is formed; and mean and
+variance over tokens.
 """
 
 import torch
@@ -13,8 +13,7 @@ _ELSEWHERE = 2**26  # elements at once where memory is not that of a CPU
 
 
 def parts(matrix: Tensor, elements: int) -> list[slice]:
-    """Slices that divide the rows of `matrix` (rows, columns), of about `elements` elements each on a CPU: intermediate results then
-    stay in its cache, several times as fast."""
+    """Slices that divide the rows of `matrix` (rows, columns), of about `elements` elements each on a CPU, to stay in its cache."""
     rows = max(1, (elements if matrix.device.type == "cpu" else _ELSEWHERE) // matrix.shape[1])
     return [slice(start, start + rows) for start in range(0, len(matrix), rows)]
 
@@ -63,8 +62,7 @@ def triangle(columns: int) -> int:
 
 def mirrored(gram: Tensor) -> Tensor:
     """The symmetric matrix (in, in) with the upper triangle of `gram` (in, in)."""
-    upper = gram.triu()
-    return upper + gram.triu(1).T
+    return gram.triu() + gram.triu(1).T
 
 
 def mean_product(left: Tensor, right: Tensor) -> Tensor:

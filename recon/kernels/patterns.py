@@ -36,7 +36,7 @@ class Pattern:
                 return cls(float(text))
         raise ReconError(
             f"pattern is {text!r}; allowed: a sparsity from 0 up to, not including, 1 (such as '0.5'), or N:M with 0 < N < M "
-            "(such as '2:4': 2 of every 4 consecutive input weights are kept)"
+            "(such as '2:4': 2 of every 4 consecutive inputs are kept)"
         )
 
     def __str__(self) -> str:
@@ -65,10 +65,7 @@ def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
     Raises `ReconError` for NaN scores and for columns that do not divide into groups of M.
     """
     pattern.check_columns("the score matrix", scores.shape[1])
-    if pattern.m is not None:
-        groups = scores.reshape(-1, pattern.m)
-    else:
-        groups = scores if scope == "row" else scores.reshape(1, -1)
+    groups = scores.reshape(-1, pattern.m or (scores.shape[1] if scope == "row" else scores.numel()))
     return keep_all_but(groups, pattern.zeros(groups.shape[1])).view_as(scores)
 
 
@@ -95,7 +92,7 @@ def found_pattern(masks: Collection[Tensor]) -> Pattern:
     zeros fits; else their overall sparsity, to four digits.
 
     M is the smallest power of two up to 32 that holds. Matrices without zeros are ignored. `masks` may be a collection that makes
-    each mask when it is iterated over, which happens several times. Raises `ReconError` where nothing is kept.
+    each mask when it is iterated over, which happens several times.
     """
     counts = [(int(mask.sum()), mask.numel()) for mask in masks if not mask.all()]
     if not counts:

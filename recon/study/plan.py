@@ -173,7 +173,7 @@ def flops(spec: RunSpec) -> dict[str, float]:
     products = sum(matrix.weight.shape[0] * matrix.weight.shape[1] ** 2 for matrix in matrices.values())  # with Gram matrices
     found = dict.fromkeys(("prune", "reconstruct", "retrain", "evaluate"), 0.0)
 
-    rule = criteria.get("none" if spec.model.pruned else pruning.criterion)
+    rule = criteria.CRITERIA["none" if spec.model.pruned else pruning.criterion]
     by_grams = rule.statistics == "gram" or pruning.mask_refinement > 0
     passes = rule.statistics != "none" or by_grams
     passes = 0 if spec.one_pass else passes * (2 if pruning.statistics == "sparse" and rule.scope != "model" else 1)
@@ -269,7 +269,7 @@ def _bytes(decoder: Decoder, part: Trained, spec: RunSpec, device: torch.device)
     norms = 0 if window.matrices else 2 * 4 * decoder.model.config.get_text_config().hidden_size * window.halves  # read and give
     tokens = min(how.batch_size, spec.samples_by_phase[part.phase]) * length // how.chunks_of(window, length)
     columns, descends = [matrices[group[0]].weight.shape[1] for group in groups], part.passes > 0
-    rule = criteria.get("magnitude" if spec.model.pruned else spec.pruning.criterion)
+    rule = criteria.CRITERIA["magnitude" if spec.model.pruned else spec.pruning.criterion]
     by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
     return {
         "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),

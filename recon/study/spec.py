@@ -110,7 +110,7 @@ class RunSpec(Checked):
     @property
     def changes_weights(self) -> bool:
         """Whether pruning may change weights that survive."""
-        criterion = criteria.get(self.pruning.criterion)
+        criterion = criteria.CRITERIA[self.pruning.criterion]
         keeps = isinstance(criterion, criteria.Structured) or criterion.scores or self.pruning.criterion == "none"
         return self.model.pruned is not None or not keeps
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recon.errors import ReconError
-from recon.kernels.criteria import CRITERIA, Structured, get
+from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.patterns import Pattern, keep_mask, sparsity_of
 
 # Criteria that remove whole units are tested in test_structured.py.
@@ -32,7 +32,7 @@ def statistics_for(criterion, inputs):
 
 
 def prune(name, weight, inputs, pattern, scope="row", seed=0, **options):
-    criterion = get(name)
+    criterion = CRITERIA[name]
     statistics = statistics_for(criterion, inputs)
     generator = torch.Generator().manual_seed(seed)
     return criterion.prune(weight, statistics, Pattern.parse(pattern), scope, generator, **options)
@@ -118,7 +118,7 @@ def test_sparsegpt_raises_the_damping_until_it_can_factorise(caplog):
 
 def test_sparsegpt_refuses_what_is_no_gram_matrix():
     with pytest.raises(ReconError, match="at any damping up to 1e.07"):
-        get("sparsegpt").prune(torch.ones(2, 4), -torch.eye(4), Pattern.parse("0.5"), "row", None)
+        CRITERIA["sparsegpt"].prune(torch.ones(2, 4), -torch.eye(4), Pattern.parse("0.5"), "row", None)
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix"])
@@ -167,7 +167,7 @@ def test_bad_statistics_are_refused(name):
     weight, inputs = problem()
     generator, pattern = torch.Generator(), Pattern.parse("0.5")
     with pytest.raises(ReconError, match=rf"'{name}': statistics have shape None"):
-        get(name).prune(weight, None, pattern, "row", generator)
+        CRITERIA[name].prune(weight, None, pattern, "row", generator)
     with pytest.raises(ReconError, match=rf"'{name}': statistics have shape \(12,"):
         prune(name, weight, inputs[:, :12], "0.5")
     inputs[0, 0] = float("nan")

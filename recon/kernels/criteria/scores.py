@@ -6,8 +6,8 @@
     ria         (|W_ij| / sum_k |W_kj|  +  |W_ij| / sum_k |W_ik|) * ||x_j|| ^ a,  a = 0.5
 
 Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023, arXiv 2306.11695), equation 1;
-Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), equation 4: a weight is compared
-with those of its input and of its output, so that no whole channel is pruned away.
+Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), equation 4: a
+weight is compared with those of its input and of its output, so that no whole channel is pruned away.
 
 statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2); its unit changes no mask.
 """

@@ -22,7 +22,6 @@ from recon.kernels.patterns import Pattern, keep_all_but, keep_mask
 
 log = logging.getLogger("recon")
 ATTEMPTS = 10
-LEAF = 128  # rows up to which a triangular matrix is inverted at once
 STRIP = 16  # columns after which the rest of their block makes up for their errors
 
 
@@ -99,34 +98,18 @@ def _block_mask(scores: Tensor, pattern: Pattern, scope: str, before: int) -> Te
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper triangular U (in, in) with U'U = (H + d I)^-1, for H = `hessian` (in, in) and d = `damping` * mean of H's
-    diagonal.
+    """The upper triangular U (in, in) with U'U = (H + d I)^-1, for H = `hessian` (in, in), d = `damping` * mean of its diagonal.
 
     Each time the factorisation fails, warns and multiplies the damping by ten. Raises `ReconError` after the last attempt.
     """
-    mean = hessian.diagonal().mean()
+    mean, identity = hessian.diagonal().mean(), torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     for _ in range(ATTEMPTS):
         # With rows and columns reversed, the lower Cholesky factor L gives H = R R' for an upper R, and U = R^-1.
         damped = hessian.flip(0, 1)
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
         if not failed:
-            return invert_lower_(lower).flip(0, 1)
+            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
         log.warning("SparseGPT: the Hessian is not positive definite at damping %g; trying %g", damping, damping * 10)
         damping *= 10
-    raise ReconError(
-        f"criterion 'sparsegpt': the Gram matrix is not positive definite at any damping up to {damping / 10:g}; "
-        "a Gram matrix X'X has no negative eigenvalues"
-    )
-
-
-def invert_lower_(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix (n, n), in its place, by halves: a third of what it takes column by column."""
-    if len(lower) <= LEAF:
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-    half = len(lower) // 2
-    left, right = invert_lower_(lower[:half, :half]), invert_lower_(lower[half:, half:])
-    lower[half:, :half] = -(right @ lower[half:, :half]) @ left
-    return lower
+    raise ReconError(f"criterion 'sparsegpt': the Gram matrix is not positive definite at any damping up to {damping / 10:g}")

@@ -13,32 +13,10 @@ mean(x_j) W_:j goes into the bias. The authors' code squares the scores of atten
 are treated alike.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Structured:
-    """A criterion that removes whole units of a half-block.
-
-    statistics: what it needs of the inputs X (tokens, in) of the matrix that reads the units: "norm", (in,), sqrt(mean over
-        tokens of x_j^2); or "moments", (2, in), mean and variance over tokens.
-    scope: units compete within a "half-block", which each lose the same share; or within the "model".
-    score: from the matrix (out, in) and the statistics, the scores (in,) of its columns, higher = kept.
-    compensates: whether the mean of what is removed goes into the matrix's bias.
-    """
-
-    name: str
-    description: str
-    source: str
-    statistics: str
-    scope: str
-    score: Callable[[Tensor, Tensor], Tensor]
-    compensates: bool = False
-    scores = False  # single weights
 
 
 def wanda_sp(weight: Tensor, norm: Tensor) -> Tensor:
@@ -47,10 +25,7 @@ def wanda_sp(weight: Tensor, norm: Tensor) -> Tensor:
 
 
 def flap(weight: Tensor, moments: Tensor) -> Tensor:
-    """Scores (in,), of mean 0 and standard deviation 1, of the columns of `weight` (out, in).
-
-    moments: (2, in), mean and variance over tokens of each input.
-    """
+    """Scores (in,) of the columns of `weight` (out, in); moments: (2, in), mean and variance over tokens of each input."""
     fluctuation = moments[1] * weight.square().sum(0)
     centred = fluctuation - fluctuation.mean()
     return centred / centred.square().mean().sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
