@@ -141,7 +141,7 @@ def load_pruned(
     """The weights of the pruned model `name`, to be read parameter by parameter; `dense` is the model that it was pruned from.
 
     Raises `ReconError` as `load`, for a model of another type than `dense`, and for quantised weights. See
-    `recon.methods.external_mask`.
+    `recon.methods.masks`.
     """
     path = folder(name, revision, trust_remote_code)
     with _loading(name, revision, "pruned model"):

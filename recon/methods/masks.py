@@ -1,5 +1,7 @@
-"""Keep-masks by matrix name, bool (out, in), True = survives: read from zeros, checked, saved and loaded."""
+"""Keep-masks by matrix name, bool (out, in), True = survives: checked, saved and loaded, or those of a model pruned elsewhere."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,15 +10,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recon.errors import ReconError
+from recon.methods.prune import Pruning
+from recon.methods.statistics import over_blocks
 from recon.model.decoder import Decoder
+from recon.model.windows import Window
+from recon.runtime.execution import Execution
 from recon.runtime.storage import write_safetensors
+from recon.runtime.weights import Weights, tied
 
-
-def check_trainable(student: Decoder) -> None:
-    """Raises `ReconError` naming a parameter that is not in float32, as what is trained has to be."""
-    for name, parameter in student.model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
+log = logging.getLogger("recon")
+LEAST = 0.01  # share of zeros in the matrices from which a model counts as pruned: dense ones have a few of their own
 
 
 def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -26,31 +29,27 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
     """
     if student.lazy:  # whose masks are of its own run
         return masks
-    matrices = student.matrices()
+    weights = {name: matrix.weight for name, matrix in student.matrices().items()}
     if masks is None:
-        return {name: matrix.weight != 0 for name, matrix in matrices.items()}
-    for name, matrix in matrices.items():
+        return {name: weight != 0 for name, weight in weights.items()}
+    for name, weight in weights.items():
         shape = tuple(masks[name].shape) if name in masks else None
-        if shape != tuple(matrix.weight.shape):
-            raise ReconError(f"mask of {name!r} has shape {shape}; it must be {tuple(matrix.weight.shape)}")
+        if shape != tuple(weight.shape):
+            raise ReconError(f"mask of {name!r} has shape {shape}; it must be {tuple(weight.shape)}")
     return masks
 
 
 def check_alike(pruned: nn.Module, dense: nn.Module) -> None:
-    """Raises `ReconError` naming a parameter of `dense` that `pruned` lacks, or has in another shape; pruning may have added
-    biases."""
-    theirs = dict(pruned.named_parameters(remove_duplicate=False))
+    """Raises `ReconError` naming a parameter of `dense` that `pruned` lacks, or has in another shape."""
+    theirs = {name: tuple(parameter.shape) for name, parameter in pruned.named_parameters(remove_duplicate=False)}
     for name, parameter in dense.named_parameters(remove_duplicate=False):
-        shape = tuple(theirs[name].shape) if name in theirs else None
-        if shape != tuple(parameter.shape):
-            raise ReconError(
-                f"parameter {name!r} has shape {shape} in the pruned model, and {tuple(parameter.shape)} in the dense one"
-            )
+        if theirs.get(name) != (shape := tuple(parameter.shape)):
+            raise ReconError(f"parameter {name!r} has shape {theirs.get(name)} in the pruned model, and {shape} in the dense one")
 
 
 def save_masks(masks: dict[str, Tensor], path: Path | str) -> None:
     """Writes `masks` to a safetensors file, which appears when it is complete."""
-    write_safetensors(Path(path), {name: mask.cpu().contiguous() for name, mask in masks.items()})
+    write_safetensors(Path(path), masks)
 
 
 def load_masks(path: Path | str) -> dict[str, Tensor]:
@@ -63,3 +62,68 @@ def load_masks(path: Path | str) -> dict[str, Tensor]:
         if mask.dtype != torch.bool:
             raise ReconError(f"{str(path)!r}: {name!r} is {mask.dtype}; masks are bool, as `recon.save_masks` writes them")
     return masks
+
+
+# --- a model that something else pruned: its mask is read from its zeros ------------------------------------------------
+
+
+def check_pruned(dense: Decoder, pruned: Weights) -> None:
+    """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `take_over` cannot use.
+
+    That is a parameter that one of the models has and the other does not, or that is of another shape, NaN or infinite; and
+    matrices of which less than a share `LEAST` is zero, or all.
+    """
+    zeros, sizes, holders = 0, 0, {matrix.parameter_name for matrix in dense.matrices().values()}
+    for name, value in _read(dense.model, pruned):
+        if name in holders:
+            zeros, sizes = zeros + int((value == 0).sum()), sizes + value.numel()
+    if not LEAST * sizes <= zeros < sizes:
+        raise ReconError(
+            f"pruned model: {zeros / sizes:.2%} of its matrices is zero; a mask is read from zeros: at least {LEAST:.0%}, not all"
+        )
+
+
+@torch.no_grad()
+def take_over(decoder: Decoder, pruned: Weights, execution: Execution) -> Pruning:
+    """Gives a copy of the dense model the weights of `pruned` in place; its mask is wherever those are zero.
+
+    All parameters are taken over: what made the mask may have changed others (SparseGPT updates what survives), and what was
+    trained since, any. A model on disk has been made of `pruned` already; its mask is read block by block.
+    Raises `ReconError` for a parameter that only one of the models has, or of another shape, NaN or infinite.
+    """
+    if not decoder.lazy:
+        for name, value in _read(decoder.model, pruned):
+            decoder.model.get_parameter(name).copy_(value)
+        decoder.forget()
+    masks = execution.storage.masks
+
+    def visit(window: Window, statistics: dict) -> tuple[None, dict]:
+        masks.update({name: matrix.weight != 0 for name, matrix in decoder.matrices(window).items()})
+        return None, {}
+
+    over_blocks(decoder, execution, "prune", visit, "read the mask")
+    if empty := [name for name, mask in masks.items() if not mask.any()]:
+        log.warning("all of matrix %r is zero (%d such): there is nothing to reconstruct in it", empty[0], len(empty))
+    return Pruning(masks)
+
+
+def _read(model: nn.Module, pruned: Weights) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `model` by full name, with their values in `pruned`, float32, checked one by one; see `take_over`."""
+    names = tied(model)
+    if surplus := pruned.surplus or sorted(pruned.names - {other for group in names.values() for other in group}):
+        raise ReconError(f"pruned model: it has {surplus[0]!r}, which the dense one does not ({len(surplus)} such)")
+    for name, group in names.items():
+        if not (stored := [other for other in group if other in pruned.names]):
+            raise ReconError(f"pruned model: it lacks {name!r}")
+        try:
+            (_, value), *others = pruned.read(stored)
+        except ReconError as error:
+            raise ReconError(f"pruned model: {error}") from error
+        if value.shape != model.get_parameter(name).shape:
+            raise ReconError(
+                f"pruned model: weight {name!r} is {tuple(value.shape)}, not {tuple(model.get_parameter(name).shape)}"
+            )
+        for other, its in others:
+            if not torch.equal(value, its):
+                raise ReconError(f"pruned model: {other!r} differs from {stored[0]!r}; in the dense model they are one")
+        yield name, value

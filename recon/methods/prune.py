@@ -10,15 +10,12 @@ from torch import Tensor, nn
 
 from recon.config import PruningConfig
 from recon.errors import ReconError
-from recon.kernels import criteria
-from recon.kernels.criteria import Structured
+from recon.kernels.criteria import CRITERIA, Criterion, Structured
 from recon.kernels.mask_refinement import refine
-from recon.kernels.patterns import Pattern, sparsity_of
-from recon.methods.blocks import over_blocks
+from recon.kernels.patterns import Pattern
 from recon.methods.samples import as_tokens
-from recon.methods.statistics import FEW
-from recon.methods.structured import prune_units, set_bias
-from recon.methods.units import find_units
+from recon.methods.statistics import FEW, over_blocks
+from recon.methods.structured import find_units, prune_units, set_bias
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.matrices import Matrix
@@ -43,11 +40,6 @@ class Pruning:
     biases: dict[str, Tensor] = field(default_factory=dict)
     under_calibrated: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-    @property
-    def sparsity(self) -> dict[str, float]:
-        """By matrix name, the share of zeros."""
-        return {name: sparsity_of(mask) for name, mask in self.masks.items()}
 
     @property
     def total_sparsity(self) -> float:
@@ -88,9 +80,8 @@ def prune(
     if isinstance(pruner.criterion, Structured):
         return Pruning(execution.storage.masks, prune_units(decoder, pruner.criterion, config, samples, execution))
     description, rerun = f"prune ({config.criterion} {pruner.pattern})", config.statistics == "sparse"
-    return pruner.summed_up(
-        over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
-    )
+    pruner.noted = over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
+    return pruner.summed_up()
 
 
 class Pruner:
@@ -103,7 +94,7 @@ class Pruner:
 
     def __init__(self, decoder: Decoder, config: PruningConfig, seed: int, execution: Execution):
         self.decoder, self.config, self.seed, self.execution = decoder, config, seed, execution
-        self.criterion, self.pattern = criteria.get(config.criterion), Pattern.parse(config.pattern)
+        self.criterion, self.pattern = CRITERIA[config.criterion], Pattern.parse(config.pattern)
         self.statistics = "gram" if config.mask_refinement else self.criterion.statistics
         self.scope = self.criterion.scope if config.scope == "auto" else config.scope
         # The options of a criterion are named after it.
@@ -112,17 +103,17 @@ class Pruner:
         for name, matrix in decoder.matrices().items():
             self.pattern.check_columns(name, matrix.weight.shape[1])
         execution.storage.new_masks()
-        self.noted = list(execution.storage.finished("prune"))  # of windows that `visit` pruned
+        self.noted = list(execution.storage.finished("prune"))  # of each window
 
     @torch.no_grad()
     def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        """Prunes `window`, whose weights are in memory: a visit of `recon.methods.blocks.over_blocks`."""
+        """Prunes `window`, whose weights are in memory: a visit of `recon.methods.statistics.over_blocks`."""
         changed, under_calibrated, began = {}, [], time.perf_counter()
         with self.execution.holding(self.decoder, window, trained=self.decoder.weights(window)):
             for name, matrix in self.decoder.matrices(window).items():
                 if self.statistics != "none" and name not in statistics:
                     under_calibrated.append(name)
-                    weight, mask = self._pruned(criteria.get("magnitude"), matrix, None)
+                    weight, mask = self._pruned(CRITERIA["magnitude"], matrix, None)
                 else:
                     weight, mask = self._pruned(self.criterion, matrix, statistics.get(name), **self.options)
                 if not (self.criterion.scores or torch.equal(weight, matrix.weight.masked_fill(~mask, 0.0).float())):
@@ -139,20 +130,19 @@ class Pruner:
             self.noted.append(noted)
             storage.finish("prune", noted, tensors=changed)
 
-    def summed_up(self, notes: list[dict]) -> Pruning:
+    def summed_up(self) -> Pruning:
         """What was noted window by window."""
-        masks = self.execution.storage.masks
+        masks, notes = self.execution.storage.masks, self.noted
         under_calibrated = [name for noted in notes for name in noted["under_calibrated"]]
         if under_calibrated:
-            some = ", ".join(under_calibrated[:3]) + (", ..." if len(under_calibrated) > 3 else "")
             log.warning(
-                "%d of %d matrices belong to experts that fewer than %d calibration tokens were sent to, and were pruned by magnitude "
-                "instead of %s: %s; more samples help",
-                len(under_calibrated), len(masks), FEW, self.config.criterion, some,
+                "%d of %d matrices belong to experts that fewer than %d calibration tokens were sent to, and were pruned by "
+                "magnitude instead of %s, such as %s; more samples help",
+                len(under_calibrated), len(masks), FEW, self.config.criterion, under_calibrated[0],
             )  # fmt: skip
         return Pruning(masks, under_calibrated=under_calibrated, seconds=sum(noted["seconds"] for noted in notes))
 
-    def _pruned(self, criterion, matrix: Matrix, statistics: Tensor | None, **options) -> tuple[Tensor, Tensor]:
+    def _pruned(self, criterion: Criterion, matrix: Matrix, statistics: Tensor | None, **options) -> tuple[Tensor, Tensor]:
         """The matrix's new weight and mask. `statistics`: what the criterion asks for, or a Gram matrix."""
         weight, own, random = matrix.weight.float(), statistics, generator(self.seed, "criterion", matrix.name)
         if criterion.statistics == "norm" and statistics.ndim == 2:  # a Gram matrix tells norms
@@ -168,15 +158,11 @@ class Pruner:
 
 
 @torch.no_grad()
-def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None = None) -> None:
-    """Prunes a copy of the dense model, in place, as `pruning` says of another one.
-
-    weights: by full name, the parameters of matrices whose survivors pruning updated.
-    """
+def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor]) -> None:
+    """Prunes a copy of the dense model in place, as `pruning` says of another; `weights`: parameters that pruning updated."""
     own = dict(decoder.model.named_parameters(remove_duplicate=False))
-    for name, value in (weights or {}).items():
-        if name in own:  # biases that the model lacks are among `pruning.biases`
-            own[name].copy_(value)
+    for name in own.keys() & weights.keys():  # biases that the model lacks are among `pruning.biases`
+        own[name].copy_(weights[name])
     for name, matrix in decoder.matrices().items():
         matrix.weight.masked_fill_(~pruning.masks[name], 0.0)
         if name in pruning.biases:
@@ -186,8 +172,8 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor] | None 
 def touched_biases(decoder: Decoder, criterion: str) -> list[str]:
     """Full names of the biases that pruning the dense model by `criterion` may change, or add where there are none.
 
-    Raises `ReconError` where the criterion removes heads and neurons, and the model does not divide into these.
+    Raises `ReconError` if the criterion removes heads and neurons, and the model does not divide into these.
     """
-    chosen = criteria.get(criterion)
+    chosen = CRITERIA[criterion]
     halves = find_units(decoder) if isinstance(chosen, Structured) else []
-    return [f"{half.reader.name}.bias" for half in halves if chosen.compensates]
+    return [half.reader.bias_name for half in halves if chosen.compensates]

@@ -11,7 +11,6 @@ A Free Lunch in LLM Compression, arXiv 2510.14444, method section.
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,13 +25,12 @@ from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
 from recon.kernels.moments import mean_product
-from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
-from recon.methods.masks import check_alike, check_trainable, keep_masks
+from recon.methods.masks import check_alike, keep_masks
 from recon.methods.propagation import Streams
 from recon.methods.prune import Pruner
 from recon.methods.samples import Split, split_samples
-from recon.methods.training import movement, train
+from recon.methods.training import adapted, check_adaptable, check_trainable, finite, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.matrices import factors, stored
@@ -50,8 +48,7 @@ RECONSTRUCTED, GREW, NOT_FINITE = "reconstructed", "rolled back: error grew", "r
 
 @dataclass(frozen=True)
 class WindowReport:
-    """What became of one window. Errors: the share of the variance of its output that is unexplained; see
-    `recon.kernels.losses`."""
+    """What became of one window. Errors: the share of its output's variance that is unexplained; see `recon.kernels.losses`."""
 
     name: str
     parameters: int  # elements trained
@@ -112,7 +109,7 @@ def reconstruct(
     if pruning is None:
         masks = keep_masks(student, masks)
     elif masks is not None:
-        raise ReconError("both masks and pruning are given; masks are of a model that is pruned already: leave one out")
+        raise ReconError("both masks and pruning are given; leave one out")
     else:
         if why := two_passes(pruning, config, split.calibration):
             raise ReconError(f"windows cannot be pruned as reconstruction reaches them: {why}; prune with `recon.prune` first")
@@ -131,16 +128,13 @@ def reconstruct(
             for callback in (ProgressBar(bar), *callbacks):
                 callback.on_window(report)
     if pruner:
-        made = pruner.summed_up(pruner.noted)
+        made = pruner.summed_up()
         for callback in callbacks:
             callback.on_pruned(made)
     grew = sum(report.status == GREW for report in reports)
     if 2 * grew > len(reports):
-        log.warning(
-            "%d of %d windows got worse on held-out text and were rolled back: the learning rate, %g, is probably too high for this "
-            "model; try a third or a tenth of it",
-            grew, len(reports), config.learning_rate,
-        )  # fmt: skip
+        said = "%d of %d windows got worse on held-out text and were rolled back: the learning rate, %g, is probably too high"
+        log.warning(said, grew, len(reports), config.learning_rate)
     return reports
 
 
@@ -158,6 +152,7 @@ def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window
             yield reconstruction.finish(f, report, time.perf_counter() - began)
 
 
+@dataclass
 class Reconstruction:
     """What a loop over windows is made of: `streams.task`, `fit`, `streams.advance` and `finish`, for one window after another.
 
@@ -165,84 +160,62 @@ class Reconstruction:
     window to be fitted, and `fit` none but the current one: given the dense stream at its start, the windows of a block can be
     fitted anywhere, by a `Reconstruction` of its own whose `streams.dense` is set to it; `finish` takes what came of it, in the
     order of the windows.
-
-    Args:
-        teacher: the dense model, which stays as it is. student: the pruned one, whose parameters change in place.
-        masks: keep-masks M by matrix name, bool (out, in).
-        split: which samples serve for what.
-        pruner: prunes each window before it is fitted; None: all are pruned.
     """
 
-    def __init__(
-        self,
-        teacher: Decoder,
-        student: Decoder,
-        masks: dict[str, Tensor],
-        config: ReconstructionConfig,
-        split: Split,
-        seed: int,
-        execution: Execution,
-        pruner: Pruner | None = None,
-    ):
-        self.teacher, self.student, self.masks, self.config = teacher, student, masks, config
-        self.split, self.seed, self.execution, self.pruner = split, seed, execution, pruner
-        self.exact = "exact" in (config.solver, config.start)
-        own = config.granularity == "matrix" and config.propagation != "dense"  # Gram matrices are of what the student reads
-        pruned_by = pruner.statistics if pruner else "none"
-        self.streams = Streams(teacher, student, execution, split.calibration, "gram" if self.exact and not own else pruned_by)
+    teacher: Decoder  # the dense model, which stays as it is
+    student: Decoder  # the pruned one, whose parameters change in place
+    masks: dict[str, Tensor]  # keep-masks M by matrix name, bool (out, in)
+    config: ReconstructionConfig
+    split: Split  # which samples serve for what
+    seed: int
+    execution: Execution
+    pruner: Pruner | None = None  # prunes each window before it is fitted; None: all are pruned
+
+    def __post_init__(self):
+        self.exact = "exact" in (self.config.solver, self.config.start)
+        own = (
+            self.config.granularity == "matrix" and self.config.propagation != "dense"
+        )  # Gram matrices of what the student reads
+        statistics = "gram" if self.exact and not own else self.pruner.statistics if self.pruner else "none"
+        self.streams = Streams(self.teacher, self.student, self.execution, self.split.calibration, statistics)
 
     def begin(self, tokens: Tensor) -> None:
         """Starts with all of `tokens` (samples, length), or goes on where a run that was killed stopped."""
-        execution, config, split, student = self.execution, self.config, self.split, self.student
-        self.streams.begin(config.propagation, tokens, execution.storage.streams("reconstruct"))
+        config, split, student = self.config, self.split, self.student
+        self.streams.begin(config.propagation, tokens, self.execution.storage.streams("reconstruct"))
         chunks = max(config.chunks_of(window, split.length) for window in student.windows(config.granularity))
-        if chunks > 1:
-            # To find out what blocks are called with at this length takes the embedding; later, a window would be in memory
-            # beside it.
+        if chunks > 1:  # what blocks are called with at this length takes the embedding: later, a window is in memory, too
             batch = min(config.batch_size, split.calibration * chunks)
-            student.call(torch.empty(batch, split.length // chunks, 0, device=execution.device))
+            student.call(torch.empty(batch, split.length // chunks, 0, device=self.execution.device))
 
     def fit(self, f: Window, X: Tensor, Y: Tensor, statistics: dict[str, Tensor]) -> WindowReport:
-        """Fits one window, measures its error before and after, and rolls it back where the error grew or became non-finite.
+        """Fits one window, measures its error before and after, and rolls it back if the error grew or became non-finite.
 
-        statistics: of what its matrices read, by matrix name; Gram matrices where they are solved exactly.
+        statistics: of what its matrices read, by matrix name; Gram matrices if they are solved exactly.
         """
         config, split, theta = self.config, self.split, self.student.trained(f, self.config.train)
         variance = channel_variance(Y[: min(-(-TOKENS // split.length), split.calibration)])  # sigma^2
         pruned = {name: self.execution.storage.empty(p.shape, p.dtype).copy_(p.detach()) for name, p in theta.items()}
-        before = self._error(f, X, Y, variance)
+        before, count, losses, batch = self._error(f, X, Y, variance), sum(p.numel() for p in theta.values()), [], 0
         if self.exact:
             self._solve_exactly(f, X, Y, statistics, theta)
-        count, losses = sum(p.numel() for p in theta.values()), []
         if config.solver == "adamw":
             count, losses = self._descend(f, X, Y, variance, theta)
-        after = self._error(f, X, Y, variance)
-        finite = {
-            "weights": all(bool(parameter.isfinite().all()) for parameter in theta.values()),
-            "losses": all(map(math.isfinite, losses)),
-            "activations": all(map(math.isfinite, after.values())),
-        }
-        status = RECONSTRUCTED
-        if broken := [what for what, fine in finite.items() if not fine]:
-            log.warning("window %r: fitting gave NaN or infinite %s; it is rolled back", f.name, ", ".join(broken))
+            batch = self.execution.micro_batch or config.batch_size
+        after, status = self._error(f, X, Y, variance), RECONSTRUCTED
+        if not finite([*losses, *after.values()], theta.values()):
+            log.warning("window %r: fitting gave NaN or infinite values; it is rolled back", f.name)
             status = NOT_FINITE
         elif config.roll_back and "held_out" in after and not after["held_out"] <= before["held_out"]:
             status = GREW  # only held-out text shows the harm of too high a learning rate
-        if status != RECONSTRUCTED:
-            after = before
-            with torch.no_grad():
-                for name, parameter in theta.items():
-                    parameter.copy_(pruned[name])
-        matrices = {matrix.parameter_name for matrix in self.student.matrices(f).values()}
-        moved = movement((pruned[name], parameter) for name, parameter in theta.items() if name in matrices)
-        batch = (self.execution.micro_batch or config.batch_size) if config.solver == "adamw" else 0
-        return WindowReport(f.name, count, before, after, losses, moved, 0.0, status, batch)
+        keep = status == RECONSTRUCTED
+        moved = settle(theta, pruned, keep, self.student.matrices(f).values())
+        return WindowReport(f.name, count, before, after if keep else before, losses, moved, 0.0, status, batch)
 
     def finish(
         self, f: Window, report: WindowReport, seconds: float, streams: dict[str, Tensor | None] | None = None
     ) -> WindowReport:
-        """Notes that `f`, whose weights are in memory, is finished; `streams`: what the next window starts from, if not the
-        current ones."""
+        """Notes that `f`, whose weights are in memory, is finished; `streams`: what the next one starts from, if not the current."""
         noted = asdict(report) | {"seconds": seconds}
         tensors = {name: parameter.detach() for name, parameter in self.student.parameters(f).items()}
         now = {"dense": self.streams.dense, "sparse": self.streams.sparse}
@@ -274,51 +247,55 @@ class Reconstruction:
                 if f.matrices and self.config.propagation == "mixed":
                     # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
                     wanted = Y[:count, :, column : column + rows].float()
-                    cross = mean_product(wanted if bias is None else wanted - bias, X[:count])
+                    cross = mean_product(wanted if bias is None else wanted - bias, X[:count]).to(gram.device)
                 elif bias is not None:
                     # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
                     bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
                 mask, iterations = self.masks[name].to(gram.device), self.config.exact_iterations
-                matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross.to(gram.device), iterations))
+                matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross, iterations))
                 column += rows
 
     def _descend(
         self, f: Window, X: Tensor, Y: Tensor, variance: Tensor, theta: dict[str, nn.Parameter]
     ) -> tuple[int, list[float]]:
         """Trains the window by gradient descent on calibration samples; returns how many elements, and the loss of each step."""
-        config, count, matrices = self.config, self.split.calibration, self.student.matrices(f)
+        config, count = self.config, self.split.calibration
         data = [X[:count], Y[:count], position_weights(count, self.split.length, Y.device, skip=config.skip_first)]
         chunks = config.chunks_of(f, self.split.length)  # more steps at the same work, where tokens are not mixed
         data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
         distance, variance = LOSSES[config.loss], variance.to(self.execution.device)
+
+        def loss(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+            with self.execution:
+                output = self.student.forward(f, x)
+            return (distance(output.flatten(2), y.flatten(2), variance) * weight).mean()  # a token may have several vectors
+
         schedule, random = config.schedule(count, f), generator(self.seed, "shuffle", f.name)
-
-        def descend(parameters: list[Trained], using=contextlib.nullcontext()) -> tuple[int, list[float]]:
-            def loss(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-                with self.execution, using:
-                    output = self.student.forward(f, x)
-                return (distance(output.flatten(2), y.flatten(2), variance) * weight).mean()  # a token may have several vectors
-
+        with self._trained(f, theta) as parameters:
             try:
                 losses = train(loss, data, parameters, schedule, random, self.execution)
             except ReconError as error:
                 raise ReconError(f"window {f.name!r}: {error}") from error
-            return sum(each.parameter.numel() for each in parameters), losses
+        return sum(each.parameter.numel() for each in parameters), losses
 
+    @contextlib.contextmanager
+    def _trained(self, f: Window, theta: dict[str, nn.Parameter]) -> Iterator[list[Trained]]:
+        """Context in which what gradient descent trains of a window, theta or adapters, is on the compute device."""
+        config, matrices, device = self.config, self.student.matrices(f), self.execution.device
         if config.adapter != "none":
             draw = generator(self.seed, "adapters", f.name)
             with adapted(matrices.values(), self.masks, config.adapter, config.rank, draw) as low_rank:
                 with self.execution.holding(self.student, f, [each.parameter for each in low_rank]):
-                    return descend(low_rank)
+                    yield low_rank
+            return
         with self.execution.holding(self.student, f, theta.values()):
             # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same
             # memory, as the gradient of the parameter that holds them all would be made anew, in full, for every expert.
             alone = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None and matrix.alone}
             leaves = {name: nn.Parameter(matrix.part.detach()) for name, matrix in alone.items()}
             held = {matrix.parameter_name for matrix in alone.values()}
-            rest, device = [parameter for name, parameter in theta.items() if name not in held], self.execution.device
+            rest = [parameter for name, parameter in theta.items() if name not in held]
             masks = dict(stored({name: matrix for name, matrix in matrices.items() if name not in alone}, self.masks, device))
             masks |= {leaf: factors(alone[name].oriented(self.masks[name]), device) for name, leaf in leaves.items()}
-            using = self.student.using(f, leaves) if alone else contextlib.nullcontext()
-            with requiring_gradients(rest):
-                return descend(trained([*rest, *leaves.values()], masks), using)
+            with requiring_gradients(rest), self.student.using(f, leaves) if alone else contextlib.nullcontext():
+                yield trained([*rest, *leaves.values()], masks)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from tqdm.auto import tqdm
 
 from recon.config import RetrainingConfig
 from recon.errors import ReconError
+from recon.kernels.adapters import ADAPTERS
 from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
-from recon.methods.adapters import adapted, check_adaptable
 from recon.methods.callbacks import Callback, ProgressBar
-from recon.methods.masks import check_trainable, keep_masks
+from recon.methods.masks import keep_masks
 from recon.methods.samples import as_tokens
-from recon.methods.training import movement, train
+from recon.methods.training import adapted, check_adaptable, check_trainable, finite, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.matrices import stored
@@ -77,47 +76,38 @@ def retrain(
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
     student, samples = decompose(model), as_tokens(samples)
     student.check_length(samples.shape[1])
-    if method not in ("full", "norms"):
+    if method in ADAPTERS:
         check_adaptable(student)
+    check_trainable(student)
     execution = execution or Execution(student.device)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
-    check_trainable(student)
     masks, schedule, aside, began = keep_masks(student, masks), config.schedule(len(samples)), 0.0, time.perf_counter()
     bar = tqdm(total=schedule.steps(len(samples)), desc=name, unit="step", disable=not execution.progress)
-    told = [ProgressBar(bar), *callbacks]
-
-    def after_step(loss: Tensor) -> None:
-        for callback in told:
-            callback.on_step(loss)
 
     def merged() -> None:
         nonlocal aside
         stopped = time.perf_counter()
-        for callback in told if method == "lora" else ():  # the others lose no zero by merging
+        for callback in callbacks if method == "lora" else ():  # the others lose no zero by merging
             callback.on_merged()
         aside = time.perf_counter() - stopped
 
-    with bar, _at(student.model, execution.device), _at(teacher and teacher.model, execution.device):
-        every = dict(student.model.named_parameters())
-        holders = {matrix.parameter_name for matrix in student.matrices().values()}
-        changing = every if method in ("full", "norms") else {holder: every[holder] for holder in holders}
-        before = {name: parameter.detach().clone() for name, parameter in changing.items()}
-        with requiring_gradients(every.values(), False), _trained(student, config, masks, seed, execution, merged) as theta:
-            with requiring_gradients([each.parameter for each in theta]):
+    with bar, _at(execution.device, student, teacher):
+        every, matrices = dict(student.model.named_parameters()), student.matrices().values()
+        holders = {matrix.parameter_name for matrix in matrices}
+        theta = {holder: every[holder] for holder in holders} if method in ADAPTERS else every
+        before = {name: parameter.detach().clone() for name, parameter in theta.items()}
+        with requiring_gradients(every.values(), False), _trained(student, config, masks, seed, execution, merged) as parameters:
+            with requiring_gradients([each.parameter for each in parameters]):
                 loss = partial(_loss, student, teacher, execution, config.retrain_checkpointing)
-                losses = train(loss, [samples], theta, schedule, generator(seed, "retrain"), execution, after_step)
-        status = RETRAINED
-        if not (all(map(math.isfinite, losses)) and all(bool(p.isfinite().all()) for p in every.values())):
+                random, told = generator(seed, "retrain"), [ProgressBar(bar), *callbacks]
+                losses = train(loss, [samples], parameters, schedule, random, execution, told)
+        if not (keep := finite(losses, theta.values())):
             log.warning("%s gave NaN or infinite losses or weights; it is rolled back", name)
-            status = NOT_FINITE
-            with torch.no_grad():
-                for name, parameter in changing.items():
-                    parameter.copy_(before[name])
+        moved = settle(theta, before, keep, matrices)
         student.forget()
-        moved = movement((before[name], every[name]) for name in before if name in holders)
-    batch = execution.micro_batch or config.retrain_batch_size
-    count = sum(each.parameter.numel() for each in theta)
-    return RetrainingReport(count, losses, moved, time.perf_counter() - began - aside, status, batch)
+    batch, seconds = execution.micro_batch or config.retrain_batch_size, time.perf_counter() - began - aside
+    count = sum(each.parameter.numel() for each in parameters)
+    return RetrainingReport(count, losses, moved, seconds, RETRAINED if keep else NOT_FINITE, batch)
 
 
 @contextlib.contextmanager
@@ -150,14 +140,13 @@ def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, check
 
 
 @contextlib.contextmanager
-def _at(model: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """All of `model`, if there is one, is on `device` for a while."""
-    if model is None:
-        yield
-        return
-    home = next(model.parameters()).device
-    model.to(device)
+def _at(device: torch.device, *decoders: Decoder | None) -> Iterator[None]:
+    """All of these models are on `device` for a while."""
+    homes = [(decoder.model, decoder.device) for decoder in decoders if decoder]
+    for model, _ in homes:
+        model.to(device)
     try:
         yield
     finally:
-        model.to(home)
+        for model, home in homes:
+            model.to(home)

@@ -10,41 +10,26 @@ from torch import Tensor
 from recon.errors import ReconError
 
 ERROR_SAMPLES = 2  # that a window's error is measured on, before and after
-ALLOWED = "allowed: tokens (samples, length), or an iterable of (length,) or (batch, length), or of mappings with such under 'input_ids'"
+ALLOWED = "tokens (samples, length), or an iterable of (length,) or (batch, length), or of mappings with such under 'input_ids'"
 
 
 def as_tokens(samples: Tensor | Iterable) -> Tensor:
     """Tokens (samples, length) from `samples`: that tensor itself, or an iterable of tensors or lists; see `ALLOWED`.
 
-    Raises `ReconError` where there are none, where they are not whole numbers, or not all of one length.
+    Raises `ReconError` if there are none, they are not whole numbers, or not all of one length.
     """
-    if not isinstance(samples, Tensor):
-        if isinstance(samples, str | Mapping) or not isinstance(samples, Iterable):
-            raise ReconError(f"calibration samples are {reprlib.repr(samples)}; {ALLOWED}")
-        rows = [row for each in samples for row in _rows(each)]
-        lengths = sorted({len(row) for row in rows})
-        if len(lengths) != 1:
-            found = (
-                f"of {len(lengths)} lengths, from {lengths[0]} to {lengths[-1]} tokens; cut them to one length"
-                if rows
-                else "none"
-            )
-            raise ReconError(f"calibration samples are {found}; {ALLOWED}")
-        samples = torch.stack(rows)
-    if samples.ndim != 2 or not samples.numel() or samples.is_floating_point() or samples.dtype == torch.bool:
-        raise ReconError(f"calibration samples are {tuple(samples.shape)} of {samples.dtype}; {ALLOWED}")
-    return samples
-
-
-def _rows(each: object) -> Tensor:
-    """The samples (batch, length) in one element of an iterable."""
+    tokens = samples
     try:
-        rows = torch.as_tensor(each["input_ids"] if isinstance(each, Mapping) else each)
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        rows = None
-    if rows is None or rows.ndim not in (1, 2):
-        raise ReconError(f"a calibration sample is {reprlib.repr(each)}; {ALLOWED}")
-    return rows if rows.ndim == 2 else rows[None]
+        if not isinstance(samples, Tensor):
+            rows = (torch.as_tensor(each["input_ids"] if isinstance(each, Mapping) else each) for each in samples)
+            tokens = torch.cat([row if row.ndim == 2 else row[None] for row in rows])
+        found = f"{tuple(tokens.shape)} of {tokens.dtype}"
+        fits = tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point() and tokens.dtype != torch.bool
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # such as of unequal lengths
+        fits, found = False, f"{reprlib.repr(samples)} ({error})"
+    if not fits:
+        raise ReconError(f"calibration samples are {found}; allowed: {ALLOWED}")
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -57,7 +42,7 @@ class Split:
 
     @property
     def measured_on(self) -> str:
-        """The kind of samples that errors are measured on: held-out ones, where there are any."""
+        """The kind of samples that errors are measured on: held-out ones, if there are any."""
         return "held_out" if self.held_out else "calibration"
 
     @property
@@ -70,15 +55,15 @@ class Split:
 def split_samples(samples: Tensor | Iterable, held_out: Tensor | Iterable | None) -> tuple[Tensor, Split]:
     """The tokens (samples, length) that a reconstruction reads, of held-out samples no more than errors are measured on.
 
-    Raises `ReconError` where held-out samples are not as long as calibration samples, and for what `as_tokens` refuses.
+    Raises `ReconError` if held-out samples are not as long as calibration samples, and for what `as_tokens` refuses.
     """
     samples = as_tokens(samples)
-    length = samples.shape[1]
+    count, length = samples.shape
     if length < 2:
         raise ReconError(f"calibration samples are of {length} token; give at least 2: the first is left out of losses")
     if held_out is None:
-        return samples, Split(len(samples), 0, length)
+        return samples, Split(count, 0, length)
     held_out = as_tokens(held_out)[:ERROR_SAMPLES]
     if held_out.shape[1] != length:
         raise ReconError(f"held-out samples of {held_out.shape[1]} tokens are not as long as calibration samples, {length}")
-    return torch.cat([samples, held_out]), Split(len(samples), len(held_out), length)
+    return torch.cat([samples, held_out]), Split(count, len(held_out), length)

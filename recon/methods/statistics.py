@@ -1,9 +1,12 @@
-"""Statistics of what the matrices of a window read, gathered in one pass over calibration samples."""
+"""Statistics of what matrices read, gathered in one pass over calibration samples: of a window, or block by block."""
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.kernels.moments import add_gram, add_moments, add_squares, mirrored
@@ -32,14 +35,12 @@ def gather(
         count: statistics are of the first so many samples; default: of all.
         record: whether to keep what the matrices read.
 
-    Returns:
-        The window's outputs; the statistics by matrix name in float32, on the execution's device; and by matrix name what they
-        read, (samples, length, in), in the compute dtype, if asked for. Matrices that share an input share one tensor.
-        Statistics accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless. An expert's are those of
-        the tokens that are sent to it; one that fewer than FEW are sent to has none.
+    Returns the window's outputs; the statistics by matrix name, in float32; and by matrix name what they read, (samples, length,
+    in), in the compute dtype, if asked for. Statistics accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is
+    useless. An expert's are those of the tokens that are sent to it; one that fewer than FEW are sent to has none.
     """
     totals: dict[tuple[str, ...], Tensor] = {}
-    inputs: dict[tuple[str, ...], Tensor] = {}
+    inputs: dict[tuple[str, ...], Tensor] = {}  # matrices that share an input share one tensor
     tokens: Counter = Counter()
     count, ran = len(stream) if count is None else count, 0  # samples
 
@@ -89,3 +90,44 @@ def gather(
             total = mirrored(total) if kind == "gram" else total.sqrt()
         statistics |= dict.fromkeys(group, total)
     return outputs, statistics, {name: x for group, x in inputs.items() for name in group}
+
+
+@torch.no_grad()
+def over_blocks(
+    decoder: Decoder,
+    execution: Execution,
+    phase: str,
+    visit: Callable[[Window, dict[str, Tensor]], tuple[object, dict[str, Tensor]]],
+    description: str,
+    samples: Tensor | None = None,
+    statistics: str = "none",
+    rerun: bool = False,
+) -> list:
+    """Visits in turn the blocks of a model that are not finished yet; returns what was noted of every block, finished or visited.
+
+    Args:
+        phase: the name that finished blocks are noted under in the execution's storage.
+        visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name.
+            Returns what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
+        description: of the progress bar.
+        samples: calibration tokens (samples, length), if statistics are wanted; see `gather`.
+        rerun: whether the next block reads this one's outputs after the visit, rather than those before it.
+    """
+    storage, blocks, stream = execution.storage, decoder.windows("block"), None
+    notes = list(storage.finished(phase))
+    if statistics != "none" and len(notes) < len(blocks):
+        stream = storage.streams(phase)["stream"] if notes else execution.embed(decoder, samples)
+    left, off = blocks[len(notes) :], not execution.progress
+    for window in tqdm(left, desc=description, unit="block", disable=off, initial=len(notes), total=len(blocks)):
+        outputs, gathered = None, {}
+        with decoder.loaded(window):
+            if stream is not None:
+                outputs, gathered, _ = gather(execution, decoder, window, stream, statistics)
+            noted, changed = visit(window, gathered)
+            if stream is not None and rerun and window != blocks[-1]:
+                with execution.holding(decoder, window):
+                    outputs = execution.run(partial(decoder.forward, window), stream)
+            stream = None if window == blocks[-1] else outputs
+            storage.finish(phase, noted, {"stream": stream}, changed)
+        notes.append(noted)
+    return notes

@@ -1,8 +1,12 @@
 """Structured pruning: removes whole units, attention heads and MLP neurons, until the pattern's share of the weights is gone.
 
-Shapes stay: a removed unit is exact zeros in the columns of the matrix that reads it, and in the rows of those that make it.
+Which rows and columns belong to a unit is found by running blocks, so that no family of models needs code of its own. Shapes stay:
+a removed unit is exact zeros in the columns of the matrix that reads it, and in the rows of those that make it.
 An et al. 2023, arXiv 2312.11983 (Wanda-sp and FLAP); scores: `recon.kernels.criteria.structured`.
 """
+
+import contextlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +16,31 @@ from recon.errors import ReconError
 from recon.kernels.criteria import Structured
 from recon.kernels.criteria.structured import keep_globally
 from recon.kernels.patterns import Pattern, keep_all_but
-from recon.methods.blocks import over_blocks
-from recon.methods.units import Units, find_units
+from recon.methods.statistics import over_blocks
 from recon.model.decoder import Decoder
+from recon.model.matrices import Matrix
+from recon.model.modules import kind_of, probe_tokens, watched
+from recon.model.skeleton import made_up
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one half of a block.
+
+    reader: the matrix that reads them, as many consecutive columns for each: the last to run of the half.
+    count: how many there are: neurons, or key/value heads with all the query heads that they serve.
+    rows: by name of the matrices that make them, the unit that each row belongs to, (out,). A matrix whose rows cannot be told
+        apart is missing: its rows stay, and the unit is gone all the same, for nothing reads it.
+    weights: how many weights go with one unit.
+    """
+
+    window: Window
+    reader: Matrix
+    count: int
+    rows: dict[str, Tensor]
+    weights: int
 
 
 @torch.no_grad()
@@ -30,10 +54,8 @@ def prune_units(
 
     samples: calibration tokens (samples, length).
 
-    Returns by name of their matrix the biases (out,) that changed.
-
-    Raises:
-        ReconError: no units are found (see `find_units`), or a score is NaN or infinite.
+    Returns by name of their matrix the biases (out,) that changed. Raises `ReconError` if no units are found (see `find_units`), or
+    a score is NaN or infinite.
     """
     pattern, whole, biases = Pattern.parse(config.pattern), criterion.scope == "model", {}
     halves = find_units(decoder)
@@ -47,15 +69,18 @@ def prune_units(
         matrices, changed = decoder.matrices(window), {}
         masks = {name: torch.ones_like(matrix.weight, dtype=torch.bool) for name, matrix in matrices.items()}
         for half in (half for half in halves if half.window.blocks == window.blocks):
-            name = half.window.name
+            name, reader = half.window.name, half.reader
             keep = kept[name] if whole else keep_all_but(_score(criterion, half, statistics)[None], gone[name])[0]
-            half.remove(masks, keep)
+            columns = keep.repeat_interleave(reader.weight.shape[1] // half.count)
+            masks[reader.name] &= columns
+            for maker, rows in half.rows.items():
+                masks[maker] &= keep[rows, None]
             if criterion.compensates and not keep.all():
                 # Makes up for the mean of what the reader no longer reads; its weights are still dense.
-                extra = half.reader.weight.float() @ means[name].masked_fill(half.columns(keep), 0.0)
-                bias = extra if half.reader.module.bias is None else half.reader.module.bias + extra
-                biases[half.reader.name] = changed[half.reader.bias_name] = bias.to(half.reader.weight.dtype)
-                set_bias(half.reader.module, biases[half.reader.name])
+                extra = reader.weight.float() @ means[name].masked_fill(columns, 0.0)
+                bias = extra if reader.module.bias is None else reader.module.bias + extra
+                biases[reader.name] = changed[reader.bias_name] = bias.to(reader.weight.dtype)
+                set_bias(reader.module, biases[reader.name])
         for name, matrix in matrices.items():
             matrix.weight.masked_fill_(~masks[name], 0.0)
         execution.storage.masks.update(masks)
@@ -69,8 +94,7 @@ def prune_units(
 def _compare(
     decoder: Decoder, criterion: Structured, halves: list[Units], target: float, samples: Tensor, execution: Execution
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By name of each half, which of its units are kept (count,), and the means (in,) of what its reader reads in the dense
-    model."""
+    """By name of each half, which of its units are kept (count,), and the means (in,) of what its reader reads when dense."""
 
     def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[list, dict]:
         here = [half for half in halves if half.window.blocks == window.blocks]
@@ -109,3 +133,80 @@ def set_bias(module: nn.Module, bias: Tensor) -> None:
     if module.bias is None:
         module.bias = nn.Parameter(module.weight.new_empty(len(bias)), module.weight.requires_grad)
     module.bias.copy_(bias)
+
+
+# --- which rows and columns are a unit's --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def find_units(decoder: Decoder) -> list[Units]:
+    """The units of each half of each block, in the order in which they run. Of blocks of one kind, only the first is examined.
+
+    Raises `ReconError` if the model has experts, its blocks do not divide into halves, or a half does not divide into units.
+    """
+    if routed := next((name for name, matrix in decoder.matrices().items() if matrix.routed), None):
+        raise ReconError(f"{routed!r} is an expert's; whole heads and neurons are not removed from models with experts")
+    known: dict[tuple, dict[int, Tensor]] = {}
+    units = []
+    # A lazy model is examined with made-up weights: when a run resumes, some of its own may be pruned already.
+    with decoder.lazy.reading(made_up(decoder.lazy.parameters)) if decoder.lazy else contextlib.nullcontext():
+        hidden = decoder.embed(probe_tokens(decoder.model))
+        for window in decoder.windows("half-block"):
+            kind, count = (kind_of(decoder.blocks[window.blocks[0]]), window.half), _count(decoder, window)
+            if kind not in known:
+                with decoder.loaded(window):
+                    known[kind] = _owners(decoder, window, hidden, count)
+            *makers, reader = decoder.matrices(window).values()
+            rows = {makers[place].name: owner for place, owner in known[kind].items()}
+            weights = reader.weight.numel() + sum(makers[place].weight.numel() for place in known[kind])
+            units.append(Units(window, reader, count, rows, weights // count))
+    return units
+
+
+def _count(decoder: Decoder, window: Window) -> int:
+    """How many units `window` has, one half of a block; its reader reads all neurons, or all query heads, side by side."""
+    *makers, reader = decoder.matrices(window).values()
+    beside = next(group for group in decoder.groups[window.blocks[0]] if reader.name in group)
+    if not makers or any(maker.name in beside for maker in makers):
+        raise ReconError(f"{window.name} has no single matrix that reads what its others make, so no units are found in it")
+    columns, config = reader.weight.shape[1], decoder.model.config.get_text_config()
+    if window.half == "mlp":
+        return columns
+    heads = config.num_attention_heads
+    count = getattr(config, "num_key_value_heads", None) or heads
+    if not all(isinstance(number, int) for number in (heads, count)) or heads % count or columns % heads:
+        raise ReconError(f"{window.name}: {reader.name!r} reads {columns} columns, not {heads!r} heads in {count!r} groups")
+    return count
+
+
+@torch.enable_grad()
+def _owners(decoder: Decoder, window: Window, hidden: Tensor, count: int) -> dict[int, Tensor]:
+    """By place among the matrices of `window`, which reads `hidden`, the unit (out,) that each row of a matrix serves.
+
+    A row serves the units whose part of what the last matrix reads has a gradient in it; matrices with a row that serves several are
+    left out. Units are told apart by the bits of their numbers: for each bit, a row of one unit has a gradient in the units with that
+    bit or in those without it, and in no others. Noise stands in for what matrices give, so that no row is silent by chance.
+    """
+    draw, noise, read = torch.Generator().manual_seed(0), {}, []
+
+    def by_noise(place: int, args, kwargs, output: Tensor) -> Tensor:
+        noise[place] = torch.randn(output.shape, generator=draw).to(output).requires_grad_()
+        return noise[place].clone()
+
+    *makers, reader = (decoder.model.get_submodule(name) for name in decoder.matrices(window))
+    with watched(dict(enumerate(makers)), after=by_noise), watched({0: reader}, lambda key, args, kwargs: read.append(args[0])):
+        decoder.forward(window, hidden)
+    weighted = (read[0] * torch.randn(read[0].shape, generator=draw).to(read[0])).flatten(0, -2).sum(0).view(count, -1).sum(1)
+
+    def reached(units: Tensor) -> dict[int, Tensor]:
+        total = weighted[units.to(weighted.device)].sum()
+        gradients = torch.autograd.grad(total, list(noise.values()), retain_graph=True, materialize_grads=True)
+        return {place: (each != 0).flatten(0, -2).any(0) for place, each in zip(noise, gradients, strict=True)}
+
+    owners = {place: torch.zeros(each.shape[-1], dtype=torch.long, device=each.device) for place, each in noise.items()}
+    single, numbers = set(owners), torch.arange(count)
+    for bit in range(max(1, (count - 1).bit_length())):
+        on, off = (reached((numbers >> bit & 1).bool() == value) for value in (True, False))
+        single -= {place for place in single if not (on[place] ^ off[place]).all()}
+        owners = {place: owners[place] + (on[place].long() << bit) for place in single}
+    return owners

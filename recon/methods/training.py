@@ -1,15 +1,23 @@
-"""Gradient descent on the weights that survive.
+"""Gradient descent on the weights that survive, and low-rank adapters to train instead of these.
 
 theta <- M * AdamW(theta, grad L(theta), r * s)        M: mask; r: learning rate; s: size of the parameter's surviving weights
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from recon.errors import ReconError
+from recon.kernels.adapters import LowRank
 from recon.kernels.gradient_descent import Schedule, Trained
+from recon.methods.callbacks import Callback
+from recon.model.decoder import Decoder
+from recon.model.matrices import Matrix
 from recon.runtime.execution import Execution
 
 
@@ -21,15 +29,16 @@ def train(
     schedule: Schedule,
     random: torch.Generator,
     execution: Execution,
-    after_step: Callable[[Tensor], None] = lambda loss: None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[float]:
     """Trains parameters in place; dropped weights are exact zeros after every step. Returns the loss of each step.
 
     loss: of a mini-batch of each tensor in `data`, mean over its samples, ().
     data: tensors (samples, ...), shuffled together, anew in each epoch by `random`.
+    callbacks: told of each step.
 
-    Where memory runs out, a step is repeated with half as many samples per forward pass, which holds for all later steps.
-    Raises `ReconError` where memory does not suffice for one sample.
+    If memory runs out, a step is repeated with half as many samples per forward pass, which holds for all later steps.
+    Raises `ReconError` if memory does not suffice for one sample.
     """
     epochs = [torch.randperm(len(data[0]), generator=random) for _ in range(schedule.epochs)]
     steps = [chosen for order in epochs for chosen in order.split(schedule.per_step)]
@@ -60,16 +69,86 @@ def train(
                 if each.mask is not None:
                     each.parameter.mul_(each.mask)
         losses.append(total)
-        after_step(total)
+        for callback in callbacks:
+            callback.on_step(total)
     optimizer.zero_grad(set_to_none=True)
     return torch.stack(losses).tolist() if losses else []
 
 
+def finite(losses: Iterable[float], parameters: Iterable[Tensor]) -> bool:
+    """Whether neither `losses` nor `parameters` are NaN or infinite."""
+    return all(map(math.isfinite, losses)) and all(bool(parameter.isfinite().all()) for parameter in parameters)
+
+
 @torch.no_grad()
-def movement(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """|after - before| / |before| over all `pairs` of a tensor before and after training, which are of one shape."""
-    moved = norm = 0.0
-    for before, after in pairs:
-        moved += (after - before).square().sum().item()
-        norm += before.square().sum().item()
+def settle(theta: dict[str, nn.Parameter], before: dict[str, Tensor], keep: bool, matrices: Iterable[Matrix]) -> float:
+    """Rolls `theta` back to what it was `before`, by the same names, unless to `keep` it; returns how far it has moved.
+
+    That is |after - before| / |before| over those of the parameters that hold `matrices`.
+    """
+    moved, norm, holders = 0.0, 0.0, {matrix.parameter_name for matrix in matrices}
+    for name, parameter in theta.items():
+        if not keep:
+            parameter.copy_(before[name])
+        if name in holders:
+            moved += (parameter - before[name]).square().sum().item()
+            norm += before[name].square().sum().item()
     return (moved / max(norm, 1e-30)) ** 0.5
+
+
+def check_trainable(student: Decoder) -> None:
+    """Raises `ReconError` naming a parameter that is not in float32, as what is trained has to be."""
+    for name, parameter in student.model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------------
+
+
+def check_adaptable(decoder: Decoder) -> None:
+    """Raises `ReconError` if a matrix of the model has no module of its own that could carry an adapter: an expert's."""
+    for name, matrix in decoder.matrices().items():
+        if matrix.expert is not None:
+            raise ReconError(
+                f"{name!r} is one expert's part of a parameter that holds {matrix.experts}, which no adapter fits; train the "
+                "matrices themselves (adapter none, or retraining full or norms)"
+            )
+
+
+@contextlib.contextmanager
+def adapted(
+    matrices: Iterable[Matrix],
+    masks: dict[str, Tensor],
+    kind: str,
+    rank: int,
+    random: torch.Generator,
+    merged: Callable[[], None] = lambda: None,
+) -> Iterator[list[Trained]]:
+    """While active, `matrices` are parametrised by adapters; afterwards these are merged, masked where `masks` drop, and gone.
+
+    Args:
+        masks: keep-masks (out, in) by matrix name.
+        kind: see `recon.kernels.adapters.ADAPTERS`.
+        merged: called once the adapters are merged, before the mask is applied.
+
+    Yields the adapters' parameters, to be trained.
+    """
+    matrices, trained = list(matrices), []
+    for matrix in matrices:
+        mask = matrix.oriented(masks[matrix.name]).to(matrix.module.weight.device)
+        adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
+        trained += adapter.trained(matrix.module.weight)
+        parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
+    try:
+        yield trained
+    finally:
+        with torch.no_grad():
+            for matrix in matrices:
+                original, weight = matrix.module.parametrizations.weight.original, matrix.module.weight
+                # The very parameter that was there before comes back, so that whoever holds it sees the merged weight.
+                parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
+                original.copy_(weight)
+            merged()
+            for matrix in matrices:
+                matrix.part.mul_(matrix.oriented(masks[matrix.name]).to(matrix.part.device))

@@ -17,11 +17,12 @@ from recon.errors import ReconError
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
-from recon.methods import external_mask, prune
-from recon.methods.adapters import check_adaptable
+from recon.methods import prune
 from recon.methods.callbacks import Callback
+from recon.methods.masks import check_pruned, take_over
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
+from recon.methods.training import check_adaptable
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
@@ -199,7 +200,7 @@ def _computed(now: _Run, callbacks: Sequence[Callback]) -> RunResult:
             if external is None:
                 found = prune.prune(model, samples["prune"], spec.pruning, seed=spec.seed, execution=now.execution())
             else:
-                found = external_mask.take_over(model, external, now.execution())
+                found = take_over(model, external, now.execution())
         return Pruned(found, record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"], storage.tensors("prune"))
 
     def prune_and_reconstruct() -> Pruned:
@@ -272,7 +273,7 @@ def _loaded(now: _Run) -> tuple[Decoder, object, object | None]:
 
     def open_external():
         opened = models.load_pruned(model.pruned, dense.model, model.pruned_revision, model.trust_remote_code, folder)
-        external_mask.check_pruned(dense, opened)
+        check_pruned(dense, opened)
         return opened
 
     return dense, tokenizer, session.keep("external mask", spec.pruned_by, open_external) if model.pruned else None

@@ -6,7 +6,7 @@ from fixtures.models import make_model
 from torch.nn.utils import parametrize
 
 from recon.kernels.adapters import ADAPTERS, ALPHA
-from recon.methods.adapters import adapted
+from recon.methods.training import adapted
 from recon.model.discovery import decompose
 from recon.runtime.seeds import generator
 

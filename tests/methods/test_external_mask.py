@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fixtures.models import FLOAT32
 from fixtures.runs import record_of, result_of
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -13,7 +14,7 @@ import recon
 from recon.data import models
 from recon.errors import ReconError
 from recon.kernels.losses import channel_variance, unexplained
-from recon.methods.external_mask import take_over
+from recon.methods.masks import take_over
 from recon.methods.prune import Pruning
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
@@ -69,7 +70,7 @@ def take(folder: str, dense) -> tuple[Decoder, Pruning]:
     """A copy of the dense model (or of its decoder's) that was given the checkpoint in `folder`."""
     decoder = decompose(dense)
     student = decompose(copy.deepcopy(decoder.model), like=decoder)
-    return student, take_over(student, models.load_pruned(folder, decoder.model))
+    return student, take_over(student, models.load_pruned(folder, decoder.model), FLOAT32)
 
 
 # ---- the mask, and the run from it

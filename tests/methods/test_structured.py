@@ -10,7 +10,7 @@ from recon.config import PruningConfig, ReconstructionConfig
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
-from recon.methods.units import find_units
+from recon.methods.structured import find_units
 from recon.model.discovery import decompose
 from recon.model.modules import distance
 

@@ -15,7 +15,7 @@ from recon.config import PruningConfig, RetrainingConfig
 from recon.data.models import load_pruned
 from recon.errors import ReconError
 from recon.evaluate.perplexity import perplexity
-from recon.methods.external_mask import take_over
+from recon.methods.masks import take_over
 from recon.methods.prune import prune
 from recon.methods.retrain import retrain
 from recon.methods.statistics import gather
@@ -114,7 +114,7 @@ def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
     report = retrain(student, tokens, config, masks=masks, execution=FLOAT32)
     assert len(report.losses) > 1
     student.model.save_pretrained(tmp_path)
-    take_over(copied, load_pruned(str(tmp_path), dense.model))
+    take_over(copied, load_pruned(str(tmp_path), dense.model), FLOAT32)
     for decoder in (student, copied, decompose(make_model("t5", seed=1), like=dense), dense):
         assert_close(composed(decoder, tokens[:2]), own_logits(decoder.model, tokens[:2]), rtol=1e-4, atol=1e-4)
     assert all(not torch.equal(student.model.get_parameter(name), dense.model.get_parameter(name)) for name in biases)
