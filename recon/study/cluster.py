@@ -1,13 +1,23 @@
-"""A Ray cluster, and tasks spread over its workers: the runs of a study, or the windows of one large model (`recon.study.side_by_side`)."""
+"""Tasks spread over the workers of a Ray cluster: the runs of a study, or the windows of one large model.
+
+Under dense propagation no window depends on another. A worker has the models' structure; of each window it gets the weights, the masks
+and the dense activations before it, and gives back the fitted weights. This process computes the dense activations, a few windows ahead.
+"""
 
 import logging
 import os
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from recon.errors import ReconError, need
+from recon.model.windows import Window
 from recon.runtime.device import cores, limit_compiled_shapes
 
 VARIABLE = "RECON_EXECUTOR"  # environment variable: the executor where none is given
@@ -26,7 +36,7 @@ class Ray:
             connected to or `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
         workers: how many at most; None: as many as there is room for.
         threads: CPUs and threads per worker; None: one or, on GPUs, a GPU's share of the CPUs.
-        gpus: GPUs per worker; None: one where the cluster has any and the work is not asked for on the CPU, else none.
+        gpus: GPUs per worker; None: one if the cluster has any and the work is not asked for on the CPU, else none.
     """
 
     address: str | None = None
@@ -41,9 +51,9 @@ class Ray:
                 raise ReconError(f"{name} of executor ray is {value!r}; allowed: from {least} up")
 
     def request(self, there: dict[str, float], on_cpu: bool) -> tuple[int, float, int]:
-        """CPUs and GPUs of each worker, and the number of workers, on a cluster with these resources, as Ray names them.
+        """CPUs and GPUs of each worker, and the number of workers, on a cluster with the resources `there`, as Ray names them.
 
-        on_cpu: the work is asked for on the CPU. Raises `ReconError` where there is no room for a worker.
+        on_cpu: the work is asked for on the CPU. Raises `ReconError` if there is no room for a worker.
         """
         cpus, with_gpus = there.get("CPU", 0), there.get("GPU", 0)
         gpus = int(with_gpus > 0 and not on_cpu) if self.gpus is None else self.gpus
@@ -61,18 +71,13 @@ def settings(executor: str | Ray | None) -> Ray | None:
     executor: None: what the environment variable `RECON_EXECUTOR` names, or serial. Raises `ReconError` for an unknown name.
     """
     executor = executor or os.environ.get(VARIABLE) or "serial"
-    if isinstance(executor, Ray):
-        return executor
-    if executor not in ("serial", "ray"):
+    if executor not in ("serial", "ray") and not isinstance(executor, Ray):
         raise ReconError(f"unknown executor {executor!r}; allowed: serial, ray, or recon.Ray(...) with settings of your own")
-    return Ray() if executor == "ray" else None
+    return {"serial": None, "ray": Ray()}.get(executor, executor)
 
 
 def connect(address: str | None = None):
-    """The module `ray`, connected to a cluster for as long as this process lasts; see `Ray`.
-
-    Raises `ReconError` where Ray is not installed, or no cluster answers at `address`.
-    """
+    """The module `ray`, connected to a cluster (see `Ray`) for as long as this process lasts. Raises `ReconError` if that cannot be."""
     need("ray", "ray", "executor ray")
     import ray
 
@@ -95,6 +100,7 @@ class Worker:
     def __init__(self, threads: int, function: Callable[[object], object]):
         limit_compiled_shapes()
         torch.set_num_threads(threads)  # Ray counts a worker's CPUs, but does not keep it to them
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's arrays are shared
         self.function = function
 
     def do(self, task: object) -> object:
@@ -135,3 +141,101 @@ def spread(how: Ray, on_cpu: bool, function: Callable, tasks: Iterable) -> Itera
     finally:
         for worker in workers:
             ray.kill(worker)
+
+
+def loop(executor: str | Ray | None, propagation: str) -> Callable | None:
+    """The loop over windows for an executor, for `recon.Execution`; None: one after another.
+
+    Raises `ReconError` if windows are to be reconstructed side by side but depend on one another, or there is no Ray.
+    """
+    if (how := settings(executor)) is None:
+        return None
+    if propagation != "dense":
+        raise ReconError(
+            f"windows cannot be reconstructed side by side under {propagation} propagation: each reads the output of those before it, "
+            "reconstructed; choose propagation dense, or executor serial"
+        )
+    connect(how.address)
+    return partial(side_by_side, how)
+
+
+def weights(decoder, window: Window) -> dict[str, np.ndarray]:
+    """The parameters that it takes to run `window`, by full name, as arrays, which the processes of a node share."""
+    with decoder.loaded(window):
+        needed = {id(tensor) for tensor in decoder.needed(window)}
+        return {name: p.detach().cpu().numpy() for name, p in decoder.model.named_parameters() if id(p) in needed}
+
+
+def hollow(decoder, values: dict[str, np.ndarray]):
+    """A decoder built as `decoder` that reads its weights from `values`; those outside the blocks, which no window needs, are zeros."""
+    from recon.model.skeleton import Lazy, second
+
+    made = type(decoder)(second(decoder.model).cpu(), decoder.structure)
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            yield name, torch.tensor(values[name]) if name in values else torch.zeros(()).expand(made.ends[name].shape)
+
+    made.lazy = Lazy(made.model, read)
+    made.model.requires_grad_(False)
+    return made
+
+
+class Fit:
+    """What a worker does with a window of the reconstruction `whole`, its weights in both models, masks, and dense activations."""
+
+    def __init__(self, whole):
+        device, dtype = whole.execution.device.type, str(whole.execution.dtype).removeprefix("torch.")
+        self.execution, self.how = ("cpu" if device == "cpu" else "auto", dtype), (whole.config, whole.split, whole.seed)
+        self.values = [{}, {}]  # of the window, in the dense and in the pruned model
+        self.decoders = list(map(hollow, (whole.teacher, whole.student), self.values))
+
+    def __call__(self, task: tuple) -> tuple:
+        import ray
+
+        from recon.methods.reconstruct import Reconstruction
+        from recon.runtime.execution import Execution
+
+        (window, *fresh, masks, stream), began = task, time.perf_counter()
+        for values, now in zip(self.values, fresh):
+            values.clear()
+            values.update(now)
+        masks = {name: torch.tensor(mask) for name, mask in masks.items()}
+        alone = Reconstruction(*self.decoders, masks, *self.how, Execution(*self.execution))
+        alone.streams.dense = torch.from_numpy(ray.get(stream))
+        task = alone.streams.dense_task(window)
+        with alone.student.loaded(window):
+            report = alone.fit(window, *task)
+            fitted = {name: p.numpy() for name, p in alone.student.parameters(window).items()}
+        return window.name, report, time.perf_counter() - began, fitted
+
+
+def side_by_side(how: Ray, whole, windows: list[Window]) -> Iterator:
+    """The reports of `windows` of the reconstruction `whole`, in their order, as workers reconstruct them."""
+    ray, streams, student = connect(how.address), whole.streams, whole.student
+    left, done, after = list(windows), {}, {}  # after: by window that is not finished, what the next one starts from
+
+    def tasks() -> Iterator[tuple]:
+        dense = shipped = None
+        for window in windows:
+            if streams.dense is not dense:
+                dense, shipped = streams.dense, ray.put(streams.dense.cpu().numpy())
+            masks = {name: whole.masks[name].cpu().numpy() for name in student.matrices(window)}
+            read = Window(window.blocks) if window.matrices else window
+            task = window, weights(whole.teacher, read), weights(student, window), masks, shipped
+            streams.advance(window)
+            after[window.name] = {"dense": streams.dense, "sparse": None}
+            yield task
+
+    for answer in spread(how, whole.execution.device.type == "cpu", Fit(whole), tasks()):
+        if isinstance(answer, Exception):
+            raise ReconError(f"a window was not reconstructed: {answer}")
+        done[answer[0]] = answer[1:]
+        while left and left[0].name in done:
+            window = left.pop(0)
+            report, seconds, fitted = done.pop(window.name)
+            with student.loaded(window), torch.no_grad():
+                for name, parameter in student.parameters(window).items():
+                    parameter.copy_(torch.tensor(fitted[name]))
+                report = whole.finish(window, report, seconds, after.pop(window.name))
+            yield report

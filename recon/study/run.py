@@ -30,8 +30,7 @@ from recon.runtime import device
 from recon.runtime.execution import Execution
 from recon.runtime.storage import Storage, locked, write_json
 from recon.runtime.student import student
-from recon.study import checkpoint, measure, plan, side_by_side, streaming
-from recon.study.cluster import settings
+from recon.study import checkpoint, cluster, measure, plan, streaming
 from recon.study.record import RunRecord, environment
 from recon.study.session import Session
 from recon.study.spec import RunOptions, RunSpec
@@ -80,7 +79,7 @@ def run(
         ReconError: bad input, a run that cannot fit here, or another process that does the same run; before anything long begins.
     """
     spec, session, save = spec.resolved(), session or Session(), options.save
-    side_by_side.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins
+    cluster.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins
     if spec.evaluation.tasks:
         zero_shot.check_tasks(spec.evaluation.tasks)
     key, done, folder, storage = spec.key(), None, None, Storage()
@@ -187,7 +186,7 @@ def _computed(now: _Run, callbacks: Sequence[Callback]) -> RunResult:
     record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
 
     def reconstruct_model(callbacks: Sequence[Callback] = callbacks, **pruned: object) -> None:
-        execution = now.execution(side_by_side.loop(options.executor, spec.reconstruction.propagation))
+        execution = now.execution(cluster.loop(options.executor, spec.reconstruction.propagation))
         with now.phase("reconstruct"):
             reports = reconstruct(
                 model, dense, samples["reconstruct"], spec.reconstruction, held_out=texts.held_out, seed=spec.seed,
@@ -216,7 +215,7 @@ def _computed(now: _Run, callbacks: Sequence[Callback]) -> RunResult:
         peak = record.peak_memory_bytes_by_phase["reconstruct"]
         return Pruned(seen[0], seen[0].seconds, peak, storage.tensors("prune"))
 
-    one_pass = spec.one_pass and not settings(options.executor) and not session.holds("pruned", pruned_by)
+    one_pass = spec.one_pass and not cluster.settings(options.executor) and not session.holds("pruned", pruned_by)
     make = prune_and_reconstruct if one_pass else prune_model
     pruned = make() if storage.folder or external else session.keep("pruned", pruned_by, make)
     if "pruned" in session.reused:

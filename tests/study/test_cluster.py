@@ -19,10 +19,8 @@ from recon.errors import ReconError
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 from recon.study import cluster as clusters
-from recon.study import side_by_side
-from recon.study.cluster import Ray, settings, spread
+from recon.study.cluster import Ray, hollow, settings, spread, weights
 from recon.study.record import read_record
-from recon.study.side_by_side import weights, with_weights
 from recon.study.studies import grid, run_study
 
 
@@ -139,12 +137,12 @@ def test_a_decoder_arrives_without_weights_and_runs_on_those_that_it_is_given(fa
     cloudpickle = pytest.importorskip("ray.cloudpickle")
     model = make_model(family, **({"tie_word_embeddings": True} if family == "llama" else {}))
     decoder = decompose(model)
-    sent = cloudpickle.dumps(with_weights(decoder, {}).structure)
+    sent = cloudpickle.dumps(hollow(decoder, {}))
     assert not any(p.detach().numpy().tobytes() in sent for p in model.parameters() if p.ndim > 1)
     hidden = decoder.embed(random_tokens(2, 10))
     with torch.no_grad():
         for window in decoder.windows("block" if family in ENCODER_DECODERS else "half-block"):
-            one = with_weights(decoder, weights(decoder, window))
+            one = hollow(decoder, weights(decoder, window))
             with one.loaded(window):
                 assert torch.equal(one.forward(window, hidden), decoder.forward(window, hidden))
 
@@ -169,7 +167,7 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
     with one_thread():
         for executor in ("serial", Ray()):
             made[executor] = copy.deepcopy(pruned)
-            execution = Execution(progress=False, loop=side_by_side.loop(executor, "dense"))
+            execution = Execution(progress=False, loop=clusters.loop(executor, "dense"))
             reports[executor] = recon.reconstruct(
                 made[executor], dense, samples, config, masks=masks, held_out=held_out, execution=execution
             )
