@@ -164,6 +164,7 @@ class Bench:
     def __call__(self) -> None:
         from recon.study import bench
 
+        logging.getLogger("recon").setLevel(logging.WARNING)  # says not what each run will take
         print(bench.table(bench.bench(**vars(self))).round(3).to_string())
         print(f"\nresults: {self.output}")
 
