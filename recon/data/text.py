@@ -4,14 +4,16 @@ Every text is a list of documents in a fixed order, dealt to three disjoint spli
 and tokenised at once, and every sample begins as the tokenizer begins a text.
 """
 
+import functools
 import hashlib
 import json
+import re
 from importlib import metadata
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
+from pandas import read_parquet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,44 +25,46 @@ from recon.runtime.storage import derived_folder, once
 SPLITS = ("calibration", "validation", "evaluation")
 TEXTS: dict[str, str] = {name: text["description"] for name, text in assets.TABLE["texts"].items()}
 BUNDLED = {"wikipedia": ["enwiki-sample"], "news": ["lee-background", "lee"], "code": assets.CODE}  # the assets of a text
+FORMATS = (".txt", ".jsonl", ".parquet")  # of files: paragraphs parted by blank lines; rows with a string "text"
 SEPARATOR = "\n\n"
 PROBE = "The quick brown fox jumps over the lazy dog."  # tells what a tokenizer puts around a text
-# The documents of each split, by their position modulo 8. News is short, so half of it is for evaluation.
-DEAL = {"calibration": {0, 1, 2, 4, 6}, "validation": {5}, "evaluation": {3, 7}}
-DEAL_NEWS = {"calibration": {1, 3, 7}, "validation": {5}, "evaluation": {0, 2, 4, 6}}
-DEAL_C4_TRAIN = {"calibration": {0, 1, 2, 3, 4, 6, 7}, "validation": {5}}
-
 # Where the Hub keeps a text, and the most documents of each part: 24,000 pages of C4 are about 10 million calibration tokens (2,048
 # samples of 4,096 fit), and 1,100 pages are the published protocol's evaluation text. `path` may also be a local folder.
 HUB: dict[str, dict] = {name: text["hub"] for name, text in assets.TABLE["texts"].items() if "hub" in text}
+PARTS = {
+    "c4": {"calibration": "train", "validation": "train", "evaluation": "validation"},
+    "wikitext2": {"calibration": "train", "validation": "validation", "evaluation": "test"},
+}
+# The documents of each split, by their position modulo 8; a split that is not named has all. News is short: half of it is for evaluation.
+DEAL = {"calibration": {0, 1, 2, 4, 6}, "validation": {5}, "evaluation": {3, 7}}
+DEALS = {
+    "news": {"calibration": {1, 3, 7}, "validation": {5}, "evaluation": {0, 2, 4, 6}},
+    "c4": {"calibration": {0, 1, 2, 3, 4, 6, 7}, "validation": {5}},
+    "wikitext2": {},
+}
 CLEANING = 1  # raise it when `wikitext.prose` changes: the cleaned Wikipedia articles are cached under this number
 SHORTEST_ARTICLE = 1000  # characters; stubs and disambiguation pages leave less
-# tokenizer -> {(text, split, whether with special tokens, time of change): tokens}; an entry disappears together with its tokenizer
-_TOKENS: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def documents(name: str, split: str) -> list[str]:
-    """The documents of one split of a text, in order.
+    """The documents of one split ("calibration", "validation" or "evaluation") of a text, in order; no document is in two splits.
 
-    Args:
-        name: a key of `TEXTS`, or the path of a .txt (paragraphs parted by blank lines), .jsonl (key "text") or
-            .parquet (column "text") file.
-        split: "calibration", "validation" or "evaluation"; no document is in two of them.
+    name: a key of `TEXTS`, or the path of a file in one of `FORMATS`.
 
-    Raises:
-        ReconError: unknown text or split, an unreadable or malformed file, a Hub that cannot be reached.
+    Raises `ReconError` for an unknown text or split, an unreadable or malformed file, a Hub that cannot be reached.
     """
     if split not in SPLITS:
         raise ReconError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    if name == "wikitext2":
-        return _hub(name, {"calibration": "train", "validation": "validation", "evaluation": "test"}[split])
-    if name == "c4" and split == "evaluation":  # C4's validation file is for evaluation only
-        return _hub(name, "validation")
-    read = {"c4": lambda: _hub("c4", "train"), "news": _news, "code": _code, "wikipedia": _wikipedia}
-    texts = read[name]() if name in read else _read_file(_local(name))
-    deal = {"c4": DEAL_C4_TRAIN, "news": DEAL_NEWS}.get(name, DEAL)
+    if name in PARTS:
+        texts = _hub(name, PARTS[name][split])
+    elif name in BUNDLED:
+        texts = {"news": _news, "code": _code, "wikipedia": _wikipedia}[name]()
+    else:
+        texts = _read_file(name)
+    if (positions := DEALS.get(name, DEAL).get(split)) is None:
+        return texts
     # Repeated documents count once, or the same document could be in two splits.
-    return [text for position, text in enumerate(dict.fromkeys(texts)) if position % 8 in deal[split]]
+    return [text for position, text in enumerate(dict.fromkeys(texts)) if position % 8 in positions]
 
 
 def sample_tokens(
@@ -75,9 +79,7 @@ def sample_tokens(
         protocol: "samples"; or "joined", the protocol of published perplexities (Frantar & Alistarh 2023, arXiv 2301.00774): the joined
             documents with the tokenizer's special tokens are cut into windows, so that only the first begins as a text does.
 
-    Raises:
-        ReconError: as `documents` and `beginning`; an unknown protocol; an empty split; no samples, or more than the split holds;
-            a length without room for text.
+    Raises `ReconError` as `documents` and `beginning`, and if there is no protocol, split, number of samples or length as asked for.
     """
     if protocol not in PROTOCOLS or samples < 1:
         raise ReconError(f"{samples} samples of protocol {protocol!r}; allowed: at least 1, and one of {', '.join(PROTOCOLS)}")
@@ -87,7 +89,9 @@ def sample_tokens(
         raise ReconError(
             f"sequence_length must be at least {least} tokens, not {sequence_length}: the tokenizer puts {len(front)} in front of a text"
         )
-    tokens, length = _tokens(name, split, tokenizer, special=protocol == "joined"), sequence_length - len(front)
+    file, length = Path(name).expanduser(), sequence_length - len(front)
+    changed = file.stat().st_mtime_ns if file.is_file() else None  # it may be edited while this process lasts
+    tokens = _tokens(name, split, tokenizer, protocol == "joined", changed)
     available = len(tokens) // length
     if samples > available:
         raise ReconError(
@@ -100,9 +104,9 @@ def sample_tokens(
 
 
 def beginning(tokenizer) -> list[int]:
-    """The tokens that `tokenizer` puts in front of every text by default, such as `<bos>`; none where it puts none.
+    """The tokens that `tokenizer` puts in front of every text by default, such as `<bos>`, if any.
 
-    Raises `ReconError` where that cannot be told: a text's own tokens are not there, just once, among those with special tokens.
+    Raises `ReconError` if that cannot be told: a text's own tokens are not there, just once, among those with special tokens.
     """
     text, whole = (list(tokenizer(PROBE, add_special_tokens=special).input_ids) for special in (False, True))
     starts = [start for start in range(len(whole)) if whole[start : start + len(text)] == text]
@@ -121,32 +125,28 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256(json.dumps([documents(name, split) for split in SPLITS]).encode()).hexdigest()
 
 
-def _tokens(name: str, split: str, tokenizer, special: bool) -> torch.LongTensor:
-    """All tokens of a split, shape (tokens,), kept for as long as the tokenizer lives; those of a bundled text also in the cache.
+@functools.lru_cache(maxsize=8)
+def _tokens(name: str, split: str, tokenizer, special: bool, changed: int | None) -> torch.LongTensor:
+    """All tokens of a split, (tokens,), `special` ones that the tokenizer adds by default or not; of a bundled text kept in the cache.
 
-    special: with the special tokens that the tokenizer adds by default.
+    changed: when a file was edited, if it is one.
     """
-    kept = _TOKENS.setdefault(tokenizer, {})
-    key = (name, split, special, name not in TEXTS and _local(name).stat().st_mtime_ns)  # a local file may be edited
-    if key in kept:
-        return kept[key]
     text = SEPARATOR.join(documents(name, split))
     if not text.strip():
         raise ReconError(f"the {split} split of text {name!r} is empty: it has too few documents, which are dealt by position")
-
-    folder = None
 
     def tokenise() -> Tensor:
         # verbose=False: no warning about a text that is longer than the model's context, which is intended here.
         return tokenizer(text, add_special_tokens=special, return_tensors="pt", verbose=False).input_ids[0]
 
     backend, file = getattr(tokenizer, "backend_tokenizer", None), "tokens.safetensors"
-    if name in BUNDLED and backend is not None:  # it takes seconds, and hundreds of bytes a token
-        decisive = json.dumps([text, backend.to_str(), special, metadata.version("tokenizers")])
-        folder = derived_folder(f"tokens-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}")
-        once(folder, lambda folder: save_file({"tokens": tokenise().int()}, folder / file))
-    kept[key] = load_file(folder / file)["tokens"].long() if folder else tokenise()
-    return kept[key]
+    if name not in BUNDLED or backend is None:
+        return tokenise()
+    # It takes seconds, and hundreds of bytes a token.
+    decisive = json.dumps([text, backend.to_str(), special, metadata.version("tokenizers")])
+    folder = derived_folder(f"tokens-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}")
+    once(folder, lambda folder: save_file({"tokens": tokenise().int()}, folder / file))
+    return load_file(folder / file)["tokens"].long()
 
 
 def _news() -> list[str]:
@@ -170,7 +170,7 @@ def _wikipedia() -> list[str]:
                 if len(text) >= SHORTEST_ARTICLE:
                     file.write(json.dumps({"title": title, "text": text}) + "\n")
 
-    return _json_lines(assets.derived("wikipedia", BUNDLED["wikipedia"], CLEANING, make) / "articles.jsonl")
+    return _read_file(assets.derived("wikipedia", BUNDLED["wikipedia"], CLEANING, make) / "articles.jsonl")
 
 
 def _hub(name: str, part: str) -> list[str]:
@@ -189,38 +189,22 @@ def _hub(name: str, part: str) -> list[str]:
         ) from error
 
 
-def _local(name: str) -> Path:
-    """The readable, supported file that `name` is the path of."""
+def _read_file(name: str | Path) -> list[str]:
+    """The documents in a file of one of `FORMATS` that are not empty."""
     path = Path(name).expanduser()
-    if path.suffix.lower() not in READERS or not path.is_file():
-        known = f"{', '.join(TEXTS)}, or the path of an existing {', '.join(READERS)} file"
+    kind = path.suffix.lower()
+    if kind not in FORMATS or not path.is_file():
+        known = f"{', '.join(TEXTS)}, or the path of an existing {', '.join(FORMATS)} file"
         raise ReconError(f"unknown text {name!r}; choose one of {known}")
-    return path
-
-
-def _read_file(path: Path) -> list[str]:
     try:
-        return [text for text in READERS[path.suffix.lower()](path) if text.strip()]
+        if kind == ".parquet":
+            texts = read_parquet(path, columns=["text"])["text"]
+        elif kind == ".jsonl":
+            texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8") if line.strip()]
+        else:
+            texts = re.split(r"\n\s*\n", f"\n\n{path.read_text(encoding='utf-8')}\n\n")
+        return [text for text in texts if text.strip()]
     except Exception as error:  # json and pyarrow each raise their own kinds
         raise ReconError(
             f"text file '{path}' cannot be read ({type(error).__name__}: {error}); rows of .jsonl and .parquet have a string \"text\""
         ) from error
-
-
-def _paragraphs(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return ["\n".join(block) for filled, block in groupby(lines, lambda line: bool(line.strip())) if filled]
-
-
-def _json_lines(path: Path) -> list[str]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines if line.strip()]
-
-
-def _parquet(path: Path) -> list[str]:
-    from pyarrow.parquet import read_table
-
-    return read_table(path, columns=["text"])["text"].to_pylist()
-
-
-READERS = {".txt": _paragraphs, ".jsonl": _json_lines, ".parquet": _parquet}

@@ -18,7 +18,7 @@ from recon.methods.statistics import FEW, over_blocks
 from recon.methods.structured import find_units, prune_units, set_bias
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
-from recon.model.matrices import Matrix
+from recon.model.structure import Matrix
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator

@@ -33,8 +33,8 @@ from recon.methods.samples import Split, split_samples
 from recon.methods.training import adapted, check_adaptable, check_trainable, finite, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
-from recon.model.matrices import factors, stored
 from recon.model.modules import requiring_gradients
+from recon.model.structure import factors, stored
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator

@@ -23,8 +23,8 @@ from recon.methods.samples import as_tokens
 from recon.methods.training import adapted, check_adaptable, check_trainable, finite, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
-from recon.model.matrices import stored
 from recon.model.modules import replaced, requiring_gradients
+from recon.model.structure import stored
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 

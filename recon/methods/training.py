@@ -17,7 +17,7 @@ from recon.kernels.adapters import LowRank
 from recon.kernels.gradient_descent import Schedule, Trained
 from recon.methods.callbacks import Callback
 from recon.model.decoder import Decoder
-from recon.model.matrices import Matrix
+from recon.model.structure import Matrix
 from recon.runtime.execution import Execution
 
 

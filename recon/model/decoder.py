@@ -17,10 +17,9 @@ from torch.utils._pytree import tree_map_only
 from recon.errors import ReconError
 from recon.model import experts
 from recon.model.experts import FusedProducts
-from recon.model.matrices import Matrix
 from recon.model.modules import Stop, first, placeholder_tokens, replaced, watched
 from recon.model.skeleton import Lazy, max_length
-from recon.model.structure import OTHER, Argument, Halves, Structure
+from recon.model.structure import OTHER, Argument, Halves, Matrix, Structure
 from recon.model.windows import Window, canonical, partition
 
 SHAPES = 64  # shapes of batches for which the blocks' arguments are kept
@@ -37,7 +36,6 @@ class Decoder:
     """
 
     reading = ""  # how a sample is divided before the model reads it, in words
-    divisible = True  # whether blocks may be divided
     stack_owners = ("",)  # paths of the modules that hold a list of blocks each
 
     def __init__(self, model: nn.Module, structure: Structure = Structure(), lazy: Lazy | None = None, calls: dict | None = None):
@@ -84,25 +82,15 @@ class Decoder:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Input of the first block for `tokens` (batch, length): (batch, length, hidden)."""
-        caught = []
-
-        def catch(index: int, hidden: Tensor, *args, **kwargs):
-            caught.append(hidden)
-            if index == self.starts[-1]:
-                raise Stop
-            return self.bypass(index, hidden, *args, **kwargs)
-
-        starts = {self.blocks[index]: partial(catch, index) for index in self.starts}
-        with self.loaded_embedding(), replaced(self.bypassed() | starts), contextlib.suppress(Stop):
-            self.run(tokens)
-        return torch.cat(caught, 1) if len(caught) > 1 else caught[0]
+        with self.loaded_embedding():
+            calls = self.observe(tokens, self.starts[-1])
+        return torch.cat([calls[index][0] for index in self.starts], 1)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The model's logits (batch, length, vocabulary) if its last block returns `hidden` (batch, length, hidden).
 
-        The model's own forward runs with its blocks by-passed, so final norms, scalings and soft caps are the model's own.
-        `tokens` (batch, length) give the shape only. Both are `predicted` parts.
+        The model's own forward runs, with its blocks by-passed. `tokens` (batch, length) give the shape only. Both are `predicted` parts.
         """
         with self.loaded_head(), replaced(self.bypassed(-1, hidden)):
             return self.run_head(tokens).logits
@@ -110,8 +98,7 @@ class Decoder:
     def forward(self, window: Window, hidden: Tensor) -> Tensor:
         """Output of `window` for its input `hidden` (batch, length, input width).
 
-        For windows made of blocks or halves, both are the residual stream; for a window of matrices that share an input,
-        the output is the concatenation of their outputs.
+        Both are the residual stream; but the output of matrices that share an input is the concatenation of theirs.
         """
         if window.matrices:
             return torch.cat([self.model.get_submodule(name)(hidden) for name in window.matrices], dim=-1)
@@ -120,10 +107,7 @@ class Decoder:
         return hidden
 
     def run_block(self, index: int, hidden: Tensor, silenced: Mapping[str, Callable] = {}) -> Tensor:
-        """Output of block `index` for its input `hidden`, both (batch, length, hidden).
-
-        silenced: child of the block -> what runs in its place; see `Halves.silenced`.
-        """
+        """Output of block `index` for its input `hidden`, both (batch, length, hidden); silenced: see `Halves.silenced`."""
         block, (args, kwargs) = self.blocks[index], self.call(hidden)[index]
         with replaced({block.get_submodule(child): stub for child, stub in silenced.items()}):
             return first(block(hidden, *args, **kwargs))
@@ -139,32 +123,24 @@ class Decoder:
             return hidden
         return (hidden, *(named.get(value.name) if isinstance(value, Argument) else value for value in beside))
 
-    def bypassed(self, last: int = -1, hidden: Tensor | None = None) -> dict[nn.Module, Callable]:
-        """Stand-ins for all blocks: each returns its input, and block `last` returns `hidden` instead, if given."""
+    def bypassed(self, last: int, hidden: Tensor) -> dict[nn.Module, Callable]:
+        """Stand-ins for all blocks: each returns its input, but block `last` returns `hidden`."""
         stubs = {block: partial(self.bypass, index) for index, block in enumerate(self.blocks)}
-        if hidden is not None:
-            stubs[self.blocks[last]] = lambda own, *args, **kwargs: self.bypass(last, hidden, *args, **kwargs)
+        stubs[self.blocks[last]] = lambda own, *args, **kwargs: self.bypass(last, hidden, *args, **kwargs)
         return stubs
 
     @torch.no_grad()
     def inputs(self, window: Window, hidden: Tensor) -> Tensor:
-        """Input of `window`, (batch, length, input width).
-
-        hidden: input of its first block (or half), (batch, length, hidden).
-        """
-        if not window.matrices:
-            return hidden
-        caught = []
+        """What the matrices of `window` read, (batch, length, in), if their block reads `hidden` (batch, length, hidden)."""
+        caught, name = [], window.matrices[0]
 
         def stop(name, args, kwargs):
             caught.append(args[0])
             raise Stop
 
-        name = window.matrices[0]
         with watched({name: self.model.get_submodule(name)}, stop), contextlib.suppress(Stop):
             self.run_block(window.blocks[0], hidden)
-        # Some blocks (OPT's) flatten batch and length into one axis.
-        return caught[0].reshape(*hidden.shape[:2], -1)
+        return caught[0].reshape(*hidden.shape[:2], -1)  # some blocks (OPT's) flatten batch and length into one axis
 
     @contextlib.contextmanager
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
@@ -177,10 +153,7 @@ class Decoder:
             yield
 
     def using(self, window: Window, weights: dict[str, Tensor]) -> contextlib.AbstractContextManager:
-        """Context in which experts of `window` that are multiplied alone use `weights` instead. It can be entered more than once.
-
-        weights: by matrix name, laid out as stored.
-        """
+        """Context, to be entered at will, in which experts of `window` that are multiplied alone use `weights`: by name, as stored."""
         return FusedProducts(experts.fused(self.matrices(window)), use=weights)
 
     def call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
@@ -198,20 +171,24 @@ class Decoder:
             self.calls[key] = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls)
         return self.calls[key]
 
-    def observe_calls(self, tokens: Tensor, stand_in: Callable | None = None) -> list[tuple[tuple, dict]]:
-        """The arguments of each block beside hidden states, from a pass in which the blocks are by-passed.
+    def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
+        """The arguments of each block beside hidden states, which do not matter, when the model reads `tokens`."""
+        return [(args, kwargs) for _, args, kwargs in self.observe(tokens, len(self.blocks) - 1)]
 
-        stand_in: returns what a block returns instead, from its number, its own forward, and its arguments.
+    def observe(self, tokens: Tensor, last: int, stand_in: Callable | None = None) -> list[tuple[Tensor, tuple, dict]]:
+        """What each block up to number `last` is called with: hidden states, other arguments, and those by name.
+
+        stand_in: returns what a block returns, from its number, its own forward, and these; default: the block is by-passed.
         """
-        calls: list[tuple[tuple, dict]] = []
+        calls: list[tuple[Tensor, tuple, dict]] = []
 
-        def observe(index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
-            calls.append((args, kwargs))
-            if len(calls) == len(self.blocks):
+        def note(index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
+            calls.append((hidden, args, kwargs))
+            if index == last:
                 raise Stop
             return stand_in(index, forward, hidden, *args, **kwargs) if stand_in else self.bypass(index, hidden, *args, **kwargs)
 
-        stubs = {block: partial(observe, index, block.forward) for index, block in enumerate(self.blocks)}
+        stubs = {block: partial(note, index, block.forward) for index, block in enumerate(self.blocks)}
         with replaced(stubs), contextlib.suppress(Stop):
             self.run(tokens)
         return calls
@@ -220,13 +197,13 @@ class Decoder:
         """Forgets what blocks are called with. To be called when weights have changed that it may be computed from."""
         self.calls = {}
 
-    def present(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
+    def present(self, parameters: Iterable[Tensor]) -> contextlib.AbstractContextManager:
         """Context in which `parameters` are in memory; they always are if the model is no skeleton."""
         return nullcontext() if self.lazy is None else self.lazy.present(parameters)
 
     def loaded(self, window: Window) -> contextlib.AbstractContextManager:
         """Context in which everything that it takes to run `window` is in memory."""
-        return self.present(tensor for tensor in self.needed(window) if isinstance(tensor, nn.Parameter))
+        return self.present(self.needed(window))
 
     def loaded_embedding(self) -> contextlib.AbstractContextManager:
         """Context in which everything before the first block is in memory."""
@@ -239,7 +216,7 @@ class Decoder:
         return self.present(p for name, p in self.ends.items() if name not in self.structure.embedding and p not in skipped)
 
     def head_weights(self) -> list[nn.Parameter]:
-        """The weight of the output head, which may be the embedding's as well; empty if there is no head."""
+        """The weight of the output head, which may be the embedding's as well, if there is a head."""
         head = self.model.get_output_embeddings()
         return [] if head is None else [head.weight]
 
@@ -278,8 +255,8 @@ class Decoder:
         if granularity == "matrix":
             if routed := next((name for name, matrix in self.matrices().items() if matrix.routed), None):
                 raise ReconError(
-                    f"matrix windows do not fit this model: {type(self.model).__name__} has experts, such as {routed!r}, each of which "
-                    "reads tokens of its own; use half-block, block or a larger granularity"
+                    f"matrix windows do not fit {type(self.model).__name__}: it has experts, such as {routed!r}, which read tokens of "
+                    "their own; use half-block, block or a larger granularity"
                 )
             groups = [(index, group, group == groups[-1]) for index, groups in enumerate(self.groups) for group in groups]
             return [Window(range(index, index + 1), matrices=group, ends_block=last) for index, group, last in groups]

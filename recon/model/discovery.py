@@ -1,7 +1,7 @@
 """Decomposes a model: finds by running it how it is built, and checks that its pieces give its own output.
 
 No architecture is known here by name. The blocks are the largest list of modules that run, and what is in them is found by watching
-and silencing their children; see `recon.model.groups` and `recon.model.halves`.
+and silencing their children; see `recon.model.inside`.
 """
 
 import contextlib
@@ -12,15 +12,24 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.encoder_decoder import EncoderDecoder
-from recon.model.groups import find_matrices
-from recon.model.halves import find_halves
-from recon.model.modules import distance, kind_of, probe_tokens, replaced, tolerance, watched
+from recon.model.inside import find_halves, find_matrices
+from recon.model.modules import (
+    distance,
+    kind_of,
+    placeholder_tokens,
+    probe_tokens,
+    replaced,
+    requiring_gradients,
+    tolerance,
+    watched,
+)
 from recon.model.skeleton import Lazy, made_up
-from recon.model.structure import BlockStructure, Structure, beside
+from recon.model.structure import Argument, BlockStructure, Structure
 
 log = logging.getLogger("recon")
 
@@ -61,20 +70,19 @@ def find_blocks(decoder: Decoder, within: str = "") -> str:
     Raises:
         ReconError: the model does not run, or there is no such list whose members run once each; names the lists there are.
     """
-    model, kind, runs = decoder.model, type(decoder.model).__name__, decoder.lazy is None
+    model, kind = decoder.model, type(decoder.model).__name__
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(within))
     lists = {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
-    ran = Counter({} if runs else {name: len(children) for name, children in lists.items()})
+    ran = Counter({name: len(children) for name, children in lists.items()} if decoder.lazy else ())
     children = {(name, index): child for name, children in lists.items() for index, child in enumerate(children)}
     with watched(children, lambda key, args, kwargs: ran.update([key[0]])):
         try:
-            if lists and runs:
+            if lists and not decoder.lazy:
                 decoder.run(probe_tokens(model))
         except Exception as error:  # a model may raise anything if it needs more than text
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             raise ReconError(f"{kind} does not run on tokens alone ({said}); models of text are supported") from error
-    path = max((name for name in lists if ran[name]), key=sizes.__getitem__, default=None)
+    path = max((name for name in lists if ran[name]), key=lambda name: _size(lists[name]), default=None)
     if path is None or ran[path] != len(lists[path]):
         known = "; ".join(f"{name!r}, {len(children)} modules, run {ran[name]} times" for name, children in lists.items())
         raise ReconError(
@@ -82,6 +90,10 @@ def find_blocks(decoder: Decoder, within: str = "") -> str:
             f"forward pass; it has {known or 'no such list'}"
         )
     return path
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _find_structure(decoder: Decoder) -> None:
@@ -96,8 +108,9 @@ def _find_structure(decoder: Decoder) -> None:
         decoder.structure = replace(decoder.structure, blocks=tuple(known[original] for original in originals))
 
     def note_output(index: int, args: tuple, kwargs: dict, output) -> None:
-        if index in known:
-            note(index, beside=beside(output, args[1:], kwargs))
+        if index in known and isinstance(output, tuple | list):
+            names = {id(value): name for name, value in (*enumerate(args[1:]), *kwargs.items()) if isinstance(value, Tensor)}
+            note(index, beside=tuple(Argument(names[id(value)]) if id(value) in names else value for value in output[1:]))
 
     with contextlib.ExitStack() as stack:
         running = range(len(blocks))
@@ -110,7 +123,11 @@ def _find_structure(decoder: Decoder) -> None:
         with watched({index: blocks[index] for index in running}, after=note_output):
             expected = decoder.run(tokens).logits
         _check_apart(decoder)
-        _find_embedding(decoder, tokens)
+        # Parameters outside the blocks whose modules run before the first block.
+        owners, embedding = {name: model.get_submodule(name.rpartition(".")[0]) for name in decoder.ends}, set()
+        with watched(owners, lambda name, args, kwargs: embedding.add(name)):
+            decoder.embed(tokens)
+        decoder.structure = replace(decoder.structure, embedding=frozenset(embedding), shared=_shared(decoder))
         _check_causal(decoder, tokens, expected)
         _check_composition(decoder, tokens.flip(1)[:, 1:], running)
         hidden = decoder.embed(tokens)
@@ -118,7 +135,7 @@ def _find_structure(decoder: Decoder) -> None:
         for index in range(len(blocks)):
             if index in known:
                 note(index, **find_matrices(decoder, index, hidden))
-                if decoder.divisible:
+                if not isinstance(decoder, EncoderDecoder):
                     note(index, halves=find_halves(decoder, index, hidden))
             hidden = decoder.run_block(index, hidden) if index in running else decoder.skip_block(index, hidden)
     dense = [f"{path}.{name}" for path, block in zip(decoder.names, decoder.structure.blocks) for name in block.dense]
@@ -129,13 +146,14 @@ def _find_structure(decoder: Decoder) -> None:
         )  # fmt: skip
 
 
-def _find_embedding(decoder: Decoder, tokens: Tensor) -> None:
-    """Notes the parameters outside the blocks whose modules run before the first block."""
-    embedding: set[str] = set()
-    owners = {name: decoder.model.get_submodule(name.rpartition(".")[0]) for name in decoder.ends}
-    with watched(owners, lambda name, args, kwargs: embedding.add(name)):
-        decoder.embed(tokens)
-    decoder.structure = replace(decoder.structure, embedding=frozenset(embedding))
+def _shared(decoder: Decoder) -> frozenset[str]:
+    """Full names of the blocks' parameters that other blocks' arguments are computed from."""
+    inside = {name: parameter for name, parameter in decoder.model.named_parameters() if name not in decoder.ends}
+    with torch.enable_grad(), requiring_gradients(inside.values()):
+        calls = decoder.observe_calls(placeholder_tokens(decoder.model, (1, 2)))
+        computed = [leaf.sum() for leaf in tree_leaves(calls) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        gradients = torch.autograd.grad(computed, list(inside.values()), allow_unused=True) if computed else ()
+    return frozenset(name for name, gradient in zip(inside, gradients) if gradient is not None)
 
 
 def _check_apart(decoder: Decoder) -> None:

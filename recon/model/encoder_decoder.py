@@ -1,17 +1,15 @@
 """An encoder-decoder as a chain of blocks: the encoder's, then the decoder's."""
 
-import functools
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
-from itertools import chain
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
-from recon.model.modules import first, placeholder_tokens, replaced, requiring_gradients
+from recon.model.modules import first, placeholder_tokens, replaced, watched
 from recon.model.skeleton import placeholder
 from recon.model.windows import Window, canonical
 
@@ -30,7 +28,6 @@ class EncoderDecoder(Decoder):
     """
 
     reading = "the encoder reads the first half of each sample, and the decoder predicts the second"
-    divisible = False
     _observing = False  # while blocks run for the arguments of others
 
     @property
@@ -67,47 +64,26 @@ class EncoderDecoder(Decoder):
 
     def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
         """As in a causal LM; the encoder's output is replaced by `_ENCODED`."""
-        return self._observe(tokens, self.shared)
-
-    def _observe(self, tokens: Tensor, shared: Collection[str]) -> list[tuple[tuple, dict]]:
         encoded: list[Tensor] = []
-        hook = self.model.get_encoder().register_forward_hook(lambda module, args, output: encoded.append(output[0]))
         self._observing = True
         try:
-            calls = super().observe_calls(tokens, partial(self._stand_in, shared))
+            with watched({"": self.model.get_encoder()}, after=lambda name, args, kwargs, output: encoded.append(output[0])):
+                calls = self.observe(tokens, len(self.blocks) - 1, self._stand_in)
         finally:
             self._observing = False
-            hook.remove()
-        return tree_map(lambda leaf: _ENCODED if leaf is encoded[0] else leaf, calls)
+        return tree_map(lambda leaf: _ENCODED if leaf is encoded[0] else leaf, [(args, kwargs) for _, args, kwargs in calls])
 
-    def _stand_in(self, shared: Collection[str], index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
-        """Runs a block that computes arguments of others, such as biases of relative positions, and by-passes any other.
-
-        Weights are placeholders, except those called `shared`.
-        """
-        block, homes = self.blocks[index], []
+    def _stand_in(self, index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
+        """Runs a block that computes arguments of others, with placeholders for weights that those do not take; by-passes any other."""
+        block, path, shared = self.blocks[index], self.names[index], self.structure.shared
         if not any(isinstance(value, Tensor) for value in self.structure.blocks[index].beside or ()):
             return self.bypass(index, hidden, *args, **kwargs)
-        try:
-            for name, tensor in chain(block.named_parameters(), block.named_buffers()):
-                homes.append((tensor, tensor.data))
-                known = f"{self.names[index]}.{name}" in shared or not isinstance(tensor, nn.Parameter)
-                tensor.data = tensor.data.to(hidden.device) if known else placeholder(tensor.shape, tensor.dtype, hidden.device)
-            return forward(hidden, *args, **kwargs)
-        finally:
-            for tensor, home in homes:
-                tensor.data = home
-
-    @functools.cached_property
-    def shared(self) -> frozenset[str]:
-        """Full names of the blocks' parameters that other blocks' arguments are computed from."""
-        blocks = zip(self.names, self.blocks, strict=True)
-        inside = {f"{path}.{name}": p for path, block in blocks for name, p in block.named_parameters()}
-        with torch.enable_grad(), self.loaded_embedding(), requiring_gradients(inside.values()):
-            calls = self._observe(placeholder_tokens(self.model, (1, 2)), ())
-            computed = [leaf.sum() for leaf in tree_leaves(calls) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            gradients = torch.autograd.grad(computed, list(inside.values()), allow_unused=True) if computed else ()
-        return frozenset(name for name, gradient in zip(inside, gradients) if gradient is not None)
+        tensors = {name: each.to(hidden.device) for name, each in (*block.named_parameters(), *block.named_buffers())}
+        for name, parameter in block.named_parameters():
+            if shared is not None and f"{path}.{name}" not in shared:
+                tensors[name] = placeholder(parameter.shape, parameter.dtype, hidden.device)
+        with replaced({block: forward}):
+            return functional_call(block, tensors, (hidden, *args), kwargs)
 
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]):
         """As in a causal LM; not while blocks run for the arguments of others."""
@@ -115,7 +91,7 @@ class EncoderDecoder(Decoder):
 
     def needed(self, window: Window) -> list[Tensor]:
         """As in a causal LM, with shared parameters; for the encoder's last block, with all of the encoder but blocks and embedding."""
-        tensors = super().needed(window) + [self.model.get_parameter(name) for name in sorted(self.shared)]
+        tensors = super().needed(window) + [self.model.get_parameter(name) for name in sorted(self.structure.shared)]
         if self.starts[1] - 1 in window.blocks:
             encoder = self.model.get_encoder()
             others = {id(each) for module in (self.blocks, encoder.get_input_embeddings()) for each in _tensors(module)}
@@ -123,7 +99,7 @@ class EncoderDecoder(Decoder):
         return list({id(tensor): tensor for tensor in tensors}.values())
 
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in super().trained(window, what).items() if name not in self.shared}
+        return {name: p for name, p in super().trained(window, what).items() if name not in self.structure.shared}
 
     def windows(self, granularity: str) -> list[Window]:
         if canonical(granularity) in ("matrix", "half-block"):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from recon.model.matrices import Matrix
+from recon.model.structure import Matrix
 
 
 @dataclass(frozen=True)

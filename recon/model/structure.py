@@ -1,13 +1,78 @@
 """How a model is built: what `recon.decompose` finds once, and all models of the same architecture share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
-from recon.model.matrices import Matrix
+import torch
+from torch import Tensor, nn
 
 OTHER = {"attention": "mlp", "mlp": "attention"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A prunable matrix of a block, as a view (out, in): the weight of a module, or one expert's part of a parameter of several."""
+
+    name: str  # full name of the module, or of the parameter with the expert's number in brackets
+    module: nn.Module | None = None  # holds the parameter; None in a `Structure`, where names are relative to the block
+    expert: int | None = None  # which of the matrices in the parameter this is; None: it is the only one
+    experts: int = 1  # how many matrices are in the parameter
+    transposed: bool = False  # stored as (in, out)
+    share: float = 1.0  # mean fraction of all tokens that it reads: less than 1 for an expert
+    routed: bool = False  # reads only tokens that are sent to it, as an expert does
+    alone: bool = True  # multiplied by itself, and not together with those of other experts
+
+    def within(self, path: str, block: nn.Module) -> "Matrix":
+        """The matrix of `block`, whose full name is `path`, that has this one's name within the block."""
+        return replace(self, name=f"{path}.{self.name}", module=block.get_submodule(self.parameter_name.rpartition(".")[0]))
+
+    @property
+    def parameter_name(self) -> str:
+        """Full name of the parameter that holds the matrix."""
+        return f"{self.name}.weight" if self.expert is None else self.name.rpartition("[")[0]
+
+    @property
+    def bias_name(self) -> str:
+        """Full name that the parameter with the matrix's bias has, if there is one."""
+        return f"{self.name}.bias" if self.expert is None else f"{self.parameter_name}_bias"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the matrix, as it is stored."""
+        return getattr(self.module, self.parameter_name.rpartition(".")[2])
+
+    @property
+    def part(self) -> Tensor:
+        """The part of the parameter that is the matrix, laid out as it is stored: a view."""
+        if self.expert is None:
+            return self.parameter
+        return self.parameter.view(self.experts, -1, self.parameter.shape[-1])[self.expert]
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (out, in): a view, also if it is stored transposed."""
+        return self.oriented(self.part)
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """`stored` (laid out as the matrix is stored) as (out, in), and the reverse; a view."""
+        return stored.T if self.transposed else stored
+
+
+def factors(mask: Tensor, device: torch.device) -> Tensor:
+    """`mask` as what weights are multiplied by on `device`: bool, or 0 and 1 on CPUs, where a product with booleans takes long."""
+    return mask.to(device, torch.bfloat16 if device.type == "cpu" else torch.bool)
+
+
+def stored(matrices: dict[str, Matrix], masks: dict[str, Tensor], device: torch.device) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters that hold `matrices`, each with its mask (see `factors`), laid out as the parameter is.
+
+    masks: bool (out, in) by matrix name.
+    """
+    parts: dict[nn.Parameter, list[Tensor]] = {}
+    for name, matrix in matrices.items():
+        parts.setdefault(matrix.parameter, []).append(factors(matrix.oriented(masks[name]), device))
+    # Experts are in the same order in the parameter as in `matrices`.
+    return [(p, found[0] if len(found) == 1 else torch.stack(found).view(p.shape)) for p, found in parts.items()]
 
 
 @dataclass(frozen=True)
@@ -15,17 +80,6 @@ class Argument:
     """Stands, in what a block returned, for an argument that it handed on: its number, or its name."""
 
     name: int | str
-
-
-def beside(output, args: tuple, kwargs: dict) -> tuple | None:
-    """What a block returned beside hidden states, with an `Argument` for each of its arguments; None: hidden states alone.
-
-    args, kwargs: the block's arguments beside its hidden states.
-    """
-    if not isinstance(output, tuple | list):
-        return None
-    names = {id(value): name for name, value in (*enumerate(args), *kwargs.items()) if isinstance(value, Tensor)}
-    return tuple(Argument(names[id(value)]) if id(value) in names else value for value in output[1:])
 
 
 @dataclass(frozen=True)
@@ -52,7 +106,8 @@ class Halves:
 class BlockStructure:
     """How a block is built. All names are relative to the block, so blocks that are built alike share one structure."""
 
-    beside: tuple | None = None  # see the function of this name
+    # What it returns beside hidden states, with an `Argument` for each of its arguments; None: hidden states alone.
+    beside: tuple | None = None
     groups: tuple[tuple[str, ...], ...] = ()  # matrices in the order in which they run; those of a group read the same input
     matrices: dict[str, Matrix] = field(default_factory=dict)  # by name, in the same order, without modules
     dense: tuple[str, ...] = ()  # linear modules that are not pruned, as they did not run as modules
@@ -66,3 +121,5 @@ class Structure:
     stacks: tuple[str, ...] = ()  # paths of the lists of blocks, in the order in which they run
     blocks: tuple[BlockStructure, ...] = ()  # of all stacks
     embedding: frozenset[str] = frozenset()  # names of the parameters that the first block's input depends on
+    # Names of the blocks' parameters that other blocks' arguments are computed from, such as biases of relative positions.
+    shared: frozenset[str] | None = None  # None: this was not found out yet

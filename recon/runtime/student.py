@@ -7,8 +7,8 @@ from torch import Tensor
 
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
-from recon.model.matrices import Matrix
 from recon.model.skeleton import Lazy, Read, second
+from recon.model.structure import Matrix
 from recon.runtime.storage import Storage
 
 

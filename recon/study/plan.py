@@ -23,10 +23,9 @@ from recon.kernels.moments import triangle
 from recon.methods.samples import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
-from recon.model.encoder_decoder import EncoderDecoder
-from recon.model.matrices import Matrix
 from recon.model.modules import kind_of
 from recon.model.skeleton import Lazy, skeleton
+from recon.model.structure import Matrix
 from recon.model.windows import Window
 from recon.runtime import device as devices
 from recon.runtime.device import HOST
@@ -57,10 +56,7 @@ def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool =
     made = skeleton(config)
     made.tie_weights()
     Lazy(made, lambda names: iter(()))
-    structure = _structure(config)
-    decoder = decompose(made, like=structure)
-    if isinstance(decoder, EncoderDecoder):  # learnt by running blocks, which with some masks takes values
-        decoder.shared = structure.shared
+    decoder = decompose(made, like=_structure(config))
     for block in decoder.blocks:
         block.to_empty(device="meta")
     return decoder

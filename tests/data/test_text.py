@@ -44,7 +44,7 @@ def test_bundled_splits_are_disjoint_and_not_empty(name, count):
 def test_documents_are_dealt_by_position_and_count_once(paragraphs, tmp_path):
     found = {split: {int(d[4:].split("x")[0]) % 8 for d in text.documents(paragraphs, split)} for split in text.SPLITS}
     assert found == text.DEAL and len(every(paragraphs)) == 40
-    for deal in (text.DEAL, text.DEAL_NEWS):
+    for deal in (text.DEAL, text.DEALS["news"]):
         assert sorted(place for places in deal.values() for place in places) == list(range(8))
     file = tmp_path / "twice.txt"
     file.write_text("\n\n".join(["same"] * 8 + [f"other {n}" for n in range(7)]))
@@ -198,7 +198,7 @@ def write(path, documents):
 
 def test_all_formats_read_the_same_and_fingerprints_tell_texts_apart(tmp_path):
     documents = [f"paragraph {n}\nwith a second line é" for n in range(16)]
-    names = [write(tmp_path / f"text{suffix}", documents) for suffix in text.READERS]
+    names = [write(tmp_path / f"text{suffix}", documents) for suffix in text.FORMATS]
     for name in names:
         assert [len(text.documents(name, split)) for split in text.SPLITS] == [10, 2, 4]
         assert text.documents(name, "validation") == [documents[5], documents[13]]

@@ -104,7 +104,7 @@ def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
     """Biases of relative positions: each block is called with those of its own model, however it was trained or where it came from."""
     dense, tokens = made("t5"), random_tokens(16, 16)
     biases = {f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for half in ("encoder", "decoder")}
-    assert dense.shared == biases and not made("bart").shared
+    assert dense.structure.shared == biases and not made("bart").structure.shared
     first = dense.windows("block")[0]
     assert biases & set(dense.parameters(first)) and not biases & set(dense.trained(first, "all"))
     student, copied = (decompose(copy.deepcopy(dense.model), like=dense) for _ in range(2))

@@ -14,7 +14,7 @@ from recon.methods.prune import prune
 from recon.methods.statistics import FEW, gather
 from recon.model.discovery import decompose
 from recon.model.experts import FusedProducts
-from recon.model.matrices import stored
+from recon.model.structure import stored
 
 # (experts, out, in); (experts, in, out) with biases; all experts in one product: whether stored as (in, out), share of tokens
 FAMILIES = {"mixtral": (False, 0.5), "gpt_oss": (True, 0.5), "llama4": (True, 0.25)}
@@ -63,7 +63,7 @@ def slow_inputs(decoder, block, tokens):
         else:  # each expert gets every token, as zeros if it is not for it
             x = hidden.view(matrix.experts, -1, hidden.shape[-1])[matrix.expert]
             x = x[x.abs().sum(-1) > 0]
-        both, bias = x @ matrix.weight.double().T, getattr(experts, f"{matrix.attribute}_bias", None)
+        both, bias = x @ matrix.weight.double().T, getattr(experts, matrix.bias_name.rpartition(".")[2], None)
         gate, up = both.chunk(2, -1)
         inner = experts.act_fn(gate) * up if bias is None else experts._apply_gate(both + bias[matrix.expert].double())
         inputs |= {name: x, name.replace("gate_up", "down"): inner}
