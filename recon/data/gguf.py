@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from recon.data.files import digest
-from recon.errors import ReconError
 from recon.runtime.storage import derived_folder, once
 
 CONVERSION = 2  # raise it when what `convert` writes changes: converted models are cached under this number
@@ -17,24 +16,14 @@ FLOATS = {"F64", "F32", "F16", "BF16"}  # types of GGUF tensors that are not qua
 
 
 def converted(path: Path) -> Path:
-    """The folder in the cache with the checkpoint that the GGUF file `path` holds; made when it is first asked for.
-
-    Raises `ReconError` naming the file if transformers cannot read it.
-    """
-    folder = derived_folder(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}")
-    try:
-        return once(folder, lambda fresh: convert(path.absolute(), fresh))
-    except ReconError:
-        raise
-    except Exception as error:  # transformers and gguf each raise their own kinds
-        raise ReconError(f"{str(path)!r} cannot be read as GGUF: {type(error).__name__}: {error}") from error
+    """The folder in the cache with the checkpoint that the GGUF file `path` holds, made once."""
+    return once(derived_folder(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}"), lambda fresh: convert(path.absolute(), fresh))
 
 
 def convert(path: Path, folder: Path) -> None:
-    """Writes the model in the GGUF file `path` (float32 safetensors) and its tokenizer to `folder`.
+    """Writes the model in the GGUF file `path` (float32 safetensors) and its tokenizer to `folder`; all of it is in memory meanwhile.
 
     Its configuration says how the file kept the weights, see `stored`; whatever is saved of the model later says so too.
-    The whole model is in memory meanwhile, in float32.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # takes seconds
 

@@ -13,8 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from recon.data import assets, files, gguf
 from recon.errors import ReconError
-from recon.model.skeleton import auto_class
-from recon.runtime.weights import Weights, check_finite, check_unquantised, open_model, quantisation
+from recon.runtime.weights import Weights, check_finite, check_unquantised, open_model, quantisation, read_model
 
 # The files in a folder that make up a model and its tokenizer: by suffix, and by name.
 SUFFIXES = {".safetensors", ".json", ".model", ".tiktoken", ".spm"}
@@ -24,24 +23,24 @@ UNDONE = ("fp8", "mxfp4")  # quantisations that transformers undoes while it rea
 
 
 def locate(name: str) -> str:
-    """Where `from_pretrained` finds the model called `name`: a folder, or the Hub id itself.
+    """Where `from_pretrained` finds the model called `name`: a folder, or the Hub id itself. A GGUF file is unpacked into the cache.
 
-    A GGUF file is unpacked into the cache once. Raises `ReconError` for a name that is neither bundled, nor a folder with a
-    config.json, nor a GGUF file, nor looks like a Hub id.
+    Raises `ReconError` for a name that is neither bundled, nor a folder with a config.json, nor a readable GGUF file, nor a Hub id.
     """
     if name in assets.BUNDLED_MODELS:
         return str(assets.bundled_model(name))
     if is_gguf(name):
-        return str(gguf.converted(Path(name)))
+        with _loading(name, None):
+            return str(gguf.converted(Path(name)))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ReconError(f"model folder {name!r} has no config.json; give a folder in the Hugging Face format")
         return name
     if not HUB_ID.fullmatch(name):
-        bundled = ", ".join(assets.BUNDLED_MODELS)
-        raise ReconError(
-            f"unknown model {name!r}; bundled: {bundled}; or an existing local folder or GGUF file, or a Hub id (organisation/name)"
+        allowed = (
+            f"bundled: {', '.join(assets.BUNDLED_MODELS)}; or an existing folder or GGUF file, or a Hub id (organisation/name)"
         )
+        raise ReconError(f"unknown model {name!r}; {allowed}")
     return name
 
 
@@ -53,7 +52,7 @@ def is_gguf(name: str) -> bool:
 def folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
     """The folder with the checkpoint of the model called `name`; fetched if it is on the Hub.
 
-    Raises `ReconError` for what `locate` refuses, a model that the Hub does not have, and one without weights in safetensors.
+    Raises `ReconError` as `locate`, and for a model that the Hub does not have, or that has no weights in safetensors.
     """
     found = Path(locate(name))
     with _loading(name, revision):
@@ -94,11 +93,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM, or encoder-decoder, `name` in float32 and its tokenizer, in evaluation mode, on `device`.
 
-    Weights are read from safetensors only. Code that comes with a model runs only if `trust_remote_code`. Quantised weights are
-    read if transformers undoes their quantisation.
-
-    Raises `ReconError` for an unknown model; naming weights that are missing, and the first that holds NaN or infinity; and, before
-    any are read, for a quantisation that transformers does not undo.
+    Code that comes with a model runs only if `trust_remote_code`. Raises `ReconError` as `folder`, for a quantisation that transformers
+    does not undo, and naming weights that are missing, or the first that holds NaN or infinity.
     """
     path = folder(name, revision, trust_remote_code)
     with _loading(name, revision):
@@ -110,12 +106,7 @@ def load(
             config.quantization_config = found | {"dequantize": True}
         else:
             check_unquantised(config)
-        model, report = auto_class(config).from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
-            config=config,
-        )  # fmt: skip
-        if report["missing_keys"]:
-            raise ReconError(f"it lacks weights that its config.json calls for: {', '.join(sorted(report['missing_keys']))}")
+        model, _ = read_model(path, config, trust_remote_code)
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
         if not values.untyped_storage().resizable():
@@ -127,7 +118,7 @@ def load(
 def skeleton(
     name: str, revision: str | None = None, trust_remote_code: bool = False, scratch: Path | None = None
 ) -> tuple[PreTrainedModel, Weights, PreTrainedTokenizerBase]:
-    """As `load`, but the model's parameters stay on disk: the model without them, these, and the tokenizer. See `recon.runtime.weights`."""
+    """As `load`, but the parameters stay on disk: the model without them, these, and the tokenizer; see `recon.runtime.weights`."""
     path = folder(name, revision, trust_remote_code)
     with _loading(name, revision):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -140,8 +131,7 @@ def load_pruned(
 ) -> Weights:
     """The weights of the pruned model `name`, to be read parameter by parameter; `dense` is the model that it was pruned from.
 
-    Raises `ReconError` as `load`, for a model of another type than `dense`, and for quantised weights. See
-    `recon.methods.masks`.
+    Raises `ReconError` as `load`, for a model of another type than `dense`, and for any quantised weights.
     """
     path = folder(name, revision, trust_remote_code)
     with _loading(name, revision, "pruned model"):
@@ -152,10 +142,7 @@ def load_pruned(
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the model called `name`; no other file of a folder or of the Hub is read.
-
-    Raises `ReconError` for what `locate` refuses, and if it cannot be read.
-    """
+    """The configuration of the model called `name`, of which no other file is read. Raises `ReconError` as `locate`, or if it fails."""
     place = locate(name)
     with _loading(name, revision):
         if not Path(place).is_dir():
@@ -165,10 +152,7 @@ def configuration(name: str, revision: str | None = None, trust_remote_code: boo
 
 
 def precision(config: PretrainedConfig) -> str:
-    """What a model's weights are, before `load` makes float32 of them: what they are dequantised from, or their dtype.
-
-    config: as `configuration` gives it.
-    """
+    """What the weights of a model of `configuration` are, before `load` makes float32 of them: dequantised from what, or their dtype."""
     if note := getattr(config, gguf.NOTE, None):
         return note
     if found := quantisation(config):
@@ -178,11 +162,8 @@ def precision(config: PretrainedConfig) -> str:
 
 
 def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
-    """Hash of what `load(name, revision)` loads, without loading it.
-
-    For a bundled model, that of its source, which is the same on every machine; for a folder, of its weights, configuration and
-    tokenizer (and of its code, if that is trusted); for a Hub id, the commit. Raises `ReconError` for an unknown model, and for one
-    that the Hub does not have, or if the Hub cannot be reached.
+    """Hash of what `load` loads, without loading it: of a bundled model's source, or of a folder's weights, configuration, tokenizer,
+    and code that is trusted; for a Hub id, the commit. Raises `ReconError` for an unknown model, and if the Hub cannot be reached.
     """
     if name in assets.BUNDLED_MODELS:
         return assets.origin(name)

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from pandas import read_parquet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -198,7 +197,9 @@ def _read_file(name: str | Path) -> list[str]:
         raise ReconError(f"unknown text {name!r}; choose one of {known}")
     try:
         if kind == ".parquet":
-            texts = read_parquet(path, columns=["text"])["text"]
+            from pyarrow.parquet import read_table  # slow to import
+
+            texts = read_table(path, columns=["text"])["text"].to_pylist()
         elif kind == ".jsonl":
             texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8") if line.strip()]
         else:

@@ -79,13 +79,19 @@ def open_model(
     folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".offloaded.", suffix=PART)
+    model, surplus = read_model(path, config, trust_remote_code, device_map={"": "disk"}, offload_folder=scratch.name)
+    return model.eval(), Weights(model, path, surplus, scratch)
+
+
+def read_model(path: Path, config: PretrainedConfig, trust_remote_code: bool, **options) -> tuple[PreTrainedModel, list[str]]:
+    """What `from_pretrained` makes of the folder `path`, and the entries that it has no place for. Raises for weights that are missing."""
     model, report = auto_class(config).from_pretrained(
         path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
-        device_map={"": "disk"}, offload_folder=scratch.name,
+        **options,
     )  # fmt: skip
     if report["missing_keys"]:
         raise ReconError(f"it lacks weights that its config.json calls for: {', '.join(sorted(report['missing_keys']))}")
-    return model.eval(), Weights(model, path, sorted(report["unexpected_keys"]), scratch)
+    return model, sorted(report["unexpected_keys"])
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:

@@ -327,7 +327,7 @@ def test_gguf_is_unpacked_once_to_what_transformers_reads_and_says_what_it_was(
 def test_gguf_that_cannot_be_read_is_named_and_leaves_nothing(tmp_path, without_tokenizer):
     file = write_gguf(tmp_path / "tiny.gguf")
     file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(ReconError, match=r"tiny\.gguf' cannot be read as GGUF"):
+    with pytest.raises(ReconError, match=r"tiny\.gguf' cannot be loaded"):
         models.locate(str(file))
     assert not list((tmp_path / "cache" / "derived").iterdir())
 
