@@ -18,9 +18,9 @@ from recon.kernels.criteria.structured import keep_globally
 from recon.kernels.patterns import Pattern, keep_all_but
 from recon.methods.statistics import over_blocks
 from recon.model.decoder import Decoder
-from recon.model.structure import Matrix
 from recon.model.modules import kind_of, probe_tokens, watched
 from recon.model.skeleton import made_up
+from recon.model.structure import Matrix
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 
