@@ -1,6 +1,5 @@
 """`recon ...`: the command line. Options are read off the configs as they are; see `recon.config`."""
 
-import contextlib
 import logging
 import shlex
 import sys
@@ -40,19 +39,16 @@ class Run:
     def __call__(self) -> None:
         """Runs the spec, prints what came of it, and writes the record and the model where they are to go."""
         from recon.study.cluster import Ray
-        from recon.study.studies import RecordFile, run_or_record_failure
+        from recon.study.studies import run_to_record
 
         spec, given = self.spec, vars(self.output).copy()
-        address, file = given.pop("address"), RecordFile(given.pop("record"))
+        address, path = given.pop("address"), given.pop("record")
         if given["executor"] == "ray":
             given["executor"] = Ray(address)
         elif address is not None:
             raise ReconError(f"address {address!r} is that of a Ray cluster, but the executor is serial; choose executor ray")
-        record, error = run_or_record_failure(spec, RunOptions(**given), callbacks=[file])
+        record, error = run_to_record(spec, path, RunOptions(**given))
         if error:
-            if not file.holds(spec):  # a finished record of the very same run is kept
-                with contextlib.suppress(ReconError):  # such as a full disk; `error`, raised below, says more
-                    file.on_done(record)
             raise error
         _report(spec, record)
 

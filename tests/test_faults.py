@@ -26,8 +26,8 @@ import recon
 from recon.cli import main
 from recon.errors import ReconError
 from recon.runtime import storage
-from recon.study.record import read_record
-from recon.study.studies import grid, run_study, write_record
+from recon.study.record import read_record, write_record
+from recon.study.studies import grid, run_study
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -193,12 +193,12 @@ def test_a_run_that_cannot_save_says_so_in_its_record(spec, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage", ['{"spec"', None], ids=["half a record", "fields"])
-def test_a_damaged_record_is_set_aside_and_computed_anew(damage, spec, expected, tmp_path, caplog):
+def test_a_damaged_record_is_reported_and_computed_anew(damage, spec, expected, tmp_path, caplog):
     path = tmp_path / f"{spec.key()}.json"
     path.write_text(damage or json.dumps(expected.to_dict() | {"metrics": []}))
     found = run_study([spec], tmp_path, progress=False)
-    assert "set aside" in caplog.text and path.with_suffix(".corrupt").is_file()
-    assert found.perplexity[0] == expected.metrics["perplexity"]
+    assert "cannot be read" in caplog.text and str(path) in caplog.text
+    assert found.perplexity[0] == expected.metrics["perplexity"] == read_record(path).metrics["perplexity"]
 
 
 def test_a_study_killed_at_any_write_goes_on(spec, tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ from recon.model.decoder import Decoder
 from recon.runtime.device import SAVED
 from recon.runtime.storage import check_writable, complete, writing
 from recon.runtime.weights import rounded
-from recon.study.record import RunRecord, read_record
+from recon.study import record as read
+from recon.study.record import RunRecord
 from recon.study.spec import RunOptions
 
 log = logging.getLogger("recon")
@@ -83,11 +84,8 @@ def check_places(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
     """The record of the run called `key`, where that has saved its model in `folder`, in `dtype`; None where it has not."""
-    try:
-        record = read_record(folder / files.RECORD)
-    except ReconError:  # whatever else may be there: see `check_target`
-        return None
-    if record.status != "done" or record.key != key or record.environment.get("save_dtype", "float32") != dtype:
+    record = read.finished(folder / files.RECORD, key)
+    if record is None or record.environment.get("save_dtype", "float32") != dtype:
         return None
     log.info("done already: the model and its record are in %r", str(folder))
     return record

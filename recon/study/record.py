@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +13,9 @@ import torch
 
 from recon.errors import ReconError
 from recon.runtime.device import pick_compute_dtype
+from recon.runtime.storage import write_json, writing
 
+log = logging.getLogger("recon")
 PACKAGES = ("recon", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 
@@ -48,26 +51,34 @@ class RunRecord:
         """The record as plain data, as written to JSON."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: dict) -> "RunRecord":
-        """The record from plain data; raises `ReconError` naming missing, unknown or malformed fields."""
-        wanted = {each.name: each.type for each in fields(cls)}
-        if data.keys() != wanted.keys():
-            raise ReconError(
-                f"not a record: fields missing {sorted(wanted - data.keys())}, unknown {sorted(data.keys() - wanted)}"
-            )
-        if wrong := [name for name, kind in wanted.items() if not isinstance(data[name], kind)]:
-            raise ReconError(f"not a record: {wrong[0]} is {type(data[wrong[0]]).__name__}")
-        spec = {name: tuple(value) if isinstance(value, list) else value for name, value in data["spec"].items()}
-        return cls(**{**data, "spec": spec})
-
 
 def read_record(path: Path) -> RunRecord:
-    """The record at `path`; raises `ReconError` naming the file where it is not a whole record."""
+    """The record at `path`; raises `ReconError` naming the file, and fields that are missing, unknown or of a wrong type."""
+    kinds = {each.name: each.type for each in fields(RunRecord)}
     try:
-        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if wrong := [name for name in kinds | data if not isinstance(data.get(name), kinds.get(name, ()))]:
+            raise TypeError(f"missing, unknown or of a wrong type: {', '.join(wrong)}")
+    except (OSError, ValueError, TypeError) as error:
         raise ReconError(f"record {str(path)!r} cannot be read: {error}") from error
+    spec = {name: tuple(value) if isinstance(value, list) else value for name, value in data["spec"].items()}
+    return RunRecord(**data | {"spec": spec})
+
+
+def finished(path: Path, key: str) -> RunRecord | None:
+    """The record at `path`, if that is of a finished run called `key`; what cannot be read is reported, and counts as absent."""
+    try:
+        record = read_record(path) if path.is_file() else None
+    except ReconError as error:
+        log.warning("%s", error)
+        return None
+    return record if record and (record.key, record.status) == (key, "done") else None
+
+
+def write_record(record: RunRecord, path: Path) -> None:
+    """Writes `record` as JSON, whole or not at all. Raises `ReconError` naming a path that cannot be written."""
+    with writing(f"record {str(path)!r}", "choose a place with room"):
+        write_json(path, record.to_dict())
 
 
 @functools.cache
@@ -75,11 +86,11 @@ def commit() -> dict:
     """Commit of the source tree that this package runs from, and whether tracked code differs from it; None outside git."""
 
     def git(*words: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
         try:
-            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
-        except OSError:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
 
     # Figures and records are what a run writes: they make no difference to the code.
     written = (":(top,exclude)figures", ":(top,exclude)results")
@@ -89,12 +100,11 @@ def commit() -> dict:
 
 def environment(device: torch.device, compute_dtype: str) -> dict:
     """Versions, commit, device and threads, as plain data for a record."""
-    here = {found.metadata["Name"].lower(): found.version for found in metadata.distributions() if found.metadata["Name"]}
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     return {
         **commit(),
         "python": platform.python_version(),
-        "packages": {name: here.get(name) for name in PACKAGES},
+        "packages": {name: metadata.version(name) for name in PACKAGES},
         "device": f"{device.type}: {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}",
         "compute_dtype": str(pick_compute_dtype(compute_dtype, device)).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -3,9 +3,9 @@
 import contextlib
 import itertools
 import logging
-import os
 import traceback
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.methods.callbacks import Callback
-from recon.runtime.storage import check_writable, locked, write_json, writing
+from recon.runtime.storage import check_writable, locked
 from recon.study import plan
 from recon.study.cluster import ATTEMPTS, Ray, settings, spread
-from recon.study.record import RunRecord, read_record
+from recon.study.record import RunRecord, finished, read_record, write_record
 from recon.study.run import run
 from recon.study.session import Session
 from recon.study.spec import RunOptions, RunSpec
@@ -32,94 +32,51 @@ def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
     return [base.replaced(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
 
 
-def write_record(record: RunRecord, path: Path) -> None:
-    """Writes `record` as JSON; it appears under its name only when it is complete.
+class _Writer(Callback):
+    """Writes the record of the run called `key` to `path`, or nowhere: before a streamed run deletes its work."""
 
-    Raises `ReconError` naming the path where that cannot be done.
-    """
-    with writing(f"record {str(path)!r}", "choose a place with room"):
-        write_json(path, record.to_dict())
-
-
-class RecordFile(Callback):
-    """Writes the record of a run to one file, once the run is done.
-
-    path: None: nothing is written. Raises `ReconError` for a path that cannot be written.
-    """
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        if path is not None:
-            if path.is_dir():
-                raise ReconError(f"record {str(path)!r} is a folder; name a file")
-            check_writable(path.parent, "record")
+    def __init__(self, path: Path | None, key: str):
+        self.path, self.key = path, key
 
     def on_done(self, record: RunRecord) -> None:
-        if self.path is not None:
+        if record.key != self.key:
+            raise ReconError(
+                f"its key is {record.key} by now: the model or texts that it reads have changed, or are others where it ran"
+            )
+        if self.path:
             write_record(record, self.path)
 
-    def holds(self, spec: RunSpec) -> bool:
-        """Whether the file holds the record of a finished run of `spec`."""
-        try:
-            record = read_record(self.path) if self.path else None
-        except ReconError:  # absent, damaged, or no record
-            return False
-        return record is not None and record.status == "done" and record.key == spec.key()
 
-
-def _finished(folder: Path, key: str) -> RunRecord | None:
-    """The finished record of `key`, if there is one. A corrupt file is reported, set aside and counts as absent."""
-    path = folder / f"{key}.json"
-    if not path.exists():
-        return None
-    try:
-        record = read_record(path)
-        if record.key != key:
-            raise ReconError(f"record {str(path)!r} is that of another run ({record.key})")
-    except ReconError as error:
-        aside = path.with_suffix(".corrupt")
-        log.warning("%s; set aside as %s and computed anew", error, aside.name)
-        os.replace(path, aside)
-        return None
-    return record if record.status == "done" else None
-
-
-def run_or_record_failure(
-    spec: RunSpec, options: RunOptions = RunOptions(), session: Session | None = None, callbacks: Sequence[Callback] = ()
+def run_to_record(
+    spec: RunSpec, path: Path | None, options: RunOptions, session: Session | None = None, key: str = ""
 ) -> tuple[RunRecord, Exception | None]:
-    """The record of `recon.run`; where it fails, a record that says how, and the exception."""
-    try:
-        return run(spec, options, session=session, callbacks=callbacks).record, None
-    except Exception as error:
-        try:
-            key = spec.key()
-        except Exception:  # what it reads cannot be had any more, if it ever could
-            key = ""
-        said = str(error) if isinstance(error, ReconError) else "".join(traceback.format_exception(error))
-        return RunRecord(spec.flat(), key, "failed", said), error
+    """The record of `recon.run`; if it fails, one that says how, and the exception. It is written to `path`, but a failure's not over
+    that of a finished run.
 
-
-class _Work(Callback):
-    """Computes runs of a study one after another, which share what they can, here or in a worker; by key.
-
-    A finished record is written before a streamed run deletes its work. keys: of the study's runs; a run whose model or texts have
-    changed since has another one.
+    key: of the run; default: the one that it has. Raises `ReconError` for a path that cannot be written.
     """
+    if path:
+        check_writable(path.parent, "record")
+        if path.is_dir():
+            raise ReconError(f"record {str(path)!r} is a folder; name a file")
+    try:
+        key = key or spec.key()
+        return run(spec, options, session=session, callbacks=[_Writer(path, key)]).record, None
+    except Exception as error:
+        said = str(error) if isinstance(error, ReconError) else "".join(traceback.format_exception(error))
+        record = RunRecord(spec.flat(), key, "failed", said)
+        if path and not finished(path, key):
+            write_record(record, path)
+        return record, error
 
-    def __init__(self, folder: Path, keys: Collection[str], progress: bool):
-        self.folder, self.keys, self.options, self.session = folder, keys, RunOptions(progress=progress), Session()
 
-    def __call__(self, task: tuple[str, RunSpec]) -> tuple[str, RunRecord]:
-        key, spec = task
-        if not self.folder.exists():  # in a worker on another machine
-            return key, run_or_record_failure(spec, self.options, self.session)[0]
-        with locked(self.folder / f"{key}.json", "record", wait=True):  # another study may be at work on the same run
-            done = _finished(self.folder, key)
-            return key, done or run_or_record_failure(spec, self.options, self.session, [self])[0]
-
-    def on_done(self, record: RunRecord) -> None:
-        if record.key in self.keys:
-            write_record(record, self.folder / f"{record.key}.json")
+def _work(folder: Path, options: RunOptions, session: Session, task: tuple[str, RunSpec]) -> tuple[str, RunRecord]:
+    """Computes a run of a study, here or in a worker, unless it is done by now; by key."""
+    (key, spec), path = task, folder / f"{task[0]}.json"
+    if not folder.exists():  # in a worker on another machine
+        return key, run_to_record(spec, None, options, session, key)[0]
+    with locked(path, "record", wait=True):  # another study may be at work on the same run
+        return key, finished(path, key) or run_to_record(spec, path, options, session, key)[0]
 
 
 def run_study(
@@ -159,7 +116,7 @@ def run_study(
         )
     how = settings(executor)
     check_writable(folder, "record folder")
-    records = {key: _finished(folder, key) for key in keys}
+    records = {key: finished(folder / f"{key}.json", key) for key in keys}
     missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
     records |= _computed(missing, folder, how, progress)
     return frame([records[key] for key in keys])
@@ -171,34 +128,29 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
     order = sorted(specs, key=lambda key: [str(part) for part in (*specs[key].pruned_by, specs[key].calibration.samples)])
     if len(specs) > 1:
         plan.announce(list(specs.values()))
-    tasks, work = [(key, specs[key]) for key in order], _Work(folder, set(specs), progress and how is None)
+    tasks, work = (
+        [(key, specs[key]) for key in order],
+        partial(_work, folder, RunOptions(progress=progress and how is None), Session()),
+    )
     on_cpu = any(spec.compute.device == "cpu" for spec in specs.values())
     answers = (work(task) for task in tasks) if how is None else spread(how, on_cpu, work, tasks)
     records, lost = {}, None
 
     def keep(key: str, record: RunRecord) -> None:
         records[key] = record
-        if record.status != "done" or how:  # others are written already
+        if how:  # the worker may not have this folder
             write_record(record, folder / f"{key}.json")
         if record.status != "done":
             said = record.error.strip()
             log.error("run %s failed: %s", key, said.splitlines()[-1] if said.startswith("Traceback") else said)
 
-    with (
-        contextlib.closing(answers),
-        tqdm(answers, total=len(order), desc="study", unit="run", disable=not progress or not order) as bar,
-    ):
+    bar = tqdm(answers, total=len(order), desc="study", unit="run", disable=not progress or not order)
+    with contextlib.closing(answers), bar:
         for answer in bar:
             if isinstance(answer, Exception):  # runs do not raise
                 lost = answer
-                continue
-            key, record = answer
-            if record.key != key:
-                said = (
-                    f"its key is {record.key} by now: the model or texts that it reads have changed, or are others where it ran"
-                )
-                record = RunRecord(specs[key].flat(), key, "failed", said if record.status == "done" else record.error)
-            keep(key, record)
+            else:
+                keep(*answer)
     for key in specs.keys() - records.keys():
         said = f"{ATTEMPTS} workers were lost with this in hand, the last one by: {' '.join(str(lost).split())}"
         keep(key, RunRecord(specs[key].flat(), key, "failed", said))
