@@ -27,7 +27,9 @@ def test_run_writes_a_record_and_a_checkpoint(small, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"reconstructed {written['metrics']['perplexity']:.2f}" in said
     assert f"dense weights: {written['protocol']['dense']}\n" in said
-    assert (saved / "model.safetensors").is_file() and "matrix" in (saved / "README.md").read_text()
+    card = (saved / "README.md").read_text()
+    assert (saved / "model.safetensors").is_file() and "pruned 2:4 with magnitude, reconstructed at matrix" in card
+    assert f"|---|---|---|---|\n| {written['spec']['text']} | {written['metrics']['dense_perplexity']:.2f} |" in card
 
 
 def test_reconstruct_reads_the_mask_of_a_pruned_model(small, tmp_path, capsys):

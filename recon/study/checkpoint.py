@@ -9,8 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from recon.data import files
 from recon.data.models import quiet
@@ -19,46 +20,12 @@ from recon.model.decoder import Decoder
 from recon.runtime.device import SAVED
 from recon.runtime.storage import check_writable, complete, writing
 from recon.runtime.weights import rounded
-from recon.study import record as read
+from recon.study import record as records
 from recon.study.record import RunRecord
 from recon.study.spec import RunOptions
 
 log = logging.getLogger("recon")
 SHARD = "1GB"  # so much of the model is in memory while it is written
-CARD = """---
-base_model: {model}
-library_name: transformers
-tags: [pruned, sparse, reconstruction]
----
-
-# {name}: pruned {pattern} with {criterion}, reconstructed at {granularity} granularity
-
-An ordinary checkpoint with exact zeros: it loads with the `from_pretrained` of transformers and needs no special kernel.
-Method: local reconstruction after pruning, arXiv 2510.14444.
-
-| | |
-|---|---|
-| base model | {model} {revision} |
-| weights of the base model ("dense") | {dense} |
-| criterion, pattern | {criterion}, {pattern} |
-| sparsity of the pruned matrices, as counted | {sparsity:.4f} |
-| reconstruction | granularity {granularity}, propagation {propagation}, solver {solver}, start {start}, loss {loss} |
-| calibration | {calibration} |
-| weights | {rounding} |
-| licence | that of the base model |
-
-| perplexity (lower is better) | dense | pruned | this model |
-|---|---|---|---|
-{rows}
-
-Protocol: {evaluation}
-
-Made by:
-
-```
-{command}
-```
-"""
 
 
 def check_target(folder: Path) -> None:
@@ -68,23 +35,25 @@ def check_target(folder: Path) -> None:
     check_writable(folder.parent, "save folder")
 
 
-def check_places(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Raises `ReconError` where the model made from the configuration of `model` has no parameters of these `names`.
-
-    Such may be biases that make up for what pruning removed: transformers would drop them unnoticed when it loads the checkpoint.
+def check_model(dense: Decoder, biases: Iterable[str], dtype: str) -> None:
+    """Raises `ReconError` naming a weight that `dtype` cannot hold, and one of the `biases` that pruning adds if the model has no place
+    for it as configured: transformers would drop it unnoticed when it loads the checkpoint.
     """
     with torch.device("meta"):
-        places = type(model)(copy.deepcopy(model.config)).state_dict()
-    if missing := [name for name in names if name not in places]:
+        places = type(dense.model)(copy.deepcopy(dense.model.config)).state_dict()
+    if missing := [name for name in biases if name not in places]:
         raise ReconError(
-            f"{type(model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that pruning adds, "
-            "and a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
+            f"{type(dense.model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that pruning "
+            "adds, and a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
         )
+    parameters = dict(dense.model.named_parameters())
+    for name, value in dense.lazy.read(list(parameters)) if dense.lazy else parameters.items():
+        rounded(name, value.detach(), SAVED[dtype])
 
 
 def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
-    """The record of the run called `key`, where that has saved its model in `folder`, in `dtype`; None where it has not."""
-    record = read.finished(folder / files.RECORD, key)
+    """The record of the run called `key`, if that has saved its model in `folder`, in `dtype`; else None."""
+    record = records.finished(folder / files.RECORD, key)
     if record is None or record.environment.get("save_dtype", "float32") != dtype:
         return None
     log.info("done already: the model and its record are in %r", str(folder))
@@ -93,7 +62,7 @@ def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
 
 @contextlib.contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """Context that gives a new folder to write a checkpoint to, which gets its place `folder` at the end; the caller holds its lock.
+    """Context that gives a new folder to write a checkpoint to, which gets its place `folder` at the end.
 
     Raises `ReconError` naming the folder where the disk is full or cannot be written.
     """
@@ -103,14 +72,10 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, record: RunRecord, options: RunOptions) -> None:
-    """Writes weights (safetensors), configuration, tokenizer and model card to `folder`.
-
-    Raises `ReconError` for a model that would not load as it is; see `check_places`.
-    """
+    """Writes weights (safetensors), configuration, tokenizer and model card to `folder`. Raises `ReconError` as `rounded`."""
     model, dtype = student.model, SAVED[options.save_dtype]
-    check_places(model, model.state_dict())
     # As if the weights were on disk, so that transformers asks for each as it is written.
-    whole = {
+    meta = {
         name: torch.empty_like(tensor, dtype=dtype if tensor.is_floating_point() else None, device="meta")
         for name, tensor in model.state_dict().items()
     }
@@ -118,13 +83,16 @@ def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, re
     try:
         with quiet(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-            model.save_pretrained(folder, state_dict=whole, max_shard_size=SHARD)
+            model.save_pretrained(folder, state_dict=meta, max_shard_size=SHARD)
     finally:
         del model.hf_device_map, model._hf_hook
     model.config.dtype = options.save_dtype
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_card(folder, record, options)
+    base = record.spec["model"]
+    about = ModelCardData(base_model=base, library_name="transformers", tags=["pruned", "sparse", "reconstruction"])
+    said = vars(record) | {"name": Path(base).name, "dtype": options.save_dtype, "command": options.command}
+    ModelCard.from_template(about, str(Path(__file__).with_name("card.md")), **said).save(folder / "README.md")
 
 
 class _Weights(dict):
@@ -138,19 +106,3 @@ class _Weights(dict):
         tensor = self.student.model.get_parameter_or_buffer(name)
         with self.student.present([tensor]) if isinstance(tensor, nn.Parameter) else contextlib.nullcontext():
             return rounded(name, tensor.detach(), self.dtype).clone()
-
-
-def write_card(folder: Path, record: RunRecord, options: RunOptions) -> None:
-    """Writes the model card to `folder`, from the record."""
-    spec, metrics, dtype = record.spec, record.metrics, options.save_dtype
-    rows = [
-        f"| {text} | {values['dense_perplexity']:.2f} | {values['pruned_perplexity']:.2f} | {values['perplexity']:.2f} |"
-        for text, values in metrics["by_text"].items()
-    ]
-    external = {"criterion": f"the mask of {spec['pruned']}", "pattern": metrics.get("pattern")} if spec["pruned"] else {}
-    rounding = "float32" if dtype == "float32" else f"rounded to {dtype}; everything here was measured before, in float32"
-    said = spec | external | {"name": Path(spec["model"]).name, "revision": spec["revision"] or ""}
-    said |= {"sparsity": metrics["sparsity"], "rows": "\n".join(rows), "rounding": rounding}
-    said |= {name: record.protocol[name] for name in ("dense", "calibration", "evaluation")}
-    card = CARD.format(**said, command=options.command or "recon.run(...) from Python")
-    (folder / "README.md").write_text(card, encoding="utf-8")

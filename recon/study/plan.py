@@ -30,8 +30,8 @@ from recon.model.windows import Window
 from recon.runtime import device as devices
 from recon.runtime.device import HOST
 from recon.runtime.storage import SMALL
-from recon.study import streaming
-from recon.study.spec import RunOptions, RunSpec
+from recon.runtime.weights import quantisation
+from recon.study.spec import RunSpec
 
 log = logging.getLogger("recon")
 GIB = 2**30
@@ -306,10 +306,36 @@ def peak_memory(spec: RunSpec, device: torch.device, streamed: bool) -> dict[str
         kept["streams"], window["copies"] = min(kept["streams"], SMALL), min(window["copies"], SMALL)
         window["parameters"] = max(window["parameters"], 8 * sum(weight.numel() for weight in decoder.head_weights()))
     else:
-        kept["models"] = streaming.models_in_memory(spec, _elements(decoder))
+        kept["models"] = models_in_memory(spec)
     if device.type == "cuda":
         return {HOST.type: kept, device.type: window}
     return {HOST.type: window | kept | ({} if streamed else {"parameters": 0})}  # those in memory are the models'
+
+
+def models_in_memory(spec: RunSpec) -> int:
+    """The least bytes that a run in memory takes: a model and its copy, in float32, and what pruning made of it beyond zeros."""
+    return 4 * _elements(shapes_of(*spec.loaded_by)) * (2 + spec.changes_weights)
+
+
+def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
+    """Whether a run of `spec` is streamed, with so many bytes of memory to be had (0: it is unknown). Raises `ReconError` if it is to
+    be, but cannot.
+    """
+    if stream == "auto":
+        with contextlib.suppress(ReconError):  # loading the model will say what is wrong
+            stream = "auto" if 0 < room < models_in_memory(spec) else "no"
+    if stream == "no":
+        return False
+    why, retrain, found = "", spec.retraining.retrain, quantisation(models.configuration(*spec.loaded_by))
+    if retrain != "none":
+        why = f"retraining (retrain {retrain}) trains the whole model at once"
+    elif found:
+        why = f"reading model {spec.model.model!r} undoes its quantisation ({found['quant_method']})"
+    if why and stream == "yes":
+        raise ReconError(f"{why}, which a streamed run cannot do, as it has one window in memory; use stream no")
+    if why:
+        log.warning("model %r may not fit into memory, but %s and cannot be streamed", spec.model.model, why)
+    return not why
 
 
 # --- the plan of a run ------------------------------------------------------------------------------------------------------
@@ -368,9 +394,7 @@ def plan(spec: RunSpec, stream: str = "auto", *, loaded: int = 0, memory_gib: fl
     """
     spec, device = spec.resolved(), devices.pick_device(spec.compute.device)
     room = devices.available_memory() if memory_gib is None else memory_gib * GIB
-    streamed = stream == "yes" and streaming.wanted("yes", spec)
-    if stream == "auto" and 0 < room < streaming.models_in_memory(spec, _elements(shapes_of(*spec.loaded_by))):
-        streamed = not streaming.in_memory_only(spec)
+    streamed = stays_on_disk(spec, stream, room)
     memory = peak_memory(spec, device, streamed)
     process = float(devices.resident(anonymous=streamed))  # mapped files and libraries do not count
     memory[HOST.type]["process"] = process
@@ -380,14 +404,14 @@ def plan(spec: RunSpec, stream: str = "auto", *, loaded: int = 0, memory_gib: fl
     return Plan(spec, memory, rooms, flops(spec), seconds(spec, device), streamed)
 
 
-def check(spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0) -> None:
+def check(spec: RunSpec, stream: str = "auto", force: bool = False, loaded: int = 0) -> None:
     """Logs in one line what a run of `spec` will take; see `plan`. Raises `ReconError` for one that cannot fit, unless it is forced."""
     try:
-        planned = plan(spec, options.stream, loaded=loaded)
+        planned = plan(spec, stream, loaded=loaded)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is
         log.info("no plan: %s", error)
         return
-    if planned.problem and not options.force:
+    if planned.problem and not force:
         raise ReconError(planned.problem)
     log.info("%s", str(planned).partition("\n")[0].removeprefix("run").strip())
 

@@ -2,13 +2,15 @@
 
 import contextlib
 import copy
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,34 +30,23 @@ from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
 from recon.runtime import device
 from recon.runtime.execution import Execution
-from recon.runtime.storage import Storage, locked, write_json
+from recon.runtime.storage import RUN, Storage, cache_folder, derived_folder, locked
 from recon.runtime.student import student
-from recon.study import checkpoint, cluster, measure, plan, streaming
-from recon.study.record import RunRecord, environment
+from recon.study import checkpoint, cluster, measure, plan
+from recon.study.record import RunRecord, environment, write_record
 from recon.study.session import Session
 from recon.study.spec import RunOptions, RunSpec
 
 log = logging.getLogger("recon")
-Step = tuple[dict, Mapping[str, Tensor]]  # what a step found, as JSON can hold it, and activations to keep with it
+LEAST = 1e12  # floating-point operations of measuring, a few seconds; what costs less is measured anew by each process
+Measured = tuple[dict, Mapping[str, Tensor]]  # see `recon.study.measure.measure`
 
 
 class RunResult(NamedTuple):
-    """What a run gives.
-
-    model: the reconstructed model; None where it was streamed, or saved by an earlier call: then it is in the folder.
-    """
+    """What a run gives; `model`: None if it was streamed, or saved by an earlier call: then it is in the folder."""
 
     record: RunRecord
     model: PreTrainedModel | None
-
-
-class Pruned(NamedTuple):
-    """A pruned state, and what it took. `tensors`: parameters that pruning changed other than by zeroing."""
-
-    pruning: prune.Pruning
-    seconds: float
-    peak: int  # bytes
-    tensors: Mapping[str, Tensor]
 
 
 def run(
@@ -67,8 +58,8 @@ def run(
 ) -> RunResult:
     """Prunes, reconstructs and measures one model as `spec` says.
 
-    A streamed run leaves its models on disk and works on one window at a time, in the folder `<save>.unfinished`, or in one in the cache
-    that is named by its key; the same call goes on after the last finished window. The folder is deleted when the run is done.
+    A streamed run leaves its models on disk and works on one window at a time, in the folder `<save>.unfinished`, or in one in the
+    cache that is named by its key; the same call goes on after the last finished window. The folder is deleted when the run is done.
 
     Args:
         options: how it is carried out: where the model is saved, whether it is streamed, on what it is computed.
@@ -82,48 +73,100 @@ def run(
     cluster.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins
     if spec.evaluation.tasks:
         zero_shot.check_tasks(spec.evaluation.tasks)
-    key, done, folder, storage = spec.key(), None, None, Storage()
+    key, stream = spec.key(), options.stream
+    folder = save.with_name(f"{save.name}.unfinished") if save else cache_folder() / "unfinished" / key
     with contextlib.ExitStack() as stack:
         if save:
             stack.enter_context(locked(save, "save folder"))
-            if record := checkpoint.finished(save, key, options.save_dtype):
-                done = RunResult(record, None)
-            else:
-                checkpoint.check_target(save)
-        if done is None:
-            streamed = streaming.decide(spec, options, session)
-            if not streaming.begun(spec, save):
-                plan.check(spec, options, session.bytes_loaded(spec))
-            if streamed:
-                folder = streaming.work_folder(key, save)
-                log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
-            if streamed and not save:
-                stack.enter_context(locked(folder, "work folder"))
-            storage = Storage(folder, key, keep=["prune"])
-            try:
-                done = _computed(_Run(spec, options, session, storage, RunRecord(spec.flat(), key)), callbacks)
-            except ReconError:
-                storage.delete(begun=False)  # refused: it would stand in the way of another try
-                raise
+            if done := checkpoint.finished(save, key, options.save_dtype):
+                for callback in callbacks:
+                    callback.on_done(done)
+                return RunResult(done, None)
+            checkpoint.check_target(save)
+        begun = (folder / RUN).exists()
+        if stream == "auto":  # what was begun so may fit into memory by now; what is in memory fits into it
+            stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
+        streamed = plan.stays_on_disk(spec, stream, device.available_memory())
+        if not begun:
+            plan.check(spec, "yes" if streamed else "no", options.force, session.bytes_loaded(spec))
+        if streamed:
+            log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
+        if streamed and not save:
+            stack.enter_context(locked(folder, "work folder"))
+        storage = Storage(folder if streamed else None, key, keep=["prune"])
+        try:
+            result = _Run(spec, key, options, session, storage, callbacks).result()
+        except ReconError:
+            storage.delete(begun=False)  # refused: it would stand in the way of another try
+            raise
         for callback in callbacks:
-            callback.on_done(done.record)
+            callback.on_done(result.record)
         storage.delete()
-    return done
+    return result
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all phases of a run have at hand."""
+class _Run(Callback):
+    """One run, phase by phase: what its phases have at hand, and what they find."""
 
-    spec: RunSpec
-    options: RunOptions
-    session: Session
-    storage: Storage
-    record: RunRecord
+    def __init__(self, spec: RunSpec, key: str, options: RunOptions, session: Session, storage: Storage, callbacks: Sequence):
+        self.spec, self.options, self.session, self.storage = spec, options, session, storage
+        self.record, self.callbacks = RunRecord(spec.flat(), key), (self, *callbacks)
+        self.device = device.pick_device(spec.compute.device)
 
-    @property
-    def device(self) -> torch.device:
-        return device.pick_device(self.spec.compute.device)
+    def result(self) -> RunResult:
+        """The whole pipeline, dense model first, so that a wrong set-up shows before anything is pruned."""
+        spec, session, storage, record = self.spec, self.session, self.storage, self.record
+        began, resumed = time.perf_counter(), bool(storage.finished("dense"))
+        session.reused.clear()
+        with self.phase("load"):
+            self.load()
+            self.check_fits()
+            self.texts = measure.Texts.draw(spec, self.tokenizer)
+        self.samples = {phase: self.texts.calibration[:count] for phase, count in spec.samples_by_phase.items()}
+        found_dense, self.states = self.measured("dense", self.dense)
+        if storage.folder:
+            self.model = student(self.dense, storage, self.external and self.external.read)
+        else:
+            self.model = decompose(copy.deepcopy(self.dense.model), like=self.dense)
+        record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
+
+        pruned_by = spec.pruned_by, spec.compute  # what decides the pruned state: runs of a session that agree on it share it
+        one_pass = spec.one_pass and not cluster.settings(self.options.executor) and not session.holds("pruned", pruned_by)
+        make = partial(self.pruned, one_pass)
+        pruning, weights, *cost = make() if storage.folder or self.external else session.keep("pruned", pruned_by, make)
+        if "pruned" in session.reused:
+            prune.apply(self.model, pruning, weights)
+        record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"] = cost
+        found_pruned, _ = self.measured("pruned", student(self.dense, storage, phases=["prune"]) if one_pass else self.model)
+        if spec.reconstruction.granularity != "none" and not one_pass:
+            self.reconstruct(masks=pruning.masks)
+        if spec.retraining.retrain != "none":
+            self.retrain(pruning.masks)
+        trained = record.windows or record.retraining
+        final = self.measured("reconstructed", self.model)[0] if trained else found_pruned
+
+        record.metrics |= measure.metrics(spec, found_dense, found_pruned, final) | measure.count_zeros(self.model)
+        record.metrics["under_calibrated_matrices"] = pruning.under_calibrated
+        if self.external:
+            record.metrics["pattern"] = str(found_pattern(pruning.masks.values()))
+        record.tokens, record.flops = measure.tokens(spec, self.texts, found_dense), plan.flops(spec)
+        record.window_memory_bytes = plan.window_memory(self.dense, spec, self.device)
+        record.protocol = measure.protocol(spec, self.texts, self.dense, self.execution().dtype)
+        record.shared = list(session.reused)
+        record.environment = environment(self.device, spec.compute.compute_dtype)
+        if storage.folder:
+            record.environment |= {"streamed": True, "resumed": resumed}
+        record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
+        record.status, record.seconds["total"] = "done", time.perf_counter() - began
+        if self.options.save:
+            if self.options.save_dtype != "float32":
+                record.environment["save_dtype"] = self.options.save_dtype
+            with checkpoint.whole(self.options.save) as folder:
+                with self.phase("save"):
+                    checkpoint.write(self.model, self.tokenizer, folder, record, self.options)
+                record.seconds["total"] = time.perf_counter() - began
+                write_record(record, folder / files.RECORD)
+        return RunResult(record, None if storage.folder else self.model.model)
 
     def execution(self, loop: Callable | None = None) -> Execution:
         """Where and how a phase computes; made for each, as a phase that runs out of memory goes on with smaller batches."""
@@ -140,172 +183,116 @@ class _Run:
         peaks, added = record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase
         peaks[name], added[name] = max(peaks.get(name, 0), peak.bytes), max(added.get(name, 0), peak.bytes - peak.before)
 
-    def step(self, name: str, key: object, compute: Callable[[], Step]) -> Step:
-        """`compute()`, unless it is known: from before the run was killed, or from a run of the session with the same `key`.
+    # --- phases -------------------------------------------------------------------------------------------------------
 
-        key: what decides the result; None where no other run has the same.
-        """
-        if self.storage.finished(name):
-            return self.storage.finished(name)[0], self.storage.streams(name)
-        found, streams = self.session.keep(name, key, compute) if key else compute()
-        self.storage.finish(name, found, streams)
-        return found, streams
+    def load(self) -> None:
+        """The dense model, its tokenizer, and the model that something else pruned, if any: checked, but not read into memory."""
+        spec, session, folder, model = self.spec, self.session, self.storage.folder, self.spec.model
+        if folder:
+            session.clear()  # what earlier runs have in memory is of no use
+            skeleton, stored, self.tokenizer = models.skeleton(*spec.loaded_by, folder)
+            self.dense = decompose(skeleton, lazy=Lazy(skeleton, stored.read))
+        else:
+            self.dense, self.tokenizer = session.load(*spec.loaded_by)
 
+        def open_external():
+            opened = models.load_pruned(model.pruned, self.dense.model, model.pruned_revision, model.trust_remote_code, folder)
+            check_pruned(self.dense, opened)
+            return opened
 
-def _computed(now: _Run, callbacks: Sequence[Callback]) -> RunResult:
-    """The whole pipeline, dense model first, so that a wrong set-up shows before anything is pruned."""
-    spec, options, session, storage, record = now.spec, now.options, now.session, now.storage, now.record
-    began, resumed, calibration = time.perf_counter(), bool(storage.finished("dense")), spec.calibration
-    session.reused.clear()
+        self.external = session.keep("external mask", spec.pruned_by, open_external) if model.pruned else None
 
-    with now.phase("load"):
-        dense, tokenizer, external = _loaded(now)
-        _check_fits(spec, dense)
-        if options.save and external is None:
-            checkpoint.check_places(dense.model, prune.touched_biases(dense, spec.pruning.criterion))
-        texts = measure.Texts.draw(spec, tokenizer)
-    samples = {phase: texts.calibration[:count] for phase, count in spec.samples_by_phase.items()}
-
-    # What decides measurements, and the pruned state: runs of a session that agree on it share them.
-    measured_by = (spec.evaluation, calibration.text, calibration.sequence_length, calibration.held_out_samples, spec.compute)
-    pruned_by = (spec.pruned_by, spec.compute)
-
-    def measured(decoder: Decoder, name: str, **reference: object) -> Step:
-        return measure.measure(decoder, name, texts, spec.evaluation, tokenizer, now.execution(), **reference)
-
-    def measured_dense() -> Step:
-        flops = plan.flops(spec)["evaluate"]
-        return session.measured(spec, texts, now.device, flops, lambda: measured(dense, "dense"))
-
-    with now.phase("evaluate"):
-        found_dense, states = now.step("dense", (spec.loaded_by, *measured_by), measured_dense)
-    if storage.folder:
-        model = student(dense, storage, external and external.read)
-    else:
-        model = decompose(copy.deepcopy(dense.model), like=dense)
-    record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
-
-    def reconstruct_model(callbacks: Sequence[Callback] = callbacks, **pruned: object) -> None:
-        execution = now.execution(cluster.loop(options.executor, spec.reconstruction.propagation))
-        with now.phase("reconstruct"):
-            reports = reconstruct(
-                model, dense, samples["reconstruct"], spec.reconstruction, held_out=texts.held_out, seed=spec.seed,
-                execution=execution, callbacks=callbacks, **pruned,
-            )  # fmt: skip
-        record.windows = [asdict(report) for report in reports]
-
-    def prune_model() -> Pruned:
-        with now.phase("prune"):
-            if external is None:
-                found = prune.prune(model, samples["prune"], spec.pruning, seed=spec.seed, execution=now.execution())
-            else:
-                found = take_over(model, external, now.execution())
-        return Pruned(found, record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"], storage.tensors("prune"))
-
-    def prune_and_reconstruct() -> Pruned:
-        """In one pass; the seconds of pruning are those of making masks."""
-        seen = []
-
-        class Seen(Callback):
-            def on_pruned(self, pruning) -> None:
-                seen.append(pruning)
-
-        reconstruct_model([Seen(), *callbacks], pruning=spec.pruning)
-        record.seconds["reconstruct"] -= seen[0].seconds
-        peak = record.peak_memory_bytes_by_phase["reconstruct"]
-        return Pruned(seen[0], seen[0].seconds, peak, storage.tensors("prune"))
-
-    one_pass = spec.one_pass and not cluster.settings(options.executor) and not session.holds("pruned", pruned_by)
-    make = prune_and_reconstruct if one_pass else prune_model
-    pruned = make() if storage.folder or external else session.keep("pruned", pruned_by, make)
-    if "pruned" in session.reused:
-        prune.apply(model, pruned.pruning, pruned.tensors)
-    masks = pruned.pruning.masks
-    record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"] = pruned.seconds, pruned.peak
-    with now.phase("evaluate"):
-        left, key = student(dense, storage, phases=["prune"]) if one_pass else model, (spec.pruned_by, *measured_by)
-        found_pruned, _ = now.step("measure pruned", key, lambda: measured(left, "pruned", dense=dense, states=states))
-
-    if spec.reconstruction.granularity != "none" and not one_pass:
-        reconstruct_model(masks=masks)
-    if spec.retraining.retrain != "none":
-        _retrain(now, model, dense, samples["retrain"], masks, texts, callbacks)
-    final = found_pruned
-    if record.windows or record.retraining:
-        with now.phase("evaluate"):
-            known = {"dense": dense, "states": states}
-            final, _ = now.step("measure reconstructed", None, lambda: measured(model, "reconstructed", **known))
-
-    record.metrics |= measure.metrics(spec, found_dense, found_pruned, final) | measure.count_zeros(model)
-    record.metrics["under_calibrated_matrices"] = pruned.pruning.under_calibrated
-    if external:
-        record.metrics["pattern"] = str(found_pattern(masks.values()))
-    record.tokens, record.flops = measure.tokens(spec, texts, found_dense), plan.flops(spec)
-    record.window_memory_bytes = plan.window_memory(dense, spec, now.device)
-    record.protocol = measure.protocol(spec, texts, dense, now.execution().dtype)
-    record.shared = list(session.reused)
-    record.environment = environment(now.device, spec.compute.compute_dtype)
-    if storage.folder:
-        record.environment |= {"streamed": True, "resumed": resumed}
-    record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
-    record.status, record.seconds["total"] = "done", time.perf_counter() - began
-    if options.save:
-        if options.save_dtype != "float32":
-            record.environment["save_dtype"] = options.save_dtype
-        with checkpoint.whole(options.save) as folder:
-            with now.phase("save"):
-                checkpoint.write(model, tokenizer, folder, record, options)
-            record.seconds["total"] = time.perf_counter() - began
-            write_json(folder / files.RECORD, record.to_dict())
-    return RunResult(record, None if storage.folder else model.model)
-
-
-def _loaded(now: _Run) -> tuple[Decoder, object, object | None]:
-    """The dense model, its tokenizer, and the model that something else pruned, if any: checked, but not read into memory."""
-    spec, session, folder, model = now.spec, now.session, now.storage.folder, now.spec.model
-    if folder:
-        session.clear()  # what earlier runs have in memory is of no use
-        skeleton, stored, tokenizer = models.skeleton(*spec.loaded_by, folder)
-        dense = decompose(skeleton, lazy=Lazy(skeleton, stored.read))
-    else:
-        dense, tokenizer = session.load(*spec.loaded_by)
-
-    def open_external():
-        opened = models.load_pruned(model.pruned, dense.model, model.pruned_revision, model.trust_remote_code, folder)
-        check_pruned(dense, opened)
-        return opened
-
-    return dense, tokenizer, session.keep("external mask", spec.pruned_by, open_external) if model.pruned else None
-
-
-def _check_fits(spec: RunSpec, dense: Decoder) -> None:
-    """Raises `ReconError` for what this model cannot do: windows, adapters, patterns, lengths, tasks."""
-    dense.windows(spec.reconstruction.granularity if spec.reconstruction.granularity != "none" else "block")
-    if spec.reconstruction.adapter != "none" or spec.retraining.retrain not in ("none", "full", "norms"):
-        check_adaptable(dense)
-    if not spec.model.pruned:
-        prune.touched_biases(dense, spec.pruning.criterion)
+    def check_fits(self) -> None:
+        """Raises `ReconError` for what this model cannot do: windows, adapters, patterns, lengths, tasks, being saved."""
+        spec, dense, granularity = self.spec, self.dense, self.spec.reconstruction.granularity
+        dense.windows("block" if granularity == "none" else granularity)
+        if spec.reconstruction.adapter != "none" or spec.retraining.retrain not in ("none", "full", "norms"):
+            check_adaptable(dense)
+        biases = prune.touched_biases(dense, spec.pruning.criterion)
         for name, matrix in dense.matrices().items():
             Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
-    for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
-        dense.check_length(length)
-    if spec.evaluation.tasks:
-        zero_shot.check_model(dense)
+        for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
+            dense.check_length(length)
+        if spec.evaluation.tasks:
+            zero_shot.check_model(dense)
+        if self.options.save:
+            checkpoint.check_model(dense, biases, self.options.save_dtype)
 
+    def measured(self, name: str, decoder: Decoder) -> Measured:
+        """How good the dense, pruned or reconstructed model is, unless that is known: from before the run was killed, or from a run of
+        the session that agrees on all that decides it."""
+        spec, read, storage = self.spec, self.spec.calibration, self.storage
+        made_by = {"dense": spec.loaded_by, "pruned": spec.pruned_by}.get(name)
+        known_by = made_by, spec.evaluation, read.text, read.sequence_length, read.held_out_samples, spec.compute
+        step, dense = ("dense", {}) if name == "dense" else (f"measure {name}", {"dense": self.dense, "states": self.states})
+        with self.phase("evaluate"):
+            if storage.finished(step):
+                return storage.finished(step)[0], storage.streams(step)
+            given = decoder, name, self.texts, spec.evaluation, self.tokenizer, self.execution()
+            compute = partial(measure.measure, *given, **dense)
+            if name == "dense":
+                compute = partial(self.cached, compute)
+            found, states = self.session.keep(step, known_by, compute) if made_by else compute()
+            storage.finish(step, found, states)
+        return found, states
 
-def _retrain(now: _Run, model: Decoder, dense: Decoder, samples: Tensor, masks: dict, texts: measure.Texts, callbacks) -> None:
-    """Retrains the model's surviving weights in place, and notes in the record how; see `recon.methods.retrain`."""
-    text, tokens = next(iter(texts.evaluation.items()))
+    def cached(self, compute: Callable[[], Measured]) -> Measured:
+        """`compute()` of the dense model, or what it gave an earlier process, by committed code and of texts that are here."""
+        spec, how, here = self.spec, self.spec.evaluation, environment(self.device, self.spec.compute.compute_dtype)
+        if plan.flops(spec)["evaluate"] < LEAST or here["git_dirty"] or set(how.tasks) - set(zero_shot.BUNDLED):
+            return compute()
+        read = [measure.digest(read) for read in (*self.texts.evaluation.values(), self.texts.held_out) if read is not None]
+        decisive = [models.fingerprint(*spec.loaded_by), read, [*how.windows], how.kl_windows, how.tasks, how.task_limit, here]
+        key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+        folder = derived_folder(f"dense-{key}")
+        with locked(folder, "cache (RECON_CACHE)", wait=True):
+            kept = Storage(folder, folder.name)
+            if kept.finished("dense"):
+                self.session.reused.append("dense")
+            else:
+                kept.finish("dense", *compute())
+            return kept.finished("dense")[0], kept.streams("dense")
 
-    class Merged(Callback):
-        def on_merged(self) -> None:
-            found = perplexity(model, tokens, execution=now.execution(), description=f"perplexity (merged, {text})")
-            now.record.metrics["perplexity_before_masking"] = found.value
+    def pruned(self, one_pass: bool) -> tuple[prune.Pruning, Mapping[str, Tensor], float, int]:
+        """Prunes the model, in one pass with its reconstruction or before: how, parameters that were not only zeroed, seconds, peak."""
+        seconds, peaks = self.record.seconds, self.record.peak_memory_bytes_by_phase
+        if one_pass:
+            self.reconstruct(pruning=self.spec.pruning)
+            seconds["prune"], peaks["prune"] = self.pruning.seconds, peaks["reconstruct"]
+            seconds["reconstruct"] -= self.pruning.seconds
+        else:
+            with self.phase("prune"):
+                if self.external:
+                    self.pruning = take_over(self.model, self.external, self.execution())
+                else:
+                    how = {"seed": self.spec.seed, "execution": self.execution()}
+                    self.pruning = prune.prune(self.model, self.samples["prune"], self.spec.pruning, **how)
+        return self.pruning, self.storage.tensors("prune"), seconds["prune"], peaks["prune"]
 
-    with now.phase("retrain"):
-        found = retrain(
-            model, samples, now.spec.retraining, masks=masks, dense=dense, seed=now.spec.seed, execution=now.execution(),
-            callbacks=[Merged(), *callbacks],
-        )  # fmt: skip
-    now.record.retraining = asdict(found)
-    now.record.seconds["retrain"] = found.seconds  # without what was measured on the way
+    def on_pruned(self, pruning: prune.Pruning) -> None:
+        self.pruning = pruning
+
+    def reconstruct(self, **pruned: object) -> None:
+        """Reconstructs the model in place; `pruned`: by which masks, or how each window is pruned on the way."""
+        execution = self.execution(cluster.loop(self.options.executor, self.spec.reconstruction.propagation))
+        with self.phase("reconstruct"):
+            reports = reconstruct(
+                self.model, self.dense, self.samples["reconstruct"], self.spec.reconstruction, held_out=self.texts.held_out,
+                seed=self.spec.seed, execution=execution, callbacks=self.callbacks, **pruned,
+            )  # fmt: skip
+        self.record.windows = [asdict(report) for report in reports]
+
+    def retrain(self, masks: Mapping[str, Tensor]) -> None:
+        """Retrains the model's surviving weights in place; see `recon.methods.retrain`."""
+        with self.phase("retrain"):
+            found = retrain(
+                self.model, self.samples["retrain"], self.spec.retraining, masks=masks, dense=self.dense, seed=self.spec.seed,
+                execution=self.execution(), callbacks=self.callbacks,
+            )  # fmt: skip
+        self.record.retraining = asdict(found)
+        self.record.seconds["retrain"] = found.seconds  # without what was measured on the way
+
+    def on_merged(self) -> None:
+        text, tokens = next(iter(self.texts.evaluation.items()))
+        found = perplexity(self.model, tokens, execution=self.execution(), description=f"perplexity (merged, {text})")
+        self.record.metrics["perplexity_before_masking"] = found.value

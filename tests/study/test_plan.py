@@ -26,7 +26,7 @@ from recon.model.discovery import decompose
 from recon.runtime.device import resident
 from recon.runtime.execution import Execution
 from recon.study import plan
-from recon.study.spec import RunOptions, RunSpec
+from recon.study.spec import RunSpec
 
 QUIET = Execution(compute_dtype="float32", progress=False)
 SIZES = {"hidden_size": 64, "intermediate_size": 192}
@@ -187,7 +187,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
         record_of(spec, stream="no")
     with pytest.raises(AssertionError):
         record_of(spec, stream="no", force=True)
-    plan.check(spec, RunOptions(stream="no"), loaded=2**30)  # what is loaded already need not fit once more
+    plan.check(spec, "no", loaded=2**30)  # what is loaded already need not fit once more
     with pytest.raises(ReconError, match="retraining"):
         plan.plan(spec.replaced(retrain="full"), "yes")
 

@@ -16,7 +16,7 @@ from recon.config import PruningConfig, ReconstructionConfig
 from recon.data import models
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
-from recon.study import session as sessions
+from recon.study import run as runs
 from recon.study.measure import Texts, share_recovered
 
 
@@ -106,7 +106,7 @@ def test_nothing_of_one_model_is_in_memory_when_the_next_is_loaded(stream, spec,
         return read(*args, **options)
 
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", look)
-    monkeypatch.setattr("recon.study.streaming.cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("RECON_CACHE", str(tmp_path))
     record_of(spec.replaced(model=str(other)), session, stream=stream)
     assert seen[0] == [None, None, None]
 
@@ -211,7 +211,7 @@ def test_all_that_a_run_reads_begins_as_the_tokenizer_begins_a_text(tiny_folder,
 
 @pytest.fixture
 def cached(tiny_folder, tiny_text, tmp_path, monkeypatch):
-    monkeypatch.setattr(sessions, "LEAST", 0)
+    monkeypatch.setattr(runs, "LEAST", 0)
     monkeypatch.setenv("RECON_CACHE", str(tmp_path))
     monkeypatch.setattr("recon.study.record.commit", lambda: {"git_commit": "one", "git_dirty": False})
     return recon.RunSpec.of(

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import recon
 from recon.errors import ReconError
 from recon.model.skeleton import Lazy, auto_class, is_placeholder
-from recon.runtime import device, storage
-from recon.study import streaming
+from recon.runtime import storage
+from recon.study import plan
+from recon.study.measure import Texts
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +133,16 @@ def test_saved_in_half_the_room(dtype, changes, spec, tmp_path):
     assert [f"rounded to {dtype}" in (tmp_path / name / "README.md").read_text() for name in ("saved", "plain")] == [True, False]
 
 
-def test_what_a_dtype_cannot_hold_is_named(spec, tiny_folder, tmp_path):
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_what_a_dtype_cannot_hold_is_named_before_anything_is_done(stream, spec, tiny_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     content, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.up_proj.weight"
     content[name][1, 2] = -1e5
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(Texts, "draw", lambda *given: pytest.fail("texts are read"))
     with pytest.raises(ReconError, match=rf"'{name}' holds .*float16.*6.55e\+04.*bfloat16"):
-        record_of(spec.replaced(model=str(folder), granularity="none"), save=tmp_path / "saved", save_dtype="float16")
-    assert not (tmp_path / "saved").exists()
+        record_of(spec.replaced(model=str(folder)), save=tmp_path / "saved", save_dtype="float16", stream=stream)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("propagation", ["dense", "mixed"])
@@ -159,11 +162,10 @@ def test_short_of_memory_it_has_the_bits_of_one_in_memory(propagation, spec, mon
     assert comparable(found) == comparable(wanted) and [window["micro_batch"] for window in found.windows] == [1] * 4
 
 
-def test_auto_streams_what_does_not_fit(spec, monkeypatch):
-    assert not streaming.wanted("auto", spec) and streaming.wanted("yes", spec) and not streaming.wanted("no", spec)
+def test_auto_streams_what_does_not_fit(spec):
     numbers = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(spec.model.model).parameters())
     for memory, wanted in ((8 * numbers + 1, False), (8 * numbers - 1, True), (0, False)):  # 0: the system does not tell
-        monkeypatch.setattr(device, "available_memory", lambda memory=memory: memory)
-        assert streaming.wanted("auto", spec) == wanted
+        assert plan.stays_on_disk(spec, "auto", memory) == wanted
+        assert plan.stays_on_disk(spec, "yes", memory) and not plan.stays_on_disk(spec, "no", memory)
     with pytest.raises(ReconError, match=r"masklora.*which a streamed run cannot do"):
         record_of(spec.replaced(retrain="masklora"), stream="yes")
