@@ -1,4 +1,4 @@
-"""Files that appear only when they are complete; the cache folder; locks; and `Storage`, where a run keeps its finished windows."""
+"""Files that appear when they are complete; the cache; locks; and `Storage`, where a run keeps its finished windows."""
 
 import contextlib
 import glob
@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections import ChainMap
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def writing(what: str, advice: str) -> Iterator[None]:
-    """Context that raises `ReconError`, naming `what` cannot be written, where the system refuses it, such as on a full disk."""
+    """Context that raises `ReconError` naming `what` cannot be written if the system refuses it, as on a full disk."""
     try:
         yield
     except Exception as error:
@@ -56,12 +56,11 @@ def check_writable(folder: Path, what: str) -> None:
 def complete(path: Path) -> Iterator[Path]:
     """Context that gives the name of a file or folder to write, and renames it to `path` at the end.
 
-    After an error nothing is left; a killed process leaves a folder beside `path` whose name ends in `PART`. The folder around `path`
-    is made if need be.
+    After an error nothing is left; a killed process leaves a folder beside `path` whose name ends in `PART`. The folder around
+    `path` is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = {"prefix": f".{path.name}.", "suffix": PART, "dir": path.parent}
-    with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(PART, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as folder:
         yield Path(folder) / path.name
         os.replace(Path(folder) / path.name, path)
 
@@ -116,7 +115,7 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Writes `tensors` to the safetensors file `path`; see `complete`. Raises safetensors' own error too, such as on a full disk."""
+    """Writes `tensors` to the safetensors file `path`; see `complete`."""
     with complete(path) as temporary:
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(stored, temporary, metadata={"format": "pt", **metadata})
@@ -134,23 +133,22 @@ class Storage:
         <folder>/<phase>/00012.safetensors           a finished window: its tensors, and in the metadata what was noted of it
         <folder>/<phase>/00013.<name>.safetensors    the activations that the window after it starts from
 
-    Each file appears whole under its name, a window's own last: a run that was killed goes on after its last finished window. A run in
+    Each file appears whole under its name, a window's own last: a killed run goes on after its last finished window. A run in
     memory has no folder: then nothing is written, and nothing is finished beforehand.
 
     `masks`: keep-masks by matrix name, bool (out, in).
 
     Args:
-        folder: of the run's own; made if need be.
-        run: the key of the run.
+        folder: of the run's own; made if need be. run: the key of the run.
         keep: without a folder, the phases of which tensors are kept.
 
-    Raises `ReconError` where the folder belongs to another run, or cannot be written.
+    Raises `ReconError` if the folder belongs to another run, or cannot be written.
     """
 
     def __init__(self, folder: Path | None = None, run: str = "", keep: Collection[str] = ()):
         self.folder, self._keep = folder, keep
-        self._noted: dict[str, list] = {}
-        self._tensors: dict[str, dict[str, Tensor]] = {}
+        self._noted: dict[str, list] = defaultdict(list)
+        self._tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.new_masks()
         if folder is None:
             return
@@ -161,10 +159,8 @@ class Storage:
                 shutil.rmtree(folder, ignore_errors=True)
                 write_json(folder / RUN, run)
             elif json.loads((folder / RUN).read_text(encoding="utf-8")) != run:
-                raise ReconError(
-                    f"folder {str(folder)!r} holds another unfinished run; give its command to go on with it, delete the folder, or "
-                    "save to another one"
-                )
+                said = "give its command to go on with it, delete the folder, or save to another one"
+                raise ReconError(f"folder {str(folder)!r} holds another unfinished run; {said}")
         for left in [*folder.glob(f"**/.*{PART}")]:
             shutil.rmtree(left, ignore_errors=True)
         self.masks = ChainMap({}, {})  # those that were set since the last finished window, and those in files
@@ -172,17 +168,17 @@ class Storage:
             self._take(path)
 
     def new_masks(self) -> None:
-        """Pruning begins: in memory, `masks` is a new mapping; a folder belongs to one run, which may have pruned some already."""
+        """Pruning begins: in memory, `masks` is a new mapping; the run that a folder belongs to may have pruned some already."""
         if self.folder is None:
             self.masks: MutableMapping[str, Tensor] = {}
 
     def finished(self, phase: str) -> list:
         """What was noted of the finished windows of `phase`, in their order."""
-        return list(self._noted.get(phase, ()))
+        return list(self._noted[phase])
 
     def tensors(self, phase: str) -> Mapping[str, Tensor]:
         """The tensors of the finished windows of `phase` by name, not to be changed in place."""
-        return self._tensors.get(phase, {})
+        return self._tensors[phase]
 
     def streams(self, phase: str) -> dict[str, Tensor]:
         """The activations that the next window of `phase` starts from, by name."""
@@ -198,14 +194,12 @@ class Storage:
     ) -> None:
         """Ends one window (or another step) of `phase`, with the masks that were set since the last one.
 
-        Args:
-            noted: what `finished` is to tell of it, as JSON can hold it.
-            streams: activations that the next window starts from.
-            tensors: parameters by full name, as the phase left them.
+        noted: what `finished` is to tell of it, as JSON can hold it. streams: activations that the next window starts from.
+        tensors: parameters by full name, as the phase left them.
         """
         if self.folder is None:
             if phase in self._keep:
-                self._tensors.setdefault(phase, {}).update({name: t.detach().clone() for name, t in tensors.items()})
+                self._tensors[phase].update({name: t.detach().clone() for name, t in tensors.items()})
             return
         number, place = len(self.finished(phase)), self.folder / phase
         with self._writing():
@@ -220,8 +214,8 @@ class Storage:
         self._take(path)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
-        """A tensor on the CPU to be filled, for activations or for weights that are put aside; with a folder, a large one is in a file
-        there that is gone with the tensor, of which the system keeps as much in memory as there is room for.
+        """A tensor on the CPU to be filled, for activations or for weights that are put aside; with a folder, a large one is in a
+        file there that is gone with the tensor, of which the system keeps as much in memory as there is room for.
 
         pinned: in memory that a GPU can read by itself, unless the tensor is in a file.
         """
@@ -234,8 +228,8 @@ class Storage:
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
 
     def delete(self, begun: bool = True) -> None:
-        """Deletes the folder; unless `begun`, only where nothing is finished. What a killed process leaves of it counts as nothing."""
-        if self.folder is not None and (begun or not self._noted):
+        """Deletes the folder; unless `begun`, only if nothing is finished. What a kill leaves of it counts as nothing."""
+        if self.folder is not None and (begun or not any(self._noted.values())):
             (self.folder / RUN).unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -245,8 +239,7 @@ class Storage:
     def _take(self, path: Path) -> None:
         """Counts the window in the file `path` as finished; its tensors are mapped from there."""
         with safe_open(path, framework="pt") as file:
-            self._noted.setdefault(path.parent.name, []).append(json.loads(file.metadata()["noted"]))
+            self._noted[path.parent.name].append(json.loads(file.metadata()["noted"]))
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 tensor = file.get_tensor(name)
-                masks, tensors = self.masks.maps[1], self._tensors.setdefault(path.parent.name, {})
-                (masks if tensor.dtype == torch.bool else tensors)[name] = tensor
+                (self.masks.maps[1] if tensor.dtype == torch.bool else self._tensors[path.parent.name])[name] = tensor

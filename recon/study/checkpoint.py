@@ -36,15 +36,15 @@ def check_target(folder: Path) -> None:
 
 
 def check_model(dense: Decoder, biases: Iterable[str], dtype: str) -> None:
-    """Raises `ReconError` naming a weight that `dtype` cannot hold, and one of the `biases` that pruning adds if the model has no place
-    for it as configured: transformers would drop it unnoticed when it loads the checkpoint.
+    """Raises `ReconError` naming a weight that `dtype` cannot hold, and one of the `biases` that pruning adds if the model has no
+    place for it as configured: transformers would drop it unnoticed when it loads the checkpoint.
     """
     with torch.device("meta"):
         places = type(dense.model)(copy.deepcopy(dense.model.config)).state_dict()
     if missing := [name for name in biases if name not in places]:
         raise ReconError(
-            f"{type(dense.model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that pruning "
-            "adds, and a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
+            f"{type(dense.model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that pruning adds: "
+            "a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
         )
     parameters = dict(dense.model.named_parameters())
     for name, value in dense.lazy.read(list(parameters)) if dense.lazy else parameters.items():

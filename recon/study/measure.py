@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,16 +20,13 @@ from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 from recon.study.spec import RunSpec
 
-# --- what is read -----------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Texts:
     """The tokens that a run reads, each (samples, length).
 
-    calibration: one random draw; every phase reads the first so many of it.
-    held_out: of the validation split, for errors; None where none are asked for.
-    evaluation: by name of the text.
+    calibration: one random draw; every phase reads the first so many of it. held_out: of the validation split, for errors; None if
+    none are asked for. evaluation: by name of the text.
     """
 
     calibration: Tensor
@@ -62,51 +58,39 @@ def digest(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
-
-
 def measure(
-    decoder: Decoder,
-    name: str,
-    texts: Texts,
-    config: EvaluationConfig,
-    tokenizer,
-    execution: Execution,
-    dense: Decoder | None = None,
-    states: Mapping[str, Tensor] = {},
+    decoder: Decoder, name: str, texts: Texts, config: EvaluationConfig, tokenizer, execution: Execution, dense: tuple = ()
 ) -> tuple[dict, dict[str, Tensor]]:
     """How good the model of `decoder` is, as JSON can hold it, and states that others are compared with, if it is the dense one.
 
-    Args:
-        name: of the model, for progress bars.
-        dense: the dense model, unless this is it; and its `states`.
+    name: of the model, for progress bars. dense: the dense model, unless this is it, and its states.
 
     Returns:
-        "perplexities": `Perplexity` by text. "zero_shot": as `recon.evaluate.zero_shot.zero_shot` gives it. "held_out": perplexity on
-        held-out samples, or None. "drift": share of the variance of the dense residual stream after each block that is unexplained;
-        empty for the dense model. And the dense model's last states on the windows that divergence is measured on, (windows, length,
-        hidden), by number of the text.
+        "perplexities": by text, the fields of `Perplexity`. "zero_shot": as `recon.evaluate.zero_shot.zero_shot` gives it.
+        "held_out": perplexity on held-out samples, or None. "drift": share of the variance of the dense residual stream after each
+        block that is unexplained; empty for the dense model. And the dense model's last states on the windows that divergence is
+        measured on, (windows, length, hidden), by number of the text.
     """
-    perplexities, kept, drift, last, held_out, tasks = {}, {}, [], None, None, {}
+    perplexities, kept, drift, last, held_out = {}, {}, [], None, None
     for number, (text, tokens) in enumerate(texts.evaluation.items()):
-        reference = Reference(dense, states[str(number)]) if dense else None
-        perplexities[text], stream = evaluation.perplexity_and_states(
-            decoder, tokens, execution=execution, reference=reference, description=f"perplexity ({name}, {text})"
+        reference = Reference(dense[0], dense[1][str(number)]) if dense else None
+        said = f"perplexity ({name}, {text})"
+        found, stream = evaluation.perplexity_and_states(
+            decoder, tokens, execution=execution, reference=reference, description=said
         )
-        if dense is None:
+        perplexities[text] = asdict(found)
+        if not dense:
             first = stream[: config.kl_windows]
             kept[str(number)] = execution.empty(first.shape, first.dtype, first.device).copy_(first)  # the others go
         del stream
     if texts.held_out is not None:
         if dense:
-            drift, last = evaluation.drift(decoder, dense, texts.held_out, execution=execution)
-        held_out = evaluation.perplexity(
-            decoder, texts.held_out, execution=execution, states=last, description=f"perplexity ({name}, held out)"
-        ).value
-    if config.tasks:
-        tasks = zero_shot.zero_shot(decoder, tokenizer, config.tasks, config.task_limit or None, execution=execution)
-    by_text = {text: asdict(found) for text, found in perplexities.items()}
-    return {"perplexities": by_text, "zero_shot": tasks, "drift": drift, "held_out": held_out}, kept
+            drift, last = evaluation.drift(decoder, dense[0], texts.held_out, execution=execution)
+        said = f"perplexity ({name}, held out)"
+        held_out = evaluation.perplexity(decoder, texts.held_out, execution=execution, states=last, description=said).value
+    limit = config.task_limit or None
+    tasks = zero_shot.zero_shot(decoder, tokenizer, config.tasks, limit, execution=execution) if config.tasks else {}
+    return {"perplexities": perplexities, "zero_shot": tasks, "drift": drift, "held_out": held_out}, kept
 
 
 def count_zeros(decoder: Decoder) -> dict:
@@ -120,18 +104,21 @@ def count_zeros(decoder: Decoder) -> dict:
     return {"sparsity": zeros / size, "sparsity_by_matrix": shares}
 
 
-# --- what the record says ---------------------------------------------------------------------------------------------
-
-
 def metrics(spec: RunSpec, dense: dict, pruned: dict, final: dict) -> dict:
-    """The metrics of a record, of what `measure` gave: of the first text, of held-out samples and tasks, and everything by text."""
-    states = {"dense": dense, "pruned": pruned, "reconstructed": final}
-    by_text = {
-        text: _of_text({state: measured["perplexities"][text] for state, measured in states.items()})
-        for text in spec.evaluation.evaluation_texts
-    }
+    """The metrics of a record, of what `measure` gave: of the first text, of held-out samples and tasks, and all by text."""
+    states, by_text = {"dense": dense, "pruned": pruned, "reconstructed": final}, {}
+    for text in spec.evaluation.evaluation_texts:
+        found = {state: measured["perplexities"][text] for state, measured in states.items()}
+        values, divergences = [each["value"] for each in found.values()], found["reconstructed"]["kl_per_window"]
+        by_text[text] = {
+            **dict(zip(("dense_perplexity", "pruned_perplexity", "perplexity"), values)),
+            "share_recovered": share_recovered(*values),
+            "nll_per_window": {state: each["per_window"] for state, each in found.items()},
+            "kl_per_window": {state: found[state]["kl_per_window"] for state in ("pruned", "reconstructed")},
+            "kl": sum(divergences) / max(1, len(divergences)),
+        }
     headline = by_text[spec.evaluation.evaluation_texts[0]]
-    found = {name: headline[name] for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "share_recovered", "kl")}
+    found = {name: value for name, value in headline.items() if not isinstance(value, dict)}
     found |= {"dense_held_out_perplexity": dense["held_out"], "held_out_perplexity": final["held_out"]}
     if spec.evaluation.tasks:
         found["zero_shot"] = {state: measured["zero_shot"] for state, measured in states.items()}
@@ -141,18 +128,6 @@ def metrics(spec: RunSpec, dense: dict, pruned: dict, final: dict) -> dict:
         found[f"held_out_error{suffix}"] = measured["drift"][-1] if measured["drift"] else None
         found[f"drift{suffix}"] = measured["drift"]
     return found | {"by_text": by_text}
-
-
-def _of_text(results: dict[str, dict]) -> dict:
-    """The metrics of one text, of the `Perplexity` of each state."""
-    values, divergences = [result["value"] for result in results.values()], results["reconstructed"]["kl_per_window"]
-    return {
-        **dict(zip(("dense_perplexity", "pruned_perplexity", "perplexity"), values, strict=True)),
-        "share_recovered": share_recovered(*values),
-        "nll_per_window": {state: result["per_window"] for state, result in results.items()},
-        "kl_per_window": {state: results[state]["kl_per_window"] for state in ("pruned", "reconstructed")},
-        "kl": sum(divergences) / max(1, len(divergences)),
-    }
 
 
 def share_recovered(dense: float, pruned: float, final: float) -> float | None:
@@ -171,32 +146,29 @@ def tokens(spec: RunSpec, texts: Texts, dense: dict) -> dict[str, int]:
 
 def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) -> dict:
     """How numbers came about, in words; "dense": what the dense model's weights were dequantised from, or their dtype."""
-    calibration, how, external = spec.calibration, spec.evaluation, spec.model.pruned is not None
+    calibration, how, model = spec.calibration, spec.evaluation, spec.model
     read = f"{calibration.sequence_length} tokens of {calibration.text}"
     windows = ", ".join(f"{count} consecutive windows of {text}" for text, count in how.windows.items())
     samples = ", ".join(f"{phase} {count}" for phase, count in spec.samples_by_phase.items())
-    pruned = (spec.model.pruned, spec.model.pruned_revision, spec.model.trust_remote_code)
     asked = f"the first {how.task_limit or 'all'} questions of each; scored by lm-eval, float32 logits"
-    return {
-        "dense": models.precision(models.configuration(*spec.loaded_by)),
-        **({"pruned": models.precision(models.configuration(*pruned))} if external else {}),
+    said = {"dense": models.precision(models.configuration(*spec.loaded_by))}
+    if model.pruned is not None:
+        pruned = models.configuration(model.pruned, model.pruned_revision, model.trust_remote_code)
+        said["pruned"] = models.precision(pruned)
+    if dense.reading:
+        said["reading"] = dense.reading
+    return said | {
         "calibration": f"{samples} x {read} (calibration split), seed {spec.seed}",
-        "evaluation": (
-            f"perplexity: exp of the mean negative log-likelihood over all but the first token of each window; {windows} x "
-            f"{how.evaluation_length} tokens (evaluation split), every window on its own; "
-            f"{PROTOCOLS[how.evaluation_protocol]}; {str(dtype).removeprefix('torch.')} products, float32 loss"
-        ),
-        **({"reading": dense.reading} if dense.reading else {}),
+        "evaluation": "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
+        f"{windows} x {how.evaluation_length} tokens (evaluation split), every window on its own; "
+        f"{PROTOCOLS[how.evaluation_protocol]}; {str(dtype).removeprefix('torch.')} products, float32 loss",
         "kl": f"KL(dense || model) per token, on the first {how.kl_windows} evaluation windows",
         "flops": "counted by torch on shapes, as if the run shared nothing",
-        "drift": (
-            "share of the variance of the dense residual stream after each block that is unexplained, mean over channels and over all "
-            f"tokens but the first of each sample, on {calibration.held_out_samples} x {read} (validation split)"
-        ),
+        "drift": "share of the variance of the dense residual stream after each block that is unexplained, mean over channels and "
+        f"over all tokens but the first of each sample, on {calibration.held_out_samples} x {read} (validation split)",
         "held_out_error": "drift after the last block",
-        "rolled_back": (
-            f"a window is rolled back where the unexplained share of its own target grew on the first {ERROR_SAMPLES} of these samples"
-        ),
+        "rolled_back": "a window is rolled back where the unexplained share of its own target grew on the first "
+        f"{ERROR_SAMPLES} of these samples",
         "zero_shot": f"{', '.join(how.tasks)}: {asked}" if how.tasks else "none",
         "share_recovered": "1 - log(reconstructed / dense) / log(pruned / dense), in perplexities",
         "token_hashes": texts.hashes(),

@@ -23,10 +23,10 @@ PACKAGES = ("recon", "torch", "transformers", "datasets", "safetensors", "numpy"
 class RunRecord:
     """What a run found, and everything needed to check it.
 
-    `status` is "done", "failed" (then `error` says how), or in tables "missing". `spec` holds options by flat name. `seconds`, `flops`
-    and `tokens` are by phase; `peak_memory_bytes` is that of the highest phase, `added_memory_bytes_by_phase` what was not in use before
-    the phase, `window_memory_bytes` what the largest window takes as counted, by kind. `windows`: the report of each window.
-    `shared`: what was taken from earlier runs of the session.
+    `status` is "done", "failed" (then `error` says how), or in tables "missing". `spec`: options by flat name. `seconds`, `flops`
+    and `tokens` are by phase. `peak_memory_bytes`: of the highest phase; `added_memory_bytes_by_phase`: not in use before it;
+    `window_memory_bytes`: of the largest window, as counted, by kind. `windows`: the report of each. `shared`: what was taken from
+    earlier runs of the session.
     """
 
     spec: dict

@@ -50,16 +50,12 @@ class RunResult(NamedTuple):
 
 
 def run(
-    spec: RunSpec,
-    options: RunOptions = RunOptions(),
-    *,
-    session: Session | None = None,
-    callbacks: Sequence[Callback] = (),
+    spec: RunSpec, options: RunOptions = RunOptions(), *, session: Session | None = None, callbacks: Sequence[Callback] = ()
 ) -> RunResult:
     """Prunes, reconstructs and measures one model as `spec` says.
 
-    A streamed run leaves its models on disk and works on one window at a time, in the folder `<save>.unfinished`, or in one in the
-    cache that is named by its key; the same call goes on after the last finished window. The folder is deleted when the run is done.
+    A streamed run leaves its models on disk and works on one window at a time, in the folder `<save>.unfinished`, or in one of the
+    cache named by its key; the same call goes on after the last finished window. The folder is deleted when the run is done.
 
     Args:
         options: how it is carried out: where the model is saved, whether it is streamed, on what it is computed.
@@ -183,8 +179,6 @@ class _Run(Callback):
         peaks, added = record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase
         peaks[name], added[name] = max(peaks.get(name, 0), peak.bytes), max(added.get(name, 0), peak.bytes - peak.before)
 
-    # --- phases -------------------------------------------------------------------------------------------------------
-
     def load(self) -> None:
         """The dense model, its tokenizer, and the model that something else pruned, if any: checked, but not read into memory."""
         spec, session, folder, model = self.spec, self.session, self.storage.folder, self.spec.model
@@ -219,19 +213,17 @@ class _Run(Callback):
             checkpoint.check_model(dense, biases, self.options.save_dtype)
 
     def measured(self, name: str, decoder: Decoder) -> Measured:
-        """How good the dense, pruned or reconstructed model is, unless that is known: from before the run was killed, or from a run of
-        the session that agrees on all that decides it."""
+        """How good the dense, pruned or reconstructed model is; what is known of it from before the run was killed, or from a run
+        of the session that agrees on all that decides it, is not measured again."""
         spec, read, storage = self.spec, self.spec.calibration, self.storage
         made_by = {"dense": spec.loaded_by, "pruned": spec.pruned_by}.get(name)
         known_by = made_by, spec.evaluation, read.text, read.sequence_length, read.held_out_samples, spec.compute
-        step, dense = ("dense", {}) if name == "dense" else (f"measure {name}", {"dense": self.dense, "states": self.states})
+        step, dense = ("dense", ()) if name == "dense" else (f"measure {name}", (self.dense, self.states))
         with self.phase("evaluate"):
             if storage.finished(step):
                 return storage.finished(step)[0], storage.streams(step)
-            given = decoder, name, self.texts, spec.evaluation, self.tokenizer, self.execution()
-            compute = partial(measure.measure, *given, **dense)
-            if name == "dense":
-                compute = partial(self.cached, compute)
+            given = decoder, name, self.texts, spec.evaluation, self.tokenizer, self.execution(), dense
+            compute = partial(measure.measure, *given) if dense else partial(self.cached, partial(measure.measure, *given))
             found, states = self.session.keep(step, known_by, compute) if made_by else compute()
             storage.finish(step, found, states)
         return found, states
@@ -254,7 +246,7 @@ class _Run(Callback):
             return kept.finished("dense")[0], kept.streams("dense")
 
     def pruned(self, one_pass: bool) -> tuple[prune.Pruning, Mapping[str, Tensor], float, int]:
-        """Prunes the model, in one pass with its reconstruction or before: how, parameters that were not only zeroed, seconds, peak."""
+        """Prunes the model, in one pass with its reconstruction or before; gives parameters that changed, seconds and peak, too."""
         seconds, peaks = self.record.seconds, self.record.peak_memory_bytes_by_phase
         if one_pass:
             self.reconstruct(pruning=self.spec.pruning)

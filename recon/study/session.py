@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 class Session:
-    """What consecutive runs share: the dense model, its measurements, and the last pruned state, so that granularities which follow
+    """What consecutive runs share: the dense model, its measurements, and the last pruned state, so that granularities that follow
     one another in a study start from the very same one.
     """
 

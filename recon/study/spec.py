@@ -7,20 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from recon.config import (
-    LENGTHS,
-    PRESETS,
-    CalibrationConfig,
-    Checked,
-    ComputeConfig,
-    EvaluationConfig,
-    FromZero,
-    ModelConfig,
-    PruningConfig,
-    ReconstructionConfig,
-    RetrainingConfig,
-    two_passes,
-)
+from recon import config
+from recon.config import Checked, FromZero
 from recon.errors import ReconError
 from recon.kernels import criteria
 from recon.runtime.device import SAVED
@@ -37,15 +25,15 @@ class RunSpec(Checked):
     `spec.flat()`, `spec.replaced(seed=1)`.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    pruning: PruningConfig = field(default_factory=PruningConfig)
-    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    retraining: RetrainingConfig = field(default_factory=RetrainingConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    model: config.ModelConfig = field(default_factory=config.ModelConfig)
+    calibration: config.CalibrationConfig = field(default_factory=config.CalibrationConfig)
+    pruning: config.PruningConfig = field(default_factory=config.PruningConfig)
+    reconstruction: config.ReconstructionConfig = field(default_factory=config.ReconstructionConfig)
+    retraining: config.RetrainingConfig = field(default_factory=config.RetrainingConfig)
+    evaluation: config.EvaluationConfig = field(default_factory=config.EvaluationConfig)
+    compute: config.ComputeConfig = field(default_factory=config.ComputeConfig)
     seed: FromZero = 0  # Seed of every random choice.
-    preset: Literal[tuple(PRESETS)] = "default"
+    preset: Literal[tuple(config.PRESETS)] = "default"
     """Recipe: fast, default, best, or paper (as published). It sets other options that are at their defaults."""
 
     def __post_init__(self):
@@ -56,7 +44,7 @@ class RunSpec(Checked):
             value = self.flat()[wrong[0]]
             said = f"but the mask is read from the pruned model {self.model.pruned!r}; leave it out"
             raise ReconError(f"{wrong[0]} is {value!r}, {said}")
-        recipe = {name: value for name, value in PRESETS[self.preset].items() if name not in changed | masked}
+        recipe = {name: value for name, value in config.PRESETS[self.preset].items() if name not in changed | masked}
         for name, part in self._changed(recipe | {"preset": "default"}).items():  # a record says what a preset stood for
             object.__setattr__(self, name, part)
 
@@ -81,8 +69,6 @@ class RunSpec(Checked):
         parts = {name: part for name, part in vars(self).items() if is_dataclass(part)}
         new = {name: replace(part, **{k: values[k] for k in vars(part).keys() & values}) for name, part in parts.items()}
         return new | {name: values[name] for name in values.keys() & {"seed", "preset"}}
-
-    # --- what phases read -----------------------------------------------------------------------------------------
 
     @property
     def samples_by_phase(self) -> dict[str, int]:
@@ -118,7 +104,7 @@ class RunSpec(Checked):
     def one_pass(self) -> bool:
         """Whether windows are pruned one by one as reconstruction reaches them."""
         reconstructs = self.reconstruction.granularity != "none" and self.model.pruned is None
-        return reconstructs and not two_passes(self.pruning, self.reconstruction, self.calibration.samples)
+        return reconstructs and not config.two_passes(self.pruning, self.reconstruction, self.calibration.samples)
 
     def resolved(self) -> "RunSpec":
         """This spec with a number for every length that is 0, by the model's configuration; see `recon.config.LENGTHS`.
@@ -128,12 +114,12 @@ class RunSpec(Checked):
         from recon.data import models  # slow to import, as below
         from recon.model.skeleton import max_length
 
-        asked = [name for name in LENGTHS if self.flat()[name] == 0]
+        asked = [name for name in config.LENGTHS if self.flat()[name] == 0]
         try:
             longest = max_length(models.configuration(*self.loaded_by)) if asked else None
         except ReconError:
             return self
-        return self.replaced(**{name: min(LENGTHS[name], longest or LENGTHS[name]) for name in asked})
+        return self.replaced(**{name: min(config.LENGTHS[name], longest or config.LENGTHS[name]) for name in asked})
 
     def sources(self) -> dict:
         """Hashes of the files that the run reads, and the schema of its record."""

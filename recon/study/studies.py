@@ -40,9 +40,8 @@ class _Writer(Callback):
 
     def on_done(self, record: RunRecord) -> None:
         if record.key != self.key:
-            raise ReconError(
-                f"its key is {record.key} by now: the model or texts that it reads have changed, or are others where it ran"
-            )
+            said = "the model or texts that it reads have changed, or are others where it ran"
+            raise ReconError(f"its key is {record.key} by now: {said}")
         if self.path:
             write_record(record, self.path)
 
@@ -50,10 +49,10 @@ class _Writer(Callback):
 def run_to_record(
     spec: RunSpec, path: Path | None, options: RunOptions, session: Session | None = None, key: str = ""
 ) -> tuple[RunRecord, Exception | None]:
-    """The record of `recon.run`; if it fails, one that says how, and the exception. It is written to `path`, but a failure's not over
-    that of a finished run.
+    """The record of `recon.run`; if that fails, one that says how, and the exception. It is written to `path`, but that of a failure
+    not over one of the finished run.
 
-    key: of the run; default: the one that it has. Raises `ReconError` for a path that cannot be written.
+    key: of the run; default: the one that it has now. Raises `ReconError` for a path that cannot be written.
     """
     if path:
         check_writable(path.parent, "record")
@@ -72,31 +71,27 @@ def run_to_record(
 
 def _work(folder: Path, options: RunOptions, session: Session, task: tuple[str, RunSpec]) -> tuple[str, RunRecord]:
     """Computes a run of a study, here or in a worker, unless it is done by now; by key."""
-    (key, spec), path = task, folder / f"{task[0]}.json"
+    key, spec = task
     if not folder.exists():  # in a worker on another machine
         return key, run_to_record(spec, None, options, session, key)[0]
+    path = folder / f"{key}.json"
     with locked(path, "record", wait=True):  # another study may be at work on the same run
         return key, finished(path, key) or run_to_record(spec, path, options, session, key)[0]
 
 
 def run_study(
-    specs: Iterable[RunSpec],
-    folder: Path | str,
-    progress: bool = True,
-    compute: bool = True,
-    executor: str | Ray | None = None,
+    specs: Iterable[RunSpec], folder: Path | str, progress: bool = True, compute: bool = True, executor: str | Ray | None = None
 ) -> pd.DataFrame:
     """Runs what is missing of `specs` and returns one row per spec, in their order.
 
-    Every finished run is a record in `folder` at once, so that a killed study goes on where it was; several studies may be at work
-    on one folder, and share what they have in common. A run that fails leaves a record that says how, and the others go on; a failed
-    run is tried again next time.
+    Every finished run is a record in `folder` at once, so that a killed study goes on where it was; several may be at work on one
+    folder. A run that fails leaves a record that says how, and the others go on; it is tried again next time.
 
     Args:
         folder: for the records, one JSON file per run, named by its key.
         compute: False runs nothing; what has no record then has the status "missing".
-        executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable RECON_EXECUTOR
-            names, or serial. What a record says, and its name, do not depend on it.
+        executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable
+            RECON_EXECUTOR names, or serial. What a record says, and its name, do not depend on it.
 
     Returns:
         A frame with a column per option of the spec, one per metric that is one number, `seconds_<phase>`, `flops_<phase>`,
@@ -106,20 +101,18 @@ def run_study(
         ReconError: nothing can be written to `folder`, or the executor cannot be had.
     """
     specs, folder = [spec.resolved() for spec in specs], Path(folder).resolve()
-    keys = [spec.key() for spec in specs]
-    if not compute:
-        said = f"not computed: no record in {folder.name}/"
-        paths = [folder / f"{key}.json" for key in keys]
-        return frame(
-            read_record(path) if path.is_file() else RunRecord(spec.flat(), path.stem, "missing", said)
-            for spec, path in zip(specs, paths, strict=True)
-        )
-    how = settings(executor)
-    check_writable(folder, "record folder")
-    records = {key: finished(folder / f"{key}.json", key) for key in keys}
-    missing = {key: spec for key, spec in zip(keys, specs, strict=True) if records[key] is None}
-    records |= _computed(missing, folder, how, progress)
-    return frame([records[key] for key in keys])
+    keys, how = [spec.key() for spec in specs], settings(executor)
+    known = dict(zip(keys, specs))
+    paths = {key: folder / f"{key}.json" for key in known}
+    if compute:
+        check_writable(folder, "record folder")
+        records = {key: finished(path, key) for key, path in paths.items()}
+        records |= _computed({key: spec for key, spec in known.items() if records[key] is None}, folder, how, progress)
+    else:
+        missing = "missing", f"not computed: no record in {folder.name}/"
+        records = {key: RunRecord(spec.flat(), key, *missing) for key, spec in known.items()}
+        records |= {key: read_record(path) for key, path in paths.items() if path.is_file()}
+    return frame(records[key] for key in keys)
 
 
 def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress: bool) -> dict[str, RunRecord]:
@@ -128,11 +121,8 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
     order = sorted(specs, key=lambda key: [str(part) for part in (*specs[key].pruned_by, specs[key].calibration.samples)])
     if len(specs) > 1:
         plan.announce(list(specs.values()))
-    tasks, work = (
-        [(key, specs[key]) for key in order],
-        partial(_work, folder, RunOptions(progress=progress and how is None), Session()),
-    )
-    on_cpu = any(spec.compute.device == "cpu" for spec in specs.values())
+    work = partial(_work, folder, RunOptions(progress=progress and how is None), Session())
+    tasks, on_cpu = [(key, specs[key]) for key in order], any(spec.compute.device == "cpu" for spec in specs.values())
     answers = (work(task) for task in tasks) if how is None else spread(how, on_cpu, work, tasks)
     records, lost = {}, None
 
@@ -161,15 +151,10 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """One row per record, as `run_study` describes."""
     rows = []
     for record in records:
+        said = vars(record)
         row = record.spec | {name: value for name, value in record.metrics.items() if not isinstance(value, dict | list)}
-        for column, parts in (
-            ("seconds", record.seconds),
-            ("flops", record.flops),
-            ("peak_memory_bytes", record.peak_memory_bytes_by_phase),
-            ("added_memory_bytes", record.added_memory_bytes_by_phase),
-        ):
-            row |= {f"{column}_{phase}": value for phase, value in parts.items()}
-        own = ("peak_memory_bytes", "key", "status", "error")
-        rows.append(row | {name: getattr(record, name) for name in own})
+        for name in ("seconds", "flops", "peak_memory_bytes_by_phase", "added_memory_bytes_by_phase"):
+            row |= {f"{name.removesuffix('_by_phase')}_{phase}": value for phase, value in said[name].items()}
+        rows.append(row | {name: said[name] for name in ("peak_memory_bytes", "key", "status", "error")})
     # A study of nothing has the columns that every study has.
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*RunSpec().flat(), "key", "status", "error"])
