@@ -89,9 +89,9 @@ class Plan:
     memory: float | None = None  # GiB of host memory that the run may take; default: what is free here.
 
     def __call__(self) -> None:
-        from recon.study.plan import plan
+        from recon.study.plan import Plan
 
-        planned = plan(self.spec, self.stream, memory_gib=self.memory)
+        planned = Plan(self.spec, self.stream, memory_gib=self.memory)
         print(planned)
         if planned.problem:
             raise ReconError(planned.problem)

@@ -1,6 +1,7 @@
 """What a plan says is what a run does: operations, memory, disk; and it reads no weights."""
 
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from recon.methods.prune import prune
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
 from recon.model.discovery import decompose
-from recon.runtime.device import resident
+from recon.runtime.device import HOST, resident
 from recon.runtime.execution import Execution
 from recon.study import plan
 from recon.study.spec import RunSpec
@@ -127,9 +128,8 @@ def test_operations_count_the_experts_that_a_token_sees(config_folder, tmp_path)
 def test_memory_of_a_window_is_counted():
     """Gradients, two moments and the copy of a window follow from what is trained in it; activations from its batch."""
     decoder, base = decompose(make_model("llama", num_hidden_layers=4)), RunSpec.of(sequence_length=32, compute_dtype="float32")
-    found = {
-        name: plan.window_memory(decoder, base.replaced(granularity=name)) for name in ("none", "half-block", "block", "model")
-    }
+    memory = functools.partial(plan.window_memory, decoder, device=HOST)
+    found = {name: memory(base.replaced(granularity=name)) for name in ("none", "half-block", "block", "model")}
     elements = sum(p.numel() for p in decoder.trained(decoder.windows("block")[0], "matrices").values())
     for name, blocks in (("block", 1), ("model", 4)):
         per_element = {part: found[name][part] / (blocks * elements) for part in ("gradients", "moments", "copies", "rounded")}
@@ -137,16 +137,16 @@ def test_memory_of_a_window_is_counted():
         assert found[name]["activations"] == blocks * found["block"]["activations"]
     assert found["none"] == {} and sum(found["half-block"].values()) < sum(found["block"].values())
     base = base.replaced(granularity="block")
-    rounded = plan.window_memory(decoder, base.replaced(compute_dtype="bfloat16"))
+    rounded = memory(base.replaced(compute_dtype="bfloat16"))
     assert rounded["rounded"] == 4 * elements and rounded["activations"] < found["block"]["activations"]
-    assert plan.window_memory(decoder, base.replaced(adapter="masklora", rank=2))["moments"] < 0.2 * found["block"]["moments"]
-    exact = plan.window_memory(decoder, base.replaced(granularity="matrix", solver="exact"))
+    assert memory(base.replaced(adapter="masklora", rank=2))["moments"] < 0.2 * found["block"]["moments"]
+    exact = memory(base.replaced(granularity="matrix", solver="exact"))
     assert exact["gradients"] == exact["activations"] == 0 < exact["statistics"]
 
 
 def test_what_takes_less(spec):
     def needs(stream: str = "no", **options) -> float:
-        planned = plan.plan(spec.replaced(**{"evaluation_samples": 1, "granularity": "block", **options}), stream)
+        planned = plan.Plan(spec.replaced(**{"evaluation_samples": 1, "granularity": "block", **options}), stream)
         return sum(size for part, size in planned.memory["cpu"].items() if part not in ("process", "margin"))
 
     assert needs(granularity="half-block") < needs() < needs(granularity="model")
@@ -161,8 +161,8 @@ def test_what_takes_less(spec):
 def test_families_are_planned(family, spec, config_folder):
     """Experts, routers in another dtype, convolutions, two stacks."""
     spec = spec.replaced(model=config_folder(small_model(family).config.to_dict()), granularity="block", compute_dtype="bfloat16")
-    planned = plan.plan(spec, "yes")
-    assert planned.memory.keys() == {"cpu"} and all(planned.flops[phase] for phase in ("reconstruct", "evaluate"))
+    planned = plan.Plan(spec, "yes")
+    assert planned.memory.keys() == {"cpu", "disk"} and all(planned.flops[phase] for phase in ("reconstruct", "evaluate"))
 
 
 # --- the plan of a run ----------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_families_are_planned(family, spec, config_folder):
 
 def test_a_plan_and_a_run_agree(spec):
     asked = spec.replaced(sequence_length=0, evaluation_length=0, samples=1, granularity="none")
-    planned = plan.plan(asked)
+    planned = plan.Plan(asked)
     assert planned.spec == asked.replaced(sequence_length=256, evaluation_length=256)  # what the model was made for
     found = result_of(asked)
     assert found.record.key == planned.spec.key() and found.record.flops == planned.flops
@@ -189,7 +189,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
         record_of(spec, stream="no", force=True)
     plan.check(spec, "no", loaded=2**30)  # what is loaded already need not fit once more
     with pytest.raises(ReconError, match="retraining"):
-        plan.plan(spec.replaced(retrain="full"), "yes")
+        plan.Plan(spec.replaced(retrain="full"), "yes")
 
 
 def test_runs_and_studies_are_announced(spec, caplog):
@@ -235,14 +235,14 @@ MEASURED = {
 }
 MEASURE = """
 import json, sys
-from recon.study.plan import plan
+from recon.study.plan import Plan
 from recon.study.run import run
 from recon.study.spec import RunOptions, RunSpec
 from recon.runtime.device import limit_compiled_shapes
 
 limit_compiled_shapes()  # as the command line does
 spec, options = RunSpec.of(**json.loads(sys.argv[1])), RunOptions(stream=sys.argv[2], progress=False)
-planned = plan(spec, sys.argv[2])
+planned = Plan(spec, sys.argv[2])
 process = planned.memory["cpu"]["process"]
 print(json.dumps([planned.rooms["memory"][0] - process, run(spec, options).record.peak_memory_bytes - process]))
 """
