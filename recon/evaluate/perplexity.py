@@ -67,10 +67,28 @@ def perplexity_and_states(
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)
     stream = last_states(decoder, tokens, execution, description) if states is None else states
-    tokens, read = decoder.predicted(tokens), decoder.predicted(stream)
-    means, divergences = _scores(decoder, execution, tokens, read, reference)
-    mean, predicted = sum(means) / len(means), len(means) * (tokens.shape[1] - 1)
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, predicted, means, divergences), stream
+    tokens, inputs = decoder.predicted(tokens), decoder.predicted(stream)
+    compared, predicted = 0 if reference is None else min(len(reference.states), len(tokens)), tokens.shape[1] - 1
+    likelihoods, divergences = [0.0] * len(tokens), [0.0] * compared
+    ends = execution.holding_ends(reference.decoder) if compared else contextlib.nullcontext()
+    with execution, execution.holding_ends(decoder), ends:
+        batches = execution.batches([tokens, inputs], [range(i, i + 1) for i in range(len(tokens))])
+        for window, (read, last) in enumerate(batches):
+            if window < compared:
+                dense_last = decoder.predicted(reference.states[window : window + 1]).to(execution.device)
+            for start in range(0, predicted, SLICE):  # few logits exist at a time
+                at = slice(start, min(start + SLICE, predicted))
+                logits = decoder.logits(read[:, at], last[:, at])[0]
+                targets = read[0, at.start + 1 : at.stop + 1]
+                likelihoods[window] += negative_log_likelihood(logits, targets).double().sum().item()
+                if window < compared:
+                    dense = reference.decoder.logits(read[:, at], dense_last[:, at])[0]
+                    divergences[window] += kl_divergence(dense, logits).double().sum().item()
+                    del dense
+                del logits  # before those of the next slice are there
+    nats, divergences = ([total / predicted for total in totals] for totals in (likelihoods, divergences))
+    mean = sum(nats) / len(nats)
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(nats) * predicted, nats, divergences), stream
 
 
 def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, description: str = "") -> Tensor:
@@ -82,10 +100,7 @@ def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, descript
 
 
 def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> Iterator[Tensor]:
-    """The output (windows, length, hidden) of each block in turn for `tokens` (windows, length).
-
-    One block at a time is on the compute device.
-    """
+    """The output (windows, length, hidden) of each block in turn for `tokens` (windows, length); one at a time is on the device."""
     stream = execution.embed(decoder, tokens)
     for window in decoder.windows("block"):
         with execution.holding(decoder, window):
@@ -93,45 +108,12 @@ def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> 
         yield stream
 
 
-def _scores(
-    decoder: Decoder, execution: Execution, tokens: Tensor, stream: Tensor, reference: Reference | None
-) -> tuple[list[float], list[float]]:
-    """Of each window, the mean over its predicted tokens of the negative log-likelihood; and of KL(dense || model), if
-    `reference` has the window's states.
-
-    tokens: (windows, length). stream: the last block's output for them, (windows, length, hidden).
-    """
-    compared = 0 if reference is None else min(len(reference.states), len(tokens))
-    predicted = tokens.shape[1] - 1
-    likelihoods, divergences = [0.0] * len(tokens), [0.0] * compared
-    ends = execution.holding_ends(reference.decoder) if compared else contextlib.nullcontext()
-    with execution, execution.holding_ends(decoder), ends:
-        batches = execution.batches([tokens, stream], [range(i, i + 1) for i in range(len(tokens))])
-        for window, (read, states) in enumerate(batches):
-            if window < compared:
-                dense_states = decoder.predicted(reference.states[window : window + 1]).to(execution.device)
-            for start in range(0, predicted, SLICE):  # few logits exist at a time
-                at = slice(start, min(start + SLICE, predicted))
-                logits = decoder.logits(read[:, at], states[:, at])[0]
-                targets = read[0, at.start + 1 : at.stop + 1]
-                likelihoods[window] += negative_log_likelihood(logits, targets).double().sum().item()
-                if window < compared:
-                    dense = reference.decoder.logits(read[:, at], dense_states[:, at])[0]
-                    divergences[window] += kl_divergence(dense, logits).double().sum().item()
-                    del dense
-                del logits  # before those of the next slice are there
-    return [total / predicted for total in likelihoods], [total / predicted for total in divergences]
-
-
 @torch.no_grad()
 def drift(model: Decoder, dense: Decoder, tokens: Tensor, *, execution: Execution | None = None) -> tuple[list[float], Tensor]:
-    """The share of the variance of the dense model's residual stream after each block that the stream of `model` leaves unexplained;
-    and the last stream of `model`.
+    """The share of the variance of the dense model's residual stream after each block that the stream of `model` leaves unexplained
+    (see `recon.kernels.losses.unexplained`), for `tokens` (samples, length); and the last stream of `model`.
 
-    See `recon.kernels.losses.unexplained`; tokens: (samples, length). Each model runs on its own activations, so errors accumulate with
-    depth.
-
-    execution: where and in what precision; default: where the dense model is.
+    Each model runs on its own activations, so errors accumulate with depth. execution: default: where the dense model is.
     """
     execution, errors = execution or Execution(dense.device), []
     for ours, theirs in zip(*(residual_streams(each, tokens, execution) for each in (model, dense)), strict=True):

@@ -8,7 +8,7 @@ import hashlib
 import io
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -70,10 +70,13 @@ def zero_shot(
 
     from recon.evaluate.harness import Scorer
 
-    execution = execution or Execution(decoder.device)
-    with _quiet(execution.progress):
-        loaded = _load(tasks)
-        scorer = Scorer(decoder, tokenizer, execution)
+    execution, logger = execution or Execution(decoder.device), logging.getLogger("lm_eval")
+    with contextlib.ExitStack() as stack:
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+        if not execution.progress:  # its bars have no other switch
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        loaded, scorer = _load(tasks), Scorer(decoder, tokenizer, execution)
         said = evaluate(lm=scorer, task_dict={"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=True)
     summaries = {name: _summary(said["results"][name], said["samples"][name], said["versions"][name]) for name in tasks}
     return {"lm_eval_version": lm_eval.__version__, "tasks": summaries}
@@ -112,20 +115,5 @@ def _summary(metrics: dict, samples: list[dict], version: object) -> dict:
             if metric == "perplexity" and error is not None:
                 error *= value  # of exp(-mean), to first order; lm-eval would resample, in as many processes as there are cores
             summary |= {metric: value, f"{metric}_stderr": error}
-    # Of what lm-eval's own tracker hashes.
-    hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
+    hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)  # as its tracker
     return summary | {"n": len(samples), "version": version, "hash": hashlib.sha256(hashes.encode()).hexdigest()}
-
-
-@contextlib.contextmanager
-def _quiet(progress: bool) -> Iterator[None]:
-    """Silences lm-eval, but for errors, and for its progress bars if `progress`."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    # Its bars have no other switch.
-    with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

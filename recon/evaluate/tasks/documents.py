@@ -4,6 +4,8 @@ import random
 import re
 from collections.abc import Iterable
 
+from datasets import Dataset
+
 from recon.data import assets, text
 
 PER_SECTION = 100  # analogies
@@ -16,18 +18,12 @@ _LAST_WORD = re.compile(r"(.*\s)([A-Za-z]{4,})[.!?]", re.DOTALL)
 
 def analogies(**_) -> dict:
     """lm-eval's data set of the analogies: rows "section", "a", "b", "c", "choices", "label"."""
-    return _dataset(analogy_rows(assets.fetch("analogy-questions").read_text(encoding="utf-8").splitlines()))
+    return {"test": Dataset.from_list(analogy_rows(assets.fetch("analogy-questions").read_text(encoding="utf-8").splitlines()))}
 
 
 def last_word(**_) -> dict:
     """lm-eval's data set of the passages: rows "text" (all but the last word) and "word"."""
-    return _dataset(last_word_rows(text.documents("wikipedia", "evaluation")))
-
-
-def _dataset(rows: list[dict]) -> dict:
-    import datasets  # slow to import
-
-    return {"test": datasets.Dataset.from_list(rows)}
+    return {"test": Dataset.from_list(last_word_rows(text.documents("wikipedia", "evaluation")))}
 
 
 def analogy_rows(lines: Iterable[str]) -> list[dict]:
@@ -48,16 +44,12 @@ def analogy_rows(lines: Iterable[str]) -> list[dict]:
             right = {answer for _, _, asked, answer in questions if asked == c}
             wrong = [word for word in every if word not in {a, b, c, *right}]
             draw.shuffle(choices := [d, *draw.sample(wrong, DISTRACTORS)])
-            row = {"section": section, "a": a, "b": b, "c": c, "choices": choices, "label": choices.index(d)}
-            chosen[section].append(row)
+            chosen[section].append(dict(section=section, a=a, b=b, c=c, choices=choices, label=choices.index(d)))
     return [chosen[section][turn] for turn in range(PER_SECTION) for section in draw.sample(list(chosen), len(chosen))]
 
 
 def last_word_rows(articles: Iterable[str]) -> list[dict]:
-    """Passages of whole sentences whose last word, of four letters or more, occurs earlier in the passage.
-
-    No two passages share a sentence.
-    """
+    """Passages of whole sentences whose last word, of four letters or more, occurs earlier; no two share a sentence."""
     rows = []
     for article in articles:
         before: list[str] = []
