@@ -11,7 +11,6 @@ import tyro
 
 from recon.errors import ReconError
 from recon.runtime.device import limit_compiled_shapes
-from recon.study.record import RunRecord
 from recon.study.spec import RunOptions, RunSpec
 
 Group = tyro.conf.arg(name="")  # its options have no prefix
@@ -29,119 +28,91 @@ class Output(RunOptions):
     address: str | None = None  # Address of the Ray cluster; default: RAY_ADDRESS, else a cluster is started on this machine.
 
 
-@dataclass(frozen=True)
-class Run:
+def run(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group]) -> None:
     """Prune and reconstruct one model; print its perplexities."""
+    from recon.study.cluster import Ray
+    from recon.study.studies import run_to_record
 
-    spec: Annotated[RunSpec, Group]
-    output: Annotated[Output, Group]
-
-    def __call__(self) -> None:
-        """Runs the spec, prints what came of it, and writes the record and the model where they are to go."""
-        from recon.study.cluster import Ray
-        from recon.study.studies import run_to_record
-
-        spec, given = self.spec, vars(self.output).copy()
-        address, path = given.pop("address"), given.pop("record")
-        if given["executor"] == "ray":
-            given["executor"] = Ray(address)
-        elif address is not None:
-            raise ReconError(f"address {address!r} is that of a Ray cluster, but the executor is serial; choose executor ray")
-        record, error = run_to_record(spec, path, RunOptions(**given))
-        if error:
-            raise error
-        _report(spec, record)
-
-
-@dataclass(frozen=True)
-class Reconstruct(Run):
-    """Reconstruct a model that something else pruned (--pruned) against the dense one (--dense, or --model); print perplexities."""
-
-    def __call__(self) -> None:
-        if self.spec.model.pruned is None:
-            raise ReconError("which model is to be reconstructed is not said; name it with --pruned")
-        super().__call__()
-
-
-def _report(spec: RunSpec, record: RunRecord) -> None:
-    """Prints what came of a run."""
+    given = vars(output).copy()
+    address, path = given.pop("address"), given.pop("record")
+    if given["executor"] == "ray":
+        given["executor"] = Ray(address)
+    elif address is not None:
+        raise ReconError(f"address {address!r} is that of a Ray cluster, but the executor is serial; choose executor ray")
+    record, error = run_to_record(spec, path, RunOptions(**given))
+    if error:
+        raise error
     print(f"dense weights: {record.protocol['dense']}")
-    for text, values in record.metrics["by_text"].items():
-        share = values["share_recovered"]
-        recovered = "" if share is None else f"   share recovered {share:.2f}"
+    for text, found in record.metrics["by_text"].items():
+        share = found["share_recovered"]
         print(
-            f"{text}: perplexity dense {values['dense_perplexity']:.2f}, pruned {values['pruned_perplexity']:.2f}, "
-            f"reconstructed {values['perplexity']:.2f}{recovered}"
+            f"{text}: perplexity dense {found['dense_perplexity']:.2f}, pruned {found['pruned_perplexity']:.2f}, "
+            f"reconstructed {found['perplexity']:.2f}" + (f"   share recovered {share:.2f}" if share is not None else "")
         )
     seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in record.seconds.items())
     pattern = f" (pattern of the mask: {record.metrics['pattern']})" if spec.model.pruned else ""
-    print(
-        f"sparsity {record.metrics['sparsity']:.4f}{pattern}; {seconds}; peak memory {record.peak_memory_bytes / 2**30:.2f} GiB"
-    )
+    peak = f"peak memory {record.peak_memory_bytes / 2**30:.2f} GiB"
+    print(f"sparsity {record.metrics['sparsity']:.4f}{pattern}; {seconds}; {peak}")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Say what a run would take (memory, time), and whether it fits here; no weights are read."""
-
-    spec: Annotated[RunSpec, Group]
-    stream: Literal["auto", "yes", "no"] = "auto"  # Whether the model would stay on disk.
-    memory: float | None = None  # GiB of host memory that the run may take; default: what is free here.
-
-    def __call__(self) -> None:
-        from recon.study.plan import Plan
-
-        planned = Plan(self.spec, self.stream, memory_gib=self.memory)
-        print(planned)
-        if planned.problem:
-            raise ReconError(planned.problem)
+def reconstruct(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group]) -> None:
+    """Reconstruct a model that something else pruned (--pruned) against the dense one (--dense, or --model); print perplexities."""
+    if spec.model.pruned is None:
+        raise ReconError("which model is to be reconstructed is not said; name it with --pruned")
+    run(spec, output)
 
 
-@dataclass(frozen=True)
-class Models:
+def plan(spec: Annotated[RunSpec, Group], stream: Literal["auto", "yes", "no"] = "auto", memory: float | None = None) -> None:
+    """Say what a run would take (memory, time, disk), and whether it fits here; no weights are read.
+
+    Args:
+        stream: Whether the model would stay on disk.
+        memory: GiB of host memory that the run may take; default: what is free here.
+    """
+    from recon.study.plan import Plan
+
+    planned = Plan(spec, stream, memory_gib=memory)
+    print(planned)
+    if planned.problem:
+        raise ReconError(planned.problem)
+
+
+def models() -> None:
     """List the bundled models: what each is, its size, and whether it is here."""
+    from recon.config import PROTOCOLS
+    from recon.data import assets
 
-    def __call__(self) -> None:
-        from recon.config import PROTOCOLS
-        from recon.data import assets
-
-        for name, description in assets.BUNDLED_MODELS.items():
-            state = "fetched" if assets.made(name) else "to fetch on first use"
-            print(f"{name}\n    {description}\n    {assets.DOWNLOADS[name] / 1e6:.0f} MB, {state}\n")
-        for name, meaning in PROTOCOLS.items():
-            print(f"{name}: {meaning}")
-        print("\nOr any causal LM: a local folder, a GGUF file, or a Hub id (organisation/name) with --revision.")
+    for name, description in assets.BUNDLED_MODELS.items():
+        state = "fetched" if assets.made(name) else "to fetch on first use"
+        print(f"{name}\n    {description}\n    {assets.DOWNLOADS[name] / 1e6:.0f} MB, {state}\n")
+    for name, meaning in PROTOCOLS.items():
+        print(f"{name}: {meaning}")
+    print("\nOr any causal LM: a local folder, a GGUF file, or a Hub id (organisation/name) with --revision.")
 
 
-@dataclass(frozen=True)
-class Criteria:
+def criteria() -> None:
     """List the pruning criteria."""
+    from recon.kernels.criteria import CRITERIA
 
-    def __call__(self) -> None:
-        from recon.kernels.criteria import CRITERIA
-
-        for name, criterion in CRITERIA.items():
-            print(f"{name:10} {criterion.description} (compares within a {criterion.scope}; {criterion.source})")
+    for name, criterion in CRITERIA.items():
+        print(f"{name:10} {criterion.description} (compares within a {criterion.scope}; {criterion.source})")
 
 
-@dataclass(frozen=True)
-class Assets:
-    """Fetch bundled models and texts into the cache, once. Whatever is not fetched here is fetched on first use."""
+def assets(models: tuple[str, ...] = ("smollm2-135m",)) -> None:
+    """Fetch bundled models and texts into the cache, once. Whatever is not fetched here is fetched on first use.
 
-    models: tuple[str, ...] = ("smollm2-135m",)
-    """Bundled models (see `recon models`), or all; the default is what the quick profile needs."""
+    Args:
+        models: Bundled models (see `recon models`), or all; the default is what the quick profile needs.
+    """
+    from recon.data import assets, text
 
-    def __call__(self) -> None:
-        from recon.data import assets, text
-
-        models = tuple(assets.BUNDLED_MODELS) if self.models == ("all",) else self.models
-        if unknown := [name for name in models if name not in assets.BUNDLED_MODELS]:
-            raise ReconError(f"unknown bundled model {unknown[0]!r}; allowed: all, or some of {', '.join(assets.BUNDLED_MODELS)}")
-        for name in models:
-            print(f"{name}: {assets.bundled_model(name)}")
-        for name in ("wikipedia", "news"):
-            count = sum(len(text.documents(name, split)) for split in text.SPLITS)
-            print(f"{name}: {count} documents")
+    models = tuple(assets.BUNDLED_MODELS) if models == ("all",) else models
+    if unknown := [name for name in models if name not in assets.BUNDLED_MODELS]:
+        raise ReconError(f"unknown bundled model {unknown[0]!r}; allowed: all, or some of {', '.join(assets.BUNDLED_MODELS)}")
+    for name in models:
+        print(f"{name}: {assets.bundled_model(name)}")
+    for name in ("wikipedia", "news"):
+        print(f"{name}: {sum(len(text.documents(name, split)) for split in text.SPLITS)} documents")
 
 
 @dataclass(frozen=True)
@@ -157,12 +128,14 @@ class Bench:
     repeats: int = 3  # Rounds of timing, all phases in turn.
     device: str = "auto"  # auto, cpu, cuda, ...
 
-    def __call__(self) -> None:
-        from recon.study import bench
 
-        logging.getLogger("recon").setLevel(logging.WARNING)  # says not what each run will take
-        print(bench.table(bench.bench(**vars(self))).round(3).to_string())
-        print(f"\nresults: {self.output}")
+def bench(options: Annotated[Bench, Group]) -> None:
+    """Time each phase on a shortened model, beside a straightforward loop and the least that its products take."""
+    from recon.study import bench
+
+    logging.getLogger("recon").setLevel(logging.WARNING)  # says not what each run will take
+    print(bench.table(bench.bench(**vars(options))).round(3).to_string())
+    print(f"\nresults: {options.output}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -174,13 +147,12 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[:1] == ["reconstruct"]:  # whose model is called dense
         names = {"--dense": "--model", "--dense-revision": "--revision"}
         arguments = ["".join((names.get(flag, flag), *rest)) for flag, *rest in (word.partition("=") for word in arguments)]
-    commands = (Run, Reconstruct, Plan, Models, Criteria, Assets, Bench)
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {command.__name__.lower(): command for command in commands},
+            {command.__name__: command for command in (run, reconstruct, plan, models, criteria, assets, bench)},
             prog="recon", description="Prune a causal language model and reconstruct it.", args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )()  # fmt: skip
+        )  # fmt: skip
     except ReconError as error:
         print(f"recon: {error}", file=sys.stderr)
         sys.exit(2)
