@@ -13,6 +13,8 @@ from fixtures.models import _paragraphs, make_model, random_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import recon
+
 
 def pytest_collection_finish():
     """What has been imported is there to stay: no later collection of garbage, of 0.2 s and more, looks at it again."""
@@ -60,6 +62,15 @@ def tiny_folder(tmp_path_factory) -> str:
 def tiny_text(tiny_folder) -> str:
     """A text file of 240 paragraphs of made-up words, about 22,000 tokens for the tokenizer of `tiny_folder`."""
     return f"{tiny_folder}/tiny_text.txt"
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_folder, tiny_text) -> recon.RunSpec:
+    """A run of a moment."""
+    return recon.RunSpec.of(
+        model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
+        evaluation_samples=2, evaluation_length=64,
+    )  # fmt: skip
 
 
 @pytest.fixture

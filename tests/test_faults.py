@@ -33,11 +33,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_folder, tiny_text) -> recon.RunSpec:
-    return recon.RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=3, epochs=1, sequence_length=16, held_out_samples=2, granularity="block",
-        evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=16, compute_dtype="float32",
-    )  # fmt: skip
+def spec(tiny_spec) -> recon.RunSpec:
+    short = {"samples": 3, "sequence_length": 16, "evaluation_length": 16}
+    return tiny_spec.replaced(**short, granularity="block", compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,8 @@ from recon.errors import ReconError
 def test_a_value_that_its_option_may_not_have(name, wrong, allowed):
     with pytest.raises(ReconError) as error:
         recon.RunSpec.of(**{name: wrong})
-    assert (
-        name in str(error.value)
-        and str(wrong) in str(error.value)
-        and f"allowed: {allowed}" in str(error.value).replace("none, matrix, ", "")
-    )
+    said = str(error.value).replace("none, matrix, ", "")
+    assert all(part in said for part in (name, str(wrong), f"allowed: {allowed}"))
 
 
 SUITED = "magnitude, random, wanda, ria$"
@@ -118,10 +115,7 @@ def refuse(arguments, capsys) -> str:
         ("run --executor ray --propagation mixed", "side by side under mixed propagation"),
         ("plan --stream perhaps", "stream"),
         ("reconstruct --dense gpt-17", "--pruned"),
-        (
-            "assets --models smollm2-135m gpt-17",
-            "unknown bundled model 'gpt-17'; allowed: all, or some of smollm2-135m, gemma3-270m",
-        ),
+        ("assets --models smollm2-135m gpt-17", "model 'gpt-17'; allowed: all, or some of smollm2-135m, gemma3-270m"),
     ],
 )
 def test_bad_input_on_the_command_line(small, words, message, capsys):
@@ -163,7 +157,7 @@ def broken(decoder, name, value):
     return model
 
 
-UP = "model.layers.1.mlp.up_proj"
+UP, NORM = "model.layers.1.mlp.up_proj", "model.layers.1.input_layernorm.weight"
 TOKENS = random_tokens(2, 12)
 
 
@@ -187,24 +181,15 @@ def retrain(student, method="full", samples=TOKENS, **call):
         (lambda d, s: prune(d, None, criterion="flap", pattern="0.2"), "'flap'.*needs calibration samples"),
         (lambda d, s: prune(d, pattern="3:5"), "32 input columns, which do not divide into the groups of 5"),
         (lambda d, s: prune(broken(d, f"{UP}.weight", math.nan), None, criterion="magnitude"), f"{UP}'.*NaN"),
-        (
-            lambda d, s: prune(broken(d, "model.layers.1.input_layernorm.weight", math.inf)),
-            "input of 'model.layers.1.*NaN or infinite",
-        ),
-        (
-            lambda d, s: prune(make_model("bloom"), criterion="wanda-sp", pattern="0.2"),
-            "half-block windows do not fit this model",
-        ),
+        (lambda d, s: prune(broken(d, NORM, math.inf)), "input of 'model.layers.1.*NaN or infinite"),
+        (lambda d, s: prune(make_model("bloom"), criterion="wanda-sp", pattern="0.2"), "half-block windows do not fit this"),
         (lambda d, s: prune(make_model("mixtral"), criterion="flap", pattern="0.2"), "expert's; whole heads and neurons"),
         (lambda d, s: fit(d, s, granularity="none"), "granularity none"),
         (lambda d, s: fit(d, s, granularity="3"), "windows of 3 blocks, but the model has 2"),
         (lambda d, s: fit(d, s, random_tokens(2, 65)), "sequence length 65 is more than the 64 tokens"),
         (lambda d, s: fit(d, s, random_tokens(2, 1)), "calibration samples are of 1 token"),
         (lambda d, s: fit(d, s, call={"held_out": random_tokens(2, 8)}), "held-out samples of 8 tokens are not as long"),
-        (
-            lambda d, s: fit(d, s, call={"masks": {}}),
-            r"mask of 'model.layers.0.self_attn.q_proj' has shape None; it must be \(32, 32\)",
-        ),
+        (lambda d, s: fit(d, s, call={"masks": {}}), r"mask of '.*0.self_attn.q_proj' has shape None; it must be \(32, 32\)"),
         (lambda d, s: fit(d, copy.deepcopy(s.model).bfloat16()), "'model.embed_tokens.weight' is torch.bfloat16.*float32"),
         (lambda d, s: fit(d, make_model("llama", num_hidden_layers=1)), "'model.layers.1.* has shape None in the pruned model"),
         (lambda d, s: fit(make_model("mixtral"), make_model("mixtral"), adapter="lora"), "one expert's part of a parameter"),
@@ -212,10 +197,7 @@ def retrain(student, method="full", samples=TOKENS, **call):
         (lambda d, s: fit(d, s, call={"pruning": PruningConfig(statistics="sparse")}), "statistics sparse.*recon.prune"),
         (lambda d, s: fit(d, s, call={"pruning": PruningConfig("flap", "0.2")}), "'flap' weighs heads and neurons"),
         (lambda d, s: fit(d, s, propagation="sparse", call={"pruning": PruningConfig()}), "sparse propagation"),
-        (
-            lambda d, s: fit(d, s, call={"pruning": PruningConfig(prune_samples=3)}),
-            r"other samples \(3\) than reconstruction \(2\)",
-        ),
+        (lambda d, s: fit(d, s, call={"pruning": PruningConfig(prune_samples=3)}), r"samples \(3\) than reconstruction \(2\)"),
         (lambda d, s: retrain(s, "none"), "retrain is 'none'"),
         (lambda d, s: recon.retrain(s, TOKENS, RetrainingConfig("full", "distil")), "'distil'.*`dense`"),
         (lambda d, s: retrain(s, samples=random_tokens(2, 65)), "sequence length 65 is more than the 64"),

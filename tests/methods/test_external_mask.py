@@ -26,11 +26,8 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_folder, tiny_text) -> recon.RunSpec:
-    return recon.RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=16, held_out_samples=2, granularity="half-block",
-        evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=16, compute_dtype="float32",
-    )  # fmt: skip
+def spec(tiny_spec) -> recon.RunSpec:
+    return tiny_spec.replaced(sequence_length=16, evaluation_length=16, compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,8 @@ SIZES = {"hidden_size": 64, "intermediate_size": 192}
 
 
 @pytest.fixture
-def spec(tiny_folder, tiny_text):
-    return RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=8, epochs=1, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
-        evaluation_samples=2, evaluation_length=64, criterion="magnitude",
-    )  # fmt: skip
+def spec(tiny_spec):
+    return tiny_spec.replaced(samples=8, criterion="magnitude")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "bloom", "mixtral"])

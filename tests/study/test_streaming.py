@@ -21,11 +21,8 @@ from recon.study.measure import Texts
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_folder, tiny_text):
-    return recon.RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=3, epochs=1, chunks=1, sequence_length=16, held_out_samples=2,
-        evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=32,
-    )  # fmt: skip
+def spec(tiny_spec):
+    return tiny_spec.replaced(samples=3, chunks=1, sequence_length=16, evaluation_length=32)
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,8 @@ from recon.study.studies import grid, run_study
 
 
 @pytest.fixture
-def base(tiny_folder, tiny_text):
-    return recon.RunSpec.of(
-        model=str(tiny_folder),
-        text=str(tiny_text),
-        samples=4,
-        epochs=1,
-        sequence_length=32,
-        held_out_samples=2,
-        evaluation_texts=(str(tiny_text),),
-        evaluation_samples=2,
-        evaluation_length=64,
-    )
+def base(tiny_spec):
+    return tiny_spec
 
 
 @pytest.fixture
