@@ -10,6 +10,7 @@ A stream holds the activations of all samples at one place of a model, (samples,
 held-out ones. Of each model one stream is kept: the one that the next window starts from.
 """
 
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,51 +25,50 @@ from recon.runtime.execution import Execution
 Task = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
+@dataclass
 class Streams:
-    """The streams of the dense model and of the one that is being reconstructed.
+    """The streams of the dense model and of the one that is being reconstructed."""
 
-    Args:
-        count: calibration samples; all later ones are held out, no batch mixes them, and statistics leave them out.
-        statistics: what to gather of what matrices read; see `recon.methods.statistics.gather`.
-    """
-
-    def __init__(self, teacher: Decoder, student: Decoder, execution: Execution, count: int, statistics: str):
-        self.teacher, self.student, self.execution = teacher, student, execution
-        self.count, self.statistics = count, statistics
-        self.dense: Tensor | None = None
-        self.sparse: Tensor | None = None
-        self._runs: dict[tuple, tuple] = {}  # of the dense model, through the current block
+    teacher: Decoder
+    student: Decoder
+    execution: Execution
+    count: int  # calibration samples; all later ones are held out, no batch mixes them, and statistics leave them out
+    statistics: str  # of what matrices read; see `recon.methods.statistics.gather`
+    dense: Tensor | None = None
+    sparse: Tensor | None = None
+    _runs: dict[tuple, tuple] = field(default_factory=dict)  # of the dense model, through the current block
 
     # --- by propagation ---------------------------------------------------------------------------------------------
 
+    def task(self, propagation: str, f: Window) -> Task:
+        """Inputs, targets and statistics by `propagation`."""
+        return {"dense": self.dense_task, "sparse": self.sparse_task, "mixed": self.mixed_task}[propagation](f)
+
     def dense_task(self, f: Window) -> Task:
         """Inputs and targets are the dense model's own activations, before and after the window."""
-        return self.dense_inputs(f), *self.dense_outputs(f)
+        X = self._dense_run(f)[2][f.matrices[0]] if f.matrices else self.dense
+        return X, *self._dense_outputs(f)
 
     def sparse_task(self, f: Window) -> Task:
         """Inputs are what the reconstructed model hands on; targets, what the dense window makes of them."""
-        X = self.sparse_inputs(f)
+        X = self._sparse_inputs(f)
         Y, statistics, _ = gather(self.execution, self.teacher, f, X, "none" if f.matrices else self.statistics, self.count)
         return X, Y, statistics
 
     def mixed_task(self, f: Window) -> Task:
         """Inputs are what the reconstructed model hands on; targets are the dense model's own activations."""
-        return self.sparse_inputs(f), *self.dense_outputs(f)
-
-    def task(self, propagation: str, f: Window) -> Task:
-        return {"dense": self.dense_task, "sparse": self.sparse_task, "mixed": self.mixed_task}[propagation](f)
+        return self._sparse_inputs(f), *self._dense_outputs(f)
 
     # --- from window to window --------------------------------------------------------------------------------------
 
     def begin(self, propagation: str, tokens: Tensor, stored: dict[str, Tensor]) -> None:
-        """Goes on from `stored` streams; where there are none, embeds `tokens` (samples, length)."""
+        """Goes on from `stored` streams; if there are none, embeds `tokens` (samples, length)."""
         if stored:
             self.dense, self.sparse = stored.get("dense"), stored.get("sparse")
             return
         embedded = self.execution.embed(self.teacher, tokens, self.count)
-        if propagation in ("dense", "mixed"):
-            self.dense = embedded
-        if propagation in ("sparse", "mixed"):
+        self.dense = embedded if propagation != "sparse" else None
+        if propagation != "dense":
             # Embeddings are not pruned, so both models start from the same activations, unless something else changed them.
             own = self.execution.embed(self.student, tokens, self.count)
             self.sparse = embedded if torch.equal(own, embedded) else own
@@ -80,7 +80,8 @@ class Streams:
         elif f.chained or f.ends_block:
             whole = f if f.chained else Window(f.blocks)
             if self.dense is not None:
-                self.dense = self._dense_run(whole, "none")[0]
+                known = self._runs.get((whole.blocks, whole.half))
+                self.dense = known[0] if known else self.forward(self.teacher, whole, self.dense)
             if self.sparse is not None:
                 self.sparse = self.forward(self.student, whole, self.sparse)
         if f.ends_block:
@@ -91,32 +92,25 @@ class Streams:
         with self.execution.holding(decoder, f):
             return self.execution.run(partial(decoder.forward, f), X, self.count)
 
-    def sparse_inputs(self, f: Window) -> Tensor:
+    def _sparse_inputs(self, f: Window) -> Tensor:
         """What `f` reads in the model that is being reconstructed."""
         if not f.matrices:
             return self.sparse
-        block = Window(f.blocks)
-        with self.execution.holding(self.student, block):
+        with self.execution.holding(self.student, Window(f.blocks)):
             return self.execution.run(partial(self.student.inputs, f), self.sparse, self.count)
 
-    # --- of the dense model, each computed once -----------------------------------------------------------------------
-
-    def dense_inputs(self, f: Window) -> Tensor:
-        """What `f` reads in the dense model."""
-        return self._dense_run(f)[2][f.matrices[0]] if f.matrices else self.dense
-
-    def dense_outputs(self, f: Window) -> tuple[Tensor, dict[str, Tensor]]:
+    def _dense_outputs(self, f: Window) -> tuple[Tensor, dict[str, Tensor]]:
         """The dense model's activations after `f`, and statistics of what its matrices read."""
         Y, statistics, inputs = self._dense_run(f)
-        if not f.matrices:
-            return Y, statistics
-        own = {name: statistics[name] for name in f.matrices if name in statistics}
-        return self.forward(self.teacher, f, inputs[f.matrices[0]]), own
+        if f.matrices:
+            Y = self.forward(self.teacher, f, inputs[f.matrices[0]])
+        return Y, {name: statistics[name] for name in self.teacher.matrices(f) if name in statistics}
 
-    def _dense_run(self, f: Window, statistics: str | None = None) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def _dense_run(self, f: Window) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The dense model's run through `f`, or through its block, which serves all windows of matrices in it; see `gather`."""
-        whole, kind = Window(f.blocks) if f.matrices else f, self.statistics if statistics is None else statistics
+        whole = Window(f.blocks) if f.matrices else f
         key = whole.blocks, whole.half
         if key not in self._runs:
-            self._runs[key] = gather(self.execution, self.teacher, whole, self.dense, kind, self.count, bool(f.matrices))
+            run = gather(self.execution, self.teacher, whole, self.dense, self.statistics, self.count, bool(f.matrices))
+            self._runs[key] = run
         return self._runs[key]

@@ -31,20 +31,13 @@ class Pruning:
     """What a pruning pass made.
 
     masks: by matrix name, bool (out, in), True = kept.
-    biases: by matrix name, (out,), those that make up for what was removed; the matrix may have had none before.
     under_calibrated: experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
     seconds: that it took to make masks, where reconstruction gathered the statistics.
     """
 
     masks: MutableMapping[str, Tensor]
-    biases: dict[str, Tensor] = field(default_factory=dict)
     under_calibrated: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-    @property
-    def total_sparsity(self) -> float:
-        """Share of zeros over all pruned matrices."""
-        return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / sum(mask.numel() for mask in self.masks.values())
 
 
 @torch.no_grad()
@@ -64,11 +57,8 @@ def prune(
             weigh activations.
         execution: where and in what precision to compute; default: where the model is. It stays there, but for the current block.
 
-    Returns the masks, and what else pruning changed.
-
-    Raises:
-        ReconError: a pattern that does not divide a matrix, missing samples, NaN in weights or activations, or a model without
-            heads and neurons that could be removed.
+    Raises `ReconError` for a pattern that does not divide a matrix, missing samples, NaN in weights or activations, and a model
+    without heads and neurons that could be removed.
     """
     decoder = decompose(model)
     execution = execution or Execution(decoder.device)
@@ -78,7 +68,8 @@ def prune(
         refined = " with mask refinement" if pruner.criterion.statistics == "none" else ""
         raise ReconError(f"criterion {config.criterion!r}{refined} weighs activations and needs calibration samples")
     if isinstance(pruner.criterion, Structured):
-        return Pruning(execution.storage.masks, prune_units(decoder, pruner.criterion, config, samples, execution))
+        prune_units(decoder, pruner.criterion, config, samples, execution)
+        return Pruning(execution.storage.masks)
     description, rerun = f"prune ({config.criterion} {pruner.pattern})", config.statistics == "sparse"
     pruner.noted = over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
     return pruner.summed_up()
@@ -160,13 +151,12 @@ class Pruner:
 @torch.no_grad()
 def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor]) -> None:
     """Prunes a copy of the dense model in place, as `pruning` says of another; `weights`: parameters that pruning updated."""
-    own = dict(decoder.model.named_parameters(remove_duplicate=False))
-    for name in own.keys() & weights.keys():  # biases that the model lacks are among `pruning.biases`
-        own[name].copy_(weights[name])
     for name, matrix in decoder.matrices().items():
+        if matrix.parameter_name in weights:
+            matrix.parameter.copy_(weights[matrix.parameter_name])
+        if matrix.bias_name in weights:
+            set_bias(matrix.module, weights[matrix.bias_name])
         matrix.weight.masked_fill_(~pruning.masks[name], 0.0)
-        if name in pruning.biases:
-            set_bias(matrix.module, pruning.biases[name])
 
 
 def touched_biases(decoder: Decoder, criterion: str) -> list[str]:

@@ -29,8 +29,8 @@ from recon.methods.callbacks import Callback, ProgressBar
 from recon.methods.masks import check_alike, keep_masks
 from recon.methods.propagation import Streams
 from recon.methods.prune import Pruner
-from recon.methods.samples import Split, split_samples
-from recon.methods.training import adapted, check_adaptable, check_trainable, finite, settle, train
+from recon.methods.samples import ERROR_SAMPLES, with_held_out
+from recon.methods.training import NOT_FINITE, Report, adapted, check_adaptable, check_trainable, finite, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.modules import requiring_gradients
@@ -42,23 +42,17 @@ from recon.runtime.seeds import generator
 log = logging.getLogger("recon")
 
 TOKENS = 2**17  # that tell the variance of channels
-# What became of a window. Rolled back: its weights are those that pruning left.
-RECONSTRUCTED, GREW, NOT_FINITE = "reconstructed", "rolled back: error grew", "rolled back: not finite"
+# What became of a window, beside `NOT_FINITE`. Rolled back: its weights are those that pruning left.
+RECONSTRUCTED, GREW = "reconstructed", "rolled back: error grew"
 
 
-@dataclass(frozen=True)
-class WindowReport:
+@dataclass(frozen=True, kw_only=True)
+class WindowReport(Report):
     """What became of one window. Errors: the share of its output's variance that is unexplained; see `recon.kernels.losses`."""
 
     name: str
-    parameters: int  # elements trained
-    error_before: dict[str, float]  # on "held_out" samples or, where there are none, on "calibration" samples
+    error_before: dict[str, float]  # on "held_out" samples or, if there are none, on "calibration" samples
     error_after: dict[str, float]
-    losses: list[float]  # one per optimiser step
-    movement: float  # |after - before| / |before| over the window's matrices
-    seconds: float
-    status: str  # RECONSTRUCTED, GREW or NOT_FINITE
-    micro_batch: int = 0  # samples per forward pass; fewer than asked for where memory ran out; 0: no gradient descent
 
 
 def reconstruct(
@@ -80,21 +74,17 @@ def reconstruct(
         model: the pruned model, or its `Decoder`; same architecture as `dense`; parameters in float32.
         dense: the model before pruning, left unchanged.
         samples: calibration tokens (samples, length), or batches of them; see `recon.methods.samples`.
-        config: granularity, propagation, loss, solver, learning rate, ...
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
         pruning: prunes as well, in the same pass: `model` is a copy of `dense`, and each window is pruned before it is fitted, by
             statistics of what it reads in the dense model.
         held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on. A window whose error on the first
             `recon.methods.samples.ERROR_SAMPLES` of them grows is rolled back.
         execution: where and in what precision to compute; default: where `dense` is. Models stay there, but for the current
-        window. callbacks: told of each window's report, and of the masks that pruning made.
+            window.
+        callbacks: told of each window's report, and of the masks that pruning made.
 
-    Returns the reports of all windows, in the order in which they were fitted.
-
-    Raises:
-        ReconError: a mask that does not fit, pruning that cannot be done in the same pass, models that differ in more than their
-            values, a model not in float32, samples longer than the model was made for, held-out samples of another length, a
-            granularity that does not fit the model.
+    Returns the reports of all windows, in the order in which they were fitted. Raises `ReconError` for models, masks, samples and
+    options that do not fit together, naming what does not.
     """
     teacher = decompose(dense)
     check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
@@ -103,22 +93,25 @@ def reconstruct(
     if config.adapter != "none":
         check_adaptable(student)
     check_trainable(student)
-    tokens, split = split_samples(samples, held_out)
-    teacher.check_length(split.length)
+    tokens, count = with_held_out(samples, held_out)
+    teacher.check_length(length := tokens.shape[1])
     windows, pruner = teacher.windows(config.granularity), None
     if pruning is None:
         masks = keep_masks(student, masks)
     elif masks is not None:
         raise ReconError("both masks and pruning are given; leave one out")
     else:
-        if why := two_passes(pruning, config, split.calibration):
+        if why := two_passes(pruning, config, count):
             raise ReconError(f"windows cannot be pruned as reconstruction reaches them: {why}; prune with `recon.prune` first")
-        pruner = Pruner(student, pruning.on(split.calibration), seed, execution)
+        pruner = Pruner(student, pruning.on(count), seed, execution)
         masks = execution.storage.masks
-    reconstruction = Reconstruction(teacher, student, masks, config, split, seed, execution, pruner)
+    reconstruction = Reconstruction(teacher, student, masks, config, count, seed, execution, pruner)
     reports = [WindowReport(**noted) for noted in execution.storage.finished("reconstruct")]
     if left := windows[len(reports) :]:
-        reconstruction.begin(tokens)
+        reconstruction.streams.begin(config.propagation, tokens, execution.storage.streams("reconstruct"))
+        chunks = max(config.chunks_of(window, length) for window in windows)
+        if chunks > 1:  # what blocks are called with at this length takes the embedding: later, a window is in memory, too
+            student.call(torch.empty(min(config.batch_size, count * chunks), length // chunks, 0, device=execution.device))
     name = f"{'prune and ' if pruner else ''}reconstruct ({config.granularity})"
     bar = tqdm(desc=name, unit="window", disable=not execution.progress, initial=len(reports), total=len(windows))
     # Only the current window is trained; nothing else needs gradients.
@@ -166,7 +159,7 @@ class Reconstruction:
     student: Decoder  # the pruned one, whose parameters change in place
     masks: dict[str, Tensor]  # keep-masks M by matrix name, bool (out, in)
     config: ReconstructionConfig
-    split: Split  # which samples serve for what
+    count: int  # calibration samples; later ones are held out
     seed: int
     execution: Execution
     pruner: Pruner | None = None  # prunes each window before it is fitted; None: all are pruned
@@ -177,24 +170,15 @@ class Reconstruction:
             self.config.granularity == "matrix" and self.config.propagation != "dense"
         )  # Gram matrices of what the student reads
         statistics = "gram" if self.exact and not own else self.pruner.statistics if self.pruner else "none"
-        self.streams = Streams(self.teacher, self.student, self.execution, self.split.calibration, statistics)
-
-    def begin(self, tokens: Tensor) -> None:
-        """Starts with all of `tokens` (samples, length), or goes on where a run that was killed stopped."""
-        config, split, student = self.config, self.split, self.student
-        self.streams.begin(config.propagation, tokens, self.execution.storage.streams("reconstruct"))
-        chunks = max(config.chunks_of(window, split.length) for window in student.windows(config.granularity))
-        if chunks > 1:  # what blocks are called with at this length takes the embedding: later, a window is in memory, too
-            batch = min(config.batch_size, split.calibration * chunks)
-            student.call(torch.empty(batch, split.length // chunks, 0, device=self.execution.device))
+        self.streams = Streams(self.teacher, self.student, self.execution, self.count, statistics)
 
     def fit(self, f: Window, X: Tensor, Y: Tensor, statistics: dict[str, Tensor]) -> WindowReport:
         """Fits one window, measures its error before and after, and rolls it back if the error grew or became non-finite.
 
         statistics: of what its matrices read, by matrix name; Gram matrices if they are solved exactly.
         """
-        config, split, theta = self.config, self.split, self.student.trained(f, self.config.train)
-        variance = channel_variance(Y[: min(-(-TOKENS // split.length), split.calibration)])  # sigma^2
+        config, theta = self.config, self.student.trained(f, self.config.train)
+        variance = channel_variance(Y[: min(-(-TOKENS // Y.shape[1]), self.count)])  # sigma^2
         pruned = {name: self.execution.storage.empty(p.shape, p.dtype).copy_(p.detach()) for name, p in theta.items()}
         before, count, losses, batch = self._error(f, X, Y, variance), sum(p.numel() for p in theta.values()), [], 0
         if self.exact:
@@ -210,7 +194,8 @@ class Reconstruction:
             status = GREW  # only held-out text shows the harm of too high a learning rate
         keep = status == RECONSTRUCTED
         moved = settle(theta, pruned, keep, self.student.matrices(f).values())
-        return WindowReport(f.name, count, before, after if keep else before, losses, moved, 0.0, status, batch)
+        errors = {"error_before": before, "error_after": after if keep else before}
+        return WindowReport(count, losses, moved, 0.0, status, batch, name=f.name, **errors)
 
     def finish(
         self, f: Window, report: WindowReport, seconds: float, streams: dict[str, Tensor | None] | None = None
@@ -225,15 +210,14 @@ class Reconstruction:
     # --- one window -------------------------------------------------------------------------------------------------
 
     def _error(self, f: Window, X: Tensor, Y: Tensor, variance: Tensor) -> dict[str, float]:
-        """The error of f(X) on the samples that errors are measured on."""
-        measured = self.split.measured
-        output = self.streams.forward(self.student, f, X[measured])
-        return {self.split.measured_on: unexplained(output, Y[measured], variance)}
+        """The error of f(X) on held-out samples or, if there are none, on the first calibration samples."""
+        on, measured = ("held_out", slice(self.count, None)) if len(X) > self.count else ("calibration", slice(ERROR_SAMPLES))
+        return {on: unexplained(self.streams.forward(self.student, f, X[measured]), Y[measured], variance)}
 
     @torch.no_grad()
     def _solve_exactly(self, f: Window, X: Tensor, Y: Tensor, grams: dict[str, Tensor], theta: dict[str, nn.Parameter]) -> None:
         """Sets each matrix of the window to its masked least-squares solution; see `recon.kernels.least_squares`."""
-        dense, count, column = self.teacher.matrices(f), self.split.calibration, 0
+        dense, count, column = self.teacher.matrices(f), self.count, 0
         if f.matrices and self.config.propagation != "dense":
             grams = dict.fromkeys(f.matrices, mean_product(X[:count], X[:count]))
         with self.execution.holding(self.student, f, theta.values()), self.teacher.loaded(f):
@@ -259,9 +243,9 @@ class Reconstruction:
         self, f: Window, X: Tensor, Y: Tensor, variance: Tensor, theta: dict[str, nn.Parameter]
     ) -> tuple[int, list[float]]:
         """Trains the window by gradient descent on calibration samples; returns how many elements, and the loss of each step."""
-        config, count = self.config, self.split.calibration
-        data = [X[:count], Y[:count], position_weights(count, self.split.length, Y.device, skip=config.skip_first)]
-        chunks = config.chunks_of(f, self.split.length)  # more steps at the same work, where tokens are not mixed
+        config, count, length = self.config, self.count, X.shape[1]
+        data = [X[:count], Y[:count], position_weights(count, length, Y.device, skip=config.skip_first)]
+        chunks = config.chunks_of(f, length)  # more steps at the same work, where tokens are not mixed
         data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
         distance, variance = LOSSES[config.loss], variance.to(self.execution.device)
 

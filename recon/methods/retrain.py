@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,12 +14,12 @@ from tqdm.auto import tqdm
 from recon.config import RetrainingConfig
 from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS
-from recon.kernels.gradient_descent import Trained, trained
+from recon.kernels.gradient_descent import trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
 from recon.methods.callbacks import Callback, ProgressBar
 from recon.methods.masks import keep_masks
 from recon.methods.samples import as_tokens
-from recon.methods.training import adapted, check_adaptable, check_trainable, finite, settle, train
+from recon.methods.training import NOT_FINITE, Report, adapted, check_adaptable, check_trainable, finite, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.modules import replaced, requiring_gradients
@@ -30,19 +29,7 @@ from recon.runtime.seeds import generator
 
 log = logging.getLogger("recon")
 
-RETRAINED, NOT_FINITE = "retrained", "rolled back: not finite"
-
-
-@dataclass(frozen=True)
-class RetrainingReport:
-    """What became of a retraining."""
-
-    parameters: int  # elements trained
-    losses: list[float]  # nats per token, one per optimiser step
-    movement: float  # |after - before| / |before| over the matrices of the blocks
-    seconds: float
-    status: str  # RETRAINED or NOT_FINITE
-    micro_batch: int = 0  # samples per forward pass; fewer than asked for where memory ran out
+RETRAINED = "retrained"
 
 
 def retrain(
@@ -55,7 +42,7 @@ def retrain(
     seed: int = 0,
     execution: Execution | None = None,
     callbacks: Sequence[Callback] = (),
-) -> RetrainingReport:
+) -> Report:
     """Trains `model` in place on `samples`; weights that `masks` drop are exact zeros afterwards. What diverges is rolled back.
 
     Args:
@@ -65,9 +52,8 @@ def retrain(
         dense: the model to learn from, for objective distil.
         callbacks: told of each step, and when LoRA is merged.
 
-    Raises:
-        ReconError: no method, a missing dense model, a mask that does not fit, a model not in float32, samples longer than the
-            model was made for.
+    Raises `ReconError` for no method, a missing dense model, a mask that does not fit, a model not in float32, and samples longer
+    than the model was made for.
     """
     method, name = config.retrain, f"retrain ({config.retrain}, {config.retrain_objective})"
     if method == "none":
@@ -81,48 +67,35 @@ def retrain(
     check_trainable(student)
     execution = execution or Execution(student.device)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
-    masks, schedule, aside, began = keep_masks(student, masks), config.schedule(len(samples)), 0.0, time.perf_counter()
+    masks, schedule, began = keep_masks(student, masks), config.schedule(len(samples)), time.perf_counter()
     bar = tqdm(total=schedule.steps(len(samples)), desc=name, unit="step", disable=not execution.progress)
 
     def merged() -> None:
-        nonlocal aside
-        stopped = time.perf_counter()
         for callback in callbacks if method == "lora" else ():  # the others lose no zero by merging
             callback.on_merged()
-        aside = time.perf_counter() - stopped
 
     with bar, _at(execution.device, student, teacher):
-        every, matrices = dict(student.model.named_parameters()), student.matrices().values()
-        holders = {matrix.parameter_name for matrix in matrices}
-        theta = {holder: every[holder] for holder in holders} if method in ADAPTERS else every
+        every, matrices = dict(student.model.named_parameters()), student.matrices()
+        if method in ADAPTERS:
+            theta = {matrix.parameter_name: matrix.parameter for matrix in matrices.values()}
+            training = adapted(matrices.values(), masks, method, config.retrain_rank, generator(seed, "adapters"), merged)
+        else:
+            theta = {name: parameter for name, parameter in every.items() if method == "full" or parameter.ndim == 1}
+            kept = dict(stored(matrices, masks, execution.device)) if method == "full" else {}
+            training = contextlib.nullcontext(trained(theta.values(), kept))
         before = {name: parameter.detach().clone() for name, parameter in theta.items()}
-        with requiring_gradients(every.values(), False), _trained(student, config, masks, seed, execution, merged) as parameters:
+        with requiring_gradients(every.values(), False), training as parameters:
             with requiring_gradients([each.parameter for each in parameters]):
                 loss = partial(_loss, student, teacher, execution, config.retrain_checkpointing)
                 random, told = generator(seed, "retrain"), [ProgressBar(bar), *callbacks]
                 losses = train(loss, [samples], parameters, schedule, random, execution, told)
+            seconds = time.perf_counter() - began
         if not (keep := finite(losses, theta.values())):
             log.warning("%s gave NaN or infinite losses or weights; it is rolled back", name)
-        moved = settle(theta, before, keep, matrices)
+        moved = settle(theta, before, keep, matrices.values())
         student.forget()
-    batch, seconds = execution.micro_batch or config.retrain_batch_size, time.perf_counter() - began - aside
-    count = sum(each.parameter.numel() for each in parameters)
-    return RetrainingReport(count, losses, moved, seconds, RETRAINED if keep else NOT_FINITE, batch)
-
-
-@contextlib.contextmanager
-def _trained(
-    student: Decoder, config: RetrainingConfig, masks: dict[str, Tensor], seed: int, execution: Execution, merged: Callable
-) -> Iterator[list[Trained]]:
-    """What a method trains; `merged`: called when adapters are merged, before the mask is applied."""
-    matrices, method = student.matrices(), config.retrain
-    if method == "full":
-        yield trained(student.model.parameters(), dict(stored(matrices, masks, execution.device)))
-    elif method == "norms":
-        yield trained((p for p in student.model.parameters() if p.ndim == 1), {})
-    else:
-        with adapted(matrices.values(), masks, method, config.retrain_rank, generator(seed, "adapters"), merged) as low_rank:
-            yield low_rank
+    count, batch = sum(each.parameter.numel() for each in parameters), execution.micro_batch or config.retrain_batch_size
+    return Report(count, losses, moved, seconds, RETRAINED if keep else NOT_FINITE, batch)
 
 
 def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,28 +31,9 @@ def as_tokens(samples: Tensor | Iterable) -> Tensor:
     return tokens
 
 
-@dataclass(frozen=True)
-class Split:
-    """Which of the samples serve for what: calibration samples come first, then held-out ones. All have `length` tokens."""
-
-    calibration: int
-    held_out: int
-    length: int
-
-    @property
-    def measured_on(self) -> str:
-        """The kind of samples that errors are measured on: held-out ones, if there are any."""
-        return "held_out" if self.held_out else "calibration"
-
-    @property
-    def measured(self) -> slice:
-        """The samples that errors are measured on."""
-        first = self.calibration if self.held_out else 0
-        return slice(first, min(first + ERROR_SAMPLES, self.calibration + self.held_out))
-
-
-def split_samples(samples: Tensor | Iterable, held_out: Tensor | Iterable | None) -> tuple[Tensor, Split]:
-    """The tokens (samples, length) that a reconstruction reads, of held-out samples no more than errors are measured on.
+def with_held_out(samples: Tensor | Iterable, held_out: Tensor | Iterable | None) -> tuple[Tensor, int]:
+    """Tokens (samples, length): calibration samples, whose number is returned as well, and the held-out ones that errors are
+    measured on.
 
     Raises `ReconError` if held-out samples are not as long as calibration samples, and for what `as_tokens` refuses.
     """
@@ -61,9 +41,9 @@ def split_samples(samples: Tensor | Iterable, held_out: Tensor | Iterable | None
     count, length = samples.shape
     if length < 2:
         raise ReconError(f"calibration samples are of {length} token; give at least 2: the first is left out of losses")
-    if held_out is None:
-        return samples, Split(count, 0, length)
-    held_out = as_tokens(held_out)[:ERROR_SAMPLES]
-    if held_out.shape[1] != length:
-        raise ReconError(f"held-out samples of {held_out.shape[1]} tokens are not as long as calibration samples, {length}")
-    return torch.cat([samples, held_out]), Split(count, len(held_out), length)
+    if held_out is not None:
+        held_out = as_tokens(held_out)[:ERROR_SAMPLES]
+        if held_out.shape[1] != length:
+            raise ReconError(f"held-out samples of {held_out.shape[1]} tokens are not as long as calibration samples, {length}")
+        samples = torch.cat([samples, held_out])
+    return samples, count

@@ -1,7 +1,7 @@
 """Structured pruning: removes whole units, attention heads and MLP neurons, until the pattern's share of the weights is gone.
 
-Which rows and columns belong to a unit is found by running blocks, so that no family of models needs code of its own. Shapes stay:
-a removed unit is exact zeros in the columns of the matrix that reads it, and in the rows of those that make it.
+Units are found by running blocks, so that no family of models needs code of its own. Shapes stay: a removed unit is exact zeros in
+the columns of the matrix that reads it, and in the rows of those that make it.
 An et al. 2023, arXiv 2312.11983 (Wanda-sp and FLAP); scores: `recon.kernels.criteria.structured`.
 """
 
@@ -44,20 +44,15 @@ class Units:
 
 
 @torch.no_grad()
-def prune_units(
-    decoder: Decoder, criterion: Structured, config: PruningConfig, samples: Tensor, execution: Execution
-) -> dict[str, Tensor]:
+def prune_units(decoder: Decoder, criterion: Structured, config: PruningConfig, samples: Tensor, execution: Execution) -> None:
     """Removes whole units in place until the pattern's share of all the blocks' weights is gone, as near as units allow.
 
     Wanda-sp compares within each half of a block, on what the already pruned model (or the dense one) reads; FLAP compares over
     the whole dense model before it removes anything, and puts the mean of what it removes into the reader's bias.
 
-    samples: calibration tokens (samples, length).
-
-    Returns by name of their matrix the biases (out,) that changed. Raises `ReconError` if no units are found (see `find_units`), or
-    a score is NaN or infinite.
+    Raises `ReconError` if no units are found (see `find_units`), or a score is NaN or infinite.
     """
-    pattern, whole, biases = Pattern.parse(config.pattern), criterion.scope == "model", {}
+    pattern, whole = Pattern.parse(config.pattern), criterion.scope == "model"
     halves = find_units(decoder)
     target = pattern.sparsity * sum(matrix.weight.numel() for matrix in decoder.matrices().values())
     if whole:
@@ -79,8 +74,8 @@ def prune_units(
                 # Makes up for the mean of what the reader no longer reads; its weights are still dense.
                 extra = reader.weight.float() @ means[name].masked_fill(columns, 0.0)
                 bias = extra if reader.module.bias is None else reader.module.bias + extra
-                biases[reader.name] = changed[reader.bias_name] = bias.to(reader.weight.dtype)
-                set_bias(reader.module, biases[reader.name])
+                changed[reader.bias_name] = bias.to(reader.weight.dtype)
+                set_bias(reader.module, changed[reader.bias_name])
         for name, matrix in matrices.items():
             matrix.weight.masked_fill_(~masks[name], 0.0)
         execution.storage.masks.update(masks)
@@ -88,7 +83,6 @@ def prune_units(
 
     description, statistics = f"prune ({criterion.name} {pattern})", "none" if whole else criterion.statistics
     over_blocks(decoder, execution, "prune", visit, description, samples, statistics, config.statistics == "sparse")
-    return biases
 
 
 def _compare(
@@ -183,9 +177,9 @@ def _count(decoder: Decoder, window: Window) -> int:
 def _owners(decoder: Decoder, window: Window, hidden: Tensor, count: int) -> dict[int, Tensor]:
     """By place among the matrices of `window`, which reads `hidden`, the unit (out,) that each row of a matrix serves.
 
-    A row serves the units whose part of what the last matrix reads has a gradient in it; matrices with a row that serves several are
-    left out. Units are told apart by the bits of their numbers: for each bit, a row of one unit has a gradient in the units with that
-    bit or in those without it, and in no others. Noise stands in for what matrices give, so that no row is silent by chance.
+    A row serves the units whose part of what the last matrix reads has a gradient in it; matrices with a row that serves several
+    are left out. Units are told apart by the bits of their numbers: for each bit, a row of one unit has a gradient in the units with
+    that bit or in those without it, and in no others. Noise stands in for what matrices give, so that no row is silent by chance.
     """
     draw, noise, read = torch.Generator().manual_seed(0), {}, []
 

@@ -6,6 +6,7 @@ theta <- M * AdamW(theta, grad L(theta), r * s)        M: mask; r: learning rate
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +20,20 @@ from recon.methods.callbacks import Callback
 from recon.model.decoder import Decoder
 from recon.model.structure import Matrix
 from recon.runtime.execution import Execution
+
+NOT_FINITE = "rolled back: not finite"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of what was trained, such as in `recon.retrain`."""
+
+    parameters: int  # elements trained
+    losses: list[float]  # one per optimiser step; of retraining, nats per token
+    movement: float  # |after - before| / |before| over the matrices
+    seconds: float
+    status: str  # what was rolled back is as before
+    micro_batch: int = 0  # samples per forward pass; fewer than asked for where memory ran out; 0: no gradient descent
 
 
 @torch.enable_grad()
@@ -108,12 +123,10 @@ def check_trainable(student: Decoder) -> None:
 
 def check_adaptable(decoder: Decoder) -> None:
     """Raises `ReconError` if a matrix of the model has no module of its own that could carry an adapter: an expert's."""
-    for name, matrix in decoder.matrices().items():
-        if matrix.expert is not None:
-            raise ReconError(
-                f"{name!r} is one expert's part of a parameter that holds {matrix.experts}, which no adapter fits; train the "
-                "matrices themselves (adapter none, or retraining full or norms)"
-            )
+    if name := next((name for name, matrix in decoder.matrices().items() if matrix.expert is not None), None):
+        raise ReconError(
+            f"{name!r} is one expert's part of a parameter, which no adapter fits; use adapter none, retrain full or norms"
+        )
 
 
 @contextlib.contextmanager
@@ -127,11 +140,7 @@ def adapted(
 ) -> Iterator[list[Trained]]:
     """While active, `matrices` are parametrised by adapters; afterwards these are merged, masked where `masks` drop, and gone.
 
-    Args:
-        masks: keep-masks (out, in) by matrix name.
-        kind: see `recon.kernels.adapters.ADAPTERS`.
-        merged: called once the adapters are merged, before the mask is applied.
-
+    kind, rank: see `recon.kernels.adapters`. merged: called once the adapters are merged, before the mask is applied.
     Yields the adapters' parameters, to be trained.
     """
     matrices, trained = list(matrices), []

@@ -186,7 +186,7 @@ class Fit:
 
     def __init__(self, whole):
         device, dtype = whole.execution.device.type, str(whole.execution.dtype).removeprefix("torch.")
-        self.execution, self.how = ("cpu" if device == "cpu" else "auto", dtype), (whole.config, whole.split, whole.seed)
+        self.execution, self.how = ("cpu" if device == "cpu" else "auto", dtype), (whole.config, whole.count, whole.seed)
         self.values = [{}, {}]  # of the window, in the dense and in the pruned model
         self.decoders = list(map(hollow, (whole.teacher, whole.student), self.values))
 
