@@ -48,34 +48,30 @@ Names = tuple[str, ...]
 
 
 class Checked:
-    """Base of the configs: each value is checked against its field's type when a config is made, and stored in one form."""
+    """Base of the configs: each value is checked against its field's type when a config is made, and stored in one form.
+
+    Numbers are stored as floats where the option is one, names as a tuple. What an option does not allow raises `ReconError`.
+    """
 
     def __post_init__(self):
         for each in fields(self):
-            object.__setattr__(self, each.name, checked(each.name, getattr(self, each.name), each.type))
-
-
-def checked(name: str, value: object, kind: type) -> object:
-    """`value` as an option of this type stores it: numbers as floats where it is one, names as a tuple.
-
-    Raises `ReconError` naming the option, the value and what is allowed.
-    """
-    kind, *bounds = get_args(kind) if get_origin(kind) is Annotated else (kind,)
-    if kind in (int, float):
-        allowed, within = bounds
-        fits = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value) and within(value)
-        stored = kind(value) if fits else value
-    elif get_origin(kind) is Literal:
-        stored, fits, allowed = value, value in get_args(kind), ", ".join(get_args(kind))
-    elif kind == Names:
-        stored = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-        fits, allowed = isinstance(stored, tuple) and all(isinstance(each, str) for each in stored), "a list of names"
-    else:
-        stored, fits = value, isinstance(value, kind)
-        allowed = {bool: "True, False", str: "text", str | None: "text, None"}.get(kind, str(kind))
-    if not fits:
-        raise ReconError(f"{name} is {value!r}; allowed: {allowed}")
-    return stored
+            value = getattr(self, each.name)
+            kind, *bounds = get_args(each.type) if get_origin(each.type) is Annotated else (each.type,)
+            if kind in (int, float):
+                allowed, within = bounds
+                fits = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value) and within(value)
+                stored = kind(value) if fits else value
+            elif get_origin(kind) is Literal:
+                stored, fits, allowed = value, value in get_args(kind), ", ".join(get_args(kind))
+            elif kind == Names:
+                stored = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+                fits, allowed = isinstance(stored, tuple) and all(isinstance(one, str) for one in stored), "a list of names"
+            else:
+                stored, fits = value, isinstance(value, kind)
+                allowed = {bool: "True, False", str: "text", str | None: "text, None"}.get(kind, str(kind))
+            if not fits:
+                raise ReconError(f"{each.name} is {value!r}; allowed: {allowed}")
+            object.__setattr__(self, each.name, stored)
 
 
 def epochs_for(samples: int, per_step: int) -> int:

@@ -33,10 +33,6 @@ class Schedule:
         """Samples per optimiser step."""
         return self.batch_size * self.accumulation
 
-    def steps(self, samples: int) -> int:
-        """Optimiser steps for this many samples."""
-        return self.epochs * -(-samples // self.per_step)
-
     def factor(self, step: int, steps: int) -> float:
         """Learning rate at `step` of `steps`, relative to its peak: linear warm-up, then linear decay to zero."""
         rise = max(1, round(self.warmup * steps))

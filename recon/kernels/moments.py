@@ -13,7 +13,7 @@ _ELSEWHERE = 2**26  # elements at once where memory is not that of a CPU
 
 
 def parts(matrix: Tensor, elements: int) -> list[slice]:
-    """Slices that divide the rows of `matrix` (rows, columns), of about `elements` elements each on a CPU, to stay in its cache."""
+    """Slices that divide the rows of `matrix` (rows, columns), of about `elements` each on a CPU, to stay in its cache."""
     rows = max(1, (elements if matrix.device.type == "cpu" else _ELSEWHERE) // matrix.shape[1])
     return [slice(start, start + rows) for start in range(0, len(matrix), rows)]
 

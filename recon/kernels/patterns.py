@@ -62,9 +62,8 @@ def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
         round(sparsity * out * in). An N:M pattern always compares within its groups of M.
 
     The number of zeros is exact, whatever the ties: of equal scores the earlier position goes first, as in a stable sort.
-    Raises `ReconError` for NaN scores and for columns that do not divide into groups of M.
+    Raises `ReconError` for NaN scores.
     """
-    pattern.check_columns("the score matrix", scores.shape[1])
     groups = scores.reshape(-1, pattern.m or (scores.shape[1] if scope == "row" else scores.numel()))
     return keep_all_but(groups, pattern.zeros(groups.shape[1])).view_as(scores)
 
@@ -89,10 +88,9 @@ def keep_all_but(scores: Tensor, zeros: int) -> Tensor:
 
 def found_pattern(masks: Collection[Tensor]) -> Pattern:
     """The pattern of a model's masks (out, in): N:M where all keep at most N of every M consecutive inputs, and their number of
-    zeros fits; else their overall sparsity, to four digits.
+    zeros fits, M the smallest power of two up to 32; else their overall sparsity, to four digits.
 
-    M is the smallest power of two up to 32 that holds. Matrices without zeros are ignored. `masks` may be a collection that makes
-    each mask when it is iterated over, which happens several times.
+    Matrices without zeros are ignored. `masks` may make each mask when it is iterated over, which happens several times.
     """
     counts = [(int(mask.sum()), mask.numel()) for mask in masks if not mask.all()]
     if not counts:
@@ -101,14 +99,10 @@ def found_pattern(masks: Collection[Tensor]) -> Pattern:
     for m in (2, 4, 8, 16, 32):
         n = round(share * m)
         # A few more may be zero, such as weights that half precision rounded to it.
-        if 0 < n < m and abs(share - n / m) < 0.005 and all(mask.all() or _keeps(mask, n, m) for mask in masks):
-            return Pattern(1 - n / m, n, m)
+        if 0 < n < m and abs(share - n / m) < 0.005:
+            if all(mask.all() or mask.shape[1] % m == 0 and mask.reshape(-1, m).sum(1).max() <= n for mask in masks):
+                return Pattern(1 - n / m, n, m)
     return Pattern(round(1 - share, 4))
-
-
-def _keeps(mask: Tensor, n: int, m: int) -> bool:
-    """Whether `mask` (out, in) keeps at most `n` of every `m` consecutive inputs."""
-    return mask.shape[1] % m == 0 and int(mask.reshape(-1, m).sum(1).max()) <= n
 
 
 def sparsity_of(tensor: Tensor) -> float:

@@ -1,6 +1,4 @@
-"""What users and the package itself attach to a pass: progress bars, records, measurements along the way."""
-
-from tqdm.auto import tqdm
+"""What users and the package itself attach to a pass: records, measurements along the way."""
 
 
 class Callback:
@@ -25,18 +23,3 @@ class Callback:
 
     def on_done(self, record) -> None:
         """After `recon.run`, once the model is saved; record: `recon.study.record.RunRecord`."""
-
-
-class ProgressBar(Callback):
-    """A bar that moves with each window or step."""
-
-    def __init__(self, bar: tqdm):
-        self.bar = bar
-
-    def on_window(self, report) -> None:
-        self.bar.update()
-        before, after = (next(iter(error.values())) for error in (report.error_before, report.error_after))
-        self.bar.set_postfix_str(f"error {before:.2g} -> {after:.2g}")
-
-    def on_step(self, loss) -> None:
-        self.bar.update()

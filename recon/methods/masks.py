@@ -32,19 +32,16 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
     weights = {name: matrix.weight for name, matrix in student.matrices().items()}
     if masks is None:
         return {name: weight != 0 for name, weight in weights.items()}
-    for name, weight in weights.items():
-        shape = tuple(masks[name].shape) if name in masks else None
-        if shape != tuple(weight.shape):
-            raise ReconError(f"mask of {name!r} has shape {shape}; it must be {tuple(weight.shape)}")
+    check_shapes("mask of", masks, weights)
     return masks
 
 
-def check_alike(pruned: nn.Module, dense: nn.Module) -> None:
-    """Raises `ReconError` naming a parameter of `dense` that `pruned` lacks, or has in another shape."""
-    theirs = {name: tuple(parameter.shape) for name, parameter in pruned.named_parameters(remove_duplicate=False)}
-    for name, parameter in dense.named_parameters(remove_duplicate=False):
-        if theirs.get(name) != (shape := tuple(parameter.shape)):
-            raise ReconError(f"parameter {name!r} has shape {theirs.get(name)} in the pruned model, and {shape} in the dense one")
+def check_shapes(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises `ReconError` naming a tensor that `found` lacks, or that has another shape there than in `expected`."""
+    for name, tensor in expected.items():
+        shape = tuple(found[name].shape) if name in found else None
+        if shape != tuple(tensor.shape):
+            raise ReconError(f"{what} {name!r} has shape {shape}; it must be {tuple(tensor.shape)}")
 
 
 def save_masks(masks: dict[str, Tensor], path: Path | str) -> None:
@@ -119,10 +116,7 @@ def _read(model: nn.Module, pruned: Weights) -> Iterator[tuple[str, Tensor]]:
             (_, value), *others = pruned.read(stored)
         except ReconError as error:
             raise ReconError(f"pruned model: {error}") from error
-        if value.shape != model.get_parameter(name).shape:
-            raise ReconError(
-                f"pruned model: weight {name!r} is {tuple(value.shape)}, not {tuple(model.get_parameter(name).shape)}"
-            )
+        check_shapes("pruned model: weight", {name: value}, {name: model.get_parameter(name)})
         for other, its in others:
             if not torch.equal(value, its):
                 raise ReconError(f"pruned model: {other!r} differs from {stored[0]!r}; in the dense model they are one")

@@ -25,8 +25,8 @@ from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
 from recon.kernels.moments import mean_product
-from recon.methods.callbacks import Callback, ProgressBar
-from recon.methods.masks import check_alike, keep_masks
+from recon.methods.callbacks import Callback
+from recon.methods.masks import check_shapes, keep_masks
 from recon.methods.propagation import Streams
 from recon.methods.prune import Pruner
 from recon.methods.samples import ERROR_SAMPLES, with_held_out
@@ -79,15 +79,15 @@ def reconstruct(
             statistics of what it reads in the dense model.
         held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on. A window whose error on the first
             `recon.methods.samples.ERROR_SAMPLES` of them grows is rolled back.
-        execution: where and in what precision to compute; default: where `dense` is. Models stay there, but for the current
-            window.
+        execution: where and in what precision to compute; default: where `dense` is.
         callbacks: told of each window's report, and of the masks that pruning made.
 
     Returns the reports of all windows, in the order in which they were fitted. Raises `ReconError` for models, masks, samples and
     options that do not fit together, naming what does not.
     """
     teacher = decompose(dense)
-    check_alike(model.model if isinstance(model, Decoder) else model, teacher.model)
+    whole = (model.model if isinstance(model, Decoder) else model), teacher.model
+    check_shapes("the pruned model's", *(dict(each.named_parameters(remove_duplicate=False)) for each in whole))
     student = decompose(model, like=teacher)
     execution = execution or Execution(teacher.device)
     if config.adapter != "none":
@@ -118,7 +118,10 @@ def reconstruct(
     with bar, requiring_gradients(student.model.parameters(), False):
         for report in (execution.loop or one_after_another)(reconstruction, left):
             reports.append(report)
-            for callback in (ProgressBar(bar), *callbacks):
+            bar.update()
+            before, after = (next(iter(error.values())) for error in (report.error_before, report.error_after))
+            bar.set_postfix_str(f"error {before:.2g} -> {after:.2g}")
+            for callback in callbacks:
                 callback.on_window(report)
     if pruner:
         made = pruner.summed_up()
@@ -126,7 +129,7 @@ def reconstruct(
             callback.on_pruned(made)
     grew = sum(report.status == GREW for report in reports)
     if 2 * grew > len(reports):
-        said = "%d of %d windows got worse on held-out text and were rolled back: the learning rate, %g, is probably too high"
+        said = "%d of %d windows got worse on held-out text and were rolled back: the learning rate, %g, is too high"
         log.warning(said, grew, len(reports), config.learning_rate)
     return reports
 
@@ -149,10 +152,9 @@ def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window
 class Reconstruction:
     """What a loop over windows is made of: `streams.task`, `fit`, `streams.advance` and `finish`, for one window after another.
 
-    Another loop than `one_after_another` may be given as `execution.loop`. Under dense propagation `streams.advance` needs no
-    window to be fitted, and `fit` none but the current one: given the dense stream at its start, the windows of a block can be
-    fitted anywhere, by a `Reconstruction` of its own whose `streams.dense` is set to it; `finish` takes what came of it, in the
-    order of the windows.
+    Another loop than `one_after_another` may be given as `execution.loop`. Under dense propagation windows do not depend on one
+    another: given the dense stream at the start of a block, its windows can be fitted anywhere, by a `Reconstruction` of its own
+    whose `streams.dense` is set to it; `finish` takes what came of it, in the order of the windows.
     """
 
     teacher: Decoder  # the dense model, which stays as it is
@@ -200,7 +202,7 @@ class Reconstruction:
     def finish(
         self, f: Window, report: WindowReport, seconds: float, streams: dict[str, Tensor | None] | None = None
     ) -> WindowReport:
-        """Notes that `f`, whose weights are in memory, is finished; `streams`: what the next one starts from, if not the current."""
+        """Notes that `f`, whose weights are in memory, is finished; `streams`: what the next starts from, if not the current."""
         noted = asdict(report) | {"seconds": seconds}
         tensors = {name: parameter.detach() for name, parameter in self.student.parameters(f).items()}
         now = {"dense": self.streams.dense, "sparse": self.streams.sparse}
@@ -224,9 +226,8 @@ class Reconstruction:
             for name, matrix in self.student.matrices(f).items():
                 if name not in grams:  # an expert that too few tokens are sent to
                     continue
-                rows = matrix.weight.shape[0]
-                gram = grams[name].to(matrix.weight.device)
-                cross = dense[name].weight.to(gram.device) @ gram
+                gram, mask = (each[name].to(matrix.weight.device) for each in (grams, self.masks))
+                cross, rows = dense[name].weight.to(gram.device) @ gram, len(mask)
                 bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
                 if f.matrices and self.config.propagation == "mixed":
                     # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
@@ -235,8 +236,7 @@ class Reconstruction:
                 elif bias is not None:
                     # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
                     bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
-                mask, iterations = self.masks[name].to(gram.device), self.config.exact_iterations
-                matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross, iterations))
+                matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross, self.config.exact_iterations))
                 column += rows
 
     def _descend(
@@ -268,7 +268,7 @@ class Reconstruction:
         config, matrices, device = self.config, self.student.matrices(f), self.execution.device
         if config.adapter != "none":
             draw = generator(self.seed, "adapters", f.name)
-            with adapted(matrices.values(), self.masks, config.adapter, config.rank, draw) as low_rank:
+            with adapted([*matrices.values()], self.masks, config.adapter, config.rank, draw) as low_rank:
                 with self.execution.holding(self.student, f, [each.parameter for each in low_rank]):
                     yield low_rank
             return

@@ -3,20 +3,19 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
 from recon.config import RetrainingConfig
 from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.gradient_descent import trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
-from recon.methods.callbacks import Callback, ProgressBar
+from recon.methods.callbacks import Callback
 from recon.methods.masks import keep_masks
 from recon.methods.samples import as_tokens
 from recon.methods.training import NOT_FINITE, Report, adapted, check_adaptable, check_trainable, finite, settle, train
@@ -68,17 +67,15 @@ def retrain(
     execution = execution or Execution(student.device)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
     masks, schedule, began = keep_masks(student, masks), config.schedule(len(samples)), time.perf_counter()
-    bar = tqdm(total=schedule.steps(len(samples)), desc=name, unit="step", disable=not execution.progress)
-
-    def merged() -> None:
-        for callback in callbacks if method == "lora" else ():  # the others lose no zero by merging
-            callback.on_merged()
-
-    with bar, _at(execution.device, student, teacher):
+    with contextlib.ExitStack() as homes:
+        for decoder in filter(None, (student, teacher)):
+            homes.callback(decoder.model.to, decoder.device)
+            decoder.model.to(execution.device)
         every, matrices = dict(student.model.named_parameters()), student.matrices()
         if method in ADAPTERS:
             theta = {matrix.parameter_name: matrix.parameter for matrix in matrices.values()}
-            training = adapted(matrices.values(), masks, method, config.retrain_rank, generator(seed, "adapters"), merged)
+            random = generator(seed, "adapters")
+            training = adapted([*matrices.values()], masks, method, config.retrain_rank, random, callbacks)
         else:
             theta = {name: parameter for name, parameter in every.items() if method == "full" or parameter.ndim == 1}
             kept = dict(stored(matrices, masks, execution.device)) if method == "full" else {}
@@ -87,8 +84,7 @@ def retrain(
         with requiring_gradients(every.values(), False), training as parameters:
             with requiring_gradients([each.parameter for each in parameters]):
                 loss = partial(_loss, student, teacher, execution, config.retrain_checkpointing)
-                random, told = generator(seed, "retrain"), [ProgressBar(bar), *callbacks]
-                losses = train(loss, [samples], parameters, schedule, random, execution, told)
+                losses = train(loss, [samples], parameters, schedule, generator(seed, "retrain"), execution, callbacks, name)
             seconds = time.perf_counter() - began
         if not (keep := finite(losses, theta.values())):
             log.warning("%s gave NaN or infinite losses or weights; it is rolled back", name)
@@ -110,16 +106,3 @@ def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, check
     with execution, torch.no_grad():
         wanted = teacher.run(tokens).logits[:, :-1].flatten(0, 1)
     return kl_divergence(wanted, logits).mean()
-
-
-@contextlib.contextmanager
-def _at(device: torch.device, *decoders: Decoder | None) -> Iterator[None]:
-    """All of these models are on `device` for a while."""
-    homes = [(decoder.model, decoder.device) for decoder in decoders if decoder]
-    for model, _ in homes:
-        model.to(device)
-    try:
-        yield
-    finally:
-        for model, home in homes:
-            model.to(home)

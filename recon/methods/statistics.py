@@ -29,15 +29,13 @@ def gather(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs `window` on `stream` (samples, length, hidden), and gathers statistics of what its matrices read.
 
-    Args:
-        kind: "none"; "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in); "moments": mean
-            and variance of each input column, (2, in).
-        count: statistics are of the first so many samples; default: of all.
-        record: whether to keep what the matrices read.
+    kind: "none"; "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in); "moments": mean and
+        variance of each input column, (2, in). Of an expert, over the tokens that are sent to it; none below FEW.
+    count: statistics are of the first so many samples; default: of all.
+    record: whether to keep what the matrices read.
 
-    Returns the window's outputs; the statistics by matrix name, in float32; and by matrix name what they read, (samples, length,
-    in), in the compute dtype, if asked for. Statistics accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is
-    useless. An expert's are those of the tokens that are sent to it; one that fewer than FEW are sent to has none.
+    Returns the window's outputs; by matrix name the statistics; and what was read, (samples, length, in), in the compute dtype.
+    Statistics accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
     """
     totals: dict[tuple[str, ...], Tensor] = {}
     inputs: dict[tuple[str, ...], Tensor] = {}  # matrices that share an input share one tensor
@@ -105,13 +103,11 @@ def over_blocks(
 ) -> list:
     """Visits in turn the blocks of a model that are not finished yet; returns what was noted of every block, finished or visited.
 
-    Args:
-        phase: the name that finished blocks are noted under in the execution's storage.
-        visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name.
-            Returns what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
-        description: of the progress bar.
-        samples: calibration tokens (samples, length), if statistics are wanted; see `gather`.
-        rerun: whether the next block reads this one's outputs after the visit, rather than those before it.
+    phase: the name that finished blocks are noted under in the execution's storage. description: of the progress bar.
+    visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name. Returns
+        what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
+    samples: calibration tokens (samples, length), if statistics are wanted; see `gather`.
+    rerun: whether the next block reads this one's outputs after the visit, rather than those before it.
     """
     storage, blocks, stream = execution.storage, decoder.windows("block"), None
     notes = list(storage.finished(phase))

@@ -1,7 +1,7 @@
 """Structured pruning: removes whole units, attention heads and MLP neurons, until the pattern's share of the weights is gone.
 
-Units are found by running blocks, so that no family of models needs code of its own. Shapes stay: a removed unit is exact zeros in
-the columns of the matrix that reads it, and in the rows of those that make it.
+Units are found by running blocks, so that no family of models needs code of its own. Shapes stay: a removed unit is exact zeros
+in the columns of the matrix that reads it, and in the rows of those that make it.
 An et al. 2023, arXiv 2312.11983 (Wanda-sp and FLAP); scores: `recon.kernels.criteria.structured`.
 """
 
@@ -47,8 +47,8 @@ class Units:
 def prune_units(decoder: Decoder, criterion: Structured, config: PruningConfig, samples: Tensor, execution: Execution) -> None:
     """Removes whole units in place until the pattern's share of all the blocks' weights is gone, as near as units allow.
 
-    Wanda-sp compares within each half of a block, on what the already pruned model (or the dense one) reads; FLAP compares over
-    the whole dense model before it removes anything, and puts the mean of what it removes into the reader's bias.
+    Wanda-sp compares within each half of a block, of which never all goes, on what the already pruned model (or the dense one)
+    reads; FLAP compares over the whole dense model before it removes anything, and puts the mean of that into the reader's bias.
 
     Raises `ReconError` if no units are found (see `find_units`), or a score is NaN or infinite.
     """
@@ -58,7 +58,12 @@ def prune_units(decoder: Decoder, criterion: Structured, config: PruningConfig, 
     if whole:
         kept, means = _compare(decoder, criterion, halves, target, samples, execution)
     else:
-        gone = _uniform_counts(halves, pattern, target)
+        # There are few heads, so the share of those that comes near to the pattern's may miss it by far; neurons make up for it.
+        heads, neurons = ([half for half in halves if half.window.half == which] for which in ("attention", "mlp"))
+        gone = {half.window.name: min(pattern.zeros(half.count), half.count - 1) for half in heads}
+        left = max(0, target - sum(gone[half.window.name] * half.weights for half in heads))
+        share = left / sum(half.count * half.weights for half in neurons)
+        gone |= {half.window.name: min(round(share * half.count), half.count - 1) for half in neurons}
 
     def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[None, dict[str, Tensor]]:
         matrices, changed = decoder.matrices(window), {}
@@ -108,18 +113,6 @@ def _score(criterion: Structured, half: Units, statistics: dict[str, Tensor]) ->
     if not scores.isfinite().all():
         raise ReconError(f"matrix {half.reader.name!r}: criterion {criterion.name!r} gives NaN or infinite scores")
     return scores.view(half.count, -1).mean(1)
-
-
-def _uniform_counts(halves: list[Units], pattern: Pattern, target: float) -> dict[str, int]:
-    """By name of each half, how many of its units go: the same share of all of one kind, but never all units of a half.
-
-    There are few heads, so the share of those that comes near to the pattern's may miss it by far; neurons make up for that.
-    """
-    heads = {h.window.name: min(pattern.zeros(h.count), h.count - 1) for h in halves if h.window.half == "attention"}
-    removed = sum(heads.get(half.window.name, 0) * half.weights for half in halves)
-    neurons = [half for half in halves if half.window.half == "mlp"]
-    share = max(target - removed, 0) / sum(half.count * half.weights for half in neurons)
-    return heads | {half.window.name: min(round(share * half.count), half.count - 1) for half in neurons}
 
 
 def set_bias(module: nn.Module, bias: Tensor) -> None:
@@ -178,8 +171,8 @@ def _owners(decoder: Decoder, window: Window, hidden: Tensor, count: int) -> dic
     """By place among the matrices of `window`, which reads `hidden`, the unit (out,) that each row of a matrix serves.
 
     A row serves the units whose part of what the last matrix reads has a gradient in it; matrices with a row that serves several
-    are left out. Units are told apart by the bits of their numbers: for each bit, a row of one unit has a gradient in the units with
-    that bit or in those without it, and in no others. Noise stands in for what matrices give, so that no row is silent by chance.
+    are left out. Units are told apart by the bits of their numbers: for each bit, a row of one unit has a gradient in the units
+    with that bit or in those without it, not in both. Noise stands in for what matrices give, so that no row is silent by chance.
     """
     draw, noise, read = torch.Generator().manual_seed(0), {}, []
 

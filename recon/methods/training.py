@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
 
 from recon.errors import ReconError
 from recon.kernels.adapters import LowRank
@@ -45,12 +46,13 @@ def train(
     random: torch.Generator,
     execution: Execution,
     callbacks: Sequence[Callback] = (),
+    name: str = "",
 ) -> list[float]:
     """Trains parameters in place; dropped weights are exact zeros after every step. Returns the loss of each step.
 
     loss: of a mini-batch of each tensor in `data`, mean over its samples, ().
     data: tensors (samples, ...), shuffled together, anew in each epoch by `random`.
-    callbacks: told of each step.
+    callbacks: told of each step. name: of a progress bar, if there is to be one.
 
     If memory runs out, a step is repeated with half as many samples per forward pass, which holds for all later steps.
     Raises `ReconError` if memory does not suffice for one sample.
@@ -73,7 +75,7 @@ def train(
             total += value.detach()
         return total
 
-    for chosen in steps:
+    for chosen in tqdm(steps, desc=name, unit="step", disable=not (name and execution.progress)):
         total, fits = execution.halving(partial(backward, chosen), size)
         if fits < size:
             execution.micro_batch = size = fits  # for what is trained next as well
@@ -131,19 +133,14 @@ def check_adaptable(decoder: Decoder) -> None:
 
 @contextlib.contextmanager
 def adapted(
-    matrices: Iterable[Matrix],
-    masks: dict[str, Tensor],
-    kind: str,
-    rank: int,
-    random: torch.Generator,
-    merged: Callable[[], None] = lambda: None,
+    matrices: list[Matrix], masks: dict[str, Tensor], kind: str, rank: int, random: torch.Generator, callbacks: Iterable = ()
 ) -> Iterator[list[Trained]]:
     """While active, `matrices` are parametrised by adapters; afterwards these are merged, masked where `masks` drop, and gone.
 
-    kind, rank: see `recon.kernels.adapters`. merged: called once the adapters are merged, before the mask is applied.
+    kind, rank: see `recon.kernels.adapters`. callbacks: told when LoRA is merged; the other kinds lose no zero by it.
     Yields the adapters' parameters, to be trained.
     """
-    matrices, trained = list(matrices), []
+    trained = []
     for matrix in matrices:
         mask = matrix.oriented(masks[matrix.name]).to(matrix.module.weight.device)
         adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
@@ -158,6 +155,7 @@ def adapted(
                 # The very parameter that was there before comes back, so that whoever holds it sees the merged weight.
                 parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
                 original.copy_(weight)
-            merged()
+            for callback in callbacks if kind == "lora" else ():
+                callback.on_merged()
             for matrix in matrices:
                 matrix.part.mul_(matrix.oriented(masks[matrix.name]).to(matrix.part.device))

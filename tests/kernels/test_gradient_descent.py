@@ -23,14 +23,6 @@ def test_learning_rate_rises_then_falls_to_near_zero(steps, warmup):
     assert_close(differences, [1 / (steps - rise + 1)] * len(differences))
 
 
-@pytest.mark.parametrize(
-    "samples, epochs, batch_size, accumulation, steps",
-    [(64, 1, 2, 1, 32), (64, 3, 2, 4, 24), (7, 2, 2, 2, 4), (9, 1, 2, 2, 3), (1, 1, 8, 8, 1)],
-)
-def test_step_counts(samples, epochs, batch_size, accumulation, steps):
-    assert Schedule(epochs=epochs, batch_size=batch_size, accumulation=accumulation).steps(samples) == steps
-
-
 def test_sizes_are_those_of_what_survives():
     weight, mask = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, -4.0]])), torch.tensor([[True, False], [True, True]])
     zeros, norm = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.tensor([10.0, 10.0]))

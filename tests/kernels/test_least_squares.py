@@ -72,26 +72,3 @@ def test_solved_rows_empty_rows_and_dead_inputs_give_no_nan():
     torch.testing.assert_close(weight[0], dense[0])
     assert (weight[1] == 0).all()
     assert torch.equal(weight[2:, 5], dense[2:, 5]), "an input that is always zero is no reason to move a weight"
-
-
-@pytest.mark.parametrize("target", ["of the dense weight", "from outputs"])
-def test_a_gram_matrix_formed_in_bfloat16_ruins_the_solution(target):
-    """Why moments are made outside autocast: the same bfloat16 activations, accumulated in two precisions."""
-    dense, mask, inputs = problem()
-    means = 5 * inputs.std(0) * torch.linspace(-1, 1, inputs.shape[1], dtype=torch.float64)
-    inputs = (inputs + means).bfloat16()
-    outputs = (inputs.double() @ dense.T).bfloat16()
-
-    def error(dtype):
-        batches = [batch.to(dtype) for batch in inputs.chunk(16)]
-        gram = sum(batch.T @ batch for batch in batches).float()
-        if target == "from outputs":
-            pairs = zip(outputs.chunk(16), batches, strict=True)
-            cross = sum(output.to(dtype).T @ batch for output, batch in pairs).float()
-        else:
-            cross = dense.float() @ gram
-        weight = masked_least_squares(dense.float(), mask, gram, cross)
-        return errors(weight, dense, inputs.double()).sum()
-
-    pruned_only = errors((dense * mask).float(), dense, inputs.double()).sum()
-    assert error(torch.float32) < 0.1 * pruned_only < pruned_only < 0.1 * error(torch.bfloat16)

@@ -1,22 +1,163 @@
-"""Masks of a model: read from its zeros, checked, saved and loaded."""
+"""Masks in files; and a pruned model from elsewhere: its zeros are the mask, its weights the start, and what does not fit is refused."""
+
+import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fixtures.models import FLOAT32, make_model
+from fixtures.runs import record_of, result_of
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
 import recon
-from recon.config import PruningConfig
+from recon.data import models
+from recon.errors import ReconError
+from recon.kernels.losses import channel_variance, unexplained
+from recon.methods.masks import take_over
+from recon.methods.prune import Pruning
+from recon.model.decoder import Decoder
+from recon.model.discovery import decompose
+from recon.runtime.execution import Execution
+from recon.study.measure import Texts
+
+UP = "model.layers.2.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral"])
-def pruned(request):
-    """A pruned model, and its masks."""
-    model = make_model(request.param)
-    return model, recon.prune(model, None, PruningConfig(criterion="magnitude", pattern="2:4"), execution=FLOAT32).masks
+@pytest.fixture(scope="module")
+def spec(tiny_spec) -> recon.RunSpec:
+    return tiny_spec.replaced(sequence_length=16, evaluation_length=16, compute_dtype="float32")
 
 
-def test_masks_come_back_from_a_file_as_they_were(pruned, tmp_path):
-    _, masks = pruned
+@pytest.fixture(scope="module")
+def pruned_here(spec):
+    """The tiny model pruned by SparseGPT, which also updates what survives: the spec of that, the model and the dense one."""
+    only, session = spec.replaced(criterion="sparsegpt", pattern="2:4", granularity="none"), recon.Session()
+    model = result_of(only, session).model
+    dense, tokenizer = session.load(*only.loaded_by)
+    return only, SimpleNamespace(model=model, dense=dense, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(pruned_here, tmp_path_factory) -> str:
+    """That model as a checkpoint of several shards."""
+    folder = tmp_path_factory.mktemp("pruned")
+    pruned_here[1].model.save_pretrained(folder, max_shard_size="60KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    return str(folder)
+
+
+@pytest.fixture
+def spoilt(pruned_here, tmp_path):
+    """Factory of checkpoints of the pruned model, in one file, with some tensors replaced (None: left out)."""
+
+    def make(**changes) -> str:
+        folder = tmp_path / "spoilt"
+        pruned_here[1].model.save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors") | changes
+        kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        return str(folder)
+
+    return make
+
+
+def take(folder: str, dense) -> tuple[Decoder, Pruning]:
+    """A copy of the dense model (or of its decoder's) that was given the checkpoint in `folder`."""
+    decoder = decompose(dense)
+    student = decompose(copy.deepcopy(decoder.model), like=decoder)
+    return student, take_over(student, models.load_pruned(folder, decoder.model), FLOAT32)
+
+
+# ---- the mask, and the run from it
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"granularity": "matrix", "solver": "exact", "propagation": "mixed"},
+        {"granularity": "2-blocks", "propagation": "sparse", "learning_rate": 3e-4},
+        {"granularity": "model", "retrain": "masklora"},
+        {"granularity": "none", "retrain": "full"},
+    ],
+    ids=str,
+)
+def test_a_run_from_an_external_mask_is_that_of_the_criterion_that_made_it(spec, pruned_here, pruned_folder, changes):
+    made = record_of(pruned_here[0].replaced(**{"granularity": "half-block"} | changes))
+    found = record_of(spec.replaced(pruned=pruned_folder, **changes))
+    assert found.protocol["dense"] == found.protocol["pruned"] == "float32"
+    assert found.metrics["pattern"] == "2:4" and found.metrics["sparsity"] == 0.5
+    for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "sparsity_by_matrix", "drift"):
+        assert found.metrics[name] == made.metrics[name], name
+    assert [w["losses"] for w in found.windows] == [w["losses"] for w in made.windows]
+    assert found.tokens["prune"] == 0
+    assert found.metrics["perplexity"] != found.metrics["pruned_perplexity"]
+
+
+def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoilt):
+    """Norms and embeddings that changed since; a window then reads what the pruned model's embedding gives."""
+    state, dense = pruned_here[1].model.state_dict(), pruned_here[1].dense
+    changes = {"model.norm.weight": state["model.norm.weight"] * 2, EMBEDDING: state[EMBEDDING] + 0.1}
+    folder, session = spoilt(**changes), recon.Session()
+    run = spec.replaced(pruned=folder, granularity="block", propagation="mixed")
+    for _ in range(2):  # the second starts from what the session kept
+        record, model = result_of(run.replaced(granularity="none"), session)
+        found = model.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in (state | changes).items() if name != "lm_head.weight")
+    record = record_of(run, session)
+    texts = Texts.draw(run, pruned_here[1].tokenizer)
+    student, _ = take(folder, dense)
+    window = dense.windows("block")[0]
+    with Execution("cpu", "float32"), torch.no_grad():
+        output = student.forward(window, student.embed(texts.held_out))
+        target = dense.forward(window, dense.embed(texts.held_out))
+        variance = channel_variance(dense.forward(window, dense.embed(texts.calibration)))
+    assert_close(record.windows[0]["error_before"]["held_out"], unexplained(output, target, variance))
+
+
+# ---- what does not fit
+
+
+@pytest.mark.parametrize(
+    "name, make, said",
+    [
+        (UP, lambda w: w[:5].contiguous(), rf"weight '{UP}' is \(5, 32\), not \(64, 32\)"),
+        (UP, lambda w: None, f"it lacks .*{UP}"),
+        ("model.layers.9.mlp.up_proj.weight", lambda w: torch.ones(3), r"it has 'model.layers.9.mlp.up_proj.weight', which the dense"),
+        (UP, lambda w: w.fill_(torch.nan), f"'{UP}' holds 2048 NaN or infinite values of 2048"),
+        ("model.norm.weight", lambda w: w * torch.inf, "'model.norm.weight' holds 32 NaN or infinite values of 32"),
+        ("lm_head.weight", lambda w: torch.ones(400, 32), f"'lm_head.weight' differs from '{EMBEDDING}'"),
+    ],
+    ids=["shape", "missing", "surplus", "NaN", "infinite norm", "tied"],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_path, monkeypatch, name, make, said, stream):
+    state = pruned_here[1].model.state_dict()
+    made = make(state[name].clone()) if name in state and name != "lm_head.weight" else make(None)
+    folder = spoilt(**{name: made})
+    monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
+    with pytest.raises(ReconError, match=f"pruned model.*{said}"):
+        record_of(spec.replaced(pruned=folder), save=tmp_path / "saved", stream=stream)
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
+
+
+def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, tiny_folder, pruned_here, spoilt):
+    with pytest.raises(ReconError, match="pruned model: 0.00% of its matrices is zero; a mask is read from zeros"):
+        record_of(spec.replaced(pruned=tiny_folder))
+    names = {matrix.parameter_name for matrix in pruned_here[1].dense.matrices().values()}
+    state = pruned_here[1].model.state_dict()
+    with pytest.raises(ReconError, match="100.00% of its matrices is zero.*not all"):
+        record_of(spec.replaced(pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})))
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_masks_come_back_from_a_file_as_they_were(family, tmp_path):
+    masks = recon.prune(make_model(family), None, recon.PruningConfig("magnitude", "2:4"), execution=FLOAT32).masks
     recon.save_masks(masks, tmp_path / "deep" / "masks.safetensors")
     found = recon.load_masks(str(tmp_path / "deep" / "masks.safetensors"))
     assert found.keys() == masks.keys()

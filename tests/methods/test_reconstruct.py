@@ -16,6 +16,7 @@ from recon.methods.callbacks import Callback
 from recon.methods.prune import prune
 from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED, one_after_another, reconstruct
 from recon.model.discovery import decompose
+from recon.model.modules import watched
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 
@@ -213,27 +214,17 @@ def test_a_matrix_group_is_fitted_as_if_each_alone(dense, pruned, tokens):
 @torch.no_grad()
 def activations(model, batch):
     """Window name -> (input, output), from one plain forward pass of a two-block Llama."""
-    seen, handles = {}, []
-
-    def on(name, module, key):
-        handles.append(module.register_forward_hook(lambda m, args, out: seen.update({name: (args[0], out)[key].clone()})))
-
+    seen, modules = {}, {}
     for index, layer in enumerate(model.model.layers):
-        on(f"in {index}", layer, 0)
-        on(f"middle {index}", layer.post_attention_layernorm, 0)  # the residual stream between the halves
-        on(f"out {index}", layer, 1)
-        for name, module in layer.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                on(f"x model.layers.{index}.{name}", module, 0)
-                on(f"y model.layers.{index}.{name}", module, 1)
-    model(input_ids=batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
+        modules |= {str(index): layer, f"half {index}": layer.post_attention_layernorm}  # which reads what is between the halves
+        linear = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+        modules |= {f"model.layers.{index}.{name}": module for name, module in linear.items()}
+    with watched(modules, after=lambda name, args, kwargs, out: seen.update({name: (args[0].clone(), out.clone())})):
+        model(input_ids=batch, use_cache=False)
     pairs = {}
     for i in range(2):
-        pairs[f"block {i}"] = seen[f"in {i}"], seen[f"out {i}"]
-        pairs[f"block {i} attention"] = seen[f"in {i}"], seen[f"middle {i}"]
-        pairs[f"block {i} mlp"] = seen[f"middle {i}"], seen[f"out {i}"]
+        (before, after), (middle, _) = seen[str(i)], seen[f"half {i}"]
+        pairs |= {f"block {i}": (before, after), f"block {i} attention": (before, middle), f"block {i} mlp": (middle, after)}
         for group in (
             "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
             "self_attn.o_proj",
@@ -241,8 +232,8 @@ def activations(model, batch):
             "mlp.down_proj",
         ):
             names = [f"model.layers.{i}.{name}" for name in group.split()]
-            pairs["+".join(names)] = seen[f"x {names[0]}"], torch.cat([seen[f"y {name}"] for name in names], -1)
-    pairs["block 0-1"] = seen["in 0"], seen["out 1"]
+            pairs["+".join(names)] = seen[names[0]][0], torch.cat([seen[name][1] for name in names], -1)
+    pairs["block 0-1"] = seen["0"][0], seen["1"][1]
     return pairs
 
 
@@ -326,10 +317,8 @@ def test_same_seed_same_weights(dense, pruned, tokens, granularity):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_window_that_breaks_is_rolled_back(dense, pruned, tokens, caplog, value, start):
     student = pruned()
-    before, execution = (
-        state(student),
-        looking([], lambda number, X, Y: (X, Y.index_fill(1, torch.tensor(3), value) if number == 1 else Y)),
-    )
+    before = state(student)
+    execution = looking([], lambda number, X, Y: (X, Y.index_fill(1, torch.tensor(3), value) if number == 1 else Y))
     with caplog.at_level(logging.WARNING, "recon"):
         reports = run(student, dense, tokens(4, 12), start=start, execution=execution)
     assert [r.status for r in reports] == [RECONSTRUCTED, NOT_FINITE, RECONSTRUCTED, RECONSTRUCTED]
@@ -360,8 +349,6 @@ def test_a_window_that_gets_worse_on_held_out_text_is_rolled_back(dense, pruned,
     before = state(student)
     reports = run(student, dense, tokens(2, 12), learning_rate=3.0, epochs=1, held_out=tokens(2, 12, seed=1))
     assert {report.status for report in reports} == {GREW}
-    assert (
-        "4 of 4 windows got worse on held-out text" in caplog.text and "the learning rate, 3, is probably too high" in caplog.text
-    )
+    assert "4 of 4 windows got worse on held-out text and were rolled back: the learning rate, 3, is too high" in caplog.text
     assert all(report.error_after == report.error_before and report.movement == 0 for report in reports)
     assert same(state(student), before)

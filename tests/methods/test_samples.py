@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from recon.methods.samples import ERROR_SAMPLES, Split, as_tokens, split_samples
+from recon.methods.samples import ERROR_SAMPLES, as_tokens, with_held_out
 
 ROWS = torch.arange(3, 23).view(5, 4)
 
@@ -40,9 +40,7 @@ def test_all_forms_give_the_same_tokens_in_order(make):
 
 def test_held_out_samples_come_last_and_no_more_than_are_measured():
     held_out = ROWS + 50
-    tokens, split = split_samples(ROWS.tolist(), held_out)
-    assert torch.equal(tokens, torch.cat([ROWS, held_out[:ERROR_SAMPLES]])) and split == Split(5, ERROR_SAMPLES, 4)
-    assert split.measured == slice(5, 7) and split.measured_on == "held_out"
-    tokens, split = split_samples(ROWS[:1], None)
-    assert torch.equal(tokens, ROWS[:1]) and split == Split(1, 0, 4)
-    assert split.measured == slice(0, 1) and split.measured_on == "calibration"
+    tokens, count = with_held_out(ROWS.tolist(), held_out)
+    assert torch.equal(tokens, torch.cat([ROWS, held_out[:ERROR_SAMPLES]])) and count == 5
+    tokens, count = with_held_out(ROWS[:1], None)
+    assert torch.equal(tokens, ROWS[:1]) and count == 1

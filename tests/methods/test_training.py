@@ -1,20 +1,26 @@
-"""The training loop, on a matrix small enough to reason about: steps, masks, mini-batches, and where memory runs out."""
+"""The training loop, on a matrix small enough to reason about; adapters, of which merging loses no zero."""
 
 import math
 
 import pytest
 import torch
-from fixtures.models import FLOAT32
+from fixtures.models import FLOAT32, make_model
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
+from recon.config import PruningConfig
 from recon.errors import ReconError
+from recon.kernels.adapters import ADAPTERS, ALPHA
 from recon.kernels.gradient_descent import Schedule, Trained
 from recon.kernels.losses import LOSSES, channel_variance
 from recon.methods.callbacks import Callback
-from recon.methods.training import train
+from recon.methods.prune import prune
+from recon.methods.training import adapted, train
+from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
+from recon.runtime.seeds import generator
 
 
 def problem(samples: int = 8):
@@ -142,3 +148,48 @@ def test_too_little_memory_for_one_sample_is_an_error():
 
     with pytest.raises(ReconError, match="one sample"):
         run(Schedule(batch_size=2), execution=Execution("cpu", "float32"), see=see)
+
+
+# ---- adapters
+
+
+def pruned(family: str):
+    decoder = decompose(make_model(family))
+    return decoder, prune(decoder, None, PruningConfig("random"), execution=FLOAT32).masks
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_nothing_changes_until_it_is_trained(family, kind, tokens):
+    decoder, masks = pruned(family)
+    parameters, batch = dict(decoder.model.named_parameters()), tokens(2, 9)
+    before = decoder.model(batch).logits
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        adapted([*decoder.matrices().values()], masks, kind, 4, generator(0, "test")) as trained,
+    ):
+        assert_close(decoder.model(batch).logits, before)
+        assert all(each.parameter.is_leaf and each.parameter.requires_grad for each in trained)
+        raise RuntimeError("inside")
+    assert torch.equal(decoder.model(batch).logits, before)
+    after = dict(decoder.model.named_parameters())
+    assert after.keys() == parameters.keys() and all(after[name] is parameters[name] for name in parameters)
+    assert not any(parametrize.is_parametrized(module) for module in decoder.model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_merging_gives_the_formula_and_loses_no_zero(family, kind):
+    decoder, masks = pruned(family)
+    matrices = decoder.matrices()
+    before = {name: matrix.weight.detach().clone() for name, matrix in matrices.items()}
+    with adapted([*matrices.values()], masks, kind, 4, generator(0, "test")) as trained:
+        with torch.no_grad():
+            for each in trained:
+                each.parameter.normal_(generator=torch.Generator().manual_seed(each.parameter.numel()))
+            low_rank = {name: b.parameter @ a.parameter for name, a, b in zip(matrices, trained[::2], trained[1::2], strict=True)}
+    for name, matrix in matrices.items():
+        product = ALPHA * matrix.oriented(low_rank[name])
+        grown = before[name] * (1 + product) if kind == "scalelora" else before[name] + product
+        assert_close(matrix.weight, grown * masks[name])
+        assert not matrix.weight[~masks[name]].any() and not torch.equal(matrix.weight, before[name])

@@ -15,18 +15,14 @@ statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2);
 import torch
 from torch import Tensor
 
-from recon.errors import ReconError
-
 
 def magnitude(weight: Tensor, statistics: None, generator: torch.Generator | None) -> Tensor:
     """The weight's size."""
     return weight.abs()
 
 
-def random(weight: Tensor, statistics: None, generator: torch.Generator | None) -> Tensor:
-    """Drawn on the generator's device. Raises `ReconError` without one: the mask could not be made again."""
-    if generator is None:
-        raise ReconError("criterion 'random' was given no generator; pass a seeded torch.Generator")
+def random(weight: Tensor, statistics: None, generator: torch.Generator) -> Tensor:
+    """Drawn on the generator's device."""
     return torch.rand(weight.shape, generator=generator, device=generator.device).to(weight.device)
 
 
