@@ -109,7 +109,7 @@ def test_the_test_above_covers_every_option_with_choices():
 def test_few_samples_are_passed_over_until_there_are_enough_steps(kind, prefix, samples, batch_size, epochs):
     given = {f"{prefix}batch_size": batch_size}
     schedule = kind(**given).schedule(samples)
-    assert schedule.epochs == epochs and epochs * math.ceil(samples / schedule.per_step) >= 32
+    assert schedule.epochs == epochs and epochs * math.ceil(samples / batch_size) >= 32
     assert kind(**given, **{f"{prefix}epochs": 2}).schedule(samples).epochs == 2
 
 

@@ -28,11 +28,6 @@ class Schedule:
     warmup: float = 0.1  # share of the steps in which the learning rate rises
     weight_decay: float = 0.0  # each step shrinks the weights by this times the learning rate
 
-    @property
-    def per_step(self) -> int:
-        """Samples per optimiser step."""
-        return self.batch_size * self.accumulation
-
     def factor(self, step: int, steps: int) -> float:
         """Learning rate at `step` of `steps`, relative to its peak: linear warm-up, then linear decay to zero."""
         rise = max(1, round(self.warmup * steps))

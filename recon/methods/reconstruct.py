@@ -30,7 +30,7 @@ from recon.methods.masks import check_shapes, keep_masks
 from recon.methods.propagation import Streams
 from recon.methods.prune import Pruner
 from recon.methods.samples import ERROR_SAMPLES, with_held_out
-from recon.methods.training import NOT_FINITE, Report, adapted, check_adaptable, check_trainable, finite, settle, train
+from recon.methods.training import NOT_FINITE, Report, adapted, check_trainable, finite, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.modules import requiring_gradients
@@ -90,9 +90,7 @@ def reconstruct(
     check_shapes("the pruned model's", *(dict(each.named_parameters(remove_duplicate=False)) for each in whole))
     student = decompose(model, like=teacher)
     execution = execution or Execution(teacher.device)
-    if config.adapter != "none":
-        check_adaptable(student)
-    check_trainable(student)
+    check_trainable(student, config.adapter)
     tokens, count = with_held_out(samples, held_out)
     teacher.check_length(length := tokens.shape[1])
     windows, pruner = teacher.windows(config.granularity), None

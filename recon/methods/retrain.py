@@ -18,7 +18,7 @@ from recon.kernels.losses import kl_divergence, negative_log_likelihood
 from recon.methods.callbacks import Callback
 from recon.methods.masks import keep_masks
 from recon.methods.samples import as_tokens
-from recon.methods.training import NOT_FINITE, Report, adapted, check_adaptable, check_trainable, finite, settle, train
+from recon.methods.training import NOT_FINITE, Report, adapted, check_trainable, finite, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.modules import replaced, requiring_gradients
@@ -61,9 +61,7 @@ def retrain(
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
     student, samples = decompose(model), as_tokens(samples)
     student.check_length(samples.shape[1])
-    if method in ADAPTERS:
-        check_adaptable(student)
-    check_trainable(student)
+    check_trainable(student, method)
     execution = execution or Execution(student.device)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
     masks, schedule, began = keep_masks(student, masks), config.schedule(len(samples)), time.perf_counter()

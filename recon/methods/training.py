@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from recon.errors import ReconError
-from recon.kernels.adapters import LowRank
+from recon.kernels.adapters import ADAPTERS, LowRank
 from recon.kernels.gradient_descent import Schedule, Trained
 from recon.methods.callbacks import Callback
 from recon.model.decoder import Decoder
@@ -58,7 +58,7 @@ def train(
     Raises `ReconError` if memory does not suffice for one sample.
     """
     epochs = [torch.randperm(len(data[0]), generator=random) for _ in range(schedule.epochs)]
-    steps = [chosen for order in epochs for chosen in order.split(schedule.per_step)]
+    steps = [chosen for order in epochs for chosen in order.split(schedule.batch_size * schedule.accumulation)]
     rates = [schedule.learning_rate * (each.size if schedule.rate == "relative" else 1.0) for each in trained]
     groups = [{"params": [each.parameter], "lr": rate} for each, rate in zip(trained, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay, fused=True)
@@ -113,22 +113,14 @@ def settle(theta: dict[str, nn.Parameter], before: dict[str, Tensor], keep: bool
     return (moved / max(norm, 1e-30)) ** 0.5
 
 
-def check_trainable(student: Decoder) -> None:
-    """Raises `ReconError` naming a parameter that is not in float32, as what is trained has to be."""
-    for name, parameter in student.model.named_parameters():
+def check_trainable(decoder: Decoder, method: str) -> None:
+    """Raises `ReconError` naming a parameter that is not in float32, or a matrix that no adapter fits if `method` is one."""
+    for name, parameter in decoder.model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
-
-
-# --- adapters -----------------------------------------------------------------------------------------------------------
-
-
-def check_adaptable(decoder: Decoder) -> None:
-    """Raises `ReconError` if a matrix of the model has no module of its own that could carry an adapter: an expert's."""
-    if name := next((name for name, matrix in decoder.matrices().items() if matrix.expert is not None), None):
-        raise ReconError(
-            f"{name!r} is one expert's part of a parameter, which no adapter fits; use adapter none, retrain full or norms"
-        )
+    for name, matrix in decoder.matrices().items() if method in ADAPTERS else ():
+        if matrix.expert is not None:  # it has no module of its own
+            raise ReconError(f"{name!r} is one expert's part of a parameter, which no adapter fits; allowed: none, full, norms")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from recon.methods.callbacks import Callback
 from recon.methods.masks import check_pruned, take_over
 from recon.methods.reconstruct import reconstruct
 from recon.methods.retrain import retrain
-from recon.methods.training import check_adaptable
+from recon.methods.training import check_trainable
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
@@ -200,8 +200,8 @@ class _Run(Callback):
         """Raises `ReconError` for what this model cannot do: windows, adapters, patterns, lengths, tasks, being saved."""
         spec, dense, granularity = self.spec, self.dense, self.spec.reconstruction.granularity
         dense.windows("block" if granularity == "none" else granularity)
-        if spec.reconstruction.adapter != "none" or spec.retraining.retrain not in ("none", "full", "norms"):
-            check_adaptable(dense)
+        for method in (spec.reconstruction.adapter, spec.retraining.retrain):
+            check_trainable(dense, method)
         biases = prune.touched_biases(dense, spec.pruning.criterion)
         for name, matrix in dense.matrices().items():
             Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
