@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,8 @@ SHAPES = 64  # shapes of batches for which the blocks' arguments are kept
 class Decoder:
     """A causal LM whose windows can be run, watched and trained one at a time. Made by `recon.decompose`.
 
-    Args:
-        model: a causal LM from transformers, in evaluation mode.
-        structure: how it is built.
-        lazy: of a skeleton, its parameters, which are in memory only while something here needs them.
-        calls: what its blocks are known to be called with; see `call`.
+    model: from transformers, in evaluation mode. structure: how it is built. lazy: of a skeleton, its parameters, in memory only
+    while something here needs them. calls: what its blocks are known to be called with; see `call`.
     """
 
     reading = ""  # how a sample is divided before the model reads it, in words
@@ -55,7 +51,7 @@ class Decoder:
     @property
     def starts(self) -> list[int]:
         """Numbers of the blocks that begin a list of blocks."""
-        return [0, *accumulate(len(self.model.get_submodule(path)) for path in self.structure.stacks[:-1])]
+        return [index for index, name in enumerate(self.names) if name.endswith(".0")]
 
     @property
     def device(self) -> torch.device:
@@ -68,12 +64,8 @@ class Decoder:
             raise ReconError(f"sequence length {length} is more than the {longest} tokens that the model was made for")
 
     def run(self, tokens: Tensor):
-        """What the whole model returns for `tokens` (batch, length): its logits are those of `predicted(tokens)`."""
+        """What the whole model returns for `tokens` (batch, length); its logits are those of `predicted(tokens)`."""
         return self.model(input_ids=tokens.to(self.device), use_cache=False)
-
-    def run_head(self, tokens: Tensor):
-        """As `run`, for `predicted(tokens)`; what the blocks read does not matter."""
-        return self.run(tokens)
 
     def predicted(self, sequence: Tensor) -> Tensor:
         """The part of tokens, or of a residual stream, (batch, length, ...) that the model has logits for: all of it."""
@@ -90,16 +82,13 @@ class Decoder:
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The model's logits (batch, length, vocabulary) if its last block returns `hidden` (batch, length, hidden).
 
-        The model's own forward runs, with its blocks by-passed. `tokens` (batch, length) give the shape only. Both are `predicted` parts.
+        The model's own forward runs, with its blocks by-passed. `tokens` give the shape only. Both are `predicted` parts.
         """
         with self.loaded_head(), replaced(self.bypassed(-1, hidden)):
-            return self.run_head(tokens).logits
+            return self.run(tokens.repeat(1, len(self.starts))).logits  # each list of blocks reads a part of the tokens
 
     def forward(self, window: Window, hidden: Tensor) -> Tensor:
-        """Output of `window` for its input `hidden` (batch, length, input width).
-
-        Both are the residual stream; but the output of matrices that share an input is the concatenation of theirs.
-        """
+        """Output of `window` for its input (batch, length, width): the residual stream; of matrices, theirs side by side."""
         if window.matrices:
             return torch.cat([self.model.get_submodule(name)(hidden) for name in window.matrices], dim=-1)
         for index in window.blocks:
@@ -153,7 +142,7 @@ class Decoder:
             yield
 
     def using(self, window: Window, weights: dict[str, Tensor]) -> contextlib.AbstractContextManager:
-        """Context, to be entered at will, in which experts of `window` that are multiplied alone use `weights`: by name, as stored."""
+        """Context in which experts of `window` that are multiplied alone use `weights`, by matrix name, laid out as stored."""
         return FusedProducts(experts.fused(self.matrices(window)), use=weights)
 
     def call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
@@ -236,7 +225,7 @@ class Decoder:
 
     @property
     def groups(self) -> list[list[tuple[str, ...]]]:
-        """Of each block, the full names of its matrices in the order in which they run; those of a group read the same input."""
+        """Of each block, the full names of its matrices in the order in which they run; those of a group read one input."""
         blocks = zip(self.names, self.structure.blocks)
         return [[tuple(f"{path}.{name}" for name in group) for group in block.groups] for path, block in blocks]
 
@@ -246,27 +235,19 @@ class Decoder:
         return [block.halves for block in self.structure.blocks]
 
     def windows(self, granularity: str) -> list[Window]:
-        """The windows of the model at `granularity`, in the order in which they are adapted.
-
-        Raises:
-            ReconError: `granularity` is unknown, too large for the model, or the blocks do not divide so.
-        """
+        """The windows of the model at `granularity`, in their order; raises `ReconError` if it does not fit."""
         granularity = canonical(granularity)
         if granularity == "matrix":
             if routed := next((name for name, matrix in self.matrices().items() if matrix.routed), None):
-                raise ReconError(
-                    f"matrix windows do not fit {type(self.model).__name__}: it has experts, such as {routed!r}, which read tokens of "
-                    "their own; use half-block, block or a larger granularity"
-                )
+                why = f"it has experts, such as {routed!r}, which read tokens of their own; use half-block or a larger one"
+                raise ReconError(f"matrix windows do not fit {type(self.model).__name__}: {why}")
             groups = [(index, group, group == groups[-1]) for index, groups in enumerate(self.groups) for group in groups]
             return [Window(range(index, index + 1), matrices=group, ends_block=last) for index, group, last in groups]
         if granularity == "half-block":
             for index, halves in enumerate(self.halves):
                 if isinstance(halves, str):
-                    raise ReconError(
-                        f"half-block windows do not fit this model: block {index} ({type(self.blocks[index]).__name__}) {halves}; "
-                        "use granularity block (or k-blocks, quarter, model, matrix)"
-                    )
+                    why = f"block {index} ({type(self.blocks[index]).__name__}) {halves}; use granularity block, or a larger one"
+                    raise ReconError(f"half-block windows do not fit this model: {why}")
             return [
                 Window(range(i, i + 1), half=half, parallel=halves.layout == "parallel", ends_block=half == "mlp")
                 for i, halves in enumerate(self.halves)
@@ -294,16 +275,12 @@ class Decoder:
 
     def matrices(self, window: Window | None = None) -> dict[str, Matrix]:
         """The prunable matrices of `window` (default: of all blocks), by name, in the order in which they run."""
-        indices = window.blocks if window else range(len(self.blocks))
-        known = ((index, matrix) for index in indices for matrix in self.structure.blocks[index].matrices.values())
+        blocks = window.blocks if window else range(len(self.blocks))
+        own = self.parameters(window) if window and (window.half or window.matrices) else None
+        known = ((index, matrix) for index in blocks for matrix in self.structure.blocks[index].matrices.values())
         inside = [matrix.within(self.names[index], self.blocks[index]) for index, matrix in known]
-        if window and window.matrices:
-            inside = [matrix for matrix in inside if matrix.name in window.matrices]
-        elif window and window.half:
-            own = self.parameters(window)
-            inside = [matrix for matrix in inside if matrix.parameter_name in own]
-        return {matrix.name: matrix for matrix in inside}
+        return {matrix.name: matrix for matrix in inside if own is None or matrix.parameter_name in own}
 
-    def weights(self, window: Window | None = None) -> list[nn.Parameter]:
-        """The parameters that hold the matrices of `window` (default: of all blocks)."""
+    def weights(self, window: Window) -> list[nn.Parameter]:
+        """The parameters that hold the matrices of `window`."""
         return list(dict.fromkeys(matrix.parameter for matrix in self.matrices(window).values()))

@@ -1,7 +1,6 @@
 """Decomposes a model: finds by running it how it is built, and checks that its pieces give its own output.
 
-No architecture is known here by name. The blocks are the largest list of modules that run, and what is in them is found by watching
-and silencing their children; see `recon.model.inside`.
+No architecture is known here by name. The blocks are the largest list of modules that run; for their parts see `inside`.
 """
 
 import contextlib
@@ -39,13 +38,11 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
 
     Args:
         model: a model from transformers, in evaluation mode. From now on it multiplies by each expert's matrices one by one.
-        like: a decoder of the same architecture, whose structure is taken over instead of being found anew. A pruned copy of a
-            model has its structure, but cannot be relied on to show it.
-        lazy: of a skeleton, its parameters, which are in memory only while they are needed. The structure is then found with random
-            weights, while blocks that are built like earlier ones are by-passed.
+        like: a decoder of the same architecture, whose structure is taken over: a pruned copy cannot be relied on to show it.
+        lazy: of a skeleton, its parameters. The structure is then found with random weights, while blocks that are built like
+            earlier ones are by-passed.
 
-    Raises:
-        ReconError: no list of blocks is found, the model is not causal, or its blocks do not give its own output.
+    Raises `ReconError` if no list of blocks is found, the model is not causal, or its blocks do not give its own output.
     """
     if isinstance(model, Decoder):
         return model
@@ -63,12 +60,9 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
 
 
 def find_blocks(decoder: Decoder, within: str = "") -> str:
-    """Path of the `nn.ModuleList` with the most parameters among those whose members run; of a skeleton, all are taken to run.
+    """Path of the `nn.ModuleList` in the module at `within` with the most parameters whose members run; in a skeleton, all do.
 
-    within: path of the module that the list must be in.
-
-    Raises:
-        ReconError: the model does not run, or there is no such list whose members run once each; names the lists there are.
+    Raises `ReconError` if the model does not run, or the members do not run once each; names the lists there are.
     """
     model, kind = decoder.model, type(decoder.model).__name__
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(within))
@@ -82,22 +76,17 @@ def find_blocks(decoder: Decoder, within: str = "") -> str:
         except Exception as error:  # a model may raise anything if it needs more than text
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             raise ReconError(f"{kind} does not run on tokens alone ({said}); models of text are supported") from error
-    path = max((name for name in lists if ran[name]), key=lambda name: _size(lists[name]), default=None)
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items() if ran[name]}
+    path = max(sizes, key=sizes.get, default=None)
     if path is None or ran[path] != len(lists[path]):
         known = "; ".join(f"{name!r}, {len(children)} modules, run {ran[name]} times" for name, children in lists.items())
-        raise ReconError(
-            f"{kind} cannot be decomposed: its blocks have to be a torch.nn.ModuleList, and each of its blocks has to run once in a "
-            f"forward pass; it has {known or 'no such list'}"
-        )
+        asked = "its blocks have to be a torch.nn.ModuleList, and each of its blocks has to run once in a forward pass"
+        raise ReconError(f"{kind} cannot be decomposed: {asked}; it has {known or 'no such list'}")
     return path
 
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _find_structure(decoder: Decoder) -> None:
-    """Finds the structure of a model whose lists of blocks are known. Of blocks that are built alike only the first is looked at."""
+    """Finds the structure of a model whose lists of blocks are known. Of blocks that are built alike, the first is looked at."""
     model, blocks, lazy, tokens = decoder.model, decoder.blocks, decoder.lazy, probe_tokens(decoder.model)
     kinds: dict[tuple, int] = {}
     originals = [kinds.setdefault(kind_of(block), index) for index, block in enumerate(blocks)]
@@ -161,17 +150,15 @@ def _check_apart(decoder: Decoder) -> None:
     for path, block in zip(decoder.names, decoder.blocks):
         for name, parameter in block.named_parameters():
             if not (owner := owners.setdefault(parameter, f"{path}.{name}")).startswith(f"{path}."):
-                raise ReconError(
-                    f"blocks of {type(decoder.model).__name__} share weights: {owner!r} is '{path}.{name}' too; what is adapted for "
-                    "one block would change another, so each must have its own"
-                )
+                what = f"blocks of {type(decoder.model).__name__} share weights: {owner!r} is '{path}.{name}' too"
+                raise ReconError(f"{what}; what is adapted for one block would change another, so each must have its own")
 
 
 def _check_causal(decoder: Decoder, tokens: Tensor, expected: Tensor) -> None:
     other = tokens.clone()
     other[:, -1] = (tokens[:, -1] + 1) % decoder.model.config.get_text_config().vocab_size
     early, again = expected[:, :-1].float(), decoder.run(other).logits[:, :-1].float()
-    # The tolerance is small: shapes and kernels are the same, so a causal model gives nearly the same bits, and little may leak.
+    # The tolerance is small: shapes and kernels are the same, so a causal model gives nearly the same bits.
     if (early - again).abs().max() > tolerance(expected) / 100 * early.abs().max():
         kind = type(decoder.model).__name__
         raise ReconError(f"{kind} is not a causal language model: changing the last token changes the predictions before it")
@@ -186,14 +173,13 @@ def _check_composition(decoder: Decoder, tokens: Tensor, running: range | list[i
         for index in range(len(decoder.blocks)):
             hidden = decoder.run_block(index, hidden) if index in running else decoder.skip_block(index, hidden)
         gap = distance(decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden)), expected)
-        # Weights that are NaN are refused elsewhere, by name.
-        if gap <= tolerance(expected) or not expected.isfinite().all():
+        if gap <= tolerance(expected) or not expected.isfinite().all():  # weights that are NaN are refused elsewhere, by name
             return
     except Exception as error:  # a model that is built otherwise may raise anything
         wrong = f"fail ({type(error).__name__}: {error})"
     stacks = " and ".join(map(repr, decoder.structure.stacks))
     raise ReconError(
-        f"{type(decoder.model).__name__} cannot be decomposed: its {len(decoder.blocks)} blocks at {stacks}, run one after another, "
-        f"{wrong}. What one block returns has to be all that the next depends on, beside what is the same for all tokens; here "
-        "something else passes between them"
+        f"{type(decoder.model).__name__} cannot be decomposed: its {len(decoder.blocks)} blocks at {stacks}, run one after "
+        f"another, {wrong}. What one block returns has to be all that the next depends on, beside what is the same for all tokens; "
+        "here something else passes between them"
     )

@@ -19,12 +19,10 @@ _ENCODED = object()  # stands for the encoder's output among a block's arguments
 class EncoderDecoder(Decoder):
     """An encoder-decoder whose windows can be run, watched and trained one at a time.
 
-    Each sample is cut in two: the encoder reads its first half, and the decoder predicts the second, given the first. The residual
-    stream (batch, length, hidden) is divided in the same way: an encoder block changes its first half, a decoder block its second.
-    Errors and losses are means over all tokens, and so include the half that a block does not change.
-
-    Windows are made of whole blocks. Parameters that other blocks' arguments are computed from, such as biases of relative
-    positions, belong to no window and are not trained.
+    Each sample is cut in two: the encoder reads its first half, and the decoder predicts the second, given the first. The
+    residual stream is divided in the same way: an encoder block changes its first half, a decoder block its second. Errors and
+    losses are means over all tokens, and so include the half that a block does not change. Windows are made of whole blocks.
+    Parameters that other blocks' arguments are computed from, such as biases of relative positions, are in no window.
     """
 
     reading = "the encoder reads the first half of each sample, and the decoder predicts the second"
@@ -38,9 +36,6 @@ class EncoderDecoder(Decoder):
     def run(self, tokens: Tensor):
         read, predicted = _cut(tokens.to(self.device))
         return self.model(input_ids=read, decoder_input_ids=predicted, use_cache=False)
-
-    def run_head(self, tokens: Tensor):
-        return self.model(input_ids=tokens[:, :1], decoder_input_ids=tokens, use_cache=False)
 
     def predicted(self, sequence: Tensor) -> Tensor:
         """The part of tokens, or of a residual stream, (batch, length, ...) that the decoder reads: the second half."""
@@ -74,7 +69,7 @@ class EncoderDecoder(Decoder):
         return tree_map(lambda leaf: _ENCODED if leaf is encoded[0] else leaf, [(args, kwargs) for _, args, kwargs in calls])
 
     def _stand_in(self, index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
-        """Runs a block that computes arguments of others, with placeholders for weights that those do not take; by-passes any other."""
+        """Runs a block that computes arguments of others, with placeholders for what they do not take; by-passes any other."""
         block, path, shared = self.blocks[index], self.names[index], self.structure.shared
         if not any(isinstance(value, Tensor) for value in self.structure.blocks[index].beside or ()):
             return self.bypass(index, hidden, *args, **kwargs)
@@ -90,23 +85,21 @@ class EncoderDecoder(Decoder):
         return super().watching(window, lambda group, x: None if self._observing else see(group, x))
 
     def needed(self, window: Window) -> list[Tensor]:
-        """As in a causal LM, with shared parameters; for the encoder's last block, with all of the encoder but blocks and embedding."""
+        """As in a causal LM, and what blocks share; for the encoder's last block, also what comes after it in the encoder."""
         tensors = super().needed(window) + [self.model.get_parameter(name) for name in sorted(self.structure.shared)]
         if self.starts[1] - 1 in window.blocks:
             encoder = self.model.get_encoder()
-            others = {id(each) for module in (self.blocks, encoder.get_input_embeddings()) for each in _tensors(module)}
-            tensors += (tensor for tensor in _tensors(encoder) if id(tensor) not in others)
-        return list({id(tensor): tensor for tensor in tensors}.values())
+            others = {each for module in (self.blocks, encoder.get_input_embeddings()) for each in _tensors(module)}
+            tensors += (tensor for tensor in _tensors(encoder) if tensor not in others)
+        return list(dict.fromkeys(tensors))
 
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
         return {name: p for name, p in super().trained(window, what).items() if name not in self.structure.shared}
 
     def windows(self, granularity: str) -> list[Window]:
         if canonical(granularity) in ("matrix", "half-block"):
-            raise ReconError(
-                f"granularity {granularity!r} does not fit {type(self.model).__name__}: an encoder-decoder is reconstructed by whole "
-                "blocks; use block or a larger granularity"
-            )
+            why = "an encoder-decoder is reconstructed by whole blocks; use block or a larger granularity"
+            raise ReconError(f"granularity {granularity!r} does not fit {type(self.model).__name__}: {why}")
         return super().windows(granularity)
 
 

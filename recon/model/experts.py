@@ -1,11 +1,9 @@
-"""Mixtures of experts: the products with their matrices, which of a block's modules are experts, and which are routers.
+"""Products with the matrices of experts, which transformers keeps in one parameter, (experts, out, in) or (experts, in, out).
 
-transformers keeps the matrices of all experts of a layer in one parameter, (experts, out, in) or (experts, in, out). Each expert's
-slice is a `Matrix` here. What it reads is seen by watching for matrix products with views of the parameter.
+Each expert's slice is a `Matrix` here. What it reads is seen by watching for matrix products with views of the parameter.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 
 from recon.model.structure import Matrix
 
@@ -57,10 +54,7 @@ class FusedProducts(TorchFunctionMode):
 
 
 def _products(name: str, parameter: nn.Parameter, x: Tensor, matrix: Tensor, out_by_in: bool) -> Iterator[Product]:
-    """The products with experts' matrices in the product of `x` and `matrix`, if this is a view of the `parameter` called `name`.
-
-    out_by_in: whether `matrix` is (out, in), not (in, out).
-    """
+    """The products with experts' matrices in that of `x` and `matrix`, (out, in) or (in, out), if it is a view of `parameter`."""
     # A view is recognised by its memory, however it was made.
     if matrix.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
         return
@@ -77,51 +71,9 @@ def _products(name: str, parameter: nn.Parameter, x: Tensor, matrix: Tensor, out
     for expert, rows in enumerate([x.reshape(-1, x.shape[-1])] if alone else x.expand(len(matrix), -1, -1), start // size):
         # All experts in one product: rows of tokens that are not sent to an expert are zero.
         read = rows if alone else rows[rows.any(-1)]
-        yield Product(expert_name(name, expert), parameter.numel() // size, out_by_in == turned, read, alone)
-
-
-def expert_name(name: str, expert: int) -> str:
-    """The name of one expert's matrix in the parameter called `name`."""
-    return f"{name}[{expert}]"
+        yield Product(f"{name}[{expert}]", parameter.numel() // size, out_by_in == turned, read, alone)
 
 
 def fused(matrices: dict[str, Matrix]) -> dict[str, nn.Parameter]:
     """By full name, the parameters that hold those of `matrices` that share one."""
     return {matrix.parameter_name: matrix.parameter for matrix in matrices.values() if matrix.expert is not None}
-
-
-def fused_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of `block` that may hold several matrices each: all but vectors and the parameters of standard modules."""
-    standard = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
-    return {
-        name: parameter
-        for name, parameter in block.named_parameters()
-        if parameter.ndim >= 2 and not isinstance(block.get_submodule(name.rpartition(".")[0]), standard)
-    }
-
-
-def routed_modules(modules: Iterable[str], ran: dict[str, int]) -> dict[str, list[str]]:
-    """Those of the `modules` of a block, by name, that only some tokens are sent to, as to experts; each with all that are alike.
-
-    Names of experts differ in numbers only, and some experts read fewer tokens than other modules of the block, or none.
-
-    ran: number of tokens that each module read; modules that did not run are missing.
-    """
-    alike: dict[str, list[str]] = {}
-    for name in modules:
-        alike.setdefault(re.sub(r"\d+", "", name), []).append(name)
-    most = max(ran.values(), default=0)
-    kinds = [(names, [ran.get(name, 0) for name in names]) for names in alike.values()]
-    return {name: names for names, read in kinds if len(names) > 1 and 0 < max(read) and min(read) < most for name in names}
-
-
-def routers(modules: dict[str, nn.Module], experts: dict[str, int]) -> set[str]:
-    """Those of the `modules` of a block, by name, that weigh experts; they are not pruned.
-
-    They are in the same child of the block as the experts, and have one output per expert, or one in all.
-
-    experts: number of experts, by name of each expert's module, or of the parameter that holds them.
-    """
-    counts = {(name.partition(".")[0], outputs) for name, count in experts.items() for outputs in (1, count)}
-    outputs = {name: module.weight.shape[isinstance(module, Conv1D)] for name, module in modules.items() if name not in experts}
-    return {name for name, rows in outputs.items() if "." in name and (name.partition(".")[0], rows) in counts}

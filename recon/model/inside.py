@@ -1,6 +1,7 @@
 """What is in a block: its matrices, found by watching one forward pass, and its halves, found by silencing its children."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
-from recon.model import experts
 from recon.model.decoder import Decoder
 from recon.model.experts import FusedProducts, Product
 from recon.model.modules import distance, first, requiring_gradients, tolerance, watched
@@ -21,8 +21,9 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
     Raises `ReconError` if a matrix runs twice, or a parameter of three dimensions is in no matrix product that could be seen.
     """
     path, block, tokens = decoder.names[index], decoder.blocks[index], hidden.shape[:-1].numel()
+    kind = type(block).__name__
     modules = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    fused = experts.fused_parameters(block)
+    fused = _fused_parameters(block)
     groups: list[list[str]] = []
     ran: dict[str, int] = {}  # number of tokens that each linear module read
     products: dict[str, list[Product]] = {}  # by name of a parameter that holds several matrices
@@ -30,9 +31,7 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
 
     def see_module(name: str, args: tuple, kwargs: dict) -> None:
         if name in ran:
-            raise ReconError(
-                f"{type(block).__name__} runs the matrix '{path}.{name}' more than once in one forward pass; it must run once"
-            )
+            raise ReconError(f"{kind} runs the matrix '{path}.{name}' more than once in one forward pass; it must run once")
         ran[name] = args[0].shape[:-1].numel()
         if last[0] is args[0]:
             groups[-1].append(name)
@@ -44,7 +43,7 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
         name = product.name.rpartition("[")[0]
         if name not in products:
             # All experts, as the probe's tokens may not reach each of them.
-            groups.extend([experts.expert_name(name, expert)] for expert in range(product.experts))
+            groups.extend([f"{name}[{expert}]"] for expert in range(product.experts))
             last[0] = None
         products.setdefault(name, []).append(product)
 
@@ -52,13 +51,11 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
         decoder.run_block(index, hidden)
     for name, parameter in fused.items():
         if name not in products and sum(size > 1 for size in parameter.shape) > 2:
-            raise ReconError(
-                f"{type(block).__name__} holds the fused weight '{path}.{name}' of shape {tuple(parameter.shape)}, but no matrix "
-                "product with a part of it was seen, as there must be for it to be pruned expert by expert"
-            )
-    routed = experts.routed_modules(modules, ran)
+            what = f"{kind} holds the fused weight '{path}.{name}' of shape {tuple(parameter.shape)}"
+            raise ReconError(f"{what}, but no matrix product with a part of it was seen, by which experts are told apart")
+    routed = _routed_modules(modules, ran)
     counts = {name: seen[0].experts for name, seen in products.items()} | {name: len(alike) for name, alike in routed.items()}
-    routers = experts.routers(modules, counts)
+    routers = _routers(modules, counts)
     for name in [name for name in routed if name not in ran]:
         # No token was sent to this expert: it comes after one that is alike and did run.
         at = max(number for number, group in enumerate(groups) if set(group) & set(routed[name]))
@@ -72,11 +69,41 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
         count, alone = seen[0].experts, all(product.alone for product in seen)
         share = sum(len(product.x) for product in seen) / (count * tokens)
         for expert in range(count):
-            each = experts.expert_name(name, expert)
+            each = f"{name}[{expert}]"
             matrices[each] = Matrix(each, None, expert, count, seen[0].transposed, share, routed=True, alone=alone)
     kept = tuple(names for group in groups if (names := tuple(name for name in group if name not in routers)))
     dense = tuple(name for name in modules if name not in ran and name not in routers and name not in routed)
     return {"groups": kept, "matrices": {name: matrices[name] for group in kept for name in group}, "dense": dense}
+
+
+def _fused_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `block` that may hold several matrices each: all but vectors and the parameters of standard modules."""
+    standard = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
+    matrices = {name: parameter for name, parameter in block.named_parameters() if parameter.ndim >= 2}
+    return {name: p for name, p in matrices.items() if not isinstance(block.get_submodule(name.rpartition(".")[0]), standard)}
+
+
+def _routed_modules(modules: Iterable[str], ran: dict[str, int]) -> dict[str, list[str]]:
+    """Those of the `modules` of a block, by name, that only some tokens are sent to, as to experts; each with all that are alike.
+
+    Names of experts differ in numbers only, and some read fewer tokens (`ran`) than other modules of the block, or none.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in modules:
+        alike.setdefault(re.sub(r"\d+", "", name), []).append(name)
+    most = max(ran.values(), default=0)
+    kinds = [(names, [ran.get(name, 0) for name in names]) for names in alike.values()]
+    return {name: names for names, read in kinds if len(names) > 1 and 0 < max(read) and min(read) < most for name in names}
+
+
+def _routers(modules: dict[str, nn.Module], experts: dict[str, int]) -> set[str]:
+    """Those of the `modules` of a block, by name, that weigh experts; they are not pruned.
+
+    They are in the same child of the block as the `experts` (how many, by name), with one output for each, or one in all.
+    """
+    counts = {(name.partition(".")[0], outputs) for name, count in experts.items() for outputs in (1, count)}
+    outputs = {name: module.weight.shape[isinstance(module, Conv1D)] for name, module in modules.items() if name not in experts}
+    return {name for name, rows in outputs.items() if "." in name and (name.partition(".")[0], rows) in counts}
 
 
 def find_halves(decoder: Decoder, index: int, hidden: Tensor) -> Halves | str:
@@ -151,8 +178,8 @@ def _mixes_tokens(child: nn.Module, args: tuple, kwargs: dict) -> bool:
 def _silence(args: tuple, kwargs: dict, output) -> Callable:
     """A function that takes a child's arguments, of any batch and length, and returns zeros in the structure of its `output`.
 
-    args, kwargs: what gave `output`. None stands for what is no tensor, or is not of the tokens that the child reads. The child may be
-    of a wider model than the one that was looked at (see `recon.study.plan`): what was as wide as its input is so again.
+    None stands for what is no tensor, or is not of the tokens that the child reads. The child may be of a wider model than that
+    with these `args` and `kwargs` (see `recon.study.plan`): what was as wide as its input is so again.
     """
     tokens, width = _given(args, kwargs).shape[:-1], _given(args, kwargs).shape[-1]
 

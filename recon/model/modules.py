@@ -42,7 +42,7 @@ def tolerance(tensor: Tensor) -> float:
 
 
 def kind_of(block: nn.Module) -> tuple:
-    """Equal for blocks that are built alike: the same modules with the same settings, except block numbers, and the same shapes."""
+    """Equal for blocks that are built alike: the same modules, settings (but for block numbers) and shapes."""
 
     def settings(module: nn.Module) -> tuple:
         plain = {name: value for name, value in vars(module).items() if isinstance(value, str | int | float | None)}
@@ -56,21 +56,21 @@ def kind_of(block: nn.Module) -> tuple:
 def replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
     """Context in which the forward of each module is `stubs[module]`."""
     # A module may already carry a forward of its own, such as that of accelerate's hooks.
-    own = {module: vars(module).get("forward") for module in stubs}
+    carried = {module: vars(module)["forward"] for module in stubs if "forward" in vars(module)}
     for module, stub in stubs.items():
         module.forward = stub
     try:
         yield
     finally:
-        for module, forward in own.items():
+        for module in stubs:
             del module.forward  # uncovers the class's forward
-            if forward is not None:
-                module.forward = forward
+        for module, forward in carried.items():
+            module.forward = forward
 
 
 @contextlib.contextmanager
 def watched(modules: dict[Hashable, nn.Module], before: Callable | None = None, after: Callable | None = None) -> Iterator[None]:
-    """Context in which `before(key, args, kwargs)` or `after(key, args, kwargs, output)` is called with each forward of a module."""
+    """Context in which `before(key, args, kwargs)` or `after(key, args, kwargs, output)` is called with each module's forward."""
     with contextlib.ExitStack() as hooks:
         for key, module in modules.items():
             if before:

@@ -20,19 +20,13 @@ def auto_class(config: PretrainedConfig) -> type:
 
 
 def max_length(config: PretrainedConfig) -> int | None:
-    """The longest sequence, in tokens, that the model of `config` was made for, if that tells.
-
-    An encoder-decoder reads half of a sequence with its encoder, and half with its decoder.
-    """
+    """The longest sequence, in tokens, that the model of `config` was made for, if that tells."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return longest and longest * (2 if config.is_encoder_decoder else 1)
+    return longest and longest * (2 if config.is_encoder_decoder else 1)  # an encoder-decoder reads it in two halves
 
 
 def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal LM, or encoder-decoder, of `config` in evaluation mode, with parameters on torch's meta device, which are not tied.
-
-    Buffers have their values, such as rotary frequencies.
-    """
+    """The model of `config` in evaluation mode, with parameters, not tied, on torch's meta device; buffers have their values."""
     with init_empty_weights(include_buffers=False):
         made = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     return made.eval()
@@ -68,12 +62,9 @@ def place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 class Lazy:
-    """The parameters of a skeleton: in memory inside `present`, and placeholders otherwise.
+    """The parameters of a skeleton: in memory inside `present`, and else placeholders in float32 on the CPU; tied ones stay tied.
 
-    Args:
-        model: the skeleton. Its parameters become placeholders, in float32 on the CPU; tied ones stay tied.
-        read: gives values in float32 that share no memory with anything.
-        done: called with the names of parameters that have just been read.
+    read: gives values in float32 that share no memory with anything. done: called with the names of what has just been read.
     """
 
     def __init__(self, model: nn.Module, read: Read, done: Callable[[list[str]], None] = lambda names: None):
@@ -106,11 +97,8 @@ class Lazy:
             self.read, self.done = own, done
 
     @contextlib.contextmanager
-    def present(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Context in which `parameters` are in memory. Contexts can be nested: a parameter stays until the outermost ends.
-
-        Parameters that were added to the model in other ways, such as those of adapters, are left alone.
-        """
+    def present(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """Context in which those of `parameters` that are the skeleton's are in memory; if it is nested, until all have ended."""
         names = [self._names[parameter] for parameter in dict.fromkeys(parameters) if parameter in self._names]
         fresh = [name for name in names if not self._users[name]]
         self._users.update(names)

@@ -11,7 +11,7 @@ OTHER = {"attention": "mlp", "mlp": "attention"}
 
 @dataclass(frozen=True)
 class Matrix:
-    """A prunable matrix of a block, as a view (out, in): the weight of a module, or one expert's part of a parameter of several."""
+    """A prunable matrix of a block, seen as (out, in): the weight of a module, or one expert's part of a parameter of several."""
 
     name: str  # full name of the module, or of the parameter with the expert's number in brackets
     module: nn.Module | None = None  # holds the parameter; None in a `Structure`, where names are relative to the block
@@ -59,7 +59,7 @@ class Matrix:
 
 
 def factors(mask: Tensor, device: torch.device) -> Tensor:
-    """`mask` as what weights are multiplied by on `device`: bool, or 0 and 1 on CPUs, where a product with booleans takes long."""
+    """`mask` as what weights are multiplied by on `device`: bool, or 0 and 1 on CPUs, where products with booleans take long."""
     return mask.to(device, torch.bfloat16 if device.type == "cpu" else torch.bool)
 
 

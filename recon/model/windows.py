@@ -12,9 +12,8 @@ NAMED = ("none", "matrix", "half-block", "block", "quarter", "model")
 class Window:
     """The parameters that are adapted together: a run of blocks, one half of a block, or matrices that share an input.
 
-    Matrices that read the same input (q, k and v; gate and up) make one window whose output is the concatenation of theirs. Under
-    the squared error each is fitted as if alone: the loss is a sum over matrices, and AdamW updates weights independently. Under the
-    cosine loss they share one angle.
+    Such matrices (q, k and v; gate and up) make one window, whose output is the concatenation of theirs. Under the squared error
+    each is fitted as if alone: the loss is a sum over matrices, and AdamW updates weights independently.
     """
 
     blocks: range
@@ -47,10 +46,7 @@ class Window:
 
 
 def canonical(granularity: str) -> str:
-    """The name of a granularity, from any of its spellings, such as the paper's 1/2, 1, 2, ...
-
-    Raises `ReconError` for anything else.
-    """
+    """The name of a granularity, from any of its spellings, such as the paper's 1/2, 1, 2. Raises `ReconError` for others."""
     name = {"1/2": "half-block", "1": "block", "1-block": "block", "1-blocks": "block"}.get(granularity, granularity)
     if name in NAMED:
         return name
@@ -65,8 +61,8 @@ def partition(granularity: str, blocks: int) -> list[range]:
     if name == "quarter":
         edges = [round(blocks * i / 4) for i in range(5)]
         return [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
-    if name in ("none", "matrix", "half-block"):
-        raise ReconError(f"granularity {name} is not made of whole blocks")
+    if name == "none":
+        return []
     size = {"block": 1, "model": blocks}.get(name) or int(name.removesuffix("-blocks"))
     if size > blocks:
         raise ReconError(f"granularity {granularity} asks for windows of {size} blocks, but the model has {blocks}")
