@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from recon.data import gguf
+from recon.data import files
 from recon.errors import ReconError
 from recon.runtime.storage import cache_folder, derived_folder, once
 
@@ -58,19 +58,19 @@ def fetch(name: str) -> Path:
 
 
 def bundled_model(name: str) -> Path:
-    """Folder of a bundled model as a Hugging Face checkpoint (config, tokenizer, float32 safetensors), made once. Raises as `fetch`."""
-    return derived(name, PARTS[name], gguf.CONVERSION, gguf.convert)
+    """Folder of a bundled model as a Hugging Face checkpoint in float32, made once. Raises as `fetch`."""
+    return derived(name, PARTS[name], files.CONVERSION, files.convert)
 
 
 def made(name: str) -> bool:
     """Whether a bundled model is in the cache, so that `bundled_model` has nothing to fetch or to convert."""
-    return _derived_folder(name, PARTS[name], gguf.CONVERSION).is_dir()
+    return _derived_folder(name, PARTS[name], files.CONVERSION).is_dir()
 
 
 def origin(name: str) -> str:
     """Hash of what a bundled model is made from, without making it."""
     parts = [ASSETS[each].sha256 for each in PARTS[name]]
-    return hashlib.sha256(" ".join([*parts, str(gguf.CONVERSION)]).encode()).hexdigest()
+    return hashlib.sha256(" ".join([*parts, str(files.CONVERSION)]).encode()).hexdigest()
 
 
 def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Path, Path], None]) -> Path:

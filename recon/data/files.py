@@ -1,39 +1,29 @@
-"""The files of a checkpoint: a folder in the Hugging Face format with its weights in safetensors, or a repository of the Hub."""
+"""The files of a checkpoint: a folder in the Hugging Face format, a repository of the Hub, or a GGUF file."""
 
+import contextlib
 import functools
 import hashlib
-import json
+import io
+from collections import Counter
 from pathlib import Path
 
-from recon.errors import ReconError
+import torch
+
+from recon.runtime.storage import derived_folder, once
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 RECORD = "record.json"  # the record of the run that made a model
 # Patterns of configuration, tokenizer and weights. Repositories may hold the same weights in other formats too.
 FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "model*.safetensors")
-
-
-def shards(folder: Path | str) -> list[Path]:
-    """The safetensors files that hold the weights of the checkpoint in `folder`: a single one, or those that its index names.
-
-    Raises `ReconError` if there are none, or one is missing.
-    """
-    folder = Path(folder)
-    if (folder / WEIGHTS).is_file():  # as in transformers, it has priority over an index
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        why = "weights are read from safetensors only, as reading a pickle can run any code"
-        raise ReconError(f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}; {why}")
-    names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    if lacking := [name for name in names if not (folder / name).is_file()]:
-        raise ReconError(f"{str(folder)!r} lacks the weights' file {lacking[0]!r}; fetch or write it again")
-    return [folder / name for name in names]
+CONVERSION = 2  # raise it when what `convert` writes changes: converted models are cached under this number
+NOTE = "weights_from"  # where the configuration of a converted model says what the file held
+FLOATS = {"F64", "F32", "F16", "BF16"}  # types of GGUF tensors that are not quantised
 
 
 @functools.cache
 def commit(name: str, revision: str | None = None) -> str:
-    """The commit of `revision` of the model repository `name`: that in the Hub's cache, so that it is known offline, and a resumed run
-    keeps its files; or else the newest one. Raises whatever huggingface_hub raises if the Hub cannot be asked.
+    """The commit of `revision` of the model repository `name`: the one in the Hub's cache, so that it is known offline, and a
+    resumed run keeps its files; else the newest. Raises whatever huggingface_hub raises if the Hub cannot be asked.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
@@ -46,7 +36,7 @@ def commit(name: str, revision: str | None = None) -> str:
 
 
 def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> Path:
-    """The folder in the Hub's cache with the files of the model repository `name` at `commit`, with `code` or without; fetched if need be.
+    """The folder in the Hub's cache with the files of the model repository `name` at `commit`, and its `code` if wanted.
 
     For old repositories without safetensors, the Hub's conversion to safetensors is fetched, as transformers does.
     """
@@ -70,3 +60,37 @@ def digest(path: Path) -> str:
 def _digest(path: Path, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def converted(path: Path) -> Path:
+    """The folder in the cache with the checkpoint that the GGUF file `path` holds, made once."""
+    return once(derived_folder(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}"), lambda fresh: convert(path.absolute(), fresh))
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Writes the model in the GGUF file `path`, as float32 safetensors, and its tokenizer to `folder`; it is in memory meanwhile.
+
+    Its configuration says how the file kept the weights, see `stored`; whatever is saved of the model later says so too.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # takes seconds
+
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    unpacked = GgufConfig(dequantize=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # of transformers' bars, one has no switch
+        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
+        setattr(model.config, NOTE, stored(path))
+        model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def stored(path: Path) -> str:
+    """How the GGUF file `path` keeps its weights, such as "dequantised from GGUF Q4_1 (79 % Q4_1, 21 % Q8_0)"."""
+    from gguf import GGUFReader, LlamaFileType
+
+    reader, elements = GGUFReader(path), Counter()
+    for tensor in reader.tensors:
+        elements[tensor.tensor_type.name] += int(tensor.n_elements)
+    shares = [f"{share:.0f} % {kind}" for kind, n in elements.most_common() if (share := 100 * n / elements.total()) > 0.5]
+    named = reader.get_field("general.file_type")
+    name = "" if named is None else f" {LlamaFileType(named.contents()).name.split('_', 1)[1]}"  # without MOSTLY_ or ALL_
+    return f"{'' if set(elements) <= FLOATS else 'dequantised from '}GGUF{name} ({', '.join(shares)})"

@@ -11,36 +11,33 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from recon.data import assets, files, gguf
+from recon.data import assets, files
 from recon.errors import ReconError
-from recon.runtime.weights import Weights, check_finite, check_unquantised, open_model, quantisation, read_model
+from recon.runtime.weights import Weights, check_finite, open_model, quantisation, read_model
 
 # The files in a folder that make up a model and its tokenizer: by suffix, and by name.
 SUFFIXES = {".safetensors", ".json", ".model", ".tiktoken", ".spm"}
 VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-UNDONE = ("fp8", "mxfp4")  # quantisations that transformers undoes while it reads weights
 
 
 def locate(name: str) -> str:
-    """Where `from_pretrained` finds the model called `name`: a folder, or the Hub id itself. A GGUF file is unpacked into the cache.
+    """Where `from_pretrained` finds the model called `name`: a folder, to which a GGUF file is unpacked, or the Hub id itself.
 
-    Raises `ReconError` for a name that is neither bundled, nor a folder with a config.json, nor a readable GGUF file, nor a Hub id.
+    Raises `ReconError` for a name that is neither bundled, nor of a folder with a config.json, nor of a GGUF file, nor a Hub id.
     """
     if name in assets.BUNDLED_MODELS:
         return str(assets.bundled_model(name))
     if is_gguf(name):
         with _loading(name, None):
-            return str(gguf.converted(Path(name)))
+            return str(files.converted(Path(name)))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ReconError(f"model folder {name!r} has no config.json; give a folder in the Hugging Face format")
         return name
     if not HUB_ID.fullmatch(name):
-        allowed = (
-            f"bundled: {', '.join(assets.BUNDLED_MODELS)}; or an existing folder or GGUF file, or a Hub id (organisation/name)"
-        )
-        raise ReconError(f"unknown model {name!r}; {allowed}")
+        bundled = ", ".join(assets.BUNDLED_MODELS)
+        raise ReconError(f"unknown model {name!r}; bundled: {bundled}; or give an existing folder or GGUF file, or a Hub id")
     return name
 
 
@@ -50,16 +47,10 @@ def is_gguf(name: str) -> bool:
 
 
 def folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The folder with the checkpoint of the model called `name`; fetched if it is on the Hub.
-
-    Raises `ReconError` as `locate`, and for a model that the Hub does not have, or that has no weights in safetensors.
-    """
-    found = Path(locate(name))
+    """The folder of the model called `name`, fetched if it is on the Hub. Raises `ReconError` as `locate`, or if that fails."""
+    place = locate(name)
     with _loading(name, revision):
-        if not found.is_dir():
-            found = files.hub_snapshot(str(found), revision, trust_remote_code)
-        files.shards(found)
-    return found
+        return Path(place) if Path(place).is_dir() else files.hub_snapshot(place, revision, trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -93,19 +84,14 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM, or encoder-decoder, `name` in float32 and its tokenizer, in evaluation mode, on `device`.
 
-    Code that comes with a model runs only if `trust_remote_code`. Raises `ReconError` as `folder`, for a quantisation that transformers
-    does not undo, and naming weights that are missing, or the first that holds NaN or infinity.
+    Weights are read from safetensors only, as reading a pickle can run any code; code that comes with a model runs only if
+    `trust_remote_code`. Raises `ReconError` as `folder`, for a quantisation that transformers does not undo, and naming weights
+    that are missing, or the first that holds NaN or infinity.
     """
     path = folder(name, revision, trust_remote_code)
     with _loading(name, revision):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        found = quantisation(config)
-        if found and found["quant_method"] in UNDONE:
-            # On a GPU, transformers does so only if it is asked to.
-            config.quantization_config = found | {"dequantize": True}
-        else:
-            check_unquantised(config)
         model, _ = read_model(path, config, trust_remote_code)
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
@@ -118,7 +104,7 @@ def load(
 def skeleton(
     name: str, revision: str | None = None, trust_remote_code: bool = False, scratch: Path | None = None
 ) -> tuple[PreTrainedModel, Weights, PreTrainedTokenizerBase]:
-    """As `load`, but the parameters stay on disk: the model without them, these, and the tokenizer; see `recon.runtime.weights`."""
+    """As `load`, but the parameters stay on disk: the model without them, these, and the tokenizer; see `open_model`."""
     path = folder(name, revision, trust_remote_code)
     with _loading(name, revision):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -142,18 +128,19 @@ def load_pruned(
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the model called `name`, of which no other file is read. Raises `ReconError` as `locate`, or if it fails."""
+    """The configuration of the model called `name`; no other file is read. Raises `ReconError` as `locate`, or if that fails."""
     place = locate(name)
     with _loading(name, revision):
         if not Path(place).is_dir():
-            # Asks the Hub once; reading a file would ask several times before it gives up.
-            revision = files.commit(place, revision)
+            revision = files.commit(
+                place, revision
+            )  # asks the Hub once; reading a file would ask several times before it gives up
         return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def precision(config: PretrainedConfig) -> str:
-    """What the weights of a model of `configuration` are, before `load` makes float32 of them: dequantised from what, or their dtype."""
-    if note := getattr(config, gguf.NOTE, None):
+    """What the weights of a model are before `load` makes float32 of them: dequantised from what, or their dtype."""
+    if note := getattr(config, files.NOTE, None):
         return note
     if found := quantisation(config):
         return f"dequantised from {found['quant_method']}"
@@ -162,8 +149,8 @@ def precision(config: PretrainedConfig) -> str:
 
 
 def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
-    """Hash of what `load` loads, without loading it: of a bundled model's source, or of a folder's weights, configuration, tokenizer,
-    and code that is trusted; for a Hub id, the commit. Raises `ReconError` for an unknown model, and if the Hub cannot be reached.
+    """Hash of what `load` loads, without loading it: of a bundled model's source; of a folder's weights, configuration, tokenizer
+    and trusted code; for a Hub id, the commit. Raises `ReconError` for an unknown model, and if the Hub cannot be reached.
     """
     if name in assets.BUNDLED_MODELS:
         return assets.origin(name)
@@ -175,8 +162,10 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
             return files.commit(str(place), revision)
         suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
         read = {path for path in place.iterdir() if path.suffix in suffixes or path.name in VOCABULARY_FILES}
-        if (place / files.INDEX).is_file():
-            read |= set(files.shards(place))  # which may lie in folders below
+        if (place / files.INDEX).is_file() and not (place / files.WEIGHTS).is_file():  # shards may lie in folders below
+            read |= {
+                place / file for file in json.loads((place / files.INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+            }
         # By name, so that the same files give the same hash wherever they lie; not of the run that made the model.
         digests = {path.relative_to(place).as_posix(): files.digest(path) for path in read if path.name != files.RECORD}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Calibration and evaluation text as token windows: bundled corpora, local files, and C4 and WikiText-2 from the Hub.
 
-Every text is a list of documents in a fixed order, dealt to three disjoint splits by position. The documents of a split are joined
-and tokenised at once, and every sample begins as the tokenizer begins a text.
+Every text is a list of documents in a fixed order, dealt to three disjoint splits by position. The documents of a split are
+joined and tokenised at once, and every sample begins as the tokenizer begins a text.
 """
 
 import functools
@@ -27,14 +27,14 @@ BUNDLED = {"wikipedia": ["enwiki-sample"], "news": ["lee-background", "lee"], "c
 FORMATS = (".txt", ".jsonl", ".parquet")  # of files: paragraphs parted by blank lines; rows with a string "text"
 SEPARATOR = "\n\n"
 PROBE = "The quick brown fox jumps over the lazy dog."  # tells what a tokenizer puts around a text
-# Where the Hub keeps a text, and the most documents of each part: 24,000 pages of C4 are about 10 million calibration tokens (2,048
-# samples of 4,096 fit), and 1,100 pages are the published protocol's evaluation text. `path` may also be a local folder.
+# Where the Hub keeps a text (or a local folder), and the most documents of each part: 24,000 pages of C4 are about 10 million
+# calibration tokens, so that 2,048 samples of 4,096 fit, and 1,100 pages are the published protocol's evaluation text.
 HUB: dict[str, dict] = {name: text["hub"] for name, text in assets.TABLE["texts"].items() if "hub" in text}
 PARTS = {
     "c4": {"calibration": "train", "validation": "train", "evaluation": "validation"},
     "wikitext2": {"calibration": "train", "validation": "validation", "evaluation": "test"},
 }
-# The documents of each split, by their position modulo 8; a split that is not named has all. News is short: half of it is for evaluation.
+# The documents of each split, by position modulo 8; a split that is not named has all. News is short, so half is for evaluation.
 DEAL = {"calibration": {0, 1, 2, 4, 6}, "validation": {5}, "evaluation": {3, 7}}
 DEALS = {
     "news": {"calibration": {1, 3, 7}, "validation": {5}, "evaluation": {0, 2, 4, 6}},
@@ -75,45 +75,37 @@ def sample_tokens(
         name, split: as `documents`.
         sequence_length: tokens per sample, those of the beginning included.
         seed: draws the samples at random without replacement; None takes the first ones in order (evaluation).
-        protocol: "samples"; or "joined", the protocol of published perplexities (Frantar & Alistarh 2023, arXiv 2301.00774): the joined
+        protocol: "samples"; or "joined", that of published perplexities (Frantar & Alistarh 2023, arXiv 2301.00774): the joined
             documents with the tokenizer's special tokens are cut into windows, so that only the first begins as a text does.
 
-    Raises `ReconError` as `documents` and `beginning`, and if there is no protocol, split, number of samples or length as asked for.
+    Raises `ReconError` as `documents` and `beginning`, and if the protocol, number or length of samples is not to be had.
     """
     if protocol not in PROTOCOLS or samples < 1:
         raise ReconError(f"{samples} samples of protocol {protocol!r}; allowed: at least 1, and one of {', '.join(PROTOCOLS)}")
     front = beginning(tokenizer) if protocol == "samples" else []
     least = max(2, len(front) + 1)
     if sequence_length < least:
-        raise ReconError(
-            f"sequence_length must be at least {least} tokens, not {sequence_length}: the tokenizer puts {len(front)} in front of a text"
-        )
+        why = f"the tokenizer puts {len(front)} in front of a text"
+        raise ReconError(f"sequence_length must be at least {least} tokens, not {sequence_length}: {why}")
     file, length = Path(name).expanduser(), sequence_length - len(front)
     changed = file.stat().st_mtime_ns if file.is_file() else None  # it may be edited while this process lasts
     tokens = _tokens(name, split, tokenizer, protocol == "joined", changed)
     available = len(tokens) // length
     if samples > available:
-        raise ReconError(
-            f"{samples} samples of {sequence_length} tokens are more than the {split} split of text {name!r} holds: "
-            f"it has {len(tokens)} tokens, {available} samples of that length"
-        )
+        held = f"the {split} split of text {name!r} holds: it has {len(tokens)} tokens, {available} samples of that length"
+        raise ReconError(f"{samples} samples of {sequence_length} tokens are more than {held}")
     drawn = torch.arange(available) if seed is None else torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     cut = tokens[: available * length].view(available, length)[drawn[:samples]]
     return torch.cat([torch.tensor(front, dtype=cut.dtype).expand(samples, -1), cut], 1)
 
 
 def beginning(tokenizer) -> list[int]:
-    """The tokens that `tokenizer` puts in front of every text by default, such as `<bos>`, if any.
-
-    Raises `ReconError` if that cannot be told: a text's own tokens are not there, just once, among those with special tokens.
-    """
+    """The tokens that `tokenizer` puts in front of every text, such as `<bos>`. Raises `ReconError` if that cannot be told."""
     text, whole = (list(tokenizer(PROBE, add_special_tokens=special).input_ids) for special in (False, True))
     starts = [start for start in range(len(whole)) if whole[start : start + len(text)] == text]
     if not text or len(starts) != 1:
-        raise ReconError(
-            f"it cannot be told which tokens {type(tokenizer).__name__} puts in front of a text: "
-            f"{PROBE!r} is {text} without special tokens and {whole} with them"
-        )
+        seen = f"{PROBE!r} is {text} without special tokens and {whole} with them"
+        raise ReconError(f"it cannot be told which tokens {type(tokenizer).__name__} puts in front of a text: {seen}")
     return whole[: starts[0]]
 
 
@@ -126,7 +118,7 @@ def fingerprint(name: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _tokens(name: str, split: str, tokenizer, special: bool, changed: int | None) -> torch.LongTensor:
-    """All tokens of a split, (tokens,), `special` ones that the tokenizer adds by default or not; of a bundled text kept in the cache.
+    """All tokens of a split, (tokens,), with `special` ones or without; those of a bundled text are kept in the cache.
 
     changed: when a file was edited, if it is one.
     """
@@ -182,10 +174,8 @@ def _hub(name: str, part: str) -> list[str]:
         rows = datasets.load_dataset(source["path"], source["config"], split=part, streaming=True, **where)
         return [row["text"] for row in islice(rows, (source["limits"] or {}).get(part))]
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own kinds
-        raise ReconError(
-            f"text {name!r} could not be read from {source['path']} ({type(error).__name__}: {error}); "
-            "'wikipedia', 'news' and 'code' need no hub"
-        ) from error
+        said = f"{source['path']} ({type(error).__name__}: {error})"
+        raise ReconError(f"text {name!r} could not be read from {said}; 'wikipedia', 'news' and 'code' need no hub") from error
 
 
 def _read_file(name: str | Path) -> list[str]:
@@ -206,6 +196,5 @@ def _read_file(name: str | Path) -> list[str]:
             texts = re.split(r"\n\s*\n", f"\n\n{path.read_text(encoding='utf-8')}\n\n")
         return [text for text in texts if text.strip()]
     except Exception as error:  # json and pyarrow each raise their own kinds
-        raise ReconError(
-            f"text file '{path}' cannot be read ({type(error).__name__}: {error}); rows of .jsonl and .parquet have a string \"text\""
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise ReconError(f"text file '{path}' cannot be read ({said}); rows have to have a string \"text\"") from error

@@ -5,7 +5,10 @@ import ctypes
 import os
 import resource
 import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import torch
@@ -18,7 +21,7 @@ SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`; "auto": CUDA if there is one, else the CPU. Raises `ReconError` for one that cannot be used."""
+    """The torch device called `name`; "auto": CUDA if there is one, else the CPU. Raises `ReconError` if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -28,7 +31,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; "auto": bfloat16 if the hardware has it, else float32. Raises `ReconError` for other names."""
+    """The dtype of matrix products; "auto": bfloat16 if the hardware has it, else float32. Raises `ReconError` for others."""
     if name == "auto":
         can = torch.cpu.get_capabilities()
         on_cpu = any(can.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -42,9 +45,8 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def limit_compiled_shapes() -> None:
     """Limits oneDNN's cache of compiled matrix products (CPUs) to the last 16 shapes; call it before the first product.
 
-    With the default, 1,024, it would grow to hundreds of megabytes, as experts read another number of tokens with every batch. Sets
-    ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY, which child processes inherit, unless they are set. The command line, the
-    notebook runner and Ray workers call this.
+    With the default, 1,024, it would grow to hundreds of megabytes, as experts read another number of tokens with every batch.
+    Sets two variables of the environment, which child processes inherit, unless they are set.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
@@ -63,43 +65,39 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (has_message and should_reduce_batch_size(error))
 
 
-class PeakMemory(contextlib.AbstractContextManager):
-    """`bytes`, the peak memory of what runs inside, and `before`, what was in use: of a CUDA device, or resident in this process.
+@contextlib.contextmanager
+def peak_memory(device: torch.device, anonymous: bool = False) -> Iterator[SimpleNamespace]:
+    """Context that tells the peak memory of what runs inside, `bytes`, and what was in use `before`: of a GPU, or of this process.
 
     Linux can reset its high-water mark (`/proc/self/clear_refs`). On other systems the peak is that of the process so far.
 
-    anonymous: leaves out what is mapped from files, which the system takes back when it needs memory; as the system keeps no mark of
-    that, it is sampled every hundredth of a second.
+    anonymous: without what is mapped from files, which the system takes back when it needs memory. There is no mark of that, so
+    it is sampled every hundredth of a second.
     """
+    cuda, ended = device.type == "cuda", threading.Event()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    used = partial(torch.cuda.memory_allocated, device) if cuda else partial(resident, anonymous)
+    peak = SimpleNamespace(before=used(), bytes=0)
 
-    def __init__(self, device: torch.device, anonymous: bool = False):
-        self.device, self.cuda, self.sampled = device, device.type == "cuda", anonymous and device.type != "cuda"
-        self._stop, self._sampler = threading.Event(), threading.Thread(target=self._sample, daemon=True)
+    def sample() -> None:
+        while not ended.wait(0.01):
+            peak.bytes = max(peak.bytes, used())
 
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-        self.bytes = self.before = torch.cuda.memory_allocated(self.device) if self.cuda else resident(self.sampled)
-        if self.sampled:
-            self._sampler.start()
-        return self
-
-    def __exit__(self, *exception):
-        if self.sampled:
-            self._stop.set()
-            self._sampler.join()
-        else:
-            self.bytes = torch.cuda.max_memory_allocated(self.device) if self.cuda else _highest()
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.01):
-            self.bytes = max(self.bytes, resident(anonymous=True))
+    if anonymous:
+        threading.Thread(target=sample, daemon=True).start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        highest = torch.cuda.max_memory_allocated(device) if cuda else used() if anonymous else _highest()
+        peak.bytes = max(peak.before, peak.bytes, highest)
 
 
 def resident(anonymous: bool = False) -> int:
-    """Resident memory of this process in bytes; anonymous: without what is mapped from files, where the system tells them apart."""
+    """Resident memory of this process in bytes; anonymous: without what is mapped from files, if the system tells."""
     memory = psutil.Process().memory_info()
     return memory.rss - (getattr(memory, "shared", 0) if anonymous else 0)
 
@@ -113,10 +111,8 @@ def _highest() -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process can still use without swapping: what the machine has left, or less if the limit of a control
-    group (version 2) leaves less, as in containers and SLURM jobs.
-
-    root: the folder that /proc and /sys are in.
+    """Bytes of memory that this process can still use without swapping: what the machine has left, or less if the limit of a
+    control group (version 2) leaves less, as in containers and SLURM jobs. root: the folder that /proc and /sys are in.
     """
     left = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError, IndexError):

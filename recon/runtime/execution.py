@@ -24,8 +24,8 @@ TOKENS = 1024  # in a batch of a pass without training
 class Execution(contextlib.AbstractContextManager):
     """Where and how passes over a model run. As a context: matrix products run in the compute dtype, parameters keep theirs.
 
-    Models may be elsewhere, such as in host memory beside a small GPU: one window at a time is then copied to the compute device, and
-    activations come and go batch by batch.
+    Models may be elsewhere, such as in host memory beside a small GPU: one window at a time is then copied to the compute device,
+    and activations come and go batch by batch.
 
     Args:
         device, compute_dtype: as `pick_device` and `pick_compute_dtype` of `recon.runtime.device` take them.
@@ -65,7 +65,7 @@ class Execution(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def holding(self, decoder: Decoder, window: Window, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-        """Context in which everything that `window` needs is on the compute device, its matrices rounded to the compute dtype once.
+        """Context in which what `window` needs is on the compute device, its matrices rounded to the compute dtype once.
 
         `trained` parameters keep their dtype, and their new values are written back at the end.
         """
@@ -74,7 +74,7 @@ class Execution(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def holding_ends(self, decoder: Decoder) -> Iterator[None]:
-        """Context in which everything but the blocks is on the compute device, the head rounded; a skeleton's embedding is a placeholder."""
+        """Context in which all but the blocks is on the compute device, the head rounded; not a skeleton's embedding."""
         inside = {id(tensor) for block in decoder.blocks for tensor in chain(block.parameters(), block.buffers())}
         tensors = chain(decoder.model.parameters(), decoder.model.buffers())
         ends = (tensor for tensor in tensors if id(tensor) not in inside)
@@ -159,10 +159,8 @@ class Execution(contextlib.AbstractContextManager):
                 fault = str(error).splitlines()[0]
             release_memory()  # out here, where the exception and all tensors that it refers to are gone
             if size == 1:
-                raise ReconError(
-                    f"memory of device {self.device} does not suffice for one sample at a time ({fault}); use shorter samples, or "
-                    "smaller windows"
-                )
+                what = f"memory of device {self.device} does not suffice for one sample at a time ({fault})"
+                raise ReconError(f"{what}; use shorter samples, or smaller windows")
             log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
             size = -(-size // 2)
 

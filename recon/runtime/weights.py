@@ -1,9 +1,10 @@
-"""The weights of a model that stays on disk: transformers leaves them there (`device_map={"": "disk"}`), and they are read one by one."""
+"""Weights of a model that stays on disk: transformers leaves them there (`device_map={"": "disk"}`); they are read one by one."""
 
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recon.errors import ReconError
-from recon.model.skeleton import auto_class, place
-from recon.runtime.storage import PART, cache_folder
+from recon.model.decoder import Decoder
+from recon.model.discovery import decompose
+from recon.model.skeleton import Lazy, Read, auto_class, place, second
+from recon.model.structure import Matrix
+from recon.runtime.storage import PART, Storage, cache_folder
 
+UNDONE = ("fp8", "mxfp4")  # quantisations that transformers undoes while it reads weights
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is asked for
 
 
@@ -54,7 +59,7 @@ class Weights:
         self._finite: set[str] = set()  # parameters without NaN and infinity, as was checked
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The parameters `names` in float32, in memory of their own. Raises `ReconError` naming one that does not fit or is not finite."""
+        """The parameters `names` in float32, in memory of their own. Raises `ReconError` naming one that does not fit."""
         for name in names:
             stored = self._computed[name] if name in self._computed else self._stored[self._places[name]]
             value = stored.to(torch.float32, copy=True)
@@ -69,13 +74,10 @@ class Weights:
 def open_model(
     path: Path, config: PretrainedConfig, trust_remote_code: bool = False, folder: Path | None = None
 ) -> tuple[PreTrainedModel, Weights]:
-    """The model in the folder `path` without its parameters, which are on torch's meta device, and these.
+    """The model in the folder `path` without its parameters, which are on torch's meta device, and these. Raises as `read_model`.
 
     folder: for what has to be stored anew, such as experts that are stacked; default: the cache.
-
-    Raises `ReconError` naming weights that are missing, or if they are quantised.
     """
-    check_unquantised(config)
     folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".offloaded.", suffix=PART)
@@ -84,11 +86,16 @@ def open_model(
 
 
 def read_model(path: Path, config: PretrainedConfig, trust_remote_code: bool, **options) -> tuple[PreTrainedModel, list[str]]:
-    """What `from_pretrained` makes of the folder `path`, and the entries that it has no place for. Raises for weights that are missing."""
-    model, report = auto_class(config).from_pretrained(
-        path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
-        **options,
-    )  # fmt: skip
+    """The model in the folder `path`, and entries that it has no place for.
+
+    Raises `ReconError` naming weights that are missing, or a quantisation that transformers does not undo here.
+    """
+    if found := quantisation(config):
+        if found["quant_method"] not in UNDONE or "device_map" in options:
+            raise ReconError(f"its weights are quantised ({found['quant_method']}); undo their quantisation first")
+        config.quantization_config = found | {"dequantize": True}  # on a GPU, transformers undoes it only if it is asked to
+    options |= {"config": config, "dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    model, report = auto_class(config).from_pretrained(path, output_loading_info=True, **options)
     if report["missing_keys"]:
         raise ReconError(f"it lacks weights that its config.json calls for: {', '.join(sorted(report['missing_keys']))}")
     return model, sorted(report["unexpected_keys"])
@@ -112,12 +119,6 @@ def quantisation(config: PretrainedConfig) -> dict | None:
     return None
 
 
-def check_unquantised(config: PretrainedConfig) -> None:
-    """Raises `ReconError` naming the method if the weights of a model of this configuration are quantised."""
-    if found := quantisation(config):
-        raise ReconError(f"its weights are quantised ({found['quant_method']}); undo their quantisation first")
-
-
 def check_finite(name: str, tensor: Tensor, owner: str) -> None:
     """Raises `ReconError` naming the parameter `name` and its `owner` if it holds NaN or infinity."""
     bad = tensor.numel() - int(tensor.isfinite().sum())
@@ -126,10 +127,47 @@ def check_finite(name: str, tensor: Tensor, owner: str) -> None:
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype` if it is floating-point, else as it is. Raises `ReconError` naming it if a value would become infinite."""
+    """`tensor` in `dtype` if it is floating-point, else as it is. Raises `ReconError` naming it if a value becomes infinite."""
     found = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if found.dtype != tensor.dtype and not found.isfinite().all():
         largest, most = tensor.abs().max().item(), torch.finfo(dtype).max
         kind = str(dtype).removeprefix("torch.")
         raise ReconError(f"{name!r} holds {largest:.4g}, more than {kind} can ({most:.4g}); save in bfloat16 or float32")
     return found
+
+
+def student(
+    dense: Decoder, storage: Storage, start: Read | None = None, phases: Sequence[str] = ("reconstruct", "prune")
+) -> Decoder:
+    """A skeleton beside `dense`, each parameter of which is that of the first of `phases` to have it in `storage`.
+
+    start: reads what is in none of them, to which the masks in `storage` are then applied; default: the dense model's values.
+    """
+    originals = dict(dense.model.named_parameters())
+
+    def copies(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, originals[name].detach().clone()) for name in names)
+
+    start = start or (dense.lazy.read if dense.lazy else copies)
+    holders: dict[str, list[Matrix]] = {}  # matrices by the name of the parameter that they are in
+
+    def newest() -> ChainMap:
+        return ChainMap(*map(storage.tensors, phases))
+
+    def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        known = newest()
+        yield from ((name, known[name].clone()) for name in names if name in known)
+        yield from start([name for name in names if name not in known])
+
+    def mask(names: list[str]) -> None:
+        for matrix in (matrix for name in names if name not in newest() for matrix in holders.get(name, ())):
+            if matrix.name in storage.masks:
+                matrix.weight.data.masked_fill_(~storage.masks[matrix.name], 0.0)
+
+    lazy = Lazy(second(dense.model), read, mask)
+    for name, value in storage.tensors("prune").items():  # such as biases that the dense model does not have
+        lazy.add(name, value.shape)
+    made = decompose(lazy.model, like=dense, lazy=lazy)
+    for matrix in made.matrices().values():
+        holders.setdefault(matrix.parameter_name, []).append(matrix)
+    return made

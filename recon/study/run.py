@@ -31,7 +31,7 @@ from recon.model.skeleton import Lazy
 from recon.runtime import device
 from recon.runtime.execution import Execution
 from recon.runtime.storage import RUN, Storage, cache_folder, derived_folder, locked
-from recon.runtime.student import student
+from recon.runtime.weights import student
 from recon.study import checkpoint, cluster, measure, plan
 from recon.study.record import RunRecord, environment, write_record
 from recon.study.session import Session
@@ -173,7 +173,7 @@ class _Run(Callback):
         """Adds up seconds and keeps the highest peak memory of a phase, which may be entered more than once."""
         record, began = self.record, time.perf_counter()
         device.release_memory()  # what is left from before counts as free, and not as this phase's
-        with device.PeakMemory(self.device, anonymous=self.storage.folder is not None) as peak:
+        with device.peak_memory(self.device, anonymous=self.storage.folder is not None) as peak:
             yield
         record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - began
         peaks, added = record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase

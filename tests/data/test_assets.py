@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recon.data import assets, gguf, models
+from recon.data import assets, files, models
 from recon.data.assets import Asset
 from recon.errors import ReconError
 
@@ -106,7 +106,7 @@ def test_every_bundled_model_and_asset_is_described(monkeypatch, tmp_path):
     assert len({asset.path for asset in assets.ASSETS.values()}) == len(assets.ASSETS)
     assert all(len(asset.sha256) == 64 and asset.license and asset.source for asset in assets.ASSETS.values())
     found = {name: models.fingerprint(name) for name in assets.BUNDLED_MODELS}
-    monkeypatch.setattr(gguf, "CONVERSION", gguf.CONVERSION + 1)
+    monkeypatch.setattr(files, "CONVERSION", files.CONVERSION + 1)
     found |= {f"{name} anew": models.fingerprint(name) for name in assets.BUNDLED_MODELS}
     assert len(set(found.values())) == 4 and not any(tmp_path.iterdir())
 

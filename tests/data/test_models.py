@@ -63,7 +63,6 @@ def test_a_model_is_loaded_in_float32_for_evaluation_whole_or_in_shards(tiny_fol
         assert tokenizer.decode(tokenizer("Zumuke le zila.")["input_ids"]) == "Zumuke le zila."
         _, on_disk, _ = models.skeleton(name)
         assert all(torch.equal(value, weights[name]) for name, value in on_disk.read(list(weights)))
-    assert len(files.shards(sharded)) > 2
 
 
 def test_half_precision_weights_become_float32(folder):
@@ -107,7 +106,7 @@ def with_code(folder):
     "spoil, said",
     [
         (without_config, r"has no config\.json"),
-        (without_weights, "has neither model.safetensors nor .* reading a pickle can run any code"),
+        (without_weights, "no file named model.safetensors"),
         (truncated, "SafetensorError"),
         (quantised, r"its weights are quantised \(gptq\); undo their quantisation first"),
         (with_code, "trust_remote_code"),
@@ -123,9 +122,9 @@ def test_what_cannot_be_loaded_is_named(folder, spoil, said):
 
 
 def test_a_missing_shard_is_named(sharded):
-    gone = files.shards(sharded)[1]
+    gone = sorted(sharded.glob("weights/*"))[1]
     gone.unlink()
-    with pytest.raises(ReconError, match=f"lacks the weights' file 'weights/{gone.name}'"):
+    with pytest.raises(ReconError, match=f"cannot be loaded.*weights/{gone.name}"):
         models.load(str(sharded))
 
 
@@ -249,7 +248,7 @@ def test_fingerprint_changes_with_each_file(sharded):
         with (sharded / name).open("a") as file:
             file.write("\n")
         found.append(models.fingerprint(str(sharded)))
-    shard = files.shards(sharded)[1]
+    shard = sorted(sharded.glob("weights/*"))[1]
     save_file({name: weight + 1 for name, weight in load_file(shard).items()}, shard, metadata={"format": "pt"})
     assert len({*found, models.fingerprint(str(sharded))}) == 9
 
