@@ -82,9 +82,9 @@ def models() -> None:
     from recon.config import PROTOCOLS
     from recon.data import assets
 
-    for name, description in assets.BUNDLED_MODELS.items():
+    for name, model in assets.BUNDLED_MODELS.items():
         state = "fetched" if assets.made(name) else "to fetch on first use"
-        print(f"{name}\n    {description}\n    {assets.DOWNLOADS[name] / 1e6:.0f} MB, {state}\n")
+        print(f"{name}\n    {model['description']}\n    {model['bytes'] / 1e6:.0f} MB, {state}\n")
     for name, meaning in PROTOCOLS.items():
         print(f"{name}: {meaning}")
     print("\nOr any causal LM: a local folder, a GGUF file, or a Hub id (organisation/name) with --revision.")

@@ -56,7 +56,7 @@ def test_a_failed_run_leaves_a_record_that_says_how(small, tmp_path, capsys):
 def test_lists_name_everything(capsys):
     main(["models"])
     said = capsys.readouterr().out
-    assert all(f"{name}\n    {description}\n" in said for name, description in assets.BUNDLED_MODELS.items())
+    assert all(f"{name}\n    {model['description']}\n" in said for name, model in assets.BUNDLED_MODELS.items())
     assert all(f"{name}: {meaning}" in said for name, meaning in PROTOCOLS.items())
     main(["criteria"])
     said = capsys.readouterr().out

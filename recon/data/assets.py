@@ -43,9 +43,7 @@ ASSETS: dict[str, Asset] = {
 }
 # gensim's larger modules, in the order that the text "code" reads them, which decides their splits: data to us, never imported
 CODE: list[str] = [name for name in ASSETS if name.startswith("gensim/")]
-BUNDLED_MODELS: dict[str, str] = {name: model["description"] for name, model in TABLE["models"].items()}
-DOWNLOADS: dict[str, int] = {name: model["bytes"] for name, model in TABLE["models"].items()}  # bytes of its files
-PARTS: dict[str, list[str]] = {name: model["parts"] for name, model in TABLE["models"].items()}  # assets that make up its file
+BUNDLED_MODELS: dict[str, dict] = TABLE["models"]  # by name: description, bytes to download, and assets that make up its file
 
 
 def fetch(name: str) -> Path:
@@ -59,17 +57,17 @@ def fetch(name: str) -> Path:
 
 def bundled_model(name: str) -> Path:
     """Folder of a bundled model as a Hugging Face checkpoint in float32, made once. Raises as `fetch`."""
-    return derived(name, PARTS[name], files.CONVERSION, files.convert)
+    return derived(name, BUNDLED_MODELS[name]["parts"], files.CONVERSION, files.convert)
 
 
 def made(name: str) -> bool:
     """Whether a bundled model is in the cache, so that `bundled_model` has nothing to fetch or to convert."""
-    return _derived_folder(name, PARTS[name], files.CONVERSION).is_dir()
+    return _derived_folder(name, BUNDLED_MODELS[name]["parts"], files.CONVERSION).is_dir()
 
 
 def origin(name: str) -> str:
     """Hash of what a bundled model is made from, without making it."""
-    parts = [ASSETS[each].sha256 for each in PARTS[name]]
+    parts = [ASSETS[each].sha256 for each in BUNDLED_MODELS[name]["parts"]]
     return hashlib.sha256(" ".join([*parts, str(files.CONVERSION)]).encode()).hexdigest()
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +27,7 @@ def locate(name: str) -> str:
     """
     if name in assets.BUNDLED_MODELS:
         return str(assets.bundled_model(name))
-    if is_gguf(name):
+    if name.endswith(".gguf") and Path(name).is_file():
         with _loading(name, None):
             return str(files.converted(Path(name)))
     if Path(name).is_dir():
@@ -39,18 +38,6 @@ def locate(name: str) -> str:
         bundled = ", ".join(assets.BUNDLED_MODELS)
         raise ReconError(f"unknown model {name!r}; bundled: {bundled}; or give an existing folder or GGUF file, or a Hub id")
     return name
-
-
-def is_gguf(name: str) -> bool:
-    """Whether `name` is that of an existing GGUF file."""
-    return name.endswith(".gguf") and Path(name).is_file()
-
-
-def folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The folder of the model called `name`, fetched if it is on the Hub. Raises `ReconError` as `locate`, or if that fails."""
-    place = locate(name)
-    with _loading(name, revision):
-        return Path(place) if Path(place).is_dir() else files.hub_snapshot(place, revision, trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -79,49 +66,54 @@ def _loading(name: str, revision: str | None, what: str = "model") -> Iterator[N
         raise ReconError(f"{what} {name!r}{at} cannot be loaded: {kind}{error}{hint}") from error
 
 
+@contextlib.contextmanager
+def _opened(
+    name: str, revision: str | None, trust_remote_code: bool, what: str = "model"
+) -> Iterator[tuple[Path, PretrainedConfig]]:
+    """As `_loading`, with the model's folder, fetched if it is on the Hub, and its configuration."""
+    place = locate(name)
+    with _loading(name, revision, what):
+        path = Path(place) if Path(place).is_dir() else files.hub_snapshot(place, revision, trust_remote_code)
+        yield path, AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
 def load(
-    name: str, revision: str | None = None, device: torch.device | str = "cpu", trust_remote_code: bool = False
+    name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal LM, or encoder-decoder, `name` in float32 and its tokenizer, in evaluation mode, on `device`.
+    """The causal LM, or encoder-decoder, `name` in float32 and in evaluation mode, and its tokenizer.
 
     Weights are read from safetensors only, as reading a pickle can run any code; code that comes with a model runs only if
-    `trust_remote_code`. Raises `ReconError` as `folder`, for a quantisation that transformers does not undo, and naming weights
-    that are missing, or the first that holds NaN or infinity.
+    `trust_remote_code`. Raises `ReconError` as `locate`, for a model that cannot be fetched or is quantised in a way that transformers
+    does not undo, and naming weights that are missing, or the first that holds NaN or infinity.
     """
-    path = folder(name, revision, trust_remote_code)
-    with _loading(name, revision):
+    with _opened(name, revision, trust_remote_code) as (path, config):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         model, _ = read_model(path, config, trust_remote_code)
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
         if not values.untyped_storage().resizable():
             # Mapped from the file, and would change with it. Kernels also give other last bits for memory that is not aligned.
             values.data = values.data.clone()
-    return model.eval().to(device), tokenizer
+    return model.eval(), tokenizer
 
 
 def skeleton(
     name: str, revision: str | None = None, trust_remote_code: bool = False, scratch: Path | None = None
 ) -> tuple[PreTrainedModel, Weights, PreTrainedTokenizerBase]:
     """As `load`, but the parameters stay on disk: the model without them, these, and the tokenizer; see `open_model`."""
-    path = folder(name, revision, trust_remote_code)
-    with _loading(name, revision):
+    with _opened(name, revision, trust_remote_code) as (path, config):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         return *open_model(path, config, trust_remote_code, scratch), tokenizer
 
 
 def load_pruned(
     name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False, scratch: Path | None = None
 ) -> Weights:
-    """The weights of the pruned model `name`, to be read parameter by parameter; `dense` is the model that it was pruned from.
+    """The weights of the model `name` that was pruned from `dense`, to be read parameter by parameter.
 
     Raises `ReconError` as `load`, for a model of another type than `dense`, and for any quantised weights.
     """
-    path = folder(name, revision, trust_remote_code)
-    with _loading(name, revision, "pruned model"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with _opened(name, revision, trust_remote_code, "pruned model") as (path, config):
         if config.model_type != dense.config.model_type:
             raise ReconError(f"it is of type {config.model_type!r}, and the dense model of type {dense.config.model_type!r}")
         return open_model(path, config, trust_remote_code, scratch)[1]
@@ -154,7 +146,7 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
     """
     if name in assets.BUNDLED_MODELS:
         return assets.origin(name)
-    if is_gguf(name):
+    if name.endswith(".gguf") and Path(name).is_file():
         return files.digest(Path(name))
     place = Path(locate(name))
     with _loading(name, revision):
@@ -163,9 +155,8 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
         suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
         read = {path for path in place.iterdir() if path.suffix in suffixes or path.name in VOCABULARY_FILES}
         if (place / files.INDEX).is_file() and not (place / files.WEIGHTS).is_file():  # shards may lie in folders below
-            read |= {
-                place / file for file in json.loads((place / files.INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            }
+            index = json.loads((place / files.INDEX).read_text(encoding="utf-8"))
+            read |= {place / file for file in index["weight_map"].values()}
         # By name, so that the same files give the same hash wherever they lie; not of the run that made the model.
         digests = {path.relative_to(place).as_posix(): files.digest(path) for path in read if path.name != files.RECORD}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

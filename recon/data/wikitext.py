@@ -14,12 +14,13 @@ _APPARATUS = re.compile(
     r"^==\s*(see also|(?:foot)?notes|references|selected bibliography|external links)\s*==\s*$", re.IGNORECASE | re.MULTILINE
 )
 _DROPPED_LINKS = re.compile(r"\s*:?\s*(file|image|category|media|[a-z]{2,3}(-[a-z]+)?)\s*:", re.IGNORECASE)
-# Templates that are part of a sentence, by what they add to it; all others are references, boxes and notices.
-_FIRST = set("nowrap vanchor sc small angbr ipa vr nihongo quote".split())
-_LAST = {"lang", "transl"}
-_FIXED = {"'s": "'s", "nbsp": " ", "spaces": " ", "ndash": "–", "spaced ndash": " – ", "snd": " – "}
 _HOLE = "\ufffc"  # marks a line that is left out: its sentence needs what was removed (a formula), or it is a list item
-_HOLES = {"val", "frac", "chem", "inflation"}
+# Templates that are part of a sentence, with what they add to it of their values; all others are references, boxes and notices.
+_TEMPLATES = dict.fromkeys("nowrap vanchor sc small angbr ipa vr nihongo quote".split(), "{0}")
+_TEMPLATES |= {"lang": "{last}", "transl": "{last}", "circa": "c. {0}", "as of": "As of {0}"}
+_TEMPLATES |= {"'s": "'s", "nbsp": " ", "spaces": " ", "ndash": "–", "spaced ndash": " – ", "snd": " – "}
+_TEMPLATES |= dict.fromkeys(("val", "frac", "chem", "inflation"), _HOLE)
+_TAGS = {"ref": "", "table": "", "br": " ", "hr": " "} | dict.fromkeys(("math", "li", "dd", "dt"), _HOLE)
 
 
 def articles(dump: Path) -> Iterator[tuple[str, str]]:
@@ -33,13 +34,9 @@ def articles(dump: Path) -> Iterator[tuple[str, str]]:
 
 
 def prose(source: str) -> str:
-    """Plain text of an article's wikitext: its paragraphs of whole sentences, parted by blank lines.
-
-    Tables, files, categories, references, templates, lists, headings, paragraphs with formulas and the closing
-    sections (see also, references, ...) are left out.
-    """
+    """Plain text of an article's wikitext: its paragraphs of whole sentences without formulas, parted by blank lines."""
     article = mwparserfromhell.parse(_APPARATUS.split(source, maxsplit=1)[0])
-    lines = (_tidy(line) for line in _plain(article).splitlines())
+    lines = map(_tidy, _plain(article).splitlines())
     return "\n\n".join(line for line in lines if _is_prose(line))
 
 
@@ -64,26 +61,22 @@ def _plain_node(node) -> str:
             return _plain_template(node)
         case nodes.Tag():
             name = str(node.tag).strip().lower()
-            fixed = {"ref": "", "table": "", "br": " ", "hr": " "} | dict.fromkeys(("math", "li", "dd", "dt"), _HOLE)
-            content = fixed[name] if name in fixed else _plain(node.contents)
+            content = _TAGS[name] if name in _TAGS else _plain(node.contents)
             return f"\n{content}\n" if name == "blockquote" else content
     return ""  # comments, arguments
 
 
 def _plain_template(template: nodes.Template) -> str:
-    name = str(template.name).strip().lower().replace("_", " ")
+    name = str(template.name).strip().lower()
     values = [_plain(parameter.value).strip() for parameter in template.params if not parameter.showkey]
-    if name in _FIXED or name in _HOLES:
-        return _FIXED.get(name, _HOLE)
     if name in ("convert", "cvt"):  # {{convert|5|km|mi}}, {{convert|5|to|9|km}}
         return " ".join(values[: 4 if values[1] in ("to", "-", "–", "by", "x", "and") else 2])
-    if values and (name in _FIRST or name.startswith("lang-")):
-        return values[0]
-    if name in _LAST:
-        return values[-1]
-    if name == "as of":
-        return f"{'as' if template.has('lc') else 'As'} of {values[0]}"
-    return f"c. {values[0]}" if name in ("circa", "c.") and values else ""
+    added = _TEMPLATES.get(name, "{0}" if name.startswith("lang-") else "")
+    if name == "as of" and template.has("lc"):
+        added = added.lower()
+    if "{" not in added:
+        return added
+    return added.format(*values, last=values[-1]) if values else ""
 
 
 def _tidy(line: str) -> str:

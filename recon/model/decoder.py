@@ -32,7 +32,6 @@ class Decoder:
     """
 
     reading = ""  # how a sample is divided before the model reads it, in words
-    stack_owners = ("",)  # paths of the modules that hold a list of blocks each
 
     def __init__(self, model: nn.Module, structure: Structure = Structure(), lazy: Lazy | None = None, calls: dict | None = None):
         self.model, self.structure, self.lazy = model, structure, lazy

@@ -53,7 +53,9 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
         # Arguments that an encoder-decoder's blocks are called with may be computed from its own weights.
         return kind(model, like.structure, lazy, like.calls if kind is Decoder else None)
     draft = kind(model, lazy=lazy)
-    draft.structure = Structure(tuple(find_blocks(draft, within) for within in draft.stack_owners))
+    owners = (model.get_encoder(), model.get_decoder()) if kind is EncoderDecoder else (model,)
+    paths = {module: name for name, module in model.named_modules()}
+    draft.structure = Structure(tuple(find_blocks(draft, paths[owner]) for owner in owners))
     with torch.no_grad():
         _find_structure(draft)
     return kind(model, draft.structure, lazy)

@@ -28,11 +28,6 @@ class EncoderDecoder(Decoder):
     reading = "the encoder reads the first half of each sample, and the decoder predicts the second"
     _observing = False  # while blocks run for the arguments of others
 
-    @property
-    def stack_owners(self) -> tuple[str, str]:
-        paths = {module: name for name, module in self.model.named_modules()}
-        return paths[self.model.get_encoder()], paths[self.model.get_decoder()]
-
     def run(self, tokens: Tensor):
         read, predicted = _cut(tokens.to(self.device))
         return self.model(input_ids=read, decoder_input_ids=predicted, use_cache=False)

@@ -7,17 +7,15 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-PROBE_LENGTH = 8
-
 
 class Stop(Exception):
     """Ends a forward pass once everything that is needed has been seen."""
 
 
 def probe_tokens(model: nn.Module) -> Tensor:
-    """Random tokens (2, PROBE_LENGTH) that a model's structure is found with."""
+    """Random tokens (2, 8) that a model's structure is found with."""
     vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (2, PROBE_LENGTH), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
 def placeholder_tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:

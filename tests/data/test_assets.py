@@ -101,8 +101,7 @@ def test_derived_files_are_made_once_of_the_joined_parts_and_say_where_from(whee
 def test_every_bundled_model_and_asset_is_described(monkeypatch, tmp_path):
     """And models are told apart by what they are made from, without fetching it."""
     monkeypatch.setenv("RECON_CACHE", str(tmp_path))
-    assert set(assets.BUNDLED_MODELS) == set(assets.PARTS) == set(assets.DOWNLOADS)
-    assert {part for parts in assets.PARTS.values() for part in parts} <= set(assets.ASSETS)
+    assert {part for model in assets.BUNDLED_MODELS.values() for part in model["parts"]} <= set(assets.ASSETS)
     assert len({asset.path for asset in assets.ASSETS.values()}) == len(assets.ASSETS)
     assert all(len(asset.sha256) == 64 and asset.license and asset.source for asset in assets.ASSETS.values())
     found = {name: models.fingerprint(name) for name in assets.BUNDLED_MODELS}
@@ -127,6 +126,6 @@ def test_the_bundled_model_is_a_sound_checkpoint():
 
 @pytest.mark.slow
 def test_the_parts_of_gemma_are_one_file():
-    whole = b"".join(assets.fetch(part).read_bytes() for part in assets.PARTS["gemma3-270m"])
+    whole = b"".join(assets.fetch(part).read_bytes() for part in assets.BUNDLED_MODELS["gemma3-270m"]["parts"])
     # the whole file's hash, as its packager states it
     assert hashlib.sha256(whole).hexdigest() == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

@@ -1,6 +1,7 @@
 """Encoder-decoders: both stacks as one chain of blocks, the encoder's first."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -27,14 +28,7 @@ from recon.runtime.execution import Execution
 @pytest.fixture(scope="module")
 def made():
     """Family -> its decoder, made once, and left as it is."""
-    kept = {}
-
-    def make(family):
-        if family not in kept:
-            kept[family] = decompose(make_model(family))
-        return kept[family]
-
-    return make
+    return functools.cache(lambda family: decompose(make_model(family)))
 
 
 def own_logits(model, tokens):

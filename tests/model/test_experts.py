@@ -1,6 +1,7 @@
 """Mixture-of-experts models: each expert's part of a fused parameter is a matrix, known by the tokens that are sent to it."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -23,14 +24,7 @@ FAMILIES = {"mixtral": (False, 0.5), "gpt_oss": (True, 0.5), "llama4": (True, 0.
 @pytest.fixture(scope="module")
 def made():
     """Family -> its decoder, made once, and left as it is."""
-    kept = {}
-
-    def make(family):
-        if family not in kept:
-            kept[family] = decompose(make_model(family, num_hidden_layers=2))
-        return kept[family]
-
-    return make
+    return functools.cache(lambda family: decompose(make_model(family, num_hidden_layers=2)))
 
 
 @pytest.fixture
