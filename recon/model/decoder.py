@@ -18,7 +18,7 @@ from recon.model import experts
 from recon.model.experts import FusedProducts
 from recon.model.modules import Stop, first, placeholder_tokens, replaced, watched
 from recon.model.skeleton import Lazy, max_length
-from recon.model.structure import OTHER, Argument, Halves, Matrix, Structure
+from recon.model.structure import OTHER, Halves, Matrix, Structure
 from recon.model.windows import Window, canonical, partition
 
 SHAPES = 64  # shapes of batches for which the blocks' arguments are kept
@@ -109,7 +109,7 @@ class Decoder:
         beside, named = self.structure.blocks[index].beside, {**dict(enumerate(args)), **kwargs}
         if beside is None:
             return hidden
-        return (hidden, *(named.get(value.name) if isinstance(value, Argument) else value for value in beside))
+        return (hidden, *(value if name is None else named.get(name) for name, value in beside))
 
     def bypassed(self, last: int, hidden: Tensor) -> dict[nn.Module, Callable]:
         """Stand-ins for all blocks: each returns its input, but block `last` returns `hidden`."""

@@ -28,7 +28,7 @@ from recon.model.modules import (
     watched,
 )
 from recon.model.skeleton import Lazy, made_up
-from recon.model.structure import Argument, BlockStructure, Structure
+from recon.model.structure import BlockStructure, Structure
 
 log = logging.getLogger("recon")
 
@@ -101,7 +101,8 @@ def _find_structure(decoder: Decoder) -> None:
     def note_output(index: int, args: tuple, kwargs: dict, output) -> None:
         if index in known and isinstance(output, tuple | list):
             names = {id(value): name for name, value in (*enumerate(args[1:]), *kwargs.items()) if isinstance(value, Tensor)}
-            note(index, beside=tuple(Argument(names[id(value)]) if id(value) in names else value for value in output[1:]))
+            found = ((names.get(id(value)), value) for value in output[1:])
+            note(index, beside=tuple((name, value if name is None else None) for name, value in found))
 
     with contextlib.ExitStack() as stack:
         running = range(len(blocks))

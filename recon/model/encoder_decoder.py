@@ -66,7 +66,7 @@ class EncoderDecoder(Decoder):
     def _stand_in(self, index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
         """Runs a block that computes arguments of others, with placeholders for what they do not take; by-passes any other."""
         block, path, shared = self.blocks[index], self.names[index], self.structure.shared
-        if not any(isinstance(value, Tensor) for value in self.structure.blocks[index].beside or ()):
+        if not any(isinstance(value, Tensor) for _, value in self.structure.blocks[index].beside or ()):
             return self.bypass(index, hidden, *args, **kwargs)
         tensors = {name: each.to(hidden.device) for name, each in (*block.named_parameters(), *block.named_buffers())}
         for name, parameter in block.named_parameters():

@@ -76,13 +76,6 @@ def stored(matrices: dict[str, Matrix], masks: dict[str, Tensor], device: torch.
 
 
 @dataclass(frozen=True)
-class Argument:
-    """Stands, in what a block returned, for an argument that it handed on: its number, or its name."""
-
-    name: int | str
-
-
-@dataclass(frozen=True)
 class Halves:
     """How a block divides into an attention half, which mixes tokens, and an MLP half, which does not."""
 
@@ -106,8 +99,8 @@ class Halves:
 class BlockStructure:
     """How a block is built. All names are relative to the block, so blocks that are built alike share one structure."""
 
-    # What it returns beside hidden states, with an `Argument` for each of its arguments; None: hidden states alone.
-    beside: tuple | None = None
+    # What it returns beside hidden states: (number or name, None) of each argument, (None, value) of all else.
+    beside: tuple[tuple[int | str | None, object], ...] | None = None
     groups: tuple[tuple[str, ...], ...] = ()  # matrices in the order in which they run; those of a group read the same input
     matrices: dict[str, Matrix] = field(default_factory=dict)  # by name, in the same order, without modules
     dense: tuple[str, ...] = ()  # linear modules that are not pruned, as they did not run as modules

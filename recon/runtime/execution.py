@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -75,27 +75,24 @@ class Execution(contextlib.AbstractContextManager):
     @contextlib.contextmanager
     def holding_ends(self, decoder: Decoder) -> Iterator[None]:
         """Context in which all but the blocks is on the compute device, the head rounded; not a skeleton's embedding."""
-        inside = {id(tensor) for block in decoder.blocks for tensor in chain(block.parameters(), block.buffers())}
-        tensors = chain(decoder.model.parameters(), decoder.model.buffers())
-        ends = (tensor for tensor in tensors if id(tensor) not in inside)
+        inside = {*decoder.blocks.parameters(), *decoder.blocks.buffers()}
+        ends = (each for each in (*decoder.model.parameters(), *decoder.model.buffers()) if each not in inside)
         with decoder.loaded_head(), self._holding(ends, decoder.head_weights()):
             yield
 
     @contextlib.contextmanager
     def _holding(self, tensors: Iterable[Tensor], rounded: Iterable[Tensor], trained: Iterable[Tensor] = ()) -> Iterator[None]:
-        keep = {id(tensor) for tensor in trained}
-        round_off = {id(tensor) for tensor in rounded} - keep
-        places: list[tuple[Tensor, Tensor]] = []
+        keep, round_off, places = set(trained), set(rounded), []
         try:
             for tensor in tensors:
-                dtype = self.dtype if id(tensor) in round_off else tensor.dtype
+                dtype = self.dtype if tensor in round_off and tensor not in keep else tensor.dtype
                 if self.elsewhere(tensor) or dtype != tensor.dtype:
                     places.append((tensor, tensor.data))
                     tensor.data = moved(tensor.data, self.device, dtype)
             yield
         finally:
             for tensor, place in places:
-                if id(tensor) in keep:
+                if tensor in keep:
                     place.copy_(tensor.data)
                 tensor.grad = None  # it is on the compute device
                 tensor.data = place
@@ -109,13 +106,7 @@ class Execution(contextlib.AbstractContextManager):
         with decoder.loaded_embedding():
             return self.run(decoder.embed, tokens, count)
 
-    def run(
-        self,
-        function: Callable[[Tensor], Tensor],
-        stream: Tensor,
-        count: int | None = None,
-        anew: Callable[[], None] = lambda: None,
-    ) -> Tensor:
+    def run(self, function: Callable, stream: Tensor, count: int | None = None, anew: Callable = lambda: None) -> Tensor:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result is on the device of `stream`.
 
         If memory runs out, all of `stream` is run again in smaller batches, and later calls start with those; see `halving`.

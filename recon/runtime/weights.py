@@ -38,10 +38,8 @@ class Weights:
         for hook in hooks:
             hook.original_devices = {}  # nothing is brought back when it is removed
         remove_hook_from_module(model, recurse=True)
-        for entry in self._stored.index.values():
-            if not Path(
-                entry.get("safetensors_file", path)
-            ).exists():  # it looks for all shards beside the first, in a folder below
+        for entry in self._stored.index.values():  # which looks for all shards beside the first, if they are in a folder below
+            if not Path(entry.get("safetensors_file", path)).exists():
                 shards = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
                 entry["safetensors_file"] = str(path / shards[entry["weight_name"]])
         self.surplus, self._scratch = surplus, scratch
