@@ -5,36 +5,30 @@ Companion of *A Free Lunch in LLM Compression: Revisiting Retraining after Pruni
 
 import importlib
 
-# Public name -> module that holds it; imported on first use, so that `import recon` does not wait for torch.
-_PUBLIC = {
-    "CalibrationConfig": "config",
-    "Callback": "methods.callbacks",
-    "ComputeConfig": "config",
-    "Decoder": "model.decoder",
-    "EvaluationConfig": "config",
-    "Execution": "runtime.execution",
-    "ModelConfig": "config",
-    "PruningConfig": "config",
-    "Ray": "study.cluster",
-    "ReconError": "errors",
-    "ReconstructionConfig": "config",
-    "RetrainingConfig": "config",
-    "RunOptions": "study.spec",
-    "RunSpec": "study.spec",
-    "Session": "study.session",
-    "grid": "study.studies",
-    "load": "data.models",
-    "load_masks": "methods.masks",
-    "perplexity": "evaluate.perplexity",
-    "prune": "methods.prune",
-    "reconstruct": "methods.reconstruct",
-    "retrain": "methods.retrain",
-    "run": "study.run",
-    "run_study": "study.studies",
-    "sample_tokens": "data.text",
-    "save_masks": "methods.masks",
-    "decompose": "model.discovery",
+# Public names by the module that holds them, imported on first use, so that `import recon` does not wait for torch.
+_MODULES = {
+    "config": (
+        "CalibrationConfig ComputeConfig EvaluationConfig ModelConfig PruningConfig ReconstructionConfig RetrainingConfig"
+    ),
+    "data.models": "load",
+    "data.text": "sample_tokens",
+    "errors": "ReconError",
+    "evaluate.perplexity": "perplexity",
+    "methods.callbacks": "Callback",
+    "methods.masks": "load_masks save_masks",
+    "methods.prune": "prune",
+    "methods.reconstruct": "reconstruct",
+    "methods.retrain": "retrain",
+    "model.decoder": "Decoder",
+    "model.discovery": "decompose",
+    "runtime.execution": "Execution",
+    "study.cluster": "Ray",
+    "study.run": "run",
+    "study.session": "Session",
+    "study.spec": "RunOptions RunSpec",
+    "study.studies": "grid run_study",
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"
 

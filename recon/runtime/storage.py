@@ -53,16 +53,19 @@ def check_writable(folder: Path, what: str) -> None:
 
 
 @contextlib.contextmanager
-def complete(path: Path) -> Iterator[Path]:
-    """Context that gives the name of a file or folder to write, and renames it to `path` at the end.
+def complete(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Context that gives the name of a file to write, or of a new folder to fill, and renames it to `path` at the end.
 
     After an error nothing is left; a killed process leaves a folder beside `path` whose name ends in `PART`. The folder around
     `path` is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(PART, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as folder:
-        yield Path(folder) / path.name
-        os.replace(Path(folder) / path.name, path)
+    with tempfile.TemporaryDirectory(PART, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as around:
+        temporary = Path(around) / path.name
+        if folder:
+            temporary.mkdir()
+        yield temporary
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -108,8 +111,7 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
         refused = writing(f"cache folder {str(cache_folder())!r}", "free space there, or set RECON_CACHE to another folder")
         with refused, locked(folder, "cache (RECON_CACHE)", wait=True):
             if not folder.is_dir():  # another process may have made it meanwhile
-                with complete(folder) as fresh:
-                    fresh.mkdir()
+                with complete(folder, folder=True) as fresh:
                     make(fresh)
     return folder
 

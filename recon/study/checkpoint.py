@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from recon.data.models import quiet
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.runtime.device import SAVED
-from recon.runtime.storage import check_writable, complete, writing
+from recon.runtime.storage import check_writable
 from recon.runtime.weights import rounded
 from recon.study import record as records
 from recon.study.record import RunRecord
@@ -60,17 +60,6 @@ def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
     return record
 
 
-@contextlib.contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """Context that gives a new folder to write a checkpoint to, which gets its place `folder` at the end.
-
-    Raises `ReconError` naming the folder where the disk is full or cannot be written.
-    """
-    with writing(f"checkpoint {str(folder)!r}", "choose a place with room"), complete(folder) as temporary:
-        temporary.mkdir()
-        yield temporary
-
-
 def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, record: RunRecord, options: RunOptions) -> None:
     """Writes weights (safetensors), configuration, tokenizer and model card to `folder`. Raises `ReconError` as `rounded`."""
     model, dtype = student.model, SAVED[options.save_dtype]
@@ -95,14 +84,13 @@ def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, re
     ModelCard.from_template(about, str(Path(__file__).with_name("card.md")), **said).save(folder / "README.md")
 
 
-class _Weights(dict):
-    """The weights of a model by full name, rounded to a dtype and read while they are asked for."""
+class _Weights:
+    """The weights of a model by full name, rounded to a dtype and read when they are asked for."""
 
     def __init__(self, student: Decoder, dtype: torch.dtype):
-        super().__init__()
         self.student, self.dtype = student, dtype
 
-    def __missing__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         tensor = self.student.model.get_parameter_or_buffer(name)
         with self.student.present([tensor]) if isinstance(tensor, nn.Parameter) else contextlib.nullcontext():
             return rounded(name, tensor.detach(), self.dtype).clone()

@@ -15,22 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.data import files, models
-from recon.errors import ReconError
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
-from recon.methods import prune
+from recon.methods import masks, prune, reconstruct, retrain
 from recon.methods.callbacks import Callback
-from recon.methods.masks import check_pruned, take_over
-from recon.methods.reconstruct import reconstruct
-from recon.methods.retrain import retrain
 from recon.methods.training import check_trainable
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
 from recon.runtime import device
 from recon.runtime.execution import Execution
-from recon.runtime.storage import RUN, Storage, cache_folder, derived_folder, locked
+from recon.runtime.storage import RUN, Storage, cache_folder, complete, derived_folder, locked, writing
 from recon.runtime.weights import student
 from recon.study import checkpoint, cluster, measure, plan
 from recon.study.record import RunRecord, environment, write_record
@@ -90,11 +86,8 @@ def run(
         if streamed and not save:
             stack.enter_context(locked(folder, "work folder"))
         storage = Storage(folder if streamed else None, key, keep=["prune"])
-        try:
-            result = _Run(spec, key, options, session, storage, callbacks).result()
-        except ReconError:
-            storage.delete(begun=False)  # refused: it would stand in the way of another try
-            raise
+        stack.callback(storage.delete, begun=False)  # what is refused would stand in the way of another try
+        result = _Run(spec, key, options, session, storage, callbacks).result()
         for callback in callbacks:
             callback.on_done(result.record)
         storage.delete()
@@ -157,7 +150,8 @@ class _Run(Callback):
         if self.options.save:
             if self.options.save_dtype != "float32":
                 record.environment["save_dtype"] = self.options.save_dtype
-            with checkpoint.whole(self.options.save) as folder:
+            refused = writing(f"checkpoint {str(self.options.save)!r}", "choose a place with room")
+            with refused, complete(self.options.save, folder=True) as folder:
                 with self.phase("save"):
                     checkpoint.write(self.model, self.tokenizer, folder, record, self.options)
                 record.seconds["total"] = time.perf_counter() - began
@@ -191,13 +185,13 @@ class _Run(Callback):
 
         def open_external():
             opened = models.load_pruned(model.pruned, self.dense.model, model.pruned_revision, model.trust_remote_code, folder)
-            check_pruned(self.dense, opened)
+            masks.check_pruned(self.dense, opened)
             return opened
 
         self.external = session.keep("external mask", spec.pruned_by, open_external) if model.pruned else None
 
     def check_fits(self) -> None:
-        """Raises `ReconError` for what this model cannot do: windows, adapters, patterns, lengths, tasks, being saved."""
+        """Raises `ReconError` for what this model cannot do: windows, adapters, patterns, lengths, being saved."""
         spec, dense, granularity = self.spec, self.dense, self.spec.reconstruction.granularity
         dense.windows("block" if granularity == "none" else granularity)
         for method in (spec.reconstruction.adapter, spec.retraining.retrain):
@@ -207,8 +201,6 @@ class _Run(Callback):
             Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
         for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
             dense.check_length(length)
-        if spec.evaluation.tasks:
-            zero_shot.check_model(dense)
         if self.options.save:
             checkpoint.check_model(dense, biases, self.options.save_dtype)
 
@@ -255,7 +247,7 @@ class _Run(Callback):
         else:
             with self.phase("prune"):
                 if self.external:
-                    self.pruning = take_over(self.model, self.external, self.execution())
+                    self.pruning = masks.take_over(self.model, self.external, self.execution())
                 else:
                     how = {"seed": self.spec.seed, "execution": self.execution()}
                     self.pruning = prune.prune(self.model, self.samples["prune"], self.spec.pruning, **how)
@@ -268,17 +260,17 @@ class _Run(Callback):
         """Reconstructs the model in place; `pruned`: by which masks, or how each window is pruned on the way."""
         execution = self.execution(cluster.loop(self.options.executor, self.spec.reconstruction.propagation))
         with self.phase("reconstruct"):
-            reports = reconstruct(
+            reports = reconstruct.reconstruct(
                 self.model, self.dense, self.samples["reconstruct"], self.spec.reconstruction, held_out=self.texts.held_out,
                 seed=self.spec.seed, execution=execution, callbacks=self.callbacks, **pruned,
             )  # fmt: skip
         self.record.windows = [asdict(report) for report in reports]
 
-    def retrain(self, masks: Mapping[str, Tensor]) -> None:
+    def retrain(self, kept: Mapping[str, Tensor]) -> None:
         """Retrains the model's surviving weights in place; see `recon.methods.retrain`."""
         with self.phase("retrain"):
-            found = retrain(
-                self.model, self.samples["retrain"], self.spec.retraining, masks=masks, dense=self.dense, seed=self.spec.seed,
+            found = retrain.retrain(
+                self.model, self.samples["retrain"], self.spec.retraining, masks=kept, dense=self.dense, seed=self.spec.seed,
                 execution=self.execution(), callbacks=self.callbacks,
             )  # fmt: skip
         self.record.retraining = asdict(found)
