@@ -107,7 +107,7 @@ class PruningConfig(Checked):
     criterion: Literal[tuple(CRITERIA)] = "wanda"  # What decides which weights go (see `recon criteria`).
     pattern: str = "0.5"  # Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).
     scope: Literal[("auto", *SCOPES)] = "auto"  # Weights compete within a row or the matrix; auto is the criterion's own default.
-    statistics: Literal["sparse", "dense"] = "dense"  # From the dense model, or the pruned one (as Wanda and SparseGPT have it).
+    statistics: Literal["sparse", "dense"] = "dense"  # Statistics from the dense model, or the pruned one (Wanda, SparseGPT).
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
     mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight tried in each row after the criterion has chosen.
     sparsegpt_block_size: FromZero = 128  # Columns that SparseGPT prunes at once; 0: as many as samples (the paper's code).
@@ -140,20 +140,20 @@ class ReconstructionConfig(Checked):
     """What feeds a window and what it must match. dense: the dense model's activations, before and after. sparse: inputs from
     the already reconstructed model, targets the dense window's outputs on those same inputs. mixed: inputs from the already
     reconstructed model, targets the dense model's own activations."""
-    solver: Literal["adamw", "exact"] = "adamw"  # Gradient descent, or masked least squares (of granularity matrix only).
-    start: Literal["pruned", "exact"] = "pruned"  # What pruning left, or the masked least-squares solution of every matrix.
+    solver: Literal["adamw", "exact"] = "adamw"  # Solver: gradient descent, or masked least squares (of matrices only).
+    start: Literal["pruned", "exact"] = "pruned"  # Start of fitting: what pruning left, or the exact solution of every matrix.
     exact_iterations: FromOne = 15  # Iterations of conjugate gradients for exact solutions, at most.
-    train: Literal["matrices", "all"] = "matrices"  # Matrices with their biases, or all of a window, norms included.
+    train: Literal["matrices", "all"] = "matrices"  # What is trained: matrices with biases, or all, norms included.
     adapter: Literal[("none", *ADAPTERS)] = "none"  # Low-rank parametrisation of a window's matrices.
     rank: FromOne = 16  # Rank of adapters.
     loss: Literal[tuple(LOSSES)] = "whitened"
     """Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
     minus the cosine (cosine)."""
-    skip_first: bool = True  # Leave out each sample's first position, whose activations are massive whatever the text.
+    skip_first: bool = True  # Whether the loss leaves out each sample's first position, whose activations are massive.
     learning_rate: Positive = 0.01  # Peak rate of AdamW for half-blocks; for other windows see size_power and matrix_rate.
     size_power: Size = 0.75  # The learning rate of a window of n half-blocks is divided by n to this power.
     matrix_rate: Positive = 0.1  # Learning rate of single matrices as a share of that of half-blocks.
-    rate: Literal[RATES] = "relative"  # Times the root mean square of each matrix's surviving weights, or absolute.
+    rate: Literal[RATES] = "relative"  # Learning rate times the size of each matrix's survivors, or absolute.
     epochs: FromZero = 0  # Passes over the calibration samples, per window; 0: one, or as many as make 32 steps.
     batch_size: FromOne = 1  # Samples per forward pass.
     chunks: FromOne = 4  # Chunks, at most, that samples are cut into for windows that mix no tokens (MLP halves, matrices).
@@ -220,7 +220,7 @@ class RetrainingConfig(Checked):
     retrain_batch_size: FromOne = 1  # Samples per forward pass in retraining.
     retrain_accumulation: FromOne = 1  # Forward passes per optimiser step in retraining.
     retrain_warmup: Share = 0.1  # Share of the steps of retraining in which the learning rate rises.
-    retrain_checkpointing: bool = False  # Runs each block again in the backward pass: less memory, a third more time.
+    retrain_checkpointing: bool = False  # Run blocks again in the backward pass: less memory, a third more time.
 
     def schedule(self, samples: int) -> Schedule:
         """How this many samples are trained on."""
@@ -262,4 +262,4 @@ class ComputeConfig(Checked):
     """Where and in what precision."""
 
     device: str = "auto"  # Where to compute: auto (cuda if there is one, else cpu), cpu, cuda, ...
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # Auto: bfloat16 if the hardware multiplies it natively.
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # Of matrix products; auto: bfloat16 if native.

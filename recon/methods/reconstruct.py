@@ -30,7 +30,7 @@ from recon.methods.masks import check_shapes, keep_masks
 from recon.methods.propagation import Streams
 from recon.methods.prune import Pruner
 from recon.methods.samples import ERROR_SAMPLES, with_held_out
-from recon.methods.training import NOT_FINITE, Report, adapted, check_trainable, finite, settle, train
+from recon.methods.training import NOT_FINITE, Report, adapted, check_trainable, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.modules import requiring_gradients
@@ -186,15 +186,12 @@ class Reconstruction:
         if config.solver == "adamw":
             count, losses = self._descend(f, X, Y, variance, theta)
             batch = self.execution.micro_batch or config.batch_size
-        after, status = self._error(f, X, Y, variance), RECONSTRUCTED
-        if not finite([*losses, *after.values()], theta.values()):
-            log.warning("window %r: fitting gave NaN or infinite values; it is rolled back", f.name)
-            status = NOT_FINITE
-        elif config.roll_back and "held_out" in after and not after["held_out"] <= before["held_out"]:
-            status = GREW  # only held-out text shows the harm of too high a learning rate
-        keep = status == RECONSTRUCTED
-        moved = settle(theta, pruned, keep, self.student.matrices(f).values())
-        errors = {"error_before": before, "error_after": after if keep else before}
+        after, matrices = self._error(f, X, Y, variance), [*self.student.matrices(f).values()]
+        # Only held-out text shows the harm of too high a learning rate.
+        grew = config.roll_back and "held_out" in after and after["held_out"] > before["held_out"]
+        fine, moved = settle(f"window {f.name!r}", theta, pruned, [*losses, *after.values()], matrices, keep=not grew)
+        status = GREW if fine and grew else RECONSTRUCTED if fine else NOT_FINITE
+        errors = {"error_before": before, "error_after": after if status == RECONSTRUCTED else before}
         return WindowReport(count, losses, moved, 0.0, status, batch, name=f.name, **errors)
 
     def finish(

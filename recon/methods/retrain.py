@@ -1,7 +1,6 @@
 """Retraining: changes the whole model's weights, on labels or against the dense model's predictions, without losing a zero."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -18,15 +17,13 @@ from recon.kernels.losses import kl_divergence, negative_log_likelihood
 from recon.methods.callbacks import Callback
 from recon.methods.masks import keep_masks
 from recon.methods.samples import as_tokens
-from recon.methods.training import NOT_FINITE, Report, adapted, check_trainable, finite, settle, train
+from recon.methods.training import NOT_FINITE, Report, adapted, check_trainable, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.modules import replaced, requiring_gradients
 from recon.model.structure import stored
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
-
-log = logging.getLogger("recon")
 
 RETRAINED = "retrained"
 
@@ -84,12 +81,10 @@ def retrain(
                 loss = partial(_loss, student, teacher, execution, config.retrain_checkpointing)
                 losses = train(loss, [samples], parameters, schedule, generator(seed, "retrain"), execution, callbacks, name)
             seconds = time.perf_counter() - began
-        if not (keep := finite(losses, theta.values())):
-            log.warning("%s gave NaN or infinite losses or weights; it is rolled back", name)
-        moved = settle(theta, before, keep, matrices.values())
+        fine, moved = settle(name, theta, before, losses, [*matrices.values()])
         student.forget()
     count, batch = sum(each.parameter.numel() for each in parameters), execution.micro_batch or config.retrain_batch_size
-    return Report(count, losses, moved, seconds, RETRAINED if keep else NOT_FINITE, batch)
+    return Report(count, losses, moved, seconds, RETRAINED if fine else NOT_FINITE, batch)
 
 
 def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:

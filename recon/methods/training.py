@@ -4,6 +4,7 @@ theta <- M * AdamW(theta, grad L(theta), r * s)        M: mask; r: learning rate
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from recon.model.decoder import Decoder
 from recon.model.structure import Matrix
 from recon.runtime.execution import Execution
 
+log = logging.getLogger("recon")
 NOT_FINITE = "rolled back: not finite"
 
 
@@ -92,25 +94,25 @@ def train(
     return torch.stack(losses).tolist() if losses else []
 
 
-def finite(losses: Iterable[float], parameters: Iterable[Tensor]) -> bool:
-    """Whether neither `losses` nor `parameters` are NaN or infinite."""
-    return all(map(math.isfinite, losses)) and all(bool(parameter.isfinite().all()) for parameter in parameters)
-
-
 @torch.no_grad()
-def settle(theta: dict[str, nn.Parameter], before: dict[str, Tensor], keep: bool, matrices: Iterable[Matrix]) -> float:
-    """Rolls `theta` back to what it was `before`, by the same names, unless to `keep` it; returns how far it has moved.
+def settle(
+    what: str, theta: dict[str, nn.Parameter], before: dict[str, Tensor], values: list[float], matrices: list[Matrix], keep=True
+) -> tuple[bool, float]:
+    """Rolls `theta` back to what it was `before`, unless to `keep` it, and if it or `values` have become NaN or infinite.
 
-    That is |after - before| / |before| over those of the parameters that hold `matrices`.
+    Returns whether all is finite, and |after - before| / |before| over the parameters that hold `matrices`.
     """
+    fine = all(map(math.isfinite, values)) and all(bool(parameter.isfinite().all()) for parameter in theta.values())
+    if not fine:
+        log.warning("%s gave NaN or infinite values; it is rolled back", what)
     moved, norm, holders = 0.0, 0.0, {matrix.parameter_name for matrix in matrices}
     for name, parameter in theta.items():
-        if not keep:
+        if not (fine and keep):
             parameter.copy_(before[name])
         if name in holders:
             moved += (parameter - before[name]).square().sum().item()
             norm += before[name].square().sum().item()
-    return (moved / max(norm, 1e-30)) ** 0.5
+    return fine, (moved / max(norm, 1e-30)) ** 0.5
 
 
 def check_trainable(decoder: Decoder, method: str) -> None:

@@ -14,7 +14,7 @@ from recon.evaluate.perplexity import drift
 from recon.kernels.adapters import ADAPTERS
 from recon.methods.callbacks import Callback
 from recon.methods.prune import prune
-from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED, one_after_another, reconstruct
+from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED, reconstruct
 from recon.model.discovery import decompose
 from recon.model.modules import watched
 from recon.model.windows import Window
@@ -183,29 +183,6 @@ def test_half_blocks_lower_the_error_on_unseen_samples(dense, pruned, tokens, st
         assert r.error_after["held_out"] < r.error_before["held_out"]
         assert epochs(r, 4)[-1] < epochs(r, 4)[0]
         assert len(r.losses) == 4 * 32 / 2 * (4 if r.name.endswith("mlp") else 1)  # chunks
-
-
-def test_a_matrix_group_is_fitted_as_if_each_alone(dense, pruned, tokens):
-    def matrix_by_matrix(reconstruction, windows):
-        single = [
-            Window(w.blocks, matrices=(name,), ends_block=w.ends_block and name == w.matrices[-1])
-            for w in windows
-            for name in w.matrices
-        ]
-        return one_after_another(reconstruction, single)
-
-    together, alone = pruned(), pruned()
-    before = state(together)
-    # All samples in one step: the order of samples depends on the window's name.
-    options = {"granularity": "matrix", "epochs": 40, "batch_size": 8, "chunks": 1}
-    run(together, dense, tokens(8, 12), **options)
-    execution = Execution("cpu", "float32", progress=False, loop=matrix_by_matrix)
-    assert len(run(alone, dense, tokens(8, 12), execution=execution, **options)) == 14
-    one, other = state(together), state(alone)
-    for name in (f"{name}.weight" for name in dense.matrices()):
-        moved = (one[name] - before[name]).norm()
-        assert moved > 0.01
-        assert (one[name] - other[name]).norm() < 1e-3 * moved
 
 
 # ---- propagation
