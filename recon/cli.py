@@ -56,7 +56,7 @@ def run(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group]) -> No
 
 
 def reconstruct(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group]) -> None:
-    """Reconstruct a model that something else pruned (--pruned) against the dense one (--dense, or --model); print perplexities."""
+    """Reconstruct a model that something else pruned (--pruned) to the dense one (--dense or --model); print perplexities."""
     if spec.model.pruned is None:
         raise ReconError("which model is to be reconstructed is not said; name it with --pruned")
     run(spec, output)

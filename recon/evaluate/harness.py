@@ -34,8 +34,8 @@ class BlockByBlock:
 class Scorer(HFLM):
     """lm-eval's scorer of log-likelihoods, with as many requests in a batch as memory for logits allows.
 
-    Contexts begin as samples do, with the tokens of `recon.data.text.beginning`, and nothing is put behind them. Each batch brings all
-    weights to the compute device once, so batches should be large.
+    Contexts begin as samples do, with the tokens of `recon.data.text.beginning`, and nothing is put behind them. Each batch
+    brings all weights to the compute device once, so batches should be large.
     """
 
     def __init__(self, decoder: Decoder, tokenizer, execution: Execution):

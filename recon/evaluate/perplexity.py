@@ -92,7 +92,7 @@ def perplexity_and_states(
 
 
 def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, description: str = "") -> Tensor:
-    """The last block's output for `tokens` (windows, length): (windows, length, hidden). A progress bar bears the description, if any."""
+    """The last block's output (windows, length, hidden) for `tokens` (windows, length). A progress bar bears the description."""
     shown, streams = bool(execution.progress and description), residual_streams(decoder, tokens, execution)
     for stream in tqdm(streams, description, len(decoder.blocks), unit="block", disable=not shown):
         last = stream
@@ -100,7 +100,7 @@ def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, descript
 
 
 def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> Iterator[Tensor]:
-    """The output (windows, length, hidden) of each block in turn for `tokens` (windows, length); one at a time is on the device."""
+    """The output (windows, length, hidden) of each block in turn for `tokens` (windows, length); one at a time is there."""
     stream = execution.embed(decoder, tokens)
     for window in decoder.windows("block"):
         with execution.holding(decoder, window):
@@ -110,8 +110,8 @@ def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> 
 
 @torch.no_grad()
 def drift(model: Decoder, dense: Decoder, tokens: Tensor, *, execution: Execution | None = None) -> tuple[list[float], Tensor]:
-    """The share of the variance of the dense model's residual stream after each block that the stream of `model` leaves unexplained
-    (see `recon.kernels.losses.unexplained`), for `tokens` (samples, length); and the last stream of `model`.
+    """The share of the variance of the dense model's residual stream after each block that the stream of `model` leaves
+    unexplained (see `recon.kernels.losses.unexplained`), for `tokens` (samples, length); and the last stream of `model`.
 
     Each model runs on its own activations, so errors accumulate with depth. execution: default: where the dense model is.
     """

@@ -55,8 +55,8 @@ def bench(
 ) -> dict:
     """Times every phase in turn, `repeats` times, on the first `blocks` blocks of `model`; writes the results to `output`.
 
-    Returns settings, environment, `floor_seconds` by phase, and `rows`: phase, loop ("ours", "reference"), round, seconds. The floor
-    is what the products and attention of a phase take at the speed of large squares. Raises `ReconError` for bad input.
+    Returns settings, environment, `floor_seconds` by phase (what its products and attention take at the speed of large squares),
+    and `rows`: phase, loop ("ours", "reference"), round, seconds. Raises `ReconError` for bad input.
     """
     settings, rows, floors = {name: value for name, value in locals().items() if name != "output"}, [], {}
     check_writable(Path(output).parent, "output")
@@ -110,8 +110,8 @@ def subject(spec: RunSpec, blocks: int, folder: Path | str) -> tuple[Decoder, ob
 
 
 def reference(student: Decoder, dense: Decoder, samples: Tensor) -> dict[str, float]:
-    """Prunes `student`, a copy of `dense`, in place by Wanda, with statistics from the model pruned so far, and reconstructs it: dense
-    propagation, half-blocks, one epoch; with `samples` (samples, length). Returns seconds by phase."""
+    """Prunes `student`, a copy of `dense`, in place by Wanda, by statistics of the model pruned so far, and reconstructs it:
+    dense propagation, half-blocks, one epoch. samples: (samples, length). Returns seconds by phase."""
     from transformers import get_linear_schedule_with_warmup  # slow to import
 
     dtype, batch_size = pick_compute_dtype("auto", dense.device), REFERENCE["batch_size"]

@@ -1,9 +1,10 @@
 """Tasks spread over the workers of a Ray cluster: the runs of a study, or the windows of one large model.
 
-Under dense propagation no window depends on another. A worker has the models' structure; of each window it gets the weights, the masks
-and the dense activations before it, and gives back the fitted weights. This process computes the dense activations, a few windows ahead.
+Under dense propagation no window depends on another. A worker has the models' structure; it gets a window's weights, masks and
+dense inputs, and gives back the fitted weights. This process computes the dense activations, a few windows ahead.
 """
 
+import itertools
 import logging
 import os
 import time
@@ -20,7 +21,7 @@ from recon.errors import ReconError, need
 from recon.model.windows import Window
 from recon.runtime.device import cores, limit_compiled_shapes
 
-VARIABLE = "RECON_EXECUTOR"  # environment variable: the executor where none is given
+VARIABLE = "RECON_EXECUTOR"  # environment variable: the executor if none is given
 ATTEMPTS = 3  # workers that a task may kill before it counts as failed
 
 
@@ -28,12 +29,12 @@ ATTEMPTS = 3  # workers that a task may kill before it counts as failed
 class Ray:
     """Work is done side by side by the workers of a Ray cluster.
 
-    Models and texts that are files must have the same path on every node, as on a shared file system, and every node the same version of
-    this package; each node fetches bundled models once.
+    Models and texts that are files must have the same path on every node, as on a shared file system, and every node the same
+    version of this package; each node fetches bundled models once.
 
     Args:
-        address: of a cluster: "auto" for the one that this machine is part of, or "ray://host:port"; None: the one that this process is
-            connected to or `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
+        address: of a cluster: "auto" for that of this machine, or "ray://host:port"; None: the one that this process is connected
+            to or `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
         workers: how many at most; None: as many as there is room for.
         threads: CPUs and threads per worker; None: one or, on GPUs, a GPU's share of the CPUs.
         gpus: GPUs per worker; None: one if the cluster has any and the work is not asked for on the CPU, else none.
@@ -51,24 +52,21 @@ class Ray:
                 raise ReconError(f"{name} of executor ray is {value!r}; allowed: from {least} up")
 
     def request(self, there: dict[str, float], on_cpu: bool) -> tuple[int, float, int]:
-        """CPUs and GPUs of each worker, and the number of workers, on a cluster with the resources `there`, as Ray names them.
-
-        on_cpu: the work is asked for on the CPU. Raises `ReconError` if there is no room for a worker.
-        """
+        """CPUs and GPUs of each worker, and how many workers, given the resources `there`. Raises `ReconError` for no room."""
         cpus, with_gpus = there.get("CPU", 0), there.get("GPU", 0)
         gpus = int(with_gpus > 0 and not on_cpu) if self.gpus is None else self.gpus
         threads = self.threads or max(1, int(cpus / with_gpus * gpus) if gpus and with_gpus else 1)
         room = int(min(cpus / threads, with_gpus / gpus) if gpus else cpus / threads)
-        if not room:
-            asked = f"{threads} CPUs, {gpus:g} GPUs"
-            raise ReconError(f"the Ray cluster has no room for a worker ({asked}); it has {cpus:g} CPUs, {with_gpus:g} GPUs")
-        return threads, gpus, min(room, self.workers or room)
+        if room:
+            return threads, gpus, min(room, self.workers or room)
+        said = f"the Ray cluster has no room for a worker ({threads} CPUs, {gpus:g} GPUs)"
+        raise ReconError(f"{said}; it has {cpus:g} CPUs, {with_gpus:g} GPUs")
 
 
 def settings(executor: str | Ray | None) -> Ray | None:
-    """The settings for an executor: nothing (None) for "serial", the defaults for "ray"; settings as they are.
+    """The settings for an executor; None for "serial". Raises `ReconError` for an unknown name.
 
-    executor: None: what the environment variable `RECON_EXECUTOR` names, or serial. Raises `ReconError` for an unknown name.
+    executor: None: what the environment variable `RECON_EXECUTOR` names, or serial.
     """
     executor = executor or os.environ.get(VARIABLE) or "serial"
     if executor not in ("serial", "ray") and not isinstance(executor, Ray):
@@ -77,7 +75,7 @@ def settings(executor: str | Ray | None) -> Ray | None:
 
 
 def connect(address: str | None = None):
-    """The module `ray`, connected to a cluster (see `Ray`) for as long as this process lasts. Raises `ReconError` if that cannot be."""
+    """The module `ray`, connected to a cluster (see `Ray`) until this process ends. Raises `ReconError` if that cannot be."""
     need("ray", "ray", "executor ray")
     import ray
 
@@ -108,12 +106,10 @@ class Worker:
 
 
 def spread(how: Ray, on_cpu: bool, function: Callable, tasks: Iterable) -> Iterator:
-    """What `function` gives for each of `tasks`, as soon as it is there; an exception for a task that raised, or that workers died of.
+    """What `function` gives for each of `tasks`, as soon as it is there; an exception for a task that raised, or that `ATTEMPTS`
+    workers died of, which Ray starts again.
 
-    Ray starts a worker that is lost again, and gives it its task again, up to `ATTEMPTS` times.
-
-    function: each worker has a copy of its own, which may keep what its next task can use.
-    tasks: taken a few ahead of what workers do.
+    function: each worker has its own copy, which may keep what its next task can use. tasks: taken a few ahead.
     """
     ray = connect(how.address)
     from ray.util import ActorPool
@@ -125,36 +121,30 @@ def spread(how: Ray, on_cpu: bool, function: Callable, tasks: Iterable) -> Itera
     pool = ActorPool(workers)
     try:
         while True:
-            while waiting < 2 * count and (task := next(left, None)) is not None:
+            for task in itertools.islice(left, 2 * count - waiting):
                 pool.submit(lambda worker, task: worker.do.remote(task), task)
                 waiting += 1
             if not waiting:
                 return
             while waiting < count and (idle := pool.pop_idle()):  # where these were, a lost worker may start again
                 ray.kill(idle)
-            try:
-                answer = pool.get_next_unordered()
-            except ray.exceptions.RayError as error:
-                answer = error
             waiting -= 1
-            yield answer
+            try:
+                yield pool.get_next_unordered()
+            except ray.exceptions.RayError as error:
+                yield error
     finally:
         for worker in workers:
             ray.kill(worker)
 
 
 def loop(executor: str | Ray | None, propagation: str) -> Callable | None:
-    """The loop over windows for an executor, for `recon.Execution`; None: one after another.
-
-    Raises `ReconError` if windows are to be reconstructed side by side but depend on one another, or there is no Ray.
-    """
+    """The loop over windows for an executor, for `recon.Execution`; None: the usual one. Raises `ReconError` if it cannot be."""
     if (how := settings(executor)) is None:
         return None
     if propagation != "dense":
-        raise ReconError(
-            f"windows cannot be reconstructed side by side under {propagation} propagation: each reads the output of those before it, "
-            "reconstructed; choose propagation dense, or executor serial"
-        )
+        why = f"cannot be reconstructed side by side under {propagation} propagation: each reads what those before it give"
+        raise ReconError(f"windows {why}; choose propagation dense, or executor serial")
     connect(how.address)
     return partial(side_by_side, how)
 
@@ -167,7 +157,7 @@ def weights(decoder, window: Window) -> dict[str, np.ndarray]:
 
 
 def hollow(decoder, values: dict[str, np.ndarray]):
-    """A decoder built as `decoder` that reads its weights from `values`; those outside the blocks, which no window needs, are zeros."""
+    """A decoder built as `decoder` that reads its weights from `values`; others, which no window needs, are zeros."""
     from recon.model.skeleton import Lazy, second
 
     made = type(decoder)(second(decoder.model).cpu(), decoder.structure)
@@ -182,7 +172,7 @@ def hollow(decoder, values: dict[str, np.ndarray]):
 
 
 class Fit:
-    """What a worker does with a window of the reconstruction `whole`, its weights in both models, masks, and dense activations."""
+    """What a worker does with a window of the reconstruction `whole`, its weights in both models, masks, and dense inputs."""
 
     def __init__(self, whole):
         device, dtype = whole.execution.device.type, str(whole.execution.dtype).removeprefix("torch.")

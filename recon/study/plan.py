@@ -101,7 +101,7 @@ def counted(decoder: Decoder, window: Window, length: int, train: str = "none") 
 
 
 class Trained(NamedTuple):
-    """As many windows alike as `count`, the first of them, and what a run trains each with: passes, tokens of all passes, elements."""
+    """`count` windows alike, of which `window` is one, and what each is trained with: passes, tokens of all passes, elements."""
 
     phase: str
     how: ReconstructionConfig
@@ -140,10 +140,10 @@ def trained(spec: RunSpec, decoder: Decoder) -> Iterator[Trained]:
 
 
 def flops(spec: RunSpec) -> dict[str, float]:
-    """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate".
+    """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate" (perplexity).
 
-    As if the run shared nothing with others: products with weights (forward, weight gradient, input gradient), attention over the
-    causal half, Gram matrices, adapters, exact solvers; no element-wise work. Evaluation is that of perplexity.
+    As if the run shared nothing: products with weights (forward, both gradients), causal attention, Gram matrices, adapters,
+    exact solvers; no element-wise work.
     """
     spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
     how, again, pruning, length = spec.reconstruction, spec.retraining, spec.pruning, spec.calibration.sequence_length
@@ -210,7 +210,7 @@ def duration(seconds: float) -> str:
 def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_only: Window | None = None) -> dict[str, int]:
     """Bytes of the largest window that a run of `spec` trains, or of `run_only`, by what they are for; empty if there is none.
 
-    "parameters": what it takes to run it. "gradients", "moments" (AdamW's two): of what is trained. "copies": weights to roll back to.
+    "parameters": what it takes to run it. "gradients", "moments" (AdamW's two): of what is trained. "copies": to roll back to.
     "rounded": weights in the compute dtype, and masks. "activations": what a batch's forward pass keeps for the backward pass.
     "statistics": Gram matrices, and room to factor one, if there are any. "logits": of retraining, and their gradients.
     """
@@ -244,8 +244,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
 
 def models_in_memory(spec: RunSpec) -> int:
     """The least bytes that a run in memory takes: a model and its copy, in float32, and what pruning made of it beyond zeros."""
-    elements = sum(parameter.numel() for parameter in shapes_of(*spec.loaded_by).model.parameters())
-    return 4 * elements * (2 + spec.changes_weights)
+    return 4 * shapes_of(*spec.loaded_by).model.num_parameters() * (2 + spec.changes_weights)
 
 
 def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
@@ -258,10 +257,10 @@ def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
             stream = "auto" if 0 < room < models_in_memory(spec) else "no"
     if stream == "no":
         return False
-    why, retrain, found = "", spec.retraining.retrain, quantisation(models.configuration(*spec.loaded_by))
+    retrain, why = spec.retraining.retrain, None
     if retrain != "none":
         why = f"retraining (retrain {retrain}) trains the whole model at once"
-    elif found:
+    elif found := quantisation(models.configuration(*spec.loaded_by)):
         why = f"reading model {spec.model.model!r} undoes its quantisation ({found['quant_method']})"
     if why and stream == "yes":
         raise ReconError(f"{why}, which a streamed run cannot do, as it has one window in memory; use stream no")
@@ -273,26 +272,20 @@ def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
 class Plan:
     """What a run of `spec` takes on this machine, from the configuration of its model alone: no weights are read, and no texts.
 
-    memory: peak bytes by kind of device, and by what they are for. On the host, "process" is what this process takes already; on "disk",
-    "work folder" is that of a streamed run, and "saved model" one in float32. rooms: bytes that the run needs, and that there are.
-    flops, seconds: by phase. streamed: whether the model stays on disk.
+    memory: peak bytes by kind of device, and by what they are for. On the host, "process" is what this process takes already; on
+    "disk", "work folder" is that of a streamed run. rooms: bytes that the run needs, and that there are. flops, seconds: by
+    phase. streamed: whether the model stays on disk.
 
-    Args:
-        stream: whether the model is to stay on disk; see `RunOptions`.
-        loaded: bytes of the model's weights that are in memory already.
-        memory_gib: GiB of the host's memory that the run may take; default: what is free here.
-
-    Raises:
-        ReconError: a device that is not here, a run that is to be streamed but cannot be, a model that is unknown or cannot be
-            decomposed, a granularity that it is too small for.
+    stream: as in `RunOptions`. loaded: bytes of weights that are in memory already. memory_gib: GiB of the host's memory that the
+    run may take; default: what is free here. Raises `ReconError` for a device, model, granularity or streaming that cannot be.
     """
 
     def __init__(self, spec: RunSpec, stream: str = "auto", *, loaded: int = 0, memory_gib: float | None = None):
         self.spec = spec = spec.resolved()
         self.decoder = decoder = shapes_of(*spec.loaded_by)
-        device, room = devices.pick_device(spec.compute.device), devices.available_memory()
-        room = room if memory_gib is None else memory_gib * GIB
-        self.elements = sum(parameter.numel() for parameter in decoder.model.parameters())
+        device = devices.pick_device(spec.compute.device)
+        room = devices.available_memory() if memory_gib is None else memory_gib * GIB
+        self.elements = decoder.model.num_parameters()
         self.streamed = stays_on_disk(spec, stream, room)
         self.memory = self._peak(device)
         self.memory[HOST.type]["process"] = process = devices.resident(anonymous=self.streamed)  # mapped files do not count
@@ -306,8 +299,8 @@ class Plan:
         self.seconds = {phase: (count + updated[phase]) / speed for phase, count in self.flops.items()}
 
     def _peak(self, device: torch.device) -> dict[str, dict[str, float]]:
-        """Both models, unless streamed; activations of all samples, unless they are in mapped files; the largest window, which may be
-        a block that is only run, or the model if it is retrained; logits; and `MARGIN` for the rest."""
+        """Both models, unless streamed; activations of all samples, unless in mapped files; the largest window, which may be a
+        block that is only run, or the model if it is retrained; logits; and `MARGIN` for the rest."""
         spec, decoder, block, length = self.spec, self.decoder, Window(range(1)), self.spec.calibration.sequence_length
         config, again = decoder.model.config.get_text_config(), spec.retraining
         itemsize = devices.pick_compute_dtype(spec.compute.compute_dtype, device).itemsize
@@ -346,10 +339,11 @@ class Plan:
     def __str__(self) -> str:
         spec, granularity = self.spec, self.spec.reconstruction.granularity
         times = ", ".join(f"{phase} {duration(value)}" for phase, value in self.seconds.items() if value)
+        total = duration(sum(self.seconds.values()))
         needs = ", ".join(f"{needs / GIB:.2f} GiB of {has / GIB:.1f} GiB {room}" for room, (needs, has) in self.rooms.items())
         rows = {
-            "run": f"{spec.model.model}, {spec.pruning.criterion} {spec.pruning.pattern}, {granularity}: about "
-            f"{duration(sum(self.seconds.values()))} on this machine ({times}); about {self.rooms['memory'][0] / GIB:.1f} GiB of memory",
+            "run": f"{spec.model.model}, {spec.pruning.criterion} {spec.pruning.pattern}, {granularity}: about {total} on this "
+            f"machine ({times}); about {self.rooms['memory'][0] / GIB:.1f} GiB of memory",
             "model": f"{self.elements:,} parameters, kept {'on disk' if self.streamed else 'in memory'}",
             "windows": f"{len(self.decoder.windows(granularity)) if granularity != 'none' else 0} of {granularity}",
             "operations": ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count),
@@ -361,7 +355,7 @@ class Plan:
 
 
 def check(spec: RunSpec, stream: str = "auto", force: bool = False, loaded: int = 0) -> None:
-    """Logs in one line what a run of `spec` will take; see `Plan`. Raises `ReconError` for one that cannot fit, unless it is forced."""
+    """Logs in one line what a run of `spec` will take. Raises `ReconError` for one that cannot fit, unless it is forced."""
     try:
         planned = Plan(spec, stream, loaded=loaded)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is

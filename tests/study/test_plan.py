@@ -81,7 +81,8 @@ class Counter(TorchDispatchMode):
         {"granularity": "none", "retrain": "scalelora", "retrain_objective": "distil"},
         {"granularity": "none", "retrain": "norms"},
         {"granularity": "none", "retrain": "masklora", "retrain_checkpointing": True, "retrain_batch_size": 1},
-        {"granularity": "matrix", "solver": "exact", "exact_iterations": 4, "propagation": "dense", "samples": 32, "sequence_length": 48},
+        {"granularity": "matrix", "solver": "exact", "exact_iterations": 4, "propagation": "dense", "samples": 32,
+         "sequence_length": 48},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )  # fmt: skip
@@ -200,8 +201,9 @@ def test_runs_and_studies_are_announced(spec, caplog):
 
 def test_72b_parameters_are_planned_without_weights(config_folder, capsys):
     folder = config_folder({
-        "model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768, "tie_word_embeddings": False,
+        "model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
     })  # fmt: skip
     before = resident()
     cli.main(
