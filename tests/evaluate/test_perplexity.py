@@ -22,9 +22,6 @@ def own_losses(model, tokens):
     return [model(input_ids=window[None], labels=window[None], use_cache=False).loss.item() for window in tokens]
 
 
-# ---- perplexity
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_perplexity_is_the_models_own(tiny, tokens, family):
     model = tiny(family, max_position_embeddings=600) if family == "llama" else tiny(family)
@@ -35,21 +32,6 @@ def test_perplexity_is_the_models_own(tiny, tokens, family):
         assert_close(result.per_window, expected, rtol=1e-5, atol=1e-5)
         assert result.value == pytest.approx(math.exp(sum(expected) / count), rel=1e-4)
         assert result.tokens == count * (batch.shape[1] - 1)
-
-
-@pytest.mark.parametrize(
-    "family, setting, plain",
-    [("gemma2", "final_logit_softcapping", None), ("cohere", "logit_scale", 1.0), ("granite", "logits_scaling", 1.0)],
-)
-def test_caps_and_scales_of_logits_count(tiny, tokens, family, setting, plain):
-    model, batch = tiny(family), tokens(2, 20)
-    capped = perplexity(model, batch, execution=FLOAT32).value
-    setattr(model.config, setting, plain)
-    for name in (setting, "logits_scaling"):  # some models read it once, when they are made
-        if name in vars(model):
-            setattr(model, name, plain)
-    uncapped = perplexity(model, batch, execution=FLOAT32).value
-    assert abs(capped / uncapped - 1) > 1e-3
 
 
 def test_the_divergence_from_a_reference_is_told(tiny, tokens):
@@ -76,15 +58,11 @@ def test_a_hopeless_model_has_infinite_perplexity(tiny, tokens):
     assert perplexity(model, tokens(1, 20), execution=FLOAT32).value == math.inf
 
 
-@pytest.mark.parametrize("family, longest", [("llama", 64), ("gpt2", 64), ("opt", 64)])
-def test_too_long_sequences_are_refused(tiny, tokens, family, longest):
-    model = tiny(family)
-    perplexity(model, tokens(1, longest))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_too_long_sequences_are_refused(tiny, tokens, family):
+    perplexity(tiny(family), tokens(1, 64))
     with pytest.raises(ReconError, match="65 .* 64 tokens"):
-        perplexity(model, tokens(1, longest + 1))
-
-
-# ---- distances
+        perplexity(tiny(family), tokens(1, 65))
 
 
 @torch.no_grad()

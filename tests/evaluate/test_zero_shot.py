@@ -40,9 +40,6 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: pytest.fail(f"connected to {address}"))
 
 
-# --- refusals
-
-
 @pytest.mark.parametrize(
     "tasks, limit, said",
     [
@@ -61,9 +58,6 @@ def test_without_lm_eval_it_says_how_to_install_it(monkeypatch, small):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ReconError, match=r"lm_eval.*pip install 'recon\[evaluation\]'"):
         zero_shot.zero_shot(*small, ["analogies"])
-
-
-# --- log-likelihoods
 
 
 def random_pairs(count: int = 40, longest: int = 40) -> list[tuple[list[int], list[int]]]:
@@ -124,9 +118,6 @@ def test_a_model_on_disk_gives_the_same_bits(small, tiny_folder):
     on_disk = decompose(skeleton, lazy=Lazy(skeleton, stored.read))
     one, other = (zero_shot.zero_shot(model, tokenizer, ["last_word"], 6, execution=QUIET) for model in (small[0], on_disk))
     assert one == other
-
-
-# --- through lm-eval
 
 
 def test_the_bundled_tasks_agree_with_lm_evals_own_model(small, offline):
@@ -192,9 +183,6 @@ def test_a_hub_that_cannot_be_reached_is_named(small, monkeypatch):
         zero_shot.zero_shot(*small, ["analogies", "boolq"], execution=QUIET)
 
 
-# --- documents
-
-
 def test_documents_are_those_that_records_were_measured_on():
     """And draws of a limit are fair: in the first 42 analogies, each of 14 sections occurs three times."""
     made = {name: getattr(documents, name)()["test"].to_list() for name in zero_shot.BUNDLED}
@@ -202,21 +190,3 @@ def test_documents_are_those_that_records_were_measured_on():
     assert set(Counter(row["section"] for row in made["analogies"][:42]).values()) == {3}
     evaluated = " ".join(" ".join(text.documents("wikipedia", "evaluation")).split())
     assert all(f"{row['text']} {row['word']}" in evaluated for row in made["last_word"])
-
-
-def test_analogies_have_one_right_answer():
-    sections = [[f": {n}", *(f"a{n}x{i} b{n}x{i} c{n}x{i % 40} d{n}x{i % 30}" for i in range(120))] for n in range(3)]
-    rows = documents.analogy_rows([line for section in sections for line in section])
-    assert len(rows) == 3 * documents.PER_SECTION
-    for row in rows:
-        number = row["section"]
-        right = {line.split()[3] for line in sections[int(number)][1:] if row["c"] in line.split()}
-        assert set(row["choices"]) & right == {row["choices"][row["label"]]} and len(set(row["choices"])) == 4
-        assert all(word.startswith(f"d{number}x") for word in row["choices"])
-
-
-def test_passages_are_cut_as_described():
-    filler = [f"Sentence {number} speaks of many other things under heading {number}." for number in range(9)]
-    article = " ".join([*filler[:6], "In the end it speaks of other things.", *filler[6:], "Nothing like a zebra."])
-    [row] = documents.last_word_rows([article, "Too short. Too short. It is short."])
-    assert row == {"text": " ".join([*filler[2:6], "In the end it speaks of other"]), "word": "things"}

@@ -29,9 +29,6 @@ def base(tiny_spec):
     return tiny_spec
 
 
-# --- settings -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "how, there, on_cpu, found",
     [
@@ -71,9 +68,6 @@ def test_a_study_without_ray_is_refused_before_anything_runs(base, monkeypatch, 
     with pytest.raises(ReconError, match=r"pip install 'recon\[ray\]'"):
         run_study([base], tmp_path, progress=False, executor="ray")
     assert not list(tmp_path.glob("*.json"))
-
-
-# --- tasks ----------------------------------------------------------------------------------------------------------------
 
 
 class Notes:
@@ -124,9 +118,6 @@ def test_a_study_has_the_same_records_on_a_cluster(cluster, base, tmp_path):
     one, other = (read_record(tmp_path / folder / f"{key}.json") for folder in ("serial", "ray"))
     assert [w["losses"] for w in one.windows] == [w["losses"] for w in other.windows]
     assert other.environment["threads"] == 1
-
-
-# --- windows --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "t5", "bart"])

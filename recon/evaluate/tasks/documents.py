@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections.abc import Iterable
 
 from datasets import Dataset
 
@@ -17,22 +16,12 @@ _LAST_WORD = re.compile(r"(.*\s)([A-Za-z]{4,})[.!?]", re.DOTALL)
 
 
 def analogies(**_) -> dict:
-    """lm-eval's data set of the analogies: rows "section", "a", "b", "c", "choices", "label"."""
-    return {"test": Dataset.from_list(analogy_rows(assets.fetch("analogy-questions").read_text(encoding="utf-8").splitlines()))}
-
-
-def last_word(**_) -> dict:
-    """lm-eval's data set of the passages: rows "text" (all but the last word) and "word"."""
-    return {"test": Dataset.from_list(last_word_rows(text.documents("wikipedia", "evaluation")))}
-
-
-def analogy_rows(lines: Iterable[str]) -> list[dict]:
-    """Multiple choice from lines "a b c d" under headings ": section"; as many of each section, in turn.
+    """lm-eval's data set of the analogies: multiple choice, rows "section", "a", "b", "c", "choices", "label"; sections in turn.
 
     The distractors are answers to other questions of the section: none of a, b and c, and no other answer for c.
     """
     sections: dict[str, list[tuple[str, ...]]] = {}
-    for first, *rest in map(str.split, lines):
+    for first, *rest in map(str.split, assets.fetch("analogy-questions").read_text(encoding="utf-8").splitlines()):
         if first == ":":
             questions = sections[rest[0]] = []
         else:
@@ -44,14 +33,19 @@ def analogy_rows(lines: Iterable[str]) -> list[dict]:
             right = {answer for _, _, asked, answer in questions if asked == c}
             wrong = [word for word in every if word not in {a, b, c, *right}]
             draw.shuffle(choices := [d, *draw.sample(wrong, DISTRACTORS)])
-            chosen[section].append(dict(section=section, a=a, b=b, c=c, choices=choices, label=choices.index(d)))
-    return [chosen[section][turn] for turn in range(PER_SECTION) for section in draw.sample(list(chosen), len(chosen))]
+            row = {"section": section, "a": a, "b": b, "c": c, "choices": choices, "label": choices.index(d)}
+            chosen[section].append(row)
+    turns = [chosen[section][turn] for turn in range(PER_SECTION) for section in draw.sample(list(chosen), len(chosen))]
+    return {"test": Dataset.from_list(turns)}
 
 
-def last_word_rows(articles: Iterable[str]) -> list[dict]:
-    """Passages of whole sentences whose last word, of four letters or more, occurs earlier; no two share a sentence."""
+def last_word(**_) -> dict:
+    """lm-eval's data set of the passages: whole sentences, rows "text" (all but the last word) and "word".
+
+    The last word, of four letters or more, occurs earlier in the passage. No two passages share a sentence.
+    """
     rows = []
-    for article in articles:
+    for article in text.documents("wikipedia", "evaluation"):
         before: list[str] = []
         for sentence in _SENTENCE_END.split(article):
             sentence = " ".join(sentence.split())
@@ -64,4 +58,4 @@ def last_word_rows(articles: Iterable[str]) -> list[dict]:
                     continue
             before.append(sentence)
     random.Random(0).shuffle(rows)
-    return rows
+    return {"test": Dataset.from_list(rows)}
