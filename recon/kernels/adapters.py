@@ -23,7 +23,7 @@ ALPHA = 2.0  # the factor s itself, alpha / rank: alpha is twice the rank, as us
 class LowRank(nn.Module):
     """A weight (out, in) as a function of B, which starts at zero, and A, which is random: at first the weight itself.
 
-    mask: (out, in), True = kept; a weight that its module stores as (in, out) comes with a mask laid out likewise.
+    mask: (out, in), 1 = kept; a weight that its module stores as (in, out) comes with a mask laid out likewise.
     kind: see `ADAPTERS`. rank: of BA. random: draws A as `peft` does (Kaiming uniform).
     """
 
@@ -35,8 +35,6 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(a, a=5**0.5, generator=random)
         self.a = nn.Parameter(a.to(weight.device))
         self.b = nn.Parameter(weight.new_zeros(rows, rank))
-        if mask.device.type == "cpu":  # where a product with booleans takes several times as long
-            mask = mask.to(torch.bfloat16)
         self.register_buffer("mask", mask if kind == "masklora" else None, persistent=False)
 
     def trained(self, weight: Tensor) -> list[Trained]:

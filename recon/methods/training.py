@@ -20,7 +20,7 @@ from recon.kernels.adapters import ADAPTERS, LowRank
 from recon.kernels.gradient_descent import Schedule, Trained
 from recon.methods.callbacks import Callback
 from recon.model.decoder import Decoder
-from recon.model.structure import Matrix
+from recon.model.structure import Matrix, factors
 from recon.runtime.execution import Execution
 
 log = logging.getLogger("recon")
@@ -136,7 +136,7 @@ def adapted(
     """
     trained = []
     for matrix in matrices:
-        mask = matrix.oriented(masks[matrix.name]).to(matrix.module.weight.device)
+        mask = factors(matrix.oriented(masks[matrix.name]), matrix.module.weight.device)
         adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
         trained += adapter.trained(matrix.module.weight)
         parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
@@ -152,4 +152,4 @@ def adapted(
             for callback in callbacks if kind == "lora" else ():
                 callback.on_merged()
             for matrix in matrices:
-                matrix.part.mul_(matrix.oriented(masks[matrix.name]).to(matrix.part.device))
+                matrix.part.mul_(factors(matrix.oriented(masks[matrix.name]), matrix.part.device))
