@@ -23,8 +23,7 @@ _MODULES = {
     "model.discovery": "decompose",
     "runtime.execution": "Execution",
     "study.cluster": "Ray",
-    "study.run": "run",
-    "study.session": "Session",
+    "study.run": "Session run",
     "study.spec": "RunOptions RunSpec",
     "study.studies": "grid run_study",
 }

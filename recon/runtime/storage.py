@@ -72,11 +72,8 @@ def complete(path: Path, folder: bool = False) -> Iterator[Path]:
 def locked(place: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Context in which no other process is at work on the file or folder `place`; what killed ones left beside it is removed.
 
-    The operating system releases the lock when the process ends, however it ends: a lock file that is left over blocks nobody.
-
-    what: what `place` is, for messages, such as "save folder". wait: until no other process holds the lock.
-
-    Raises `ReconError` if another process holds the lock, and for a folder that cannot be written.
+    what: what `place` is, for messages, such as "save folder". wait: until no other process holds the lock, which the system
+    releases when a process ends. Raises `ReconError` if another one holds it, and for a folder that cannot be written.
     """
     check_writable(place.parent, what)
     path = place.with_name(f".{place.name}.lock")
@@ -84,9 +81,8 @@ def locked(place: Path, what: str, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise ReconError(
-            f"{what} {str(place)!r} is in use by another process; wait until it is done, or choose another place"
-        ) from None
+        said = "is in use by another process; wait until it is done, or choose another place"
+        raise ReconError(f"{what} {str(place)!r} {said}") from None
     try:
         for left in place.parent.glob(f".{glob.escape(place.name)}.*{PART}"):
             shutil.rmtree(left, ignore_errors=True)
@@ -103,10 +99,7 @@ def derived_folder(name: str) -> Path:
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder` in the cache, filled by `make(empty folder)` unless it is there: by one process, and whole.
-
-    Raises `ReconError` if the cache cannot be written; and whatever `make` raises.
-    """
+    """`folder` in the cache, filled by `make(empty folder)` unless it is there. Raises `ReconError` if it cannot be written."""
     if not folder.is_dir():
         refused = writing(f"cache folder {str(cache_folder())!r}", "free space there, or set RECON_CACHE to another folder")
         with refused, locked(folder, "cache (RECON_CACHE)", wait=True):
@@ -217,9 +210,7 @@ class Storage:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
         """A tensor on the CPU to be filled, for activations or for weights that are put aside; with a folder, a large one is in a
-        file there that is gone with the tensor, of which the system keeps as much in memory as there is room for.
-
-        pinned: in memory that a GPU can read by itself, unless the tensor is in a file.
+        file there that is gone with the tensor. pinned: in memory that a GPU can read by itself, unless it is in a file.
         """
         size = math.prod(shape)
         if self.folder is None or size * dtype.itemsize <= SMALL:

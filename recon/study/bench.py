@@ -30,8 +30,7 @@ from recon.runtime.storage import check_writable, write_json
 from recon.study.measure import Texts
 from recon.study.plan import gemm_rate
 from recon.study.record import environment
-from recon.study.run import run
-from recon.study.session import Session
+from recon.study.run import Session, run
 from recon.study.spec import RunOptions, RunSpec
 
 RATE = 3e-3

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,18 +12,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from recon.data import files
 from recon.data.models import quiet
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.runtime.device import SAVED
 from recon.runtime.storage import check_writable
 from recon.runtime.weights import rounded
-from recon.study import record as records
 from recon.study.record import RunRecord
 from recon.study.spec import RunOptions
 
-log = logging.getLogger("recon")
 SHARD = "1GB"  # so much of the model is in memory while it is written
 
 
@@ -43,21 +39,12 @@ def check_model(dense: Decoder, biases: Iterable[str], dtype: str) -> None:
         places = type(dense.model)(copy.deepcopy(dense.model.config)).state_dict()
     if missing := [name for name in biases if name not in places]:
         raise ReconError(
-            f"{type(dense.model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that pruning adds: "
-            "a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
+            f"{type(dense.model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that "
+            "pruning adds: a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
         )
     parameters = dict(dense.model.named_parameters())
     for name, value in dense.lazy.read(list(parameters)) if dense.lazy else parameters.items():
         rounded(name, value.detach(), SAVED[dtype])
-
-
-def finished(folder: Path, key: str, dtype: str) -> RunRecord | None:
-    """The record of the run called `key`, if that has saved its model in `folder`, in `dtype`; else None."""
-    record = records.finished(folder / files.RECORD, key)
-    if record is None or record.environment.get("save_dtype", "float32") != dtype:
-        return None
-    log.info("done already: the model and its record are in %r", str(folder))
-    return record
 
 
 def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, record: RunRecord, options: RunOptions) -> None:

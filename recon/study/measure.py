@@ -25,8 +25,8 @@ from recon.study.spec import RunSpec
 class Texts:
     """The tokens that a run reads, each (samples, length).
 
-    calibration: one random draw; every phase reads the first so many of it. held_out: of the validation split, for errors; None if
-    none are asked for. evaluation: by name of the text.
+    calibration: one random draw; every phase reads the first so many of it. held_out: of the validation split, for errors; None
+    if none are asked for. evaluation: by name of the text.
     """
 
     calibration: Tensor
@@ -67,17 +67,15 @@ def measure(
 
     Returns:
         "perplexities": by text, the fields of `Perplexity`. "zero_shot": as `recon.evaluate.zero_shot.zero_shot` gives it.
-        "held_out": perplexity on held-out samples, or None. "drift": share of the variance of the dense residual stream after each
-        block that is unexplained; empty for the dense model. And the dense model's last states on the windows that divergence is
-        measured on, (windows, length, hidden), by number of the text.
+        "held_out": perplexity on held-out samples, or None. "drift": share of the variance of the dense residual stream after
+        each block that is unexplained; empty for the dense model. And the dense model's last states on the windows that
+        divergence is measured on, (windows, length, hidden), by number of the text.
     """
     perplexities, kept, drift, last, held_out = {}, {}, [], None, None
     for number, (text, tokens) in enumerate(texts.evaluation.items()):
-        reference = Reference(dense[0], dense[1][str(number)]) if dense else None
+        other = Reference(dense[0], dense[1][str(number)]) if dense else None
         said = f"perplexity ({name}, {text})"
-        found, stream = evaluation.perplexity_and_states(
-            decoder, tokens, execution=execution, reference=reference, description=said
-        )
+        found, stream = evaluation.perplexity_and_states(decoder, tokens, execution=execution, reference=other, description=said)
         perplexities[text] = asdict(found)
         if not dense:
             first = stream[: config.kl_windows]
@@ -164,8 +162,8 @@ def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) ->
         f"{PROTOCOLS[how.evaluation_protocol]}; {str(dtype).removeprefix('torch.')} products, float32 loss",
         "kl": f"KL(dense || model) per token, on the first {how.kl_windows} evaluation windows",
         "flops": "counted by torch on shapes, as if the run shared nothing",
-        "drift": "share of the variance of the dense residual stream after each block that is unexplained, mean over channels and "
-        f"over all tokens but the first of each sample, on {calibration.held_out_samples} x {read} (validation split)",
+        "drift": "share of the variance of the dense residual stream after each block that is unexplained, mean over channels "
+        f"and over all tokens but the first of each sample, on {calibration.held_out_samples} x {read} (validation split)",
         "held_out_error": "drift after the last block",
         "rolled_back": "a window is rolled back where the unexplained share of its own target grew on the first "
         f"{ERROR_SAMPLES} of these samples",

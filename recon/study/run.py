@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,13 +29,56 @@ from recon.runtime.execution import Execution
 from recon.runtime.storage import RUN, Storage, cache_folder, complete, derived_folder, locked, writing
 from recon.runtime.weights import student
 from recon.study import checkpoint, cluster, measure, plan
-from recon.study.record import RunRecord, environment, write_record
-from recon.study.session import Session
+from recon.study.record import RunRecord, environment, finished, write_record
 from recon.study.spec import RunOptions, RunSpec
 
 log = logging.getLogger("recon")
+Value = TypeVar("Value")
 LEAST = 1e12  # floating-point operations of measuring, a few seconds; what costs less is measured anew by each process
 Measured = tuple[dict, Mapping[str, Tensor]]  # see `recon.study.measure.measure`
+
+
+class Session:
+    """What consecutive runs share: the dense model, its measurements, and the last pruned state, so that granularities in a study
+    start from the very same one."""
+
+    def __init__(self):
+        self.reused: list[str] = []  # kinds of what the last run took from here
+        self._kept: dict[str, tuple[object, object]] = {}
+
+    def keep(self, kind: str, key: object, make: Callable[[], Value]) -> Value:
+        """`make()`, or what it gave last time for the same `kind` if `key` has not changed since."""
+        if self.holds(kind, key):
+            self.reused.append(kind)
+        else:
+            self._kept.pop(kind, None)  # frees the memory before the next one is made
+            self._kept[kind] = (key, make())
+        return self._kept[kind][1]
+
+    def holds(self, kind: str, key: object) -> bool:
+        """Whether `keep` would give what it gave last time."""
+        return kind in self._kept and self._kept[kind][0] == key
+
+    def clear(self) -> None:
+        """Forgets everything: all that is kept is of one model."""
+        self._kept.clear()
+
+    def load(self, model: str, revision: str | None, trust_remote_code: bool) -> tuple[Decoder, object]:
+        """The dense model and its tokenizer."""
+
+        def make():
+            loaded, tokenizer = models.load(model, revision, trust_remote_code=trust_remote_code)
+            return decompose(loaded), tokenizer
+
+        key = (model, revision, trust_remote_code)
+        if not self.holds("model", key):
+            self.clear()  # before there is a second model
+        return self.keep("model", key, make)
+
+    def bytes_loaded(self, spec: RunSpec) -> int:
+        """Bytes of the weights of the model of `spec` that are in memory already."""
+        loaded = self.holds("model", spec.loaded_by)
+        return sum(parameter.nbytes for parameter in self._kept["model"][1][0].model.parameters()) if loaded else 0
 
 
 class RunResult(NamedTuple):
@@ -50,16 +93,13 @@ def run(
 ) -> RunResult:
     """Prunes, reconstructs and measures one model as `spec` says.
 
-    A streamed run leaves its models on disk and works on one window at a time, in the folder `<save>.unfinished`, or in one of the
-    cache named by its key; the same call goes on after the last finished window. The folder is deleted when the run is done.
+    A streamed run leaves its models on disk and works on one window at a time, in the folder `<save>.unfinished`, or in one of
+    the cache named by its key; the same call goes on after the last finished window. The folder is deleted when the run is done.
 
-    Args:
-        options: how it is carried out: where the model is saved, whether it is streamed, on what it is computed.
-        session: what earlier runs left in memory to share.
-        callbacks: told of windows and training steps, and of the record once it is done and the model is saved.
+    options: how it is carried out: where the model is saved, whether it is streamed, on what it is computed. session: what
+    earlier runs left in memory. callbacks: told of windows and training steps, and of the record once the model is saved.
 
-    Raises:
-        ReconError: bad input, a run that cannot fit here, or another process that does the same run; before anything long begins.
+    Raises `ReconError` for bad input, a run that cannot fit here, or another process that does it; before anything long begins.
     """
     spec, session, save = spec.resolved(), session or Session(), options.save
     cluster.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins
@@ -70,7 +110,9 @@ def run(
     with contextlib.ExitStack() as stack:
         if save:
             stack.enter_context(locked(save, "save folder"))
-            if done := checkpoint.finished(save, key, options.save_dtype):
+            done = finished(save / files.RECORD, key)
+            if done and done.environment.get("save_dtype", "float32") == options.save_dtype:
+                log.info("done already: the model and its record are in %r", str(save))
                 for callback in callbacks:
                     callback.on_done(done)
                 return RunResult(done, None)
@@ -238,7 +280,7 @@ class _Run(Callback):
             return kept.finished("dense")[0], kept.streams("dense")
 
     def pruned(self, one_pass: bool) -> tuple[prune.Pruning, Mapping[str, Tensor], float, int]:
-        """Prunes the model, in one pass with its reconstruction or before; gives parameters that changed, seconds and peak, too."""
+        """Prunes the model, in one pass with its reconstruction or before; gives what else changed, seconds and peak, too."""
         seconds, peaks = self.record.seconds, self.record.peak_memory_bytes_by_phase
         if one_pass:
             self.reconstruct(pruning=self.spec.pruning)

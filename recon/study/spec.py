@@ -40,10 +40,9 @@ class RunSpec(Checked):
         super().__post_init__()
         changed = {name for name, value in self.flat().items() if value != _defaults()[name]}
         masked = vars(self.pruning).keys() if self.model.pruned is not None else set()
-        if wrong := sorted(masked & changed):
-            value = self.flat()[wrong[0]]
+        for name in sorted(masked & changed):
             said = f"but the mask is read from the pruned model {self.model.pruned!r}; leave it out"
-            raise ReconError(f"{wrong[0]} is {value!r}, {said}")
+            raise ReconError(f"{name} is {self.flat()[name]!r}, {said}")
         recipe = {name: value for name, value in config.PRESETS[self.preset].items() if name not in changed | masked}
         for name, part in self._changed(recipe | {"preset": "default"}).items():  # a record says what a preset stood for
             object.__setattr__(self, name, part)
@@ -74,11 +73,8 @@ class RunSpec(Checked):
     def samples_by_phase(self) -> dict[str, int]:
         """Calibration samples that each phase reads: the first so many of one random draw."""
         samples = self.calibration.samples
-        return {
-            "prune": 0 if self.model.pruned else self.pruning.prune_samples or samples,
-            "reconstruct": samples,
-            "retrain": self.retraining.retrain_samples or samples,
-        }
+        prune = 0 if self.model.pruned else self.pruning.prune_samples or samples
+        return {"prune": prune, "reconstruct": samples, "retrain": self.retraining.retrain_samples or samples}
 
     @property
     def loaded_by(self) -> tuple:

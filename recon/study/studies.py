@@ -17,18 +17,14 @@ from recon.runtime.storage import check_writable, locked
 from recon.study import plan
 from recon.study.cluster import ATTEMPTS, Ray, settings, spread
 from recon.study.record import RunRecord, finished, read_record, write_record
-from recon.study.run import run
-from recon.study.session import Session
+from recon.study.run import Session, run
 from recon.study.spec import RunOptions, RunSpec
 
 log = logging.getLogger("recon")
 
 
 def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
-    """Every combination of the values on `axes` (flat name of an option -> values), all else as in `base`.
-
-    Raises `ReconError` for an axis that is no option.
-    """
+    """Every combination of the values on `axes` (option -> values), all else as in `base`. Raises `ReconError` for no option."""
     return [base.replaced(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
 
 
@@ -49,8 +45,8 @@ class _Writer(Callback):
 def run_to_record(
     spec: RunSpec, path: Path | None, options: RunOptions, session: Session | None = None, key: str = ""
 ) -> tuple[RunRecord, Exception | None]:
-    """The record of `recon.run`; if that fails, one that says how, and the exception. It is written to `path`, but that of a failure
-    not over one of the finished run.
+    """The record of `recon.run`; if that fails, one that says how, and the exception. It is written to `path`, but a failure's
+    not over that of the finished run.
 
     key: of the run; default: the one that it has now. Raises `ReconError` for a path that cannot be written.
     """
@@ -97,8 +93,7 @@ def run_study(
         A frame with a column per option of the spec, one per metric that is one number, `seconds_<phase>`, `flops_<phase>`,
         `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`, `key`, `status` and `error`.
 
-    Raises:
-        ReconError: nothing can be written to `folder`, or the executor cannot be had.
+    Raises `ReconError` if nothing can be written to `folder`, or the executor cannot be had.
     """
     specs, folder = [spec.resolved() for spec in specs], Path(folder).resolve()
     keys, how = [spec.key() for spec in specs], settings(executor)
