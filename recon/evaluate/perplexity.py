@@ -32,14 +32,6 @@ class Perplexity:
     kl_per_window: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What predictions are compared with: a dense model, and its last block's output (windows, length, hidden)."""
-
-    decoder: Decoder
-    states: Tensor
-
-
 def perplexity(model: nn.Module | Decoder, tokens: Tensor, **options) -> Perplexity:
     """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
@@ -54,37 +46,38 @@ def perplexity_and_states(
     tokens: Tensor,
     *,
     execution: Execution | None = None,
-    reference: Reference | None = None,
+    reference: tuple[Decoder, Tensor] | None = None,
     states: Tensor | None = None,
     description: str = "perplexity",
 ) -> tuple[Perplexity, Tensor]:
     """The same as `perplexity`, and the last block's output (windows, length, hidden) that it was computed from.
 
     execution: where and in what precision; default: where the model is.
-    reference: the dense model that the divergence is measured from, on as many windows as it has states.
+    reference: a dense model, and its last block's output for the first windows, on which the divergence from it is measured.
     states: the last block's output for `tokens`, (windows, length, hidden), if it is known.
     """
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)
     stream = last_states(decoder, tokens, execution, description) if states is None else states
     tokens, inputs = decoder.predicted(tokens), decoder.predicted(stream)
-    compared, predicted = 0 if reference is None else min(len(reference.states), len(tokens)), tokens.shape[1] - 1
+    dense, dense_states = reference or (None, ())
+    compared, predicted = min(len(dense_states), len(tokens)), tokens.shape[1] - 1
     likelihoods, divergences = [0.0] * len(tokens), [0.0] * compared
-    ends = execution.holding_ends(reference.decoder) if compared else contextlib.nullcontext()
+    ends = execution.holding_ends(dense) if compared else contextlib.nullcontext()
     with execution, execution.holding_ends(decoder), ends:
         batches = execution.batches([tokens, inputs], [range(i, i + 1) for i in range(len(tokens))])
         for window, (read, last) in enumerate(batches):
             if window < compared:
-                dense_last = decoder.predicted(reference.states[window : window + 1]).to(execution.device)
+                dense_last = decoder.predicted(dense_states[window : window + 1]).to(execution.device)
             for start in range(0, predicted, SLICE):  # few logits exist at a time
                 at = slice(start, min(start + SLICE, predicted))
                 logits = decoder.logits(read[:, at], last[:, at])[0]
                 targets = read[0, at.start + 1 : at.stop + 1]
                 likelihoods[window] += negative_log_likelihood(logits, targets).double().sum().item()
                 if window < compared:
-                    dense = reference.decoder.logits(read[:, at], dense_last[:, at])[0]
-                    divergences[window] += kl_divergence(dense, logits).double().sum().item()
-                    del dense
+                    wanted = dense.logits(read[:, at], dense_last[:, at])[0]
+                    divergences[window] += kl_divergence(wanted, logits).double().sum().item()
+                    del wanted
                 del logits  # before those of the next slice are there
     nats, divergences = ([total / predicted for total in totals] for totals in (likelihoods, divergences))
     mean = sum(nats) / len(nats)

@@ -12,7 +12,6 @@ from recon.data import models
 from recon.data.text import sample_tokens
 from recon.evaluate import perplexity as evaluation
 from recon.evaluate import zero_shot
-from recon.evaluate.perplexity import Reference
 from recon.kernels.patterns import sparsity_of
 from recon.methods.samples import ERROR_SAMPLES
 from recon.model.decoder import Decoder
@@ -73,7 +72,7 @@ def measure(
     """
     perplexities, kept, drift, last, held_out = {}, {}, [], None, None
     for number, (text, tokens) in enumerate(texts.evaluation.items()):
-        other = Reference(dense[0], dense[1][str(number)]) if dense else None
+        other = (dense[0], dense[1][str(number)]) if dense else None
         said = f"perplexity ({name}, {text})"
         found, stream = evaluation.perplexity_and_states(decoder, tokens, execution=execution, reference=other, description=said)
         perplexities[text] = asdict(found)

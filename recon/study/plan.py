@@ -124,16 +124,12 @@ def trained(spec: RunSpec, decoder: Decoder) -> Iterator[Trained]:
         whole = ReconstructionConfig(granularity="model", **same, **trains)
         parts.append(Trained("retrain", whole, Window(range(len(decoder.blocks)))))
     for part in parts:
-        how, samples, parameters = (
-            part.how,
-            spec.samples_by_phase[part.phase],
-            decoder.trained(part.window, part.how.train).values(),
-        )
+        how, samples = part.how, spec.samples_by_phase[part.phase]
         epochs = how.schedule(samples).epochs * (how.solver == "adamw")
         passes = epochs * -(-samples * how.chunks_of(part.window, length) // how.batch_size)
+        elements = sum(parameter.numel() for parameter in decoder.trained(part.window, how.train).values())
         if part.phase == "retrain" and again.retrain == "full":  # embedding and head as well
-            parameters = decoder.model.parameters()
-        elements = sum(parameter.numel() for parameter in parameters)
+            elements = decoder.model.num_parameters()
         if how.adapter != "none":
             elements = how.rank * sum(sum(matrix.weight.shape) for matrix in decoder.matrices(part.window).values())
         yield part._replace(passes=passes, tokens=epochs * samples * length, elements=elements)
@@ -223,9 +219,8 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
         weights = sum(matrix.weight.numel() for matrix in matrices.values())
         norms = 0 if window.matrices else 2 * 4 * config.hidden_size * window.halves  # what they read and give
         tokens = min(how.batch_size, spec.samples_by_phase[phase]) * length // how.chunks_of(window, length)
-        columns = [
-            matrices[group[0]].weight.shape[1] for i in window.blocks for group in decoder.groups[i] if group[0] in matrices
-        ]
+        read = (group[0] for index in window.blocks for group in decoder.groups[index])
+        columns = [matrices[name].weight.shape[1] for name in read if name in matrices]
         by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
         sizes = {
             "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),

@@ -9,7 +9,7 @@ from fixtures.models import FAMILIES, FLOAT32
 from torch.testing import assert_close
 
 from recon.errors import ReconError
-from recon.evaluate.perplexity import SLICE, Reference, drift, last_states, perplexity
+from recon.evaluate.perplexity import SLICE, drift, last_states, perplexity
 from recon.kernels.losses import channel_variance, kl_divergence, unexplained
 from recon.model.discovery import decompose
 from recon.model.modules import watched
@@ -36,7 +36,7 @@ def test_perplexity_is_the_models_own(tiny, tokens, family):
 
 def test_the_divergence_from_a_reference_is_told(tiny, tokens):
     dense, model, batch = tiny("llama"), tiny("llama", seed=1), tokens(3, 12)
-    reference = Reference(decompose(dense), last_states(decompose(dense), batch[:2], FLOAT32))
+    reference = decompose(dense), last_states(decompose(dense), batch[:2], FLOAT32)
     found = perplexity(model, batch, execution=FLOAT32, reference=reference)
     with torch.no_grad():
         expected = [kl_divergence(dense(b[None]).logits[0, :-1], model(b[None]).logits[0, :-1]).mean().item() for b in batch]
