@@ -58,11 +58,9 @@ def zero_shot(
         "version": of the task, "hash": SHA-256 of the documents, prompts and targets}}}. Accuracies are shares of one.
 
     Raises:
-        ReconError: as `check_tasks` and `check_model`; a limit below 1; a task whose documents cannot be had.
+        ReconError: as `check_tasks` and `check_model`; a task whose documents cannot be had.
     """
     check_tasks(tasks)
-    if limit is not None and limit < 1:
-        raise ReconError(f"limit must be at least 1 document per task, or None for all, not {limit}")
     decoder = decompose(model)
     check_model(decoder)
     import lm_eval  # slow to import, and optional

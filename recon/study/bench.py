@@ -67,20 +67,20 @@ def bench(
         dense, tokenizer, tokens = subject(spec, blocks, folder)
         spec, rate = spec.replaced(model=folder), gemm_rate(dense.device, pick_compute_dtype("auto", dense.device), size=2048)
         for number in tqdm(range(repeats), desc="bench", unit="round"):
-            seconds = {"reference": reference(decompose(copy.deepcopy(dense.model), like=dense), dense, tokens), "ours": {}}
+            student = decompose(copy.deepcopy(dense.model), like=dense)
+            found = {("reference", phase): seconds for phase, seconds in reference(student, dense, tokens).items()}
             for options, measured in RUNS:
-                session = Session()  # of its own, but for the dense model
-                session.keep("model", spec.loaded_by, lambda: (dense, tokenizer))
+                session, kept = Session(), decompose(copy.deepcopy(dense.model).cpu(), like=dense)
+                session.keep("model", spec.loaded_by, lambda kept=kept: (kept, tokenizer))
                 record = run(spec.replaced(**options), RunOptions(progress=False, force=True), session=session).record
                 for phase, parts in measured.items():
-                    seconds["ours"][phase] = sum(record.seconds[part] for part in parts)
+                    found["ours", phase] = sum(record.seconds[part] for part in parts)
                     floors[phase] = sum(record.flops[part] for part in parts) / rate
             began = _now()
             perplexity(dense, tokens, execution=Execution(dense.device, progress=False))
-            seconds["ours"]["evaluate"] = _now() - began
+            found["ours", "evaluate"] = _now() - began
             floors["evaluate"] = samples * record.flops["evaluate"] / 3 / rate  # that is of one sample and three models
-            for loop, by_phase in seconds.items():
-                rows += [{"phase": each, "loop": loop, "round": number, "seconds": value} for each, value in by_phase.items()]
+            rows += [{"phase": phase, "loop": loop, "round": number, "seconds": t} for (loop, phase), t in found.items()]
     results = {"settings": settings, "environment": environment(dense.device, "auto"), "floor_seconds": floors, "rows": rows}
     write_json(Path(output), results)
     return results
