@@ -13,10 +13,11 @@ from recon.errors import ReconError
 from recon.methods.prune import Pruning
 from recon.methods.statistics import over_blocks
 from recon.model.decoder import Decoder
+from recon.model.skeleton import tied
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.storage import write_safetensors
-from recon.runtime.weights import Weights, tied
+from recon.runtime.weights import Weights
 
 log = logging.getLogger("recon")
 LEAST = 0.01  # share of zeros in the matrices from which a model counts as pruned: dense ones have a few of their own

@@ -19,7 +19,6 @@ from recon.kernels.patterns import Pattern, keep_all_but
 from recon.methods.statistics import over_blocks
 from recon.model.decoder import Decoder
 from recon.model.modules import kind_of, probe_tokens, watched
-from recon.model.skeleton import made_up
 from recon.model.structure import Matrix
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
@@ -136,7 +135,7 @@ def find_units(decoder: Decoder) -> list[Units]:
     known: dict[tuple, dict[int, Tensor]] = {}
     units = []
     # A lazy model is examined with made-up weights: when a run resumes, some of its own may be pruned already.
-    with decoder.lazy.reading(made_up(decoder.lazy.parameters)) if decoder.lazy else contextlib.nullcontext():
+    with decoder.lazy.made_up() if decoder.lazy else contextlib.nullcontext():
         hidden = decoder.embed(probe_tokens(decoder.model))
         for window in decoder.windows("half-block"):
             kind, count = (kind_of(decoder.blocks[window.blocks[0]]), window.half), _count(decoder, window)

@@ -11,23 +11,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.encoder_decoder import EncoderDecoder
-from recon.model.inside import find_halves, find_matrices
-from recon.model.modules import (
-    distance,
-    kind_of,
-    placeholder_tokens,
-    probe_tokens,
-    replaced,
-    requiring_gradients,
-    tolerance,
-    watched,
-)
-from recon.model.skeleton import Lazy, made_up
+from recon.model.inside import find_halves, find_matrices, find_shared
+from recon.model.modules import distance, kind_of, probe_tokens, replaced, tolerance, watched
+from recon.model.skeleton import Lazy
 from recon.model.structure import BlockStructure, Structure
 
 log = logging.getLogger("recon")
@@ -108,7 +98,7 @@ def _find_structure(decoder: Decoder) -> None:
         running = range(len(blocks))
         if lazy:
             running = sorted(known)
-            stack.enter_context(lazy.reading(made_up(lazy.parameters)))
+            stack.enter_context(lazy.made_up())
             stack.enter_context(lazy.present([*decoder.ends.values(), *(p for i in known for p in blocks[i].parameters())]))
             stack.enter_context(replaced({blocks[i]: partial(decoder.bypass, i) for i in range(len(blocks)) if i not in known}))
         note(0)
@@ -119,7 +109,7 @@ def _find_structure(decoder: Decoder) -> None:
         owners, embedding = {name: model.get_submodule(name.rpartition(".")[0]) for name in decoder.ends}, set()
         with watched(owners, lambda name, args, kwargs: embedding.add(name)):
             decoder.embed(tokens)
-        decoder.structure = replace(decoder.structure, embedding=frozenset(embedding), shared=_shared(decoder))
+        decoder.structure = replace(decoder.structure, embedding=frozenset(embedding), shared=find_shared(decoder))
         _check_causal(decoder, tokens, expected)
         _check_composition(decoder, tokens.flip(1)[:, 1:], running)
         hidden = decoder.embed(tokens)
@@ -136,16 +126,6 @@ def _find_structure(decoder: Decoder) -> None:
             "%d matrices of %s do not run as modules of their own on text alone and stay dense: %s",
             len(dense), type(model).__name__, ", ".join(dense[:3]) + (", ..." if len(dense) > 3 else ""),
         )  # fmt: skip
-
-
-def _shared(decoder: Decoder) -> frozenset[str]:
-    """Full names of the blocks' parameters that other blocks' arguments are computed from."""
-    inside = {name: parameter for name, parameter in decoder.model.named_parameters() if name not in decoder.ends}
-    with torch.enable_grad(), requiring_gradients(inside.values()):
-        calls = decoder.observe_calls(placeholder_tokens(decoder.model, (1, 2)))
-        computed = [leaf.sum() for leaf in tree_leaves(calls) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        gradients = torch.autograd.grad(computed, list(inside.values()), allow_unused=True) if computed else ()
-    return frozenset(name for name, gradient in zip(inside, gradients) if gradient is not None)
 
 
 def _check_apart(decoder: Decoder) -> None:
@@ -181,8 +161,8 @@ def _check_composition(decoder: Decoder, tokens: Tensor, running: range | list[i
     except Exception as error:  # a model that is built otherwise may raise anything
         wrong = f"fail ({type(error).__name__}: {error})"
     stacks = " and ".join(map(repr, decoder.structure.stacks))
+    what = f"{type(decoder.model).__name__} cannot be decomposed: its {len(decoder.blocks)} blocks at {stacks}"
     raise ReconError(
-        f"{type(decoder.model).__name__} cannot be decomposed: its {len(decoder.blocks)} blocks at {stacks}, run one after "
-        f"another, {wrong}. What one block returns has to be all that the next depends on, beside what is the same for all tokens; "
-        "here something else passes between them"
+        f"{what}, run one after another, {wrong}. What one block returns has to be all that the next depends on, beside what is "
+        "the same for all tokens; here something else passes between them"
     )

@@ -1,4 +1,4 @@
-"""What is in a block: its matrices, found by watching one forward pass, and its halves, found by silencing its children."""
+"""What is in blocks: matrices, found by watching one forward pass; halves, found by silencing children; what blocks share."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.experts import FusedProducts, Product
-from recon.model.modules import distance, first, requiring_gradients, tolerance, watched
+from recon.model.modules import distance, first, placeholder_tokens, requiring_gradients, tolerance, watched
 from recon.model.structure import Halves, Matrix
 
 
@@ -195,3 +196,13 @@ def _silence(args: tuple, kwargs: dict, output) -> Callable:
         return type(output)(map(zeros, output)) if isinstance(output, tuple | list) else zeros(output)
 
     return forward
+
+
+def find_shared(decoder: Decoder) -> frozenset[str]:
+    """Full names of the blocks' parameters that other blocks' arguments are computed from."""
+    inside = {name: parameter for name, parameter in decoder.model.named_parameters() if name not in decoder.ends}
+    with torch.enable_grad(), requiring_gradients(inside.values()):
+        calls = decoder.observe_calls(placeholder_tokens(decoder.model, (1, 2)))
+        computed = [leaf.sum() for leaf in tree_leaves(calls) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        gradients = torch.autograd.grad(computed, list(inside.values()), allow_unused=True) if computed else ()
+    return frozenset(name for name, gradient in zip(inside, gradients) if gradient is not None)

@@ -71,10 +71,8 @@ def watched(modules: dict[Hashable, nn.Module], before: Callable | None = None, 
     """Context in which `before(key, args, kwargs)` or `after(key, args, kwargs, output)` is called with each module's forward."""
     with contextlib.ExitStack() as hooks:
         for key, module in modules.items():
-            if before:
-                hook = module.register_forward_pre_hook(lambda m, a, k, key=key: before(key, a, k), with_kwargs=True)
-            else:
-                hook = module.register_forward_hook(lambda m, a, k, out, key=key: after(key, a, k, out), with_kwargs=True)
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            hook = register(lambda module, *seen, key=key: (before or after)(key, *seen), with_kwargs=True)
             hooks.callback(hook.remove)
         yield
 

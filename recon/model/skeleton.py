@@ -61,6 +61,14 @@ def place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(model.get_submodule(path), attribute, parameter)
 
 
+def tied(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by its first; tied parameters have several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {found[0]: found for found in names.values()}
+
+
 class Lazy:
     """The parameters of a skeleton: in memory inside `present`, and else placeholders in float32 on the CPU; tied ones stay tied.
 
@@ -72,12 +80,10 @@ class Lazy:
         self.parameters: dict[str, nn.Parameter] = {}
         self._names: dict[nn.Parameter, str] = {}
         self._users: Counter[str] = Counter()
-        tied: dict[nn.Parameter, str] = {}  # parameter of the model -> the first of its names
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            if tied.setdefault(parameter, name) == name:
-                self.add(name, parameter.shape)
-            else:
-                place(model, name, self.parameters[tied[parameter]])
+        for name, names in tied(model).items():
+            self.add(name, model.get_parameter(name).shape)
+            for other in names[1:]:
+                place(model, other, self.parameters[name])
 
     def add(self, name: str, shape: torch.Size) -> None:
         """Adds the parameter `name`, such as a bias that pruning gives a matrix, to the model, unless it is known already."""
@@ -88,9 +94,23 @@ class Lazy:
             place(self.model, name, self.parameters[name])
 
     @contextlib.contextmanager
-    def reading(self, read: Read) -> Iterator[None]:
-        """Context in which values are read by `read` instead."""
-        own, self.read, done, self.done = self.read, read, self.done, lambda names: None
+    def made_up(self) -> Iterator[None]:
+        """Context in which random weights of a usual size are read, with which a model's structure can be found.
+
+        Matrices take little memory: entry (i, j) is entry i + j of one random vector.
+        """
+
+        def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+            for number, name in enumerate(self.parameters):
+                if name in names:
+                    shape, random = self.parameters[name].shape, torch.Generator().manual_seed(number)
+                    values = torch.randn(sum(shape) if len(shape) == 2 else shape, generator=random)
+                    if len(shape) < 2:
+                        yield name, 0.2 * values + name.endswith("weight")
+                    else:
+                        yield name, (values / shape[-1] ** 0.5).as_strided(shape, (1, 1) if len(shape) == 2 else values.stride())
+
+        own, done, self.read, self.done = self.read, self.done, read, lambda names: None
         try:
             yield
         finally:
@@ -113,22 +133,3 @@ class Lazy:
                 if not self._users[name]:
                     parameter = self.parameters[name]
                     parameter.data, parameter.grad = placeholder(parameter.shape), None
-
-
-def made_up(parameters: dict[str, nn.Parameter]) -> Read:
-    """A `read` for `Lazy` that gives random weights of a usual size, with which a model's structure can be found.
-
-    Matrices take little memory: entry (i, j) is entry i + j of one random vector.
-    """
-
-    def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for number, name in enumerate(parameters):
-            if name in names:
-                shape, random = parameters[name].shape, torch.Generator().manual_seed(number)
-                values = torch.randn(sum(shape) if len(shape) == 2 else shape, generator=random)
-                if len(shape) < 2:
-                    yield name, 0.2 * values + name.endswith("weight")
-                else:
-                    yield name, (values / shape[-1] ** 0.5).as_strided(shape, (1, 1) if len(shape) == 2 else values.stride())
-
-    return read

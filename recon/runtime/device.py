@@ -43,10 +43,9 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def limit_compiled_shapes() -> None:
-    """Limits oneDNN's cache of compiled matrix products (CPUs) to the last 16 shapes; call it before the first product.
+    """Limits oneDNN's cache of compiled products, which experts, with another number of tokens in every batch, would make large.
 
-    With the default, 1,024, it would grow to hundreds of megabytes, as experts read another number of tokens with every batch.
-    Sets two variables of the environment, which child processes inherit, unless they are set.
+    To be called before the first product; unless the variables of the environment are set already. Child processes inherit them.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
@@ -67,12 +66,10 @@ def out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device, anonymous: bool = False) -> Iterator[SimpleNamespace]:
-    """Context that tells the peak memory of what runs inside, `bytes`, and what was in use `before`: of a GPU, or of this process.
+    """Context that tells `bytes`, the peak memory of what runs inside, and what was in use `before`: of a GPU, or this process.
 
-    Linux can reset its high-water mark (`/proc/self/clear_refs`). On other systems the peak is that of the process so far.
-
-    anonymous: without what is mapped from files, which the system takes back when it needs memory. There is no mark of that, so
-    it is sampled every hundredth of a second.
+    Linux alone can reset its mark of the highest (`/proc/self/clear_refs`): elsewhere, it is that of the process so far. There is
+    no mark of `anonymous` memory, without what is mapped from files: it is sampled every hundredth of a second.
     """
     cuda, ended = device.type == "cuda", threading.Event()
     if cuda:

@@ -15,8 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
-from recon.model.skeleton import Lazy, Read, auto_class, place, second
-from recon.model.structure import Matrix
+from recon.model.skeleton import Lazy, Read, auto_class, place, second, tied
 from recon.runtime.storage import PART, Storage, cache_folder
 
 UNDONE = ("fp8", "mxfp4")  # quantisations that transformers undoes while it reads weights
@@ -99,14 +98,6 @@ def read_model(path: Path, config: PretrainedConfig, trust_remote_code: bool, **
     return model, sorted(report["unexpected_keys"])
 
 
-def tied(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter, by its first; tied parameters have several."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return {found[0]: found for found in names.values()}
-
-
 def quantisation(config: PretrainedConfig) -> dict | None:
     """How the weights of a model of this configuration are quantised, including "quant_method"; None if they are not."""
     for part in (config, config.get_text_config()):
@@ -147,7 +138,6 @@ def student(
         yield from ((name, originals[name].detach().clone()) for name in names)
 
     start = start or (dense.lazy.read if dense.lazy else copies)
-    holders: dict[str, list[Matrix]] = {}  # matrices by the name of the parameter that they are in
 
     def newest() -> ChainMap:
         return ChainMap(*map(storage.tensors, phases))
@@ -158,14 +148,13 @@ def student(
         yield from start([name for name in names if name not in known])
 
     def mask(names: list[str]) -> None:
-        for matrix in (matrix for name in names if name not in newest() for matrix in holders.get(name, ())):
-            if matrix.name in storage.masks:
-                matrix.weight.data.masked_fill_(~storage.masks[matrix.name], 0.0)
+        unpruned = {name for name in names if name not in newest()}
+        for name, matrix in made.matrices().items() if unpruned else ():
+            if matrix.parameter_name in unpruned and name in storage.masks:
+                matrix.weight.data.masked_fill_(~storage.masks[name], 0.0)
 
     lazy = Lazy(second(dense.model), read, mask)
     for name, value in storage.tensors("prune").items():  # such as biases that the dense model does not have
         lazy.add(name, value.shape)
     made = decompose(lazy.model, like=dense, lazy=lazy)
-    for matrix in made.matrices().values():
-        holders.setdefault(matrix.parameter_name, []).append(matrix)
     return made

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from recon.errors import ReconError
 from recon.model.discovery import decompose
-from recon.model.skeleton import Lazy, auto_class, is_placeholder, made_up, second, skeleton
+from recon.model.skeleton import Lazy, auto_class, is_placeholder, second, skeleton
 from recon.runtime.device import resident
 from recon.runtime.weights import open_model
 
@@ -93,8 +93,8 @@ def test_weights_that_do_not_fit_are_named(change, tmp_path):
 
 def test_made_up_weights_take_no_memory_and_differ():
     model = skeleton(AutoConfig.for_model("mixtral", hidden_size=64, num_hidden_layers=1, num_local_experts=4))
-    lazy = Lazy(model, lambda names: made_up(lazy.parameters)(names))
-    with lazy.present(model.parameters()):
+    lazy = Lazy(model, lambda names: iter(()))
+    with lazy.made_up(), lazy.present(model.parameters()):
         for name, parameter in model.named_parameters():
             assert parameter.isfinite().all() and parameter.std() > 0
             assert parameter.ndim != 2 or parameter.untyped_storage().nbytes() <= 4 * sum(parameter.shape), name
