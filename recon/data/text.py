@@ -56,8 +56,13 @@ def documents(name: str, split: str) -> list[str]:
         raise ReconError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if name in PARTS:
         texts = _hub(name, PARTS[name][split])
-    elif name in BUNDLED:
-        texts = {"news": _news, "code": _code, "wikipedia": _wikipedia}[name]()
+    elif name == "wikipedia":
+        texts = _wikipedia()
+    elif name == "news":  # articles of the Lee corpora, one per line
+        lines = (line.strip() for each in BUNDLED["news"] for line in assets.fetch(each).open(encoding="latin-1"))
+        texts = [line for line in lines if line]
+    elif name == "code":  # whole files, so that functions of one file, which repeat one another's docstrings, are in one split
+        texts = [assets.fetch(each).read_text(encoding="utf-8").strip() for each in BUNDLED["code"]]
     else:
         texts = _read_file(name)
     if (positions := DEALS.get(name, DEAL).get(split)) is None:
@@ -140,26 +145,13 @@ def _tokens(name: str, split: str, tokenizer, special: bool, changed: int | None
     return load_file(folder / file)["tokens"].long()
 
 
-def _news() -> list[str]:
-    """The articles of the Lee corpora, one per line, in ISO-8859-1."""
-    lines = (line.strip() for name in BUNDLED["news"] for line in assets.fetch(name).open(encoding="latin-1"))
-    return [line for line in lines if line]
-
-
-def _code() -> list[str]:
-    """Whole files, so that functions of one file, which repeat one another's docstrings, are in one split."""
-    return [assets.fetch(name).read_text(encoding="utf-8").strip() for name in BUNDLED["code"]]
-
-
 def _wikipedia() -> list[str]:
     """The prose of articles that leave enough of it."""
 
     def make(dump: Path, folder: Path) -> None:
-        with (folder / "articles.jsonl").open("w", encoding="utf-8") as file:
-            for title, source in wikitext.articles(dump):
-                text = wikitext.prose(source)
-                if len(text) >= SHORTEST_ARTICLE:
-                    file.write(json.dumps({"title": title, "text": text}) + "\n")
+        found = ({"title": title, "text": wikitext.prose(source)} for title, source in wikitext.articles(dump))
+        rows = [json.dumps(article) for article in found if len(article["text"]) >= SHORTEST_ARTICLE]
+        (folder / "articles.jsonl").write_text("\n".join([*rows, ""]), encoding="utf-8")
 
     return _read_file(assets.derived("wikipedia", BUNDLED["wikipedia"], CLEANING, make) / "articles.jsonl")
 
@@ -191,7 +183,7 @@ def _read_file(name: str | Path) -> list[str]:
 
             texts = read_table(path, columns=["text"])["text"].to_pylist()
         elif kind == ".jsonl":
-            texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8") if line.strip()]
+            texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         else:
             texts = re.split(r"\n\s*\n", f"\n\n{path.read_text(encoding='utf-8')}\n\n")
         return [text for text in texts if text.strip()]

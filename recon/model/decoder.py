@@ -235,11 +235,14 @@ class Decoder:
 
     def windows(self, granularity: str) -> list[Window]:
         """The windows of the model at `granularity`, in their order; raises `ReconError` if it does not fit."""
-        granularity = canonical(granularity)
+        granularity, kind = canonical(granularity), type(self.model).__name__
+        if self.reading and granularity in ("matrix", "half-block"):
+            why = "an encoder-decoder is reconstructed by whole blocks; use block or a larger granularity"
+            raise ReconError(f"granularity {granularity!r} does not fit {kind}: {why}")
         if granularity == "matrix":
             if routed := next((name for name, matrix in self.matrices().items() if matrix.routed), None):
                 why = f"it has experts, such as {routed!r}, which read tokens of their own; use half-block or a larger one"
-                raise ReconError(f"matrix windows do not fit {type(self.model).__name__}: {why}")
+                raise ReconError(f"matrix windows do not fit {kind}: {why}")
             groups = [(index, group, group == groups[-1]) for index, groups in enumerate(self.groups) for group in groups]
             return [Window(range(index, index + 1), matrices=group, ends_block=last) for index, group, last in groups]
         if granularity == "half-block":
@@ -266,11 +269,9 @@ class Decoder:
 
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
         """The parameters of `window` that are trained, by full name: its "matrices" with their biases, or "all"."""
-        parameters = self.parameters(window)
-        if what == "all":
-            return parameters
         wanted = {name for m in self.matrices(window).values() for name in (m.parameter_name, m.bias_name)}
-        return {name: p for name, p in parameters.items() if name in wanted}
+        own = {name: p for name, p in self.parameters(window).items() if name not in self.structure.shared}
+        return {name: p for name, p in own.items() if what == "all" or name in wanted}
 
     def matrices(self, window: Window | None = None) -> dict[str, Matrix]:
         """The prunable matrices of `window` (default: of all blocks), by name, in the order in which they run."""

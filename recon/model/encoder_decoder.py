@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.modules import first, placeholder_tokens, replaced, watched
 from recon.model.skeleton import placeholder
-from recon.model.windows import Window, canonical
+from recon.model.windows import Window
 
 _ENCODED = object()  # stands for the encoder's output among a block's arguments
 
@@ -87,15 +86,6 @@ class EncoderDecoder(Decoder):
             others = {each for module in (self.blocks, encoder.get_input_embeddings()) for each in _tensors(module)}
             tensors += (tensor for tensor in _tensors(encoder) if tensor not in others)
         return list(dict.fromkeys(tensors))
-
-    def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in super().trained(window, what).items() if name not in self.structure.shared}
-
-    def windows(self, granularity: str) -> list[Window]:
-        if canonical(granularity) in ("matrix", "half-block"):
-            why = "an encoder-decoder is reconstructed by whole blocks; use block or a larger granularity"
-            raise ReconError(f"granularity {granularity!r} does not fit {type(self.model).__name__}: {why}")
-        return super().windows(granularity)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -28,12 +28,10 @@ class Execution(contextlib.AbstractContextManager):
     and activations come and go batch by batch.
 
     Args:
-        device, compute_dtype: as `pick_device` and `pick_compute_dtype` of `recon.runtime.device` take them.
+        device, compute_dtype: as `pick_device` and `pick_compute_dtype` of `recon.runtime.device` take them, and refuse them.
         storage: what is finished, and room for masks and activations; default: memory.
         progress: whether passes show progress bars.
         loop: goes over the windows of a reconstruction; default: `recon.methods.reconstruct.one_after_another`.
-
-    Raises `ReconError` for a device or dtype that cannot be used.
     """
 
     def __init__(
@@ -109,10 +107,8 @@ class Execution(contextlib.AbstractContextManager):
     def run(self, function: Callable, stream: Tensor, count: int | None = None, anew: Callable = lambda: None) -> Tensor:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result is on the device of `stream`.
 
-        If memory runs out, all of `stream` is run again in smaller batches, and later calls start with those; see `halving`.
-
-        count: no batch mixes the first `count` samples with later ones.
-        anew: called before `stream` is run again, to discard what `function` has gathered.
+        If memory runs out, `anew()` has to discard what `function` has gathered, and all of `stream` is run again in smaller
+        batches, as it is in later calls. No batch mixes the first `count` samples with later ones.
         """
         samples, length = stream.shape[:2]
         edges = list(pairwise((0, samples if count is None else min(count, samples), samples)))
