@@ -51,11 +51,9 @@ def prune(
 ) -> Pruning:
     """Prunes the matrices of every block of `model` in place, block by block; embeddings and output head are left alone.
 
-    Args:
-        model: a causal LM, or its `Decoder`.
-        samples: calibration tokens (samples, length), or batches of them (see `recon.methods.samples`); needed by criteria that
-            weigh activations.
-        execution: where and in what precision to compute; default: where the model is. It stays there, but for the current block.
+    samples: calibration tokens (samples, length), or batches of them (see `recon.methods.samples`); needed by criteria that weigh
+        activations.
+    execution: where and in what precision to compute; default: where the model is. It stays there, but for the current block.
 
     Raises `ReconError` for a pattern that does not divide a matrix, missing samples, NaN in weights or activations, and a model
     without heads and neurons that could be removed.
@@ -76,9 +74,7 @@ def prune(
 
 
 class Pruner:
-    """Prunes the matrices of one window after another; see `prune` and `recon.reconstruct`.
-
-    statistics: what it needs of what matrices read; see `recon.methods.statistics.gather`.
+    """Prunes the matrices of one window after another, by `statistics` of what they read; see `recon.methods.statistics.gather`.
 
     Raises `ReconError` for a pattern that does not divide a matrix.
     """

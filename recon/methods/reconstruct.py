@@ -25,12 +25,11 @@ from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
 from recon.kernels.moments import mean_product
-from recon.methods.callbacks import Callback
 from recon.methods.masks import check_shapes, keep_masks
 from recon.methods.propagation import Streams
 from recon.methods.prune import Pruner
 from recon.methods.samples import ERROR_SAMPLES, with_held_out
-from recon.methods.training import NOT_FINITE, Report, adapted, check_trainable, settle, train
+from recon.methods.training import NOT_FINITE, Callback, Report, adapted, check_trainable, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.modules import requiring_gradients
@@ -94,6 +93,8 @@ def reconstruct(
     tokens, count = with_held_out(samples, held_out)
     teacher.check_length(length := tokens.shape[1])
     windows, pruner = teacher.windows(config.granularity), None
+    if not windows:
+        raise ReconError("granularity none has no windows to reconstruct")
     if pruning is None:
         masks = keep_masks(student, masks)
     elif masks is not None:
@@ -200,8 +201,8 @@ class Reconstruction:
         """Notes that `f`, whose weights are in memory, is finished; `streams`: what the next starts from, if not the current."""
         noted = asdict(report) | {"seconds": seconds}
         tensors = {name: parameter.detach() for name, parameter in self.student.parameters(f).items()}
-        now = {"dense": self.streams.dense, "sparse": self.streams.sparse}
-        self.execution.storage.finish("reconstruct", noted, streams or now, tensors)
+        streams = streams or {"dense": self.streams.dense, "sparse": self.streams.sparse}
+        self.execution.storage.finish("reconstruct", noted, streams, tensors)
         return WindowReport(**noted)
 
     # --- one window -------------------------------------------------------------------------------------------------

@@ -14,10 +14,9 @@ from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.gradient_descent import trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
-from recon.methods.callbacks import Callback
 from recon.methods.masks import keep_masks
 from recon.methods.samples import as_tokens
-from recon.methods.training import NOT_FINITE, Report, adapted, check_trainable, settle, train
+from recon.methods.training import NOT_FINITE, Callback, Report, adapted, check_trainable, settle, train
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.modules import replaced, requiring_gradients
@@ -41,15 +40,13 @@ def retrain(
 ) -> Report:
     """Trains `model` in place on `samples`; weights that `masks` drop are exact zeros afterwards. What diverges is rolled back.
 
-    Args:
-        model: the pruned model, or its `Decoder`, in float32; all of it is on the compute device meanwhile.
-        samples: tokens (samples, length), or batches of them; see `recon.methods.samples`.
-        masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
-        dense: the model to learn from, for objective distil.
-        callbacks: told of each step, and when LoRA is merged.
+    model: the pruned model, or its `Decoder`, in float32; all of it is on the compute device meanwhile.
+    samples: tokens (samples, length), or batches of them; see `recon.methods.samples`.
+    masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
+    dense: the model to learn from, for objective distil.
+    callbacks: told of each step, and when LoRA is merged.
 
-    Raises `ReconError` for no method, a missing dense model, a mask that does not fit, a model not in float32, and samples longer
-    than the model was made for.
+    Raises `ReconError` for what does not fit together, naming it.
     """
     method, name = config.retrain, f"retrain ({config.retrain}, {config.retrain_objective})"
     if method == "none":

@@ -1,4 +1,4 @@
-"""Gradient descent on the weights that survive, and low-rank adapters to train instead of these.
+"""Gradient descent on the weights that survive, or on low-rank adapters instead; what came of it, and who is told on the way.
 
 theta <- M * AdamW(theta, grad L(theta), r * s)        M: mask; r: learning rate; s: size of the parameter's surviving weights
 """
@@ -18,13 +18,36 @@ from tqdm.auto import tqdm
 from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS, LowRank
 from recon.kernels.gradient_descent import Schedule, Trained
-from recon.methods.callbacks import Callback
 from recon.model.decoder import Decoder
 from recon.model.structure import Matrix, factors
 from recon.runtime.execution import Execution
 
 log = logging.getLogger("recon")
 NOT_FINITE = "rolled back: not finite"
+
+
+class Callback:
+    """Does nothing; override what you need.
+
+    class Log(recon.Callback):
+        def on_window(self, report):
+            print(report.name, report.error_before, report.error_after)
+    """
+
+    def on_pruned(self, pruning) -> None:
+        """After `recon.reconstruct` has pruned and fitted all windows in one pass; pruning: `recon.methods.prune.Pruning`."""
+
+    def on_window(self, report) -> None:
+        """After each window of `recon.reconstruct`; report: `recon.methods.reconstruct.WindowReport`."""
+
+    def on_step(self, loss) -> None:
+        """After each optimiser step of `recon.retrain`; loss: a tensor ()."""
+
+    def on_merged(self) -> None:
+        """After `recon.retrain` has merged LoRA into the weights, before the mask is applied again."""
+
+    def on_done(self, record) -> None:
+        """After `recon.run`, once the model is saved; record: `recon.study.record.RunRecord`."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
 from recon.methods import masks, prune, reconstruct, retrain
-from recon.methods.callbacks import Callback
-from recon.methods.training import check_trainable
+from recon.methods.training import Callback, check_trainable
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy

@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from recon.errors import ReconError
-from recon.methods.callbacks import Callback
+from recon.methods.training import Callback
 from recon.runtime.storage import check_writable, locked
 from recon.study import plan
 from recon.study.cluster import ATTEMPTS, Ray, settings, spread

@@ -12,9 +12,9 @@ from torch.testing import assert_close
 from recon.config import PruningConfig, ReconstructionConfig
 from recon.evaluate.perplexity import drift
 from recon.kernels.adapters import ADAPTERS
-from recon.methods.callbacks import Callback
 from recon.methods.prune import prune
 from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED, reconstruct
+from recon.methods.training import Callback
 from recon.model.discovery import decompose
 from recon.model.modules import watched
 from recon.model.windows import Window

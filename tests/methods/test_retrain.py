@@ -11,9 +11,9 @@ from recon.config import PruningConfig, RetrainingConfig
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.gradient_descent import Schedule
-from recon.methods.callbacks import Callback
 from recon.methods.prune import prune
 from recon.methods.retrain import NOT_FINITE, RETRAINED, retrain
+from recon.methods.training import Callback
 from recon.model.discovery import decompose
 from recon.runtime.seeds import generator
 

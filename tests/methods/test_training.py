@@ -15,9 +15,8 @@ from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS, ALPHA
 from recon.kernels.gradient_descent import Schedule, Trained
 from recon.kernels.losses import LOSSES, channel_variance
-from recon.methods.callbacks import Callback
 from recon.methods.prune import prune
-from recon.methods.training import adapted, train
+from recon.methods.training import Callback, adapted, train
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
