@@ -82,11 +82,6 @@ def test_ways_to_carry_out_a_run(given, words):
         recon.RunOptions(**given)
 
 
-def test_an_option_of_another_config():
-    with pytest.raises(TypeError, match="granularity"):
-        RetrainingConfig(granularity="block")
-
-
 def refuse(arguments, capsys) -> str:
     """What a call of the command line that must fail says on stderr, on one line."""
     with pytest.raises(SystemExit) as stop:

@@ -16,19 +16,11 @@ from recon.data.models import quiet
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.runtime.device import SAVED
-from recon.runtime.storage import check_writable
 from recon.runtime.weights import rounded
 from recon.study.record import RunRecord
 from recon.study.spec import RunOptions
 
 SHARD = "1GB"  # so much of the model is in memory while it is written
-
-
-def check_target(folder: Path) -> None:
-    """Raises `ReconError` unless `folder` can be made, or is empty and can be written to."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ReconError(f"save folder {str(folder)!r} exists and is not an empty folder; name a new one")
-    check_writable(folder.parent, "save folder")
 
 
 def check_model(dense: Decoder, biases: Iterable[str], dtype: str) -> None:

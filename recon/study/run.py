@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.data import files, models
+from recon.errors import ReconError
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
@@ -115,7 +116,8 @@ def run(
                 for callback in callbacks:
                     callback.on_done(done)
                 return RunResult(done, None)
-            checkpoint.check_target(save)
+            if save.exists() and not (save.is_dir() and not any(save.iterdir())):
+                raise ReconError(f"save folder {str(save)!r} exists and is not an empty folder; name a new one")
         begun = (folder / RUN).exists()
         if stream == "auto":  # what was begun so may fit into memory by now; what is in memory fits into it
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
