@@ -19,11 +19,10 @@ SLICE = 256  # tokens whose logits exist at once
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(mean negative log-likelihood in nats).
+    """exp(mean negative log-likelihood in nats) of all predicted `tokens`.
 
-    value: over all predicted tokens. tokens: how many these are.
-    per_window: mean negative log-likelihood of each window.
-    kl_per_window: KL(dense || model) in nats, mean over tokens, of the first windows; empty without a dense model.
+    per_window: mean negative log-likelihood of each window. kl_per_window: KL(dense || model) in nats, mean over tokens, of the
+    first windows; empty without a dense model.
     """
 
     value: float

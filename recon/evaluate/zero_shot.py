@@ -1,7 +1,4 @@
-"""Zero-shot accuracy by lm-eval: its tasks, prompts, scoring and metrics.
-
-lm-eval is the EleutherAI Language Model Evaluation Harness (Gao et al.).
-"""
+"""Zero-shot accuracy by lm-eval (EleutherAI's Language Model Evaluation Harness, Gao et al.): its tasks, prompts and metrics."""
 
 import contextlib
 import hashlib

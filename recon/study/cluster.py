@@ -64,10 +64,7 @@ class Ray:
 
 
 def settings(executor: str | Ray | None) -> Ray | None:
-    """The settings for an executor; None for "serial". Raises `ReconError` for an unknown name.
-
-    executor: None: what the environment variable `RECON_EXECUTOR` names, or serial.
-    """
+    """The settings for an executor, None for "serial"; None is what the variable `RECON_EXECUTOR` names. Raises `ReconError`."""
     executor = executor or os.environ.get(VARIABLE) or "serial"
     if executor not in ("serial", "ray") and not isinstance(executor, Ray):
         raise ReconError(f"unknown executor {executor!r}; allowed: serial, ray, or recon.Ray(...) with settings of your own")

@@ -28,7 +28,6 @@ from recon.model.skeleton import Lazy, skeleton
 from recon.model.structure import Matrix
 from recon.model.windows import Window
 from recon.runtime import device as devices
-from recon.runtime.device import HOST
 from recon.runtime.storage import SMALL
 from recon.runtime.weights import quantisation
 from recon.study.spec import RunSpec
@@ -243,10 +242,7 @@ def models_in_memory(spec: RunSpec) -> int:
 
 
 def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
-    """Whether a run of `spec` is streamed, with `room` bytes of memory to be had (0: it is unknown).
-
-    Raises `ReconError` if it is to be, but cannot.
-    """
+    """Whether a run of `spec` is streamed, with `room` bytes of memory (0: unknown). Raises `ReconError` if that cannot be."""
     if stream == "auto":
         with contextlib.suppress(ReconError):  # loading the model will say what is wrong
             stream = "auto" if 0 < room < models_in_memory(spec) else "no"
@@ -283,10 +279,10 @@ class Plan:
         self.elements = decoder.model.num_parameters()
         self.streamed = stays_on_disk(spec, stream, room)
         self.memory = self._peak(device)
-        self.memory[HOST.type]["process"] = process = devices.resident(anonymous=self.streamed)  # mapped files do not count
-        self.rooms = {"memory": (sum(self.memory[HOST.type].values()), room + process + loaded)}
+        self.memory["cpu"]["process"] = process = devices.resident(anonymous=self.streamed)  # mapped files do not count
+        self.rooms = {"memory": (sum(self.memory["cpu"].values()), room + process + loaded)}
         if device.type == "cuda":
-            self.rooms[f"memory on {device}"] = sum(self.memory[device.type].values()), devices.available_on_device(device)
+            self.rooms[f"memory on {device}"] = sum(self.memory["cuda"].values()), devices.available_on_device(device)
         self.flops, updated = flops(spec), Counter()
         for part in trained(spec, decoder):
             updated[part.phase] += UPDATE * part.count * part.passes * part.elements
@@ -312,23 +308,21 @@ class Plan:
         if spec.reconstruction.granularity == "matrix":  # and what all matrices of a block read and give
             width += itemsize * int(_width(decoder.matrices(block).values()))
         streams = width * length * (spec.calibration.samples + min(spec.calibration.held_out_samples, ERROR_SAMPLES))
-        disk = {"work folder": 4 * self.elements * (1 + spec.changes_weights) + streams, "saved model": 4 * self.elements}
+        disk = {"work folder": (5 + 4 * spec.changes_weights) * self.elements + streams, "saved model": 4 * self.elements}
         kept = {"streams": streams, "margin": MARGIN, "models": models_in_memory(spec)}
         if self.streamed:
             kept |= {"streams": min(streams, SMALL), "models": 0}
             window["copies"] = min(window["copies"], SMALL)
             window["parameters"] = max(window["parameters"], 8 * sum(weight.numel() for weight in decoder.head_weights()))
-        elif device.type != "cuda":
-            window["parameters"] = 0  # they are the models'
         if device.type == "cuda":
-            return {HOST.type: kept, device.type: window, "disk": disk}
-        return {HOST.type: window | kept, "disk": disk}
+            return {"cpu": kept, "cuda": window, "disk": disk}
+        return {"cpu": window | kept | ({} if self.streamed else {"parameters": 0}), "disk": disk}  # those are the models'
 
     @property
     def problem(self) -> str:
         """Why the run cannot fit here, and what to try; empty if it can."""
-        tight = {room: [f"{size / GIB:.1f} GiB" for size in both] for room, both in self.rooms.items() if both[0] > both[1]}
-        said = " and ".join(f"{needs} of {room}, of which there are {has}" for room, (needs, has) in tight.items())
+        tight = [(room, needs / GIB, has / GIB) for room, (needs, has) in self.rooms.items() if needs > has]
+        said = " and ".join(f"{needs:.1f} GiB of {room}, of which there are {has:.1f} GiB" for room, needs, has in tight)
         return said and f"this run needs {said}; try smaller windows or --stream yes"
 
     def __str__(self) -> str:

@@ -33,8 +33,7 @@ def analogies(**_) -> dict:
             right = {answer for _, _, asked, answer in questions if asked == c}
             wrong = [word for word in every if word not in {a, b, c, *right}]
             draw.shuffle(choices := [d, *draw.sample(wrong, DISTRACTORS)])
-            row = {"section": section, "a": a, "b": b, "c": c, "choices": choices, "label": choices.index(d)}
-            chosen[section].append(row)
+            chosen[section].append({"section": section, "a": a, "b": b, "c": c, "choices": choices, "label": choices.index(d)})
     turns = [chosen[section][turn] for turn in range(PER_SECTION) for section in draw.sample(list(chosen), len(chosen))]
     return {"test": Dataset.from_list(turns)}
 
