@@ -142,7 +142,7 @@ class _Run(Callback):
 
     def __init__(self, spec: RunSpec, key: str, options: RunOptions, session: Session, storage: Storage, callbacks: Sequence):
         self.spec, self.options, self.session, self.storage = spec, options, session, storage
-        self.record, self.callbacks = RunRecord(spec.flat(), key), (self, *callbacks)
+        self.record, self.callbacks = RunRecord(spec.flat(), key), callbacks
         self.device = device.pick_device(spec.compute.device)
 
     def result(self) -> RunResult:
@@ -305,7 +305,7 @@ class _Run(Callback):
         with self.phase("reconstruct"):
             reports = reconstruct.reconstruct(
                 self.model, self.dense, self.samples["reconstruct"], self.spec.reconstruction, held_out=self.texts.held_out,
-                seed=self.spec.seed, execution=execution, callbacks=self.callbacks, **pruned,
+                seed=self.spec.seed, execution=execution, callbacks=(self, *self.callbacks), **pruned,
             )  # fmt: skip
         self.record.windows = [asdict(report) for report in reports]
 
@@ -314,7 +314,7 @@ class _Run(Callback):
         with self.phase("retrain"):
             found = retrain.retrain(
                 self.model, self.samples["retrain"], self.spec.retraining, masks=kept, dense=self.dense, seed=self.spec.seed,
-                execution=self.execution(), callbacks=self.callbacks,
+                execution=self.execution(), callbacks=(self, *self.callbacks),
             )  # fmt: skip
         self.record.retraining = asdict(found)
         self.record.seconds["retrain"] = found.seconds  # without what was measured on the way
