@@ -167,9 +167,8 @@ class Reconstruction:
 
     def __post_init__(self):
         self.exact = "exact" in (self.config.solver, self.config.start)
-        own = (
-            self.config.granularity == "matrix" and self.config.propagation != "dense"
-        )  # Gram matrices of what the student reads
+        # Matrices' Gram matrices are of what the student reads.
+        own = self.config.granularity == "matrix" and self.config.propagation != "dense"
         statistics = "gram" if self.exact and not own else self.pruner.statistics if self.pruner else "none"
         self.streams = Streams(self.teacher, self.student, self.execution, self.count, statistics)
 
@@ -228,7 +227,7 @@ class Reconstruction:
                 if f.matrices and self.config.propagation == "mixed":
                     # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
                     wanted = Y[:count, :, column : column + rows].float()
-                    cross = mean_product(wanted if bias is None else wanted - bias, X[:count]).to(gram.device)
+                    cross = mean_product(wanted if bias is None else wanted - bias.to(Y.device), X[:count]).to(gram.device)
                 elif bias is not None:
                     # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
                     bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)

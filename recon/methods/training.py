@@ -130,11 +130,12 @@ def settle(
         log.warning("%s gave NaN or infinite values; it is rolled back", what)
     moved, norm, holders = 0.0, 0.0, {matrix.parameter_name for matrix in matrices}
     for name, parameter in theta.items():
+        old = before[name].to(parameter.device)
         if not (fine and keep):
-            parameter.copy_(before[name])
+            parameter.copy_(old)
         if name in holders:
-            moved += (parameter - before[name]).square().sum().item()
-            norm += before[name].square().sum().item()
+            moved += (parameter - old).square().sum().item()
+            norm += old.square().sum().item()
     return fine, (moved / max(norm, 1e-30)) ** 0.5
 
 
