@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from recon.errors import ReconError
 
@@ -56,14 +57,12 @@ def canonical(granularity: str) -> str:
 
 
 def partition(granularity: str, blocks: int) -> list[range]:
-    """The runs of blocks that `granularity` divides `blocks` blocks into; quarters are as even as possible."""
-    name = canonical(granularity)
-    if name == "quarter":
-        edges = [round(blocks * i / 4) for i in range(5)]
-        return [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
-    if name == "none":
+    """The runs of blocks that a `canonical` granularity divides `blocks` blocks into; quarters are as even as possible."""
+    if granularity == "none":
         return []
-    size = {"block": 1, "model": blocks}.get(name) or int(name.removesuffix("-blocks"))
+    if granularity == "quarter":
+        return [range(a, b) for a, b in pairwise(round(blocks * i / 4) for i in range(5)) if b > a]
+    size = {"block": 1, "model": blocks}.get(granularity) or int(granularity.removesuffix("-blocks"))
     if size > blocks:
         raise ReconError(f"granularity {granularity} asks for windows of {size} blocks, but the model has {blocks}")
     return [range(start, min(start + size, blocks)) for start in range(0, blocks, size)]

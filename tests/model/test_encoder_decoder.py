@@ -63,9 +63,7 @@ def test_windows_are_the_model_each_changes_its_own_half_and_a_decoder_block_rea
         # The encoder knows nothing of what the decoder reads.
         assert torch.equal(decoder.forward(window, disturbed)[:, own], output[:, own]) == (index < 2)
     for granularity in ("matrix", "half-block"):
-        with pytest.raises(
-            ReconError, match=f"granularity '{granularity}' does not fit .*: an encoder-decoder is reconstructed by"
-        ):
+        with pytest.raises(ReconError, match=f"granularity '{granularity}' does not fit .* is reconstructed by whole blocks"):
             decoder.windows(granularity)
 
 
