@@ -59,7 +59,7 @@ def canonical(granularity: str) -> str:
 def partition(granularity: str, blocks: int) -> list[range]:
     """The runs of blocks that a `canonical` granularity divides `blocks` blocks into; quarters are as even as possible."""
     if granularity == "none":
-        return []
+        raise ReconError("granularity none has no windows")
     if granularity == "quarter":
         return [range(a, b) for a, b in pairwise(round(blocks * i / 4) for i in range(5)) if b > a]
     size = {"block": 1, "model": blocks}.get(granularity) or int(granularity.removesuffix("-blocks"))
