@@ -1,9 +1,11 @@
 """`recon ...`: the command line. Options are read off the configs as they are; see `recon.config`."""
 
+import argparse
 import logging
 import shlex
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -147,10 +149,18 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[:1] == ["reconstruct"]:  # whose model is called dense
         names = {"--dense": "--model", "--dense-revision": "--revision"}
         arguments = ["".join((names.get(flag, flag), *rest)) for flag, *rest in (word.partition("=") for word in arguments)]
+    commands = {command.__name__: command for command in (run, reconstruct, plan, models, criteria, assets, bench)}
     try:
+        command = next(iter(arguments), "")
+        if command in ("run", "reconstruct", "plan"):  # options that are given go before those that a preset sets
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.add_argument("--preset", default="default")
+            first.add_argument("--pruned")
+            given, arguments = first.parse_known_args(arguments)
+            arguments += ["--pruned", given.pruned] if given.pruned else []
+            commands[command] = partial(commands[command], spec=RunSpec.of(**vars(given)))
         tyro.extras.subcommand_cli_from_dict(
-            {command.__name__: command for command in (run, reconstruct, plan, models, criteria, assets, bench)},
-            prog="recon", description="Prune a causal language model and reconstruct it.", args=arguments,
+            commands, prog="recon", description="Prune a causal language model and reconstruct it.", args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
     except ReconError as error:

@@ -134,7 +134,8 @@ def test_the_paper_recipe_is_the_published_one():
 def test_a_preset_sets_what_is_at_its_default():
     assert RunSpec.of(preset="best") == RunSpec.of(**PRESETS["best"]) != RunSpec()
     assert RunSpec.of(preset="best", epochs=5) == RunSpec.of(**PRESETS["best"] | {"epochs": 5})
-    assert RunSpec.of(preset="paper", learning_rate=3e-3).reconstruction.learning_rate == 3e-3
+    for rate in (3e-3, RunSpec().reconstruction.learning_rate):  # what is given is kept, the default value as well
+        assert RunSpec.of(preset="paper", learning_rate=rate).reconstruction.learning_rate == rate
     assert RunSpec.of(preset="fast").flat()["preset"] == "default"  # a record says what it stood for
     masked = RunSpec.of(preset="paper", pruned="there")
     assert masked.pruning == PruningConfig() and masked.reconstruction == RunSpec.of(preset="paper").reconstruction

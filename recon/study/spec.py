@@ -34,7 +34,7 @@ class RunSpec(Checked):
     compute: config.ComputeConfig = field(default_factory=config.ComputeConfig)
     seed: FromZero = 0  # Seed of every random choice.
     preset: Literal[tuple(config.PRESETS)] = "default"
-    """Recipe: fast, default, best, or paper (as published). It sets other options that are at their defaults."""
+    """Recipe: fast, default, best, or paper (as published). It sets other options, unless they are given."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,8 +49,9 @@ class RunSpec(Checked):
 
     @classmethod
     def of(cls, **values) -> "RunSpec":
-        """The spec with these options. Raises `ReconError` for a name that is no option."""
-        return cls().replaced(**values)
+        """The spec with these options, which go before those of a preset. Raises `ReconError` for a name that is no option."""
+        first = {name: values.pop(name) for name in ("preset", "pruned") if name in values}
+        return cls().replaced(**first).replaced(**values)
 
     def replaced(self, **values) -> "RunSpec":
         """This spec with other values of some options. Raises `ReconError` for a name that is no option."""
