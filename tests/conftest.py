@@ -68,7 +68,8 @@ def tiny_text(tiny_folder) -> str:
 def tiny_spec(tiny_folder, tiny_text) -> recon.RunSpec:
     """A run of a moment."""
     return recon.RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=32, held_out_samples=2, evaluation_texts=(tiny_text,),
+        model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=32, held_out_samples=2,
+        evaluation_texts=(tiny_text,),
         evaluation_samples=2, evaluation_length=64,
     )  # fmt: skip
 

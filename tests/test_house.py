@@ -1,4 +1,4 @@
-"""The house: imports point one way from room to room, in no circle; kernels know nothing but torch, and the library no notebooks."""
+"""The house: imports point one way from room to room, in no circle; kernels know only torch, and the library no notebooks."""
 
 import ast
 import sys

@@ -113,7 +113,7 @@ class Evidence:
 
 
 def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[str, str, str], dict]]:
-    """By model (empty: models are compared), pattern and recipe, default ones first: groups of runs that agree in `shared`, too."""
+    """By model (empty: models are compared), pattern and recipe, default ones first: groups of runs that agree in `shared`."""
     if runs.empty:
         return []
     scopes: dict[tuple, dict] = {}

@@ -76,7 +76,8 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
     Columns: every option (one that changes nothing in its run is at its default, as is one that the record does not know), every
     metric that is a number, and
 
-    - key, recipe ("default", "paper"), fit, method, setting, precision; tuning and rates, each with its detour (how far it is from the recipe's);
+    - key, recipe ("default", "paper"), fit, method, setting, precision; tuning and rates, each with its detour (how far it is
+      from the recipe's);
     - unit (seed and precision: runs of one unit are pairs), trained (samples of the last training);
     - protocol and windows: what runs have to share to be compared;
     - <measure>_<state>: arrays (windows,) in nats per token, for `MEASURES` and `STATES`; NaN if the record has none;

@@ -57,7 +57,7 @@ def _filled(value: object, of: dict) -> object:
 
 
 def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None) -> pd.DataFrame:
-    """A verdict on each claim (of `rows`, or all), model, pattern and recipe that `runs`, from `companion.frame.load`, allow to compare.
+    """A verdict on each claim (of `rows`, or all), model, pattern and recipe that `runs`, from `companion.frame.load`, allow.
 
     - "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below.
     - "Equal" holds if the 90 % interval is within the margin (two one-sided tests at 5 %), and does not if it is outside.
@@ -128,8 +128,9 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
         elif lower == 0:
             effect, bound = upper, "<"
     return _row(
-        claim, state, reason, model=model, pattern=pattern, recipe=recipe, effect=effect, low=low, high=high, unit=evidence.unit, bound=bound,
-        seeds=evidence.seeds, protocol=protocol_words(evidence.runs), keys=tuple(sorted(evidence.runs["key"])),
+        claim, state, reason, model=model, pattern=pattern, recipe=recipe, effect=effect, low=low, high=high,
+        unit=evidence.unit, bound=bound, seeds=evidence.seeds,
+        protocol=protocol_words(evidence.runs), keys=tuple(sorted(evidence.runs["key"])),
     )  # fmt: skip
 
 
@@ -238,9 +239,9 @@ def page(verdicts: pd.DataFrame) -> str:
         "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and "
         "of equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and windows: 95 %; "
         f'90 % for "equals" (two one-sided tests) and "as good as" (one). Two sides are equal within {MARGIN:g} of the '
-        f"perplexity gap log(pruned / dense), closely equal within {CLOSE:g}: margins of ours, not of the paper. A bound that is as near to "
-        f"its margin as two bootstraps differ is borderline, and decides nothing. With fewer than {SEEDS} seeds, what training noise "
-        f"could decide is {UNSURE}. "
+        f"perplexity gap log(pruned / dense), closely equal within {CLOSE:g}: margins of ours, not the paper's. A bound as "
+        "near to its margin as two bootstraps differ is borderline, and decides nothing. With fewer than "
+        f"{SEEDS} seeds, what training noise could decide is {UNSURE}. "
         '"Here" is the model and protocol of the row.', "",
         _count_words(verdicts),
     ]  # fmt: skip

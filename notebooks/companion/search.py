@@ -34,7 +34,7 @@ def method(
 def search(
     cells: Mapping[Hashable, recon.RunSpec], rates: Sequence[float], folder: Path, compute: bool = True, **options
 ) -> pd.DataFrame:
-    """For the spec of each cell on its own, the rate of `rates` that is best on held-out text; of retraining, if it is all training.
+    """For the spec of each cell on its own, the rate of `rates` that is best on held-out text, of retraining if that is all.
 
     It begins with the rates that have records, or three in the middle. It tries the neighbours of the best until both have run.
     Returns the runs: cell, learning_rate, held_out_perplexity, key, and whether that rate is `chosen`.

@@ -165,7 +165,7 @@ def test_weights_lie_in_aligned_memory_and_not_in_the_file(folder):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A stand-in for the Hub, from which patterns of files are copied: repository -> folder, its newest commit, what was fetched."""
+    """A stand-in for the Hub, from which patterns of files are copied: repository -> folder, its newest commit, what was read."""
     hub = {"repositories": {}, "newest": "b" * 40, "fetched": set()}
     cache = tmp_path / "hub"
 

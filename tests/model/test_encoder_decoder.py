@@ -93,7 +93,7 @@ def test_perplexity_is_that_of_the_second_half_given_the_first(made):
 
 
 def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
-    """Biases of relative positions: each block is called with those of its own model, however it was trained or where it came from."""
+    """Biases of relative positions: each block is called with those of its own model, however it was made."""
     dense, tokens = made("t5"), random_tokens(16, 16)
     biases = {f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for half in ("encoder", "decoder")}
     assert dense.structure.shared == biases and not made("bart").structure.shared

@@ -40,7 +40,7 @@ def experts_of(decoder, block=None):
 
 @torch.no_grad()
 def slow_inputs(decoder, block, tokens):
-    """Expert's matrix name -> what it reads, (tokens, in), of the model run as a whole: routed and computed by hand in float64."""
+    """Expert's matrix name -> what it reads, (tokens, in), of the whole model: routed and computed by hand in float64."""
     caught = {}
     experts = next(iter(experts_of(decoder, block).values())).module
     see = lambda m, args, kwargs: caught.update(args=(*args, *kwargs.values()))  # noqa: E731

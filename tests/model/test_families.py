@@ -1,4 +1,4 @@
-"""Every family of causal LMs in transformers, and encoder-decoders: decomposed, pruned and reconstructed, or refused with the reason.
+"""Every family in transformers: decomposed, pruned and reconstructed, or refused with the reason.
 
 `PYTHONPATH=tests python tests/model/test_families.py --write` writes what works into guides/families.md.
 """
@@ -65,8 +65,8 @@ def table() -> str:
     works = sorted((what, names) for what, names in groups.items() if len(what) > 1)
     refused = sorted((name, reason) for (reason, *rest), names in groups.items() if not rest for name in names)
     lines = [
-        f"{sum(len(names) for _, names in works)} families of transformers, each as a tiny random model; k-blocks, quarter and model "
-        "work wherever block does.",
+        f"{sum(len(names) for _, names in works)} families of transformers, each as a tiny random model; k-blocks, quarter and "
+        "model work wherever block does.",
         "",
         "| matrix | half-block: halves are | block | experts | families |",
         "|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The execution: weights rounded and moved for a while, batches in order, and the same results from another device's point of view."""
+"""The execution: weights rounded and moved for a while, batches in order, and the same results from elsewhere."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Blocks of the shape of a 7B Llama, streamed: how much memory a run takes depends on the size of a block, not on their number."""
+"""Blocks of the shape of a 7B Llama, streamed: memory depends on the size of a block, not on their number."""
 
 import json
 import os
