@@ -127,10 +127,12 @@ def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[d
         paths = [path for path in paths if "compute" in papermill.inspect_notebook(str(path))]
         values = {name: given | {"compute": False} for name, given in values.items()}
     build.mkdir(parents=True, exist_ok=True)
-    side_by_side = 2 if (profile == "quick" or not compute) and os.environ.get("RECON_EXECUTOR") != "ray" else 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
-    with ThreadPoolExecutor(side_by_side) as pool:
-        outcomes = list(pool.map(lambda path: execute(path, values[path.stem], build), paths))
+    two = (profile == "quick" or not compute) and os.environ.get("RECON_EXECUTOR") != "ray"
+    threads, outcomes = os.environ.get("OMP_NUM_THREADS"), []
+    for group, at_once in ((paths[:1], 1), (paths[1:], 1 + two)):  # the first alone, so that there is a figure soon
+        os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // at_once))
+        with ThreadPoolExecutor(at_once) as pool:
+            outcomes += pool.map(lambda path: execute(path, values[path.stem], build), group)
     figures, _ = folders(profile)
     if profile == "laptop":  # to be committed
         (figures / "executed").mkdir(exist_ok=True)

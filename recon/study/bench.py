@@ -105,7 +105,7 @@ def subject(spec: RunSpec, blocks: int, folder: Path | str) -> tuple[Decoder, ob
     with models.quiet():
         whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return decompose(whole.to(device)), tokenizer, Texts.draw(spec, tokenizer).calibration.to(device)
+    return decompose(whole.to(device)), tokenizer, Texts.draw(spec.resolved(), tokenizer).calibration.to(device)
 
 
 def reference(student: Decoder, dense: Decoder, samples: Tensor) -> dict[str, float]:
