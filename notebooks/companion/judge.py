@@ -155,7 +155,8 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
     ends, marks = np.array([low, high]), np.array([-margin, margin] if equal else [bar])
     if claim["test"] == "ratio":
         ends, marks = np.log2(np.maximum(ends, 1e-12)), np.log2(marks)
-    if state != UNSURE and np.abs(ends[:, None] - marks).min() <= evidence.error(level):
+    nearest = np.abs(ends[:, None] - marks).min()
+    if state != UNSURE and nearest < (ends[1] - ends[0]) / 5 and nearest <= evidence.error(level):  # which takes a while
         return UNSURE, f"{reason}, but borderline: as near to it as two bootstraps differ"
     if state == FAILS and evidence.favours_other:
         return UNSURE, f"{reason}, but with less compute"

@@ -92,9 +92,8 @@ def sample_tokens(
     if sequence_length < least:
         why = f"the tokenizer puts {len(front)} in front of a text"
         raise ReconError(f"sequence_length must be at least {least} tokens, not {sequence_length}: {why}")
-    file, length = Path(name).expanduser(), sequence_length - len(front)
-    changed = file.stat().st_mtime_ns if file.is_file() else None  # it may be edited while this process lasts
-    tokens = _tokens(name, split, tokenizer, protocol == "joined", changed)
+    length = sequence_length - len(front)
+    tokens = _tokens(name, split, tokenizer, protocol == "joined", _changed(name))
     available = len(tokens) // length
     if samples > available:
         held = f"the {split} split of text {name!r} holds: it has {len(tokens)} tokens, {available} samples of that length"
@@ -118,7 +117,18 @@ def fingerprint(name: str) -> str:
     """SHA-256 of the text's documents, split by split; of a Hub text, of where it is taken from and its revision."""
     if name in HUB:
         return hashlib.sha256(json.dumps(HUB[name], sort_keys=True).encode()).hexdigest()
+    return _hash(name, _changed(name))
+
+
+@functools.lru_cache(maxsize=8)
+def _hash(name: str, changed: int | None) -> str:
     return hashlib.sha256(json.dumps([documents(name, split) for split in SPLITS]).encode()).hexdigest()
+
+
+def _changed(name: str) -> int | None:
+    """When the file called `name` was edited, if it is one: it may be while this process lasts."""
+    file = Path(name).expanduser()
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 @functools.lru_cache(maxsize=8)

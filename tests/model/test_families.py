@@ -117,6 +117,7 @@ def test_windows_give_the_model_back(family):
         assert distance(decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden)), expected) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", working())
 def test_pruned_and_reconstructed(family):
     decoder, tokens = decomposed(family), random_tokens(8, 16, seed=2)
