@@ -72,6 +72,7 @@ def test_every_notebook_runs_though_one_fails(checkout):
     assert "size 7" in text and "import matplotlib" in text and "# hidden" not in text
 
 
+@pytest.mark.slow
 def test_from_records_nothing_is_computed_and_what_has_none_is_no_failure(checkout):
     done = called(checkout, "quick", "--from-records", "0-draws", "2-lacks")
     assert done.returncode == 0, done.stderr

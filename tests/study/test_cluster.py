@@ -72,6 +72,7 @@ class Notes:
         return task, torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_lost_workers_and_failing_tasks_cost_nothing_but_themselves(cluster, tmp_path):
     cloudpickle = pytest.importorskip("ray.cloudpickle")
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
