@@ -37,6 +37,7 @@ GIB = 2**30
 MARGIN = 96 * 2**20  # bytes of what no shape tells: tokenizer, texts, libraries loaded later, kernels' own memory
 WIDTHS = ("hidden_size", "intermediate_size", "_dim", "_rank", "n_embd", "n_inner", "d_model")  # ends of options: layers' widths
 EFFICIENCY = 0.6  # of a bare matrix product's speed that a whole pass reaches, measured on CPUs
+STEP = 5e-4  # seconds that one matrix takes in each step whatever its size, measured on CPUs
 UPDATE = 2000  # operations that take as long as one weight's rounding, update and masking, which memory bounds: measured on CPUs
 
 
@@ -283,11 +284,12 @@ class Plan:
         self.rooms = {"memory": (sum(self.memory["cpu"].values()), room + process + loaded)}
         if device.type == "cuda":
             self.rooms[f"memory on {device}"] = sum(self.memory["cuda"].values()), devices.available_on_device(device)
-        self.flops, updated = flops(spec), Counter()
-        for part in trained(spec, decoder):
-            updated[part.phase] += UPDATE * part.count * part.passes * part.elements
+        self.flops, steps = flops(spec), Counter()
         speed = EFFICIENCY * gemm_rate(device, devices.pick_compute_dtype(spec.compute.compute_dtype, device))
-        self.seconds = {phase: (count + updated[phase]) / speed for phase, count in self.flops.items()}
+        for part in trained(spec, decoder):
+            seconds = UPDATE * part.elements / speed + STEP * len(decoder.matrices(part.window))
+            steps[part.phase] += part.count * part.passes * seconds
+        self.seconds = {phase: count / speed + steps[phase] for phase, count in self.flops.items()}
 
     def _peak(self, device: torch.device) -> dict[str, dict[str, float]]:
         """Both models, unless streamed; activations of all samples, unless in mapped files; the largest window, which may be a
