@@ -29,13 +29,13 @@ def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
 
 
 class _Writer(Callback):
-    """Writes the record of the run called `key` to `path`, or nowhere: before a streamed run deletes its work."""
+    """Writes the record of the run called `key` (if that is known) to `path`, or nowhere: before a streamed run deletes its work."""
 
     def __init__(self, path: Path | None, key: str):
         self.path, self.key = path, key
 
     def on_done(self, record: RunRecord) -> None:
-        if record.key != self.key:
+        if self.key and record.key != self.key:
             said = "the model or texts that it reads have changed, or are others where it ran"
             raise ReconError(f"its key is {record.key} by now: {said}")
         if self.path:
@@ -55,7 +55,7 @@ def run_to_record(
         if path.is_dir():
             raise ReconError(f"record {str(path)!r} is a folder; name a file")
     try:
-        key = key or spec.key()
+        key = key or (spec.key() if path else "")
         return run(spec, options, session=session, callbacks=[_Writer(path, key)]).record, None
     except Exception as error:
         said = str(error) if isinstance(error, ReconError) else "".join(traceback.format_exception(error))
