@@ -29,7 +29,7 @@ def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
 
 
 class _Writer(Callback):
-    """Writes the record of the run called `key` (if that is known) to `path`, or nowhere: before a streamed run deletes its work."""
+    """Writes the record of the run (called `key`, if that is known) to `path`, if there is one."""
 
     def __init__(self, path: Path | None, key: str):
         self.path, self.key = path, key
