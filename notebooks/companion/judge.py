@@ -156,7 +156,7 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
     if claim["test"] == "ratio":
         ends, marks = np.log2(np.maximum(ends, 1e-12)), np.log2(marks)
     nearest = np.abs(ends[:, None] - marks).min()
-    if state != UNSURE and nearest < (ends[1] - ends[0]) / 5 and nearest <= evidence.error(level):  # which takes a while
+    if state != UNSURE and nearest < (ends[1] - ends[0]) / 5 and nearest <= evidence.error(level):  # slow: near margins alone
         return UNSURE, f"{reason}, but borderline: as near to it as two bootstraps differ"
     if state == FAILS and evidence.favours_other:
         return UNSURE, f"{reason}, but with less compute"

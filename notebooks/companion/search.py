@@ -79,16 +79,15 @@ def chosen(search: pd.DataFrame) -> dict[Hashable, float]:
 
 def tuned(
     specs: Sequence[recon.RunSpec], rates: Sequence[float], folder: Path, compute: bool = True, **options
-) -> tuple[list[recon.RunSpec], pd.DataFrame]:
-    """`specs`, each at the rate that `search` chooses for it, and the runs of the search; without `rates`, as they are.
+) -> list[recon.RunSpec]:
+    """`specs`, each at the rate that `search` chooses for it; without `rates`, as they are.
 
     options: in which the runs of the search differ; specs that agree in all else share one search.
     """
     if not rates:
-        return list(specs), pd.DataFrame()
+        return list(specs)
     specs = [spec.replaced(size_power=0.0, matrix_rate=1.0) for spec in specs]  # a rate is that of its window, by no rule
     fitted = [spec for spec in specs if spec.reconstruction.granularity != "none" and spec.reconstruction.solver == "adamw"]
     cells = {spec: spec.replaced(**options) for spec in fitted}
-    searched = search({cell: cell for cell in cells.values()}, rates, folder, compute)
-    best = chosen(searched)
-    return [spec.replaced(learning_rate=best[cells[spec]]) if cells.get(spec) in best else spec for spec in specs], searched
+    best = chosen(search({cell: cell for cell in cells.values()}, rates, folder, compute))
+    return [spec.replaced(learning_rate=best[cells[spec]]) if cells.get(spec) in best else spec for spec in specs]

@@ -75,6 +75,7 @@ def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Pat
     """Folder of files that `make(file, empty folder)`, of this `version`, computes from the joined files of assets, once."""
 
     def make_from_parts(folder: Path) -> None:
+        """Joins the files of `sources`, computes from them, and says in a README where they are from."""
         joined = folder / "joined.part"
         joined.write_bytes(b"".join(fetch(each).read_bytes() for each in sources))
         log.info("unpacking %s (once)", name)

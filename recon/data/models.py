@@ -124,9 +124,7 @@ def configuration(name: str, revision: str | None = None, trust_remote_code: boo
     place = locate(name)
     with _loading(name, revision):
         if not Path(place).is_dir():
-            revision = files.commit(
-                place, revision
-            )  # asks the Hub once; reading a file would ask several times before it gives up
+            revision = files.commit(place, revision)  # asks the Hub once; reading a file would ask several times
         return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
 
 

@@ -93,8 +93,6 @@ def reconstruct(
     tokens, count = with_held_out(samples, held_out)
     teacher.check_length(length := tokens.shape[1])
     windows, pruner = teacher.windows(config.granularity), None
-    if not windows:
-        raise ReconError("granularity none has no windows to reconstruct")
     if pruning is None:
         masks = keep_masks(student, masks)
     elif masks is not None:

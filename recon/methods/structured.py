@@ -65,6 +65,7 @@ def prune_units(decoder: Decoder, criterion: Structured, config: PruningConfig, 
         gone |= {half.window.name: min(round(share * half.count), half.count - 1) for half in neurons}
 
     def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[None, dict[str, Tensor]]:
+        """Removes the units of one block that go; gives the biases that make up for them."""
         matrices, changed = decoder.matrices(window), {}
         masks = {name: torch.ones_like(matrix.weight, dtype=torch.bool) for name, matrix in matrices.items()}
         for half in (half for half in halves if half.window.blocks == window.blocks):
@@ -95,6 +96,7 @@ def _compare(
     """By name of each half, which of its units are kept (count,), and the means (in,) of what its reader reads when dense."""
 
     def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[list, dict]:
+        """Notes the scores and means of one block."""
         here = [half for half in halves if half.window.blocks == window.blocks]
         return [(_score(criterion, half, statistics).tolist(), statistics[half.reader.name][0].tolist()) for half in here], {}
 

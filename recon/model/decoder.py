@@ -54,6 +54,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is, by its first parameter."""
         return next(self.model.parameters()).device
 
     def check_length(self, length: int) -> None:

@@ -1,6 +1,6 @@
 """Decomposes a model: finds by running it how it is built, and checks that its pieces give its own output.
 
-No architecture is known here by name. The blocks are the largest list of modules that run; for their parts see `inside`.
+No architecture is known here by name. The blocks are the largest list of modules that run; for their parts see `blocks`.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import ReconError
+from recon.model.blocks import find_halves, find_matrices, find_shared
 from recon.model.decoder import Decoder
 from recon.model.encoder_decoder import EncoderDecoder
-from recon.model.inside import find_halves, find_matrices, find_shared
 from recon.model.modules import distance, kind_of, probe_tokens, replaced, tolerance, watched
 from recon.model.skeleton import Lazy
 from recon.model.structure import BlockStructure, Structure

@@ -25,6 +25,7 @@ class Window:
 
     @property
     def name(self) -> str:
+        """In reports and files: the blocks and the half, or the matrices."""
         if self.matrices:
             return "+".join(self.matrices)
         numbers = str(self.blocks[0]) if len(self.blocks) == 1 else f"{self.blocks[0]}-{self.blocks[-1]}"

@@ -115,6 +115,7 @@ class Execution(contextlib.AbstractContextManager):
         size = min(max(1, (self.tokens or TOKENS) // length), max(stop - start for start, stop in edges))
 
         def attempt(fewer: int) -> Tensor:
+            """All of it, `fewer` samples at a time."""
             if fewer < size:
                 self.tokens = fewer * length
                 anew()

@@ -35,8 +35,9 @@ def check_model(dense: Decoder, biases: Iterable[str], dtype: str) -> None:
             "pruning adds: a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
         )
     parameters = dict(dense.model.named_parameters())
-    for name, value in dense.lazy.read(list(parameters)) if dense.lazy else parameters.items():
-        rounded(name, value.detach(), SAVED[dtype])
+    if dtype != "float32":  # reads all weights of a model that stays on disk
+        for name, value in dense.lazy.read(list(parameters)) if dense.lazy else parameters.items():
+            rounded(name, value.detach(), SAVED[dtype])
 
 
 def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, record: RunRecord, options: RunOptions) -> None:

@@ -203,6 +203,7 @@ def side_by_side(how: Ray, whole, windows: list[Window]) -> Iterator:
     left, done, after = list(windows), {}, {}  # after: by window that is not finished, what the next one starts from
 
     def tasks() -> Iterator[tuple]:
+        """What each window takes, made as workers ask for it; the dense activations of a block are shipped once."""
         dense = shipped = None
         for window in windows:
             if streams.dense is not dense:

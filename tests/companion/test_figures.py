@@ -106,7 +106,7 @@ def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
     runs = search.search({"cell": base}, rates, tmp_path)
     assert search.chosen(runs) == {"cell": 1e-3} and sorted(runs["learning_rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
     specs = recon.grid(base, seed=[0, 1], granularity=["none", "block"])
-    found, _ = search.tuned(specs, rates, tmp_path, seed=100)
+    found = search.tuned(specs, rates, tmp_path, seed=100)
     assert [spec.flat()["learning_rate"] for spec in found] == [1e-2, 1e-3] * 2  # nothing is trained without windows
 
 
