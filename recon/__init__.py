@@ -10,7 +10,7 @@ _MODULES = {
     "config": (
         "CalibrationConfig ComputeConfig EvaluationConfig ModelConfig PruningConfig ReconstructionConfig RetrainingConfig"
     ),
-    "data.models": "load",
+    "data.models": "load pack unpack",
     "data.text": "sample_tokens",
     "errors": "ReconError",
     "evaluate.perplexity": "perplexity",

@@ -16,6 +16,8 @@ from recon.runtime.device import limit_compiled_shapes
 from recon.study.spec import RunOptions, RunSpec
 
 Group = tyro.conf.arg(name="")  # its options have no prefix
+Named = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help="A bundled name, a local folder, or a Hub id.")]
+Place = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT", help="New folder.")]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,26 @@ def plan(spec: Annotated[RunSpec, Group], stream: Literal["auto", "yes", "no"] =
     print(planned)
     if planned.problem:
         raise ReconError(planned.problem)
+
+
+def pack(model: Named, out: Place, revision: str | None = None) -> None:
+    """Write a model to a new folder with one bit for each weight and what is not zero: `recon.load` reads it."""
+    from recon.data import models
+
+    models.pack(model, out, revision)
+    print(f"{out}: {_megabytes(out)}")
+
+
+def unpack(packed: Named, out: Place) -> None:
+    """Write a packed model to a new folder as an ordinary checkpoint, the same to the bit."""
+    from recon.data import models
+
+    models.unpack(packed, out)
+    print(f"{out}: {_megabytes(out)}")
+
+
+def _megabytes(folder: Path) -> str:
+    return f"{sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB of weights"
 
 
 def models() -> None:
@@ -149,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[:1] == ["reconstruct"]:  # whose model is called dense
         names = {"--dense": "--model", "--dense-revision": "--revision"}
         arguments = ["".join((names.get(flag, flag), *rest)) for flag, *rest in (word.partition("=") for word in arguments)]
-    commands = {command.__name__: command for command in (run, reconstruct, plan, models, criteria, assets, bench)}
+    commands = {command.__name__: command for command in (run, reconstruct, plan, pack, unpack, models, criteria, assets, bench)}
     try:
         command = next(iter(arguments), "")
         if command in ("run", "reconstruct", "plan"):  # options that are given go before those that a preset sets

@@ -69,7 +69,7 @@ def test_help_says_what_every_option_means(capsys):
     said, defaults = capsys.readouterr().out, recon.RunSpec().flat()
     lines = [line.strip("│╰─╯ ") for line in said.splitlines()]
     assert stop.value.code == 0
-    for name in (*defaults, "save", "save_dtype", "stream", "executor", "force", "record", "address"):
+    for name in (*defaults, "save", "save_dtype", "save_format", "stream", "executor", "force", "record", "address"):
         flag = f"--{'no-' * (defaults.get(name) is True)}{name.replace('_', '-')}"
         (number,) = (number for number, line in enumerate(lines) if line.split(" ")[0] == flag)
         after = next(n for n in range(number + 1, len(lines)) if lines[n].startswith("--") or not lines[n])

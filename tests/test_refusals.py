@@ -73,6 +73,7 @@ def test_options_that_have_no_meaning_together(given, words):
         ({"stream": "maybe"}, "stream is 'maybe'; allowed: auto, yes, no"),
         ({"save_dtype": "int8", "save": "there"}, "save_dtype is 'int8'; allowed: float32, bfloat16, float16"),
         ({"save_dtype": "float16"}, "save_dtype is 'float16', but no folder to save to"),
+        ({"save_format": "packed"}, "save_format is 'packed', but no folder to save to"),
         ({"executor": "dask"}, "'dask'.*serial, ray"),
         ({"force": "yes"}, "force is 'yes'"),
     ],

@@ -45,7 +45,7 @@ def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> 
 
     patterns = [*FILES, "*.py"] if code else list(FILES)
     folder = Path(snapshot_download(name, revision=commit(name, revision), allow_patterns=patterns))
-    if revision in (None, "main") and not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
+    if revision in (None, "main") and not any(folder.glob("model*.safetensors*")):
         folder = Path(snapshot_download(name, revision=get_conversion_pr_reference(HfApi(), name), allow_patterns=patterns))
     return folder
 

@@ -68,6 +68,21 @@ def complete(path: Path, folder: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def check_new(folder: Path, what: str) -> None:
+    """Raises `ReconError` naming `folder`, and `what` it is, if it exists and is not an empty folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ReconError(f"{what} {str(folder)!r} exists and is not an empty folder; name a new one")
+
+
+@contextlib.contextmanager
+def new_checkpoint(folder: Path) -> Iterator[Path]:
+    """As `complete`, for the files of a model. Raises `ReconError` as `check_new` and `locked`, and if it cannot be written."""
+    with locked(folder, "save folder"), writing(f"checkpoint {str(folder)!r}", "choose a place with room"):
+        check_new(folder, "save folder")
+        with complete(folder, folder=True) as fresh:
+            yield fresh
+
+
 @contextlib.contextmanager
 def locked(place: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Context in which no other process is at work on the file or folder `place`; what killed ones left beside it is removed.

@@ -16,6 +16,7 @@ from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy, Read, auto_class, place, second, tied
+from recon.runtime import packed
 from recon.runtime.storage import PART, Storage, cache_folder
 
 UNDONE = ("fp8", "mxfp4")  # quantisations that transformers undoes while it reads weights
@@ -78,6 +79,8 @@ def open_model(
     folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".offloaded.", suffix=PART)
+    if packed.is_packed(path):
+        packed.unpack(path, path := Path(scratch.name) / "unpacked")
     model, surplus = read_model(path, config, trust_remote_code, device_map={"": "disk"}, offload_folder=scratch.name)
     return model.eval(), Weights(model, path, surplus, scratch)
 

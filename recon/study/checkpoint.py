@@ -60,7 +60,8 @@ def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, re
     tokenizer.save_pretrained(folder)
     base = record.spec["model"]
     about = ModelCardData(base_model=base, library_name="transformers", tags=["pruned", "sparse", "reconstruction"])
-    said = vars(record) | {"name": Path(base).name, "dtype": options.save_dtype, "command": options.command}
+    said = vars(record) | {"name": Path(base).name, "dtype": options.save_dtype}
+    said |= {"command": options.command, "save_format": options.save_format}
     ModelCard.from_template(about, str(Path(__file__).with_name("card.md")), **said).save(folder / "README.md")
 
 
@@ -73,4 +74,5 @@ class _Weights:
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.student.model.get_parameter_or_buffer(name)
         with self.student.present([tensor]) if isinstance(tensor, nn.Parameter) else contextlib.nullcontext():
-            return rounded(name, tensor.detach(), self.dtype).clone()
+            value = rounded(name, tensor.detach(), self.dtype).clone()
+        return value.add_(0.0) if value.is_floating_point() else value  # what a mask was multiplied into may be -0

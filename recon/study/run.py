@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.data import files, models
-from recon.errors import ReconError
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
@@ -24,9 +23,9 @@ from recon.methods.training import Callback, check_trainable
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
-from recon.runtime import device
+from recon.runtime import device, packed
 from recon.runtime.execution import Execution
-from recon.runtime.storage import RUN, Storage, cache_folder, complete, derived_folder, locked, writing
+from recon.runtime.storage import RUN, Storage, cache_folder, check_new, complete, derived_folder, locked, writing
 from recon.runtime.weights import student
 from recon.study import checkpoint, cluster, measure, plan
 from recon.study.record import RunRecord, environment, finished, write_record
@@ -111,13 +110,13 @@ def run(
         if save:
             stack.enter_context(locked(save, "save folder"))
             done = finished(save / files.RECORD, key)
-            if done and done.environment.get("save_dtype", "float32") == options.save_dtype:
+            as_asked = packed.is_packed(save) == (options.save_format == "packed")
+            if done and as_asked and done.environment.get("save_dtype", "float32") == options.save_dtype:
                 log.info("done already: the model and its record are in %r", str(save))
                 for callback in callbacks:
                     callback.on_done(done)
                 return RunResult(done, None)
-            if save.exists() and not (save.is_dir() and not any(save.iterdir())):
-                raise ReconError(f"save folder {str(save)!r} exists and is not an empty folder; name a new one")
+            check_new(save, "save folder")
         begun = (folder / RUN).exists()
         if stream == "auto":  # what was begun so may fit into memory by now; what is in memory fits into it
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
@@ -197,6 +196,8 @@ class _Run(Callback):
             with refused, complete(self.options.save, folder=True) as folder:
                 with self.phase("save"):
                     checkpoint.write(self.model, self.tokenizer, folder, record, self.options)
+                    if self.options.save_format == "packed":
+                        packed.pack(folder, folder)
                 record.seconds["total"] = time.perf_counter() - began
                 write_record(record, folder / files.RECORD)
         return RunResult(record, None if storage.folder else self.model.model)

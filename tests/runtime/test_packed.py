@@ -1,0 +1,106 @@
+"""Packed checkpoints: the layout as a slow reference packs it, back to the bit, and nothing damaged is read."""
+
+import filecmp
+import json
+
+import pytest
+import torch
+from fixtures.models import make_model
+from fixtures.runs import result_of
+from safetensors.torch import load_file
+from test_refusals import refuse
+from transformers import AutoModelForCausalLM
+
+import recon
+from recon.cli import main
+from recon.runtime import packed
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def plain(request, tmp_path):
+    """A checkpoint in shards: a share of its projections zero, some zeros negative, in one matrix too few to gain."""
+    model = make_model("llama", tie_word_embeddings=True).to(request.param)
+    draw = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            weight.data[torch.rand(weight.shape, generator=draw) < (0.01 if "layers.1.mlp.up" in name else 0.6)] = 0.0
+            weight.data[:, 3] = -0.0
+    model.save_pretrained(tmp_path / "plain", max_shard_size="20KB")
+    return tmp_path / "plain"
+
+
+def test_round_trip_to_the_bit(plain, tmp_path):
+    recon.pack(str(plain), tmp_path / "packed")
+    recon.unpack(tmp_path / "packed", tmp_path / "back")
+    assert len(list(plain.glob("*.safetensors"))) > 2
+    assert all(filecmp.cmp(file, tmp_path / "back" / file.name, shallow=False) for file in plain.iterdir())
+    assert packed.NOTE not in (tmp_path / "back" / "README.md").read_text()
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_the_layout_is_one_bit_a_weight_and_what_is_not_zero(plain, tmp_path):
+    recon.pack(str(plain), tmp_path / "packed")
+    for file in plain.glob("*.safetensors"):
+        found = load_file(tmp_path / "packed" / file.name.replace(".safetensors", ".packed.safetensors"))
+        for name, weight in load_file(file).items():
+            bits = [str(value) != "0.0" for value in weight.flatten().tolist()]
+            stored = len(bits) / 8 + sum(bits) * weight.itemsize
+            if weight.ndim == 1 or stored >= weight.nbytes:
+                assert torch.equal(found[name], weight)
+                continue
+            mask, values = found[name + ".packed_mask"], found[name + ".packed_values"]
+            assert [bool(mask[i // 8] >> i % 8 & 1) for i in range(len(bits))] == bits
+            assert values.tolist() == [value for value, bit in zip(weight.flatten().tolist(), bits) if bit]
+            assert mask.nbytes + values.nbytes == pytest.approx(stored, abs=1)
+
+
+@pytest.mark.parametrize("plain", [torch.bfloat16], indirect=True)
+@pytest.mark.parametrize("damage", ["cut", "lost", *range(10), "list"])
+def test_a_damaged_file_is_refused_by_name(plain, tmp_path, damage):
+    recon.pack(str(plain), tmp_path / "packed")
+    file = sorted((tmp_path / "packed").glob("*.safetensors"))[1]
+    content = bytearray(file.read_bytes())
+    if damage == "lost":
+        file.unlink()
+    elif damage == "list":
+        file = tmp_path / "packed" / "model.packed.json"
+        file.write_text(file.read_text()[:-9])
+    elif damage == "cut":
+        file.write_bytes(content[:-100])
+    else:  # one bit, of a length, the header, or a tensor
+        content[1 if damage == 0 else len(content) * damage // 10] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(recon.ReconError, match=file.name):
+        recon.unpack(tmp_path / "packed", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("stream", ["no", "yes"])
+def test_a_run_saves_packed_what_it_saves_plain(tiny_spec, tmp_path, stream):
+    for kind in ("plain", "packed"):
+        result_of(tiny_spec, stream=stream, save=tmp_path / kind, save_dtype="bfloat16", save_format=kind)
+    (one, _), (other, tokenizer) = recon.load(str(tmp_path / "plain")), recon.load(str(tmp_path / "packed"))
+    assert all(torch.equal(values, other.get_parameter(name)) for name, values in one.named_parameters())
+    assert tokenizer.vocab_size and not list(tmp_path.glob("packed/model.safetensors*"))
+    weights = {name: weight for name, weight in load_file(tmp_path / "plain" / "model.safetensors").items() if "proj" in name}
+    assert not any((weight.signbit() & (weight == 0)).any() for weight in weights.values())
+    stored = load_file(tmp_path / "packed" / "model.packed.safetensors")
+    size = sum(tensor.nbytes for name, tensor in stored.items() if "proj" in name)
+    assert size == (1 / 2 + 1 / 16) * sum(weight.nbytes for weight in weights.values())
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert packed.NOTE in card and "no special kernel" not in card
+    assert "sparsity_config" not in json.dumps([json.loads(path.read_text()) for path in tmp_path.glob("*/config.json")])
+    # Read as what something else pruned, from a stream, and not computed again.
+    again = tiny_spec.replaced(pruned=str(tmp_path / "packed"), granularity="none")
+    assert result_of(again, stream=stream).record.metrics["sparsity"] == 0.5
+    known = result_of(tiny_spec, stream=stream, save=tmp_path / "packed", save_dtype="bfloat16", save_format="packed")
+    assert known.record.status == "done" and known.model is None
+
+
+def test_what_cannot_be_packed_or_unpacked(tiny_folder, tmp_path, capsys):
+    main(["pack", tiny_folder, str(tmp_path / "packed")])
+    assert "MB of weights" in capsys.readouterr().out
+    assert "is packed already" in refuse(["pack", str(tmp_path / "packed"), str(tmp_path / "twice")], capsys)
+    assert "holds no packed weights" in refuse(["unpack", tiny_folder, str(tmp_path / "plain")], capsys)
+    assert "exists and is not an empty folder" in refuse(["unpack", str(tmp_path / "packed"), tiny_folder], capsys)
