@@ -18,7 +18,7 @@ from recon.data import models
 from recon.errors import ReconError
 from recon.evaluate.perplexity import SLICE
 from recon.kernels.adapters import ADAPTERS
-from recon.kernels.criteria import CRITERIA
+from recon.kernels.criteria import CRITERIA, admm
 from recon.kernels.losses import ELEMENTS
 from recon.kernels.moments import triangle
 from recon.methods.samples import ERROR_SAMPLES
@@ -159,6 +159,9 @@ def flops(spec: RunSpec) -> dict[str, float]:
     found = {"prune": (passes * forward + by_grams * grams) * tokens["prune"], "reconstruct": 0.0, "retrain": 0.0}
     if pruning.criterion == "sparsegpt":
         found["prune"] += products + sum(2 * matrix.weight.shape[1] ** 3 for matrix in read)
+    if pruning.criterion == "admm":
+        found["prune"] += 2 * products * (admm.ROUNDS + admm.ITERATIONS + 2)
+        found["prune"] += admm.ROUNDS / admm.EVERY * sum(matrix.weight.shape[1] ** 3 for matrix in matrices.values())
 
     for part in trained(spec, decoder):
         per_token, per_pass = counted(decoder, part.window, length, part.how.train), 0.0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recon.errors import ReconError
-from recon.kernels.criteria import scores, sparsegpt, structured
+from recon.kernels.criteria import admm, scores, sparsegpt, structured
 from recon.kernels.patterns import SCOPES, Pattern, keep_mask
 
 
@@ -109,6 +109,10 @@ _ALL = (
     Criterion(
         "sparsegpt", "gram", "matrix", "optimal brain surgery column by column; survivors are updated",
         "Frantar & Alistarh 2023, arXiv 2301.00774, Algorithm 1", method=sparsegpt.prune,
+    ),
+    Criterion(
+        "admm", "gram", "matrix", "the whole matrix solved for, pulled towards the pattern; survivors are updated",
+        "Meng et al., NeurIPS 2024 (ALPS), arXiv 2406.07831", method=admm.prune,
     ),
     Structured(
         "wanda-sp", "norm", "half-block", "whole heads and neurons by Wanda's scores", "An et al. 2023, arXiv 2312.11983",

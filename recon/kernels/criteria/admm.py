@@ -1,0 +1,59 @@
+"""ADMM: weights that may take any value are pulled towards weights under the pattern, until the two agree.
+
+With G = X'X / tokens, s_j = sqrt(G_jj), H = G / (s s') + 0.01 I and B = W s, the pruned weight is D / s for the D under the
+pattern with the least tr (D - B) H (D - B)'. From D = B and V = 0, each round is
+
+    X = (B H - V + rho D) (H + rho I)^-1
+    Z = 1.5 X - 0.5 D + V / rho         D = the largest |Z|, as many as survive        V = rho (Z - D)
+
+and rho doubles every four rounds. Conjugate gradients then improve what survives; see `recon.kernels.least_squares`.
+Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (NeurIPS 2024, arXiv
+2406.07831); for rounds whose mask changes, Boža, "Fast and Effective Weight Update for Pruned Large Language Models" (TMLR 2024,
+arXiv 2401.02938); for the 1.5, Boyd et al., "Distributed Optimization and Statistical Learning via ADMM" (2011), section 3.4.3.
+
+The authors' code takes up to 300 rounds without the 1.5, raises rho by 10 to 30 % every third, and damps G by its mean diagonal.
+"""
+
+import torch
+from torch import Tensor
+
+from recon.kernels.least_squares import masked_least_squares
+from recon.kernels.patterns import Pattern, keep_mask
+
+DAMPING, RHO, ROUNDS, EVERY, RELAXATION, ITERATIONS = 0.01, 0.1, 16, 4, 1.5, 4
+MANY, STRIDE = 2**16, 11  # of so many weights that compete, every 11th tells well enough which survive a round
+
+
+@torch.no_grad()
+def prune(
+    weight: Tensor, statistics: Tensor, pattern: Pattern, scope: str, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """The pruned and updated weight (out, in), and its mask (out, in), True = kept.
+
+    weight: (out, in), float32 or float64 as are the statistics, the Gram matrix X'X / tokens (in, in).
+    """
+    diagonal = statistics.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()  # s
+    H = statistics / scale[:, None] / scale
+    H.diagonal().add_(DAMPING)
+    Z = (weight * scale).masked_fill_(diagonal == 0, 0.0)  # inputs that are always zero go first
+    BH, D = Z @ H, _largest(Z, pattern, scope)  # the first round, whose X is B
+    for t in range(ROUNDS):
+        if t % EVERY == 0:
+            Z = Z if t == 0 else torch.lerp(D, Z, 0.5)  # V / rho is Z - D
+            rho = RHO * 2 ** (t // EVERY)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + rho * torch.eye(len(H)).to(H)))
+        X = torch.add(BH, torch.sub(D, Z, alpha=0.5), alpha=2 * rho) @ inverse
+        Z.add_(X.sub_(D), alpha=RELAXATION)
+        D = _largest(Z, pattern, scope)
+    mask = keep_mask(Z.abs(), pattern, scope)
+    return masked_least_squares(Z, mask, H, BH, ITERATIONS).div_(scale), mask
+
+
+def _largest(Z: Tensor, pattern: Pattern, scope: str) -> Tensor:
+    """Z (out, in) with zeros in all but its largest entries, in number about as `keep_mask` keeps."""
+    groups = Z.view(-1, pattern.m or (Z.shape[1] if scope == "row" else Z.numel())).abs()
+    sample = groups[:, :: STRIDE if groups.shape[1] > MANY else 1]
+    zeros = pattern.zeros(sample.shape[1])
+    threshold = sample.kthvalue(zeros, dim=1, keepdim=True).values if zeros else -1.0
+    return Z * (groups > threshold).view_as(Z)
