@@ -10,7 +10,7 @@ _MODULES = {
     "config": (
         "CalibrationConfig ComputeConfig EvaluationConfig ModelConfig PruningConfig ReconstructionConfig RetrainingConfig"
     ),
-    "data.models": "load pack unpack",
+    "data.models": "load",
     "data.text": "sample_tokens",
     "errors": "ReconError",
     "evaluate.perplexity": "perplexity",
@@ -22,8 +22,10 @@ _MODULES = {
     "model.decoder": "Decoder",
     "model.discovery": "decompose",
     "runtime.execution": "Execution",
+    "runtime.packed": "pack unpack",
     "study.cluster": "Ray",
     "study.run": "Session run",
+    "study.shrink": "shrink",
     "study.spec": "RunOptions RunSpec",
     "study.studies": "grid run_study",
 }

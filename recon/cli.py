@@ -16,7 +16,7 @@ from recon.runtime.device import limit_compiled_shapes
 from recon.study.spec import RunOptions, RunSpec
 
 Group = tyro.conf.arg(name="")  # its options have no prefix
-Named = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help="A bundled name, a local folder, or a Hub id.")]
+Named = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help="The folder of a checkpoint.")]
 Place = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT", help="New folder.")]
 
 
@@ -81,24 +81,33 @@ def plan(spec: Annotated[RunSpec, Group], stream: Literal["auto", "yes", "no"] =
         raise ReconError(planned.problem)
 
 
-def pack(model: Named, out: Place, revision: str | None = None) -> None:
-    """Write a model to a new folder with one bit for each weight and what is not zero: `recon.load` reads it."""
-    from recon.data import models
+def shrink(model: Named, out: Place) -> None:
+    """Write a model to a new folder without heads and neurons that were pruned as a whole: an ordinary, smaller checkpoint."""
+    from recon.study import shrink
 
-    models.pack(model, out, revision)
-    print(f"{out}: {_megabytes(out)}")
-
-
-def unpack(packed: Named, out: Place) -> None:
-    """Write a packed model to a new folder as an ordinary checkpoint, the same to the bit."""
-    from recon.data import models
-
-    models.unpack(packed, out)
-    print(f"{out}: {_megabytes(out)}")
+    for said in shrink.shrink(model, out):
+        print(said)
+    _say_size(out)
 
 
-def _megabytes(folder: Path) -> str:
-    return f"{sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB of weights"
+def pack(folder: Named, out: Place) -> None:
+    """Write a checkpoint to a new folder as one bit for each weight and what is not zero: `recon.load` reads it."""
+    from recon.runtime import packed
+
+    packed.pack(folder, out)
+    _say_size(out)
+
+
+def unpack(folder: Named, out: Place) -> None:
+    """Write a packed checkpoint to a new folder as the ordinary one that it was made of, the same to the bit."""
+    from recon.runtime import packed
+
+    packed.unpack(folder, out)
+    _say_size(out)
+
+
+def _say_size(folder: Path) -> None:
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB of weights")
 
 
 def models() -> None:
@@ -171,7 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[:1] == ["reconstruct"]:  # whose model is called dense
         names = {"--dense": "--model", "--dense-revision": "--revision"}
         arguments = ["".join((names.get(flag, flag), *rest)) for flag, *rest in (word.partition("=") for word in arguments)]
-    commands = {command.__name__: command for command in (run, reconstruct, plan, pack, unpack, models, criteria, assets, bench)}
+    known = run, reconstruct, plan, shrink, pack, unpack, models, criteria, assets, bench
+    commands = {command.__name__: command for command in known}
     try:
         command = next(iter(arguments), "")
         if command in ("run", "reconstruct", "plan"):  # options that are given go before those that a preset sets

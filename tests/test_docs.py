@@ -38,7 +38,7 @@ def test_every_guide_and_notebook_is_listed():
 def test_commands_name_words_and_options_that_exist(capsys):
     script = (ROOT / "run_all.sh").read_text(encoding="utf-8")
     known = set(re.findall(r"--[a-z][\w-]*", script)) | {"--help-notebook"}  # of papermill
-    for command in ("run", "plan", "reconstruct", "bench", "models", "pack", "unpack"):
+    for command in ("run", "plan", "reconstruct", "bench", "models", "pack", "unpack", "shrink"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))

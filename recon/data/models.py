@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 from recon.data import assets, files
 from recon.errors import ReconError
 from recon.runtime import packed
-from recon.runtime.storage import new_checkpoint
 from recon.runtime.weights import Weights, check_finite, open_model, quantisation, read_model
 
 # The files in a folder that make up a model and its tokenizer: by suffix, and by name.
@@ -90,31 +90,14 @@ def load(
     """
     with _opened(name, revision, trust_remote_code) as (path, config):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with packed.unpacked(path) as plain:
-            model, _ = read_model(plain, config, trust_remote_code)
+        with tempfile.TemporaryDirectory() as scratch:
+            model, _ = read_model(packed.plain(path, Path(scratch)), config, trust_remote_code)
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
         if not values.untyped_storage().resizable():
             # Mapped from the file, and would change with it. Kernels also give other last bits for memory that is not aligned.
             values.data = values.data.clone()
     return model.eval(), tokenizer
-
-
-def pack(name: str, folder: Path | str, revision: str | None = None) -> None:
-    """Writes the model `name` to a new folder, packed: see `recon.runtime.packed`. Raises `ReconError` as `load`."""
-    with _opened(name, revision, False) as (path, _):
-        pass
-    with new_checkpoint(Path(folder)) as fresh:
-        packed.pack(path, fresh)
-
-
-def unpack(packed_folder: Path | str, folder: Path | str) -> None:
-    """Writes the packed model in a folder to a new one, as the ordinary checkpoint that it was made of, the same to the bit.
-
-    Raises `ReconError` naming a file that is missing, cut short or altered, and if the folder cannot be written.
-    """
-    with new_checkpoint(Path(folder)) as fresh:
-        packed.unpack(Path(packed_folder), fresh)
 
 
 def skeleton(

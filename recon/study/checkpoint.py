@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import tempfile
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from recon.data.models import quiet
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.runtime.device import SAVED
+from recon.runtime.packed import pack_files
 from recon.runtime.weights import rounded
 from recon.study.record import RunRecord
 from recon.study.spec import RunOptions
@@ -40,9 +43,9 @@ def check_model(dense: Decoder, biases: Iterable[str], dtype: str) -> None:
             rounded(name, value.detach(), SAVED[dtype])
 
 
-def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, record: RunRecord, options: RunOptions) -> None:
-    """Writes weights (safetensors), configuration, tokenizer and model card to `folder`. Raises `ReconError` as `rounded`."""
-    model, dtype = student.model, SAVED[options.save_dtype]
+def save(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, save_dtype: str) -> None:
+    """Writes weights (safetensors), configuration and tokenizer to `folder`. Raises `ReconError` as `rounded`."""
+    model, dtype = student.model, SAVED[save_dtype]
     # As if the weights were on disk, so that transformers asks for each as it is written.
     meta = {
         name: torch.empty_like(tensor, dtype=dtype if tensor.is_floating_point() else None, device="meta")
@@ -55,13 +58,22 @@ def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, re
             model.save_pretrained(folder, state_dict=meta, max_shard_size=SHARD)
     finally:
         del model.hf_device_map, model._hf_hook
-    model.config.dtype = options.save_dtype
+    model.config.dtype = save_dtype
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, record: RunRecord, options: RunOptions) -> None:
+    """As `save`, with a model card, and packed if `options` say so."""
+    if options.save_format == "packed":
+        with tempfile.TemporaryDirectory(dir=folder) as plain:
+            write(student, tokenizer, Path(plain), record, replace(options, save_format="plain"))
+            pack_files(Path(plain), folder)
+        return
+    save(student, tokenizer, folder, options.save_dtype)
     base = record.spec["model"]
     about = ModelCardData(base_model=base, library_name="transformers", tags=["pruned", "sparse", "reconstruction"])
-    said = vars(record) | {"name": Path(base).name, "dtype": options.save_dtype}
-    said |= {"command": options.command, "save_format": options.save_format}
+    said = vars(record) | {"name": Path(base).name, "dtype": options.save_dtype, "command": options.command}
     ModelCard.from_template(about, str(Path(__file__).with_name("card.md")), **said).save(folder / "README.md")
 
 

@@ -196,8 +196,6 @@ class _Run(Callback):
             with refused, complete(self.options.save, folder=True) as folder:
                 with self.phase("save"):
                     checkpoint.write(self.model, self.tokenizer, folder, record, self.options)
-                    if self.options.save_format == "packed":
-                        packed.pack(folder, folder)
                 record.seconds["total"] = time.perf_counter() - began
                 write_record(record, folder / files.RECORD)
         return RunResult(record, None if storage.folder else self.model.model)

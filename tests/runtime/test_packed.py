@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 import recon
 from recon.cli import main
-from recon.runtime import packed
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -34,7 +33,6 @@ def test_round_trip_to_the_bit(plain, tmp_path):
     recon.unpack(tmp_path / "packed", tmp_path / "back")
     assert len(list(plain.glob("*.safetensors"))) > 2
     assert all(filecmp.cmp(file, tmp_path / "back" / file.name, shallow=False) for file in plain.iterdir())
-    assert packed.NOTE not in (tmp_path / "back" / "README.md").read_text()
     with pytest.raises(OSError, match="no file named model.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
@@ -88,8 +86,7 @@ def test_a_run_saves_packed_what_it_saves_plain(tiny_spec, tmp_path, stream):
     stored = load_file(tmp_path / "packed" / "model.packed.safetensors")
     size = sum(tensor.nbytes for name, tensor in stored.items() if "proj" in name)
     assert size == (1 / 2 + 1 / 16) * sum(weight.nbytes for weight in weights.values())
-    card = (tmp_path / "packed" / "README.md").read_text()
-    assert packed.NOTE in card and "no special kernel" not in card
+    assert "`recon unpack folder plain`" in (tmp_path / "packed" / "README.md").read_text()
     assert "sparsity_config" not in json.dumps([json.loads(path.read_text()) for path in tmp_path.glob("*/config.json")])
     # Read as what something else pruned, from a stream, and not computed again.
     again = tiny_spec.replaced(pruned=str(tmp_path / "packed"), granularity="none")
@@ -101,6 +98,6 @@ def test_a_run_saves_packed_what_it_saves_plain(tiny_spec, tmp_path, stream):
 def test_what_cannot_be_packed_or_unpacked(tiny_folder, tmp_path, capsys):
     main(["pack", tiny_folder, str(tmp_path / "packed")])
     assert "MB of weights" in capsys.readouterr().out
-    assert "is packed already" in refuse(["pack", str(tmp_path / "packed"), str(tmp_path / "twice")], capsys)
-    assert "holds no packed weights" in refuse(["unpack", tiny_folder, str(tmp_path / "plain")], capsys)
+    assert "packed already" in refuse(["pack", str(tmp_path / "packed"), str(tmp_path / "twice")], capsys)
+    assert "holds no model.packed.json" in refuse(["unpack", tiny_folder, str(tmp_path / "plain")], capsys)
     assert "exists and is not an empty folder" in refuse(["unpack", str(tmp_path / "packed"), tiny_folder], capsys)
