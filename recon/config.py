@@ -109,7 +109,7 @@ class PruningConfig(Checked):
     scope: Literal[("auto", *SCOPES)] = "auto"  # Weights compete within a row or the matrix; auto is the criterion's own default.
     statistics: Literal["sparse", "dense"] = "dense"  # Statistics from the dense model, or the pruned one (Wanda, SparseGPT).
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
-    mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight tried in each row after the criterion has chosen.
+    mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight in each row, each the best of all pairs, at most.
     sparsegpt_block_size: FromZero = 128  # Columns that SparseGPT prunes at once; 0: as many as samples (the paper's code).
     sparsegpt_damping: PositiveShare = 0.01  # Added to SparseGPT's Hessian, as a share of its mean diagonal.
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from recon.kernels import mask_refinement
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.mask_refinement import refine
 from recon.kernels.patterns import Pattern
@@ -38,6 +39,32 @@ def test_each_exchange_lowers_the_error_and_keeps_the_counts(pattern, group, see
     refined = refine(weight, mask, gram, 100, group)
     size = group or weight.shape[1]
     assert torch.equal(refined.view(-1, size).sum(1), mask.view(-1, size).sum(1))
+
+
+def best_exchange(weight, mask, gram, group):
+    """Tries every exchange in each row, by the errors before and after."""
+    mask = mask.clone()
+    for row in range(len(mask)):
+        kept, pruned = mask[row].nonzero()[:, 0].tolist(), (~mask[row]).nonzero()[:, 0].tolist()
+        pairs = [(i, j) for i in kept for j in pruned if i // group == j // group]
+        masks = mask[row].repeat(len(pairs) + 1, 1)  # the last: none
+        for number, (i, j) in enumerate(pairs):
+            masks[number, i], masks[number, j] = False, True
+        mask[row] = masks[error(weight[row], masks, gram).argmin()]
+    return mask
+
+
+@pytest.mark.parametrize("pattern, group", [("0.5", None), ("0.75", None), ("2:4", 4), ("4:8", 8)])
+@pytest.mark.parametrize("levels, first, pairs", [(8, 8, 2**22), (2, 1, 64)])
+def test_every_exchange_is_the_best_of_all(pattern, group, levels, first, pairs, monkeypatch):
+    monkeypatch.setattr(mask_refinement, "LEVELS", levels)
+    monkeypatch.setattr(mask_refinement, "FIRST", first)
+    monkeypatch.setattr(mask_refinement, "PAIRS", pairs)
+    weight, gram = problem(columns=32, rows=4, seed=5)
+    mask = expected = start(weight, gram, pattern)
+    for steps in range(1, 6):
+        expected = best_exchange(weight, expected, gram, group or 32)
+        assert torch.equal(refine(weight, mask, gram, steps, group), expected)
 
 
 @pytest.mark.parametrize("group", [None, 4])
