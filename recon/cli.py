@@ -4,6 +4,7 @@ import argparse
 import logging
 import shlex
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -131,6 +132,15 @@ def criteria() -> None:
         print(f"{name:10} {criterion.description} (compares within a {criterion.scope}; {criterion.source})")
 
 
+def presets() -> None:
+    """List the recipes: what each sets, and where it is from."""
+    from recon.config import PRESETS, SOURCES
+
+    for name, values in PRESETS.items():
+        said = ", ".join(f"{option} {value}" for option, value in values.items())
+        print(textwrap.fill(f"{name}: {said or 'nothing'} ({SOURCES[name]})", 120, subsequent_indent="    "))
+
+
 def assets(models: tuple[str, ...] = ("smollm2-135m",)) -> None:
     """Fetch bundled models and texts into the cache, once. Whatever is not fetched here is fetched on first use.
 
@@ -180,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[:1] == ["reconstruct"]:  # whose model is called dense
         names = {"--dense": "--model", "--dense-revision": "--revision"}
         arguments = ["".join((names.get(flag, flag), *rest)) for flag, *rest in (word.partition("=") for word in arguments)]
-    known = run, reconstruct, plan, shrink, pack, unpack, models, criteria, assets, bench
+    known = run, reconstruct, plan, shrink, pack, unpack, models, criteria, presets, assets, bench
     commands = {command.__name__: command for command in known}
     try:
         command = next(iter(arguments), "")

@@ -22,19 +22,47 @@ PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
 }
+# What authors have in common who fit a window of any size at one rate, on whole samples, and keep what comes of it.
+_PUBLISHED = {
+    "loss": "mse", "skip_first": False, "train": "all", "rate": "absolute", "size_power": 0.0, "matrix_rate": 1.0, "chunks": 1,
+    "roll_back": False,
+}  # fmt: skip
 # Recipes: options that are set where they are at their defaults. fast, default and best differ in the time they take on the same
-# samples. `paper` is the published one, as its code has it (github.com/ZIB-IOL/Free-Lunch-in-LLM-Compression, 601ea9e): its
-# learning rates are 1e-5 to 1e-4, and SparseGPT prunes as many columns at once as there are samples.
+# samples. The others are published, as their code has them; each reads text of the run's choice, as much as the run says.
 PRESETS: dict[str, dict] = {
     "fast": {"propagation": "dense", "batch_size": 2},
     "default": {},
     "best": {"start": "exact", "exact_iterations": 4, "epochs": 2},
+    # SparseGPT prunes as many columns at once as there are samples.
     "paper": {
         "statistics": "sparse", "sparsegpt_block_size": 0,
-        "propagation": "dense", "loss": "mse", "skip_first": False, "train": "all", "rate": "absolute", "learning_rate": 1e-4,
-        "size_power": 0.0, "matrix_rate": 1.0, "epochs": 1, "batch_size": 2, "chunks": 1, "roll_back": False,
+        "propagation": "dense", "learning_rate": 1e-4, "epochs": 1, "batch_size": 2, **_PUBLISHED,
     },
+    # Not expressed: AdamW's betas 0.9 and 0.95, gradients clipped at norm 1.
+    "ebft": {
+        "statistics": "sparse", "granularity": "block", "propagation": "sparse", "learning_rate": 2e-4, "weight_decay": 0.1,
+        "warmup": 0.0, "epochs": 10, "batch_size": 8, **_PUBLISHED,
+    },
+    # Not expressed: the rate falls by a cosine to a fifth, not to 0 in a line. Their masks are by an ADMM of their own.
+    "3basil-tm": {
+        "criterion": "admm", "statistics": "sparse", "granularity": "block", "propagation": "sparse", "learning_rate": 2e-5,
+        "warmup": 0.0, "epochs": 20, "batch_size": 8, **_PUBLISHED,
+    },
+    "alps": {"criterion": "admm", "statistics": "sparse", "granularity": "none"},
+    "sparsegpt": {"criterion": "sparsegpt", "statistics": "sparse", "granularity": "none"},
+    "wanda": {"criterion": "wanda", "statistics": "sparse", "granularity": "none"},
 }  # fmt: skip
+SOURCES = {
+    "fast": "inputs from the dense model, which saves a pass; steps of two samples",
+    "default": "the defaults of this library",
+    "best": "begins from masked least squares, passes over the samples twice",
+    "paper": "arXiv 2510.14444, github.com/ZIB-IOL/Free-Lunch-in-LLM-Compression, 601ea9e; its learning rates are 1e-5 to 1e-4",
+    "ebft": "Guo et al. 2024, arXiv 2402.12419, github.com/sunggo/EBFT, 76ded25; 256 x 1,024 tokens",
+    "3basil-tm": "arXiv 2603.01376, github.com/mazumder-lab/3BASiL, 5ce1037; 128 x 2,048 tokens",
+    "alps": "Meng et al. 2024, arXiv 2406.07831; 128 x 2,048 tokens; prunes only",
+    "sparsegpt": "Frantar & Alistarh 2023, arXiv 2301.00774; 128 x 2,048 tokens; prunes only",
+    "wanda": "Sun et al. 2023, arXiv 2306.11695; 128 x 2,048 tokens; prunes only",
+}
 STEPS = 32  # with fewer, a model can get worse than it was: AdamW's first steps follow the noise of single samples
 
 

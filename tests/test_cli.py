@@ -10,7 +10,7 @@ from test_refusals import refuse
 
 import recon
 from recon.cli import main
-from recon.config import PROTOCOLS
+from recon.config import PRESETS, PROTOCOLS, SOURCES
 from recon.data import assets
 from recon.kernels import criteria
 
@@ -61,6 +61,10 @@ def test_lists_name_everything(capsys):
     main(["criteria"])
     said = capsys.readouterr().out
     assert all(name in said and criterion.source in said for name, criterion in criteria.CRITERIA.items())
+    main(["presets"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert SOURCES.keys() == PRESETS.keys() and all(f"({source})" in said for source in SOURCES.values())
+    assert all(f"{option} {value}" in said for values in PRESETS.values() for option, value in values.items())
 
 
 def test_help_says_what_every_option_means(capsys):

@@ -28,7 +28,7 @@ from recon.errors import ReconError
         *(("evaluation_texts", wrong, "a list of names") for wrong in (1, None, (1,))),
         ("revision", 3, "text, None"),
         ("model", None, "text"),
-        ("preset", "quick", "fast, default, best, paper"),
+        ("preset", "quick", "fast, default, best, paper, ebft, 3basil-tm"),
         *(("granularity", wrong, "half-block") for wrong in ("layer", "0", "0-blocks", "1.5", "", None)),
         *(
             ("pattern", wrong, "a sparsity from 0")

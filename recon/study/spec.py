@@ -34,7 +34,7 @@ class RunSpec(Checked):
     compute: config.ComputeConfig = field(default_factory=config.ComputeConfig)
     seed: FromZero = 0  # Seed of every random choice.
     preset: Literal[tuple(config.PRESETS)] = "default"
-    """Recipe: fast, default, best, or paper (as published). It sets other options, unless they are given."""
+    """Recipe, of this library or as published (see `recon presets`). It sets other options, unless they are given."""
 
     def __post_init__(self):
         super().__post_init__()
