@@ -136,6 +136,9 @@ class PruningConfig(Checked):
     pattern: str = "0.5"  # Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).
     scope: Literal[("auto", *SCOPES)] = "auto"  # Weights compete within a row or the matrix; auto is the criterion's own default.
     statistics: Literal["sparse", "dense"] = "dense"  # Statistics from the dense model, or the pruned one (Wanda, SparseGPT).
+    allocation: Literal["uniform", "dlp", "measured"] = "uniform"
+    """How sparse each block is: uniform, as all; dlp, by the median of weight times input norm; measured, by what it costs the
+    predictions when the block alone is pruned. The sparsity of all blocks together stays."""
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
     mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight in each row, each the best of all pairs, at most.
     sparsegpt_block_size: FromZero = 128  # Columns that SparseGPT prunes at once; 0: as many as samples (the paper's code).
@@ -145,14 +148,19 @@ class PruningConfig(Checked):
         object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
         super().__post_init__()
         structured = isinstance(CRITERIA[self.criterion], Structured)
+        whole = structured or self.criterion == "none"
         suited = ", ".join(name for name, each in CRITERIA.items() if each.scores)
         for name, refused, allowed in (
             ("mask_refinement", self.mask_refinement and self.criterion not in suited.split(", "), f"0, or with {suited}"),
             ("pattern", structured and ":" in self.pattern, "the share of the weights that is to go, such as 0.2"),
             ("scope", structured and self.scope != "auto", "auto"),
+            ("allocation", whole and self.allocation != "uniform", "uniform"),
         ):
             if refused:
                 raise ReconError(f"{name} is {getattr(self, name)!r} with criterion {self.criterion!r}; allowed: {allowed}")
+        if self.allocation != "uniform" and ":" in self.pattern:
+            said = "which keeps as many of every M in all blocks; allowed: uniform, or a sparsity such as 0.5"
+            raise ReconError(f"allocation is {self.allocation!r} with pattern {self.pattern}, {said}")
 
     def on(self, samples: int) -> "PruningConfig":
         """These options for so many calibration samples."""
@@ -224,6 +232,7 @@ def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, sam
     reads = criterion.statistics != "none" or pruning.mask_refinement
     other = reads and pruning.prune_samples not in (0, samples)
     reasons = {
+        f"allocation {pruning.allocation!r} compares the blocks of the whole model": pruning.allocation != "uniform",
         f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": isinstance(criterion, Structured),
         "sparse propagation computes no activations of the dense model": reconstruction.propagation == "sparse",
         "statistics are from the pruned model (statistics sparse)": reads and pruning.statistics == "sparse",

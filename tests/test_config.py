@@ -68,6 +68,7 @@ def passes(tiny, tokens):
 SHORT, SHORTLY = {"epochs": 1}, {"retrain_epochs": 1, "retrain": "full"}
 OTHERS = {  # options that a test of an option's choices gives as well
     **{(PruningConfig, "criterion"): {"pattern": "0.3"}, (PruningConfig, "scope"): {}, (PruningConfig, "statistics"): {}},
+    (PruningConfig, "allocation"): {},
     **{(ReconstructionConfig, name): SHORT for name in ("propagation", "start", "train", "adapter", "loss", "rate")},
     (ReconstructionConfig, "solver"): SHORT | {"granularity": "matrix"},
     **{(RetrainingConfig, name): SHORTLY for name in ("retrain", "retrain_objective", "retrain_rate")},

@@ -91,6 +91,7 @@ CASES = {
     "SparseGPT, two passes": ("gpt2", {"criterion": "sparsegpt", "propagation": "sparse"}),
     "experts": ("mixtral", {"granularity": "half-block", "criterion": "sparsegpt"}),
     "biases that pruning adds": ("", {"criterion": "flap", "pattern": "0.3"}),
+    "blocks of unequal sparsity": ("", {"allocation": "measured"}),
     "encoder-decoder": ("t5", {"propagation": "sparse", "train": "all"}),
 }
 

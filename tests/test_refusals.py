@@ -58,6 +58,8 @@ SUITED = "magnitude, random, wanda, ria$"
         ({"evaluation_texts": ()}, "evaluation_texts is empty"),
         ({"criterion": "flap", "pattern": "2:4"}, "pattern is '2:4'.*flap.*such as 0.2"),
         ({"criterion": "wanda-sp", "scope": "row"}, "scope is 'row'.*wanda-sp.*allowed: auto"),
+        ({"allocation": "dlp", "pattern": "2:4"}, "allocation is 'dlp' with pattern 2:4.*allowed: uniform, or a sparsity"),
+        ({"allocation": "measured", "criterion": "flap"}, "allocation is 'measured'.*flap.*allowed: uniform"),
         ({"criterion": "flap", "mask_refinement": 3}, f"mask_refinement is 3.*flap.*{SUITED}"),
         ({"pruned": "there", "pattern": "0.6"}, "pattern is '0.6', but the mask is read from the pruned model 'there'"),
     ],

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from recon.config import PruningConfig
 from recon.errors import ReconError
-from recon.kernels.criteria import CRITERIA, Criterion, Structured
+from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.mask_refinement import refine
 from recon.kernels.patterns import Pattern
+from recon.methods.allocation import allocate
 from recon.methods.samples import as_tokens
 from recon.methods.statistics import FEW, over_blocks
 from recon.methods.structured import find_units, prune_units, set_bias
@@ -62,12 +63,15 @@ def prune(
     execution = execution or Execution(decoder.device)
     samples = None if samples is None else as_tokens(samples)
     pruner = Pruner(decoder, config.on(0 if samples is None else len(samples)), seed, execution)
-    if pruner.statistics != "none" and samples is None:
-        refined = " with mask refinement" if pruner.criterion.statistics == "none" else ""
-        raise ReconError(f"criterion {config.criterion!r}{refined} weighs activations and needs calibration samples")
+    if (pruner.statistics != "none" or config.allocation != "uniform") and samples is None:
+        beside = " with mask refinement" if config.mask_refinement else f" with allocation {config.allocation}"
+        beside = beside if pruner.criterion.statistics == "none" else ""
+        raise ReconError(f"criterion {config.criterion!r}{beside} weighs activations and needs calibration samples")
     if isinstance(pruner.criterion, Structured):
         prune_units(decoder, pruner.criterion, config, samples, execution)
         return Pruning(execution.storage.masks)
+    if config.allocation != "uniform" and pruner.pattern.sparsity:
+        pruner.patterns = allocate(decoder, samples, config, execution, pruner.statistics, pruner.pruned)
     description, rerun = f"prune ({config.criterion} {pruner.pattern})", config.statistics == "sparse"
     pruner.noted = over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
     return pruner.summed_up()
@@ -82,6 +86,7 @@ class Pruner:
     def __init__(self, decoder: Decoder, config: PruningConfig, seed: int, execution: Execution):
         self.decoder, self.config, self.seed, self.execution = decoder, config, seed, execution
         self.criterion, self.pattern = CRITERIA[config.criterion], Pattern.parse(config.pattern)
+        self.patterns = [self.pattern] * len(decoder.blocks)
         self.statistics = "gram" if config.mask_refinement else self.criterion.statistics
         self.scope = self.criterion.scope if config.scope == "auto" else config.scope
         # The options of a criterion are named after it.
@@ -100,9 +105,7 @@ class Pruner:
             for name, matrix in self.decoder.matrices(window).items():
                 if self.statistics != "none" and name not in statistics:
                     under_calibrated.append(name)
-                    weight, mask = self._pruned(CRITERIA["magnitude"], matrix, None)
-                else:
-                    weight, mask = self._pruned(self.criterion, matrix, statistics.get(name), **self.options)
+                weight, mask = self.pruned(matrix, statistics, self.patterns[window.blocks[0]])
                 if not (self.criterion.scores or torch.equal(weight, matrix.weight.masked_fill(~mask, 0.0).float())):
                     changed[matrix.parameter_name] = matrix.parameter
                 matrix.weight.copy_(weight)
@@ -129,18 +132,25 @@ class Pruner:
             )  # fmt: skip
         return Pruning(masks, under_calibrated=under_calibrated, seconds=sum(noted["seconds"] for noted in notes))
 
-    def _pruned(self, criterion: Criterion, matrix: Matrix, statistics: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-        """The matrix's new weight and mask. `statistics`: what the criterion asks for, or a Gram matrix."""
-        weight, own, random = matrix.weight.float(), statistics, generator(self.seed, "criterion", matrix.name)
-        if criterion.statistics == "norm" and statistics.ndim == 2:  # a Gram matrix tells norms
-            own = statistics.diagonal().sqrt()
+    def pruned(self, matrix: Matrix, statistics: Mapping[str, Tensor], pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """The matrix's new weight and mask; by magnitude, where the criterion has no statistics of it.
+
+        statistics: what the criterion asks for, or Gram matrices, by matrix name.
+        """
+        own = found = statistics.get(matrix.name)
+        criterion, options = self.criterion, self.options
+        if self.statistics != "none" and found is None:
+            criterion, options = CRITERIA["magnitude"], {}
+        elif criterion.statistics == "norm" and found.ndim == 2:  # a Gram matrix tells norms
+            own = found.diagonal().sqrt()
+        weight, random = matrix.weight.float(), generator(self.seed, "criterion", matrix.name)
         try:
-            pruned, mask = criterion.prune(weight, own, self.pattern, self.scope, random, **options)
+            pruned, mask = criterion.prune(weight, own, pattern, self.scope, random, **options)
         except ReconError as error:
             raise ReconError(f"matrix {matrix.name!r}: {error}") from None
-        if not self.config.mask_refinement or statistics is None:
+        if not self.config.mask_refinement or found is None:
             return pruned, mask
-        mask = refine(weight, mask, statistics, self.config.mask_refinement, self.pattern.m)
+        mask = refine(weight, mask, found, self.config.mask_refinement, pattern.m)
         return weight.masked_fill(~mask, 0.0), mask
 
 

@@ -21,6 +21,7 @@ from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA, admm
 from recon.kernels.losses import ELEMENTS
 from recon.kernels.moments import triangle
+from recon.methods import allocation
 from recon.methods.samples import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
@@ -157,6 +158,10 @@ def flops(spec: RunSpec) -> dict[str, float]:
     passes = rule.statistics != "none" or by_grams
     passes = 0 if spec.one_pass else passes * (2 if pruning.statistics == "sparse" and rule.scope != "model" else 1)
     found = {"prune": (passes * forward + by_grams * grams) * tokens["prune"], "reconstruct": 0.0, "retrain": 0.0}
+    if pruning.allocation != "uniform":
+        found["prune"] += forward * tokens["prune"]
+    if pruning.allocation == "measured":
+        found["prune"] += 2 * len(decoder.blocks) * allocation.PROBES * length * (forward / 2 + head)
     if pruning.criterion == "sparsegpt":
         found["prune"] += products + sum(2 * matrix.weight.shape[1] ** 3 for matrix in read)
     if pruning.criterion == "admm":

@@ -1,0 +1,79 @@
+"""Sparsity by block, against whole forward passes of models of which one block alone is pruned."""
+
+import copy
+
+import pytest
+import torch
+from fixtures.models import FLOAT32, inputs_of
+
+from recon.config import PruningConfig
+from recon.errors import ReconError
+from recon.kernels import allocation as kernel
+from recon.kernels.criteria import CRITERIA
+from recon.kernels.patterns import Pattern
+from recon.methods.prune import prune
+from recon.model.discovery import decompose
+
+
+@pytest.fixture(scope="module")
+def dense(tiny):
+    """A decoder whose model no test changes; three blocks."""
+    return decompose(tiny("llama", num_hidden_layers=3))
+
+
+def block_of(name):
+    return int(name.split(".")[2])
+
+
+def alone(dense, norms, block, pattern):
+    """The dense model with one block pruned by Wanda."""
+    model = copy.deepcopy(dense.model)
+    for name, norm in norms.items():
+        if block_of(name) == block:
+            weight = model.get_parameter(f"{name}.weight").data
+            weight.copy_(CRITERIA["wanda"].prune(weight, norm, pattern, "matrix", None)[0])
+    return model
+
+
+@torch.no_grad()
+def by_hand(dense, samples, allocation, sparsity):
+    """Each block's sparsity."""
+    read = inputs_of(dense.model, list(dense.matrices()), samples if allocation == "dlp" else samples[:4])
+    norms = {name: x.square().mean(0).sqrt() for name, x in read.items()}
+    weights = {name: matrix.weight for name, matrix in dense.matrices().items()}
+    sizes = torch.tensor([sum(w.numel() for name, w in weights.items() if block_of(name) == b) for b in range(3)]).double()
+    if allocation == "dlp":
+        scores = [[(w.abs() * norms[name]).flatten() for name, w in weights.items() if block_of(name) == b] for b in range(3)]
+        return kernel.dlp(torch.stack([torch.cat(each).median() for each in scores]).double(), sizes, sparsity)
+    wanted, losses = dense.model(samples[4:]).logits.log_softmax(-1), []
+    for reach in (-kernel.spread(sparsity), kernel.spread(sparsity)):
+        models = (alone(dense, norms, block, Pattern(sparsity + reach)) for block in range(3))
+        found = [model(samples[4:]).logits.log_softmax(-1) for model in models]
+        losses.append(torch.stack([(wanted.exp() * (wanted - other)).sum(-1).mean() for other in found]).double())
+    return kernel.by_curves(*losses, sizes, sparsity)
+
+
+@pytest.mark.parametrize(("allocation", "sparsity"), [("dlp", 0.5), ("measured", 0.5), ("measured", 0.9)])
+def test_blocks_are_as_sparse_as_their_importance_says(dense, tokens, allocation, sparsity):
+    samples, student = tokens(8, 16), decompose(copy.deepcopy(dense.model), like=dense)
+    config = PruningConfig(pattern=str(sparsity), scope="matrix", allocation=allocation)
+    masks = prune(student, samples, config, execution=FLOAT32).masks
+    shares = by_hand(dense, samples, allocation, sparsity).tolist()
+    assert max(shares) - min(shares) > 0.01
+    for name, mask in masks.items():
+        assert abs((~mask).sum().item() - shares[block_of(name)] * mask.numel()) <= 1  # rounded
+        matrix = student.matrices()[name].weight
+        assert torch.equal(matrix, dense.matrices()[name].weight * mask)
+    zeros, size = (sum(count(mask) for mask in masks.values()) for count in (lambda mask: (~mask).sum().item(), torch.numel))
+    assert abs(zeros - sparsity * size) <= len(masks) / 2
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
+@pytest.mark.parametrize("allocation", ["dlp", "measured"])
+def test_too_few_samples_are_refused(dense, tokens, criterion, allocation):
+    config = PruningConfig(criterion, allocation=allocation)
+    with pytest.raises(ReconError, match="needs calibration samples"):
+        prune(decompose(copy.deepcopy(dense.model), like=dense), None, config, execution=FLOAT32)
+    if allocation == "measured":
+        with pytest.raises(ReconError, match="allocation is 'measured' with 1 calibration sample"):
+            prune(decompose(copy.deepcopy(dense.model), like=dense), tokens(1, 16), config, execution=FLOAT32)
