@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from companion.frame import DEFAULTS, METHOD, TUNING, setting
+from companion.frame import DEFAULTS, MEMORY, METHOD, TUNING, setting
 
 MARGIN = 0.05  # two sides are equal within this share of the perplexity gap: a choice of ours, not of the paper
 CLOSE = MARGIN / 2  # a second, stricter margin
@@ -276,7 +276,19 @@ def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     (_, fair, spent, _, count, their_count), mine, theirs, they_spent = max(pairs, key=lambda each: each[0])
     note = f"FLOPs {spent:.3g} (samples {count[0]}, then {count[1]}) against {they_spent:.3g} (samples {their_count[1]})"
     note += "" if fair else ": less compute on the combination's side"
-    return pair(mine, theirs, claim["measure"], note=note, favours_other=not fair)
+    return pair(mine, theirs, claim["measure"], share=bool(claim["margin"]), note=note, favours_other=not fair)
+
+
+def memory(runs: pd.DataFrame, claim: dict) -> Evidence | None:
+    """The other side's memory over ours, of the largest window: counted, so all runs of a side say the same."""
+    mine, theirs = (best_supported(points(runs, claim[side])) for side in ("left", "right"))
+    if not len(mine) or not len(theirs) or not (units := common(mine, theirs)):
+        return None
+    values = np.log2([[[side.at[unit, MEMORY]] for unit in units] for side in (mine, theirs)])
+    if not np.isfinite(values).all():
+        return None
+    sizes = " against ".join(f"{2**value:.2f} GiB" for value in values.mean((1, 2)))
+    return Evidence(_used([mine, theirs], units), [values], lambda means: means[1] - means[0], "times the memory", sizes)
 
 
 def ratio(runs: pd.DataFrame, claim: dict) -> Evidence | None:
@@ -431,5 +443,6 @@ def _name(model: str) -> str:
 
 
 KINDS = {
-    "better": better, "samples": samples, "equal": equal, "ratio": ratio, "combined": combined, "gap": gap, "trend": trend
+    "better": better, "samples": samples, "equal": equal, "ratio": ratio, "combined": combined, "memory": memory, "gap": gap,
+    "trend": trend,
 }  # fmt: skip

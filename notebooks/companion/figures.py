@@ -3,6 +3,7 @@
 Each function draws runs from `companion.frame.load`. It returns the figure, its data (a row per mark) and a sentence.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -16,12 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from companion.compare import CLOSE, MARGIN, SEEDS, interval, paired
-from companion.frame import MEMORY
+from companion.frame import DEFAULTS, MEMORY
 from companion.judge import FAILS, GROUPS, HOLDS, MARKS, UNSURE, effect_words
 from companion.publish import log_scale, look, looks, lower_is_better, number
 
 Plot = tuple[Figure, pd.DataFrame, str]
 MAIN = ["reconstruction", "masklora", "full"]
+PUBLISHED = f"{MAIN[0]}, paper's recipe"
 KL, COMPUTE = "KL to dense", "TFLOP"
 FAR = 5 * MARGIN  # differences beyond are written, not drawn to scale
 ALIKE = 1.05  # costs that differ by less count as equal
@@ -91,7 +93,8 @@ def span(values: pd.Series, form: str = "{:.2f}") -> str:
 
 def panels(count: int, width: float, height: float, columns: int = 3, **options) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels of this size in inches, up to `columns` beside one another."""
-    rows, columns = -(-count // columns), min(count, columns)
+    columns = 2 if count == 4 else min(count, columns)
+    rows = -(-count // columns)
     options |= {"figsize": (width * columns, height * rows), "squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(rows, columns, **options)
     for ax in axes.flat[count:]:
@@ -217,13 +220,59 @@ def memory(data: pd.DataFrame) -> Plot:
     return figure, data, finding
 
 
+def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> Plot:
+    """Held-out perplexity over that of the best rate, against the rate: a line for each cell of `companion.search.search`."""
+    runs = runs.assign(place=runs["model"] + ", " + runs["recipe"], samples=runs["trained"])
+    runs["ratio"] = runs["held_out_perplexity"] / runs.groupby("cell", sort=False)["held_out_perplexity"].transform("min")
+    data = runs[list(dict.fromkeys([panel, line, "recipe", "rate", "held_out_perplexity", "ratio", "chosen"]))]
+    shown = looks(data[line]) if line == "fit" else {"palette": "flare", "markers": True}
+    plot = sns.relplot(
+        data, x="rate", y="ratio", hue=line, style=line, col=panel, col_wrap=min(4, data[panel].nunique()), kind="line",
+        dashes=False, markersize=5, height=2.4, aspect=1.1, legend="full", units="recipe", estimator=None, **shown,
+    )  # fmt: skip
+    for name, ax in plot.axes_dict.items():
+        taken = data[(data[panel] == name) & data["chosen"]]
+        ax.plot(taken["rate"], taken["ratio"], "o", color="0.2", markersize=6, zorder=4)
+        ax.set(title=name, xscale="log", ylim=(0.98, min(1.5, 1.02 * data["ratio"].max())))
+    plot.set_axis_labels("learning rate", "held-out perplexity / best\n(lower is better ↓)")
+    best = data[data["chosen"]].groupby(panel, sort=False)["rate"]
+    form = "{:g}"
+    finding = f"The best rates are {', '.join(f'{span(own, form)} ({name})' for name, own in best)}."
+    return plot.figure, data, finding
+
+
+def rule(runs: pd.DataFrame) -> str:
+    """How the best rates of windows follow their size, and what the default's rule costs against the search, in words."""
+    powers, costs = [], {}
+    for model, group in runs[runs["recipe"] == "default"].groupby("model", sort=False):
+        windows = group.drop_duplicates("fit").set_index("fit")["losses"].map(len)
+        if "half-block" not in windows:
+            continue
+        halves = windows["half-block"] / windows  # in a window
+        best = group[group["chosen"] & (group["fit"] != "matrix")].set_index("fit")["rate"]
+        powers += [-np.polyfit(np.log(halves[best.index]), np.log(best), 1)[0]] if len(best) > 2 else []
+        for fit, own in group.sort_values("rate").groupby("fit", sort=False):
+            usual = DEFAULTS["learning_rate"]
+            usual *= DEFAULTS["matrix_rate"] if fit == "matrix" else halves[fit] ** -DEFAULTS["size_power"]
+            lost = np.log(own["held_out_perplexity"] / own["held_out_perplexity"].min())
+            costs[f"{fit}, {model}"] = np.expm1(np.interp(np.log(usual), np.log(own["rate"]), lost))
+    if not powers:
+        return ""
+    most = max(costs, key=costs.get)
+    said = f"Searched rates fall with the size to the power {span(-pd.Series(powers))}; the rule's is {-DEFAULTS['size_power']:g}"
+    return f"{said.replace('-', '−')}. It costs up to {costs[most]:.1%} in perplexity ({most})."
+
+
 # --- notebook 2 --------------------------------------------------------------------------------------------------------
 
 
 def methods(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each run: its method, samples, seed, quality and costs; for `efficiency` and `budget`."""
     reached = [name for name in runs if name.startswith(("perplexity, ", "dense perplexity, "))] + [KL]
+    published = runs["recipe"] == "paper"
+    runs = runs[~published | (runs["method"] == MAIN[0])]  # retraining is the same, but for the mask that it starts from
     runs = runs.assign(**{COMPUTE: runs["flops"] / 1e12, KL: runs["kl"]})
+    runs["method"] = runs["method"].where(runs["recipe"] != "paper", PUBLISHED)
     runs["samples"] = runs["trained"].where(runs["method"] != "pruned", 0)
     return runs[["method", "samples", "seed", *reached, COMPUTE, "seconds", MEMORY]]
 
@@ -239,17 +288,20 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
     """
     data, parts = methods(runs), []
     names, main = measures(data), runs[runs["method"].isin(MAIN)].assign(samples=runs["trained"])
+    recipes = list(dict.fromkeys(main["recipe"]))
     for name, measure in zip(names, ["own", "other"][: len(names) - 1] + ["kl"]):
         group = main[main[f"{measure}_pruned"].notna()]
-        part = effects(group, ["method", "samples"], {"method": MAIN[0]}, flip=True, measure=measure, share=False, level=0.95)
+        by, against = ["recipe", "method", "samples"], {"method": MAIN[0]}
+        part = effects(group, by, against, flip=True, measure=measure, share=False, level=0.95)
         parts.append(part[part["verdict"] != "default"].drop(columns=["verdict", "perplexity"]).assign(measure=name))
     differences, trained = pd.concat(parts), data[data["method"] != "pruned"]
     order = list(dict.fromkeys(trained["method"]))
-    shape = {"figsize": (3.4 * len(names), 5.6), "height_ratios": [1.5, 1], "layout": "constrained"}
-    figure, axes = plt.subplots(2, len(names), sharex=True, squeeze=False, **shape)
+    rows = 1 + len(recipes)
+    shape = {"figsize": (3.4 * len(names), 1.2 + 2.2 * rows), "height_ratios": [1.5] + [1] * len(recipes)}
+    figure, axes = plt.subplots(rows, len(names), sharex=True, squeeze=False, layout="constrained", **shape)
     by_method = {"hue": "method", "style": "method", "hue_order": order, "style_order": order, **looks(order)}
     by_method |= {"errorbar": "sd", "err_style": "bars", "dashes": False, "markersize": 7}
-    for name, above, below in zip(names, *axes):
+    for name, above in zip(names, axes[0]):
         sns.lineplot(trained, x="samples", y=name, ax=above, legend=name == names[0], **by_method)
         log_scale(above)
         above.set(title=name, ylabel="nats per token" if name == KL else "perplexity")
@@ -257,21 +309,27 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
         if name != KL:
             level(above, data[f"dense {name}"].mean(), "dense", inside=False)
         lower_is_better(above)
+    for (name, recipe), below in zip(itertools.product(names, recipes), axes[1:].T.flat):
         below.axhline(0, color=look(MAIN[0])["color"], linewidth=1.2)
-        lines = differences[differences["measure"] == name].groupby("method", sort=False)
+        mine = (differences["measure"] == name) & (differences["recipe"] == recipe)
+        lines = differences[mine].groupby("method", sort=False)
         for shift, (method, group) in zip((0.96, 1.04, 1, 1), lines):
             errors = np.abs(group[["low", "high"]].T.to_numpy() - group["difference"].to_numpy())
             below.errorbar(group["samples"] * shift, group["difference"], errors, **look(method) | {"linestyle": ""}, capsize=2.5)
-        below.set_title("above 0: reconstruction is better", fontsize=8, loc="left")
-        below.set(xlabel=f"samples of {length} tokens", xscale="log")
+        below.set_title(f"above 0: reconstruction ({recipe}) is better", fontsize=8, loc="left")
+        below.set(xlabel=f"samples of {length} tokens" * (recipe == recipes[-1]), xscale="log")
         below.xaxis.set_major_locator(FixedLocator(sorted(set(trained["samples"]))))
         below.xaxis.set_minor_locator(NullLocator())
         below.xaxis.set_major_formatter("{x:.0f}")
     legend(figure, axes[0, 0])
-    axes[1, 0].set_ylabel("retraining minus\nreconstruction, nats per token")
-    kinds = differences.groupby(differences["measure"].str.split(",").str[0], sort=False)
+    for ax in axes[1:, 0]:
+        ax.set_ylabel("retraining minus\nreconstruction, nats per token")
+    kinds = differences.groupby([differences["measure"].str.split(",").str[0], "recipe"], sort=False)
     counts = {kind: ((part["low"] > 0).sum(), (part["high"] < 0).sum(), len(part)) for kind, part in kinds}
-    said = "; ".join(f"{wins} better, {losses} worse of {count} by {kind}" for kind, (wins, losses, count) in counts.items())
+    said = "; ".join(
+        f"{wins} better, {losses} worse of {count} by {kind} ({recipe})"
+        for (kind, recipe), (wins, losses, count) in counts.items()
+    )
     finding = f"Reconstruction against retraining at equal samples: {said or 'nothing to compare yet'}."
     return figure, pd.concat([data.assign(panel="quality"), differences.assign(panel="difference")]), finding
 
@@ -283,15 +341,15 @@ def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
 
 
 def budget(runs: pd.DataFrame) -> Plot:
-    """Quality against compute and, if known, memory. Numbers: samples of the recipes that nothing beats at their cost or less.
+    """Quality against compute and, if known, memory. Numbers: samples of the methods that nothing beats at their cost or less.
 
     A mark is a method at a number of samples: the mean over the seeds that all methods have. The dense control and the pruned
     model have none.
     """
     data = methods(runs)
-    recipes, shown = data[~data["method"].str.startswith(("dense", "pruned"))], [measures(data)[0], KL]
-    shared = set.intersection(*(set(group["seed"]) for _, group in recipes.groupby("method")))
-    groups = recipes[recipes["seed"].isin(shared)].groupby(["method", "samples"], sort=False)
+    repaired, shown = data[~data["method"].str.startswith(("dense", "pruned"))], [measures(data)[0], KL]
+    shared = set.intersection(*(set(group["seed"]) for _, group in repaired.groupby("method")))
+    groups = repaired[repaired["seed"].isin(shared)].groupby(["method", "samples"], sort=False)
     means = groups[[*shown, COMPUTE, MEMORY]].mean().reset_index()
     costs = [cost for cost in (COMPUTE, MEMORY) if means[cost].notna().any()]
     figure, axes = plt.subplots(2, len(costs), figsize=(4.7 * len(costs), 6), sharex="col", sharey="row", squeeze=False,
@@ -300,9 +358,8 @@ def budget(runs: pd.DataFrame) -> Plot:
     for row, quality in zip(axes, shown):
         for ax, cost in zip(row, costs):
             best = front(means, cost, quality)
-            counts.append(
-                f"{(best['method'] == MAIN[0]).sum()} of {len(best)} for {cost.split(',')[0]} by {quality.split(',')[0]}"
-            )
+            ours = best["method"].isin([MAIN[0], PUBLISHED]).sum()
+            counts.append(f"{ours} of {len(best)} for {cost.split(',')[0]} by {quality.split(',')[0]}")
             ax.step(best[cost], best[quality], where="post", color="0.6", linewidth=1, zorder=1)
             sns.scatterplot(
                 means, x=cost, y=quality, hue="method", style="method", s=60, **looks(order), legend=ax is axes[0, 0], ax=ax
@@ -323,7 +380,7 @@ def budget(runs: pd.DataFrame) -> Plot:
                 )
         lower_is_better(row[0])
     legend(figure, axes[0, 0])
-    return figure, means, f"Of the recipes that nothing beats at their cost, reconstruction alone is {', '.join(counts)}."
+    return figure, means, f"Of the methods that nothing beats at their cost, reconstruction alone is {', '.join(counts)}."
 
 
 # --- notebook 3 --------------------------------------------------------------------------------------------------------

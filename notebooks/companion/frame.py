@@ -14,6 +14,7 @@ RECIPES = {
     name: recon.RunSpec.of(preset=name).flat() for name in ("default", "paper")
 }  # -> what an option is unless it is varied
 DEFAULTS = RECIPES["default"]
+RECIPE_WORDS = {"default": "default", "paper": "paper's recipe"}
 MEASURES = ("own", "other", "kl")  # NLL of the first and the second evaluation text, KL to the dense model on the first
 STATES = ("dense", "pruned", "reconstructed")
 RATES = ["learning_rate", "retrain_learning_rate", "size_power", "matrix_rate"]

@@ -17,13 +17,13 @@ import yaml
 
 from companion import compare, tables
 from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
-from companion.frame import load, protocol_words
+from companion.frame import DEFAULTS, RECIPE_WORDS, load, protocol_words
 from companion.publish import ROOT
 
 HOLDS, FAILS, UNSURE, UNTESTABLE, NOT_RUN = "holds", "does not hold here", "not enough evidence", "not testable here", "not run"
 MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?", UNTESTABLE: "–", NOT_RUN: "○"}
+RATIOS = "ratio", "memory"  # tests whose effects are logarithms
 MANY = 100  # seeds that nobody will run
-START, END = "<!-- claims -->", "<!-- /claims -->"
 _YAML = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
 GROUPS = _YAML["groups"]
 
@@ -71,7 +71,7 @@ def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None) -> pd.DataFram
     verdicts, cached = [], {}
     for claim in claims() if rows is None else rows:
         # What runs have to share to enter a comparison of this kind.
-        shared = ["protocol"] + ["samples"] * (claim["test"] not in ("ratio", "combined", "samples"))
+        shared = ["protocol"] + ["samples"] * (claim["test"] not in (*RATIOS, "combined", "samples"))
         shared += ["model", "windows"] * (claim["test"] != "trend")
         kind = claim["measure"], *shared
         if kind not in cached:
@@ -98,6 +98,7 @@ def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
         "high": math.nan,
         "unit": "",
         "seeds": 0,
+        "note": "",
         "protocol": "",
     }
     words = {"claim": claim["id"], "group": claim["group"], "statement": claim["says"], "comparison": comparison(claim)}
@@ -114,7 +115,7 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
     """What evidence says about a claim on a model and pattern under a recipe: a row of `judge`."""
     level = 0.90 if claim["margin"] else 0.95  # one-sided tests against a margin at 5 % each, or a two-sided one against a bar
     lower, upper, low, high = evidence.estimate(level)
-    if claim["test"] == "ratio":
+    if claim["test"] in RATIOS:
         lower, upper, low, high = (float(np.exp2(value)) for value in (lower, upper, low, high))
     state, reason = _rule(claim, evidence, level, low, high)
     if state == UNSURE:
@@ -130,7 +131,7 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
     return _row(
         claim, state, reason, model=model, pattern=pattern, recipe=recipe, effect=effect, low=low, high=high,
         unit=evidence.unit, bound=bound, seeds=evidence.seeds,
-        protocol=protocol_words(evidence.runs), keys=tuple(sorted(evidence.runs["key"])),
+        note=evidence.note, protocol=protocol_words(evidence.runs), keys=tuple(sorted(evidence.runs["key"])),
     )  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
         reason = f"{100 * level:.0f} % interval {place} {bar:g}"
         reason += (" of the perplexity gap" + ", and above 0" * (low > 0)) if margin else ""
     ends, marks = np.array([low, high]), np.array([-margin, margin] if equal else [bar])
-    if claim["test"] == "ratio":
+    if claim["test"] in RATIOS:
         ends, marks = np.log2(np.maximum(ends, 1e-12)), np.log2(marks)
     nearest = np.abs(ends[:, None] - marks).min()
     if state != UNSURE and nearest < (ends[1] - ends[0]) / 5 and nearest <= evidence.error(level):  # slow: near margins alone
@@ -171,7 +172,7 @@ def _needed(claim: dict, seeds: int, level: float, effect: float, low: float, hi
     if not all(map(math.isfinite, (effect, low, high))):
         return "it cannot be said how many seeds would decide"
     bar = _bar(claim)
-    if claim["test"] == "ratio":
+    if claim["test"] in RATIOS:
         effect, low, high, bar = (math.log(max(value, 1e-12)) for value in (effect, low, high, bar))
     distance = abs(claim["margin"] - abs(effect)) if claim["test"] == "equal" else abs(effect - bar)
     wanted = compare.wider(seeds, level) / math.sqrt(seeds) * distance / max((high - low) / 2, 1e-12)
@@ -191,6 +192,7 @@ def comparison(claim: dict) -> str:
 
     left, right = words(claim["left"]), words(claim["right"]) if claim["right"] else "the same before reconstruction"
     return {
+        "memory": f"memory of the largest window: {right} over {left}",
         "ratio": f"{claim['cost_words']} with which {right} reaches the quality of {left}",
         "gap": f"gap between criteria: {left}, against {right}", "trend": f"gap between criteria against model size: {left}",
     }.get(claim["test"], f"{left} against {right}")  # fmt: skip
@@ -273,8 +275,8 @@ def _count_words(verdicts: pd.DataFrame) -> str:
     said += f" {without} more were not run." * bool(without)
     return (
         f"{said} Each is judged on its own, with a chance of at most 5 % that noise makes a verdict wrong: of those decided, "
-        f"up to about {0.05 * decided:.0f}, and more as open comparisons were given further seeds and judged again. "
-        "They share runs, so that several may be wrong together. Trust what several patterns and models agree on."
+        f"up to about {0.05 * decided:.0f}. Seeds were fixed beforehand, and none was added after a verdict. They share runs, so "
+        "that several may be wrong together. Trust what several patterns and models agree on."
     )
 
 
@@ -285,6 +287,22 @@ def _not_run_words(verdicts: pd.DataFrame) -> str:
     return f"Comparisons that were not run: {said}." if said else ""
 
 
+def headlines(verdicts: pd.DataFrame) -> str:
+    """The paper's three claims, and under each what its central comparisons give at the main pattern, by model and recipe."""
+    lines = []
+    for number, about in _YAML["headlines"].items():
+        lines.append(f"{number}. {about['says']}")
+        for claim in about["claims"]:
+            mine = verdicts[(verdicts["claim"] == claim) & (verdicts["pattern"] == DEFAULTS["pattern"]) & (verdicts["seeds"] > 0)]
+            said = [
+                f"{MARKS[v['verdict']]} {v['model']}{', ' + RECIPE_WORDS[v['recipe']]}: {effect_words(v)}"
+                + f" ({v['note']})" * (v["test"] in ("gap", "memory"))
+                for _, v in mine.iterrows()
+            ]
+            lines += [f"   - *{mine['statement'].iloc[0]}*: {'; '.join(said)}"] if said else []
+    return "\n".join(lines)
+
+
 def summary(verdicts: pd.DataFrame) -> str:
     """A short table, a row per group of claims: its verdicts counted over claims, models and patterns, and one example."""
     rows = []
@@ -292,29 +310,36 @@ def summary(verdicts: pd.DataFrame) -> str:
         first = mine.iloc[0]
         place = f"{_place(first)}; seeds: {first['seeds']}"
         example = f"{first['statement']}: {effect_words(first) or first['reason']} ({place})"
-        rows.append((GROUPS[group]["title"], _counted(mine), example))
-    lines = tables.markdown(("the paper's claim", "verdicts", "for example"), rows) if rows else []
+        rows.append((GROUPS[group]["claim"], GROUPS[group]["title"], _counted(mine), example))
+    lines = (
+        tables.markdown(("claim", "what it says", "verdicts", "for example"), sorted(rows, key=lambda row: row[0]))
+        if rows
+        else []
+    )
     return "\n".join([*lines, "", _not_run_words(verdicts[~verdicts["optional"]])]).strip()
 
 
-def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame) -> str:
-    """For each claim and model, at its main pattern: the expected effect, its tolerance, and the time that the runs took."""
+def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) -> str:
+    """For each claim, model and recipe, at its main pattern: the expected effect, and the time that the runs took.
+
+    again: some of the runs, made once more on another machine; they tell the tolerance.
+    """
     hours = runs["seconds_total"].sum() / 3600 if len(runs) else 0
-    said = f"The {len(runs)} committed runs took {hours:.1f} h in all, one after the other."
-    shown = verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].drop_duplicates(["claim", "model"])
+    said = [f"The {len(runs)} committed runs took {hours:.1f} h in all, one after the other."]
+    if len(again) and len(both := runs.merge(again, on="key", suffixes=("", "_again"))):
+        apart = np.abs(np.log(both["held_out_perplexity"] / both["held_out_perplexity_again"])).max()
+        said.append(
+            f"Tolerance: the same run on another machine differs by up to {apart:.1%} in perplexity ({len(both)} runs, on "
+            f"{', '.join(sorted({*both['device'], *both['device_again']}))})."
+        )
+    shown = verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].drop_duplicates(["claim", "model", "recipe"])
     rows, seconds = [], dict(zip(runs.get("key", ()), runs.get("seconds_total", ())))
     for _, v in shown.iterrows():
-        minutes = sum(seconds[key] for key in v["keys"]) / 60
-        words = (
-            v["statement"],
-            _place(v),
-            GROUPS[v["group"]]["notebook"],
-            effect_words(v),
-            f"{MARKS[v['verdict']]} {v['verdict']}",
-        )
-        rows.append((*words, f"{minutes:.0f} min"))
-    header = "claim", "model, pattern", "notebook", "expected [tolerance]", "verdict", "time"
-    return "\n".join([said, "", *tables.markdown(header, rows)])
+        minutes = f"{sum(seconds[key] for key in v['keys']) / 60:.0f} min"
+        effect = effect_words(v).partition(" [")[0] + f" {v['unit']}"
+        rows.append((v["statement"], _place(v), GROUPS[v["group"]]["notebook"], effect, MARKS[v["verdict"]], minutes))
+    header = "claim", "model, pattern", "notebook", "expected", "verdict", "time"
+    return "\n".join([" ".join(said), "", *tables.markdown(header, rows)])
 
 
 def pages(records: Path, page_path: Path, readme: Path | None) -> dict[Path, str]:
@@ -322,10 +347,16 @@ def pages(records: Path, page_path: Path, readme: Path | None) -> dict[Path, str
     runs = load(records)
     verdicts = judge(runs)
     texts = {page_path: page(verdicts)} | {page_path.parent / "tables" / name: text for name, text in tables.texts(runs).items()}
-    blocks = {readme: summary(verdicts), readme.with_name("ARTIFACT.md"): artifact(verdicts, runs)} if readme else {}
-    for path, block in blocks.items():
-        head, rest = path.read_text(encoding="utf-8").split(START)
-        texts[path] = f"{head}{START}\n{block}\n{END}{rest.split(END)[1]}"
+    if not readme:
+        return texts
+    artifacts = readme.with_name("ARTIFACT.md")
+    for path, name, block in (
+        (readme, "answers", headlines(verdicts)), (readme, "claims", summary(verdicts)),
+        (artifacts, "claims", artifact(verdicts, runs, load(records / "again"))),
+    ):  # fmt: skip
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        head, rest = (texts.get(path) or path.read_text(encoding="utf-8")).split(start)
+        texts[path] = f"{head}{start}\n{block}\n{end}{rest.split(end)[1]}"
     return texts
 
 

@@ -74,11 +74,13 @@ def look(name: str) -> dict:
     "<size> from exact" and "matrix exact" are the size with another marker. Variants of a method ("..., distilled",
     "reconstruction, then ...", "dense, ...") are grey and keep its marker. Other names are grey, with a marker chosen by name.
     """
-    base = re.sub(r"( from)? exact$|, distilled$|^dense, |^reconstruction, then ", "", name)
+    base = re.sub(r"( from)? exact$|, distilled$|, paper's recipe$|^dense, |^reconstruction, then ", "", name)
     digest = zlib.crc32(base.encode())
     shown = _LOOK.get(base, {"color": "0.5", "marker": _MARKERS[digest % 8], "linestyle": _LINES[digest // 8 % 4]})
     if base == name:
         return dict(shown)
+    if name.endswith("recipe"):
+        return shown | {"marker": "X", "linestyle": ":"}
     if name.endswith("exact"):
         return shown | {"marker": "P", "linestyle": ":"}
     return shown | {"color": "0.15" if "then" in name else "0.45" if "distilled" in name else "0.65", "linestyle": ":"}

@@ -1,67 +1,69 @@
 """Ways to train a pruned model, by the names of `companion.frame.method_name`, and the search for learning rates."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 import recon
-from companion.frame import load
+from companion.frame import DEFAULTS, load
+from recon.config import PRESETS
 
 
-def method(
-    base: recon.RunSpec, name: str, count: int, seed: int = 0, rates: Mapping[tuple[str, int], float] = {}
-) -> recon.RunSpec:
-    """The spec of a method on `count` samples; "dense, <retraining>" is the dense model retrained.
-
-    rates: by part of a method ("reconstruction", or a way to retrain) and sample count; those of `base` if missing.
-    """
+def method(base: recon.RunSpec, name: str, count: int, seed: int = 0) -> recon.RunSpec:
+    """The spec of a method on `count` samples; "dense, <retraining>" is the dense model retrained."""
     rest = name.removeprefix("dense, ")
     first, _, then = rest.partition(", then ")
-    options: dict = {"seed": seed} | ({"criterion": "none"} if rest != name else {})
-    if first == "reconstruction":
-        options |= {"granularity": "half-block", "samples": count}
-        options |= {"learning_rate": rates[first, count]} if (first, count) in rates else {}
-    else:
-        options["granularity"], then = "none", "" if first == "pruned" else first
-    if then:
-        retraining, _, distilled = then.partition(", ")
-        options |= {"retrain": retraining, "retrain_samples": count} | ({"retrain_objective": "distil"} if distilled else {})
-        options |= {"retrain_learning_rate": rates[then, count]} if (then, count) in rates else {}
-    return base.replaced(**options)
+    if first != "reconstruction":
+        then = first.removeprefix("pruned")
+    retraining, _, distilled = then.partition(", ")
+    return base.replaced(
+        seed=seed,
+        samples=count,
+        granularity="half-block" if first == "reconstruction" else "none",
+        criterion=base.pruning.criterion if rest == name else "none",
+        retrain=retraining or "none",
+        retrain_objective="distil" if distilled else "labels",
+    )
 
 
-def search(
-    cells: Mapping[Hashable, recon.RunSpec], rates: Sequence[float], folder: Path, compute: bool = True, **options
-) -> pd.DataFrame:
-    """For the spec of each cell on its own, the rate of `rates` that is best on held-out text, of retraining if that is all.
+def searched(spec: recon.RunSpec, **options) -> dict[str, recon.RunSpec]:
+    """The rates of `spec` that a search can choose, each with the spec that it is searched with, which differs in `options`.
+
+    Reconstruction is searched without retraining after it, and retraining by itself: there all recipes are one.
+    """
+    cells = {}
+    if spec.reconstruction.granularity != "none" and spec.reconstruction.solver == "adamw":
+        cells["learning_rate"] = replace(spec, retraining=recon.RetrainingConfig()).replaced(**options)
+    if spec.retraining.retrain != "none":
+        alone = {name: getattr(spec, name) for name in ("model", "calibration", "retraining", "evaluation", "compute")}
+        usual = {name: value for name, value in DEFAULTS.items() if name in PRESETS["paper"] and hasattr(spec.pruning, name)}
+        alone = recon.RunSpec(**alone, pruning=replace(spec.pruning, **usual))
+        cells["retrain_learning_rate"] = alone.replaced(granularity="none", **options)
+    return cells
+
+
+def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: Path, compute: bool = True) -> pd.DataFrame:
+    """For each cell, a spec and the name of its learning rate, that of `rates` which is best on held-out text.
 
     It begins with the rates that have records, or three in the middle. It tries the neighbours of the best until both have run.
-    Returns the runs: cell, learning_rate, held_out_perplexity, key, and whether that rate is `chosen`.
-
-    options: in which the runs of the search differ from `cells`, such as the seed.
+    Returns the runs (see `companion.frame.load`) with their cell and rate, and whether that is `chosen`.
     """
     rates, asked = sorted(map(float, rates)), set()
-    names = {
-        cell: "learning_rate" if spec.reconstruction.granularity != "none" else "retrain_learning_rate"
-        for cell, spec in cells.items()
-    }
-    grid = {(cell, rate): spec.replaced(**options, **{names[cell]: rate}) for cell, spec in cells.items() for rate in rates}
+    grid = {(cell, rate): cell.replaced(**{name: rate}) for cell, name in cells.items() for rate in rates}
     of_key = {
         spec.replaced(compute_dtype=dtype).key(): place
         for place, spec in grid.items()
         for dtype in ("auto", "bfloat16", "float32")
     }
     while True:
-        runs = load(folder, grid.values())
+        runs, best = load(folder, grid.values()), {}
         if len(runs):
-            runs = (
-                runs[["held_out_perplexity", "key"]]
-                .assign(cell=[of_key[key][0] for key in runs["key"]], learning_rate=[of_key[key][1] for key in runs["key"]])
-                .drop_duplicates(["cell", "learning_rate"])
-            )
+            runs = runs.assign(cell=[of_key[key][0] for key in runs["key"]], rate=[of_key[key][1] for key in runs["key"]])
+            runs = runs.drop_duplicates(["cell", "rate"])
             runs["chosen"] = runs.index.isin(runs.groupby("cell", sort=False)["held_out_perplexity"].idxmin())
-        best = {cell: rates.index(rate) for cell, rate in chosen(runs).items()}
+            best = {cell: rates.index(rate) for cell, rate in chosen(runs).items()}
         wanted = {
             each for each in grid if abs(rates.index(each[1]) - best.get(each[0], len(rates) // 2)) <= 1 and each not in asked
         }
@@ -71,23 +73,24 @@ def search(
         asked |= wanted
 
 
-def chosen(search: pd.DataFrame) -> dict[Hashable, float]:
+def chosen(runs: pd.DataFrame) -> dict[recon.RunSpec, float]:
     """The learning rate of each cell, from what `search` gives."""
-    best = search[search["chosen"]] if len(search) else search
-    return dict(zip(best["cell"], best["learning_rate"])) if len(best) else {}
+    best = runs[runs["chosen"]] if len(runs) else runs
+    return dict(zip(best["cell"], best["rate"])) if len(best) else {}
 
 
 def tuned(
     specs: Sequence[recon.RunSpec], rates: Sequence[float], folder: Path, compute: bool = True, **options
-) -> list[recon.RunSpec]:
-    """`specs`, each at the rate that `search` chooses for it; without `rates`, as they are.
+) -> tuple[list[recon.RunSpec], pd.DataFrame]:
+    """`specs`, each at the rates that a search chooses for it, and the runs of `search`; without `rates`, as they are.
 
     options: in which the runs of the search differ; specs that agree in all else share one search.
     """
     if not rates:
-        return list(specs)
+        return list(specs), pd.DataFrame()
     specs = [spec.replaced(size_power=0.0, matrix_rate=1.0) for spec in specs]  # a rate is that of its window, by no rule
-    fitted = [spec for spec in specs if spec.reconstruction.granularity != "none" and spec.reconstruction.solver == "adamw"]
-    cells = {spec: spec.replaced(**options) for spec in fitted}
-    best = chosen(search({cell: cell for cell in cells.values()}, rates, folder, compute))
-    return [spec.replaced(learning_rate=best[cells[spec]]) if cells.get(spec) in best else spec for spec in specs]
+    cells = [searched(spec, **options) for spec in specs]
+    runs = search({cell: name for own in cells for name, cell in own.items()}, rates, folder, compute)
+    best = chosen(runs)
+    known = [{name: best[cell] for name, cell in own.items() if cell in best} for own in cells]
+    return [spec.replaced(**own) for spec, own in zip(specs, known)], runs

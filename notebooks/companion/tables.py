@@ -9,24 +9,25 @@ import numpy as np
 import pandas as pd
 
 from companion.compare import curve, once, pick, studies
-from companion.frame import DEFAULTS, protocol
+from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS, protocol
 
-HALF, WHOLE = {"granularity": "half-block"}, {"chunks": 1}  # whole samples: windows of every size make the same steps
-MEASURES = {"own": "perplexity", "other": "perplexity on another text", "kl": "KL to dense"}
+HALF = {"granularity": "half-block"}
+MEASURES = {"own": "perplexity", "other": "perplexity, second text", "kl": "KL to dense"}
+COSTS = {"flops": (1e12, "TFLOP"), MEMORY: (1, MEMORY)}  # column of a frame -> unit, heading
 _FITS = {
-    "matrix": {"granularity": "matrix"}, "matrix exact": {"granularity": "matrix", "solver": "exact"}, "half-block": HALF,
-    "half-block from exact": HALF | {"start": "exact"},
+    "matrix": {"granularity": "matrix"}, "matrix exact": {"granularity": "matrix", "solver": "exact", "train": "matrices"},
+    "half-block": HALF, "half-block from exact": HALF | {"start": "exact"},
     **{name: {"granularity": name} for name in ("block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model")},
 }  # fmt: skip
 _GRID = [(a, b) for a in ("dense", "sparse", "mixed") for b in ("mse", "cosine", "whitened")]
-TABLES = {  # name -> title, row -> options, measures
+TABLES = {  # name -> title, row -> options, measures; of several measures, each model, pattern and recipe is a table of its own
     "table-1": ("Table 1: reconstruction beside retraining", {"reconstruction": HALF} | {
         name: {"granularity": "none", "retrain": name} for name in ("masklora", "full", "lora", "scalelora", "norms")
     }, ("own", "other", "kl")),
-    "table-3": ("Table 3: the size of the window", {name: options | WHOLE for name, options in _FITS.items()}, ("own",)),
+    "table-3": ("Table 3: the size of the window", _FITS, ("own",)),
     "table-4": (
         "Table 4: the pruning criterion",
-        {name: HALF | {"criterion": name} for name in ("magnitude", "wanda", "sparsegpt")}, ("own",),
+        {name: HALF | {"criterion": name} for name in ("magnitude", "wanda", "sparsegpt", "ria")}, ("own",),
     ),
     "appendix-b": (
         "Appendix B: propagation and loss",
@@ -38,9 +39,7 @@ PAPER = {
     ("table-3", "dense"): "about 5.8 (LLaMA-3-8B)",
     ("table-3", "half-block"): "about 7.8 (LLaMA-3-8B, 50 %)",
     ("table-3", "block"): "within about 0.1 of half-block",
-    ("table-4", "sparsegpt, reconstructed"): "within about 0.1 of wanda",
-    ("table-1", "reconstruction"): "2,048 samples",
-    ("table-1", "masklora"): "131,072 samples for the same quality",
+    ("table-4", "sparsegpt, reconstructed"): "mostly within 0.1 of wanda (reviews of the paper, ICLR 2026)",
 }
 
 
@@ -51,50 +50,44 @@ def markdown(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
 
 
 def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells of a table (row, column, mean, std, seeds), and the runs behind them.
+    """The cells of a table (panel, row, column, mean, std, seeds), and the runs behind them.
 
-    For each model and pattern, of the protocol that fills most of the table; of several, that with the most runs.
+    For each model, pattern and recipe, of the protocol that fills most of the table; of several, that with the most runs.
     """
     _, rows, measures = TABLES[name]
     by_samples, criteria = name == "table-1", name == "table-4"
-    runs = runs[runs["chunks"] == 1] if name == "table-3" else runs
     runs = runs[runs["pattern"] == DEFAULTS["pattern"]] if name in ("table-1", "appendix-b") else runs
-    runs = runs[runs["model"] == DEFAULTS["model"]] if by_samples else runs
     shown, used = [], []
     for scope, groups in studies(runs, "own", "protocol", *["samples"] * (not by_samples), "model", "windows"):
-        place = ", ".join(part for part in scope if part != "default")
-        choices = []
+        place, choices = ", ".join((*scope[:2], RECIPE_WORDS[scope[2]])), []
         for key, group in groups.items():
-            sides = {
-                (row, side["trained"].iloc[0]): side
-                for row, options in rows.items()
-                for side in _sides(group, options, by_samples)
-            }
-            choices.append((len(sides), len(group), key, dict(sorted(sides.items(), key=lambda each: by_samples * each[0][1]))))
+            found = [(row, side) for row, options in rows.items() for side in _sides(group, options, by_samples)]
+            choices.append((len(found), len(group), key, found))
         sides = max(choices, key=lambda choice: choice[:3])[3]
-        for measure in [measure for measure in measures if sides and f"{measure}_pruned" in runs]:
-            words, first = f", {MEASURES[measure]}" * (len(measures) > 1), next(iter(sides.values()))
-            marks = [(state, "", first, state) for state in ("dense", "pruned")[: 1 if criteria else 2] if not by_samples]
-            for (row, count), side in sides.items():
-                states = (
-                    {f"{row}, {state}": state for state in ("pruned", "reconstructed")} if criteria else {row: "reconstructed"}
-                )
-                marks += [(label, count, side, state) for label, state in states.items()]
-            for label, count, side, state in marks:
+        if not sides:
+            continue
+        panel, used = place * (len(measures) > 1), used + [side.reset_index() for _, side in sides]
+        for measure in [measure for measure in measures if f"{measure}_pruned" in runs]:
+            marks = [(state, sides[0][1], state) for state in ("dense", "pruned")[: 1 if criteria else 2]]
+            for row, side in sides:
+                count = f", {side['trained'].iloc[0]} samples" * by_samples
+                states = ("pruned", "reconstructed") if criteria else ("reconstructed",)
+                marks += [(row + (f", {state}" if criteria else count), side, state) for state in states]
+            for label, side, state in marks:
                 known = side[side[f"{measure}_{state}"].notna()]
                 values = np.array([known.at[unit, f"{measure}_{state}"].mean() for unit in once(known.index)])
-                values = values if measure == "kl" else np.exp(values)
                 if len(values):
-                    spread = values.std(ddof=1) if len(values) > 1 else 0.0
-                    column = f"{count} samples{words}" if by_samples else f"{place}{words}"
-                    shown.append({"row": label, "column": column, "mean": values.mean(), "std": spread, "seeds": len(values)})
-                    used.append(known.reset_index())
+                    mean, spread = values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+                    mean, spread = (mean, spread) if measure == "kl" else (np.exp(mean), np.exp(mean) * spread)
+                    cell = {"panel": panel, "row": label, "column": MEASURES[measure] if panel else place}
+                    shown.append(cell | {"mean": mean, "std": spread, "seeds": len(values)})
+        for row, side in sides if by_samples else ():
+            for cost, (unit, heading) in COSTS.items():
+                cell = {"panel": panel, "row": f"{row}, {side['trained'].iloc[0]} samples", "column": heading}
+                shown.append(cell | {"mean": side[cost].mean() / unit, "std": 0.0, "seeds": 0})
     if not shown:
         return pd.DataFrame(), runs
-    data = pd.DataFrame(shown)
-    order = ["dense", "pruned", *data["row"]]
-    data["column"] = pd.Categorical(data["column"], list(dict.fromkeys(data["column"])))
-    return data.sort_values("row", key=lambda rows: rows.map(order.index), kind="stable", ignore_index=True), pd.concat(used)
+    return pd.DataFrame(shown), pd.concat(used)
 
 
 def _sides(runs: pd.DataFrame, options: dict, by_samples: bool) -> list[pd.DataFrame]:
@@ -108,30 +101,37 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
         data, used = cells(runs, name)
         if data.empty:
             continue
-        caption = f"Mean ± standard deviation (seeds), lower is better, the best of each column in bold. {protocol(used)} "
+        caption = (
+            "Mean (of perplexities: geometric) ± standard deviation (seeds), lower is better. Bold: the lowest of a column, "
+        )
+        caption += f"and what is within both standard deviations of it. {protocol(used)} "
         caption += "Paper: of its own models, from a summary of it; its tables could not be read here."
-        shown = _words(data, name, "**{}**")
-        rows = [[row, *line] for row, line in zip(shown.index, shown.to_numpy())]
-        files[f"{name}.md"] = "\n".join([f"# {title}", "", *markdown(["", *shown.columns], rows), "", caption]) + "\n"
-        plain = _words(data, name, r"\textbf{{{}}}").rename(index=_escaped, columns=_escaped).map(_escaped)
-        files[f"{name}.tex"] = plain.style.to_latex(hrules=True, caption=_escaped(f"{title}. {caption}"), label=f"tab:{name}")
+        page, tex = [f"# {title}"], []
+        for panel, part in data.groupby("panel", sort=False):
+            shown = _words(part, name, "**{}**")
+            rows = [[row, *line] for row, line in zip(shown.index, shown.to_numpy())]
+            page += ["", f"**{panel}**"] * bool(panel) + ["", *markdown(["", *shown.columns], rows)]
+            plain = _words(part, name, r"\textbf{{{}}}").rename(index=_escaped, columns=_escaped).map(_escaped)
+            said = _escaped(". ".join(filter(None, (title, panel, caption))))
+            tex.append(plain.style.to_latex(hrules=True, caption=said, label=f"tab:{name}{len(tex) or ''}"))
+        files |= {f"{name}.md": "\n".join([*page, "", caption]) + "\n", f"{name}.tex": "\n".join(tex)}
         files[f"{name}.csv"] = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return files
 
 
 def _words(data: pd.DataFrame, name: str, bold: str) -> pd.DataFrame:
-    """The table as text: "mean ± std (seeds)", the lowest mean of each column in bold, dense and pruned aside."""
-    rivals = data["mean"].where(~data["row"].isin(("dense", "pruned")))
-    leads = data["mean"] == rivals.groupby(data["column"], observed=True).transform("min")
-    said = [
-        f"{mean:.2f}{f' ± {std:.2f}' * (seeds > 1)} ({seeds})"
-        for mean, std, seeds in zip(data["mean"], data["std"], data["seeds"])
-    ]
-    words = data.assign(said=[bold.format(text) if lead else text for text, lead in zip(said, leads & rivals.notna())])
-    shown = words.pivot(index="row", columns="column", values="said").fillna("").loc[data["row"].unique()]
-    shown = shown.rename_axis(index=None, columns=None)
-    shown.columns = shown.columns.astype(str)
-    return shown.assign(paper=[PAPER.get((name, row), "") for row in shown.index])
+    """A panel as text: "mean ± std (seeds)", the lowest of each column in bold, dense, pruned and costs aside."""
+    rivals = data[~data["row"].isin(("dense", "pruned")) & (data["seeds"] > 0)]
+    best = rivals.loc[rivals.groupby("column")["mean"].idxmin()].set_index("column")
+    said = []
+    for cell in data.to_dict("records"):
+        mean, std, seeds, lowest = cell["mean"], cell["std"], cell["seeds"], best.loc[cell["column"]] if cell["seeds"] else None
+        words = f"{mean:.2f}{f' ± {std:.2f}' * (seeds > 1)} ({seeds})" if seeds else f"{mean:.3g}"
+        leads = seeds and cell["row"] not in ("dense", "pruned") and mean <= lowest["mean"] + lowest["std"] + std
+        said.append(bold.format(words) if leads else words)
+    shown = data.assign(said=said).pivot(index="row", columns="column", values="said").fillna("")
+    shown = shown.loc[list(dict.fromkeys(data["row"])), list(dict.fromkeys(data["column"]))]
+    return shown.rename_axis(index=None, columns=None).assign(paper=[PAPER.get((name, row), "") for row in shown.index])
 
 
 def _escaped(text: str) -> str:

@@ -102,12 +102,26 @@ def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(recon, "run_study", run_study)
     rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
     base = recon.RunSpec.of(sequence_length=64, evaluation_length=64)
-    assert search.search({"cell": base}, rates, tmp_path, compute=False).empty
-    runs = search.search({"cell": base}, rates, tmp_path)
-    assert search.chosen(runs) == {"cell": 1e-3} and sorted(runs["learning_rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
+    cell = base.replaced(granularity="block", seed=100)
+    assert search.search({cell: "learning_rate"}, rates, tmp_path, compute=False).empty
+    runs = search.search({cell: "learning_rate"}, rates, tmp_path)
+    assert search.chosen(runs) == {cell: 1e-3} and sorted(runs["rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
     specs = recon.grid(base, seed=[0, 1], granularity=["none", "block"])
-    found = search.tuned(specs, rates, tmp_path, seed=100)
+    found, _ = search.tuned(specs, rates, tmp_path, seed=100)
     assert [spec.flat()["learning_rate"] for spec in found] == [1e-2, 1e-3] * 2  # nothing is trained without windows
+
+
+def test_retraining_has_one_search_for_all_recipes():
+    """And reconstruction followed by retraining is searched part by part."""
+    cells = {
+        (recipe, name): search.searched(search.method(recon.RunSpec.of(preset=recipe), name, 8), seed=100)
+        for recipe in ("default", "paper")
+        for name in ("reconstruction", "masklora", "reconstruction, then masklora")
+    }
+    assert cells["default", "masklora"] == cells["paper", "masklora"]
+    for recipe in ("default", "paper"):
+        parts = cells[recipe, "reconstruction"] | cells[recipe, "masklora"]
+        assert cells[recipe, "reconstruction, then masklora"] == parts
 
 
 @pytest.mark.parametrize(
@@ -115,9 +129,7 @@ def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
 )
 def test_methods_have_the_names_of_their_runs(name):
     spec = search.method(recon.RunSpec(), name, 16)
-    assert frame.method_name(spec.flat()) == name and (
-        name == "pruned" or 16 in (spec.flat()["samples"], spec.flat()["retrain_samples"])
-    )
+    assert frame.method_name(spec.flat()) == name and spec.calibration.samples == 16
 
 
 @pytest.mark.parametrize("fit", ["matrix", "matrix exact", "half-block", "block from exact"])
