@@ -35,7 +35,7 @@ def matrix(row, wanted, state, measure="nll"):
     return np.array([runs[seed] for seed in sorted(runs)])
 
 
-def bootstrap(sides, statistic, level, draws=4000):
+def bootstrap(sides, statistic, level, draws=1500):
     """The interval's ends: seeds and windows drawn with replacement, deviations between seeds widened for their small number."""
     seeds, windows = sides[0].shape
     widened = math.sqrt(seeds / (seeds - 1)) * stats.t.ppf((1 + level) / 2, seeds - 1) / stats.norm.ppf((1 + level) / 2)
