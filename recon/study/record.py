@@ -101,6 +101,7 @@ def commit() -> dict:
 def environment(device: torch.device, compute_dtype: str) -> dict:
     """Versions, commit, device and threads, as plain data for a record."""
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    cpu += f" ({torch.backends.cpu.get_cpu_capability()})"
     return {
         **commit(),
         "python": platform.python_version(),
