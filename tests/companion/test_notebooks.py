@@ -25,12 +25,13 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
     ),
     "2-sample-efficiency": (
         {"counts": [4, 6], "retrain_counts": [4], "more_counts": [4], "methods": ["masklora"], "more_methods": [], "both": [],
-         "distilled": [], "controls": [], "rates": [3e-3, 1e-2]}, 7,
+         "distilled": [], "controls": [], "rates": [3e-3, 1e-2]}, 10,
     ),
     "3-criterion-convergence": ({"criteria": ["magnitude", "wanda"]}, 4),
     "4-propagation-and-loss": ({"propagations": ["dense", "mixed"], "losses": ["whitened", "mse"]}, 5),
     "5-what-reviewers-asked": (
-        {"adapters": ["none", "masklora"], "adapter_rates": [1e-2], "fits": ["matrix", "half-block"]}, None,
+        {"adapters": ["none", "masklora"], "rates": [3e-3, 1e-2], "fits": ["matrix", "half-block"], "tasks": ["last_word"],
+         "task_criteria": ["wanda"], "task_methods": ["masklora"]}, None,
     ),
     "6-cost": ({"samples": 4, "sequence_length": 32, "repeats": 1}, 2),
     "7-scale": ({"samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "workers": [1]}, 0),
