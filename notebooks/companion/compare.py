@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from companion.frame import DEFAULTS, MEMORY, METHOD, TUNING, setting
+from companion.frame import DEFAULTS, MEMORY, METHOD, SEARCH, TUNING, setting
 
 MARGIN = 0.05  # two sides are equal within this share of the perplexity gap: a choice of ours, not of the paper
 CLOSE = MARGIN / 2  # a second, stricter margin
@@ -117,7 +117,8 @@ def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[
     if runs.empty:
         return []
     scopes: dict[tuple, dict] = {}
-    for name, group in runs[runs[f"{measure}_pruned"].notna()].groupby([*shared, "pattern", "recipe"]):
+    used = runs[runs[f"{measure}_pruned"].notna() & (runs["seed"] < SEARCH)]
+    for name, group in used.groupby([*shared, "pattern", "recipe"]):
         first = group.iloc[0]
         scope = first["model"] if "model" in shared else "", first["pattern"], first["recipe"]
         scopes.setdefault(scope, {})[repr(name)] = group

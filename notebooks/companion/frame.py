@@ -14,6 +14,7 @@ RECIPES = {
     name: recon.RunSpec.of(preset=name).flat() for name in ("default", "paper")
 }  # -> what an option is unless it is varied
 DEFAULTS = RECIPES["default"]
+SEARCH = 100  # seeds from here on are of searches for learning rates: no verdict and no table uses them
 RECIPE_WORDS = {"default": "default", "paper": "paper's recipe"}
 MEASURES = ("own", "other", "kl")  # NLL of the first and the second evaluation text, KL to the dense model on the first
 STATES = ("dense", "pruned", "reconstructed")
@@ -30,9 +31,12 @@ METHOD = [name for name in DEFAULTS if name not in (*TUNING, *_APART)]
 
 
 def fit_options(fit: str) -> dict[str, list]:
-    """The axes for `recon.grid` of a way to reconstruct: a granularity, "matrix exact", or "<granularity> from exact"."""
+    """The axes for `recon.grid` of a way to reconstruct: a granularity, "matrix exact", or "<granularity> from exact".
+
+    Exact matrices read the dense model's activations whatever the recipe: noise in what they read would shrink their weights.
+    """
     if fit == "matrix exact":
-        return {"granularity": ["matrix"], "solver": ["exact"], "train": ["matrices"]}
+        return {"granularity": ["matrix"], "solver": ["exact"], "train": ["matrices"], "propagation": ["dense"]}
     name, _, start = fit.partition(" from ")
     return {"granularity": [name], "start": [start or "pruned"]}
 
@@ -127,7 +131,7 @@ def _row(record: dict) -> dict:
         row |= {f"perplexity, {text}": of_text["perplexity"], f"dense perplexity, {text}": of_text["dense_perplexity"]}
     nats = {name: metrics["by_text"][text]["nll_per_window"] for name, text in zip(MEASURES, texts)}
     kl = metrics["by_text"][texts[0]].get("kl_per_window")
-    nats |= {"kl": {"dense": [0.0] * len(kl["pruned"])} | kl} if kl else {}
+    nats |= {"kl": {"dense": [0.0] * len(kl["pruned"])} | kl} if kl and kl["pruned"] else {}
     for measure in MEASURES:
         row |= {f"{measure}_{state}": np.array(nats[measure][state]) if measure in nats else np.nan for state in STATES}
     row["windows"] = f"{protocol.get('token_hashes', {}).get(f'evaluation {texts[0]}', '')} {len(row['own_dense'])}"

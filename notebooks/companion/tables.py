@@ -15,7 +15,8 @@ HALF = {"granularity": "half-block"}
 MEASURES = {"own": "perplexity", "other": "perplexity, second text", "kl": "KL to dense"}
 COSTS = {"flops": (1e12, "TFLOP"), MEMORY: (1, MEMORY)}  # column of a frame -> unit, heading
 _FITS = {
-    "matrix": {"granularity": "matrix"}, "matrix exact": {"granularity": "matrix", "solver": "exact", "train": "matrices"},
+    "matrix": {"granularity": "matrix"},
+    "matrix exact": {"granularity": "matrix", "solver": "exact", "train": "matrices", "propagation": "dense"},
     "half-block": HALF, "half-block from exact": HALF | {"start": "exact"},
     **{name: {"granularity": name} for name in ("block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model")},
 }  # fmt: skip

@@ -14,7 +14,9 @@ def everything(count=3):
     """Records for every kind of claim."""
     cost, spent = {"reconstruct": 1e9}, {"retrain": 1e9}
     records = (
-        seeds(0.4, count) + seeds(0.2, count, granularity="matrix") + seeds(0.25, count, granularity="matrix", solver="exact")
+        seeds(0.4, count)
+        + seeds(0.2, count, granularity="matrix")
+        + seeds(0.25, count, granularity="matrix", solver="exact", propagation="dense")
     )
     for options in (
         {"granularity": "block"}, {"propagation": "dense"}, {"loss": "mse"}, {"loss": "cosine"},
