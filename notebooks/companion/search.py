@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 import recon
-from companion.frame import DEFAULTS, load
-from recon.config import PRESETS
+from companion.frame import DEFAULTS, RECIPES, load
 
 
 def method(base: recon.RunSpec, name: str, count: int, seed: int = 0) -> recon.RunSpec:
@@ -38,8 +37,8 @@ def searched(spec: recon.RunSpec, **options) -> dict[str, recon.RunSpec]:
         cells["learning_rate"] = replace(spec, retraining=recon.RetrainingConfig()).replaced(**options)
     if spec.retraining.retrain != "none":
         alone = {name: getattr(spec, name) for name in ("model", "calibration", "retraining", "evaluation", "compute")}
-        usual = {name: value for name, value in DEFAULTS.items() if name in PRESETS["paper"] and hasattr(spec.pruning, name)}
-        alone = recon.RunSpec(**alone, pruning=replace(spec.pruning, **usual))
+        varied = [name for name in vars(spec.pruning) if RECIPES["paper"][name] != DEFAULTS[name]]
+        alone = recon.RunSpec(**alone, pruning=replace(spec.pruning, **{name: DEFAULTS[name] for name in varied}))
         cells["retrain_learning_rate"] = alone.replaced(granularity="none", **options)
     return cells
 
