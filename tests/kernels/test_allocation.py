@@ -39,9 +39,3 @@ def test_no_other_split_of_the_total_costs_less(low, high):
     splits = [(a, b, (60 * sparsity - 30 * a - 10 * b) / 20) for a, b in itertools.product(grid, grid)]
     least = min(cost(split) for split in splits if sparsity - reach <= split[2] <= sparsity + reach)
     assert cost(found.tolist()) <= least * (1 + 1e-9)
-
-
-def test_blocks_that_are_alike_are_pruned_alike():
-    same = torch.ones(3, dtype=torch.float64)
-    for found in (dlp(same, SIZES, 0.5), by_curves(same, 3 * same, torch.full_like(SIZES, 7), 0.5)):
-        torch.testing.assert_close(found, 0.5 * same)
