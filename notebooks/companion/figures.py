@@ -484,6 +484,39 @@ def costs(runs: pd.DataFrame) -> Plot:
     return figure, data, finding + (f"; seeds do not tell it from that of {', '.join(others)}." if others else ".")
 
 
+# --- notebook 8 --------------------------------------------------------------------------------------------------------
+
+
+def frontier(runs: pd.DataFrame, baseline: str, first: str) -> Plot:
+    """What a mask gains over the mask `baseline` before reconstruction (the fit `first`) and after it, in nats per token.
+
+    runs: with the columns mask and way (how it is fitted). A panel for each pattern; marks on the diagonal keep all of the gain.
+    """
+    by = ["model", "pattern", "way", "mask"]
+    data = effects(runs, by, {"mask": baseline}, share=False).drop(columns="verdict")
+    wide = data.pivot(index=["model", "pattern", "mask"], columns="way", values=["difference", "low", "high"])
+    ways = [way for way in dict.fromkeys(data["way"]) if way != first]
+    patterns, masks = list(dict.fromkeys(data["pattern"])), [mask for mask in dict.fromkeys(data["mask"]) if mask != baseline]
+    figure, axes = panels(len(patterns), 3.3, 3.3)
+    colours = dict(zip(masks, sns.color_palette("colorblind", len(masks))))
+    for ax, pattern in zip(axes, patterns):
+        for (model, _, mask), row in wide[wide.index.get_level_values("pattern") == pattern].iterrows():
+            for way in ways if mask != baseline else ():
+                x, y, low, high = row["difference", first], *(row[part, way] for part in ("difference", "low", "high"))
+                shape = "os^Dv"[list(dict.fromkeys(data["model"])).index(model)]
+                full = colours[mask] if way == ways[-1] else "white"
+                ax.plot([x, x], [low, high], color=colours[mask], linewidth=1)
+                ax.plot(x, y, shape, color=colours[mask], markerfacecolor=full, label=f"{mask} ({model}, {way})")
+        ends = [min(ax.get_xlim()[0], 0), ax.get_xlim()[1]]
+        ax.plot(ends, ends, color="0.6", linewidth=1, linestyle=":")
+        ax.axhline(0, color="0.4", linewidth=1)
+        ax.set(title=pattern, xlabel=f"gain over {baseline}, pruned", ylabel="gain, reconstructed\n(nats; dotted: all is kept)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+    levels = data.groupby(["pattern", "mask", "way"], sort=False)["perplexity"].agg(lambda own: np.exp(np.log(own).mean()))
+    best = [f"{pattern}: {' with '.join(levels[pattern].idxmin())}" for pattern in patterns]
+    return figure, data, f"The lowest perplexity is that of, at {'; '.join(best)}."
+
+
 # --- all claims --------------------------------------------------------------------------------------------------------
 
 _AXES = {  # kind of effect -> label of the axis

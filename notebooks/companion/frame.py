@@ -1,7 +1,7 @@
 """Run records as one tidy frame: a row per run, with its options by flat name, its quality and its costs."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -75,6 +75,12 @@ def recipe_of(spec: dict) -> str:
     return min(RECIPES, key=lambda recipe: sum(spec[name] != RECIPES[recipe][name] for name in said))
 
 
+def named(specs: Mapping[Hashable, recon.RunSpec]) -> dict[str, Hashable]:
+    """The names of runs by key, in whichever precision they were run."""
+    each = {name: [spec.replaced(compute_dtype=kind) for kind in ("auto", "bfloat16", "float32")] for name, spec in specs.items()}
+    return {spec.key(): name for name, own in each.items() for spec in own}
+
+
 def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd.DataFrame:
     """The finished runs of a folder of records, or those of `specs` in their order, in whichever precision they were run.
 
@@ -94,8 +100,7 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
     if specs is None:
         paths = sorted(folder.glob("*.json"))
     else:
-        each = [spec.replaced(compute_dtype=name) for spec in specs for name in ("auto", "bfloat16", "float32")]
-        paths = [folder / f"{key}.json" for key in dict.fromkeys(spec.key() for spec in each)]
+        paths = [folder / f"{key}.json" for key in named(dict(enumerate(specs)))]
     return table(json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file())
 
 

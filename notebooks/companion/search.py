@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 import recon
-from companion.frame import DEFAULTS, RECIPES, load
+from companion.frame import DEFAULTS, RECIPES, load, named
 
 
 def method(base: recon.RunSpec, name: str, count: int, seed: int = 0) -> recon.RunSpec:
@@ -51,11 +51,7 @@ def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: P
     """
     rates, asked = sorted(map(float, rates)), set()
     grid = {(cell, rate): cell.replaced(**{name: rate}) for cell, name in cells.items() for rate in rates}
-    of_key = {
-        spec.replaced(compute_dtype=dtype).key(): place
-        for place, spec in grid.items()
-        for dtype in ("auto", "bfloat16", "float32")
-    }
+    of_key = named(grid)
     while True:
         runs, best = load(folder, grid.values()), {}
         if len(runs):

@@ -34,6 +34,7 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
          "task_criteria": ["wanda"], "task_methods": ["masklora"]}, None,
     ),
     "6-cost": ({"samples": 4, "sequence_length": 32, "repeats": 1}, 2),
+    "8-frontier": ({}, 4),
     "7-scale": ({"samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "workers": [1]}, 0),
 }  # fmt: skip
 
