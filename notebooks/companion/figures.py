@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from companion.compare import CLOSE, MARGIN, SEEDS, interval, paired
+from companion.compare import CLOSE, MARGIN, SEEDS, common, interval, paired
 from companion.frame import DEFAULTS, MEMORY
 from companion.judge import FAILS, GROUPS, HOLDS, MARKS, UNSURE, effect_words
 from companion.publish import log_scale, look, looks, lower_is_better, number
@@ -381,6 +381,46 @@ def budget(runs: pd.DataFrame) -> Plot:
         lower_is_better(row[0])
     legend(figure, axes[0, 0])
     return figure, means, f"Of the methods that nothing beats at their cost, reconstruction alone is {', '.join(counts)}."
+
+
+def extrapolation(runs: pd.DataFrame, reach: int = 64) -> Plot | None:
+    """The perplexity gap that remains, in nats, against samples: a power of them fitted to each method, and drawn beyond.
+
+    reach: how many times the most samples. None if no method has two numbers of samples.
+    """
+    runs = runs[runs["method"].isin(MAIN) & ((runs["recipe"] != "paper") | (runs["method"] == MAIN[0]))]
+    runs = runs.assign(name=runs["method"].where(runs["recipe"] != "paper", PUBLISHED))
+    grid, rows = np.geomspace(runs["trained"].min(), reach * runs["trained"].max(), 25), []
+    for name, group in runs.groupby("name", sort=False):
+        points = {count: own.drop_duplicates("unit").set_index("unit") for count, own in group.groupby("trained")}
+        units = common(*points.values())
+        if len(points) < 2 or not units:
+            continue
+        left = [[own.at[unit, "own_reconstructed"] - own.at[unit, "own_dense"] for unit in units] for own in points.values()]
+        fit = np.linalg.pinv(np.vander(np.log(list(points)), 2))
+        rows += [{"method": name, "samples": n, "gap": np.mean(own), "measured": True} for n, own in zip(points, left)]
+        for samples, weights in zip(grid, np.vander(np.log(grid), 2) @ fit):
+            means = np.log(np.mean(left, axis=(1, 2)))
+            low, high = interval([np.array(left)], lambda drawn, weights=weights: weights @ np.log(drawn.clip(1e-3)), 0.90)
+            row = {"method": name, "samples": samples, "gap": np.exp(weights @ means), "measured": False}
+            rows.append(row | {"low": np.exp(low), "high": np.exp(high)})
+    if not rows:
+        return None
+    data = pd.DataFrame(rows)
+    figure, [ax] = panels(1, 5.5, 3.4)
+    for name, own in data.groupby("method", sort=False):
+        shown, line, points = look(name), own[~own["measured"]], own[own["measured"]]
+        ax.plot(line["samples"], line["gap"], color=shown["color"], linestyle=shown["linestyle"], linewidth=1)
+        ax.fill_between(line["samples"], line["low"], line["high"], color=shown["color"], alpha=0.12, linewidth=0)
+        ax.plot(points["samples"], points["gap"], **shown | {"linestyle": ""}, label=name)
+    log_scale(ax, "x")
+    log_scale(ax)
+    ax.set(xlabel="samples", ylabel="perplexity gap that remains, nats")
+    ax.legend(title="")
+    lower_is_better(ax)
+    ends = data[~data["measured"]].groupby("method", sort=False).last()
+    said = [f"{name} {row['gap']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for name, row in ends.iterrows()]
+    return figure, data, f"If gaps went on as powers of the samples, at {grid[-1]:,.0f} they would be: {', '.join(said)} nats."
 
 
 # --- notebook 3 --------------------------------------------------------------------------------------------------------
