@@ -5,6 +5,7 @@
 
 import argparse
 import itertools
+import json
 import math
 import re
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from companion import compare, tables
+from companion import compare, files, tables
 from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
 from companion.frame import DEFAULTS, RECIPE_WORDS, load, protocol_words
 from companion.publish import ROOT
@@ -349,11 +350,14 @@ def pages(records: Path, page_path: Path, readme: Path | None) -> dict[Path, str
     texts = {page_path: page(verdicts)} | {page_path.parent / "tables" / name: text for name, text in tables.texts(runs).items()}
     if not readme:
         return texts
-    artifacts = readme.with_name("ARTIFACT.md")
-    for path, name, block in (
+    artifacts, measured = readme.with_name("ARTIFACT.md"), records / "bench" / "files.json"
+    blocks = [
         (readme, "answers", headlines(verdicts)), (readme, "claims", summary(verdicts)),
         (artifacts, "claims", artifact(verdicts, runs, load(records / "again"))),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    if measured.is_file():
+        blocks.append((readme, "files", files.table(json.loads(measured.read_text(encoding="utf-8")))))
+    for path, name, block in blocks:
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, rest = (texts.get(path) or path.read_text(encoding="utf-8")).split(start)
         texts[path] = f"{head}{start}\n{block}\n{end}{rest.split(end)[1]}"
