@@ -68,17 +68,17 @@ def complete(path: Path, folder: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
-def check_new(folder: Path, what: str) -> None:
-    """Raises `ReconError` naming `folder`, and `what` it is, if it exists and is not an empty folder."""
+def check_new(folder: Path) -> None:
+    """Raises `ReconError` naming `folder`, to which a model is to be saved, if it exists and is not an empty folder."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ReconError(f"{what} {str(folder)!r} exists and is not an empty folder; name a new one")
+        raise ReconError(f"save folder {str(folder)!r} exists and is not an empty folder; name a new one")
 
 
 @contextlib.contextmanager
 def new_checkpoint(folder: Path) -> Iterator[Path]:
     """As `complete`, for the files of a model. Raises `ReconError` as `check_new` and `locked`, and if it cannot be written."""
     with locked(folder, "save folder"), writing(f"checkpoint {str(folder)!r}", "choose a place with room"):
-        check_new(folder, "save folder")
+        check_new(folder)
         with complete(folder, folder=True) as fresh:
             yield fresh
 

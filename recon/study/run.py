@@ -116,7 +116,7 @@ def run(
                 for callback in callbacks:
                     callback.on_done(done)
                 return RunResult(done, None)
-            check_new(save, "save folder")
+            check_new(save)
         begun = (folder / RUN).exists()
         if stream == "auto":  # what was begun so may fit into memory by now; what is in memory fits into it
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream

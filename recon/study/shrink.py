@@ -64,9 +64,8 @@ def shrink(name: str, folder: Path | str) -> list[str]:
         dtype = str(source.dtype or source.get_text_config().dtype).removeprefix("torch.")
         save(shrunk, tokenizer, fresh, dtype if dtype in SAVED else "float32")
         card = Path(model.name_or_path) / "README.md"
-        about = f"\n## Smaller\n\nWhat was pruned as a whole is cut out, and logits are the same: {'; '.join(said)}.\n"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        (fresh / "README.md").write_text(text + about, encoding="utf-8")
+        (fresh / "README.md").write_text(f"{text}\nWhat was pruned as a whole is cut out: {'; '.join(said)}.\n", encoding="utf-8")
     return said
 
 
