@@ -68,7 +68,7 @@ def test_profiles_name_only_parameters_that_notebooks_have(profile):
         assert set(values[path.stem]) <= set(re.findall(r"^\w+", parameters(path), re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n[0] in "567" else n for n in TINY])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n[0] in "5678" else n for n in TINY])
 def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path, tiny_folder, tiny_text):
     given, runs = TINY[name]
     names = re.findall(r"^\w+", parameters(ROOT / "notebooks" / f"{name}.ipynb"), re.MULTILINE)
