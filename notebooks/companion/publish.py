@@ -33,7 +33,10 @@ _SIZES = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "
 _RAMP = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.85 * place / 7)) for place in range(8)]
 _GROUPS = [
     (_SIZES, _RAMP),
-    (["sparsegpt", "magnitude", "wanda", "ria", "flap", "random"], [_BLUE, _ORANGE, _GREEN, _PURPLE, _GOLD, "0.6"]),
+    (
+        ["sparsegpt", "magnitude", "wanda", "ria", "admm", "flap", "random"],
+        [_BLUE, _ORANGE, _GREEN, _PURPLE, "0.2", _GOLD, "0.6"],
+    ),
     (["reconstruction", "masklora", "full", "lora", "scalelora", "norms"], [_BLUE, _ORANGE, _GREEN, "0.4", "0.55", "0.7"]),
     (["dense propagation", "sparse propagation", "mixed propagation"], [_BLUE, _ORANGE, _GREEN]),
     (["whitened", "mse", "cosine"], [_BLUE, _ORANGE, _GREEN]),
