@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from companion.compare import CLOSE, MARGIN, SEEDS, common, interval, paired
 from companion.frame import DEFAULTS, MEMORY
-from companion.judge import FAILS, GROUPS, HOLDS, MARKS, UNSURE, effect_words
+from companion.judge import FAILS, GROUPS, HOLDS, MARKS, RATIOS, UNSURE, effect_words
 from companion.publish import log_scale, look, looks, lower_is_better, number
 
 Plot = tuple[Figure, pd.DataFrame, str]
@@ -565,6 +565,7 @@ _AXES = {  # kind of effect -> label of the axis
     "gap": "nats per token by which the gap shrinks: right of 0 is as claimed",
     "equal": f"share of the perplexity gap: equal in the band (±{MARGIN:g}; dark: ±{CLOSE:g}), right of it the first is better",
     "ratio": "times the cost: right of the line is as claimed",
+    "memory": "times the memory: right of the line is as claimed",
 }
 
 
@@ -607,9 +608,10 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
         names = group["short"] + "  ·  " + group["model"] + " " + group["pattern"]
         names += (group["recipe"] == "paper").map({True: ", paper's recipe", False: ""})
         ax.set_yticks(range(len(group)), names, fontsize=7)
-        ax.set(ylim=(len(group) - 0.4, -0.6), xlabel=_AXES[name])
+        ax.set_ylim(len(group) - 0.4, -0.6)
+        ax.set_xlabel(_AXES[name], fontsize=8)
         ax.grid(axis="y", visible=False)
-        if name == "ratio":
+        if name in RATIOS:
             log_scale(ax, "x")
     topics: dict[str, list[str]] = {}
     for group, mine in shown.groupby("group", sort=False):
