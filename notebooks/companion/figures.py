@@ -547,14 +547,14 @@ def frontier(runs: pd.DataFrame, baseline: str, first: str) -> Plot:
                 full = colours[mask] if way == ways[-1] else "white"
                 ax.plot([x, x], [low, high], color=colours[mask], linewidth=1)
                 ax.plot(x, y, shape, color=colours[mask], markerfacecolor=full, label=f"{mask} ({model}, {way})")
-        ends = [min(ax.get_xlim()[0], 0), ax.get_xlim()[1]]
+        ends = [min(ax.get_xlim()[0], 0), max(ax.get_xlim()[1], 0)]
         ax.plot(ends, ends, color="0.6", linewidth=1, linestyle=":")
         ax.axhline(0, color="0.4", linewidth=1)
         ax.set(title=pattern, xlabel=f"gain over {baseline}, pruned", ylabel="gain, reconstructed\n(nats; dotted: all is kept)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     levels = data.groupby(["pattern", "mask", "way"], sort=False)["perplexity"].agg(lambda own: np.exp(np.log(own).mean()))
-    best = [f"{pattern}: {' with '.join(levels[pattern].idxmin())}" for pattern in patterns]
-    return figure, data, f"The lowest perplexity is that of, at {'; '.join(best)}."
+    best = [f"{', '.join(levels[pattern].idxmin())} ({pattern})" for pattern in patterns]
+    return figure, data, f"Lowest perplexity: {'; '.join(best)}."
 
 
 # --- all claims --------------------------------------------------------------------------------------------------------

@@ -330,8 +330,8 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
     if len(again) and len(both := runs.merge(again, on="key", suffixes=("", "_again"))):
         apart = np.abs(np.log(both["held_out_perplexity"] / both["held_out_perplexity_again"])).max()
         said.append(
-            f"Tolerance: the same run on another machine differs by up to {apart:.1%} in perplexity ({len(both)} runs, on "
-            f"{', '.join(sorted({*both['device'], *both['device_again']}))})."
+            f"Tolerance: the same run on another machine differs by up to {100 * apart:.1g} % in perplexity (runs: {len(both)}; "
+            f"on {', '.join(sorted({*both['device'], *both['device_again']}))})."
         )
     shown = verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].drop_duplicates(["claim", "model", "recipe"])
     rows, seconds = [], dict(zip(runs.get("key", ()), runs.get("seconds_total", ())))
