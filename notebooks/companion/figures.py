@@ -266,13 +266,17 @@ def rule(runs: pd.DataFrame) -> str:
 # --- notebook 2 --------------------------------------------------------------------------------------------------------
 
 
+def of_both(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs, with reconstruction by the paper's recipe as a method of its own; its retraining differs in masks alone, and goes."""
+    published = runs["recipe"] == "paper"
+    kept = runs[~published | (runs["method"] == MAIN[0])]
+    return kept.assign(method=kept["method"].where(~published, PUBLISHED))
+
+
 def methods(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each run: its method, samples, seed, quality and costs; for `efficiency` and `budget`."""
     reached = [name for name in runs if name.startswith(("perplexity, ", "dense perplexity, "))] + [KL]
-    published = runs["recipe"] == "paper"
-    runs = runs[~published | (runs["method"] == MAIN[0])]  # retraining is the same, but for the mask that it starts from
-    runs = runs.assign(**{COMPUTE: runs["flops"] / 1e12, KL: runs["kl"]})
-    runs["method"] = runs["method"].where(runs["recipe"] != "paper", PUBLISHED)
+    runs = of_both(runs).assign(**{COMPUTE: runs["flops"] / 1e12, KL: runs["kl"]})
     runs["samples"] = runs["trained"].where(runs["method"] != "pruned", 0)
     return runs[["method", "samples", "seed", *reached, COMPUTE, "seconds", MEMORY]]
 
@@ -388,10 +392,9 @@ def extrapolation(runs: pd.DataFrame, reach: int = 64) -> Plot | None:
 
     reach: how many times the most samples. None if no method has two numbers of samples.
     """
-    runs = runs[runs["method"].isin(MAIN) & ((runs["recipe"] != "paper") | (runs["method"] == MAIN[0]))]
-    runs = runs.assign(name=runs["method"].where(runs["recipe"] != "paper", PUBLISHED))
+    runs = of_both(runs[runs["method"].isin(MAIN)])
     grid, rows = np.geomspace(runs["trained"].min(), reach * runs["trained"].max(), 25), []
-    for name, group in runs.groupby("name", sort=False):
+    for name, group in runs.groupby("method", sort=False):
         points = {count: own.drop_duplicates("unit").set_index("unit") for count, own in group.groupby("trained")}
         units = common(*points.values())
         if len(points) < 2 or not units:

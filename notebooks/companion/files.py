@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pyarrow
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 import recon
 from companion import tables
@@ -26,7 +25,7 @@ RUNS = {  # name -> options; neither which weights go nor their values changes w
     "70 %": {"pattern": "0.7"},
     "units": {"criterion": "wanda-sp", "pattern": "0.25"},
 }
-MADE = {"50 % packed": ("50 %", recon.pack), "70 % packed": ("70 %", recon.pack), "units shrunk": ("units", recon.shrink)}
+MADE = {"50 % packed": ("50 %", "pack"), "70 % packed": ("70 %", "pack"), "units shrunk": ("units", "shrink")}  # by `recon`
 ROWS = {  # name -> what it is, and where it helps
     "dense": ("dense, 16 bits a weight", ""),
     "dense zstd": ("the same, compressed by zstd", "disk, transfer: even without zeros"),
@@ -53,7 +52,7 @@ def measure(work: Path, model: str, quantised: Path | None, rounds: int, tokens:
         record = recon.run(spec, recon.RunOptions(save=work / name, save_dtype="bfloat16")).record
     for name, (source, make) in MADE.items():
         if not (work / name).exists():
-            make(str(work / source), work / name)
+            getattr(recon, make)(str(work / source), work / name)
     folders = [name for name in (*RUNS, *MADE) if name in ROWS]
     for name in folders:
         rows[name]["bytes"] = sum(file.stat().st_size for file in (work / name).glob("*.safetensors"))
@@ -79,9 +78,11 @@ def measure(work: Path, model: str, quantised: Path | None, rounds: int, tokens:
 
 
 @torch.no_grad()
-def compressed(model: PreTrainedModel) -> int:
+def compressed(model: nn.Module) -> int:
     """Bytes that zstd makes of the weights in bfloat16, each changed by about 1 %, as by reconstruction: the bundled models' have
     few values, as they come from 4 bits, and would be compressed further than those of other models."""
+    import pyarrow  # slow to import
+
     draw = torch.Generator().manual_seed(0)
     changed = (weight * (1 + 0.01 * torch.randn(weight.shape, generator=draw)) for weight in model.parameters())
     stored = b"".join(weight.bfloat16().view(torch.int16).numpy().tobytes() for weight in changed)
@@ -99,14 +100,14 @@ def in_turn(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
     return {name: seconds[1:] for name, seconds in taken.items()}
 
 
-def generate(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> None:
+def generate(model: nn.Module, prompt: torch.Tensor, tokens: int) -> None:
     """Generates so many tokens, one by one, the likeliest each time."""
     ends = {"min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": 0}
     model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **ends)
 
 
 @torch.no_grad()
-def semi_structured(model: PreTrainedModel, rounds: int, device: str = "cuda") -> float:
+def semi_structured(model: nn.Module, rounds: int, device: str = "cuda") -> float:
     """How many times as fast as dense 8 x 512 tokens are read in float16 once the first two of every four weights are zero."""
     tokens = torch.arange(512) % model.config.vocab_size
     model, prompt, passes = model.to(device, torch.float16), tokens.expand(8, -1).to(device), {}

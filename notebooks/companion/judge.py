@@ -296,7 +296,7 @@ def headlines(verdicts: pd.DataFrame) -> str:
         for claim in about["claims"]:
             mine = verdicts[(verdicts["claim"] == claim) & (verdicts["pattern"] == DEFAULTS["pattern"]) & (verdicts["seeds"] > 0)]
             said = [
-                f"{MARKS[v['verdict']]} {v['model']}{', ' + RECIPE_WORDS[v['recipe']]}: {effect_words(v)}"
+                f"{MARKS[v['verdict']]} {v['model']}, {RECIPE_WORDS[v['recipe']]}: {effect_words(v)}"
                 + f" ({v['note']})" * (v["test"] in ("gap", "memory"))
                 for _, v in mine.iterrows()
             ]
@@ -312,11 +312,8 @@ def summary(verdicts: pd.DataFrame) -> str:
         place = f"{_place(first)}; seeds: {first['seeds']}"
         example = f"{first['statement']}: {effect_words(first) or first['reason']} ({place})"
         rows.append((GROUPS[group]["claim"], GROUPS[group]["title"], _counted(mine), example))
-    lines = (
-        tables.markdown(("claim", "what it says", "verdicts", "for example"), sorted(rows, key=lambda row: row[0]))
-        if rows
-        else []
-    )
+    rows.sort(key=lambda row: row[0])
+    lines = tables.markdown(("claim", "what it says", "verdicts", "for example"), rows) if rows else []
     return "\n".join([*lines, "", _not_run_words(verdicts[~verdicts["optional"]])]).strip()
 
 
@@ -337,7 +334,8 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
     rows, seconds = [], dict(zip(runs.get("key", ()), runs.get("seconds_total", ())))
     for _, v in shown.iterrows():
         minutes = f"{sum(seconds[key] for key in v['keys']) / 60:.0f} min"
-        effect = effect_words(v).partition(" [")[0] + f" {v['unit']}"
+        effect, _, interval = effect_words(v).partition(" [")
+        effect += f" {v['unit']}" * bool(interval)
         rows.append((v["statement"], _place(v), GROUPS[v["group"]]["notebook"], effect, MARKS[v["verdict"]], minutes))
     header = "claim", "model, pattern", "notebook", "expected", "verdict", "time"
     return "\n".join([" ".join(said), "", *tables.markdown(header, rows)])

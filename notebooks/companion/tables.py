@@ -102,10 +102,8 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
         data, used = cells(runs, name)
         if data.empty:
             continue
-        caption = (
-            "Mean (of perplexities: geometric) ± standard deviation (seeds), lower is better. Bold: the lowest of a column, "
-        )
-        caption += f"and what is within both standard deviations of it. {protocol(used)} "
+        caption = "Mean (of perplexities: geometric) ± standard deviation (seeds), lower is better. Bold: the lowest of a "
+        caption += f"column, and what is within both standard deviations of it. {protocol(used)} "
         caption += "Paper: of its own models, from a summary of it; its tables could not be read here."
         page, tex = [f"# {title}"], []
         for panel, part in data.groupby("panel", sort=False):
