@@ -51,6 +51,8 @@ PRESETS: dict[str, dict] = {
     "alps": {"criterion": "admm", "statistics": "sparse", "granularity": "none"},
     "sparsegpt": {"criterion": "sparsegpt", "statistics": "sparse", "granularity": "none"},
     "wanda": {"criterion": "wanda", "statistics": "sparse", "granularity": "none"},
+    # Not expressed: five rounds of this and of RMSprop at 3e-7 on the block's output, one pass each over 32 samples.
+    "wanda++": {"criterion": "wanda++", "statistics": "sparse", "granularity": "none"},
 }  # fmt: skip
 SOURCES = {
     "fast": "inputs from the dense model, which saves a pass; steps of two samples",
@@ -62,6 +64,7 @@ SOURCES = {
     "alps": "Meng et al. 2024, arXiv 2406.07831; 128 x 2,048 tokens; prunes only",
     "sparsegpt": "Frantar & Alistarh 2023, arXiv 2301.00774; 128 x 2,048 tokens; prunes only",
     "wanda": "Sun et al. 2023, arXiv 2306.11695; 128 x 2,048 tokens; prunes only",
+    "wanda++": "Yang et al. 2025, arXiv 2503.04992; 128 x 2,048 tokens; its regional gradients, without its optimisation",
 }
 STEPS = 32  # with fewer, a model can get worse than it was: AdamW's first steps follow the noise of single samples
 
@@ -149,7 +152,7 @@ class PruningConfig(Checked):
         super().__post_init__()
         structured = isinstance(CRITERIA[self.criterion], Structured)
         whole = structured or self.criterion == "none"
-        suited = ", ".join(name for name, each in CRITERIA.items() if each.scores)
+        suited = ", ".join(name for name, each in CRITERIA.items() if each.scores and each.statistics in ("none", "norm"))
         for name, refused, allowed in (
             ("mask_refinement", self.mask_refinement and self.criterion not in suited.split(", "), f"0, or with {suited}"),
             ("pattern", structured and ":" in self.pattern, "the share of the weights that is to go, such as 0.2"),

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from recon.errors import ReconError
 from recon.kernels.moments import add_gram, add_moments, add_squares, mirrored
 from recon.model.decoder import Decoder
+from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 
@@ -30,7 +31,8 @@ def gather(
     """Runs `window` on `stream` (samples, length, hidden), and gathers statistics of what its matrices read.
 
     kind: "none"; "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in); "moments": mean and
-        variance of each input column, (2, in). Of an expert, over the tokens that are sent to it; none below FEW.
+        variance of each input column, (2, in); "gradient": norms and `output_gradients`, (1 + out, in). Of an expert, over the
+        tokens that are sent to it; none below FEW.
     count: statistics are of the first so many samples; default: of all.
     record: whether to keep what the matrices read.
 
@@ -52,7 +54,7 @@ def gather(
         if kind == "none" or ran >= count or not len(x):
             return
         if group not in totals:
-            rows = {"norm": (), "gram": (x.shape[1],), "moments": (2,)}[kind]
+            rows = {"gram": (x.shape[1],), "moments": (2,)}.get(kind, ())
             totals[group] = x.new_zeros((*rows, x.shape[1]), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             if kind == "gram":
@@ -87,7 +89,26 @@ def gather(
             total /= tokens[group]
             total = mirrored(total) if kind == "gram" else total.sqrt()
         statistics |= dict.fromkeys(group, total)
+    if kind == "gradient":
+        slopes = output_gradients(execution, decoder, window, stream[:count])
+        statistics = {name: torch.cat([norm[None], slopes[name].to(norm.device)]) for name, norm in statistics.items()}
     return outputs, statistics, {name: x for group, x in inputs.items() for name in group}
+
+
+@torch.enable_grad()
+def output_gradients(execution: Execution, decoder: Decoder, window: Window, stream: Tensor) -> dict[str, Tensor]:
+    """By matrix name, the root mean square over samples of the gradient of ||f(X)||, (out, in), for `stream` (samples, length,
+    hidden) and each sample's output f(X) of `window`."""
+    weights, found = decoder.weights(window), decoder.matrices(window)
+    with execution.holding(decoder, window), requiring_gradients(weights):
+        totals = {each: torch.zeros(each.shape, dtype=torch.float32, device=execution.device) for each in weights}
+        for (x,) in execution.batches([stream], [[sample] for sample in range(len(stream))]):
+            with execution:
+                size = decoder.forward(window, x).float().norm()
+            for parameter, slope in zip(weights, torch.autograd.grad(size, weights, allow_unused=True), strict=True):
+                if slope is not None:  # as of an expert that no token was sent to
+                    totals[parameter] += slope.float().square() / len(stream)
+        return {name: each.oriented(each.part_of(totals[each.parameter])).sqrt() for name, each in found.items()}
 
 
 @torch.no_grad()

@@ -44,9 +44,11 @@ class Matrix:
     @property
     def part(self) -> Tensor:
         """The part of the parameter that is the matrix, laid out as it is stored: a view."""
-        if self.expert is None:
-            return self.parameter
-        return self.parameter.view(self.experts, -1, self.parameter.shape[-1])[self.expert]
+        return self.part_of(self.parameter)
+
+    def part_of(self, stored: Tensor) -> Tensor:
+        """The part of `stored` that belongs to the matrix: a view. `stored` is laid out as the parameter."""
+        return stored if self.expert is None else stored.view(self.experts, -1, stored.shape[-1])[self.expert]
 
     @property
     def weight(self) -> Tensor:
@@ -60,7 +62,7 @@ class Matrix:
 
 def factors(mask: Tensor, device: torch.device) -> Tensor:
     """`mask` as what weights are multiplied by on `device`: bool, or 0 and 1 on CPUs, where products with booleans take long."""
-    return mask.to(device, torch.bfloat16 if device.type == "cpu" else torch.bool)
+    return mask.to(device, torch.float32 if device.type == "cpu" else torch.bool)
 
 
 def stored(matrices: dict[str, Matrix], masks: dict[str, Tensor], device: torch.device) -> list[tuple[nn.Parameter, Tensor]]:

@@ -158,6 +158,8 @@ def flops(spec: RunSpec) -> dict[str, float]:
     passes = rule.statistics != "none" or by_grams
     passes = 0 if spec.one_pass else passes * (2 if pruning.statistics == "sparse" and rule.scope != "model" else 1)
     found = {"prune": (passes * forward + by_grams * grams) * tokens["prune"], "reconstruct": 0.0, "retrain": 0.0}
+    if rule.statistics == "gradient":
+        found["prune"] += counted(decoder, whole, length, "matrices") * tokens["prune"]
     if pruning.allocation != "uniform":
         found["prune"] += forward * tokens["prune"]
     if pruning.allocation == "measured":
@@ -219,7 +221,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
     "statistics": Gram matrices, and room to factor one, if there are any. "logits": of retraining, and their gradients.
     """
     itemsize, length = devices.pick_compute_dtype(spec.compute.compute_dtype, device).itemsize, spec.calibration.sequence_length
-    config, largest = decoder.model.config.get_text_config(), {}
+    config, largest, masks = decoder.model.config.get_text_config(), {}, 4 if device.type == "cpu" else 1
     rule = CRITERIA["magnitude" if spec.model.pruned else spec.pruning.criterion]
     others = [Trained("prune", ReconstructionConfig(), run_only)] if run_only else []
     for phase, how, window, _, passes, _, elements in (*others, *trained(spec, decoder)):
@@ -235,7 +237,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
             "gradients": descends * 4 * elements,
             "moments": descends * 8 * elements,
             "copies": 4 * max(weights, elements) * (phase != "retrain"),  # nothing is rolled back in retraining
-            "rounded": descends * weights * (2 + itemsize * (itemsize < 4 or how.adapter != "none")),
+            "rounded": descends * weights * (masks + itemsize * (itemsize < 4 or how.adapter != "none")),
             "activations": descends * int(tokens * (itemsize * _width(matrices.values()) + norms)),
             "statistics": 4 * (sum(each**2 for each in columns) + 6 * max(columns) ** 2) if by_grams else 0,
         }

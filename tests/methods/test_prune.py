@@ -111,6 +111,31 @@ def test_statistics_are_those_of_the_model_that_is_asked_for(dense, fresh, token
     assert agreement["model.layers.1.mlp.down_proj"][other] < 0.98
 
 
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])  # a mixture's experts are slices of one parameter
+def test_gradients_are_of_the_norm_of_each_samples_output(tiny, tokens, kind):
+    decoder, seen = decompose(tiny(kind, num_hidden_layers=2)), []
+    decoder.model.requires_grad_(False)
+    window, samples = decoder.windows("block")[1], tokens(5, 60)
+    stream = decoder.forward(decoder.windows("block")[0], decoder.embed(samples))
+    _, found, _ = gather(FLOAT32, decoder, window, stream, "gradient", 3)
+    _, norms, _ = gather(FLOAT32, decoder, window, stream, "norm", 3)
+    assert not any(parameter.requires_grad for parameter in decoder.model.parameters())
+    model, squares = copy.deepcopy(decoder.model).requires_grad_(), {}
+    block = model.model.layers[1]
+    block.register_forward_hook(lambda module, read, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    for sample in samples[:3]:
+        block.zero_grad()
+        model(sample[None])
+        seen.pop().norm().backward()
+        for name, parameter in block.named_parameters(prefix="model.layers.1"):
+            squares[name] = squares.get(name, 0.0) + parameter.grad.square() / 3
+    assert set(found) == set(decoder.matrices(window))
+    for name, statistic in found.items():
+        parameter, _, expert = name.removesuffix("]").partition("[")
+        wanted = squares[parameter][int(expert)] if expert else squares[f"{name}.weight"]
+        torch.testing.assert_close(statistic, torch.cat([norms[name][None], wanted.sqrt()]), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "random"])
 def test_refined_masks_lower_the_error_of_every_matrix(dense, fresh, tokens, criterion, pattern):

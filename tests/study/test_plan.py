@@ -125,7 +125,7 @@ def test_memory_of_a_window_is_counted():
     elements = sum(p.numel() for p in decoder.trained(decoder.windows("block")[0], "matrices").values())
     for name, blocks in (("block", 1), ("model", 4)):
         per_element = {part: found[name][part] / (blocks * elements) for part in ("gradients", "moments", "copies", "rounded")}
-        assert per_element == {"gradients": 4, "moments": 8, "copies": 4, "rounded": 2}  # 2: masks
+        assert per_element == {"gradients": 4, "moments": 8, "copies": 4, "rounded": 4}  # 4: masks
         assert found[name]["activations"] == blocks * found["block"]["activations"]
     assert found["none"] == {} and sum(found["half-block"].values()) < sum(found["block"].values())
     base = base.replaced(granularity="block")

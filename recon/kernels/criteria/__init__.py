@@ -21,7 +21,8 @@ class Criterion:
     """A criterion for single weights.
 
     statistics: what it needs of the matrix's inputs X (tokens, in): "none"; "norm", (in,), sqrt(mean over tokens of x_j^2);
-        "gram", (in, in), X'X / tokens; or "moments", (2, in), mean and variance over tokens.
+        "gram", (in, in), X'X / tokens; "moments", (2, in), mean and variance over tokens; or "gradient", (1 + out, in), the norm
+        and the root mean square over samples of the gradient of the norm of the output of the matrix's block or window.
     scope: what its authors compare within, "row" or "matrix".
     score: ranks the weights. A criterion has either this or
     method: the whole algorithm, which may update the survivors.
@@ -60,7 +61,8 @@ class Criterion:
         columns, read = weight.shape[1], {"weight": weight}
         pattern.check_columns("the weight", columns)
         if self.statistics != "none":
-            expected = (columns,) if self.statistics == "norm" else (columns, columns)
+            rows = {"norm": (), "gradient": (1 + len(weight),)}.get(self.statistics, (columns,))
+            expected = (*rows, columns)
             shape = None if statistics is None else tuple(statistics.shape)
             if shape != expected:
                 raise ReconError(f"criterion {self.name!r}: statistics have shape {shape}; for this weight it needs {expected}")
@@ -101,6 +103,10 @@ _ALL = (
     Criterion("random", "none", "row", "weights go by lot", "control", scores.random),
     Criterion(
         "wanda", "norm", "row", "weight times input norm", "Sun et al. 2023, arXiv 2306.11695, equation 1", scores.wanda
+    ),
+    Criterion(
+        "wanda++", "gradient", "row", "weight times input norm and gradient of the window's output",
+        "Yang et al. 2025, arXiv 2503.04992", scores.wanda_plus,
     ),
     Criterion(
         "ria", "norm", "matrix", "weight relative to its row and column, times the root of the input norm",

@@ -3,13 +3,17 @@
     magnitude   |W_ij|                                                              (compared within a whole matrix)
     random      uniform in [0, 1): the floor that every other criterion has to beat
     wanda       |W_ij| * ||x_j||
+    wanda++     |W_ij| * (||x_j|| + a G_ij),  a = 100
     ria         (|W_ij| / sum_k |W_kj|  +  |W_ij| / sum_k |W_ik|) * ||x_j|| ^ a,  a = 0.5
 
 Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023, arXiv 2306.11695), equation 1;
 Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), equation 4: a
-weight is compared with those of its input and of its output, so that no whole channel is pruned away.
+weight is compared with those of its input and of its output, so that no whole channel is pruned away;
+Yang et al., "Wanda++: Pruning Large Language Models via Regional Gradients" (2025, arXiv 2503.04992): G_ij is the root mean
+square over samples of the gradient of ||f(X)||, the norm of the output of the matrix's block or window.
 
-statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2); its unit changes no mask.
+statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2), whose unit changes no mask of Wanda or RIA; for
+wanda++ (1 + out, in), the same norms and then G.
 """
 
 import torch
@@ -29,6 +33,11 @@ def random(weight: Tensor, statistics: None, generator: torch.Generator) -> Tens
 def wanda(weight: Tensor, statistics: Tensor, generator: torch.Generator | None) -> Tensor:
     """The weight's size times the norm of its input."""
     return weight.abs() * statistics
+
+
+def wanda_plus(weight: Tensor, statistics: Tensor, generator: torch.Generator | None, a: float = 100.0) -> Tensor:
+    """The weight's size times the norm of its input and, `a` times, the gradient of the norm of its window's output."""
+    return weight.abs() * (statistics[0] + a * statistics[1:])
 
 
 def ria(weight: Tensor, statistics: Tensor, generator: torch.Generator | None, a: float = 0.5) -> Tensor:
