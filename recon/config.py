@@ -27,12 +27,13 @@ _PUBLISHED = {
     "loss": "mse", "skip_first": False, "train": "all", "rate": "absolute", "size_power": 0.0, "matrix_rate": 1.0, "chunks": 1,
     "roll_back": False,
 }  # fmt: skip
-# Recipes: options that are set where they are at their defaults. fast, default and best differ in the time they take on the same
-# samples. The others are published, as their code has them; each reads text of the run's choice, as much as the run says.
+# Recipes: options that are set where they are at their defaults. fast, default, best and distil differ in the time they take on the
+# same samples. The others are published, as their code has them; each reads text of the run's choice, as much as the run says.
 PRESETS: dict[str, dict] = {
     "fast": {"propagation": "dense", "batch_size": 2},
     "default": {},
     "best": {"start": "exact", "exact_iterations": 4, "epochs": 2},
+    "distil": {"retrain": "masklora", "retrain_objective": "distil"},
     # SparseGPT prunes as many columns at once as there are samples.
     "paper": {
         "statistics": "sparse", "sparsegpt_block_size": 0,
@@ -58,6 +59,7 @@ SOURCES = {
     "fast": "inputs from the dense model, which saves a pass; steps of two samples",
     "default": "the defaults of this library",
     "best": "begins from masked least squares, passes over the samples twice",
+    "distil": "the default, and then the whole model, which has to fit into memory, learns the dense one's predictions",
     "paper": "arXiv 2510.14444, github.com/ZIB-IOL/Free-Lunch-in-LLM-Compression, 601ea9e; its learning rates are 1e-5 to 1e-4",
     "ebft": "Guo et al. 2024, arXiv 2402.12419, github.com/sunggo/EBFT, 76ded25; 256 x 1,024 tokens",
     "3basil-tm": "arXiv 2603.01376, github.com/mazumder-lab/3BASiL, 5ce1037; 128 x 2,048 tokens",
@@ -141,7 +143,7 @@ class PruningConfig(Checked):
     statistics: Literal["sparse", "dense"] = "dense"  # Statistics from the dense model, or the pruned one (Wanda, SparseGPT).
     allocation: Literal["uniform", "dlp", "measured"] = "uniform"
     """How sparse each block is: uniform, as all; dlp, by the median of weight times input norm; measured, by what it costs the
-    predictions when the block alone is pruned. The sparsity of all blocks together stays."""
+    predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays."""
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
     mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight in each row, each the best of all pairs, at most.
     sparsegpt_block_size: FromZero = 128  # Columns that SparseGPT prunes at once; 0: as many as samples (the paper's code).

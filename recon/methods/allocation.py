@@ -1,6 +1,5 @@
 """How sparse each block is to be, from one pass over the dense model; the mathematics: `recon.kernels.allocation`."""
 
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -10,28 +9,25 @@ from tqdm.auto import tqdm
 from recon.config import PruningConfig
 from recon.errors import ReconError
 from recon.kernels.allocation import by_curves, dlp, spread
+from recon.kernels.criteria import CRITERIA
 from recon.kernels.losses import kl_divergence
 from recon.kernels.patterns import Pattern
 from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
-from recon.model.structure import Matrix
 from recon.runtime.execution import Execution
 
 PROBES, SLICE = 4, 256  # samples that losses are measured on; tokens whose logits exist at once
-# The weight and the mask of a matrix, from the statistics of its block by matrix name, and a pattern.
-Prune = Callable[[Matrix, Mapping[str, Tensor], Pattern], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def allocate(
-    decoder: Decoder, samples: Tensor, config: PruningConfig, execution: Execution, statistics: str, prune: Prune
-) -> list[Pattern]:
+def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution: Execution) -> list[Pattern]:
     """The pattern of each block, by `config.allocation`; see `recon.kernels.allocation`. The model stays as it is.
 
-    Where losses are measured, one block alone is pruned by the criterion; the loss is the divergence of the model's predictions
-    from the dense model's, on the last `PROBES` samples (half of all, if there are fewer), which statistics leave out.
+    Where losses are measured, one block alone is pruned by Wanda, whatever the criterion: it costs little, and blocks then are
+    as sparse as by the criterion's own losses, nearly. The loss is the divergence of the model's predictions from the dense
+    model's, on the last `PROBES` samples (half of all, if there are fewer), which the norms leave out.
 
-    samples: calibration tokens (samples, length). statistics: that `prune` reads. Raises `ReconError` for too few samples.
+    samples: calibration tokens (samples, length). Raises `ReconError` for too few.
     """
     sparsity, measured = Pattern.parse(config.pattern).sparsity, config.allocation == "measured"
     count = len(samples) - (min(PROBES, len(samples) // 2) if measured else 0)
@@ -46,7 +42,7 @@ def allocate(
         sizes.append(sum(matrix.weight.numel() for matrix in matrices.values()))
         probes = stream[count:]
         with decoder.loaded(window):
-            stream, found, _ = gather(execution, decoder, window, stream, statistics if measured else "norm", count)
+            stream, found, _ = gather(execution, decoder, window, stream, "norm", count)
             with execution.holding(decoder, window, trained=decoder.weights(window)):
                 if not measured:
                     scores = [(matrices[name].weight.float().abs() * norm).flatten() for name, norm in found.items()]
@@ -55,8 +51,9 @@ def allocate(
                 states = [run(state) for state in states]
                 dense = {name: matrix.weight.clone() for name, matrix in matrices.items()}
                 for reach in (-spread(sparsity), spread(sparsity)):
-                    for matrix in matrices.values():
-                        matrix.weight.copy_(prune(matrix, found, Pattern(sparsity + reach))[0])
+                    for name, norm in found.items():
+                        weight, pattern = matrices[name].weight, Pattern(sparsity + reach)
+                        weight.copy_(CRITERIA["wanda"].prune(weight.float(), norm, pattern, "row", None)[0])
                     states.append(run(probes))
                     for name, matrix in matrices.items():
                         matrix.weight.copy_(dense[name])

@@ -71,7 +71,7 @@ def prune(
         prune_units(decoder, pruner.criterion, config, samples, execution)
         return Pruning(execution.storage.masks)
     if config.allocation != "uniform" and pruner.pattern.sparsity:
-        pruner.patterns = allocate(decoder, samples, config, execution, pruner.statistics, pruner.pruned)
+        pruner.patterns = allocate(decoder, samples, config, execution)
     description, rerun = f"prune ({config.criterion} {pruner.pattern})", config.statistics == "sparse"
     pruner.noted = over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
     return pruner.summed_up()

@@ -42,7 +42,7 @@ def by_hand(dense, samples, allocation, sparsity):
             model = copy.deepcopy(dense.model)
             for name in (name for name in norms if block_of(name) == block):
                 weight = model.get_parameter(f"{name}.weight")
-                weight.copy_(CRITERIA["wanda"].prune(weight, norms[name], Pattern(sparsity + reach), "matrix", None)[0])
+                weight.copy_(CRITERIA["wanda"].prune(weight, norms[name], Pattern(sparsity + reach), "row", None)[0])
             found = model(samples[4:]).logits.log_softmax(-1)
             losses[-1].append((wanted.exp() * (wanted - found)).sum(-1).mean())
     return kernel.by_curves(*torch.tensor(losses).double(), sizes, sparsity)
