@@ -27,7 +27,7 @@ _PUBLISHED = {
     "loss": "mse", "skip_first": False, "train": "all", "rate": "absolute", "size_power": 0.0, "matrix_rate": 1.0, "chunks": 1,
     "roll_back": False,
 }  # fmt: skip
-# Recipes: options that are set where they are at their defaults. fast, default, best and distil differ in the time they take on the
+# Recipes: options that are set where they are at their defaults. fast, default, best, distil differ in the time they take on the
 # same samples. The others are published, as their code has them; each reads text of the run's choice, as much as the run says.
 PRESETS: dict[str, dict] = {
     "fast": {"propagation": "dense", "batch_size": 2},
