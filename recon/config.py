@@ -144,6 +144,7 @@ class PruningConfig(Checked):
     allocation: Literal["uniform", "dlp", "measured"] = "uniform"
     """How sparse each block is: uniform, as all; dlp, by the median of weight times input norm; measured, by what it costs the
     predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays."""
+    reorder_neurons: bool = False  # Reorder MLP neurons first, so that N:M keeps more; the dense model computes the same.
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
     mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight in each row, each the best of all pairs, at most.
     sparsegpt_block_size: FromZero = 128  # Columns that SparseGPT prunes at once; 0: as many as samples (the paper's code).
@@ -166,6 +167,9 @@ class PruningConfig(Checked):
         if self.allocation != "uniform" and ":" in self.pattern:
             said = "which keeps as many of every M in all blocks; allowed: uniform, or a sparsity such as 0.5"
             raise ReconError(f"allocation is {self.allocation!r} with pattern {self.pattern}, {said}")
+
+        if self.reorder_neurons and ":" not in self.pattern:
+            raise ReconError(f"reorder_neurons is True with pattern {self.pattern}, which has no groups; allowed: False, or N:M")
 
     def on(self, samples: int) -> "PruningConfig":
         """These options for so many calibration samples."""

@@ -28,7 +28,7 @@ from recon.errors import ReconError
         *(("evaluation_texts", wrong, "a list of names") for wrong in (1, None, (1,))),
         ("revision", 3, "text, None"),
         ("model", None, "text"),
-        ("preset", "quick", "fast, default, best, paper, ebft, 3basil-tm"),
+        ("preset", "quick", "fast, default, best, distil, paper, ebft, 3basil-tm"),
         *(("granularity", wrong, "half-block") for wrong in ("layer", "0", "0-blocks", "1.5", "", None)),
         *(
             ("pattern", wrong, "a sparsity from 0")
@@ -58,6 +58,7 @@ SUITED = "magnitude, random, wanda, ria$"
         ({"evaluation_texts": ()}, "evaluation_texts is empty"),
         ({"criterion": "flap", "pattern": "2:4"}, "pattern is '2:4'.*flap.*such as 0.2"),
         ({"criterion": "wanda-sp", "scope": "row"}, "scope is 'row'.*wanda-sp.*allowed: auto"),
+        ({"reorder_neurons": True, "pattern": "0.6"}, "reorder_neurons is True with pattern 0.6.*allowed: False, or N:M"),
         ({"allocation": "dlp", "pattern": "2:4"}, "allocation is 'dlp' with pattern 2:4.*allowed: uniform, or a sparsity"),
         ({"allocation": "measured", "criterion": "flap"}, "allocation is 'measured'.*flap.*allowed: uniform"),
         ({"criterion": "flap", "mask_refinement": 3}, f"mask_refinement is 3.*flap.*{SUITED}"),

@@ -249,7 +249,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
 
 def models_in_memory(spec: RunSpec) -> int:
     """The least bytes that a run in memory takes: a model and its copy, in float32, and what pruning made of it beyond zeros."""
-    return 4 * shapes_of(*spec.loaded_by).model.num_parameters() * (2 + spec.changes_weights)
+    return 4 * shapes_of(*spec.loaded_by).model.num_parameters() * (2 + spec.changes_weights + spec.pruning.reorder_neurons)
 
 
 def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
@@ -262,6 +262,8 @@ def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
     retrain, why = spec.retraining.retrain, None
     if retrain != "none":
         why = f"retraining (retrain {retrain}) trains the whole model at once"
+    elif spec.pruning.reorder_neurons:
+        why = "reordering neurons (reorder_neurons) changes the dense model"
     elif found := quantisation(models.configuration(*spec.loaded_by)):
         why = f"reading model {spec.model.model!r} undoes its quantisation ({found['quant_method']})"
     if why and stream == "yes":

@@ -18,7 +18,7 @@ from recon.data import files, models
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
-from recon.methods import masks, prune, reconstruct, retrain
+from recon.methods import masks, prune, reconstruct, reorder, retrain
 from recon.methods.training import Callback, check_trainable
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
@@ -155,6 +155,8 @@ class _Run(Callback):
             self.texts = measure.Texts.draw(spec, self.tokenizer)
         self.samples = {phase: self.texts.calibration[:count] for phase, count in spec.samples_by_phase.items()}
         found_dense, self.states = self.measured("dense", self.dense)
+        if spec.pruning.reorder_neurons:
+            self.dense = session.keep("reordered", (*spec.pruned_by[:-1], spec.pruning.pattern), self.reordered)
         if storage.folder:
             self.model = student(self.dense, storage, self.external and self.external.read)
         else:
@@ -294,6 +296,11 @@ class _Run(Callback):
                     how = {"seed": self.spec.seed, "execution": self.execution()}
                     self.pruning = prune.prune(self.model, self.samples["prune"], self.spec.pruning, **how)
         return self.pruning, self.storage.tensors("prune"), seconds["prune"], peaks["prune"]
+
+    def reordered(self) -> Decoder:
+        """A copy of the dense model with its neurons reordered."""
+        dense, pattern = copy.deepcopy(self.dense.model), Pattern.parse(self.spec.pruning.pattern)
+        return reorder.reorder_neurons(decompose(dense, like=self.dense), self.samples["prune"], pattern, self.execution())
 
     def on_pruned(self, pruning: prune.Pruning) -> None:
         self.pruning = pruning

@@ -1,0 +1,68 @@
+"""The order of MLP neurons under an N:M pattern: those that are needed most are spread over the groups of M.
+
+The rows that make a neuron and the column that reads it move together, so the model computes the same function. With scores S
+(rows, neurons) of the reading matrix, the order is improved place by place: of each group the neuron at one place is taken out,
+and those are given to the groups anew. If b_rg is the N-th largest score of row r among the M - 1 others of group g, neuron i
+adds to what group g keeps
+
+    sum_r max(S_ri, b_rg) - b_rg,
+
+so the best way is a linear assignment. Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language
+Models" (ICLR 2024), channel permutation; scores are Wanda's.
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from recon.errors import ReconError
+from recon.kernels.criteria.scores import wanda
+from recon.kernels.patterns import Pattern
+from recon.methods.statistics import over_blocks
+from recon.methods.structured import find_units
+from recon.model.decoder import Decoder
+from recon.model.modules import distance, probe_tokens, tolerance
+from recon.model.windows import Window
+from recon.runtime.execution import Execution
+
+ROWS, SWEEPS = 512, 2  # of more rows, as many at equal distances tell enough; times that each place is given anew
+
+
+def spread(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The order (neurons,) of the columns of `scores` (rows, neurons), higher = kept, in which `pattern` keeps more of them."""
+    scores = scores[:: -(-len(scores) // ROWS)]
+    groups = torch.arange(scores.shape[1], device=scores.device).view(-1, pattern.m)
+    for place in list(range(pattern.m)) * SWEEPS:
+        others = torch.cat([groups[:, :place], groups[:, place + 1 :]], 1)
+        least = scores[:, others].topk(pattern.n, dim=2).values[..., -1]  # b, (rows, groups)
+        gain = torch.stack([least.maximum(scores[:, i, None]).sum(0) for i in groups[:, place]])
+        moved, to = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
+        groups[to, place] = groups[moved, place]
+    return groups.flatten()
+
+
+@torch.no_grad()
+def reorder_neurons(decoder: Decoder, samples: Tensor, pattern: Pattern, execution: Execution) -> Decoder:
+    """`decoder`, a dense model, with the neurons of each MLP half reordered in place.
+
+    samples: calibration tokens (samples, length). Raises `ReconError` for a model whose neurons cannot be told apart.
+    """
+    halves = {half.window.blocks: half for half in find_units(decoder) if half.window.half == "mlp"}
+    tokens = probe_tokens(decoder.model).to(decoder.device)
+    before = decoder.model(tokens).logits
+
+    def visit(window: Window, norms: dict[str, Tensor]) -> tuple[None, dict]:
+        half, matrices = halves[window.blocks], decoder.matrices(window)
+        columns = half.reader.weight
+        order = spread(wanda(columns.float(), norms[half.reader.name].to(columns.device), None), pattern).to(columns.device)
+        columns.copy_(columns[:, order])
+        for name, owner in half.rows.items():
+            rows, bias = owner.argsort(stable=True).view(half.count, -1), getattr(matrices[name].module, "bias", None)
+            for tensor in [matrices[name].weight] + [bias] * (bias is not None):
+                tensor[rows.flatten()] = tensor[rows[order].flatten()]
+        return None, {}
+
+    over_blocks(decoder, execution, "reorder", visit, f"reorder ({pattern})", samples, "norm")
+    if (gap := distance(decoder.model(tokens).logits, before)) > tolerance(before):
+        raise ReconError(f"with its neurons reordered, the model gives other logits (by {gap:.1e}): something else makes them")
+    return decoder

@@ -1,0 +1,85 @@
+"""Neurons in another order: the same function, N:M masks that keep more, and nearly the best order there is."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from fixtures.models import FLOAT32
+from fixtures.runs import record_of
+
+import recon
+from recon.config import PruningConfig
+from recon.errors import ReconError
+from recon.kernels.patterns import Pattern
+from recon.methods.prune import prune
+from recon.methods.reorder import reorder_neurons, spread
+from recon.model.discovery import decompose
+from recon.model.modules import distance, probe_tokens
+
+
+def kept(scores, order, n, m):
+    """The sum of the `n` largest of every `m` scores of each row, of columns in this order."""
+    return sum(sorted(group)[-i - 1] for row in scores[:, order].tolist() for group in zip(*[iter(row)] * m) for i in range(n))
+
+
+def orders(columns, m):
+    """All divisions of `columns` into groups of `m`."""
+    if not columns:
+        yield []
+        return
+    first, *rest = columns
+    for others in itertools.combinations(rest, m - 1):
+        left = [each for each in rest if each not in others]
+        yield from ([first, *others, *order] for order in orders(left, m))
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
+def test_the_order_comes_near_the_best_of_all(n, m):
+    shares = []
+    for seed in range(12):
+        draw = torch.Generator().manual_seed(seed)
+        scores = torch.rand(6, 8, generator=draw, dtype=torch.float64) * torch.rand(8, generator=draw) ** 2
+        order = spread(scores, Pattern(1 - n / m, n, m)).tolist()
+        values = [kept(scores, each, n, m) for each in orders(list(range(8)), m)]
+        assert sorted(order) == list(range(8))
+        shares.append((kept(scores, order, n, m) - min(values)) / (max(values) - min(values)))
+        assert kept(scores, order, n, m) >= kept(scores, list(range(8)), n, m) - 1e-9
+    assert sum(share > 1 - 1e-9 for share in shares) >= 4 and sum(shares) / len(shares) > 0.9  # an order by lot: 0.5 to 0.7
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "opt", "phi3", "gpt_neox"]
+)  # fused, stored transposed, with biases, parallel
+def test_the_model_computes_the_same_and_masks_keep_more(tiny, tokens, family):
+    dense = decompose(tiny(family))
+    with torch.no_grad():
+        for name, parameter in dense.model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    samples, pattern = tokens(6, 20), Pattern.parse("2:4")
+    other = reorder_neurons(decompose(copy.deepcopy(dense.model), like=dense), samples, pattern, FLOAT32)
+    read = probe_tokens(dense.model)
+    assert distance(other.model(read).logits, dense.model(read).logits) < 1e-5
+    readers = [name for name, matrix in dense.matrices().items() if not torch.equal(matrix.weight, other.matrices()[name].weight)]
+    assert len(readers) >= 2 * len(dense.blocks)  # what makes neurons, and what reads them
+    norms = []
+    for decoder in (dense, other):
+        pruned = decompose(copy.deepcopy(decoder.model), like=decoder)
+        prune(pruned, samples, PruningConfig(pattern="2:4"), execution=FLOAT32)
+        norms.append(distance(pruned.model(read).logits, decoder.model(read).logits))
+    assert norms[0] != norms[1]
+
+
+def test_a_run_leaves_the_dense_model_of_its_session_as_it_was(tiny_spec):
+    session, spec = recon.Session(), tiny_spec.replaced(pattern="2:4", granularity="none", statistics="dense")
+    plain, reordered, again = (record_of(spec.replaced(reorder_neurons=each), session).metrics for each in (False, True, False))
+    assert plain["perplexity"] == again["perplexity"] != reordered["perplexity"]
+    assert plain["dense_perplexity"] == reordered["dense_perplexity"]
+
+
+def test_what_cannot_be_reordered_is_refused(tiny, tokens, tiny_spec):
+    with pytest.raises(ReconError, match="expert's"):
+        reorder_neurons(decompose(tiny("mixtral")), tokens(2, 8), Pattern.parse("2:4"), FLOAT32)
+    with pytest.raises(ReconError, match="reorder_neurons.*which a streamed run cannot do"):
+        record_of(tiny_spec.replaced(pattern="2:4", reorder_neurons=True), stream="yes")
