@@ -34,13 +34,7 @@ from recon.study.run import Session, run
 from recon.study.spec import RunOptions, RunSpec
 
 RATE = 3e-3
-REFERENCE = {
-    "pattern": "0.5",
-    "epochs": 1,
-    "batch_size": 2,
-    "propagation": "dense",
-    "chunks": 1,
-}  # options of the straightforward loop
+REFERENCE = dict(pattern="0.5", epochs=1, batch_size=2, propagation="dense", chunks=1)  # options of the straightforward loop
 RUNS = [  # other options of a run of ours, and what it measures: the sum of these phases of its record
     ({"granularity": "none"}, {"prune, wanda": ["prune"]}),
     ({"granularity": "none", "criterion": "sparsegpt"}, {"prune, sparsegpt": ["prune"]}),
