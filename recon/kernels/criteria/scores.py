@@ -13,7 +13,7 @@ Yang et al., "Wanda++: Pruning Large Language Models via Regional Gradients" (20
 square over samples of the gradient of ||f(X)||, the norm of the output of the matrix's block or window.
 
 statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2), whose unit changes no mask of Wanda or RIA; for
-wanda++ (1 + out, in), the same norms and then G.
+wanda++ (1 + out, in), sqrt(mean over samples of the sum over their tokens of x_j^2), as in their code, and then G.
 """
 
 import torch
