@@ -167,7 +167,6 @@ class PruningConfig(Checked):
         if self.allocation != "uniform" and ":" in self.pattern:
             said = "which keeps as many of every M in all blocks; allowed: uniform, or a sparsity such as 0.5"
             raise ReconError(f"allocation is {self.allocation!r} with pattern {self.pattern}, {said}")
-
         if self.reorder_neurons and ":" not in self.pattern:
             raise ReconError(f"reorder_neurons is True with pattern {self.pattern}, which has no groups; allowed: False, or N:M")
 

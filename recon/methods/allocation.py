@@ -23,9 +23,9 @@ PROBES, SLICE = 4, 256  # samples that losses are measured on; tokens whose logi
 def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution: Execution) -> list[Pattern]:
     """The pattern of each block, by `config.allocation`; see `recon.kernels.allocation`. The model stays as it is.
 
-    Where losses are measured, one block alone is pruned by Wanda, whatever the criterion: it costs little, and blocks then are
-    as sparse as by the criterion's own losses, nearly. The loss is the divergence of the model's predictions from the dense
-    model's, on the last `PROBES` samples (half of all, if there are fewer), which the norms leave out.
+    Where losses are measured, one block alone is pruned, by Wanda whatever the criterion, as that costs little. The loss is the
+    divergence of the model's predictions from the dense model's, on the last `PROBES` samples (half of all, if there are fewer),
+    which the norms leave out.
 
     samples: calibration tokens (samples, length). Raises `ReconError` for too few.
     """

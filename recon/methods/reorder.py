@@ -28,8 +28,8 @@ from recon.runtime.execution import Execution
 ROWS, SWEEPS = 512, 2  # of more rows, as many at equal distances tell enough; times that each place is given anew
 
 
-def spread(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The order (neurons,) of the columns of `scores` (rows, neurons), higher = kept, in which `pattern` keeps more of them."""
+def better_order(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The order (neurons,) of the columns of `scores` (rows, neurons), higher = kept, in which an N:M `pattern` keeps more."""
     scores = scores[:: -(-len(scores) // ROWS)]
     groups = torch.arange(scores.shape[1], device=scores.device).view(-1, pattern.m)
     for place in list(range(pattern.m)) * SWEEPS:
@@ -42,20 +42,21 @@ def spread(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 @torch.no_grad()
-def reorder_neurons(decoder: Decoder, samples: Tensor, pattern: Pattern, execution: Execution) -> Decoder:
-    """`decoder`, a dense model, with the neurons of each MLP half reordered in place.
+def reorder_neurons(decoder: Decoder, samples: Tensor, pattern: Pattern, execution: Execution) -> None:
+    """Reorders the neurons of each MLP half of a dense model in place.
 
-    samples: calibration tokens (samples, length). Raises `ReconError` for a model whose neurons cannot be told apart.
+    samples: calibration tokens (samples, length). Raises `ReconError` as `find_units`, and if logits are not the same.
     """
     halves = {half.window.blocks: half for half in find_units(decoder) if half.window.half == "mlp"}
     tokens = probe_tokens(decoder.model).to(decoder.device)
-    before = decoder.model(tokens).logits
+    before = decoder.run(tokens).logits
 
     def visit(window: Window, norms: dict[str, Tensor]) -> tuple[None, dict]:
+        """Reorders one block's neurons."""
         half, matrices = halves[window.blocks], decoder.matrices(window)
-        columns = half.reader.weight
-        order = spread(wanda(columns.float(), norms[half.reader.name].to(columns.device), None), pattern).to(columns.device)
-        columns.copy_(columns[:, order])
+        weight, norm = half.reader.weight, norms[half.reader.name]
+        order = better_order(wanda(weight.to(norm.device), norm, None), pattern).to(weight.device)
+        weight.copy_(weight[:, order])
         for name, owner in half.rows.items():
             rows, bias = owner.argsort(stable=True).view(half.count, -1), getattr(matrices[name].module, "bias", None)
             for tensor in [matrices[name].weight] + [bias] * (bias is not None):
@@ -63,6 +64,5 @@ def reorder_neurons(decoder: Decoder, samples: Tensor, pattern: Pattern, executi
         return None, {}
 
     over_blocks(decoder, execution, "reorder", visit, f"reorder ({pattern})", samples, "norm")
-    if (gap := distance(decoder.model(tokens).logits, before)) > tolerance(before):
+    if (gap := distance(decoder.run(tokens).logits, before)) > tolerance(before):
         raise ReconError(f"with its neurons reordered, the model gives other logits (by {gap:.1e}): something else makes them")
-    return decoder

@@ -160,8 +160,7 @@ def flops(spec: RunSpec) -> dict[str, float]:
     found = {"prune": (passes * forward + by_grams * grams) * tokens["prune"], "reconstruct": 0.0, "retrain": 0.0}
     if rule.statistics == "gradient":
         found["prune"] += counted(decoder, whole, length, "matrices") * tokens["prune"]
-    if pruning.allocation != "uniform":
-        found["prune"] += forward * tokens["prune"]
+    found["prune"] += forward * tokens["prune"] * ((pruning.allocation != "uniform") + pruning.reorder_neurons)
     if pruning.allocation == "measured":
         found["prune"] += 2 * len(decoder.blocks) * allocation.PROBES * length * (forward / 2 + head)
     if pruning.criterion == "sparsegpt":
@@ -218,7 +217,8 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
 
     "parameters": what it takes to run it. "gradients", "moments" (AdamW's two): of what is trained. "copies": to roll back to.
     "rounded": weights in the compute dtype, and masks. "activations": what a batch's forward pass keeps for the backward pass.
-    "statistics": Gram matrices, and room to factor one, if there are any. "logits": of retraining, and their gradients.
+    "statistics": Gram matrices, and room to factor one, or squared gradients, if there are any. "logits": of retraining, and their
+    gradients.
     """
     itemsize, length = devices.pick_compute_dtype(spec.compute.compute_dtype, device).itemsize, spec.calibration.sequence_length
     config, largest, masks = decoder.model.config.get_text_config(), {}, 4 if device.type == "cpu" else 1
@@ -232,14 +232,16 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
         read = (group[0] for index in window.blocks for group in decoder.groups[index])
         columns = [matrices[name].weight.shape[1] for name in read if name in matrices]
         by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
+        grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns) ** 2) if by_grams else 0
+        by_slopes = rule.statistics == "gradient" and phase != "retrain"
         sizes = {
             "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),
             "gradients": descends * 4 * elements,
             "moments": descends * 8 * elements,
             "copies": 4 * max(weights, elements) * (phase != "retrain"),  # nothing is rolled back in retraining
             "rounded": descends * weights * (masks + itemsize * (itemsize < 4 or how.adapter != "none")),
-            "activations": descends * int(tokens * (itemsize * _width(matrices.values()) + norms)),
-            "statistics": 4 * (sum(each**2 for each in columns) + 6 * max(columns) ** 2) if by_grams else 0,
+            "activations": (descends or by_slopes) * int(tokens * (itemsize * _width(matrices.values()) + norms)),
+            "statistics": grams + 12 * weights * by_slopes,
         }
         if phase == "retrain":
             sizes["logits"] = 2 * how.batch_size * length * config.vocab_size * itemsize
@@ -248,7 +250,8 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
 
 
 def models_in_memory(spec: RunSpec) -> int:
-    """The least bytes that a run in memory takes: a model and its copy, in float32, and what pruning made of it beyond zeros."""
+    """The least bytes that a run in memory takes: a model and its copy, in float32, and what pruning made of it beyond zeros;
+    and a third with its neurons reordered."""
     return 4 * shapes_of(*spec.loaded_by).model.num_parameters() * (2 + spec.changes_weights + spec.pruning.reorder_neurons)
 
 

@@ -155,13 +155,14 @@ class _Run(Callback):
             self.texts = measure.Texts.draw(spec, self.tokenizer)
         self.samples = {phase: self.texts.calibration[:count] for phase, count in spec.samples_by_phase.items()}
         found_dense, self.states = self.measured("dense", self.dense)
+        record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
         if spec.pruning.reorder_neurons:
-            self.dense = session.keep("reordered", (*spec.pruned_by[:-1], spec.pruning.pattern), self.reordered)
+            read = *spec.pruned_by[:-1], spec.pruning.pattern, spec.compute
+            self.dense, record.seconds["prune"] = session.keep("reordered", read, self.reordered)
         if storage.folder:
             self.model = student(self.dense, storage, self.external and self.external.read)
         else:
             self.model = decompose(copy.deepcopy(self.dense.model), like=self.dense)
-        record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
 
         pruned_by = spec.pruned_by, spec.compute  # what decides the pruned state: runs of a session that agree on it share it
         one_pass = spec.one_pass and not cluster.settings(self.options.executor) and not session.holds("pruned", pruned_by)
@@ -286,7 +287,8 @@ class _Run(Callback):
         seconds, peaks = self.record.seconds, self.record.peak_memory_bytes_by_phase
         if one_pass:
             self.reconstruct(pruning=self.spec.pruning)
-            seconds["prune"], peaks["prune"] = self.pruning.seconds, peaks["reconstruct"]
+            seconds["prune"] += self.pruning.seconds
+            peaks["prune"] = peaks["reconstruct"]
             seconds["reconstruct"] -= self.pruning.seconds
         else:
             with self.phase("prune"):
@@ -297,10 +299,11 @@ class _Run(Callback):
                     self.pruning = prune.prune(self.model, self.samples["prune"], self.spec.pruning, **how)
         return self.pruning, self.storage.tensors("prune"), seconds["prune"], peaks["prune"]
 
-    def reordered(self) -> Decoder:
-        """A copy of the dense model with its neurons reordered."""
-        dense, pattern = copy.deepcopy(self.dense.model), Pattern.parse(self.spec.pruning.pattern)
-        return reorder.reorder_neurons(decompose(dense, like=self.dense), self.samples["prune"], pattern, self.execution())
+    def reordered(self) -> tuple[Decoder, float]:
+        """A copy of the dense model with its neurons reordered, and the seconds that it took."""
+        began, dense = time.perf_counter(), decompose(copy.deepcopy(self.dense.model), like=self.dense)
+        reorder.reorder_neurons(dense, self.samples["prune"], Pattern.parse(self.spec.pruning.pattern), self.execution())
+        return dense, time.perf_counter() - began
 
     def on_pruned(self, pruning: prune.Pruning) -> None:
         self.pruning = pruning

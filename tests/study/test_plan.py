@@ -132,6 +132,8 @@ def test_memory_of_a_window_is_counted():
     rounded = memory(base.replaced(compute_dtype="bfloat16"))
     assert rounded["rounded"] == (4 + 2) * elements and rounded["activations"] < found["block"]["activations"]
     assert memory(base.replaced(adapter="masklora", rank=2))["moments"] < 0.2 * found["block"]["moments"]
+    weights = sum(matrix.weight.numel() for matrix in decoder.matrices(decoder.windows("block")[0]).values())
+    assert memory(base.replaced(criterion="wanda++"))["statistics"] == 12 * weights > found["block"]["statistics"] == 0
     exact = memory(base.replaced(granularity="matrix", solver="exact"))
     assert exact["gradients"] == exact["activations"] == 0 < exact["statistics"]
 
