@@ -217,8 +217,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
 
     "parameters": what it takes to run it. "gradients", "moments" (AdamW's two): of what is trained. "copies": to roll back to.
     "rounded": weights in the compute dtype, and masks. "activations": what a batch's forward pass keeps for the backward pass.
-    "statistics": Gram matrices, and room to factor one, or squared gradients, if there are any. "logits": of retraining, and their
-    gradients.
+    "statistics": Gram matrices, and room to factor one, or squared gradients. "logits": of retraining, and their gradients.
     """
     itemsize, length = devices.pick_compute_dtype(spec.compute.compute_dtype, device).itemsize, spec.calibration.sequence_length
     config, largest, masks = decoder.model.config.get_text_config(), {}, 4 if device.type == "cpu" else 1
