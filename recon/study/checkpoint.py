@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.data.models import quiet
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
+from recon.model.skeleton import place
 from recon.runtime.device import SAVED
 from recon.runtime.packed import pack_files
 from recon.runtime.weights import rounded
@@ -27,14 +28,13 @@ SHARD = "1GB"  # so much of the model is in memory while it is written
 
 
 def check_model(dense: Decoder, biases: Iterable[str], dtype: str) -> None:
-    """Raises `ReconError` naming a weight that `dtype` cannot hold, and one of the `biases` that pruning adds if the model has no
-    place for it as configured: transformers would drop it unnoticed when it loads the checkpoint.
+    """Raises `ReconError` naming a weight that `dtype` cannot hold, or one of the `biases` that pruning adds for which no
+    configuration of the model has a place: transformers would drop it unnoticed when it loads the checkpoint.
     """
-    with torch.device("meta"):
-        places = type(dense.model)(copy.deepcopy(dense.model.config)).state_dict()
+    places = with_places(dense.model, biases)[1]
     if missing := [name for name in biases if name not in places]:
         raise ReconError(
-            f"{type(dense.model).__name__} as configured has no place for {missing[0]!r}, one of {len(missing)} biases that "
+            f"no configuration of {type(dense.model).__name__} has a place for {missing[0]!r}, one of {len(missing)} biases that "
             "pruning adds: a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
         )
     parameters = dict(dense.model.named_parameters())
@@ -43,9 +43,34 @@ def check_model(dense: Decoder, biases: Iterable[str], dtype: str) -> None:
             rounded(name, value.detach(), SAVED[dtype])
 
 
+def with_places(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str], dict[str, Tensor]]:
+    """Options that give `model` places for parameters called `names`, such as attention_bias; and, on the meta device, its state
+    if they are set."""
+
+    def state(options: list[str]) -> dict[str, Tensor]:
+        config = copy.deepcopy(model.config)
+        vars(config.get_text_config()).update(dict.fromkeys(options, True))
+        with torch.device("meta"):
+            return type(model)(config).state_dict()
+
+    options, places, unset = [], state([]), vars(model.config.get_text_config())
+    for option in (name for name, value in unset.items() if value is False and "bias" in name):
+        if (set(names) & state([option]).keys()) - places.keys():
+            options, places = [*options, option], state([*options, option])
+    return options, places
+
+
 def save(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, save_dtype: str) -> None:
-    """Writes weights (safetensors), configuration and tokenizer to `folder`. Raises `ReconError` as `rounded`."""
+    """Writes weights (safetensors), configuration and tokenizer to `folder`. Raises `ReconError` as `rounded`.
+
+    If pruning has added biases, the model gets all those that its configuration has to call for then; the others are zeros.
+    """
     model, dtype = student.model, SAVED[save_dtype]
+    options, places = with_places(model, model.state_dict())
+    model.config = copy.deepcopy(model.config)  # the dense model may have the same
+    vars(model.config.get_text_config()).update(dict.fromkeys(options, True))
+    for name in places.keys() - model.state_dict().keys():
+        place(model, name, nn.Parameter(torch.zeros(places[name].shape), requires_grad=False))
     # As if the weights were on disk, so that transformers asks for each as it is written.
     meta = {
         name: torch.empty_like(tensor, dtype=dtype if tensor.is_floating_point() else None, device="meta")

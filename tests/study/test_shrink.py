@@ -100,10 +100,11 @@ def test_what_cannot_be_made_smaller_is_refused_and_says_why(tiny, tokens, saved
     assert not (tmp_path / "small").exists()
 
 
-def test_a_run_is_shrunk_packed_and_loaded(small, tmp_path, capsys):
-    main(
-        ["run", *small, "--criterion", "wanda-sp", "--pattern", "0.5", "--save", str(tmp_path / "run"), "--save-format", "packed"]
-    )
+@pytest.mark.parametrize("criterion", ["wanda-sp", "flap"])
+def test_a_run_is_shrunk_packed_and_loaded(small, tmp_path, capsys, criterion):
+    """FLAP's biases get a place in the configuration."""
+    run = ["--criterion", criterion, "--pattern", "0.5", "--save", str(tmp_path / "run"), "--save-format", "packed"]
+    main(["run", *small, *run])
     main(["shrink", str(tmp_path / "run"), str(tmp_path / "small")])
     assert "of 64 neurons; the configuration has intermediate_size 32" in capsys.readouterr().out
     (whole, _), (less, tokenizer) = (recon.load(str(tmp_path / name)) for name in ("run", "small"))
