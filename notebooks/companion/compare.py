@@ -392,40 +392,59 @@ def gap(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def trend(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """Minus the slope of the gap between criteria after reconstruction, per doubling of the parameters that models' names state.
+    """Minus the slope over size of our lead over the other side; without one, of the gap between reconstructed criteria."""
+    evidence = {}
+    for model, group in runs.groupby("model"):
+        group = group[group["windows"] == group["windows"].mode()[0]]  # shared within a model only: tokenizers differ
+        if claim["right"]:
+            found = pair(pick(group, claim["left"]), pick(group, claim["right"]), claim["measure"], share=True)
+        else:
+            found = _after(_by_criterion(group, claim), claim)
+        evidence |= {model: found} if found else {}
+    return sloped(evidence, "lead" if claim["right"] else f"gap between {', '.join(claim['left']['criterion'])}", -1.0)
 
-    Models of different families differ in more than size. So only one family counts: that with the most models.
+
+def _after(sides: dict[str, pd.DataFrame], claim: dict) -> Evidence | None:
+    """Gap between all the claim's criteria after reconstruction."""
+    if len(sides) < len(claim["left"]["criterion"]) or not (units := common(*sides.values())):
+        return None
+    values = _stack([(side, "reconstructed") for side in sides.values()], units, claim["measure"])
+    weights = _contrast(values)
+    return Evidence(_used(list(sides.values()), units), [values], lambda means: weights @ means)
+
+
+def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0) -> Evidence | None:
+    """By how much the effects on models rise per decade of the parameters that their names state, times `sign`.
+
+    Models of different families differ in more than size. So only one family counts: that with the most models. Models of one
+    size differ in the seed of their training: what sets these apart is drawn for every model, as training scatters all of them.
     """
-    families: dict[str, dict] = {}
-    for model in sorted(filter(parameters, runs["model"].unique()), key=parameters):
-        group = runs[runs["model"] == model]
-        # Windows are shared within a model only: tokenizers differ.
-        sides = _by_criterion(group[group["windows"] == group["windows"].mode()[0]], claim)
-        if len(sides) > 1 and common(*sides.values()):
-            families.setdefault(family(model), {})[model] = sides
+    families: dict[str, list] = {}
+    for model in sorted(filter(parameters, evidence), key=parameters):
+        families.setdefault(family(model), []).append(model)
     if not families:
         return None
     models = max(families.values(), key=len)
-    names = [name for name in claim["left"]["criterion"] if all(name in sides for sides in models.values())]
-    if len(names) < 2:
-        return None
-    at = np.log2([parameters(model) for model in models])
-    at -= at.mean()
-    units = [common(*sides.values()) for sides in models.values()]
-    stacked = zip(models.values(), units)
-    parts = [_stack([(sides[name], "reconstructed") for name in names], own, claim["measure"]) for sides, own in stacked]
-    contrasts = np.concatenate([_contrast(part) for part in parts])
+    each, sizes = [evidence[model] for model in models], np.log10([parameters(model) for model in models])
+    parts, at = [part for own in each for part in own.parts], sign * (sizes - sizes.mean())
+    ends = np.cumsum([sum(len(part) for part in own.parts) for own in each])[:-1]
 
-    def gaps(means: np.ndarray) -> np.ndarray:
-        return (contrasts[:, None] * means).reshape(len(parts), len(names), -1).sum(1)
+    def effects(means: np.ndarray) -> np.ndarray:
+        return np.array([own.statistic(mine) for own, mine in zip(each, np.split(means, ends))])
 
-    sizes = gaps(np.concatenate([part.mean((1, 2)) for part in parts])[:, None])[:, 0]
-    note = f"gap between {', '.join(names)}: {', '.join(f'{model} {size:.3f}' for model, size in zip(models, sizes))}"
-    lacks = f"it takes {MODELS} models of one family, and the records have {len(models)}" if len(models) < MODELS else ""
-    return Evidence(
-        pd.concat([_used(list(sides.values()), own) for sides, own in zip(models.values(), units)]),
-        parts, lambda means: -(at @ gaps(means)) / max(at @ at, 1e-30), "nats per token and doubling", note, lacks=lacks,
-    )  # fmt: skip
+    found = effects(np.concatenate([part.mean((1, 2)) for part in parts])[:, None])[:, 0]
+    twins = [found[sizes == size] for size in set(sizes) if (sizes == size).sum() > 1]
+    apart = np.concatenate([(own - own.mean()) * math.sqrt(len(own) / (len(own) - 1)) for own in twins] or [np.zeros(1)])
+
+    def statistic(means: np.ndarray) -> np.ndarray:
+        values = effects(means)
+        drawn = np.random.RandomState(0).choice(apart, values.shape) if values.shape[1] > 1 else 0.0
+        return at @ (values + drawn) / max(at @ at, 1e-30)
+
+    note = f"{words}: {', '.join(f'{model} {effect:.3f}' for model, effect in zip(models, found))}"
+    few = f"it takes {MODELS} models of one family, and the records have {len(set(sizes))}"
+    runs, lacks = pd.concat([own.runs for own in each]), few if len(set(sizes)) < MODELS else ""
+    return Evidence(runs, parts, statistic, f"{each[0].unit} and decade of parameters", note, lacks=lacks)
 
 
 def parameters(model: str) -> float | None:

@@ -57,8 +57,10 @@ def _filled(value: object, of: dict) -> object:
     return of[value[1:-1]] if value[1:-1] in of else value.format_map({name: name for name in re.findall(r"{(\w+)}", value)} | of)
 
 
-def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None) -> pd.DataFrame:
+def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None, ladder: pd.DataFrame = pd.DataFrame()) -> pd.DataFrame:
     """A verdict on each claim (of `rows`, or all), model, pattern and recipe that `runs`, from `companion.frame.load`, allow.
+
+    ladder: runs on models of one family; if there are any, claims on size are judged from these.
 
     - "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below.
     - "Equal" holds if the 90 % interval is within the margin (two one-sided tests at 5 %), and does not if it is outside.
@@ -76,7 +78,7 @@ def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None) -> pd.DataFram
         shared += ["model", "windows"] * (claim["test"] != "trend")
         kind = claim["measure"], *shared
         if kind not in cached:
-            cached[kind] = compare.studies(runs, *kind)
+            cached[kind] = compare.studies(ladder if claim["test"] == "trend" and len(ladder) else runs, *kind)
         mine = [verdict(claim, *scope, evidence) for scope, groups in cached[kind] if (evidence := _most(groups, claim))]
         verdicts += mine or ([_row(claim, NOT_RUN, "no records")] if not claim["optional"] else [])
     return pd.DataFrame(verdicts)
@@ -195,7 +197,8 @@ def comparison(claim: dict) -> str:
     return {
         "memory": f"memory of the largest window: {right} over {left}",
         "ratio": f"{claim['cost_words']} with which {right} reaches the quality of {left}",
-        "gap": f"gap between criteria: {left}, against {right}", "trend": f"gap between criteria against model size: {left}",
+        "gap": f"gap between criteria: {left}, against {right}",
+        "trend": f"over model size: {f'{left} against {right}' if claim['right'] else f'gap between criteria: {left}'}",
     }.get(claim["test"], f"{left} against {right}")  # fmt: skip
 
 
@@ -343,15 +346,15 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
 
 def pages(records: Path, page_path: Path, readme: Path | None) -> dict[Path, str]:
     """What the page, the tables beside it and, if one is given, the README and ARTIFACT.md should hold."""
-    runs = load(records)
-    verdicts = judge(runs)
+    runs, ladder = load(records), load(records / "ladder")
+    verdicts = judge(runs, ladder=ladder)
     texts = {page_path: page(verdicts)} | {page_path.parent / "tables" / name: text for name, text in tables.texts(runs).items()}
     if not readme:
         return texts
     artifacts, measured = readme.with_name("ARTIFACT.md"), records / "bench" / "files.json"
     blocks = [
         (readme, "answers", headlines(verdicts)), (readme, "claims", summary(verdicts)),
-        (artifacts, "claims", artifact(verdicts, runs, load(records / "again"))),
+        (artifacts, "claims", artifact(verdicts, pd.concat([runs, ladder]), load(records / "again"))),
     ]  # fmt: skip
     if measured.is_file():
         blocks.append((readme, "files", files.table(json.loads(measured.read_text(encoding="utf-8")))))

@@ -100,7 +100,7 @@ def judged(profile: str) -> str:
     if runs.empty:
         return ""
     style()
-    verdicts = judge.judge(runs)
+    verdicts = judge.judge(runs, ladder=load(records / "ladder"))
     if plot := claims(verdicts):
         caption = (
             "Central claims of the paper, a row for each and model, at its main pattern; marks: effects, lines: bootstrap "

@@ -158,7 +158,7 @@ def test_gap_between_two_criteria(gap_after, verdict):
 def family(gaps, names=("a-100m", "a-0.4b", "a-1.6B")):
     records = []
     for (model, gap), text_seed in zip(zip(names, gaps), range(9)):
-        for criterion, step in (("magnitude", 1), ("wanda", 0)):
+        for criterion, step in (("magnitude", 1), ("wanda", 0), ("sparsegpt", 0)):
             options = {"model": model, "text_seed": text_seed, "hash": model}  # every tokenizer has its own windows
             records += seeds(0.5 - gap * step / GAP, criterion=criterion, **options)
     return records
@@ -169,8 +169,8 @@ def test_gap_against_model_size(gaps, verdict):
     records = family(gaps)
     row = verdict_on("8", records)
     assert row["verdict"] == verdict and row["model"] == ""
-    # Two doublings from model to model.
-    assert row["effect"] == pytest.approx((gaps[0] - gaps[1]) / 2, abs=0.01) and "doubling" in row["unit"]
+    decades = math.log10(4)  # from model to model
+    assert row["effect"] == pytest.approx((gaps[0] - gaps[1]) / decades, abs=0.02) and "decade" in row["unit"]
     again = verdict_on("8", list(reversed(records)))
     assert (again.effect, again.low, again.high) == (row["effect"], row["low"], row["high"])
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -36,6 +37,7 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
     "6-cost": ({"samples": 4, "sequence_length": 32, "repeats": 1}, 2),
     "8-frontier": ({}, 4),
     "7-scale": ({"samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "workers": [1]}, 0),
+    "9-ladder": ({"counts": [6], "rates": [3e-3, 1e-2]}, 30),
 }  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def test_profiles_name_only_parameters_that_notebooks_have(profile):
         assert set(values[path.stem]) <= set(re.findall(r"^\w+", parameters(path), re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n[0] in "5678" else n for n in TINY])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n[0] in "56789" else n for n in TINY])
 def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path, tiny_folder, tiny_text):
     given, runs = TINY[name]
     names = re.findall(r"^\w+", parameters(ROOT / "notebooks" / f"{name}.ipynb"), re.MULTILINE)
@@ -76,12 +78,18 @@ def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path,
     values = places | {"by_hand": tiny_folder, "models": [tiny_folder], "recipe_models": [tiny_folder], "texts": [tiny_text]}
     values |= {"common": SMALL | COMMON | places, "output": str(tmp_path)}
     values = {key: value for key, value in values.items() if key in names} | given
+    if name == "9-ladder":  # of one family, with sizes in their names
+        values["models"] = [shutil.copytree(tiny_folder, tmp_path / f"tiny-{size}m") for size in (1, 2, 3)]
+        values["models"] = [str(path) for path in values["models"]]
     executed = tmp_path / "executed.ipynb"
     papermill.execute_notebook(
         str(ROOT / "notebooks" / f"{name}.ipynb"), str(executed), values, kernel_name="python3", cwd=str(ROOT / "notebooks"),
         progress_bar=False,
     )  # fmt: skip
-    records = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    records = [
+        json.loads(path.read_text())
+        for path in [*(tmp_path / "records").glob("*.json"), *(tmp_path / "records").glob("ladder/*.json")]
+    ]
     assert {record["status"] for record in records} <= {"done"} and len(records) == (len(records) if runs is None else runs)
     keys = {record["key"] for record in records} | {"bench/cost", "bench/workers"}
     figures = drawn(ROOT / "notebooks" / f"{name}.ipynb")

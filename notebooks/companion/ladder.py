@@ -1,0 +1,263 @@
+"""A ladder of sizes: Llama-shaped models of one tokenizer and one text, trained here, and what changes along it.
+
+All lies in `FOLDER`, relative to the checkout: a run's key holds the name of its model, which so is one name on every machine.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.utils import clip_grad_norm_
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from companion import compare
+from companion.figures import panels, span
+
+FOLDER = Path("build/ladder")
+ARCHIVES = {  # what pip downloads -> its SHA-256; code and documentation, both under the BSD licence
+    ("django==5.2.8", "--no-binary=:all:"): "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f",
+    ("sympy==1.14.0", "--only-binary=:all:"): "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
+}
+KINDS, SHORTEST, LONGEST = {".py", ".txt"}, 2_000, 200_000  # of files; characters
+HELD_OUT = 16 / 256  # share of the files
+VOCABULARY, LEARNT = 2048, 400  # tokens, and the files that they are learnt from
+LENGTH, BATCH = 128, 16  # tokens of a sample, the first included; samples of a step
+RATE, WARMUP = 6e-3, 0.05  # AdamW's peak at 64 channels, falling with the square root of the channels; share of the steps
+SAVED = 60  # seconds after which a training notes how far it is
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `folder` at the end: whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as around:
+        fresh = Path(around) / folder.name
+        fresh.mkdir()
+        yield fresh
+        fresh.rename(folder)
+
+
+# --- text and tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def text(folder: Path = FOLDER) -> Path:
+    """The folder of training.jsonl, held-out.jsonl (a row "text" for each file, in an order that its hash decides), tokenizer.
+
+    Of a held-out file, the 2,000 characters from its middle on, so that samples are of many files.
+    """
+    place = folder / "text"
+    if not place.is_dir():
+        with whole(place) as fresh:
+            files = dict(sorted((hashlib.sha256(each.encode()).hexdigest(), each) for each in _files()))
+            held = {name for name in files if int(name[-2:], 16) < 256 * HELD_OUT}
+            training = [each for name, each in files.items() if name not in held]
+            middles = [files[name][len(files[name]) // 2 :][:SHORTEST] for name in sorted(held)]
+            for name, rows in (("training", training), ("held-out", middles)):
+                lines = [json.dumps({"text": each}) + "\n" for each in rows]
+                (fresh / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            _tokenizer(training[:LEARNT]).save_pretrained(fresh)
+    return place
+
+
+def _files() -> Iterator[str]:
+    """The source and documentation files of the archives, which pip downloads and whose hashes have to be the pinned ones."""
+    for (requirement, kind), sha256 in ARCHIVES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", requirement, kind, "--no-deps", "--dest", scratch, "--quiet"]
+            subprocess.run([*command, "--disable-pip-version-check", "--no-input"], check=True)
+            [archive] = Path(scratch).iterdir()
+            if (got := hashlib.sha256(archive.read_bytes()).hexdigest()) != sha256:
+                raise ValueError(f"{archive.name} has sha256 {got}, not {sha256}")
+            shutil.unpack_archive(archive, f"{scratch}/files", "zip" if archive.suffix == ".whl" else "gztar")
+            for path in Path(scratch, "files").rglob("*"):
+                if path.suffix in KINDS and SHORTEST <= path.stat().st_size <= LONGEST:
+                    yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learnt from `documents`, with `<s>` in front of every text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False),
+    )
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+
+
+@lru_cache(maxsize=2)
+def samples(count: int, folder: Path = FOLDER) -> torch.Tensor:
+    """The first so many samples of the training text, (count, LENGTH), each `<s>` and then text; no token is in two."""
+    core, tokens = Tokenizer.from_file(str(text(folder) / "tokenizer.json")), []
+    with (text(folder) / "training.jsonl").open(encoding="utf-8") as rows:
+        for row in rows:
+            tokens += core.encode(json.loads(row)["text"] + "\n\n", add_special_tokens=False).ids
+            if len(tokens) >= count * (LENGTH - 1):
+                cut = torch.tensor(tokens[: count * (LENGTH - 1)]).view(count, LENGTH - 1)
+                return torch.cat([torch.zeros(count, 1, dtype=cut.dtype), cut], 1)
+    raise ValueError(f"the text has {len(tokens)} tokens, fewer than {count} samples")
+
+
+# --- models ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A model: blocks, channels (heads have 32), training steps, and the seed of its weights and of its samples' order."""
+
+    blocks: int
+    channels: int
+    steps: int
+    seed: int = 0
+
+    @property
+    def config(self) -> LlamaConfig:
+        inner, heads = 8 * round(self.channels / 3), self.channels // 32
+        shape = {"hidden_size": self.channels, "intermediate_size": inner, "num_hidden_layers": self.blocks}
+        shape |= {"num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": LENGTH}
+        return LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None, **shape)
+
+    @property
+    def parameters(self) -> int:
+        """Of all blocks."""
+        return self.blocks * (4 * self.channels**2 + 3 * self.channels * self.config.intermediate_size + 2 * self.channels)
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * BATCH * LENGTH
+
+    @property
+    def name(self) -> str:
+        """All that decides the model; `compare.parameters` and `compare.family` read it."""
+        return f"ladder-{self.parameters / 1e6:.3f}m-{self.blocks}x{self.channels}-{self.steps}-s{self.seed}"
+
+
+def train(rung: Rung, folder: Path = FOLDER) -> Path:
+    """The Hugging Face checkpoint of a rung, trained unless it is there; a training that was stopped goes on where it was."""
+    place, state = folder / rung.name, folder / f"{rung.name}.state"
+    if place.is_dir():
+        return place
+    read = samples(rung.steps * BATCH, folder)
+    torch.manual_seed(rung.seed)
+    model, order, losses = LlamaForCausalLM(rung.config), torch.randperm(len(read)), []
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    if state.exists():
+        found = torch.load(state)
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        losses = found["losses"]
+    noted = time.monotonic()
+    for step in range(len(losses), rung.steps):
+        batch = read[order[step * BATCH : (step + 1) * BATCH]]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate(rung, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if time.monotonic() - noted > SAVED:
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part := f"{state}.part"
+            )
+            os.replace(part, state)
+            noted = time.monotonic()
+    with whole(place) as fresh:
+        model.save_pretrained(fresh)
+        PreTrainedTokenizerFast.from_pretrained(text(folder)).save_pretrained(fresh)
+        (fresh / "losses.csv").write_text("\n".join(["loss", *map(str, losses)]))
+    state.unlink(missing_ok=True)
+    return place
+
+
+def rate(rung: Rung, step: int) -> float:
+    """The learning rate of a step: up in a line, then down by a cosine."""
+    done, warmup = (step + 1) / rung.steps, WARMUP
+    return RATE * math.sqrt(64 / rung.channels) * (done / warmup if done < warmup else math.cos(math.pi / 2 * done) ** 2)
+
+
+def options(rung: Rung) -> dict:
+    """The options of runs on a rung: its model, trained if need be, and the held-out text."""
+    held_out = str(text() / "held-out.jsonl")
+    return {"model": str(train(rung)), "text": held_out, "evaluation_texts": (held_out,)}
+
+
+# --- what changes along the ladder ----------------------------------------------------------------------------------------
+
+
+def over_size(
+    sides: Mapping[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]], words: str, **options
+) -> tuple[Figure, pd.DataFrame, str, pd.DataFrame]:
+    """For each (panel, line), by how much runs of the first side are better than those of the second, over the models' sizes.
+
+    words: of the effect, for the axis. options: of `compare.pair`. Returns the figure, its data (a row for each model and seed),
+    a sentence, and for each line its slope per decade of parameters over the largest family, with a 95 % interval.
+    """
+    points, slopes = [], []
+    for (panel, line), pair in sides.items():
+        evidence = {}
+        for model in sorted(dict.fromkeys(pair[0]["model"])):
+            mine, theirs = (side[side["model"] == model].drop_duplicates("unit").set_index("unit") for side in pair)
+            if found := compare.pair(mine, theirs, **options):
+                evidence[model] = found
+                values = found.statistic(np.concatenate([part.mean(2) for part in found.parts]))
+                about = {"panel": panel, "line": line, "model": model, "parameters": compare.parameters(model)}
+                points += [about | {"seed": seed, "value": value} for seed, value in zip(compare.common(mine, theirs), values)]
+        if slope := compare.sloped(evidence):
+            effect, _, low, high = (math.nan,) * 4 if slope.lacks else slope.estimate(0.95)
+            slopes.append({"panel": panel, "line": line, "slope": effect, "low": low, "high": high, "seeds": slope.seeds})
+    data, slopes = pd.DataFrame(points), pd.DataFrame(slopes)
+    slopes["trend"] = np.select([slopes["low"] > 0, slopes["high"] < 0], ["grows", "shrinks"], "none that can be told")
+    names, largest = list(dict.fromkeys(data["panel"])), data["model"].map(compare.family).mode()[0]
+    figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey=True)
+    colours = dict(zip(dict.fromkeys(data["line"]), sns.color_palette("colorblind")))
+    for ax, name in zip(axes, names):
+        ax.axhline(0, color="0.4", linewidth=1)
+        for line, own in data[data["panel"] == name].groupby("line", sort=False):
+            ax.plot(own["parameters"], own["value"], ".", color=colours[line], alpha=0.3, markersize=4)
+            for family, mine in own.groupby(own["model"].map(compare.family)):
+                means = mine.groupby("parameters")["value"].mean()
+                shape, label = ("o-", line) if family == largest else ("*", None)
+                ax.plot(means.index, means, shape, color=colours[line], markersize=5, linewidth=1, label=label)
+        ax.set(title=name, ylabel=words if ax in axes[::2] else "")
+        size_axis(ax)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure, data, verdict(slopes), slopes
+
+
+def size_axis(ax: Axes) -> None:
+    """Parameters from left to right, logarithmic."""
+    ax.set(xscale="log", xlabel="parameters")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def verdict(slopes: pd.DataFrame) -> str:
+    """Which lines rise and which fall with size, in words."""
+    said = []
+    for trend, own in slopes.groupby("trend"):
+        lines = ", ".join(dict.fromkeys(own["line"]))
+        ends = f", by {span(own['slope'], '{:+.2f}')} per decade" * (not trend.startswith("none"))
+        said.append(f"{trend}: {len(own)} of {len(slopes)} ({lines}{ends})")
+    return f"Trend with size: {'; '.join(said)}."
