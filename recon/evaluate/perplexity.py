@@ -34,7 +34,7 @@ class Perplexity:
 def perplexity(model: nn.Module | Decoder, tokens: Tensor, **options) -> Perplexity:
     """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
-    options: as `perplexity_and_states`. Raises `ReconError` if windows are longer than the model was made for.
+    options: as `perplexity_and_states`. Raises `ReconError` if windows are longer than the model was made for, or it is not causal.
     """
     return perplexity_and_states(decompose(model), tokens, **options)[0]
 
@@ -55,6 +55,7 @@ def perplexity_and_states(
     reference: a dense model, and its last block's output for the first windows, on which the divergence from it is measured.
     states: the last block's output for `tokens`, (windows, length, hidden), if it is known.
     """
+    decoder.check_causal()
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)
     stream = last_states(decoder, tokens, execution, description) if states is None else states

@@ -54,6 +54,7 @@ def retrain(
     if config.retrain_objective == "distil" and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
     student, samples = decompose(model), as_tokens(samples)
+    student.check_causal()
     student.check_length(samples.shape[1])
     check_trainable(student, method)
     execution = execution or Execution(student.device)

@@ -36,21 +36,22 @@ def gather(
     count: statistics are of the first so many samples; default: of all.
     record: whether to keep what the matrices read.
 
-    Returns the window's outputs; by matrix name the statistics; and what was read, (samples, length, in), in the compute dtype.
+    Returns the window's outputs; by matrix name the statistics; and what was read, (samples, rows, in), in the compute dtype.
     Statistics accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
     """
     totals: dict[tuple[str, ...], Tensor] = {}
     inputs: dict[tuple[str, ...], Tensor] = {}  # matrices that share an input share one tensor
     tokens: Counter = Counter()
-    count, ran = len(stream) if count is None else count, 0  # samples
+    count, ran, size = len(stream) if count is None else count, 0, 0  # samples: that tell statistics, before a batch, in it
 
     def see(group: tuple[str, ...], x: Tensor) -> None:
         """Takes in x (..., in), which the matrices of `group` read."""
         x = x.detach().reshape(-1, x.shape[-1])
         if record:
             if group not in inputs:
-                inputs[group] = execution.empty((*stream.shape[:2], x.shape[1]), execution.dtype, stream.device)
-            inputs[group].flatten(0, 1)[ran * stream.shape[1] :][: len(x)] = x
+                shape = len(stream), len(x) // size, x.shape[1]  # rows are tokens or, where matrices mix these, something else
+                inputs[group] = execution.empty(shape, execution.dtype, stream.device)
+            inputs[group][ran : ran + size] = x.unflatten(0, (size, -1))
         if kind == "none" or ran >= count or not len(x):
             return
         if group not in totals:
@@ -72,9 +73,10 @@ def gather(
         ran = 0
 
     def forward(batch: Tensor) -> Tensor:
-        nonlocal ran
+        nonlocal ran, size
+        size = len(batch)
         output = decoder.forward(window, batch)
-        ran += len(batch)
+        ran += size
         return output
 
     with execution.holding(decoder, window), decoder.watching(window, see):

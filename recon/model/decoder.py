@@ -27,7 +27,7 @@ SHAPES = 64  # shapes of batches for which the blocks' arguments are kept
 class Decoder:
     """A causal LM whose windows can be run, watched and trained one at a time. Made by `recon.decompose`.
 
-    model: from transformers, in evaluation mode. structure: how it is built. lazy: of a skeleton, its parameters, in memory only
+    model: in evaluation mode, see `recon.decompose`. structure: how it is built. lazy: of a skeleton, its parameters, in memory only
     while something here needs them. calls: what its blocks are known to be called with; see `call`.
     """
 
@@ -62,6 +62,12 @@ class Decoder:
         longest = max_length(self.model.config)
         if longest is not None and length > longest:
             raise ReconError(f"sequence length {length} is more than the {longest} tokens that the model was made for")
+
+    def check_causal(self) -> None:
+        """Raises `ReconError` if the model does not predict the next token after each one."""
+        if not self.structure.causal:
+            said = "is not a causal language model: it does not predict after each token, or later tokens change what it predicts"
+            raise ReconError(f"{type(self.model).__name__} {said}")
 
     def run(self, tokens: Tensor):
         """What the whole model returns for `tokens` (batch, length); its logits are those of `predicted(tokens)`."""
@@ -129,7 +135,9 @@ class Decoder:
 
         with watched({name: self.model.get_submodule(name)}, stop), contextlib.suppress(Stop):
             self.run_block(window.blocks[0], hidden)
-        return caught[0].reshape(*hidden.shape[:2], -1)  # some blocks (OPT's) flatten batch and length into one axis
+        return caught[0].reshape(
+            len(hidden), -1, caught[0].shape[-1]
+        )  # some blocks (OPT's) flatten batch and length into one axis
 
     @contextlib.contextmanager
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
@@ -206,7 +214,7 @@ class Decoder:
 
     def head_weights(self) -> list[nn.Parameter]:
         """The weight of the output head, which may be the embedding's as well, if there is a head."""
-        head = self.model.get_output_embeddings()
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
         return [] if head is None else [head.weight]
 
     def needed(self, window: Window) -> list[Tensor]:

@@ -118,3 +118,4 @@ class Structure:
     embedding: frozenset[str] = frozenset()  # names of the parameters that the first block's input depends on
     # Names of the blocks' parameters that other blocks' arguments are computed from, such as biases of relative positions.
     shared: frozenset[str] | None = None  # None: this was not found out yet
+    causal: bool = True  # the model predicts after each token, and later tokens do not change that

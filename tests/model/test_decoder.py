@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
+import recon
 from recon.errors import ReconError
 from recon.model.discovery import decompose
 from recon.model.windows import Window, canonical, partition
@@ -265,9 +266,11 @@ def test_models_that_cannot_be_decomposed_are_refused(tiny, spoil, said):
         decompose(model)
 
 
-def test_a_model_that_is_not_causal_is_refused(tiny):
-    with pytest.raises(ReconError, match="BertLMHeadModel is not a causal language model"):
-        decompose(tiny("bert"))
+def test_a_model_that_is_not_causal_has_no_perplexity(tiny):
+    decoder, tokens = decompose(tiny("bert")), torch.zeros(1, 8, dtype=torch.long)
+    for predict in (recon.perplexity, functools.partial(recon.retrain, config=recon.RetrainingConfig(retrain="full"))):
+        with pytest.raises(ReconError, match="BertLMHeadModel is not a causal language model"):
+            predict(decoder, tokens)
 
 
 def test_what_does_not_run_is_passed_over_or_stays_dense(tiny, caplog):

@@ -1,0 +1,220 @@
+"""Small networks that are trained here in seconds, most of them no transformers; to `recon`, all of them read tokens.
+
+An image of scikit-learn's digits is a sequence of 64 pixels, each one of 17 grey values: a network that reads it is an embedding,
+blocks and a head, as a language model is. They take fewer pixels as well, as images whose rest is empty.
+"""
+
+import copy
+import math
+import os
+from functools import cache, partial
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_model, save_model
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import MambaConfig, MambaForCausalLM, PretrainedConfig, T5Config, T5ForConditionalGeneration
+
+import recon
+from companion.publish import ROOT
+
+SIDE, PIXELS, GREYS, CLASSES = 8, 64, 17, 10
+WORDS = 512  # tokens there are in the text that Mamba and T5 read
+CALIBRATION = 256  # samples of training data that nothing is trained on
+GROUPS = 20  # of samples whose mean is kept: the windows of other notebooks
+
+
+class Mixer(nn.Module):
+    """MLPs alone: one over the pixels of each channel, one over the channels of each pixel (Tolstikhin et al. 2021)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.across_in, self.across_out = nn.Linear(PIXELS, 2 * PIXELS), nn.Linear(2 * PIXELS, PIXELS)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        length = hidden.shape[1]
+        across = F.pad(self.norms[0](hidden).mT, (0, PIXELS - length))
+        hidden = hidden + self.across_out(F.gelu(self.across_in(across))).mT[:, :length]
+        return hidden + self.down(F.gelu(self.up(self.norms[1](hidden))))
+
+
+class Convolution(nn.Module):
+    """Two 3x3 convolutions, each a matrix that reads patches. Without norms, so that channels can be scaled; see `scaled`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(9 * width, width), nn.Linear(9 * width, width)
+        nn.init.zeros_(self.outer.weight)  # a block begins as the identity
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.outer(patches(F.gelu(self.inner(patches(hidden)))))
+
+
+class Attention(nn.Module):
+    """A block of a vision transformer: attention from each pixel to all, then an MLP (Dosovitskiy et al. 2021)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](hidden)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # 4 heads
+        hidden = hidden + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return hidden + self.down(F.gelu(self.up(self.norms[1](hidden))))
+
+
+def patches(hidden: Tensor) -> Tensor:
+    """The 3x3 surroundings of each pixel, (batch, pixels, 9 * channels), for `hidden` (batch, pixels, channels)."""
+    rows = math.ceil(hidden.shape[1] / SIDE)
+    image = F.pad(hidden.mT, (0, rows * SIDE - hidden.shape[1])).unflatten(2, (rows, SIDE))
+    return F.unfold(image, 3, padding=1).mT[:, : hidden.shape[1]]
+
+
+class Reader(nn.Module):
+    """Embedding of pixels and places, residual blocks, and a head that tells the digit from the mean over pixels."""
+
+    def __init__(self, block: type, width: int = 32, blocks: int = 4):
+        super().__init__()
+        self.config = PretrainedConfig(vocab_size=GREYS, max_position_embeddings=PIXELS)
+        self.embedding, self.place = nn.Embedding(GREYS, width), nn.Parameter(torch.randn(PIXELS, width))
+        self.blocks = nn.ModuleList(block(width) for _ in range(blocks))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        """Logits (batch, classes) for images (batch, pixels)."""
+        hidden = self.embedding(input_ids) + self.place[: input_ids.shape[1]]
+        for block in self.blocks:
+            hidden = block(hidden)
+        return SimpleNamespace(logits=self.head(hidden.mean(1)))
+
+
+def scaled(network: Reader, gamma: float, channels: int = 2) -> Reader:
+    """The same function, with the first `channels` of what blocks hand on `gamma` times as large: massive activations.
+
+    What writes to these channels is multiplied by gamma, and what reads them divided. Only a network without norms allows this.
+    """
+    factor = torch.ones(network.head.in_features)
+    factor[:channels] = gamma
+    with torch.no_grad():
+        network.embedding.weight.mul_(factor)
+        network.place.mul_(factor)
+        network.head.weight.div_(factor)
+        for block in network.blocks:
+            block.inner.weight.div_(factor.repeat_interleave(9))  # a patch holds the nine places of a channel side by side
+            block.outer.weight.mul_(factor[:, None])
+            block.outer.bias.mul_(factor)
+    return network
+
+
+def _mamba() -> nn.Module:
+    return MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=64, state_size=8, num_hidden_layers=4))
+
+
+def _t5() -> nn.Module:
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 4, "num_heads": 4, "dropout_rate": 0.0}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=WORDS, **sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+    )
+
+
+KINDS = {"MLP": partial(Reader, Mixer), "CNN": partial(Reader, Convolution), "ViT": partial(Reader, Attention)}
+KINDS |= {"Mamba": _mamba, "T5": _t5}
+
+
+@cache
+def data(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a network reads, (samples, length), and the digits to tell, by split: training, held_out, evaluation.
+
+    Text has no labels: T5 is to predict the second half of each sample from the first, and Mamba each token from those before.
+    """
+    if kind in ("MLP", "CNN", "ViT"):
+        found, order = load_digits(), torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+        tokens, labels = torch.tensor(found.data).long()[order], torch.tensor(found.target)[order]
+        parts = {"training": slice(1000), "held_out": slice(1000, 1200), "evaluation": slice(1200, None)}
+        return {name: (tokens[part], labels[part]) for name, part in parts.items()}
+    _, tokenizer = recon.load("smollm2-135m")
+    text = tokenizer.batch_decode(recon.sample_tokens("wikipedia", "calibration", tokenizer, 500, 512))
+    own = tokenizer.train_new_from_iterator(text, WORDS)
+    splits = {"training": ("calibration", 8000), "held_out": ("validation", 100), "evaluation": ("evaluation", 500)}
+    length = 64 if kind == "T5" else 32
+    found = {name: recon.sample_tokens("wikipedia", split, own, count, length) for name, (split, count) in splits.items()}
+    return {name: (tokens, torch.zeros(len(tokens))) for name, tokens in found.items()}
+
+
+def nats(network: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """The negative log-likelihood of each sample's digit or, of text, the mean over its predicted tokens; (samples,)."""
+    if isinstance(network, Reader):
+        return F.cross_entropy(network(tokens).logits, labels, reduction="none")
+    read, predicted = tokens.chunk(2, 1) if network.config.is_encoder_decoder else (tokens, tokens)
+    own = {"decoder_input_ids": predicted} if network.config.is_encoder_decoder else {}
+    logits = network(input_ids=read, **own).logits[:, :-1]
+    return F.cross_entropy(logits.mT, predicted[:, 1:], reduction="none").mean(1)
+
+
+def trained(kind: str, seed: int, steps: int) -> nn.Module:
+    """The network of a kind, trained on all but what it will be calibrated with (see `calibration`); kept under build/."""
+    path = ROOT / "build" / "networks" / f"{kind}-{seed}-{steps}.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network, random = KINDS[kind](), torch.Generator().manual_seed(seed)
+        if not path.is_file():
+            tokens, labels = (each[:-CALIBRATION] for each in data(kind)["training"])
+            optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.01)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+            for _ in range(steps):
+                batch = torch.randint(len(tokens), (32,), generator=random)
+                nats(network, tokens[batch], labels[batch]).mean().backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_model(network, part := path.with_suffix(f".{os.getpid()}"))
+            os.replace(part, path)
+    load_model(network, path)
+    return network.eval()
+
+
+def fitted(
+    kind: str,
+    seed: int,
+    steps: int,
+    pruning: dict,
+    reconstruction: dict,
+    split: str = "evaluation",
+    gamma: float = 1.0,
+    part: str = "",
+) -> dict:
+    """One cell: a network of its own, trained, pruned and reconstructed; nats (`GROUPS`,) of each state, and accuracies.
+
+    pruning, reconstruction: options. gamma: see `scaled`. part: the name that matrices begin with, if not all are pruned.
+    """
+    dense, everything = trained(kind, seed, steps), data(kind)
+    dense = scaled(dense, gamma) if gamma != 1 else dense
+    model, execution = copy.deepcopy(dense), recon.Execution("cpu", "float32", progress=False)
+    drawn = torch.randperm(CALIBRATION, generator=torch.Generator().manual_seed(seed))[:32]
+    samples, states = everything["training"][0][-CALIBRATION:][drawn], {"dense": dense}
+    masks = recon.prune(model, samples, recon.PruningConfig(**pruning), seed=seed, execution=execution).masks
+    with torch.no_grad():
+        for (name, matrix), whole in zip(recon.decompose(model).matrices().items(), recon.decompose(dense).matrices().values()):
+            if not name.startswith(part):
+                masks[name] = torch.ones_like(masks[name])
+                matrix.weight.copy_(whole.weight)
+    states |= {"pruned": copy.deepcopy(model), "reconstructed": model}
+    # All windows take 64 steps at a searched rate; none is rolled back. An image's first pixel is like any other.
+    usual = {"chunks": 1, "batch_size": 4, "epochs": 8, "size_power": 0.0, "matrix_rate": 1.0, "roll_back": False}
+    config = recon.ReconstructionConfig(**usual | {"skip_first": not isinstance(dense, Reader)} | reconstruction)
+    recon.reconstruct(model, dense, samples, config, masks=masks, seed=seed, execution=execution)
+    tokens, labels = everything[split]
+    row = {}
+    with torch.no_grad():
+        for state, network in states.items():
+            row[f"own_{state}"] = [each.mean().item() for each in nats(network, tokens, labels).chunk(GROUPS)]
+            if isinstance(network, Reader):
+                row[f"accuracy, {state}"] = (network(tokens).logits.argmax(-1) == labels).float().mean().item()
+    return row

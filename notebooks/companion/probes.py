@@ -1,0 +1,69 @@
+"""Small measurements that are no runs: each file of them holds a row for each cell, and is drawn as runs are."""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from companion.frame import SEARCH
+from companion.publish import commit
+
+
+def grid(**axes: Iterable) -> list[dict]:
+    """A cell for each combination of the values of each argument."""
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], compute: bool = True) -> pd.DataFrame:
+    """A row for each of `cells`: its arguments, and what `measure(**cell)` gives.
+
+    path: of the JSON file that holds what was measured; it is written whole after every cell, and nothing in it is measured
+    again. compute: False leaves out what is not there. Columns own_<state> are as `companion.frame.load` has them.
+    """
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows = []
+    for cell in cells:
+        key = json.dumps(cell, sort_keys=True)
+        if key not in known and compute:
+            known[key] = {"commit": commit(), **measure(**cell)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
+            os.replace(part, path)
+        rows += [_flat(cell) | known[key]] if key in known else []
+    data = pd.DataFrame(rows)
+    for name in data.filter(like="own_"):
+        data[name] = data[name].map(np.array)
+    return data.assign(unit=data["seed"].astype(str)) if "seed" in data else data
+
+
+def _flat(cell: dict) -> dict:
+    return {
+        name: x for each, value in cell.items() for name, x in (value.items() if isinstance(value, dict) else [(each, value)])
+    }
+
+
+def searched(path: Path, measure: Callable, cells: Sequence[dict], rates: Sequence[float], compute: bool = True) -> list[dict]:
+    """`cells`, each at that of `rates` with the fewest nats on held-out data, mean over seeds that no verdict uses.
+
+    The rate is searched at a sparsity of 80 %, once for cells that differ in sparsity and seed alone.
+    """
+    best: dict[str, float] = {}
+    for cell in cells:
+        base = cell | {"split": "held_out", "pruning": cell["pruning"] | {"pattern": "0.8"}, "seed": SEARCH}
+        if (name := json.dumps(base)) not in best:
+            seeds = range(SEARCH, SEARCH + 3)
+            trials = [base | {"seed": seed, "reconstruction": at(cell, rate)} for rate in rates for seed in seeds]
+            found = measured(path, measure, trials, compute)
+            nats = found["own_reconstructed"].map(np.mean).groupby(found["learning_rate"]).mean() if len(found) else {rates[0]: 0}
+            best[name] = float(min(nats.keys(), key=nats.get))
+        cell["reconstruction"] = at(cell, best[name])
+    return list(cells)
+
+
+def at(cell: dict, rate: float) -> dict:
+    return cell["reconstruction"] | {"learning_rate": rate}
