@@ -26,64 +26,73 @@ CALIBRATION = 256  # samples of training data that nothing is trained on
 GROUPS = 20  # of samples whose mean is kept: the windows of other notebooks
 
 
-class Mixer(nn.Module):
-    """MLPs alone: one over the pixels of each channel, one over the channels of each pixel (Tolstikhin et al. 2021)."""
+class MLP(nn.Module):
+    """Two matrices with a nonlinearity between them, on the last axis."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.across_in, self.across_out = nn.Linear(PIXELS, 2 * PIXELS), nn.Linear(2 * PIXELS, PIXELS)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        length = hidden.shape[1]
-        across = F.pad(self.norms[0](hidden).mT, (0, PIXELS - length))
-        hidden = hidden + self.across_out(F.gelu(self.across_in(across))).mT[:, :length]
-        return hidden + self.down(F.gelu(self.up(self.norms[1](hidden))))
+        return self.down(F.gelu(self.up(hidden)))
+
+
+class Across(MLP):
+    """An MLP over the pixels of each channel, as in an MLP-Mixer (Tolstikhin et al. 2021)."""
+
+    def __init__(self, width: int):
+        super().__init__(PIXELS)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(F.pad(hidden.mT, (0, PIXELS - hidden.shape[1]))).mT[:, : hidden.shape[1]]
 
 
 class Convolution(nn.Module):
-    """Two 3x3 convolutions, each a matrix that reads patches. Without norms, so that channels can be scaled; see `scaled`."""
+    """A 3x3 convolution, as a matrix that reads the patch around each pixel."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.inner, self.outer = nn.Linear(9 * width, width), nn.Linear(9 * width, width)
-        nn.init.zeros_(self.outer.weight)  # a block begins as the identity
+        self.unfold, self.kernel = nn.Unfold(3, padding=1), nn.Linear(9 * width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.outer(patches(F.gelu(self.inner(patches(hidden)))))
+        rows = math.ceil(hidden.shape[1] / SIDE)
+        image = F.pad(hidden.mT, (0, rows * SIDE - hidden.shape[1])).unflatten(2, (rows, SIDE))
+        return self.kernel(self.unfold(image).mT[:, : hidden.shape[1]])
 
 
 class Attention(nn.Module):
-    """A block of a vision transformer: attention from each pixel to all, then an MLP (Dosovitskiy et al. 2021)."""
+    """Attention from each pixel to all, in 4 heads, as in a vision transformer (Dosovitskiy et al. 2021)."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norms[0](hidden)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # 4 heads
-        hidden = hidden + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return hidden + self.down(F.gelu(self.up(self.norms[1](hidden))))
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def patches(hidden: Tensor) -> Tensor:
-    """The 3x3 surroundings of each pixel, (batch, pixels, 9 * channels), for `hidden` (batch, pixels, channels)."""
-    rows = math.ceil(hidden.shape[1] / SIDE)
-    image = F.pad(hidden.mT, (0, rows * SIDE - hidden.shape[1])).unflatten(2, (rows, SIDE))
-    return F.unfold(image, 3, padding=1).mT[:, : hidden.shape[1]]
+class Block(nn.Module):
+    """What mixes pixels, then an MLP on each, both residual. A CNN's has no norms, so that `scaled` is possible."""
+
+    def __init__(self, mix: type, width: int):
+        super().__init__()
+        self.norms = nn.ModuleList((nn.Identity if mix is Convolution else nn.LayerNorm)(width) for _ in range(2))
+        self.mix, self.mlp = mix(width), MLP(width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.mix(self.norms[0](hidden))
+        return hidden + self.mlp(self.norms[1](hidden))
 
 
 class Reader(nn.Module):
     """Embedding of pixels and places, residual blocks, and a head that tells the digit from the mean over pixels."""
 
-    def __init__(self, block: type, width: int = 32, blocks: int = 4):
+    def __init__(self, mix: type, width: int = 32, blocks: int = 4):
         super().__init__()
         self.config = PretrainedConfig(vocab_size=GREYS, max_position_embeddings=PIXELS)
         self.embedding, self.place = nn.Embedding(GREYS, width), nn.Parameter(torch.randn(PIXELS, width))
-        self.blocks = nn.ModuleList(block(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(mix, width) for _ in range(blocks))
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
@@ -106,9 +115,11 @@ def scaled(network: Reader, gamma: float, channels: int = 2) -> Reader:
         network.place.mul_(factor)
         network.head.weight.div_(factor)
         for block in network.blocks:
-            block.inner.weight.div_(factor.repeat_interleave(9))  # a patch holds the nine places of a channel side by side
-            block.outer.weight.mul_(factor[:, None])
-            block.outer.bias.mul_(factor)
+            block.mix.kernel.weight.div_(factor.repeat_interleave(9))  # a patch holds the nine places of a channel side by side
+            block.mlp.up.weight.div_(factor)
+            for matrix in (block.mix.kernel, block.mlp.down):
+                matrix.weight.mul_(factor[:, None])
+                matrix.bias.mul_(factor)
     return network
 
 
@@ -123,7 +134,7 @@ def _t5() -> nn.Module:
     )
 
 
-KINDS = {"MLP": partial(Reader, Mixer), "CNN": partial(Reader, Convolution), "ViT": partial(Reader, Attention)}
+KINDS = {"MLP": partial(Reader, Across), "CNN": partial(Reader, Convolution), "ViT": partial(Reader, Attention)}
 KINDS |= {"Mamba": _mamba, "T5": _t5}
 
 
@@ -206,8 +217,8 @@ def fitted(
                 masks[name] = torch.ones_like(masks[name])
                 matrix.weight.copy_(whole.weight)
     states |= {"pruned": copy.deepcopy(model), "reconstructed": model}
-    # All windows take 64 steps at a searched rate; none is rolled back. An image's first pixel is like any other.
-    usual = {"chunks": 1, "batch_size": 4, "epochs": 8, "size_power": 0.0, "matrix_rate": 1.0, "roll_back": False}
+    # All windows take 32 steps at a searched rate; none is rolled back. An image's first pixel is like any other.
+    usual = {"chunks": 1, "batch_size": 4, "epochs": 4, "size_power": 0.0, "matrix_rate": 1.0, "roll_back": False}
     config = recon.ReconstructionConfig(**usual | {"skip_first": not isinstance(dense, Reader)} | reconstruction)
     recon.reconstruct(model, dense, samples, config, masks=masks, seed=seed, execution=execution)
     tokens, labels = everything[split]

@@ -34,7 +34,8 @@ class Perplexity:
 def perplexity(model: nn.Module | Decoder, tokens: Tensor, **options) -> Perplexity:
     """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
-    options: as `perplexity_and_states`. Raises `ReconError` if windows are longer than the model was made for, or it is not causal.
+    options: as `perplexity_and_states`. Raises `ReconError` if windows are longer than the model was made for, or it
+    is not causal.
     """
     return perplexity_and_states(decompose(model), tokens, **options)[0]
 

@@ -27,8 +27,8 @@ SHAPES = 64  # shapes of batches for which the blocks' arguments are kept
 class Decoder:
     """A causal LM whose windows can be run, watched and trained one at a time. Made by `recon.decompose`.
 
-    model: in evaluation mode, see `recon.decompose`. structure: how it is built. lazy: of a skeleton, its parameters, in memory only
-    while something here needs them. calls: what its blocks are known to be called with; see `call`.
+    model: in evaluation mode; see `recon.decompose`. structure: how it is built. lazy: of a skeleton, its parameters, in memory
+    only while something here needs them. calls: what its blocks are known to be called with; see `call`.
     """
 
     reading = ""  # how a sample is divided before the model reads it, in words
