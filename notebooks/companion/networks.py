@@ -124,7 +124,7 @@ def scaled(network: Reader, gamma: float, channels: int = 2) -> Reader:
 
 
 def _mamba() -> nn.Module:
-    return MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=64, state_size=8, num_hidden_layers=4))
+    return MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=48, state_size=4, num_hidden_layers=4))
 
 
 def _t5() -> nn.Module:

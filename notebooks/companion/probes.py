@@ -34,11 +34,15 @@ def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], co
             part = path.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
             os.replace(part, path)
-        rows += [_flat(cell) | known[key]] if key in known else []
+        rows += [{"key": key} | _flat(cell) | known[key]] if key in known else []
     data = pd.DataFrame(rows)
     for name in data.filter(like="own_"):
         data[name] = data[name].map(np.array)
-    return data.assign(unit=data["seed"].astype(str)) if "seed" in data else data
+    if "own_reconstructed" in data:
+        data = data.assign(
+            unit=data["seed"].astype(str), perplexity=data["own_reconstructed"].map(lambda nats: np.exp(nats.mean()))
+        )
+    return data
 
 
 def _flat(cell: dict) -> dict:

@@ -170,7 +170,7 @@ def commit() -> str:
 
 def notebooks() -> list[Path]:
     """The notebooks of this checkout, in their order."""
-    return sorted((ROOT / "notebooks").glob("*.ipynb"))
+    return sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: int(path.stem.partition("-")[0]))
 
 
 def title(notebook: Path) -> str:

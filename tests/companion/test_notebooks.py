@@ -36,9 +36,11 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
     ),
     "6-cost": ({"samples": 4, "sequence_length": 32, "repeats": 1}, 2),
     "8-frontier": ({}, 4),
+    "10-open-questions": ({"networks": {"CNN": 30}, "patterns": ["0.8"], "windows": ["block", "model"]}, 0),
     "7-scale": ({"samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "workers": [1]}, 0),
     "9-ladder": ({"counts": [6], "rates": [3e-3, 1e-2]}, 30),
 }  # fmt: skip
+SLOW = ("5", "6", "7", "8", "9", "10")
 
 
 def parameters(path: Path) -> str:
@@ -70,7 +72,7 @@ def test_profiles_name_only_parameters_that_notebooks_have(profile):
         assert set(values[path.stem]) <= set(re.findall(r"^\w+", parameters(path), re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n[0] in "56789" else n for n in TINY])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith(SLOW) else n for n in TINY])
 def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path, tiny_folder, tiny_text):
     given, runs = TINY[name]
     names = re.findall(r"^\w+", parameters(ROOT / "notebooks" / f"{name}.ipynb"), re.MULTILINE)
@@ -92,6 +94,7 @@ def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path,
     ]
     assert {record["status"] for record in records} <= {"done"} and len(records) == (len(records) if runs is None else runs)
     keys = {record["key"] for record in records} | {"bench/cost", "bench/workers"}
+    keys |= {f"probes/{path.stem}" for path in (tmp_path / "records" / "probes").glob("*.json")}
     figures = drawn(ROOT / "notebooks" / f"{name}.ipynb")
     for figure in figures:
         assert {path.suffix for path in (tmp_path / "figures").glob(f"{figure}.*")} == {".csv", ".json", ".pdf", ".png"}

@@ -1,0 +1,60 @@
+"""Networks that are no transformers, and probes: what they compute is the same, kept, and not computed twice."""
+
+import copy
+
+import pytest
+import torch
+
+import recon
+from companion import networks, probes
+
+QUIET = recon.Execution("cpu", "float32", progress=False)
+IMAGES = networks.data("CNN")["training"][0][:8]
+
+
+def reader(kind: str) -> networks.Reader:
+    torch.manual_seed(0)
+    return networks.KINDS[kind]().eval()
+
+
+@pytest.mark.parametrize("kind", ["MLP", "CNN", "ViT"])
+def test_networks_that_read_images_are_pruned_and_reconstructed_as_models_of_text_are(kind):
+    dense = reader(kind)
+    decoder, model = recon.decompose(dense), copy.deepcopy(dense)
+    assert torch.equal(
+        decoder.logits(IMAGES, decoder.forward(decoder.windows("model")[0], decoder.embed(IMAGES))), dense(IMAGES).logits
+    )
+    assert [window.half for window in decoder.windows("half-block")] == ["attention", "mlp"] * 4
+    masks = recon.prune(model, IMAGES, recon.PruningConfig(pattern="0.5"), execution=QUIET).masks
+    config = recon.ReconstructionConfig(granularity="matrix", skip_first=False, epochs=8)
+    reports = recon.reconstruct(model, dense, IMAGES, config, masks=masks, execution=QUIET)
+    assert len(reports) == len(decoder.matrices()) and {each.status for each in reports} == {"reconstructed"}
+    assert all(each.error_after["calibration"] < each.error_before["calibration"] for each in reports)
+    assert not any(matrix.weight[~masks[name]].any() for name, matrix in recon.decompose(model).matrices().items())
+    with pytest.raises(recon.ReconError, match="not a causal language model"):
+        recon.perplexity(model, IMAGES)
+
+
+def test_scaled_channels_leave_the_function_as_it_is():
+    plain, scaled = reader("CNN"), networks.scaled(reader("CNN"), 100.0)
+    torch.testing.assert_close(scaled(IMAGES).logits, plain(IMAGES).logits, rtol=1e-4, atol=1e-4)
+    ratio = recon.decompose(scaled).embed(IMAGES) / recon.decompose(plain).embed(IMAGES)
+    torch.testing.assert_close(ratio[0, 0], torch.tensor([100.0] * 2 + [1.0] * 30))
+
+
+def test_probes_are_kept_and_rates_are_those_that_are_best_at_other_seeds(tmp_path):
+    asked = []
+
+    def measure(seed, reconstruction, pruning, split="evaluation"):
+        asked.append((seed, split, reconstruction["learning_rate"]))
+        return {"own_reconstructed": [abs(reconstruction["learning_rate"] - 0.1), 0.0]}
+
+    cells = probes.grid(seed=[0, 1], reconstruction=[{"learning_rate": 1.0}], pruning=[{"pattern": "0.5"}])
+    path = tmp_path / "probes" / "made-up.json"
+    assert probes.measured(path, measure, cells, compute=False).empty
+    tuned = probes.searched(path, measure, cells, [0.01, 0.1, 1.0])
+    assert [cell["reconstruction"]["learning_rate"] for cell in tuned] == [0.1, 0.1] and len(asked) == 6
+    assert {(seed >= 100, split) for seed, split, _ in asked} == {(True, "held_out")}
+    runs = probes.measured(path, measure, tuned)
+    assert list(runs["seed"]) == [0, 1] and set(runs["perplexity"]) == {1.0} and len(asked) == 8
+    assert probes.measured(path, measure, tuned, compute=False).equals(runs) and len(asked) == 8
