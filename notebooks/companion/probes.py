@@ -18,6 +18,11 @@ def grid(**axes: Iterable) -> list[dict]:
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
+def joined(cell: dict, other: dict) -> dict:
+    """`cell` with the arguments of `other`, option by option."""
+    return cell | {name: cell[name] | value if isinstance(value, dict) else value for name, value in other.items()}
+
+
 def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], compute: bool = True) -> pd.DataFrame:
     """A row for each of `cells`: its arguments, and what `measure(**cell)` gives.
 
@@ -57,17 +62,14 @@ def searched(path: Path, measure: Callable, cells: Sequence[dict], rates: Sequen
     The rate is searched at a sparsity of 80 %, once for cells that differ in sparsity and seed alone.
     """
     best: dict[str, float] = {}
+    tuned = []
     for cell in cells:
-        base = cell | {"split": "held_out", "pruning": cell["pruning"] | {"pattern": "0.8"}, "seed": SEARCH}
+        base = joined(cell, {"split": "held_out", "pruning": {"pattern": "0.8"}, "seed": SEARCH})
         if (name := json.dumps(base)) not in best:
             seeds = range(SEARCH, SEARCH + 2)
-            trials = [base | {"seed": seed, "reconstruction": at(cell, rate)} for rate in rates for seed in seeds]
+            trials = [joined(base, {"seed": seed, "reconstruction": {"learning_rate": rate}}) for rate in rates for seed in seeds]
             found = measured(path, measure, trials, compute)
             nats = found["own_reconstructed"].map(np.mean).groupby(found["learning_rate"]).mean() if len(found) else {rates[0]: 0}
             best[name] = float(min(nats.keys(), key=nats.get))
-        cell["reconstruction"] = at(cell, best[name])
-    return list(cells)
-
-
-def at(cell: dict, rate: float) -> dict:
-    return cell["reconstruction"] | {"learning_rate": rate}
+        tuned.append(joined(cell, {"reconstruction": {"learning_rate": best[name]}}))
+    return tuned
