@@ -250,7 +250,7 @@ def page(verdicts: pd.DataFrame) -> str:
         "near to its margin as two bootstraps differ is borderline, and decides nothing. With fewer than "
         f"{SEEDS} seeds, what training noise could decide is {UNSURE}. "
         '"Here" is the model and protocol of the row.', "",
-        _count_words(verdicts),
+        count_words(verdicts),
     ]  # fmt: skip
     header = "verdict", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"
     for group, mine in verdicts.groupby("group", sort=False):
@@ -267,7 +267,7 @@ def page(verdicts: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _count_words(verdicts: pd.DataFrame) -> str:
+def count_words(verdicts: pd.DataFrame) -> str:
     """How many verdicts are decided, and how many of those chance alone may have decided."""
     holds, fails, open_, untestable, without = ((verdicts["verdict"] == state).sum() for state in MARKS)
     decided = holds + fails
@@ -345,10 +345,13 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
 
 
 def pages(records: Path, page_path: Path, readme: Path | None) -> dict[Path, str]:
-    """What the page, the tables beside it and, if one is given, the README and ARTIFACT.md should hold."""
+    """What the page, article and tables beside it and, if one is given, the README and ARTIFACT.md should hold."""
+    from companion.article import article  # which words its verdicts by this module
+
     runs, ladder = load(records), load(records / "ladder")
     verdicts = judge(runs, ladder=ladder)
     texts = {page_path: page(verdicts)} | {page_path.parent / "tables" / name: text for name, text in tables.texts(runs).items()}
+    texts[page_path.parent / "article.md"] = article(verdicts, runs, page_path.parent)
     if not readme:
         return texts
     artifacts, measured = readme.with_name("ARTIFACT.md"), records / "bench" / "files.json"

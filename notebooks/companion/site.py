@@ -34,7 +34,7 @@ SETTINGS = {
     "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],  # pages start where their Markdown does
 }
 CONTENTS = {
-    "Results": ["figures/README", "figures/claims", "ARTIFACT"],
+    "Results": ["figures/article", "figures/README", "figures/claims", "ARTIFACT"],
     "Notebooks": [f"notebooks/{path.stem}" for path in notebooks()],
     "Guides": ["guides/README", *(f"guides/{path.stem}" for path in sorted((ROOT / "guides").glob("[!R]*.md")))],
 }

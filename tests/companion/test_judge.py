@@ -4,32 +4,10 @@ import json
 import math
 
 import pytest
-from fixtures.made_up import GAP, record, seeds, verdict_on
+from fixtures.made_up import GAP, everything, record, seeds, verdict_on
 
 from companion import frame, judge, tables
 from companion.judge import FAILS, HOLDS, NOT_RUN, UNSURE
-
-
-def everything(count=3):
-    """Records for every kind of claim."""
-    cost, spent = {"reconstruct": 1e9}, {"retrain": 1e9}
-    records = (
-        seeds(0.4, count)
-        + seeds(0.2, count, granularity="matrix")
-        + seeds(0.25, count, granularity="matrix", solver="exact", propagation="dense")
-    )
-    for options in (
-        {"granularity": "block"}, {"propagation": "dense"}, {"loss": "mse"}, {"loss": "cosine"},
-        {"propagation": "dense", "loss": "mse"}, {"adapter": "masklora"},
-    ):  # fmt: skip
-        records += seeds(0.401, count, **options)
-    records += seeds(0.39, count, criterion="magnitude", gap=1.2) + seeds(0.4, count, criterion="sparsegpt")
-    records += [r for n in (8, 32) for r in seeds(0.4, count, samples=n, prune_samples=64, flops=cost)]
-    for n, share in ((8, 0.05), (32, 0.1), (512, 0.3)):
-        records += seeds(share, count, granularity="none", retrain="masklora", retrain_samples=n, flops=spent)
-    records += seeds(0.6, count, retrain="masklora", flops=cost)
-    return records + seeds(0.4, count, model="other-1b") + seeds(0.401, count, model="other-1b", criterion="magnitude")
-
 
 # ---- verdicts
 

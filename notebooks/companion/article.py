@@ -1,0 +1,107 @@
+"""A short paper of what the records say, written by `companion.judge`; `python -m companion.article` makes a PDF of it.
+
+`article.md` beside this file is the text, without a number; what stands in braces there is a function of this module.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+import yaml
+
+from companion import judge
+from companion.frame import DEFAULTS, RECIPE_WORDS
+from companion.publish import ROOT, drawn, notebooks
+
+TEMPLATE = Path(__file__).with_name("article.md")
+
+
+def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path) -> str:
+    """The article as Markdown, to lie in the folder `figures` beside what it links to."""
+    functions = {
+        "figure": lambda name: figure(figures, name),
+        "answers": lambda *claims: answers(verdicts, claims),
+        "counts": lambda: judge.count_words(verdicts).partition(" Each is")[0],
+        "models": lambda: " and ".join(f"{model} ({dense})" for model, dense in runs.groupby("model")["dense"].first().items()),
+        "protocol": protocol,
+        "anchors": anchors,
+        "opened": lambda: "\n\n".join(figure(figures, name) for name in drawn(_notebook("10-open-questions"))),
+    }
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(functions)
+
+
+def _notebook(stem: str) -> Path:
+    return ROOT / "notebooks" / f"{stem}.ipynb"
+
+
+def figure(figures: Path, name: str) -> str:
+    """A figure with what it shows, and where its data and records are; or which notebook will draw it."""
+    if not (origin := figures / f"{name}.json").exists():
+        [stem] = [path.stem for path in notebooks() if name in drawn(path)]
+        return f"*{name.replace('-', ' ').capitalize()}: not drawn yet; `./run_all.sh laptop {stem}` draws it.*"
+    about = json.loads(origin.read_text(encoding="utf-8"))
+    words = (about["finding"] or about["caption"]).replace("[", "(").replace("]", ")")
+    return f"![{words}]({name}.png)\n\n*{name.replace('-', ' ').capitalize()}: [data]({name}.csv), [records]({name}.json).*"
+
+
+def answers(verdicts: pd.DataFrame, claims: tuple[str, ...]) -> str:
+    """For each claim, what its comparisons give at the main pattern, by model and recipe, linked to its row and protocol."""
+    lines = []
+    for claim in claims:
+        mine = verdicts[verdicts["claim"] == claim]
+        judged = mine[mine["pattern"].isin(["", DEFAULTS["pattern"]]) & (mine["verdict"] != judge.NOT_RUN)]
+        said = [
+            f"{row['verdict']} on {row['model'] or 'all models'} ({RECIPE_WORDS[row['recipe'] or 'default']}"
+            f"{effect and f': {effect}'})"
+            for _, row in judged.iterrows()
+            for effect in [judge.effect_words(row)]
+        ]
+        place = re.sub(r"[^\w -]", "", f"{mine['group'].iloc[0]}. {judge.GROUPS[mine['group'].iloc[0]]['title']}")
+        link = f"claims.md#{place.lower().replace(' ', '-')}"
+        lines.append(f"- [{mine['statement'].iloc[0]}]({link}): {'; '.join(said) or 'no records yet'}.")
+    return "\n".join(lines)
+
+
+def _profile() -> dict:
+    return yaml.safe_load((ROOT / "notebooks" / "profiles" / "laptop.yaml").read_text(encoding="utf-8"))
+
+
+def protocol() -> str:
+    """What the runs of the profile read and are measured on."""
+    how = _profile()["1-granularity"]["common"]
+    first, second = how["evaluation_texts"]
+    return (
+        f"Calibration is {how['samples']} x {how['sequence_length']} tokens; perplexity is measured on "
+        f"{how['evaluation_samples']} x {how['evaluation_length']} tokens of {first} and "
+        f"{how['evaluation_more_samples']} x {how['evaluation_length']} of {second}, in {how['compute_dtype']} "
+        "([profile](../notebooks/profiles/laptop.yaml))."
+    )
+
+
+def anchors() -> str:
+    """Published values, with text and source."""
+    rows = _profile()["8-frontier"]["anchors"]
+    return "; ".join(
+        f"{model} {pattern}, {mask}: {value:.2f} ({text}; {source})" for model, pattern, mask, value, text, source in rows
+    )
+
+
+def main() -> None:
+    """Writes build/article.pdf from the committed article."""
+    import pypandoc  # with typst: the extra "article"
+    import typst
+
+    source = ROOT / "figures" / "article.typ"  # beside the figures that it shows, while it is typeset
+    pypandoc.convert_file(source.with_suffix(".md"), "typst", format="gfm", outputfile=str(source), extra_args=["--standalone"])
+    try:
+        typst.compile(str(source), output=str(ROOT / "build" / "article.pdf"))
+    finally:
+        source.unlink()
+    print("build/article.pdf")
+
+
+if __name__ == "__main__":
+    main()
