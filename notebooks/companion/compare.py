@@ -413,19 +413,20 @@ def _after(sides: dict[str, pd.DataFrame], claim: dict) -> Evidence | None:
     return Evidence(_used(list(sides.values()), units), [values], lambda means: weights @ means)
 
 
-def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0) -> Evidence | None:
-    """By how much the effects on models rise per decade of the parameters that their names state, times `sign`.
+def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, size: Callable | None = None) -> Evidence | None:
+    """By how much the effects on models rise per decade of their size, times `sign`.
 
-    Models of different families differ in more than size. So only one family counts: that with the most models. Models of one
-    size differ in the seed of their training: what sets these apart is drawn for every model, as training scatters all of them.
+    size: of a model, by its name; else the parameters that it states. Then only one family counts, that with the most models:
+    those of several differ in more than size. Models of one size differ in the seed of their training: what sets these apart is
+    drawn for every model, as training scatters all of them.
     """
-    families: dict[str, list] = {}
-    for model in sorted(filter(parameters, evidence), key=parameters):
-        families.setdefault(family(model), []).append(model)
+    families, size = {}, size or parameters
+    for model in sorted(filter(size, evidence), key=size):
+        families.setdefault(family(model) if size is parameters else "", []).append(model)
     if not families:
         return None
     models = max(families.values(), key=len)
-    each, sizes = [evidence[model] for model in models], np.log10([parameters(model) for model in models])
+    each, sizes = [evidence[model] for model in models], np.log10([size(model) for model in models])
     parts, at = [part for own in each for part in own.parts], sign * (sizes - sizes.mean())
     ends = np.cumsum([sum(len(part) for part in own.parts) for own in each])[:-1]
 
@@ -444,7 +445,7 @@ def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0) ->
     note = f"{words}: {', '.join(f'{model} {effect:.3f}' for model, effect in zip(models, found))}"
     few = f"it takes {MODELS} models of one family, and the records have {len(set(sizes))}"
     runs, lacks = pd.concat([own.runs for own in each]), few if len(set(sizes)) < MODELS else ""
-    return Evidence(runs, parts, statistic, f"{each[0].unit} and decade of parameters", note, lacks=lacks)
+    return Evidence(runs, parts, statistic, f"{each[0].unit} and decade of size", note, lacks=lacks)
 
 
 def parameters(model: str) -> float | None:

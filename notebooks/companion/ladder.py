@@ -149,8 +149,9 @@ class Rung:
 
     @property
     def name(self) -> str:
-        """All that decides the model; `compare.parameters` and `compare.family` read it."""
-        return f"ladder-{self.parameters / 1e6:.3f}m-{self.blocks}x{self.channels}-{self.steps}-s{self.seed}"
+        """All that decides it; `compare.parameters` and `compare.family` read it. A ladder of so many steps is a family."""
+        kind, size = "ladder" if self.channels == 32 * self.blocks else "shape", f"{self.parameters / 1e6:.3f}m"
+        return f"{kind}-{self.steps}-{size}-{self.blocks}x{self.channels}-s{self.seed}"
 
 
 def train(rung: Rung, folder: Path = FOLDER) -> Path:
@@ -206,58 +207,58 @@ def options(rung: Rung) -> dict:
 # --- what changes along the ladder ----------------------------------------------------------------------------------------
 
 
+def compute(model: str) -> float:
+    """What a rung's training took, from its name: parameters of its blocks times tokens."""
+    return compare.parameters(model) * int(model.split("-")[1]) * BATCH * LENGTH
+
+
 def over_size(
-    sides: Mapping[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]], words: str, **options
+    sides: Mapping[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]], words: str, size=compare.parameters, **options
 ) -> tuple[Figure, pd.DataFrame, str, pd.DataFrame]:
     """For each (panel, line), by how much runs of the first side are better than those of the second, over the models' sizes.
 
-    words: of the effect, for the axis. options: of `compare.pair`. Returns the figure, its data (a row for each model and seed),
-    a sentence, and for each line its slope per decade of parameters over the largest family, with a 95 % interval.
+    words: of the effect, for the axis. size: of a model, by its name. options: of `compare.pair`. Returns the figure, its data
+    (a row for each model and seed), a sentence, and for each line its slope by `compare.sloped`, with a 95 % interval.
     """
     points, slopes = [], []
     for (panel, line), pair in sides.items():
-        evidence = {}
-        for model in sorted(dict.fromkeys(pair[0]["model"])):
+        evidence, about = {}, {"panel": panel, "line": line}
+        for model in dict.fromkeys(pair[0]["model"]):
             mine, theirs = (side[side["model"] == model].drop_duplicates("unit").set_index("unit") for side in pair)
             if found := compare.pair(mine, theirs, **options):
                 evidence[model] = found
                 values = found.statistic(np.concatenate([part.mean(2) for part in found.parts]))
-                about = {"panel": panel, "line": line, "model": model, "parameters": compare.parameters(model)}
-                points += [about | {"seed": seed, "value": value} for seed, value in zip(compare.common(mine, theirs), values)]
-        if slope := compare.sloped(evidence):
+                units = zip(compare.common(mine, theirs), values)
+                points += [about | {"model": model, "size": size(model), "seed": seed, "value": value} for seed, value in units]
+        if slope := compare.sloped(evidence, size=size):
             effect, _, low, high = (math.nan,) * 4 if slope.lacks else slope.estimate(0.95)
-            slopes.append({"panel": panel, "line": line, "slope": effect, "low": low, "high": high, "seeds": slope.seeds})
+            trend = "rises" if low > 0 else "falls" if high < 0 else "shows no trend"
+            slopes.append(about | {"slope": effect, "low": low, "high": high, "seeds": slope.seeds, "trend": trend})
     data, slopes = pd.DataFrame(points), pd.DataFrame(slopes)
-    slopes["trend"] = np.select([slopes["low"] > 0, slopes["high"] < 0], ["grows", "shrinks"], "none that can be told")
-    names, largest = list(dict.fromkeys(data["panel"])), data["model"].map(compare.family).mode()[0]
+    plain, names = size == compare.parameters, list(dict.fromkeys(data["panel"]))
+    families = data["model"].map(compare.family if plain else lambda model: "")
     figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey=True)
     colours = dict(zip(dict.fromkeys(data["line"]), sns.color_palette("colorblind")))
+    for (panel, line, family), own in data.groupby(["panel", "line", families], sort=False):
+        ax, means, joined = axes[names.index(panel)], own.groupby("size")["value"].mean(), family == families.mode()[0]
+        ax.plot(own["size"], own["value"], ".", color=colours[line], alpha=0.3, markersize=4)
+        shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "label": line if joined else None}
+        ax.plot(means.index, means, "o-" if joined else "*", **shown)
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
-        for line, own in data[data["panel"] == name].groupby("line", sort=False):
-            ax.plot(own["parameters"], own["value"], ".", color=colours[line], alpha=0.3, markersize=4)
-            for family, mine in own.groupby(own["model"].map(compare.family)):
-                means = mine.groupby("parameters")["value"].mean()
-                shape, label = ("o-", line) if family == largest else ("*", None)
-                ax.plot(means.index, means, shape, color=colours[line], markersize=5, linewidth=1, label=label)
         ax.set(title=name, ylabel=words if ax in axes[::2] else "")
-        size_axis(ax)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    return figure, data, verdict(slopes), slopes
+        size_axis(ax, "parameters" if plain else "parameters x tokens")
+    labels = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=8)
+    said = [
+        f"{', '.join(dict.fromkeys(own['line']))} {trend}" + f" by {span(own['slope'].abs())}" * (trend in ("rises", "falls"))
+        for trend, own in slopes.groupby("trend")
+    ]
+    return figure, data, f"Per decade of {size.__name__}: {'; '.join(said)}.", slopes
 
 
-def size_axis(ax: Axes) -> None:
-    """Parameters from left to right, logarithmic."""
-    ax.set(xscale="log", xlabel="parameters")
+def size_axis(ax: Axes, words: str = "parameters") -> None:
+    """Sizes from left to right, logarithmic."""
+    ax.set(xscale="log", xlabel=words)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())
-
-
-def verdict(slopes: pd.DataFrame) -> str:
-    """Which lines rise and which fall with size, in words."""
-    said = []
-    for trend, own in slopes.groupby("trend"):
-        lines = ", ".join(dict.fromkeys(own["line"]))
-        ends = f", by {span(own['slope'], '{:+.2f}')} per decade" * (not trend.startswith("none"))
-        said.append(f"{trend}: {len(own)} of {len(slopes)} ({lines}{ends})")
-    return f"Trend with size: {'; '.join(said)}."

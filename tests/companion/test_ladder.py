@@ -78,7 +78,9 @@ def test_the_name_states_the_parameters_of_the_blocks(blocks, channels):
     rung = ladder.Rung(blocks, channels, 8, seed=3)
     layers = LlamaForCausalLM(rung.config).model.layers
     assert rung.parameters == sum(each.numel() for each in layers.parameters())
-    assert compare.parameters(rung.name) == pytest.approx(rung.parameters, abs=500) and compare.family(rung.name) == "ladder"
+    assert compare.parameters(rung.name) == pytest.approx(rung.parameters, abs=500)
+    assert compare.family(rung.name) == ("ladder-8" if channels == 32 * blocks else "shape-8")
+    assert ladder.compute(rung.name) == pytest.approx(rung.parameters * rung.tokens, rel=0.1)
 
 
 def runs(gains, models, **options):
@@ -98,12 +100,12 @@ def test_slopes_are_those_of_least_squares_and_training_scatter_widens_them():
     at = np.log10([compare.parameters(model) for model in models])
     line = slopes.iloc[0]
     assert line["slope"] == pytest.approx(np.polyfit(at[:4], gains[:4], 1)[0], abs=0.01)
-    assert line["low"] < line["slope"] < line["high"] and line["trend"] == "grows" and "grows: 1 of 1 (line" in finding
+    assert line["low"] < line["slope"] < line["high"] and line["trend"] == "rises" and "line rises by 0.1" in finding
     assert len(data) == 20 and data.groupby("model")["value"].mean()[models].to_list() == pytest.approx(gains, abs=0.01)
     twins = runs([*gains[:4], 0.3], [*models[:4], "a-1m-s1"], noise=0.001)
     [wider] = ladder.over_size({("panel", "line"): twins}, "", share=True)[3].to_dict("records")
     assert wider["high"] - wider["low"] > 5 * (line["high"] - line["low"])
     assert wider["slope"] == pytest.approx(np.polyfit([*at[:4], at[0]], [*gains[:4], 0.3], 1)[0], abs=0.01)
     two = ladder.over_size({("panel", "line"): runs(gains, models[:2])}, "", share=True)[3].iloc[0]
-    assert math.isnan(two["low"]) and two["trend"].startswith("none")
+    assert math.isnan(two["low"]) and two["trend"] == "shows no trend"
     assert isinstance(slopes, pd.DataFrame) and figure.axes
