@@ -246,7 +246,7 @@ def over_size(
         ax.plot(means.index, means, "o-" if joined else "*", **shown)
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
-        ax.set(title=name, ylabel=words if ax in axes[::2] else "")
+        ax.set(title=name, ylabel=words if ax in axes[::2] else "", xlim=(data["size"].min() / 2, 2 * data["size"].max()))
         size_axis(ax, "parameters" if plain else "parameters x tokens")
     labels = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=8)
