@@ -237,7 +237,7 @@ def over_size(
     data, slopes = pd.DataFrame(points), pd.DataFrame(slopes)
     plain, names = size == compare.parameters, list(dict.fromkeys(data["panel"]))
     families = data["model"].map(compare.family if plain else lambda model: "")
-    figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey=True)
+    figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey="row")
     colours = dict(zip(dict.fromkeys(data["line"]), sns.color_palette("colorblind")))
     for (panel, line, family), own in data.groupby(["panel", "line", families], sort=False):
         ax, means, joined = axes[names.index(panel)], own.groupby("size")["value"].mean(), family == families.mode()[0]
@@ -247,14 +247,18 @@ def over_size(
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
         ax.set(title=name, ylabel=words if ax in axes[::2] else "", xlim=(data["size"].min() / 2, 2 * data["size"].max()))
+        if "share" not in options:  # nats differ by orders of magnitude, and some are about 0
+            ax.set_yscale("symlog", linthresh=0.1)
+            ax.yaxis.set_major_formatter("{x:g}")
         size_axis(ax, "parameters" if plain else "parameters x tokens")
     labels = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=8)
-    said = [
-        f"{', '.join(dict.fromkeys(own['line']))} {trend}" + f" by {span(own['slope'].abs())}" * (trend in ("rises", "falls"))
-        for trend, own in slopes.groupby("trend")
-    ]
-    return figure, data, f"Per decade of {size.__name__}: {'; '.join(said)}.", slopes
+    said, of = [], slopes["line"].value_counts()
+    for trend, own in slopes.groupby("trend"):
+        lines = [f"{line} ({count} of {of[line]})" for line, count in own["line"].value_counts(sort=False).items()]
+        by = f" by {span(own['slope'].abs())} per decade" * (trend in ("rises", "falls"))
+        said.append(f"{trend}{by}: {', '.join(lines)}")
+    return figure, data, f"With {size.__name__}, {'; '.join(said)}.", slopes
 
 
 def size_axis(ax: Axes, words: str = "parameters") -> None:
