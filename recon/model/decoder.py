@@ -135,9 +135,8 @@ class Decoder:
 
         with watched({name: self.model.get_submodule(name)}, stop), contextlib.suppress(Stop):
             self.run_block(window.blocks[0], hidden)
-        return caught[0].reshape(
-            len(hidden), -1, caught[0].shape[-1]
-        )  # some blocks (OPT's) flatten batch and length into one axis
+        # Some blocks (OPT's) flatten batch and length into one axis.
+        return caught[0].reshape(len(hidden), -1, caught[0].shape[-1])
 
     @contextlib.contextmanager
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
