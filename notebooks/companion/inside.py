@@ -1,0 +1,94 @@
+"""Probes of a language model, dense, pruned and reconstructed: what noise becomes, where gradients point, what matrices read."""
+
+import copy
+import itertools
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import recon
+
+LOSSES = {  # of outputs and targets (samples, length, width), and the variance of each channel of the latter
+    "whitened": lambda y, t, variance: ((y - t).square() / variance).mean(),
+    "mse": lambda y, t, variance: (y - t).square().sum(-1).mean() / variance.sum(),
+    "cosine": lambda y, t, variance: 1 - F.cosine_similarity(y, t, dim=-1).mean(),
+}
+
+
+@lru_cache(maxsize=1)
+def states(model: str, samples: int, length: int, seed: int) -> tuple[dict[str, recon.Decoder], Tensor]:
+    """The model dense, pruned by Wanda to 50 % and reconstructed block by block; and evaluation text (4, length)."""
+    dense, tokenizer = recon.load(model)
+    read, quiet = (
+        recon.sample_tokens("wikipedia", "calibration", tokenizer, samples, length, seed),
+        recon.Execution("cpu", "float32", progress=False),
+    )
+    decoders = {"dense": recon.decompose(dense)}
+    pruned = recon.decompose(copy.deepcopy(dense), like=decoders["dense"])
+    recon.prune(pruned, read, seed=seed, execution=quiet)
+    fitted = recon.decompose(copy.deepcopy(pruned.model), like=decoders["dense"])
+    recon.reconstruct(fitted, dense, read, recon.ReconstructionConfig("block"), seed=seed, execution=quiet)
+    tokens = recon.sample_tokens("wikipedia", "evaluation", tokenizer, 4, length)
+    return decoders | {"pruned": pruned, "reconstructed": fitted}, tokens
+
+
+def probed(block: int, size: float, **which) -> dict:
+    """What becomes of noise after a block, in the dense and the reconstructed model; and angles between gradients there.
+
+    error: by state, later block and sample, the noise relative to the standard deviation of each channel, root mean square, where
+    it begins as `size`. kl: by state and sample, what it does to predictions. cosine: of the gradient of each propagation and
+    loss and that of the default, on the block's survivors, as `recon.reconstruct` meets it.
+    """
+    decoders, tokens = states(**which)
+    windows, row, reached = decoders["dense"].windows("block"), {"error": {}, "kl": {}}, {}
+    with torch.no_grad():
+        for state in ("dense", "reconstructed"):
+            stream, noisy, errors = decoders[state].embed(tokens), None, []
+            for window in windows:
+                if window.blocks[0] == block:
+                    reached[state] = stream
+                stream = decoders[state].forward(window, stream)
+                spread = stream[:, 1:].flatten(0, 1).std(0)  # without the first token, whose activations are massive
+                if window.blocks[0] == block:
+                    random = torch.randn(stream[:, 1:].shape, generator=torch.Generator().manual_seed(block))
+                    noisy = torch.cat([stream[:, :1], stream[:, 1:] + size * spread * random], 1)
+                elif noisy is not None:
+                    noisy = decoders[state].forward(window, noisy)
+                if noisy is not None:
+                    errors.append(((noisy - stream)[:, 1:] / spread).square().mean((1, 2)).sqrt().tolist())
+            plain, other = (decoders[state].logits(tokens, each).log_softmax(-1) for each in (stream, noisy))
+            row["error"][state] = errors
+            row["kl"][state] = F.kl_div(other, plain, log_target=True, reduction="none").sum(-1)[:, 1:].mean(1).tolist()
+        x, own = reached.values()
+        y, answers = (decoders["dense"].forward(windows[block], each) for each in (x, own))
+    tasks, variance = {"mixed": (own, y), "dense": (x, y), "sparse": (own, answers)}, y[:, 1:].flatten(0, 1).var(0)
+    weights, gradients = decoders["pruned"].weights(windows[block]), {}
+    for (task, (read, wanted)), (name, loss) in itertools.product(tasks.items(), LOSSES.items()):
+        value = loss(decoders["pruned"].forward(windows[block], read)[:, 1:], wanted[:, 1:], variance)
+        slopes = torch.autograd.grad(value, weights)
+        gradients[f"{task}, {name}"] = torch.cat([(g * (w != 0)).flatten() for g, w in zip(slopes, weights, strict=True)])
+    usual = gradients.pop("mixed, whitened")
+    return row | {"cosine": {name: F.cosine_similarity(usual, own, dim=0).item() for name, own in gradients.items()}}
+
+
+@torch.no_grad()
+def ranks(model: str, samples: int, length: int) -> dict:
+    """For each group of matrices that share an input, its width, and the effective rank of what it reads: exp of the entropy of
+    the eigenvalues of X'X as shares of their sum (Roy & Vetterli 2007), first tokens left out."""
+    dense, tokenizer = recon.load(model)
+    decoder, found = recon.decompose(dense), []
+    tokens = recon.sample_tokens("wikipedia", "calibration", tokenizer, samples, length, 0)
+
+    def see(group: tuple[str, ...], x: Tensor) -> None:
+        x = x.reshape(samples, length, -1)[:, 1:].flatten(0, 1)
+        shares = torch.linalg.eigvalsh(x.T @ x).clamp_min(1e-12)
+        shares /= shares.sum()
+        found.append((group[0], x.shape[1], torch.exp(-(shares * shares.log()).sum()).item()))
+
+    stream = decoder.embed(tokens)
+    for window in decoder.windows("block"):
+        with decoder.watching(window, see):
+            stream = decoder.forward(window, stream)
+    return dict(zip(("matrix", "width", "rank"), zip(*found)))
