@@ -29,7 +29,7 @@ def states(model: str, samples: int, length: int, seed: int) -> tuple[dict[str, 
     pruned = recon.decompose(copy.deepcopy(dense), like=decoders["dense"])
     recon.prune(pruned, read, seed=seed, execution=quiet)
     fitted = recon.decompose(copy.deepcopy(pruned.model), like=decoders["dense"])
-    recon.reconstruct(fitted, dense, read, recon.ReconstructionConfig("block"), seed=seed, execution=quiet)
+    recon.reconstruct(fitted, dense, read, recon.ReconstructionConfig("block", epochs=1), seed=seed, execution=quiet)
     tokens = recon.sample_tokens("wikipedia", "evaluation", tokenizer, 4, length)
     return decoders | {"pruned": pruned, "reconstructed": fitted}, tokens
 
