@@ -74,15 +74,13 @@ def probed(block: int, size: float, **which) -> dict:
 
 
 @torch.no_grad()
-def ranks(model: str, samples: int, length: int) -> dict:
+def effective_ranks(decoder: recon.Decoder, tokens: Tensor) -> dict:
     """For each group of matrices that share an input, its width, and the effective rank of what it reads: exp of the entropy of
     the eigenvalues of X'X as shares of their sum (Roy & Vetterli 2007), first tokens left out."""
-    dense, tokenizer = recon.load(model)
-    decoder, found = recon.decompose(dense), []
-    tokens = recon.sample_tokens("wikipedia", "calibration", tokenizer, samples, length, 0)
+    found = []
 
     def see(group: tuple[str, ...], x: Tensor) -> None:
-        x = x.reshape(samples, length, -1)[:, 1:].flatten(0, 1)
+        x = x.reshape(len(tokens), -1, x.shape[-1])[:, 1:].flatten(0, 1)
         shares = torch.linalg.eigvalsh(x.T @ x).clamp_min(1e-12)
         shares /= shares.sum()
         found.append((group[0], x.shape[1], torch.exp(-(shares * shares.log()).sum()).item()))
@@ -92,3 +90,9 @@ def ranks(model: str, samples: int, length: int) -> dict:
         with decoder.watching(window, see):
             stream = decoder.forward(window, stream)
     return dict(zip(("matrix", "width", "rank"), zip(*found)))
+
+
+def ranks(model: str, samples: int, length: int) -> dict:
+    """`effective_ranks` of a language model on Wikipedia."""
+    dense, tokenizer = recon.load(model)
+    return effective_ranks(recon.decompose(dense), recon.sample_tokens("wikipedia", "calibration", tokenizer, samples, length, 0))

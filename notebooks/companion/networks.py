@@ -1,4 +1,4 @@
-"""Small networks that are trained here in seconds, most of them no transformers; to `recon`, all of them read tokens.
+"""Small networks that are trained here in seconds; to `recon`, all of them read tokens.
 
 An image of scikit-learn's digits is a sequence of 64 pixels, each one of 17 grey values: a network that reads it is an embedding,
 blocks and a head, as a language model is. They take fewer pixels as well, as images whose rest is empty.
@@ -15,13 +15,13 @@ from safetensors.torch import load_model, save_model
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MambaConfig, MambaForCausalLM, PretrainedConfig, T5Config, T5ForConditionalGeneration
+from transformers import MambaConfig, MambaForCausalLM, PretrainedConfig
 
 import recon
+from companion import inside
 from companion.publish import ROOT
 
 SIDE, PIXELS, GREYS, CLASSES = 8, 64, 17, 10
-WORDS = 512  # tokens there are in the text that Mamba and T5 read
 CALIBRATION = 256  # samples of training data that nothing is trained on
 GROUPS = 20  # of samples whose mean is kept: the windows of other notebooks
 
@@ -123,38 +123,27 @@ def scaled(network: Reader, gamma: float, channels: int = 2) -> Reader:
     return network
 
 
-def _mamba() -> nn.Module:
-    return MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=48, state_size=4, num_hidden_layers=4))
-
-
-def _t5() -> nn.Module:
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 4, "num_heads": 4, "dropout_rate": 0.0}
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=WORDS, **sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
-    )
-
-
 KINDS = {"MLP": partial(Reader, Across), "CNN": partial(Reader, Convolution), "ViT": partial(Reader, Attention)}
-KINDS |= {"Mamba": _mamba, "T5": _t5}
+_MAMBA = {"vocab_size": 512, "hidden_size": 48, "state_size": 4, "num_hidden_layers": 4}
+KINDS |= {"Mamba": lambda: MambaForCausalLM(MambaConfig(**_MAMBA))}
 
 
 @cache
 def data(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
     """What a network reads, (samples, length), and the digits to tell, by split: training, held_out, evaluation.
 
-    Text has no labels: T5 is to predict the second half of each sample from the first, and Mamba each token from those before.
+    Text, for Mamba, has no labels, and a small vocabulary of its own.
     """
-    if kind in ("MLP", "CNN", "ViT"):
+    if kind != "Mamba":
         found, order = load_digits(), torch.randperm(1797, generator=torch.Generator().manual_seed(0))
         tokens, labels = torch.tensor(found.data).long()[order], torch.tensor(found.target)[order]
         parts = {"training": slice(1000), "held_out": slice(1000, 1200), "evaluation": slice(1200, None)}
         return {name: (tokens[part], labels[part]) for name, part in parts.items()}
     _, tokenizer = recon.load("smollm2-135m")
     text = tokenizer.batch_decode(recon.sample_tokens("wikipedia", "calibration", tokenizer, 500, 512))
-    own = tokenizer.train_new_from_iterator(text, WORDS)
+    own = tokenizer.train_new_from_iterator(text, _MAMBA["vocab_size"])
     splits = {"training": ("calibration", 8000), "held_out": ("validation", 100), "evaluation": ("evaluation", 500)}
-    length = 64 if kind == "T5" else 32
-    found = {name: recon.sample_tokens("wikipedia", split, own, count, length) for name, (split, count) in splits.items()}
+    found = {name: recon.sample_tokens("wikipedia", split, own, count, 32) for name, (split, count) in splits.items()}
     return {name: (tokens, torch.zeros(len(tokens))) for name, tokens in found.items()}
 
 
@@ -162,14 +151,11 @@ def nats(network: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     """The negative log-likelihood of each sample's digit or, of text, the mean over its predicted tokens; (samples,)."""
     if isinstance(network, Reader):
         return F.cross_entropy(network(tokens).logits, labels, reduction="none")
-    read, predicted = tokens.chunk(2, 1) if network.config.is_encoder_decoder else (tokens, tokens)
-    own = {"decoder_input_ids": predicted} if network.config.is_encoder_decoder else {}
-    logits = network(input_ids=read, **own).logits[:, :-1]
-    return F.cross_entropy(logits.mT, predicted[:, 1:], reduction="none").mean(1)
+    return F.cross_entropy(network(tokens).logits[:, :-1].mT, tokens[:, 1:], reduction="none").mean(1)
 
 
 def trained(kind: str, seed: int, steps: int) -> nn.Module:
-    """The network of a kind, trained on all but what it will be calibrated with (see `calibration`); kept under build/."""
+    """The network of a kind, trained on all of its data but the last `CALIBRATION` samples; kept under build/."""
     path = ROOT / "build" / "networks" / f"{kind}-{seed}-{steps}.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -192,40 +178,32 @@ def trained(kind: str, seed: int, steps: int) -> nn.Module:
 
 
 def fitted(
-    kind: str,
-    seed: int,
-    steps: int,
-    pruning: dict,
-    reconstruction: dict,
-    split: str = "evaluation",
-    gamma: float = 1.0,
-    part: str = "",
+    kind: str, seed: int, steps: int, pruning: dict, reconstruction: dict, split: str = "evaluation", gamma: float = 1.0
 ) -> dict:
     """One cell: a network of its own, trained, pruned and reconstructed; nats (`GROUPS`,) of each state, and accuracies.
 
-    pruning, reconstruction: options. gamma: see `scaled`. part: the name that matrices begin with, if not all are pruned.
+    pruning, reconstruction: options. split: what is predicted. gamma: see `scaled`.
     """
     dense, everything = trained(kind, seed, steps), data(kind)
     dense = scaled(dense, gamma) if gamma != 1 else dense
-    model, execution = copy.deepcopy(dense), recon.Execution("cpu", "float32", progress=False)
+    execution, pruned = recon.Execution("cpu", "float32", progress=False), copy.deepcopy(dense)
     drawn = torch.randperm(CALIBRATION, generator=torch.Generator().manual_seed(seed))[:32]
-    samples, states = everything["training"][0][-CALIBRATION:][drawn], {"dense": dense}
-    masks = recon.prune(model, samples, recon.PruningConfig(**pruning), seed=seed, execution=execution).masks
-    with torch.no_grad():
-        for (name, matrix), whole in zip(recon.decompose(model).matrices().items(), recon.decompose(dense).matrices().values()):
-            if not name.startswith(part):
-                masks[name] = torch.ones_like(masks[name])
-                matrix.weight.copy_(whole.weight)
-    states |= {"pruned": copy.deepcopy(model), "reconstructed": model}
+    samples = everything["training"][0][-CALIBRATION:][drawn]
+    masks = recon.prune(pruned, samples, recon.PruningConfig(**pruning), seed=seed, execution=execution).masks
     # All windows take 32 steps at a searched rate; none is rolled back. An image's first pixel is like any other.
     usual = {"chunks": 1, "batch_size": 4, "epochs": 4, "size_power": 0.0, "matrix_rate": 1.0, "roll_back": False}
     config = recon.ReconstructionConfig(**usual | {"skip_first": not isinstance(dense, Reader)} | reconstruction)
-    recon.reconstruct(model, dense, samples, config, masks=masks, seed=seed, execution=execution)
-    tokens, labels = everything[split]
-    row = {}
+    fit = copy.deepcopy(pruned)
+    recon.reconstruct(fit, dense, samples, config, masks=masks, seed=seed, execution=execution)
+    (tokens, labels), row = everything[split], {}
     with torch.no_grad():
-        for state, network in states.items():
+        for state, network in {"dense": dense, "pruned": pruned, "reconstructed": fit}.items():
             row[f"own_{state}"] = [each.mean().item() for each in nats(network, tokens, labels).chunk(GROUPS)]
             if isinstance(network, Reader):
                 row[f"accuracy, {state}"] = (network(tokens).logits.argmax(-1) == labels).float().mean().item()
     return row
+
+
+def ranks(kind: str, seed: int, steps: int) -> dict:
+    """`companion.inside.effective_ranks` of a network."""
+    return inside.effective_ranks(recon.decompose(trained(kind, seed, steps)), data(kind)["training"][0][-CALIBRATION:])

@@ -12,6 +12,8 @@ import pandas as pd
 from companion.frame import SEARCH
 from companion.publish import commit
 
+LEAST = 0.1  # nats
+
 
 def grid(**axes: Iterable) -> list[dict]:
     """A cell for each combination of the values of each argument."""
@@ -30,17 +32,17 @@ def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], co
     again. compute: False leaves out what is not there. Columns own_<state> are as `companion.frame.load` has them.
     """
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    rows = []
-    for cell in cells:
-        key = json.dumps(cell, sort_keys=True)
+    keys = {json.dumps(cell, sort_keys=True): cell for cell in cells}
+    for key, cell in keys.items():
         if key not in known and compute:
             known[key] = {"commit": commit(), **measure(**cell)}
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
             os.replace(part, path)
-        rows += [{"key": key} | _flat(cell) | known[key]] if key in known else []
-    data = pd.DataFrame(rows)
+    there = [key for key in keys if key in known]
+    cells = pd.json_normalize([keys[key] for key in there]).rename(columns=lambda name: name.rpartition(".")[2])
+    data = pd.concat([pd.DataFrame({"key": there}), cells, pd.DataFrame([known[key] for key in there])], axis=1)
     for name in data.filter(like="own_"):
         data[name] = data[name].map(np.array)
     if "own_reconstructed" in data:
@@ -50,10 +52,11 @@ def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], co
     return data
 
 
-def _flat(cell: dict) -> dict:
-    return {
-        name: x for each, value in cell.items() for name, x in (value.items() if isinstance(value, dict) else [(each, value)])
-    }
+def harmed(runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the networks and sparsities for which pruning costs `LEAST` nats, and what share of that is recovered."""
+    mean = {state: runs[f"own_{state}"].map(np.mean) for state in ("dense", "pruned", "reconstructed")}
+    gap = (mean["pruned"] - mean["dense"]).groupby([runs["kind"], runs["pattern"]]).transform("mean")
+    return runs.assign(**{"share recovered": (mean["pruned"] - mean["reconstructed"]) / gap})[gap > LEAST]
 
 
 def searched(path: Path, measure: Callable, cells: Sequence[dict], rates: Sequence[float], compute: bool = True) -> list[dict]:

@@ -36,7 +36,7 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
     ),
     "6-cost": ({"samples": 4, "sequence_length": 32, "repeats": 1}, 2),
     "8-frontier": ({}, 4),
-    "10-open-questions": ({"networks": {"CNN": 30}, "patterns": ["0.8"], "windows": ["block", "model"]}, 0),
+    "10-open-questions": ({"networks": {"CNN": 40}, "windows": ["block", "model"], "blocks": [0, 1]}, 0),
     "7-scale": ({"samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "workers": [1]}, 0),
     "9-ladder": ({"counts": [6], "rates": [3e-3, 1e-2]}, 30),
 }  # fmt: skip
