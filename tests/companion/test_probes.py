@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import recon
-from companion import networks, probes
+from companion import inside, networks, probes
 
 QUIET = recon.Execution("cpu", "float32", progress=False)
 IMAGES = networks.data("CNN")["training"][0][:8]
@@ -58,3 +58,25 @@ def test_probes_are_kept_and_rates_are_those_that_are_best_at_other_seeds(tmp_pa
     runs = probes.measured(path, measure, tuned)
     assert list(runs["seed"]) == [0, 1] and set(runs["perplexity"]) == {1.0} and len(asked) == 8
     assert probes.measured(path, measure, tuned, compute=False).equals(runs) and len(asked) == 8
+
+
+def test_noise_begins_as_it_is_put_in_and_gradients_agree_where_inputs_do(tiny_folder):
+    row = inside.probed(0, 0.1, model=tiny_folder, samples=2, length=16, seed=0)
+    for errors in row["error"].values():
+        torch.testing.assert_close(torch.tensor(errors[0]).mean(), torch.tensor(0.1), rtol=0.1, atol=0)
+    assert min(row["kl"]["dense"]) > 0
+    for name in inside.LOSSES:  # the first block reads the same under every propagation
+        own = [row["cosine"].get(f"{feed}, {name}", 1.0) for feed in ("mixed", "dense", "sparse")]
+        assert max(own) - min(own) < 1e-5 and max(own) < 1 + 1e-9
+
+
+def test_effective_rank_is_that_of_singular_values():
+    dense = reader("ViT")
+    decoder = recon.decompose(dense)
+    with torch.no_grad():
+        read = dense.blocks[0].norms[0](decoder.embed(IMAGES))[:, 1:].flatten(0, 1)
+    shares = torch.linalg.svdvals(read).square()
+    shares /= shares.sum()
+    found = inside.effective_ranks(decoder, IMAGES)
+    assert found["width"][:2] == (32, 32) and found["matrix"][0] == "blocks.0.mix.qkv"
+    assert found["rank"][0] == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item(), rel=1e-3)
