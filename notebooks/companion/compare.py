@@ -442,7 +442,7 @@ def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, si
         drawn = np.random.RandomState(0).choice(apart, values.shape) if values.shape[1] > 1 else 0.0
         return at @ (values + drawn) / max(at @ at, 1e-30)
 
-    note = f"{words}: {', '.join(f'{model} {effect:.3f}' for model, effect in zip(models, found))}"
+    note = f"{words}: {', '.join(f'{_name(model)} {effect:.3f}' for model, effect in zip(models, found))}"
     few = f"it takes {MODELS} models of one family, and the records have {len(set(sizes))}"
     runs, lacks = pd.concat([own.runs for own in each]), few if len(set(sizes)) < MODELS else ""
     return Evidence(runs, parts, statistic, f"{each[0].unit} and decade of size", note, lacks=lacks)
