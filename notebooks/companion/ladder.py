@@ -242,7 +242,7 @@ def over_size(
     for (panel, line, family), own in data.groupby(["panel", "line", families], sort=False):
         ax, means, joined = axes[names.index(panel)], own.groupby("size")["value"].mean(), family == families.mode()[0]
         ax.plot(own["size"], own["value"], ".", color=colours[line], alpha=0.3, markersize=4)
-        shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "label": line if joined else None}
+        shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "clip_on": False, "label": line if joined else None}
         ax.plot(means.index, means, "o-" if joined else "*", **shown)
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
