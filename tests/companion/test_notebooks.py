@@ -38,7 +38,7 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
     "8-frontier": ({}, 4),
     "10-open-questions": ({"networks": {"CNN": 40}, "windows": ["block", "model"], "blocks": [0, 1]}, 0),
     "7-scale": ({"samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "workers": [1]}, 0),
-    "9-ladder": ({"counts": [6], "rates": [3e-3, 1e-2]}, 54),
+    "9-ladder": ({"counts": [6], "rates": [3e-3, 1e-2], "beside": "tests"}, 54),
 }  # fmt: skip
 SLOW = ("5", "6", "7", "8", "9", "10")
 
