@@ -24,13 +24,19 @@ def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path) -> str:
         "figure": lambda name: figure(figures, name),
         "answers": lambda *claims: answers(verdicts, claims),
         "counts": lambda: judge.count_words(verdicts).partition(" Each is")[0],
-        "models": lambda: " and ".join(f"{model} ({dense})" for model, dense in runs.groupby("model")["dense"].first().items()),
+        "models": lambda: models(runs),
         "protocol": protocol,
         "anchors": anchors,
         "opened": lambda: "\n\n".join(figure(figures, name) for name in drawn(_notebook("10-open-questions"))),
     }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(functions)
+
+
+def models(runs: pd.DataFrame) -> str:
+    """The models of `runs`, and what their dense weights were made of."""
+    found = runs.groupby("model")["dense"].first() if len(runs) else pd.Series(dtype=str)
+    return " and ".join(f"{model} ({dense})" for model, dense in found.items()) or "those that there will be records of"
 
 
 def _notebook(stem: str) -> Path:
