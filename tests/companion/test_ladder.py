@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -113,3 +114,4 @@ def test_slopes_are_those_of_least_squares_and_training_scatter_widens_them():
     two = ladder.over_size({("panel", "line"): runs(gains, models[:2])}, "", share=True)[3].iloc[0]
     assert math.isnan(two["low"]) and two["trend"] == "has too few sizes"
     assert isinstance(slopes, pd.DataFrame) and figure.axes
+    plt.close("all")
