@@ -1,6 +1,6 @@
 """A short paper of what the records say, written by `companion.judge`; `python -m companion.article` makes a PDF of it.
 
-`article.md` beside this file is the text, without a number; what stands in braces there is a function of this module.
+`article.md.j2` beside this file is the text, without a number; what stands in braces there is a function of this module.
 """
 
 import json
@@ -15,7 +15,7 @@ from companion import judge
 from companion.frame import DEFAULTS, RECIPE_WORDS
 from companion.publish import ROOT, drawn, notebooks
 
-TEMPLATE = Path(__file__).with_name("article.md")
+TEMPLATE = Path(__file__).with_name("article.md.j2")
 
 
 def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path) -> str:
