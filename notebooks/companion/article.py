@@ -11,19 +11,22 @@ import jinja2
 import pandas as pd
 import yaml
 
-from companion import judge
 from companion.frame import DEFAULTS, RECIPE_WORDS
 from companion.publish import ROOT, drawn, notebooks
 
 TEMPLATE = Path(__file__).with_name("article.md.j2")
 
 
-def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path) -> str:
-    """The article as Markdown, to lie in the folder `figures` beside what it links to."""
+def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: str) -> str:
+    """The article as Markdown, to lie in the folder `figures` beside what it links to.
+
+    verdicts: as `companion.judge.judge` gives them, with the heading of each on the page of verdicts and its effect in words.
+    counts: how many are decided, in words.
+    """
     functions = {
         "figure": lambda name: figure(figures, name),
         "answers": lambda *claims: answers(verdicts, claims),
-        "counts": lambda: judge.count_words(verdicts).partition(" Each is")[0],
+        "counts": lambda: counts,
         "models": lambda: models(runs),
         "protocol": protocol,
         "anchors": anchors,
@@ -58,14 +61,14 @@ def answers(verdicts: pd.DataFrame, claims: tuple[str, ...]) -> str:
     lines = []
     for claim in claims:
         mine = verdicts[verdicts["claim"] == claim]
-        judged = mine[mine["pattern"].isin(["", DEFAULTS["pattern"]]) & (mine["verdict"] != judge.NOT_RUN)]
+        judged = mine[mine["pattern"].isin(["", DEFAULTS["pattern"]]) & (mine["seeds"] > 0)]
         said = [
             f"{row['verdict']} on {row['model'] or 'all models'} ({RECIPE_WORDS[row['recipe'] or 'default']}"
             f"{effect and f': {effect}'})"
             for _, row in judged.iterrows()
-            for effect in [judge.effect_words(row)]
+            for effect in [row["effect_words"]]
         ]
-        place = re.sub(r"[^\w -]", "", f"{mine['group'].iloc[0]}. {judge.GROUPS[mine['group'].iloc[0]]['title']}")
+        place = re.sub(r"[^\w -]", "", mine["heading"].iloc[0])
         link = f"claims.md#{place.lower().replace(' ', '-')}"
         lines.append(f"- [{mine['statement'].iloc[0]}]({link}): {'; '.join(said) or 'no records yet'}.")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ import pandas as pd
 import yaml
 
 from companion import compare, files, tables
+from companion.article import article
 from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
 from companion.frame import DEFAULTS, RECIPE_WORDS, load, protocol_words
 from companion.publish import ROOT
@@ -284,6 +285,12 @@ def count_words(verdicts: pd.DataFrame) -> str:
     )
 
 
+def worded(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """`verdicts` with the heading of each on the page, and its effect in words."""
+    headings = [f"{group}. {GROUPS[group]['title']}" for group in verdicts["group"]]
+    return verdicts.assign(heading=headings, effect_words=[effect_words(row) for _, row in verdicts.iterrows()])
+
+
 def _not_run_words(verdicts: pd.DataFrame) -> str:
     counts = verdicts.loc[verdicts["verdict"] == NOT_RUN, "group"].value_counts(sort=False)
     titles = {group: GROUPS[group]["title"] for group in counts.index}
@@ -346,12 +353,11 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
 
 def pages(records: Path, page_path: Path, readme: Path | None) -> dict[Path, str]:
     """What the page, article and tables beside it and, if one is given, the README and ARTIFACT.md should hold."""
-    from companion.article import article  # which words its verdicts by this module
-
     runs, ladder = load(records), load(records / "ladder")
     verdicts = judge(runs, ladder=ladder)
     texts = {page_path: page(verdicts)} | {page_path.parent / "tables" / name: text for name, text in tables.texts(runs).items()}
-    texts[page_path.parent / "article.md"] = article(verdicts, runs, page_path.parent)
+    counts = count_words(verdicts).partition(" Each is")[0]
+    texts[page_path.parent / "article.md"] = article(worded(verdicts), runs, page_path.parent, counts)
     if not readme:
         return texts
     artifacts, measured = readme.with_name("ARTIFACT.md"), records / "bench" / "files.json"

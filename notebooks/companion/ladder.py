@@ -164,7 +164,7 @@ def train(rung: Rung, folder: Path = FOLDER) -> Path:
     model, order, losses = LlamaForCausalLM(rung.config), torch.randperm(len(read)), []
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     if state.exists():
-        found = torch.load(state)
+        found = torch.load(state, weights_only=True)
         model.load_state_dict(found["model"])
         optimizer.load_state_dict(found["optimizer"])
         losses = found["losses"]

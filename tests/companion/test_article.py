@@ -21,7 +21,7 @@ def test_no_number_is_typed():
 
 @pytest.fixture(scope="module")
 def verdicts():
-    return judge.judge(frame.table(everything()))
+    return judge.worded(judge.judge(frame.table(everything())))
 
 
 def test_answers_say_the_verdict_of_each_model_and_link_to_its_row(verdicts):
@@ -33,7 +33,7 @@ def test_answers_say_the_verdict_of_each_model_and_link_to_its_row(verdicts):
 
 
 def test_figures_that_are_not_drawn_are_named_with_their_command(verdicts, tmp_path):
-    said = article.article(verdicts, pd.DataFrame({"model": ["m"], "dense": ["float32"]}), tmp_path)
+    said = article.article(verdicts, pd.DataFrame({"model": ["m"], "dense": ["float32"]}), tmp_path, "counted")
     assert "`./run_all.sh laptop 1-granularity` draws it" in said and "m (float32)" in said and "{{" not in said
 
 
