@@ -1,11 +1,11 @@
-"""Probes of a language model, dense, pruned and reconstructed: what noise becomes, where gradients point, what matrices read."""
+"""Probes of a language model, dense, pruned and reconstructed: noise, gradients, what matrices read, choice of text."""
 
 import copy
 import itertools
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import recon
@@ -16,20 +16,19 @@ LOSSES = {  # of outputs and targets (samples, length, width), and the variance 
     "cosine": lambda y, t, variance: 1 - F.cosine_similarity(y, t, dim=-1).mean(),
 }
 
+QUIET = recon.Execution("cpu", "float32", progress=False)
+
 
 @lru_cache(maxsize=1)
 def states(model: str, samples: int, length: int, seed: int) -> tuple[dict[str, recon.Decoder], Tensor]:
     """The model dense, pruned by Wanda to 50 % and reconstructed block by block; and evaluation text (4, length)."""
     dense, tokenizer = recon.load(model)
-    read, quiet = (
-        recon.sample_tokens("wikipedia", "calibration", tokenizer, samples, length, seed),
-        recon.Execution("cpu", "float32", progress=False),
-    )
+    read = recon.sample_tokens("wikipedia", "calibration", tokenizer, samples, length, seed)
     decoders = {"dense": recon.decompose(dense)}
     pruned = recon.decompose(copy.deepcopy(dense), like=decoders["dense"])
-    recon.prune(pruned, read, seed=seed, execution=quiet)
+    recon.prune(pruned, read, seed=seed, execution=QUIET)
     fitted = recon.decompose(copy.deepcopy(pruned.model), like=decoders["dense"])
-    recon.reconstruct(fitted, dense, read, recon.ReconstructionConfig("block", epochs=1), seed=seed, execution=quiet)
+    recon.reconstruct(fitted, dense, read, recon.ReconstructionConfig("block", epochs=1), seed=seed, execution=QUIET)
     tokens = recon.sample_tokens("wikipedia", "evaluation", tokenizer, 4, length)
     return decoders | {"pruned": pruned, "reconstructed": fitted}, tokens
 
@@ -98,3 +97,53 @@ def ranks(model: str, samples: int, length: int) -> dict:
     """`effective_ranks` of a language model on Wikipedia."""
     dense, tokenizer = recon.load(model)
     return effective_ranks(recon.decompose(dense), recon.sample_tokens("wikipedia", "calibration", tokenizer, samples, length, 0))
+
+
+# --- domains --------------------------------------------------------------------------------------------------------------
+
+TEXTS = ("wikipedia", "news", "code")
+DOMAINS = (*TEXTS, "mix", "its own")  # a mix of the three; what the model itself wrote
+
+
+@lru_cache(maxsize=1)
+def domains(model: str, samples: int, length: int, seed: int) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], dict]:
+    """The dense model, by `DOMAINS` its samples (samples, length) for calibration and the 16 for evaluation, and its nats.
+
+    What the model wrote begins with the first token of a Wikipedia sample, and is drawn by its probabilities.
+    """
+    dense, tokenizer = recon.load(model)
+    found = []
+    for split, count in (("calibration", samples), ("evaluation", 16)):
+        read = {text: recon.sample_tokens(text, split, tokenizer, count, length, seed) for text in TEXTS}
+        read["mix"] = torch.stack([read[TEXTS[i % len(TEXTS)]][i] for i in range(count)])
+        drawn = {"do_sample": True, "top_k": 0, "min_length": length, "max_length": length, "pad_token_id": 0}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + len(split))
+            read["its own"] = dense.generate(read["wikipedia"][:, :1], attention_mask=torch.ones(count, 1).long(), **drawn)
+        found.append(read)
+    return dense, *found, nats(dense, found[1])
+
+
+def nats(network: nn.Module, evaluation: dict[str, Tensor]) -> dict[str, list[float]]:
+    """The mean negative log-likelihood of each window, by text; the mix has no text of its own."""
+    texts = [text for text in evaluation if text != "mix"]
+    return {text: recon.perplexity(network, evaluation[text], execution=QUIET).per_window for text in texts}
+
+
+@lru_cache(maxsize=1)
+def pruned_on(text: str, **which) -> tuple[nn.Module, dict]:
+    """The model of `domains` pruned by Wanda to 50 % on one of its texts, and its nats."""
+    dense, calibration, evaluation, _ = domains(**which)
+    pruned = copy.deepcopy(dense)
+    recon.prune(pruned, calibration[text], seed=which["seed"], execution=QUIET)
+    return pruned, nats(pruned, evaluation)
+
+
+def moved(prune: str, fit: str, epochs: int, **which) -> dict:
+    """Pruned on one text, reconstructed on another by the default recipe: the `nats` of each state, by text."""
+    dense, calibration, evaluation, own = domains(**which)
+    pruned, before = pruned_on(prune, **which)
+    fitted = copy.deepcopy(pruned)
+    config = recon.ReconstructionConfig(epochs=epochs)
+    recon.reconstruct(fitted, dense, calibration[fit], config, seed=which["seed"], execution=QUIET)
+    return {"dense": own, "pruned": before, "reconstructed": nats(fitted, evaluation)}

@@ -53,7 +53,8 @@ def whole(folder: Path) -> Iterator[Path]:
         fresh = Path(around) / folder.name
         fresh.mkdir()
         yield fresh
-        fresh.rename(folder)
+        if not folder.exists():  # nobody was faster
+            fresh.rename(folder)
 
 
 # --- text and tokenizer ---------------------------------------------------------------------------------------------------

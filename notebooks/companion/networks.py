@@ -1,7 +1,8 @@
-"""Small networks that are trained here in seconds; to `recon`, all of them read tokens.
+"""Small networks that are trained here in seconds or minutes; to `recon`, all of them read tokens.
 
 An image of scikit-learn's digits is a sequence of 64 pixels, each one of 17 grey values: a network that reads it is an embedding,
-blocks and a head, as a language model is. They take fewer pixels as well, as images whose rest is empty.
+blocks and a head, as a language model is. They take fewer pixels as well, as images whose rest is empty. The others read the
+text of `companion.ladder`.
 """
 
 import copy
@@ -15,14 +16,23 @@ from safetensors.torch import load_model, save_model
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MambaConfig, MambaForCausalLM, PretrainedConfig
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PretrainedConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import recon
-from companion import inside
+from companion import inside, ladder
+from companion.frame import SEARCH
 from companion.publish import ROOT
 
 SIDE, PIXELS, GREYS, CLASSES = 8, 64, 17, 10
-CALIBRATION = 256  # samples of training data that nothing is trained on
+LENGTHS = {"Mamba": 64, "T5": 64, "Llama": ladder.LENGTH}  # tokens of a sample, of the networks that read text
 GROUPS = 20  # of samples whose mean is kept: the windows of other notebooks
 
 
@@ -124,44 +134,66 @@ def scaled(network: Reader, gamma: float, channels: int = 2) -> Reader:
 
 
 KINDS = {"MLP": partial(Reader, Across), "CNN": partial(Reader, Convolution), "ViT": partial(Reader, Attention)}
-_MAMBA = {"vocab_size": 512, "hidden_size": 48, "state_size": 4, "num_hidden_layers": 4}
-KINDS |= {"Mamba": lambda: MambaForCausalLM(MambaConfig(**_MAMBA))}
+_TEXT = {"vocab_size": ladder.VOCABULARY, "dropout_rate": 0.0}
+_MAMBA = {"hidden_size": 48, "state_size": 4, "num_hidden_layers": 4}
+_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
+KINDS |= {"Mamba": lambda: MambaForCausalLM(MambaConfig(**_TEXT, **_MAMBA))}
+KINDS |= {"T5": lambda: T5ForConditionalGeneration(T5Config(**_TEXT, **_T5))}
 
 
 @cache
 def data(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """What a network reads, (samples, length), and the digits to tell, by split: training, held_out, evaluation.
+    """What a network reads, (samples, length), and the digits to tell, by split: training, calibration, held_out, evaluation.
 
-    Text, for Mamba, has no labels, and a small vocabulary of its own.
+    Text has no labels.
     """
-    if kind != "Mamba":
+    if kind not in LENGTHS:
         found, order = load_digits(), torch.randperm(1797, generator=torch.Generator().manual_seed(0))
         tokens, labels = torch.tensor(found.data).long()[order], torch.tensor(found.target)[order]
-        parts = {"training": slice(1000), "held_out": slice(1000, 1200), "evaluation": slice(1200, None)}
-        return {name: (tokens[part], labels[part]) for name, part in parts.items()}
-    _, tokenizer = recon.load("smollm2-135m")
-    text = tokenizer.batch_decode(recon.sample_tokens("wikipedia", "calibration", tokenizer, 500, 512))
-    own = tokenizer.train_new_from_iterator(text, _MAMBA["vocab_size"])
-    splits = {"training": ("calibration", 8000), "held_out": ("validation", 100), "evaluation": ("evaluation", 500)}
-    found = {name: recon.sample_tokens("wikipedia", split, own, count, 32) for name, (split, count) in splits.items()}
-    return {name: (tokens, torch.zeros(len(tokens))) for name, tokens in found.items()}
+        ends = {"training": (0, 744), "calibration": (744, 1000), "held_out": (1000, 1200), "evaluation": (1200, None)}
+        return {name: (tokens[slice(*part)], labels[slice(*part)]) for name, part in ends.items()}
+    folder = ladder.text(ROOT / ladder.FOLDER)
+    text, tokenizer = str(folder / "held-out.jsonl"), AutoTokenizer.from_pretrained(folder)
+    splits = {"calibration": ("calibration", 544), "held_out": ("validation", 64), "evaluation": ("evaluation", 128)}
+    found = {name: recon.sample_tokens(text, split, tokenizer, n, ladder.LENGTH) for name, (split, n) in splits.items()}
+    found["training"] = ladder.samples(8000, folder.parent)
+    return {name: (tokens[:, : LENGTHS[kind]], torch.zeros(len(tokens))) for name, tokens in found.items()}
 
 
 def nats(network: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
-    """The negative log-likelihood of each sample's digit or, of text, the mean over its predicted tokens; (samples,)."""
+    """The negative log-likelihood of each sample's digit or, of text, the mean over its predicted tokens; (samples,).
+
+    An encoder reads the first half of a sample, and its decoder predicts the second.
+    """
     if isinstance(network, Reader):
         return F.cross_entropy(network(tokens).logits, labels, reduction="none")
-    return F.cross_entropy(network(tokens).logits[:, :-1].mT, tokens[:, 1:], reduction="none").mean(1)
+    read = {}
+    if network.config.is_encoder_decoder:
+        read["input_ids"], tokens = tokens.chunk(2, 1)
+    logits = network(**read, **{"decoder_input_ids" if read else "input_ids": tokens}).logits
+    return F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none").mean(1)
+
+
+@torch.no_grad()
+def told(network: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """`nats` of many samples, 64 at a time."""
+    return torch.cat([nats(network, *part) for part in zip(tokens.split(64), labels.split(64))])
 
 
 def trained(kind: str, seed: int, steps: int) -> nn.Module:
-    """The network of a kind, trained on all of its data but the last `CALIBRATION` samples; kept under build/."""
+    """The network of a kind, trained; kept under build/.
+
+    "Llama" is the ladder's rung of four blocks; a search reads other samples of those that are judged.
+    """
+    if kind == "Llama":
+        rung = ladder.Rung(4, 128, steps, seed % SEARCH)
+        return LlamaForCausalLM.from_pretrained(ladder.train(rung, ROOT / ladder.FOLDER)).eval()
     path = ROOT / "build" / "networks" / f"{kind}-{seed}-{steps}.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network, random = KINDS[kind](), torch.Generator().manual_seed(seed)
         if not path.is_file():
-            tokens, labels = (each[:-CALIBRATION] for each in data(kind)["training"])
+            tokens, labels = data(kind)["training"]
             optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.01)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
             for _ in range(steps):
@@ -177,33 +209,65 @@ def trained(kind: str, seed: int, steps: int) -> nn.Module:
     return network.eval()
 
 
+def thinned(network: nn.Module, share: float) -> nn.Module:
+    """The network with dynamic sparsity: of what a matrix W reads, each token loses the `share` of inputs j with the smallest
+    |x_j| ||W_j|| (W_j: column j), which is Wanda's score with one token for all."""
+
+    def largest(module: nn.Linear, inputs: tuple[Tensor]) -> Tensor:
+        score = inputs[0].detach().abs() * module.weight.detach().norm(dim=0)
+        lost = round(share * score.shape[-1])
+        return inputs[0] * (score > score.kthvalue(lost, -1, keepdim=True).values)
+
+    for name in recon.decompose(network).matrices():
+        network.get_submodule(name).register_forward_pre_hook(largest)
+    return network
+
+
 def fitted(
-    kind: str, seed: int, steps: int, pruning: dict, reconstruction: dict, split: str = "evaluation", gamma: float = 1.0
+    kind: str,
+    seed: int,
+    steps: int,
+    pruning: dict,
+    reconstruction: dict,
+    split: str = "evaluation",
+    gamma: float = 1.0,
+    samples: int = 32,
+    part: str = "",
+    dynamic: float = 0.0,
 ) -> dict:
     """One cell: a network of its own, trained, pruned and reconstructed; nats (`GROUPS`,) of each state, and accuracies.
 
-    pruning, reconstruction: options. split: what is predicted. gamma: see `scaled`.
+    pruning, reconstruction: options; without the former nothing is pruned. split: what is predicted. gamma: see `scaled`.
+    samples: of calibration; "calibration" is the mean of nats on these. part: what the names of all that is pruned and
+    reconstructed begin with; the rest stays dense. dynamic: see `thinned`.
     """
     dense, everything = trained(kind, seed, steps), data(kind)
     dense = scaled(dense, gamma) if gamma != 1 else dense
     execution, pruned = recon.Execution("cpu", "float32", progress=False), copy.deepcopy(dense)
-    drawn = torch.randperm(CALIBRATION, generator=torch.Generator().manual_seed(seed))[:32]
-    samples = everything["training"][0][-CALIBRATION:][drawn]
-    masks = recon.prune(pruned, samples, recon.PruningConfig(**pruning), seed=seed, execution=execution).masks
+    tokens, labels = everything["calibration"]
+    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:samples]
+    read, kept = tokens[drawn], {name: value for name, value in dense.state_dict().items() if not name.startswith(part)}
+    if pruning:
+        recon.prune(pruned, read, recon.PruningConfig(**pruning), seed=seed, execution=execution)
+    pruned.load_state_dict(kept, strict=False)
+    pruned = thinned(pruned, dynamic) if dynamic else pruned
     # All windows take 32 steps at a searched rate; none is rolled back. An image's first pixel is like any other.
     usual = {"chunks": 1, "batch_size": 4, "epochs": 4, "size_power": 0.0, "matrix_rate": 1.0, "roll_back": False}
     config = recon.ReconstructionConfig(**usual | {"skip_first": not isinstance(dense, Reader)} | reconstruction)
     fit = copy.deepcopy(pruned)
-    recon.reconstruct(fit, dense, samples, config, masks=masks, seed=seed, execution=execution)
-    (tokens, labels), row = everything[split], {}
-    with torch.no_grad():
-        for state, network in {"dense": dense, "pruned": pruned, "reconstructed": fit}.items():
-            row[f"own_{state}"] = [each.mean().item() for each in nats(network, tokens, labels).chunk(GROUPS)]
-            if isinstance(network, Reader):
-                row[f"accuracy, {state}"] = (network(tokens).logits.argmax(-1) == labels).float().mean().item()
+    recon.reconstruct(fit, dense, read, config, seed=seed, execution=execution)
+    fit.load_state_dict(kept, strict=False)
+    row: dict = {"calibration": {}}
+    for state, network in {"dense": dense, "pruned": pruned, "reconstructed": fit}.items():
+        row[f"own_{state}"] = [each.mean().item() for each in told(network, *everything[split]).chunk(GROUPS)]
+        row["calibration"][state] = told(network, read, labels[drawn]).mean().item()
+        if isinstance(network, Reader):
+            with torch.no_grad():
+                found = network(everything[split][0]).logits.argmax(-1) == everything[split][1]
+            row[f"accuracy, {state}"] = found.float().mean().item()
     return row
 
 
 def ranks(kind: str, seed: int, steps: int) -> dict:
     """`companion.inside.effective_ranks` of a network."""
-    return inside.effective_ranks(recon.decompose(trained(kind, seed, steps)), data(kind)["training"][0][-CALIBRATION:])
+    return inside.effective_ranks(recon.decompose(trained(kind, seed, steps)), data(kind)["calibration"][0])

@@ -59,20 +59,26 @@ def harmed(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(**{"share recovered": (mean["pruned"] - mean["reconstructed"]) / gap})[gap > LEAST]
 
 
-def searched(path: Path, measure: Callable, cells: Sequence[dict], rates: Sequence[float], compute: bool = True) -> list[dict]:
+def searched(
+    path: Path, measure: Callable, cells: Sequence[dict], rates: Sequence[float], compute: bool = True, pattern: str = "0.8"
+) -> list[dict]:
     """`cells`, each at that of `rates` with the fewest nats on held-out data, mean over seeds that no verdict uses.
 
-    The rate is searched at a sparsity of 80 %, once for cells that differ in sparsity and seed alone.
+    The rate is searched at one pattern, once for cells that differ in sparsity and seed alone: from the middle, until both
+    neighbours of the best have been tried.
     """
-    best: dict[str, float] = {}
-    tuned = []
+    rates, best, tuned = sorted(rates), {}, []
     for cell in cells:
-        base = joined(cell, {"split": "held_out", "pruning": {"pattern": "0.8"}, "seed": SEARCH})
+        base = joined(cell, {"split": "held_out", "pruning": {"pattern": pattern}, "seed": SEARCH})
         if (name := json.dumps(base)) not in best:
-            seeds = range(SEARCH, SEARCH + 2)
-            trials = [joined(base, {"seed": seed, "reconstruction": {"learning_rate": rate}}) for rate in rates for seed in seeds]
-            found = measured(path, measure, trials, compute)
-            nats = found["own_reconstructed"].map(np.mean).groupby(found["learning_rate"]).mean() if len(found) else {rates[0]: 0}
-            best[name] = float(min(nats.keys(), key=nats.get))
+            nats, middle = {}, len(rates) // 2
+            while wanted := [rate for rate in rates[max(0, middle - 1) : middle + 2] if rate not in nats]:
+                trials = grid(seed=range(SEARCH, SEARCH + 2), reconstruction=[{"learning_rate": rate} for rate in wanted])
+                found = measured(path, measure, [joined(base, trial) for trial in trials], compute)
+                if found.empty:
+                    break
+                nats |= found["own_reconstructed"].map(np.mean).groupby(found["learning_rate"]).mean().fillna(np.inf).to_dict()
+                middle = rates.index(min(nats, key=nats.get))
+            best[name] = float(rates[middle])
         tuned.append(joined(cell, {"reconstruction": {"learning_rate": best[name]}}))
     return tuned

@@ -80,3 +80,37 @@ def test_effective_rank_is_that_of_singular_values():
     found = inside.effective_ranks(decoder, IMAGES)
     assert found["width"][:2] == (32, 32) and found["matrix"][0] == "blocks.0.mix.qkv"
     assert found["rank"][0] == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item(), rel=1e-3)
+
+
+def test_dynamic_sparsity_keeps_the_inputs_of_each_token_that_weigh_most():
+    thin, x = networks.thinned(reader("ViT"), 0.25), torch.randn(2, 3, 32)
+    matrix = thin.blocks[1].mlp.up
+    most = (x.abs() * matrix.weight.norm(dim=0)).argsort(-1, descending=True)[..., :24]
+    kept = torch.zeros_like(x).scatter(-1, most, x.gather(-1, most))
+    torch.testing.assert_close(matrix(x), torch.nn.functional.linear(kept, matrix.weight, matrix.bias))
+
+
+def test_what_is_in_no_part_stays_dense(monkeypatch):
+    monkeypatch.setattr(networks, "trained", lambda *_: reader("ViT"))
+    cell = {"kind": "ViT", "seed": 0, "steps": 0, "pruning": {"pattern": "0.8"}, "reconstruction": {"granularity": "block"}}
+    none, last = (networks.fitted(**cell, samples=8, part=part) for part in ("head", "blocks.3"))
+    assert none["own_dense"] == none["own_pruned"] == none["own_reconstructed"] == last["own_dense"]
+    assert len({*last["calibration"].values()}) == 3
+
+
+def test_a_decoder_is_asked_for_the_second_half():
+    torch.manual_seed(0)
+    model, tokens = networks.KINDS["T5"]().eval(), torch.randint(512, (3, 12))
+    found = networks.told(model, tokens, torch.zeros(3))
+    assert found.tolist() == pytest.approx(recon.perplexity(model, tokens, execution=QUIET).per_window, rel=1e-5)
+
+
+def test_texts_to_move_between_are_mixed_and_written_by_the_model(tiny_folder):
+    which = {"model": tiny_folder, "samples": 6, "length": 16, "seed": 0}
+    _, read, evaluation, own = inside.domains(**which)
+    assert set(read) == set(inside.DOMAINS) and set(own) == {*inside.TEXTS, "its own"}
+    assert all(torch.equal(read["mix"][i], read[text][i]) for i, text in enumerate(inside.TEXTS * 2))
+    assert torch.equal(read["its own"][:, 0], read["wikipedia"][:, 0]) and read["its own"].shape == (6, 16)
+    row = inside.moved("news", "mix", 1, **which)
+    assert row["dense"] == own and row["pruned"] != row["reconstructed"] and len(row["pruned"]["code"]) == 16
+    assert not torch.equal(evaluation["its own"][:6], read["its own"])
