@@ -147,7 +147,8 @@ def data(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
 
     Text has no labels.
     """
-    if kind not in LENGTHS:
+    length = LENGTHS.get(kind.partition("-")[0])
+    if length is None:
         found, order = load_digits(), torch.randperm(1797, generator=torch.Generator().manual_seed(0))
         tokens, labels = torch.tensor(found.data).long()[order], torch.tensor(found.target)[order]
         ends = {"training": (0, 744), "calibration": (744, 1000), "held_out": (1000, 1200), "evaluation": (1200, None)}
@@ -157,7 +158,7 @@ def data(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
     splits = {"calibration": ("calibration", 544), "held_out": ("validation", 64), "evaluation": ("evaluation", 128)}
     found = {name: recon.sample_tokens(text, split, tokenizer, n, ladder.LENGTH) for name, (split, n) in splits.items()}
     found["training"] = ladder.samples(8000, folder.parent)
-    return {name: (tokens[:, : LENGTHS[kind]], torch.zeros(len(tokens))) for name, tokens in found.items()}
+    return {name: (tokens[:, :length], torch.zeros(len(tokens))) for name, tokens in found.items()}
 
 
 def nats(network: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -183,10 +184,11 @@ def told(network: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
 def trained(kind: str, seed: int, steps: int) -> nn.Module:
     """The network of a kind, trained; kept under build/.
 
-    "Llama" is the ladder's rung of four blocks; a search reads other samples of those that are judged.
+    "Llama-4" is the ladder's rung of four blocks; a search reads other samples of those that are judged.
     """
-    if kind == "Llama":
-        rung = ladder.Rung(4, 128, steps, seed % SEARCH)
+    name, _, blocks = kind.partition("-")
+    if name == "Llama":
+        rung = ladder.Rung(int(blocks), 32 * int(blocks), steps, seed % SEARCH)
         return LlamaForCausalLM.from_pretrained(ladder.train(rung, ROOT / ladder.FOLDER)).eval()
     path = ROOT / "build" / "networks" / f"{kind}-{seed}-{steps}.safetensors"
     with torch.random.fork_rng():
