@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import jinja2
+import nbformat
 import pandas as pd
 import yaml
 
@@ -30,7 +31,7 @@ def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: s
         "models": lambda: models(runs),
         "protocol": protocol,
         "anchors": anchors,
-        "opened": lambda: "\n\n".join(figure(figures, name) for name in drawn(_notebook("10-open-questions"))),
+        "opened": lambda: opened(figures),
     }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(functions)
@@ -42,8 +43,15 @@ def models(runs: pd.DataFrame) -> str:
     return " and ".join(f"{model} ({dense})" for model, dense in found.items()) or "those that there will be records of"
 
 
-def _notebook(stem: str) -> Path:
-    return ROOT / "notebooks" / f"{stem}.ipynb"
+def opened(figures: Path) -> str:
+    """Of each open question, by its section in the notebook: what was expected, its figures, and what was learnt."""
+    path = ROOT / "notebooks" / "10-open-questions.ipynb"
+    text, parts = "\n\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells), []
+    for section in re.split("^## ", text, flags=re.MULTILINE)[1:]:
+        said = {name: re.findall(rf"^\*\*{name}\.\*\* .*$", section, re.MULTILINE) for name in ("Hypothesis", "Learnt")}
+        shown = [figure(figures, name) for name in drawn(path) if f'"{name}"' in section]
+        parts += [f"### {section.splitlines()[0]}", *said["Hypothesis"], *shown, *said["Learnt"]]
+    return "\n\n".join(parts)
 
 
 def figure(figures: Path, name: str) -> str:
