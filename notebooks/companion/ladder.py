@@ -258,8 +258,9 @@ def over_size(
     for trend, own in slopes.groupby("trend"):
         lines = [f"{line} ({count} of {of[line]})" for line, count in own["line"].value_counts(sort=False).items()]
         by = f" by {span(own['slope'].abs())} per decade" * (trend in ("rises", "falls"))
-        said.append(f"{trend}{by}: {', '.join(lines)}")
-    return figure, data, f"With {size.__name__}, {'; '.join(said)}.", slopes
+        said.append(f"{trend}{by} for {', '.join(lines)}")
+    words = " ".join(words.split())
+    return figure, data, f"{words[0].upper()}{words[1:]}, over {size.__name__}: {'; '.join(said)}.", slopes
 
 
 def size_axis(ax: Axes, words: str = "parameters") -> None:
