@@ -28,11 +28,10 @@ from transformers import (
 
 import recon
 from companion import inside, ladder
-from companion.frame import SEARCH
 from companion.publish import ROOT
 
 SIDE, PIXELS, GREYS, CLASSES = 8, 64, 17, 10
-LENGTHS = {"Mamba": 64, "T5": 64, "Llama": ladder.LENGTH}  # tokens of a sample, of the networks that read text
+LENGTHS = {"Mamba": 32, "T5": 64, "Llama": ladder.LENGTH}  # tokens of a sample, of the networks that read text
 GROUPS = 20  # of samples whose mean is kept: the windows of other notebooks
 
 
@@ -184,11 +183,11 @@ def told(network: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
 def trained(kind: str, seed: int, steps: int) -> nn.Module:
     """The network of a kind, trained; kept under build/.
 
-    "Llama-4" is the ladder's rung of four blocks; a search reads other samples of those that are judged.
+    "Llama-4" is the ladder's rung of four blocks, one network: its seeds are draws of samples alone.
     """
     name, _, blocks = kind.partition("-")
     if name == "Llama":
-        rung = ladder.Rung(int(blocks), 32 * int(blocks), steps, seed % SEARCH)
+        rung = ladder.Rung(int(blocks), 32 * int(blocks), steps)
         return LlamaForCausalLM.from_pretrained(ladder.train(rung, ROOT / ladder.FOLDER)).eval()
     path = ROOT / "build" / "networks" / f"{kind}-{seed}-{steps}.safetensors"
     with torch.random.fork_rng():
