@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
-    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PretrainedConfig,
@@ -188,7 +187,7 @@ def trained(kind: str, seed: int, steps: int) -> nn.Module:
     name, _, blocks = kind.partition("-")
     if name == "Llama":
         rung = ladder.Rung(int(blocks), 32 * int(blocks), steps)
-        return LlamaForCausalLM.from_pretrained(ladder.train(rung, ROOT / ladder.FOLDER)).eval()
+        return recon.load(str(ladder.train(rung, ROOT / ladder.FOLDER)))[0]
     path = ROOT / "build" / "networks" / f"{kind}-{seed}-{steps}.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
