@@ -106,14 +106,16 @@ DOMAINS = (*TEXTS, "mix", "its own")  # a mix of the three; what the model itsel
 
 
 @lru_cache(maxsize=1)
-def domains(model: str, samples: int, length: int, seed: int) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], dict]:
-    """The dense model, by `DOMAINS` its samples (samples, length) for calibration and the 16 for evaluation, and its nats.
+def domains(
+    model: str, samples: int, windows: int, length: int, seed: int
+) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], dict]:
+    """The dense model, by `DOMAINS` its samples (samples, length) for calibration and `windows` for evaluation, and its nats.
 
     What the model wrote begins with the first token of a Wikipedia sample, and is drawn by its probabilities.
     """
     dense, tokenizer = recon.load(model)
     found = []
-    for split, count in (("calibration", samples), ("evaluation", 16)):
+    for split, count in (("calibration", samples), ("evaluation", windows)):
         read = {text: recon.sample_tokens(text, split, tokenizer, count, length, seed) for text in TEXTS}
         read["mix"] = torch.stack([read[TEXTS[i % len(TEXTS)]][i] for i in range(count)])
         drawn = {"do_sample": True, "top_k": 0, "min_length": length, "max_length": length, "pad_token_id": 0}

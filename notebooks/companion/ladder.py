@@ -260,7 +260,7 @@ def over_size(
         by = f" by {span(own['slope'].abs())} per decade" * (trend in ("rises", "falls"))
         said.append(f"{trend}{by} for {', '.join(lines)}")
     words = " ".join(words.split())
-    return figure, data, f"{words[0].upper()}{words[1:]}, over {size.__name__}: {'; '.join(said)}.", slopes
+    return figure, data, f"{words[:1].upper()}{words[1:]}, over {size.__name__}: {'; '.join(said)}.", slopes
 
 
 def size_axis(ax: Axes, words: str = "parameters") -> None:

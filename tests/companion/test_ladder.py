@@ -97,14 +97,16 @@ def runs(gains, models, **options):
 
 def test_slopes_are_those_of_least_squares_and_training_scatter_widens_them():
     models, gains = ["a-1m-s0", "a-3m-s0", "a-10m-s0", "a-30m-s0", "b-100m"], [0.0, 0.05, 0.1, 0.15, 0.9]
-    figure, data, finding, slopes = ladder.over_size({("panel", "line"): runs(gains, models, noise=0.001)}, "", share=True)
+    figure, data, finding, slopes = ladder.over_size(
+        {("panel", "line"): runs(gains, models, noise=0.001)}, "our\nlead", share=True
+    )
     at = np.log10([compare.parameters(model) for model in models])
     line = slopes.iloc[0]
     assert line["slope"] == pytest.approx(np.polyfit(at[:4], gains[:4], 1)[0], abs=0.01)
     assert (
         line["low"] < line["slope"] < line["high"]
         and line["trend"] == "rises"
-        and "rises by 0.10 per decade: line (1 of 1)" in finding
+        and finding == "Our lead, over parameters: rises by 0.10 per decade for line (1 of 1)."
     )
     assert len(data) == 20 and data.groupby("model")["value"].mean()[models].to_list() == pytest.approx(gains, abs=0.01)
     twins = runs([*gains[:4], 0.3], [*models[:4], "a-1m-s1"], noise=0.001)

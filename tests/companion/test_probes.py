@@ -106,11 +106,11 @@ def test_a_decoder_is_asked_for_the_second_half():
 
 
 def test_texts_to_move_between_are_mixed_and_written_by_the_model(tiny_folder):
-    which = {"model": tiny_folder, "samples": 6, "length": 16, "seed": 0}
+    which = {"model": tiny_folder, "samples": 6, "windows": 8, "length": 16, "seed": 0}
     _, read, evaluation, own = inside.domains(**which)
     assert set(read) == set(inside.DOMAINS) and set(own) == {*inside.TEXTS, "its own"}
     assert all(torch.equal(read["mix"][i], read[text][i]) for i, text in enumerate(inside.TEXTS * 2))
     assert torch.equal(read["its own"][:, 0], read["wikipedia"][:, 0]) and read["its own"].shape == (6, 16)
     row = inside.moved("news", "mix", 1, **which)
-    assert row["dense"] == own and row["pruned"] != row["reconstructed"] and len(row["pruned"]["code"]) == 16
+    assert row["dense"] == own and row["pruned"] != row["reconstructed"] and len(row["pruned"]["code"]) == 8
     assert not torch.equal(evaluation["its own"][:6], read["its own"])
