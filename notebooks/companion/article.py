@@ -46,10 +46,10 @@ def models(runs: pd.DataFrame) -> str:
 def opened(figures: Path) -> str:
     """Of each open question, by its section in the notebook: what was expected, its figures, and what was learnt."""
     path = ROOT / "notebooks" / "10-open-questions.ipynb"
-    text, parts = "\n\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells), []
+    text, names, parts = "\n\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells), drawn(path), []
     for section in re.split("^## ", text, flags=re.MULTILINE)[1:]:
         said = {name: re.findall(rf"^\*\*{name}\.\*\* .*$", section, re.MULTILINE) for name in ("Hypothesis", "Learnt")}
-        shown = [figure(figures, name) for name in drawn(path) if f'"{name}"' in section]
+        shown = [figure(figures, name) for name in names if f'"{name}"' in section]
         parts += [f"### {section.splitlines()[0]}", *said["Hypothesis"], *shown, *said["Learnt"]]
     return "\n\n".join(parts)
 

@@ -4,6 +4,8 @@ import copy
 import itertools
 from functools import lru_cache
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -115,18 +117,18 @@ def domains(
     """
     dense, tokenizer = recon.load(model)
     found = []
-    for split, count in (("calibration", samples), ("evaluation", windows)):
+    for number, (split, count) in enumerate((("calibration", samples), ("evaluation", windows))):
         read = {text: recon.sample_tokens(text, split, tokenizer, count, length, seed) for text in TEXTS}
         read["mix"] = torch.stack([read[TEXTS[i % len(TEXTS)]][i] for i in range(count)])
         drawn = {"do_sample": True, "top_k": 0, "min_length": length, "max_length": length, "pad_token_id": 0}
         with torch.random.fork_rng():
-            torch.manual_seed(seed + len(split))
+            torch.manual_seed(2 * seed + number)
             read["its own"] = dense.generate(read["wikipedia"][:, :1], attention_mask=torch.ones(count, 1).long(), **drawn)
         found.append(read)
-    return dense, *found, nats(dense, found[1])
+    return dense, *found, per_window(dense, found[1])
 
 
-def nats(network: nn.Module, evaluation: dict[str, Tensor]) -> dict[str, list[float]]:
+def per_window(network: nn.Module, evaluation: dict[str, Tensor]) -> dict[str, list[float]]:
     """The mean negative log-likelihood of each window, by text; the mix has no text of its own."""
     texts = [text for text in evaluation if text != "mix"]
     return {text: recon.perplexity(network, evaluation[text], execution=QUIET).per_window for text in texts}
@@ -138,14 +140,30 @@ def pruned_on(text: str, **which) -> tuple[nn.Module, dict]:
     dense, calibration, evaluation, _ = domains(**which)
     pruned = copy.deepcopy(dense)
     recon.prune(pruned, calibration[text], seed=which["seed"], execution=QUIET)
-    return pruned, nats(pruned, evaluation)
+    return pruned, per_window(pruned, evaluation)
 
 
 def moved(prune: str, fit: str, epochs: int, **which) -> dict:
-    """Pruned on one text, reconstructed on another by the default recipe: the `nats` of each state, by text."""
+    """Pruned on one text, reconstructed on another by the default recipe: the nats of each state, by text."""
     dense, calibration, evaluation, own = domains(**which)
     pruned, before = pruned_on(prune, **which)
     fitted = copy.deepcopy(pruned)
     config = recon.ReconstructionConfig(epochs=epochs)
     recon.reconstruct(fitted, dense, calibration[fit], config, seed=which["seed"], execution=QUIET)
-    return {"dense": own, "pruned": before, "reconstructed": nats(fitted, evaluation)}
+    return {"dense": own, "pruned": before, "reconstructed": per_window(fitted, evaluation)}
+
+
+def costs_of_moving(runs: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
+    """By how many nats a text is worse than the one that is evaluated, by kind of text and what it is for, of each seed.
+
+    runs: prune, fit, evaluated (names of texts), seed, lost (nats over dense), a row for each.
+    """
+    costs: dict[str, dict[str, np.ndarray]] = {"a foreign text": {}, "a mix": {}}
+    for name, roles in {"to prune on": ["prune"], "to reconstruct on": ["fit"], "to do both on": ["prune", "fit"]}.items():
+        same = runs[roles].eq(runs["evaluated"], axis=0).all(axis=1)
+        mixed = runs[roles].eq("mix").all(axis=1)
+        foreign = (runs[roles].ne(runs["evaluated"], axis=0) & runs[roles].ne("mix")).all(axis=1)
+        for kind, chosen in (("a foreign text", foreign), ("a mix", mixed)):
+            of_seeds = [runs[rows].groupby("seed")["lost"].mean() for rows in (chosen, same)]
+            costs[kind][name] = (of_seeds[0] - of_seeds[1]).to_numpy()
+    return costs

@@ -132,11 +132,12 @@ def scaled(network: Reader, gamma: float, channels: int = 2) -> Reader:
 
 
 KINDS = {"MLP": partial(Reader, Across), "CNN": partial(Reader, Convolution), "ViT": partial(Reader, Attention)}
-_TEXT = {"vocab_size": ladder.VOCABULARY, "dropout_rate": 0.0}
 _MAMBA = {"hidden_size": 48, "state_size": 4, "num_hidden_layers": 4}
-_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
-KINDS |= {"Mamba": lambda: MambaForCausalLM(MambaConfig(**_TEXT, **_MAMBA))}
-KINDS |= {"T5": lambda: T5ForConditionalGeneration(T5Config(**_TEXT, **_T5))}
+_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.0}
+KINDS |= {
+    "Mamba": lambda: MambaForCausalLM(MambaConfig(vocab_size=ladder.VOCABULARY, **_MAMBA)),
+    "T5": lambda: T5ForConditionalGeneration(T5Config(vocab_size=ladder.VOCABULARY, **_T5)),
+}
 
 
 @cache
@@ -224,17 +225,9 @@ def thinned(network: nn.Module, share: float) -> nn.Module:
 
 
 def fitted(
-    kind: str,
-    seed: int,
-    steps: int,
-    pruning: dict,
-    reconstruction: dict,
-    split: str = "evaluation",
-    gamma: float = 1.0,
-    samples: int = 32,
-    part: str = "",
-    dynamic: float = 0.0,
-) -> dict:
+    kind: str, seed: int, steps: int, pruning: dict, reconstruction: dict, split: str = "evaluation",
+    gamma: float = 1.0, samples: int = 32, part: str = "", dynamic: float = 0.0
+) -> dict:  # fmt: skip
     """One cell: a network of its own, trained, pruned and reconstructed; nats (`GROUPS`,) of each state, and accuracies.
 
     pruning, reconstruction: options; without the former nothing is pruned. split: what is predicted. gamma: see `scaled`.
@@ -243,19 +236,18 @@ def fitted(
     """
     dense, everything = trained(kind, seed, steps), data(kind)
     dense = scaled(dense, gamma) if gamma != 1 else dense
-    execution, pruned = recon.Execution("cpu", "float32", progress=False), copy.deepcopy(dense)
-    tokens, labels = everything["calibration"]
+    pruned, (tokens, labels) = copy.deepcopy(dense), everything["calibration"]
     drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:samples]
     read, kept = tokens[drawn], {name: value for name, value in dense.state_dict().items() if not name.startswith(part)}
     if pruning:
-        recon.prune(pruned, read, recon.PruningConfig(**pruning), seed=seed, execution=execution)
+        recon.prune(pruned, read, recon.PruningConfig(**pruning), seed=seed, execution=inside.QUIET)
     pruned.load_state_dict(kept, strict=False)
     pruned = thinned(pruned, dynamic) if dynamic else pruned
-    # All windows take 32 steps at a searched rate; none is rolled back. An image's first pixel is like any other.
+    # A window makes a step for each sample, unless it is told otherwise; none is rolled back. First pixels are like any other.
     usual = {"chunks": 1, "batch_size": 4, "epochs": 4, "size_power": 0.0, "matrix_rate": 1.0, "roll_back": False}
     config = recon.ReconstructionConfig(**usual | {"skip_first": not isinstance(dense, Reader)} | reconstruction)
     fit = copy.deepcopy(pruned)
-    recon.reconstruct(fit, dense, read, config, seed=seed, execution=execution)
+    recon.reconstruct(fit, dense, read, config, seed=seed, execution=inside.QUIET)
     fit.load_state_dict(kept, strict=False)
     row: dict = {"calibration": {}}
     for state, network in {"dense": dense, "pruned": pruned, "reconstructed": fit}.items():

@@ -52,11 +52,16 @@ def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], co
     return data
 
 
+def lost(runs: pd.DataFrame, state: str) -> pd.Series:
+    """The mean nats of a state ("pruned", "reconstructed") over those of the dense network, of each run."""
+    return runs[f"own_{state}"].map(np.mean) - runs["own_dense"].map(np.mean)
+
+
 def harmed(runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of the networks and sparsities for which pruning costs `LEAST` nats, and what share of that is recovered."""
-    mean = {state: runs[f"own_{state}"].map(np.mean) for state in ("dense", "pruned", "reconstructed")}
-    gap = (mean["pruned"] - mean["dense"]).groupby([runs["kind"], runs["pattern"]]).transform("mean")
-    return runs.assign(**{"share recovered": (mean["pruned"] - mean["reconstructed"]) / gap})[gap > LEAST]
+    before, after = lost(runs, "pruned"), lost(runs, "reconstructed")
+    gap = before.groupby([runs["kind"], runs["pattern"]]).transform("mean")
+    return runs.assign(**{"share recovered": (before - after) / gap})[gap > LEAST]
 
 
 def searched(

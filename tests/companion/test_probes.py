@@ -2,6 +2,7 @@
 
 import copy
 
+import pandas as pd
 import pytest
 import torch
 
@@ -52,12 +53,13 @@ def test_probes_are_kept_and_rates_are_those_that_are_best_at_other_seeds(tmp_pa
     cells = probes.grid(seed=[0, 1], reconstruction=[{"learning_rate": 1.0}], pruning=[{"pattern": "0.5"}])
     path = tmp_path / "probes" / "made-up.json"
     assert probes.measured(path, measure, cells, compute=False).empty
-    tuned = probes.searched(path, measure, cells, [0.01, 0.1, 1.0])
-    assert [cell["reconstruction"]["learning_rate"] for cell in tuned] == [0.1, 0.1] and len(asked) == 6
+    tuned = probes.searched(path, measure, cells, [100.0, 10.0, 1.0, 0.1, 0.01])
+    assert [cell["reconstruction"]["learning_rate"] for cell in tuned] == [0.1, 0.1]
+    assert [rate for seed, _, rate in asked if seed == 100] == [0.1, 1.0, 10.0, 0.01] and len(asked) == 8
     assert {(seed >= 100, split) for seed, split, _ in asked} == {(True, "held_out")}
     runs = probes.measured(path, measure, tuned)
-    assert list(runs["seed"]) == [0, 1] and set(runs["perplexity"]) == {1.0} and len(asked) == 8
-    assert probes.measured(path, measure, tuned, compute=False).equals(runs) and len(asked) == 8
+    assert list(runs["seed"]) == [0, 1] and set(runs["perplexity"]) == {1.0} and len(asked) == 10
+    assert probes.measured(path, measure, tuned, compute=False).equals(runs) and len(asked) == 10
 
 
 def test_noise_begins_as_it_is_put_in_and_gradients_agree_where_inputs_do(tiny_folder):
@@ -114,3 +116,13 @@ def test_texts_to_move_between_are_mixed_and_written_by_the_model(tiny_folder):
     row = inside.moved("news", "mix", 1, **which)
     assert row["dense"] == own and row["pruned"] != row["reconstructed"] and len(row["pruned"]["code"]) == 8
     assert not torch.equal(evaluation["its own"][:6], read["its own"])
+
+
+def test_costs_of_moving_are_against_the_text_that_is_evaluated():
+    texts = ("news", "code", "mix")
+    rows = [(prune, fit, text, seed) for prune in texts for fit in texts for text in texts[:2] for seed in (0, 1)]
+    runs = pd.DataFrame(rows, columns=["prune", "fit", "evaluated", "seed"])
+    away = {name: (runs[name] != runs["evaluated"]) * runs[name].map({"mix": 0.5}).fillna(1.0) for name in ("prune", "fit")}
+    costs = inside.costs_of_moving(runs.assign(lost=2.0 * away["prune"] + away["fit"] + runs["seed"]))
+    found = {kind: [own.tolist() for own in each.values()] for kind, each in costs.items()}
+    assert found == {"a foreign text": [[2, 2], [1, 1], [3, 3]], "a mix": [[1, 1], [0.5, 0.5], [1.5, 1.5]]}
