@@ -27,6 +27,7 @@ TUNING = [name for name in DEFAULTS if name.removeprefix("retrain_") in _TUNABLE
 _APART = """model revision text samples sequence_length held_out_samples pattern statistics prune_samples retrain_samples
     retrain_checkpointing evaluation_texts evaluation_samples evaluation_more_samples evaluation_length evaluation_protocol
     kl_windows tasks task_limit device compute_dtype seed""".split()
+VARIED = {"criterion", "granularity", "retrain"}  # of a method, in the grids of notebooks 1 to 3 and 9
 METHOD = [name for name in DEFAULTS if name not in (*TUNING, *_APART)]
 
 
@@ -184,8 +185,8 @@ def protocol(runs: pd.DataFrame) -> str:
         cells = ", ".join(dict.fromkeys(group["model"] + " " + group["pattern"]))
         said.setdefault(protocol_words(group), []).append(cells)
     words = [f"{', '.join(cells)}: {text}" if len(said) > 1 else text for text, cells in said.items()]
-    dense = runs[runs["dense"] != ""].drop_duplicates("model")
-    words += [f"Dense weights: {'; '.join(dense['model'] + ' ' + dense['dense'])}"] if len(dense) else []
+    dense = {model.partition(",")[0]: said for model, said in zip(runs["model"], runs["dense"]) if said}  # whatever the recipe
+    words += [f"Dense weights: {'; '.join(f'{model} {said}' for model, said in dense.items())}"] if dense else []
     return ". ".join(words) + "."
 
 

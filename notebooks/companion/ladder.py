@@ -24,7 +24,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -239,17 +239,25 @@ def over_size(
     plain, names = size == compare.parameters, list(dict.fromkeys(data["panel"]))
     families = data["model"].map(compare.family if plain else lambda model: "")
     figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey="row")
+    rungs = set(data.loc[families == families.mode()[0], "line"])
     colours = dict(zip(dict.fromkeys(data["line"]), sns.color_palette("colorblind")))
     for (panel, line, family), own in data.groupby(["panel", "line", families], sort=False):
         ax, means, joined = axes[names.index(panel)], own.groupby("size")["value"].mean(), family == families.mode()[0]
         ax.plot(own["size"], own["value"], ".", color=colours[line], alpha=0.3, markersize=4)
-        shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "clip_on": False, "label": line if joined else None}
+        shown = {
+            "color": colours[line],
+            "markersize": 5,
+            "linewidth": 1,
+            "clip_on": False,
+            "label": line if joined or line not in rungs else None,
+        }
         ax.plot(means.index, means, "o-" if joined else "*", **shown)
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
         ax.set(title=name, ylabel=words if ax in axes[::2] else "", xlim=(data["size"].min() / 2, 2 * data["size"].max()))
         if "share" not in options:  # nats differ by orders of magnitude, and some are about 0
             ax.set_yscale("symlog", linthresh=0.1)
+            ax.set_ylim(top=1.5 * data["value"].max())
             ax.yaxis.set_major_formatter("{x:g}")
         size_axis(ax, "parameters" if plain else "parameters x tokens")
     labels = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels())}
@@ -266,5 +274,6 @@ def over_size(
 def size_axis(ax: Axes, words: str = "parameters") -> None:
     """Sizes from left to right, logarithmic."""
     ax.set(xscale="log", xlabel=words)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if np.ptp(np.log10(ax.get_xlim())) < 2 else (1,)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())
