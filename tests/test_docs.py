@@ -35,6 +35,12 @@ def test_every_guide_and_notebook_is_listed():
     assert all(f"| [`{path.stem}`](notebooks/{path.name}) |" in text for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
+def test_the_readme_links_the_figures_that_are_drawn():
+    rows = re.findall(r"\| `\./run_all\.sh [^|]*\| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {name: bool(link) for row in rows for name, link in re.findall(r"`([\w-]+)`(\]\()?", row)}
+    assert named and named == {name: (ROOT / "figures" / f"{name}.png").exists() for name in named}
+
+
 def test_commands_name_words_and_options_that_exist(capsys):
     script = (ROOT / "run_all.sh").read_text(encoding="utf-8")
     known = set(re.findall(r"--[a-z][\w-]*", script)) | {"--help-notebook"}  # of papermill

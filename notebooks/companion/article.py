@@ -12,7 +12,7 @@ import nbformat
 import pandas as pd
 import yaml
 
-from companion.frame import DEFAULTS, RECIPE_WORDS
+from companion.frame import DEFAULTS
 from companion.publish import ROOT, drawn, notebooks
 
 TEMPLATE = Path(__file__).with_name("article.md.j2")
@@ -21,12 +21,13 @@ TEMPLATE = Path(__file__).with_name("article.md.j2")
 def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: str) -> str:
     """The article as Markdown, to lie in the folder `figures` beside what it links to.
 
-    verdicts: as `companion.judge.judge` gives them, with the heading of each on the page of verdicts and its effect in words.
+    verdicts: from `companion.judge.worded`.
     counts: how many are decided, in words.
     """
     functions = {
         "figure": lambda name: figure(figures, name),
         "answers": lambda *claims: answers(verdicts, claims),
+        "remark": lambda claim: verdicts.loc[verdicts["claim"] == claim, "remark"].iloc[0],
         "counts": lambda: counts,
         "models": lambda: models(runs),
         "protocol": protocol,
@@ -65,30 +66,29 @@ def figure(figures: Path, name: str) -> str:
 
 
 def answers(verdicts: pd.DataFrame, claims: tuple[str, ...]) -> str:
-    """For each claim, what its comparisons give at the main pattern, by model and recipe, linked to its row and protocol."""
+    """For each claim, what its comparisons give at the main pattern (trends: at all), by model and recipe, linked to its row."""
     lines = []
     for claim in claims:
         mine = verdicts[verdicts["claim"] == claim]
-        judged = mine[mine["pattern"].isin(["", DEFAULTS["pattern"]]) & (mine["seeds"] > 0)]
-        said = [
-            f"{row['verdict']} on {row['model'] or 'all models'} ({RECIPE_WORDS[row['recipe'] or 'default']}"
-            f"{effect and f': {effect}'})"
-            for _, row in judged.iterrows()
-            for effect in [row["effect_words"]]
-        ]
+        judged = mine[((mine["pattern"] == DEFAULTS["pattern"]) | (mine["test"] == "trend")) & (mine["seeds"] > 0)]
+        said = []
+        for _, row in judged.iterrows():
+            effect = f": {row['effect_words']}" * bool(row["effect_words"])
+            said.append(f"{row['verdict']} on {row['model'] or 'all models, ' + row['pattern']} ({row['recipe_words']}{effect})")
         place = re.sub(r"[^\w -]", "", mine["heading"].iloc[0])
         link = f"claims.md#{place.lower().replace(' ', '-')}"
         lines.append(f"- [{mine['statement'].iloc[0]}]({link}): {'; '.join(said) or 'no records yet'}.")
     return "\n".join(lines)
 
 
-def _profile() -> dict:
+def profile() -> dict:
+    """What the profile laptop sets, by notebook."""
     return yaml.safe_load((ROOT / "notebooks" / "profiles" / "laptop.yaml").read_text(encoding="utf-8"))
 
 
 def protocol() -> str:
     """What the runs of the profile read and are measured on."""
-    how = _profile()["1-granularity"]["common"]
+    how = profile()["1-granularity"]["common"]
     first, second = how["evaluation_texts"]
     return (
         f"Calibration is {how['samples']} x {how['sequence_length']} tokens; perplexity is measured on "
@@ -100,7 +100,7 @@ def protocol() -> str:
 
 def anchors() -> str:
     """Published values, with text and source."""
-    rows = _profile()["8-frontier"]["anchors"]
+    rows = profile()["8-frontier"]["anchors"]
     return "; ".join(
         f"{model} {pattern}, {mask}: {value:.2f} ({text}; {source})" for model, pattern, mask, value, text, source in rows
     )

@@ -275,8 +275,9 @@ def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     if not pairs:
         return None
     (_, fair, spent, _, count, their_count), mine, theirs, they_spent = max(pairs, key=lambda each: each[0])
-    note = f"FLOPs {spent:.3g} (samples {count[0]}, then {count[1]}) against {they_spent:.3g} (samples {their_count[1]})"
-    note += "" if fair else ": less compute on the combination's side"
+    ours = " then ".join(map(str, dict.fromkeys(count)))
+    note = f"FLOPs {spent:.3g} (samples {ours}) against {they_spent:.3g} (samples {their_count[1]})"
+    note += "" if fair else ": less compute on the first side"
     return pair(mine, theirs, claim["measure"], share=bool(claim["margin"]), note=note, favours_other=not fair)
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from companion.compare import CLOSE, MARGIN, SEEDS, common, interval, paired
-from companion.frame import DEFAULTS, MEMORY
+from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS
 from companion.judge import FAILS, GROUPS, HOLDS, MARKS, RATIOS, UNSURE, effect_words
 from companion.publish import log_scale, look, looks, lower_is_better, number
 
@@ -213,7 +213,7 @@ def memory(data: pd.DataFrame) -> Plot:
             change = last["perplexity"] / half["perplexity"] - 1
             brings = f"for a perplexity {abs(change):.1%} {'higher' if change > 0 else 'lower'}"
             times = f"{number(last[cost] / half[cost])} times the {cost.split(',')[0]} of half-blocks"
-            said.append(f"on {model}, {large[0]} windows take {times}, {brings}")
+            said.append(f"on {model}, {large[0]} windows take {times}, {brings}; {known['perplexity'].idxmin()} is lowest")
     for ax, (_, cell) in zip(axes, models):
         label(ax, dict(zip(cell["granularity"], zip(cell[cost], cell["perplexity"]))))
     finding = f"O{'; '.join(said)[1:]}." if said else f"Perplexity is {span(data['perplexity'])}."
@@ -222,17 +222,17 @@ def memory(data: pd.DataFrame) -> Plot:
 
 def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> Plot:
     """Held-out perplexity over that of the best rate, against the rate: a line for each cell of `companion.search.search`."""
-    runs = runs.assign(place=runs["model"] + ", " + runs["recipe"], samples=runs["trained"])
+    runs = runs.assign(place=runs["model"] + ", " + runs["recipe"].map(RECIPE_WORDS), samples=runs["trained"])
     runs["ratio"] = runs["held_out_perplexity"] / runs.groupby("cell", sort=False)["held_out_perplexity"].transform("min")
     data = runs[list(dict.fromkeys([panel, line, "recipe", "rate", "held_out_perplexity", "ratio", "chosen"]))]
-    shown = looks(data[line]) if line == "fit" else {"palette": "flare", "markers": True}
+    shown = looks(data[line]) if line == "fit" else {"palette": "colorblind", "markers": True}
     plot = sns.relplot(
         data, x="rate", y="ratio", hue=line, style=line, col=panel, col_wrap=min(4, data[panel].nunique()), kind="line",
         dashes=False, markersize=5, height=2.4, aspect=1.1, legend="full", units="recipe", estimator=None, **shown,
     )  # fmt: skip
     for name, ax in plot.axes_dict.items():
         taken = data[(data[panel] == name) & data["chosen"]]
-        ax.plot(taken["rate"], taken["ratio"], "o", color="0.2", markersize=6, zorder=4)
+        ax.plot(taken["rate"], taken["ratio"], "o", color="0.2", markersize=9, fillstyle="none")
         ax.set(title=name, xscale="log", ylim=(0.98, min(1.5, 1.02 * data["ratio"].max())))
     plot.set_axis_labels("learning rate", "held-out perplexity / best\n(lower is better ↓)")
     best = data[data["chosen"]].groupby(panel, sort=False)["rate"]
@@ -463,7 +463,7 @@ def gaps(runs: pd.DataFrame, to: str) -> Plot:
     if "pruned" not in wide or last is None:
         return figure, data, f"No gap to {to} both pruned and reconstructed yet."
     shrinks = (wide[last].abs() < wide["pruned"].abs()).sum()
-    ends = f"from {span(wide['pruned'])} to {span(wide[last])} nats"
+    ends = f"{span(wide['pruned'])} nats before it, {span(wide[last])} after"
     return figure, data, f"The gap to {to} shrinks with reconstruction in {shrinks} of {len(wide)} comparisons: {ends}."
 
 
@@ -616,7 +616,7 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
         ax.grid(axis="y", visible=False)
         if name in RATIOS:
             log_scale(ax, "x")
-    topics: dict[str, list[str]] = {}
+    topics: dict[str, list[str]] = {}  # counted over the rows that are drawn
     for group, mine in shown.groupby("group", sort=False):
         holds, fails = ((mine["verdict"] == state).sum() for state in (HOLDS, FAILS))
         word = "Holds" if holds == len(mine) else "Holds in part" if holds else "Does not hold" if fails else "Open"

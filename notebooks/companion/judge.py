@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from companion import compare, files, tables
-from companion.article import article
+from companion.article import article, profile
 from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
 from companion.frame import DEFAULTS, RECIPE_WORDS, load, protocol_words
 from companion.publish import ROOT
@@ -25,6 +25,7 @@ from companion.publish import ROOT
 HOLDS, FAILS, UNSURE, UNTESTABLE, NOT_RUN = "holds", "does not hold here", "not enough evidence", "not testable here", "not run"
 MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?", UNTESTABLE: "–", NOT_RUN: "○"}
 RATIOS = "ratio", "memory"  # tests whose effects are logarithms
+OLDER = "older protocol"
 MANY = 100  # seeds that nobody will run
 _YAML = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
 GROUPS = _YAML["groups"]
@@ -104,6 +105,7 @@ def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
         "seeds": 0,
         "note": "",
         "protocol": "",
+        "older": False,
     }
     words = {"claim": claim["id"], "group": claim["group"], "statement": claim["says"], "comparison": comparison(claim)}
     rule = {"test": claim["test"], "bar": _bar(claim), "short": claim["short"], "optional": claim["optional"]}
@@ -136,7 +138,14 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
         claim, state, reason, model=model, pattern=pattern, recipe=recipe, effect=effect, low=low, high=high,
         unit=evidence.unit, bound=bound, seeds=evidence.seeds,
         note=evidence.note, protocol=protocol_words(evidence.runs), keys=tuple(sorted(evidence.runs["key"])),
+        older=_older(evidence.runs, profile()[GROUPS[claim["group"]]["notebook"]]["common"]),
     )  # fmt: skip
+
+
+def _older(runs: pd.DataFrame, today: dict) -> bool:
+    """Whether some of `runs` are of another protocol than that of the profile laptop; how many samples they read may differ."""
+    said = {name: tuple(x) if isinstance(x, list) else x for name, x in today.items() if "samples" != name != "prune_samples"}
+    return any(value != wanted for name, wanted in said.items() for value in runs[name])
 
 
 def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float) -> tuple[str, str]:
@@ -180,7 +189,7 @@ def _needed(claim: dict, seeds: int, level: float, effect: float, low: float, hi
         effect, low, high, bar = (math.log(max(value, 1e-12)) for value in (effect, low, high, bar))
     distance = abs(claim["margin"] - abs(effect)) if claim["test"] == "equal" else abs(effect - bar)
     wanted = compare.wider(seeds, level) / math.sqrt(seeds) * distance / max((high - low) / 2, 1e-12)
-    fitting = (count for count in range(max(SEEDS, seeds), MANY) if compare.wider(count, level) / math.sqrt(count) <= wanted)
+    fitting = (count for count in range(max(SEEDS, seeds + 1), MANY) if compare.wider(count, level) / math.sqrt(count) <= wanted)
     needed = next(fitting, MANY)
     return f"it would take {MANY} seeds or more" if needed == MANY else f"it would take about {needed} seeds"
 
@@ -213,7 +222,12 @@ def effect_words(row: pd.Series) -> str:
 
 
 def _place(row: pd.Series) -> str:
-    return ", ".join(part for part in (row["model"], row["pattern"], "the paper's recipe" * (row["recipe"] == "paper")) if part)
+    recipe, older = "the paper's recipe" * (row["recipe"] == "paper"), OLDER * bool(row["older"])
+    return ", ".join(part for part in (row["model"], row["pattern"], recipe, older) if part)
+
+
+def _recipe(row: pd.Series) -> str:
+    return RECIPE_WORDS[row["recipe"] or "default"] + f", {OLDER}" * bool(row["older"])
 
 
 def _counted(rows: pd.DataFrame) -> str:
@@ -278,17 +292,25 @@ def count_words(verdicts: pd.DataFrame) -> str:
     said = f"{decided} of {compared} comparisons are decided ({decided / compared:.0%}): {holds} hold, {fails} do not."
     said += f" {untestable} cannot be tested with these models." * bool(untestable)
     said += f" {without} more were not run." * bool(without)
+    older = verdicts["older"].sum()
+    said += f" {older} are of an older protocol, in which rates of windows were not searched; they will be run anew." * bool(
+        older
+    )
     return (
         f"{said} Each is judged on its own, with a chance of at most 5 % that noise makes a verdict wrong: of those decided, "
-        f"up to about {0.05 * decided:.0f}. Seeds were fixed beforehand, and none was added after a verdict. They share runs, so "
-        "that several may be wrong together. Trust what several patterns and models agree on."
+        f"up to about {0.05 * decided:.0f}. In today's protocol seeds were fixed beforehand, and none was added after a verdict. "
+        "Comparisons share runs, so that several may be wrong together. Trust what several patterns and models agree on."
     )
 
 
 def worded(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """`verdicts` with the heading of each on the page, and its effect in words."""
-    headings = [f"{group}. {GROUPS[group]['title']}" for group in verdicts["group"]]
-    return verdicts.assign(heading=headings, effect_words=[effect_words(row) for _, row in verdicts.iterrows()])
+    """`verdicts` with the heading and remark of each on the page, its recipe and its effect in words."""
+    headings, rows = (
+        [f"{group}. {GROUPS[group]['title']}" for group in verdicts["group"]],
+        [row for _, row in verdicts.iterrows()],
+    )
+    remarks, recipes = [GROUPS[group].get("remark", "").strip() for group in verdicts["group"]], [*map(_recipe, rows)]
+    return verdicts.assign(heading=headings, remark=remarks, recipe_words=recipes, effect_words=[*map(effect_words, rows)])
 
 
 def _not_run_words(verdicts: pd.DataFrame) -> str:
@@ -306,7 +328,7 @@ def headlines(verdicts: pd.DataFrame) -> str:
         for claim in about["claims"]:
             mine = verdicts[(verdicts["claim"] == claim) & (verdicts["pattern"] == DEFAULTS["pattern"]) & (verdicts["seeds"] > 0)]
             said = [
-                f"{MARKS[v['verdict']]} {v['model']}, {RECIPE_WORDS[v['recipe']]}: {effect_words(v)}"
+                f"{MARKS[v['verdict']]} {v['model']}, {_recipe(v)}: {effect_words(v)}"
                 + f" ({v['note']})" * (v["test"] in ("gap", "memory"))
                 for _, v in mine.iterrows()
             ]
@@ -320,7 +342,7 @@ def summary(verdicts: pd.DataFrame) -> str:
     for group, mine in verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].groupby("group", sort=False):
         first = mine.iloc[0]
         place = f"{_place(first)}; seeds: {first['seeds']}"
-        example = f"{first['statement']}: {effect_words(first) or first['reason']} ({place})"
+        example = f"{MARKS[first['verdict']]} {first['statement']}: {effect_words(first) or first['reason']} ({place})"
         rows.append((GROUPS[group]["claim"], GROUPS[group]["title"], _counted(mine), example))
     rows.sort(key=lambda row: row[0])
     lines = tables.markdown(("claim", "what it says", "verdicts", "for example"), rows) if rows else []

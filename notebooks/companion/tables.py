@@ -103,8 +103,10 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
         if data.empty:
             continue
         caption = "Mean (of perplexities: geometric) ± standard deviation (seeds), lower is better. Bold: the lowest of a "
-        caption += f"column, and what is within both standard deviations of it. {protocol(used)} "
-        caption += "Paper: of its own models, from a summary of it; its tables could not be read here."
+        used = used.assign(model=used["model"] + ", " + used["recipe"].map(RECIPE_WORDS))
+        caption += f"column, and what is within both standard deviations of it. {protocol(used)}"
+        told = " Paper: of its own models, from a summary of it; its tables could not be read here."
+        caption += told * any(table == name for table, _ in PAPER)
         page, tex = [f"# {title}"], []
         for panel, part in data.groupby("panel", sort=False):
             shown = _words(part, name, "**{}**")
@@ -130,7 +132,8 @@ def _words(data: pd.DataFrame, name: str, bold: str) -> pd.DataFrame:
         said.append(bold.format(words) if leads else words)
     shown = data.assign(said=said).pivot(index="row", columns="column", values="said").fillna("")
     shown = shown.loc[list(dict.fromkeys(data["row"])), list(dict.fromkeys(data["column"]))]
-    return shown.rename_axis(index=None, columns=None).assign(paper=[PAPER.get((name, row), "") for row in shown.index])
+    known = [PAPER.get((name, row), "") for row in shown.index]
+    return shown.rename_axis(index=None, columns=None).assign(**{"paper": known} if any(known) else {})
 
 
 def _escaped(text: str) -> str:
