@@ -111,13 +111,16 @@ def label(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
 
 
 def label_ends(ax: Axes, x: float, ends: dict[str, float]) -> None:
-    """Writes each name to the right of its line's last value, moved up if another is below; set limits and scales before."""
+    """Writes each name to the right of its line's last value, without overlap; set limits and scales before."""
     ax.figure.draw_without_rendering()
-    least = -math.inf
-    for name, y in sorted(ends.items(), key=lambda end: end[1]):
-        own = ax.transData.transform((x, y))[1] * 72 / ax.figure.dpi
-        least = max(own, least + 10)  # points
-        ax.annotate(name, (x, y), (6, least - own), textcoords="offset points", va="center", fontsize=8, annotation_clip=False)
+    names = sorted(ends, key=ends.get)
+    own = [ax.transData.transform((x, ends[name]))[1] * 72 / ax.figure.dpi for name in names]
+    gaps = 10 * np.arange(len(own))  # points
+    places = np.maximum.accumulate(own - gaps), np.minimum.accumulate((own - gaps)[::-1])[::-1]  # moved up alone, down alone
+    for name, at, moved in zip(names, own, np.mean(places, axis=0) + gaps):
+        how = {"textcoords": "offset points", "va": "center", "fontsize": 8, "annotation_clip": False}
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0} if abs(moved - at) > 1 else None
+        ax.annotate(name, (x, ends[name]), (12, moved - at), arrowprops=line, **how)
 
 
 def level(ax: Axes, value: float, name: str, inside: bool = True) -> None:
@@ -345,7 +348,7 @@ def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
 
 
 def budget(runs: pd.DataFrame) -> Plot:
-    """Quality against compute and, if known, memory. Numbers: samples of the methods that nothing beats at their cost or less.
+    """Quality against compute and, if known, memory. Numbers: samples. Line: what nothing beats at its cost or less.
 
     A mark is a method at a number of samples: the mean over the seeds that all methods have. The dense control and the pruned
     model have none.
@@ -363,7 +366,7 @@ def budget(runs: pd.DataFrame) -> Plot:
         for ax, cost in zip(row, costs):
             best = front(means, cost, quality)
             ours = best["method"].isin([MAIN[0], PUBLISHED]).sum()
-            counts.append(f"{ours} of {len(best)} for {cost.split(',')[0]} by {quality.split(',')[0]}")
+            counts.append(f"{ours} of {len(best)} ({quality.split(',')[0]} at equal {cost.split(',')[0]})")
             ax.step(best[cost], best[quality], where="post", color="0.6", linewidth=1, zorder=1)
             sns.scatterplot(
                 means, x=cost, y=quality, hue="method", style="method", s=60, **looks(order), legend=ax is axes[0, 0], ax=ax
@@ -372,19 +375,12 @@ def budget(runs: pd.DataFrame) -> Plot:
                 log_scale(ax, "x")
             log_scale(ax)
             level(ax, data.loc[data["method"] == "pruned", quality].mean(), "pruned")
-            for place in best.to_dict("records"):
-                ax.annotate(
-                    place["samples"],
-                    (place[cost], place[quality]),
-                    (-5, -5),
-                    textcoords="offset points",
-                    fontsize=7,
-                    ha="right",
-                    va="top",
-                )
+            ax.margins(0.12)
+            for place in means.to_dict("records"):
+                ax.annotate(place["samples"], (place[cost], place[quality]), (6, 3), textcoords="offset points", fontsize=7)
         lower_is_better(row[0])
     legend(figure, axes[0, 0])
-    return figure, means, f"Of the methods that nothing beats at their cost, reconstruction alone is {', '.join(counts)}."
+    return figure, means, f"What nothing beats at its cost is reconstruction alone in {', '.join(counts)}."
 
 
 def extrapolation(runs: pd.DataFrame, reach: int = 64) -> Plot | None:
@@ -616,6 +612,9 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
         ax.grid(axis="y", visible=False)
         if name in RATIOS:
             log_scale(ax, "x")
+        elif name == "equal":  # most effects are near 0, some are large
+            ax.set_xscale("symlog", linthresh=0.1)
+            ax.xaxis.set_major_formatter("{x:g}")
     topics: dict[str, list[str]] = {}  # counted over the rows that are drawn
     for group, mine in shown.groupby("group", sort=False):
         holds, fails = ((mine["verdict"] == state).sum() for state in (HOLDS, FAILS))
