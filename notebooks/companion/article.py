@@ -5,6 +5,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -81,6 +82,7 @@ def answers(verdicts: pd.DataFrame, claims: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+@cache
 def profile() -> dict:
     """What the profile laptop sets, by notebook."""
     return yaml.safe_load((ROOT / "notebooks" / "profiles" / "laptop.yaml").read_text(encoding="utf-8"))
