@@ -9,11 +9,10 @@ import pytest
 import torch
 from fixtures.models import FLOAT32
 
-import recon
-from recon.config import PRESETS, PruningConfig, ReconstructionConfig, RetrainingConfig
+from recon import ComputeConfig, PruningConfig, ReconstructionConfig, RetrainingConfig, RunSpec, prune, reconstruct, retrain
+from recon.config import PRESETS
 from recon.model.windows import Window
 from recon.runtime.device import COMPUTE_DTYPES
-from recon.study.spec import RunSpec
 
 CONFIGS = [type(part) for part in vars(RunSpec()).values() if hasattr(part, "__dataclass_fields__")]
 
@@ -50,16 +49,16 @@ def passes(tiny, tokens):
     """The three passes by config: each starts from the same tiny model, takes few steps, and gives the weights that it leaves."""
     dense, batch = tiny("llama", num_hidden_layers=2), tokens(6, 12)
     half = copy.deepcopy(dense)
-    recon.prune(half, batch, PruningConfig(), execution=FLOAT32)
+    prune(half, batch, PruningConfig(), execution=FLOAT32)
 
     def run(config) -> torch.Tensor:
         model = copy.deepcopy(dense if isinstance(config, PruningConfig) else half)
         if isinstance(config, PruningConfig):
-            recon.prune(model, batch, config, execution=FLOAT32)
+            prune(model, batch, config, execution=FLOAT32)
         elif isinstance(config, ReconstructionConfig):
-            recon.reconstruct(model, dense, batch, config, execution=FLOAT32)
+            reconstruct(model, dense, batch, config, execution=FLOAT32)
         else:
-            recon.retrain(model, batch, config, dense=dense, execution=FLOAT32)
+            retrain(model, batch, config, dense=dense, execution=FLOAT32)
         return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
     return run
@@ -90,7 +89,7 @@ def test_every_choice_does_something_of_its_own(passes, kind, name):
 def test_the_test_above_covers_every_option_with_choices():
     elsewhere = {"evaluation_protocol", "compute_dtype"}
     assert {name for kind in CONFIGS for name in choices(kind)} == {name for _, name in OTHERS} | elsewhere
-    assert set(choices(recon.ComputeConfig)["compute_dtype"]) == {"auto", *COMPUTE_DTYPES}
+    assert set(choices(ComputeConfig)["compute_dtype"]) == {"auto", *COMPUTE_DTYPES}
 
 
 # ---- schedules and recipes

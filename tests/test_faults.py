@@ -22,18 +22,16 @@ from fixtures.runs import Death, Killed, comparable, options, record_of
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import recon
+from recon import Callback, ReconError, RunSpec, grid, run_study
 from recon.cli import main
-from recon.errors import ReconError
 from recon.runtime import storage
 from recon.study.record import read_record, write_record
-from recon.study.studies import grid, run_study
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_spec) -> recon.RunSpec:
+def spec(tiny_spec) -> RunSpec:
     short = {"samples": 3, "sequence_length": 16, "evaluation_length": 16}
     return tiny_spec.replaced(**short, granularity="block", compute_dtype="float32")
 
@@ -156,7 +154,7 @@ def test_a_run_that_is_refused_leaves_nothing_in_the_way(spec, tmp_path):
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_an_interrupted_run_leaves_nothing_but_what_it_goes_on_from(stream, spec, expected, tmp_path, capsys):
-    class Stop(recon.Callback):
+    class Stop(Callback):
         def on_window(self, report):
             signal.raise_signal(signal.SIGINT)
 

@@ -9,9 +9,8 @@ import torch
 from fixtures.models import FLOAT32, make_model, random_tokens
 
 import recon
+from recon import PruningConfig, ReconError, ReconstructionConfig, RetrainingConfig
 from recon.cli import main
-from recon.config import PruningConfig, ReconstructionConfig, RetrainingConfig
-from recon.errors import ReconError
 
 
 @pytest.mark.parametrize(

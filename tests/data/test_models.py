@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GgufConfig, safetensors_conversion
 
+from recon import ReconError, RunSpec
 from recon.data import files, models
-from recon.errors import ReconError
-from recon.study.spec import RunSpec
 
 UP = "model.layers.2.mlp.up_proj.weight"
 

@@ -8,12 +8,10 @@ import torch
 from fixtures.models import FAMILIES, FLOAT32
 from torch.testing import assert_close
 
-from recon.errors import ReconError
-from recon.evaluate.perplexity import SLICE, drift, last_states, perplexity
+from recon import Execution, ReconError, decompose, perplexity
+from recon.evaluate.perplexity import SLICE, drift, last_states
 from recon.kernels.losses import channel_variance, kl_divergence, unexplained
-from recon.model.discovery import decompose
 from recon.model.modules import watched
-from recon.runtime.execution import Execution
 
 
 @torch.no_grad()

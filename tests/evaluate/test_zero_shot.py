@@ -15,13 +15,11 @@ from fixtures.models import FLOAT32
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recon import Execution, ReconError, decompose
 from recon.data import models, text
-from recon.errors import ReconError
 from recon.evaluate import zero_shot
 from recon.evaluate.tasks import documents
-from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
-from recon.runtime.execution import Execution
 
 pytest.importorskip("lm_eval")
 from recon.evaluate import harness  # noqa: E402

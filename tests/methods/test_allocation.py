@@ -6,13 +6,10 @@ import pytest
 import torch
 from fixtures.models import FLOAT32, inputs_of
 
-from recon.config import PruningConfig
-from recon.errors import ReconError
+from recon import PruningConfig, ReconError, decompose, prune
 from recon.kernels import allocation as kernel
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.patterns import Pattern
-from recon.methods.prune import prune
-from recon.model.discovery import decompose
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,11 @@ from fixtures.runs import record_of, result_of
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import recon
+from recon import Decoder, Execution, PruningConfig, ReconError, RunSpec, Session, decompose, load_masks, prune, save_masks
 from recon.data import models
-from recon.errors import ReconError
 from recon.kernels.losses import channel_variance, unexplained
 from recon.methods.masks import take_over
 from recon.methods.prune import Pruning
-from recon.model.decoder import Decoder
-from recon.model.discovery import decompose
-from recon.runtime.execution import Execution
 from recon.study.measure import Texts
 
 UP = "model.layers.2.mlp.up_proj.weight"
@@ -26,14 +22,14 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_spec) -> recon.RunSpec:
+def spec(tiny_spec) -> RunSpec:
     return tiny_spec.replaced(sequence_length=16, evaluation_length=16, compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def pruned_here(spec):
     """The tiny model pruned by SparseGPT, which also updates what survives: the spec of that, the model and the dense one."""
-    only, session = spec.replaced(criterion="sparsegpt", pattern="2:4", granularity="none"), recon.Session()
+    only, session = spec.replaced(criterion="sparsegpt", pattern="2:4", granularity="none"), Session()
     model = result_of(only, session).model
     dense, tokenizer = session.load(*only.loaded_by)
     return only, SimpleNamespace(model=model, dense=dense, tokenizer=tokenizer)
@@ -100,7 +96,7 @@ def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoi
     """Norms and embeddings that changed since; a window then reads what the pruned model's embedding gives."""
     state, dense = pruned_here[1].model.state_dict(), pruned_here[1].dense
     changes = {"model.norm.weight": state["model.norm.weight"] * 2, EMBEDDING: state[EMBEDDING] + 0.1}
-    folder, session = spoilt(**changes), recon.Session()
+    folder, session = spoilt(**changes), Session()
     run = spec.replaced(pruned=folder, granularity="block", propagation="mixed")
     for _ in range(2):  # the second starts from what the session kept
         record, model = result_of(run.replaced(granularity="none"), session)
@@ -157,9 +153,9 @@ def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, ti
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_masks_come_back_from_a_file_as_they_were(family, tmp_path):
-    masks = recon.prune(make_model(family), None, recon.PruningConfig("magnitude", "2:4"), execution=FLOAT32).masks
-    recon.save_masks(masks, tmp_path / "deep" / "masks.safetensors")
-    found = recon.load_masks(str(tmp_path / "deep" / "masks.safetensors"))
+    masks = prune(make_model(family), None, PruningConfig("magnitude", "2:4"), execution=FLOAT32).masks
+    save_masks(masks, tmp_path / "deep" / "masks.safetensors")
+    found = load_masks(str(tmp_path / "deep" / "masks.safetensors"))
     assert found.keys() == masks.keys()
     for name, mask in masks.items():
         assert found[name].dtype == torch.bool and torch.equal(found[name], mask)

@@ -9,13 +9,9 @@ import torch
 from fixtures.models import make_model, random_tokens
 from torch.testing import assert_close
 
-import recon
-from recon.config import PruningConfig, ReconstructionConfig
+from recon import Decoder, Execution, PruningConfig, ReconstructionConfig, decompose, perplexity, prune, reconstruct
 from recon.methods.reconstruct import RECONSTRUCTED
 from recon.methods.statistics import gather
-from recon.model.decoder import Decoder
-from recon.model.discovery import decompose
-from recon.runtime.execution import Execution
 
 SCHEDULE = {"learning_rate": 1e-3, "rate": "absolute", "epochs": 2, "batch_size": 3, "accumulation": 2}
 BLOCKS = ReconstructionConfig(granularity="block", **SCHEDULE)
@@ -30,7 +26,7 @@ def pair():
     """A dense model of three blocks and a pruned copy, as decoders."""
     dense = decompose(make_model("llama"))
     student = decompose(copy.deepcopy(dense.model), like=dense)
-    recon.prune(student, config=PruningConfig(criterion="magnitude"), execution=execution())
+    prune(student, config=PruningConfig(criterion="magnitude"), execution=execution())
     return dense, student
 
 
@@ -75,11 +71,11 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
             window, here = dense.windows("block")[0], execution()
             grams = gather(here, dense, window, here.embed(dense, tokens), "gram")[1]
         with run_out():
-            recon.prune(student, tokens, PruningConfig(criterion="wanda"), execution=execution())
+            prune(student, tokens, PruningConfig(criterion="wanda"), execution=execution())
         with run_out():
-            recon.reconstruct(student, dense, tokens, ReconstructionConfig(granularity="matrix"), execution=execution())
+            reconstruct(student, dense, tokens, ReconstructionConfig(granularity="matrix"), execution=execution())
         with run_out():
-            value = recon.perplexity(student, tokens, execution=execution()).value
+            value = perplexity(student, tokens, execution=execution()).value
         found.append((grams, value, [matrix.weight == 0 for matrix in student.matrices().values()]))
     said = [r.message for r in caplog.records if "out of memory with 4 samples at a time: 2 from here on" in r.message]
     assert len(said) == 4  # once in each pass
@@ -93,9 +89,9 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
 def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(pair, caplog, spared):
     dense, student = pair
     other, tokens = decompose(copy.deepcopy(student.model), like=dense), random_tokens(7, 12)
-    wanted = recon.reconstruct(student, dense, tokens, BLOCKS, execution=execution())
+    wanted = reconstruct(student, dense, tokens, BLOCKS, execution=execution())
     with little_memory(other, 1, spared):
-        found = recon.reconstruct(other, dense, tokens, BLOCKS, execution=execution())
+        found = reconstruct(other, dense, tokens, BLOCKS, execution=execution())
     assert [report.micro_batch for report in wanted] == [3] * 3 and [report.micro_batch for report in found] == [1] * 3
     # Said once per halving, not once per window: what did not fit in one will not fit in the next.
     said = [record.message for record in caplog.records if "out of memory" in record.message]

@@ -6,14 +6,11 @@ import pytest
 import torch
 from fixtures.models import FLOAT32, inputs_of
 
-from recon.config import PruningConfig
+from recon import Execution, PruningConfig, decompose, prune
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.patterns import Pattern, sparsity_of
-from recon.methods.prune import prune
 from recon.methods.statistics import gather
-from recon.model.discovery import decompose
 from recon.model.modules import watched
-from recon.runtime.execution import Execution
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,12 @@ from fixtures.models import FLOAT32
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from recon.config import PruningConfig, ReconstructionConfig
+from recon import Callback, Execution, PruningConfig, ReconstructionConfig, decompose, prune, reconstruct
 from recon.evaluate.perplexity import drift
 from recon.kernels.adapters import ADAPTERS
-from recon.methods.prune import prune
-from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED, reconstruct
-from recon.methods.training import Callback
-from recon.model.discovery import decompose
+from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED
 from recon.model.modules import watched
 from recon.model.windows import Window
-from recon.runtime.execution import Execution
 
 PROPAGATIONS, STARTS = ("dense", "sparse", "mixed"), ("pruned", "exact")
 CALL = {"pruning", "masks", "held_out", "seed", "execution", "callbacks"}  # arguments of `reconstruct`; all others are options

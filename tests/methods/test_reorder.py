@@ -8,12 +8,10 @@ import torch
 from fixtures.models import FLOAT32
 from fixtures.runs import record_of
 
-import recon
-from recon.errors import ReconError
+from recon import ReconError, Session, decompose
 from recon.kernels.patterns import Pattern, keep_mask
 from recon.methods.reorder import better_order, reorder_neurons
 from recon.methods.statistics import gather
-from recon.model.discovery import decompose
 from recon.model.modules import distance, probe_tokens
 
 
@@ -75,7 +73,7 @@ def test_the_model_computes_the_same_and_masks_keep_more(tiny, tokens, family):
 
 
 def test_a_run_leaves_the_dense_model_of_its_session_as_it_was(tiny_spec):
-    session, spec = recon.Session(), tiny_spec.replaced(pattern="2:4", granularity="none", statistics="dense")
+    session, spec = Session(), tiny_spec.replaced(pattern="2:4", granularity="none", statistics="dense")
     plain, reordered, again = (record_of(spec.replaced(reorder_neurons=each), session).metrics for each in (False, True, False))
     assert plain["perplexity"] == again["perplexity"] != reordered["perplexity"]
     assert plain["dense_perplexity"] == reordered["dense_perplexity"]

@@ -7,14 +7,10 @@ import torch
 from fixtures.models import FLOAT32, make_model
 from torch.nn import functional as F
 
-from recon.config import PruningConfig, RetrainingConfig
-from recon.evaluate.perplexity import perplexity
+from recon import Callback, PruningConfig, RetrainingConfig, decompose, perplexity, prune, retrain
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.gradient_descent import Schedule
-from recon.methods.prune import prune
-from recon.methods.retrain import NOT_FINITE, RETRAINED, retrain
-from recon.methods.training import Callback
-from recon.model.discovery import decompose
+from recon.methods.retrain import NOT_FINITE, RETRAINED
 from recon.runtime.seeds import generator
 
 METHODS = ("full", *ADAPTERS, "norms")

@@ -6,12 +6,9 @@ import pytest
 import torch
 from fixtures.models import FLOAT32, inputs_of
 
-from recon.config import PruningConfig, ReconstructionConfig
+from recon import PruningConfig, ReconstructionConfig, decompose, prune, reconstruct
 from recon.kernels.criteria import CRITERIA, Structured
-from recon.methods.prune import prune
-from recon.methods.reconstruct import reconstruct
 from recon.methods.structured import find_units
-from recon.model.discovery import decompose
 from recon.model.modules import distance
 
 STRUCTURED = [name for name, rule in CRITERIA.items() if isinstance(rule, Structured)]

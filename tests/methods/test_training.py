@@ -10,15 +10,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
-from recon.config import PruningConfig
-from recon.errors import ReconError
+from recon import Callback, Execution, PruningConfig, ReconError, decompose, prune
 from recon.kernels.adapters import ADAPTERS, ALPHA
 from recon.kernels.gradient_descent import Schedule, Trained
 from recon.kernels.losses import LOSSES, channel_variance
-from recon.methods.prune import prune
-from recon.methods.training import Callback, adapted, train
-from recon.model.discovery import decompose
-from recon.runtime.execution import Execution
+from recon.methods.training import adapted, train
 from recon.runtime.seeds import generator
 
 

@@ -11,9 +11,7 @@ from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
-import recon
-from recon.errors import ReconError
-from recon.model.discovery import decompose
+from recon import ReconError, RetrainingConfig, decompose, perplexity, retrain
 from recon.model.windows import Window, canonical, partition
 
 # How many matrices share an input, group by group, as they run through the first block; [3, 1, 2, 1] for all others.
@@ -268,7 +266,7 @@ def test_models_that_cannot_be_decomposed_are_refused(tiny, spoil, said):
 
 def test_a_model_that_is_not_causal_has_no_perplexity(tiny):
     decoder, tokens = decompose(tiny("bert")), torch.zeros(1, 8, dtype=torch.long)
-    for predict in (recon.perplexity, functools.partial(recon.retrain, config=recon.RetrainingConfig(retrain="full"))):
+    for predict in (perplexity, functools.partial(retrain, config=RetrainingConfig(retrain="full"))):
         with pytest.raises(ReconError, match="BertLMHeadModel is not a causal language model"):
             predict(decoder, tokens)
 

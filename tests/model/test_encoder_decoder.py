@@ -11,18 +11,11 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer
 from transformers.models.t5.modeling_t5 import T5Attention
 
-import recon
-from recon.config import PruningConfig, RetrainingConfig
+from recon import Execution, PruningConfig, ReconError, RetrainingConfig, RunSpec, decompose, perplexity, prune, retrain
 from recon.data.models import load_pruned
-from recon.errors import ReconError
-from recon.evaluate.perplexity import perplexity
 from recon.methods.masks import take_over
-from recon.methods.prune import prune
-from recon.methods.retrain import retrain
 from recon.methods.statistics import gather
-from recon.model.discovery import decompose
 from recon.model.modules import requiring_gradients, watched
-from recon.runtime.execution import Execution
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +132,7 @@ def test_a_run_says_what_the_encoder_reads_and_samples_are_as_long_as_both_halve
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     make_model(family, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    spec = recon.RunSpec.of(
+    spec = RunSpec.of(
         model=str(tmp_path), text=tiny_text, samples=2, held_out_samples=0, evaluation_texts=(tiny_text,), evaluation_samples=1,
         granularity="block", epochs=1, **lengths,
     )  # fmt: skip

@@ -8,12 +8,8 @@ import torch
 from fixtures.models import FLOAT32, make_model, random_tokens
 from torch.testing import assert_close
 
-from recon import reconstruct
-from recon.config import PruningConfig, ReconstructionConfig
-from recon.errors import ReconError
-from recon.methods.prune import prune
+from recon import PruningConfig, ReconError, ReconstructionConfig, decompose, prune, reconstruct
 from recon.methods.statistics import FEW, gather
-from recon.model.discovery import decompose
 from recon.model.experts import FusedProducts
 from recon.model.structure import stored
 

@@ -14,11 +14,7 @@ import torch
 from fixtures.families import FAMILIES, UNTRIED, VOCABULARY, small_model
 from fixtures.models import FLOAT32
 
-from recon import prune, reconstruct
-from recon.config import PruningConfig, ReconstructionConfig
-from recon.errors import ReconError
-from recon.model.decoder import Decoder
-from recon.model.discovery import decompose
+from recon import Decoder, PruningConfig, ReconError, ReconstructionConfig, decompose, prune, reconstruct
 from recon.model.modules import distance
 
 GUIDE = Path(__file__).parents[2] / "guides" / "families.md"

@@ -5,12 +5,8 @@ import copy
 import pytest
 import torch
 
-from recon.config import PruningConfig, ReconstructionConfig
-from recon.evaluate.perplexity import drift, perplexity
-from recon.methods.prune import prune
-from recon.methods.reconstruct import reconstruct
-from recon.model.discovery import decompose
-from recon.runtime.execution import Execution
+from recon import Execution, PruningConfig, ReconstructionConfig, decompose, perplexity, prune, reconstruct
+from recon.evaluate.perplexity import drift
 
 
 @pytest.fixture

@@ -6,15 +6,9 @@ import json
 import pytest
 import torch
 
-from recon import cli
-from recon.config import PruningConfig, ReconstructionConfig
+from recon import Execution, PruningConfig, ReconstructionConfig, RunSpec, cli, decompose, prune, reconstruct
 from recon.evaluate.perplexity import drift
-from recon.methods.prune import prune
-from recon.methods.reconstruct import reconstruct
-from recon.model.discovery import decompose
-from recon.runtime.execution import Execution
 from recon.study import bench
-from recon.study.spec import RunSpec
 
 
 def test_the_command_times_each_phase_beside_its_floor(tiny_folder, tiny_text, tmp_path, capsys):

@@ -13,15 +13,10 @@ from fixtures.cluster import one_thread
 from fixtures.models import ENCODER_DECODERS, make_model, random_tokens
 from fixtures.runs import record_of
 
-import recon
-from recon.config import PruningConfig, ReconstructionConfig
-from recon.errors import ReconError
-from recon.model.discovery import decompose
-from recon.runtime.execution import Execution
+from recon import Execution, PruningConfig, Ray, ReconError, ReconstructionConfig, decompose, grid, prune, reconstruct, run_study
 from recon.study import cluster as clusters
-from recon.study.cluster import Ray, hollow, settings, spread, weights
+from recon.study.cluster import hollow, settings, spread, weights
 from recon.study.record import read_record
-from recon.study.studies import grid, run_study
 
 
 @pytest.mark.parametrize(
@@ -137,13 +132,13 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
     dense, samples, held_out = tiny(family, tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
     pruned = copy.deepcopy(dense)
     config_of_pruning = PruningConfig(**{"criterion": "wanda", "pattern": "0.5"} | pruning)
-    masks = recon.prune(pruned, samples, config_of_pruning, execution=Execution(progress=False)).masks
+    masks = prune(pruned, samples, config_of_pruning, execution=Execution(progress=False)).masks
     made, reports = {}, {}
     with one_thread():
         for executor in ("serial", Ray()):
             made[executor] = copy.deepcopy(pruned)
             execution = Execution(progress=False, loop=clusters.loop(executor, "dense"))
-            reports[executor] = recon.reconstruct(
+            reports[executor] = reconstruct(
                 made[executor], dense, samples, config, masks=masks, held_out=held_out, execution=execution
             )
     serial, spread = (made[executor].state_dict() for executor in made)

@@ -15,19 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoTokenizer
 
-from recon import cli
-from recon.config import PruningConfig
+from recon import Execution, PruningConfig, ReconError, RunSpec, cli, decompose, prune, reconstruct, retrain, sample_tokens
 from recon.data import models
-from recon.data.text import SPLITS, sample_tokens
-from recon.errors import ReconError
-from recon.methods.prune import prune
-from recon.methods.reconstruct import reconstruct
-from recon.methods.retrain import retrain
-from recon.model.discovery import decompose
+from recon.data.text import SPLITS
 from recon.runtime.device import HOST, resident
-from recon.runtime.execution import Execution
 from recon.study import plan
-from recon.study.spec import RunSpec
 
 QUIET = Execution(compute_dtype="float32", progress=False)
 SIZES = {"hidden_size": 64, "intermediate_size": 192}

@@ -12,11 +12,8 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recon
-from recon.config import PruningConfig, ReconstructionConfig
 from recon.data import models
 from recon.kernels.patterns import found_pattern
-from recon.model.discovery import decompose
-from recon.runtime.execution import Execution
 from recon.study import run as runs
 from recon.study.measure import Texts, share_recovered
 
@@ -108,7 +105,7 @@ def test_a_pruned_state_that_is_reused_is_that_of_the_criterion(spec, criterion)
     again = result_of(only, session).model
     dense = session.load(*only.loaded_by)[0].matrices()
     changed = 0
-    for name, matrix in decompose(first).matrices().items():
+    for name, matrix in recon.decompose(first).matrices().items():
         assert torch.equal(matrix.weight, again.get_submodule(name).weight)
         kept = matrix.weight != 0
         changed += int((matrix.weight[kept] != dense[name].weight[kept]).sum())
@@ -158,11 +155,11 @@ def test_a_model_with_experts_runs_and_names_those_that_starve(spec, tmp_path, t
 def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
     """The README's five lines."""
     model, tokenizer = recon.load(tiny_folder)
-    samples, quiet = recon.sample_tokens(tiny_text, "calibration", tokenizer, 6, 32, seed=0), Execution(progress=False)
+    samples, quiet = recon.sample_tokens(tiny_text, "calibration", tokenizer, 6, 32, seed=0), recon.Execution(progress=False)
     pruned = copy.deepcopy(model)
-    recon.prune(pruned, samples, PruningConfig(criterion="wanda", pattern="2:4"), execution=quiet)
-    recon.reconstruct(pruned, model, samples, ReconstructionConfig(granularity="half-block"), execution=quiet)
-    assert str(found_pattern([matrix.weight != 0 for matrix in decompose(pruned).matrices().values()])) == "2:4"
+    recon.prune(pruned, samples, recon.PruningConfig(criterion="wanda", pattern="2:4"), execution=quiet)
+    recon.reconstruct(pruned, model, samples, recon.ReconstructionConfig(granularity="half-block"), execution=quiet)
+    assert str(found_pattern([matrix.weight != 0 for matrix in recon.decompose(pruned).matrices().values()])) == "2:4"
     held_out = recon.sample_tokens(tiny_text, "evaluation", tokenizer, samples=2, sequence_length=64)
     assert recon.perplexity(model, held_out) == recon.perplexity(AutoModelForCausalLM.from_pretrained(tiny_folder), held_out)
 

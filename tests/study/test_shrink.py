@@ -9,10 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recon
 from recon.cli import main
-from recon.config import PruningConfig
-from recon.methods.prune import prune
 from recon.methods.structured import find_units
-from recon.model.discovery import decompose
 from recon.model.modules import distance
 from recon.study import shrink
 
@@ -40,7 +37,7 @@ def saved(tiny_folder, tmp_path):
 
 
 def pruned(model, tokens, criterion="wanda-sp", pattern="0.5"):
-    prune(model, tokens(8, 20), PruningConfig(criterion=criterion, pattern=pattern), execution=FLOAT32)
+    recon.prune(model, tokens(8, 20), recon.PruningConfig(criterion=criterion, pattern=pattern), execution=FLOAT32)
     return model
 
 
@@ -64,7 +61,7 @@ def test_the_smaller_model_is_the_masked_one(tiny, tokens, saved, tmp_path, fami
     assert {name: getattr(small.config, name) for name in fields} == fields
     assert ("stay as zeros" in said[0]) == (len(fields) == 2) and "stay" not in said[1]
     # Nothing that is left is zero as a whole, but for heads that have to stay and neurons that fill up to 32.
-    for half in find_units(decompose(small)):
+    for half in find_units(recon.decompose(small)):
         kept = (half.reader.weight != 0).view(len(half.reader.weight), half.count, -1).any(2).any(0)
         assert kept.all() or len(fields) == 2
 
@@ -73,7 +70,7 @@ def test_the_smaller_model_is_the_masked_one(tiny, tokens, saved, tmp_path, fami
 def test_unequal_layers_are_as_wide_as_the_widest_and_biases_survive(tiny, tokens, saved, tmp_path, dtype):
     model = tiny("llama", intermediate_size=160, num_attention_heads=8, num_key_value_heads=4, **BIASED, tie_word_embeddings=True)
     model = pruned(model, tokens, "flap", "0.4").to(dtype)
-    halves = find_units(decompose(tiny("llama", intermediate_size=160, num_attention_heads=8, num_key_value_heads=4)))
+    halves = find_units(recon.decompose(tiny("llama", intermediate_size=160, num_attention_heads=8, num_key_value_heads=4)))
     weights = [model.get_submodule(half.reader.name).weight for half in halves]
     kept = [int((w != 0).view(len(w), half.count, -1).any(2).any(0).sum()) for w, half in zip(weights, halves)]
     assert len(set(kept[::2])) > 1 and len(set(kept[1::2])) > 1  # which is what makes this a test

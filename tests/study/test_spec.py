@@ -9,13 +9,13 @@ from typing import get_args
 import pytest
 from fixtures.models import make_model
 
-import recon
+from recon import RunSpec
 from recon.data import text
 
 
 @pytest.fixture
 def spec(tiny_folder, tiny_text):
-    return recon.RunSpec.of(model=tiny_folder, text=tiny_text, samples=6, sequence_length=32, evaluation_texts=tiny_text)
+    return RunSpec.of(model=tiny_folder, text=tiny_text, samples=6, sequence_length=32, evaluation_texts=tiny_text)
 
 
 def another(name: str, value: object) -> object:
@@ -25,7 +25,7 @@ def another(name: str, value: object) -> object:
         "tasks": ("analogies",), "device": "cpu",
         "revision": "main", "pruned_revision": "v1", "chunks": 2,
     }  # fmt: skip
-    kinds = {each.name: each.type for part in vars(recon.RunSpec()).values() if is_dataclass(part) for each in fields(part)}
+    kinds = {each.name: each.type for part in vars(RunSpec()).values() if is_dataclass(part) for each in fields(part)}
     choices = get_args(kinds.get(name, int))
     if name in fixed or choices and isinstance(choices[0], str):
         return fixed.get(name) or next(choice for choice in reversed(choices) if choice != value)
@@ -64,9 +64,7 @@ def test_as_many_samples_said_in_another_way_are_the_same_run(spec):
     ],
 )
 def test_lengths_that_are_not_given_fit_the_model(spec, config_folder, model, changes, lengths):
-    asked = recon.RunSpec.of(
-        model=config_folder(make_model(model, **changes).config.to_dict()), text="news", evaluation_texts="news"
-    )
+    asked = RunSpec.of(model=config_folder(make_model(model, **changes).config.to_dict()), text="news", evaluation_texts="news")
     found = asked.resolved()
     assert (found.calibration.sequence_length, found.evaluation.evaluation_length) == lengths
     assert found == asked.replaced(sequence_length=lengths[0], evaluation_length=lengths[1]) == found.resolved()

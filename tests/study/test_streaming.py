@@ -12,8 +12,7 @@ from fixtures.runs import comparable, record_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import recon
-from recon.errors import ReconError
+from recon import ReconError, decompose
 from recon.model.skeleton import Lazy, auto_class, is_placeholder
 from recon.runtime import storage
 from recon.study import plan
@@ -97,7 +96,7 @@ def test_biases_without_a_place_are_refused_by_name(spec, tiny_folder, tmp_path)
 def test_no_more_than_two_windows_are_in_memory(family, spec, tiny_folder, tmp_path, monkeypatch):
     """Counted whenever a block runs; with both models' heads, for the divergence between them."""
     model = saved_model(family, tiny_folder, tmp_path / "model") if family else tiny_folder
-    whole = recon.decompose(AutoModelForCausalLM.from_pretrained(model))
+    whole = decompose(AutoModelForCausalLM.from_pretrained(model))
     blocks, most = {type(block) for block in whole.blocks}, []
 
     def count(module, args):

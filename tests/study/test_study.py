@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 
 import recon
-from recon.errors import ReconError
 from recon.study import studies
-from recon.study.studies import grid, run_study
 
 
 @pytest.fixture
@@ -29,40 +27,40 @@ def counted(monkeypatch):
 
 
 def test_without_computing_what_is_missing_is_said(base, counted, tmp_path):
-    specs = grid(base, granularity=["none", "block"])
-    run_study(specs[:1], tmp_path, progress=False)
-    found = run_study(specs, tmp_path, progress=False, compute=False)
+    specs = recon.grid(base, granularity=["none", "block"])
+    recon.run_study(specs[:1], tmp_path, progress=False)
+    found = recon.run_study(specs, tmp_path, progress=False, compute=False)
     assert list(found["status"]) == ["done", "missing"] and "no record" in found["error"][1]
     assert len(counted) == 1 and len(list(tmp_path.glob("*.json"))) == 1
 
 
 def test_lengths_that_are_not_given_and_the_same_given_are_one_run(base, counted, tmp_path):
     base = base.replaced(granularity="none", criterion="magnitude", held_out_samples=0, samples=1)
-    found = run_study(grid(base, evaluation_length=[0, 256], sequence_length=[0]), tmp_path, progress=False)
+    found = recon.run_study(recon.grid(base, evaluation_length=[0, 256], sequence_length=[0]), tmp_path, progress=False)
     assert len(counted) == 1 and len(set(found["key"])) == 1
     assert list(found["evaluation_length"]) == list(found["sequence_length"]) == [256, 256]
-    missing = run_study([base.replaced(evaluation_length=0, seed=7)], tmp_path, progress=False, compute=False)
+    missing = recon.run_study([base.replaced(evaluation_length=0, seed=7)], tmp_path, progress=False, compute=False)
     assert list(missing["evaluation_length"]) == [256]
 
 
 def test_grid_has_every_combination(base):
-    specs = grid(base, granularity=["block", "model"], seed=[0, 1])
+    specs = recon.grid(base, granularity=["block", "model"], seed=[0, 1])
     wanted = [("block", 0), ("block", 1), ("model", 0), ("model", 1)]
     assert [(spec.reconstruction.granularity, spec.seed) for spec in specs] == wanted
     assert {spec.calibration.samples for spec in specs} == {4}
-    with pytest.raises(ReconError, match="unknown option 'sed'; allowed: model, revision"):
-        grid(base, sed=[1])
+    with pytest.raises(recon.ReconError, match="unknown option 'sed'; allowed: model, revision"):
+        recon.grid(base, sed=[1])
 
 
 def test_what_is_done_is_not_done_again_and_rows_are_in_order(base, counted, tmp_path):
-    specs = grid(base, granularity=["block", "none"], seed=[1, 0])
-    first = run_study(specs[:1], tmp_path, progress=False)
+    specs = recon.grid(base, granularity=["block", "none"], seed=[1, 0])
+    first = recon.run_study(specs[:1], tmp_path, progress=False)
     assert len(counted) == 1 and list(first["status"]) == ["done"]
-    runs = run_study(specs, tmp_path, progress=False)
+    runs = recon.run_study(specs, tmp_path, progress=False)
     assert len(counted) == 4
     assert list(zip(runs["granularity"], runs["seed"], strict=True)) == [("block", 1), ("block", 0), ("none", 1), ("none", 0)]
     assert list(runs["key"]) == [spec.key() for spec in specs]
-    assert run_study(specs, tmp_path, progress=False)["perplexity"].equals(runs["perplexity"]) and len(counted) == 4
+    assert recon.run_study(specs, tmp_path, progress=False)["perplexity"].equals(runs["perplexity"]) and len(counted) == 4
 
 
 def test_a_run_whose_model_is_gone_fails_alone(base, tiny_folder, tmp_path, monkeypatch):
@@ -82,7 +80,7 @@ def test_a_run_whose_model_is_gone_fails_alone(base, tiny_folder, tmp_path, monk
         return plain_run(spec, *args, **options)
 
     monkeypatch.setattr(studies, "run", run)
-    runs = run_study(wanted, tmp_path / "records", progress=False)
+    runs = recon.run_study(wanted, tmp_path / "records", progress=False)
     assert list(runs["status"]) == ["failed", "failed", "done", "failed"]
     for said, error in zip(("unknown model", "reads have changed", None, "RuntimeError: a bug"), runs["error"], strict=True):
         assert said is None or said in error
@@ -90,22 +88,22 @@ def test_a_run_whose_model_is_gone_fails_alone(base, tiny_folder, tmp_path, monk
 
 
 def test_a_failed_run_says_how_and_the_others_go_on(base, counted, tmp_path):
-    bad = grid(base, granularity=["9-blocks"])[0]
-    runs = run_study([bad, base], tmp_path, progress=False)
+    bad = recon.grid(base, granularity=["9-blocks"])[0]
+    runs = recon.run_study([bad, base], tmp_path, progress=False)
     assert list(runs["status"]) == ["failed", "done"]
     assert "the model has 4" in runs["error"][0]
     assert json.loads((tmp_path / f"{bad.key()}.json").read_text())["status"] == "failed"
-    run_study([bad, base], tmp_path, progress=False)
+    recon.run_study([bad, base], tmp_path, progress=False)
     assert [spec.reconstruction.granularity for spec in counted].count("9-blocks") == 2 and len(counted) == 3
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(base, counted, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ReconError, match="record folder: folder '.*file/records' cannot be written"):
-        run_study([base], tmp_path / "file" / "records", progress=False)
+    with pytest.raises(recon.ReconError, match="record folder: folder '.*file/records' cannot be written"):
+        recon.run_study([base], tmp_path / "file" / "records", progress=False)
     assert not counted
 
 
 def test_a_study_of_nothing_has_the_columns_of_any_other(tmp_path):
-    nothing = run_study([], tmp_path)
+    nothing = recon.run_study([], tmp_path)
     assert nothing.empty and {*recon.RunSpec().flat(), "key", "status", "error"} <= set(nothing)
