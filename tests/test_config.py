@@ -41,9 +41,6 @@ def test_a_value_has_one_spelling(option, alias):
     assert RunSpec.of(**{option: alias}).flat()[option] == SPELLINGS[option][alias]
 
 
-# ---- choices
-
-
 @pytest.fixture(scope="module")
 def passes(tiny, tokens):
     """The three passes by config: each starts from the same tiny model, takes few steps, and gives the weights that it leaves."""
@@ -90,9 +87,6 @@ def test_the_test_above_covers_every_option_with_choices():
     elsewhere = {"evaluation_protocol", "compute_dtype"}
     assert {name for kind in CONFIGS for name in choices(kind)} == {name for _, name in OTHERS} | elsewhere
     assert set(choices(ComputeConfig)["compute_dtype"]) == {"auto", *COMPUTE_DTYPES}
-
-
-# ---- schedules and recipes
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [(ReconstructionConfig, ""), (RetrainingConfig, "retrain_")])

@@ -135,9 +135,6 @@ def test_a_save_folder_that_holds_something(small, tmp_path, capsys):
     assert (tmp_path / "record.json").read_text() == "{}"
 
 
-# ---- models, samples and masks
-
-
 @pytest.fixture(scope="module")
 def pair():
     """A dense model of two blocks, and its half, as decoders."""

@@ -12,8 +12,6 @@ from companion.judge import FAILS, HOLDS, UNSURE, UNTESTABLE, effect_words
 
 COUNTS = (16, 32, 64, 128)
 
-# ---- intervals
-
 
 @pytest.mark.parametrize("level", [0.95, 0.90])
 @pytest.mark.parametrize("seed_spread, window_spread", [(1.0, 0.3), (0.1, 1.0), (0.5, 3.0)])
@@ -47,9 +45,6 @@ def test_interval_of_one_seed_is_that_of_windows():
 def test_interval_may_be_infinite():
     low, high = interval([np.zeros((1, 3, 5))], lambda means: (means[0] - np.inf, means[0] + np.inf))
     assert (low, high) == (-np.inf, np.inf)
-
-
-# ---- which runs enter
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ from fixtures.made_up import GAP, everything, record, seeds, verdict_on
 from companion import frame, judge, tables
 from companion.judge import FAILS, HOLDS, NOT_RUN, UNSURE
 
-# ---- verdicts
-
 
 @pytest.mark.parametrize("matrix, verdict", [(0.2, HOLDS), (0.6, FAILS), (0.4, UNSURE)])
 def test_better_is_decided_by_the_side_of_zero(matrix, verdict):
@@ -103,9 +101,6 @@ def test_failed_runs_are_left_out_and_diverged_ones_prove_nothing():
     records[-2]["metrics"]["by_text"]["wikipedia"]["nll_per_window"]["reconstructed"][3] = math.nan
     row = verdict_on("3", records)
     assert row["verdict"] == UNSURE and "diverged" in row["reason"] and judge.effect_words(row) == ""
-
-
-# ---- pages and tables
 
 
 def test_pages_are_written_between_marks_and_checked(tmp_path):

@@ -49,9 +49,6 @@ def change_weights(folder: Path, change) -> None:
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
-# ---- loading
-
-
 def test_a_model_is_loaded_in_float32_for_evaluation_whole_or_in_shards(tiny_folder, sharded):
     weights = load_file(f"{tiny_folder}/model.safetensors")
     for name in (tiny_folder, str(sharded)):
@@ -159,9 +156,6 @@ def test_weights_lie_in_aligned_memory_and_not_in_the_file(folder):
         assert {p.data_ptr() % 64 for p in models.load(str(folder))[0].parameters()} == {0}
 
 
-# ---- the Hub, and code that comes with a model
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A stand-in for the Hub, from which patterns of files are copied: repository -> folder, its newest commit, what was read."""
@@ -233,9 +227,6 @@ def test_code_that_comes_with_a_model_runs_where_trusted_and_counts(folder, tmp_
     assert keys[0] == keys[2] and len(set(keys)) == 3
 
 
-# ---- fingerprints
-
-
 def test_the_fingerprint_of_a_folder_is_that_of_its_files_by_name(folder, tiny_folder):
     """As records were named by it from the start, wherever it lies."""
     read = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -255,9 +246,6 @@ def test_fingerprint_changes_with_each_file(sharded):
     shard = sorted(sharded.glob("weights/*"))[1]
     save_file({name: weight + 1 for name, weight in load_file(shard).items()}, shard, metadata={"format": "pt"})
     assert len({*found, models.fingerprint(str(sharded))}) == 9
-
-
-# ---- GGUF
 
 
 def write_gguf(path, kind="Q8_0", file_type=None):

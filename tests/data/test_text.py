@@ -32,9 +32,6 @@ def every(name: str) -> list[str]:
     return [document for split in text.SPLITS for document in text.documents(name, split)]
 
 
-# ---- splits
-
-
 def test_bundled_splits_are_disjoint_and_not_empty():
     for name, count in (("wikipedia", 94), ("news", 343), ("code", 20)):
         assert all(text.documents(name, split) for split in text.SPLITS)
@@ -96,9 +93,6 @@ def test_wikitext_becomes_prose(source, expected):
         assert wikitext.prose(source) == expected
     else:
         assert wikitext.prose(source + SENTENCE) == expected + SENTENCE
-
-
-# ---- tokens
 
 
 @pytest.fixture
@@ -182,9 +176,6 @@ def test_what_cannot_be_sampled_is_refused(paragraphs, tokenizer, dressed, tmp_p
             text.sample_tokens(name, split, by, samples, length, protocol=protocol)
 
 
-# ---- local files and fingerprints
-
-
 def write(path, documents):
     """The same documents in the format that the suffix names."""
     if path.suffix == ".txt":
@@ -225,9 +216,6 @@ def test_bad_files(tmp_path, filename, content, message):
         text.documents(str(file), "calibration")
     with pytest.raises(ReconError, match="unknown text .*wikipedia, news, code, c4, wikitext2, or the path of an"):
         text.fingerprint(str(tmp_path / "none.txt"))
-
-
-# ---- hub texts, from local folders in the hub's own formats
 
 
 def test_c4(tmp_path, monkeypatch):

@@ -20,8 +20,6 @@ from recon.kernels.losses import (
     whitened,
 )
 
-# ---- of windows
-
 UNIT = torch.ones(2)
 
 
@@ -81,9 +79,6 @@ def test_the_first_position_does_not_count():
     output[:, 0] += 1e3
     assert unexplained(output, targets, variance) == 0 == (whitened(output, targets, variance) * weights).mean()
     assert weights.mean() == 1 and len(weights[:, 1:].unique()) == 1
-
-
-# ---- of predictions
 
 
 @pytest.fixture

@@ -66,9 +66,6 @@ def take(folder: str, dense) -> tuple[Decoder, Pruning]:
     return student, take_over(student, models.load_pruned(folder, decoder.model), FLOAT32)
 
 
-# ---- the mask, and the run from it
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -113,9 +110,6 @@ def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoi
     assert_close(record.windows[0]["error_before"]["held_out"], unexplained(output, target, variance))
 
 
-# ---- what does not fit
-
-
 @pytest.mark.parametrize(
     "name, make, said",
     [
@@ -146,9 +140,6 @@ def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, ti
     state = pruned_here[1].model.state_dict()
     with pytest.raises(ReconError, match="100.00% of its matrices is zero.*not all"):
         record_of(spec.replaced(pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})))
-
-
-# ---- files
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

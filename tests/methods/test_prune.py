@@ -29,9 +29,6 @@ def weights(decoder):
     return {name: matrix.weight.detach().clone() for name, matrix in decoder.matrices().items()}
 
 
-# ---- masks
-
-
 @pytest.mark.parametrize("scope", ["row", "matrix", "auto"])
 @pytest.mark.parametrize("pattern", ["0.5", "0.7", "2:4", "4:8"])
 @pytest.mark.parametrize(
@@ -71,9 +68,6 @@ def test_random_masks_follow_the_seed(fresh):
     assert torch.equal(masks[0][name], masks[1][name])
     assert not torch.equal(masks[0][name], masks[2][name])
     assert not torch.equal(masks[0][name], masks[0]["model.layers.1.self_attn.q_proj"])
-
-
-# ---- statistics
 
 
 def slow_statistics(models, samples, kind):

@@ -72,9 +72,6 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- invariants
-
-
 @pytest.mark.parametrize("start", [*STARTS, "solver exact"])
 @pytest.mark.parametrize("propagation, loss", [("dense", "mse"), ("sparse", "cosine"), ("mixed", "whitened")])
 @pytest.mark.parametrize("granularity", ["matrix", "half-block", "2-blocks", "quarter", "model"])
@@ -120,9 +117,6 @@ def test_given_masks_are_obeyed(dense, pruned, tokens):
         student.matrices()[name].weight[masks[name]] = 0.0
     run(student, dense, tokens(3, 12), masks=masks)
     assert torch.equal(student.matrices()[name].weight != 0, masks[name])
-
-
-# ---- exact solutions
 
 
 def least_squares(x, wanted, mask):
@@ -181,9 +175,6 @@ def test_half_blocks_lower_the_error_on_unseen_samples(dense, pruned, tokens, st
         assert len(r.losses) == 4 * 32 / 2 * (4 if r.name.endswith("mlp") else 1)  # chunks
 
 
-# ---- propagation
-
-
 @torch.no_grad()
 def activations(model, batch):
     """Window name -> (input, output), from one plain forward pass of a two-block Llama."""
@@ -239,9 +230,6 @@ def test_each_window_gets_the_inputs_and_targets_of_the_propagation(dense, prune
                 assert any(differs)
 
 
-# ---- cheaper ways
-
-
 @pytest.mark.parametrize("granularity, steps", [("half-block", [3, 12, 3, 12]), ("block", [3, 3]), ("matrix", [12] * 8)])
 def test_chunks_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, granularity, steps):
     options = {"chunks": 4, "epochs": 1, "granularity": granularity}
@@ -270,9 +258,6 @@ def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens
     assert found[0].masks.keys() == masks.keys() and all(torch.equal(found[0].masks[name], masks[name]) for name in masks)
 
 
-# ---- seeds
-
-
 @pytest.mark.parametrize("granularity", ["matrix", "half-block"])
 def test_same_seed_same_weights(dense, pruned, tokens, granularity):
     runs = [pruned() for _ in range(3)]
@@ -281,9 +266,6 @@ def test_same_seed_same_weights(dense, pruned, tokens, granularity):
         run(model, dense, tokens(6, 12), granularity=granularity, seed=seed)
     assert same(state(runs[0]), state(runs[1]))
     assert not same(state(runs[0]), state(runs[2]))
-
-
-# ---- what goes wrong
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -300,9 +282,6 @@ def test_a_window_that_breaks_is_rolled_back(dense, pruned, tokens, caplog, valu
     for name in before:
         assert torch.equal(before[name], after[name]) == (name not in changed)
     assert [r.levelname for r in caplog.records if "'block 0 mlp'" in r.message and "rolled back" in r.message] == ["WARNING"]
-
-
-# ---- adapters; windows that get worse
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

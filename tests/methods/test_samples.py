@@ -35,9 +35,6 @@ def test_all_forms_give_the_same_tokens_in_order(make):
     assert torch.equal(found, ROWS) and found.dtype == torch.int64
 
 
-# ---- calibration and held-out samples
-
-
 def test_held_out_samples_come_last_and_no_more_than_are_measured():
     held_out = ROWS + 50
     tokens, count = with_held_out(ROWS.tolist(), held_out)

@@ -60,9 +60,6 @@ def parts(kept, sizes):
     return [part.view(units, -1) for part in kept.split([size * units for size in sizes])]
 
 
-# ---- masks and function
-
-
 @pytest.mark.parametrize("criterion", STRUCTURED)
 @pytest.mark.parametrize("family", ATTENTION)
 def test_key_value_groups_go_with_all_their_heads_or_stay(tiny, tokens, family, criterion):
@@ -118,9 +115,6 @@ def test_sparsity_is_as_close_as_whole_units_allow(tiny, tokens, family, pattern
         assert abs(total - kept - float(pattern) * total) <= off + 1e-6
 
 
-# ---- what is chosen
-
-
 @pytest.mark.parametrize("statistics", ["sparse", "dense"])
 def test_flap_compares_over_the_whole_dense_model(fresh, dense, tokens, statistics):
     masks = pruned(fresh(), tokens, "flap", "0.5", statistics=statistics).masks
@@ -141,9 +135,6 @@ def test_flap_compares_over_the_whole_dense_model(fresh, dense, tokens, statisti
     highest = scores["down_proj"][~kept["down_proj"]].max()
     assert (scores["o_proj"][kept["o_proj"]] > highest).sum() >= kept["o_proj"].sum() - 1
     assert scores["o_proj"][~kept["o_proj"]].max() < scores["down_proj"][kept["down_proj"]].min()
-
-
-# ---- means, and the bias that makes up for them
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])

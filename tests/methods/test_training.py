@@ -145,9 +145,6 @@ def test_too_little_memory_for_one_sample_is_an_error():
         run(Schedule(batch_size=2), execution=Execution("cpu", "float32"), see=see)
 
 
-# ---- adapters
-
-
 def pruned(family: str):
     decoder = decompose(make_model(family))
     return decoder, prune(decoder, None, PruningConfig("random"), execution=FLOAT32).masks

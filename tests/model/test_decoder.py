@@ -52,9 +52,6 @@ def assert_same_output(output, expected):
     assert_close(output, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-# ---- windows
-
-
 @pytest.mark.parametrize("granularity", ["block", "2-blocks", "quarter", "model"])
 def test_windows_of_blocks_are_the_model_and_hold_all_of_it(made, tokens, granularity):
     decoder, batch = made("llama"), tokens(3, 13)
@@ -170,9 +167,6 @@ def test_names_and_chaining():
     assert [window.chained for window in windows] == [True, True, False, False]
 
 
-# ---- a decoder made like another; the model is left as it was
-
-
 def test_like_takes_the_structure_and_its_own_weights(tiny, made, tokens):
     dense = decompose(tiny("llama"))
     assert decompose(dense, like=made("gpt2")) is dense
@@ -211,9 +205,6 @@ def test_a_forward_set_on_a_module_is_put_back(tiny, tokens):
     block.forward = forward = functools.partial(block.forward)
     run(decompose(model), tokens(2, 9), "block")
     assert block.forward is forward
-
-
-# ---- refusals
 
 
 @pytest.mark.parametrize("family, kind", [("bloom", "BloomBlock"), ("mpt", "MptBlock")])

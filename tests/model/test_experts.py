@@ -60,9 +60,6 @@ def slow_inputs(decoder, block, tokens):
     return inputs
 
 
-# ---- what is found
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_expert_is_a_matrix(made, family):
     decoder, (transposed, share) = made(family), FAMILIES[family]
@@ -117,9 +114,6 @@ def test_experts_are_multiplied_by_what_is_given_instead(made, family):
         assert torch.equal(decoder.forward(window, hidden), whole)
     with decoder.using(window, {name: 2 * part for name, part in parts.items()}):
         assert not torch.allclose(decoder.forward(window, hidden), whole, rtol=1e-2)
-
-
-# ---- statistics, masks and reconstruction
 
 
 @pytest.mark.parametrize("kind", ["norm", "gram"])
@@ -177,9 +171,6 @@ def test_an_expert_that_no_token_but_the_first_is_sent_to_is_left_alone(made, fr
     assert 0 < len(sent) < len(names)
     for name, matrix in names.items():
         assert torch.equal(matrix.weight, before[name]) == (name not in sent)
-
-
-# ---- experts that are modules
 
 
 class Apart(torch.nn.Module):

@@ -164,9 +164,6 @@ def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
     assert recon.perplexity(model, held_out) == recon.perplexity(AutoModelForCausalLM.from_pretrained(tiny_folder), held_out)
 
 
-# ---- what is read, and what is known of the dense model from one process to the next
-
-
 def test_all_that_a_run_reads_begins_as_the_tokenizer_begins_a_text(tiny_folder, tiny_text):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     bos = tokenizer.bos_token_id
