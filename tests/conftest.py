@@ -1,5 +1,6 @@
 """Fixtures that all tests share: tiny models, tokens, and a folder with a model, its tokenizer and its text."""
 
+import functools
 import gc
 import json
 import os
@@ -9,11 +10,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each on a core of its o
 
 import pytest
 from fixtures.cluster import cluster  # noqa: F401
-from fixtures.models import _paragraphs, make_model, random_tokens
+from fixtures.models import make_model, paragraphs, random_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import recon
+from recon import RunSpec, decompose
 
 
 def pytest_collection_finish():
@@ -35,19 +36,24 @@ def tokens():
 
 
 @pytest.fixture(scope="session")
+def made():
+    """Family -> its decoder, made once; no test changes its model."""
+    return functools.cache(lambda family, **changes: decompose(make_model(family, **changes)))
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> str:
     """A local model: a random Llama of four blocks with its tokenizer, and `tiny_text.txt` beside them."""
     folder = tmp_path_factory.mktemp("tiny")
-    paragraphs = _paragraphs()
-    (folder / "tiny_text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
-    (folder / "other.txt").write_text("\n\n".join(reversed(paragraphs)), encoding="utf-8")
+    text = paragraphs()
+    (folder / "tiny_text.txt").write_text("\n\n".join(text), encoding="utf-8")
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     special = ["<pad>", "<bos>", "<eos>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        paragraphs, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        text, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
@@ -65,12 +71,11 @@ def tiny_text(tiny_folder) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_spec(tiny_folder, tiny_text) -> recon.RunSpec:
+def tiny_spec(tiny_folder, tiny_text) -> RunSpec:
     """A run of a moment."""
-    return recon.RunSpec.of(
+    return RunSpec.of(
         model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=32, held_out_samples=2,
-        evaluation_texts=(tiny_text,),
-        evaluation_samples=2, evaluation_length=64,
+        evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=64,
     )  # fmt: skip
 
 

@@ -4,18 +4,12 @@ import copy
 
 import pytest
 import torch
-from fixtures.models import FLOAT32, inputs_of
+from fixtures.models import FLOAT32, copied, inputs_of
 
-from recon import PruningConfig, ReconError, decompose, prune
+from recon import PruningConfig, ReconError, prune
 from recon.kernels import allocation as kernel
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.patterns import Pattern
-
-
-@pytest.fixture(scope="module")
-def dense(tiny):
-    """A decoder whose model no test changes; three blocks."""
-    return decompose(tiny("llama", num_hidden_layers=3))
 
 
 def block_of(name):
@@ -24,7 +18,7 @@ def block_of(name):
 
 @torch.no_grad()
 def by_hand(dense, samples, allocation, sparsity):
-    """Each block's sparsity."""
+    """The sparsity of each of three blocks."""
     read = inputs_of(dense.model, list(dense.matrices()), samples if allocation == "dlp" else samples[:4])
     norms = {name: x.square().mean(0).sqrt() for name, x in read.items()}
     weights = {name: matrix.weight for name, matrix in dense.matrices().items()}
@@ -46,8 +40,8 @@ def by_hand(dense, samples, allocation, sparsity):
 
 
 @pytest.mark.parametrize(("allocation", "sparsity"), [("dlp", 0.5), ("measured", 0.5), ("measured", 0.9)])
-def test_blocks_are_as_sparse_as_their_importance_says(dense, tokens, allocation, sparsity):
-    samples, student = tokens(8, 16), decompose(copy.deepcopy(dense.model), like=dense)
+def test_blocks_are_as_sparse_as_their_importance_says(made, tokens, allocation, sparsity):
+    samples, dense, student = tokens(8, 16), made("llama"), copied(made("llama"))
     config = PruningConfig(pattern=str(sparsity), scope="matrix", allocation=allocation)
     masks = prune(student, samples, config, execution=FLOAT32).masks
     shares = by_hand(dense, samples, allocation, sparsity).tolist()
@@ -61,7 +55,11 @@ def test_blocks_are_as_sparse_as_their_importance_says(dense, tokens, allocation
 
 
 @pytest.mark.parametrize("count, words", [(0, "allocation measured weighs activations"), (1, "is 'measured' with 1 calibration")])
-def test_too_few_samples_are_refused(dense, tokens, count, words):
-    student = decompose(copy.deepcopy(dense.model), like=dense)
+def test_too_few_samples_are_refused(made, tokens, count, words):
     with pytest.raises(ReconError, match=words):
-        prune(student, tokens(1, 16) if count else None, PruningConfig("magnitude", allocation="measured"), execution=FLOAT32)
+        prune(
+            copied(made("llama")),
+            tokens(1, 16) if count else None,
+            PruningConfig("magnitude", allocation="measured"),
+            execution=FLOAT32,
+        )

@@ -1,11 +1,10 @@
 """Masks in files; and a pruned model from elsewhere: its zeros are the mask, its weights the start, and what is refused."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.models import FLOAT32, make_model
+from fixtures.models import FLOAT32, copied, make_model
 from fixtures.runs import record_of, result_of
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -62,7 +61,7 @@ def spoilt(pruned_here, tmp_path):
 def take(folder: str, dense) -> tuple[Decoder, Pruning]:
     """A copy of the dense model (or of its decoder's) that was given the checkpoint in `folder`."""
     decoder = decompose(dense)
-    student = decompose(copy.deepcopy(decoder.model), like=decoder)
+    student = copied(decoder)
     return student, take_over(student, models.load_pruned(folder, decoder.model), FLOAT32)
 
 
@@ -148,6 +147,5 @@ def test_masks_come_back_from_a_file_as_they_were(family, tmp_path):
     save_masks(masks, tmp_path / "deep" / "masks.safetensors")
     found = load_masks(str(tmp_path / "deep" / "masks.safetensors"))
     assert found.keys() == masks.keys()
-    for name, mask in masks.items():
-        assert found[name].dtype == torch.bool and torch.equal(found[name], mask)
+    assert all(found[name].dtype == torch.bool and torch.equal(found[name], mask) for name, mask in masks.items())
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["masks.safetensors"]

@@ -1,12 +1,11 @@
 """Where memory runs out: smaller parts with the same result."""
 
 import contextlib
-import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.models import make_model, random_tokens
+from fixtures.models import copied, make_model, random_tokens
 from torch.testing import assert_close
 
 from recon import Decoder, Execution, PruningConfig, ReconstructionConfig, decompose, perplexity, prune, reconstruct
@@ -25,7 +24,7 @@ def execution(**options) -> Execution:
 def pair():
     """A dense model of three blocks and a pruned copy, as decoders."""
     dense = decompose(make_model("llama"))
-    student = decompose(copy.deepcopy(dense.model), like=dense)
+    student = copied(dense)
     prune(student, config=PruningConfig(criterion="magnitude"), execution=execution())
     return dense, student
 
@@ -57,7 +56,7 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
     dense, tokens = decompose(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12)
     found = []
     for little in (False, True):
-        student = decompose(copy.deepcopy(dense.model), like=dense)
+        student = copied(dense)
 
         def run_out(spared=spared, little=little, student=student):
             """In the second half of a block, when the first has been looked at."""
@@ -88,7 +87,7 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
 @pytest.mark.parametrize("spared", [0, 3], ids=["from the start", "in the middle of a step"])
 def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(pair, caplog, spared):
     dense, student = pair
-    other, tokens = decompose(copy.deepcopy(student.model), like=dense), random_tokens(7, 12)
+    other, tokens = copied(student), random_tokens(7, 12)
     wanted = reconstruct(student, dense, tokens, BLOCKS, execution=execution())
     with little_memory(other, 1, spared):
         found = reconstruct(other, dense, tokens, BLOCKS, execution=execution())

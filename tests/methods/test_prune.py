@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fixtures.models import FLOAT32, inputs_of
+from fixtures.models import FLOAT32, copied, inputs_of
 
 from recon import Execution, PruningConfig, decompose, prune
 from recon.kernels.criteria import CRITERIA, Structured
@@ -13,20 +13,9 @@ from recon.methods.statistics import gather
 from recon.model.modules import watched
 
 
-@pytest.fixture(scope="module")
-def dense(tiny):
-    """A decoder whose model no test changes; two blocks."""
-    return decompose(tiny("llama", num_hidden_layers=2))
-
-
 @pytest.fixture
-def fresh(dense):
-    """Factory of copies of `dense`."""
-    return lambda: decompose(copy.deepcopy(dense.model), like=dense)
-
-
-def weights(decoder):
-    return {name: matrix.weight.detach().clone() for name, matrix in decoder.matrices().items()}
+def dense(made):
+    return made("llama", num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix", "auto"])
@@ -34,39 +23,29 @@ def weights(decoder):
 @pytest.mark.parametrize(
     "criterion", [name for name, rule in CRITERIA.items() if not isinstance(rule, Structured) and name != "none"]
 )
-def test_masks_are_exact_and_the_rest_is_untouched(fresh, tokens, criterion, pattern, scope):
-    decoder = fresh()
+def test_masks_are_exact_and_the_rest_is_untouched(dense, tokens, criterion, pattern, scope):
+    decoder = copied(dense)
     before = {name: p.detach().clone() for name, p in decoder.model.named_parameters()}
     result = prune(decoder, tokens(4, 16), PruningConfig(criterion=criterion, pattern=pattern, scope=scope), execution=FLOAT32)
     assert set(result.masks) == set(decoder.matrices())
     rule, spec = CRITERIA[criterion], Pattern.parse(pattern)
     for name, matrix in decoder.matrices().items():
         mask = result.masks[name]
-        rows, columns = mask.shape
-        assert mask.dtype == torch.bool
-        assert torch.equal(matrix.weight != 0, mask)
-        if spec.m:
-            assert (mask.view(-1, spec.m).sum(1) == spec.n).all()
-        elif (rule.scope if scope == "auto" else scope) == "row":
-            assert ((~mask).sum(1) == round(spec.sparsity * columns)).all()
-        else:
-            assert (~mask).sum() == round(spec.sparsity * rows * columns)
-        if rule.scores:  # the others change what survives
-            assert torch.equal(matrix.weight, before[f"{name}.weight"] * mask)
-        else:
-            assert not torch.equal(matrix.weight, before[f"{name}.weight"] * mask)
-    pruned = {f"{name}.weight" for name in result.masks}
-    others = {name for name in before if name not in pruned}
+        assert mask.dtype == torch.bool and torch.equal(matrix.weight != 0, mask)
+        by_row = (rule.scope if scope == "auto" else scope) == "row"
+        size = spec.m or (mask.shape[1] if by_row else mask.numel())
+        assert ((~mask).view(-1, size).sum(1) == round(spec.sparsity * size)).all()
+        # Criteria without scores change what survives.
+        assert torch.equal(matrix.weight, before[f"{name}.weight"] * mask) == bool(rule.scores)
+    others = before.keys() - {f"{name}.weight" for name in result.masks}
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight"} <= others
-    for name in others:
-        assert torch.equal(decoder.model.get_parameter(name), before[name])
+    assert all(torch.equal(decoder.model.get_parameter(name), before[name]) for name in others)
 
 
-def test_random_masks_follow_the_seed(fresh):
-    masks = [prune(fresh(), None, PruningConfig(criterion="random"), seed=seed, execution=FLOAT32).masks for seed in (0, 0, 1)]
-    name = "model.layers.0.self_attn.q_proj"
-    assert torch.equal(masks[0][name], masks[1][name])
-    assert not torch.equal(masks[0][name], masks[2][name])
+def test_random_masks_follow_the_seed(dense):
+    config, name = PruningConfig(criterion="random"), "model.layers.0.self_attn.q_proj"
+    masks = [prune(copied(dense), None, config, seed=seed, execution=FLOAT32).masks for seed in (0, 0, 1)]
+    assert torch.equal(masks[0][name], masks[1][name]) and not torch.equal(masks[0][name], masks[2][name])
     assert not torch.equal(masks[0][name], masks[0]["model.layers.1.self_attn.q_proj"])
 
 
@@ -82,9 +61,9 @@ def slow_statistics(models, samples, kind):
 
 @pytest.mark.parametrize("statistics", ["sparse", "dense"])
 @pytest.mark.parametrize("criterion, kind", [("wanda", "norm"), ("sparsegpt", "gram")])
-def test_statistics_are_those_of_the_model_that_is_asked_for(dense, fresh, tokens, criterion, kind, statistics):
+def test_statistics_are_those_of_the_model_that_is_asked_for(dense, tokens, criterion, kind, statistics):
     """Every matrix is pruned as its criterion does with statistics from whole forward passes."""
-    decoder, samples = fresh(), tokens(5, 12)
+    decoder, samples = copied(dense), tokens(5, 12)
     result = prune(decoder, samples, PruningConfig(criterion=criterion, statistics=statistics), execution=FLOAT32)
     # Block 1 reads a model whose block 0 is pruned and which is dense from there on.
     partly = copy.deepcopy(dense.model)
@@ -131,17 +110,12 @@ def test_gradients_are_of_the_norm_of_each_samples_output(tiny, tokens, kind):
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "random"])
-def test_refined_masks_lower_the_error_of_every_matrix(dense, fresh, tokens, criterion, pattern):
+def test_refined_masks_lower_the_error_of_every_matrix(dense, tokens, criterion, pattern):
     batch, errors = tokens(16, 30), {}
-    _, grams, _ = gather(Execution("cpu", "float32"), dense, dense.windows("block")[0], dense.embed(batch), "gram")
+    _, grams, _ = gather(FLOAT32, dense, dense.windows("block")[0], dense.embed(batch), "gram")
     for steps in (0, 30):
-        decoder = fresh()
-        result = prune(
-            decoder,
-            batch,
-            PruningConfig(criterion=criterion, pattern=pattern, scope="row", mask_refinement=steps),
-            execution=FLOAT32,
-        )
+        decoder, config = copied(dense), PruningConfig(criterion, pattern, scope="row", mask_refinement=steps)
+        result = prune(decoder, batch, config, execution=FLOAT32)
         assert all(sparsity_of(mask) == 0.5 for mask in result.masks.values())
         for name, gram in grams.items():
             difference = decoder.matrices()[name].weight - dense.matrices()[name].weight

@@ -5,11 +5,11 @@ import logging
 
 import pytest
 import torch
-from fixtures.models import FLOAT32
+from fixtures.models import FLOAT32, copied
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from recon import Callback, Execution, PruningConfig, ReconstructionConfig, decompose, prune, reconstruct
+from recon import Callback, Execution, PruningConfig, ReconstructionConfig, prune, reconstruct
 from recon.evaluate.perplexity import drift
 from recon.kernels.adapters import ADAPTERS
 from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED
@@ -20,10 +20,9 @@ PROPAGATIONS, STARTS = ("dense", "sparse", "mixed"), ("pruned", "exact")
 CALL = {"pruning", "masks", "held_out", "seed", "execution", "callbacks"}  # arguments of `reconstruct`; all others are options
 
 
-@pytest.fixture(scope="module")
-def dense(tiny):
-    """A decoder whose model no test changes; two blocks."""
-    return decompose(tiny("llama", num_hidden_layers=2))
+@pytest.fixture
+def dense(made):
+    return made("llama", num_hidden_layers=2)
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def pruned(dense, tokens):
     """Factory of pruned copies of `dense` (or of another decoder)."""
 
     def make(of=dense, pattern="0.5"):
-        student = decompose(copy.deepcopy(of.model), like=of)
+        student = copied(of)
         prune(student, tokens(4, 16, seed=1), PruningConfig(pattern=pattern), execution=FLOAT32)
         return student
 
@@ -85,11 +84,9 @@ def test_zeros_stay_and_the_rest_is_untouched(dense, pruned, tokens, granularity
     windows = dense.windows(options["granularity"])
     assert [r.status for r in reports] == [RECONSTRUCTED] * len(windows)
     after, trained = state(student), {name for window in windows for name in dense.trained(window, train)}
-    for name in student.matrices():
-        assert torch.equal(before[f"{name}.weight"] == 0, after[f"{name}.weight"] == 0)
+    assert all(torch.equal(before[f"{name}.weight"] == 0, after[f"{name}.weight"] == 0) for name in student.matrices())
     assert any("norm" in name for name in trained) == (train == "all" and granularity != "matrix")
-    for name in before:
-        assert torch.equal(before[name], after[name]) == (name not in trained)
+    assert all(torch.equal(before[name], after[name]) == (name not in trained) for name in before)
     assert not {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"} & trained
     assert same(teacher_before, state(dense))
     assert all(p.grad is None for decoder in (dense, student) for p in decoder.model.parameters())
@@ -97,11 +94,10 @@ def test_zeros_stay_and_the_rest_is_untouched(dense, pruned, tokens, granularity
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "falcon", "gemma2", "phi"])
 @pytest.mark.parametrize("granularity", ["matrix", "half-block", "block"])
-def test_other_families(tiny, pruned, tokens, family, granularity):
-    dense = decompose(tiny(family))
+def test_other_families(made, pruned, tokens, family, granularity):
+    dense, batch = made(family), tokens(12, 16)
     student = pruned(dense)
     masks = {name: matrix.weight != 0 for name, matrix in student.matrices().items()}
-    batch = tokens(12, 16)
     before = drift(student, dense, batch, execution=FLOAT32)[0][-1]
     run(student, dense, batch, granularity=granularity, start="exact", learning_rate=1e-3, epochs=4)
     assert all(torch.equal(matrix.weight != 0, masks[name]) for name, matrix in student.matrices().items())
@@ -147,20 +143,17 @@ def test_exact_matrices_are_least_squares_solutions(dense, pruned, tokens):
 
 
 @torch.no_grad()
-def test_exact_matrices_under_mixed_propagation(tiny, pruned, tokens):
+def test_exact_matrices_under_mixed_propagation(made, pruned, tokens):
     """Least squares of the dense outputs on the reconstructed model's inputs, where these differ from the dense ones."""
-    dense = decompose(tiny("qwen2", num_hidden_layers=1))
+    dense = made("qwen2", num_hidden_layers=1)
     student, batch = pruned(dense), tokens(32, 32)
     run(student, dense, batch, granularity="matrix", solver="exact", propagation="mixed")
     hidden = dense.embed(batch)
     for name in ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj"):  # the first has a bias
         window = Window(range(1), matrices=(name,))
         x, wanted = student.inputs(window, hidden).flatten(0, 1), dense.inputs(window, hidden).flatten(0, 1)
-        matrix = dense.matrices()[name]
-        wanted = F.linear(wanted, matrix.weight)
-        found = student.matrices()[name].weight
-        best = least_squares(x, wanted, found != 0)
-        errors = [(x @ w.T - wanted).square().sum().item() for w in (found, best)]
+        wanted, found = F.linear(wanted, dense.matrices()[name].weight), student.matrices()[name].weight
+        errors = [(x @ w.T - wanted).square().sum().item() for w in (found, least_squares(x, wanted, found != 0))]
         assert errors[0] < 1.01 * errors[1]
 
 
@@ -189,13 +182,8 @@ def activations(model, batch):
     for i in range(2):
         (before, after), (middle, _) = seen[str(i)], seen[f"half {i}"]
         pairs |= {f"block {i}": (before, after), f"block {i} attention": (before, middle), f"block {i} mlp": (middle, after)}
-        for group in (
-            "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-            "self_attn.o_proj",
-            "mlp.gate_proj mlp.up_proj",
-            "mlp.down_proj",
-        ):
-            names = [f"model.layers.{i}.{name}" for name in group.split()]
+        for group in ("self_attn.q self_attn.k self_attn.v", "self_attn.o", "mlp.gate mlp.up", "mlp.down"):
+            names = [f"model.layers.{i}.{name}_proj" for name in group.split()]
             pairs["+".join(names)] = seen[names[0]][0], torch.cat([seen[name][1] for name in names], -1)
     pairs["block 0-1"] = seen["0"][0], seen["1"][1]
     return pairs
@@ -219,15 +207,10 @@ def test_each_window_gets_the_inputs_and_targets_of_the_propagation(dense, prune
             "sparse": (ours[window.name][0], activations(hybrid, batch)[window.name][1]),
             "mixed": (ours[window.name][0], theirs[window.name][1]),
         }
-        assert_close(inputs, expected[propagation][0], rtol=1e-4, atol=1e-4)
-        assert_close(targets, expected[propagation][1], rtol=1e-4, atol=1e-4)
+        assert_close((inputs, targets), expected.pop(propagation), rtol=1e-4, atol=1e-4)
         if window.name in ("block 1", "block 1 mlp", "model.layers.1.mlp.down_proj"):  # late enough for all to differ
-            for other in {"dense", "sparse", "mixed"} - {propagation}:
-                differs = [
-                    not torch.allclose(a, b, rtol=1e-2, atol=1e-2)
-                    for a, b in zip((inputs, targets), expected[other], strict=True)
-                ]
-                assert any(differs)
+            for other in expected.values():
+                assert not all(torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in zip((inputs, targets), other))
 
 
 @pytest.mark.parametrize("granularity, steps", [("half-block", [3, 12, 3, 12]), ("block", [3, 3]), ("matrix", [12] * 8)])
@@ -250,7 +233,7 @@ def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens
         def on_pruned(self, pruning):
             found.append(pruning)
 
-    config, (one, two) = PruningConfig(criterion), (decompose(copy.deepcopy(dense.model), like=dense) for _ in range(2))
+    config, one, two = PruningConfig(criterion), copied(dense), copied(dense)
     masks = prune(two, samples, config, execution=FLOAT32).masks
     run(two, dense, samples, masks=masks, **options)
     run(one, dense, samples, pruning=config, callbacks=[Found()], **options)
@@ -264,8 +247,7 @@ def test_same_seed_same_weights(dense, pruned, tokens, granularity):
     for model, seed in zip(runs, (0, 0, 1), strict=True):
         torch.manual_seed(int(torch.randint(1000, ())))  # the global state is none of its business
         run(model, dense, tokens(6, 12), granularity=granularity, seed=seed)
-    assert same(state(runs[0]), state(runs[1]))
-    assert not same(state(runs[0]), state(runs[2]))
+    assert same(state(runs[0]), state(runs[1])) and not same(state(runs[0]), state(runs[2]))
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -279,8 +261,7 @@ def test_a_window_that_breaks_is_rolled_back(dense, pruned, tokens, caplog, valu
     assert [r.status for r in reports] == [RECONSTRUCTED, NOT_FINITE, RECONSTRUCTED, RECONSTRUCTED]
     after, windows = state(student), dense.windows("half-block")
     changed = {name for number in (0, 2, 3) for name in dense.trained(windows[number], "matrices")}
-    for name in before:
-        assert torch.equal(before[name], after[name]) == (name not in changed)
+    assert all(torch.equal(before[name], after[name]) == (name not in changed) for name in before)
     assert [r.levelname for r in caplog.records if "'block 0 mlp'" in r.message and "rolled back" in r.message] == ["WARNING"]
 
 
@@ -292,8 +273,7 @@ def test_adapters_lower_the_loss_and_keep_zeros(dense, pruned, tokens, kind):
     full = sum(matrix.weight.numel() for matrix in student.matrices().values())
     assert sum(report.parameters for report in reports) < full
     assert all(epochs(report, 4)[-1] < epochs(report, 4)[0] for report in reports)
-    for name, matrix in student.matrices().items():
-        assert not matrix.weight[before[f"{name}.weight"] == 0].any()
+    assert not any(matrix.weight[before[f"{name}.weight"] == 0].any() for name, matrix in student.matrices().items())
 
 
 def test_a_window_that_gets_worse_on_held_out_text_is_rolled_back(dense, pruned, tokens, caplog):

@@ -1,11 +1,10 @@
 """Neurons in another order: the same function, N:M masks that keep more, and nearly the best order there is."""
 
-import copy
 import itertools
 
 import pytest
 import torch
-from fixtures.models import FLOAT32
+from fixtures.models import FLOAT32, copied
 from fixtures.runs import record_of
 
 from recon import ReconError, Session, decompose
@@ -52,13 +51,11 @@ def test_the_model_computes_the_same_and_masks_keep_more(tiny, tokens, family):
         for name, parameter in dense.model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
-    samples, pattern = tokens(6, 20), Pattern.parse("2:4")
-    other = decompose(copy.deepcopy(dense.model), like=dense)
+    samples, pattern, other, kept_scores = tokens(6, 20), Pattern.parse("2:4"), copied(dense), {}
     reorder_neurons(other, samples, pattern, FLOAT32)
     read = probe_tokens(dense.model)
     assert distance(other.model(read).logits, dense.model(read).logits) < 1e-5
     moved = [name for name, matrix in dense.matrices().items() if not torch.equal(matrix.weight, other.matrices()[name].weight)]
-    kept_scores = {}
     for decoder in (dense, other):
         window = decoder.windows("block")[0]
         _, norms, _ = gather(FLOAT32, decoder, window, decoder.embed(samples), "norm")

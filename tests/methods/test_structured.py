@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fixtures.models import FLOAT32, inputs_of
+from fixtures.models import FLOAT32, copied, inputs_of, zeros_stay
 
 from recon import PruningConfig, ReconstructionConfig, decompose, prune, reconstruct
 from recon.kernels.criteria import CRITERIA, Structured
@@ -24,18 +24,6 @@ ATTENTION = {
     "falcon": ({}, 2, {}, "dense"),  # one key/value head, fused with the queries of all: its rows stay
     "olmo2": ({}, 2, {"v_proj": [8]}, "o_proj"),  # a norm over all heads reads the rows of q and k
 }
-
-
-@pytest.fixture(scope="module")
-def dense(tiny):
-    """A decoder whose model no test changes: grouped queries, three blocks."""
-    return decompose(tiny("llama"))
-
-
-@pytest.fixture
-def fresh(dense):
-    """Factory of copies of `dense`."""
-    return lambda: decompose(copy.deepcopy(dense.model), like=dense)
 
 
 def pruned(decoder, tokens, criterion, pattern="0.3", **options):
@@ -66,21 +54,18 @@ def test_key_value_groups_go_with_all_their_heads_or_stay(tiny, tokens, family, 
     changes, units, makers, reader = ATTENTION[family]
     decoder = decompose(tiny(family, **changes))
     assert [half.count for half in find_units(decoder)][::2] == [units] * 3
-    masks = pruned(decoder, tokens, criterion, "0.5").masks
-    gone = 0
+    masks, gone = pruned(decoder, tokens, criterion, "0.5").masks, 0
     for index in range(3):
         kept = lines(of_block(masks, index, reader), 0).view(units, -1)
         assert torch.equal(kept.any(1), kept.all(1))
         gone += int((~kept.any(1)).sum())
         attention = [h.window for h in find_units(decoder) if h.window.blocks[0] == index and h.window.half == "attention"][0]
         for name in [*decoder.matrices(attention)][:-1]:
-            rows = lines(masks[name], 1)
-            sizes = makers.get(name.rpartition(".")[2])
+            rows, sizes = lines(masks[name], 1), makers.get(name.rpartition(".")[2])
             if sizes is None:
                 assert rows.all()
-                continue
-            for part in parts(rows, sizes):
-                assert torch.equal(part, kept.any(1, keepdim=True).expand_as(part))
+            else:
+                assert all(torch.equal(part, kept.any(1, keepdim=True).expand_as(part)) for part in parts(rows, sizes))
     assert 0 < gone < 3 * units
 
 
@@ -116,8 +101,9 @@ def test_sparsity_is_as_close_as_whole_units_allow(tiny, tokens, family, pattern
 
 
 @pytest.mark.parametrize("statistics", ["sparse", "dense"])
-def test_flap_compares_over_the_whole_dense_model(fresh, dense, tokens, statistics):
-    masks = pruned(fresh(), tokens, "flap", "0.5", statistics=statistics).masks
+def test_flap_compares_over_the_whole_dense_model(made, tokens, statistics):
+    dense = made("llama")
+    masks = pruned(copied(dense), tokens, "flap", "0.5", statistics=statistics).masks
     readers = {kind: [name for name in masks if name.endswith(kind)] for kind in ("o_proj", "down_proj")}
     inputs = inputs_of(dense.model, sum(readers.values(), []), tokens(8, 20))
     scores, kept = {}, {}
@@ -139,12 +125,11 @@ def test_flap_compares_over_the_whole_dense_model(fresh, dense, tokens, statisti
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 @torch.no_grad()
-def test_compensation_leaves_no_mean_error_on_calibration_data(tiny, tokens, family):
-    plain = decompose(tiny(family))
+def test_compensation_leaves_no_mean_error_on_calibration_data(made, tokens, family):
+    plain, errors = made(family), {}
     inputs = inputs_of(plain.model, [half.reader.name for half in find_units(plain)], tokens(8, 20))
-    errors = {}
     for bare in (True, False):
-        decoder = decompose(copy.deepcopy(plain.model), like=plain)
+        decoder = copied(plain)
         result = pruned(decoder, tokens, "flap")
         for name in inputs if bare else ():  # as they were
             decoder.model.get_submodule(name).bias = plain.model.get_submodule(name).bias
@@ -162,16 +147,13 @@ def test_compensation_leaves_no_mean_error_on_calibration_data(tiny, tokens, fam
 
 @pytest.mark.parametrize("granularity, train", [("half-block", "matrices"), ("block", "all"), ("matrix", "matrices")])
 @pytest.mark.parametrize("criterion", STRUCTURED)
-def test_reconstruction_keeps_units_gone_and_trains_the_new_biases(fresh, dense, tokens, criterion, granularity, train):
-    student, samples = fresh(), tokens(16, 20, seed=1)
+def test_reconstruction_keeps_units_gone_and_trains_the_new_biases(made, tokens, criterion, granularity, train):
+    dense, student, samples = made("llama"), copied(made("llama")), tokens(16, 20, seed=1)
     masks = pruned(student, tokens, criterion).masks
     biases = {name: p.detach().clone() for name, p in student.model.named_parameters() if name.endswith("bias")}
     assert bool(biases) == (criterion == "flap")
     config = ReconstructionConfig(granularity=granularity, train=train, learning_rate=0.003, epochs=2)
     reports = reconstruct(student, dense, samples, config, masks=masks, execution=FLOAT32)
     before, after = (sum(r[kind]["calibration"] for r in map(vars, reports)) for kind in ("error_before", "error_after"))
-    assert after < before
-    for name, matrix in student.matrices().items():
-        assert not matrix.weight[~masks[name]].any()
-    for name, bias in biases.items():
-        assert not torch.equal(student.model.get_parameter(name), bias)
+    assert after < before and zeros_stay(student, masks)
+    assert not any(torch.equal(student.model.get_parameter(name), bias) for name, bias in biases.items())

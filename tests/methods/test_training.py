@@ -94,10 +94,8 @@ def test_weight_decay_shrinks_what_no_gradient_holds():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_training_lowers_the_loss_and_keeps_zeros_at_every_step(loss):
-    zeros, mask = [], problem()[-1]
-    weight, losses, _ = run(
-        Schedule(learning_rate=3e-2, epochs=20), loss, after_step=lambda weight: zeros.append(torch.equal(weight == 0, ~mask))
-    )
+    zeros, mask, schedule = [], problem()[-1], Schedule(learning_rate=3e-2, epochs=20)
+    weight, losses, _ = run(schedule, loss, after_step=lambda weight: zeros.append(torch.equal(weight == 0, ~mask)))
     assert losses[-1] < 0.8 * losses[0] and weight.grad is None
     assert all(zeros) and len(zeros) == 160
 
@@ -113,9 +111,8 @@ def test_accumulation_is_a_larger_batch(loss, samples):
 
 
 def test_the_loss_is_that_before_the_step_and_uneven_parts_weigh_by_their_samples():
-    # Three samples in one step, as two and one: the loss is the mean over the three.
     inputs, targets, start, _ = problem(3)
-    _, losses, _ = run(Schedule(batch_size=2, accumulation=2), samples=3)
+    _, losses, _ = run(Schedule(batch_size=2, accumulation=2), samples=3)  # as two and one
     assert_close(losses, [LOSSES["mse"](inputs @ start.T, targets, channel_variance(targets)).mean().item()])
 
 
@@ -126,8 +123,7 @@ def test_samples_are_shuffled_anew_each_epoch_by_the_generator():
         run(Schedule(epochs=2), seed=seed, see=lambda x, _, seen=seen: seen.append(int((inputs == x[0]).all((1, 2)).nonzero())))
         orders.append(seen)
     assert sorted(orders[0][:8]) == sorted(orders[0][8:]) == list(range(8))
-    assert orders[0][:8] != orders[0][8:]
-    assert orders[0] == orders[1] != orders[2]
+    assert orders[0][:8] != orders[0][8:] and orders[0] == orders[1] != orders[2]
 
 
 def test_trained_in_float32_under_autocast():
