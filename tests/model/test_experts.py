@@ -1,11 +1,10 @@
 """Mixture-of-experts models: each expert's part of a fused parameter is a matrix, known by the tokens that are sent to it."""
 
 import copy
-import functools
 
 import pytest
 import torch
-from fixtures.models import FLOAT32, make_model, random_tokens
+from fixtures.models import FLOAT32, copied, make_model, random_tokens
 from torch.testing import assert_close
 
 from recon import PruningConfig, ReconError, ReconstructionConfig, decompose, prune, reconstruct
@@ -17,18 +16,6 @@ from recon.model.structure import stored
 FAMILIES = {"mixtral": (False, 0.5), "gpt_oss": (True, 0.5), "llama4": (True, 0.25)}
 
 
-@pytest.fixture(scope="module")
-def made():
-    """Family -> its decoder, made once, and left as it is."""
-    return functools.cache(lambda family: decompose(make_model(family, num_hidden_layers=2)))
-
-
-@pytest.fixture
-def fresh(made):
-    """Family -> a copy of its decoder."""
-    return lambda family: decompose(copy.deepcopy(made(family).model), like=made(family))
-
-
 def experts_of(decoder, block=None):
     chosen = decoder.matrices(None if block is None else decoder.windows("block")[block])
     return {name: matrix for name, matrix in chosen.items() if matrix.expert is not None}
@@ -37,14 +24,13 @@ def experts_of(decoder, block=None):
 @torch.no_grad()
 def slow_inputs(decoder, block, tokens):
     """Expert's matrix name -> what it reads, (tokens, in), of the whole model: routed and computed by hand in float64."""
-    caught = {}
+    caught, inputs = {}, {}
     experts = next(iter(experts_of(decoder, block).values())).module
     see = lambda m, args, kwargs: caught.update(args=(*args, *kwargs.values()))  # noqa: E731
     handle = experts.register_forward_pre_hook(see, with_kwargs=True)
     decoder.model(input_ids=tokens, use_cache=False)
     handle.remove()
     hidden, *routing = (a.double() if a.is_floating_point() else a for a in caught["args"])
-    inputs = {}
     for name, matrix in experts_of(decoder, block).items():
         if not name.rpartition(".")[2].startswith("gate_up"):
             continue
@@ -73,9 +59,8 @@ def test_each_expert_is_a_matrix(made, family):
         assert torch.equal(matrix.weight, part.T if transposed else part) and matrix.weight.data_ptr() == part.data_ptr()
     masks = {name: torch.rand(m.weight.shape) > 0.5 for name, m in inside.items()}
     for parameter, mask in stored(inside, masks, torch.device("cpu")):  # laid out as their parameters are
-        for name, matrix in inside.items():
-            if matrix.parameter is parameter:
-                assert torch.equal(matrix.oriented(mask[matrix.expert]), masks[name])
+        own = {name: matrix for name, matrix in inside.items() if matrix.parameter is parameter}
+        assert own and all(torch.equal(matrix.oriented(mask[matrix.expert]), masks[name]) for name, matrix in own.items())
     with pytest.raises(ReconError, match=r"matrix windows .* has experts, such as '.*gate_up_proj\[0\]'"):
         decoder.windows("matrix")
 
@@ -132,22 +117,22 @@ def test_statistics_are_those_of_the_tokens_sent_there(made, family, kind):
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
-def test_under_calibrated_experts_are_pruned_by_magnitude_and_named(made, fresh, caplog, criterion):
-    decoder, tokens = fresh("mixtral"), random_tokens(4, 16)
+def test_under_calibrated_experts_are_pruned_by_magnitude_and_named(made, caplog, criterion):
+    dense, decoder, tokens = made("mixtral"), copied(made("mixtral")), random_tokens(4, 16)
     config = PruningConfig(criterion=criterion, pattern="0.5", scope="row", statistics="dense")
     result = prune(decoder, tokens, config, execution=FLOAT32)
-    counts = {name: len(x) for block in range(2) for name, x in slow_inputs(made("mixtral"), block, tokens).items()}
+    counts = {name: len(x) for block in range(3) for name, x in slow_inputs(dense, block, tokens).items()}
     assert set(result.under_calibrated) == {name for name, count in counts.items() if count < FEW}
     assert 0 < len(result.under_calibrated) < len(counts)
     assert f"{len(result.under_calibrated)} of {len(result.masks)} matrices belong to experts" in caplog.text
     for name, mask in result.masks.items():
-        smallest = made("mixtral").matrices()[name].weight.abs().argsort(1)[:, : mask.shape[1] // 2]
+        smallest = dense.matrices()[name].weight.abs().argsort(1)[:, : mask.shape[1] // 2]
         assert (not mask.gather(1, smallest).any()) == (name in result.under_calibrated)
 
 
-def test_exact_solutions_lower_the_error_of_each_expert(made, fresh):
+def test_exact_solutions_lower_the_error_of_each_expert(made):
     """Exact masked least squares on an expert's own tokens, against the error counted on them by hand."""
-    decoder, tokens, dense = fresh("mixtral"), random_tokens(12, 32), made("mixtral")
+    dense, decoder, tokens = made("mixtral"), copied(made("mixtral")), random_tokens(12, 32)
     masks = prune(decoder, tokens, PruningConfig(criterion="wanda", statistics="dense"), execution=FLOAT32).masks
     pruned = {name: matrix.weight.clone() for name, matrix in decoder.matrices().items()}
     config = ReconstructionConfig(granularity="half-block", start="exact", learning_rate=1e-30, epochs=1)
@@ -159,9 +144,9 @@ def test_exact_solutions_lower_the_error_of_each_expert(made, fresh):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_an_expert_that_no_token_but_the_first_is_sent_to_is_left_alone(made, fresh, seed):
+def test_an_expert_that_no_token_but_the_first_is_sent_to_is_left_alone(made, seed):
     """With one of the seeds an expert gets none at all, with the other one gets the first, which losses leave out."""
-    dense, student, tokens = made("mixtral"), fresh("mixtral"), random_tokens(1, 3, seed)
+    dense, student, tokens = made("mixtral"), copied(made("mixtral")), random_tokens(1, 3, seed)
     masks = prune(student, config=PruningConfig(criterion="magnitude"), execution=FLOAT32).masks
     before = {name: matrix.weight.clone() for name, matrix in student.matrices().items()}
     first = slow_inputs(dense, 0, tokens[:, :1])
@@ -169,8 +154,7 @@ def test_an_expert_that_no_token_but_the_first_is_sent_to_is_left_alone(made, fr
     reconstruct(student, dense, tokens, ReconstructionConfig(propagation="dense", epochs=1), masks=masks, execution=FLOAT32)
     names = experts_of(student, 0)
     assert 0 < len(sent) < len(names)
-    for name, matrix in names.items():
-        assert torch.equal(matrix.weight, before[name]) == (name not in sent)
+    assert all(torch.equal(matrix.weight, before[name]) == (name not in sent) for name, matrix in names.items())
 
 
 class Apart(torch.nn.Module):
@@ -208,10 +192,11 @@ def apart(model):
     return decompose(model)
 
 
-def test_experts_that_are_modules_are_reconstructed_as_those_in_one_parameter(made, fresh, caplog):
+def test_experts_that_are_modules_are_reconstructed_as_those_in_one_parameter(made, caplog):
     tokens, results = random_tokens(8, 20), []
     config = ReconstructionConfig(granularity="half-block", learning_rate=1e-3, rate="absolute", chunks=1, epochs=1)
-    for dense, student in ((made("mixtral"), fresh("mixtral")), (apart(made("mixtral").model), apart(made("mixtral").model))):
+    fused = made("mixtral")
+    for dense, student in ((fused, copied(fused)), (apart(fused.model), apart(fused.model))):
         masks = prune(student, tokens, PruningConfig(criterion="wanda"), execution=FLOAT32).masks
         reconstruct(student, dense, tokens, config, masks=masks, execution=FLOAT32)
         results.append({name: matrix.weight for name, matrix in student.matrices().items()})
@@ -221,8 +206,8 @@ def test_experts_that_are_modules_are_reconstructed_as_those_in_one_parameter(ma
     for name, weight in results[1].items():
         path, _, rest = name.partition(".experts.")
         expert, _, which = rest.partition(".")
-        fused = f"{path}.experts.{'gate_up' if which == 'up' else 'down'}_proj[{expert}]" if rest else name
-        assert_close(weight, results[0][fused], rtol=1e-3, atol=1e-4)
+        name = f"{path}.experts.{'gate_up' if which == 'up' else 'down'}_proj[{expert}]" if rest else name
+        assert_close(weight, results[0][name], rtol=1e-3, atol=1e-4)
     with pytest.raises(ReconError, match=r"has experts, such as 'model.layers.0.mlp.experts.\d.up'"):
         student.windows("matrix")
 

@@ -3,7 +3,6 @@
 `PYTHONPATH=tests python tests/model/test_families.py --write` writes what works into guides/families.md.
 """
 
-import copy
 import functools
 import sys
 import warnings
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.families import FAMILIES, UNTRIED, VOCABULARY, small_model
-from fixtures.models import FLOAT32
+from fixtures.families import FAMILIES, UNTRIED, small_model
+from fixtures.models import FLOAT32, copied, random_tokens, zeros_stay
 
 from recon import Decoder, PruningConfig, ReconError, ReconstructionConfig, decompose, prune, reconstruct
 from recon.model.modules import distance
@@ -89,10 +88,6 @@ def working() -> list[str]:
     return sorted(name for row in rows[1:] if len(row) == 5 for name in row[-1].split(", "))
 
 
-def random_tokens(samples: int, length: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
-
-
 def test_the_guide_says_what_works():
     assert in_guide() == table(), "run: PYTHONPATH=tests python tests/model/test_families.py --write"
 
@@ -117,7 +112,7 @@ def test_windows_give_the_model_back(family):
 @pytest.mark.parametrize("family", working())
 def test_pruned_and_reconstructed(family):
     decoder, tokens = decomposed(family), random_tokens(8, 16, seed=2)
-    pruned = decompose(copy.deepcopy(decoder.model), like=decoder)
+    pruned = copied(decoder)
     masks = prune(pruned, tokens, PruningConfig(criterion="wanda", pattern="0.5"), execution=FLOAT32).masks
     holders = {matrix.parameter_name for matrix in decoder.matrices().values()}
     for name, parameter in pruned.model.named_parameters():
@@ -127,14 +122,13 @@ def test_pruned_and_reconstructed(family):
         assert ((~masks[name]).sum(1) == round(0.5 * dense.shape[1])).all()
         assert torch.equal(matrix.weight, dense * masks[name])
     for granularity in fitting(decoder):
-        student = decompose(copy.deepcopy(pruned.model), like=decoder)
-        config = ReconstructionConfig(granularity=granularity, learning_rate=0.001, epochs=1, chunks=1)
+        student, config = copied(pruned), ReconstructionConfig(granularity=granularity, learning_rate=0.001, epochs=1, chunks=1)
         reports = reconstruct(student, decoder, tokens, config, masks=masks, held_out=tokens[:2], execution=FLOAT32)
         for report in reports:
             before, after = report.error_before["held_out"], report.error_after["held_out"]
             assert after < before if report.status == "reconstructed" else report.status == "rolled back: error grew"
         assert any(report.status == "reconstructed" for report in reports)
-        assert not any(matrix.weight[~masks[name]].any() for name, matrix in student.matrices().items())
+        assert zeros_stay(student, masks)
 
 
 if __name__ == "__main__":
