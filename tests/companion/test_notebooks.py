@@ -74,28 +74,22 @@ def test_profiles_name_only_parameters_that_notebooks_have(profile):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith(SLOW) else n for n in TINY])
 def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path, tiny_folder, tiny_text):
-    given, runs = TINY[name]
-    names = re.findall(r"^\w+", parameters(ROOT / "notebooks" / f"{name}.ipynb"), re.MULTILINE)
+    (given, runs), source = TINY[name], ROOT / "notebooks" / f"{name}.ipynb"
+    names = re.findall(r"^\w+", parameters(source), re.MULTILINE)
     places = {"model": tiny_folder, "text": tiny_text, "evaluation_texts": [tiny_text]}
     values = places | {"by_hand": tiny_folder, "models": [tiny_folder], "recipe_models": [tiny_folder], "texts": [tiny_text]}
     values |= {"common": SMALL | COMMON | places, "output": str(tmp_path)}
     values = {key: value for key, value in values.items() if key in names} | given
     if name == "9-ladder":  # of one family, with sizes in their names
-        values["models"] = [shutil.copytree(tiny_folder, tmp_path / f"tiny-{size}m") for size in (1, 2, 3)]
-        values["models"] = [str(path) for path in values["models"]]
-    executed = tmp_path / "executed.ipynb"
-    papermill.execute_notebook(
-        str(ROOT / "notebooks" / f"{name}.ipynb"), str(executed), values, kernel_name="python3", cwd=str(ROOT / "notebooks"),
-        progress_bar=False,
-    )  # fmt: skip
-    records = [
-        json.loads(path.read_text())
-        for path in [*(tmp_path / "records").glob("*.json"), *(tmp_path / "records").glob("ladder/*.json")]
-    ]
+        values["models"] = [str(shutil.copytree(tiny_folder, tmp_path / f"tiny-{size}m")) for size in (1, 2, 3)]
+    executed, how = tmp_path / "executed.ipynb", {"kernel_name": "python3", "progress_bar": False}
+    papermill.execute_notebook(str(source), str(executed), values, cwd=str(source.parent), **how)
+    folder = tmp_path / "records"
+    records = [json.loads(path.read_text()) for path in (*folder.glob("*.json"), *folder.glob("ladder/*.json"))]
     assert {record["status"] for record in records} <= {"done"} and len(records) == (len(records) if runs is None else runs)
     keys = {record["key"] for record in records} | {"bench/cost", "bench/workers"}
-    keys |= {f"probes/{path.stem}" for path in (tmp_path / "records" / "probes").glob("*.json")}
-    figures = [each for each in drawn(ROOT / "notebooks" / f"{name}.ipynb") if each != "ladder-legs"]  # of models trained here
+    keys |= {f"probes/{path.stem}" for path in (folder / "probes").glob("*.json")}
+    figures = [each for each in drawn(source) if each != "ladder-legs"]  # of models trained here
     for figure in figures:
         assert {path.suffix for path in (tmp_path / "figures").glob(f"{figure}.*")} == {".csv", ".json", ".pdf", ".png"}
         origin = json.loads((tmp_path / "figures" / f"{figure}.json").read_text())

@@ -1,15 +1,13 @@
 """Networks that are no transformers, and probes: what they compute is the same, kept, and not computed twice."""
 
-import copy
-
 import pandas as pd
 import pytest
 import torch
+from fixtures.models import FLOAT32, zeros_stay
 
 import recon
 from companion import inside, networks, probes
 
-QUIET = recon.Execution("cpu", "float32", progress=False)
 IMAGES = networks.data("CNN")["training"][0][:8]
 
 
@@ -20,18 +18,17 @@ def reader(kind: str) -> networks.Reader:
 
 @pytest.mark.parametrize("kind", ["MLP", "CNN", "ViT"])
 def test_networks_that_read_images_are_pruned_and_reconstructed_as_models_of_text_are(kind):
-    dense = reader(kind)
-    decoder, model = recon.decompose(dense), copy.deepcopy(dense)
-    assert torch.equal(
-        decoder.logits(IMAGES, decoder.forward(decoder.windows("model")[0], decoder.embed(IMAGES))), dense(IMAGES).logits
-    )
+    dense, model = reader(kind), reader(kind)
+    decoder = recon.decompose(dense)
+    hidden = decoder.forward(decoder.windows("model")[0], decoder.embed(IMAGES))
+    assert torch.equal(decoder.logits(IMAGES, hidden), dense(IMAGES).logits)
     assert [window.half for window in decoder.windows("half-block")] == ["attention", "mlp"] * 4
-    masks = recon.prune(model, IMAGES, recon.PruningConfig(pattern="0.5"), execution=QUIET).masks
+    masks = recon.prune(model, IMAGES, recon.PruningConfig(pattern="0.5"), execution=FLOAT32).masks
     config = recon.ReconstructionConfig(granularity="matrix", skip_first=False, epochs=8)
-    reports = recon.reconstruct(model, dense, IMAGES, config, masks=masks, execution=QUIET)
+    reports = recon.reconstruct(model, dense, IMAGES, config, masks=masks, execution=FLOAT32)
     assert len(reports) == len(decoder.matrices()) and {each.status for each in reports} == {"reconstructed"}
     assert all(each.error_after["calibration"] < each.error_before["calibration"] for each in reports)
-    assert not any(matrix.weight[~masks[name]].any() for name, matrix in recon.decompose(model).matrices().items())
+    assert zeros_stay(recon.decompose(model), masks)
     with pytest.raises(recon.ReconError, match="not a causal language model"):
         recon.perplexity(model, IMAGES)
 
@@ -73,8 +70,7 @@ def test_noise_begins_as_it_is_put_in_and_gradients_agree_where_inputs_do(tiny_f
 
 
 def test_effective_rank_is_that_of_singular_values():
-    dense = reader("ViT")
-    decoder = recon.decompose(dense)
+    decoder = recon.decompose(dense := reader("ViT"))
     with torch.no_grad():
         read = dense.blocks[0].norms[0](decoder.embed(IMAGES))[:, 1:].flatten(0, 1)
     shares = torch.linalg.svdvals(read).square()
@@ -101,10 +97,9 @@ def test_what_is_in_no_part_stays_dense(monkeypatch):
 
 
 def test_a_decoder_is_asked_for_the_second_half():
-    torch.manual_seed(0)
-    model, tokens = networks.KINDS["T5"]().eval(), torch.randint(512, (3, 12))
+    model, tokens = reader("T5"), torch.randint(512, (3, 12))
     found = networks.told(model, tokens, torch.zeros(3))
-    assert found.tolist() == pytest.approx(recon.perplexity(model, tokens, execution=QUIET).per_window, rel=1e-5)
+    assert found.tolist() == pytest.approx(recon.perplexity(model, tokens, execution=FLOAT32).per_window, rel=1e-5)
 
 
 def test_texts_to_move_between_are_mixed_and_written_by_the_model(tiny_folder):

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from companion import run
 
 ROOT = Path(__file__).resolve().parents[2]
-PARAMETERS = (
-    'profile: str = "quick"  # which\noutput: str = ""  # where\ncompute: bool = True  # whether\nsize: int = 1  # how many'
-)
+PARAMETERS = 'profile: str = "quick"  # which\noutput: str = ""  # where\ncompute: bool = True  # whether\nsize: int = 1  # how'
 DRAWS = """
 import matplotlib.pyplot as plt, pandas as pd
 from companion.publish import folders, publish
@@ -79,19 +77,15 @@ def test_from_records_nothing_is_computed_and_what_has_none_is_no_failure(checko
     assert "  2-lacks  no records: MissingRecords: no records yet: run ./run_all.sh quick 2-lacks" in done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    "words, said", [(["fast"], "invalid choice"), (["quick", "9-z"], "unknown notebook '9-z'; known: 0-quickst")]
-)
-def test_mistakes_are_refused_before_anything_runs(words, said, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run.main(words)
-    assert caught.value.code == 2 and said in capsys.readouterr().err
+def test_mistakes_are_refused_before_anything_runs(capsys):
+    for words, said in ((["fast"], "invalid choice"), (["quick", "9-z"], "unknown notebook '9-z'; known: 0-quickst")):
+        with pytest.raises(SystemExit) as caught:
+            run.main(words)
+        assert caught.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_committed_notebooks_hold_nothing_of_the_machine():
-    out = nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}})
-    cell = new_code_cell(
-        "1", outputs=[out, nbformat.v4.new_output("stream", text="said")], metadata={"papermill": {"duration": 1}}
-    )
+    widget = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}})
+    cell = new_code_cell("1", outputs=[widget, new_output("stream", text="said")], metadata={"papermill": {"duration": 1}})
     clean = run.readable(new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/home"}, "widgets": {}}))
     assert not clean.metadata and not clean.cells[0].metadata and [each.text for each in clean.cells[0].outputs] == ["said"]

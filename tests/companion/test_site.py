@@ -18,15 +18,8 @@ def test_the_site_opens_from_disk():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])}
     subprocess.run([sys.executable, "-m", "companion.site"], cwd=ROOT, env=environment, check=True)
     site = ROOT / "build" / "site"
-    pages = [
-        "index",
-        "ARTIFACT",
-        "figures/README",
-        "figures/claims",
-        "guides/README",
-        *(f"notebooks/{p.stem}" for p in notebooks()),
-    ]
-    for page in pages:
+    pages = ["index", "ARTIFACT", "figures/README", "figures/claims", "guides/README"]
+    for page in pages + [f"notebooks/{path.stem}" for path in notebooks()]:
         text = (site / f"{page}.html").read_text(encoding="utf-8")
         sources = re.findall(r'<(?:img|script|link)[^>]* (?:src|href)="([^"]+)"', text)
         assert sources and not [source for source in sources if source.startswith(("http", "//"))]

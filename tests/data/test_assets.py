@@ -121,5 +121,6 @@ def test_the_bundled_model_is_a_sound_checkpoint():
 
 @pytest.mark.slow
 def test_the_parts_of_gemma_are_one_file():
+    """With the hash that its packager states."""
     whole = b"".join(assets.fetch(part).read_bytes() for part in assets.BUNDLED_MODELS["gemma3-270m"]["parts"])
     assert hashlib.sha256(whole).hexdigest() == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
