@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each on a core of its o
 import pytest
 from fixtures.cluster import cluster  # noqa: F401
 from fixtures.models import make_model, paragraphs, random_tokens
+from fixtures.runs import options
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -91,10 +92,6 @@ def config_folder(tmp_path):
 
 
 @pytest.fixture
-def small(tiny_folder, tiny_text):
+def small(tiny_spec):
     """The options of `recon run` for a run of a moment."""
-    options = {
-        "model": tiny_folder, "text": tiny_text, "samples": 8, "epochs": 1, "sequence-length": 32, "held-out-samples": 2,
-        "evaluation-texts": tiny_text, "evaluation-samples": 2, "evaluation-length": 64, "learning-rate": "3e-3", "seed": 0,
-    }  # fmt: skip
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return options(tiny_spec.replaced(samples=8, learning_rate=3e-3))[1:]

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_refusals import refuse
 
 import recon
 from recon.cli import main
@@ -39,18 +38,6 @@ def test_reconstruct_reads_the_mask_of_a_pruned_model(small, tmp_path, capsys):
     spec = json.loads(record.read_text())["spec"]
     assert (spec["model"], spec["pruned"], spec["granularity"], spec["samples"]) == (model, str(pruned), "block", 8)
     assert "pattern of the mask: 0.5" in capsys.readouterr().out
-
-
-def test_plan_says_what_a_run_would_take(small, capsys):
-    main(["plan", *small])
-    assert "memory" in capsys.readouterr().out
-    assert "this run" in refuse(["plan", *small, "--memory", "0.0001"], capsys)
-
-
-def test_a_failed_run_leaves_a_record_that_says_how(small, tmp_path, capsys):
-    refuse(["run", *small, "--pattern", "2:5", "--record", str(tmp_path / "out.json")], capsys)
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written["status"] == "failed" and "groups of 5" in written["error"]
 
 
 def test_lists_name_everything(capsys):

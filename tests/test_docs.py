@@ -22,7 +22,7 @@ def test_readme_and_guides_are_short():
     assert {identify(page): n for page in GUIDES if (n := len(page.read_text(encoding="utf-8").splitlines())) >= 120} == {}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=identify)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "figures" / "article.md"], ids=identify)
 def test_links_lead_somewhere(page):
     links = LINK.findall(page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []

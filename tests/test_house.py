@@ -17,11 +17,8 @@ FLOORS = [  # each imports from those above it, and from itself
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def _name(path: Path) -> str:
-    return ".".join(("recon", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
-
-
-SOURCES = {_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+MODULES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
+SOURCES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
 
 
 def imported(path: Path) -> set[str]:

@@ -15,6 +15,7 @@ import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,21 +27,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.10.0", "3.11.0", "3.12.0", "3.13.0")
 
 
-def canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def constraints() -> dict[str, Requirement]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonical(requirement.name): requirement for requirement in requirements}
-
-
-def conda() -> tuple[list[str], list[str]]:
-    """The lines of environment.yml outside and inside its pip section."""
-    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    [section] = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
-    return [entry for entry in dependencies if isinstance(entry, str)], section
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
 def test_everything_is_pinned_within_what_pyproject_allows_save_what_depends_on_the_machine():
@@ -51,8 +41,8 @@ def test_everything_is_pinned_within_what_pyproject_allows_save_what_depends_on_
         assert "+" not in str(requirement.specifier) and not re.match(r"nvidia-|cuda-|triton|recon$", name), requirement
     for text in itertools.chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
         wanted = Requirement(text)
-        constraint = known[canonical(wanted.name)]
-        if canonical(wanted.name) in ("torch", "pip"):
+        constraint = known[canonicalize_name(wanted.name)]
+        if canonicalize_name(wanted.name) in ("torch", "pip"):
             assert set(wanted.specifier) == set(constraint.specifier), (wanted, constraint)
         else:
             assert wanted.specifier.contains([*constraint.specifier][0].version), (wanted, constraint)
@@ -71,7 +61,9 @@ def test_pins_carry_a_marker_if_an_older_python_lacks_them():
 
 
 def test_conda_installs_what_pip_installs():
-    outside, section = conda()
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    [section] = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
+    outside = [entry for entry in dependencies if isinstance(entry, str)]
     assert [re.match(r"[a-z]+", line)[0] for line in outside] == ["python", "pip"]
     allowed = SpecifierSet(outside[0].removeprefix("python"))
     assert allowed.contains("3.11.7")
@@ -93,10 +85,9 @@ def test_docker_and_binder_draw_the_figures():
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with run_all.sh, and an environment whose Python and recon only write down how they are called."""
-    here, log, tools = tmp_path / "a checkout", tmp_path / "log", tmp_path / "tools"
-    (tmp_path / "env" / "bin").mkdir(parents=True)
-    here.mkdir()
-    tools.mkdir()
+    here, log, tools, env = (tmp_path / name for name in ("a checkout", "log", "tools", "env/bin"))
+    for folder in (here, tools, env):
+        folder.mkdir(parents=True)
     for name in ("run_all.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, here)
 
@@ -107,17 +98,14 @@ def checkout(tmp_path):
     def call(*words: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         log.write_text("")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "CONDA"))}
-        kept |= {"VIRTUAL_ENV": str(tmp_path / "env"), "PATH": f"{tools}:/usr/bin:/bin"} | variables
+        kept |= {"VIRTUAL_ENV": str(env.parent), "PATH": f"{tools}:/usr/bin:/bin"} | variables
         command = ["bash", str(here / "run_all.sh"), *words]
         done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=kept, stdin=subprocess.DEVNULL)
         return done, log.read_text().splitlines()
 
-    program(
-        tmp_path / "env" / "bin" / "python",
-        f'[[ $1 == -c ]] && exec {sys.executable} "$@"\necho "python $*" >>"{log}"\n'
-        f'if [[ -f "{tmp_path}/offline" && $* == *install* ]]; then echo no network; exit 1; fi',
-    )
-    program(tmp_path / "env" / "bin" / "recon", f'echo "recon $*" >>"{log}"')
+    offline = f'if [[ -f "{tmp_path}/offline" && $* == *install* ]]; then echo no network; exit 1; fi'
+    program(env / "python", f'[[ $1 == -c ]] && exec {sys.executable} "$@"\necho "python $*" >>"{log}"\n{offline}')
+    program(env / "recon", f'echo "recon $*" >>"{log}"')
     call.here, call.offline = here, tmp_path / "offline"
     call.add_uv = lambda status: program(tools / "uv", f'echo "uv $*" >>"{log}"\nexit {status}')
     call.program = program
@@ -218,7 +206,7 @@ def test_a_plain_install_works_and_says_before_any_work_what_needs_an_extra(tmp_
     for name in ("pyproject.toml", "constraints.txt", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python, recon = tmp_path / "venv" / "bin" / "python", tmp_path / "venv" / "bin" / "recon"
+    python, recon = (tmp_path / "venv" / "bin" / name for name in ("python", "recon"))
     subprocess.run([python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "."], cwd=tmp_path, check=True)
     for extra in ("lm_eval", "ray", "matplotlib", "jupyterlab"):
         assert subprocess.run([python, "-c", f"import {extra}"], capture_output=True).returncode, f"{extra} comes along"

@@ -1,12 +1,14 @@
-"""Claims judged on made-up records whose truth is known, and the pages and tables made of them."""
+"""Claims judged on made-up records whose truth is known; pages and tables of them; the article, in which no number is typed."""
 
 import json
 import math
+import re
 
+import pandas as pd
 import pytest
 from fixtures.made_up import GAP, everything, record, seeds, verdict_on
 
-from companion import frame, judge, tables
+from companion import article, frame, judge, tables
 from companion.judge import FAILS, HOLDS, NOT_RUN, UNSURE
 
 
@@ -24,8 +26,7 @@ def test_better_is_decided_by_the_side_of_zero(matrix, verdict):
 )
 def test_equivalence_takes_a_margin_of_the_perplexity_gap(block, noise, verdict):
     row = verdict_on("2.block", seeds(0.4, noise=noise) + seeds(block, noise=noise, granularity="block"))
-    assert row["verdict"] == verdict and row["unit"] == "of the perplexity gap"
-    assert row["low"] < 0.4 - block < row["high"]
+    assert row["verdict"] == verdict and row["unit"] == "of the perplexity gap" and row["low"] < 0.4 - block < row["high"]
     if noise == 0.002:  # a pattern that does ten times the harm has the same verdict: the margin is relative
         worse = seeds(0.4, gap=8.0, noise=0.02) + seeds(block, gap=8.0, noise=0.02, granularity="block")
         assert verdict_on("2.block", worse)["verdict"] == verdict
@@ -135,3 +136,37 @@ def test_tables_hold_means_over_seeds_and_the_best_in_bold():
 
 def test_committed_verdicts_are_what_committed_records_give():
     assert judge.main(["--check"]) == 0
+
+
+SAID = re.compile(r"\{\{.*?\}\}|\]\(.*?\)")  # what records give, and addresses
+
+
+def test_no_number_is_typed():
+    text = SAID.sub("", article.TEMPLATE.read_text(encoding="utf-8")).replace("3BASiL", "")  # a name
+    assert not re.findall(r".{0,20}\d.{0,20}", text)
+    assert not re.findall(r"\b(?:one|two|three|four|five|ten|hundred)\b (?:of|per cent|times)", text)
+
+
+def test_open_questions_are_told_as_their_notebook_has_them_without_a_number(tmp_path):
+    told = article.opened(tmp_path)
+    words = re.sub(r"^\*[A-Z].*not drawn yet.*$", "", told, flags=re.MULTILINE)
+    assert told.count("### ") == told.count("**Hypothesis.**") > told.count("**Learnt.**") > 4
+    assert not re.findall(r".{0,20}\d.{0,20}", words)
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    return judge.worded(judge.judge(frame.table(everything())))
+
+
+def test_answers_say_the_verdict_of_each_model_and_link_to_its_row(verdicts):
+    said, page = article.answers(verdicts, ("2.block", "8")), judge.page(verdicts)
+    mine = verdicts[verdicts["claim"] == "2.block"]
+    assert all(judge.effect_words(row) in said and row["verdict"] in said for _, row in mine.iterrows())
+    headings = {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in re.findall(r"^## (.*)$", page, re.M)}
+    assert set(re.findall(r"claims\.md#([\w-]+)", said)) <= headings
+
+
+def test_figures_that_are_not_drawn_are_named_with_their_command(verdicts, tmp_path):
+    said = article.article(verdicts, pd.DataFrame({"model": ["m"], "dense": ["float32"]}), tmp_path, "counted")
+    assert "`./run_all.sh laptop 1-granularity` draws it" in said and "m (float32)" in said and "{{" not in said

@@ -1,8 +1,11 @@
-"""Figures are saved whole with their data and origin, look the same everywhere, and are all on one page."""
+"""Figures are saved whole with their data and origin, look the same everywhere, and are all on one page; so is the site."""
 
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 
 import matplotlib
 
@@ -91,3 +94,17 @@ def test_each_profile_has_folders_of_its_own(tmp_path):
     both = [publish.folders(profile) for profile in publish.PROFILES]
     assert len(set(itertools.chain(*both))) == 6
     assert publish.folders("quick", tmp_path) == (tmp_path / "figures", tmp_path / "records")
+
+
+@pytest.mark.slow
+def test_the_site_opens_from_disk():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(publish.ROOT), str(publish.ROOT / "notebooks")])}
+    subprocess.run([sys.executable, "-m", "companion.site"], cwd=publish.ROOT, env=environment, check=True)
+    site = publish.ROOT / "build" / "site"
+    pages = ["index", "ARTIFACT", "figures/README", "figures/claims", "guides/README"]
+    for page in pages + [f"notebooks/{path.stem}" for path in publish.notebooks()]:
+        text = (site / f"{page}.html").read_text(encoding="utf-8")
+        sources = re.findall(r'<(?:img|script|link)[^>]* (?:src|href)="([^"]+)"', text)
+        assert sources and not [source for source in sources if source.startswith(("http", "//"))]
+        places = [(site / page).parent / source.partition("?")[0] for source in sources if not source.startswith("data:")]
+        assert [place for place in places if not place.exists()] == []

@@ -19,11 +19,6 @@ def verdicts():
     return judge.judge(frame.load(RECORDS), [claim for claim in judge.claims() if claim["id"] in CASES]).query("seeds > 1")
 
 
-def first(claim):
-    mine = verdicts()[verdicts()["claim"] == claim]
-    return mine.iloc[0] if len(mine) else pytest.skip(f"the records have no two seeds for claim {claim} yet")
-
-
 def matrix(row, wanted, state, measure="nll"):
     """Nats (seeds, windows) of the runs of a verdict whose spec has the options `wanted`, by seed."""
     runs = {}
@@ -68,8 +63,8 @@ CASES = {  # claim -> sides (options, state), statistic of their means, level
 
 @pytest.mark.parametrize("claim", CASES)
 def test_effects_and_intervals_are_those_of_other_code(claim):
-    sides, statistic, level = CASES[claim]
-    row = first(claim)
+    (sides, statistic, level), mine = CASES[claim], verdicts()[verdicts()["claim"] == claim]
+    row = mine.iloc[0] if len(mine) else pytest.skip(f"the records have no two seeds for claim {claim} yet")
     values = [matrix(row, wanted, state) for wanted, state in sides]
     assert len(values[0]) == row["seeds"]
     assert statistic(*(side.mean() for side in values)) == pytest.approx(row["effect"], abs=1e-9)

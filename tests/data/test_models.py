@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf as library
 import numpy as np
@@ -258,12 +259,8 @@ def write_gguf(path, kind="Q8_0", file_type=None):
 
 @pytest.fixture
 def without_tokenizer(tmp_path, monkeypatch):
-    class Nothing:  # the file has no tokenizer
-        from_pretrained = staticmethod(lambda **source: Nothing)
-        save_pretrained = staticmethod(lambda folder: None)
-
     monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("transformers.AutoTokenizer", Nothing)
+    monkeypatch.setattr("transformers.AutoTokenizer", Mock())
 
 
 @pytest.mark.parametrize(

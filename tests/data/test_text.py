@@ -126,13 +126,6 @@ def test_samples_begin_as_the_tokenizer_begins_a_text(paragraphs, dressed, templ
             text.sample_tokens(paragraphs, split, tokenizer, count + 1, 16)
 
 
-def test_the_published_protocol(paragraphs, dressed):
-    tokenizer = dressed("<bos> $A <eos>")
-    expected = tokenizer("\n\n".join(text.documents(paragraphs, "evaluation")), return_tensors="pt").input_ids[0]
-    windows = text.sample_tokens(paragraphs, "evaluation", tokenizer, 3, 16, protocol="joined")
-    assert windows.dtype == torch.int64 and torch.equal(windows, expected[:48].view(3, 16))
-
-
 def test_samples_depend_on_the_seed_alone_and_are_the_callers_own(tokenizer):
     state = torch.get_rng_state()
     draw = [text.sample_tokens("news", "calibration", tokenizer, 8, 64, seed=seed) for seed in (0, 0, 1)]
@@ -231,8 +224,8 @@ def test_c4(tmp_path, monkeypatch):
         text.documents("c4", "calibration")
 
 
-def test_wikitext2_is_joined_as_published(tmp_path, monkeypatch, tokenizer):
-    config = text.HUB["wikitext2"]["config"]
+def test_wikitext2_is_joined_as_published(tmp_path, monkeypatch, dressed):
+    config, tokenizer = text.HUB["wikitext2"]["config"], dressed("<bos> $A <eos>")
     for part in ("train", "validation", "test"):
         rows = ["", f" = {part} = \n", "", f" Some {part} sentence . \n", f" Some {part} sentence . \n"]
         datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / config / f"{part}-00000-of-00001.parquet")
@@ -242,6 +235,6 @@ def test_wikitext2_is_joined_as_published(tmp_path, monkeypatch, tokenizer):
     for split, part in {"calibration": "train", "validation": "validation", "evaluation": "test"}.items():
         rows = text.documents("wikitext2", split)
         assert rows == ["", f" = {part} = \n", "", *[f" Some {part} sentence . \n"] * 2]
-    expected = tokenizer("\n\n".join(rows)).input_ids
-    found = text.sample_tokens("wikitext2", "evaluation", tokenizer, 1, len(expected), protocol="joined")
-    assert found.tolist() == [expected]
+    expected = tokenizer("\n\n".join(rows), return_tensors="pt").input_ids[0]
+    found = text.sample_tokens("wikitext2", "evaluation", tokenizer, 3, len(expected) // 3, protocol="joined")
+    assert found.dtype == torch.int64 and torch.equal(found.flatten(), expected[: found.numel()])

@@ -8,6 +8,7 @@ import random
 import socket
 import statistics
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -33,25 +34,12 @@ def small(tiny_folder):
     return AutoModelForCausalLM.from_pretrained(tiny_folder).eval(), AutoTokenizer.from_pretrained(tiny_folder)
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: pytest.fail(f"connected to {address}"))
-
-
-@pytest.mark.parametrize(
-    "tasks, said",
-    [
-        (["riddles"], "unknown task 'riddles'; bundled: analogies, last_word; on the Hub: boolq, rte, .*openbookqa"),
-        ([], "one or more, each named once"),
-        (["boolq", "boolq"], "one or more, each named once"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused(small, tasks, said):
-    with pytest.raises(ReconError, match=said):
-        zero_shot.zero_shot(*small, tasks)
-
-
-def test_without_lm_eval_it_says_how_to_install_it(monkeypatch, small):
+def test_what_cannot_be_asked_is_refused(small, monkeypatch):
+    unknown = "unknown task 'riddles'; bundled: analogies, last_word; on the Hub: boolq, rte, .*openbookqa"
+    once = "one or more, each named once"
+    for tasks, said in ((["riddles"], unknown), ([], once), (["boolq", "boolq"], once)):
+        with pytest.raises(ReconError, match=said):
+            zero_shot.zero_shot(*small, tasks)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ReconError, match=r"lm_eval.*pip install 'recon\[evaluation\]'"):
         zero_shot.zero_shot(*small, ["analogies"])
@@ -59,8 +47,7 @@ def test_without_lm_eval_it_says_how_to_install_it(monkeypatch, small):
 
 def random_pairs(count: int = 40, longest: int = 40) -> list[tuple[list[int], list[int]]]:
     """Pairs of many lengths; of every context, two continuations of one token and one of several that begins alike."""
-    draw = random.Random(0)
-    pairs = []
+    draw, pairs = random.Random(0), []
     for _ in range(count // 4):
         context = draw.choices(range(3, 99), k=draw.randint(1, longest))
         first, other = draw.sample(range(3, 99), 2)
@@ -75,39 +62,32 @@ def plain(model, context: list[int], continuation: list[int]) -> tuple[float, bo
     with torch.no_grad():
         logits = model(torch.tensor([[*context, *continuation]])).logits[0, len(context) - 1 : -1]
     targets = torch.tensor(continuation)
-    value = logits.log_softmax(-1).gather(1, targets[:, None]).sum().item()
-    return value, torch.equal(logits.argmax(-1), targets)
+    return logits.log_softmax(-1).gather(1, targets[:, None]).sum().item(), torch.equal(logits.argmax(-1), targets)
 
 
-@pytest.fixture
-def score(small):
-    """Scores pairs of token ids with a model: [(log-likelihood, whether it is the likeliest)]."""
-
-    def call(model, pairs, dtype="float32"):
-        scorer = harness.Scorer(decompose(model), small[1], Execution("cpu", dtype))
-        return scorer._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
-
-    return call
+def score(model, tokenizer, pairs, dtype="float32"):
+    """Of each pair of token ids its log-likelihood, and whether it is the likeliest."""
+    scorer = harness.Scorer(decompose(model), tokenizer, Execution("cpu", dtype))
+    return scorer._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mistral", "opt", "gpt2", "gpt_neox", "phi"])
-def test_log_likelihoods_are_the_models_own(tiny, family, monkeypatch, score):
+def test_log_likelihoods_are_the_models_own(tiny, family, monkeypatch, small):
     monkeypatch.setattr(harness, "ELEMENTS", {"cpu": 99 * 100})  # 100 tokens a batch
     model, pairs = tiny(family), random_pairs()
     greedy = [(context, [int(model(torch.tensor([context])).logits[0, -1].argmax())]) for context, _ in pairs[:5]]
-    found = score(model, pairs + greedy)
-    expected = [plain(model, *pair) for pair in pairs + greedy]
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-4, abs=1e-4)
-    assert [hit for _, hit in found] == [hit for _, hit in expected]
-    assert all(hit for _, hit in found[len(pairs) :]) and not all(hit for _, hit in found)
+    found = score(model, small[1], pairs + greedy)
+    (values, hits), (expected, expected_hits) = zip(*found), zip(*(plain(model, *pair) for pair in pairs + greedy))
+    assert values == pytest.approx(expected, rel=1e-4, abs=1e-4) and hits == expected_hits
+    assert all(hits[len(pairs) :]) and not all(hits)
 
 
-def test_bfloat16_is_near_and_choices_do_not_tie(tiny, score):
+def test_bfloat16_is_near_and_choices_do_not_tie(tiny, small):
     model, pairs = tiny("llama", std=0.1), random_pairs()
-    found = score(model, pairs, "bfloat16")
+    found, single = score(model, small[1], pairs, "bfloat16"), [([5, 6, 7], [token]) for token in range(3, 99)]
     errors = [abs(value - plain(model, *pair)[0]) / len(pair[1]) for (value, _), pair in zip(found, pairs, strict=True)]
     assert 0 < statistics.fmean(errors) < 0.01
-    assert len({value for value, _ in score(model, [([5, 6, 7], [token]) for token in range(3, 99)], "bfloat16")}) == 96
+    assert len({value for value, _ in score(model, small[1], single, "bfloat16")}) == 96
 
 
 def test_a_model_on_disk_gives_the_same_bits(small, tiny_folder):
@@ -117,13 +97,13 @@ def test_a_model_on_disk_gives_the_same_bits(small, tiny_folder):
     assert one == other
 
 
-def test_the_bundled_tasks_agree_with_lm_evals_own_model(small, offline):
+def test_the_bundled_tasks_agree_with_lm_evals_own_model(small, monkeypatch):
     from lm_eval.api.metrics import mean_stderr
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model, tokenizer = small
-    names = list(zero_shot.BUNDLED)
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: pytest.fail(f"connected to {address}"))
+    (model, tokenizer), names = small, list(zero_shot.BUNDLED)
     found = zero_shot.zero_shot(model, tokenizer, names, limit=12, execution=FLOAT32)["tasks"]
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5)
     expected = evaluate(lm=theirs, task_dict={"tasks": zero_shot._load(names)}, limit=12, bootstrap_iters=0)
@@ -158,13 +138,10 @@ def test_contexts_begin_as_the_tokenizer_begins_a_text(small, monkeypatch, templ
 def test_it_is_quiet_leaves_everything_as_it_was_and_knows_its_documents(small, capfd, monkeypatch):
     model, tokenizer = small
     before, state = [parameter.clone() for parameter in model.parameters()], torch.get_rng_state()
-    results = [zero_shot.zero_shot(model, tokenizer, ["analogies"], limit, execution=QUIET) for limit in (3, 3, 4)]
-    assert results[0] == results[1]
-    assert results[0]["tasks"]["analogies"]["hash"] != results[2]["tasks"]["analogies"]["hash"]
+    one, same, more = (zero_shot.zero_shot(model, tokenizer, ["analogies"], limit, execution=QUIET) for limit in (3, 3, 4))
+    assert one == same and one["tasks"]["analogies"]["hash"] != more["tasks"]["analogies"]["hash"]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert torch.equal(torch.get_rng_state(), state)
-    said = capfd.readouterr()
-    assert not said.out and not said.err
+    assert torch.equal(torch.get_rng_state(), state) and capfd.readouterr() == ("", "")
     zero_shot.zero_shot(model, tokenizer, ["analogies"], limit=3)
     assert "loglikelihood requests: 100%" in capfd.readouterr().err
 
@@ -172,10 +149,7 @@ def test_it_is_quiet_leaves_everything_as_it_was_and_knows_its_documents(small, 
 def test_a_hub_that_cannot_be_reached_is_named(small, monkeypatch):
     import datasets
 
-    def fail(*a, **k):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=ConnectionError("no route")))
     with pytest.raises(ReconError, match="'boolq' cannot be had .*no route"):
         zero_shot.zero_shot(*small, ["analogies", "boolq"], execution=QUIET)
 

@@ -1,4 +1,4 @@
-"""Criteria against their formulas, written out entry by entry."""
+"""Criteria against their formulas, written out entry by entry; of those for whole units, scores and which units go."""
 
 import itertools
 import logging
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from recon.errors import ReconError
-from recon.kernels.criteria import CRITERIA, Structured, admm
+from recon.kernels.criteria import CRITERIA, Structured, admm, scores
+from recon.kernels.criteria.structured import flap, keep_globally, wanda_sp
 from recon.kernels.patterns import Pattern, keep_mask, sparsity_of
 
-# Criteria that remove whole units are tested in test_structured.py.
 BY_WEIGHT = [name for name, criterion in CRITERIA.items() if not isinstance(criterion, Structured) and name != "none"]
 PATTERNS = ["0", "0.3", "0.5", "0.9", "2:4", "1:8"]
 
@@ -66,9 +66,9 @@ def ria_score(weight, inputs, i, j, a=0.5):
 def test_scores_follow_the_formula(name, score, options, pattern, scope):
     weight, inputs = problem()
     entries = weight.tolist(), inputs.tolist()
-    scores = torch.tensor([[score(*entries, i, j, **options) for j in range(16)] for i in range(6)])
+    expected = torch.tensor([[score(*entries, i, j, **options) for j in range(16)] for i in range(6)])
     pruned, mask = prune(name, weight, inputs, pattern, scope, **options)
-    assert torch.equal(mask, keep_mask(scores, Pattern.parse(pattern), scope))
+    assert torch.equal(mask, keep_mask(expected, Pattern.parse(pattern), scope))
     assert torch.equal(pruned, torch.where(mask, weight, 0.0))
 
 
@@ -235,3 +235,30 @@ def test_bad_input_is_refused(name):
     for said, *given in wrong:
         with pytest.raises(ReconError, match=f"'{re.escape(name)}': {said}"):
             prune(name, *given, "0.5")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_units_go_in_order_until_the_target_is_met(seed):
+    draw = torch.Generator().manual_seed(seed)
+    given = [torch.rand(n, generator=draw) for n in (3, 40, 3, 40)]
+    weights, target = [100, 7, 100, 7], 300
+    kept = keep_globally(given, weights, target)
+    removed = sum(int((~k).sum()) * w for k, w in zip(kept, weights, strict=True))
+    assert abs(removed - target) <= 3.5
+    for size in (100, 7):
+        of_size = [i for i, w in enumerate(weights) if w == size]
+        all_scores, all_kept = torch.cat([given[i] for i in of_size]), torch.cat([kept[i] for i in of_size])
+        assert all_kept.all() or all_scores[~all_kept].max() < all_scores[all_kept].min()
+    assert all(k.all() for k in keep_globally(given, weights, 0))
+
+
+def test_scores_of_units_follow_their_formulas():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 12, generator=draw, dtype=torch.float64)
+    x = torch.randn(200, 12, generator=draw, dtype=torch.float64) * torch.rand(12, generator=draw, dtype=torch.float64) + 3
+    norm = x.square().mean(0).sqrt()
+    torch.testing.assert_close(wanda_sp(weight, norm), scores.wanda(weight, norm, None).sum(0))
+    fluctuation = torch.stack([sum((t[j] - x[:, j].mean()) ** 2 for t in x) * weight[:, j].norm() ** 2 for j in range(12)])
+    standard = (fluctuation - fluctuation.mean()) / fluctuation.std(correction=0)
+    torch.testing.assert_close(flap(weight, torch.stack([x.mean(0), x.var(0)])), standard)
+    assert flap(weight, torch.zeros(2, 12, dtype=torch.float64)).eq(0).all()  # inputs that never change

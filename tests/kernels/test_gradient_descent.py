@@ -1,10 +1,11 @@
-"""How fast gradient descent goes: the schedule, and the sizes of parameters. The loop: `tests/methods/test_training.py`."""
+"""How fast gradient descent goes, and low-rank parametrisations against their formulas. The loop: `methods/test_training.py`."""
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from recon.kernels.adapters import ADAPTERS, ALPHA, LowRank
 from recon.kernels.gradient_descent import Schedule, trained
 
 
@@ -33,3 +34,47 @@ def test_sizes_are_those_of_what_survives():
     assert_close([each.size for each in trained([zeros, norm], {})], [50**0.5, 10.0])
     silent = nn.Parameter(torch.zeros(2, 2))  # and so does a matrix of zeros, at the size of all matrices together
     assert_close([each.size for each in trained([weight, silent], {weight: mask})], [size, (25 / 7) ** 0.5])
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_gradients_are_those_of_the_formula(kind):
+    random = torch.Generator().manual_seed(0)
+    weight, above = (torch.randn(7, 11, generator=random) for _ in range(2))
+    mask = torch.rand(7, 11, generator=random) > 0.5
+    adapter = LowRank(weight, mask, kind, 3, random)
+    with torch.no_grad():
+        adapter.b.normal_(generator=random)
+    a, b = (parameter.detach().clone().requires_grad_() for parameter in (adapter.a, adapter.b))
+    factor = {"lora": 1.0, "masklora": mask, "scalelora": weight}[kind]
+    expected = weight + ALPHA * factor * (b @ a)
+    assert_close(adapter(weight), expected)
+    (adapter(weight) * above).sum().backward()
+    (expected * above).sum().backward()
+    assert_close(adapter.a.grad, a.grad)
+    assert_close(adapter.b.grad, b.grad)
+
+
+@pytest.mark.parametrize("size", [1e-2, 10.0])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_step_of_b_moves_the_merged_weight_by_about_the_rate_times_its_size(kind, size):
+    random = torch.Generator().manual_seed(0)
+    mask = torch.rand(40, 60, generator=random) > 0.5
+    weight = size * torch.randn(40, 60, generator=random) * mask
+    adapter = LowRank(weight, mask, kind, 8, random)
+    a, b = adapter.trained(weight)
+    assert (a.parameter, b.parameter, a.size) == (adapter.a, adapter.b, 1)  # no weight decides how A starts
+    with torch.no_grad():
+        adapter.b.add_(0.1 * b.size * torch.randn(40, 8, generator=random).sign())
+    moved = (adapter(weight) - weight)[mask]
+    assert moved.norm().item() == pytest.approx(0.1 * weight.norm().item(), rel=0.1)
+
+
+def test_under_autocast_the_merged_weight_is_rounded_once():
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 11, generator=random)
+    adapter = LowRank(weight, torch.ones(7, 11, dtype=torch.bool), "masklora", 3, random)
+    with torch.no_grad():
+        adapter.b.normal_(generator=random)
+    exact = adapter(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapter(weight), exact.bfloat16())

@@ -1,9 +1,11 @@
-"""Masked least squares against a direct solution, row by row."""
+"""Masked least squares against a direct solution, row by row; moments of inputs, batch by batch, against those of all."""
 
 import pytest
 import torch
+from fixtures.models import least_squares
 
 from recon.kernels.least_squares import masked_least_squares
+from recon.kernels.moments import add_gram, add_moments, mirrored
 from recon.kernels.patterns import Pattern, keep_mask
 
 
@@ -28,23 +30,11 @@ def moments(dense, inputs):
     return gram, dense @ gram
 
 
-def errors(weight, dense, inputs):
-    """Per row, the mean squared difference of outputs, in float64."""
-    return (inputs @ (weight.double() - dense).T).square().mean(0)
-
-
-def direct_solution(mask, inputs, targets):
-    solution = torch.zeros(mask.shape, dtype=torch.float64)
-    for row, kept in enumerate(mask):
-        solution[row, kept] = torch.linalg.lstsq(inputs[:, kept], targets[:, row]).solution
-    return solution
-
-
 @pytest.mark.parametrize("start", ["dense", "zero"])
 def test_converges_to_the_direct_solution(start):
     dense, mask, inputs = problem()
     weight = masked_least_squares(dense if start == "dense" else 0 * dense, mask, *moments(dense, inputs), iterations=500)
-    torch.testing.assert_close(weight, direct_solution(mask, inputs, inputs @ dense.T), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(weight, least_squares(inputs, inputs @ dense.T, mask), rtol=1e-6, atol=1e-6)
     assert (weight[~mask] == 0).all() and not weight[~mask].signbit().any()
 
 
@@ -52,10 +42,11 @@ def test_converges_to_the_direct_solution(start):
 def test_no_row_ends_worse_than_it_started(iterations):
     dense, mask, inputs = problem()
     gram, cross = moments(dense, inputs)
-    optimum = direct_solution(mask, inputs, inputs @ dense.T)
+    optimum = least_squares(inputs, inputs @ dense.T, mask)
     for start in (dense, optimum):
         weight = masked_least_squares(start.float(), mask, gram.float(), cross.float(), iterations)
-        before, after = (errors(value, dense, inputs) for value in (start.float() * mask, weight))
+        both = (start.float() * mask, weight)
+        before, after = ((inputs @ (value.double() - dense).T).square().mean(0) for value in both)  # of each row
         assert (after <= before * (1 + 1e-5)).all()
         assert (after < before).all() or start is optimum or not iterations
 
@@ -69,3 +60,26 @@ def test_solved_rows_empty_rows_and_dead_inputs_give_no_nan():
     assert weight.isfinite().all() and (weight[1] == 0).all()
     torch.testing.assert_close(weight[0], dense[0])
     assert torch.equal(weight[2:, 5], dense[2:, 5]), "an input that is always zero is no reason to move a weight"
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 1536, 1537])
+def test_the_upper_triangle_makes_the_gram_matrix(width):
+    parts = torch.randn(3, 40, width, generator=torch.Generator().manual_seed(0)).double()
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for x in parts:
+        add_gram(total, x)
+    x = parts.flatten(0, 1)
+    torch.testing.assert_close(mirrored(total), x.T @ x)
+
+
+def test_a_large_mean_costs_no_digits_of_the_variance():
+    draw = torch.Generator().manual_seed(0)
+    batches = [1000 + 0.1 * i + 0.1 * torch.randn(n, 6, generator=draw) for i, n in enumerate((64, 1, 30, 64))]
+    total, seen = torch.zeros(2, 6), 0
+    for x in batches:
+        add_moments(total, seen, x)
+        seen += len(x)
+    x = torch.cat(batches).double()
+    torch.testing.assert_close(total.double(), torch.stack([x.mean(0), x.var(0, correction=0)]), rtol=1e-3, atol=1e-4)
+    naive = torch.cat(batches).square().mean(0) - torch.cat(batches).mean(0).square()
+    assert ((naive.double() - x.var(0, correction=0)) / x.var(0, correction=0)).abs().max() > 1e-1  # what this guards against

@@ -18,14 +18,11 @@ def drop_smallest(scores: list[float], zeros: int) -> list[bool]:
     return [position not in dropped for position in range(len(scores))]
 
 
-@pytest.mark.parametrize(
-    "text, sparsity, n, m",
-    [("0.5", 0.5, None, None), ("0", 0.0, None, None), ("0.625", 0.625, None, None), ("2:4", 0.5, 2, 4), ("2:5", 0.6, 2, 5)],
-)
-def test_parse_and_back(text, sparsity, n, m):
-    pattern = Pattern.parse(text)
-    assert (pattern.sparsity, pattern.n, pattern.m) == (pytest.approx(sparsity), n, m)
-    assert Pattern.parse(str(pattern)) == pattern
+def test_parse_and_back():
+    for text, expected in {"0.5": (0.5, None, None), "0": (0, None, None), "2:4": (0.5, 2, 4), "2:5": (0.6, 2, 5)}.items():
+        pattern = Pattern.parse(text)
+        assert (round(pattern.sparsity, 9), pattern.n, pattern.m) == expected
+        assert Pattern.parse(str(pattern)) == pattern
 
 
 @pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (1, 4), (3, 5), (4, 8)])

@@ -9,11 +9,10 @@ from fixtures.runs import record_of, result_of
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from recon import Decoder, Execution, PruningConfig, ReconError, RunSpec, Session, decompose, load_masks, prune, save_masks
+from recon import Execution, PruningConfig, ReconError, RunSpec, Session, load_masks, prune, save_masks
 from recon.data import models
 from recon.kernels.losses import channel_variance, unexplained
 from recon.methods.masks import take_over
-from recon.methods.prune import Pruning
 from recon.study.measure import Texts
 
 UP = "model.layers.2.mlp.up_proj.weight"
@@ -58,13 +57,6 @@ def spoilt(pruned_here, tmp_path):
     return make
 
 
-def take(folder: str, dense) -> tuple[Decoder, Pruning]:
-    """A copy of the dense model (or of its decoder's) that was given the checkpoint in `folder`."""
-    decoder = decompose(dense)
-    student = copied(decoder)
-    return student, take_over(student, models.load_pruned(folder, decoder.model), FLOAT32)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -74,7 +66,6 @@ def take(folder: str, dense) -> tuple[Decoder, Pruning]:
         {"granularity": "model", "retrain": "masklora"},
         {"granularity": "none", "retrain": "full"},
     ],
-    ids=str,
 )
 def test_a_run_from_an_external_mask_is_that_of_the_criterion_that_made_it(spec, pruned_here, pruned_folder, changes):
     made = record_of(pruned_here[0].replaced(**{"granularity": "half-block"} | changes))
@@ -84,8 +75,7 @@ def test_a_run_from_an_external_mask_is_that_of_the_criterion_that_made_it(spec,
     for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "sparsity_by_matrix", "drift"):
         assert found.metrics[name] == made.metrics[name], name
     assert [w["losses"] for w in found.windows] == [w["losses"] for w in made.windows]
-    assert found.tokens["prune"] == 0
-    assert found.metrics["perplexity"] != found.metrics["pruned_perplexity"]
+    assert found.tokens["prune"] == 0 and found.metrics["perplexity"] != found.metrics["pruned_perplexity"]
 
 
 def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoilt):
@@ -99,9 +89,8 @@ def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoi
         found = model.state_dict()
         assert all(torch.equal(found[name], value) for name, value in (state | changes).items() if name != "lm_head.weight")
     record = record_of(run, session)
-    texts = Texts.draw(run, pruned_here[1].tokenizer)
-    student, _ = take(folder, dense)
-    window = dense.windows("block")[0]
+    texts, student, window = Texts.draw(run, pruned_here[1].tokenizer), copied(dense), dense.windows("block")[0]
+    take_over(student, models.load_pruned(folder, dense.model), FLOAT32)
     with Execution("cpu", "float32"), torch.no_grad():
         output = student.forward(window, student.embed(texts.held_out))
         target = dense.forward(window, dense.embed(texts.held_out))
@@ -119,8 +108,7 @@ def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoi
         ("model.norm.weight", lambda w: w * torch.inf, "'model.norm.weight' holds 32 NaN or infinite values of 32"),
         ("lm_head.weight", lambda w: torch.ones(400, 32), f"'lm_head.weight' differs from '{EMBEDDING}'"),
     ],
-    ids=["shape", "missing", "surplus", "NaN", "infinite norm", "tied"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_path, monkeypatch, name, make, said, stream):
     state = pruned_here[1].model.state_dict()

@@ -1,6 +1,7 @@
 """Where memory runs out: smaller parts with the same result."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -16,23 +17,20 @@ SCHEDULE = {"learning_rate": 1e-3, "rate": "absolute", "epochs": 2, "batch_size"
 BLOCKS = ReconstructionConfig(granularity="block", **SCHEDULE)
 
 
-def execution(**options) -> Execution:
-    return Execution("cpu", "float32", progress=False, **options)
+execution = functools.partial(Execution, "cpu", "float32", progress=False)
 
 
 @pytest.fixture
 def pair():
     """A dense model of three blocks and a pruned copy, as decoders."""
-    dense = decompose(make_model("llama"))
-    student = copied(dense)
+    dense, student = (decompose(make_model("llama")) for _ in range(2))
     prune(student, config=PruningConfig(criterion="magnitude"), execution=execution())
     return dense, student
 
 
 @contextlib.contextmanager
 def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bool = True):
-    """Where gradients are needed, or are not, the blocks can take `samples` at a time, but for the first `spared` calls with
-    more."""
+    """Where gradients are needed, or are not, blocks take `samples` at a time, but for the first `spared` calls with more."""
     calls = []
 
     def run_out(block, args):
@@ -53,8 +51,7 @@ def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bo
 def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monkeypatch, caplog):
     """Statistics, targets and errors count every token once, though memory runs out when some have been counted already."""
     monkeypatch.setattr("recon.runtime.execution.TOKENS", 4 * 12)
-    dense, tokens = decompose(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12)
-    found = []
+    dense, tokens, found = decompose(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12), []
     for little in (False, True):
         student = copied(dense)
 
@@ -67,8 +64,8 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
             return stack
 
         with run_out():
-            window, here = dense.windows("block")[0], execution()
-            grams = gather(here, dense, window, here.embed(dense, tokens), "gram")[1]
+            here = execution()
+            grams = gather(here, dense, dense.windows("block")[0], here.embed(dense, tokens), "gram")[1]
         with run_out():
             prune(student, tokens, PruningConfig(criterion="wanda"), execution=execution())
         with run_out():
@@ -79,8 +76,7 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
     said = [r.message for r in caplog.records if "out of memory with 4 samples at a time: 2 from here on" in r.message]
     assert len(said) == 4  # once in each pass
     (grams, value, zeros), (others, other, same) = found
-    for name, gram in grams.items():
-        assert_close(others[name], gram, rtol=1e-4, atol=1e-6)
+    assert_close(others, grams, rtol=1e-4, atol=1e-6)
     assert other == pytest.approx(value, rel=1e-3) and all(map(torch.equal, zeros, same))
 
 
@@ -95,9 +91,8 @@ def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_resu
     # Said once per halving, not once per window: what did not fit in one will not fit in the next.
     said = [record.message for record in caplog.records if "out of memory" in record.message]
     assert len(said) == 2 and "3 samples at a time: 2 from here on (CUDA out of memory. Tried to allocate 20.00 MiB.)" in said[0]
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-6)
-        assert ours.status == theirs.status == RECONSTRUCTED
+    assert {report.status for report in (*found, *wanted)} == {RECONSTRUCTED}
+    assert_close([report.losses for report in found], [report.losses for report in wanted], rtol=1e-4, atol=1e-6)
     for name, matrix in other.matrices().items():
         assert_close(matrix.weight, student.matrices()[name].weight, rtol=1e-3, atol=1e-5)
         assert torch.equal(matrix.weight == 0, student.matrices()[name].weight == 0)

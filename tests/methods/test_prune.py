@@ -1,14 +1,17 @@
-"""The pruning pass: exact masks, nothing else touched, and statistics against a slow loop over whole models."""
+"""The pruning pass: exact masks, nothing else touched, statistics against whole models; the forms that samples may have."""
 
 import copy
 
+import datasets
 import pytest
 import torch
 from fixtures.models import FLOAT32, copied, inputs_of
+from torch.utils.data import DataLoader
 
 from recon import Execution, PruningConfig, decompose, prune
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.patterns import Pattern, sparsity_of
+from recon.methods.samples import ERROR_SAMPLES, as_tokens, with_held_out
 from recon.methods.statistics import gather
 from recon.model.modules import watched
 
@@ -141,3 +144,36 @@ def test_gram_accumulates_in_float32_under_autocast(dense, tokens):
     assert statistics[name].dtype == torch.float32
     assert error(formed_in_bfloat16) > 1e-3  # what this guards against
     assert error(statistics[name]) < 1e-5
+
+
+ROWS = torch.arange(3, 23).view(5, 4)
+
+
+DATASET = datasets.Dataset.from_dict({"input_ids": ROWS.tolist(), "attention_mask": torch.ones(5, 4).tolist()})
+FORMS = {
+    "tensor": lambda: ROWS,
+    "list of lists": lambda: ROWS.tolist(),
+    "list of tensors": lambda: list(ROWS),
+    "tuple of batches": lambda: (ROWS[:2], ROWS[2:]),
+    "generator": lambda: (row for row in ROWS),
+    "mappings": lambda: [{"input_ids": row.tolist(), "labels": None} for row in ROWS],
+    "mappings of batches": lambda: [{"input_ids": ROWS[:3]}, {"input_ids": ROWS[3:]}],
+    "DataLoader": lambda: DataLoader(ROWS, batch_size=2),
+    "DataLoader of mappings": lambda: DataLoader([{"input_ids": row} for row in ROWS], batch_size=2),
+    "Dataset": lambda: DATASET,
+    "Dataset of tensors": lambda: DATASET.with_format("torch"),
+}
+
+
+@pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+def test_all_forms_give_the_same_tokens_in_order(make):
+    found = as_tokens(make())
+    assert torch.equal(found, ROWS) and found.dtype == torch.int64
+
+
+def test_held_out_samples_come_last_and_no_more_than_are_measured():
+    held_out = ROWS + 50
+    tokens, count = with_held_out(ROWS.tolist(), held_out)
+    assert torch.equal(tokens, torch.cat([ROWS, held_out[:ERROR_SAMPLES]])) and count == 5
+    tokens, count = with_held_out(ROWS[:1], None)
+    assert torch.equal(tokens, ROWS[:1]) and count == 1

@@ -30,22 +30,10 @@ def pruned(decoder, tokens, criterion, pattern="0.3", **options):
     return prune(decoder, tokens(8, 20), PruningConfig(criterion=criterion, pattern=pattern, **options), execution=FLOAT32)
 
 
-def of_block(masks, index, suffix):
-    """The mask of the matrix of block `index` whose name ends in `suffix`."""
-    (name,) = [name for name in masks if f".{index}." in name and name.endswith(suffix)]
-    return masks[name]
-
-
 def lines(mask, dim):
     """Which lines of `mask` along `dim` are kept; each must be all or nothing."""
     assert torch.equal(mask.any(dim), mask.all(dim))
     return mask.any(dim)
-
-
-def parts(kept, sizes):
-    """The units that each of the fused parts of a matrix keeps, by rows: parts of sizes[i] rows for each unit."""
-    units = len(kept) // sum(sizes)
-    return [part.view(units, -1) for part in kept.split([size * units for size in sizes])]
 
 
 @pytest.mark.parametrize("criterion", STRUCTURED)
@@ -56,7 +44,8 @@ def test_key_value_groups_go_with_all_their_heads_or_stay(tiny, tokens, family, 
     assert [half.count for half in find_units(decoder)][::2] == [units] * 3
     masks, gone = pruned(decoder, tokens, criterion, "0.5").masks, 0
     for index in range(3):
-        kept = lines(of_block(masks, index, reader), 0).view(units, -1)
+        [name] = [name for name in masks if f".{index}." in name and name.endswith(reader)]
+        kept = lines(masks[name], 0).view(units, -1)
         assert torch.equal(kept.any(1), kept.all(1))
         gone += int((~kept.any(1)).sum())
         attention = [h.window for h in find_units(decoder) if h.window.blocks[0] == index and h.window.half == "attention"][0]
@@ -64,8 +53,9 @@ def test_key_value_groups_go_with_all_their_heads_or_stay(tiny, tokens, family, 
             rows, sizes = lines(masks[name], 1), makers.get(name.rpartition(".")[2])
             if sizes is None:
                 assert rows.all()
-            else:
-                assert all(torch.equal(part, kept.any(1, keepdim=True).expand_as(part)) for part in parts(rows, sizes))
+                continue
+            parts = [part.view(units, -1) for part in rows.split([size * units for size in sizes])]  # that are fused
+            assert all(torch.equal(part, kept.any(1, keepdim=True).expand_as(part)) for part in parts)
     assert 0 < gone < 3 * units
 
 

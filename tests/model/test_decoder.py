@@ -5,13 +5,13 @@ import functools
 
 import pytest
 import torch
-from fixtures.models import FAMILIES, UNDIVIDED
+from fixtures.models import FAMILIES, UNDIVIDED, composed
 from torch import nn
 from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
-from recon import ReconError, RetrainingConfig, decompose, perplexity, retrain
+from recon import ReconError, decompose
 from recon.model.windows import Window, partition
 
 # How many matrices share an input, group by group, as they run through the first block; [3, 1, 2, 1] for all others.
@@ -29,23 +29,10 @@ LLAMA = {
 }
 
 
-def own_logits(model, tokens):
-    with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits
-
-
-@torch.no_grad()
-def run(decoder, tokens, granularity):
-    hidden = decoder.embed(tokens)
-    for window in decoder.windows(granularity):
-        hidden = decoder.forward(window, hidden)
-    return decoder.logits(tokens, hidden)
-
-
 def assert_same_output(decoder, tokens, granularity):
     """Windows one after another give what the model itself gives."""
-    expected = own_logits(decoder.model, tokens)
-    assert_close(run(decoder, tokens, granularity), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    expected = decoder.run(tokens).logits
+    assert_close(composed(decoder, tokens, granularity), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("granularity", ["block", "2-blocks", "quarter", "model"])
@@ -106,14 +93,6 @@ def test_llama_by_hand(made, tokens):
         assert set(decoder.trained(window, "matrices")) == {name for name in names if "proj" in name}
 
 
-def test_gradients_reach_the_window_alone(tiny, tokens):
-    decoder = decompose(tiny("llama"))
-    window = decoder.windows("half-block")[3]
-    decoder.forward(window, decoder.embed(tokens(2, 9))).square().sum().backward()
-    with_gradient = {name for name, p in decoder.model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert with_gradient == set(decoder.parameters(window))
-
-
 @pytest.mark.parametrize("blocks", [*range(1, 9), 30, 80])
 def test_partitions_cover_every_block_once_in_order(blocks):
     for granularity, size in (("block", 1), ("2-blocks", 2), ("3-blocks", 3), ("quarter", 0), ("model", blocks)):
@@ -139,9 +118,8 @@ def test_like_takes_the_structure_and_its_own_weights(tiny, made, tokens):
     dense = decompose(tiny("llama"))
     assert decompose(dense, like=made("gpt2")) is dense
     model, batch = copy.deepcopy(dense.model), tokens(3, 13)
-    with torch.no_grad():
-        for p in model.model.layers.parameters():
-            p.zero_()  # nothing could be found out from this
+    for parameter in model.model.layers.parameters():
+        parameter.data.zero_()  # nothing could be found out from this
     student = decompose(model, like=dense)
     assert student.groups == dense.groups and student.halves == dense.halves
     own = student.parameters(student.windows("half-block")[0]).items()
@@ -153,7 +131,7 @@ def test_like_takes_the_structure_and_its_own_weights(tiny, made, tokens):
 @pytest.mark.parametrize("half", [None, "attention", "mlp"])
 def test_forwards_and_hooks_are_restored_after_an_exception(tiny, tokens, half):
     decoder, batch = decompose(tiny("llama")), tokens(2, 9)
-    before = own_logits(decoder.model, batch)
+    before = decoder.run(batch).logits
     with pytest.raises(RuntimeError):
         decoder.forward(Window(range(1), half=half), torch.zeros(2, 9, 31))  # hidden size is 32
     with pytest.raises(IndexError):
@@ -163,7 +141,7 @@ def test_forwards_and_hooks_are_restored_after_an_exception(tiny, tokens, half):
     modules = list(decoder.model.modules())
     assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in modules)
     assert all(p.grad is None for p in decoder.model.parameters())
-    assert torch.equal(own_logits(decoder.model, batch), before)
+    assert torch.equal(decoder.run(batch).logits, before)
 
 
 def test_a_forward_set_on_a_module_is_put_back(tiny, tokens):
@@ -171,7 +149,7 @@ def test_a_forward_set_on_a_module_is_put_back(tiny, tokens):
     model = tiny("llama")
     block = model.model.layers[1]
     block.forward = forward = functools.partial(block.forward)
-    run(decompose(model), tokens(2, 9), "block")
+    composed(decompose(model), tokens(2, 9), "block")
     assert block.forward is forward
 
 
@@ -212,13 +190,6 @@ def test_models_that_cannot_be_decomposed_are_refused(tiny, spoil, said):
     spoil(model)
     with pytest.raises(ReconError, match=f"Llama.*{said}"):
         decompose(model)
-
-
-def test_a_model_that_is_not_causal_has_no_perplexity(tiny):
-    decoder, tokens = decompose(tiny("bert")), torch.zeros(1, 8, dtype=torch.long)
-    for predict in (perplexity, functools.partial(retrain, config=RetrainingConfig(retrain="full"))):
-        with pytest.raises(ReconError, match="BertLMHeadModel is not a causal language model"):
-            predict(decoder, tokens)
 
 
 def test_what_does_not_run_is_passed_over_or_stays_dense(tiny, caplog):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fixtures.models import ENCODER_DECODERS, FLOAT32, copied, make_model, random_tokens, saved_model, zeros_stay
+from fixtures.models import ENCODER_DECODERS, FLOAT32, composed, copied, make_model, random_tokens, saved_model, zeros_stay
 from fixtures.runs import record_of
 from torch.testing import assert_close
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -16,19 +16,10 @@ from recon.methods.statistics import gather
 from recon.model.modules import requiring_gradients, watched
 
 
+@torch.no_grad()
 def own_logits(model, tokens):
     middle = tokens.shape[1] // 2
-    with torch.no_grad():
-        return model(input_ids=tokens[:, :middle], decoder_input_ids=tokens[:, middle:], use_cache=False).logits
-
-
-@torch.no_grad()
-def composed(decoder, tokens, granularity="block"):
-    """The logits that come of running one window after another."""
-    hidden = decoder.embed(tokens)
-    for window in decoder.windows(granularity):
-        hidden = decoder.forward(window, hidden)
-    return decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden))
+    return model(input_ids=tokens[:, :middle], decoder_input_ids=tokens[:, middle:], use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
@@ -45,8 +36,8 @@ def test_windows_are_the_model_each_changes_its_own_half_and_a_decoder_block_rea
         assert torch.equal(output[:, other], hidden[:, other]) and not torch.equal(output[:, own], hidden[:, own])
         disturbed = hidden.clone()
         disturbed[:, other] += torch.randn(hidden[:, other].shape, generator=torch.Generator().manual_seed(0))
-        # The encoder knows nothing of what the decoder reads.
-        assert torch.equal(decoder.forward(window, disturbed)[:, own], output[:, own]) == (index < 2)
+        encoder = index < 2  # which knows nothing of what the decoder reads
+        assert torch.equal(decoder.forward(window, disturbed)[:, own], output[:, own]) == encoder
     for granularity in ("matrix", "half-block"):
         with pytest.raises(ReconError, match=f"granularity '{granularity}' does not fit .* is reconstructed by whole blocks"):
             decoder.windows(granularity)
@@ -65,9 +56,7 @@ def test_statistics_are_those_of_the_model_as_a_whole(made, family):
     for window in decoder.windows("block"):
         stream, statistics, _ = gather(execution, decoder, window, stream, "norm")
         gathered |= statistics
-    assert set(gathered) == set(seen)
-    for name, x in seen.items():
-        assert_close(gathered[name], x.square().mean(0).sqrt(), rtol=1e-3, atol=1e-5)
+    assert_close(gathered, {name: x.square().mean(0).sqrt() for name, x in seen.items()}, rtol=1e-3, atol=1e-5)
 
 
 def test_perplexity_is_that_of_the_second_half_given_the_first(made):
@@ -86,13 +75,13 @@ def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
     assert biases & set(dense.parameters(first)) and not biases & set(dense.trained(first, "all"))
     student, other = copied(dense), copied(dense)
     masks = prune(student, tokens, PruningConfig(criterion="wanda"), execution=Execution(progress=False)).masks
-    composed(student, tokens[:2]), composed(other, tokens[:2])
+    composed(student, tokens[:2], "block"), composed(other, tokens[:2], "block")
     config = RetrainingConfig(retrain="full", retrain_learning_rate=0.01, retrain_rate="absolute")
     retrain(student, tokens, config, masks=masks, execution=FLOAT32)
     student.model.save_pretrained(tmp_path)
     take_over(other, load_pruned(str(tmp_path), dense.model), FLOAT32)
     for decoder in (student, other, decompose(make_model("t5", seed=1), like=dense), dense):
-        assert_close(composed(decoder, tokens[:2]), own_logits(decoder.model, tokens[:2]), rtol=1e-4, atol=1e-4)
+        assert_close(composed(decoder, tokens[:2], "block"), own_logits(decoder.model, tokens[:2]), rtol=1e-4, atol=1e-4)
     assert all(not torch.equal(student.model.get_parameter(name), dense.model.get_parameter(name)) for name in biases)
     assert zeros_stay(student, masks)
 

@@ -67,8 +67,7 @@ def test_each_expert_is_a_matrix(made, family):
 
 @torch.no_grad()
 def test_products_are_seen_whatever_way_they_are_written():
-    parameter, x = torch.nn.Parameter(torch.randn(3, 4, 5)), torch.randn(2, 5)
-    seen = []
+    parameter, x, seen = torch.nn.Parameter(torch.randn(3, 4, 5)), torch.randn(2, 5), []
     with FusedProducts({"w": parameter}, lambda product: seen.append((product.name, product.transposed, len(product.x)))):
         torch.nn.functional.linear(x, parameter[torch.tensor(2)])
         x @ parameter[1].T

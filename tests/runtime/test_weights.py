@@ -42,8 +42,7 @@ def test_what_is_read_is_what_transformers_reads(family, tied, tmp_path):
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight", "both", "two values"])
 def test_what_is_tied_may_be_stored_under_any_of_its_names(stored, tmp_path):
     make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    entries = load_file(file)
+    entries = load_file(file := tmp_path / "model.safetensors")
     embedding = entries.pop("model.embed_tokens.weight")
     names = ("model.embed_tokens.weight", "lm_head.weight") if " " in stored or stored == "both" else (stored,)
     entries |= {name: embedding + number * (stored == "two values") for number, name in enumerate(names)}
@@ -92,13 +91,11 @@ def test_a_skeleton_is_taken_apart_like_the_model(family, tmp_path):
     whole.save_pretrained(tmp_path)
     model, weights = opened(tmp_path)
     expected, found = decompose(whole), decompose(model, lazy=Lazy(model, weights.read))
-    assert found.groups == expected.groups
     assert family in ENCODER_DECODERS or found.halves == expected.halves  # whose blocks are not divided
     shapes = [{name: (m.weight.shape, m.share) for name, m in each.matrices().items()} for each in (expected, found)]
-    assert shapes[0] == shapes[1]
+    assert found.groups == expected.groups and shapes[0] == shapes[1]
     tokens = random_tokens(2, 11)
-    hidden = expected.embed(tokens)
-    assert torch.equal(found.embed(tokens), hidden)
+    assert torch.equal(found.embed(tokens), hidden := expected.embed(tokens))
     with torch.no_grad():
         for window in expected.windows("block" if family in ENCODER_DECODERS else "half-block"):
             assert list(found.parameters(window)) == list(expected.parameters(window))

@@ -19,21 +19,11 @@ from recon.study.cluster import hollow, settings, spread, weights
 from recon.study.record import read_record
 
 
-@pytest.mark.parametrize(
-    "how, there, on_cpu, found",
-    [
-        (Ray(), {"CPU": 7.0}, False, (1, 0, 7)),
-        (Ray(threads=2, workers=2), {"CPU": 7.0}, False, (2, 0, 2)),
-        (Ray(), {"CPU": 96.0, "GPU": 8.0}, False, (12, 1, 8)),
-        (Ray(gpus=0.5), {"CPU": 96.0, "GPU": 8.0}, False, (6, 0.5, 16)),
-        (Ray(), {"CPU": 96.0, "GPU": 8.0}, True, (1, 0, 96)),
-    ],
-)
-def test_what_a_worker_asks_for(how, there, on_cpu, found):
-    assert how.request(there, on_cpu) == found
-
-
-def test_settings_that_cannot_be_met_are_refused(monkeypatch):
+def test_what_a_worker_asks_for_and_what_cannot_be_met(monkeypatch):
+    few, many = {"CPU": 7.0}, {"CPU": 96.0, "GPU": 8.0}
+    assert Ray().request(few, False) == (1, 0, 7) and Ray(threads=2, workers=2).request(few, False) == (2, 0, 2)
+    assert Ray().request(many, False) == (12, 1, 8) and Ray(gpus=0.5).request(many, False) == (6, 0.5, 16)
+    assert Ray().request(many, True) == (1, 0, 96)  # on CPUs alone
     with pytest.raises(ReconError, match=r"no room for a worker \(5 CPUs, 1 GPUs\); it has 4 CPUs, 0 GPUs"):
         Ray(threads=5, gpus=1).request({"CPU": 4.0}, False)
     with pytest.raises(ReconError, match="threads of executor ray is 0; allowed: from 1 up"):
@@ -77,8 +67,9 @@ def test_lost_workers_and_failing_tasks_cost_nothing_but_themselves(cluster, tmp
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     failed = [str(answer) for answer in answers if isinstance(answer, Exception)]
-    assert {answer[0] for answer in answers if isinstance(answer, tuple)} == {"a", "b", "c", "d", "dies once"}
-    assert {answer[1] for answer in answers if isinstance(answer, tuple)} == {1}
+    assert {answer for answer in answers if isinstance(answer, tuple)} == {
+        (task, 1) for task in ("a", "b", "c", "d", "dies once")
+    }
     assert len(failed) == 2 and any("a bug" in each for each in failed)
     times = {task: len(list(tmp_path.glob(f"{task} *"))) for task in tasks}
     assert times == dict.fromkeys(tasks, 1) | {"dies once": 2, "dies always": clusters.ATTEMPTS}
@@ -131,16 +122,13 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
     config = ReconstructionConfig(**{"granularity": "half-block", "propagation": "dense"} | fitting)
     dense, samples, held_out = tiny(family, tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
     pruned = copy.deepcopy(dense)
-    config_of_pruning = PruningConfig(**{"criterion": "wanda", "pattern": "0.5"} | pruning)
-    masks = prune(pruned, samples, config_of_pruning, execution=Execution(progress=False)).masks
+    masks = prune(pruned, samples, PruningConfig(**pruning), execution=Execution(progress=False)).masks
     made, reports = {}, {}
     with one_thread():
         for executor in ("serial", Ray()):
             made[executor] = copy.deepcopy(pruned)
-            execution = Execution(progress=False, loop=clusters.loop(executor, "dense"))
-            reports[executor] = reconstruct(
-                made[executor], dense, samples, config, masks=masks, held_out=held_out, execution=execution
-            )
+            how = {"held_out": held_out, "execution": Execution(progress=False, loop=clusters.loop(executor, "dense"))}
+            reports[executor] = reconstruct(made[executor], dense, samples, config, masks=masks, **how)
     serial, spread = (made[executor].state_dict() for executor in made)
     assert all(torch.equal(serial[name], spread[name]) for name in serial)
     assert any(not torch.equal(serial[name], pruned.state_dict()[name]) for name in serial)
@@ -156,6 +144,6 @@ def test_the_windows_of_a_run_are_spread(cluster, stream, tiny_spec, tmp_path):
         serial = record_of(spec, save=tmp_path / "serial", stream=stream)
         spread = record_of(spec, save=tmp_path / "spread", stream=stream, executor=Ray())
     assert spread.metrics == serial.metrics and len(spread.windows) == len(serial.windows) > 2
-    for path in (tmp_path / "serial").glob("*.safetensors"):
-        assert (tmp_path / "spread" / path.name).read_bytes() == path.read_bytes()
+    files = [*(tmp_path / "serial").glob("*.safetensors")]
+    assert files and all((tmp_path / "spread" / path.name).read_bytes() == path.read_bytes() for path in files)
     assert not list(tmp_path.glob("*.unfinished"))

@@ -1,3 +1,5 @@
+"""A run: its record, what it shares with others of its session, and what the next process knows of the dense model."""
+
 import copy
 import gc
 import math
@@ -6,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from fixtures.models import make_model
+from fixtures.models import saved_model
 from fixtures.runs import comparable, record_of, result_of
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,10 +31,12 @@ def record(spec):
 
 
 def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
-    assert record.status == "done" and record.error is None
-    assert record.spec == spec.flat() and record.key == spec.key()
-    assert record.metrics["sparsity"] == 0.5
-    assert record.metrics["pruned_perplexity"] > 1 and math.isfinite(record.metrics["perplexity"])
+    assert (record.status, record.error, record.spec, record.key) == ("done", None, spec.flat(), spec.key())
+    assert (
+        record.metrics["sparsity"] == 0.5
+        and record.metrics["pruned_perplexity"] > 1
+        and math.isfinite(record.metrics["perplexity"])
+    )
     assert {"total", "prune", "reconstruct", "evaluate"} <= set(record.seconds)
     assert record.seconds["total"] >= record.seconds["reconstruct"] > 0
     assert record.peak_memory_bytes == max(record.peak_memory_bytes_by_phase.values()) > 0
@@ -46,25 +50,22 @@ def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
     assert len(record.metrics["drift"]) == len(record.metrics["drift_pruned"]) == 4
 
 
-@pytest.mark.parametrize(
-    "values, share",
-    [((10, 40, 10), 1.0), ((10, 40, 20), 0.5), ((10, 40, 160), -1.0), ((10, 9, 9), None), ((10, math.inf, 9), None)],
-)
-def test_share_recovered(values, share):
-    assert share_recovered(*values) == (None if share is None else pytest.approx(share))
+def test_share_recovered():
+    found = [share_recovered(10, *values) for values in ((40, 10), (40, 20), (40, 160), (9, 9), (math.inf, 9))]
+    assert found[:3] == pytest.approx([1.0, 0.5, -1.0]) and found[3:] == [None, None]
 
 
-def test_a_run_among_others_equals_a_run_alone(spec, record):
-    assert record.shared == []
+def test_a_run_among_others_equals_a_run_alone_and_pruning_alone_changes_nothing_more(spec, record):
     session = recon.Session()
-    first = record_of(spec.replaced(granularity="none"), session)
-    assert first.shared == []
+    pruned = record_of(spec.replaced(granularity="none"), session)
+    assert record.shared == pruned.shared == pruned.windows == [] and pruned.seconds["reconstruct"] == 0
+    assert pruned.metrics["perplexity"] == pruned.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
+    assert pruned.metrics["drift"] == pruned.metrics["drift_pruned"]
     shared = record_of(spec, session)
     assert shared.shared == ["model", "dense", "pruned", "measure pruned"]
     assert comparable(shared) == comparable(record)
     other = record_of(spec.replaced(seed=1), session)
-    assert other.shared == ["model", "dense"]
-    assert other.protocol["token_hashes"] != record.protocol["token_hashes"]
+    assert other.shared == ["model", "dense"] and other.protocol["token_hashes"] != record.protocol["token_hashes"]
 
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
@@ -88,23 +89,13 @@ def test_nothing_of_one_model_is_in_memory_when_the_next_is_loaded(stream, spec,
     assert seen[0] == [None, None, None]
 
 
-def test_prune_only_changes_nothing_after_pruning(spec, record):
-    pruned = record_of(spec.replaced(granularity="none"))
-    assert pruned.metrics["perplexity"] == pruned.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
-    assert pruned.seconds["reconstruct"] == 0 and pruned.windows == []
-    assert pruned.metrics["drift"] == pruned.metrics["drift_pruned"]
-
-
 @pytest.mark.parametrize("criterion", ["sparsegpt", "wanda"])
 def test_a_pruned_state_that_is_reused_is_that_of_the_criterion(spec, criterion):
     """SparseGPT also changes the weights that stay; they must survive being shared between runs."""
-    only = spec.replaced(criterion=criterion, granularity="none")
-    session = recon.Session()
+    only, session, changed = spec.replaced(criterion=criterion, granularity="none"), recon.Session(), 0
     first = result_of(only, session).model
     record_of(only.replaced(granularity="block"), session)
-    again = result_of(only, session).model
-    dense = session.load(*only.loaded_by)[0].matrices()
-    changed = 0
+    again, dense = result_of(only, session).model, session.load(*only.loaded_by)[0].matrices()
     for name, matrix in recon.decompose(first).matrices().items():
         assert torch.equal(matrix.weight, again.get_submodule(name).weight)
         kept = matrix.weight != 0
@@ -116,8 +107,7 @@ def test_a_pruned_state_that_is_reused_is_that_of_the_criterion(spec, criterion)
 def test_retraining_follows_reconstruction(spec, record, retrain):
     found = record_of(spec.replaced(retrain=retrain, retrain_epochs=3, retrain_objective="distil"))
     assert found.windows and found.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
-    assert found.metrics["kl"] < record.metrics["kl"]
-    assert found.metrics["sparsity"] == 0.5
+    assert found.metrics["kl"] < record.metrics["kl"] and found.metrics["sparsity"] == 0.5
     assert len(found.retraining["losses"]) == 3 * spec.calibration.samples and found.seconds["retrain"] > 0
     assert found.flops["retrain"] > 0 and found.flops["reconstruct"] == record.flops["reconstruct"]
 
@@ -125,10 +115,8 @@ def test_retraining_follows_reconstruction(spec, record, retrain):
 def test_samples_by_phase_are_the_first_of_one_draw(spec, record):
     """With as many samples as before to prune and reconstruct with, more for retraining change nothing that comes before."""
     more = record_of(spec.replaced(retrain="masklora", retrain_samples=9))
-    assert more.tokens["retrain"] == 9 * 32
-    assert more.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
-    for window, other in zip(more.windows, record.windows, strict=True):
-        assert window["losses"] == other["losses"]
+    assert more.tokens["retrain"] == 9 * 32 and more.metrics["pruned_perplexity"] == record.metrics["pruned_perplexity"]
+    assert [window["losses"] for window in more.windows] == [window["losses"] for window in record.windows]
 
 
 def test_lora_says_what_its_mask_costs(spec):
@@ -143,10 +131,8 @@ def test_the_dense_control_is_not_pruned(spec):
 
 
 def test_a_model_with_experts_runs_and_names_those_that_starve(spec, tmp_path, tiny_folder):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    make_model("mixtral", vocab_size=len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    record = record_of(spec.replaced(model=str(tmp_path), samples=2, sequence_length=16))
+    model = saved_model("mixtral", tiny_folder, tmp_path, num_hidden_layers=1)
+    record = record_of(spec.replaced(model=model, samples=2, sequence_length=16))
     assert record.status == "done" and record.metrics["sparsity"] == 0.5
     starved = record.metrics["under_calibrated_matrices"]
     assert starved and set(starved) < set(record.metrics["sparsity_by_matrix"])
@@ -164,19 +150,17 @@ def test_the_pieces_work_on_a_model_of_ones_own(tiny_folder, tiny_text):
     assert recon.perplexity(model, held_out) == recon.perplexity(AutoModelForCausalLM.from_pretrained(tiny_folder), held_out)
 
 
-def test_all_that_a_run_reads_begins_as_the_tokenizer_begins_a_text(tiny_folder, tiny_text):
+def test_all_that_a_run_reads_begins_as_the_tokenizer_begins_a_text(spec, tiny_folder, tiny_text):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
-    spec = recon.RunSpec.of(text=tiny_text, samples=4, sequence_length=16, held_out_samples=3, evaluation_texts=(tiny_text,))
-    spec = spec.replaced(evaluation_samples=5, evaluation_length=32, retrain="full", retrain_samples=6)
+    spec = spec.replaced(retrain="full", retrain_samples=9)
     own, joined = (Texts.draw(spec.replaced(evaluation_protocol=protocol), tokenizer) for protocol in ("samples", "joined"))
     for tokens in (own.calibration, own.held_out, *own.evaluation.values()):
         assert torch.equal(tokens == bos, torch.arange(tokens.shape[1]).expand_as(tokens) == 0)
     assert (joined.evaluation[tiny_text] == bos).sum() == 1
-    # The protocol is one of evaluation alone.
+    assert own.hashes() != joined.hashes()  # by evaluation alone
     assert torch.equal(own.calibration, joined.calibration) and torch.equal(own.held_out, joined.held_out)
-    assert own.hashes() != joined.hashes()
 
 
 @pytest.fixture
@@ -191,17 +175,14 @@ def cached(tiny_spec, tmp_path, monkeypatch):
 def test_the_next_process_measures_the_dense_model_no_more(cached, stream):
     first = record_of(cached, stream=stream)
     again, same = record_of(cached.replaced(pattern="0.6", seed=1), stream=stream), record_of(cached, stream=stream)
-    assert comparable(same) == comparable(first)
-    assert (first.shared, again.shared) == ([], ["dense"])
+    assert comparable(same) == comparable(first) and (first.shared, again.shared) == ([], ["dense"])
     assert again.metrics["dense_perplexity"] == first.metrics["dense_perplexity"]
 
 
-@pytest.mark.parametrize(
-    "change", [{"evaluation_length": 16}, {"evaluation_samples": 1}, {"held_out_samples": 0}, {"compute_dtype": "float32"}]
-)
-def test_whatever_decides_it_keeps_it_apart(cached, change):
+def test_whatever_decides_it_keeps_it_apart(cached):
     record_of(cached)
-    assert record_of(cached.replaced(**change)).shared == []
+    changes = {"evaluation_length": 24, "evaluation_samples": 1, "held_out_samples": 0, "compute_dtype": "float32"}
+    assert [record_of(cached.replaced(**{name: value})).shared for name, value in changes.items()] == [[]] * 4
 
 
 def test_of_code_that_is_not_committed_nothing_is_kept(cached, tmp_path, monkeypatch):

@@ -21,9 +21,8 @@ def spec(tiny_folder, tiny_text):
 def another(name: str, value: object) -> object:
     """An allowed value of an option other than `value`."""
     fixed = {
-        "pattern": "2:4", "granularity": "block", "evaluation_texts": ("news",), "text": "news",
-        "tasks": ("analogies",), "device": "cpu",
-        "revision": "main", "pruned_revision": "v1", "chunks": 2,
+        "pattern": "2:4", "granularity": "block", "evaluation_texts": ("news",), "text": "news", "tasks": ("analogies",),
+        "device": "cpu", "revision": "main", "pruned_revision": "v1", "chunks": 2,
     }  # fmt: skip
     kinds = {each.name: each.type for part in vars(RunSpec()).values() if is_dataclass(part) for each in fields(part)}
     choices = get_args(kinds.get(name, int))

@@ -36,8 +36,7 @@ def assert_same(found, saved: Path, expected, other: Path) -> None:
     assert comparable(found) == comparable(expected)
     kind = auto_class(AutoConfig.from_pretrained(other))
     ours, theirs = (kind.from_pretrained(folder).state_dict() for folder in (saved, other))
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (saved / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -77,17 +76,13 @@ def test_the_bits_of_a_run_in_memory(case, spec, expected, tiny_folder, tmp_path
 def test_masks_from_elsewhere(spec, expected, tmp_path):
     """What is reconstructed starts from another run's checkpoint."""
     given = spec.replaced(pruned=str(expected[1]))
-    kept = record_of(given, save=tmp_path / "other", stream="no")
-    found = record_of(given, save=tmp_path / "saved", stream="yes")
-    assert_same(found, tmp_path / "saved", kept, tmp_path / "other")
+    kept, found = (record_of(given, save=tmp_path / stream, stream=stream) for stream in ("no", "yes"))
+    assert_same(found, tmp_path / "yes", kept, tmp_path / "no")
 
 
 def test_biases_without_a_place_are_refused_by_name(spec, tiny_folder, tmp_path):
-    model, said = (
-        saved_model("qwen2", tiny_folder, tmp_path / "model"),
-        r"Qwen2ForCausalLM has a place for '.*o_proj\.bias', one of",
-    )
-    with pytest.raises(ReconError, match=said):
+    model = saved_model("qwen2", tiny_folder, tmp_path / "model")
+    with pytest.raises(ReconError, match=r"Qwen2ForCausalLM has a place for '.*o_proj\.bias', one of"):
         record_of(spec.replaced(model=model, criterion="flap", pattern="0.3"), save=tmp_path / "saved", stream="yes")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -168,5 +163,6 @@ def test_auto_streams_what_does_not_fit(spec):
     for memory, wanted in ((8 * numbers + 1, False), (8 * numbers - 1, True), (0, False)):  # 0: the system does not tell
         assert plan.stays_on_disk(spec, "auto", memory) == wanted
         assert plan.stays_on_disk(spec, "yes", memory) and not plan.stays_on_disk(spec, "no", memory)
-    with pytest.raises(ReconError, match=r"masklora.*which a streamed run cannot do"):
-        record_of(spec.replaced(retrain="masklora"), stream="yes")
+    for said, given in (("masklora", {"retrain": "masklora"}), ("reorder", {"reorder_neurons": True, "pattern": "2:4"})):
+        with pytest.raises(ReconError, match=f"{said}.*which a streamed run cannot do"):
+            record_of(spec.replaced(**given), stream="yes")
