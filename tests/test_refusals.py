@@ -168,7 +168,10 @@ def retrain(student, method="full", samples=TOKENS, **call):
         (lambda d, s: prune(d, None), "'wanda' weighs activations and needs calibration samples"),
         (lambda d, s: prune(d, None, criterion="magnitude", mask_refinement=2), "'magnitude' with mask refinement weighs"),
         (lambda d, s: prune(d, None, criterion="flap", pattern="0.2"), "'flap'.*needs calibration samples"),
-        (lambda d, s: prune(d, pattern="3:5"), r"layers\.0\..*' has 32 input columns, which do not divide into the groups of 5"),
+        (
+            lambda d, s: prune(d, pattern="3:5"),
+            r"layers\.0\.self_attn\.q_proj has 32 input columns, which do not divide into the groups of 5",
+        ),
         (lambda d, s: prune(broken(d, f"{UP}.weight", math.nan), None, criterion="magnitude"), f"{UP}'.*NaN"),
         (lambda d, s: prune(broken(d, NORM, math.inf)), "input of 'model.layers.1.*NaN or infinite"),
         (lambda d, s: prune(make_model("bloom"), criterion="wanda-sp", pattern="0.2"), UNDIVIDED),
