@@ -270,7 +270,8 @@ class _Run(Callback):
         spec, how, here = self.spec, self.spec.evaluation, environment(self.device, self.spec.compute.compute_dtype)
         if plan.flops(spec)["evaluate"] < LEAST or here["git_dirty"] or set(how.tasks) - set(zero_shot.BUNDLED):
             return compute()
-        read = [measure.digest(read) for read in (*self.texts.evaluation.values(), self.texts.held_out) if read is not None]
+        texts = [read for read in (*self.texts.evaluation.values(), self.texts.held_out) if read is not None]
+        read = [(measure.digest(text), *text.shape) for text in texts]
         decisive = [models.fingerprint(*spec.loaded_by), read, [*how.windows], how.kl_windows, how.tasks, how.task_limit, here]
         key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
         folder = derived_folder(f"dense-{key}")
