@@ -30,7 +30,7 @@ PROFILES = {  # -> the folders of figures and of records
 # Names that are compared with one another, in the order of their colours, markers and lines.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GOLD = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b"
 _SIZES = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
-_RAMP = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.85 * place / 7)) for place in range(8)]
+_RAMP = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.92 * (place / 7) ** 0.7)) for place in range(8)]
 _GROUPS = [
     (_SIZES, _RAMP),
     (
