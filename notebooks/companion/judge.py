@@ -261,7 +261,8 @@ def page(verdicts: pd.DataFrame) -> str:
         "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and "
         "of equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and windows: 95 %; "
         f'90 % for "equals" (two one-sided tests) and "as good as" (one). Two sides are equal within {MARGIN:g} of the '
-        f"perplexity gap log(pruned / dense), closely equal within {CLOSE:g}: margins of ours, not the paper's. A bound as "
+        f"perplexity gap log(pruned / dense) of the side named first (by other measures: of what pruning adds to these), closely "
+        f"equal within {CLOSE:g}: margins of ours, not the paper's. A bound as "
         "near to its margin as two bootstraps differ is borderline, and decides nothing. With fewer than "
         f"{SEEDS} seeds, what training noise could decide is {UNSURE}. "
         '"Here" is the model and protocol of the row.', "",
