@@ -105,7 +105,7 @@ def log_scale(ax: Axes, axis: str = "y") -> None:
     """Makes `axis` ("x" or "y") logarithmic, with plain numbers at a few round places; call it once all is drawn."""
     getattr(ax, f"set_{axis}scale")("log")
     low, high = getattr(ax, f"get_{axis}lim")()
-    places = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
+    places = (1,) if high > 1e4 * low else (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
     ticks = getattr(ax, f"{axis}axis")
     ticks.set_major_locator(LogLocator(subs=places, numticks=20))
     ticks.set_major_formatter("{x:g}")
