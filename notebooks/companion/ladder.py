@@ -239,18 +239,13 @@ def over_size(
     plain, names = size == compare.parameters, list(dict.fromkeys(data["panel"]))
     families = data["model"].map(compare.family if plain else lambda model: "")
     figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey="row")
-    rungs = set(data.loc[families == families.mode()[0], "line"])
+    known = set(data.loc[families == families.mode()[0], "line"])  # the other lines are of stars alone
     colours = dict(zip(dict.fromkeys(data["line"]), sns.color_palette("colorblind")))
     for (panel, line, family), own in data.groupby(["panel", "line", families], sort=False):
         ax, means, joined = axes[names.index(panel)], own.groupby("size")["value"].mean(), family == families.mode()[0]
         ax.plot(own["size"], own["value"], ".", color=colours[line], alpha=0.3, markersize=4)
-        shown = {
-            "color": colours[line],
-            "markersize": 5,
-            "linewidth": 1,
-            "clip_on": False,
-            "label": line if joined or line not in rungs else None,
-        }
+        name = line if joined or line not in known else None
+        shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "clip_on": False, "label": name}
         ax.plot(means.index, means, "o-" if joined else "*", **shown)
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
