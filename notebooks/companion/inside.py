@@ -144,11 +144,11 @@ def pruned_on(text: str, **which) -> tuple[nn.Module, dict]:
 
 
 def moved(prune: str, fit: str, epochs: int, **which) -> dict:
-    """Pruned on one text, reconstructed on another by the default recipe: the nats of each state, by text."""
+    """Pruned on one text, blocks reconstructed on another by the default recipe: the nats of each state, by text."""
     dense, calibration, evaluation, own = domains(**which)
     pruned, before = pruned_on(prune, **which)
     fitted = copy.deepcopy(pruned)
-    config = recon.ReconstructionConfig(epochs=epochs)
+    config = recon.ReconstructionConfig(granularity="block", epochs=epochs)
     recon.reconstruct(fitted, dense, calibration[fit], config, seed=which["seed"], execution=QUIET)
     return {"dense": own, "pruned": before, "reconstructed": per_window(fitted, evaluation)}
 
