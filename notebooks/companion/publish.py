@@ -53,10 +53,10 @@ _LOOK = {
 
 
 class MissingRecords(Exception):
-    """Raised by a notebook that has no finished run to draw from."""
+    """Raised by a notebook that has too few finished runs to draw from."""
 
     def __init__(self, profile: str, notebook: str):
-        super().__init__(f"no records yet: run ./run_all.sh {profile} {notebook}")
+        super().__init__(f"too few records: run ./run_all.sh {profile} {notebook}")
 
 
 def folders(profile: str, output: Path | str = "") -> tuple[Path, Path]:

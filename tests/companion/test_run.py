@@ -74,7 +74,7 @@ def test_every_notebook_runs_though_one_fails(checkout):
 def test_from_records_nothing_is_computed_and_what_has_none_is_no_failure(checkout):
     done = called(checkout, "quick", "--from-records", "0-draws", "2-lacks")
     assert done.returncode == 0, done.stderr
-    assert "  2-lacks  no records: MissingRecords: no records yet: run ./run_all.sh quick 2-lacks" in done.stdout.splitlines()
+    assert "  2-lacks  no records: MissingRecords: too few records: run ./run_all.sh quick 2-lacks" in done.stdout.splitlines()
 
 
 def test_mistakes_are_refused_before_anything_runs(capsys):
