@@ -242,6 +242,7 @@ def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, sam
     reasons = {
         f"allocation {pruning.allocation!r} compares the blocks of the whole model": pruning.allocation != "uniform",
         f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": isinstance(criterion, Structured),
+        f"criterion {pruning.criterion!r} weighs gradients of the output of blocks": criterion.statistics == "gradient",
         "sparse propagation computes no activations of the dense model": reconstruction.propagation == "sparse",
         "statistics are from the pruned model (statistics sparse)": reads and pruning.statistics == "sparse",
         f"pruning reads other samples ({pruning.prune_samples}) than reconstruction ({samples})": other,

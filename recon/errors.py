@@ -10,4 +10,4 @@ class ReconError(Exception):
 def need(module: str, extra: str, what: str) -> None:
     """Raises `ReconError` where `module` is not installed. `what` needs it, and the package's extra `extra` brings it."""
     if importlib.util.find_spec(module) is None:
-        raise ReconError(f"{what}: {module} is not installed; pip install 'recon[{extra}]'")
+        raise ReconError(f"{what}: {module} is not installed; in the checkout: pip install -e '.[{extra}]'")

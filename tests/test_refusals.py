@@ -165,6 +165,7 @@ def retrain(student, method="full", samples=TOKENS, **call):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda d, s: prune(d, [{"input_ids": [1, 2], "attention_mask": [1, 0]}]), "padded"),
         (lambda d, s: prune(d, None), "'wanda' weighs activations and needs calibration samples"),
         (lambda d, s: prune(d, None, criterion="magnitude", mask_refinement=2), "'magnitude' with mask refinement weighs"),
         (lambda d, s: prune(d, None, criterion="flap", pattern="0.2"), "'flap'.*needs calibration samples"),
@@ -189,6 +190,7 @@ def retrain(student, method="full", samples=TOKENS, **call):
         (lambda d, s: fit(d, s, call={"pruning": PruningConfig(statistics="sparse")}), "statistics sparse.*recon.prune"),
         (lambda d, s: fit(d, s, call={"pruning": PruningConfig("flap", "0.2")}), "'flap' weighs heads and neurons"),
         (lambda d, s: fit(d, s, propagation="sparse", call={"pruning": PruningConfig()}), "sparse propagation"),
+        (lambda d, s: fit(d, s, call={"pruning": PruningConfig("wanda++")}), "'wanda\\+\\+' weighs gradients"),
         (lambda d, s: fit(d, s, call={"pruning": PruningConfig(prune_samples=3)}), r"samples \(3\) than reconstruction \(2\)"),
         (lambda d, s: retrain(s, "none"), "retrain is 'none'"),
         (lambda d, s: recon.retrain(s, TOKENS, RetrainingConfig("full", "distil")), "'distil'.*`dense`"),

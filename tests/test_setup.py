@@ -215,4 +215,4 @@ def test_a_plain_install_works_and_says_before_any_work_what_needs_an_extra(tmp_
         subprocess.run([recon, *words], cwd="/", check=True, capture_output=True)
     for words, extra in ((["--tasks", "analogies"], "evaluation"), (["--executor", "ray", "--propagation", "dense"], "ray")):
         done = subprocess.run([recon, "run", "--model", "no/such", *words], capture_output=True, text=True)
-        assert done.returncode == 2 and f"recon[{extra}]" in done.stderr, done.stderr
+        assert done.returncode == 2 and f".[{extra}]" in done.stderr, done.stderr

@@ -5,6 +5,9 @@ With W (out, in) a pruned weight, M its mask, B (out, rank) and A (rank, in) wha
     lora        W + s BA            fills the zeros: the mask is applied once more after merging
     masklora    W + s M * (BA)      keeps the zeros
     scalelora   W * (1 + s BA)      keeps the zeros
+
+LoRA: Hu et al. 2022, arXiv 2106.09685; MaskLoRA and ScaleLoRA: Zimmer et al. 2023, arXiv 2312.15230; the latter also Lu et al.
+2024, arXiv 2405.16057.
 """
 
 import torch
@@ -12,11 +15,7 @@ from torch import Tensor, nn
 
 from recon.kernels.gradient_descent import Trained
 
-ADAPTERS = {
-    "lora": "W + BA; merging fills the zeros, so the mask is applied once more (Hu et al. 2022, arXiv 2106.09685)",
-    "masklora": "W + M*(BA), merged without losing a zero (Zimmer et al. 2023, arXiv 2312.15230)",
-    "scalelora": "W*(1 + BA), zeros stay zeros (Zimmer et al. 2023, arXiv 2312.15230; Lu et al. 2024, arXiv 2405.16057)",
-}
+ADAPTERS = ("lora", "masklora", "scalelora")
 ALPHA = 2.0  # the factor s itself, alpha / rank: alpha is twice the rank, as usual
 
 
@@ -24,7 +23,7 @@ class LowRank(nn.Module):
     """A weight (out, in) as a function of B, which starts at zero, and A, which is random: at first the weight itself.
 
     mask: (out, in), 1 = kept; a weight that its module stores as (in, out) comes with a mask laid out likewise.
-    kind: see `ADAPTERS`. rank: of BA. random: draws A as `peft` does (Kaiming uniform).
+    kind: see the top. rank: of BA. random: draws A as `peft` does (Kaiming uniform).
     """
 
     def __init__(self, weight: Tensor, mask: Tensor, kind: str, rank: int, random: torch.Generator):

@@ -24,7 +24,7 @@ def spread(sparsity: float) -> float:
 
 def dlp(medians: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
     """The sparsity of each block (blocks,), from the medians S and the numbers of weights n, (blocks,) float64 each."""
-    importance = 1 - medians / medians.sum()
+    importance = 1 - medians / medians.sum().clamp_min(torch.finfo(sizes.dtype).tiny)
     least, most = importance.aminmax()
     scaled = 2 * spread(sparsity) * (importance - least) / (most - least).clamp_min(torch.finfo(sizes.dtype).tiny)
     return sparsity + (scaled * sizes).sum() / sizes.sum() - scaled

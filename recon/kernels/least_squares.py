@@ -28,7 +28,7 @@ def masked_least_squares(weight: Tensor, mask: Tensor, gram: Tensor, cross: Tens
         objective than it started with, up to rounding.
     """
     # An input that is always zero has a zero row in G: no residual, and no reason to change its weights.
-    inverse_diagonal = torch.where(gram.diagonal() > 0, 1 / gram.diagonal(), 0.0)  # (in,)
+    inverse_diagonal = torch.where(gram.diagonal() > torch.finfo(gram.dtype).tiny, 1 / gram.diagonal(), 0.0)  # (in,)
     weight = weight.masked_fill(~mask, 0.0)
     keep = mask.to(weight.dtype)  # a product with it is several times as fast as filling by booleans
     residual = (cross - weight @ gram).mul_(keep)  # (out, in)

@@ -49,7 +49,7 @@ def refine(weight: Tensor, mask: Tensor, gram: Tensor, steps: int, group: int | 
         linear = 2 * weight * residual
         a = (alone + linear).masked_fill_(mask, torch.inf)
         b = (alone - linear).masked_fill_(~mask, torch.inf).view(rows, -1, m)
-        unit = (reach * ~mask.view(rows, -1, m)).amax(-1, keepdim=True).clamp_min(torch.finfo(root.dtype).tiny) / LEVELS
+        unit = (reach * ~mask.view(rows, -1, m)).amax(-1, keepdim=True).div(LEVELS).clamp_min(torch.finfo(root.dtype).tiny)
         least = torch.stack([(b - 2 * level * unit * size).amin(-1) for level in range(LEVELS + 1)], -1)
         bound = a + least.gather(2, (reach / unit).ceil().clamp_max(LEVELS).long()).view(rows, columns)
         # Of each j: the least change, of the exchange with its best i.

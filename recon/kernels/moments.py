@@ -4,7 +4,8 @@ With X (tokens, in) the inputs: sums of squares; the Gram matrix X'X, of which o
 variance over tokens.
 """
 
-import torch
+from collections.abc import Iterable
+
 from torch import Tensor
 
 _PART = 2**17  # elements that are squared at once
@@ -65,9 +66,11 @@ def mirrored(gram: Tensor) -> Tensor:
     return gram.triu() + gram.triu(1).T
 
 
-def mean_product(left: Tensor, right: Tensor) -> Tensor:
-    """Mean over tokens of the outer product: left (samples, length, a), right (samples, length, b) -> (a, b) float32."""
-    total = left.new_zeros(left.shape[-1], right.shape[-1], dtype=torch.float32)
-    for a, b in zip(left, right, strict=True):
-        total.addmm_(a.float().T, b.float())
-    return total / left.shape[:2].numel()
+def mean_product(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean over tokens of the outer product, (a, b) float32, from batches of left (..., a) and right (..., b)."""
+    total, tokens = None, 0
+    for left, right in batches:
+        left, right = left.flatten(0, -2).float(), right.flatten(0, -2).float()
+        total = left.T @ right if total is None else total.addmm_(left.T, right)
+        tokens += len(left)
+    return total / tokens

@@ -23,6 +23,7 @@ log = logging.getLogger("recon")
 LEAST = 0.01  # share of zeros in the matrices from which a model counts as pruned: dense ones have a few of their own
 
 
+@torch.no_grad()
 def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """`masks`, checked; if None, the masks that keep every weight of `student` that is not zero.
 
@@ -34,6 +35,8 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
     if masks is None:
         return {name: weight != 0 for name, weight in weights.items()}
     check_shapes("mask of", masks, weights)
+    for name, weight in weights.items():
+        weight.masked_fill_(~masks[name].to(weight.device), 0.0)
     return masks
 
 

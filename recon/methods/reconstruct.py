@@ -184,13 +184,13 @@ class Reconstruction:
         if config.solver == "adamw":
             count, losses = self._descend(f, X, Y, variance, theta)
             batch = self.execution.micro_batch or config.batch_size
-        after, matrices = self._error(f, X, Y, variance), [*self.student.matrices(f).values()]
+        after = self._error(f, X, Y, variance)
         # Only held-out text shows the harm of too high a learning rate.
         grew = config.roll_back and "held_out" in after and after["held_out"] > before["held_out"]
-        fine, moved = settle(f"window {f.name!r}", theta, pruned, [*losses, *after.values()], matrices, keep=not grew)
+        fine = settle(f"window {f.name!r}", theta, pruned, [*losses, *after.values()], keep=not grew)
         status = GREW if fine and grew else RECONSTRUCTED if fine else NOT_FINITE
         errors = {"error_before": before, "error_after": after if status == RECONSTRUCTED else before}
-        return WindowReport(count, losses, moved, 0.0, status, batch, name=f.name, **errors)
+        return WindowReport(count, losses, 0.0, status, batch, name=f.name, **errors)
 
     def finish(
         self, f: Window, report: WindowReport, seconds: float, streams: dict[str, Tensor | None] | None = None
@@ -212,25 +212,30 @@ class Reconstruction:
     @torch.no_grad()
     def _solve_exactly(self, f: Window, X: Tensor, Y: Tensor, grams: dict[str, Tensor], theta: dict[str, nn.Parameter]) -> None:
         """Sets each matrix of the window to its masked least-squares solution; see `recon.kernels.least_squares`."""
-        dense, count, column = self.teacher.matrices(f), self.count, 0
+        dense, column = self.teacher.matrices(f), 0
         if f.matrices and self.config.propagation != "dense":
-            grams = dict.fromkeys(f.matrices, mean_product(X[:count], X[:count]))
+            grams = dict.fromkeys(f.matrices, self._mean_product(X, X))
         with self.execution.holding(self.student, f, theta.values()), self.teacher.loaded(f):
             for name, matrix in self.student.matrices(f).items():
                 if name not in grams:  # an expert that too few tokens are sent to
                     continue
                 gram, mask = (each[name].to(matrix.weight.device) for each in (grams, self.masks))
-                cross, rows = dense[name].weight.to(gram.device) @ gram, len(mask)
+                cross, rows = dense[name].weight.to(gram) @ gram, len(mask)
                 bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
                 if f.matrices and self.config.propagation == "mixed":
                     # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
-                    wanted = Y[:count, :, column : column + rows].float()
-                    cross = mean_product(wanted if bias is None else wanted - bias.to(Y.device), X[:count]).to(gram.device)
+                    cross = self._mean_product(Y[..., column : column + rows], X)
+                    if bias is not None:
+                        cross -= torch.outer(bias, X[: self.count].mean((0, 1), dtype=torch.float32).to(bias.device))
                 elif bias is not None:
                     # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
                     bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
                 matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross, self.config.exact_iterations))
                 column += rows
+
+    def _mean_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """`mean_product` over the calibration samples of two streams, one at a time on the compute device."""
+        return mean_product(self.execution.batches([left, right], [range(i, i + 1) for i in range(self.count)]))
 
     def _descend(
         self, f: Window, X: Tensor, Y: Tensor, variance: Tensor, theta: dict[str, nn.Parameter]
@@ -259,13 +264,12 @@ class Reconstruction:
     def _trained(self, f: Window, theta: dict[str, nn.Parameter]) -> Iterator[list[Trained]]:
         """Context in which what gradient descent trains of a window, theta or adapters, is on the compute device."""
         config, matrices, device = self.config, self.student.matrices(f), self.execution.device
-        if config.adapter != "none":
-            draw = generator(self.seed, "adapters", f.name)
-            with adapted([*matrices.values()], self.masks, config.adapter, config.rank, draw) as low_rank:
-                with self.execution.holding(self.student, f, [each.parameter for each in low_rank]):
-                    yield low_rank
-            return
         with self.execution.holding(self.student, f, theta.values()):
+            if config.adapter != "none":
+                draw = generator(self.seed, "adapters", f.name)
+                with adapted([*matrices.values()], self.masks, config.adapter, config.rank, draw) as low_rank:
+                    yield low_rank
+                return
             # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same
             # memory, as the gradient of the parameter that holds them all would be made anew, in full, for every expert.
             alone = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None and matrix.alone}

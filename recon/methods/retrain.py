@@ -79,10 +79,10 @@ def retrain(
                 loss = partial(_loss, student, teacher, execution, config.retrain_checkpointing)
                 losses = train(loss, [samples], parameters, schedule, generator(seed, "retrain"), execution, callbacks, name)
             seconds = time.perf_counter() - began
-        fine, moved = settle(name, theta, before, losses, [*matrices.values()])
+        fine = settle(name, theta, before, losses)
         student.forget()
     count, batch = sum(each.parameter.numel() for each in parameters), execution.micro_batch or config.retrain_batch_size
-    return Report(count, losses, moved, seconds, RETRAINED if fine else NOT_FINITE, batch)
+    return Report(count, losses, seconds, RETRAINED if fine else NOT_FINITE, batch)
 
 
 def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:

@@ -20,8 +20,7 @@ def as_tokens(samples: Tensor | Iterable) -> Tensor:
     tokens = samples
     try:
         if not isinstance(samples, Tensor):
-            rows = (torch.as_tensor(each["input_ids"] if isinstance(each, Mapping) else each) for each in samples)
-            tokens = torch.cat([row if row.ndim == 2 else row[None] for row in rows])
+            tokens = torch.cat([_rows(each) for each in samples])
         found = f"{tuple(tokens.shape)} of {tokens.dtype}"
         fits = tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point() and tokens.dtype != torch.bool
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # such as of unequal lengths
@@ -29,6 +28,16 @@ def as_tokens(samples: Tensor | Iterable) -> Tensor:
     if not fits:
         raise ReconError(f"calibration samples are {found}; allowed: {ALLOWED}")
     return tokens
+
+
+def _rows(item: Tensor | list | Mapping) -> Tensor:
+    """Tokens (batch, length) of one item."""
+    if isinstance(item, Mapping):
+        if not torch.as_tensor(item.get("attention_mask", 1)).all():
+            raise ReconError("calibration samples are padded (attention_mask has zeros): padding would count as text")
+        item = item["input_ids"]
+    row = torch.as_tensor(item)
+    return row if row.ndim == 2 else row[None]
 
 
 def with_held_out(samples: Tensor | Iterable, held_out: Tensor | Iterable | None) -> tuple[Tensor, int]:

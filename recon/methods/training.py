@@ -56,7 +56,6 @@ class Report:
 
     parameters: int  # elements trained
     losses: list[float]  # one per optimiser step; of retraining, nats per token
-    movement: float  # |after - before| / |before| over the matrices
     seconds: float
     status: str  # what was rolled back is as before
     micro_batch: int = 0  # samples per forward pass; fewer than asked for where memory ran out; 0: no gradient descent
@@ -118,25 +117,14 @@ def train(
 
 
 @torch.no_grad()
-def settle(
-    what: str, theta: dict[str, nn.Parameter], before: dict[str, Tensor], values: list[float], matrices: list[Matrix], keep=True
-) -> tuple[bool, float]:
-    """Rolls `theta` back to what it was `before`, unless to `keep` it, and if it or `values` have become NaN or infinite.
-
-    Returns whether all is finite, and |after - before| / |before| over the parameters that hold `matrices`.
-    """
+def settle(what: str, theta: dict[str, nn.Parameter], before: dict[str, Tensor], values: list[float], keep: bool = True) -> bool:
+    """Whether `theta` and `values` are finite; if not, or if it is not to `keep`, `theta` is rolled back to `before`."""
     fine = all(map(math.isfinite, values)) and all(bool(parameter.isfinite().all()) for parameter in theta.values())
     if not fine:
         log.warning("%s gave NaN or infinite values; it is rolled back", what)
-    moved, norm, holders = 0.0, 0.0, {matrix.parameter_name for matrix in matrices}
-    for name, parameter in theta.items():
-        old = before[name].to(parameter.device)
-        if not (fine and keep):
-            parameter.copy_(old)
-        if name in holders:
-            moved += (parameter - old).square().sum().item()
-            norm += old.square().sum().item()
-    return fine, (moved / max(norm, 1e-30)) ** 0.5
+    for name, parameter in theta.items() if not (fine and keep) else ():
+        parameter.copy_(before[name])
+    return fine
 
 
 def check_trainable(decoder: Decoder, method: str) -> None:

@@ -27,8 +27,8 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
     """The `Decoder` of a causal LM, or of an encoder-decoder. A `Decoder` is returned as it is.
 
     Args:
-        model: in evaluation mode, from transformers, or any module that is called with `input_ids` and `use_cache`, and gives
-            `logits`; its `config` says the `vocab_size`. From now on it multiplies by each expert's matrices one by one.
+        model: from transformers, or any module that is called with `input_ids` and `use_cache`, and gives `logits`; its `config`
+            says the `vocab_size`. From now on it is in evaluation mode, and multiplies by each expert's matrices one by one.
         like: a decoder of the same architecture, whose structure is taken over: a pruned copy cannot be relied on to show it.
         lazy: of a skeleton, its parameters. The structure is then found with random weights, while blocks that are built like
             earlier ones are by-passed.
@@ -37,6 +37,7 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
     """
     if isinstance(model, Decoder):
         return model
+    model.eval()
     kind = EncoderDecoder if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else Decoder
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")

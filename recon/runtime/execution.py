@@ -83,7 +83,8 @@ class Execution(contextlib.AbstractContextManager):
         keep, round_off, places = set(trained), set(rounded), []
         try:
             for tensor in tensors:
-                dtype = self.dtype if tensor in round_off and tensor not in keep else tensor.dtype
+                rounds = tensor in round_off and tensor not in keep and tensor.dtype == torch.float32
+                dtype = self.dtype if rounds else tensor.dtype
                 if self.elsewhere(tensor) or dtype != tensor.dtype:
                     places.append((tensor, tensor.data))
                     tensor.data = moved(tensor.data, self.device, dtype)

@@ -68,6 +68,7 @@ def test_dlp_follows_the_formula(sparsity):
     found = dlp(medians, SIZES, sparsity)
     torch.testing.assert_close(found.tolist(), [sparsity + mean - each for each in scaled])
     assert (found * SIZES).sum().item() == pytest.approx(60 * sparsity, abs=1e-12) and 0 <= found.min() <= found.max() < 1
+    torch.testing.assert_close(dlp(0 * medians, SIZES, sparsity).tolist(), [sparsity] * 3)  # more than half zeros already
 
 
 @pytest.mark.parametrize("low, high", [([1, 2, 8], [4, 9, 20]), ([1, 100, 1], [2, 900, 1.5]), ([1, 2, 1], [0.9, 5, 3])])

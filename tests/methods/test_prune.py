@@ -5,7 +5,7 @@ import copy
 import datasets
 import pytest
 import torch
-from fixtures.models import FLOAT32, copied, inputs_of
+from fixtures.models import FLOAT32, copied, inputs_of, make_model, zeros_stay
 from torch.utils.data import DataLoader
 
 from recon import Execution, PruningConfig, decompose, prune
@@ -43,6 +43,19 @@ def test_masks_are_exact_and_the_rest_is_untouched(dense, tokens, criterion, pat
     others = before.keys() - {f"{name}.weight" for name in result.masks}
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight"} <= others
     assert all(torch.equal(decoder.model.get_parameter(name), before[name]) for name in others)
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_matrices_that_are_stored_transposed(made, tokens, pattern):
+    masks = prune(copied(made("gpt2")), tokens(4, 16), PruningConfig("admm", pattern), execution=FLOAT32).masks
+    assert {mask.double().mean().item() for mask in masks.values()} == {0.5}
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_a_model_in_half_precision_stays_in_it(tokens, criterion):
+    model = make_model("llama").bfloat16()
+    masks = prune(model, tokens(4, 16), PruningConfig(criterion), execution=FLOAT32).masks
+    assert zeros_stay(decompose(model), masks) and {each.dtype for each in model.parameters()} == {torch.bfloat16}
 
 
 def test_random_masks_follow_the_seed(dense):

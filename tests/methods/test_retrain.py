@@ -38,7 +38,7 @@ def test_every_method_lowers_the_loss_keeps_every_zero_and_changes_only_what_it_
     matrices, pruned = {f"{name}.weight" for name in masks}, perplexity(model, batch, execution=FLOAT32).value
     report = run(model, batch, masks, method=method, epochs=8)
     assert perplexity(model, batch, execution=FLOAT32).value < pruned and len(report.losses) == 32
-    assert report.status == RETRAINED and (report.movement > 0) == (method != "norms")
+    assert report.status == RETRAINED
     assert zeros_stay(decompose(model), masks)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     if method == "norms":
@@ -115,5 +115,5 @@ def test_what_diverges_is_rolled_back(method, tokens):
     _, model, masks = halved()
     before = copy.deepcopy(model)
     report = run(model, tokens(4, 12), masks, method=method, learning_rate=1e38, epochs=4)
-    assert report.status == NOT_FINITE and report.movement == 0
+    assert report.status == NOT_FINITE
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))

@@ -35,6 +35,11 @@ def assert_same_output(decoder, tokens, granularity):
     assert_close(composed(decoder, tokens, granularity), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+def test_from_then_on_nothing_drops_out(tiny):
+    dense, model = tiny("gpt2"), tiny("gpt2").train()  # whose dropout is 0.1
+    assert not decompose(model, like=decompose(dense)).model.training
+
+
 @pytest.mark.parametrize("granularity", ["block", "2-blocks", "quarter", "model"])
 def test_windows_of_blocks_are_the_model_and_hold_all_of_it(made, tokens, granularity):
     decoder = made("llama")

@@ -67,7 +67,8 @@ def test_batches_of_several_streams(far):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"start": "exact"}, {"granularity": "matrix"}, {"propagation": "mixed", "granularity": "block"}]
+    "options",
+    [{}, {"start": "exact"}, {"granularity": "matrix", "adapter": "masklora"}, {"propagation": "mixed", "granularity": "block"}],
 )
 def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, tokens, monkeypatch, options):
     dense, samples, held_out = decompose(tiny("llama")), tokens(5, 16), tokens(3, 16, seed=1)

@@ -22,7 +22,7 @@ class Criterion:
 
     statistics: what it needs of the matrix's inputs X (tokens, in): "none"; "norm", (in,), sqrt(mean over tokens of x_j^2);
         "gram", (in, in), X'X / tokens; "moments", (2, in), mean and variance over tokens; or "gradient", (1 + out, in), of each
-        sample the norm of x_j, and the gradient of the norm of the output of the matrix's block or window: root mean squares.
+        sample the norm of x_j, and the gradient of the norm of the output of the matrix's block: root mean squares.
     scope: what its authors compare within, "row" or "matrix".
     score: ranks the weights. A criterion has either this or
     method: the whole algorithm, which may update the survivors.

@@ -52,7 +52,7 @@ def prune(
 
 def _largest(Z: Tensor, pattern: Pattern, scope: str) -> Tensor:
     """Z (out, in) with zeros in all but its largest entries, in number about as `keep_mask` keeps."""
-    groups = Z.view(-1, pattern.m or (Z.shape[1] if scope == "row" else Z.numel())).abs()
+    groups = Z.reshape(-1, pattern.m or (Z.shape[1] if scope == "row" else Z.numel())).abs()
     sample = groups[:, :: STRIDE if groups.shape[1] > MANY else 1]
     zeros = pattern.zeros(sample.shape[1])
     if pattern.m:  # the least of each group move to the front: faster than `kthvalue` in groups of a few

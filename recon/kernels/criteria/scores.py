@@ -10,7 +10,7 @@ Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" 
 Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), equation 4: a
 weight is compared with those of its input and of its output, so that no whole channel is pruned away;
 Yang et al., "Wanda++: Pruning Large Language Models via Regional Gradients" (2025, arXiv 2503.04992): G_ij is the root mean
-square over samples of the gradient of ||f(X)||, the norm of the output of the matrix's block or window.
+square over samples of the gradient of ||f(X)||, the norm of the output of the matrix's block.
 
 statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2), whose unit changes no mask of Wanda or RIA; for
 wanda++ (1 + out, in), sqrt(mean over samples of the sum over their tokens of x_j^2), as in their code, and then G.
