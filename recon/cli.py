@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from recon.config import Checked, FromOne
 from recon.errors import ReconError
 from recon.runtime.device import limit_compiled_shapes
 from recon.study.spec import RunOptions, RunSpec
@@ -113,15 +114,12 @@ def _say_size(folder: Path) -> None:
 
 def models() -> None:
     """List the bundled models: what each is, its size, and whether it is here."""
-    from recon.config import PROTOCOLS
     from recon.data import assets
 
     for name, model in assets.BUNDLED_MODELS.items():
         state = "fetched" if assets.made(name) else "to fetch on first use"
         print(f"{name}\n    {model['description']}\n    {model['bytes'] / 1e6:.0f} MB, {state}\n")
-    for name, meaning in PROTOCOLS.items():
-        print(f"{name}: {meaning}")
-    print("\nOr any causal LM: a local folder, a GGUF file, or a Hub id (organisation/name) with --revision.")
+    print("Or any causal LM: a local folder, a GGUF file, or a Hub id (organisation/name) with --revision.")
 
 
 def criteria() -> None:
@@ -159,16 +157,16 @@ def assets(models: tuple[str, ...] = ("smollm2-135m",)) -> None:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Checked):
     """Time each phase on a shortened model, beside a straightforward loop and the least that its products take."""
 
     output: Path = Path("build/bench.json")  # File for the results (JSON).
     model: str = "smollm2-135m"  # A bundled name, a local folder, or a Hub id.
     text: str = "wikipedia"  # Calibration and evaluation text.
-    samples: int = 32  # Samples that are read.
-    sequence_length: int = 256  # Tokens per sample.
-    blocks: int = 4  # Blocks of the shortened model.
-    repeats: int = 3  # Rounds of timing, all phases in turn.
+    samples: FromOne = 32  # Samples that are read.
+    sequence_length: FromOne = 256  # Tokens per sample.
+    blocks: FromOne = 4  # Blocks of the shortened model.
+    repeats: FromOne = 3  # Rounds of timing, all phases in turn.
     device: str = "auto"  # auto, cpu, cuda, ...
 
 
@@ -199,7 +197,6 @@ def main(arguments: list[str] | None = None) -> None:
             first.add_argument("--preset", default="default")
             first.add_argument("--pruned")
             given, arguments = first.parse_known_args(arguments)
-            arguments += ["--pruned", given.pruned] if given.pruned else []
             commands[command] = partial(commands[command], spec=RunSpec.of(**vars(given)))
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="recon", description="Prune a causal language model and reconstruct it.", args=arguments,

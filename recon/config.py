@@ -295,6 +295,8 @@ class EvaluationConfig(Checked):
         super().__post_init__()
         if not self.evaluation_texts:
             raise ReconError("evaluation_texts is empty; name at least one text")
+        if len(set(self.evaluation_texts)) < len(self.evaluation_texts):
+            raise ReconError(f"evaluation_texts {self.evaluation_texts} names a text twice; name each once")
 
     @property
     def windows(self) -> dict[str, int]:

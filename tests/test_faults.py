@@ -214,6 +214,11 @@ with locked(Path(sys.argv[1]), "save folder"):
 """
 
 
+def test_a_lock_leaves_alone_what_a_neighbour_is_writing(tmp_path):
+    with storage.complete(tmp_path / "model-2.5", folder=True) as writing, storage.locked(tmp_path / "model-2", "save folder"):
+        assert writing.is_dir()
+
+
 @pytest.mark.parametrize("what", ["save, no", "save, yes", "cache"])
 def test_two_processes_that_do_the_same_refuse_each_other_and_a_dead_one_stops_nobody(what, spec, tmp_path, monkeypatch):
     spec = spec.replaced(granularity="none", held_out_samples=0)

@@ -57,6 +57,7 @@ SUITED = "magnitude, random, wanda, ria$"
         ({"adapter": "lora", "train": "all"}, "adapter 'lora'.*train matrices"),
         ({"criterion": "sparsegpt", "mask_refinement": 3}, f"mask_refinement is 3.*'sparsegpt'.*{SUITED}"),
         ({"evaluation_texts": ()}, "evaluation_texts is empty"),
+        ({"evaluation_texts": ("news", "code", "news")}, "evaluation_texts .* names a text twice"),
         ({"criterion": "flap", "pattern": "2:4"}, "pattern is '2:4'.*flap.*such as 0.2"),
         ({"criterion": "wanda-sp", "scope": "row"}, "scope is 'row'.*wanda-sp.*allowed: auto"),
         ({"reorder_neurons": True, "pattern": "0.6"}, "reorder_neurons is True with pattern 0.6.*allowed: False, or N:M"),
@@ -105,6 +106,7 @@ def refuse(arguments, capsys) -> str:
         ("run --address 10.0.0.1:6379", "address '10.0.0.1:6379' is that of a Ray cluster"),
         ("run --executor ray --propagation mixed", "side by side under mixed propagation"),
         ("plan --stream perhaps", "stream"),
+        ("bench --blocks 0", "blocks is 0; allowed: a whole number from 1"),
         ("reconstruct --dense gpt-17", "--pruned"),
         ("assets --models smollm2-135m gpt-17", "model 'gpt-17'; allowed: all, or some of smollm2-135m, gemma3-270m"),
     ],
@@ -166,6 +168,7 @@ def retrain(student, method="full", samples=TOKENS, **call):
     ("call", "words"),
     [
         (lambda d, s: prune(d, [{"input_ids": [1, 2], "attention_mask": [1, 0]}]), "padded"),
+        (lambda d, s: recon.perplexity(d, TOKENS[:, :1]), "tokens to predict are .*2, 1"),
         (lambda d, s: prune(d, None), "'wanda' weighs activations and needs calibration samples"),
         (lambda d, s: prune(d, None, criterion="magnitude", mask_refinement=2), "'magnitude' with mask refinement weighs"),
         (lambda d, s: prune(d, None, criterion="flap", pattern="0.2"), "'flap'.*needs calibration samples"),

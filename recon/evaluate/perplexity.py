@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from recon.errors import ReconError
 from recon.kernels.losses import channel_variance, kl_divergence, negative_log_likelihood, unexplained
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
@@ -56,6 +57,9 @@ def perplexity_and_states(
     reference: a dense model, and its last block's output for the first windows, on which the divergence from it is measured.
     states: the last block's output for `tokens`, (windows, length, hidden), if it is known.
     """
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2 or tokens.is_floating_point():
+        said = "allowed: whole numbers, (windows, length) of at least one window of two"
+        raise ReconError(f"tokens to predict are {tuple(tokens.shape)} of {tokens.dtype}; {said}")
     decoder.check_causal()
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)
@@ -82,7 +86,7 @@ def perplexity_and_states(
                 del logits  # before those of the next slice are there
     nats, divergences = ([total / predicted for total in totals] for totals in (likelihoods, divergences))
     mean = sum(nats) / len(nats)
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(nats) * predicted, nats, divergences), stream
+    return Perplexity(math.inf if mean >= 700 else math.exp(mean), len(nats) * predicted, nats, divergences), stream
 
 
 def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, description: str = "") -> Tensor:

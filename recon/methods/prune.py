@@ -96,6 +96,7 @@ class Pruner:
             self.pattern.check_columns(name, matrix.weight.shape[1])
         execution.storage.new_masks()
         self.noted = list(execution.storage.finished("prune"))  # of each window
+        self.before = len(self.noted)  # windows that were pruned before a run was killed
 
     @torch.no_grad()
     def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -130,7 +131,7 @@ class Pruner:
                 "magnitude instead of %s, such as %s; more samples help",
                 len(under_calibrated), len(masks), FEW, self.config.criterion, under_calibrated[0],
             )  # fmt: skip
-        return Pruning(masks, under_calibrated=under_calibrated, seconds=sum(noted["seconds"] for noted in notes))
+        return Pruning(masks, under_calibrated=under_calibrated, seconds=sum(noted["seconds"] for noted in notes[self.before :]))
 
     def pruned(self, matrix: Matrix, statistics: Mapping[str, Tensor], pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The matrix's new weight and mask; by magnitude, where the criterion has no statistics of it.

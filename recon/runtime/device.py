@@ -15,7 +15,6 @@ import torch
 
 from recon.errors import ReconError
 
-HOST = torch.device("cpu")
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # dtypes that a model can be saved in
 

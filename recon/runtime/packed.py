@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub.utils.sha import sha_fileobj
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,6 +28,7 @@ from recon.runtime.storage import new_checkpoint, write_json, write_safetensors
 
 PLAIN, PACKED = "model.safetensors", "model.packed.safetensors"
 DIGESTS = "model.packed.json"
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}  # ends of names
 MASK, VALUES = ".packed_mask", ".packed_values"
 
 
@@ -65,9 +66,12 @@ def pack_files(folder: Path, target: Path) -> None:
     if is_packed(folder) or not files:
         raise ReconError(f"{str(folder)!r} {'is packed already' if is_packed(folder) else 'holds no model*.safetensors to pack'}")
     for file in tqdm(files, desc="pack", unit="file"):
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-            about = {"shapes": {name: list(each.shape) for name, each in tensors.items()}, "metadata": opened.metadata() or {}}
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors, noted = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+        except SafetensorError as error:
+            raise ReconError(f"{str(file)!r} cannot be read: {error}") from error
+        about = {"shapes": {name: list(each.shape) for name, each in tensors.items()}, "metadata": noted or {}}
         new = target / file.name.replace(".safetensors", ".packed.safetensors")
         stored = {key: part for name, each in tensors.items() for key, part in _packed(name, each).items()}
         write_safetensors(new, stored, packed=json.dumps(about))
@@ -123,5 +127,5 @@ def _digest(file: Path) -> str:
 def _carry(folder: Path, target: Path, old: str, new: str) -> None:
     """Copies all files but weights and their digests; an index of shards is called after the form of the weights."""
     for file in folder.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name != DIGESTS:
+        if file.is_file() and file.suffix not in WEIGHTS and file.name != DIGESTS:
             shutil.copy2(file, target / file.name.replace(old, new))

@@ -70,13 +70,15 @@ def complete(path: Path, folder: bool = False) -> Iterator[Path]:
 
 def check_new(folder: Path) -> None:
     """Raises `ReconError` naming `folder`, to which a model is to be saved, if it exists and is not an empty folder."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ReconError(f"save folder {str(folder)!r} exists and is not an empty folder; name a new one")
+    if folder.exists() and (os.path.ismount(folder) or not folder.is_dir() or any(folder.iterdir())):
+        said = "exists and is not an empty folder that can be replaced; name a new one"
+        raise ReconError(f"save folder {str(folder)!r} {said}")
 
 
 @contextlib.contextmanager
 def new_checkpoint(folder: Path) -> Iterator[Path]:
     """As `complete`, for the files of a model. Raises `ReconError` as `check_new` and `locked`, and if it cannot be written."""
+    folder = folder.resolve()
     with locked(folder, "save folder"), writing(f"checkpoint {str(folder)!r}", "choose a place with room"):
         check_new(folder)
         with complete(folder, folder=True) as fresh:
@@ -99,7 +101,7 @@ def locked(place: Path, what: str, wait: bool = False) -> Iterator[None]:
         said = "is in use by another process; wait until it is done, or choose another place"
         raise ReconError(f"{what} {str(place)!r} {said}") from None
     try:
-        for left in place.parent.glob(f".{glob.escape(place.name)}.*{PART}"):
+        for left in place.parent.glob(f".{glob.escape(place.name)}.{8 * '?'}{PART}"):  # not of a longer name
             shutil.rmtree(left, ignore_errors=True)
         yield
     finally:

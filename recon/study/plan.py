@@ -42,26 +42,32 @@ STEP = 5e-4  # seconds that one matrix takes in each step whatever its size, mea
 UPDATE = 2000  # operations that take as long as one weight's rounding, update and masking, which memory bounds: measured on CPUs
 
 
-@functools.lru_cache(maxsize=4)
 def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Decoder:
     """The model called `model` without weights: of the Hub's files, or those of a folder, the configuration alone is read.
 
     Its blocks are on torch's meta device; outside them there are placeholders, so that the model itself says what its blocks are
     called with. Raises `ReconError` for what `recon.data.models` refuses, and for a model that cannot be decomposed.
     """
-    config = models.configuration(model, revision, trust_remote_code)
-    made = skeleton(config)
+    content = models.configuration(model, revision, trust_remote_code).to_json_string()
+    return _shapes(content, model, revision, trust_remote_code)
+
+
+@functools.lru_cache(maxsize=4)
+def _shapes(content: str, *loaded_by: object) -> Decoder:
+    """content: of the configuration of the model `loaded_by`, which may change while its name stays."""
+    config, trust_remote_code = models.configuration(*loaded_by), loaded_by[-1]
+    made = skeleton(config, trust_remote_code)
     made.tie_weights()
     Lazy(made, lambda names: iter(()))
-    decoder = decompose(made, like=_structure(config))
+    decoder = decompose(made, like=_structure(config, trust_remote_code))
     for block in decoder.blocks:
         block.to_empty(device="meta")
     return decoder
 
 
-def _structure(config: PretrainedConfig) -> Decoder:
+def _structure(config: PretrainedConfig, trust_remote_code: bool) -> Decoder:
     """A model built as that of `config`, its layers as many times narrower as is possible, decomposed."""
-    names = set(skeleton(config).state_dict())
+    names = set(skeleton(config, trust_remote_code).state_dict())
     for factor in (64, 32, 16, 8, 4, 2, 1):
         narrow = type(config).from_dict(config.to_dict())
         options = vars(narrow.get_text_config())
@@ -71,7 +77,7 @@ def _structure(config: PretrainedConfig) -> Decoder:
             continue
         options.update({name: size // factor for name, size in widths.items()})
         with contextlib.suppress(Exception if factor > 1 else ()):  # whatever a model of strange widths runs into
-            model = skeleton(narrow)
+            model = skeleton(narrow, trust_remote_code)
             if set(model.state_dict()) == names:
                 return decompose(model, lazy=Lazy(model, lambda names: iter(())))
 
@@ -324,6 +330,9 @@ class Plan:
         if spec.reconstruction.granularity == "matrix":  # and what all matrices of a block read and give
             width += itemsize * int(_width(decoder.matrices(block).values()))
         streams = width * length * (spec.calibration.samples + min(spec.calibration.held_out_samples, ERROR_SAMPLES))
+        other = [count * spec.evaluation.evaluation_length for count in spec.evaluation.windows.values()]
+        # Passes that only run the model read all samples, too, and give as much.
+        streams = max(streams, 8 * config.hidden_size * max(spec.samples_by_phase["prune"] * length, *other))
         disk = {"work folder": (5 + 4 * spec.changes_weights) * self.elements + streams, "saved model": 4 * self.elements}
         kept = {"streams": streams, "margin": MARGIN, "models": models_in_memory(spec)}
         if self.streamed:
@@ -343,12 +352,14 @@ class Plan:
 
     def __str__(self) -> str:
         spec, granularity = self.spec, self.spec.reconstruction.granularity
+        pruned, how = spec.model.pruned, spec.pruning
+        mask = f"{how.criterion} {how.pattern}" if pruned is None else f"the mask of {pruned}"
         times = ", ".join(f"{phase} {duration(value)}" for phase, value in self.seconds.items() if value)
         total = duration(sum(self.seconds.values()))
         needs = ", ".join(f"{needs / GIB:.2f} GiB of {has / GIB:.1f} GiB {room}" for room, (needs, has) in self.rooms.items())
         rows = {
-            "run": f"{spec.model.model}, {spec.pruning.criterion} {spec.pruning.pattern}, {granularity}: about {total} on this "
-            f"machine ({times}); about {self.rooms['memory'][0] / GIB:.1f} GiB of memory",
+            "run": f"{spec.model.model}, {mask}, {granularity}: about {total} on this machine "
+            f"({times}); about {self.rooms['memory'][0] / GIB:.1f} GiB of memory",
             "model": f"{self.elements:,} parameters, kept {'on disk' if self.streamed else 'in memory'}",
             "windows": f"{len(self.decoder.windows(granularity)) if granularity != 'none' else 0} of {granularity}",
             "operations": ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count),

@@ -65,14 +65,17 @@ def read_record(path: Path) -> RunRecord:
     return RunRecord(**data | {"spec": spec})
 
 
-def finished(path: Path, key: str) -> RunRecord | None:
-    """The record at `path`, if that is of a finished run called `key`; what cannot be read is reported, and counts as absent."""
+def finished(path: Path, key: str | None = None) -> RunRecord | None:
+    """The record at `path`, if that is of a finished run, and this is called `key` unless `key` is None.
+
+    What cannot be read is reported, and counts as absent.
+    """
     try:
         record = read_record(path) if path.is_file() else None
     except ReconError as error:
         log.warning("%s", error)
         return None
-    return record if record and (record.key, record.status) == (key, "done") else None
+    return record if record and record.status == "done" and key in (None, record.key) else None
 
 
 def write_record(record: RunRecord, path: Path) -> None:
@@ -92,6 +95,8 @@ def commit() -> dict:
         except (OSError, subprocess.CalledProcessError):
             return None
 
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed within another repository
+        return {"git_commit": None, "git_dirty": None}
     # Figures and records are what a run writes: they make no difference to the code.
     written = (":(top,exclude)figures", ":(top,exclude)results")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)

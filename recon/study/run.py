@@ -44,6 +44,7 @@ class Session:
     def __init__(self):
         self.reused: list[str] = []  # kinds of what the last run took from here
         self._kept: dict[str, tuple[object, object]] = {}
+        self._sources: dict[object, object] = {}  # hashes of the models and texts that it is of
 
     def keep(self, kind: str, key: object, make: Callable[[], Value]) -> Value:
         """`make()`, or what it gave last time for the same `kind` if `key` has not changed since."""
@@ -61,6 +62,14 @@ class Session:
     def clear(self) -> None:
         """Forgets everything: all that is kept is of one model."""
         self._kept.clear()
+
+    def refresh(self, spec: RunSpec) -> None:
+        """Forgets everything if a model or text that `spec` reads has changed since a run before."""
+        sources = spec.sources()
+        now = sources["texts"] | {spec.loaded_by: sources["model"], spec.model.pruned: sources.get("pruned")}
+        if any(self._sources.get(name, content) != content for name, content in now.items()):
+            self.clear()
+        self._sources |= now
 
     def load(self, model: str, revision: str | None, trust_remote_code: bool) -> tuple[Decoder, object]:
         """The dense model and its tokenizer."""
@@ -105,7 +114,11 @@ def run(
     if spec.evaluation.tasks:
         zero_shot.check_tasks(spec.evaluation.tasks)
     key, stream = spec.key(), options.stream
+    session.refresh(spec)
     folder = save.with_name(f"{save.name}.unfinished") if save else cache_folder() / "unfinished" / key
+    # Windows that are pruned as reconstruction reaches them are not noted as blocks are that are pruned before.
+    work = f"{key}, pruned first" if spec.one_pass and cluster.settings(options.executor) else key
+    begun = (folder / RUN).exists() and json.loads((folder / RUN).read_text(encoding="utf-8")) == work
     with contextlib.ExitStack() as stack:
         if save:
             stack.enter_context(locked(save, "save folder"))
@@ -113,11 +126,12 @@ def run(
             as_asked = packed.is_packed(save) == (options.save_format == "packed")
             if done and as_asked and done.environment.get("save_dtype", "float32") == options.save_dtype:
                 log.info("done already: the model and its record are in %r", str(save))
+                if begun:  # and killed before its folder was deleted
+                    Storage(folder, work).delete()
                 for callback in callbacks:
                     callback.on_done(done)
                 return RunResult(done, None)
             check_new(save)
-        begun = (folder / RUN).exists()
         if stream == "auto":  # what was begun so may fit into memory by now; what is in memory fits into it
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
         streamed = plan.stays_on_disk(spec, stream, device.available_memory())
@@ -127,7 +141,7 @@ def run(
             log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
         if streamed and not save:
             stack.enter_context(locked(folder, "work folder"))
-        storage = Storage(folder if streamed else None, key, keep=["prune"])
+        storage = Storage(folder if streamed else None, work, keep=["prune"])
         stack.callback(storage.delete, begun=False)  # what is refused would stand in the way of another try
         result = _Run(spec, key, options, session, storage, callbacks).result()
         for callback in callbacks:
@@ -268,7 +282,7 @@ class _Run(Callback):
     def cached(self, compute: Callable[[], Measured]) -> Measured:
         """`compute()` of the dense model, or what it gave an earlier process, by committed code and of texts that are here."""
         spec, how, here = self.spec, self.spec.evaluation, environment(self.device, self.spec.compute.compute_dtype)
-        if plan.flops(spec)["evaluate"] < LEAST or here["git_dirty"] or set(how.tasks) - set(zero_shot.BUNDLED):
+        if plan.flops(spec)["evaluate"] < LEAST or here["git_dirty"] is not False or set(how.tasks) - set(zero_shot.BUNDLED):
             return compute()
         texts = [read for read in (*self.texts.evaluation.values(), self.texts.held_out) if read is not None]
         read = [(measure.digest(text), *text.shape) for text in texts]

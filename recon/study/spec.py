@@ -49,13 +49,14 @@ class RunSpec(Checked):
 
     @classmethod
     def of(cls, **values) -> "RunSpec":
-        """The spec with these options, which go before those of a preset. Raises `ReconError` for a name that is no option."""
-        first = {name: values.pop(name) for name in ("preset", "pruned") if name in values}
-        return cls().replaced(**first).replaced(**values)
+        """The spec with these options; see `replaced`."""
+        return cls().replaced(**values)
 
     def replaced(self, **values) -> "RunSpec":
-        """This spec with other values of some options. Raises `ReconError` for a name that is no option."""
-        return replace(self, **self._changed(values))
+        """This spec with other values of some options, which go before those of a preset. Raises `ReconError` for no option."""
+        first = {name: values.pop(name) for name in ("preset", "pruned") if name in values}
+        base = replace(self, **self._changed(first))
+        return replace(base, **base._changed(values))
 
     def flat(self) -> dict:
         """The value of every option."""
@@ -168,7 +169,7 @@ class RunOptions(Checked):
     command: str = ""  # The command that asked for the run, for the model card.
 
     def __post_init__(self):
-        object.__setattr__(self, "save", None if self.save is None else Path(self.save))
+        object.__setattr__(self, "save", None if self.save is None else Path(self.save).resolve())
         super().__post_init__()
         for name, default in (("save_dtype", "float32"), ("save_format", "plain")):
             if (value := getattr(self, name)) != default and self.save is None:

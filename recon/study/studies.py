@@ -46,7 +46,7 @@ def run_to_record(
     spec: RunSpec, path: Path | None, options: RunOptions, session: Session | None = None, key: str = ""
 ) -> tuple[RunRecord, Exception | None]:
     """The record of `recon.run`; if that fails, one that says how, and the exception. It is written to `path`, but a failure's
-    not over that of the finished run.
+    not over that of a finished run.
 
     key: of the run; default: the one that it has now. Raises `ReconError` for a path that cannot be written.
     """
@@ -60,7 +60,7 @@ def run_to_record(
     except Exception as error:
         said = str(error) if isinstance(error, ReconError) else "".join(traceback.format_exception(error))
         record = RunRecord(spec.flat(), key, "failed", said)
-        if path and not finished(path, key):
+        if path and not finished(path):
             write_record(record, path)
         return record, error
 
@@ -93,7 +93,7 @@ def run_study(
         A frame with a column per option of the spec, one per metric that is one number, `seconds_<phase>`, `flops_<phase>`,
         `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`, `key`, `status` and `error`.
 
-    Raises `ReconError` if nothing can be written to `folder`, or the executor cannot be had.
+    Raises `ReconError` if a model or text is not to be found, nothing can be written to `folder`, or the executor cannot be had.
     """
     specs, folder = [spec.resolved() for spec in specs], Path(folder).resolve()
     keys, how = [spec.key() for spec in specs], settings(executor)

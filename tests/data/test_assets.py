@@ -50,7 +50,7 @@ def copy(file: Path, folder: Path) -> None:
 
 
 def test_all_assets_of_a_wheel_are_fetched_at_once_and_once(wheel, tmp_path):
-    made, killed = wheel(), tmp_path / "cache" / "assets" / ".standin-1.0.abc.part" / "wheel"
+    made, killed = wheel(), tmp_path / "cache" / "assets" / ".standin-1.0.abcdefgh.part" / "wheel"
     killed.mkdir(parents=True)  # as a process that was killed leaves it
     for name, asset in assets.ASSETS.items():
         assert assets.fetch(name).read_bytes() == CONTENT[asset.member]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, safetensors_conversio
 
 from recon import ReconError, RunSpec
 from recon.data import files, models
+from recon.study.plan import Plan
 
 UP = "model.layers.2.mlp.up_proj.weight"
 
@@ -205,6 +206,7 @@ def test_code_that_comes_with_a_model_runs_where_trusted_and_counts(folder, tmp_
     assert type(models.load(str(folder), trust_remote_code=True)[0]).__name__ == "OwnForCausalLM"
     spec = RunSpec.of(model=str(folder), text=f"{folder}/tiny_text.txt", evaluation_texts=f"{folder}/tiny_text.txt")
     before, trusted = spec.key(), spec.replaced(trust_remote_code=True).key()
+    assert "parameters" in str(Plan(spec.replaced(trust_remote_code=True)))
     (folder / "modeling_own.py").write_text(MODEL + "# changed")
     assert spec.key() == before and len({before, trusted, spec.replaced(trust_remote_code=True).key()}) == 3
 

@@ -52,6 +52,9 @@ def test_a_hopeless_model_has_infinite_perplexity(tiny, tokens):
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
     assert perplexity(model, tokens(1, 20), execution=FLOAT32).value == math.inf
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    assert math.isnan(perplexity(model, tokens(1, 20), execution=FLOAT32).value)
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def test_what_cannot_be_asked_is_refused(small, monkeypatch):
         with pytest.raises(ReconError, match=said):
             zero_shot.zero_shot(*small, tasks)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ReconError, match=r"lm_eval.*pip install 'recon\[evaluation\]'"):
+    with pytest.raises(ReconError, match=r"lm_eval.*pip install -e '.\[evaluation\]'"):
         zero_shot.zero_shot(*small, ["analogies"])
 
 

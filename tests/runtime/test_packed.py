@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,4 +92,7 @@ def test_what_cannot_be_packed_or_unpacked(tiny_folder, tmp_path, capsys):
     assert "MB of weights" in capsys.readouterr().out
     assert "packed already" in refuse(["pack", str(tmp_path / "packed"), str(tmp_path / "twice")], capsys)
     assert "holds no model.packed.json" in refuse(["unpack", tiny_folder, str(tmp_path / "plain")], capsys)
+    shutil.copytree(tiny_folder, tmp_path / "pointer")
+    (tmp_path / "pointer" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model.safetensors' cannot be read" in refuse(["pack", str(tmp_path / "pointer"), str(tmp_path / "new")], capsys)
     assert "exists and is not an empty folder" in refuse(["unpack", str(tmp_path / "packed"), tiny_folder], capsys)

@@ -36,7 +36,7 @@ def test_what_a_worker_asks_for_and_what_cannot_be_met(monkeypatch):
 
 def test_a_study_without_ray_is_refused_before_anything_runs(tiny_spec, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ReconError, match=r"pip install 'recon\[ray\]'"):
+    with pytest.raises(ReconError, match=r"pip install -e '.\[ray\]'"):
         run_study([tiny_spec], tmp_path, progress=False, executor="ray")
     assert not list(tmp_path.glob("*.json"))
 

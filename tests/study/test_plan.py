@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from recon import Execution, PruningConfig, ReconError, RunSpec, cli, decompose, prune, reconstruct, retrain, sample_tokens
 from recon.data import models
 from recon.data.text import SPLITS
-from recon.runtime.device import HOST, resident
+from recon.runtime.device import resident
 from recon.study import plan
 
 QUIET = Execution(compute_dtype="float32", progress=False)
@@ -113,7 +113,7 @@ def test_operations_count_the_experts_that_a_token_sees(config_folder, tmp_path)
 def test_memory_of_a_window_is_counted():
     """Gradients, two moments and the copy of a window follow from what is trained in it; activations from its batch."""
     decoder, base = decompose(make_model("llama", num_hidden_layers=4)), RunSpec.of(sequence_length=32, compute_dtype="float32")
-    memory = functools.partial(plan.window_memory, decoder, device=HOST)
+    memory = functools.partial(plan.window_memory, decoder, device=torch.device("cpu"))
     found = {name: memory(base.replaced(granularity=name)) for name in ("none", "half-block", "block", "model")}
     elements = sum(p.numel() for p in decoder.trained(decoder.windows("block")[0], "matrices").values())
     for name, blocks in (("block", 1), ("model", 4)):

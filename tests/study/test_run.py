@@ -5,6 +5,7 @@ import gc
 import math
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,16 @@ def test_retraining_follows_reconstruction(spec, record, retrain):
     assert found.metrics["kl"] < record.metrics["kl"] and found.metrics["sparsity"] == 0.5
     assert len(found.retraining["losses"]) == 3 * spec.calibration.samples and found.seconds["retrain"] > 0
     assert found.flops["retrain"] > 0 and found.flops["reconstruct"] == record.flops["reconstruct"]
+
+
+def test_a_text_that_has_changed_is_read_anew(spec, tiny_text, tmp_path):
+    text, session = tmp_path / "text.txt", runs.Session()
+    found = []
+    for content in (Path(tiny_text).read_text(), Path(tiny_text).read_text()[5000:]):
+        text.write_text(content)
+        changed = spec.replaced(granularity="none", evaluation_texts=str(text))
+        found.append([result_of(changed, one).record.metrics["dense_perplexity"] for one in (session, runs.Session())])
+    assert found[0][0] == found[0][1] != found[1][0] == found[1][1]
 
 
 def test_samples_by_phase_are_the_first_of_one_draw(spec, record):

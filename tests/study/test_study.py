@@ -33,6 +33,7 @@ def test_grid_has_every_combination(tiny_spec):
     wanted = [("block", 0), ("block", 1), ("model", 0), ("model", 1)]
     assert [(spec.reconstruction.granularity, spec.seed) for spec in specs] == wanted
     assert {spec.calibration.samples for spec in specs} == {4}
+    assert len(set(recon.grid(tiny_spec, preset=["fast"], propagation=["mixed", "dense"]))) == 2  # given values go first
     with pytest.raises(recon.ReconError, match="unknown option 'sed'; allowed: model, revision"):
         recon.grid(tiny_spec, sed=[1])
 
@@ -82,6 +83,13 @@ def test_a_failed_run_says_how_and_the_others_go_on(tiny_spec, counted, tmp_path
     assert json.loads((tmp_path / f"{bad.key()}.json").read_text())["status"] == "failed"
     recon.run_study([bad, tiny_spec], tmp_path, progress=False)
     assert [call.args[0].key() for call in counted.call_args_list].count(bad.key()) == 2 and counted.call_count == 3
+
+
+def test_a_failure_replaces_no_finished_record(tiny_spec, counted, tmp_path):
+    path = tmp_path / "record.json"
+    for spec, status in ((tiny_spec, "done"), (tiny_spec.replaced(granularity="9-blocks"), "failed")):
+        assert studies.run_to_record(spec, path, recon.RunOptions(progress=False))[0].status == status
+    assert json.loads(path.read_text())["status"] == "done"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(tiny_spec, counted, tmp_path):
