@@ -206,7 +206,7 @@ def test_bad_files(tmp_path, filename, content, message):
         text.fingerprint(str(tmp_path / "none.txt"))
 
 
-def test_c4(tmp_path, monkeypatch):
+def test_c4(tmp_path, monkeypatch, dressed):
     for part, file in text.HUB["c4"]["data_files"].items():
         (path := tmp_path / "c4" / file).parent.mkdir(parents=True, exist_ok=True)
         rows = [{"text": f"{part} page {n}", "timestamp": "2019-04-25T12:57:54Z", "url": "u"} for n in range(50)]
@@ -219,6 +219,9 @@ def test_c4(tmp_path, monkeypatch):
     assert found["evaluation"] == [f"validation page {n}" for n in range(20)]
     assert found["validation"] == [f"train page {n}" for n in range(5, 40, 8)]
     assert set(found["calibration"]) == {f"train page {n}" for n in range(40)} - set(found["validation"])
+    tokenizer = dressed("<bos> $A")
+    whole = tokenizer(" ".join(found["evaluation"]), return_tensors="pt").input_ids  # as published
+    assert torch.equal(text.sample_tokens("c4", "evaluation", tokenizer, 1, whole.numel(), protocol="joined"), whole)
     monkeypatch.setitem(text.HUB, "c4", text.HUB["c4"] | {"path": str(tmp_path / "nowhere")})
     with pytest.raises(ReconError, match="'c4' could not be read from .*nowhere.*'wikipedia', 'news' and 'code' need no hub"):
         text.documents("c4", "calibration")

@@ -131,6 +131,11 @@ def test_memory_of_a_window_is_counted():
     assert exact["gradients"] == exact["activations"] == 0 < exact["statistics"]
 
 
+def test_a_folder_that_has_changed_is_planned_anew(config_folder):
+    folders = (config_folder(make_model("llama", num_hidden_layers=count).config.to_dict()) for count in (2, 3))
+    assert [len(plan.shapes_of(folder).blocks) for folder in folders] == [2, 3]
+
+
 def test_what_takes_less(spec):
     def needs(stream: str = "no", **options) -> float:
         planned = plan.Plan(spec.replaced(**{"evaluation_samples": 1, "granularity": "block", **options}), stream)
@@ -140,6 +145,7 @@ def test_what_takes_less(spec):
     assert needs(criterion="wanda") < needs(criterion="sparsegpt") and needs("yes") < 0.9 * needs("no")
     assert needs(adapter="masklora", granularity="model") < needs(granularity="model")
     assert needs(retrain="masklora") < needs(retrain="full")
+    assert min(needs(prune_samples=10**5), needs(evaluation_samples=10**5)) > needs() + 1e8
     long = {"retrain": "full", "retrain_batch_size": 8}
     assert needs(**long, retrain_checkpointing=True) < needs(**long)
 
