@@ -137,8 +137,8 @@ def _tokens(name: str, split: str, tokenizer, special: bool, changed: int | None
 
     changed: when a file was edited, if it is one.
     """
-    joint = " " if special and name == "c4" else SEPARATOR  # as published
-    text = joint.join(documents(name, split))
+    published = HUB.get(name, {}).get("joined_by", SEPARATOR)
+    text = (published if special else SEPARATOR).join(documents(name, split))
     if not text.strip():
         raise ReconError(f"the {split} split of text {name!r} is empty: it has too few documents, which are dealt by position")
 

@@ -122,8 +122,9 @@ def settle(what: str, theta: dict[str, nn.Parameter], before: dict[str, Tensor],
     fine = all(map(math.isfinite, values)) and all(bool(parameter.isfinite().all()) for parameter in theta.values())
     if not fine:
         log.warning("%s gave NaN or infinite values; it is rolled back", what)
-    for name, parameter in theta.items() if not (fine and keep) else ():
-        parameter.copy_(before[name])
+    if not (fine and keep):
+        for name, parameter in theta.items():
+            parameter.copy_(before[name])
     return fine
 
 

@@ -139,6 +139,12 @@ def write_json(path: Path, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
+def owner(folder: Path) -> str | None:
+    """The run that the work folder `folder` belongs to, as `Storage` has noted it; None if it belongs to none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return json.loads((folder / RUN).read_text(encoding="utf-8"))
+
+
 class Storage:
     """What the passes of a run keep: masks, room for activations, and the finished windows of each phase, such as "prune".
 
@@ -167,10 +173,11 @@ class Storage:
         go_on = "what is finished is kept: with room on the disk, the same command goes on from there"
         self._writing = partial(writing, f"work folder {str(folder)!r}", go_on)
         with self._writing():
-            if not (folder / RUN).exists():  # what is there was being deleted
+            found = owner(folder)
+            if found is None:  # what is there was being deleted
                 shutil.rmtree(folder, ignore_errors=True)
                 write_json(folder / RUN, run)
-            elif json.loads((folder / RUN).read_text(encoding="utf-8")) != run:
+            elif found != run:
                 said = "give its command to go on with it, delete the folder, or save to another one"
                 raise ReconError(f"folder {str(folder)!r} holds another unfinished run; {said}")
         for left in [*folder.glob(f"**/.*{PART}")]:

@@ -25,7 +25,7 @@ from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
 from recon.runtime import device, packed
 from recon.runtime.execution import Execution
-from recon.runtime.storage import RUN, Storage, cache_folder, check_new, complete, derived_folder, locked, writing
+from recon.runtime.storage import Storage, cache_folder, check_new, complete, derived_folder, locked, owner, writing
 from recon.runtime.weights import student
 from recon.study import checkpoint, cluster, measure, plan
 from recon.study.record import RunRecord, environment, finished, write_record
@@ -118,7 +118,7 @@ def run(
     folder = save.with_name(f"{save.name}.unfinished") if save else cache_folder() / "unfinished" / key
     # Windows that are pruned as reconstruction reaches them are not noted as blocks are that are pruned before.
     work = f"{key}, pruned first" if spec.one_pass and cluster.settings(options.executor) else key
-    begun = (folder / RUN).exists() and json.loads((folder / RUN).read_text(encoding="utf-8")) == work
+    begun = owner(folder) == work
     with contextlib.ExitStack() as stack:
         if save:
             stack.enter_context(locked(save, "save folder"))

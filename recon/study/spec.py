@@ -53,7 +53,10 @@ class RunSpec(Checked):
         return cls().replaced(**values)
 
     def replaced(self, **values) -> "RunSpec":
-        """This spec with other values of some options, which go before those of a preset. Raises `ReconError` for no option."""
+        """This spec with other values of some options, which go before those of a preset among them.
+
+        Raises `ReconError` for a name that is no option.
+        """
         first = {name: values.pop(name) for name in ("preset", "pruned") if name in values}
         base = replace(self, **self._changed(first))
         return replace(base, **base._changed(values))
