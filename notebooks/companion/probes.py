@@ -70,16 +70,15 @@ def searched(
     cells: Sequence[dict],
     rates: Sequence[float],
     compute: bool = True,
-    pattern: str | None = "0.8",
 ) -> list[dict]:
     """`cells`, each at that of `rates` with the fewest nats on held-out data, mean over seeds that no verdict uses.
 
-    The rate is searched at one pattern (None: at each cell's own), once for cells that differ in it and the seed alone: from the
-    middle, until both neighbours of the best have been tried.
+    The rate is searched once for cells that differ in the seed alone: from the middle, until both neighbours of the best have
+    been tried.
     """
     rates, best, tuned = sorted(rates), {}, []
     for cell in cells:
-        base = joined(cell, {"split": "held_out", "pruning": {"pattern": pattern} if pattern else {}, "seed": SEARCH})
+        base = joined(cell, {"split": "held_out", "seed": SEARCH})
         if (name := json.dumps(base)) not in best:
             nats, middle = {}, len(rates) // 2
             while wanted := [rate for rate in rates[max(0, middle - 1) : middle + 2] if rate not in nats]:
