@@ -64,13 +64,7 @@ def harmed(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(**{"share recovered": (before - after) / gap})[gap > LEAST]
 
 
-def searched(
-    path: Path,
-    measure: Callable,
-    cells: Sequence[dict],
-    rates: Sequence[float],
-    compute: bool = True,
-) -> list[dict]:
+def searched(path: Path, measure: Callable, cells: Sequence[dict], rates: Sequence[float], compute: bool = True) -> list[dict]:
     """`cells`, each at that of `rates` with the fewest nats on held-out data, mean over seeds that no verdict uses.
 
     The rate is searched once for cells that differ in the seed alone: from the middle, until both neighbours of the best have
