@@ -181,14 +181,20 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
 
 
 def _needed(claim: dict, seeds: int, level: float, effect: float, low: float, high: float) -> str:
-    """About how many seeds would decide, if the effect is what it seems and seeds are all the noise."""
+    """About how many seeds would decide, if the effect is what it seems and seeds are all the noise.
+
+    Of a trend over size, by how much more the models' sizes would have to differ: models scatter however many seeds prune them.
+    """
     if not all(map(math.isfinite, (effect, low, high))):
         return "it cannot be said how many seeds would decide"
     bar = _bar(claim)
     if claim["test"] in RATIOS:
         effect, low, high, bar = (math.log(max(value, 1e-12)) for value in (effect, low, high, bar))
     distance = abs(claim["margin"] - abs(effect)) if claim["test"] == "equal" else abs(effect - bar)
-    wanted = compare.wider(seeds, level) / math.sqrt(seeds) * distance / max((high - low) / 2, 1e-12)
+    shrunk = distance / max((high - low) / 2, 1e-12)
+    if claim["test"] == "trend":
+        return f"it would take as many models over about {1 / max(shrunk, 1e-3):.1f} times as many decades of size"
+    wanted = compare.wider(seeds, level) / math.sqrt(seeds) * shrunk
     fitting = (count for count in range(max(SEEDS, seeds + 1), MANY) if compare.wider(count, level) / math.sqrt(count) <= wanted)
     needed = next(fitting, MANY)
     return f"it would take {MANY} seeds or more" if needed == MANY else f"it would take about {needed} seeds"

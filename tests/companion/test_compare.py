@@ -119,11 +119,11 @@ def test_gap_between_two_criteria(gap_after, verdict):
     assert verdict_on("7.wanda", records)["reason"] == "no records"
 
 
-def family(gaps, names=("a-100m", "a-0.4b", "a-1.6B")):
+def family(gaps, names=("a-100m", "a-0.4b", "a-1.6B"), **common):
     records = []
     for (model, gap), text_seed in zip(zip(names, gaps), range(9)):
         for criterion, step in (("magnitude", 1), ("wanda", 0), ("sparsegpt", 0)):
-            options = {"model": model, "text_seed": text_seed, "hash": model}  # every tokenizer has its own windows
+            options = common | {"model": model, "text_seed": text_seed, "hash": model}  # every tokenizer has its own windows
             records += seeds(0.5 - gap * step / GAP, criterion=criterion, **options)
     return records
 
@@ -144,6 +144,19 @@ def test_models_of_several_families_make_no_trend(names):
     row = verdict_on("8", family((0.3, 0.2, 0.1)[: len(names)], names))
     assert row["verdict"] == UNTESTABLE and "it takes 3 models of one family" in row["reason"]
     assert verdict_on("8", family((0.3, 0.2, 0.1), ("x", "y", "z")))["reason"] == "no records"  # whose names state no size
+
+
+def test_sizes_as_far_apart_as_it_says_decide_a_trend():
+    """The slope stays, and so does the noise: only sizes lie further apart."""
+
+    def trend(times):
+        names = [f"a-{1e3 * 4 ** (step * times):.0f}m" for step in range(3)]
+        return verdict_on("8", family([0.5 - 0.02 * step * times for step in range(3)], names, noise=0.02))
+
+    row = trend(1)
+    times = float(row["reason"].split("over about ")[1].split()[0])
+    assert row["verdict"] == UNSURE and 1 < times < 10
+    assert trend(0.7 * times)["verdict"] == UNSURE and trend(1.5 * times)["verdict"] == HOLDS
 
 
 def test_parameters_by_name():
