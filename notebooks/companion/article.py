@@ -33,7 +33,7 @@ def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: s
         "models": lambda: models(runs),
         "protocol": protocol,
         "anchors": anchors,
-        "opened": lambda: opened(figures),
+        "told": lambda stem: told(figures, stem),
     }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(functions)
@@ -45,14 +45,14 @@ def models(runs: pd.DataFrame) -> str:
     return " and ".join(f"{model} ({dense})" for model, dense in found.items()) or "those that there will be records of"
 
 
-def opened(figures: Path) -> str:
-    """Of each open question, by its section in the notebook: what was expected, its figures, and what was learnt."""
-    path = ROOT / "notebooks" / "10-open-questions.ipynb"
+def told(figures: Path, stem: str) -> str:
+    """Of each section of a notebook that has a figure: what was expected, its figures, and what was learnt."""
+    path = ROOT / "notebooks" / f"{stem}.ipynb"
     text, names, parts = "\n\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells), drawn(path), []
     for section in re.split("^## ", text, flags=re.MULTILINE)[1:]:
         said = {name: re.findall(rf"^\*\*{name}\.\*\* .*$", section, re.MULTILINE) for name in ("Hypothesis", "Learnt")}
         shown = [figure(figures, name) for name in names if f'"{name}"' in section]
-        parts += [f"### {section.splitlines()[0]}", *said["Hypothesis"], *shown, *said["Learnt"]]
+        parts += [f"### {section.splitlines()[0]}", *said["Hypothesis"], *shown, *said["Learnt"]] if shown else []
     return "\n\n".join(parts)
 
 
