@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 
@@ -46,7 +47,8 @@ def searched(spec: recon.RunSpec, **options) -> dict[str, recon.RunSpec]:
 def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: Path, compute: bool = True) -> pd.DataFrame:
     """For each cell, a spec and the name of its learning rate, that of `rates` which is best on held-out text.
 
-    It begins with the rates that have records, or three in the middle. It tries the neighbours of the best until both have run.
+    It begins with the rates that have records, or three about the middle of what other cells chose, or of all. It tries the
+    neighbours of the best until both have run.
     Returns the runs (see `companion.frame.load`) with their cell and rate, and whether that is `chosen`.
     """
     rates, asked = sorted(map(float, rates)), set()
@@ -59,9 +61,8 @@ def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: P
             runs = runs.drop_duplicates(["cell", "rate"])
             runs["chosen"] = runs.index.isin(runs.groupby("cell", sort=False)["held_out_perplexity"].idxmin())
             best = {cell: rates.index(rate) for cell, rate in chosen(runs).items()}
-        wanted = {
-            each for each in grid if abs(rates.index(each[1]) - best.get(each[0], len(rates) // 2)) <= 1 and each not in asked
-        }
+        usual = round(median(best.values())) if best else len(rates) // 2
+        wanted = {each for each in grid if abs(rates.index(each[1]) - best.get(each[0], usual)) <= 1 and each not in asked}
         if not (compute and wanted):
             return runs
         recon.run_study([grid[each] for each in grid if each in wanted], folder)

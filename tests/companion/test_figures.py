@@ -101,6 +101,9 @@ def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
     assert search.search({cell: "learning_rate"}, rates, tmp_path, compute=False).empty
     runs = search.search({cell: "learning_rate"}, rates, tmp_path)
     assert search.chosen(runs) == {cell: 1e-3} and sorted(runs["rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
+    other = cell.replaced(criterion="magnitude")
+    runs = search.search(dict.fromkeys([cell, other], "learning_rate"), rates, tmp_path)
+    assert sorted(runs.loc[runs["cell"] == other, "rate"]) == [3e-4, 1e-3, 3e-3]  # from where another cell ended
     specs = recon.grid(base, seed=[0, 1], granularity=["none", "block"])
     found, _ = search.tuned(specs, rates, tmp_path, seed=100)
     assert [spec.flat()["learning_rate"] for spec in found] == [1e-2, 1e-3] * 2  # nothing is trained without windows
