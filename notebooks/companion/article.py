@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from companion.frame import DEFAULTS
-from companion.publish import ROOT, drawn, notebooks
+from companion.publish import ROOT, drawn, notebooks, published
 
 TEMPLATE = Path(__file__).with_name("article.md.j2")
 
@@ -47,11 +47,11 @@ def models(runs: pd.DataFrame) -> str:
 
 def told(figures: Path, stem: str) -> str:
     """Of each section of a notebook that has a figure: what was expected, its figures, and what was learnt."""
-    path = ROOT / "notebooks" / f"{stem}.ipynb"
-    text, names, parts = "\n\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells), drawn(path), []
+    notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
+    text, parts = "\n\n".join(cell.source for cell in notebook.cells), []
     for section in re.split("^## ", text, flags=re.MULTILINE)[1:]:
         said = {name: re.findall(rf"^\*\*{name}\.\*\* .*$", section, re.MULTILINE) for name in ("Hypothesis", "Learnt")}
-        shown = [figure(figures, name) for name in names if f'"{name}"' in section]
+        shown = [figure(figures, name) for name in published(section)]
         parts += [f"### {section.splitlines()[0]}", *said["Hypothesis"], *shown, *said["Learnt"]] if shown else []
     return "\n\n".join(parts)
 

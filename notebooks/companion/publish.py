@@ -180,9 +180,12 @@ def title(notebook: Path) -> str:
 
 def drawn(notebook: Path) -> list[str]:
     """The names of the figures that a notebook publishes, in their order."""
-    return re.findall(
-        r'publish\(\s*[\w.]+,\s*"([\w-]+)"', "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells)
-    )
+    return published("\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells))
+
+
+def published(code: str) -> list[str]:
+    """The names of the figures that `code` publishes, in their order."""
+    return re.findall(r'publish\(\s*[\w.]+,\s*"([\w-]+)"', code)
 
 
 def gallery(profile: str, claims: str = "", folder: Path | None = None) -> str:
