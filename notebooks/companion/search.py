@@ -47,8 +47,8 @@ def searched(spec: recon.RunSpec, **options) -> dict[str, recon.RunSpec]:
 def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: Path, compute: bool = True) -> pd.DataFrame:
     """For each cell, a spec and the name of its learning rate, that of `rates` which is best on held-out text.
 
-    It begins with the rates that have records, or three about the middle of what other cells chose, or of all. It tries the
-    neighbours of the best until both have run.
+    A cell begins with the rates that have records; without any, with three about the median of what other cells chose, or of all
+    rates. Then the neighbours of its best rate are tried, until both have run.
     Returns the runs (see `companion.frame.load`) with their cell and rate, and whether that is `chosen`.
     """
     rates, asked = sorted(map(float, rates)), set()
