@@ -75,7 +75,8 @@ def answers(verdicts: pd.DataFrame, claims: tuple[str, ...]) -> str:
         said = []
         for _, row in judged.iterrows():
             effect = f": {row['effect_words']}" * bool(row["effect_words"])
-            said.append(f"{row['verdict']} on {row['model'] or 'all models, ' + row['pattern']} ({row['recipe_words']}{effect})")
+            place = row["model"] + f" at {row['pattern']}" * (row["test"] == "trend")
+            said.append(f"{row['verdict']} on {place} ({row['recipe_words']}{effect})")
         place = re.sub(r"[^\w -]", "", mine["heading"].iloc[0])
         link = f"claims.md#{place.lower().replace(' ', '-')}"
         lines.append(f"- [{mine['statement'].iloc[0]}]({link}): {'; '.join(said) or 'no records yet'}.")
@@ -93,7 +94,7 @@ def protocol() -> str:
     how = profile()["1-granularity"]["common"]
     first, second = how["evaluation_texts"]
     return (
-        f"Calibration is {how['samples']} x {how['sequence_length']} tokens; perplexity is measured on "
+        f"In today's protocol calibration is {how['samples']} x {how['sequence_length']} tokens; perplexity is measured on "
         f"{how['evaluation_samples']} x {how['evaluation_length']} tokens of {first} and "
         f"{how['evaluation_more_samples']} x {how['evaluation_length']} of {second}, in {how['compute_dtype']} "
         "([profile](../notebooks/profiles/laptop.yaml))."

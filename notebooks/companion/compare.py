@@ -94,6 +94,8 @@ class Evidence:
     """The claim's side had less compute: if it is worse, that proves nothing."""
     lacks: str = ""
     """Why this cannot be tested here, whatever the interval."""
+    models: str = ""
+    """Which models are compared with one another, if several are."""
 
     @property
     def seeds(self) -> int:
@@ -415,7 +417,7 @@ def _after(sides: dict[str, pd.DataFrame], claim: dict) -> Evidence | None:
 
 
 def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, size: Callable | None = None) -> Evidence | None:
-    """By how much the effects on models rise per decade of their size, times `sign`.
+    """By how much the effects on models rise where their size is tenfold, times `sign`.
 
     size: of a model, by its name; else the parameters that it states. Then only one family counts, that with the most models:
     those of several differ in more than size. Models of one size differ in the seed of their training: what sets these apart is
@@ -444,9 +446,14 @@ def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, si
         return at @ (values + drawn) / max(at @ at, 1e-30)
 
     note = f"{words}: {', '.join(f'{_name(model)} {effect:.3f}' for model, effect in zip(models, found))}"
-    few = f"it takes {MODELS} models of one family, and the records have {len(set(sizes))}"
-    runs, lacks = pd.concat([own.runs for own in each]), few if len(set(sizes)) < MODELS else ""
-    return Evidence(runs, parts, statistic, f"{each[0].unit} and decade of size", note, lacks=lacks)
+    runs, unit, count = pd.concat([own.runs for own in each]), f"{each[0].unit} per tenfold size", len(set(sizes))
+    if count < MODELS:
+        few = f"it takes {MODELS} models of one family, and the records have {count}"
+        return Evidence(runs, parts, statistic, unit, note, lacks=few)
+    others = [sign * np.polyfit(sizes[sizes != size], found[sizes != size], 1)[0] for size in set(sizes)]
+    note += f"; without one of the sizes, between {min(others):+.3f} and {max(others):+.3f}"
+    span = f"{count} sizes from {10 ** sizes.min():,.0f} to {10 ** sizes.max():,.0f} parameters"
+    return Evidence(runs, parts, statistic, unit, note, models=span)
 
 
 def parameters(model: str) -> float | None:

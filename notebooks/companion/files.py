@@ -28,9 +28,9 @@ RUNS = {  # name -> options; neither which weights go nor their values changes w
 MADE = {"50 % packed": ("50 %", "pack"), "70 % packed": ("70 %", "pack"), "units shrunk": ("units", "shrink")}  # by `recon`
 ROWS = {  # name -> what it is, and where it helps
     "dense": ("dense, 16 bits a weight", ""),
-    "dense zstd": ("the same, compressed by zstd", "disk, transfer: even without zeros"),
+    "dense zstd": ("the same after a fit, compressed by zstd", "disk, transfer: even without zeros"),
     "50 %": ("50 % single zeros, as saved", "nowhere: zeros are stored and multiplied like other weights"),
-    "50 % zstd": ("the same, compressed by zstd", "disk, transfer; to be undone before it can be read"),
+    "50 % zstd": ("the same after a fit, compressed by zstd", "disk, transfer; to be undone before it can be read"),
     "50 % packed": ("the same, `recon pack`", "disk, transfer"),
     "70 % packed": ("70 % single zeros, `recon pack`", "disk, transfer"),
     "units": ("25 % in heads and neurons, as saved", "nowhere"),

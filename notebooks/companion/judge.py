@@ -135,7 +135,7 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
         elif lower == 0:
             effect, bound = upper, "<"
     return _row(
-        claim, state, reason, model=model, pattern=pattern, recipe=recipe, effect=effect, low=low, high=high,
+        claim, state, reason, model=model or evidence.models, pattern=pattern, recipe=recipe, effect=effect, low=low, high=high,
         unit=evidence.unit, bound=bound, seeds=evidence.seeds,
         note=evidence.note, protocol=protocol_words(evidence.runs), keys=tuple(sorted(evidence.runs["key"])),
         older=_older(evidence.runs, profile()[GROUPS[claim["group"]]["notebook"]]["common"]),
@@ -193,7 +193,7 @@ def _needed(claim: dict, seeds: int, level: float, effect: float, low: float, hi
     distance = abs(claim["margin"] - abs(effect)) if claim["test"] == "equal" else abs(effect - bar)
     shrunk = distance / max((high - low) / 2, 1e-12)
     if claim["test"] == "trend":
-        return f"it would take as many models over about {1 / max(shrunk, 1e-3):.1f} times as many decades of size"
+        return f"it would take as many models over about {1 / max(shrunk, 1e-3):.1f} times as many powers of ten in size"
     wanted = compare.wider(seeds, level) / math.sqrt(seeds) * shrunk
     fitting = (count for count in range(max(SEEDS, seeds + 1), MANY) if compare.wider(count, level) / math.sqrt(count) <= wanted)
     needed = next(fitting, MANY)
@@ -300,11 +300,11 @@ def count_words(verdicts: pd.DataFrame) -> str:
     said += f" {untestable} cannot be tested with these models." * bool(untestable)
     said += f" {without} more were not run." * bool(without)
     older = verdicts["older"].sum()
-    said += f" {older} are of an older protocol, in which rates of windows were not searched; they will be run anew." * bool(
+    said += f" {older} are of an older protocol, on other windows of text or in another precision; they will be run anew." * bool(
         older
     )
     return (
-        f"{said} Each is judged on its own, with a chance of at most 5 % that noise makes a verdict wrong: of those decided, "
+        f"{said} Each is judged on its own, with a nominal chance of at most 5 % that noise makes a verdict wrong: of those decided, "
         f"up to about {0.05 * decided:.0f}. In today's protocol seeds were fixed beforehand, and none was added after a verdict. "
         "Comparisons share runs, so that several may be wrong together. Trust what several patterns and models agree on."
     )

@@ -257,13 +257,14 @@ def over_size(
         size_axis(ax, "parameters" if plain else "parameters x tokens")
     labels = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=8)
-    said, of = [], slopes["line"].value_counts()
-    for trend, own in slopes.groupby("trend"):
-        lines = [f"{line} ({count} of {of[line]})" for line, count in own["line"].value_counts(sort=False).items()]
-        by = f" by {span(own['slope'].abs())} per decade" * (trend in ("rises", "falls"))
-        said.append(f"{trend}{by} for {', '.join(lines)}")
-    words = " ".join(words.split())
-    return figure, data, f"{words[:1].upper()}{words[1:]}, over {size.__name__}: {'; '.join(said)}.", slopes
+    words, said, joined = " ".join(words.split()), [], data[families == families.mode()[0]]
+    for line, own in slopes.groupby("line", sort=False):
+        trends, levels = [], joined[joined["line"] == line].groupby(["panel", "model"])["value"].mean()
+        for trend, alike in own.groupby("trend", sort=False):
+            by = f" by {span(alike['slope'].abs())} per tenfold {size.__name__}" * (trend in ("rises", "falls"))
+            trends.append(f"{trend}{by}" + f" ({len(alike)} of {len(own)})" * (len(alike) < len(own)))
+        said.append(f"{line} {span(levels)}, {', '.join(trends)}")
+    return figure, data, f"{words[:1].upper()}{words[1:]}: {'; '.join(said)}.", slopes
 
 
 def size_axis(ax: Axes, words: str = "parameters") -> None:

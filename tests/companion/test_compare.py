@@ -132,9 +132,9 @@ def family(gaps, names=("a-100m", "a-0.4b", "a-1.6B"), **common):
 def test_gap_against_model_size(gaps, verdict):
     records = family(gaps)
     row = verdict_on("8", records)
-    assert row["verdict"] == verdict and row["model"] == ""
+    assert row["verdict"] == verdict and row["model"] == "3 sizes from 100,000,000 to 1,600,000,000 parameters"
     decades = math.log10(4)  # from model to model
-    assert row["effect"] == pytest.approx((gaps[0] - gaps[1]) / decades, abs=0.02) and "decade" in row["unit"]
+    assert row["effect"] == pytest.approx((gaps[0] - gaps[1]) / decades, abs=0.02) and "tenfold" in row["unit"]
     again = verdict_on("8", list(reversed(records)))
     assert (again.effect, again.low, again.high) == (row["effect"], row["low"], row["high"])
 
