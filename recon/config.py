@@ -22,7 +22,7 @@ PROTOCOLS = {
     "samples": "every text window begins as the tokenizer begins a text",
     "joined": "the text is tokenised at once and cut, so only the first window begins as a text does (published perplexities)",
 }
-# What authors have in common who fit a window of any size at one rate, on whole samples, and keep what comes of it.
+# Common to published recipes: one learning rate whatever the size of a window, whole samples, and nothing is rolled back.
 _PUBLISHED = {
     "loss": "mse", "skip_first": False, "train": "all", "rate": "absolute", "size_power": 0.0, "matrix_rate": 1.0, "chunks": 1,
     "roll_back": False,
@@ -130,7 +130,7 @@ class CalibrationConfig(Checked):
     text: str = "wikipedia"  # Calibration text: wikipedia, news, code, c4, wikitext2, or a .txt, .jsonl or .parquet file.
     samples: FromOne = 64  # Calibration samples that windows are reconstructed with.
     sequence_length: FromZero = 0  # Tokens per calibration sample; 0: 512, or fewer where the model was made for fewer.
-    held_out_samples: FromZero = 8  # Validation samples to measure errors on; a window that gets worse on two is rolled back.
+    held_out_samples: FromZero = 8  # Validation samples for errors; a window that gets worse on the first two is rolled back.
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class PruningConfig(Checked):
     criterion: Literal[tuple(CRITERIA)] = "wanda"  # What decides which weights go (see `recon criteria`).
     pattern: str = "0.5"  # Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).
     scope: Literal[("auto", *SCOPES)] = "auto"  # Weights compete within a row or the matrix; auto is the criterion's own default.
-    statistics: Literal["sparse", "dense"] = "dense"  # Statistics from the dense model, or the pruned one (Wanda, SparseGPT).
+    statistics: Literal["sparse", "dense"] = "dense"  # Of the dense model, or of the model as pruned so far, as published.
     allocation: Literal["uniform", "dlp", "measured"] = "uniform"
     """How sparse each block is: uniform, as all; dlp, by the median of weight times input norm; measured, by what it costs the
     predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays."""
     reorder_neurons: bool = False  # Reorder MLP neurons first, so that N:M keeps more; the dense model computes the same.
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
-    mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight in each row, each the best of all pairs, at most.
+    mask_refinement: FromZero = 0  # Most exchanges of a pruned for a kept weight in a row, each of the best pair.
     sparsegpt_block_size: FromZero = 128  # Columns that SparseGPT prunes at once; 0: as many as samples (the paper's code).
     sparsegpt_damping: PositiveShare = 0.01  # Added to SparseGPT's Hessian, as a share of its mean diagonal.
 
@@ -155,20 +155,19 @@ class PruningConfig(Checked):
         super().__post_init__()
         structured = isinstance(CRITERIA[self.criterion], Structured)
         whole = structured or self.criterion == "none"
-        suited = ", ".join(name for name, each in CRITERIA.items() if each.scores and each.statistics in ("none", "norm"))
-        for name, refused, allowed in (
-            ("mask_refinement", self.mask_refinement and self.criterion not in suited.split(", "), f"0, or with {suited}"),
-            ("pattern", structured and ":" in self.pattern, "the share of the weights that is to go, such as 0.2"),
-            ("scope", structured and self.scope != "auto", "auto"),
-            ("allocation", whole and self.allocation != "uniform", "uniform"),
+        suited = [name for name, each in CRITERIA.items() if each.scores and each.statistics in ("none", "norm")]
+        unsuited, groups, uneven = self.criterion not in suited, ":" in self.pattern, self.allocation != "uniform"
+        for name, refused, beside, allowed in (
+            ("mask_refinement", self.mask_refinement and unsuited, "criterion", f"0, or with {', '.join(suited)}"),
+            ("pattern", structured and groups, "criterion", "the share of the weights that is to go, such as 0.2"),
+            ("scope", structured and self.scope != "auto", "criterion", "auto"),
+            ("allocation", whole and uneven, "criterion", "uniform"),
+            ("allocation", uneven and groups, "pattern", "uniform, or a sparsity such as 0.5"),
+            ("reorder_neurons", self.reorder_neurons and not groups, "pattern", "False, or N:M"),
         ):
             if refused:
-                raise ReconError(f"{name} is {getattr(self, name)!r} with criterion {self.criterion!r}; allowed: {allowed}")
-        if self.allocation != "uniform" and ":" in self.pattern:
-            said = "which keeps as many of every M in all blocks; allowed: uniform, or a sparsity such as 0.5"
-            raise ReconError(f"allocation is {self.allocation!r} with pattern {self.pattern}, {said}")
-        if self.reorder_neurons and ":" not in self.pattern:
-            raise ReconError(f"reorder_neurons is True with pattern {self.pattern}, which has no groups; allowed: False, or N:M")
+                said = f"{name} is {getattr(self, name)!r} with {beside} {getattr(self, beside)!r}"
+                raise ReconError(f"{said}; allowed: {allowed}")
 
     def on(self, samples: int) -> "PruningConfig":
         """These options for so many calibration samples."""
@@ -197,7 +196,7 @@ class ReconstructionConfig(Checked):
     learning_rate: Positive = 0.01  # Peak rate of AdamW for half-blocks; for other windows see size_power and matrix_rate.
     size_power: Size = 0.75  # The learning rate of a window of n half-blocks is divided by n to this power.
     matrix_rate: Positive = 0.1  # Learning rate of single matrices as a share of that of half-blocks.
-    rate: Literal[RATES] = "relative"  # Learning rate times the size of each matrix's survivors, or absolute.
+    rate: Literal[RATES] = "relative"  # Relative: times the root mean square of each matrix's survivors; absolute: as it is.
     epochs: FromZero = 0  # Passes over the calibration samples, per window; 0: one, or as many as make 32 steps.
     batch_size: FromOne = 1  # Samples per forward pass.
     chunks: FromOne = 4  # Chunks, at most, that samples are cut into for windows that mix no tokens (MLP halves, matrices).

@@ -85,7 +85,9 @@ def count_words(data: pd.DataFrame) -> str:
 
 def span(values: pd.Series, form: str = "{:.2f}") -> str:
     """From the lowest to the highest value."""
-    return " to ".join(dict.fromkeys(form.format(value).replace("-0.00", "0.00").replace("-", "−") for value in (values.min(), values.max())))
+    return " to ".join(
+        dict.fromkeys(form.format(value).replace("-0.00", "0.00").replace("-", "−") for value in (values.min(), values.max()))
+    )
 
 
 # --- parts of figures --------------------------------------------------------------------------------------------------

@@ -299,13 +299,12 @@ def count_words(verdicts: pd.DataFrame) -> str:
     said = f"{decided} of {compared} comparisons are decided ({decided / compared:.0%}): {holds} hold, {fails} do not."
     said += f" {untestable} cannot be tested with these models." * bool(untestable)
     said += f" {without} more were not run." * bool(without)
-    older = verdicts["older"].sum()
-    said += f" {older} are of an older protocol, on other windows of text or in another precision; they will be run anew." * bool(
-        older
-    )
+    older, words = verdicts["older"].sum(), "on other windows of text or in another precision; they will be run anew"
+    said += f" {older} are of an older protocol, {words}." * bool(older)
     return (
-        f"{said} Each is judged on its own, with a nominal chance of at most 5 % that noise makes a verdict wrong: of those decided, "
-        f"up to about {0.05 * decided:.0f}. In today's protocol seeds were fixed beforehand, and none was added after a verdict. "
+        f"{said} Each is judged on its own, with a nominal chance of at most 5 % that noise makes a verdict wrong: of those "
+        f"decided, up to about {0.05 * decided:.0f}. In today's protocol seeds were fixed beforehand, and none was added after a "
+        "verdict. "
         "Comparisons share runs, so that several may be wrong together. Trust what several patterns and models agree on."
     )
 

@@ -34,12 +34,6 @@ def check_tasks(names: Sequence[str]) -> None:
     need("lm_eval", "evaluation", "zero-shot tasks")
 
 
-def check_model(decoder: Decoder) -> None:
-    """Raises `ReconError` for an encoder-decoder: tasks ask a model to continue a text."""
-    if decoder.reading:
-        raise ReconError(f"zero-shot tasks need a causal language model; {type(decoder.model).__name__} is an encoder-decoder")
-
-
 def zero_shot(
     model: nn.Module | Decoder, tokenizer, tasks: Sequence[str], limit: int | None = None, *, execution: Execution | None = None
 ) -> dict:
@@ -55,11 +49,12 @@ def zero_shot(
         "version": of the task, "hash": SHA-256 of the documents, prompts and targets}}}. Accuracies are shares of one.
 
     Raises:
-        ReconError: as `check_tasks` and `check_model`; a task whose documents cannot be had.
+        ReconError: as `check_tasks`; an encoder-decoder, as tasks ask to continue a text; a task whose documents cannot be had.
     """
     check_tasks(tasks)
     decoder = decompose(model)
-    check_model(decoder)
+    if decoder.reading:
+        raise ReconError(f"zero-shot tasks need a causal language model; {type(decoder.model).__name__} is an encoder-decoder")
     import lm_eval  # slow to import, and optional
     from lm_eval.evaluator import evaluate
 
@@ -75,11 +70,6 @@ def zero_shot(
         said = evaluate(lm=scorer, task_dict={"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=True)
     summaries = {name: _summary(said["results"][name], said["samples"][name], said["versions"][name]) for name in tasks}
     return {"lm_eval_version": lm_eval.__version__, "tasks": summaries}
-
-
-def mean_accuracy(result: dict) -> float:
-    """Mean of the tasks' accuracies ("acc") in a `result` of `zero_shot`; each task counts once."""
-    return statistics.fmean(task["acc"] for task in result["tasks"].values())
 
 
 def _load(names: Sequence[str]) -> dict:

@@ -103,8 +103,3 @@ def found_pattern(masks: Collection[Tensor]) -> Pattern:
             if all(mask.all() or mask.shape[1] % m == 0 and mask.reshape(-1, m).sum(1).max() <= n for mask in masks):
                 return Pattern(1 - n / m, n, m)
     return Pattern(round(1 - share, 4))
-
-
-def sparsity_of(tensor: Tensor) -> float:
-    """Share of zeros in a weight, or of dropped (False) entries in a mask."""
-    return 1 - int(tensor.count_nonzero()) / tensor.numel()

@@ -24,8 +24,8 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     """The pattern of each block, by `config.allocation`; see `recon.kernels.allocation`. The model stays as it is.
 
     Where losses are measured, one block alone is pruned, by Wanda whatever the criterion, as that costs little. The loss is the
-    divergence of the model's predictions from the dense model's, on the last `PROBES` samples (half of all, if there are fewer),
-    which the norms leave out.
+    divergence of the model's predictions from the dense model's. It is measured on the last `PROBES` samples, or on half of all
+    if that is less; the norms are of the others.
 
     samples: calibration tokens (samples, length). Raises `ReconError` for too few.
     """

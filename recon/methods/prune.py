@@ -33,7 +33,7 @@ class Pruning:
 
     masks: by matrix name, bool (out, in), True = kept.
     under_calibrated: experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
-    seconds: that it took to make masks, where reconstruction gathered the statistics.
+    seconds: spent on making masks, without gathering the statistics.
     """
 
     masks: MutableMapping[str, Tensor]
@@ -56,12 +56,13 @@ def prune(
         activations.
     execution: where and in what precision to compute; default: where the model is. It stays there, but for the current block.
 
-    Raises `ReconError` for a pattern that does not divide a matrix, missing samples, NaN in weights or activations, and a model
-    without heads and neurons that could be removed.
+    Raises `ReconError` for a pattern that does not divide a matrix, missing or too long samples, NaN in weights or activations,
+    neurons that are to be reordered, and a model without heads and neurons that could be removed.
     """
     decoder = decompose(model)
     execution = execution or Execution(decoder.device)
-    samples = None if samples is None else as_tokens(samples)
+    if samples is not None:
+        decoder.check_length((samples := as_tokens(samples)).shape[1])
     pruner = Pruner(decoder, config.on(0 if samples is None else len(samples)), seed, execution)
     if (pruner.statistics != "none" or config.allocation != "uniform") and samples is None:
         beside = " with mask refinement" if config.mask_refinement else f" with allocation {config.allocation}"
@@ -80,10 +81,13 @@ def prune(
 class Pruner:
     """Prunes the matrices of one window after another, by `statistics` of what they read; see `recon.methods.statistics.gather`.
 
-    Raises `ReconError` for a pattern that does not divide a matrix.
+    Raises `ReconError` for a pattern that does not divide a matrix, and for neurons that are to be reordered.
     """
 
     def __init__(self, decoder: Decoder, config: PruningConfig, seed: int, execution: Execution):
+        if config.reorder_neurons:  # which changes the dense model as well
+            said = "call recon.methods.reorder.reorder_neurons on the dense model first"
+            raise ReconError(f"reorder_neurons is True; allowed where a model is given: False ({said})")
         self.decoder, self.config, self.seed, self.execution = decoder, config, seed, execution
         self.criterion, self.pattern = CRITERIA[config.criterion], Pattern.parse(config.pattern)
         self.patterns = [self.pattern] * len(decoder.blocks)

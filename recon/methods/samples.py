@@ -12,7 +12,7 @@ ERROR_SAMPLES = 2  # that a window's error is measured on, before and after
 ALLOWED = "tokens (samples, length), or an iterable of (length,) or (batch, length), or of mappings with such under 'input_ids'"
 
 
-def as_tokens(samples: Tensor | Iterable) -> Tensor:
+def as_tokens(samples: Tensor | Iterable, what: str = "calibration samples") -> Tensor:
     """Tokens (samples, length) from `samples`: that tensor itself, or an iterable of tensors or lists; see `ALLOWED`.
 
     Raises `ReconError` if there are none, they are not whole numbers, or not all of one length.
@@ -26,7 +26,7 @@ def as_tokens(samples: Tensor | Iterable) -> Tensor:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # such as of unequal lengths
         fits, found = False, f"{reprlib.repr(samples)} ({error})"
     if not fits:
-        raise ReconError(f"calibration samples are {found}; allowed: {ALLOWED}")
+        raise ReconError(f"{what} are {found}; allowed: {ALLOWED}")
     return tokens
 
 
@@ -34,7 +34,7 @@ def _rows(item: Tensor | list | Mapping) -> Tensor:
     """Tokens (batch, length) of one item."""
     if isinstance(item, Mapping):
         if not torch.as_tensor(item.get("attention_mask", 1)).all():
-            raise ReconError("calibration samples are padded (attention_mask has zeros): padding would count as text")
+            raise ReconError("samples are padded (attention_mask has zeros): padding would count as text")
         item = item["input_ids"]
     row = torch.as_tensor(item)
     return row if row.ndim == 2 else row[None]
@@ -51,7 +51,7 @@ def with_held_out(samples: Tensor | Iterable, held_out: Tensor | Iterable | None
     if length < 2:
         raise ReconError(f"calibration samples are of {length} token; give at least 2: the first is left out of losses")
     if held_out is not None:
-        held_out = as_tokens(held_out)[:ERROR_SAMPLES]
+        held_out = as_tokens(held_out, "held-out samples")[:ERROR_SAMPLES]
         if held_out.shape[1] != length:
             raise ReconError(f"held-out samples of {held_out.shape[1]} tokens are not as long as calibration samples, {length}")
         samples = torch.cat([samples, held_out])

@@ -147,7 +147,7 @@ def adapted(
     kind, rank: see `recon.kernels.adapters`. callbacks: told when LoRA is merged; the other kinds lose no zero by it.
     Yields the adapters' parameters, to be trained.
     """
-    trained = []
+    trained, complete = [], False
     for matrix in matrices:
         mask = factors(matrix.oriented(masks[matrix.name]), matrix.module.weight.device)
         adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
@@ -155,6 +155,7 @@ def adapted(
         parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
     try:
         yield trained
+        complete = kind == "lora"
     finally:
         with torch.no_grad():
             for matrix in matrices:
@@ -162,7 +163,9 @@ def adapted(
                 # The very parameter that was there before comes back, so that whoever holds it sees the merged weight.
                 parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
                 original.copy_(weight)
-            for callback in callbacks if kind == "lora" else ():
-                callback.on_merged()
-            for matrix in matrices:
-                matrix.part.mul_(factors(matrix.oriented(masks[matrix.name]), matrix.part.device))
+            try:
+                for callback in callbacks if complete else ():
+                    callback.on_merged()
+            finally:
+                for matrix in matrices:
+                    matrix.part.mul_(factors(matrix.oriented(masks[matrix.name]), matrix.part.device))

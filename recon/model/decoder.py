@@ -155,9 +155,9 @@ class Decoder:
     def call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
         """The arguments of each block beside `hidden` (batch, length, hidden): positions, rotary embeddings, masks.
 
-        As no sample is padded, they depend only on the shape (batch, length), so one copy per shape and device is kept.
+        As no sample is padded, they depend only on the shape (batch, length), so one copy per shape, device and dtype is kept.
         """
-        key = tuple(hidden.shape[:2]), hidden.device
+        key = tuple(hidden.shape[:2]), hidden.device, next(self.model.parameters()).dtype
         if key not in self.calls:
             with torch.no_grad(), self.loaded_embedding():
                 calls = self.observe_calls(placeholder_tokens(self.model, key[0]))

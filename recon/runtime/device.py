@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -103,7 +104,7 @@ def _highest() -> int:
     try:
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_memory(root: Path = Path("/")) -> int:

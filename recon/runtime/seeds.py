@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 
-def generator(seed: int, *purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator on `device`, seeded by `seed` and by its purpose, such as ("shuffle", window name)."""
+def generator(seed: int, *purpose: str) -> torch.Generator:
+    """A random generator, seeded by `seed` and by its purpose, such as ("shuffle", window name)."""
     digest = hashlib.sha256("\0".join([str(seed), *purpose]).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -24,6 +24,7 @@ from recon.errors import ReconError
 PART = ".part"  # ends the names of files and folders that are still being written; nothing ever reads one
 SMALL = 64 * 2**20  # bytes up to which activations stay in memory when others are put on disk
 RUN = "run.json"  # which run a folder belongs to
+DELETED = "deleted.json"  # what that file is called from when its folder is being deleted
 
 
 def cache_folder() -> Path:
@@ -174,8 +175,12 @@ class Storage:
         self._writing = partial(writing, f"work folder {str(folder)!r}", go_on)
         with self._writing():
             found = owner(folder)
-            if found is None:  # what is there was being deleted
-                shutil.rmtree(folder, ignore_errors=True)
+            if found is None:
+                if (folder / DELETED).exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+                elif folder.exists() and not (folder.is_dir() and all(left.name.endswith(PART) for left in folder.iterdir())):
+                    said = "is where a run would keep its finished windows, and holds something else"
+                    raise ReconError(f"folder {str(folder)!r} {said}; move it, or save to another place")
                 write_json(folder / RUN, run)
             elif found != run:
                 said = "give its command to go on with it, delete the folder, or save to another one"
@@ -245,10 +250,14 @@ class Storage:
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
 
     def delete(self, begun: bool = True) -> None:
-        """Deletes the folder; unless `begun`, only if nothing is finished. What a kill leaves of it counts as nothing."""
+        """Deletes the folder; with `begun` False, only if nothing in it is finished. What a kill leaves counts as nothing."""
         if self.folder is not None and (begun or not any(self._noted.values())):
-            (self.folder / RUN).unlink(missing_ok=True)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # it is gone
+                (self.folder / RUN).replace(self.folder / DELETED)
+                for each in self.folder.iterdir():
+                    if each.name != DELETED:
+                        shutil.rmtree(each, ignore_errors=True)
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _streams(self, phase: str, number: int) -> list[Path]:
         return sorted((self.folder / phase).glob(f"{number:05}.*.safetensors")) if self.folder else []

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from recon.data import models
 from recon.data.text import sample_tokens
 from recon.evaluate import perplexity as evaluation
 from recon.evaluate import zero_shot
-from recon.kernels.patterns import sparsity_of
 from recon.methods.samples import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
@@ -38,7 +38,9 @@ class Texts:
         text, length, held_out = spec.calibration.text, spec.calibration.sequence_length, spec.calibration.held_out_samples
         seed, how = generator(spec.seed, "calibration").initial_seed() % 2**32, spec.evaluation
         return cls(
-            sample_tokens(text, "calibration", tokenizer, max(spec.samples_by_phase.values()), length, seed),
+            sample_tokens(
+                text, "calibration", tokenizer, max(spec.calibration.samples, *spec.samples_by_phase.values()), length, seed
+            ),
             sample_tokens(text, "validation", tokenizer, held_out, length) if held_out else None,
             {
                 name: sample_tokens(name, "evaluation", tokenizer, count, how.evaluation_length, protocol=how.evaluation_protocol)
@@ -92,13 +94,13 @@ def measure(
 
 def count_zeros(decoder: Decoder) -> dict:
     """The share of zeros in all matrices of `decoder`, and in each, counted."""
-    zeros, size, shares = 0, 0, {}
+    counts = {}
     for block in decoder.windows("block"):
         with decoder.loaded(block):
             for name, matrix in decoder.matrices(block).items():
-                zeros, size = zeros + int((matrix.weight == 0).sum()), size + matrix.weight.numel()
-                shares[name] = sparsity_of(matrix.weight)
-    return {"sparsity": zeros / size, "sparsity_by_matrix": shares}
+                counts[name] = int(matrix.weight.count_nonzero()), matrix.weight.numel()
+    kept, size = (sum(numbers) for numbers in zip(*counts.values()))
+    return {"sparsity": (size - kept) / size, "sparsity_by_matrix": {name: 1 - own / of for name, (own, of) in counts.items()}}
 
 
 def metrics(spec: RunSpec, dense: dict, pruned: dict, final: dict) -> dict:
@@ -112,7 +114,7 @@ def metrics(spec: RunSpec, dense: dict, pruned: dict, final: dict) -> dict:
             "share_recovered": share_recovered(*values),
             "nll_per_window": {state: each["per_window"] for state, each in found.items()},
             "kl_per_window": {state: found[state]["kl_per_window"] for state in ("pruned", "reconstructed")},
-            "kl": sum(divergences) / max(1, len(divergences)),
+            "kl": sum(divergences) / len(divergences) if divergences else None,
         }
     headline = by_text[spec.evaluation.evaluation_texts[0]]
     found = {name: value for name, value in headline.items() if not isinstance(value, dict)}
@@ -120,7 +122,7 @@ def metrics(spec: RunSpec, dense: dict, pruned: dict, final: dict) -> dict:
     if spec.evaluation.tasks:
         found["zero_shot"] = {state: measured["zero_shot"] for state, measured in states.items()}
         for prefix, measured in (("dense_", dense), ("pruned_", pruned), ("", final)):
-            found[f"{prefix}accuracy"] = zero_shot.mean_accuracy(measured["zero_shot"])
+            found[f"{prefix}accuracy"] = fmean(task["acc"] for task in measured["zero_shot"]["tasks"].values())
     for suffix, measured in (("_pruned", pruned), ("", final)):
         found[f"held_out_error{suffix}"] = measured["drift"][-1] if measured["drift"] else None
         found[f"drift{suffix}"] = measured["drift"]
@@ -128,7 +130,7 @@ def metrics(spec: RunSpec, dense: dict, pruned: dict, final: dict) -> dict:
 
 
 def share_recovered(dense: float, pruned: float, final: float) -> float | None:
-    """1 - log(final / dense) / log(pruned / dense), in perplexities; None where pruning did no harm to recover from."""
+    """1 - log(final / dense) / log(pruned / dense), in perplexities; None if pruning did no harm, or one is infinite."""
     if not (math.isfinite(pruned) and math.isfinite(final) and pruned > dense):
         return None
     return 1 - math.log(final / dense) / math.log(pruned / dense)

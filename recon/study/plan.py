@@ -137,6 +137,8 @@ def trained(spec: RunSpec, decoder: Decoder) -> Iterator[Trained]:
         elements = sum(parameter.numel() for parameter in decoder.trained(part.window, how.train).values())
         if part.phase == "retrain" and again.retrain == "full":  # embedding and head as well
             elements = decoder.model.num_parameters()
+        elif part.phase == "retrain" and again.retrain == "norms":
+            elements = sum(parameter.numel() for parameter in decoder.model.parameters() if parameter.ndim == 1)
         if how.adapter != "none":
             elements = how.rank * sum(sum(matrix.weight.shape) for matrix in decoder.matrices(part.window).values())
         yield part._replace(passes=passes, tokens=epochs * samples * length, elements=elements)
@@ -239,11 +241,12 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
         by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
         grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns) ** 2) if by_grams else 0
         by_slopes = rule.statistics == "gradient" and phase != "retrain"
+        vectors = phase == "retrain" and spec.retraining.retrain == "norms"
         sizes = {
             "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),
             "gradients": descends * 4 * elements,
             "moments": descends * 8 * elements,
-            "copies": 4 * max(weights, elements) * (phase != "retrain"),  # nothing is rolled back in retraining
+            "copies": 4 * (elements if vectors else max(weights, elements)),
             "rounded": descends * weights * (masks + itemsize * (itemsize < 4 or how.adapter != "none")),
             "activations": (descends or by_slopes) * int(tokens * (itemsize * _width(matrices.values()) + norms)),
             "statistics": grams + 12 * weights * by_slopes,

@@ -26,7 +26,7 @@ class RunRecord:
     `status` is "done", "failed" (then `error` says how), or in tables "missing". `spec`: options by flat name. `seconds`, `flops`
     and `tokens` are by phase. `peak_memory_bytes`: of the highest phase; `added_memory_bytes_by_phase`: not in use before it;
     `window_memory_bytes`: of the largest window, as counted, by kind. `windows`: the report of each. `shared`: what was taken
-    from earlier runs of the session.
+    from earlier runs of the session or, for measurements of the dense model, from the cache.
     """
 
     spec: dict

@@ -7,8 +7,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from importlib import metadata
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -116,7 +117,7 @@ def run(
     key, stream = spec.key(), options.stream
     session.refresh(spec)
     folder = save.with_name(f"{save.name}.unfinished") if save else cache_folder() / "unfinished" / key
-    # Windows that are pruned as reconstruction reaches them are not noted as blocks are that are pruned before.
+    # A serial run may note pruning window by window; one on Ray notes it block by block. Neither can go on in the other's folder.
     work = f"{key}, pruned first" if spec.one_pass and cluster.settings(options.executor) else key
     begun = owner(folder) == work
     with contextlib.ExitStack() as stack:
@@ -286,7 +287,9 @@ class _Run(Callback):
             return compute()
         texts = [read for read in (*self.texts.evaluation.values(), self.texts.held_out) if read is not None]
         read = [(measure.digest(text), *text.shape) for text in texts]
-        decisive = [models.fingerprint(*spec.loaded_by), read, [*how.windows], how.kl_windows, how.tasks, how.task_limit, here]
+        scored_by = metadata.version("lm_eval") if how.tasks else None
+        measured = [*how.windows], how.kl_windows, how.tasks, how.task_limit, scored_by
+        decisive = [models.fingerprint(*spec.loaded_by), read, *measured, here]
         key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
         folder = derived_folder(f"dense-{key}")
         with locked(folder, "cache (RECON_CACHE)", wait=True):
@@ -300,8 +303,9 @@ class _Run(Callback):
     def pruned(self, one_pass: bool) -> tuple[prune.Pruning, Mapping[str, Tensor], float, int]:
         """Prunes the model, in one pass with its reconstruction or before; gives what else changed, seconds and peak, too."""
         seconds, peaks = self.record.seconds, self.record.peak_memory_bytes_by_phase
+        how = replace(self.spec.pruning, reorder_neurons=False)  # they are by now
         if one_pass:
-            self.reconstruct(pruning=self.spec.pruning)
+            self.reconstruct(pruning=how)
             seconds["prune"] += self.pruning.seconds
             peaks["prune"] = peaks["reconstruct"]
             seconds["reconstruct"] -= self.pruning.seconds
@@ -310,8 +314,8 @@ class _Run(Callback):
                 if self.external:
                     self.pruning = masks.take_over(self.model, self.external, self.execution())
                 else:
-                    how = {"seed": self.spec.seed, "execution": self.execution()}
-                    self.pruning = prune.prune(self.model, self.samples["prune"], self.spec.pruning, **how)
+                    by = {"seed": self.spec.seed, "execution": self.execution()}
+                    self.pruning = prune.prune(self.model, self.samples["prune"], how, **by)
         return self.pruning, self.storage.tensors("prune"), seconds["prune"], peaks["prune"]
 
     def reordered(self) -> tuple[Decoder, float]:

@@ -77,9 +77,14 @@ class RunSpec(Checked):
     @property
     def samples_by_phase(self) -> dict[str, int]:
         """Calibration samples that each phase reads: the first so many of one random draw."""
-        samples = self.calibration.samples
+        samples, again = self.calibration.samples, self.retraining
         prune = 0 if self.model.pruned else self.pruning.prune_samples or samples
-        return {"prune": prune, "reconstruct": samples, "retrain": self.retraining.retrain_samples or samples}
+        reconstruct = samples * (self.reconstruction.granularity != "none")
+        return {
+            "prune": prune,
+            "reconstruct": reconstruct,
+            "retrain": (again.retrain_samples or samples) * (again.retrain != "none"),
+        }
 
     @property
     def loaded_by(self) -> tuple:

@@ -93,7 +93,8 @@ def run_study(
         A frame with a column per option of the spec, one per metric that is one number, `seconds_<phase>`, `flops_<phase>`,
         `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`, `key`, `status` and `error`.
 
-    Raises `ReconError` if a model or text is not to be found, nothing can be written to `folder`, or the executor cannot be had.
+    Raises `ReconError` if a model or text is not to be found, nothing can be written to `folder`, the executor cannot be had, or,
+    with compute False, a record cannot be read.
     """
     specs, folder = [spec.resolved() for spec in specs], Path(folder).resolve()
     keys, how = [spec.key() for spec in specs], settings(executor)
@@ -123,8 +124,10 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
 
     def keep(key: str, record: RunRecord) -> None:
         records[key] = record
-        if how:  # the worker may not have this folder
-            write_record(record, folder / f"{key}.json")
+        path = folder / f"{key}.json"
+        with locked(path, "record", wait=True) if how else contextlib.nullcontext():
+            if how and (record.status == "done" or not finished(path, key)):  # the worker may not have this folder
+                write_record(record, path)
         if record.status != "done":
             said = record.error.strip()
             log.error("run %s failed: %s", key, said.splitlines()[-1] if said.startswith("Traceback") else said)

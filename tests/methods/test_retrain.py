@@ -1,6 +1,7 @@
 """Retraining: every zero stays, only what a method trains changes, and what diverges is rolled back."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,6 +91,16 @@ def test_callbacks_are_told_of_every_step_and_of_lora_before_it_is_masked(method
     assert report.losses[0] == pytest.approx(expected, rel=1e-4)
     assert watch.losses == report.losses and len(watch.losses) == 3
     assert watch.filled == ([True] if method == "lora" else []) and zeros_stay(decompose(model), masks)
+
+
+@pytest.mark.parametrize("told", ["on_step", "on_merged"])
+def test_a_callback_that_fails_costs_no_zero_and_no_other_call(told, tokens):
+    _, model, masks = halved()
+    watch = Watch(model, masks)
+    setattr(watch, told, Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tokens(4, 12), masks, method="lora", callbacks=[watch])
+    assert watch.filled == [] and zeros_stay(decompose(model), masks)
 
 
 def test_distillation_starts_at_the_divergence_and_lowers_it(tokens):

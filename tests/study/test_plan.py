@@ -127,6 +127,10 @@ def test_memory_of_a_window_is_counted():
     assert memory(base.replaced(adapter="masklora", rank=2))["moments"] < 0.2 * found["block"]["moments"]
     weights = sum(matrix.weight.numel() for matrix in decoder.matrices(decoder.windows("block")[0]).values())
     assert memory(base.replaced(criterion="wanda++"))["statistics"] == 12 * weights > found["block"]["statistics"] == 0
+    norms, whole = memory(base.replaced(granularity="none", retrain="norms")), decoder.model.num_parameters()
+    vectors = sum(parameter.numel() for parameter in decoder.model.parameters() if parameter.ndim == 1)
+    assert [norms[part] for part in ("gradients", "moments", "copies")] == [4 * vectors, 8 * vectors, 4 * vectors]
+    assert memory(base.replaced(granularity="none", retrain="full"))["copies"] == 4 * whole
     exact = memory(base.replaced(granularity="matrix", solver="exact"))
     assert exact["gradients"] == exact["activations"] == 0 < exact["statistics"]
 

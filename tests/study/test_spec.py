@@ -45,11 +45,13 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
 
 
 def test_as_many_samples_said_in_another_way_are_the_same_run(spec):
+    spec = spec.replaced(retrain="full")
     said = spec.replaced(prune_samples=6, retrain_samples=6)
     assert said.key() == spec.key()
     # What was said stands when another number of samples is asked for.
     assert said.replaced(samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 6}
     assert spec.replaced(prune_samples=6, samples=4).samples_by_phase == {"prune": 6, "reconstruct": 4, "retrain": 4}
+    assert spec.replaced(granularity="none", retrain="none").samples_by_phase == {"prune": 6, "reconstruct": 0, "retrain": 0}
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,21 @@ def test_a_failed_run_says_how_and_the_others_go_on(tiny_spec, counted, tmp_path
     assert [call.args[0].key() for call in counted.call_args_list].count(bad.key()) == 2 and counted.call_count == 3
 
 
-def test_a_failure_replaces_no_finished_record(tiny_spec, counted, tmp_path):
+def test_a_failure_replaces_no_finished_record(tiny_spec, counted, tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     for spec, status in ((tiny_spec, "done"), (tiny_spec.replaced(granularity="9-blocks"), "failed")):
         assert studies.run_to_record(spec, path, recon.RunOptions(progress=False))[0].status == status
     assert json.loads(path.read_text())["status"] == "done"
+    # On a cluster: another study finishes the run while the worker that has it is lost.
+    key = tiny_spec.resolved().key()
+
+    def lost(*given):
+        shutil.copy(path, tmp_path / f"{key}.json")
+        yield RuntimeError("a worker is gone")
+
+    monkeypatch.setattr(studies, "spread", lost)
+    found = recon.run_study([tiny_spec], tmp_path, progress=False, executor=recon.Ray())
+    assert [*found["status"]] == ["failed"] and json.loads((tmp_path / f"{key}.json").read_text())["status"] == "done"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(tiny_spec, counted, tmp_path):
