@@ -336,6 +336,7 @@ def headlines(verdicts: pd.DataFrame) -> str:
             said = [
                 f"{MARKS[v['verdict']]} {v['model']}, {_recipe(v)}: {effect_words(v)}"
                 + f" ({v['note']})" * (v["test"] in ("gap", "memory"))
+                + "".join(f" ({why})" for why in re.findall(rf"borderline|fewer than {SEEDS} seeds", v["reason"]))
                 for _, v in mine.iterrows()
             ]
             lines += [f"   - *{mine['statement'].iloc[0]}*: {'; '.join(said)}"] if said else []
