@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from companion.compare import curve, once, pick, studies
+from companion.compare import SEEDS, curve, once, pick, studies
 from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS, protocol
 
 HALF = {"granularity": "half-block"}
@@ -104,7 +104,7 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
             continue
         caption = "Mean (of perplexities: geometric) ± standard deviation (seeds), lower is better. Bold: the lowest of a "
         used = used.assign(model=used["model"] + ", " + used["recipe"].map(RECIPE_WORDS))
-        caption += f"column, and what is within both standard deviations of it. {protocol(used)}"
+        caption += f"column, and what is within both standard deviations of it, of {SEEDS} seeds or more. {protocol(used)}"
         told = " Paper: of its own models, from a summary of it; its tables could not be read here."
         caption += told * any(table == name for table, _ in PAPER)
         page, tex = [f"# {title}"], []
@@ -121,14 +121,13 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def _words(data: pd.DataFrame, name: str, bold: str) -> pd.DataFrame:
-    """A panel as text: "mean ± std (seeds)", the lowest of each column in bold, dense, pruned and costs aside."""
-    rivals = data[~data["row"].isin(("dense", "pruned")) & (data["seeds"] > 0)]
-    best = rivals.loc[rivals.groupby("column")["mean"].idxmin()].set_index("column")
-    said = []
-    for cell in data.to_dict("records"):
-        mean, std, seeds, lowest = cell["mean"], cell["std"], cell["seeds"], best.loc[cell["column"]] if cell["seeds"] else None
+    """A panel as text: "mean ± std (seeds)", the lowest of each column in bold; dense, pruned, costs and few seeds aside."""
+    rivals = data[~data["row"].isin(("dense", "pruned")) & (data["seeds"] >= SEEDS)]
+    best, said = rivals.loc[rivals.groupby("column")["mean"].idxmin()].set_index("column"), []
+    for index, cell in data.iterrows():
+        mean, std, seeds = cell["mean"], cell["std"], cell["seeds"]
         words = f"{mean:.2f}{f' ± {std:.2f}' * (seeds > 1)} ({seeds})" if seeds else f"{mean:.3g}"
-        leads = seeds and cell["row"] not in ("dense", "pruned") and mean <= lowest["mean"] + lowest["std"] + std
+        leads = index in rivals.index and mean <= best.loc[cell["column"], ["mean", "std"]].sum() + std
         said.append(bold.format(words) if leads else words)
     shown = data.assign(said=said).pivot(index="row", columns="column", values="said").fillna("")
     shown = shown.loc[list(dict.fromkeys(data["row"])), list(dict.fromkeys(data["column"]))]
