@@ -262,10 +262,11 @@ def over_size(
     for line, own in slopes.groupby("line", sort=False):
         trends, levels = [], joined[joined["line"] == line].groupby(["panel", "model"])["value"].mean()
         for trend, alike in own.groupby("trend", sort=False):
-            by = f" by {span(alike['slope'].abs())} per tenfold {size.__name__}" * (trend in ("rises", "falls"))
+            by = f" by {span(alike['slope'].abs())}" * (trend in ("rises", "falls"))
             trends.append(f"{trend}{by}" + f" ({len(alike)} of {len(own)})" * (len(alike) < len(own)))
         said.append(f"{line} {span(levels)}, {', '.join(trends)}")
-    return figure, data, f"{words[:1].upper()}{words[1:]}: {'; '.join(said)}.", slopes
+    words = f"{words[:1].upper()}{words[1:]}, and its trend per tenfold {size.__name__}"
+    return figure, data, f"{words}: {'; '.join(said)}.", slopes
 
 
 def size_axis(ax: Axes, words: str = "parameters") -> None:

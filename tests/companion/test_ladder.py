@@ -99,7 +99,7 @@ def test_slopes_are_those_of_least_squares_and_training_scatter_widens_them():
     at, line = np.log10([compare.parameters(model) for model in models]), slopes.iloc[0]
     assert line["slope"] == pytest.approx(np.polyfit(at[:4], gains[:4], 1)[0], abs=0.01)
     assert line["low"] < line["slope"] < line["high"] and line["trend"] == "rises"
-    assert finding == "Our lead: line 0.00 to 0.15, rises by 0.10 per tenfold parameters."
+    assert finding == "Our lead, and its trend per tenfold parameters: line 0.00 to 0.15, rises by 0.10."
     assert len(data) == 20 and data.groupby("model")["value"].mean()[models].to_list() == pytest.approx(gains, abs=0.01)
     twins = runs([*gains[:4], 0.3], [*models[:4], "a-1m-s1"], noise=0.001)
     [wider] = ladder.over_size({("panel", "line"): twins}, "", share=True)[3].to_dict("records")
