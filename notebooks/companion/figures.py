@@ -85,9 +85,8 @@ def count_words(data: pd.DataFrame) -> str:
 
 def span(values: pd.Series, form: str = "{:.2f}") -> str:
     """From the lowest to the highest value."""
-    return " to ".join(
-        dict.fromkeys(form.format(value).replace("-0.00", "0.00").replace("-", "−") for value in (values.min(), values.max()))
-    )
+    words = (form.format(value) for value in (values.min(), values.max()))
+    return " to ".join(dict.fromkeys(word.replace("-", "−") if word.strip("-0.") else word.lstrip("-") for word in words))
 
 
 # --- parts of figures --------------------------------------------------------------------------------------------------

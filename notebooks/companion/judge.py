@@ -304,8 +304,7 @@ def count_words(verdicts: pd.DataFrame) -> str:
     return (
         f"{said} Each is judged on its own, with a nominal chance of at most 5 % that noise makes a verdict wrong: of those "
         f"decided, up to about {0.05 * decided:.0f}. In today's protocol seeds were fixed beforehand, and none was added after a "
-        "verdict. "
-        "Comparisons share runs, so that several may be wrong together. Trust what several patterns and models agree on."
+        "verdict. Comparisons share runs, so that several may be wrong together. Trust what several patterns and models agree on."
     )
 
 

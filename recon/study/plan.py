@@ -135,10 +135,9 @@ def trained(spec: RunSpec, decoder: Decoder) -> Iterator[Trained]:
         epochs = how.schedule(samples).epochs * (how.solver == "adamw")
         passes = epochs * -(-samples * how.chunks_of(part.window, length) // how.batch_size)
         elements = sum(parameter.numel() for parameter in decoder.trained(part.window, how.train).values())
-        if part.phase == "retrain" and again.retrain == "full":  # embedding and head as well
-            elements = decoder.model.num_parameters()
-        elif part.phase == "retrain" and again.retrain == "norms":
-            elements = sum(parameter.numel() for parameter in decoder.model.parameters() if parameter.ndim == 1)
+        if part.phase == "retrain":  # of the whole model, embedding and head as well
+            vectors = again.retrain == "norms"
+            elements = sum(weight.numel() for weight in decoder.model.parameters() if weight.ndim == 1 or not vectors)
         if how.adapter != "none":
             elements = how.rank * sum(sum(matrix.weight.shape) for matrix in decoder.matrices(part.window).values())
         yield part._replace(passes=passes, tokens=epochs * samples * length, elements=elements)

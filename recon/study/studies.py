@@ -124,10 +124,11 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
 
     def keep(key: str, record: RunRecord) -> None:
         records[key] = record
-        path = folder / f"{key}.json"
-        with locked(path, "record", wait=True) if how else contextlib.nullcontext():
-            if how and (record.status == "done" or not finished(path, key)):  # the worker may not have this folder
-                write_record(record, path)
+        if how:  # the worker may not have this folder
+            path = folder / f"{key}.json"
+            with locked(path, "record", wait=True):
+                if record.status == "done" or not finished(path, key):
+                    write_record(record, path)
         if record.status != "done":
             said = record.error.strip()
             log.error("run %s failed: %s", key, said.splitlines()[-1] if said.startswith("Traceback") else said)
