@@ -527,34 +527,69 @@ def costs(runs: pd.DataFrame) -> Plot:
 # --- notebook 8 --------------------------------------------------------------------------------------------------------
 
 
-def frontier(runs: pd.DataFrame, baseline: str, first: str) -> Plot:
-    """What a mask gains over the mask `baseline` before reconstruction (the fit `first`) and after it, in nats per token.
+def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str]) -> Plot:
+    """What a mask gains over the mask `baseline` before reconstruction and after it (the two fits `ways`), in nats per token.
 
-    runs: with the columns mask and way (how it is fitted). A panel for each pattern; marks on the diagonal keep all of the gain.
+    runs: with the columns mask and way (how it is fitted). A row of panels for each pattern, a column for each model.
     """
-    by = ["model", "pattern", "way", "mask"]
-    data = effects(runs, by, {"mask": baseline}, share=False).drop(columns="verdict")
-    wide = data.pivot(index=["model", "pattern", "mask"], columns="way", values=["difference", "low", "high"])
-    ways = [way for way in dict.fromkeys(data["way"]) if way != first]
-    patterns, masks = list(dict.fromkeys(data["pattern"])), [mask for mask in dict.fromkeys(data["mask"]) if mask != baseline]
-    figure, axes = panels(len(patterns), 3.3, 3.3)
-    colours = dict(zip(masks, sns.color_palette("colorblind", len(masks))))
+    data = effects(runs[runs["way"].isin(ways)], ["model", "pattern", "way", "mask"], {"mask": baseline}, share=False)
+    data = data[data["mask"] != baseline].drop(columns="verdict")
+    models, masks = list(dict.fromkeys(data["model"])), data.groupby("pattern", sort=False)["mask"].unique()
+    counts = [len(names) for names in masks]
+    size = {"figsize": (3.6 * len(models) + 1, sum(0.22 * count + 0.65 for count in counts) + 0.6), "layout": "constrained"}
+    figure, axes = plt.subplots(len(masks), len(models), squeeze=False, sharey="row", height_ratios=counts, **size)
+    for row, (pattern, names) in zip(axes, masks.items()):
+        for ax, model in zip(row, models):
+            ax.axvline(0, color="0.4", linewidth=1, zorder=1)
+            for way, colour, shape in zip(ways, ("0.55", "#0072b2"), "Do"):
+                own = data[(data["pattern"] == pattern) & (data["model"] == model) & (data["way"] == way)]
+                places = [list(names).index(name) + (0.15 if way == ways[1] else -0.15) for name in own["mask"]]
+                ax.hlines(places, own["low"], own["high"], color=colour, linewidth=1.5)
+                ax.plot(own["difference"], places, shape, color=colour, markersize=5, label=way, linestyle="")
+            ax.set_xscale("symlog", linthresh=0.1, linscale=0.6)
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.set(ylim=(len(names) - 0.5, -0.5), title=f"{model}, {pattern}")
+            ax.set_yticks(range(len(names)), names)
+    for ax in axes[-1]:
+        ax.set_xlabel(f"← worse    than {baseline}    better →\n(nats per token)", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    wide = data.pivot(index=["model", "pattern", "mask"], columns="way", values="difference")
+    paid = wide[wide[ways[0]] > 0.05] if ways[0] in wide else wide[:0]
+    kept = (paid[ways[1]] / paid[ways[0]]).groupby("pattern", sort=False).median()
+    words = ", ".join(f"{share:.0%} ({pattern})" for pattern, share in kept.items()).replace("-", "−")
+    return figure, data, f"Of what a mask gains over {baseline} before reconstruction, this is left after it (median): {words}."
+
+
+def equal_time(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
+    """Perplexity and time (pruning, reconstruction, retraining) of each mask and fit over those of `baseline`, a mask and a fit.
+
+    runs: as of `frontier`. A panel for each pattern, with geometric means over its models; line: what nothing beats in that time.
+    """
+    by, time, quality = ["model", "pattern", "mask", "way"], "times the time", "times the perplexity"
+    data = effects(runs, by, dict(zip(by[2:], baseline)), share=False).drop(columns="verdict")
+    data = data.merge(runs.groupby(by)["seconds_method"].mean().rename("seconds").reset_index(), on=by)
+    usual = data[(data["mask"] == baseline[0]) & (data["way"] == baseline[1])].set_index(by[:2])["seconds"]
+    data[time] = data["seconds"] / usual.reindex(pd.MultiIndex.from_frame(data[by[:2]])).to_numpy()
+    data[quality] = np.exp(-data["difference"])
+    groups = data.assign(**np.log(data[[time, quality]])).groupby(by[1:], sort=False)
+    complete = groups.size() == groups.size().groupby("pattern").transform("max")  # of all models of the pattern
+    means = np.exp(groups[[time, quality]].mean())[complete].reset_index()
+    patterns, ways = list(dict.fromkeys(means["pattern"])), list(dict.fromkeys(means["way"]))
+    figure, axes = panels(len(patterns), 3.6, 3.3)
+    colours, best = dict(zip(ways, sns.color_palette("colorblind", len(ways)))), []
     for ax, pattern in zip(axes, patterns):
-        for (model, _, mask), row in wide[wide.index.get_level_values("pattern") == pattern].iterrows():
-            for way in ways if mask != baseline else ():
-                x, y, low, high = row["difference", first], *(row[part, way] for part in ("difference", "low", "high"))
-                shape = "os^Dv"[list(dict.fromkeys(data["model"])).index(model)]
-                full = colours[mask] if way == ways[-1] else "white"
-                ax.plot([x, x], [low, high], color=colours[mask], linewidth=1)
-                ax.plot(x, y, shape, color=colours[mask], markerfacecolor=full, label=f"{mask} ({model}, {way})")
-        ends = [min(ax.get_xlim()[0], 0), max(ax.get_xlim()[1], 0)]
-        ax.plot(ends, ends, color="0.6", linewidth=1, linestyle=":")
-        ax.axhline(0, color="0.4", linewidth=1)
-        ax.set(title=pattern, xlabel=f"gain over {baseline}, pruned", ylabel="gain, reconstructed\n(nats; dotted: all is kept)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
-    levels = data.groupby(["pattern", "mask", "way"], sort=False)["perplexity"].agg(lambda own: np.exp(np.log(own).mean()))
-    best = [f"{', '.join(levels[pattern].idxmin())} ({pattern})" for pattern in patterns]
-    return figure, data, f"Lowest perplexity: {'; '.join(best)}."
+        own = means[means["pattern"] == pattern]
+        unbeaten = front(own, time, quality)
+        ax.step(unbeaten[time], unbeaten[quality], where="post", color="0.6", linewidth=1, zorder=1)
+        sns.scatterplot(own, x=time, y=quality, hue="way", palette=colours, hue_order=ways, s=35, legend=ax is axes[0], ax=ax)
+        ax.set(xscale="log", yscale="log", title=pattern, xlabel=f"{time} of {', '.join(baseline)}", ylabel=quality)
+        ax.margins(0.12)
+        label(ax, {row["mask"]: (row[time], row[quality]) for _, row in unbeaten.iterrows()})
+        first = own.loc[own[quality].idxmin()]
+        best.append(f"{pattern}: {first['mask']}, {first['way']}, {first[quality]:.2f} in {first[time]:.1f} times the time")
+    lower_is_better(axes[0])
+    legend(figure, axes[0])
+    return figure, data, f"Lowest perplexity, as a multiple of that of {', '.join(baseline)}: {'; '.join(best)}."
 
 
 # --- all claims --------------------------------------------------------------------------------------------------------

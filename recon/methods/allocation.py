@@ -16,7 +16,7 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
 
-PROBES, SLICE = 4, 256  # samples that losses are measured on; tokens whose logits exist at once
+SLICE = 256  # tokens whose logits exist at once
 
 
 @torch.no_grad()
@@ -24,23 +24,23 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     """The pattern of each block, by `config.allocation`; see `recon.kernels.allocation`. The model stays as it is.
 
     Where losses are measured, one block alone is pruned, by Wanda whatever the criterion, as that costs little. The loss is the
-    divergence of the model's predictions from the dense model's. It is measured on the last `PROBES` samples, or on half of all
-    if that is less; the norms are of the others.
+    divergence of the model's predictions from the dense model's. It is measured on the last sample; the norms are of the others.
 
     samples: calibration tokens (samples, length). Raises `ReconError` for too few.
     """
     sparsity, measured = Pattern.parse(config.pattern).sparsity, config.allocation == "measured"
-    count = len(samples) - (min(PROBES, len(samples) // 2) if measured else 0)
-    if measured and count == len(samples):
+    count = len(samples) - measured
+    if measured and count == 0:
         raise ReconError("allocation is 'measured' with 1 calibration sample; it needs at least 2, to leave one out")
     if noted := execution.storage.finished("allocate"):
         return [Pattern(each) for each in noted[0]]
     stream, bar = execution.embed(decoder, samples, count), {"unit": "block", "disable": not execution.progress}
-    sizes, medians, states = [], [], []  # states: of the probes, behind the current block, if an earlier one alone is pruned
+    # states: of the last sample, behind the current block, if an earlier one alone is pruned
+    sizes, medians, states = [], [], stream[:0]
     for window in tqdm(decoder.windows("block"), f"allocate ({config.allocation})", **bar):
         matrices, run = decoder.matrices(window), partial(execution.run, partial(decoder.forward, window))
         sizes.append(sum(matrix.weight.numel() for matrix in matrices.values()))
-        probes = stream[count:]
+        probe = stream[count:]
         with decoder.loaded(window):
             stream, found, _ = gather(execution, decoder, window, stream, "norm", count)
             with execution.holding(decoder, window, trained=decoder.weights(window)):
@@ -48,15 +48,16 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
                     scores = [(matrices[name].weight.float().abs() * norm).flatten() for name, norm in found.items()]
                     medians.append(torch.cat(scores).median().item())
                     continue
-                states = [run(state) for state in states]
+                pruned = []
                 dense = {name: matrix.weight.clone() for name, matrix in matrices.items()}
                 for reach in (-spread(sparsity), spread(sparsity)):
                     for name, norm in found.items():
                         weight, pattern = matrices[name].weight, Pattern(sparsity + reach)
                         weight.copy_(CRITERIA["wanda"].prune(weight.float(), norm, pattern, "row", None)[0])
-                    states.append(run(probes))
+                    pruned.append(run(probe))
                     for name, matrix in matrices.items():
                         matrix.weight.copy_(dense[name])
+                states = torch.cat([run(states), *pruned] if len(states) else pruned)
     sizes = torch.tensor(sizes, dtype=torch.float64)
     if measured:
         losses = torch.tensor(_divergences(decoder, samples[count:], stream[count:], states, execution), dtype=torch.float64)
@@ -67,16 +68,14 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     return [Pattern(each) for each in shares]
 
 
-def _divergences(decoder: Decoder, tokens: Tensor, dense: Tensor, states: list[Tensor], execution: Execution) -> list[float]:
-    """KL(dense || other) of predictions, mean over tokens, of each of `states`; all (samples, length, hidden), as is `dense`."""
-    tokens, dense, states = decoder.predicted(tokens), decoder.predicted(dense), [decoder.predicted(state) for state in states]
+def _divergences(decoder: Decoder, tokens: Tensor, dense: Tensor, states: Tensor, execution: Execution) -> list[float]:
+    """KL(dense || other) of predictions, mean over the `tokens` (1, length), of each of `states` (n, length, hidden)."""
+    tokens, dense, states = decoder.predicted(tokens), decoder.predicted(dense), decoder.predicted(states)
     totals = [0.0] * len(states)
     with execution, execution.holding_ends(decoder):
-        for sample in range(len(tokens)):
-            for start in range(0, tokens.shape[1], SLICE):
-                at = slice(sample, sample + 1), slice(start, start + SLICE)
-                read, wanted, *others = (each[at].to(execution.device) for each in (tokens, dense, *states))
-                wanted = decoder.logits(read, wanted)[0]
-                for number, other in enumerate(others):
-                    totals[number] += kl_divergence(wanted, decoder.logits(read, other)[0]).double().sum().item()
+        for start in range(0, tokens.shape[1], SLICE):
+            read, wanted, others = (each[:, start : start + SLICE].to(execution.device) for each in (tokens, dense, states))
+            wanted = decoder.logits(read, wanted)[0]
+            for number, other in enumerate(others.split(1)):
+                totals[number] += kl_divergence(wanted, decoder.logits(read, other)[0]).double().sum().item()
     return [max(total / tokens.numel(), torch.finfo(torch.float32).tiny) for total in totals]

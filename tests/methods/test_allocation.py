@@ -21,14 +21,14 @@ def block_of(name):
 @torch.no_grad()
 def by_hand(dense, samples, allocation, sparsity):
     """The sparsity of each of three blocks."""
-    read = inputs_of(dense.model, list(dense.matrices()), samples if allocation == "dlp" else samples[:4])
+    read = inputs_of(dense.model, list(dense.matrices()), samples if allocation == "dlp" else samples[:-1])
     norms = {name: x.square().mean(0).sqrt() for name, x in read.items()}
     weights = {name: matrix.weight for name, matrix in dense.matrices().items()}
     sizes = torch.tensor([sum(w.numel() for name, w in weights.items() if block_of(name) == b) for b in range(3)]).double()
     if allocation == "dlp":
         scores = [[(w.abs() * norms[name]).flatten() for name, w in weights.items() if block_of(name) == b] for b in range(3)]
         return dlp(torch.stack([torch.cat(each).median() for each in scores]).double(), sizes, sparsity)
-    wanted, losses = dense.model(samples[4:]).logits.log_softmax(-1), []
+    wanted, losses = dense.model(samples[-1:]).logits.log_softmax(-1), []
     for reach in (-spread(sparsity), spread(sparsity)):
         losses.append([])
         for block in range(3):
@@ -36,7 +36,7 @@ def by_hand(dense, samples, allocation, sparsity):
             for name in (name for name in norms if block_of(name) == block):
                 weight = model.get_parameter(f"{name}.weight")
                 weight.copy_(CRITERIA["wanda"].prune(weight, norms[name], Pattern(sparsity + reach), "row", None)[0])
-            found = model(samples[4:]).logits.log_softmax(-1)
+            found = model(samples[-1:]).logits.log_softmax(-1)
             losses[-1].append((wanted.exp() * (wanted - found)).sum(-1).mean())
     return by_curves(*torch.tensor(losses).double(), sizes, sparsity)
 
