@@ -326,20 +326,23 @@ def _not_run_words(verdicts: pd.DataFrame) -> str:
 
 
 def headlines(verdicts: pd.DataFrame) -> str:
-    """The paper's three claims, and under each what its central comparisons give at the main pattern, by model and recipe."""
-    lines = []
+    """Each claim of the paper, and a table of its central comparisons at the main pattern: a column for each model and recipe."""
+    parts, main = [], verdicts[(verdicts["pattern"] == DEFAULTS["pattern"]) & (verdicts["seeds"] > 0)]
     for number, about in _YAML["headlines"].items():
-        lines.append(f"{number}. {about['says']}")
-        for claim in about["claims"]:
-            mine = verdicts[(verdicts["claim"] == claim) & (verdicts["pattern"] == DEFAULTS["pattern"]) & (verdicts["seeds"] > 0)]
-            said = [
-                f"{MARKS[v['verdict']]} {v['model']}, {_recipe(v)}: {effect_words(v)}"
-                + f" ({v['note']})" * (v["test"] in ("gap", "memory"))
-                + "".join(f" ({why})" for why in re.findall(rf"borderline|fewer than {SEEDS} seeds", v["reason"]))
-                for _, v in mine.iterrows()
-            ]
-            lines += [f"   - *{mine['statement'].iloc[0]}*: {'; '.join(said)}"] if said else []
-    return "\n".join(lines)
+        mine, cells, statements = main[main["claim"].isin(about["claims"])], {}, {}
+        for _, v in mine.iterrows():
+            unit = {"nats per token": "nats", "of the perplexity gap": "share"}.get(v["unit"], v["unit"])
+            said = [v["note"]] * (v["test"] in ("gap", "memory"))
+            said += re.findall(rf"borderline|fewer than {SEEDS} seeds", v["reason"])
+            effect = effect_words(v).removesuffix(v["unit"]).strip().replace("-", "−").replace(" [", "<br>[")
+            mark = MARKS[v["verdict"]] + "†" * bool(v["older"])
+            cells[v["claim"], v["model"], v["recipe"]] = "<br>".join([f"{mark} {effect}", *said])
+            statements[v["claim"]] = f"{v['statement']} ({unit})".replace(") (", "; ")
+        places = list(dict.fromkeys(zip(mine["model"], mine["recipe"])))
+        rows = [(says, *(cells.get((claim, *place), "") for place in places)) for claim, says in statements.items()]
+        heads = [f"{model}, {RECIPE_WORDS[recipe or 'default']}" for model, recipe in places]
+        parts += [f"**{number}. {about['says']}.**", "", *(tables.markdown(("", *heads), rows) if rows else []), ""]
+    return "\n".join(parts).strip()
 
 
 def summary(verdicts: pd.DataFrame) -> str:
