@@ -16,7 +16,7 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
 
-SLICE = 256  # tokens whose logits exist at once
+NORMS, SLICE = 2048, 256  # tokens that norms are of where losses are measured; tokens whose logits exist at once
 
 
 @torch.no_grad()
@@ -24,14 +24,16 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     """The pattern of each block, by `config.allocation`; see `recon.kernels.allocation`. The model stays as it is.
 
     Where losses are measured, one block alone is pruned, by Wanda whatever the criterion, as that costs little. The loss is the
-    divergence of the model's predictions from the dense model's. It is measured on the last sample; the norms are of the others.
+    divergence of the model's predictions from the dense model's. It is measured on the last sample; the norms are of the
+    `NORMS` tokens before it, or of one sample if that is more.
 
     samples: calibration tokens (samples, length). Raises `ReconError` for too few.
     """
     sparsity, measured = Pattern.parse(config.pattern).sparsity, config.allocation == "measured"
-    count = len(samples) - measured
-    if measured and count == 0:
+    if measured and len(samples) == 1:
         raise ReconError("allocation is 'measured' with 1 calibration sample; it needs at least 2, to leave one out")
+    samples = samples[-1 - max(1, NORMS // samples.shape[1]) :] if measured else samples
+    count = len(samples) - measured
     if noted := execution.storage.finished("allocate"):
         return [Pattern(each) for each in noted[0]]
     stream, bar = execution.embed(decoder, samples, count), {"unit": "block", "disable": not execution.progress}
