@@ -527,10 +527,11 @@ def costs(runs: pd.DataFrame) -> Plot:
 # --- notebook 8 --------------------------------------------------------------------------------------------------------
 
 
-def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str]) -> Plot:
+def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: float = 0.05) -> Plot:
     """What a mask gains over the mask `baseline` before reconstruction and after it (the two fits `ways`), in nats per token.
 
-    runs: with the columns mask and way (how it is fitted). A row of panels for each pattern, a column for each model.
+    runs: with the columns mask and way (how it is fitted). least: smaller gains, in nats, do not enter the finding.
+    A row of panels for each pattern, a column for each model.
     """
     data = effects(runs[runs["way"].isin(ways)], ["model", "pattern", "way", "mask"], {"mask": baseline}, share=False)
     data = data[data["mask"] != baseline].drop(columns="verdict")
@@ -553,21 +554,22 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str]) -> Plot:
     for ax in axes[-1]:
         ax.set_xlabel(f"← worse    than {baseline}    better →\n(nats per token)", fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    wide = data.pivot(index=["model", "pattern", "mask"], columns="way", values="difference")
-    paid = wide[wide[ways[0]] > 0.05] if ways[0] in wide else wide[:0]
+    wide = data.pivot(index=["model", "pattern", "mask"], columns="way", values="difference").reindex(columns=ways).dropna()
+    paid = wide[wide[ways[0]] > least]
     kept = (paid[ways[1]] / paid[ways[0]]).groupby("pattern", sort=False).median()
-    words = ", ".join(f"{share:.0%} ({pattern})" for pattern, share in kept.items()).replace("-", "−")
-    return figure, data, f"Of what a mask gains over {baseline} before reconstruction, this is left after it (median): {words}."
+    words = ", ".join(f"{share:.0%} ({pattern})" for pattern, share in kept.items()).replace("-", "−") or "no mask gains as much"
+    gain = f"what a mask gains over {baseline} before reconstruction, if more than {least:g} nats"
+    return figure, data, f"Of {gain}, this is left after it (median): {words}."
 
 
-def equal_time(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
+def frontier_time(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
     """Perplexity and time (pruning, reconstruction, retraining) of each mask and fit over those of `baseline`, a mask and a fit.
 
     runs: as of `frontier`. A panel for each pattern, with geometric means over its models; line: what nothing beats in that time.
     """
     by, time, quality = ["model", "pattern", "mask", "way"], "times the time", "times the perplexity"
     data = effects(runs, by, dict(zip(by[2:], baseline)), share=False).drop(columns="verdict")
-    data = data.merge(runs.groupby(by)["seconds_method"].mean().rename("seconds").reset_index(), on=by)
+    data = data.merge(runs.groupby(by)["seconds_with_pruning"].mean().rename("seconds").reset_index(), on=by)
     usual = data[(data["mask"] == baseline[0]) & (data["way"] == baseline[1])].set_index(by[:2])["seconds"]
     data[time] = data["seconds"] / usual.reindex(pd.MultiIndex.from_frame(data[by[:2]])).to_numpy()
     data[quality] = np.exp(-data["difference"])

@@ -95,8 +95,8 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
     - <measure>_<state>: arrays (windows,) in nats per token, for `MEASURES` and `STATES`; NaN if the record has none;
       "perplexity, <text>" and "dense perplexity, <text>";
     - drift, drift_pruned (blocks,); losses, an array for each window; error_before and error_after (windows,);
-    - flops, seconds (of reconstruction and retraining), seconds_method (of pruning, too), seconds_total, and MEMORY, counted, of
-      the largest window.
+    - flops, seconds (of reconstruction and retraining), seconds_with_pruning, seconds_total, and MEMORY, counted, of the
+      largest window.
     """
     folder = Path(folder)
     if specs is None:
@@ -148,7 +148,7 @@ def _row(record: dict) -> dict:
     row["losses"] = [np.array(window["losses"]) for window in windows]
     row |= {name: np.array([next(iter(window[name].values())) for window in windows]) for name in ("error_before", "error_after")}
     row |= {name: sum(record[name].get(phase) or 0 for phase in ("reconstruct", "retrain")) for name in ("flops", "seconds")}
-    row["seconds_method"] = row["seconds"] + (record["seconds"].get("prune") or 0)
+    row["seconds_with_pruning"] = row["seconds"] + (record["seconds"].get("prune") or 0)
     counted = record.get("window_memory_bytes")
     row[MEMORY] = sum(counted.values()) / 2**30 if counted else np.nan
     return row | {

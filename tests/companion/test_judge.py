@@ -160,6 +160,18 @@ def verdicts():
     return judge.worded(judge.judge(frame.table(everything())))
 
 
+def test_headlines_have_each_answer_in_its_column(verdicts):
+    found, places = {}, []
+    for line in judge.headlines(verdicts).splitlines():
+        statement, *cells = line.removeprefix("| ").removesuffix(" |").split(" | ")
+        places = cells if line.startswith("|  |") else places
+        found |= {(statement.partition(" (")[0], place): cell for place, cell in zip(places, cells)}
+    for claim in ("2.block", "7.magnitude"):
+        row = verdicts[(verdicts["claim"] == claim) & (verdicts["pattern"] == "0.5") & (verdicts["recipe"] == "default")].iloc[0]
+        cell = found[row["statement"], f"{row['model']}, default"]
+        assert cell.startswith(judge.MARKS[row["verdict"]]) and f"{row['effect']:+.3f}".replace("-", "−") in cell
+
+
 def test_answers_say_the_verdict_of_each_model_and_link_to_its_row(verdicts):
     said, page = article.answers(verdicts, ("2.block", "8")), judge.page(verdicts)
     mine = verdicts[verdicts["claim"] == "2.block"]
