@@ -13,17 +13,18 @@ import nbformat
 import pandas as pd
 import yaml
 
+import recon
 from companion.frame import DEFAULTS
 from companion.publish import ROOT, drawn, notebooks, published
 
 TEMPLATE = Path(__file__).with_name("article.md.j2")
 
 
-def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: str) -> str:
+def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: str, profile: str = "laptop") -> str:
     """The article as Markdown, to lie in the folder `figures` beside what it links to.
 
     verdicts: from `companion.judge.worded`.
-    counts: how many are decided, in words.
+    counts: how many are decided, in words. profile: that of `runs`.
     """
     functions = {
         "figure": lambda name: figure(figures, name),
@@ -31,7 +32,7 @@ def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: s
         "remark": lambda claim: verdicts.loc[verdicts["claim"] == claim, "remark"].iloc[0],
         "counts": lambda: counts,
         "models": lambda: models(runs),
-        "protocol": protocol,
+        "protocol": lambda: protocol(profile),
         "anchors": anchors,
         "told": lambda stem: told(figures, stem),
     }
@@ -46,13 +47,13 @@ def models(runs: pd.DataFrame) -> str:
 
 
 def told(figures: Path, stem: str) -> str:
-    """Of each section of a notebook that has a figure: what was expected, its figures, and what was learnt."""
+    """Of each section of a notebook that has a figure: what was expected, its figures, what was learnt, and its limits."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
     text, parts = "\n\n".join(cell.source for cell in notebook.cells), []
     for section in re.split("^## ", text, flags=re.MULTILINE)[1:]:
-        said = {name: re.findall(rf"^\*\*{name}\.\*\* .*$", section, re.MULTILINE) for name in ("Hypothesis", "Learnt")}
+        said = re.findall(r"^\*\*(?:Hypothesis|Learnt|It does not show)\b.*$", section, re.MULTILINE)
         shown = [figure(figures, name) for name in published(section)]
-        parts += [f"### {section.splitlines()[0]}", *said["Hypothesis"], *shown, *said["Learnt"]] if shown else []
+        parts += [f"### {section.splitlines()[0]}", *said[:1], *shown, *said[1:]] if shown else []
     return "\n\n".join(parts)
 
 
@@ -84,26 +85,25 @@ def answers(verdicts: pd.DataFrame, claims: tuple[str, ...]) -> str:
 
 
 @cache
-def profile() -> dict:
-    """What the profile laptop sets, by notebook."""
-    return yaml.safe_load((ROOT / "notebooks" / "profiles" / "laptop.yaml").read_text(encoding="utf-8"))
+def settings(profile: str) -> dict:
+    """What a profile sets, by notebook."""
+    return yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"))
 
 
-def protocol() -> str:
-    """What the runs of the profile read and are measured on."""
-    how = profile()["1-granularity"]["common"]
-    first, second = how["evaluation_texts"]
+def protocol(profile: str) -> str:
+    """What the runs of a profile read and are measured on."""
+    how = recon.RunSpec.of(**settings(profile)["1-granularity"]["common"])
+    length, dtype = how.evaluation.evaluation_length, how.compute.compute_dtype
+    measured = " and ".join(f"{count} x {length} tokens of {text}" for text, count in how.evaluation.windows.items())
     return (
-        f"In today's protocol calibration is {how['samples']} x {how['sequence_length']} tokens; perplexity is measured on "
-        f"{how['evaluation_samples']} x {how['evaluation_length']} tokens of {first} and "
-        f"{how['evaluation_more_samples']} x {how['evaluation_length']} of {second}, in {how['compute_dtype']} "
-        "([profile](../notebooks/profiles/laptop.yaml))."
+        f"In today's protocol calibration is {how.calibration.samples} x {how.calibration.sequence_length} tokens; perplexity is "
+        f"measured on {measured}, in {dtype} ([profile](../notebooks/profiles/{profile}.yaml))."
     )
 
 
 def anchors() -> str:
     """Published values, with text and source."""
-    rows = profile()["8-frontier"]["anchors"]
+    rows = settings("laptop")["8-frontier"]["anchors"]
     return "; ".join(
         f"{model} {pattern}, {mask}: {value:.2f} ({text}; {source})" for model, pattern, mask, value, text, source in rows
     )

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from companion.frame import DEFAULTS, MEMORY, METHOD, SEARCH, TUNING, setting
 
@@ -20,11 +21,6 @@ CLOSE = MARGIN / 2  # a second, stricter margin
 SEEDS = 3  # fewer say nothing about training noise
 MODELS = 3  # of one family; fewer make no trend: two differ in more than their size
 BUDGET = 0.15  # compute is equal within this share
-# Quantiles of Student's t, 1 to 9 degrees of freedom, over those of the normal distribution.
-_T = {
-    0.95: np.array([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]) / 1.960,
-    0.90: np.array([6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833]) / 1.645,
-}
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", re.IGNORECASE)
 
 # --- the interval -----------------------------------------------------------------------------------------------------
@@ -39,30 +35,39 @@ def _draws(count: int, resamples: int, seed: int, stream: int) -> np.ndarray:
     return np.bincount(flat, minlength=resamples * count).reshape(resamples, count) / count
 
 
-def wider(seeds: int, level: float) -> float:
-    """The factor by which the bootstrap's spread over so many seeds is widened; infinite for one seed."""
-    return math.sqrt(seeds / (seeds - 1)) * _T[level][min(seeds - 1, 9) - 1] if seeds > 1 else math.inf
+@lru_cache(maxsize=1024)
+def student(freedom: int, level: float) -> float:
+    """The quantile of Student's t with so many degrees of freedom over that of the normal distribution."""
+    return float(stats.t.ppf((1 + level) / 2, freedom) / stats.norm.ppf((1 + level) / 2))
+
+
+def wider(count: int, level: float) -> float:
+    """The factor by which the bootstrap's spread over so many seeds or windows is widened; infinite for one."""
+    return math.sqrt(count / (count - 1)) * student(count - 1, level) if count > 1 else math.inf
+
+
+def _weights(count: int, level: float, *draws: int) -> np.ndarray:
+    """Weights (resamples, count) of drawn seeds or windows, widened; of one, that one."""
+    drawn = _draws(count, *draws)
+    return 1 / count + wider(count, level) * (drawn - 1 / count) if count > 1 else drawn
 
 
 def interval(
     parts: Sequence[np.ndarray], statistic: Callable, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple:
-    """Bootstrap percentile interval of `statistic` of the means of `parts`, each (means, seeds, windows); level 0.95 or 0.9.
+    """Bootstrap percentile interval of `statistic` of the means of `parts`, each (means, seeds, windows).
 
     Seeds are drawn with replacement, then windows; all seeds share their windows, so one draw of windows serves them all
-    (the "pigeonhole" bootstrap: Owen, Annals of Applied Statistics 2007). The bootstrap understates the spread of few
-    seeds. So deviations of drawn seeds from their mean are widened by sqrt(n / (n - 1)) and by Student's t over normal
-    (as Hesterberg's expanded percentile interval does: The American Statistician 2015). With one seed only windows are drawn.
-    `statistic` gives effects (draws,), or lower and upper bounds of them. NaN if it is NaN in any draw.
+    (the "pigeonhole" bootstrap: Owen, Annals of Applied Statistics 2007). The bootstrap understates the spread of few. So
+    deviations of drawn seeds from their mean, and of drawn windows, are widened by sqrt(n / (n - 1)) and by Student's t over
+    normal (as Hesterberg's expanded percentile interval does: The American Statistician 2015). With one seed only windows are
+    drawn. `statistic` gives effects (draws,), or lower and upper bounds of them. NaN if it is NaN in any draw.
     """
     means = []
     for index, values in enumerate(parts):
         seeds, windows = values.shape[1:]
-        of_seeds = _draws(seeds, resamples, seed, 2 * index)
-        if seeds > 1:
-            of_seeds = 1 / seeds + wider(seeds, level) * (of_seeds - 1 / seeds)
-        by_seed = values @ _draws(windows, resamples, seed, 2 * index + 1).T
-        means.append(np.einsum("bs,ksb->kb", of_seeds, by_seed))
+        by_seed = values @ _weights(windows, level, resamples, seed, 2 * index + 1).T
+        means.append(np.einsum("bs,ksb->kb", _weights(seeds, level, resamples, seed, 2 * index), by_seed))
     lower, upper = _bounds(statistic(np.concatenate(means)))
     if np.isnan(lower).any() or np.isnan(upper).any():
         return math.nan, math.nan
@@ -136,9 +141,9 @@ def of_method(runs: pd.DataFrame, options: dict) -> pd.DataFrame:
 def pick(runs: pd.DataFrame, options: dict, tuned: bool = False) -> pd.DataFrame:
     """By unit, the runs whose method differs from their recipe's by `options` alone, all of one tuning.
 
-    Of several tunings, the one nearest the recipe's is taken, so that no side is tuned more than the other. `tuned`: learning
-    rates were searched for both sides. Then the rates with the lowest held-out perplexity are taken (mean over the units that
-    all have), and the rest of the tuning is nearest the recipe's. Evaluation text never decides.
+    Of several tunings, the one with the most units is taken, and of these the one nearest the recipe's, so that no side is tuned
+    more than the other. `tuned`: learning rates were searched for both sides. Then the rates with the lowest held-out perplexity
+    are taken (mean over the units that all have), and the rest of the tuning as before. Evaluation text never decides.
     """
     unknown = set(options) - {*METHOD, *TUNING}
     if unknown:
@@ -158,8 +163,9 @@ def pick(runs: pd.DataFrame, options: dict, tuned: bool = False) -> pd.DataFrame
 
 
 def _nearest(runs: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The runs whose `name` ("tuning", "rates") is nearest the defaults."""
-    return runs[runs[name] == runs.at[runs[f"{name}_detour"].idxmin(), name]]
+    """The runs of the `name` ("tuning", "rates") that most units have; of several, of that nearest the recipe's."""
+    units = runs.groupby(name)["unit"].transform("nunique")
+    return runs[runs[name] == runs.at[(runs[f"{name}_detour"] - 1e6 * units).idxmin(), name]]
 
 
 def points(runs: pd.DataFrame, options: dict) -> dict[tuple[int, int], pd.DataFrame]:
@@ -421,7 +427,7 @@ def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, si
 
     size: of a model, by its name; else the parameters that it states. Then only one family counts, that with the most models:
     those of several differ in more than size. Models of one size differ in the seed of their training: what sets these apart is
-    drawn for every model, as training scatters all of them.
+    drawn for every model, as training scatters all of them, and widened for the few degrees of freedom that tell it.
     """
     families, size = {}, size or parameters
     for model in sorted(filter(size, evidence), key=size):
@@ -439,10 +445,12 @@ def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, si
     found = effects(np.concatenate([part.mean((1, 2)) for part in parts])[:, None])[:, 0]
     twins = [found[sizes == size] for size in set(sizes) if (sizes == size).sum() > 1]
     apart = np.concatenate([(own - own.mean()) * math.sqrt(len(own) / (len(own) - 1)) for own in twins] or [np.zeros(1)])
+    apart *= student(max(len(apart) - len(twins), 1), 0.95)
+    scatter = np.random.RandomState(0)  # one for all bootstraps, so that two of them differ by what it draws, too
 
     def statistic(means: np.ndarray) -> np.ndarray:
         values = effects(means)
-        drawn = np.random.RandomState(0).choice(apart, values.shape) if values.shape[1] > 1 else 0.0
+        drawn = scatter.choice(apart, values.shape) if values.shape[1] > 1 else 0.0
         return at @ (values + drawn) / max(at @ at, 1e-30)
 
     note = f"{words}: {', '.join(f'{_name(model)} {effect:.3f}' for model, effect in zip(models, found))}"

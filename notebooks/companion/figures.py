@@ -546,7 +546,8 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
                 own = data[(data["pattern"] == pattern) & (data["model"] == model) & (data["way"] == way)]
                 places = [list(names).index(name) + (0.15 if way == ways[1] else -0.15) for name in own["mask"]]
                 ax.hlines(places, own["low"], own["high"], color=colour, linewidth=1.5)
-                ax.plot(own["difference"], places, shape, color=colour, markersize=5, label=way, linestyle="")
+                faces = ["white" if seeds == 1 else colour for seeds in own["seeds"]]
+                ax.scatter(own["difference"], places, 25, faces, shape, edgecolors=colour, label=way, zorder=3)
             ax.set_xscale("symlog", linthresh=0.1, linscale=0.6)
             ax.xaxis.set_major_formatter("{x:g}")
             ax.set(ylim=(len(names) - 0.5, -0.5), title=f"{model}, {pattern}")
@@ -566,10 +567,13 @@ def frontier_time(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
     """Perplexity and time (pruning, reconstruction, retraining) of each mask and fit over those of `baseline`, a mask and a fit.
 
     runs: as of `frontier`. A panel for each pattern, with geometric means over its models; line: what nothing beats in that time.
+    The time is that of the fastest of the runs on a model that differ in seed or sparsity alone: others had company.
     """
     by, time, quality = ["model", "pattern", "mask", "way"], "times the time", "times the perplexity"
     data = effects(runs, by, dict(zip(by[2:], baseline)), share=False).drop(columns="verdict")
-    data = data.merge(runs.groupby(by)["seconds_with_pruning"].mean().rename("seconds").reset_index(), on=by)
+    alike = [*(runs[name] for name in by if name != "pattern"), runs["pattern"].str.contains(":")]
+    quiet = runs.assign(seconds=runs["seconds_with_pruning"].groupby(alike).transform("min"))
+    data = data.merge(quiet.groupby(by)["seconds"].first().reset_index(), on=by)
     usual = data[(data["mask"] == baseline[0]) & (data["way"] == baseline[1])].set_index(by[:2])["seconds"]
     data[time] = data["seconds"] / usual.reindex(pd.MultiIndex.from_frame(data[by[:2]])).to_numpy()
     data[quality] = np.exp(-data["difference"])
@@ -643,7 +647,9 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
             beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "fontsize": 7}
             ax.annotate(words, (1, place), (6, 0), **beside)
         names = group["short"] + "  ·  " + group["model"] + " " + group["pattern"]
-        names += (group["recipe"] == "paper").map({True: ", paper's recipe", False: ""})
+        names += (group["recipe"] == "paper").map({True: ", paper's recipe", False: ""}) + group["older"].map(
+            {True: " †", False: ""}
+        )
         ax.set_yticks(range(len(group)), names, fontsize=7)
         ax.set_ylim(len(group) - 0.4, -0.6)
         ax.set_xlabel(_AXES[name], fontsize=8)

@@ -194,8 +194,8 @@ def protocol(runs: pd.DataFrame) -> str:
 
 def protocol_words(runs: pd.DataFrame) -> str:
     """What runs of one protocol read, and what they were evaluated on."""
-    first, counts = runs.iloc[0], sorted({*runs["samples"], *runs["trained"]})
     fitted = runs[runs["granularity"] != "none"]
+    first, counts = runs.iloc[0], sorted({*fitted["samples"], *runs["trained"]})
     alike = [f"{values[0]} {name}" for name in ("propagation", "loss") if len(values := fitted[name].unique()) == 1]
     cut = f" ({first['evaluation_protocol']})" * (first["evaluation_protocol"] != DEFAULTS["evaluation_protocol"])
     samples = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))

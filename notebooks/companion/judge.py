@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from companion import compare, files, tables
-from companion.article import article, profile
+from companion.article import article, settings
 from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
 from companion.frame import DEFAULTS, RECIPE_WORDS, load, protocol_words
 from companion.publish import ROOT
@@ -59,10 +59,13 @@ def _filled(value: object, of: dict) -> object:
     return of[value[1:-1]] if value[1:-1] in of else value.format_map({name: name for name in re.findall(r"{(\w+)}", value)} | of)
 
 
-def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None, ladder: pd.DataFrame = pd.DataFrame()) -> pd.DataFrame:
+def judge(
+    runs: pd.DataFrame, rows: Sequence[dict] | None = None, ladder: pd.DataFrame = pd.DataFrame(), profile: str = ""
+) -> pd.DataFrame:
     """A verdict on each claim (of `rows`, or all), model, pattern and recipe that `runs`, from `companion.frame.load`, allow.
 
-    ladder: runs on models of one family; if there are any, claims on size are judged from these.
+    ladder: runs on models of one family; if there are any, claims on size are judged from these. profile: whose protocol is
+    today's; runs of another are "older".
 
     - "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below.
     - "Equal" holds if the 90 % interval is within the margin (two one-sided tests at 5 %), and does not if it is outside.
@@ -71,7 +74,8 @@ def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None, ladder: pd.Dat
     - Everything else is not enough evidence; the reason says about how many seeds would decide. The same goes for fewer than
       three seeds if training noise could decide. What no number of seeds can decide on these models is not testable here.
 
-    If several protocols allow a comparison, the one with the most records in it is taken; of these, that of the largest study.
+    If several protocols allow a comparison, one with three seeds or more is taken, then today's, then the one with the most
+    records in it, then that of the largest study.
     """
     verdicts, cached = [], {}
     for claim in claims() if rows is None else rows:
@@ -81,16 +85,22 @@ def judge(runs: pd.DataFrame, rows: Sequence[dict] | None = None, ladder: pd.Dat
         kind = claim["measure"], *shared
         if kind not in cached:
             cached[kind] = compare.studies(ladder if claim["test"] == "trend" and len(ladder) else runs, *kind)
-        mine = [verdict(claim, *scope, evidence) for scope, groups in cached[kind] if (evidence := _most(groups, claim))]
+        found = [(scope, _most(groups, claim, profile)) for scope, groups in cached[kind]]
+        mine = [verdict(claim, *scope, evidence, profile) for scope, evidence in found if evidence]
         verdicts += mine or ([_row(claim, NOT_RUN, "no records")] if not claim["optional"] else [])
     return pd.DataFrame(verdicts)
 
 
-def _most(groups: dict[str, pd.DataFrame], claim: dict) -> Evidence | None:
-    """Of the evidence that groups of runs give, that of the most runs, then seeds, then of the largest study."""
-    evidence = {name: compare.KINDS[claim["test"]](group, claim) for name, group in groups.items()}
-    ranks = {name: (len(each.runs), each.seeds, len(groups[name]), name) for name, each in evidence.items() if each}
-    return evidence[max(ranks, key=ranks.get)] if ranks else None
+def _most(groups: dict[str, pd.DataFrame], claim: dict, profile: str) -> Evidence | None:
+    """Of the evidence that groups of runs give, that with seeds enough, then of today's protocol, then of the most runs and
+    seeds, then of the largest study."""
+    found = {name: compare.KINDS[claim["test"]](group, claim) for name, group in groups.items()}
+    ranks = {
+        name: (min(each.seeds, SEEDS), not _older(each.runs, claim, profile), len(each.runs), each.seeds, len(groups[name]), name)
+        for name, each in found.items()
+        if each
+    }
+    return found[max(ranks, key=ranks.get)] if ranks else None
 
 
 def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
@@ -117,7 +127,7 @@ def _bar(claim: dict) -> float:
     return claim["above"] if claim["test"] == "equal" else claim["above"] - claim["margin"]
 
 
-def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Evidence) -> dict:
+def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Evidence, profile: str) -> dict:
     """What evidence says about a claim on a model and pattern under a recipe: a row of `judge`."""
     level = 0.90 if claim["margin"] else 0.95  # one-sided tests against a margin at 5 % each, or a two-sided one against a bar
     lower, upper, low, high = evidence.estimate(level)
@@ -125,7 +135,7 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
         lower, upper, low, high = (float(np.exp2(value)) for value in (lower, upper, low, high))
     state, reason = _rule(claim, evidence, level, low, high)
     if state == UNSURE:
-        reason += f"; {_needed(claim, evidence.seeds, level, lower, low, high)}"
+        reason += f"; {_needed(claim, evidence, level, lower, low, high)}"
     reason += f"; {evidence.note}" if evidence.note else ""
     effect, bound = lower, ""
     if lower != upper:  # a ratio of which bounds are known, perhaps only one
@@ -138,12 +148,14 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
         claim, state, reason, model=model or evidence.models, pattern=pattern, recipe=recipe, effect=effect, low=low, high=high,
         unit=evidence.unit, bound=bound, seeds=evidence.seeds,
         note=evidence.note, protocol=protocol_words(evidence.runs), keys=tuple(sorted(evidence.runs["key"])),
-        older=_older(evidence.runs, profile()[GROUPS[claim["group"]]["notebook"]]["common"]),
+        older=_older(evidence.runs, claim, profile),
     )  # fmt: skip
 
 
-def _older(runs: pd.DataFrame, today: dict) -> bool:
-    """Whether some of `runs` are of another protocol than that of the profile laptop; how many samples they read may differ."""
+def _older(runs: pd.DataFrame, claim: dict, profile: str) -> bool:
+    """Whether some of `runs` are of another protocol than `profile` sets for the notebook that judges `claim`; how many samples
+    they read may differ."""
+    today = settings(profile).get(GROUPS[claim["group"]]["notebook"], {}).get("common", {}) if profile else {}
     said = {name: tuple(x) if isinstance(x, list) else x for name, x in today.items() if "samples" != name != "prune_samples"}
     return any(value != wanted for name, wanted in said.items() for value in runs[name])
 
@@ -166,6 +178,8 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
         place = {HOLDS: "above", FAILS: "below", UNSURE: "includes"}[state]
         reason = f"{100 * level:.0f} % interval {place} {bar:g}"
         reason += (" of the perplexity gap" + ", and above 0" * (low > 0)) if margin else ""
+    if evidence.seeds < SEEDS:
+        reason += f"; fewer than {SEEDS} seeds ({evidence.seeds})" + ": training noise unknown" * claim["noise"]
     ends, marks = np.array([low, high]), np.array([-margin, margin] if equal else [bar])
     if claim["test"] in RATIOS:
         ends, marks = np.log2(np.maximum(ends, 1e-12)), np.log2(marks)
@@ -174,28 +188,32 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
         return UNSURE, f"{reason}, but borderline: as near to it as two bootstraps differ"
     if state == FAILS and evidence.favours_other:
         return UNSURE, f"{reason}, but with less compute"
-    if evidence.seeds < SEEDS:
-        reason += f"; fewer than {SEEDS} seeds ({evidence.seeds})" + ": training noise unknown" * claim["noise"]
-        state = UNSURE if claim["noise"] else state
-    return state, reason
+    return UNSURE if evidence.seeds < SEEDS and claim["noise"] else state, reason
 
 
-def _needed(claim: dict, seeds: int, level: float, effect: float, low: float, high: float) -> str:
-    """About how many seeds would decide, if the effect is what it seems and seeds are all the noise.
+def _needed(claim: dict, evidence: Evidence, level: float, effect: float, low: float, high: float) -> str:
+    """About how many seeds would decide, if the effect is what it seems and evaluation windows stay as many as they are.
 
     Of a trend over size, by how much more the models' sizes would have to differ: models scatter however many seeds prune them.
     """
     if not all(map(math.isfinite, (effect, low, high))):
         return "it cannot be said how many seeds would decide"
-    bar = _bar(claim)
+    bar, seeds = _bar(claim), evidence.seeds
     if claim["test"] in RATIOS:
-        effect, low, high, bar = (math.log(max(value, 1e-12)) for value in (effect, low, high, bar))
-    distance = abs(claim["margin"] - abs(effect)) if claim["test"] == "equal" else abs(effect - bar)
-    shrunk = distance / max((high - low) / 2, 1e-12)
+        effect, low, high, bar = (math.log2(max(value, 1e-12)) for value in (effect, low, high, bar))
+    distance, half = abs(claim["margin"] - abs(effect)) if claim["test"] == "equal" else abs(effect - bar), (high - low) / 2
     if claim["test"] == "trend":
-        return f"it would take as many models over about {1 / max(shrunk, 1e-3):.1f} times as many powers of ten in size"
-    wanted = compare.wider(seeds, level) / math.sqrt(seeds) * shrunk
-    fitting = (count for count in range(max(SEEDS, seeds + 1), MANY) if compare.wider(count, level) / math.sqrt(count) <= wanted)
+        more = half / max(distance, half / 1000)
+        return f"it would take as many models over about {more:.1f} times as many powers of ten in size"
+    ends = compare.interval([part.mean(1, keepdims=True) for part in evidence.parts], evidence.statistic, level)
+    by_windows = min((ends[1] - ends[0]) / 2, half)
+    if by_windows >= distance:
+        return "no number of seeds would decide it on so few evaluation windows"
+    if seeds < 2:
+        return f"it would take {SEEDS} seeds or more"
+    by_seeds = math.sqrt(half**2 - by_windows**2) / compare.wider(seeds, level) * math.sqrt(seeds)
+    wanted = math.sqrt(distance**2 - by_windows**2)
+    fitting = (n for n in range(max(SEEDS, seeds + 1), MANY) if by_seeds * compare.wider(n, level) / math.sqrt(n) <= wanted)
     needed = next(fitting, MANY)
     return f"it would take {MANY} seeds or more" if needed == MANY else f"it would take about {needed} seeds"
 
@@ -332,7 +350,7 @@ def headlines(verdicts: pd.DataFrame) -> str:
         mine, cells, statements = main[main["claim"].isin(about["claims"])], {}, {}
         for _, v in mine.iterrows():
             unit = {"nats per token": "nats", "of the perplexity gap": "share"}.get(v["unit"], v["unit"])
-            said = [v["note"]] * (v["test"] in ("gap", "memory"))
+            said = [v["note"]] * (v["test"] in ("gap", "memory", "combined"))
             said += re.findall(rf"borderline|fewer than {SEEDS} seeds", v["reason"])
             effect = effect_words(v).removesuffix(v["unit"]).strip().replace("-", "−").replace(" [", "<br>[")
             mark = MARKS[v["verdict"]] + "†" * bool(v["older"])
@@ -382,13 +400,13 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
     return "\n".join([" ".join(said), "", *tables.markdown(header, rows)])
 
 
-def pages(records: Path, page_path: Path, readme: Path | None) -> dict[Path, str]:
+def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "laptop") -> dict[Path, str]:
     """What the page, article and tables beside it and, if one is given, the README and ARTIFACT.md should hold."""
     runs, ladder = load(records), load(records / "ladder")
-    verdicts = judge(runs, ladder=ladder)
+    verdicts = judge(runs, ladder=ladder, profile=profile)
     texts = {page_path: page(verdicts)} | {page_path.parent / "tables" / name: text for name, text in tables.texts(runs).items()}
     counts = count_words(verdicts).partition(" Each is")[0]
-    texts[page_path.parent / "article.md"] = article(worded(verdicts), runs, page_path.parent, counts)
+    texts[page_path.parent / "article.md"] = article(worded(verdicts), runs, page_path.parent, counts, profile)
     if not readme:
         return texts
     artifacts, measured = readme.with_name("ARTIFACT.md"), records / "bench" / "files.json"

@@ -100,17 +100,17 @@ def judged(profile: str) -> str:
     if runs.empty:
         return ""
     style()
-    verdicts = judge.judge(runs, ladder=load(records / "ladder"))
+    verdicts = judge.judge(runs, ladder=load(records / "ladder"), profile=profile)
     if plot := claims(verdicts):
         caption = (
             "Central claims of the paper, a row for each and model, at its main pattern; marks: effects, lines: bootstrap "
             f"intervals over seeds and windows (95 %; equal and as good 90 %). Hollow: fewer than {SEEDS} seeds. "
-            "All claims and protocols: claims.md."
+            "†: older protocol. Verdicts are counted over these rows. All claims and protocols: claims.md."
         )
         figure, drawn, finding = plot
         publish(figure, "claims", figures, drawn, caption, {key for keys in verdicts["keys"] for key in keys}, finding)
     readme = ROOT / "README.md" if profile == "laptop" else None
-    for path, text in judge.pages(records, figures / "claims.md", readme).items():
+    for path, text in judge.pages(records, figures / "claims.md", readme, profile).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return judge.summary(verdicts)
