@@ -36,7 +36,7 @@ fail() {
     exit 1
 }
 
-suits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+suits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # Sets $bin, the folder of the environment's executables; makes .venv where no environment is active.
 find_environment() {
@@ -46,10 +46,10 @@ find_environment() {
         bin=$CONDA_PREFIX/bin
     else
         bin=$PWD/.venv/bin
-        # A .venv that was interrupted half way, or whose Python has gone, is made anew.
-        "$bin/python" -m pip --version >/dev/null 2>&1 || make_venv
+        # A .venv that was interrupted half way, or whose Python has gone, is made anew; uv's are whole without pip.
+        "$bin/python" -m pip --version >/dev/null 2>&1 || grep -qs '^uv = ' .venv/pyvenv.cfg || make_venv
     fi
-    suits "$bin/python" || fail "Python >= 3.10 is needed; $bin/python is $("$bin/python" --version 2>&1 || true)"
+    suits "$bin/python" || fail "Python >= 3.11 is needed; $bin/python is $("$bin/python" --version 2>&1 || true)"
 }
 
 make_venv() {
@@ -61,7 +61,7 @@ make_venv() {
             return
         fi
     done
-    fail "Python >= 3.10 with venv is needed and was not found (on Debian or Ubuntu: apt install python3-venv)"
+    fail "Python >= 3.11 with venv is needed and was not found (on Debian or Ubuntu: apt install python3-venv)"
 }
 
 # Runs a command whose output goes to the log; on a terminal its latest line is shown, overwriting itself.

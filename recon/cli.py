@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         command = next(iter(arguments), "")
         if command in ("run", "reconstruct", "plan"):  # options that are given go before those that a preset sets
-            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first = argparse.ArgumentParser(f"recon {command}", "%(prog)s [options]", add_help=False, allow_abbrev=False)
             first.add_argument("--preset", default="default")
             first.add_argument("--pruned")
             given, arguments = first.parse_known_args(arguments)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -17,14 +18,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # which pytest brings along there
-
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PYTHONS = ("3.10.0", "3.11.0", "3.12.0", "3.13.0")
+PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
 
 
 def constraints() -> dict[str, Requirement]:
@@ -186,7 +182,7 @@ def test_an_old_python_is_refused(checkout, tmp_path):
     (tmp_path / "old" / "bin").mkdir(parents=True)
     checkout.program(tmp_path / "old" / "bin" / "python", "[[ $1 == --version ]] && echo Python 3.8.18\nexit 1")
     done, _ = checkout("quick", VIRTUAL_ENV=str(tmp_path / "old"))
-    assert done.returncode == 1 and "Python >= 3.10 is needed" in done.stderr and "Python 3.8.18" in done.stderr
+    assert done.returncode == 1 and "Python >= 3.11 is needed" in done.stderr and "Python 3.8.18" in done.stderr
 
 
 PLAIN = """

@@ -183,8 +183,9 @@ def seeds(runs: pd.DataFrame, by: str) -> str:
 def protocol(runs: pd.DataFrame) -> str:
     """How runs were made and measured, in sentences: each protocol with its models and patterns, and the dense weights."""
     said = {}
-    for _, group in runs.groupby(["protocol"], sort=False):
+    for (_, recipe), group in runs.groupby(["protocol", "recipe"], sort=False):
         cells = ", ".join(dict.fromkeys(group["model"] + " " + group["pattern"]))
+        cells += f" ({RECIPE_WORDS[recipe]})" * (runs["recipe"].nunique() > 1)
         said.setdefault(protocol_words(group), []).append(cells)
     words = [f"{', '.join(cells)}: {text}" if len(said) > 1 else text for text, cells in said.items()]
     dense = {model.partition(",")[0]: said for model, said in zip(runs["model"], runs["dense"]) if said}  # whatever the recipe

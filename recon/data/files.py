@@ -62,9 +62,14 @@ def _digest(path: Path, size: int, changed: int) -> str:
         return sha_fileobj(file).hex()
 
 
+def conversion(path: Path) -> Path:
+    """Where the cache has, or will have, the checkpoint that the GGUF file `path` holds."""
+    return derived_folder(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}")
+
+
 def converted(path: Path) -> Path:
     """The folder in the cache with the checkpoint that the GGUF file `path` holds, made once."""
-    return once(derived_folder(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}"), lambda fresh: convert(path.absolute(), fresh))
+    return once(conversion(path), lambda fresh: convert(path.absolute(), fresh))
 
 
 def convert(path: Path, folder: Path) -> None:

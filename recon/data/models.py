@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from recon.data import assets, files
 from recon.errors import ReconError
 from recon.runtime import packed
+from recon.runtime.storage import cache_folder
 from recon.runtime.weights import Weights, check_finite, open_model, quantisation, read_model
 
 # The files in a folder that make up a model and its tokenizer: by suffix, and by name.
@@ -90,7 +91,10 @@ def load(
     """
     with _opened(name, revision, trust_remote_code) as (path, config):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with tempfile.TemporaryDirectory() as scratch:
+        home = None
+        if packed.is_packed(path):  # what it is unpacked to is large, and a system's own temporary folder may be in memory
+            (home := cache_folder()).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as scratch:
             model, _ = read_model(packed.plain(path, Path(scratch)), config, trust_remote_code)
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
@@ -124,6 +128,10 @@ def load_pruned(
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of the model called `name`; no other file is read. Raises `ReconError` as `locate`, or if that fails."""
+    path = Path(name)
+    if name.endswith(".gguf") and path.is_file() and not files.conversion(path).is_dir():  # its header says enough
+        with _loading(name, revision):
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     place = locate(name)
     with _loading(name, revision):
         if not Path(place).is_dir():

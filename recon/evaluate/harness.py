@@ -25,7 +25,7 @@ class BlockByBlock:
         self.device, self.config = execution.device, decoder.model.config
 
     def __call__(self, tokens: Tensor) -> SimpleNamespace:
-        """`logits` (batch, length, vocabulary) for `tokens` (batch, length): in float32, as choices would tie in bfloat16."""
+        """`logits` (batch, length, vocabulary) for `tokens` (batch, length), in the precision of the parameters."""
         states = last_states(self.decoder, tokens, self.execution)
         with Execution(self.device, "float32").holding_ends(self.decoder):
             return SimpleNamespace(logits=self.decoder.logits(tokens, states))

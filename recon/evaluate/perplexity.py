@@ -57,8 +57,8 @@ def perplexity_and_states(
     reference: a dense model, and its last block's output for the first windows, on which the divergence from it is measured.
     states: the last block's output for `tokens`, (windows, length, hidden), if it is known.
     """
-    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2 or tokens.is_floating_point():
-        said = "allowed: whole numbers, (windows, length) of at least one window of two"
+    if tokens.ndim != 2 or len(tokens) < 1 or decoder.predicted(tokens).shape[1] < 2 or tokens.is_floating_point():
+        said = f"allowed: whole numbers, (windows, length) of at least one window of {3 if decoder.reading else 2}"
         raise ReconError(f"tokens to predict are {tuple(tokens.shape)} of {tokens.dtype}; {said}")
     decoder.check_causal()
     decoder.check_length(tokens.shape[1])

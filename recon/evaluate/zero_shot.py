@@ -42,7 +42,8 @@ def zero_shot(
     Args:
         tasks: names in `BUNDLED`, which need no Hub, or in `HUB`.
         limit: documents per task, the first ones; None takes all.
-        execution: where and in what precision blocks run; default: where the model is. Logits are float32.
+        execution: where and in what precision blocks run; default: where the model is. Logits are
+            float32 if its parameters are: in less, choices tie.
 
     Returns:
         {"lm_eval_version": ..., "tasks": {task: {metric: value, metric + "_stderr": its standard error, "n": documents,

@@ -7,7 +7,7 @@ weights differ by an order of magnitude.
 AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Schedule as in the paper (arXiv 2510.14444): linear with 10 % warm-up.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,15 +44,19 @@ class Trained:
 
 
 @torch.no_grad()
-def trained(parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor]) -> list[Trained]:
+def trained(
+    parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor], stacked: Collection[nn.Parameter] = ()
+) -> list[Trained]:
     """`parameters` with their masks (1 = survives) and sizes: the root mean square of what survives of each.
 
     A vector (a bias or a norm) gets at least the root mean square of all matrices together, and so does a matrix of zeros: else
-    they would never learn. Without matrices, it is that of all vectors.
+    they would never learn. Without matrices, it is that of all vectors. stacked: those that hold several vectors, such as the
+    biases of experts.
     """
     squares = {p: p.detach().float().square().sum().item() for p in parameters}
     counts = {p: int(masks[p].count_nonzero()) if p in masks else p.numel() for p in squares}
-    matrices = [p for p in squares if p.ndim > 1] or list(squares)
+    vectors = {p for p in squares if p.ndim == 1}.union(stacked)
+    matrices = [p for p in squares if p not in vectors] or list(squares)
     least = (sum(squares[p] for p in matrices) / max(1, sum(counts[p] for p in matrices))) ** 0.5
     sizes = {p: (squares[p] / max(1, counts[p])) ** 0.5 for p in squares}
-    return [Trained(p, masks.get(p), max(size, least) if p.ndim == 1 or not size else size) for p, size in sizes.items()]
+    return [Trained(p, masks.get(p), max(size, least) if p in vectors or not size else size) for p, size in sizes.items()]

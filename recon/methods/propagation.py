@@ -10,7 +10,7 @@ A stream holds the activations of all samples at one place of a model, (samples,
 held-out ones. Of each model one stream is kept: the one that the next window starts from.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -56,8 +56,18 @@ class Streams:
         return X, Y, statistics
 
     def mixed_task(self, f: Window) -> Task:
-        """Inputs are what the reconstructed model hands on; targets are the dense model's own activations."""
-        return self._sparse_inputs(f), *self._dense_outputs(f)
+        """Inputs are what the reconstructed model hands on; targets are the dense model's own activations.
+
+        Where both halves of a block read its input, and are added to it once, the MLP is to make up for what attention, which is
+        fitted by then, leaves: its target is the dense block's output without what the reconstructed attention adds.
+        """
+        X, (Y, statistics) = self._sparse_inputs(f), self._dense_outputs(f)
+        if f.parallel and f.half == "mlp":
+            block, attention = Window(f.blocks), replace(f, half="attention")
+            whole = self.forward(self.teacher, block, self.dense)
+            self._runs[block.blocks, block.half] = whole, {}, {}  # where the dense stream moves on to
+            Y = self.forward(self.student, attention, X).sub_(X).neg_().add_(whole)
+        return X, Y, statistics
 
     # --- from window to window --------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def reconstruct(
     """Reconstructs `model` in place against `dense`, window by window; pruned weights stay exact zeros.
 
     Args:
-        model: the pruned model, or its `Decoder`; same architecture as `dense`; parameters in float32.
+        model: the pruned model, or its `Decoder`; same architecture as `dense`; parameters of both in float32.
         dense: the model before pruning, left unchanged.
         samples: calibration tokens (samples, length), or batches of them; see `recon.methods.samples`.
         masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
@@ -90,6 +90,7 @@ def reconstruct(
     student = decompose(model, like=teacher)
     execution = execution or Execution(teacher.device)
     check_trainable(student, config.adapter)
+    check_trainable(teacher, "none")
     tokens, count = with_held_out(samples, held_out)
     teacher.check_length(length := tokens.shape[1])
     windows, pruner = teacher.windows(config.granularity), None
@@ -181,9 +182,9 @@ class Reconstruction:
         before, count, losses, batch = self._error(f, X, Y, variance), sum(p.numel() for p in theta.values()), [], 0
         if self.exact:
             self._solve_exactly(f, X, Y, statistics, theta)
-        if config.solver == "adamw":
+        if config.solver == "adamw" and theta:
             count, losses = self._descend(f, X, Y, variance, theta)
-            batch = self.execution.micro_batch or config.batch_size
+            batch = min(self.execution.micro_batch or config.batch_size, config.batch_size)
         after = self._error(f, X, Y, variance)
         # Only held-out text shows the harm of too high a learning rate.
         grew = config.roll_back and "held_out" in after and after["held_out"] > before["held_out"]
@@ -279,4 +280,5 @@ class Reconstruction:
             masks = dict(stored({name: matrix for name, matrix in matrices.items() if name not in alone}, self.masks, device))
             masks |= {leaf: factors(alone[name].oriented(self.masks[name]), device) for name, leaf in leaves.items()}
             with requiring_gradients(rest), self.student.using(f, leaves) if alone else contextlib.nullcontext():
-                yield trained([*rest, *leaves.values()], masks)
+                biases = {theta[name] for name in theta.keys() & {matrix.bias_name for matrix in matrices.values()}}
+                yield trained([*rest, *leaves.values()], masks, biases)

@@ -56,6 +56,8 @@ def retrain(
     student, samples = decompose(model), as_tokens(samples)
     student.check_causal()
     student.check_length(samples.shape[1])
+    if student.predicted(samples).shape[1] < 2:
+        raise ReconError(f"calibration samples of {samples.shape[1]} tokens hold none to predict from others; give longer ones")
     check_trainable(student, method)
     execution = execution or Execution(student.device)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
@@ -70,9 +72,10 @@ def retrain(
             random = generator(seed, "adapters")
             training = adapted([*matrices.values()], masks, method, config.retrain_rank, random, callbacks)
         else:
-            theta = {name: parameter for name, parameter in every.items() if method == "full" or parameter.ndim == 1}
+            vectors = {name for name, each in every.items() if each.ndim == 1} | {each.bias_name for each in matrices.values()}
+            theta = {name: parameter for name, parameter in every.items() if method == "full" or name in vectors}
             kept = dict(stored(matrices, masks, execution.device)) if method == "full" else {}
-            training = contextlib.nullcontext(trained(theta.values(), kept))
+            training = contextlib.nullcontext(trained(theta.values(), kept, [theta[name] for name in vectors & theta.keys()]))
         before = {name: parameter.detach().clone() for name, parameter in theta.items()}
         with requiring_gradients(every.values(), False), training as parameters:
             with requiring_gradients([each.parameter for each in parameters]):
@@ -81,14 +84,14 @@ def retrain(
             seconds = time.perf_counter() - began
         fine = settle(name, theta, before, losses)
         student.forget()
-    count, batch = sum(each.parameter.numel() for each in parameters), execution.micro_batch or config.retrain_batch_size
+    count, batch = sum(each.parameter.numel() for each in parameters), config.retrain_batch_size
+    batch = min(execution.micro_batch or batch, batch)
     return Report(count, losses, seconds, RETRAINED if fine else NOT_FINITE, batch)
 
 
 def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:
     """Mean over predicted tokens, in nats; tokens (batch, length)."""
-    # In the backward pass the blocks run under the execution again, which it is not part of otherwise.
-    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), execution))
+    again = partial(checkpoint, use_reentrant=False)
     blocks = student.blocks if checkpointing else ()
     with execution, replaced({block: partial(again, block.forward) for block in blocks}):
         logits = student.run(tokens).logits[:, :-1].flatten(0, 1)

@@ -30,8 +30,10 @@ def as_tokens(samples: Tensor | Iterable, what: str = "calibration samples") -> 
     return tokens
 
 
-def _rows(item: Tensor | list | Mapping) -> Tensor:
-    """Tokens (batch, length) of one item."""
+def _rows(item: Tensor | list | tuple | Mapping) -> Tensor:
+    """Tokens (batch, length) of one item; of a list of tensors, as a `TensorDataset` gives, the first."""
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        item = item[0]
     if isinstance(item, Mapping):
         if not torch.as_tensor(item.get("attention_mask", 1)).all():
             raise ReconError("samples are padded (attention_mask has zeros): padding would count as text")

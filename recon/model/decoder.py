@@ -178,7 +178,11 @@ class Decoder:
         """
         calls: list[tuple[Tensor, tuple, dict]] = []
 
-        def note(index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
+        def note(index: int, forward: Callable, *args, **kwargs):
+            if not args:
+                what = f"block {index} of {type(self.model).__name__} is not given hidden states as its first argument"
+                raise ReconError(f"{what}, so the model cannot be decomposed")
+            hidden, *args = args
             calls.append((hidden, args, kwargs))
             if index == last:
                 raise Stop
@@ -250,6 +254,9 @@ class Decoder:
         if granularity == "matrix":
             if routed := next((name for name, matrix in self.matrices().items() if matrix.routed), None):
                 why = f"it has experts, such as {routed!r}, which read tokens of their own; use half-block or a larger one"
+                raise ReconError(f"matrix windows do not fit {kind}: {why}")
+            if (empty := next((index for index, groups in enumerate(self.groups) if not groups), None)) is not None:
+                why = f"block {empty} has no matrix that can be pruned; use half-block or a larger one"
                 raise ReconError(f"matrix windows do not fit {kind}: {why}")
             groups = [(index, group, group == groups[-1]) for index, groups in enumerate(self.groups) for group in groups]
             return [Window(range(index, index + 1), matrices=group, ends_block=last) for index, group, last in groups]

@@ -20,7 +20,8 @@ class EncoderDecoder(Decoder):
 
     Each sample is cut in two: the encoder reads its first half, and the decoder predicts the second, given the first. The
     residual stream is divided in the same way: an encoder block changes its first half, a decoder block its second. Errors and
-    losses are means over all tokens, and so include the half that a block does not change. Windows are made of whole blocks.
+    losses are means over all tokens, and so include the half that a block does not change; of first tokens, the encoder's alone
+    is left out. Windows are made of whole blocks.
     Parameters that other blocks' arguments are computed from, such as biases of relative positions, are in no window.
     """
 

@@ -69,7 +69,7 @@ def pack_files(folder: Path, target: Path) -> None:
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors, noted = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise ReconError(f"{str(file)!r} cannot be read: {error}") from error
         about = {"shapes": {name: list(each.shape) for name, each in tensors.items()}, "metadata": noted or {}}
         new = target / file.name.replace(".safetensors", ".packed.safetensors")

@@ -246,7 +246,8 @@ class Storage:
             return torch.empty(shape, dtype=dtype, pin_memory=pinned)
         with self._writing(), tempfile.NamedTemporaryFile(dir=self.folder) as file:
             # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
-            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            allocate = getattr(os, "posix_fallocate", lambda number, start, size: os.ftruncate(number, size))  # macOS has none
+            allocate(file.fileno(), 0, size * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
 
     def delete(self, begun: bool = True) -> None:

@@ -113,7 +113,7 @@ def spread(how: Ray, on_cpu: bool, function: Callable, tasks: Iterable) -> Itera
 
     threads, gpus, count = how.request(ray.cluster_resources(), on_cpu)
     kind = ray.remote(Worker).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=ATTEMPTS - 1)
-    shared, left, waiting = ray.put(function), iter(tasks), 0
+    shared, left, waiting, lost = ray.put(function), iter(tasks), 0, None
     workers = [kind.remote(threads, shared) for _ in range(count)]
     pool = ActorPool(workers)
     try:
@@ -125,10 +125,13 @@ def spread(how: Ray, on_cpu: bool, function: Callable, tasks: Iterable) -> Itera
                 return
             while waiting < count and (idle := pool.pop_idle()):  # where these were, a lost worker may start again
                 ray.kill(idle)
+            if not pool.has_next():
+                raise ReconError(f"no worker of the Ray cluster is left; the last one was lost by: {lost}")
             waiting -= 1
             try:
                 yield pool.get_next_unordered()
             except ray.exceptions.RayError as error:
+                lost = error
                 yield error
     finally:
         for worker in workers:

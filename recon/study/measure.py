@@ -161,13 +161,15 @@ def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) ->
         "evaluation": "perplexity: exp of the mean negative log-likelihood over all but the first token of each window; "
         f"{windows} x {how.evaluation_length} tokens (evaluation split), every window on its own; "
         f"{PROTOCOLS[how.evaluation_protocol]}; {str(dtype).removeprefix('torch.')} products, float32 loss",
-        "kl": f"KL(dense || model) per token, on the first {how.kl_windows} evaluation windows",
+        "kl": f"KL(dense || model) per token, on up to {how.kl_windows} evaluation windows of each text, the first ones",
         "flops": "counted by torch on shapes, as if the run shared nothing",
         "drift": "share of the variance of the dense residual stream after each block that is unexplained, mean over channels "
         f"and over all tokens but the first of each sample, on {calibration.held_out_samples} x {read} (validation split)",
         "held_out_error": "drift after the last block",
         "rolled_back": "a window is rolled back where the unexplained share of its own target grew on the first "
-        f"{ERROR_SAMPLES} of these samples",
+        f"{min(ERROR_SAMPLES, calibration.held_out_samples)} of these samples"
+        if spec.reconstruction.roll_back and calibration.held_out_samples
+        else "a window is rolled back only where a value is not finite",
         "zero_shot": f"{', '.join(how.tasks)}: {asked}" if how.tasks else "none",
         "share_recovered": "1 - log(reconstructed / dense) / log(pruned / dense), in perplexities",
         "token_hashes": texts.hashes(),

@@ -144,7 +144,7 @@ def trained(spec: RunSpec, decoder: Decoder) -> Iterator[Trained]:
 
 
 def flops(spec: RunSpec) -> dict[str, float]:
-    """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate" (perplexity).
+    """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate" (without tasks).
 
     As if the run shared nothing: products with weights (forward, both gradients), causal attention, Gram matrices, adapters,
     exact solvers; no element-wise work.
@@ -177,7 +177,8 @@ def flops(spec: RunSpec) -> dict[str, float]:
         found["prune"] += 2 * products * (admm.ROUNDS + admm.ITERATIONS + 2)
         found["prune"] += admm.ROUNDS / admm.EVERY * sum(matrix.weight.shape[1] ** 3 for matrix in matrices.values())
 
-    for part in trained(spec, decoder):
+    parts = [*trained(spec, decoder)]
+    for part in parts:
         per_token, per_pass = counted(decoder, part.window, length, part.how.train), 0.0
         if part.how.adapter != "none":  # made into weights, and back into gradients
             per_pass = 6 * part.how.rank * sum(map(weights.get, decoder.matrices(part.window)))
@@ -201,9 +202,12 @@ def flops(spec: RunSpec) -> dict[str, float]:
         errors = ERROR_SAMPLES * length * forward * ((spec.calibration.held_out_samples > 0) + 2)
         found["reconstruct"] += per_token * tokens["reconstruct"] + errors
 
-    evaluated = sum(spec.evaluation.windows.values()) * spec.evaluation.evaluation_length
-    measured = 2 + (found["reconstruct"] + found["retrain"] > 0)  # models
-    return found | {"evaluate": measured * evaluated * (head + counted(decoder, whole, spec.evaluation.evaluation_length))}
+    windows, read, measured = spec.evaluation.windows.values(), spec.evaluation.evaluation_length, 2 + (len(parts) > 0)  # models
+    evaluated = measured * sum(windows) * read * (head + counted(decoder, whole, read))
+    evaluated += (measured - 1) * sum(min(count, spec.evaluation.kl_windows) for count in windows) * read * head
+    # Drift runs the dense model beside each other one.
+    held_out = spec.calibration.held_out_samples * length * (measured * head + (2 * measured - 1) * forward)
+    return found | {"evaluate": evaluated + held_out}
 
 
 @functools.cache
@@ -239,7 +243,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
         read = (group[0] for index in window.blocks for group in decoder.groups[index])
         columns = [matrices[name].weight.shape[1] for name in read if name in matrices]
         by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
-        grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns) ** 2) if by_grams else 0
+        grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns, default=0) ** 2) if by_grams else 0
         by_slopes = rule.statistics == "gradient" and phase != "retrain"
         vectors = phase == "retrain" and spec.retraining.retrain == "norms"
         sizes = {
@@ -335,7 +339,8 @@ class Plan:
         streams = width * length * (spec.calibration.samples + min(spec.calibration.held_out_samples, ERROR_SAMPLES))
         other = [count * spec.evaluation.evaluation_length for count in spec.evaluation.windows.values()]
         # Passes that only run the model read all samples, too, and give as much.
-        streams = max(streams, 8 * config.hidden_size * max(spec.samples_by_phase["prune"] * length, *other))
+        other += [spec.samples_by_phase["prune"] * length, 2 * spec.calibration.held_out_samples * length]  # through two models
+        streams = max(streams, 8 * config.hidden_size * max(other))
         disk = {"work folder": (5 + 4 * spec.changes_weights) * self.elements + streams, "saved model": 4 * self.elements}
         kept = {"streams": streams, "margin": MARGIN, "models": models_in_memory(spec)}
         if self.streamed:
@@ -351,7 +356,8 @@ class Plan:
         """Why the run cannot fit here, and what to try; empty if it can."""
         tight = [(room, needs / GIB, has / GIB) for room, (needs, has) in self.rooms.items() if needs > has]
         said = " and ".join(f"{needs:.1f} GiB of {room}, of which there are {has:.1f} GiB" for room, needs, has in tight)
-        return said and f"this run needs {said}; try smaller windows or --stream yes"
+        advice = " or --stream yes" * (not self.streamed and self.spec.retraining.retrain == "none")
+        return said and f"this run needs {said}; try smaller windows{advice}"
 
     def __str__(self) -> str:
         spec, granularity = self.spec, self.spec.reconstruction.granularity
@@ -362,7 +368,7 @@ class Plan:
         needs = ", ".join(f"{needs / GIB:.2f} GiB of {has / GIB:.1f} GiB {room}" for room, (needs, has) in self.rooms.items())
         rows = {
             "run": f"{spec.model.model}, {mask}, {granularity}: about {total} on this machine "
-            f"({times}); about {self.rooms['memory'][0] / GIB:.1f} GiB of memory",
+            f"({times}{'; and tasks' * bool(spec.evaluation.tasks)}); about {self.rooms['memory'][0] / GIB:.1f} GiB of memory",
             "model": f"{self.elements:,} parameters, kept {'on disk' if self.streamed else 'in memory'}",
             "windows": f"{len(self.decoder.windows(granularity)) if granularity != 'none' else 0} of {granularity}",
             "operations": ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count),
@@ -386,12 +392,12 @@ def check(spec: RunSpec, stream: str = "auto", force: bool = False, loaded: int 
 
 
 def announce(specs: list[RunSpec]) -> None:
-    """Logs how long `specs`, runs of one study, will take at most: what they share is computed once."""
-    spent = 0.0
+    """Logs how long `specs`, runs of one study, will take at most: what they share is computed once. Tasks are not counted."""
+    spent, tasks = 0.0, " without tasks" * any(spec.evaluation.tasks for spec in specs)
     for spec, count in Counter(replace(spec, seed=0) for spec in specs).items():
         with contextlib.suppress(ReconError):  # the run will say what is wrong with it, in its record
             spent += count * sum(Plan(spec).seconds.values())
-    log.info("study: %d runs, at most %s on this machine", len(specs), duration(spent))
+    log.info("study: %d runs, at most %s on this machine%s", len(specs), duration(spent), tasks)
 
 
 def _width(matrices: Iterable[Matrix]) -> float:

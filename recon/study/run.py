@@ -111,7 +111,8 @@ def run(
     Raises `ReconError` for bad input, a run that cannot fit here, or another process that does it; before anything long begins.
     """
     spec, session, save = spec.resolved(), session or Session(), options.save
-    cluster.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins
+    if spec.reconstruction.granularity != "none":
+        cluster.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins
     if spec.evaluation.tasks:
         zero_shot.check_tasks(spec.evaluation.tasks)
     key, stream = spec.key(), options.stream
@@ -136,7 +137,7 @@ def run(
         if stream == "auto":  # what was begun so may fit into memory by now; what is in memory fits into it
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
         streamed = plan.stays_on_disk(spec, stream, device.available_memory())
-        if not begun:
+        if not (begun and streamed):
             plan.check(spec, "yes" if streamed else "no", options.force, session.bytes_loaded(spec))
         if streamed:
             log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
@@ -148,6 +149,8 @@ def run(
         for callback in callbacks:
             callback.on_done(result.record)
         storage.delete()
+        if begun and not streamed:  # an earlier try was
+            Storage(folder, work).delete()
     return result
 
 
@@ -205,6 +208,8 @@ class _Run(Callback):
         record.environment = environment(self.device, spec.compute.compute_dtype)
         if storage.folder:
             record.environment |= {"streamed": True, "resumed": resumed}
+        if cluster.settings(self.options.executor):
+            record.environment["executor"] = "ray"  # its seconds are those of several workers
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
         record.status, record.seconds["total"] = "done", time.perf_counter() - began
         if self.options.save:
@@ -215,6 +220,7 @@ class _Run(Callback):
                 with self.phase("save"):
                     checkpoint.write(self.model, self.tokenizer, folder, record, self.options)
                 record.seconds["total"] = time.perf_counter() - began
+                record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
                 write_record(record, folder / files.RECORD)
         return RunResult(record, None if storage.folder else self.model.model)
 

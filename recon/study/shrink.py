@@ -51,8 +51,8 @@ def shrink(name: str, folder: Path | str) -> list[str]:
 
         def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
             for each, value in stored.read(names):
-                dim, kept = cuts.get(each, (0, torch.ones(len(value), dtype=torch.bool)))
-                yield each, value.index_select(dim, kept.nonzero()[:, 0])
+                dim, kept = cuts.get(each, (0, None))
+                yield each, value if kept is None else value.index_select(dim, kept.nonzero()[:, 0])
 
         small = skeleton(config)
         small.tie_weights()
@@ -130,8 +130,10 @@ def _configured(decoder: Decoder, config: PretrainedConfig, changes: dict[str, i
     except Exception as error:  # a configuration may refuse a value in any way
         return f"{type(config).__name__} cannot have {names} ({' '.join(str(error).split())})"
     for name, parameter in decoder.model.named_parameters(remove_duplicate=False):
-        dim, kept = cuts.get(name, (0, torch.ones(len(parameter))))
-        wanted = [*parameter.shape[:dim], int(kept.sum()), *parameter.shape[dim + 1 :]]
+        dim, kept = cuts.get(name, (0, None))
+        wanted = list(parameter.shape)
+        if kept is not None:
+            wanted[dim] = int(kept.sum())
         if name not in made or list(made[name].shape) != wanted:
             found = list(made[name].shape) if name in made else "missing"
             return f"{type(config).__name__} has no fields for it; with {names}, {name!r} is {found}, not {wanted}"

@@ -35,11 +35,14 @@ class _Writer(Callback):
         self.path, self.key = path, key
 
     def on_done(self, record: RunRecord) -> None:
-        if self.key and record.key != self.key:
-            said = "the model or texts that it reads have changed, or are others where it ran"
-            raise ReconError(f"its key is {record.key} by now: {said}")
+        self.check(record.key)
         if self.path:
             write_record(record, self.path)
+
+    def check(self, now: str) -> None:
+        if self.key and now != self.key:
+            said = "the model or texts that it reads have changed, or are others where it runs"
+            raise ReconError(f"its key is {now} by now: {said}")
 
 
 def run_to_record(
@@ -55,8 +58,9 @@ def run_to_record(
         if path.is_dir():
             raise ReconError(f"record {str(path)!r} is a folder; name a file")
     try:
-        key = key or (spec.key() if path else "")
-        return run(spec, options, session=session, callbacks=[_Writer(path, key)]).record, None
+        writer, key = _Writer(path, key), spec.key() if path or key else ""
+        writer.check(key)
+        return run(spec, options, session=session, callbacks=[writer]).record, None
     except Exception as error:
         said = str(error) if isinstance(error, ReconError) else "".join(traceback.format_exception(error))
         record = RunRecord(spec.flat(), key, "failed", said)
@@ -118,7 +122,7 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
     if len(specs) > 1:
         plan.announce(list(specs.values()))
     work = partial(_work, folder, RunOptions(progress=progress and how is None), Session())
-    tasks, on_cpu = [(key, specs[key]) for key in order], any(spec.compute.device == "cpu" for spec in specs.values())
+    tasks, on_cpu = [(key, specs[key]) for key in order], all(spec.compute.device == "cpu" for spec in specs.values())
     answers = (work(task) for task in tasks) if how is None else spread(how, on_cpu, work, tasks)
     records, lost = {}, None
 
@@ -141,7 +145,7 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
             else:
                 keep(*answer)
     for key in specs.keys() - records.keys():
-        said = f"{ATTEMPTS} workers were lost with this in hand, the last one by: {' '.join(str(lost).split())}"
+        said = f"no worker finished it in up to {ATTEMPTS} attempts, the last one ended by: {' '.join(str(lost).split())}"
         keep(key, RunRecord(specs[key].flat(), key, "failed", said))
     return records
 

@@ -275,6 +275,8 @@ def without_tokenizer(tmp_path, monkeypatch):
 )
 def test_gguf_is_unpacked_once_as_transformers_reads_it_and_named(kind, file_type, said, tmp_path, without_tokenizer, capfd):
     file = write_gguf(tmp_path / "tiny.gguf", kind, file_type)
+    planned = models.configuration(str(file))
+    assert planned.num_hidden_layers == 2 and not (tmp_path / "cache").exists()  # from its header
     place = models.locate(str(file))
     assert capfd.readouterr() == ("", "")  # no bars
     how = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}

@@ -32,6 +32,8 @@ def test_sizes_are_those_of_what_survives():
     size = (25 / 3) ** 0.5
     assert_close([each.size for each in given], [size, size, 10.0])  # a bias of zeros learns, too
     assert_close([each.size for each in trained([zeros, norm], {})], [50**0.5, 10.0])
+    stacked = nn.Parameter(torch.full((2, 2), 1e-3))  # biases of two experts learn as other biases do
+    assert_close([each.size for each in trained([weight, stacked], {weight: mask}, [stacked])], [size, size])
     silent = nn.Parameter(torch.zeros(2, 2))  # and so does a matrix of zeros, at the size of all matrices together
     assert_close([each.size for each in trained([weight, silent], {weight: mask})], [size, (25 / 7) ** 0.5])
 

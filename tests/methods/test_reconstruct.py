@@ -164,6 +164,29 @@ def test_half_blocks_lower_the_error_on_unseen_samples(dense, pruned, tokens, st
 
 
 @torch.no_grad()
+def test_halves_that_read_one_input_mend_its_error_once(made, tokens):
+    """Under mixed propagation, an MLP that meets its target makes the block give what the dense block gives, whatever attention
+    and the blocks before it left."""
+    dense, seen = made("gpt_neox"), []
+    student, batch = copied(dense), tokens(5, 12)
+    prune(student, config=PruningConfig("magnitude", "0.7"), execution=FLOAT32)
+    run(student, dense, batch, execution=looking(seen), propagation="mixed")
+    theirs, ours = residuals(dense, batch), residuals(student, batch)
+    for index, (X, Y) in enumerate(seen[1::2]):  # MLP halves
+        assert_close(X, ours[index], rtol=1e-4, atol=1e-4)
+        attention = student.forward(Window(range(index, index + 1), "attention", parallel=True), X) - X
+        assert_close(attention + Y, theirs[index + 1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def residuals(decoder, batch):
+    """The residual stream before each block and after the last."""
+    streams = [decoder.embed(batch)]
+    for f in decoder.windows("block"):
+        streams.append(decoder.forward(f, streams[-1]))
+    return streams
+
+
 def activations(model, batch):
     """Window name -> (input, output), from one plain forward pass of a two-block Llama."""
     seen, modules = {}, {}

@@ -49,6 +49,15 @@ def test_every_method_lowers_the_loss_keeps_every_zero_and_changes_only_what_it_
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
+def test_biases_of_stacked_experts_are_biases(tokens):
+    model = make_model("gpt_oss")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    retrain(model, tokens(4, 12), RetrainingConfig("norms"), execution=FLOAT32)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.endswith("gate_up_proj_bias") for name in changed)
+    assert not any(name.endswith(("gate_up_proj", "q_proj.weight")) for name in changed)
+
+
 def test_full_retraining_is_masked_adamw_step_by_step(tokens):
     """Against the same in a few plain lines."""
     _, model, masks = halved()

@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,34 @@ class Notes:
         if task == "breaks":
             raise RuntimeError("a bug")
         return task, torch.get_num_threads()
+
+
+def test_when_no_worker_is_left_the_last_loss_is_told(monkeypatch):
+    """Ray's own pool drops a worker that cannot start, and then has nothing to wait for."""
+    ray = pytest.importorskip("ray")
+    from ray.util import ActorPool
+
+    class Gone(ActorPool):
+        def submit(self, fn, value):
+            self._future_to_actor.setdefault("task", value)
+
+        def has_next(self):
+            return bool(self._future_to_actor)
+
+        def get_next_unordered(self):
+            self._future_to_actor.clear()
+            raise ray.exceptions.RayActorError
+
+    fake = SimpleNamespace(
+        cluster_resources=lambda: {"CPU": 1.0}, remote=lambda *given: fake, options=lambda **asked: fake, put=lambda each: each,
+        kill=lambda worker: None, exceptions=ray.exceptions,
+    )  # fmt: skip
+    monkeypatch.setattr(clusters, "connect", lambda address: fake)
+    monkeypatch.setattr("ray.util.ActorPool", Gone)
+    answers = spread(Ray(), True, len, ["a", "b"])
+    assert isinstance(next(answers), ray.exceptions.RayActorError)
+    with pytest.raises(ReconError, match="no worker of the Ray cluster is left; the last one was lost by"):
+        next(answers)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from fixtures.families import small_model
-from fixtures.models import FAMILIES, make_model, random_tokens
+from fixtures.models import FAMILIES, copied, make_model, random_tokens
 from fixtures.runs import record_of, result_of
 from test_refusals import refuse
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,7 @@ from recon import Execution, PruningConfig, ReconError, RunSpec, cli, decompose,
 from recon.data import models
 from recon.data.text import SPLITS
 from recon.runtime.device import resident
-from recon.study import plan
+from recon.study import measure, plan
 
 QUIET = Execution(compute_dtype="float32", progress=False)
 LONGER = {"samples": 32, "sequence_length": 48}
@@ -99,12 +99,33 @@ def test_operations_are_those_that_run(options, config_folder):
     assert plan.flops(spec)[phase] == pytest.approx(counter.flops, rel=0.15 if "exact" in options.values() else 0.07)
 
 
+@pytest.mark.parametrize("held_out, options", [(0, {}), (24, {}), (24, {"granularity": "none", "retrain": "norms"})])
+def test_operations_of_measuring_are_those_that_run(held_out, options, config_folder):
+    dense = make_model("llama", **SIZES)
+    how = {
+        "evaluation_samples": 8,
+        "evaluation_length": 12,
+        "kl_windows": 4,
+        "sequence_length": 12,
+        "evaluation_texts": ("news",),
+    }
+    spec = RunSpec.of(**how, held_out_samples=held_out, model=config_folder(dense.config.to_dict()), **options)
+    teacher, read = decompose(dense), random_tokens(held_out, 12) if held_out else None
+    texts = measure.Texts(random_tokens(2, 12), read, {"news": random_tokens(8, 12)})
+    with Counter() as counter:
+        _, states = measure.measure(teacher, "dense", texts, spec.evaluation, None, QUIET)
+        for name in ("pruned", "reconstructed"):
+            measure.measure(copied(teacher), name, texts, spec.evaluation, None, QUIET, (teacher, states))
+    assert plan.flops(spec)["evaluate"] == pytest.approx(counter.flops, rel=0.07)
+
+
 def test_operations_count_the_experts_that_a_token_sees(config_folder, tmp_path):
     found = {}
     for seen in (4, 2):
         model = make_model("mixtral", num_experts_per_tok=seen, num_hidden_layers=2)
         model.config.save_pretrained(tmp_path / str(seen))
-        spec = RunSpec.of(model=str(tmp_path / str(seen)), sequence_length=16, evaluation_length=16, granularity="block")
+        short = {"sequence_length": 16, "evaluation_length": 16, "held_out_samples": 0, "kl_windows": 0}
+        spec = RunSpec.of(model=str(tmp_path / str(seen)), **short, granularity="block")
         found[seen] = plan.flops(spec)["evaluate"]
     experts = sum(matrix.weight.numel() for matrix in decompose(model).matrices().values() if matrix.expert is not None)
     assert found[4] - found[2] == 3 * spec.evaluation.evaluation_samples * 16 * 2 * experts / 2
