@@ -138,6 +138,11 @@ def test_the_work_of_another_run_is_refused_and_that_of_the_same_goes_on(spec, t
         record_of(spec.replaced(learning_rate=1e-3), save=saved, stream="yes")
     same = record_of(spec.replaced(prune_samples=3), save=saved)  # said in another way; streamed, as it was begun so
     assert same.environment["resumed"] and not list(tmp_path.glob("*.unfinished"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        Death(patch, 12)
+        record_of(spec, save=tmp_path / "again", stream="yes")
+    record_of(spec, save=tmp_path / "again", stream="no")  # from the beginning, in memory
+    assert not list(tmp_path.glob("*.unfinished"))
     (notes := tmp_path / "new.unfinished" / "notes.txt").parent.mkdir()
     notes.write_text("of somebody")
     with pytest.raises(ReconError, match=r"new\.unfinished' is where a run would keep .* holds something else; move it"):

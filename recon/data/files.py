@@ -46,7 +46,14 @@ def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> 
     patterns = [*FILES, "*.py"] if code else list(FILES)
     folder = Path(snapshot_download(name, revision=commit(name, revision), allow_patterns=patterns))
     if revision in (None, "main") and not any(folder.glob("model*.safetensors*")):
-        folder = Path(snapshot_download(name, revision=get_conversion_pr_reference(HfApi(), name), allow_patterns=patterns))
+        try:
+            converted = get_conversion_pr_reference(HfApi(), name)
+        except Exception:  # without a connection: the one that was fetched before
+            known = sorted((folder.parents[1] / "refs" / "refs" / "pr").glob("*"))
+            if not known:
+                raise
+            converted = f"refs/pr/{known[-1].name}"
+        folder = Path(snapshot_download(name, revision=converted, allow_patterns=patterns))
     return folder
 
 

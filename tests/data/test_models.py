@@ -155,9 +155,10 @@ def hub(tmp_path, monkeypatch):
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
             hub["fetched"].add(file.name)
-        if revision is None:
-            (target.parents[1] / "refs").mkdir(exist_ok=True)
-            (target.parents[1] / "refs" / "main").write_text(commit)
+        if revision is None or revision.startswith("refs"):
+            noted = target.parents[1] / "refs" / (revision or "main")
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            noted.write_text(commit)
         return str(target)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
@@ -170,7 +171,7 @@ def hub(tmp_path, monkeypatch):
     return hub
 
 
-def test_what_is_loaded_from_the_hub_is_the_commit_that_its_fingerprint_names(hub, folder, tiny_folder):
+def test_what_is_loaded_from_the_hub_is_the_commit_that_its_fingerprint_names(hub, folder, tiny_folder, monkeypatch):
     """Though a newer one is out; and nothing is fetched that is not read."""
     for name in ("consolidated.safetensors", "modeling.py", "pytorch_model.bin"):
         (folder / name).write_text("the same once more")
@@ -184,6 +185,12 @@ def test_what_is_loaded_from_the_hub_is_the_commit_that_its_fingerprint_names(hu
     # A repository with a pickle only: at no other revision than the newest does the Hub offer a conversion.
     (folder / "model.safetensors").unlink()
     assert models.load("me/old")
+    with monkeypatch.context() as patch:  # without a connection
+        patch.setattr(safetensors_conversion, "get_conversion_pr_reference", Mock(side_effect=ConnectionError("offline")))
+        assert models.load("me/old")
+        hub["repositories"]["me/older"] = folder
+        with pytest.raises(ReconError, match="model 'me/older' cannot be loaded: .*offline"):
+            models.load("me/older")
     with pytest.raises(ReconError, match="model 'me/old' at revision 'v1' cannot be loaded: .*no file named model.safetensors"):
         models.load("me/old", "v1")
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -180,6 +181,19 @@ def works_between_blocks(model):
     inner.forward = forward
 
 
+def gives_hidden_states_by_name(model):
+    inner = model.model
+
+    def forward(input_ids, **kwargs):
+        hidden = inner.embed_tokens(input_ids)
+        positions = inner.rotary_emb(hidden, torch.arange(input_ids.shape[1])[None])
+        for layer in inner.layers:
+            hidden = layer(hidden_states=hidden, position_embeddings=positions, attention_mask=None)
+        return BaseModelOutputWithPast(last_hidden_state=inner.norm(hidden))
+
+    inner.forward = forward
+
+
 def shares_weights(model):
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
 
@@ -191,6 +205,7 @@ def shares_weights(model):
         (runs_twice, "'model.layers', 3 modules, run 6 times"),
         (works_between_blocks, "its 3 blocks at 'model.layers', run one after another, do not give the model's own output"),
         (lambda m: setattr(m.model.layers[1].mlp, "spare", nn.Parameter(torch.zeros(3, 4, 5))), r"'.*1\.mlp\.spare' of shape"),
+        (gives_hidden_states_by_name, "is not given hidden states as its first argument"),
         (shares_weights, "share weights: 'model.layers.0.mlp.up_proj.weight' is 'model.layers.2.mlp.up_proj.weight'"),
     ],
 )
@@ -199,6 +214,15 @@ def test_models_that_cannot_be_decomposed_are_refused(tiny, spoil, said):
     spoil(model)
     with pytest.raises(ReconError, match=f"Llama.*{said}"):
         decompose(model)
+
+
+def test_matrix_windows_need_a_matrix_in_every_block(tiny):
+    model = tiny("llama")
+    decoder = decompose(model)
+    blocks = list(decoder.structure.blocks)
+    decoder.structure = replace(decoder.structure, blocks=[blocks[0], replace(blocks[1], groups=[]), *blocks[2:]])
+    with pytest.raises(ReconError, match="matrix windows do not fit Llama.*block 1 has no matrix"):
+        decoder.windows("matrix")
 
 
 def test_what_does_not_run_is_passed_over_or_stays_dense(tiny, caplog):
