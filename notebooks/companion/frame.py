@@ -185,7 +185,8 @@ def protocol(runs: pd.DataFrame) -> str:
     said = {}
     for (_, recipe), group in runs.groupby(["protocol", "recipe"], sort=False):
         cells = ", ".join(dict.fromkeys(group["model"] + " " + group["pattern"]))
-        cells += f" ({RECIPE_WORDS[recipe]})" * (runs["recipe"].nunique() > 1)
+        told = runs["recipe"].nunique() < 2 or "," in group["model"].iloc[0]  # tables name it there
+        cells += f" ({RECIPE_WORDS[recipe]})" * (not told)
         said.setdefault(protocol_words(group), []).append(cells)
     words = [f"{', '.join(cells)}: {text}" if len(said) > 1 else text for text, cells in said.items()]
     dense = {model.partition(",")[0]: said for model, said in zip(runs["model"], runs["dense"]) if said}  # whatever the recipe
