@@ -16,7 +16,9 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
 
-NORMS, SLICE = 2048, 256  # tokens that norms are of where losses are measured; tokens whose logits exist at once
+# Where losses are measured: tokens that norms are of; samples, and tokens of each, that losses are of. Shares depend most on
+# which text that is: a few tokens of several samples tell more than as many of one.
+NORMS, PROBES, LENGTH = 2048, 4, 32
 
 
 @torch.no_grad()
@@ -24,27 +26,26 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     """The pattern of each block, by `config.allocation`; see `recon.kernels.allocation`. The model stays as it is.
 
     Where losses are measured, one block alone is pruned, by Wanda whatever the criterion, as that costs little. The loss is the
-    divergence of the model's predictions from the dense model's. It is measured on the last sample; the norms are of the
-    `NORMS` tokens before it, or of one sample if that is more.
+    divergence of the model's predictions from the dense model's. It is measured on the first `LENGTH` tokens of each of the last
+    `PROBES` samples; the norms are of the `NORMS` tokens before these, or of one sample if that is more.
 
     samples: calibration tokens (samples, length). Raises `ReconError` for too few.
     """
     sparsity, measured = Pattern.parse(config.pattern).sparsity, config.allocation == "measured"
     if measured and len(samples) == 1:
         raise ReconError("allocation is 'measured' with 1 calibration sample; it needs at least 2, to leave one out")
-    samples = samples[-1 - max(1, NORMS // samples.shape[1]) :] if measured else samples
-    count = len(samples) - measured
+    samples, probes = samples.split([len(samples) - (probed := measured * min(PROBES, len(samples) - 1)), probed])
+    samples, probes = samples[-max(1, NORMS // samples.shape[1]) :] if measured else samples, probes[:, :LENGTH]
     if noted := execution.storage.finished("allocate"):
         return [Pattern(each) for each in noted[0]]
-    stream, bar = execution.embed(decoder, samples, count), {"unit": "block", "disable": not execution.progress}
-    # states: of the last sample, behind the current block, if an earlier one alone is pruned
-    sizes, medians, states = [], [], stream[:0]
+    stream, bar = execution.embed(decoder, samples), {"unit": "block", "disable": not execution.progress}
+    # states: of the probes, behind the current block: in the dense model, and where an earlier block alone is pruned
+    sizes, medians, states = [], [], execution.embed(decoder, probes) if measured else None
     for window in tqdm(decoder.windows("block"), f"allocate ({config.allocation})", **bar):
         matrices, run = decoder.matrices(window), partial(execution.run, partial(decoder.forward, window))
         sizes.append(sum(matrix.weight.numel() for matrix in matrices.values()))
-        probe = stream[count:]
         with decoder.loaded(window):
-            stream, found, _ = gather(execution, decoder, window, stream, "norm", count)
+            stream, found, _ = gather(execution, decoder, window, stream, "norm")
             with execution.holding(decoder, window, trained=decoder.weights(window)):
                 if not measured:
                     scores = [(matrices[name].weight.float().abs() * norm).flatten() for name, norm in found.items()]
@@ -56,13 +57,13 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
                     for name, norm in found.items():
                         weight, pattern = matrices[name].weight, Pattern(sparsity + reach)
                         weight.copy_(CRITERIA["wanda"].prune(weight.float(), norm, pattern, "row", None)[0])
-                    pruned.append(run(probe))
+                    pruned.append(run(states[:probed]))
                     for name, matrix in matrices.items():
                         matrix.weight.copy_(dense[name])
-                states = torch.cat([run(states), *pruned] if len(states) else pruned)
+                states = torch.cat([run(states), *pruned])
     sizes = torch.tensor(sizes, dtype=torch.float64)
     if measured:
-        losses = torch.tensor(_divergences(decoder, samples[count:], stream[count:], states, execution), dtype=torch.float64)
+        losses = torch.tensor(_divergences(decoder, probes, states, execution), dtype=torch.float64)
         shares = by_curves(losses[::2], losses[1::2], sizes, sparsity).tolist()
     else:
         shares = dlp(torch.tensor(medians, dtype=torch.float64), sizes, sparsity).tolist()
@@ -70,14 +71,12 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     return [Pattern(each) for each in shares]
 
 
-def _divergences(decoder: Decoder, tokens: Tensor, dense: Tensor, states: Tensor, execution: Execution) -> list[float]:
-    """KL(dense || other) of predictions, mean over the `tokens` (1, length), of each of `states` (n, length, hidden)."""
-    tokens, dense, states = decoder.predicted(tokens), decoder.predicted(dense), decoder.predicted(states)
-    totals = [0.0] * len(states)
+def _divergences(decoder: Decoder, tokens: Tensor, states: Tensor, execution: Execution) -> list[float]:
+    """KL(dense || other) of predictions, mean over `tokens` (probes, length), of each model: `states` (models * probes, length,
+    hidden) are those of the dense model, and then of the others."""
+    tokens, states = (decoder.predicted(each).to(execution.device) for each in (tokens, states))
     with execution, execution.holding_ends(decoder):
-        for start in range(0, tokens.shape[1], SLICE):
-            read, wanted, others = (each[:, start : start + SLICE].to(execution.device) for each in (tokens, dense, states))
-            wanted = decoder.logits(read, wanted)[0]
-            for number, other in enumerate(others.split(1)):
-                totals[number] += kl_divergence(wanted, decoder.logits(read, other)[0]).double().sum().item()
-    return [max(total / tokens.numel(), torch.finfo(torch.float32).tiny) for total in totals]
+        logits = (decoder.logits(tokens, each).flatten(0, 1) for each in states.split(len(tokens)))
+        wanted = next(logits)
+        losses = [kl_divergence(wanted, found).double().mean().item() for found in logits]
+    return [max(loss, torch.finfo(torch.float32).tiny) for loss in losses]

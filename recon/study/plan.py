@@ -170,7 +170,8 @@ def flops(spec: RunSpec) -> dict[str, float]:
     found["prune"] += forward * tokens["prune"] * ((pruning.allocation == "dlp") + pruning.reorder_neurons)
     if pruning.allocation == "measured":
         found["prune"] += forward * min(allocation.NORMS, tokens["prune"])
-        found["prune"] += 2 * len(decoder.blocks) * length * (forward / 2 + head)
+        probed = min(allocation.PROBES * allocation.LENGTH, tokens["prune"])
+        found["prune"] += 2 * len(decoder.blocks) * probed * (forward / 2 + head)
     if pruning.criterion == "sparsegpt":
         found["prune"] += products + sum(2 * matrix.weight.shape[1] ** 3 for matrix in read)
     if pruning.criterion == "admm":

@@ -21,14 +21,15 @@ def block_of(name):
 @torch.no_grad()
 def by_hand(dense, samples, allocation, sparsity):
     """The sparsity of each of three blocks."""
-    read = inputs_of(dense.model, list(dense.matrices()), samples if allocation == "dlp" else samples[:-1])
+    read = inputs_of(dense.model, list(dense.matrices()), samples if allocation == "dlp" else samples[:-2])
     norms = {name: x.square().mean(0).sqrt() for name, x in read.items()}
     weights = {name: matrix.weight for name, matrix in dense.matrices().items()}
     sizes = torch.tensor([sum(w.numel() for name, w in weights.items() if block_of(name) == b) for b in range(3)]).double()
     if allocation == "dlp":
         scores = [[(w.abs() * norms[name]).flatten() for name, w in weights.items() if block_of(name) == b] for b in range(3)]
         return dlp(torch.stack([torch.cat(each).median() for each in scores]).double(), sizes, sparsity)
-    wanted, losses = dense.model(samples[-1:]).logits.log_softmax(-1), []
+    probes = samples[-2:, :12]
+    wanted, losses = dense.model(probes).logits.log_softmax(-1), []
     for reach in (-spread(sparsity), spread(sparsity)):
         losses.append([])
         for block in range(3):
@@ -36,18 +37,19 @@ def by_hand(dense, samples, allocation, sparsity):
             for name in (name for name in norms if block_of(name) == block):
                 weight = model.get_parameter(f"{name}.weight")
                 weight.copy_(CRITERIA["wanda"].prune(weight, norms[name], Pattern(sparsity + reach), "row", None)[0])
-            found = model(samples[-1:]).logits.log_softmax(-1)
+            found = model(probes).logits.log_softmax(-1)
             losses[-1].append((wanted.exp() * (wanted - found)).sum(-1).mean())
     return by_curves(*torch.tensor(losses).double(), sizes, sparsity)
 
 
 @pytest.mark.parametrize(("allocation", "sparsity"), [("dlp", 0.5), ("measured", 0.5), ("measured", 0.9)])
 def test_blocks_are_as_sparse_as_their_importance_says(made, tokens, allocation, sparsity, monkeypatch):
-    monkeypatch.setattr("recon.methods.allocation.NORMS", 48)
+    for name, value in {"NORMS": 48, "PROBES": 2, "LENGTH": 12}.items():
+        monkeypatch.setattr(f"recon.methods.allocation.{name}", value)
     samples, dense, student = tokens(8, 16), made("llama"), copied(made("llama"))
     config = PruningConfig(pattern=str(sparsity), scope="matrix", allocation=allocation)
     masks = prune(student, samples, config, execution=FLOAT32).masks
-    shares = by_hand(dense, samples if allocation == "dlp" else samples[-4:], allocation, sparsity).tolist()
+    shares = by_hand(dense, samples if allocation == "dlp" else samples[-5:], allocation, sparsity).tolist()
     assert max(shares) - min(shares) > 0.01
     for name, mask in masks.items():
         assert abs((~mask).sum().item() - shares[block_of(name)] * mask.numel()) <= 1  # rounded
