@@ -127,7 +127,10 @@ def load_pruned(
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the model called `name`; no other file is read. Raises `ReconError` as `locate`, or if that fails."""
+    """The configuration of the model called `name`; no other file is read, and of a GGUF file its header alone.
+
+    Raises `ReconError` as `locate`, or if that fails.
+    """
     path = Path(name)
     if name.endswith(".gguf") and path.is_file() and not files.conversion(path).is_dir():  # its header says enough
         with _loading(name, revision):

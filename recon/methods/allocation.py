@@ -34,7 +34,8 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     sparsity, measured = Pattern.parse(config.pattern).sparsity, config.allocation == "measured"
     if measured and len(samples) == 1:
         raise ReconError("allocation is 'measured' with 1 calibration sample; it needs at least 2, to leave one out")
-    samples, probes = samples.split([len(samples) - (probed := measured * min(PROBES, len(samples) - 1)), probed])
+    probed = min(PROBES, len(samples) - 1) if measured else 0
+    samples, probes = samples.split([len(samples) - probed, probed])
     samples, probes = samples[-max(1, NORMS // samples.shape[1]) :] if measured else samples, probes[:, :LENGTH]
     if noted := execution.storage.finished("allocate"):
         return [Pattern(each) for each in noted[0]]

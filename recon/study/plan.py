@@ -369,7 +369,8 @@ class Plan:
         needs = ", ".join(f"{needs / GIB:.2f} GiB of {has / GIB:.1f} GiB {room}" for room, (needs, has) in self.rooms.items())
         rows = {
             "run": f"{spec.model.model}, {mask}, {granularity}: about {total} on this machine "
-            f"({times}{'; and tasks' * bool(spec.evaluation.tasks)}); about {self.rooms['memory'][0] / GIB:.1f} GiB of memory",
+            f"({times}{', without tasks' * bool(spec.evaluation.tasks)}); "
+            f"about {self.rooms['memory'][0] / GIB:.1f} GiB of memory",
             "model": f"{self.elements:,} parameters, kept {'on disk' if self.streamed else 'in memory'}",
             "windows": f"{len(self.decoder.windows(granularity)) if granularity != 'none' else 0} of {granularity}",
             "operations": ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count),

@@ -208,7 +208,7 @@ class _Run(Callback):
         record.environment = environment(self.device, spec.compute.compute_dtype)
         if storage.folder:
             record.environment |= {"streamed": True, "resumed": resumed}
-        if cluster.settings(self.options.executor):
+        if record.windows and cluster.settings(self.options.executor):
             record.environment["executor"] = "ray"  # its seconds are those of several workers
         record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
         record.status, record.seconds["total"] = "done", time.perf_counter() - began

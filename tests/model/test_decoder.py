@@ -168,30 +168,26 @@ def runs_twice(model):
     model.model.forward = lambda **kwargs: [once(**kwargs), once(**kwargs)][0]
 
 
-def works_between_blocks(model):
+def looped(model, step):
+    """Replaces the model's loop over its blocks; step: runs one."""
     inner = model.model
 
     def forward(input_ids, **kwargs):
         hidden = inner.embed_tokens(input_ids)
         positions = inner.rotary_emb(hidden, torch.arange(input_ids.shape[1])[None])
         for layer in inner.layers:
-            hidden = 0.5 * layer(hidden, position_embeddings=positions, attention_mask=None)
+            hidden = step(layer, hidden, position_embeddings=positions, attention_mask=None)
         return BaseModelOutputWithPast(last_hidden_state=inner.norm(hidden))
 
     inner.forward = forward
+
+
+def works_between_blocks(model):
+    looped(model, lambda layer, hidden, **rest: 0.5 * layer(hidden, **rest))
 
 
 def gives_hidden_states_by_name(model):
-    inner = model.model
-
-    def forward(input_ids, **kwargs):
-        hidden = inner.embed_tokens(input_ids)
-        positions = inner.rotary_emb(hidden, torch.arange(input_ids.shape[1])[None])
-        for layer in inner.layers:
-            hidden = layer(hidden_states=hidden, position_embeddings=positions, attention_mask=None)
-        return BaseModelOutputWithPast(last_hidden_state=inner.norm(hidden))
-
-    inner.forward = forward
+    looped(model, lambda layer, hidden, **rest: layer(hidden_states=hidden, **rest))
 
 
 def shares_weights(model):

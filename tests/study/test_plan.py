@@ -102,13 +102,8 @@ def test_operations_are_those_that_run(options, config_folder):
 @pytest.mark.parametrize("held_out, options", [(0, {}), (24, {}), (24, {"granularity": "none", "retrain": "norms"})])
 def test_operations_of_measuring_are_those_that_run(held_out, options, config_folder):
     dense = make_model("llama", **SIZES)
-    how = {
-        "evaluation_samples": 8,
-        "evaluation_length": 12,
-        "kl_windows": 4,
-        "sequence_length": 12,
-        "evaluation_texts": ("news",),
-    }
+    how = {"evaluation_samples": 8, "evaluation_length": 12, "kl_windows": 4, "sequence_length": 12}
+    how["evaluation_texts"] = ("news",)
     spec = RunSpec.of(**how, held_out_samples=held_out, model=config_folder(dense.config.to_dict()), **options)
     teacher, read = decompose(dense), random_tokens(held_out, 12) if held_out else None
     texts = measure.Texts(random_tokens(2, 12), read, {"news": random_tokens(8, 12)})
