@@ -52,6 +52,8 @@ class LowRank(nn.Module):
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
-            change = self.b @ self.a
+            merged = (ALPHA * self.b) @ self.a  # in place from here on: it is as large as the weight
             factor = weight if self.kind == "scalelora" else self.mask
-            return (weight + ALPHA * (change if factor is None else change * factor)).to(dtype)
+            if factor is not None:
+                merged *= factor
+            return merged.add_(weight).to(dtype)
