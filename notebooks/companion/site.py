@@ -55,6 +55,8 @@ def stage(folder: Path) -> None:
     trees = [
         f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```\n" for title, pages in CONTENTS.items()
     ]
+    for guide in (folder / "guides").glob("*.md"):
+        guide.write_text(guide.read_text(encoding="utf-8").replace("../README.md", "../index.md"), encoding="utf-8")
     (folder / "index.md").write_text((ROOT / "README.md").read_text(encoding="utf-8") + "".join(trees), encoding="utf-8")
 
 
