@@ -100,6 +100,8 @@ def panels(count: int, width: float, height: float, columns: int = 3, **options)
     figure, axes = plt.subplots(rows, columns, **options)
     for ax in axes.flat[count:]:
         ax.remove()
+    for ax in axes.flat[count - columns : count]:  # below which none is
+        ax.tick_params(axis="x", which="both", labelbottom=True)
     return figure, list(axes.flat[:count])
 
 
