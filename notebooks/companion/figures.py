@@ -100,7 +100,7 @@ def panels(count: int, width: float, height: float, columns: int = 3, **options)
     figure, axes = plt.subplots(rows, columns, **options)
     for ax in axes.flat[count:]:
         ax.remove()
-    for ax in axes.flat[count - columns : count]:  # below which none is
+    for ax in axes.flat[count - columns : count]:  # the lowest of each column, which shared axes forget
         ax.tick_params(axis="x", which="both", labelbottom=True)
     return figure, list(axes.flat[:count])
 

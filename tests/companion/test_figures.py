@@ -145,6 +145,11 @@ def test_drift_is_relative_to_the_pruned_model():
     assert np.allclose(drawn["ratio"], 0.5) and "0.50 for dense" in finding
 
 
+def test_the_lowest_panel_of_each_column_has_tick_labels():
+    _, axes = figures.panels(3, 2, 2, columns=2, sharex=True)
+    assert [ax.xaxis.get_tick_params()["labelbottom"] for ax in axes] == [False, True, True]
+
+
 def test_the_forest_has_a_row_per_central_claim_and_model():
     runs = table(*of_sizes(3), *of_sizes(3, pattern="2:4"))
     figure, drawn, finding = figures.claims(judge.judge(runs))
