@@ -33,6 +33,12 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("recon")
 
 
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where `folder` is, or will be."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+
 @contextlib.contextmanager
 def writing(what: str, advice: str) -> Iterator[None]:
     """Context that raises `ReconError` naming `what` cannot be written if the system refuses it, as on a full disk."""

@@ -6,6 +6,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from recon.model.skeleton import Lazy, skeleton
 from recon.model.structure import Matrix
 from recon.model.windows import Window
 from recon.runtime import device as devices
-from recon.runtime.storage import SMALL
+from recon.runtime.storage import SMALL, cache_folder, free_disk
 from recon.runtime.weights import quantisation
 from recon.study.spec import RunSpec
 
@@ -297,10 +298,21 @@ class Plan:
     phase. streamed: whether the model stays on disk.
 
     stream: as in `RunOptions`. loaded: bytes of weights that are in memory already. memory_gib: GiB of the host's memory that the
-    run may take; default: what is free here. Raises `ReconError` for a device, model, granularity or streaming that cannot be.
+    run may take; default: what is free here. save: where the model is saved, if it is, as `save_dtype`.
+
+    Raises `ReconError` for a device, model, granularity or streaming that cannot be.
     """
 
-    def __init__(self, spec: RunSpec, stream: str = "auto", *, loaded: int = 0, memory_gib: float | None = None):
+    def __init__(
+        self,
+        spec: RunSpec,
+        stream: str = "auto",
+        *,
+        loaded: int = 0,
+        memory_gib: float | None = None,
+        save: Path | None = None,
+        save_dtype: str = "float32",
+    ):
         self.spec = spec = spec.resolved()
         self.decoder = decoder = shapes_of(*spec.loaded_by)
         device = devices.pick_device(spec.compute.device)
@@ -308,10 +320,14 @@ class Plan:
         self.elements = decoder.model.num_parameters()
         self.streamed = stays_on_disk(spec, stream, room)
         self.memory = self._peak(device)
+        self.memory["disk"]["saved model"] = getattr(torch, save_dtype).itemsize * self.elements
         self.memory["cpu"]["process"] = process = devices.resident(anonymous=self.streamed)  # mapped files do not count
         self.rooms = {"memory": (sum(self.memory["cpu"].values()), room + process + loaded)}
         if device.type == "cuda":
             self.rooms[f"memory on {device}"] = sum(self.memory["cuda"].values()), devices.available_on_device(device)
+        written = [size for size, kept in zip(self.memory["disk"].values(), (self.streamed, save)) if kept]
+        if written:
+            self.rooms["disk"] = sum(written), free_disk(save or cache_folder())
         self.flops, steps = flops(spec), Counter()
         speed = EFFICIENCY * gemm_rate(device, devices.pick_compute_dtype(spec.compute.compute_dtype, device))
         for part in trained(spec, decoder):
@@ -342,7 +358,7 @@ class Plan:
         # Passes that only run the model read all samples, too, and give as much.
         other += [spec.samples_by_phase["prune"] * length, 2 * spec.calibration.held_out_samples * length]  # through two models
         streams = max(streams, 8 * config.hidden_size * max(other))
-        disk = {"work folder": (5 + 4 * spec.changes_weights) * self.elements + streams, "saved model": 4 * self.elements}
+        disk = {"work folder": (5 + 4 * spec.changes_weights) * self.elements + streams}
         kept = {"streams": streams, "margin": MARGIN, "models": models_in_memory(spec)}
         if self.streamed:
             kept |= {"streams": min(streams, SMALL), "models": 0}
@@ -358,7 +374,9 @@ class Plan:
         tight = [(room, needs / GIB, has / GIB) for room, (needs, has) in self.rooms.items() if needs > has]
         said = " and ".join(f"{needs:.1f} GiB of {room}, of which there are {has:.1f} GiB" for room, needs, has in tight)
         advice = " or --stream yes" * (not self.streamed and self.spec.retraining.retrain == "none")
-        return said and f"this run needs {said}; try smaller windows{advice}"
+        elsewhere = "; save to another disk, or have RECON_CACHE name a folder there" * any(room == "disk" for room, *_ in tight)
+        smaller = f"; try smaller windows{advice}" * any(room != "disk" for room, *_ in tight)
+        return said and f"this run needs {said}{smaller}{elsewhere}"
 
     def __str__(self) -> str:
         spec, granularity = self.spec, self.spec.reconstruction.granularity
@@ -381,10 +399,11 @@ class Plan:
         return "\n".join(f"{name:12} {value}" for name, value in rows.items())
 
 
-def check(spec: RunSpec, stream: str = "auto", force: bool = False, loaded: int = 0) -> None:
-    """Logs in one line what a run of `spec` will take. Raises `ReconError` for one that cannot fit, unless it is forced."""
+def check(spec: RunSpec, stream: str = "auto", force: bool = False, **given) -> None:
+    """Logs in one line what a run of `spec` will take; `given`: as to `Plan`. Raises `ReconError` for one that cannot fit, unless
+    it is forced."""
     try:
-        planned = Plan(spec, stream, loaded=loaded)
+        planned = Plan(spec, stream, **given)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is
         log.info("no plan: %s", error)
         return

@@ -138,7 +138,8 @@ def run(
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
         streamed = plan.stays_on_disk(spec, stream, device.available_memory())
         if not (begun and streamed):
-            plan.check(spec, "yes" if streamed else "no", options.force, session.bytes_loaded(spec))
+            takes = {"loaded": session.bytes_loaded(spec), "save": save, "save_dtype": options.save_dtype}
+            plan.check(spec, "yes" if streamed else "no", options.force, **takes)
         if streamed:
             log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
         if streamed and not save:

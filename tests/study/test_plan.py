@@ -5,6 +5,7 @@ import functools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,24 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
     plan.check(spec, "no", loaded=2**30)  # what is loaded already need not fit once more
     with pytest.raises(ReconError, match="retraining"):
         plan.Plan(spec.replaced(retrain="full"), "yes")
+
+
+def test_what_the_disk_has_no_room_for_is_refused(spec, monkeypatch, tmp_path):
+    size, room = plan.Plan(spec).elements, SimpleNamespace(free=10**6)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
+    plan.check(spec, "no")  # which writes nothing
+    for stream, given in (("yes", {}), ("no", {"save": tmp_path / "to be" / "made"})):
+        room.free = 10**3
+        with pytest.raises(
+            ReconError, match="GiB of disk, of which there are 0.0 GiB; save to another disk, or have RECON_CACHE"
+        ):
+            plan.check(spec, stream, **given)
+        room.free = 100 * size
+        plan.check(spec, stream, **given)
+    room.free = 3 * size
+    plan.check(spec, "no", save=tmp_path, save_dtype="bfloat16")
+    with pytest.raises(ReconError, match="disk"):
+        plan.check(spec, "no", save=tmp_path)
 
 
 def test_runs_and_studies_are_announced(spec, caplog):
