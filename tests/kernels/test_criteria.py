@@ -126,8 +126,8 @@ def admm_reference(weight, gram, pattern, scope):
     s, identity = gram.diagonal().sqrt(), torch.eye(columns, dtype=gram.dtype)
     H, B = gram / torch.outer(s, s) + 0.01 * identity, weight * s
     D, V = B, torch.zeros_like(B)
-    for t in range(-1, 16):
-        rho = 0.1 * 2 ** (max(t, 0) // 4)
+    for t in range(-1, 9):
+        rho = 0.2 * 2 ** (max(t, 0) // 3)
         X = (B @ H - V + rho * D) @ torch.linalg.inv(H + rho * identity)
         over = 1.5 * X - 0.5 * D
         Z = over + V / rho
@@ -174,14 +174,14 @@ def least_error(weight, gram, pattern):
 def test_admm_comes_near_the_best_of_all_masks(text):
     """Near, on average, as the problem is not convex."""
     pattern, excess = Pattern.parse(text), {"admm": [], "sparsegpt": []}
-    for seed in range(12):
+    for seed in range(60):
         weight, inputs = problem(1, 8, seed=seed)
         gram = inputs.T @ inputs / len(inputs)
         least = least_error(weight, gram, pattern)
         for name, found in excess.items():
             difference = weight - prune(name, weight, inputs, text)[0]
             found.append(((difference @ gram) * difference).sum().item() / least)
-    means = {name: sum(found) / 12 for name, found in excess.items()}
+    means = {name: sum(found) / 60 for name, found in excess.items()}
     assert min(excess["admm"]) >= 1 - 1e-9 and means["admm"] < 1.1 < means["sparsegpt"]
 
 

@@ -6,7 +6,7 @@ pattern with the least tr (D - B) H (D - B)'. From D = B and V = 0, each round i
     X = (B H - V + rho D) (H + rho I)^-1
     Z = 1.5 X - 0.5 D + V / rho         D = the largest |Z|, as many as survive        V = rho (Z - D)
 
-and rho doubles every four rounds. Conjugate gradients then improve what survives; see `recon.kernels.least_squares`.
+and rho doubles every three rounds. Conjugate gradients then improve what survives; see `recon.kernels.least_squares`.
 Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (NeurIPS 2024, arXiv
 2406.07831); for rounds whose mask changes, Boža, "Fast and Effective Weight Update for Pruned Large Language Models" (TMLR 2024,
 arXiv 2401.02938); for the 1.5, Boyd et al., "Distributed Optimization and Statistical Learning via ADMM" (2011), section 3.4.3.
@@ -20,7 +20,7 @@ from torch import Tensor
 from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.patterns import Pattern, keep_mask
 
-DAMPING, RHO, ROUNDS, EVERY, RELAXATION, ITERATIONS = 0.01, 0.1, 16, 4, 1.5, 4
+DAMPING, RHO, ROUNDS, EVERY, RELAXATION, ITERATIONS = 0.01, 0.2, 9, 3, 1.5, 4
 MANY, STRIDE = 2**16, 11  # of so many weights that compete, every 11th tells well enough which survive a round
 
 
