@@ -239,7 +239,6 @@ def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, sam
     reads = criterion.statistics != "none" or pruning.mask_refinement
     other = reads and pruning.prune_samples not in (0, samples)
     reasons = {
-        f"allocation {pruning.allocation!r} compares the blocks of the whole model": pruning.allocation != "uniform",
         f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": isinstance(criterion, Structured),
         f"criterion {pruning.criterion!r} weighs gradients of the output of blocks": criterion.statistics == "gradient",
         "sparse propagation computes no activations of the dense model": reconstruction.propagation == "sparse",

@@ -71,8 +71,7 @@ def prune(
     if isinstance(pruner.criterion, Structured):
         prune_units(decoder, pruner.criterion, config, samples, execution)
         return Pruning(execution.storage.masks)
-    if config.allocation != "uniform" and pruner.pattern.sparsity:
-        pruner.patterns = allocate(decoder, samples, config, execution)
+    pruner.allocate(samples)
     description, rerun = f"prune ({config.criterion} {pruner.pattern})", config.statistics == "sparse"
     pruner.noted = over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
     return pruner.summed_up()
@@ -90,7 +89,7 @@ class Pruner:
             raise ReconError(f"reorder_neurons is True; allowed where a model is given: False ({said})")
         self.decoder, self.config, self.seed, self.execution = decoder, config, seed, execution
         self.criterion, self.pattern = CRITERIA[config.criterion], Pattern.parse(config.pattern)
-        self.patterns = [self.pattern] * len(decoder.blocks)
+        self.patterns = dict.fromkeys(decoder.matrices(), self.pattern)
         self.statistics = "gram" if config.mask_refinement else self.criterion.statistics
         self.scope = self.criterion.scope if config.scope == "auto" else config.scope
         # The options of a criterion are named after it.
@@ -102,6 +101,12 @@ class Pruner:
         self.noted = list(execution.storage.finished("prune"))  # of each window
         self.before = len(self.noted)  # windows that were pruned before a run was killed
 
+    def allocate(self, samples: Tensor | None) -> None:
+        """Gives each block its own sparsity by calibration `samples`, if the pattern is to differ between blocks."""
+        if self.config.allocation != "uniform" and self.pattern.sparsity:
+            found = zip(self.decoder.windows("block"), allocate(self.decoder, samples, self.config, self.execution))
+            self.patterns = {name: pattern for block, pattern in found for name in self.decoder.matrices(block)}
+
     @torch.no_grad()
     def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
         """Prunes `window`, whose weights are in memory: a visit of `recon.methods.statistics.over_blocks`."""
@@ -110,7 +115,7 @@ class Pruner:
             for name, matrix in self.decoder.matrices(window).items():
                 if self.statistics != "none" and name not in statistics:
                     under_calibrated.append(name)
-                weight, mask = self.pruned(matrix, statistics, self.patterns[window.blocks[0]])
+                weight, mask = self.pruned(matrix, statistics, self.patterns[name])
                 if not (self.criterion.scores or torch.equal(weight, matrix.weight.masked_fill(~mask, 0.0).float())):
                     changed[matrix.parameter_name] = matrix.parameter
                 matrix.weight.copy_(weight)

@@ -242,8 +242,13 @@ def test_chunks_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, gran
     ("propagation", "granularity", "start"),
     [("mixed", "half-block", "exact"), ("dense", "matrix", "exact"), ("mixed", "matrix", "pruned"), ("dense", "model", "pruned")],
 )
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "magnitude"])
-def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens, criterion, propagation, granularity, start):
+@pytest.mark.parametrize(
+    ("criterion", "allocation"),
+    [("wanda", "uniform"), ("sparsegpt", "measured"), ("magnitude", "uniform"), ("magnitude", "dlp")],
+)
+def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(
+    dense, tokens, criterion, allocation, propagation, granularity, start
+):
     samples, held_out, found = tokens(6, 48), tokens(2, 48, seed=1), []
     options = {"propagation": propagation, "granularity": granularity, "start": start, "epochs": 1, "held_out": held_out}
 
@@ -251,7 +256,7 @@ def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens
         def on_pruned(self, pruning):
             found.append(pruning)
 
-    config, one, two = PruningConfig(criterion), copied(dense), copied(dense)
+    config, one, two = PruningConfig(criterion, allocation=allocation), copied(dense), copied(dense)
     masks = prune(two, samples, config, execution=FLOAT32).masks
     run(two, dense, samples, masks=masks, **options)
     run(one, dense, samples, pruning=config, callbacks=[Found()], **options)
