@@ -14,7 +14,7 @@ import tyro
 
 from recon.config import Checked, FromOne
 from recon.errors import ReconError
-from recon.runtime.device import limit_compiled_shapes
+from recon.runtime.device import SAVED, limit_compiled_shapes
 from recon.study.spec import RunOptions, RunSpec
 
 Group = tyro.conf.arg(name="")  # its options have no prefix
@@ -49,12 +49,18 @@ def run(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group]) -> No
     if error:
         raise error
     print(f"dense weights: {record.protocol['dense']}")
+    done = " and ".join(["reconstructed"] * bool(record.windows) + ["retrained"] * bool(record.retraining))
+    states = {"dense": "dense", "pruned": "pruned"} | ({"reconstructed": done} if done else {})
     for text, found in record.metrics["by_text"].items():
-        share = found["share_recovered"]
+        values = zip(states.values(), (found["dense_perplexity"], found["pruned_perplexity"], found["perplexity"]))
+        share = found["share_recovered"] if done else None
         print(
-            f"{text}: perplexity dense {found['dense_perplexity']:.2f}, pruned {found['pruned_perplexity']:.2f}, "
-            f"reconstructed {found['perplexity']:.2f}" + (f"   share recovered {share:.2f}" if share is not None else "")
+            f"{text}: perplexity {', '.join(f'{said} {value:.2f}' for said, value in values)}"
+            + (f"   share recovered {share:.2f}" if share is not None else "")
         )
+    for task in spec.evaluation.tasks:
+        found = {said: record.metrics["zero_shot"][state]["tasks"][task]["acc"] for state, said in states.items()}
+        print(f"{task}: accuracy {', '.join(f'{said} {value:.3f}' for said, value in found.items())}")
     seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in record.seconds.items())
     pattern = f" (pattern of the mask: {record.metrics['pattern']})" if spec.model.pruned else ""
     peak = f"peak memory {record.peak_memory_bytes / 2**30:.2f} GiB"
@@ -65,19 +71,31 @@ def reconstruct(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group
     """Reconstruct a model that something else pruned (--pruned) to the dense one (--dense or --model); print perplexities."""
     if spec.model.pruned is None:
         raise ReconError("which model is to be reconstructed is not said; name it with --pruned")
+    if spec.reconstruction.granularity == spec.retraining.retrain == "none":
+        raise ReconError(
+            "granularity is 'none' and retrain is 'none', which changes nothing in the pruned model; set one of them"
+        )
     run(spec, output)
 
 
-def plan(spec: Annotated[RunSpec, Group], stream: Literal["auto", "yes", "no"] = "auto", memory: float | None = None) -> None:
+def plan(
+    spec: Annotated[RunSpec, Group],
+    stream: Literal["auto", "yes", "no"] = "auto",
+    memory: float | None = None,
+    save: Path | None = None,
+    save_dtype: Literal[tuple(SAVED)] = "float32",
+) -> None:
     """Say what a run would take (memory, time, disk), and whether it fits here; no weights are read.
 
     Args:
         stream: Whether the model would stay on disk.
         memory: GiB of host memory that the run may take; default: what is free here.
+        save: Where the model would be saved.
+        save_dtype: What its weights would be saved as.
     """
     from recon.study.plan import Plan
 
-    planned = Plan(spec, stream, memory_gib=memory)
+    planned = Plan(spec, stream, memory_gib=memory, save=save, save_dtype=save_dtype)
     print(planned)
     if planned.problem:
         raise ReconError(planned.problem)
@@ -205,6 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ReconError as error:
         print(f"recon: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # as `| head` leaves it
+        sys.stdout = None
     except KeyboardInterrupt:
         print("recon: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -137,10 +137,12 @@ class CalibrationConfig(Checked):
 class PruningConfig(Checked):
     """Which weights go."""
 
-    criterion: Literal[tuple(CRITERIA)] = "wanda"  # What decides which weights go (see `recon criteria`).
+    criterion: str = "wanda"  # What decides which weights go: one that `recon criteria` lists.
     pattern: str = "0.5"  # Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).
     scope: Literal[("auto", *SCOPES)] = "auto"  # Weights compete within a row or the matrix; auto is the criterion's own default.
-    statistics: Literal["sparse", "dense"] = "dense"  # Of the dense model, or of the model as pruned so far, as published.
+    statistics: Literal["sparse", "dense"] = "dense"
+    """What the criterion sees: activations of the dense model (dense), or of the model as pruned so far (sparse, as
+    published)."""
     allocation: Literal["uniform", "dlp", "measured"] = "uniform"
     """How sparse each block is: uniform, as all; dlp, by the median of weight times input norm; measured, by what it costs the
     predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays."""
@@ -153,6 +155,8 @@ class PruningConfig(Checked):
     def __post_init__(self):
         object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
         super().__post_init__()
+        if self.criterion not in CRITERIA:  # no `Literal`: users add some
+            raise ReconError(f"criterion is {self.criterion!r}; allowed: {', '.join(CRITERIA)}")
         structured = isinstance(CRITERIA[self.criterion], Structured)
         whole = structured or self.criterion == "none"
         suited = [name for name, each in CRITERIA.items() if each.scores and each.statistics in ("none", "norm")]
@@ -192,7 +196,7 @@ class ReconstructionConfig(Checked):
     loss: Literal[tuple(LOSSES)] = "whitened"
     """Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
     minus the cosine (cosine)."""
-    skip_first: bool = True  # Whether the loss leaves out each sample's first position, whose activations are massive.
+    skip_first: bool = True  # Leave each sample's first position, whose activations are massive, out of the loss, or count it.
     learning_rate: Positive = 0.01  # Peak rate of AdamW for half-blocks; for other windows see size_power and matrix_rate.
     size_power: Size = 0.75  # The learning rate of a window of n half-blocks is divided by n to this power.
     matrix_rate: Positive = 0.1  # Learning rate of single matrices as a share of that of half-blocks.
@@ -203,7 +207,7 @@ class ReconstructionConfig(Checked):
     accumulation: FromOne = 1  # Forward passes per optimiser step.
     warmup: Share = 0.1  # Share of the steps in which the learning rate rises.
     weight_decay: Size = 0.0  # Decoupled weight decay of AdamW: each step shrinks the weights by this times the learning rate.
-    roll_back: bool = True  # Whether a window that gets worse on held-out samples goes back to its pruned weights.
+    roll_back: bool = True  # Give a window that gets worse on held-out samples its pruned weights back, or keep the fit.
 
     def __post_init__(self):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))

@@ -11,6 +11,7 @@ from fixtures.models import FLOAT32
 
 from recon import ComputeConfig, PruningConfig, ReconstructionConfig, RetrainingConfig, RunSpec, prune, reconstruct, retrain
 from recon.config import PRESETS
+from recon.kernels.criteria import CRITERIA
 from recon.model.windows import Window
 from recon.runtime.device import COMPUTE_DTYPES
 
@@ -19,7 +20,8 @@ CONFIGS = [type(part) for part in vars(RunSpec()).values() if hasattr(part, "__d
 
 def choices(kind: type) -> dict[str, tuple]:
     """The options of a config that have choices."""
-    return {each.name: get_args(each.type) for each in fields(kind) if get_origin(each.type) is Literal}
+    own = {"criterion": tuple(CRITERIA)} if kind is PruningConfig else {}
+    return own | {each.name: get_args(each.type) for each in fields(kind) if get_origin(each.type) is Literal}
 
 
 def test_the_names_of_options_are_unique_and_lead_there_and_back():

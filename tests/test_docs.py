@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from recon import cli
+from recon.kernels.criteria import CRITERIA
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted((ROOT / "guides").glob("*.md"))
@@ -44,7 +45,7 @@ def test_the_readme_links_the_figures_that_are_drawn():
 def test_commands_name_words_and_options_that_exist(capsys):
     script = (ROOT / "run_all.sh").read_text(encoding="utf-8")
     known = set(re.findall(r"--[a-z][\w-]*", script)) | {"--help-notebook"}  # of papermill
-    for command in ("run", "plan", "reconstruct", "bench", "models", "pack", "unpack", "shrink"):
+    for command in ("run", "plan", "reconstruct", "bench", "models", "assets", "pack", "unpack", "shrink"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
@@ -55,3 +56,20 @@ def test_commands_name_words_and_options_that_exist(capsys):
                 assert set(re.findall(r"(?<!\S)--[a-z][\w-]*", line)) <= known, (identify(page), line)
             if word := re.match(r"\./run_all\.sh ([a-z]+)", line):
                 assert re.search(rf"^[\w| -]*\b{word[1]}\b[\w| -]*\)", script, re.MULTILINE), (identify(page), line)
+
+
+def test_python_in_guides_runs(tiny_folder, tmp_path, monkeypatch):
+    """On a small model, and less text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(CRITERIA, "mine", CRITERIA["wanda"])  # so that it goes again
+    small = {"path/or/hub-id": tiny_folder, '"wikipedia"': f'"{tiny_folder}/tiny_text.txt"', "length=512": "length=32"}
+    small |= {"samples=64": "samples=4", "samples=8": "samples=2"}
+    pages = [(ROOT / "guides" / name).read_text(encoding="utf-8") for name in ("own-model.md", "retraining.md")]
+    blocks = re.findall(r"```python\n(.*?)```", "\n".join(pages), re.DOTALL)
+    assert len(blocks) == 3
+    code = "\n".join(blocks)
+    for words, other in small.items():
+        code = code.replace(words, other)
+    found: dict = {}
+    exec(code, found)
+    assert CRITERIA["mine"].name == "mine" and (tmp_path / "my-pruned-model").is_dir()

@@ -21,7 +21,8 @@ PATTERNS = ("1", "-0.1", "4:2", "2:2", "0:0", "2:4:8", "-2:4", "2.0:4", "half", 
 @pytest.mark.parametrize(
     ("name", "wrong", "allowed"),
     [
-        *(("criterion", wrong, "magnitude, none, random, wanda") for wrong in ("magic", None, 1)),
+        ("criterion", "magic", "magnitude, none, random, wanda"),
+        *(("criterion", wrong, "text") for wrong in (None, 1)),
         *(("samples", wrong, "a whole number from 1") for wrong in (0, 2.0, True, "3", None, math.nan)),
         *(("prune_samples", wrong, "a whole number from 0") for wrong in (-1, 0.5)),
         *(("learning_rate", wrong, "a number above 0") for wrong in (0, -1.0, "1", True, math.nan, math.inf)),
@@ -93,7 +94,10 @@ def refuse(arguments, capsys) -> str:
     "words, message",
     [
         ("walk", "walk"),
-        ("run --criterion magic", "'magic' for argument '--criterion'. Expected one of ('magnitude', 'none', 'random', 'wanda'"),
+        ("run --criterion magic", "criterion is 'magic'; allowed: magnitude, none, random, wanda"),
+        ("reconstruct --dense gpt-17 --pruned gpt-18 --preset alps", "which changes nothing in the pruned model"),
+        ("plan --memory nan", "memory is nan; allowed: a number of GiB above 0"),
+        ("pack no-such-folder out", "'no-such-folder' is no folder"),
         ("run --pattern 2:5", "do not divide into the groups of 5"),
         ("run --pattern 1.5", "pattern is '1.5'; allowed: a sparsity"),
         ("run --granularity thirds", "recon: granularity is 'thirds'; allowed: none, matrix, half-block"),

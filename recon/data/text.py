@@ -140,7 +140,8 @@ def _tokens(name: str, split: str, tokenizer, special: bool, changed: int | None
     published = HUB.get(name, {}).get("joined_by", SEPARATOR)
     text = (published if special else SEPARATOR).join(documents(name, split))
     if not text.strip():
-        raise ReconError(f"the {split} split of text {name!r} is empty: it has too few documents, which are dealt by position")
+        count = sum(len(documents(name, each)) for each in SPLITS)
+        raise ReconError(f"the {split} split of text {name!r} is empty: it has {count} documents, dealt by position; give more")
 
     def tokenise() -> Tensor:
         # verbose=False: no warning about a text that is longer than the model's context, which is intended here.

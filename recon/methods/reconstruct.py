@@ -84,6 +84,10 @@ def reconstruct(
     Returns the reports of all windows, in the order in which they were fitted. Raises `ReconError` for models, masks, samples and
     options that do not fit together, naming what does not.
     """
+    if not isinstance(config, ReconstructionConfig):
+        raise ReconError(
+            f"config is a {type(config).__name__}; allowed: ReconstructionConfig (a PruningConfig is given as pruning)"
+        )
     teacher = decompose(dense)
     whole = (model.model if isinstance(model, Decoder) else model), teacher.model
     check_shapes("the pruned model's", *(dict(each.named_parameters(remove_duplicate=False)) for each in whole))
@@ -126,10 +130,10 @@ def reconstruct(
         made = pruner.summed_up()
         for callback in callbacks:
             callback.on_pruned(made)
-    grew = sum(report.status == GREW for report in reports)
-    if 2 * grew > len(reports):
-        said = "%d of %d windows got worse on held-out text and were rolled back: the learning rate, %g, is too high"
-        log.warning(said, grew, len(reports), config.learning_rate)
+    worse = sum(report.status != RECONSTRUCTED for report in reports)
+    if 2 * worse > len(reports):
+        said = "%d of %d windows got worse and were rolled back: the learning rate, %g, is too high"
+        log.warning(said, worse, len(reports), config.learning_rate)
     return reports
 
 

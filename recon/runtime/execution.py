@@ -101,7 +101,13 @@ class Execution(contextlib.AbstractContextManager):
         return tensor.device != self.device
 
     def embed(self, decoder: Decoder, tokens: Tensor, count: int | None = None) -> Tensor:
-        """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run`."""
+        """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run`.
+
+        Raises `ReconError` for tokens that the model does not have, as of another tokenizer.
+        """
+        known, highest = decoder.model.config.get_text_config().vocab_size, int(tokens.max())
+        if highest >= known:
+            raise ReconError(f"samples hold token {highest}; the model knows 0 to {known - 1}: is this its tokenizer?")
         with decoder.loaded_embedding():
             return self.run(decoder.embed, tokens, count)
 

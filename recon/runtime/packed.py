@@ -63,6 +63,8 @@ def is_packed(folder: Path) -> bool:
 def pack_files(folder: Path, target: Path) -> None:
     """`pack` to an existing folder."""
     files, digests = sorted(folder.glob("model*.safetensors")), {}
+    if not folder.is_dir():
+        raise ReconError(f"{str(folder)!r} is no folder; give one with model*.safetensors to pack")
     if is_packed(folder) or not files:
         raise ReconError(f"{str(folder)!r} {'is packed already' if is_packed(folder) else 'holds no model*.safetensors to pack'}")
     for file in tqdm(files, desc="pack", unit="file"):

@@ -294,8 +294,8 @@ class Plan:
     """What a run of `spec` takes on this machine, from the configuration of its model alone: no weights are read, and no texts.
 
     memory: peak bytes by kind of device, and by what they are for. On the host, "process" is what this process takes already; on
-    "disk", "work folder" is that of a streamed run. rooms: bytes that the run needs, and that there are. flops, seconds: by
-    phase. streamed: whether the model stays on disk.
+    "disk", "work folder" is that of a streamed run, and "saved model" what is saved. rooms: bytes that the run needs, and that
+    there are. flops, seconds: by phase. streamed: whether the model stays on disk.
 
     stream: as in `RunOptions`. loaded: bytes of weights that are in memory already. memory_gib: GiB of the host's memory that the
     run may take; default: what is free here. save: where the model is saved, if it is, as `save_dtype`.
@@ -316,18 +316,20 @@ class Plan:
         self.spec = spec = spec.resolved()
         self.decoder = decoder = shapes_of(*spec.loaded_by)
         device = devices.pick_device(spec.compute.device)
+        if memory_gib is not None and not memory_gib > 0:
+            raise ReconError(f"memory is {memory_gib}; allowed: a number of GiB above 0")
         room = devices.available_memory() if memory_gib is None else memory_gib * GIB
         self.elements = decoder.model.num_parameters()
         self.streamed = stays_on_disk(spec, stream, room)
         self.memory = self._peak(device)
-        self.memory["disk"]["saved model"] = getattr(torch, save_dtype).itemsize * self.elements
+        if save:
+            self.memory["disk"]["saved model"] = getattr(torch, save_dtype).itemsize * self.elements
         self.memory["cpu"]["process"] = process = devices.resident(anonymous=self.streamed)  # mapped files do not count
         self.rooms = {"memory": (sum(self.memory["cpu"].values()), room + process + loaded)}
         if device.type == "cuda":
             self.rooms[f"memory on {device}"] = sum(self.memory["cuda"].values()), devices.available_on_device(device)
-        written = [size for size, kept in zip(self.memory["disk"].values(), (self.streamed, save)) if kept]
-        if written:
-            self.rooms["disk"] = sum(written), free_disk(save or cache_folder())
+        if save or self.streamed:
+            self.rooms["disk"] = sum(self.memory["disk"].values()), free_disk(save or cache_folder())
         self.flops, steps = flops(spec), Counter()
         speed = EFFICIENCY * gemm_rate(device, devices.pick_compute_dtype(spec.compute.compute_dtype, device))
         for part in trained(spec, decoder):
@@ -358,7 +360,7 @@ class Plan:
         # Passes that only run the model read all samples, too, and give as much.
         other += [spec.samples_by_phase["prune"] * length, 2 * spec.calibration.held_out_samples * length]  # through two models
         streams = max(streams, 8 * config.hidden_size * max(other))
-        disk = {"work folder": (5 + 4 * spec.changes_weights) * self.elements + streams}
+        disk = {"work folder": (5 + 4 * spec.changes_weights) * self.elements + streams} if self.streamed else {}
         kept = {"streams": streams, "margin": MARGIN, "models": models_in_memory(spec)}
         if self.streamed:
             kept |= {"streams": min(streams, SMALL), "models": 0}
@@ -371,12 +373,16 @@ class Plan:
     @property
     def problem(self) -> str:
         """Why the run cannot fit here, and what to try; empty if it can."""
-        tight = [(room, needs / GIB, has / GIB) for room, (needs, has) in self.rooms.items() if needs > has]
-        said = " and ".join(f"{needs:.1f} GiB of {room}, of which there are {has:.1f} GiB" for room, needs, has in tight)
-        advice = " or --stream yes" * (not self.streamed and self.spec.retraining.retrain == "none")
-        elsewhere = "; save to another disk, or have RECON_CACHE name a folder there" * any(room == "disk" for room, *_ in tight)
-        smaller = f"; try smaller windows{advice}" * any(room != "disk" for room, *_ in tight)
-        return said and f"this run needs {said}{smaller}{elsewhere}"
+        kinds = dict(zip(self.rooms, self.memory))
+        tight = {room: (needs / GIB, has / GIB) for room, (needs, has) in self.rooms.items() if needs > has}
+        said = " and ".join(
+            f"{needs:.1f} GiB of {room}, of which there are {has:.1f} GiB" for room, (needs, has) in tight.items()
+        )
+        most = {max(self.memory[kinds[room]], key=self.memory[kinds[room]].get) for room in tight if room != "disk"}
+        smaller = "fewer or shorter samples" if most == {"streams"} else "smaller windows"
+        smaller += " or --stream yes" * (not self.streamed and self.spec.retraining.retrain == "none")
+        elsewhere = "; save to another disk, or have RECON_CACHE name a folder there" * ("disk" in tight)
+        return said and f"this run needs {said}{f'; try {smaller}' * bool(most)}{elsewhere}"
 
     def __str__(self) -> str:
         spec, granularity = self.spec, self.spec.reconstruction.granularity
@@ -393,7 +399,7 @@ class Plan:
             "windows": f"{len(self.decoder.windows(granularity)) if granularity != 'none' else 0} of {granularity}",
             "operations": ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count),
         }
-        for kind, parts in self.memory.items():
+        for kind, parts in filter(lambda item: item[1], self.memory.items()):
             rows[f"on {kind}"] = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items() if size >= 0.01 * GIB)
         rows["verdict"] = self.problem or f"fits: {needs}"
         return "\n".join(f"{name:12} {value}" for name, value in rows.items())

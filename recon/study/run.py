@@ -140,11 +140,11 @@ def run(
         if not (begun and streamed):
             takes = {"loaded": session.bytes_loaded(spec), "save": save, "save_dtype": options.save_dtype}
             plan.check(spec, "yes" if streamed else "no", options.force, **takes)
-        if streamed:
-            log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
         if streamed and not save:
             stack.enter_context(locked(folder, "work folder"))
         storage = Storage(folder if streamed else None, work, keep=["prune"])
+        if streamed:
+            log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
         stack.callback(storage.delete, begun=False)  # what is refused would stand in the way of another try
         result = _Run(spec, key, options, session, storage, callbacks).result()
         for callback in callbacks:

@@ -60,10 +60,11 @@ def table() -> str:
     works = sorted((what, names) for what, names in groups.items() if len(what) > 1)
     refused = sorted((name, reason) for (reason, *rest), names in groups.items() if not rest for name in names)
     lines = [
-        f"{sum(len(names) for _, names in works)} families of transformers, each as a tiny random model; k-blocks, quarter and "
+        f"{len({name.partition(' (')[0] for _, names in works for name in names})} families of transformers in "
+        f"{sum(len(names) for _, names in works)} variants, each as a tiny random model; k-blocks, quarter and "
         "model work wherever block does.",
         "",
-        "| matrix | half-block: halves are | block | experts | families |",
+        "| matrix | half-block: halves are | block | matrices stacked, as experts' are | families |",
         "|---|---|---|---|---|",
         *(f"| {' | '.join(what)} | {', '.join(names)} |" for what, names in reversed(works)),
         "",

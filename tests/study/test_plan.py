@@ -5,6 +5,7 @@ import functools
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -186,7 +187,7 @@ def test_a_plan_and_a_run_agree(spec):
     found = result_of(asked)
     assert found.record.key == planned.spec.key() and found.record.flops == planned.flops
     size = sum(p.numel() for p in found.model.parameters())
-    assert f"{size:,} parameters" in str(planned) and planned.memory["disk"]["saved model"] == 4 * size
+    assert f"{size:,} parameters" in str(planned) and plan.Plan(asked, save=Path("a")).memory["disk"] == {"saved model": 4 * size}
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):

@@ -105,7 +105,7 @@ _ALL = (
         "wanda", "norm", "row", "weight times input norm", "Sun et al. 2023, arXiv 2306.11695, equation 1", scores.wanda
     ),
     Criterion(
-        "wanda++", "gradient", "row", "weight times input norm and gradient of the window's output",
+        "wanda++", "gradient", "row", "weight times input norm and gradient of the block's output",
         "Yang et al. 2025, arXiv 2503.04992", scores.wanda_plus,
     ),
     Criterion(
