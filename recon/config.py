@@ -39,12 +39,10 @@ PRESETS: dict[str, dict] = {
         "statistics": "sparse", "sparsegpt_block_size": 0,
         "propagation": "dense", "learning_rate": 1e-4, "epochs": 1, "batch_size": 2, **_PUBLISHED,
     },
-    # Not expressed: AdamW's betas 0.9 and 0.95, gradients clipped at norm 1.
     "ebft": {
         "statistics": "sparse", "granularity": "block", "propagation": "sparse", "learning_rate": 2e-4, "weight_decay": 0.1,
         "warmup": 0.0, "epochs": 10, "batch_size": 8, **_PUBLISHED,
     },
-    # Not expressed: the rate falls by a cosine to a fifth, not to 0 in a line. Their masks are by an ADMM of their own.
     "3basil-tm": {
         "criterion": "admm", "statistics": "sparse", "granularity": "block", "propagation": "sparse", "learning_rate": 2e-5,
         "warmup": 0.0, "epochs": 20, "batch_size": 8, **_PUBLISHED,
@@ -52,7 +50,6 @@ PRESETS: dict[str, dict] = {
     "alps": {"criterion": "admm", "statistics": "sparse", "granularity": "none"},
     "sparsegpt": {"criterion": "sparsegpt", "statistics": "sparse", "granularity": "none"},
     "wanda": {"criterion": "wanda", "statistics": "sparse", "granularity": "none"},
-    # Not expressed: five rounds of this and of RMSprop at 3e-7 on the block's output, one pass each over 32 samples.
     "wanda++": {"criterion": "wanda++", "statistics": "sparse", "granularity": "none"},
 }  # fmt: skip
 SOURCES = {
@@ -61,12 +58,15 @@ SOURCES = {
     "best": "begins from masked least squares, passes over the samples twice",
     "distil": "the default, and then the whole model, which has to fit into memory, learns the dense one's predictions",
     "paper": "arXiv 2510.14444, github.com/ZIB-IOL/Free-Lunch-in-LLM-Compression, 601ea9e; its learning rates are 1e-5 to 1e-4",
-    "ebft": "Guo et al. 2024, arXiv 2402.12419, github.com/sunggo/EBFT, 76ded25; 256 x 1,024 tokens",
-    "3basil-tm": "arXiv 2603.01376, github.com/mazumder-lab/3BASiL, 5ce1037; 128 x 2,048 tokens",
+    "ebft": "Guo et al. 2024, arXiv 2402.12419, github.com/sunggo/EBFT, 76ded25; 256 x 1,024 tokens; without its betas (0.9 and "
+    "0.95) and its clipping of gradients (norm 1)",
+    "3basil-tm": "arXiv 2603.01376, github.com/mazumder-lab/3BASiL, 5ce1037; 128 x 2,048 tokens; its masks are by another ADMM, "
+    "and its rate falls by a cosine to a fifth",
     "alps": "Meng et al. 2024, arXiv 2406.07831; 128 x 2,048 tokens; prunes only",
     "sparsegpt": "Frantar & Alistarh 2023, arXiv 2301.00774; 128 x 2,048 tokens; prunes only",
     "wanda": "Sun et al. 2023, arXiv 2306.11695; 128 x 2,048 tokens; prunes only",
-    "wanda++": "Yang et al. 2025, arXiv 2503.04992; 128 x 2,048 tokens; its regional gradients, without its optimisation",
+    "wanda++": "Yang et al. 2025, arXiv 2503.04992; 128 x 2,048 tokens; its regional gradients, without its optimisation "
+    "(five rounds of these and of RMSprop at 3e-7 on the block's output, one pass each over 32 samples)",
 }
 STEPS = 32  # with fewer, a model can get worse than it was: AdamW's first steps follow the noise of single samples
 
