@@ -226,6 +226,8 @@ def retrain(student, method="full", samples=TOKENS, **call):
         ),
         (lambda d, s: prune(d, None, criterion="magnitude", allocation="measured"), "allocation measured weighs activations"),
         (lambda d, s: prune(d, TOKENS[:1], allocation="measured"), "is 'measured' with 1 calibration"),
+        (lambda d, s: prune(d, TOKENS + 10**6), "samples hold token 10.*; the model knows 0 to"),
+        (lambda d, s: recon.reconstruct(s, d, TOKENS, recon.PruningConfig()), "config is a PruningConfig; allowed: Reconstruct"),
         (lambda d, s: reorder_neurons(recon.decompose(make_model("mixtral")), TOKENS, Pattern.parse("2:4"), FLOAT32), "expert's"),
         (lambda d, s: recon.perplexity(make_model("bert"), TOKENS), "BertLMHeadModel is not a causal language model"),
         (lambda d, s: retrain(make_model("bert")), "BertLMHeadModel is not a causal language model"),

@@ -373,7 +373,7 @@ class Plan:
     @property
     def problem(self) -> str:
         """Why the run cannot fit here, and what to try; empty if it can."""
-        kinds = dict(zip(self.rooms, self.memory))
+        kinds = dict(zip(self.rooms, self.memory))  # of which device each room is: both have one order
         tight = {room: (needs / GIB, has / GIB) for room, (needs, has) in self.rooms.items() if needs > has}
         said = " and ".join(
             f"{needs:.1f} GiB of {room}, of which there are {has:.1f} GiB" for room, (needs, has) in tight.items()
@@ -399,8 +399,9 @@ class Plan:
             "windows": f"{len(self.decoder.windows(granularity)) if granularity != 'none' else 0} of {granularity}",
             "operations": ", ".join(f"{phase} {count:.1e}" for phase, count in self.flops.items() if count),
         }
-        for kind, parts in filter(lambda item: item[1], self.memory.items()):
-            rows[f"on {kind}"] = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items() if size >= 0.01 * GIB)
+        for kind, parts in self.memory.items():
+            if said := ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items() if size >= 0.01 * GIB):
+                rows[f"on {kind}"] = said
         rows["verdict"] = self.problem or f"fits: {needs}"
         return "\n".join(f"{name:12} {value}" for name, value in rows.items())
 
