@@ -4,12 +4,20 @@ dlp: a block's importance is 1 - S_b / sum S with S_b the median of its |W_ij| |
 sparsity is p plus what its importance is below the mean. "DLP: Dynamic Layerwise Pruning in Large Language Models" (ICML 2025,
 arXiv 2505.23807); alpha = 0.15 is their code's.
 
-by_curves: each block's loss grows with its sparsity s as exp(u_b + c_b s), through two measured points. With n_b weights,
+by_losses: a block's loss is taken to grow with its sparsity s as exp(c s), where c is that of the squared error of normally
+distributed weights around p: without the smallest share s, between -q and q, it is E(s) = s - 2 q phi(q). With l_b the loss at
+p + r, where r is the farthest that a block may be from p, and n_b weights,
 
-    min sum_b exp(u_b + c_b s_b)   where sum_b n_b s_b = p sum_b n_b    has    c_b exp(u_b + c_b s_b) = lambda n_b  for all b,
+    min sum_b l_b exp(c (s_b - p - r))   where sum_b n_b s_b = p sum_b n_b    has    s_b = a + log(n_b / l_b) / c,
 
-but for blocks at a bound of what was measured. The lambda that meets the total is found by bisection.
+but for blocks that are r from p. The a that meets the total is found by bisection.
+
+c is 6.6 and 5.1 at p = 0.5 and 0.7. Measured at both p - r and p + r, blocks of SmolLM2-135M have 6.7 and 5.0, those of Gemma 3
+270M 5.3 at 0.7, in the median. So one loss of a block tells enough, in half the time of two.
 """
+
+import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -30,21 +38,19 @@ def dlp(medians: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
     return sparsity + (scaled * sizes).sum() / sizes.sum() - scaled
 
 
-def by_curves(low: Tensor, high: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
-    """The sparsity of each block (blocks,), from its loss when it alone has `sparsity` minus and plus `spread(sparsity)`.
+def by_losses(losses: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
+    """The sparsity of each block (blocks,), from its loss when it alone has `sparsity` plus `spread(sparsity)`.
 
-    low, high: the two losses, above 0; sizes: the numbers of weights n; (blocks,) float64 each.
+    losses: above 0; sizes: the numbers of weights n; (blocks,) float64 each.
     """
-    reach = spread(sparsity)
-    slope = ((high / low).log() / (2 * reach)).clamp_min(1e-3)  # c, where noise does not make it negative
-    start = low.log() - slope * (sparsity - reach)  # u
-
-    def at(log_lambda: Tensor) -> Tensor:
-        return ((log_lambda + (sizes / slope).log() - start) / slope).clamp(sparsity - reach, sparsity + reach)
-
-    ends = (slope / sizes).log() + start + slope * torch.tensor([[sparsity - reach], [sparsity + reach]]).to(sizes)
-    below, above = ends.min(), ends.max()
+    reach, normal = spread(sparsity), NormalDist()
+    least, most = sparsity - reach, sparsity + reach
+    ends = [(share, normal.inv_cdf((1 + share) / 2)) for share in (least, most)]
+    low, high = (math.log(share - 2 * q * normal.pdf(q)) for share, q in ends)  # log E
+    wanted = (sizes / losses).log() * (2 * reach / (high - low))
+    below, above = least - wanted.max(), most - wanted.min()
     for _ in range(100):
         middle = (below + above) / 2
-        below, above = (middle, above) if (at(middle) * sizes).sum() < sparsity * sizes.sum() else (below, middle)
-    return at(above)
+        shares = (middle + wanted).clamp(least, most)
+        below, above = (middle, above) if (shares * sizes).sum() < sparsity * sizes.sum() else (below, middle)
+    return (above + wanted).clamp(least, most)

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from recon.config import PruningConfig
 from recon.errors import ReconError
-from recon.kernels.allocation import by_curves, dlp, spread
+from recon.kernels.allocation import by_losses, dlp, spread
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.losses import kl_divergence
 from recon.kernels.patterns import Pattern
@@ -25,9 +25,10 @@ NORMS, PROBES, LENGTH = 2048, 4, 32
 def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution: Execution) -> list[Pattern]:
     """The pattern of each block, by `config.allocation`; see `recon.kernels.allocation`. The model stays as it is.
 
-    Where losses are measured, one block alone is pruned, by Wanda whatever the criterion, as that costs little. The loss is the
-    divergence of the model's predictions from the dense model's. It is measured on the first `LENGTH` tokens of each of the last
-    `PROBES` samples; the norms are of the `NORMS` tokens before these, or of one sample if that is more.
+    Where losses are measured, one block alone is pruned, as far as any may be (`spread`), by Wanda whatever the criterion, as
+    that costs little. The loss is the divergence of the model's predictions from the dense model's. It is measured on the first
+    `LENGTH` tokens of each of the last `PROBES` samples; the norms are of the `NORMS` tokens before these, or of one sample if
+    that is more.
 
     samples: calibration tokens (samples, length). Raises `ReconError` for too few.
     """
@@ -52,20 +53,18 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
                     scores = [(matrices[name].weight.float().abs() * norm).flatten() for name, norm in found.items()]
                     medians.append(torch.cat(scores).median().item())
                     continue
-                pruned = []
                 dense = {name: matrix.weight.clone() for name, matrix in matrices.items()}
-                for reach in (-spread(sparsity), spread(sparsity)):
-                    for name, norm in found.items():
-                        weight, pattern = matrices[name].weight, Pattern(sparsity + reach)
-                        weight.copy_(CRITERIA["wanda"].prune(weight.float(), norm, pattern, "row", None)[0])
-                    pruned.append(run(states[:probed]))
-                    for name, matrix in matrices.items():
-                        matrix.weight.copy_(dense[name])
-                states = torch.cat([run(states), *pruned])
+                for name, norm in found.items():
+                    weight, pattern = matrices[name].weight, Pattern(sparsity + spread(sparsity))
+                    weight.copy_(CRITERIA["wanda"].prune(weight.float(), norm, pattern, "row", None)[0])
+                pruned = run(states[:probed])
+                for name, matrix in matrices.items():
+                    matrix.weight.copy_(dense[name])
+                states = torch.cat([run(states), pruned])
     sizes = torch.tensor(sizes, dtype=torch.float64)
     if measured:
         losses = torch.tensor(_divergences(decoder, probes, states, execution), dtype=torch.float64)
-        shares = by_curves(losses[::2], losses[1::2], sizes, sparsity).tolist()
+        shares = by_losses(losses, sizes, sparsity).tolist()
     else:
         shares = dlp(torch.tensor(medians, dtype=torch.float64), sizes, sparsity).tolist()
     execution.storage.finish("allocate", shares)
