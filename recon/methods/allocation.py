@@ -16,9 +16,9 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
 
-# Where losses are measured: tokens that norms are of; samples, and tokens of each, that losses are of. Shares depend most on
-# which text that is: a few tokens of several samples tell more than as many of one.
-NORMS, PROBES, LENGTH = 2048, 4, 32
+# Where losses are measured: tokens that norms are of; samples, tokens of each, and at every which of these predictions are
+# compared. Samples are not much shorter than those of calibration: the first few dozen tokens have little to attend to.
+NORMS, PROBES, LENGTH, EVERY = 2048, 2, 128, 2
 
 
 @torch.no_grad()
@@ -26,9 +26,9 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     """The pattern of each block, by `config.allocation`; see `recon.kernels.allocation`. The model stays as it is.
 
     Where losses are measured, one block alone is pruned, as far as any may be (`spread`), by Wanda whatever the criterion, as
-    that costs little. The loss is the divergence of the model's predictions from the dense model's. It is measured on the first
-    `LENGTH` tokens of each of the last `PROBES` samples; the norms are of the `NORMS` tokens before these, or of one sample if
-    that is more.
+    that costs little. The loss is the divergence of the model's predictions from the dense model's. It is measured at every
+    `EVERY`th of the first `LENGTH` tokens of each of the last `PROBES` samples; the norms are of the `NORMS` tokens before these,
+    or of one sample if that is more.
 
     samples: calibration tokens (samples, length). Raises `ReconError` for too few.
     """
@@ -72,9 +72,10 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
 
 
 def _divergences(decoder: Decoder, tokens: Tensor, states: Tensor, execution: Execution) -> list[float]:
-    """KL(dense || other) of predictions, mean over `tokens` (probes, length), of each model: `states` (models * probes, length,
-    hidden) are those of the dense model, and then of the others."""
+    """KL(dense || other) of predictions, mean over every `EVERY`th of `tokens` (probes, length), of each model: `states`
+    (models * probes, length, hidden) are those of the dense model, and then of the others."""
     tokens, states = (decoder.predicted(each).to(execution.device) for each in (tokens, states))
+    tokens, states = (each[:, min(EVERY, each.shape[1]) - 1 :: EVERY] for each in (tokens, states))
     with execution, execution.holding_ends(decoder):
         logits = (decoder.logits(tokens, each).flatten(0, 1) for each in states.split(len(tokens)))
         wanted = next(logits)

@@ -172,7 +172,7 @@ def flops(spec: RunSpec) -> dict[str, float]:
     if pruning.allocation == "measured":
         found["prune"] += forward * min(allocation.NORMS, tokens["prune"])
         probed = min(allocation.PROBES * allocation.LENGTH, tokens["prune"])
-        found["prune"] += len(decoder.blocks) * probed * (forward / 2 + head)
+        found["prune"] += len(decoder.blocks) * probed * (forward / 2 + head / allocation.EVERY)
     if pruning.criterion == "sparsegpt":
         found["prune"] += products + sum(2 * matrix.weight.shape[1] ** 3 for matrix in read)
     if pruning.criterion == "admm":
