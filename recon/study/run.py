@@ -211,7 +211,6 @@ class _Run(Callback):
             record.environment |= {"streamed": True, "resumed": resumed}
         if record.windows and cluster.settings(self.options.executor):
             record.environment["executor"] = "ray"  # its seconds are those of several workers
-        record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
         record.status, record.seconds["total"] = "done", time.perf_counter() - began
         if self.options.save:
             if self.options.save_dtype != "float32":
@@ -221,7 +220,6 @@ class _Run(Callback):
                 with self.phase("save"):
                     checkpoint.write(self.model, self.tokenizer, folder, record, self.options)
                 record.seconds["total"] = time.perf_counter() - began
-                record.peak_memory_bytes = max(record.peak_memory_bytes_by_phase.values())
                 write_record(record, folder / files.RECORD)
         return RunResult(record, None if storage.folder else self.model.model)
 
@@ -239,6 +237,7 @@ class _Run(Callback):
         record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - began
         peaks, added = record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase
         peaks[name], added[name] = max(peaks.get(name, 0), peak.bytes), max(added.get(name, 0), peak.bytes - peak.before)
+        record.peak_memory_bytes = max(peaks.values())
 
     def load(self) -> None:
         """The dense model, its tokenizer, and the model that something else pruned, if any: checked, but not read into memory."""
