@@ -456,7 +456,7 @@ def gaps(runs: pd.DataFrame, to: str) -> Plot:
         ax.axvline(0, color="0.4", linewidth=1, zorder=1)
         ax.set(title=criterion, xlabel=f"nats worse than {to} →", ylim=(len(places) - 0.5, -0.5))
         ax.set_yticks(range(len(places)), places)
-        ax.set_xticks([0, 0.1, 0.2, 0.5, 1, 2, 5], ["0", "0.1", "0.2", "0.5", "1", "2", "5"])
+        ax.set_xticks([0, 0.1, 0.5, 2, 10], ["0", "0.1", "0.5", "2", "10"])
     wide = data.pivot(index=["model", "pattern", "criterion"], columns="granularity", values="difference")
     last = next((name for name in wide if name != "pruned"), None)
     if "pruned" not in wide or last is None:
