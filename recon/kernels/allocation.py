@@ -47,10 +47,10 @@ def by_losses(losses: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
     least, most = sparsity - reach, sparsity + reach
     ends = [(share, normal.inv_cdf((1 + share) / 2)) for share in (least, most)]
     low, high = (math.log(share - 2 * q * normal.pdf(q)) for share, q in ends)  # log E
-    wanted = (sizes / losses).log() * (2 * reach / (high - low))
-    below, above = least - wanted.max(), most - wanted.min()
+    offsets = (sizes / losses).log() * (2 * reach / (high - low))
+    below, above = least - offsets.max(), most - offsets.min()
     for _ in range(100):
-        middle = (below + above) / 2
-        shares = (middle + wanted).clamp(least, most)
-        below, above = (middle, above) if (shares * sizes).sum() < sparsity * sizes.sum() else (below, middle)
-    return (above + wanted).clamp(least, most)
+        a = (below + above) / 2
+        shares = (a + offsets).clamp(least, most)
+        below, above = (a, above) if (shares * sizes).sum() < sparsity * sizes.sum() else (below, a)
+    return shares

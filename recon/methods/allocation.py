@@ -16,8 +16,8 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
 
-# Where losses are measured: tokens that norms are of; samples, tokens of each, and at every which of these predictions are
-# compared. Samples are not much shorter than those of calibration: the first few dozen tokens have little to attend to.
+# Where losses are measured: tokens that norms are of; samples to predict, tokens of each, and the step from one that counts to
+# the next. Not at the first few dozen tokens alone: they have little to attend to.
 NORMS, PROBES, LENGTH, EVERY = 2048, 2, 128, 2
 
 
