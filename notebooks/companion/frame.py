@@ -131,7 +131,7 @@ def _row(record: dict) -> dict:
     pruned_on = spec["prune_samples"] or spec["samples"]
     texts = spec["evaluation_texts"]
     row["pruned_on"], row["evaluated"] = pruned_on, short(texts[0])
-    said = [spec[name] for name in ("sequence_length", "text", "statistics", "evaluation_samples", "evaluation_length")]
+    said = [spec[name] for name in "sequence_length text statistics evaluation_samples evaluation_length kl_windows".split()]
     row["protocol"] = repr((*said, pruned_on, texts[0], spec["evaluation_protocol"]))
     for text in texts:
         of_text = metrics["by_text"][text]

@@ -40,8 +40,9 @@ def test_interval_of_one_seed_is_that_of_windows():
 
 OTHER_PROTOCOLS = {
     "samples": 128, "sequence_length": 256, "text": "news", "evaluation_texts": ("news",), "evaluation_samples": 8,
-    "evaluation_length": 512, "evaluation_protocol": "joined", "hash": "other windows", "pattern": "2:4", "model": "another",
-    "revision": "v2", "mask_refinement": 3, "epochs": 2, "rate": "absolute", "criterion": "magnitude", "statistics": "sparse",
+    "evaluation_length": 512, "kl_windows": 3, "evaluation_protocol": "joined", "hash": "other windows", "pattern": "2:4",
+    "model": "another", "revision": "v2", "mask_refinement": 3, "epochs": 2, "rate": "absolute", "criterion": "magnitude",
+    "statistics": "sparse",
 }  # fmt: skip
 
 
