@@ -20,7 +20,7 @@ from companion import compare, files, tables
 from companion.article import article, settings
 from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
 from companion.frame import DEFAULTS, RECIPE_WORDS, load, protocol_words
-from companion.publish import ROOT
+from companion.publish import ROOT, gallery
 
 HOLDS, FAILS, UNSURE, UNTESTABLE, NOT_RUN = "holds", "does not hold here", "not enough evidence", "not testable here", "not run"
 MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?", UNTESTABLE: "–", NOT_RUN: "○"}
@@ -401,12 +401,13 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
 
 
 def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "laptop") -> dict[Path, str]:
-    """What the page, article and tables beside it and, if one is given, the README and ARTIFACT.md should hold."""
-    runs, ladder = load(records), load(records / "ladder")
-    verdicts = judge(runs, ladder=ladder, profile=profile)
-    texts = {page_path: page(verdicts)} | {page_path.parent / "tables" / name: text for name, text in tables.texts(runs).items()}
+    """What the page, and beside it article, tables and gallery, should hold; and, if one is given, the README and ARTIFACT.md."""
+    runs, ladder, folder = load(records), load(records / "ladder"), page_path.parent
+    verdicts, told = judge(runs, ladder=ladder, profile=profile), tables.texts(runs)
+    texts = {page_path: page(verdicts)} | {folder / "tables" / name: text for name, text in told.items()}
     counts = count_words(verdicts).partition(" Each is")[0]
-    texts[page_path.parent / "article.md"] = article(worded(verdicts), runs, page_path.parent, counts, profile)
+    texts[folder / "article.md"] = article(worded(verdicts), runs, folder, counts, profile)
+    texts[folder / "README.md"] = gallery(profile, summary(verdicts), folder, told)
     if not readme:
         return texts
     artifacts, measured = readme.with_name("ARTIFACT.md"), records / "bench" / "files.json"

@@ -6,7 +6,7 @@ import re
 import subprocess
 import textwrap
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -188,17 +188,18 @@ def published(code: str) -> list[str]:
     return re.findall(r'publish\(\s*[\w.]+,\s*"([\w-]+)"', code)
 
 
-def gallery(profile: str, claims: str = "", folder: Path | None = None) -> str:
-    """The page of all figures: writes README.md into the figure folder of `profile` and returns it; claims: their verdicts."""
+def gallery(profile: str, claims: str = "", folder: Path | None = None, tables: Mapping[str, str] = {}) -> str:
+    """The page of all figures in the figure folder of `profile`; claims: their verdicts; tables: more, or newer ones, by file."""
     folder = folder or folders(profile)[0]
-    folder.mkdir(parents=True, exist_ok=True)
     up = Path(os.path.relpath(ROOT, folder)).as_posix()
     page = ["# Gallery", "Every figure with what it shows, its data, and the runs behind it. Written by `companion.publish`."]
     if (folder / "claims.png").exists():
         page += ["## The paper's claims", *_entry(folder, "claims", f"`./run_all.sh figures {profile}`")]
     page += [claims] if claims else []
-    tables = sorted((folder / "tables").glob("*.md"), key=lambda path: (path.stem.startswith("appendix"), path.stem))
-    page += ["## Tables"] * bool(tables) + [re.sub(r"^#", "###", path.read_text("utf-8").strip(), flags=re.M) for path in tables]
+    found = {path.name: path.read_text("utf-8") for path in (folder / "tables").glob("*.md")} | dict(tables)
+    order = sorted((name for name in found if name.endswith(".md")), key=lambda name: (name.startswith("appendix"), name))
+    page += ["## Tables"] * bool(order)
+    page += [re.sub(r"^#", "###", found[name].strip(), flags=re.M) for name in order]
     missing: dict[str, Sequence[str]] = {}
     for notebook in notebooks():
         names = drawn(notebook)
@@ -212,9 +213,7 @@ def gallery(profile: str, claims: str = "", folder: Path | None = None) -> str:
             page += [part for name in there for part in _entry(folder, name)]
     if missing:
         page += ["## Not drawn yet", "\n".join(f"- {', '.join(names)} ({stem})" for stem, names in missing.items())]
-    text = "\n\n".join(page) + "\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return text
+    return "\n\n".join(page) + "\n"
 
 
 def _entry(folder: Path, name: str, command: str = "") -> list[str]:

@@ -142,7 +142,10 @@ def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[d
     rows = "\n".join(
         f"| [{o['notebook']}]({o['notebook']}.html) | {o['status']} | {o['seconds']} s | {o['error']} |" for o in outcomes
     )
-    links = re.sub(r"\]\((?!http)", f"]({os.path.relpath(figures, build)}/", gallery(profile, summary))
+    shown = gallery(profile, summary)
+    figures.mkdir(parents=True, exist_ok=True)
+    (figures / "README.md").write_text(shown, encoding="utf-8")
+    links = re.sub(r"\]\((?!http)", f"]({os.path.relpath(figures, build)}/", shown)
     text = f"# Profile {profile}\n\n| notebook | status | time | error |\n|---|---|---|---|\n{rows}\n\n{links}"
     page(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), build / "index.html")
     return outcomes

@@ -82,9 +82,9 @@ def test_the_gallery_shows_what_is_there_and_names_what_is_not(saved):
     folder = saved("method")
     (folder / "tables").mkdir()
     (folder / "tables" / "table-1.md").write_text("# Table 1\n\n| a |\n|---|\n")
-    page = publish.gallery("quick", "| claim |", folder)
-    assert page == (folder / "README.md").read_text()
-    assert "### Method\n\nLines [rise]" in page and "![Lines (rise)" in page and "### Table 1" in page and "| claim |" in page
+    page = publish.gallery("quick", "| claim |", folder, {"table-3.md": "# Table 3"})
+    assert page.index("### Table 1") < page.index("### Table 3")
+    assert "### Method\n\nLines [rise]" in page and "![Lines (rise)" in page and "| claim |" in page
     assert "- quickstart-perplexity, quickstart-error (0-quickstart)" in page
     links = re.findall(r"\]\(([^)]+)\)", page)
     assert links and [link for link in links if not (folder / link).exists()] == []
