@@ -144,11 +144,11 @@ class PruningConfig(Checked):
     """What the criterion sees: activations of the dense model (dense), or of the model as pruned so far (sparse, as
     published)."""
     allocation: Literal["uniform", "dlp", "measured"] = "uniform"
-    """How sparse each block is: uniform, as all; dlp, by the median of weight times input norm; measured, by what it costs the
+    """How sparse each block is: uniform, the same for all; dlp, by the median of weight times input norm; measured, by what it costs the
     predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays."""
     reorder_neurons: bool = False  # Reorder MLP neurons first, so that N:M keeps more; the dense model computes the same.
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
-    mask_refinement: FromZero = 0  # Most exchanges of a pruned for a kept weight in a row, each of the best pair.
+    mask_refinement: FromZero = 0  # Swaps of a pruned and a kept weight in each row, at most; the best pair each time.
     sparsegpt_block_size: FromZero = 128  # Columns that SparseGPT prunes at once; 0: as many as samples (the paper's code).
     sparsegpt_damping: PositiveShare = 0.01  # Added to SparseGPT's Hessian, as a share of its mean diagonal.
 
@@ -196,8 +196,8 @@ class ReconstructionConfig(Checked):
     loss: Literal[tuple(LOSSES)] = "whitened"
     """Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
     minus the cosine (cosine)."""
-    skip_first: bool = True  # Leave each sample's first position, whose activations are massive, out of the loss, or count it.
-    learning_rate: Positive = 0.01  # Peak rate of AdamW for half-blocks; for other windows see size_power and matrix_rate.
+    skip_first: bool = True  # Each sample's first position, whose activations are massive, is left out of the loss.
+    learning_rate: Positive = 0.01  # Peak rate of AdamW for half-blocks; for other windows see --size-power, --matrix-rate.
     size_power: Size = 0.75  # The learning rate of a window of n half-blocks is divided by n to this power.
     matrix_rate: Positive = 0.1  # Learning rate of single matrices as a share of that of half-blocks.
     rate: Literal[RATES] = "relative"  # Relative: times the root mean square of each matrix's survivors; absolute: as it is.
@@ -207,7 +207,7 @@ class ReconstructionConfig(Checked):
     accumulation: FromOne = 1  # Forward passes per optimiser step.
     warmup: Share = 0.1  # Share of the steps in which the learning rate rises.
     weight_decay: Size = 0.0  # Decoupled weight decay of AdamW: each step shrinks the weights by this times the learning rate.
-    roll_back: bool = True  # Give a window that gets worse on held-out samples its pruned weights back, or keep the fit.
+    roll_back: bool = True  # A window that gets worse on held-out samples gets its pruned weights back.
 
     def __post_init__(self):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
@@ -257,7 +257,7 @@ class RetrainingConfig(Checked):
     """Retraining of the whole model."""
 
     retrain: Literal[("none", "full", *ADAPTERS, "norms")] = "none"
-    """Retraining of the whole model: none; full, every parameter, embeddings included; adapters; norms, biases and norms only."""
+    """Retraining of the whole model: none; full, every parameter, embeddings included; low-rank adapters; norms, with biases."""
     retrain_objective: Literal["labels", "distil"] = "labels"
     """Cross-entropy of the next token (labels), or KL divergence from the dense model (distil; Hinton et al. 2015)."""
     retrain_samples: FromZero = 0  # Calibration samples for retraining; 0: as many as reconstruction.
@@ -312,4 +312,4 @@ class ComputeConfig(Checked):
     """Where and in what precision."""
 
     device: str = "auto"  # Where to compute: auto (cuda if there is one, else cpu), cpu, cuda, ...
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # Of matrix products; auto: bfloat16 if native.
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # Precision of matrix products; auto: bfloat16 if native.
