@@ -6,6 +6,7 @@ command line (`--sequence-length`), in records and tables. What its type allows 
 
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Annotated, Literal, get_args, get_origin
 
 from recon.errors import ReconError
@@ -92,7 +93,8 @@ class Checked:
             kind, *bounds = get_args(each.type) if get_origin(each.type) is Annotated else (each.type,)
             if kind in (int, float):
                 allowed, within = bounds
-                fits = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value) and within(value)
+                number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)  # numpy's, too
+                fits = number and math.isfinite(value) and within(value)
                 stored = kind(value) if fits else value
             elif get_origin(kind) is Literal:
                 stored, fits, allowed = value, value in get_args(kind), ", ".join(get_args(kind))
@@ -144,8 +146,8 @@ class PruningConfig(Checked):
     """What the criterion sees: activations of the dense model (dense), or of the model as pruned so far (sparse, as
     published)."""
     allocation: Literal["uniform", "dlp", "measured"] = "uniform"
-    """How sparse each block is: uniform, the same for all; dlp, by the median of weight times input norm; measured, by what it costs the
-    predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays."""
+    """How sparse each block is: uniform, the same for all; dlp, by the median of weight times input norm; measured, by what it
+    costs the predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays."""
     reorder_neurons: bool = False  # Reorder MLP neurons first, so that N:M keeps more; the dense model computes the same.
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
     mask_refinement: FromZero = 0  # Swaps of a pruned and a kept weight in each row, at most; the best pair each time.

@@ -5,6 +5,7 @@ import math
 from dataclasses import fields
 from typing import Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 import torch
 from fixtures.models import FLOAT32
@@ -38,6 +39,8 @@ SPELLINGS = {
     "granularity": {"1/2": "half-block", 1: "block", **dict.fromkeys(("1", "1-block", "1-blocks"), "block"), "2": "2-blocks"}
     | {name: name for name in ("none", "matrix", "half-block", "block", "16-blocks", "quarter", "model")},
     "pattern": {0.5: "0.5", ".5": "0.5", "0.50": "0.5", "2:4": "2:4"},
+    "samples": {np.int64(8): 8},
+    "learning_rate": {np.float32(0.5): 0.5, 1: 1.0},
 }
 
 

@@ -288,7 +288,8 @@ def methods(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def measures(data: pd.DataFrame) -> list[str]:
-    return [name for name in data if name.startswith("perplexity, ")] + [KL]
+    """The columns of the first two texts, and of the divergence: those that have an array for each window."""
+    return [name for name in data if name.startswith("perplexity, ")][:2] + [KL]
 
 
 def efficiency(runs: pd.DataFrame, length: int) -> Plot:

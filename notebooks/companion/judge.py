@@ -104,19 +104,8 @@ def _most(groups: dict[str, pd.DataFrame], claim: dict, profile: str) -> Evidenc
 
 
 def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
-    nothing = {
-        "model": "",
-        "pattern": "",
-        "recipe": "",
-        "effect": math.nan,
-        "low": math.nan,
-        "high": math.nan,
-        "unit": "",
-        "seeds": 0,
-        "note": "",
-        "protocol": "",
-        "older": False,
-    }
+    nothing = dict.fromkeys(("model", "pattern", "recipe", "unit", "note", "protocol"), "") | {"seeds": 0, "older": False}
+    nothing |= dict.fromkeys(("effect", "low", "high"), math.nan)
     words = {"claim": claim["id"], "group": claim["group"], "statement": claim["says"], "comparison": comparison(claim)}
     rule = {"test": claim["test"], "bar": _bar(claim), "short": claim["short"], "optional": claim["optional"]}
     return words | nothing | {"verdict": verdict, "reason": reason, "keys": (), "bound": "", **rule} | more
@@ -154,10 +143,12 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
 
 def _older(runs: pd.DataFrame, claim: dict, profile: str) -> bool:
     """Whether some of `runs` are of another protocol than `profile` sets for the notebook that judges `claim`; how many samples
-    they read may differ."""
+    they read may differ, and what they were evaluated on after the second text."""
     today = settings(profile).get(GROUPS[claim["group"]]["notebook"], {}).get("common", {}) if profile else {}
     said = {name: tuple(x) if isinstance(x, list) else x for name, x in today.items() if "samples" != name != "prune_samples"}
-    return any(value != wanted for name, wanted in said.items() for value in runs[name])
+    return any(
+        (value[:2] if name == "evaluation_texts" else value) != wanted for name, wanted in said.items() for value in runs[name]
+    )
 
 
 def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float) -> tuple[str, str]:
@@ -328,10 +319,8 @@ def count_words(verdicts: pd.DataFrame) -> str:
 
 def worded(verdicts: pd.DataFrame) -> pd.DataFrame:
     """`verdicts` with the heading and remark of each on the page, its recipe and its effect in words."""
-    headings, rows = (
-        [f"{group}. {GROUPS[group]['title']}" for group in verdicts["group"]],
-        [row for _, row in verdicts.iterrows()],
-    )
+    headings = [f"{group}. {GROUPS[group]['title']}" for group in verdicts["group"]]
+    rows = [row for _, row in verdicts.iterrows()]
     remarks, recipes = [GROUPS[group].get("remark", "").strip() for group in verdicts["group"]], [*map(_recipe, rows)]
     return verdicts.assign(heading=headings, remark=remarks, recipe_words=recipes, effect_words=[*map(effect_words, rows)])
 
@@ -400,8 +389,9 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
     return "\n".join([" ".join(said), "", *tables.markdown(header, rows)])
 
 
-def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "laptop") -> dict[Path, str]:
-    """What the page, and beside it article, tables and gallery, should hold; and, if one is given, the README and ARTIFACT.md."""
+def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "laptop") -> tuple[dict[Path, str], pd.DataFrame]:
+    """What the page, and beside it article, tables and gallery, should hold; and, if one is given, the README and ARTIFACT.md.
+    And the verdicts."""
     runs, ladder, folder = load(records), load(records / "ladder"), page_path.parent
     verdicts, told = judge(runs, ladder=ladder, profile=profile), tables.texts(runs)
     texts = {page_path: page(verdicts)} | {folder / "tables" / name: text for name, text in told.items()}
@@ -409,7 +399,7 @@ def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "l
     texts[folder / "article.md"] = article(worded(verdicts), runs, folder, counts, profile)
     texts[folder / "README.md"] = gallery(profile, summary(verdicts), folder, told)
     if not readme:
-        return texts
+        return texts, verdicts
     artifacts, measured = readme.with_name("ARTIFACT.md"), records / "bench" / "files.json"
     blocks = [
         (readme, "answers", headlines(verdicts)), (readme, "claims", summary(verdicts)),
@@ -421,7 +411,7 @@ def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "l
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, rest = (texts.get(path) or path.read_text(encoding="utf-8")).split(start)
         texts[path] = f"{head}{start}\n{block}\n{end}{rest.split(end)[1]}"
-    return texts
+    return texts, verdicts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -432,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "figures" / "claims.md")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the marks; ARTIFACT.md is beside it")
     given = parser.parse_args(arguments)
-    texts = pages(given.records, given.page, given.readme)
+    texts, _ = pages(given.records, given.page, given.readme)
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{path} is not what the records give; run: python -m companion.judge" if given.check else f"written: {path}")

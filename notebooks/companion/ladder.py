@@ -181,7 +181,8 @@ def train(rung: Rung, folder: Path = FOLDER) -> Path:
         losses.append(loss.item())
         if time.monotonic() - noted > SAVED:
             torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part := f"{state}.part"
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses},
+                part := f"{state}.{os.getpid()}",
             )
             os.replace(part, state)
             noted = time.monotonic()

@@ -31,11 +31,15 @@ def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], co
     path: of the JSON file that holds what was measured; it is written whole after every cell, and nothing in it is measured
     again. compute: False leaves out what is not there. Columns own_<state> are as `companion.frame.load` has them.
     """
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def read() -> dict:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    known = read()
     keys = {json.dumps(cell, sort_keys=True): cell for cell in cells}
     for key, cell in keys.items():
         if key not in known and compute:
-            known[key] = {"commit": commit(), **measure(**cell)}
+            known = {key: {"commit": commit(), **measure(**cell)}} | read()  # others may have written meanwhile
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")

@@ -160,10 +160,13 @@ def _title(figure: Figure, finding: str) -> None:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" if code differs from it; empty outside git."""
+    """The commit of this checkout, with "-dirty" if code differs from it; empty outside git, and without it."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
 
     return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "--", "recon", "notebooks"))
 

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import papermill
 import yaml
 from nbconvert import HTMLExporter
@@ -24,7 +23,6 @@ from traitlets.config import Config
 from companion import judge
 from companion.compare import SEEDS
 from companion.figures import claims
-from companion.frame import load
 from companion.publish import PROFILES, ROOT, folders, gallery, notebooks, publish, style
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -96,11 +94,11 @@ def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def judged(profile: str) -> str:
     """Judges the paper's claims from the records of `profile`: writes pages, tables and the figure of all; returns a summary."""
     figures, records = folders(profile)
-    runs = load(records) if records.is_dir() else pd.DataFrame()
-    if runs.empty:
+    if not any(records.glob("*.json")):
         return ""
     style()
-    verdicts = judge.judge(runs, ladder=load(records / "ladder"), profile=profile)
+    readme = ROOT / "README.md" if profile == "laptop" else None
+    texts, verdicts = judge.pages(records, figures / "claims.md", readme, profile)
     if plot := claims(verdicts):
         caption = (
             "Central claims of the paper, a row for each and model, at its main pattern; marks: effects, lines: bootstrap "
@@ -109,8 +107,7 @@ def judged(profile: str) -> str:
         )
         figure, drawn, finding = plot
         publish(figure, "claims", figures, drawn, caption, {key for keys in verdicts["keys"] for key in keys}, finding)
-    readme = ROOT / "README.md" if profile == "laptop" else None
-    for path, text in judge.pages(records, figures / "claims.md", readme, profile).items():
+    for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return judge.summary(verdicts)

@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 from collections import Counter
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils.sha import sha_fileobj
 
 from recon.runtime.storage import derived_folder, once
 
@@ -66,7 +66,7 @@ def digest(path: Path) -> str:
 @functools.cache
 def _digest(path: Path, size: int, changed: int) -> str:
     with open(path, "rb") as file:
-        return sha_fileobj(file).hex()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def conversion(path: Path) -> Path:

@@ -81,7 +81,7 @@ def _opened(
 
 
 def load(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
+    name: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM, or encoder-decoder, `name` in float32 and in evaluation mode, and its tokenizer.
 
@@ -89,7 +89,7 @@ def load(
     `trust_remote_code`. Raises `ReconError` as `locate` and `read_model`, if it cannot be fetched, and naming the first
     weight that holds NaN or infinity.
     """
-    with _opened(name, revision, trust_remote_code) as (path, config):
+    with _opened(name := str(name), revision, trust_remote_code) as (path, config):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         home = None
         if packed.is_packed(path):  # what it is unpacked to is large, and a system's own temporary folder may be in memory

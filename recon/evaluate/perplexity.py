@@ -60,6 +60,7 @@ def perplexity_and_states(
     if tokens.ndim != 2 or len(tokens) < 1 or decoder.predicted(tokens).shape[1] < 2 or tokens.is_floating_point():
         said = f"allowed: whole numbers, (windows, length) of at least one window of {3 if decoder.reading else 2}"
         raise ReconError(f"tokens to predict are {tuple(tokens.shape)} of {tokens.dtype}; {said}")
+    tokens = tokens.long()
     decoder.check_causal()
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution(decoder.device)

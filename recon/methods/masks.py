@@ -35,6 +35,7 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
     if masks is None:
         return {name: weight != 0 for name, weight in weights.items()}
     check_shapes("mask of", masks, weights)
+    masks = {name: mask.bool() for name, mask in masks.items()}
     for name, weight in weights.items():
         weight.masked_fill_(~masks[name].to(weight.device), 0.0)
     return masks

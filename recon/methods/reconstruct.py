@@ -90,6 +90,8 @@ def reconstruct(
         )
     teacher = decompose(dense)
     whole = (model.model if isinstance(model, Decoder) else model), teacher.model
+    if whole[0] is whole[1]:
+        raise ReconError("model and dense are the same object; give a copy of the dense model, which stays as it is")
     check_shapes("the pruned model's", *(dict(each.named_parameters(remove_duplicate=False)) for each in whole))
     student = decompose(model, like=teacher)
     execution = execution or Execution(teacher.device)

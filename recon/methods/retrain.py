@@ -56,6 +56,7 @@ def retrain(
     student, samples = decompose(model), as_tokens(samples)
     student.check_causal()
     student.check_length(samples.shape[1])
+    student.check_tokens(samples)
     if student.predicted(samples).shape[1] < 2:
         raise ReconError(f"calibration samples of {samples.shape[1]} tokens hold none to predict from others; give longer ones")
     check_trainable(student, method)

@@ -13,7 +13,7 @@ ALLOWED = "tokens (samples, length), or an iterable of (length,) or (batch, leng
 
 
 def as_tokens(samples: Tensor | Iterable, what: str = "calibration samples") -> Tensor:
-    """Tokens (samples, length) from `samples`: that tensor itself, or an iterable of tensors or lists; see `ALLOWED`.
+    """Tokens (samples, length) as int64 from `samples`: a tensor, or an iterable of tensors or lists; see `ALLOWED`.
 
     Raises `ReconError` if there are none, they are not whole numbers, or not all of one length.
     """
@@ -27,7 +27,7 @@ def as_tokens(samples: Tensor | Iterable, what: str = "calibration samples") -> 
         fits, found = False, f"{reprlib.repr(samples)} ({error})"
     if not fits:
         raise ReconError(f"{what} are {found}; allowed: {ALLOWED}")
-    return tokens
+    return tokens.long()
 
 
 def _rows(item: Tensor | list | tuple | Mapping) -> Tensor:

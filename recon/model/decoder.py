@@ -63,6 +63,13 @@ class Decoder:
         if longest is not None and length > longest:
             raise ReconError(f"sequence length {length} is more than the {longest} tokens that the model was made for")
 
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raises `ReconError` for tokens that the model does not have, as of another tokenizer."""
+        known = self.model.config.get_text_config().vocab_size
+        for found in (int(end) for end in tokens.aminmax()):
+            if not 0 <= found < known:
+                raise ReconError(f"samples hold token {found}; the model knows 0 to {known - 1}: is this its tokenizer?")
+
     def check_causal(self) -> None:
         """Raises `ReconError` if the model does not predict the next token after each one."""
         if not self.structure.causal:

@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 TOKENS = 1024  # in a batch of a pass without training
 
 
-class Execution(contextlib.AbstractContextManager):
+class Execution:
     """Where and how passes over a model run. As a context: matrix products run in the compute dtype, parameters keep theirs.
 
     Models may be elsewhere, such as in host memory beside a small GPU: one window at a time is then copied to the compute device,
@@ -101,13 +101,8 @@ class Execution(contextlib.AbstractContextManager):
         return tensor.device != self.device
 
     def embed(self, decoder: Decoder, tokens: Tensor, count: int | None = None) -> Tensor:
-        """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run`.
-
-        Raises `ReconError` for tokens that the model does not have, as of another tokenizer.
-        """
-        known, highest = decoder.model.config.get_text_config().vocab_size, int(tokens.max())
-        if highest >= known:
-            raise ReconError(f"samples hold token {highest}; the model knows 0 to {known - 1}: is this its tokenizer?")
+        """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run` and `check_tokens`."""
+        decoder.check_tokens(tokens)
         with decoder.loaded_embedding():
             return self.run(decoder.embed, tokens, count)
 

@@ -12,13 +12,13 @@ bit. Of n weights of b bytes, a share s of them zero, it takes n (1 / 8 + (1 - s
 these names, and so never loads a part of them unnoticed.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -123,7 +123,7 @@ def _plain(opened: safe_open, name: str, shape: list[int], known: set[str]) -> T
 
 def _digest(file: Path) -> str:
     with open(file, "rb") as opened:
-        return sha_fileobj(opened).hex()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _carry(folder: Path, target: Path, old: str, new: str) -> None:

@@ -270,10 +270,10 @@ def models_in_memory(spec: RunSpec) -> int:
 
 
 def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
-    """Whether a run of `spec` is streamed, with `room` bytes of memory (0: unknown). Raises `ReconError` if that cannot be."""
+    """Whether a run of `spec` is streamed, with `room` bytes of memory. Raises `ReconError` if that cannot be."""
     if stream == "auto":
         with contextlib.suppress(ReconError):  # loading the model will say what is wrong
-            stream = "auto" if 0 < room < models_in_memory(spec) else "no"
+            stream = "auto" if room < models_in_memory(spec) else "no"
     if stream == "no":
         return False
     retrain, why = spec.retraining.retrain, None

@@ -140,7 +140,7 @@ def run(
         if not (begun and streamed):
             takes = {"loaded": session.bytes_loaded(spec), "save": save, "save_dtype": options.save_dtype}
             plan.check(spec, "yes" if streamed else "no", options.force, **takes)
-        if streamed and not save:
+        if (streamed or begun) and not save:
             stack.enter_context(locked(folder, "work folder"))
         storage = Storage(folder if streamed else None, work, keep=["prune"])
         if streamed:

@@ -28,7 +28,7 @@ def test_all_is_measured_and_the_readme_shows_it(found, tmp_path):
     for name in ("README.md", "ARTIFACT.md"):
         marks = "".join(f"before\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n" for name in ("answers", "claims", "files"))
         (tmp_path / name).write_text(marks)
-    text = judge.pages(tmp_path, tmp_path / "figures" / "claims.md", tmp_path / "README.md")[tmp_path / "README.md"]
+    text = judge.pages(tmp_path, tmp_path / "figures" / "claims.md", tmp_path / "README.md")[0][tmp_path / "README.md"]
     assert "before\n<!-- files -->\n| weights | size |" in text and "\n<!-- /files -->\nafter" in text and "old" not in text
     assert f"| dense, 16 bits a weight | {sizes['dense'] / 1e6:.0f} MB (100%) |" in text and "quantise first" in text
     assert "not measured: no GPU here" in text

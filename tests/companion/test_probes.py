@@ -58,6 +58,20 @@ def test_probes_are_kept_and_rates_are_those_that_are_best_at_other_seeds(tmp_pa
     assert list(runs["seed"]) == [0, 1] and set(runs["perplexity"]) == {1.0} and len(asked) == 10
     assert probes.measured(path, measure, tuned, compute=False).equals(runs) and len(asked) == 10
 
+    def beside(**cell):
+        """Another process measures the other cell meanwhile."""
+        if cell["seed"] == 2:
+            probes.measured(path, beside, [cell | {"seed": 3}])
+        return measure(**cell)
+
+    probes.measured(path, beside, [tuned[0] | {"seed": 2}])
+    assert list(probes.measured(path, measure, [cell | {"seed": seed} for cell in tuned[:1] for seed in (0, 2, 3)])["seed"]) == [
+        0,
+        2,
+        3,
+    ]
+    assert len(asked) == 12
+
 
 def test_noise_begins_as_it_is_put_in_and_gradients_agree_where_inputs_do(tiny_folder):
     row = inside.probed(0, 0.1, model=tiny_folder, samples=2, length=16, seed=0)

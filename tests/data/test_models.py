@@ -55,7 +55,7 @@ def change_weights(folder: Path, change) -> None:
 def test_a_model_is_loaded_in_float32_for_evaluation_whole_or_in_shards(tiny_folder, sharded):
     weights = load_file(f"{tiny_folder}/model.safetensors")
     for name in (tiny_folder, str(sharded)):
-        model, tokenizer = models.load(name)
+        model, tokenizer = models.load(Path(name))
         assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
         assert set(weights) == {name for name, _ in model.named_parameters()}
         assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())

@@ -3,6 +3,7 @@
 import copy
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from fixtures.models import FLOAT32, copied, inputs_of, make_model, zeros_stay
@@ -167,6 +168,7 @@ FORMS = {
     "tensor": lambda: ROWS,
     "list of lists": lambda: ROWS.tolist(),
     "list of tensors": lambda: list(ROWS),
+    "list of short integers": lambda: [row.numpy().astype(np.uint16) for row in ROWS],
     "tuple of batches": lambda: (ROWS[:2], ROWS[2:]),
     "generator": lambda: (row for row in ROWS),
     "mappings": lambda: [{"input_ids": row.tolist(), "labels": None} for row in ROWS],

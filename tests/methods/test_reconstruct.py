@@ -112,7 +112,7 @@ def test_given_masks_are_obeyed(dense, pruned, tokens):
     with torch.no_grad():
         student.matrices()[name].weight[masks[name]] = 0.0
     whole = copied(dense)
-    run(student, dense, tokens(3, 12), masks=masks)
+    run(student, dense, tokens(3, 12), masks={name: mask.float() for name, mask in masks.items()})
     assert torch.equal(student.matrices()[name].weight != 0, masks[name])
     run(whole, dense, tokens(3, 12), masks=masks, learning_rate=3.0, held_out=tokens(2, 12, seed=1))  # rolled back
     assert zeros_stay(whole, masks)

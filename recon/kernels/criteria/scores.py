@@ -36,7 +36,7 @@ def wanda(weight: Tensor, statistics: Tensor, generator: torch.Generator | None)
 
 
 def wanda_plus(weight: Tensor, statistics: Tensor, generator: torch.Generator | None, a: float = 100.0) -> Tensor:
-    """The weight's size times the norm of its input and, `a` times, the gradient of the norm of its window's output."""
+    """The weight's size times the norm of its input and, `a` times, the gradient of the norm of its block's output."""
     return weight.abs() * (statistics[0] + a * statistics[1:])
 
 
