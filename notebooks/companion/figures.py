@@ -216,14 +216,18 @@ def memory(data: pd.DataFrame) -> Plot:
         large = [name for name in known.index if not name.startswith(("matrix", "half-block"))][-1:]
         if large and "half-block" in known.index:
             half, last = known.loc["half-block"], known.loc[large[0]]
-            change = last["perplexity"] / half["perplexity"] - 1
-            brings = f"for a perplexity {abs(change):.1%} {'higher' if change > 0 else 'lower'}"
-            times = f"{number(last[cost] / half[cost])} times the {cost.split(',')[0]} of half-blocks"
-            said.append(f"on {model}, {large[0]} windows take {times}, {brings}; {known['perplexity'].idxmin()} is lowest")
+            lowest = f"{known['perplexity'].idxmin()} ({model})"
+            said.append((large[0], last[cost] / half[cost], last["perplexity"] / half["perplexity"] - 1, lowest))
     for ax, (_, cell) in zip(axes, models):
         label(ax, dict(zip(cell["granularity"], zip(cell[cost], cell["perplexity"]))))
-    finding = f"O{'; '.join(said)[1:]}." if said else f"Perplexity is {span(data['perplexity'])}."
-    return figure, data, finding
+    if not said:
+        return figure, data, f"Perplexity is {span(data['perplexity'])}."
+    names, times, changes, lowest = (pd.Series(values) for values in zip(*said))
+    finding = (
+        f"{names[0]} windows take {span(times, '{:.1f}')} times the {cost.split(',')[0]} of half-blocks; their perplexity "
+        f"differs by {span(changes, '{:+.1%}')}. Lowest: {', '.join(lowest)}."
+    )
+    return figure, data, finding[0].upper() + finding[1:]
 
 
 def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> Plot:
