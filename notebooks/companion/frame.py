@@ -143,7 +143,9 @@ def _row(record: dict) -> dict:
         row |= {f"{measure}_{state}": np.array(nats[measure][state]) if measure in nats else np.nan for state in STATES}
     row["windows"] = f"{protocol.get('token_hashes', {}).get(f'evaluation {texts[0]}', '')} {len(row['own_dense'])}"
     held_out = metrics.get("held_out_perplexity")
-    row["held_out_perplexity"] = np.nan if held_out is None else np.nan_to_num(held_out, nan=np.inf)  # a run that diverged
+    undone = [report["status"].startswith("rolled back") for report in (*windows, record.get("retraining")) if report]
+    lost = undone and all(undone)  # as good as not run: no rate is chosen for that; nor for a run that diverged
+    row["held_out_perplexity"] = np.nan if held_out is None else np.nan_to_num(np.inf if lost else held_out, nan=np.inf)
     row |= {name: np.array(metrics.get(name, [])) for name in ("drift", "drift_pruned")}
     row["losses"] = [np.array(window["losses"]) for window in windows]
     row |= {name: np.array([next(iter(window[name].values())) for window in windows]) for name in ("error_before", "error_after")}

@@ -86,12 +86,17 @@ def test_front_is_what_nothing_beats():
 
 
 def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
-    """Held-out perplexity is lowest at 1e-3: the search begins in the middle, walks there, and tries both its neighbours."""
+    """Held-out perplexity is lowest at 1e-3: the search begins in the middle, walks there, and tries both its neighbours.
+
+    Rates at which all is rolled back, to what would be the lowest perplexity, are not chosen.
+    """
 
     def run_study(specs, folder, **_):
         for spec in specs:
             rate = spec.flat()["learning_rate"]
-            run = record(0.4, held_out=30 + abs(np.log10(rate) + 3), **spec.flat())
+            run = record(0.4, held_out=30 + abs(np.log10(rate) + 3) if rate < 1e-2 else 29, **spec.flat())
+            for window in run["windows"]:
+                window["status"] = "reconstructed" if rate < 1e-2 else "rolled back: error grew"
             (folder / f"{spec.key()}.json").write_text(json.dumps(run | {"key": spec.key()}))
 
     monkeypatch.setattr(recon, "run_study", run_study)
