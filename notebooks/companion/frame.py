@@ -145,7 +145,7 @@ def _row(record: dict) -> dict:
     held_out = metrics.get("held_out_perplexity")
     undone = [report["status"].startswith("rolled back") for report in (*windows, record.get("retraining")) if report]
     lost = undone and all(undone)  # as good as not run: no rate is chosen for that; nor for a run that diverged
-    row["held_out_perplexity"] = np.nan if held_out is None else np.nan_to_num(np.inf if lost else held_out, nan=np.inf)
+    row["held_out_perplexity"] = np.nan if held_out is None else np.inf if lost or np.isnan(held_out) else held_out
     row |= {name: np.array(metrics.get(name, [])) for name in ("drift", "drift_pruned")}
     row["losses"] = [np.array(window["losses"]) for window in windows]
     row |= {name: np.array([next(iter(window[name].values())) for window in windows]) for name in ("error_before", "error_after")}
