@@ -16,7 +16,7 @@ usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...] [--executor ray [--a
        ./run_all.sh --help
 
   quick    every notebook on the bundled model, small: minutes on 2 cores (the default)
-  laptop   every notebook on both bundled models and small ones trained here, three to five seeds: days on 2 cores, resumable
+  laptop   every notebook on both bundled models and small ones trained here, mostly 3 to 5 seeds: days on 2 cores, resumable
   paper    the paper's models and data: needs GPUs and access to the Hugging Face Hub
   figures  draw all figures but notebook 0's and judge every claim from the records that are there (laptop's, unless said); runs nothing
   site     README, gallery, verdicts, executed notebooks and guides as one site in build/site, which opens from disk

@@ -223,11 +223,12 @@ def memory(data: pd.DataFrame) -> Plot:
     if not said:
         return figure, data, f"Perplexity is {span(data['perplexity'])}."
     names, times, changes, lowest = (pd.Series(values) for values in zip(*said))
+    which = " or ".join(dict.fromkeys(names))
     finding = (
-        f"{names[0]} windows take {span(times, '{:.1f}')} times the {cost.split(',')[0]} of half-blocks; their perplexity "
-        f"differs by {span(changes, '{:+.1%}')}. Lowest: {', '.join(lowest)}."
+        f"{which[0].upper()}{which[1:]} windows take {span(times, '{:.1f}')} times the {cost.split(',')[0]} of half-blocks; "
+        f"their perplexity differs by {span(changes, '{:+.1%}')}. Lowest: {', '.join(lowest)}."
     )
-    return figure, data, finding[0].upper() + finding[1:]
+    return figure, data, finding
 
 
 def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> Plot:

@@ -180,10 +180,8 @@ def train(rung: Rung, folder: Path = FOLDER) -> Path:
         optimizer.zero_grad()
         losses.append(loss.item())
         if time.monotonic() - noted > SAVED:
-            torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses},
-                part := f"{state}.{os.getpid()}",
-            )
+            part = f"{state}.{os.getpid()}"
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
             os.replace(part, state)
             noted = time.monotonic()
     with whole(place) as fresh:

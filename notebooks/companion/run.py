@@ -139,7 +139,7 @@ def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[d
     rows = "\n".join(
         f"| [{o['notebook']}]({o['notebook']}.html) | {o['status']} | {o['seconds']} s | {o['error']} |" for o in outcomes
     )
-    shown = gallery(profile, summary)
+    shown = gallery(profile, summary)  # there may be no records to judge; and the figure of all claims is new
     figures.mkdir(parents=True, exist_ok=True)
     (figures / "README.md").write_text(shown, encoding="utf-8")
     links = re.sub(r"\]\((?!http)", f"]({os.path.relpath(figures, build)}/", shown)

@@ -2,13 +2,13 @@
 
 import contextlib
 import functools
-import hashlib
 import io
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+from recon.runtime import packed
 from recon.runtime.storage import derived_folder, once
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,8 +65,7 @@ def digest(path: Path) -> str:
 
 @functools.cache
 def _digest(path: Path, size: int, changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return packed.sha256(path)
 
 
 def conversion(path: Path) -> Path:

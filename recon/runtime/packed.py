@@ -77,7 +77,7 @@ def pack_files(folder: Path, target: Path) -> None:
         new = target / file.name.replace(".safetensors", ".packed.safetensors")
         stored = {key: part for name, each in tensors.items() for key, part in _packed(name, each).items()}
         write_safetensors(new, stored, packed=json.dumps(about))
-        digests[new.name] = _digest(new)
+        digests[new.name] = sha256(new)
     _carry(folder, target, PLAIN, PACKED)
     write_json(target / DIGESTS, digests)
 
@@ -91,7 +91,7 @@ def _unpack_files(folder: Path, target: Path) -> None:
         raise ReconError(f"packed file {str(folder / DIGESTS)!r} is altered or cut short: {error}") from error
     for name, digest in tqdm(digests.items(), desc="unpack", unit="file"):
         file = folder / name
-        if not file.is_file() or _digest(file) != digest:
+        if not file.is_file() or sha256(file) != digest:
             raise ReconError(f"packed file {str(file)!r} is {'altered or cut short' if file.is_file() else 'missing'}")
         with safe_open(file, framework="pt") as opened:
             about, known = json.loads(opened.metadata()["packed"]), set(opened.keys())
@@ -121,7 +121,8 @@ def _plain(opened: safe_open, name: str, shape: list[int], known: set[str]) -> T
     return plain
 
 
-def _digest(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -103,6 +103,13 @@ def test_failed_runs_are_left_out_and_diverged_ones_prove_nothing():
     assert row["verdict"] == UNSURE and "diverged" in row["reason"] and judge.effect_words(row) == ""
 
 
+def test_a_third_text_makes_no_older_protocol_and_another_second_one_does():
+    common = article.settings("laptop")["1-granularity"]["common"]
+    for texts, older in ((["wikipedia", "news"], False), (["wikipedia", "news", "code"], False), (["wikipedia", "code"], True)):
+        runs = pd.DataFrame([common | {"evaluation_texts": tuple(texts)}])
+        assert judge._older(runs, {"group": "2"}, "laptop") == older
+
+
 def test_pages_are_written_between_marks_and_checked(tmp_path):
     places = ["--records", tmp_path / "records", "--page", tmp_path / "figures/claims.md", "--readme", tmp_path / "README.md"]
     arguments = list(map(str, places))
@@ -120,6 +127,7 @@ def test_pages_are_written_between_marks_and_checked(tmp_path):
         assert text.count("stale words") == (name == "ARTIFACT.md")
     page = (tmp_path / "figures/claims.md").read_text()
     assert all(f"## {group}. " in page for group in judge.GROUPS)
+    assert "### Table 1" in (tmp_path / "figures/README.md").read_text()
     assert {path.name for path in (tmp_path / "figures/tables").iterdir()} >= {"table-1.md", "table-3.tex", "appendix-b.csv"}
 
 

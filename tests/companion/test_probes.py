@@ -65,12 +65,8 @@ def test_probes_are_kept_and_rates_are_those_that_are_best_at_other_seeds(tmp_pa
         return measure(**cell)
 
     probes.measured(path, beside, [tuned[0] | {"seed": 2}])
-    assert list(probes.measured(path, measure, [cell | {"seed": seed} for cell in tuned[:1] for seed in (0, 2, 3)])["seed"]) == [
-        0,
-        2,
-        3,
-    ]
-    assert len(asked) == 12
+    kept = probes.measured(path, measure, [tuned[0] | {"seed": seed} for seed in (0, 2, 3)], compute=False)
+    assert list(kept["seed"]) == [0, 2, 3] and len(asked) == 12
 
 
 def test_noise_begins_as_it_is_put_in_and_gradients_agree_where_inputs_do(tiny_folder):

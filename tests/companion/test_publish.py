@@ -90,6 +90,11 @@ def test_the_gallery_shows_what_is_there_and_names_what_is_not(saved):
     assert links and [link for link in links if not (folder / link).exists()] == []
 
 
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert publish.commit() == ""
+
+
 def test_each_profile_has_folders_of_its_own(tmp_path):
     both = [publish.folders(profile) for profile in publish.PROFILES]
     assert len(set(itertools.chain(*both))) == 6
