@@ -208,7 +208,7 @@ class ReconstructionConfig(Checked):
     chunks: FromOne = 4  # Chunks, at most, that samples are cut into for windows that mix no tokens (MLP halves, matrices).
     accumulation: FromOne = 1  # Forward passes per optimiser step.
     warmup: Share = 0.1  # Share of the steps in which the learning rate rises.
-    weight_decay: Size = 0.0  # Decoupled weight decay of AdamW: each step shrinks the weights by this times the learning rate.
+    weight_decay: Size = 0.0  # Decoupled weight decay of AdamW: each step shrinks a parameter by this times its learning rate.
     roll_back: bool = True  # A window that gets worse on held-out samples gets its pruned weights back.
 
     def __post_init__(self):

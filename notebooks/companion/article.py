@@ -47,13 +47,16 @@ def models(runs: pd.DataFrame) -> str:
 
 
 def told(figures: Path, stem: str) -> str:
-    """Of each section of a notebook that has a figure: what was expected, its figures, what was learnt, and its limits."""
+    """Of each section of a notebook that has a figure: what was expected and tried, its figures, what was learnt, its limits."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
     text, parts = "\n\n".join(cell.source for cell in notebook.cells), []
     for section in re.split("^## ", text, flags=re.MULTILINE)[1:]:
-        said = re.findall(r"^\*\*(?:Hypothesis|Learnt|It does not show)\b.*$", section, re.MULTILINE)
+        before, after = (
+            re.findall(rf"^\*\*(?:{words})\b.*$", section, re.MULTILINE)
+            for words in ("Hypothesis|Experiment", "Learnt|It does not show")
+        )
         shown = [figure(figures, name) for name in published(section)]
-        parts += [f"### {section.splitlines()[0]}", *said[:1], *shown, *said[1:]] if shown else []
+        parts += [f"### {section.splitlines()[0]}", *before, *shown, *after] if shown else []
     return "\n\n".join(parts)
 
 

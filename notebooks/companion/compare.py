@@ -387,7 +387,8 @@ def _contrast(values: np.ndarray) -> np.ndarray:
 
 def gap(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """Gap between two criteria (larger minus smaller log-perplexity) after pruning, minus that after reconstruction."""
-    sides = list(_by_criterion(runs, claim).values())
+    sides = _by_criterion(runs, claim)
+    names, sides = list(sides), list(sides.values())
     if len(sides) < 2 or not (units := common(*sides)):
         return None
     states = [_stack([(side, state) for side in sides], units, claim["measure"]) for state in ("pruned", "reconstructed")]
@@ -395,6 +396,8 @@ def gap(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     sizes = [float(weights @ part.mean((1, 2))) for weights, part in zip((before, after), states)]
     left = f", {sizes[1] / sizes[0]:.0%} of it" if sizes[0] > 0 else ""
     note = f"gap {sizes[0]:.3f} before, {sizes[1]:.3f} after{left}"
+    worst = [names[weights.argmax()] for weights in (before, after)]
+    note += f"; worst before: {worst[0]}, after: {worst[1]}" * (worst[0] != worst[1])
     return Evidence(
         _used(sides, units), [np.concatenate(states)], lambda means: np.concatenate([before, -after]) @ means, note=note
     )

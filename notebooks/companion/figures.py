@@ -106,11 +106,12 @@ def panels(count: int, width: float, height: float, columns: int = 3, **options)
 
 
 def label(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Writes each name beside its point, without overlap; set limits and scales before."""
+    """Writes each name beside its point, clear of lines and one another; set limits and scales before."""
     ax.figure.draw_without_rendering()
     texts = [ax.text(x, y, name, fontsize=8) for name, (x, y) in points.items()]
     arrows = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
-    adjust_text(texts, *zip(*points.values()), ax=ax, expand=(1.3, 1.8), force_static=(0.3, 0.6), arrowprops=arrows)
+    forces = {"expand": (1.2, 1.5), "force_static": (0.5, 0.8), "force_text": (0.4, 0.6)}
+    adjust_text(texts, *zip(*points.values()), objects=list(ax.lines) or None, ax=ax, arrowprops=arrows, **forces)
 
 
 def label_ends(ax: Axes, x: float, ends: dict[str, float]) -> None:
@@ -173,7 +174,7 @@ def bars(ax: Axes, data: pd.DataFrame, places: Sequence[float], names: Sequence[
         ax.plot(value, place, **shown | {"linestyle": ""}, **hollow(row["seeds"]), zorder=3)
 
 
-def forest(data: pd.DataFrame, by: str, panel: str, words: str, looks_of: str = "{}") -> Figure:
+def forest(data: pd.DataFrame, by: str, panel: str, words: str) -> Figure:
     """Differences of `effects` as shares of the perplexity gap: a row for each value of `by`, a panel for each of `panel`."""
     names, groups = list(dict.fromkeys(data[by])), list(data.groupby(panel, sort=False))
     figure, axes = panels(len(groups), 2.8 + (len(groups) == 1), 0.9 + 0.25 * len(names), sharey=True)
@@ -181,12 +182,12 @@ def forest(data: pd.DataFrame, by: str, panel: str, words: str, looks_of: str = 
         ax.axvspan(-MARGIN, MARGIN, color="0.9", zorder=0, linewidth=0)
         ax.axvline(0, color="0.4", linewidth=1, zorder=1)
         ax.set_xlim(-1.05 * FAR, 1.05 * FAR)
-        bars(ax, group, [names.index(name) for name in group[by]], [looks_of.format(name) for name in group[by]], FAR)
+        bars(ax, group, [names.index(name) for name in group[by]], group[by], FAR)
         for place in [names.index(name) for name in group.loc[group["verdict"] == "default", by]]:
             ax.annotate("default", (0, place), (8, 0), textcoords="offset points", va="center", fontsize=8)
         ax.set_title(title)
         ax.set_xlabel(f"← worse    equal (±{MARGIN:.0%})    better →\n{words}", fontsize=8)
-        ax.set_yticks(range(len(names)), [looks_of.format(name) for name in names])
+        ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
     return figure
 
@@ -212,6 +213,7 @@ def memory(data: pd.DataFrame) -> Plot:
         ax.set(title=model, xlabel=cost, ylabel="perplexity")
         lower_is_better(ax, "x")
         lower_is_better(ax)
+        ax.tick_params(axis="x", which="both", labelbottom=True)
         known = cell.set_index("granularity")
         large = [name for name in known.index if not name.startswith(("matrix", "half-block"))][-1:]
         if large and "half-block" in known.index:
@@ -271,7 +273,7 @@ def rule(runs: pd.DataFrame) -> str:
         return ""
     most = max(costs, key=costs.get)
     said = f"Searched rates fall with the size to the power {span(-pd.Series(powers))}; the rule's is {-DEFAULTS['size_power']:g}"
-    return f"{said.replace('-', '−')}. It costs up to {costs[most]:.1%} in perplexity ({most})."
+    return f"{said.replace('-', '−')}. The rule costs up to {costs[most]:.1%} in perplexity ({most})."
 
 
 # --- notebook 2 --------------------------------------------------------------------------------------------------------
@@ -668,15 +670,12 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
             ax.set_xscale("symlog", linthresh=0.1)
             ax.xaxis.set_major_formatter("{x:g}")
     topics: dict[str, list[str]] = {}  # counted over the rows that are drawn
+    words = ("Holds", "Holds in part", "Mostly does not hold", "Does not hold", "Open")
     for group, mine in shown.groupby("group", sort=False):
         holds, fails = ((mine["verdict"] == state).sum() for state in (HOLDS, FAILS))
-        word = "Holds" if holds == len(mine) else "Holds in part" if holds else "Does not hold" if fails else "Open"
-        topics.setdefault(word, []).append(
-            GROUPS[group]["topic"] + (f" ({holds} of {len(mine)})" if word == "Holds in part" else "")
-        )
-    finding = " ".join(
-        f"{word}: {', '.join(topics[word])}." for word in ("Holds", "Holds in part", "Does not hold", "Open") if word in topics
-    )
+        word = words[0 if holds == len(mine) else 1 if holds > fails else 2 if holds else 3 if fails else 4]
+        topics.setdefault(word, []).append(GROUPS[group]["topic"] + f" ({holds} of {len(mine)})" * bool(0 < holds < len(mine)))
+    finding = " ".join(f"{word}: {', '.join(topics[word])}." for word in words if word in topics)
     return (
         figure,
         shown[["claim", "statement", "model", "pattern", "recipe", "effect", "low", "high", "unit", "seeds", "verdict"]],

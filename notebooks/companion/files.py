@@ -48,7 +48,7 @@ def measure(work: Path, model: str, quantised: Path | None, rounds: int, tokens:
     """
     rows, unseen = {name: {} for name in ROWS}, {"held_out_samples": 0, "evaluation_samples": 1, "kl_windows": 0}
     for name, changes in RUNS.items():
-        spec = recon.RunSpec.of(model=model, granularity="none", **unseen, **options, **changes)
+        spec = recon.RunSpec.of(model=model, granularity="none", device="cpu", **unseen, **options, **changes)
         record = recon.run(spec, recon.RunOptions(save=work / name, save_dtype="bfloat16")).record
     for name, (source, make) in MADE.items():
         if not (work / name).exists():

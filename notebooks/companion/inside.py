@@ -39,11 +39,11 @@ def probed(block: int, size: float, **which) -> dict:
     """What becomes of noise after a block, in the dense and the reconstructed model; and angles between gradients there.
 
     error: by state, later block and sample, the noise relative to the standard deviation of each channel, root mean square, where
-    it begins as `size`. kl: by state and sample, what it does to predictions. cosine: of the gradient of each propagation and
+    it begins as `size`. cosine: of the gradient of each propagation and
     loss and that of the default, on the block's survivors, as `recon.reconstruct` meets it.
     """
     decoders, tokens = states(**which)
-    windows, row, reached = decoders["dense"].windows("block"), {"error": {}, "kl": {}}, {}
+    windows, row, reached = decoders["dense"].windows("block"), {"error": {}}, {}
     with torch.no_grad():
         for state in ("dense", "reconstructed"):
             stream, noisy, errors = decoders[state].embed(tokens), None, []
@@ -59,9 +59,7 @@ def probed(block: int, size: float, **which) -> dict:
                     noisy = decoders[state].forward(window, noisy)
                 if noisy is not None:
                     errors.append(((noisy - stream)[:, 1:] / spread).square().mean((1, 2)).sqrt().tolist())
-            plain, other = (decoders[state].logits(tokens, each).log_softmax(-1) for each in (stream, noisy))
             row["error"][state] = errors
-            row["kl"][state] = F.kl_div(other, plain, log_target=True, reduction="none").sum(-1)[:, 1:].mean(1).tolist()
         x, own = reached.values()
         y, answers = (decoders["dense"].forward(windows[block], each) for each in (x, own))
     tasks, variance = {"mixed": (own, y), "dense": (x, y), "sparse": (own, answers)}, y[:, 1:].flatten(0, 1).var(0)

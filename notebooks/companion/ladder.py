@@ -3,11 +3,9 @@
 All lies in `FOLDER`, relative to the checkout: a run's key holds the name of its model, which so is one name on every machine.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -15,12 +13,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,6 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from companion import compare
 from companion.figures import panels, span
+from companion.publish import colours_of
+from recon.runtime.storage import complete, once
 
 FOLDER = Path("build/ladder")
 ARCHIVES = {  # what pip downloads -> its SHA-256; code and documentation, both under the BSD licence
@@ -45,18 +44,6 @@ RATE, WARMUP = 6e-3, 0.05  # AdamW's peak at 64 channels, falling with the squar
 SAVED = 60  # seconds after which a training notes how far it is
 
 
-@contextlib.contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `folder` at the end: whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as around:
-        fresh = Path(around) / folder.name
-        fresh.mkdir()
-        yield fresh
-        if not folder.exists():  # nobody was faster
-            fresh.rename(folder)
-
-
 # --- text and tokenizer ---------------------------------------------------------------------------------------------------
 
 
@@ -65,18 +52,18 @@ def text(folder: Path = FOLDER) -> Path:
 
     Of a held-out file, the 2,000 characters from its middle on, so that samples are of many files.
     """
-    place = folder / "text"
-    if not place.is_dir():
-        with whole(place) as fresh:
-            files = dict(sorted((hashlib.sha256(each.encode()).hexdigest(), each) for each in _files()))
-            held = {name for name in files if int(name[-2:], 16) < 256 * HELD_OUT}
-            training = [each for name, each in files.items() if name not in held]
-            middles = [files[name][len(files[name]) // 2 :][:SHORTEST] for name in sorted(held)]
-            for name, rows in (("training", training), ("held-out", middles)):
-                lines = [json.dumps({"text": each}) + "\n" for each in rows]
-                (fresh / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-            _tokenizer(training[:LEARNT]).save_pretrained(fresh)
-    return place
+    return once(folder / "text", _write_text)
+
+
+def _write_text(fresh: Path) -> None:
+    files = dict(sorted((hashlib.sha256(each.encode()).hexdigest(), each) for each in _files()))
+    held = {name for name in files if int(name[-2:], 16) < 256 * HELD_OUT}
+    training = [each for name, each in files.items() if name not in held]
+    middles = [files[name][len(files[name]) // 2 :][:SHORTEST] for name in sorted(held)]
+    for name, rows in (("training", training), ("held-out", middles)):
+        lines = [json.dumps({"text": each}) + "\n" for each in rows]
+        (fresh / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    _tokenizer(training[:LEARNT]).save_pretrained(fresh)
 
 
 def _files() -> Iterator[str]:
@@ -157,9 +144,11 @@ class Rung:
 
 def train(rung: Rung, folder: Path = FOLDER) -> Path:
     """The Hugging Face checkpoint of a rung, trained unless it is there; a training that was stopped goes on where it was."""
-    place, state = folder / rung.name, folder / f"{rung.name}.state"
-    if place.is_dir():
-        return place
+    return once(folder / rung.name, partial(_train, rung, folder))
+
+
+def _train(rung: Rung, folder: Path, fresh: Path) -> None:
+    state = folder / f"{rung.name}.state"
     read = samples(rung.steps * BATCH, folder)
     torch.manual_seed(rung.seed)
     model, order, losses = LlamaForCausalLM(rung.config), torch.randperm(len(read)), []
@@ -180,16 +169,13 @@ def train(rung: Rung, folder: Path = FOLDER) -> Path:
         optimizer.zero_grad()
         losses.append(loss.item())
         if time.monotonic() - noted > SAVED:
-            part = f"{state}.{os.getpid()}"
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
-            os.replace(part, state)
+            with complete(state) as part:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
             noted = time.monotonic()
-    with whole(place) as fresh:
-        model.save_pretrained(fresh)
-        PreTrainedTokenizerFast.from_pretrained(text(folder)).save_pretrained(fresh)
-        (fresh / "losses.csv").write_text("\n".join(["loss", *map(str, losses)]))
+    model.save_pretrained(fresh)
+    PreTrainedTokenizerFast.from_pretrained(text(folder)).save_pretrained(fresh)
+    (fresh / "losses.csv").write_text("\n".join(["loss", *map(str, losses)]))
     state.unlink(missing_ok=True)
-    return place
 
 
 def rate(rung: Rung, step: int) -> float:
@@ -214,11 +200,12 @@ def compute(model: str) -> float:
 
 def over_size(
     sides: Mapping[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]], words: str, size=compare.parameters, **options
-) -> tuple[Figure, pd.DataFrame, str, pd.DataFrame]:
+) -> tuple[Figure, pd.DataFrame, str, str, pd.DataFrame]:
     """For each (panel, line), by how much runs of the first side are better than those of the second, over the models' sizes.
 
     words: of the effect, for the axis. size: of a model, by its name. options: of `compare.pair`. Returns the figure, its data
-    (a row for each model and seed), a sentence, and for each line its slope by `compare.sloped`, with a 95 % interval.
+    (a row for each model and seed), what its marks are, a sentence, and for each line its slope by `compare.sloped`, with a 95 %
+    interval.
     """
     points, slopes = [], []
     for (panel, line), pair in sides.items():
@@ -240,12 +227,14 @@ def over_size(
     families = data["model"].map(compare.family if plain else lambda model: "")
     figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey="row")
     known = set(data.loc[families == families.mode()[0], "line"])  # the other lines are of stars alone
-    colours = dict(zip(dict.fromkeys(data["line"]), sns.color_palette("colorblind")))
+    colours = colours_of(data["line"])
     for (panel, line, family), own in data.groupby(["panel", "line", families], sort=False):
-        ax, means, joined = axes[names.index(panel)], own.groupby("size")["value"].mean(), family == families.mode()[0]
+        ax, joined = axes[names.index(panel)], family == families.mode()[0]
+        means = own.groupby(["size", "model"])["value"].mean().groupby("size").mean()
         ax.plot(own["size"], own["value"], ".", color=colours[line], alpha=0.3, markersize=4)
         name = line if joined or line not in known else None
         shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "clip_on": False, "label": name}
+        shown |= {"markerfacecolor": "white"} if line.endswith(" pruned") else {}
         ax.plot(means.index, means, "o-" if joined else "*", **shown)
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
@@ -265,7 +254,10 @@ def over_size(
             trends.append(f"{trend}{by}" + f" ({len(alike)} of {len(own)})" * (len(alike) < len(own)))
         said.append(f"{line} {span(levels)}, {', '.join(trends)}")
     words = f"{words[:1].upper()}{words[1:]}, and its trend per tenfold {size.__name__}"
-    return figure, data, f"{words}: {'; '.join(said)}.", slopes
+    marks = "Small marks: seeds. Large ones: means over models of one size. " + "Linear up to 0.1. " * ("share" not in options)
+    if others := ", ".join(dict.fromkeys(data["model"][families != families.mode()[0]])):
+        marks += f"Stars: other families ({others}), with protocols of their own and the embedding among their parameters. "
+    return figure, data, marks, f"{words}: {'; '.join(said)}.", slopes
 
 
 def size_axis(ax: Axes, words: str = "parameters") -> None:

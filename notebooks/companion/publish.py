@@ -74,9 +74,13 @@ def style() -> None:
 def look(name: str) -> dict:
     """Colour, marker and line style of a granularity, criterion, method, loss, model, state or loop, the same in every figure.
 
-    "<size> from exact" and "matrix exact" are the size with another marker. Variants of a method ("..., distilled",
-    "reconstruction, then ...", "dense, ...") are grey and keep its marker. Other names are grey, with a marker chosen by name.
+    "<size> from exact" and "matrix exact" are the size with another marker; "<propagation>, <loss>" has the propagation's colour
+    and the loss's marker. Variants of a method ("..., distilled", "reconstruction, then ...", "dense, ...") are grey and keep its
+    marker. Other names are grey, with a marker chosen by name.
     """
+    fed, _, loss = name.partition(", ")
+    if f"{fed} propagation" in _LOOK and loss in _LOOK:
+        return look(f"{fed} propagation") | {"marker": look(loss)["marker"]}
     base = re.sub(r"( from)? exact$|, distilled$|, paper's recipe$|^dense, |^reconstruction, then ", "", name)
     digest = zlib.crc32(base.encode())
     shown = _LOOK.get(base, {"color": "0.5", "marker": _MARKERS[digest % 8], "linestyle": _LINES[digest // 8 % 4]})
@@ -93,6 +97,13 @@ def looks(names: Iterable[str]) -> dict:
     """The same for seaborn: the arguments `palette` and `markers` of a plot whose hue and style are `names`."""
     names = list(dict.fromkeys(names))
     return {part: {name: look(name)[key] for name in names} for part, key in (("palette", "color"), ("markers", "marker"))}
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """The colour that `look` has for each name, or for it less "pruned" or "reconstructed"; others are coloured in turn."""
+    turn = iter(sns.color_palette("colorblind").as_hex())
+    bases = {name: re.sub(" (pruned|reconstructed)$", "", name) for name in names}
+    return {name: _LOOK[base]["color"] if base in _LOOK else next(turn) for name, base in bases.items()}
 
 
 def lower_is_better(ax: Axes, axis: str = "y") -> None:

@@ -26,7 +26,7 @@ class Schedule:
     batch_size: int = 1  # samples per forward pass
     accumulation: int = 1  # forward passes per optimiser step
     warmup: float = 0.1  # share of the steps in which the learning rate rises
-    weight_decay: float = 0.0  # each step shrinks the weights by this times the learning rate
+    weight_decay: float = 0.0  # each step shrinks a parameter by this times its learning rate
 
     def factor(self, step: int, steps: int) -> float:
         """Learning rate at `step` of `steps`, relative to its peak: linear warm-up, then linear decay to zero."""

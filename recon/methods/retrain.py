@@ -58,7 +58,7 @@ def retrain(
     student.check_length(samples.shape[1])
     student.check_tokens(samples)
     if student.predicted(samples).shape[1] < 2:
-        raise ReconError(f"calibration samples of {samples.shape[1]} tokens hold none to predict from others; give longer ones")
+        raise ReconError(f"in calibration samples of {samples.shape[1]} tokens there is none to predict; give longer ones")
     check_trainable(student, method)
     execution = execution or Execution(student.device)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
@@ -77,7 +77,7 @@ def retrain(
             theta = {name: parameter for name, parameter in every.items() if method == "full" or name in vectors}
             kept = dict(stored(matrices, masks, execution.device)) if method == "full" else {}
             training = contextlib.nullcontext(trained(theta.values(), kept, [theta[name] for name in vectors & theta.keys()]))
-        before = {name: parameter.detach().clone() for name, parameter in theta.items()}
+        before = {name: execution.storage.empty(p.shape, p.dtype).copy_(p.detach()) for name, p in theta.items()}
         with requiring_gradients(every.values(), False), training as parameters:
             with requiring_gradients([each.parameter for each in parameters]):
                 loss = partial(_loss, student, teacher, execution, config.retrain_checkpointing)

@@ -148,18 +148,19 @@ def adapted(
     kind, rank: see `recon.kernels.adapters`. callbacks: told when LoRA is merged; the other kinds lose no zero by it.
     Yields the adapters' parameters, to be trained.
     """
-    trained, complete = [], False
-    for matrix in matrices:
-        mask = factors(matrix.oriented(masks[matrix.name]), matrix.module.weight.device)
-        adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
-        trained += adapter.trained(matrix.module.weight)
-        parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
+    trained, done, complete = [], [], False
     try:
+        for matrix in matrices:
+            mask = factors(matrix.oriented(masks[matrix.name]), matrix.module.weight.device)
+            adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
+            trained += adapter.trained(matrix.module.weight)
+            parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
+            done.append(matrix)
         yield trained
         complete = kind == "lora"
     finally:
         with torch.no_grad():
-            for matrix in matrices:
+            for matrix in done:
                 original, weight = matrix.module.parametrizations.weight.original, matrix.module.weight
                 # The very parameter that was there before comes back, so that whoever holds it sees the merged weight.
                 parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
@@ -168,5 +169,5 @@ def adapted(
                 for callback in callbacks if complete else ():
                     callback.on_merged()
             finally:
-                for matrix in matrices:
+                for matrix in done:
                     matrix.part.mul_(factors(matrix.oriented(masks[matrix.name]), matrix.part.device))

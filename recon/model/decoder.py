@@ -170,8 +170,9 @@ class Decoder:
                 calls = self.observe_calls(placeholder_tokens(self.model, key[0]))
             while len(self.calls) >= SHAPES:
                 self.calls.pop(next(iter(self.calls)))
-            # The blocks may be on another device than the embedding.
-            self.calls[key] = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), calls)
+            # The blocks may be on another device than the embedding. What they share is copied there once.
+            there = functools.cache(lambda tensor: tensor.to(hidden.device))
+            self.calls[key] = tree_map_only(Tensor, there, calls)
         return self.calls[key]
 
     def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:

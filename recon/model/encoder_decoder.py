@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from recon.model.decoder import Decoder
-from recon.model.modules import first, placeholder_tokens, replaced, watched
+from recon.model.modules import first, replaced, watched
 from recon.model.skeleton import placeholder
 from recon.model.windows import Window
 
@@ -48,19 +48,23 @@ class EncoderDecoder(Decoder):
             return hidden
         read, predicted = _cut(hidden)
         with replaced(self.bypassed(index, read)):
-            # Its embedding may be on another device than its last norm, or be a placeholder: what it gives is not used.
-            tokens = placeholder_tokens(self.model, read.shape[:2]).to(self.device)
-            return torch.cat([self.model.get_encoder()(input_ids=tokens)[0], predicted], 1)
+            # Its embedding, which may be on another device than its last norm, or a placeholder, is not asked.
+            return torch.cat([self.model.get_encoder()(inputs_embeds=read)[0], predicted], 1)
 
     def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
         """As in a causal LM; the encoder's output is replaced by `_ENCODED`."""
         encoded: list[Tensor] = []
+        away = [(tensor, tensor.data) for tensor in self._around_encoder() if tensor.device != self.device]
         self._observing = True
         try:
+            for tensor, data in away:  # such as on the compute device with the encoder's last block
+                tensor.data = data.to(self.device)
             with watched({"": self.model.get_encoder()}, after=lambda name, args, kwargs, output: encoded.append(output[0])):
                 calls = self.observe(tokens, len(self.blocks) - 1, self._stand_in)
         finally:
             self._observing = False
+            for tensor, data in away:
+                tensor.data = data
         return tree_map(lambda leaf: _ENCODED if leaf is encoded[0] else leaf, [(args, kwargs) for _, args, kwargs in calls])
 
     def _stand_in(self, index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
@@ -83,10 +87,14 @@ class EncoderDecoder(Decoder):
         """As in a causal LM, and what blocks share; for the encoder's last block, also what comes after it in the encoder."""
         tensors = super().needed(window) + [self.model.get_parameter(name) for name in sorted(self.structure.shared)]
         if self.starts[1] - 1 in window.blocks:
-            encoder = self.model.get_encoder()
-            others = {each for module in (self.blocks, encoder.get_input_embeddings()) for each in _tensors(module)}
-            tensors += (tensor for tensor in _tensors(encoder) if tensor not in others)
+            tensors += self._around_encoder()
         return list(dict.fromkeys(tensors))
+
+    def _around_encoder(self) -> list[Tensor]:
+        """What the encoder holds beside blocks and the embedding of tokens, such as its last norm."""
+        encoder = self.model.get_encoder()
+        others = {each for module in (self.blocks, encoder.get_input_embeddings()) for each in _tensors(module)}
+        return [tensor for tensor in _tensors(encoder) if tensor not in others]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -50,6 +50,7 @@ class Execution:
         self.device = pick_device(str(device))
         self.dtype = pick_compute_dtype(compute_dtype, self.device)
         self._entered: list[torch.autocast] = []
+        self._copying: torch.cuda.Stream | None = None  # one for all batches: freed memory stays with its stream
 
     def __enter__(self):
         # No cache of rounded weights: each is used once in a pass, and those of placeholders would outlive the placeholders.
@@ -128,7 +129,7 @@ class Execution:
                     output = function(batch)
                     if result is None:
                         result = self.empty((samples, *output.shape[1:]), output.dtype, stream.device)
-                    result[part.start : part.stop].copy_(output, non_blocking=True)
+                    result[part.start : part.stop].copy_(output, non_blocking=self.device.type == "cuda")
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()  # copies to host memory may not be finished
             return result
@@ -165,8 +166,9 @@ class Execution:
 
         On CUDA, the next batch is copied while the device computes with the one before.
         """
-        copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" and any(map(self.elsewhere, streams)) else None
-        coming = None
+        copying, coming = None, None
+        if self.device.type == "cuda" and any(map(self.elsewhere, streams)):
+            copying = self._copying = self._copying or torch.cuda.Stream(self.device)
         for part in [*parts, None]:
             ready = coming
             if part is not None:

@@ -215,7 +215,8 @@ def side_by_side(how: Ray, whole, windows: list[Window]) -> Iterator:
             read = Window(window.blocks) if window.matrices else window
             task = window, weights(whole.teacher, read), weights(student, window), masks, shipped
             streams.advance(window)
-            after[window.name] = {"dense": streams.dense, "sparse": None}
+            # Kept for a folder alone: there are as many as there are windows ahead, of all samples each.
+            after[window.name] = {"dense": streams.dense if whole.execution.storage.folder else None, "sparse": None}
             yield task
 
     for answer in spread(how, whole.execution.device.type == "cpu", Fit(whole), tasks()):

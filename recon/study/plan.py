@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -216,7 +217,8 @@ def flops(spec: RunSpec) -> dict[str, float]:
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """Floating-point operations per second of a square matrix product on this machine, measured once per process."""
     square = {"x": torch.ones(size, size, device=device, dtype=dtype)}
-    return 2 * size**3 / Timer("x @ x", globals=square, num_threads=torch.get_num_threads()).timeit(20).mean
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # whose work the timer waits for
+        return 2 * size**3 / Timer("x @ x", globals=square, num_threads=torch.get_num_threads()).timeit(20).mean
 
 
 def duration(seconds: float) -> str:
@@ -365,8 +367,18 @@ class Plan:
         if self.streamed:
             kept |= {"streams": min(streams, SMALL), "models": 0}
             window["copies"] = min(window["copies"], SMALL)
-            window["parameters"] = max(window["parameters"], 8 * sum(weight.numel() for weight in decoder.head_weights()))
+        # The ends of both models, while they are compared; of streamed ones the head alone.
+        blocks = sum(parameter.numel() for parameter in decoder.blocks.parameters())
+        ends = sum(weight.numel() for weight in decoder.head_weights()) if self.streamed else self.elements - blocks
+        if self.streamed or device.type == "cuda":
+            window["parameters"] = max(window["parameters"], 8 * ends)
         if device.type == "cuda":
+            if again.retrain != "none":  # whole models; what to roll back to is on the host
+                window["parameters"] = 4 * self.elements * (1 + (again.retrain_objective == "distil"))
+                kept["copies"] = 4 * self.elements
+            if not self.streamed:  # memory that a GPU copies from is handed out in powers of two
+                one = 4 * config.hidden_size * length * spec.calibration.samples
+                kept["streams"] *= 2 ** math.ceil(math.log2(one)) / one
             return {"cpu": kept, "cuda": window, "disk": disk}
         return {"cpu": window | kept | ({} if self.streamed else {"parameters": 0}), "disk": disk}  # those are the models'
 
@@ -412,7 +424,7 @@ def check(spec: RunSpec, stream: str = "auto", force: bool = False, **given) -> 
     try:
         planned = Plan(spec, stream, **given)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is
-        log.info("no plan: %s", error)
+        log.debug("no plan: %s", error)
         return
     if planned.problem and not force:
         raise ReconError(planned.problem)

@@ -95,17 +95,20 @@ def runs(gains, models, **options):
 def test_slopes_are_those_of_least_squares_and_training_scatter_widens_them():
     models, gains = ["a-1m-s0", "a-3m-s0", "a-10m-s0", "a-30m-s0", "b-100m"], [0.0, 0.05, 0.1, 0.15, 0.9]
     lines = {("panel", "line"): runs(gains, models, noise=0.001)}
-    figure, data, finding, slopes = ladder.over_size(lines, "our\nlead", share=True)
+    figure, data, marks, finding, slopes = ladder.over_size(lines, "our\nlead", share=True)
+    assert "Stars: other families (b-100m)" in marks
     at, line = np.log10([compare.parameters(model) for model in models]), slopes.iloc[0]
     assert line["slope"] == pytest.approx(np.polyfit(at[:4], gains[:4], 1)[0], abs=0.01)
     assert line["low"] < line["slope"] < line["high"] and line["trend"] == "rises"
     assert finding == "Our lead, and its trend per tenfold parameters: line 0.00 to 0.15, rises by 0.10."
     assert len(data) == 20 and data.groupby("model")["value"].mean()[models].to_list() == pytest.approx(gains, abs=0.01)
     twins = runs([*gains[:4], 0.3], [*models[:4], "a-1m-s1"], noise=0.001)
-    [wider] = ladder.over_size({("panel", "line"): twins}, "", share=True)[3].to_dict("records")
+    figure, data, marks, _, wider = ladder.over_size({("panel", "line"): twins}, "", share=True)
+    assert "Stars" not in marks
+    [wider] = wider.to_dict("records")
     assert wider["high"] - wider["low"] > 5 * (line["high"] - line["low"])
     assert wider["slope"] == pytest.approx(np.polyfit([*at[:4], at[0]], [*gains[:4], 0.3], 1)[0], abs=0.01)
-    two = ladder.over_size({("panel", "line"): runs(gains, models[:2])}, "", share=True)[3].iloc[0]
+    two = ladder.over_size({("panel", "line"): runs(gains, models[:2])}, "", share=True)[-1].iloc[0]
     assert math.isnan(two["low"]) and two["trend"] == "has too few sizes"
     assert figure.axes
     plt.close("all")

@@ -73,7 +73,6 @@ def test_noise_begins_as_it_is_put_in_and_gradients_agree_where_inputs_do(tiny_f
     row = inside.probed(0, 0.1, model=tiny_folder, samples=2, length=16, seed=0)
     for errors in row["error"].values():
         torch.testing.assert_close(torch.tensor(errors[0]).mean(), torch.tensor(0.1), rtol=0.1, atol=0)
-    assert min(row["kl"]["dense"]) > 0
     for name in inside.LOSSES:  # the first block reads the same under every propagation
         own = [row["cosine"].get(f"{feed}, {name}", 1.0) for feed in ("mixed", "dense", "sparse")]
         assert max(own) - min(own) < 1e-5 and max(own) < 1 + 1e-9

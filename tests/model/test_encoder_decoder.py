@@ -121,3 +121,21 @@ def test_a_run_says_what_the_encoder_reads_and_samples_are_of_both_halves(family
         assert record.spec["sequence_length"] == record.spec["evaluation_length"] == 2 * 64
         with pytest.raises(ReconError, match="sequence length 129 is more than the 128 tokens that the model was made for"):
             record_of(spec.replaced(evaluation_length=129))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@torch.no_grad()
+def test_a_window_runs_where_only_what_it_needs_is_on_the_compute_device(made, family):
+    """The meta device stands for a GPU."""
+    for number in range(2):
+        decoder = decompose(copy.deepcopy(made(family).model))
+        window = decoder.windows("2-blocks")[number]
+        hidden = decoder.embed(random_tokens(2, 18)).to("meta")
+        decoder.call(hidden)
+        needed = set(decoder.needed(window))
+        for module in decoder.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter in needed:
+                    module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+            module._buffers |= {name: each.to("meta") for name, each in module._buffers.items() if each in needed}
+        assert decoder.forward(window, hidden).device.type == "meta"
