@@ -375,11 +375,10 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
     hours = runs["seconds_total"].sum() / 3600 if len(runs) else 0
     said = [f"The {len(runs)} committed runs took {hours:.1f} h in all, one after the other."]
     if len(again) and len(both := runs.merge(again, on="key", suffixes=("", "_again"))):
-        apart = np.abs(np.log(both["held_out_perplexity"] / both["held_out_perplexity_again"])).max()
-        said.append(
-            f"Tolerance: the same run on another machine differs by up to {100 * apart:.1g} % in perplexity (runs: {len(both)}; "
-            f"on {', '.join(sorted({*both['device'], *both['device_again']}))})."
-        )
+        apart = np.abs(np.log(both["held_out_perplexity"] / both["held_out_perplexity_again"])).groupby(both["pattern"])
+        most = [f"{100 * own.max():.1g} % at {pattern} (runs: {len(own)})" for pattern, own in apart]
+        devices = ", ".join(sorted({*both["device"], *both["device_again"]}))
+        said.append(f"Tolerance: the same run on another machine differs in perplexity by up to {', '.join(most)}; on {devices}.")
     shown = verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].drop_duplicates(["claim", "model", "recipe"])
     rows, seconds = [], dict(zip(runs.get("key", ()), runs.get("seconds_total", ())))
     for _, v in shown.iterrows():
