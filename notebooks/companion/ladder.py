@@ -3,9 +3,11 @@
 All lies in `FOLDER`, relative to the checkout: a run's key holds the name of its model, which so is one name on every machine.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from companion import compare
 from companion.figures import panels, span
 from companion.publish import colours_of
-from recon.runtime.storage import complete, once
 
 FOLDER = Path("build/ladder")
 ARCHIVES = {  # what pip downloads -> its SHA-256; code and documentation, both under the BSD licence
@@ -44,6 +45,18 @@ RATE, WARMUP = 6e-3, 0.05  # AdamW's peak at 64 channels, falling with the squar
 SAVED = 60  # seconds after which a training notes how far it is
 
 
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `folder` at the end: whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as around:
+        fresh = Path(around) / folder.name
+        fresh.mkdir()
+        yield fresh
+        if not folder.exists():  # nobody was faster
+            fresh.rename(folder)
+
+
 # --- text and tokenizer ---------------------------------------------------------------------------------------------------
 
 
@@ -52,18 +65,18 @@ def text(folder: Path = FOLDER) -> Path:
 
     Of a held-out file, the 2,000 characters from its middle on, so that samples are of many files.
     """
-    return once(folder / "text", _write_text)
-
-
-def _write_text(fresh: Path) -> None:
-    files = dict(sorted((hashlib.sha256(each.encode()).hexdigest(), each) for each in _files()))
-    held = {name for name in files if int(name[-2:], 16) < 256 * HELD_OUT}
-    training = [each for name, each in files.items() if name not in held]
-    middles = [files[name][len(files[name]) // 2 :][:SHORTEST] for name in sorted(held)]
-    for name, rows in (("training", training), ("held-out", middles)):
-        lines = [json.dumps({"text": each}) + "\n" for each in rows]
-        (fresh / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    _tokenizer(training[:LEARNT]).save_pretrained(fresh)
+    place = folder / "text"
+    if not place.is_dir():
+        with whole(place) as fresh:
+            files = dict(sorted((hashlib.sha256(each.encode()).hexdigest(), each) for each in _files()))
+            held = {name for name in files if int(name[-2:], 16) < 256 * HELD_OUT}
+            training = [each for name, each in files.items() if name not in held]
+            middles = [files[name][len(files[name]) // 2 :][:SHORTEST] for name in sorted(held)]
+            for name, rows in (("training", training), ("held-out", middles)):
+                lines = [json.dumps({"text": each}) + "\n" for each in rows]
+                (fresh / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            _tokenizer(training[:LEARNT]).save_pretrained(fresh)
+    return place
 
 
 def _files() -> Iterator[str]:
@@ -144,11 +157,9 @@ class Rung:
 
 def train(rung: Rung, folder: Path = FOLDER) -> Path:
     """The Hugging Face checkpoint of a rung, trained unless it is there; a training that was stopped goes on where it was."""
-    return once(folder / rung.name, partial(_train, rung, folder))
-
-
-def _train(rung: Rung, folder: Path, fresh: Path) -> None:
-    state = folder / f"{rung.name}.state"
+    place, state = folder / rung.name, folder / f"{rung.name}.state"
+    if place.is_dir():
+        return place
     read = samples(rung.steps * BATCH, folder)
     torch.manual_seed(rung.seed)
     model, order, losses = LlamaForCausalLM(rung.config), torch.randperm(len(read)), []
@@ -169,13 +180,16 @@ def _train(rung: Rung, folder: Path, fresh: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         if time.monotonic() - noted > SAVED:
-            with complete(state) as part:
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
+            part = f"{state}.{os.getpid()}"
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
+            os.replace(part, state)
             noted = time.monotonic()
-    model.save_pretrained(fresh)
-    PreTrainedTokenizerFast.from_pretrained(text(folder)).save_pretrained(fresh)
-    (fresh / "losses.csv").write_text("\n".join(["loss", *map(str, losses)]))
+    with whole(place) as fresh:
+        model.save_pretrained(fresh)
+        PreTrainedTokenizerFast.from_pretrained(text(folder)).save_pretrained(fresh)
+        (fresh / "losses.csv").write_text("\n".join(["loss", *map(str, losses)]))
     state.unlink(missing_ok=True)
+    return place
 
 
 def rate(rung: Rung, step: int) -> float:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pandas as pd
 
 from companion.frame import SEARCH
 from companion.publish import commit
-from recon.runtime.storage import complete, locked
 
 LEAST = 0.1  # nats
 
@@ -40,9 +40,11 @@ def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], co
     for key, cell in keys.items():
         if key not in known and compute:
             row = {"commit": commit(), **measure(**cell)}
-            with locked(path, "file of probes", wait=True), complete(path) as part:
-                known |= read() | {key: row}  # other processes may have written meanwhile
-                part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
+            known |= read() | {key: row}  # other processes may have written meanwhile
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
+            os.replace(part, path)
     there = [key for key in keys if key in known]
     cells = pd.json_normalize([keys[key] for key in there]).rename(columns=lambda name: name.rpartition(".")[2])
     data = pd.concat([pd.DataFrame({"key": there}), cells, pd.DataFrame([known[key] for key in there])], axis=1)

@@ -93,7 +93,7 @@ class EncoderDecoder(Decoder):
     def _around_encoder(self) -> list[Tensor]:
         """What the encoder holds beside blocks and the embedding of tokens, such as its last norm."""
         encoder = self.model.get_encoder()
-        others = {each for module in (self.blocks, encoder.get_input_embeddings()) for each in _tensors(module)}
+        others = {each for module in (self.blocks, self.model.get_input_embeddings()) for each in _tensors(module)}
         return [tensor for tensor in _tensors(encoder) if tensor not in others]
 
 
