@@ -23,7 +23,7 @@ from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA, admm
 from recon.kernels.losses import ELEMENTS
 from recon.kernels.moments import triangle
-from recon.methods import allocation
+from recon.methods import allocation, reorder
 from recon.methods.samples import ERROR_SAMPLES
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
@@ -169,7 +169,8 @@ def flops(spec: RunSpec) -> dict[str, float]:
     found = {"prune": (passes * forward + by_grams * grams) * tokens["prune"], "reconstruct": 0.0, "retrain": 0.0}
     if rule.statistics == "gradient":
         found["prune"] += counted(decoder, whole, length, "matrices") * tokens["prune"]
-    found["prune"] += forward * tokens["prune"] * ((pruning.allocation == "dlp") + pruning.reorder_neurons)
+    found["prune"] += forward * tokens["prune"] * (pruning.allocation == "dlp")
+    found["prune"] += forward * min(reorder.TOKENS, tokens["prune"]) * pruning.reorder_neurons
     if pruning.allocation == "measured":
         found["prune"] += forward * min(allocation.NORMS, tokens["prune"])
         probed = min(allocation.PROBES * allocation.LENGTH, tokens["prune"])
