@@ -387,8 +387,7 @@ def _contrast(values: np.ndarray) -> np.ndarray:
 
 def gap(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """Gap between two criteria (larger minus smaller log-perplexity) after pruning, minus that after reconstruction."""
-    sides = _by_criterion(runs, claim)
-    names, sides = list(sides), list(sides.values())
+    names, sides = list(found := _by_criterion(runs, claim)), list(found.values())
     if len(sides) < 2 or not (units := common(*sides)):
         return None
     states = [_stack([(side, state) for side in sides], units, claim["measure"]) for state in ("pruned", "reconstructed")]

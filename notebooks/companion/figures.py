@@ -670,12 +670,12 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
             ax.set_xscale("symlog", linthresh=0.1)
             ax.xaxis.set_major_formatter("{x:g}")
     topics: dict[str, list[str]] = {}  # counted over the rows that are drawn
-    words = ("Holds", "Holds in part", "Mostly does not hold", "Does not hold", "Open")
+    summaries = ("Holds", "Holds in part", "Mostly does not hold", "Does not hold", "Open")
     for group, mine in shown.groupby("group", sort=False):
-        holds, fails = ((mine["verdict"] == state).sum() for state in (HOLDS, FAILS))
-        word = words[0 if holds == len(mine) else 1 if holds > fails else 2 if holds else 3 if fails else 4]
-        topics.setdefault(word, []).append(GROUPS[group]["topic"] + f" ({holds} of {len(mine)})" * bool(0 < holds < len(mine)))
-    finding = " ".join(f"{word}: {', '.join(topics[word])}." for word in words if word in topics)
+        holds, fails = (list(mine["verdict"]).count(state) for state in (HOLDS, FAILS))
+        word = summaries[[holds == len(mine), holds > fails, holds > 0, fails > 0, True].index(True)]
+        topics.setdefault(word, []).append(GROUPS[group]["topic"] + f" ({holds} of {len(mine)})" * (0 < holds < len(mine)))
+    finding = " ".join(f"{word}: {', '.join(topics[word])}." for word in summaries if word in topics)
     return (
         figure,
         shown[["claim", "statement", "model", "pattern", "recipe", "effect", "low", "high", "unit", "seeds", "verdict"]],

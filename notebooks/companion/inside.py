@@ -39,8 +39,8 @@ def probed(block: int, size: float, **which) -> dict:
     """What becomes of noise after a block, in the dense and the reconstructed model; and angles between gradients there.
 
     error: by state, later block and sample, the noise relative to the standard deviation of each channel, root mean square, where
-    it begins as `size`. cosine: of the gradient of each propagation and
-    loss and that of the default, on the block's survivors, as `recon.reconstruct` meets it.
+    it begins as `size`. cosine: of the gradient of each propagation and loss and that of the default, on the block's survivors,
+    as `recon.reconstruct` meets it.
     """
     decoders, tokens = states(**which)
     windows, row, reached = decoders["dense"].windows("block"), {"error": {}}, {}

@@ -100,9 +100,9 @@ def looks(names: Iterable[str]) -> dict:
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """The colour that `look` has for each name, or for it less "pruned" or "reconstructed"; others are coloured in turn."""
+    """The colour that `look` has for each name, less "after", "pruned" or "reconstructed"; other names are coloured in turn."""
     turn = iter(sns.color_palette("colorblind").as_hex())
-    bases = {name: re.sub(" (pruned|reconstructed)$", "", name) for name in names}
+    bases = {name: re.sub("^after | (pruned|reconstructed)$", "", name) for name in names}
     return {name: _LOOK[base]["color"] if base in _LOOK else next(turn) for name, base in bases.items()}
 
 

@@ -26,7 +26,7 @@ ALPHA = 0.15
 
 
 def spread(sparsity: float) -> float:
-    """How far blocks may be from the `sparsity` of the whole (`dlp`: nearly twice as far): less where that comes near 0 or 1."""
+    """How far blocks may be from the `sparsity` of the whole (`dlp`: nearly twice as far); less where that is near 0 or 1."""
     return min(ALPHA, sparsity / 2, (1 - sparsity) / 2)
 
 

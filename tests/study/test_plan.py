@@ -190,6 +190,20 @@ def test_a_plan_and_a_run_agree(spec):
     assert f"{size:,} parameters" in str(planned) and plan.Plan(asked, save=Path("a")).memory["disk"] == {"saved model": 4 * size}
 
 
+def test_a_gpu_holds_what_runs_on_it_and_the_host_the_rest(spec):
+    """Of memory alone: no GPU is asked."""
+    gpu, retraining = torch.device("cuda"), spec.replaced(samples=9, compute_dtype="float32", retrain="full")
+    elements = (planned := plan.Plan(retraining)).elements
+    memory = planned._peak(gpu)
+    assert memory["cuda"]["parameters"] == memory["cpu"]["copies"] == 4 * elements
+    assert memory["cpu"]["streams"] == 16 / 9 * planned._peak(torch.device("cpu"))["cpu"]["streams"]  # pinned
+    distilling = plan.Plan(retraining.replaced(retrain_objective="distil"))
+    assert distilling._peak(gpu)["cuda"]["parameters"] == 8 * elements
+    alone = plan.Plan(retraining.replaced(retrain="none"))
+    ends = elements - sum(parameter.numel() for parameter in alone.decoder.blocks.parameters())
+    assert alone._peak(gpu)["cuda"]["parameters"] >= 8 * ends and "copies" not in alone._peak(gpu)["cpu"]
+
+
 def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
     monkeypatch.setattr("recon.runtime.device.available_memory", lambda: 1000)
     monkeypatch.setattr(models, "load", None)
