@@ -1,7 +1,8 @@
 """Two sides of a comparison: which runs stand for each, and the effect between them with a bootstrap interval.
 
 An effect is a difference of log-perplexity, or of the divergence from the dense model, in nats per token. Some are given as a
-share of the perplexity gap, log(pruned / dense). Effects are paired: both sides have the same seeds and evaluation windows.
+share of what pruning does to it, such as the perplexity gap, log(pruned / dense): the mean of both sides'. Effects are paired:
+both sides have the same seeds and evaluation windows.
 """
 
 import math
@@ -205,7 +206,7 @@ def _used(sides: Sequence[pd.DataFrame], units: list[str]) -> pd.DataFrame:
 
 
 def pair(mine: pd.DataFrame, theirs: pd.DataFrame, measure="own", share=False, state="reconstructed", **more) -> Evidence | None:
-    """The other side's measure minus ours: above 0, ours is better. `share`: as a share of our perplexity gap.
+    """The other side's measure minus ours: above 0, ours is better. `share`: as a share of the gap that pruning opens.
 
     mine, theirs: runs of one setting each, by unit. None if they have no unit in common.
     """
@@ -213,11 +214,12 @@ def pair(mine: pd.DataFrame, theirs: pd.DataFrame, measure="own", share=False, s
         return None
 
     def difference(means: np.ndarray) -> np.ndarray:
-        gap = np.where(means[3] > means[2], means[3] - means[2], math.nan) if share else 1.0
-        return (means[1] - means[0]) / gap
+        gap = (means[3] + means[4]) / 2 - means[2]
+        return (means[1] - means[0]) / (np.where(gap > 0, gap, math.nan) if share else 1.0)
 
-    values = _stack([(mine, "reconstructed"), (theirs, state), (mine, "dense"), (mine, "pruned")], units, measure)
-    unit = "of the perplexity gap" if share else "nats per token"
+    sides = [(mine, "reconstructed"), (theirs, state), (mine, "dense"), (mine, "pruned"), (theirs, "pruned")]
+    values = _stack(sides, units, measure)
+    unit = ("of the KL that pruning adds" if measure == "kl" else "of the perplexity gap") if share else "nats per token"
     return Evidence(_used([mine, theirs], units), [values], difference, unit, **more)
 
 
@@ -290,7 +292,7 @@ def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def memory(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """The other side's memory over ours, of the largest window: counted, so all runs of a side say the same."""
+    """The other side's memory over ours: what training added at its peak, as measured."""
     mine, theirs = (best_supported(points(runs, claim[side])) for side in ("left", "right"))
     if not len(mine) or not len(theirs) or not (units := common(mine, theirs)):
         return None
@@ -428,8 +430,8 @@ def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, si
     """By how much the effects on models rise where their size is tenfold, times `sign`.
 
     size: of a model, by its name; else the parameters that it states. Then only one family counts, that with the most models:
-    those of several differ in more than size. Models of one size differ in the seed of their training: what sets these apart is
-    drawn for every model, as training scatters all of them, and widened for the few degrees of freedom that tell it.
+    those of several differ in more than size. What the models leave of a straight line, as their training scatters, is drawn
+    for every model, too, and widened for the few degrees of freedom that tell it.
     """
     families, size = {}, size or parameters
     for model in sorted(filter(size, evidence), key=size):
@@ -445,9 +447,8 @@ def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, si
         return np.array([own.statistic(mine) for own, mine in zip(each, np.split(means, ends))])
 
     found = effects(np.concatenate([part.mean((1, 2)) for part in parts])[:, None])[:, 0]
-    twins = [found[sizes == size] for size in set(sizes) if (sizes == size).sum() > 1]
-    apart = np.concatenate([(own - own.mean()) * math.sqrt(len(own) / (len(own) - 1)) for own in twins] or [np.zeros(1)])
-    apart *= student(max(len(apart) - len(twins), 1), 0.95)
+    freedom, slope = max(len(found) - 2, 1), at @ found / max(at @ at, 1e-30)
+    apart = (found - found.mean() - at * slope) * math.sqrt(len(found) / freedom) * student(freedom, 0.95)
     scatter = np.random.RandomState(0)  # one for all bootstraps, so that two of them differ by what it draws, too
 
     def statistic(means: np.ndarray) -> np.ndarray:

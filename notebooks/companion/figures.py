@@ -46,7 +46,7 @@ def sizes(runs: pd.DataFrame) -> pd.DataFrame:
     data["lowest perplexity"], data["highest perplexity"] = (np.exp(groups["perplexity"].agg(of)) for of in ("min", "max"))
     left, gap = (np.log(data[name] / data[levels[0]]) for name in ("perplexity", levels[1]))
     data["share recovered"] = 1 - left / gap
-    data[COMPUTE], data[MEMORY], data["seconds"] = groups[COMPUTE].min(), groups[MEMORY].max(), groups["seconds"].mean()
+    data[COMPUTE], data[MEMORY], data["seconds"] = groups[COMPUTE].min(), groups[MEMORY].median(), groups["seconds"].mean()
     return data.reset_index()
 
 
@@ -196,7 +196,7 @@ def forest(data: pd.DataFrame, by: str, panel: str, words: str) -> Figure:
 
 
 def memory(data: pd.DataFrame) -> Plot:
-    """Perplexity against the memory of a window, or FLOPs if no run has it: a panel per model. data: `sizes` of one pattern."""
+    """Perplexity against the memory that training adds, or FLOPs if no run has it, by model. data: `sizes` of one pattern."""
     cost = MEMORY if data[MEMORY].notna().any() else COMPUTE
     data = data[(data["granularity"] != "pruned") & data[cost].notna()]
     data = data.drop(columns=[COMPUTE if cost == MEMORY else MEMORY, "seconds"])

@@ -19,7 +19,7 @@ RECIPE_WORDS = {"default": "default", "paper": "paper's recipe"}
 MEASURES = ("own", "other", "kl")  # NLL of the first and the second evaluation text, KL to the dense model on the first
 STATES = ("dense", "pruned", "reconstructed")
 RATES = ["learning_rate", "retrain_learning_rate", "size_power", "matrix_rate"]
-MEMORY = "window memory, GiB"
+MEMORY = "added memory, GiB"
 _IN_WINDOWS = {field.name for field in fields(recon.ReconstructionConfig)} - {"granularity"}
 # A method is how a run prunes, reconstructs and retrains. How its training is tuned is kept apart.
 _TUNABLE = {*RATES, "batch_size", "accumulation", "warmup", "weight_decay", "chunks"}
@@ -95,8 +95,8 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
     - <measure>_<state>: arrays (windows,) in nats per token, for `MEASURES` and `STATES`; NaN if the record has none;
       "perplexity, <text>" and "dense perplexity, <text>";
     - drift, drift_pruned (blocks,); losses, an array for each window; error_before and error_after (windows,);
-    - flops, seconds (of reconstruction and retraining), seconds_with_pruning, seconds_total, and MEMORY, counted, of the
-      largest window.
+    - flops, seconds (of reconstruction and retraining), seconds_with_pruning, seconds_total, and MEMORY, as measured: at the
+      peak of reconstruction or retraining, over what was in use before it.
     """
     folder = Path(folder)
     if specs is None:
@@ -151,8 +151,8 @@ def _row(record: dict) -> dict:
     row |= {name: np.array([next(iter(window[name].values())) for window in windows]) for name in ("error_before", "error_after")}
     row |= {name: sum(record[name].get(phase) or 0 for phase in ("reconstruct", "retrain")) for name in ("flops", "seconds")}
     row["seconds_with_pruning"] = row["seconds"] + (record["seconds"].get("prune") or 0)
-    counted = record.get("window_memory_bytes")
-    row[MEMORY] = sum(counted.values()) / 2**30 if counted else np.nan
+    added = record.get("added_memory_bytes_by_phase", {})
+    row[MEMORY] = max((added[phase] for phase in ("reconstruct", "retrain") if phase in added), default=np.nan) / 2**30
     return row | {
         "seconds_total": record["seconds"].get("total", 0), "device": environment.get("device"),
         "threads": environment.get("threads"), "commit": str(environment.get("git_commit"))[:10],
@@ -208,5 +208,6 @@ def protocol_words(runs: pd.DataFrame) -> str:
         *["whole samples"] * (set(fitted["chunks"]) == {1}), *alike,
         f"pruned on {first['pruned_on']} ({first['statistics']} statistics)",
         f"perplexity on {first['evaluation_samples']} x {first['evaluation_length']} tokens of {first['evaluated']}{cut}",
+        f"KL on the first {min(first['kl_windows'], first['evaluation_samples'])} of these",
         *[f"{' or '.join(sorted(set(runs['precision'])))} products"] * (set(runs["precision"]) != {""}),
     ])  # fmt: skip

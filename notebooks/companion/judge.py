@@ -32,8 +32,19 @@ GROUPS = _YAML["groups"]
 
 
 def claims() -> list[dict]:
-    """A dict for each claim of `claims.yaml`, its lists of values written out."""
-    return [claim for row in _YAML["claims"] for claim in _expanded(row)]
+    """A dict for each claim of `claims.yaml`, its lists written out; effects on the first text are judged on the second, too."""
+    stated = [claim for row in _YAML["claims"] for claim in _expanded(row)]
+    there, words = {claim["id"] for claim in stated}, _YAML["names"]["other"]
+    return stated + [
+        claim | {"id": name, "says": f"{claim['says']} ({words})", "measure": "other", "short": "", "optional": True}
+        for claim in stated
+        if claim["test"] in ("better", "equal", "gap") and (name := _elsewhere(claim["id"])) not in there
+    ]
+
+
+def _elsewhere(claim: str) -> str:
+    """The name of a claim on the second evaluation text."""
+    return f"{re.sub('[.](own|other|kl)$', '', claim)}.other"
 
 
 def _expanded(row: dict) -> Iterable[dict]:
@@ -107,7 +118,7 @@ def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
     nothing = dict.fromkeys(("model", "pattern", "recipe", "unit", "note", "protocol"), "") | {"seeds": 0, "older": False}
     nothing |= dict.fromkeys(("effect", "low", "high"), math.nan)
     words = {"claim": claim["id"], "group": claim["group"], "statement": claim["says"], "comparison": comparison(claim)}
-    rule = {"test": claim["test"], "bar": _bar(claim), "short": claim["short"], "optional": claim["optional"]}
+    rule = {name: claim[name] for name in ("test", "measure", "short", "optional")} | {"bar": _bar(claim)}
     return words | nothing | {"verdict": verdict, "reason": reason, "keys": (), "bound": "", **rule} | more
 
 
@@ -220,7 +231,7 @@ def comparison(claim: dict) -> str:
 
     left, right = words(claim["left"]), words(claim["right"]) if claim["right"] else "the same before reconstruction"
     return {
-        "memory": f"memory of the largest window: {right} over {left}",
+        "memory": f"added memory: {right} over {left}",
         "ratio": f"{claim['cost_words']} with which {right} reaches the quality of {left}",
         "gap": f"gap between criteria: {left}, against {right}",
         "trend": f"over model size: {f'{left} against {right}' if claim['right'] else f'gap between criteria: {left}'}",
@@ -245,6 +256,11 @@ def _recipe(row: pd.Series) -> str:
     return RECIPE_WORDS[row["recipe"] or "default"] + f", {OLDER}" * bool(row["older"])
 
 
+def _counting(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons that count: there are runs, and they are measured by perplexity on the first text, or by their cost."""
+    return verdicts[(verdicts["seeds"] > 0) & (verdicts["measure"] == "own")]
+
+
 def _counted(rows: pd.DataFrame) -> str:
     """How many comparisons have which verdict: "✓ holds (3 of 7), ..."."""
     counts = rows["verdict"].value_counts()
@@ -255,7 +271,7 @@ def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.sty
     """For a notebook, by group of claims: what the paper says, the verdicts counted, and the first comparison of each verdict."""
     rows = []
     for group in groups:
-        mine, about = verdicts[(verdicts["group"] == group) & (verdicts["seeds"] > 0)], GROUPS[group]
+        mine, about = _counting(verdicts[verdicts["group"] == group]), GROUPS[group]
         first = [row for _, row in mine.drop_duplicates("verdict").iterrows()]
         why = [f"{MARKS[v['verdict']]} {v['statement']} ({_place(v)}): {effect_words(v)}; {v['reason']}" for v in first]
         paper = f"{about['title']} ({about['source']})"
@@ -276,7 +292,7 @@ def page(verdicts: pd.DataFrame) -> str:
         "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and "
         "of equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and windows: 95 %; "
         f'90 % for "equals" (two one-sided tests) and "as good as" (one). Two sides are equal within {MARGIN:g} of the '
-        f"perplexity gap log(pruned / dense) of the side named first (by other measures: of what pruning adds to these), closely "
+        f"perplexity gap log(pruned / dense), the mean of both sides' (by KL: of what pruning adds to it), closely "
         f"equal within {CLOSE:g}: margins of ours, not the paper's. A bound as "
         "near to its margin as two bootstraps differ is borderline, and decides nothing. With fewer than "
         f"{SEEDS} seeds, what training noise could decide is {UNSURE}. "
@@ -302,21 +318,34 @@ def page(verdicts: pd.DataFrame) -> str:
 
 def count_words(verdicts: pd.DataFrame) -> str:
     """How many verdicts are decided, and how many of those chance alone may have decided."""
-    holds, fails, open_, untestable, without = ((verdicts["verdict"] == state).sum() for state in MARKS)
-    decided = holds + fails
+    counting = _counting(verdicts)
+    holds, fails, open_, untestable, _ = ((counting["verdict"] == state).sum() for state in MARKS)
+    decided, without = holds + fails, (verdicts["verdict"] == NOT_RUN).sum()
     if not decided + open_:
         return "No verdict yet: there are no records."
     compared = decided + open_
     said = f"{decided} of {compared} comparisons are decided ({decided / compared:.0%}): {holds} hold, {fails} do not."
     said += f" {untestable} cannot be tested with these models." * bool(untestable)
     said += f" {without} more were not run." * bool(without)
-    older, words = verdicts["older"].sum(), "on other windows of text or in another precision; they will be run anew"
+    older, words = counting["older"].sum(), "on other windows of text or in another precision; they will be run anew"
     said += f" {older} are of an older protocol, {words}." * bool(older)
+    same = _on_both(counting, verdicts)
+    said += f" On the second text, {same.sum()} of {len(same)} have the same verdict." * bool(len(same))
     return (
-        f"{said} Each is judged on its own, with a nominal chance of at most 5 % that noise makes a verdict wrong: of those "
-        f"decided, up to about {0.05 * decided:.0f}. In today's protocol seeds were fixed beforehand, and none was added after a "
-        "verdict. Comparisons share runs, so that several may be wrong together. Trust what several patterns and models agree on."
+        f"{said} Each is judged on its own, with a nominal chance of at most 5 % that seeds and windows make a verdict wrong: of "
+        f"those decided, up to about {0.05 * decided:.0f}. Articles and learning rates are outside it: the first text's windows "
+        "are of two articles, and rates were searched on a third; the second text's are of about one article each. In "
+        "today's protocol seeds were fixed beforehand, and none was added after a "
+        "verdict. Comparisons share runs, so that several may be wrong together. Trust what texts, patterns and models agree on."
     )
+
+
+def _on_both(counting: pd.DataFrame, verdicts: pd.DataFrame) -> pd.Series:
+    """Of comparisons that were made on the second text, too: whether both verdicts are the same."""
+    by = ["claim", "model", "pattern", "recipe"]
+    other = verdicts[verdicts["measure"] == "other"]
+    both = counting.assign(claim=counting["claim"].map(_elsewhere)).merge(other, on=by, suffixes=("", "_other"))
+    return both["verdict"] == both["verdict_other"]
 
 
 def worded(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -345,7 +374,7 @@ def headlines(verdicts: pd.DataFrame) -> str:
             said += re.findall(rf"borderline|fewer than {SEEDS} seeds", v["reason"])
             effect = effect_words(v).removesuffix(v["unit"]).strip().replace("-", "−").replace(" [", "<br>[")
             mark = MARKS[v["verdict"]] + "†" * bool(v["older"])
-            cells[v["claim"], v["model"], v["recipe"]] = "<br>".join([f"{mark} {effect}", *said])
+            cells[v["claim"], v["model"], v["recipe"]] = "<br>".join([f"{mark} {effect}", *said, *_second(v, verdicts)])
             statements[v["claim"]] = f"{v['statement']} ({unit})".replace(") (", "; ")
         places = list(dict.fromkeys(zip(mine["model"], mine["recipe"])))
         rows = [(says, *(cells.get((claim, *place), "") for place in places)) for claim, says in statements.items()]
@@ -354,10 +383,17 @@ def headlines(verdicts: pd.DataFrame) -> str:
     return "\n".join(parts).strip()
 
 
+def _second(row: pd.Series, verdicts: pd.DataFrame) -> list[str]:
+    """The verdict and effect of the same comparison on the second text, if it was made."""
+    place = ["model", "pattern", "recipe"]
+    alike = (verdicts["claim"] == _elsewhere(row["claim"])) & (verdicts[place] == row[place]).all(axis=1)
+    return [f"second text: {MARKS[v['verdict']]} {v['effect']:+.3f}".replace("-", "−") for _, v in verdicts[alike].iterrows()]
+
+
 def summary(verdicts: pd.DataFrame) -> str:
     """A short table, a row per group of claims: its verdicts counted over claims, models and patterns, and one example."""
     rows = []
-    for group, mine in verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].groupby("group", sort=False):
+    for group, mine in _counting(verdicts[~verdicts["optional"]]).groupby("group", sort=False):
         first = mine.iloc[0]
         place = f"{_place(first)}; seeds: {first['seeds']}"
         example = f"{MARKS[first['verdict']]} {first['statement']}: {effect_words(first) or first['reason']} ({place})"
@@ -375,11 +411,12 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
     hours = runs["seconds_total"].sum() / 3600 if len(runs) else 0
     said = [f"The {len(runs)} committed runs took {hours:.1f} h in all, one after the other."]
     if len(again) and len(both := runs.merge(again, on="key", suffixes=("", "_again"))):
-        apart = np.abs(np.log(both["held_out_perplexity"] / both["held_out_perplexity_again"])).groupby(both["pattern"])
+        states = [np.abs(np.log(both[name] / both[f"{name}_again"])) for name in ("pruned_perplexity", "perplexity")]
+        apart = np.maximum(*states).groupby(both["pattern"])
         most = [f"{100 * own.max():.1g} % at {pattern} (runs: {len(own)})" for pattern, own in apart]
         devices = ", ".join(sorted({*both["device"], *both["device_again"]}))
         said.append(f"Tolerance: the same run on another machine differs in perplexity by up to {', '.join(most)}; on {devices}.")
-    shown = verdicts[~verdicts["optional"] & (verdicts["seeds"] > 0)].drop_duplicates(["claim", "model", "recipe"])
+    shown = _counting(verdicts[~verdicts["optional"]]).drop_duplicates(["claim", "model", "recipe"])
     rows, seconds = [], dict(zip(runs.get("key", ()), runs.get("seconds_total", ())))
     for _, v in shown.iterrows():
         minutes = f"{sum(seconds[key] for key in v['keys']) / 60:.0f} min"

@@ -107,7 +107,7 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
             continue
         caption = "Mean (of perplexities: geometric) ± standard deviation (seeds), lower is better. Bold: the lowest of a "
         used = used.assign(model=used["model"] + ", " + used["recipe"].map(RECIPE_WORDS))
-        caption += f"column, and what is within both standard deviations of it, of {SEEDS} seeds or more. {protocol(used)}"
+        caption += f"column, of {SEEDS} seeds or more; runs of one seed are pairs, so verdicts tell more. {protocol(used)}"
         told = " Paper: of its own models, from a summary of it; its tables could not be read here."
         caption += told * any(table == name for table, _ in PAPER)
         page, tex = [f"# {title}"], []
@@ -126,12 +126,11 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
 def _words(data: pd.DataFrame, name: str, bold: str) -> pd.DataFrame:
     """A panel as text: "mean ± std (seeds)", the lowest of each column in bold; dense, pruned, costs and few seeds aside."""
     rivals = data[~data["row"].str.endswith(("dense", "pruned")) & (data["seeds"] >= SEEDS)]
-    best, said = rivals.loc[rivals.groupby("column")["mean"].idxmin()].set_index("column"), []
+    best, said = set(rivals.groupby("column")["mean"].idxmin()), []
     for index, cell in data.iterrows():
         mean, std, seeds = cell["mean"], cell["std"], cell["seeds"]
         words = f"{mean:.2f}{f' ± {std:.2f}' * (seeds > 1)} ({seeds})" if seeds else f"{mean:.3g}"
-        leads = index in rivals.index and mean <= best.loc[cell["column"], ["mean", "std"]].sum() + std
-        said.append(bold.format(words) if leads else words)
+        said.append(bold.format(words) if index in best else words)
     shown = data.assign(said=said).pivot(index="row", columns="column", values="said").fillna("")
     shown = shown.loc[list(dict.fromkeys(data["row"])), list(dict.fromkeys(data["column"]))]
     known = [PAPER.get((name, row), "") for row in shown.index]

@@ -102,7 +102,7 @@ def test_options_that_do_nothing_do_not_divide():
 
 def test_reconstruction_is_compared_with_its_own_pruned_model():
     for records, verdict in ((seeds(0.4), HOLDS), (seeds(-0.1), FAILS), (seeds(0.0003, noise=0.02), UNSURE)):
-        assert verdict_on("1.own", records)["verdict"] == verdict
+        assert verdict_on("1.wanda.own", records)["verdict"] == verdict
 
 
 @pytest.mark.parametrize("gap_after, verdict", [(0.02, HOLDS), (0.3, FAILS), (0.1, UNSURE)])
@@ -151,13 +151,22 @@ def test_sizes_as_far_apart_as_it_says_decide_a_trend():
     """The slope stays, and so does the noise: only sizes lie further apart."""
 
     def trend(times):
-        names = [f"a-{1e3 * 4 ** (step * times):.0f}m" for step in range(3)]
-        return verdict_on("8", family([0.5 - 0.02 * step * times for step in range(3)], names, noise=0.02))
+        names = [f"a-{1e3 * 2 ** (step * times):.0f}m" for step in range(6)]
+        return verdict_on("8", family([0.5 - 0.005 * step * times for step in range(6)], names, noise=0.02))
 
     row = trend(1)
     times = float(row["reason"].split("over about ")[1].split()[0])
     assert row["verdict"] == UNSURE and 1 < times < 10
-    assert trend(0.7 * times)["verdict"] == UNSURE and trend(1.5 * times)["verdict"] == HOLDS
+    assert trend(0.5 * times)["verdict"] == UNSURE and trend(2 * times)["verdict"] == HOLDS
+
+
+def test_what_models_leave_of_a_straight_line_widens_a_trend():
+    powers = range(1, 7)
+    line = [0.8 - 0.1 * power for power in powers]
+    off = [gap + 0.2 * (-1) ** power for power, gap in zip(powers, line)]
+    straight, crooked = (verdict_on("8", family(gaps, [f"a-{10**power}m" for power in powers])) for gaps in (line, off))
+    assert straight["verdict"] == HOLDS and crooked["verdict"] == UNSURE
+    assert crooked["effect"] == pytest.approx(-np.polyfit(powers, np.abs(off), 1)[0], abs=0.02)
 
 
 def test_parameters_by_name():
@@ -276,9 +285,9 @@ def test_as_good_is_not_worse_by_more_than_the_margin():
 
 
 def test_a_measure_that_records_lack_is_not_judged():
-    assert verdict_on("1.kl", seeds())["reason"] == "no records"
-    assert verdict_on("1.kl", seeds(kl=0.3))["effect"] == pytest.approx(0.3 * GAP, abs=0.01)
-    assert verdict_on("1.other", seeds(0.4, other=0.2))["effect"] == pytest.approx(0.2 * GAP, abs=0.01)
+    assert verdict_on("1.wanda.kl", seeds())["reason"] == "no records"
+    assert verdict_on("1.wanda.kl", seeds(kl=0.3))["effect"] == pytest.approx(0.3 * GAP, abs=0.01)
+    assert verdict_on("1.wanda.other", seeds(0.4, other=0.2))["effect"] == pytest.approx(0.2 * GAP, abs=0.01)
 
 
 def test_as_many_seeds_as_it_says_decide():

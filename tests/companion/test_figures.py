@@ -23,7 +23,7 @@ def closed():
 
 
 def table(*records, memory=False):
-    more = {"window_memory_bytes": {"weights": 2**29, "moments": 2**29}} if memory else {}
+    more = {"added_memory_bytes_by_phase": {"prune": 2**31, "reconstruct": 2**30}} if memory else {}
     return frame.table([run | more for run in records])
 
 
@@ -158,6 +158,6 @@ def test_the_lowest_panel_of_each_column_has_tick_labels():
 def test_the_forest_has_a_row_per_central_claim_and_model():
     runs = table(*of_sizes(3), *of_sizes(3, pattern="2:4"))
     figure, drawn, finding = figures.claims(judge.judge(runs))
-    assert set(drawn["claim"]) == {"1.own", "2.block", "3"} and set(drawn["pattern"]) == {"0.5"}
+    assert set(drawn["claim"]) == {"1.wanda.own", "2.block", "3"} and set(drawn["pattern"]) == {"0.5"}
     assert finding.startswith("Holds: recovery, ")
     assert figures.claims(judge.judge(table(*of_sizes(3)[:3]))) is None

@@ -50,14 +50,14 @@ def test_a_bound_that_two_bootstraps_would_place_on_either_side_of_the_margin_de
 def test_few_seeds_say_nothing_about_noise(count):
     rows = judge.judge(frame.table(everything(count))).query("seeds > 0").set_index("claim")
     assert set(rows["group"]) == set(judge.GROUPS)
-    assert set(rows.index[rows["verdict"] != UNSURE]) <= {"1.own", "8", "8m"}
+    assert set(rows.index[rows["verdict"] != UNSURE]) <= {"1.wanda.own", "1.sparsegpt.own", "1.magnitude.own", "8", "8m"}
     assert rows["reason"].drop(["8", "8m"]).str.contains(f"fewer than 3 seeds ({count})", regex=False).all()
 
 
 def test_three_seeds_decide_and_every_claim_has_a_row_or_says_not_run():
     verdicts = judge.judge(frame.table(everything()))
     first = verdicts.drop_duplicates("claim").set_index("claim")
-    decided = """1.own 2.block 3 4 5a.masklora.8.own 5b.masklora.32.own 5b.masklora.samples 6.masklora.reconstruction.flops
+    decided = """1.wanda.own 2.block 3 4 5a.masklora.8.own 5b.masklora.32.own 5b.masklora.samples 6.masklora.reconstruction.flops
         7.magnitude 9.mixed.whitened 9.mixed.mse 10.cosine.mixed 10.whitened.mixed 11.masklora""".split()
     assert set(first.loc[decided, "verdict"]) == {HOLDS}
     assert {claim["id"] for claim in judge.claims() if not claim["optional"]} <= set(first.index)
@@ -70,6 +70,15 @@ def test_claims_are_well_formed():
     for claim in claims:
         assert "{" not in repr(claim).replace("{'", "") and claim["test"] in judge.compare.KINDS and judge.comparison(claim)
         assert set(claim["left"]) | set(claim["right"] or {}) <= set(frame.DEFAULTS)
+
+
+def test_effects_are_judged_on_the_second_text_too_and_counted_once():
+    runs = seeds(0.4, other=0.4) + seeds(0.2, granularity="matrix", other=0.6)
+    verdicts = judge.judge(frame.table(runs), [claim for claim in judge.claims() if claim["id"] in ("3", "3.other")])
+    assert list(verdicts["claim"]) == ["3", "3.other"] and list(verdicts["verdict"]) == [HOLDS, FAILS]
+    assert "1 of 1 comparisons are decided (100%): 1 hold, 0 do not." in (said := judge.count_words(verdicts))
+    assert "On the second text, 0 of 1 have the same verdict." in said
+    assert "second text: ✗ −" in judge.headlines(verdicts) and judge.summary(verdicts).count("(1 of 1)") == 1
 
 
 def test_the_protocol_with_most_records_is_taken_and_named():

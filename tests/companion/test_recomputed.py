@@ -44,7 +44,7 @@ def bootstrap(sides, statistic, level, draws=1500):
 
 HALF, PLAIN = {"granularity": "half-block", "retrain": "none"}, (lambda mine, theirs: theirs - mine)
 CASES = {  # claim -> sides (options, state), statistic of their means, level
-    "1.own": ([(HALF, "reconstructed"), (HALF, "pruned")], PLAIN, 0.95),
+    "1.wanda.own": ([(HALF, "reconstructed"), (HALF, "pruned")], PLAIN, 0.95),
     "3": ([(HALF, "reconstructed"), ({"granularity": "matrix"}, "reconstructed")], PLAIN, 0.95),
     "2.block": (
         [(HALF, "reconstructed"), ({"granularity": "block"}, "reconstructed"), (HALF, "dense"), (HALF, "pruned")],

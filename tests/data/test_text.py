@@ -38,6 +38,15 @@ def test_bundled_splits_are_disjoint_and_not_empty():
         assert len(every(name)) == len(set(every(name))) == count
 
 
+@pytest.mark.parametrize("name, split, samples, articles", [
+    ("wikipedia", "evaluation", 48, {2}), ("wikipedia", "validation", 16, {1}), ("news", "evaluation", 24, range(24, 30)),
+])  # fmt: skip
+def test_windows_of_the_protocol_are_of_as_many_articles_as_pages_say(tokenizer, name, split, samples, articles):
+    tokens = text.sample_tokens(name, split, tokenizer, samples, 256).numel()
+    lengths = [len(tokenizer(document).input_ids) for document in text.documents(name, split)]
+    assert next(count for count in range(1, len(lengths) + 1) if sum(lengths[:count]) >= tokens) in articles
+
+
 def test_documents_are_dealt_by_position_and_count_once(paragraphs, tmp_path):
     found = {split: {int(d[4:].split("x")[0]) % 8 for d in text.documents(paragraphs, split)} for split in text.SPLITS}
     assert found == text.DEAL and len(every(paragraphs)) == 40
