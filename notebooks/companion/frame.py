@@ -16,6 +16,7 @@ RECIPES = {
 DEFAULTS = RECIPES["default"]
 SEARCH = 100  # seeds from here on are of searches for learning rates: no verdict and no table uses them
 RECIPE_WORDS = {"default": "default", "paper": "paper's recipe"}
+EQUAL = ", equal steps"
 MEASURES = ("own", "other", "kl")  # NLL of the first and the second evaluation text, KL to the dense model on the first
 STATES = ("dense", "pruned", "reconstructed")
 RATES = ["learning_rate", "retrain_learning_rate", "size_power", "matrix_rate"]
@@ -32,21 +33,22 @@ METHOD = [name for name in DEFAULTS if name not in (*TUNING, *_APART)]
 
 
 def fit_options(fit: str) -> dict[str, list]:
-    """The axes for `recon.grid` of a way to reconstruct: a granularity, "matrix exact", or "<granularity> from exact".
+    """The axes for `recon.grid` of a way to reconstruct: a granularity, "matrix exact", "<granularity> from exact", or
+    "<granularity>, equal steps": those of windows that mix tokens.
 
     Exact matrices read the dense model's activations whatever the recipe: noise in what they read would shrink their weights.
     """
     if fit == "matrix exact":
         return {"granularity": ["matrix"], "solver": ["exact"], "train": ["matrices"], "propagation": ["dense"]}
-    name, _, start = fit.partition(" from ")
-    return {"granularity": [name], "start": [start or "pruned"]}
+    name, _, start = fit.removesuffix(EQUAL).partition(" from ")
+    return {"granularity": [name], "start": [start or "pruned"]} | ({"chunks": [1]} if fit.endswith(EQUAL) else {})
 
 
-def fit_name(spec: dict) -> str:
+def fit_name(spec: dict, recipe: str) -> str:
     """How a spec (flat names) reconstructs, the reverse of `fit_options`."""
     if spec["solver"] == "exact" and spec["granularity"] == "matrix":
         return "matrix exact"
-    return spec["granularity"] + (" from exact" if spec["start"] == "exact" else "")
+    return spec["granularity"] + " from exact" * (spec["start"] == "exact") + EQUAL * (spec["chunks"] < RECIPES[recipe]["chunks"])
 
 
 def method_name(spec: dict) -> str:
@@ -119,7 +121,7 @@ def _row(record: dict) -> dict:
     environment, protocol, windows = record["environment"], record["protocol"], record["windows"]
     row = {"key": record["key"], **spec, "model": short(spec["model"]) + (f"@{spec['revision']}" if spec["revision"] else "")}
     row |= {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
-    row |= {"recipe": recipe, "fit": fit_name(spec), "method": method_name(spec), "setting": setting(spec, recipe)}
+    row |= {"recipe": recipe, "fit": fit_name(spec, recipe), "method": method_name(spec), "setting": setting(spec, recipe)}
     for name, options in {"tuning": [name for name in TUNING if name not in RATES], "rates": RATES}.items():
         row[name] = ", ".join(f"{option} {spec[option]}" for option in options)
         # How far from the recipe. 0 counts as 1e-12: a warm-up of 0 is further from the default than any positive one.

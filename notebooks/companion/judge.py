@@ -96,7 +96,8 @@ def judge(
         kind = claim["measure"], *shared
         if kind not in cached:
             cached[kind] = compare.studies(ladder if claim["test"] == "trend" and len(ladder) else runs, *kind)
-        found = [(scope, _most(groups, claim, profile)) for scope, groups in cached[kind]]
+        scopes = [each for each in cached[kind] if each[0][2] == claim.get("recipe", each[0][2])]
+        found = [(scope, _most(groups, claim, profile)) for scope, groups in scopes]
         mine = [verdict(claim, *scope, evidence, profile) for scope, evidence in found if evidence]
         verdicts += mine or ([_row(claim, NOT_RUN, "no records")] if not claim["optional"] else [])
     return pd.DataFrame(verdicts)

@@ -74,19 +74,19 @@ def style() -> None:
 def look(name: str) -> dict:
     """Colour, marker and line style of a granularity, criterion, method, loss, model, state or loop, the same in every figure.
 
-    "<size> from exact" and "matrix exact" are the size with another marker; "<propagation>, <loss>" has the propagation's colour
+    Other ways to fit a size are it with another marker; "<propagation>, <loss>" has the propagation's colour
     and the loss's marker. Variants of a method ("..., distilled", "reconstruction, then ...", "dense, ...") are grey and keep its
     marker. Other names are grey, with a marker chosen by name.
     """
     fed, _, loss = name.partition(", ")
     if f"{fed} propagation" in _LOOK and loss in _LOOK:
         return look(f"{fed} propagation") | {"marker": look(loss)["marker"]}
-    base = re.sub(r"( from)? exact$|, distilled$|, paper's recipe$|^dense, |^reconstruction, then ", "", name)
+    base = re.sub(r"( from)? exact$|, distilled$|, paper's recipe$|, equal steps$|^dense, |^reconstruction, then ", "", name)
     digest = zlib.crc32(base.encode())
     shown = _LOOK.get(base, {"color": "0.5", "marker": _MARKERS[digest % 8], "linestyle": _LINES[digest // 8 % 4]})
     if base == name:
         return dict(shown)
-    if name.endswith("recipe"):
+    if name.endswith(("recipe", "steps")):
         return shown | {"marker": "X", "linestyle": ":"}
     if name.endswith("exact"):
         return shown | {"marker": "P", "linestyle": ":"}

@@ -131,9 +131,11 @@ def test_methods_and_fits_have_the_names_of_their_runs():
     for name in ("pruned", "reconstruction", "masklora", "reconstruction, then lora", "dense, full", "lora, distilled"):
         spec = search.method(recon.RunSpec(), name, 16)
         assert frame.method_name(spec.flat()) == name and spec.calibration.samples == 16
-    for fit in ("matrix", "matrix exact", "half-block", "block from exact"):
+    for fit in ("matrix", "matrix exact", "half-block", "half-block, equal steps", "block from exact"):
         [spec] = recon.grid(recon.RunSpec(), **frame.fit_options(fit))
-        assert frame.fit_name(spec.flat()) == fit
+        assert frame.fit_name(spec.flat(), "default") == fit
+    [spec] = recon.grid(recon.RunSpec.of(preset="paper"), **frame.fit_options("half-block, equal steps"))
+    assert frame.fit_name(spec.flat(), "paper") == "half-block"  # whose steps are equal anyway
 
 
 def test_criteria():

@@ -86,7 +86,7 @@ def test_the_protocol_with_most_records_is_taken_and_named():
     large = seeds(samples=128, count=4) + seeds(0.1, granularity="matrix", samples=128, count=4)
     alone = seeds(samples=256, count=9)  # more records, but nothing to compare them with
     row = verdict_on("3", small + large + alone)
-    assert row["protocol"].startswith("128 x 512 tokens of wikipedia, whole samples") and "48 x 1024" in row["protocol"]
+    assert row["protocol"].startswith("128 x 512 tokens of wikipedia, mixed propagation") and "48 x 1024" in row["protocol"]
     assert sorted(row["keys"]) == sorted(r["key"] for r in large)
 
 
