@@ -12,9 +12,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from recon.config import Checked, FromOne
+from recon.config import PRESETS, SOURCES, Checked, FromOne
 from recon.errors import ReconError
-from recon.runtime.device import SAVED, limit_compiled_shapes
+from recon.kernels.criteria import CRITERIA
+from recon.runtime.device import limit_compiled_shapes
+from recon.study.cluster import Ray
 from recon.study.spec import RunOptions, RunSpec
 
 Group = tyro.conf.arg(name="")  # its options have no prefix
@@ -36,7 +38,6 @@ class Output(RunOptions):
 
 def run(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group]) -> None:
     """Prune and reconstruct one model; print its perplexities."""
-    from recon.study.cluster import Ray
     from recon.study.studies import run_to_record
 
     given = vars(output).copy()
@@ -78,24 +79,15 @@ def reconstruct(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group
     run(spec, output)
 
 
-def plan(
-    spec: Annotated[RunSpec, Group],
-    stream: Literal["auto", "yes", "no"] = "auto",
-    memory: float | None = None,
-    save: Path | None = None,
-    save_dtype: Literal[tuple(SAVED)] = "float32",
-) -> None:
-    """Say what a run would take (memory, time, disk), and whether it fits here; no weights are read.
+def plan(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group], memory: float | None = None) -> None:
+    """Say what a run with these options would take (memory, time, disk), and whether it fits here; no weights are read.
 
     Args:
-        stream: Whether the model would stay on disk.
         memory: GiB of host memory that the run may take; default: what is free here.
-        save: Where the model would be saved.
-        save_dtype: What its weights would be saved as.
     """
     from recon.study.plan import Plan
 
-    planned = Plan(spec, stream, memory_gib=memory, save=save, save_dtype=save_dtype)
+    planned = Plan(spec, output.stream, memory_gib=memory, save=output.save, save_dtype=output.save_dtype)
     print(planned)
     if planned.problem:
         raise ReconError(planned.problem)
@@ -142,16 +134,12 @@ def models() -> None:
 
 def criteria() -> None:
     """List the pruning criteria."""
-    from recon.kernels.criteria import CRITERIA
-
     for name, criterion in CRITERIA.items():
         print(f"{name:10} {criterion.description} (compares within a {criterion.scope}; {criterion.source})")
 
 
 def presets() -> None:
     """List the recipes: what each sets, and where it is from."""
-    from recon.config import PRESETS, SOURCES
-
     for name, values in PRESETS.items():
         said = ", ".join(f"{option} {value}" for option, value in values.items())
         print(textwrap.fill(f"{name}: {said or 'nothing'} ({SOURCES[name]})", 120, subsequent_indent="    "))

@@ -97,7 +97,7 @@ def refuse(arguments, capsys) -> str:
         ("run --criterion magic", "criterion is 'magic'; allowed: magnitude, none, random, wanda"),
         ("reconstruct --dense gpt-17 --pruned gpt-18 --preset alps", "which changes nothing in the pruned model"),
         ("plan --memory nan", "memory is nan; allowed: a number of GiB above 0"),
-        ("pack no-such-folder out", "'no-such-folder' is no folder"),
+        ("pack no-such-folder out", "'no-such-folder' holds no model*.safetensors to pack"),
         ("run --pattern 2:5", "do not divide into the groups of 5"),
         ("run --pattern 1.5", "pattern is '1.5'; allowed: a sparsity"),
         ("run --granularity thirds", "recon: granularity is 'thirds'; allowed: none, matrix, half-block"),

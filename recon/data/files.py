@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from recon.runtime import packed
-from recon.runtime.storage import derived_folder, once
+from recon.runtime.storage import derived_folder, digest, once
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 RECORD = "record.json"  # the record of the run that made a model
@@ -55,17 +54,6 @@ def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> 
             converted = f"refs/pr/{known[-1].name}"
         folder = Path(snapshot_download(name, revision=converted, allow_patterns=patterns))
     return folder
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, computed anew if the file has changed."""
-    state = path.stat()
-    return _digest(path.resolve(), state.st_size, state.st_mtime_ns)
-
-
-@functools.cache
-def _digest(path: Path, size: int, changed: int) -> str:
-    return packed.sha256(path)
 
 
 def conversion(path: Path) -> Path:

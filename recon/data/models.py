@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from recon.data import assets, files
 from recon.errors import ReconError
 from recon.runtime import packed
-from recon.runtime.storage import cache_folder
+from recon.runtime.storage import PART, cache_folder
 from recon.runtime.weights import Weights, check_finite, open_model, quantisation, read_model
 
 # The files in a folder that make up a model and its tokenizer: by suffix, and by name.
@@ -94,8 +94,8 @@ def load(
         home = None
         if packed.is_packed(path):  # what it is unpacked to is large, and a system's own temporary folder may be in memory
             (home := cache_folder()).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as scratch:
-            model, _ = read_model(packed.plain(path, Path(scratch)), config, trust_remote_code)
+        with tempfile.TemporaryDirectory(dir=home, prefix=".offloaded.", suffix=PART) as scratch:
+            model, _ = read_model(packed.unpacked(path, Path(scratch)), config, trust_remote_code)
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
         if not values.untyped_storage().resizable():

@@ -22,14 +22,14 @@ from recon.errors import ReconError
 from recon.runtime.storage import derived_folder, once
 
 SPLITS = ("calibration", "validation", "evaluation")
-TEXTS: dict[str, str] = {name: text["description"] for name, text in assets.TABLE["texts"].items()}
 BUNDLED = {"wikipedia": ["enwiki-sample"], "news": ["lee-background", "lee"], "code": assets.CODE}  # the assets of a text
 FORMATS = (".txt", ".jsonl", ".parquet")  # of files: paragraphs parted by blank lines; rows with a string "text"
 SEPARATOR = "\n\n"
 PROBE = "The quick brown fox jumps over the lazy dog."  # tells what a tokenizer puts around a text
 # Where the Hub keeps a text (or a local folder), and the most documents of each part: 24,000 pages of C4 are about 10 million
 # calibration tokens, so that 2,048 samples of 4,096 fit, and 1,100 pages are the published protocol's evaluation text.
-HUB: dict[str, dict] = {name: text["hub"] for name, text in assets.TABLE["texts"].items() if "hub" in text}
+HUB: dict[str, dict] = assets.TABLE["hub_texts"]
+TEXTS = (*BUNDLED, *HUB)
 PARTS = {
     "c4": {"calibration": "train", "validation": "train", "evaluation": "validation"},
     "wikitext2": {"calibration": "train", "validation": "validation", "evaluation": "test"},

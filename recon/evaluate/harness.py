@@ -14,7 +14,6 @@ from recon.model.skeleton import max_length
 from recon.runtime.execution import Execution
 
 ELEMENTS = {"cpu": 2**27}  # logits that exist at once, by kind of device; lm-eval makes as many log-probabilities of them
-ELSEWHERE = 2**29
 
 
 class BlockByBlock:
@@ -51,7 +50,7 @@ class Scorer(HFLM):
         groups = defaultdict(list)  # of similar lengths: at most 1, 2, 4, ... tokens
         for number, (_, context, continuation) in enumerate(requests):
             groups[1 << (len(context) + len(continuation) - 1).bit_length()].append(number)
-        room = ELEMENTS.get(self.device.type, ELSEWHERE) // self.config.get_text_config().vocab_size
+        room = ELEMENTS.get(self.device.type, 2**29) // self.config.get_text_config().vocab_size
         answers = {}
         for length, numbers in groups.items():
             self.batch_size_per_gpu = max(1, room // length)

@@ -70,7 +70,7 @@ def perplexity_and_states(
     compared, predicted = min(len(dense_states), len(tokens)), tokens.shape[1] - 1
     likelihoods, divergences = [0.0] * len(tokens), [0.0] * compared
     ends = execution.holding_ends(dense) if compared else contextlib.nullcontext()
-    with execution, execution.holding_ends(decoder), ends:
+    with execution.autocast(), execution.holding_ends(decoder), ends:
         batches = execution.batches([tokens, inputs], [range(i, i + 1) for i in range(len(tokens))])
         for window, (read, last) in enumerate(batches):
             if window < compared:

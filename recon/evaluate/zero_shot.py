@@ -15,10 +15,7 @@ from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 
-BUNDLED = {
-    "analogies": "word analogies, four choices (Mikolov et al. 2013; bundled in the gensim wheel)",
-    "last_word": "the last word of a Wikipedia passage in which it occurs earlier, as in LAMBADA (Paperno et al. 2016; bundled)",
-}
+BUNDLED = ("analogies", "last_word")  # described in recon/evaluate/tasks
 # Task -> the folder of lm-eval's task files that it is in.
 HUB = {"boolq": "super_glue", "rte": "glue", "hellaswag": "hellaswag", "winogrande": "winogrande"}
 HUB |= {"arc_easy": "arc", "arc_challenge": "arc", "openbookqa": "openbookqa"}

@@ -76,7 +76,7 @@ def _divergences(decoder: Decoder, tokens: Tensor, states: Tensor, execution: Ex
     (models * probes, length, hidden) are those of the dense model, and then of the others."""
     tokens, states = (decoder.predicted(each).to(execution.device) for each in (tokens, states))
     tokens, states = (each[:, min(EVERY, each.shape[1]) - 1 :: EVERY] for each in (tokens, states))
-    with execution, execution.holding_ends(decoder):
+    with execution.autocast(), execution.holding_ends(decoder):
         logits = (decoder.logits(tokens, each).flatten(0, 1) for each in states.split(len(tokens)))
         wanted = next(logits)
         losses = [kl_divergence(wanted, found).double().mean().item() for found in logits]

@@ -97,7 +97,8 @@ class Pruner:
         self.options = {f.name.removeprefix(own): getattr(config, f.name) for f in fields(config) if f.name.startswith(own)}
         for name, matrix in decoder.matrices().items():
             self.pattern.check_columns(name, matrix.weight.shape[1])
-        execution.storage.new_masks()
+        if execution.storage.folder is None:  # else a run that was killed may have pruned some already
+            execution.storage.masks = {}
         self.noted = list(execution.storage.finished("prune"))  # of each window
         self.before = len(self.noted)  # windows that were pruned before a run was killed
 

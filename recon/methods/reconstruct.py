@@ -256,7 +256,7 @@ class Reconstruction:
         distance, variance = LOSSES[config.loss], variance.to(self.execution.device)
 
         def loss(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-            with self.execution:
+            with self.execution.autocast():
                 output = self.student.forward(f, x)
             return (distance(output.flatten(2), y.flatten(2), variance) * weight).mean()  # a token may have several vectors
 

@@ -94,10 +94,10 @@ def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, check
     """Mean over predicted tokens, in nats; tokens (batch, length)."""
     again = partial(checkpoint, use_reentrant=False)
     blocks = student.blocks if checkpointing else ()
-    with execution, replaced({block: partial(again, block.forward) for block in blocks}):
+    with execution.autocast(), replaced({block: partial(again, block.forward) for block in blocks}):
         logits = student.run(tokens).logits[:, :-1].flatten(0, 1)
     if teacher is None:
         return negative_log_likelihood(logits, student.predicted(tokens)[:, 1:].flatten()).mean()
-    with execution, torch.no_grad():
+    with execution.autocast(), torch.no_grad():
         wanted = teacher.run(tokens).logits[:, :-1].flatten(0, 1)
     return kl_divergence(wanted, logits).mean()

@@ -105,7 +105,7 @@ def output_gradients(execution: Execution, decoder: Decoder, window: Window, str
     with execution.holding(decoder, window), requiring_gradients(weights):
         totals = {each: torch.zeros(each.shape, dtype=torch.float32, device=execution.device) for each in weights}
         for (x,) in execution.batches([stream], [[sample] for sample in range(len(stream))]):
-            with execution:
+            with execution.autocast():
                 size = decoder.forward(window, x).float().norm()
             for parameter, slope in zip(weights, torch.autograd.grad(size, weights, allow_unused=True), strict=True):
                 if slope is not None:  # as of an expert that no token was sent to

@@ -22,7 +22,7 @@ TOKENS = 1024  # in a batch of a pass without training
 
 
 class Execution:
-    """Where and how passes over a model run. As a context: matrix products run in the compute dtype, parameters keep theirs.
+    """Where and how passes over a model run.
 
     Models may be elsewhere, such as in host memory beside a small GPU: one window at a time is then copied to the compute device,
     and activations come and go batch by batch.
@@ -49,18 +49,12 @@ class Execution:
         self.storage = storage or Storage()
         self.device = pick_device(str(device))
         self.dtype = pick_compute_dtype(compute_dtype, self.device)
-        self._entered: list[torch.autocast] = []
         self._copying: torch.cuda.Stream | None = None  # one for all batches: freed memory stays with its stream
 
-    def __enter__(self):
+    def autocast(self) -> torch.autocast:
+        """Context in which matrix products run in the compute dtype; parameters keep theirs."""
         # No cache of rounded weights: each is used once in a pass, and those of placeholders would outlive the placeholders.
-        rounding = self.dtype != torch.float32
-        self._entered.append(torch.autocast(self.device.type, self.dtype, enabled=rounding, cache_enabled=False))
-        self._entered[-1].__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        self._entered.pop().__exit__(*exception)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     @contextlib.contextmanager
     def holding(self, decoder: Decoder, window: Window, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
@@ -124,7 +118,7 @@ class Execution:
                 anew()
             parts = [range(i, min(i + fewer, stop)) for start, stop in edges for i in range(start, stop, fewer)]
             result = None
-            with self, torch.no_grad():
+            with self.autocast(), torch.no_grad():
                 for part, (batch,) in zip(parts, self.batches([stream], parts)):
                     output = function(batch)
                     if result is None:

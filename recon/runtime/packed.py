@@ -12,7 +12,6 @@ bit. Of n weights of b bytes, a share s of them zero, it takes n (1 / 8 + (1 - s
 these names, and so never loads a part of them unnoticed.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from recon.errors import ReconError
-from recon.runtime.storage import new_checkpoint, write_json, write_safetensors
+from recon.runtime.storage import digest, new_checkpoint, write_json, write_safetensors
 
 PLAIN, PACKED = "model.safetensors", "model.packed.safetensors"
 DIGESTS = "model.packed.json"
@@ -47,7 +46,7 @@ def unpack(folder: Path | str, target: Path | str) -> None:
         _unpack_files(Path(folder), fresh)
 
 
-def plain(folder: Path, scratch: Path) -> Path:
+def unpacked(folder: Path, scratch: Path) -> Path:
     """The plain checkpoint in `folder`; if it is packed, the one that it is unpacked to in `scratch`."""
     if not is_packed(folder):
         return folder
@@ -63,8 +62,6 @@ def is_packed(folder: Path) -> bool:
 def pack_files(folder: Path, target: Path) -> None:
     """`pack` to an existing folder."""
     files, digests = sorted(folder.glob("model*.safetensors")), {}
-    if not folder.is_dir():
-        raise ReconError(f"{str(folder)!r} is no folder; give one with model*.safetensors to pack")
     if is_packed(folder) or not files:
         raise ReconError(f"{str(folder)!r} {'is packed already' if is_packed(folder) else 'holds no model*.safetensors to pack'}")
     for file in tqdm(files, desc="pack", unit="file"):
@@ -77,7 +74,7 @@ def pack_files(folder: Path, target: Path) -> None:
         new = target / file.name.replace(".safetensors", ".packed.safetensors")
         stored = {key: part for name, each in tensors.items() for key, part in _packed(name, each).items()}
         write_safetensors(new, stored, packed=json.dumps(about))
-        digests[new.name] = sha256(new)
+        digests[new.name] = digest(new)
     _carry(folder, target, PLAIN, PACKED)
     write_json(target / DIGESTS, digests)
 
@@ -89,9 +86,9 @@ def _unpack_files(folder: Path, target: Path) -> None:
         digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ReconError(f"packed file {str(folder / DIGESTS)!r} is altered or cut short: {error}") from error
-    for name, digest in tqdm(digests.items(), desc="unpack", unit="file"):
+    for name, noted in tqdm(digests.items(), desc="unpack", unit="file"):
         file = folder / name
-        if not file.is_file() or sha256(file) != digest:
+        if not file.is_file() or digest(file) != noted:
             raise ReconError(f"packed file {str(file)!r} is {'altered or cut short' if file.is_file() else 'missing'}")
         with safe_open(file, framework="pt") as opened:
             about, known = json.loads(opened.metadata()["packed"]), set(opened.keys())
@@ -119,12 +116,6 @@ def _plain(opened: safe_open, name: str, shape: list[int], known: set[str]) -> T
     plain = torch.zeros(shape, dtype=values.dtype)
     plain.view(-1)[torch.from_numpy(np.unpackbits(mask, count=plain.numel(), bitorder="little")).bool()] = values
     return plain
-
-
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _carry(folder: Path, target: Path, old: str, new: str) -> None:

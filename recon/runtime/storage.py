@@ -1,7 +1,9 @@
 """Files that appear when they are complete; the cache; locks; and `Storage`, where a run keeps its finished windows."""
 
 import contextlib
+import functools
 import glob
+import hashlib
 import json
 import math
 import os
@@ -117,6 +119,18 @@ def locked(place: Path, what: str, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, computed anew if the file has changed."""
+    state = path.stat()
+    return _digest(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def derived_folder(name: str) -> Path:
     """Where the cache has the folder `name` of files that are computed from others; anything decisive is in its name."""
     return cache_folder() / "derived" / name
@@ -174,7 +188,7 @@ class Storage:
         self.folder, self._keep = folder, keep
         self._noted: dict[str, list] = defaultdict(list)
         self._tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        self.new_masks()
+        self.masks: MutableMapping[str, Tensor] = {}
         if folder is None:
             return
         go_on = "what is finished is kept: with room on the disk, the same command goes on from there"
@@ -196,11 +210,6 @@ class Storage:
         self.masks = ChainMap({}, {})  # those that were set since the last finished window, and those in files
         for path in sorted(folder.glob("*/?????.safetensors")):
             self._take(path)
-
-    def new_masks(self) -> None:
-        """Pruning begins: in memory, `masks` is a new mapping; the run that a folder belongs to may have pruned some already."""
-        if self.folder is None:
-            self.masks: MutableMapping[str, Tensor] = {}
 
     def finished(self, phase: str) -> list:
         """What was noted of the finished windows of `phase`, in their order."""

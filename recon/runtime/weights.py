@@ -79,7 +79,7 @@ def open_model(
     folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".offloaded.", suffix=PART)
-    path = packed.plain(path, Path(scratch.name) / "plain")
+    path = packed.unpacked(path, Path(scratch.name) / "plain")
     model, surplus = read_model(path, config, trust_remote_code, device_map={"": "disk"}, offload_folder=scratch.name)
     return model.eval(), Weights(model, path, surplus, scratch)
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +27,11 @@ from recon.study.spec import RunOptions
 SHARD = "1GB"  # so much of the model is in memory while it is written
 
 
-def check_model(dense: Decoder, biases: Iterable[str], dtype: str) -> None:
+def check_model(dense: Decoder, biases: Collection[str], dtype: str) -> None:
     """Raises `ReconError` naming a weight that `dtype` cannot hold, or one of the `biases` that pruning adds for which no
     configuration of the model has a place: transformers would drop it unnoticed when it loads the checkpoint.
     """
-    places = with_places(dense.model, biases)[1]
+    places = with_places(dense.model, biases)[1] if biases else ()
     if missing := [name for name in biases if name not in places]:
         raise ReconError(
             f"no configuration of {type(dense.model).__name__} has a place for {missing[0]!r}, one of {len(missing)} biases that "

@@ -109,7 +109,7 @@ def counted(decoder: Decoder, window: Window, length: int, train: str = "none") 
     return sum(n if kind in by_weights else n / 2 for kind, n in counter.get_flop_counts()["Global"].items()) / length
 
 
-class Trained(NamedTuple):
+class Training(NamedTuple):
     """`count` windows alike, of which `window` is one, and what each is trained with: passes, tokens of all passes, elements."""
 
     phase: str
@@ -121,17 +121,17 @@ class Trained(NamedTuple):
     elements: int = 0
 
 
-def trained(spec: RunSpec, decoder: Decoder) -> Iterator[Trained]:
+def trainings(spec: RunSpec, decoder: Decoder) -> Iterator[Training]:
     """What a run of `spec` (resolved) trains; retraining has one window, the whole model. Exact solutions take no pass."""
     how, again, length, alike = spec.reconstruction, spec.retraining, spec.calibration.sequence_length, defaultdict(list)
     for window in decoder.windows(how.granularity) if how.granularity != "none" else []:
         alike[window.half, tuple(p.shape for p in decoder.parameters(window).values())].append(window)
-    parts = [Trained("reconstruct", how, windows[0], len(windows)) for windows in alike.values()]
+    parts = [Training("reconstruct", how, windows[0], len(windows)) for windows in alike.values()]
     if again.retrain != "none":
         same = {name: getattr(again, f"retrain_{name}") for name in ("rank", "epochs", "batch_size", "accumulation")}
         trains = {"adapter": again.retrain} if again.retrain in ADAPTERS else {"train": "all"}
         whole = ReconstructionConfig(granularity="model", **same, **trains)
-        parts.append(Trained("retrain", whole, Window(range(len(decoder.blocks)))))
+        parts.append(Training("retrain", whole, Window(range(len(decoder.blocks)))))
     for part in parts:
         how, samples = part.how, spec.samples_by_phase[part.phase]
         epochs = how.schedule(samples).epochs * (how.solver == "adamw")
@@ -181,7 +181,7 @@ def flops(spec: RunSpec) -> dict[str, float]:
         found["prune"] += 2 * products * (admm.ROUNDS + admm.ITERATIONS + 2)
         found["prune"] += admm.ROUNDS / admm.EVERY * sum(matrix.weight.shape[1] ** 3 for matrix in matrices.values())
 
-    parts = [*trained(spec, decoder)]
+    parts = [*trainings(spec, decoder)]
     for part in parts:
         per_token, per_pass = counted(decoder, part.window, length, part.how.train), 0.0
         if part.how.adapter != "none":  # made into weights, and back into gradients
@@ -239,8 +239,8 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
     itemsize, length = devices.pick_compute_dtype(spec.compute.compute_dtype, device).itemsize, spec.calibration.sequence_length
     config, largest, masks = decoder.model.config.get_text_config(), {}, 4 if device.type == "cpu" else 1
     rule = CRITERIA["magnitude" if spec.model.pruned else spec.pruning.criterion]
-    others = [Trained("prune", ReconstructionConfig(), run_only)] if run_only else []
-    for phase, how, window, _, passes, _, elements in (*others, *trained(spec, decoder)):
+    others = [Training("prune", ReconstructionConfig(), run_only)] if run_only else []
+    for phase, how, window, _, passes, _, elements in (*others, *trainings(spec, decoder)):
         matrices, descends = decoder.matrices(window), passes > 0
         weights = sum(matrix.weight.numel() for matrix in matrices.values())
         norms = 0 if window.matrices else 2 * 4 * config.hidden_size * window.halves  # what they read and give
@@ -335,7 +335,7 @@ class Plan:
             self.rooms["disk"] = sum(self.memory["disk"].values()), free_disk(save or cache_folder())
         self.flops, steps = flops(spec), Counter()
         speed = EFFICIENCY * gemm_rate(device, devices.pick_compute_dtype(spec.compute.compute_dtype, device))
-        for part in trained(spec, decoder):
+        for part in trainings(spec, decoder):
             seconds = UPDATE * part.elements / speed + STEP * len(decoder.matrices(part.window))
             steps[part.phase] += part.count * part.passes * seconds
         self.seconds = {phase: count / speed + steps[phase] for phase, count in self.flops.items()}

@@ -72,17 +72,16 @@ class Session:
             self.clear()
         self._sources |= now
 
-    def load(self, model: str, revision: str | None, trust_remote_code: bool) -> tuple[Decoder, object]:
-        """The dense model and its tokenizer."""
+    def load(self, *loaded_by) -> tuple[Decoder, object]:
+        """The dense model and its tokenizer; see `RunSpec.loaded_by`."""
 
         def make():
-            loaded, tokenizer = models.load(model, revision, trust_remote_code=trust_remote_code)
+            loaded, tokenizer = models.load(*loaded_by)
             return decompose(loaded), tokenizer
 
-        key = (model, revision, trust_remote_code)
-        if not self.holds("model", key):
+        if not self.holds("model", loaded_by):
             self.clear()  # before there is a second model
-        return self.keep("model", key, make)
+        return self.keep("model", loaded_by, make)
 
     def bytes_loaded(self, spec: RunSpec) -> int:
         """Bytes of the weights of the model of `spec` that are in memory already."""
@@ -134,7 +133,7 @@ def run(
                     callback.on_done(done)
                 return RunResult(done, None)
             check_new(save)
-        if stream == "auto":  # what was begun so may fit into memory by now; what is in memory fits into it
+        if stream == "auto":  # go on streaming what was begun so; a model that is in memory fits
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
         streamed = plan.stays_on_disk(spec, stream, device.available_memory())
         if not (begun and streamed):

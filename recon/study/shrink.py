@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from recon.data import models
 from recon.errors import ReconError
+from recon.evaluate.perplexity import last_states
 from recon.methods.structured import Units, find_units
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
@@ -24,6 +25,7 @@ from recon.model.modules import distance, probe_tokens, tolerance
 from recon.model.skeleton import Lazy, skeleton
 from recon.model.structure import OTHER
 from recon.runtime.device import SAVED
+from recon.runtime.execution import Execution
 from recon.runtime.storage import new_checkpoint
 from recon.study.checkpoint import save
 
@@ -143,8 +145,4 @@ def _configured(decoder: Decoder, config: PretrainedConfig, changes: dict[str, i
 def _logits(decoder: Decoder) -> Tensor:
     """The logits of random tokens, one block in memory at a time."""
     tokens = probe_tokens(decoder.model)
-    hidden = decoder.embed(tokens)
-    for window in tqdm(decoder.windows("block"), desc="compare", unit="block"):
-        with decoder.loaded(window):
-            hidden = decoder.forward(window, hidden)
-    return decoder.logits(tokens, hidden)
+    return decoder.logits(tokens, last_states(decoder, tokens, Execution("cpu", "float32"), "compare"))

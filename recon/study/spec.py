@@ -53,8 +53,8 @@ class RunSpec(Checked):
         return cls().replaced(**values)
 
     def replaced(self, **values) -> "RunSpec":
-        """This spec with other values of some options, which go before those of a preset among them. What this spec has beside
-        the defaults counts as given: of two presets, the first goes before the second.
+        """This spec with other values of some options. A preset among them sets only what is not given beside it, and is at its
+        default in this spec: of two presets, the first goes before the second.
 
         Raises `ReconError` for a name that is no option.
         """

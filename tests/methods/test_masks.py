@@ -91,7 +91,7 @@ def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoi
     record = record_of(run, session)
     texts, student, window = Texts.draw(run, pruned_here[1].tokenizer), copied(dense), dense.windows("block")[0]
     take_over(student, models.load_pruned(folder, dense.model), FLOAT32)
-    with Execution("cpu", "float32"), torch.no_grad():
+    with Execution("cpu", "float32").autocast(), torch.no_grad():
         output = student.forward(window, student.embed(texts.held_out))
         target = dense.forward(window, dense.embed(texts.held_out))
         variance = channel_variance(dense.forward(window, dense.embed(texts.calibration)))

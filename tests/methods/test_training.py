@@ -48,7 +48,7 @@ def run(schedule, loss="mse", samples=8, seed=0, execution=FLOAT32, see=lambda x
     weight = nn.Parameter(start.clone())
 
     def of_batch(x, y):
-        with execution:
+        with execution.autocast():
             output = F.linear(x, weight)
         see(x, output)
         return LOSSES[loss](output, y, channel_variance(targets)).mean()

@@ -89,8 +89,8 @@ def test_what_blocks_share_is_found_and_belongs_to_no_window(made, tmp_path):
 def test_finding_what_blocks_are_called_with_spoils_no_training_in_half_precision(made):
     """It is found with placeholders, which autocast by itself would round and go on with when weights are trained."""
     dense = made("t5")
-    window, losses = dense.windows("2-blocks")[0], []
-    with Execution("cpu", "bfloat16") as execution, requiring_gradients(dense.parameters(window).values()):
+    window, losses, execution = dense.windows("2-blocks")[0], [], Execution("cpu", "bfloat16")
+    with execution.autocast(), requiring_gradients(dense.parameters(window).values()):
         hidden = execution.embed(dense, random_tokens(1, 16))
         for _ in range(2):
             dense.forget()

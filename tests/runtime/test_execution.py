@@ -20,7 +20,7 @@ def far(monkeypatch):
 def test_rounded_weights_give_the_bits_of_autocast(tiny, tokens, family):
     decoder, execution = decompose(tiny(family)), Execution("cpu", "bfloat16")
     window = decoder.windows("2-blocks")[0]
-    with execution, torch.no_grad():
+    with execution.autocast(), torch.no_grad():
         hidden = decoder.embed(tokens(2, 12))
         expected = decoder.forward(window, hidden)
         with execution.holding(decoder, window):
