@@ -8,6 +8,7 @@ from fixtures.made_up import GAP, record, seeds, verdict_on
 
 from companion import compare
 from companion.compare import MARGIN, interval
+from companion.frame import SEARCH
 from companion.judge import FAILS, HOLDS, UNSURE, UNTESTABLE, effect_words
 
 COUNTS = (16, 32, 64, 128)
@@ -60,12 +61,27 @@ def test_the_same_seeds_are_on_both_sides():
     assert row["seeds"] == 3 and sorted(row["keys"]) == sorted(r["key"] for r in ours[2:] + matrix[:3])
 
 
+def test_runs_of_searches_enter_no_comparison():
+    records = seeds() + seeds(0.2, granularity="matrix")
+    searches = [record(0.9, seed=SEARCH + n, **o) for n in range(5) for o in ({}, {"granularity": "matrix"})]
+    assert verdict_on("3", records + searches).equals(verdict_on("3", records))
+
+
+def test_a_seed_in_several_precisions_is_the_first_of_them():
+    assert compare.once(["001 float32", "000 float32", "000 bfloat16"]) == ["000 bfloat16", "001 float32"]
+
+
 def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():
     plain = seeds(0.2)
     tempting = seeds(0.9, adapter="masklora", learning_rate=3e-2, held_out=40.0)
     chosen = seeds(0.5, adapter="masklora", learning_rate=3e-3, held_out=30.0)
     default = seeds(0.4, adapter="masklora", held_out=35.0)
     assert verdict_on("11.masklora", plain + tempting + chosen + default)["effect"] == pytest.approx(0.3, abs=0.01)
+    # The mean over seeds decides, not the best of them.
+    lucky = [
+        record(0.8, seed=seed, adapter="masklora", learning_rate=3e-1, held_out=held) for seed, held in enumerate((20, 60, 60))
+    ]
+    assert verdict_on("11.masklora", plain + lucky + chosen + default)["effect"] == pytest.approx(0.3, abs=0.01)
     # A rate tried with one seed alone is compared on that seed, and the winner keeps its other seeds.
     trial = [record(0.9, adapter="masklora", learning_rate=3e-2, held_out=40.0)]
     row = verdict_on("11.masklora", plain + trial + chosen)

@@ -138,6 +138,18 @@ def test_methods_and_fits_have_the_names_of_their_runs():
     assert frame.fit_name(spec.flat(), "paper") == "half-block"  # whose steps are equal anyway
 
 
+def test_costs_and_rates_of_a_run():
+    run = record() | {"seconds": {"prune": 2.0, "reconstruct": 3.0, "total": 9.0}}
+    row = frame.table([run]).iloc[0]
+    assert (row["seconds"], row["seconds_with_pruning"], row["seconds_total"]) == (3.0, 5.0, 9.0)
+    # A rate for matrices changes nothing in half-blocks.
+    assert (
+        frame.table([record(matrix_rate=0.5)]).at[0, "rates"]
+        == row["rates"]
+        != frame.table([record(learning_rate=0.5)]).at[0, "rates"]
+    )
+
+
 def test_criteria():
     shares = {"magnitude": 0.2, "wanda": 0.3, "sparsegpt": 0.4}
     runs = table(*[run for name, share in shares.items() for size in ("none", "half-block")

@@ -5,7 +5,7 @@ import torch
 from fixtures.models import least_squares
 
 from recon.kernels.least_squares import masked_least_squares
-from recon.kernels.moments import add_gram, add_moments, mirrored
+from recon.kernels.moments import add_gram, add_moments, add_squares, mean_product, mirrored
 from recon.kernels.patterns import Pattern, keep_mask
 
 
@@ -51,6 +51,15 @@ def test_no_row_ends_worse_than_it_started(iterations):
         assert (after < before).all() or start is optimum or not iterations
 
 
+def test_inputs_of_unequal_size_are_no_harder():
+    """With the diagonal as preconditioner, the steps do not depend on the inputs' units."""
+    dense, mask, inputs = problem()
+    units = torch.logspace(-2, 2, inputs.shape[1], dtype=torch.float64)
+    weight = masked_least_squares(dense, mask, *moments(dense, inputs), iterations=5)
+    other = masked_least_squares(dense / units, mask, *moments(dense / units, inputs * units), iterations=5)
+    torch.testing.assert_close(other * units, weight)
+
+
 def test_solved_rows_empty_rows_and_dead_inputs_give_no_nan():
     dense, mask, inputs = problem()
     inputs[:, 5] = 0.0
@@ -70,6 +79,16 @@ def test_the_upper_triangle_makes_the_gram_matrix(width):
         add_gram(total, x)
     x = parts.flatten(0, 1)
     torch.testing.assert_close(mirrored(total), x.T @ x)
+
+
+def test_moments_of_half_precision_are_summed_in_float32():
+    left, right = torch.randn(2, 3, 500, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    total = torch.zeros(8)
+    for sample in left:
+        add_squares(total, sample)
+    torch.testing.assert_close(total, left.double().square().sum((0, 1)).float())
+    expected = left.double().flatten(0, 1).T @ right.double().flatten(0, 1) / 1500
+    torch.testing.assert_close(mean_product(zip(left, right)), expected.float())
 
 
 def test_a_large_mean_costs_no_digits_of_the_variance():

@@ -43,6 +43,7 @@ def test_channel_variance_is_torchs_without_the_first_position_and_never_zero():
     targets = 5 + torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
     targets[:, 0] = 1e4
     assert_close(channel_variance(targets), targets[:, 1:].flatten(0, 1).var(0, correction=0))
+    assert_close(channel_variance(1e-6 * targets), 1e-12 * channel_variance(targets), rtol=1e-4, atol=0)
     assert channel_variance(targets.bfloat16()).dtype == torch.float32
     targets[..., 1] = 7.0
     assert 0 < channel_variance(targets)[1] < 1e-5 and (channel_variance(torch.ones(2, 3, 4)) > 0).all()

@@ -58,6 +58,9 @@ def test_the_pattern_of_masks_is_found(text):
     assert found_pattern(masks).m is None or pattern.m
     masks[1][0] = True
     assert found_pattern(masks).m is None
+    masks[1] = keep_mask(random_scores(30, 64, 1), pattern, "matrix")
+    masks[1][:5] = False  # too many more zeros for chance
+    assert found_pattern(masks).m is None
 
 
 def test_the_pattern_of_masks_that_drop_nothing_or_no_whole_groups():
