@@ -1,6 +1,7 @@
 """Figures from few made-up records: they draw, and their data hold what was put in."""
 
 import json
+import math
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -175,3 +176,19 @@ def test_the_forest_has_a_row_per_central_claim_and_model():
     assert set(drawn["claim"]) == {"1.wanda.own", "2.block", "3"} and set(drawn["pattern"]) == {"0.5"}
     assert finding.startswith("Holds: recovery, ")
     assert figures.claims(judge.judge(table(*of_sizes(3)[:3]))) is None
+
+
+def test_rates_are_searched_and_used_without_the_rules_for_sizes(tmp_path, monkeypatch):
+    asked = []
+
+    def run_study(specs, folder, **_):
+        for spec in specs:
+            asked.append(spec)
+            run = record(0.4, held_out=30 + abs(math.log10(spec.reconstruction.learning_rate) + 2), **spec.flat())
+            (folder / f"{spec.key()}.json").write_text(json.dumps(run | {"key": spec.key()}))
+
+    monkeypatch.setattr(recon, "run_study", run_study)
+    base = recon.RunSpec.of(sequence_length=64, evaluation_length=64, granularity="model")
+    found, _ = search.tuned([base], [1e-3, 1e-2, 1e-1], tmp_path, seed=100)
+    assert {(spec.reconstruction.size_power, spec.reconstruction.matrix_rate) for spec in (*found, *asked)} == {(0.0, 1.0)}
+    assert found[0].reconstruction.learning_rate == 1e-2 and found[0].seed == 0

@@ -262,3 +262,28 @@ def test_scores_of_units_follow_their_formulas():
     standard = (fluctuation - fluctuation.mean()) / fluctuation.std(correction=0)
     torch.testing.assert_close(flap(weight, torch.stack([x.mean(0), x.var(0)])), standard)
     assert flap(weight, torch.zeros(2, 12, dtype=torch.float64)).eq(0).all()  # inputs that never change
+
+
+def test_weights_compete_within_what_the_authors_compare_within():
+    assert {name: each.scope for name, each in CRITERIA.items() if name not in ("none", "random")} == {
+        "magnitude": "matrix",
+        "wanda": "row",
+        "wanda++": "row",
+        "ria": "matrix",
+        "sparsegpt": "matrix",
+        "admm": "matrix",
+        "wanda-sp": "half-block",
+        "flap": "model",
+    }
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_admm_chooses_by_a_fair_sample_of_many_weights(monkeypatch, sparsity):
+    weight, inputs = problem(24, 128, 512)
+    weight = weight[weight.norm(dim=1).argsort()] * torch.logspace(-1, 1, 24, dtype=torch.float64)[:, None]  # sorted by size
+    gram, errors = inputs.T @ inputs / len(inputs), []
+    for many in (2**16, 0):
+        monkeypatch.setattr(admm, "MANY", many)
+        difference = weight - prune("admm", weight, inputs, str(sparsity), "matrix")[0]
+        errors.append(((difference @ gram) * difference).sum().item())
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)

@@ -80,3 +80,15 @@ def test_under_autocast_the_merged_weight_is_rounded_once():
     exact = adapter(weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(adapter(weight), exact.bfloat16())
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_begin_and_scale_as_pefts_do(kind):
+    """A: Kaiming uniform with a = sqrt(5), which is +-1 / sqrt(in); alpha: twice the rank."""
+    weight, mask = torch.randn(7, 64), torch.ones(7, 64, dtype=torch.bool)
+    adapter = LowRank(weight, mask, kind, 16, torch.Generator().manual_seed(0))
+    assert 0.99 / 8 < adapter.a.abs().max() <= 1 / 8
+    with torch.no_grad():
+        adapter.b.fill_(1.0)
+    factor = weight if kind == "scalelora" else 1.0
+    assert_close(adapter(weight), weight + 2 * factor * adapter.a.sum(0, keepdim=True))

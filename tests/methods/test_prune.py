@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.models import FLOAT32, copied, inputs_of, make_model, zeros_stay
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from recon import Execution, PruningConfig, decompose, prune
@@ -192,3 +193,34 @@ def test_held_out_samples_come_last_and_no_more_than_are_measured():
     assert torch.equal(tokens, torch.cat([ROWS, held_out[:ERROR_SAMPLES]])) and count == 5
     tokens, count = with_held_out(ROWS[:1], None)
     assert torch.equal(tokens, ROWS[:1]) and count == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["norm", "moments", "gram"])
+@torch.no_grad()
+def test_statistics_are_those_of_all_batches_in_any_precision(dense, tokens, monkeypatch, kind, dtype):
+    """Of what the matrices read, in float64."""
+    monkeypatch.setattr("recon.runtime.execution.TOKENS", 5 * 60)  # 16 samples in four batches
+    execution, window, seen = Execution("cpu", dtype, progress=False), dense.windows("block")[0], {}
+    stream = execution.embed(dense, tokens(16, 60))
+    modules = {name: matrix.module for name, matrix in dense.matrices(window).items()}
+    with watched(modules, lambda name, args, kwargs: seen.setdefault(name, []).append(args[0].flatten(0, 1).double())):
+        _, found, _ = gather(execution, dense, window, stream, kind, 13)
+    for name, parts in seen.items():
+        x = torch.cat(parts)[: 13 * 60]
+        wanted = {
+            "norm": x.square().mean(0).sqrt(),
+            "moments": torch.stack([x.mean(0), x.var(0, correction=0)]),
+            "gram": x.T @ x / len(x),
+        }
+        assert found[name].dtype == torch.float32
+        assert_close(found[name].double(), wanted[kind], rtol=1e-5, atol=1e-6)
+
+
+def test_sparsegpt_prunes_as_many_columns_at_once_as_there_are_samples(dense, tokens):
+    masks = [
+        prune(copied(dense), tokens(8, 16), PruningConfig("sparsegpt", sparsegpt_block_size=size), execution=FLOAT32).masks
+        for size in (0, 8, 128)
+    ]
+    one, same_, other = (torch.cat([mask.flatten() for mask in each.values()]) for each in masks)
+    assert torch.equal(one, same_) and not torch.equal(one, other)

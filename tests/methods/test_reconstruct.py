@@ -9,9 +9,11 @@ from fixtures.models import FLOAT32, copied, least_squares, zeros_stay
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from recon import Callback, Execution, PruningConfig, ReconstructionConfig, prune, reconstruct
+from recon import Callback, Execution, PruningConfig, ReconstructionConfig, RetrainingConfig, prune, reconstruct, retrain
 from recon.evaluate.perplexity import drift
 from recon.kernels.adapters import ADAPTERS
+from recon.kernels.losses import channel_variance, unexplained
+from recon.methods import reconstruct as reconstruction
 from recon.methods.reconstruct import GREW, NOT_FINITE, RECONSTRUCTED
 from recon.model.modules import watched
 from recon.model.windows import Window
@@ -307,3 +309,85 @@ def test_a_window_that_gets_worse_on_held_out_text_is_rolled_back(dense, pruned,
     assert "4 of 4 windows got worse and were rolled back: the learning rate, 3, is too high" in caplog.text
     assert all(report.error_after == report.error_before for report in reports)
     assert same(state(student), before)
+
+
+@pytest.mark.parametrize("propagation", ["dense", "sparse", "mixed"])
+@pytest.mark.parametrize("granularity, how", [("matrix", {"solver": "exact"}), ("half-block", {"start": "exact", "epochs": 1})])
+def test_nothing_is_fitted_on_held_out_samples(made, pruned, tokens, granularity, how, propagation):
+    dense = made("qwen2", num_hidden_layers=2)  # of whose matrices some have biases
+    options = {"granularity": granularity, "propagation": propagation, "roll_back": False, **how}
+    one, other = pruned(dense), pruned(dense)
+    run(one, dense, tokens(6, 12), **options)
+    run(other, dense, tokens(6, 12), held_out=tokens(2, 12, seed=1), **options)
+    assert same(state(one), state(other))
+
+
+@pytest.mark.parametrize("roll_back", [True, False])
+def test_a_window_that_gets_worse_stays_so_where_nothing_is_rolled_back(dense, pruned, tokens, roll_back):
+    student = pruned()
+    before = state(student)
+    options = {"learning_rate": 3.0, "epochs": 1, "held_out": tokens(2, 12, seed=1), "roll_back": roll_back}
+    reports = run(student, dense, tokens(2, 12), **options)
+    assert {report.status for report in reports} == {GREW if roll_back else RECONSTRUCTED}
+    grew = [report.error_after["held_out"] > report.error_before["held_out"] for report in reports]
+    assert any(grew) == (not roll_back) and same(state(student), before) == roll_back
+
+
+@pytest.mark.parametrize("position, skip_first, counts", [(0, True, False), (0, False, True), (3, True, True)])
+def test_the_first_position_of_samples_alone_is_skipped(dense, pruned, tokens, position, skip_first, counts):
+    """A target there changes nothing, unless it is asked for; 3 is the first position of the second chunk."""
+    found = []
+    for shift in (0.0, 1.0):
+        student, at = pruned(), torch.tensor(position)
+        execution = looking(
+            [], lambda number, X, Y, shift=shift, at=at: (X, Y.index_add(1, at[None], torch.full((len(Y), 1, 32), shift)))
+        )
+        run(student, dense, tokens(4, 12), propagation="dense", skip_first=skip_first, epochs=1, execution=execution)
+        found.append(student.model.get_parameter("model.layers.0.mlp.up_proj.weight"))
+    assert torch.equal(*found) != counts
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+@torch.no_grad()
+def test_errors_are_of_the_first_samples(dense, pruned, tokens, held_out):
+    student, seen = pruned(), []
+    before, f, unseen = copied(student), dense.windows("half-block")[0], tokens(5, 12, seed=1)
+    report = run(student, dense, tokens(6, 12), execution=looking(seen), held_out=unseen if held_out else None)[0]
+    measured = slice(6, 8) if held_out else slice(2)
+    X, Y = seen[0]
+    expected = unexplained(before.forward(f, X[measured]), Y[measured], channel_variance(Y[:6]))
+    assert report.error_before == {"held_out" if held_out else "calibration": pytest.approx(expected, rel=1e-5)}
+
+
+def test_a_mean_that_weights_make_up_for_is_in_no_bias(made, tokens):
+    """FLAP puts the mean of what it removes into new biases; exact weights are fitted to the product alone."""
+    dense, student = made("llama"), copied(made("llama"))
+    prune(student, tokens(8, 20), PruningConfig("flap", "0.3"), execution=FLOAT32)
+    added = [parameter for name, parameter in student.model.named_parameters() if name.endswith("bias")]
+    assert added and any(bias.any() for bias in added)
+    run(student, dense, tokens(16, 20), granularity="matrix", solver="exact", propagation="dense")
+    assert not any(bias.any() for bias in added)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_have_the_rank_and_the_seed_that_are_asked_for(dense, pruned, tokens, kind):
+    """One sample, so nothing is shuffled."""
+    sizes = sum(sum(matrix.weight.shape) for matrix in dense.matrices().values())
+    for rank in (2, 3):
+        assert sum(r.parameters for r in run(pruned(), dense, tokens(1, 12), adapter=kind, rank=rank, epochs=1)) == rank * sizes
+        config = RetrainingConfig(kind, retrain_rank=rank, retrain_epochs=1)
+        assert retrain(pruned(), tokens(1, 12), config, execution=FLOAT32).parameters == rank * sizes
+    fitted, retrained = [pruned() for _ in range(3)], [pruned() for _ in range(3)]
+    for seed, one, other in zip((0, 0, 1), fitted, retrained, strict=True):
+        run(one, dense, tokens(1, 12), adapter=kind, seed=seed)
+        retrain(other, tokens(1, 12), RetrainingConfig(kind), seed=seed, execution=FLOAT32)
+    for first, again, another in (fitted, retrained):
+        assert same(state(first), state(again)) and not same(state(first), state(another))
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "half-block", "2-blocks"])
+def test_windows_are_trained_by_the_schedule_of_their_size(dense, pruned, tokens, monkeypatch, granularity):
+    seen, config = [], ReconstructionConfig(granularity=granularity)
+    monkeypatch.setattr(reconstruction, "train", lambda loss, data, trained, schedule, *rest: seen.append(schedule) or [])
+    reconstruct(pruned(), dense, tokens(3, 12), config, execution=FLOAT32)
+    assert seen == [config.schedule(3, window) for window in dense.windows(granularity)]

@@ -16,7 +16,7 @@ from fixtures.runs import record_of, result_of
 from test_refusals import refuse
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recon import Execution, PruningConfig, ReconError, RunSpec, cli, decompose, prune, reconstruct, retrain, sample_tokens
 from recon.data import models
@@ -304,3 +304,73 @@ def test_predicted_memory_is_within_a_quarter_of_what_a_run_takes(name, tiny_fol
     predicted, measured = (size / 2**20 for size in json.loads(done.stdout.splitlines()[-1]))
     print(f"{name}: predicted {predicted:.0f} MiB, measured {measured:.0f} MiB, ratio {predicted / measured:.3f}")
     assert 0.75 < predicted / measured < 1.33
+
+
+@pytest.mark.parametrize(
+    "options, near",
+    [
+        ({"statistics": "sparse"}, 0.15),
+        ({"criterion": "wanda++"}, 0.07),
+        ({"allocation": "dlp"}, 0.07),
+        ({"allocation": "measured"}, 0.15),
+        ({"criterion": "sparsegpt"}, 0.1),
+        ({"criterion": "admm"}, 0.1),
+        ({"mask_refinement": 1}, 0.15),
+    ],
+)
+def test_operations_of_pruning_are_those_that_run(options, near, config_folder):
+    dense = make_model("llama", **SIZES)
+    common = {"samples": 96, "sequence_length": 12, "held_out_samples": 0, "granularity": "none", "criterion": "wanda"}
+    spec = RunSpec.of(**common | options, model=config_folder(dense.config.to_dict()))
+    with Counter() as counter:
+        prune(dense, random_tokens(96, 12), spec.pruning, execution=QUIET)
+    assert plan.flops(spec)["prune"] == pytest.approx(counter.flops, rel=near)
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_operations_of_errors_are_those_that_run(held_out, config_folder):
+    dense = make_model("llama", **SIZES)
+    spec = RunSpec.of(
+        samples=2,
+        sequence_length=12,
+        held_out_samples=held_out,
+        epochs=1,
+        granularity="block",
+        model=config_folder(dense.config.to_dict()),
+    )
+    dense = decompose(dense)
+    student = copied(dense)
+    masks = prune(student, config=PruningConfig("magnitude"), execution=QUIET).masks
+    with Counter() as counter:
+        reconstruct(
+            student,
+            dense,
+            random_tokens(2, 12),
+            spec.reconstruction,
+            masks=masks,
+            held_out=random_tokens(2, 12, seed=1) if held_out else None,
+            execution=QUIET,
+        )
+    assert plan.flops(spec)["reconstruct"] == pytest.approx(counter.flops, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "models, options",
+    [
+        (2, {}),
+        (2, {"criterion": "none", "granularity": "none"}),
+        (3, {"criterion": "sparsegpt"}),
+        (3, {"pattern": "2:4", "reorder_neurons": True}),
+        (4, {"criterion": "admm", "pattern": "2:4", "reorder_neurons": True}),
+    ],
+)
+def test_memory_has_room_for_a_model_its_copy_and_what_changes_in_it(spec, models, options):
+    numbers = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(spec.model.model).parameters())
+    assert plan.models_in_memory(spec.replaced(**options)) == 4 * numbers * models
+
+
+def test_steps_of_every_window_take_their_time(spec, monkeypatch):
+    """On a machine that multiplies in no time."""
+    monkeypatch.setattr(plan, "gemm_rate", lambda *given: 1e30)
+    matrices = [len(window["losses"]) * (4 if window["name"].endswith("attention") else 3) for window in record_of(spec).windows]
+    assert plan.Plan(spec).seconds["reconstruct"] == pytest.approx(plan.STEP * sum(matrices))

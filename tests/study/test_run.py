@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import recon
 from recon.data import models
 from recon.kernels.patterns import found_pattern
+from recon.study import measure
 from recon.study import run as runs
 from recon.study.measure import Texts, share_recovered
 
@@ -200,3 +201,57 @@ def test_of_code_that_is_not_committed_nothing_is_kept(cached, tmp_path, monkeyp
     monkeypatch.setattr("recon.study.record.commit", lambda: {"git_commit": "one", "git_dirty": True})
     record_of(cached)
     assert not list((tmp_path / "derived").glob("dense-*"))
+
+
+def test_each_text_is_of_its_own_split_and_long_enough_for_every_phase(spec, tiny_folder, tiny_text):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    texts = Texts.draw(spec.replaced(prune_samples=9), tokenizer)
+    assert torch.equal(texts.held_out, recon.sample_tokens(tiny_text, "validation", tokenizer, 3, 32))
+    assert torch.equal(texts.evaluation[tiny_text], recon.sample_tokens(tiny_text, "evaluation", tokenizer, 3, 64))
+    available = recon.sample_tokens(tiny_text, "calibration", tokenizer, 420, 32)
+    assert len(texts.calibration) == 9 and all((available == row).all(1).any() for row in texts.calibration)
+
+
+def test_metrics_are_of_the_state_that_they_are_named_after(spec, tiny_text):
+    def measured(number):
+        perplexities = {tiny_text: {"value": 10 + number, "tokens": 1, "per_window": [number], "kl_per_window": [number]}}
+        tasks = {"tasks": {"analogies": {"acc": number / 10}}}
+        return {"perplexities": perplexities, "zero_shot": tasks, "drift": [0, number], "held_out": 20 + number}
+
+    found = measure.metrics(spec.replaced(tasks="analogies"), *map(measured, (1, 3, 2)))
+    wanted = {"dense_perplexity": 11, "pruned_perplexity": 13, "perplexity": 12, "kl": 2}
+    wanted |= {"dense_held_out_perplexity": 21, "held_out_perplexity": 22}
+    wanted |= {"dense_accuracy": 0.1, "pruned_accuracy": 0.3, "accuracy": 0.2}
+    wanted |= {"held_out_error_pruned": 3, "held_out_error": 2, "drift_pruned": [0, 3], "drift": [0, 2]}
+    assert wanted.items() <= found.items()
+
+
+def test_the_divergence_is_measured_on_as_many_windows_as_is_said(spec, tiny_text):
+    found = record_of(spec.replaced(granularity="none", kl_windows=2)).metrics["by_text"][tiny_text]
+    assert {state: len(values) for state, values in found["kl_per_window"].items()} == {"pruned": 2, "reconstructed": 2}
+
+
+PRUNED = {"granularity": "none", "criterion": "sparsegpt", "compute_dtype": "float32"}
+FOLLOWS = [  # what a run is, beside PRUNED, and how the next of its session differs
+    ({}, {"evaluation_samples": 2}), ({}, {"kl_windows": 1}), ({}, {"evaluation_length": 32}), ({}, {"held_out_samples": 0}),
+    ({}, {"sequence_length": 16}), ({}, {"compute_dtype": "bfloat16"}), ({}, {"granularity": "block"}),
+    ({}, {"sparsegpt_damping": 0.5}), ({}, {"prune_samples": 3}),
+    ({"criterion": "flap", "pattern": "0.3"}, {"granularity": "block"}),
+    ({"criterion": "wanda", "pattern": "2:4", "reorder_neurons": True}, {"pattern": "4:8"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("first, changes", FOLLOWS)
+def test_a_run_after_another_is_that_of_a_session_of_its_own(spec, first, changes):
+    session, spec = recon.Session(), spec.replaced(**PRUNED | first)
+    record_of(spec, session)
+    spec = spec.replaced(**changes)
+    assert comparable(record_of(spec, session)) == comparable(record_of(spec))
+
+
+def test_pruning_reads_as_many_samples_as_is_said(spec):
+    few, said, many = (
+        record_of(spec.replaced(granularity="none", **n)).metrics["pruned_perplexity"]
+        for n in ({"samples": 2}, {"prune_samples": 2}, {})
+    )
+    assert few == said != many
