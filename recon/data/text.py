@@ -48,7 +48,7 @@ SHORTEST_ARTICLE = 1000  # characters; stubs and disambiguation pages leave less
 def documents(name: str, split: str) -> list[str]:
     """The documents of one split ("calibration", "validation" or "evaluation") of a text, in order; no document is in two splits.
 
-    name: a key of `TEXTS`, or the path of a file in one of `FORMATS`.
+    name: one of `TEXTS`, or the path of a file in one of `FORMATS`.
 
     Raises `ReconError` for an unknown text or split, an unreadable or malformed file, a Hub that cannot be reached.
     """
