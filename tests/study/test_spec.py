@@ -76,7 +76,7 @@ def test_lengths_that_are_not_given_fit_the_model(spec, config_folder, model, ch
 
 def test_options_at_their_defaults_are_left_out_of_the_key(spec):
     """So an option added later does not disown old records."""
-    files = {"schema": 6, **spec.sources()}
+    files = spec.sources()
     given = {"model", "text", "samples", "sequence_length", "evaluation_texts", "evaluation_length"}
     values = {name: value for name, value in spec.resolved().flat().items() if name in given}
     values["model"] = spec.model.model
