@@ -210,6 +210,6 @@ def protocol_words(runs: pd.DataFrame) -> str:
         *["whole samples"] * (set(fitted["chunks"]) == {1}), *alike,
         f"pruned on {first['pruned_on']} ({first['statistics']} statistics)",
         f"perplexity on {first['evaluation_samples']} x {first['evaluation_length']} tokens of {first['evaluated']}{cut}",
-        f"KL on the first {min(first['kl_windows'], first['evaluation_samples'])} of these",
+        *[f"KL on the first {min(first['kl_windows'], first['evaluation_samples'])} of these"] * bool(first["kl_windows"]),
         *[f"{' or '.join(sorted(set(runs['precision'])))} products"] * (set(runs["precision"]) != {""}),
     ])  # fmt: skip

@@ -336,8 +336,8 @@ def count_words(verdicts: pd.DataFrame) -> str:
         f"{said} Each is judged on its own, with a nominal chance of at most 5 % that seeds and windows make a verdict wrong: of "
         f"those decided, up to about {0.05 * decided:.0f}. Articles and learning rates are outside it: the first text's windows "
         "are of two articles, and rates were searched on a third; the second text's are of about one article each. In "
-        "today's protocol seeds were fixed beforehand, and none was added after a "
-        "verdict. Comparisons share runs, so that several may be wrong together. Trust what texts, patterns and models agree on."
+        "today's protocol seeds were fixed beforehand, and none was added after a verdict. Comparisons share runs, so that "
+        "several may be wrong together. Trust what texts, patterns and models agree on."
     )
 
 

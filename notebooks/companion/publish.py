@@ -74,8 +74,8 @@ def style() -> None:
 def look(name: str) -> dict:
     """Colour, marker and line style of a granularity, criterion, method, loss, model, state or loop, the same in every figure.
 
-    Other ways to fit a size are it with another marker; "<propagation>, <loss>" has the propagation's colour
-    and the loss's marker. Variants of a method ("..., distilled", "reconstruction, then ...", "dense, ...") are grey and keep its
+    A size that is fitted in another way has another marker; "<propagation>, <loss>" has the propagation's colour and the loss's
+    marker. Variants of a method ("..., distilled", "reconstruction, then ...", "dense, ...") are grey and keep its
     marker. Other names are grey, with a marker chosen by name.
     """
     fed, _, loss = name.partition(", ")

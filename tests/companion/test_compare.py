@@ -78,9 +78,8 @@ def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():
     default = seeds(0.4, adapter="masklora", held_out=35.0)
     assert verdict_on("11.masklora", plain + tempting + chosen + default)["effect"] == pytest.approx(0.3, abs=0.01)
     # The mean over seeds decides, not the best of them.
-    lucky = [
-        record(0.8, seed=seed, adapter="masklora", learning_rate=3e-1, held_out=held) for seed, held in enumerate((20, 60, 60))
-    ]
+    luck = {"adapter": "masklora", "learning_rate": 3e-1}
+    lucky = [record(0.8, seed=seed, held_out=held, **luck) for seed, held in enumerate((20, 60, 60))]
     assert verdict_on("11.masklora", plain + lucky + chosen + default)["effect"] == pytest.approx(0.3, abs=0.01)
     # A rate tried with one seed alone is compared on that seed, and the winner keeps its other seeds.
     trial = [record(0.9, adapter="masklora", learning_rate=3e-2, held_out=40.0)]

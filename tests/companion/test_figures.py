@@ -144,11 +144,8 @@ def test_costs_and_rates_of_a_run():
     row = frame.table([run]).iloc[0]
     assert (row["seconds"], row["seconds_with_pruning"], row["seconds_total"]) == (3.0, 5.0, 9.0)
     # A rate for matrices changes nothing in half-blocks.
-    assert (
-        frame.table([record(matrix_rate=0.5)]).at[0, "rates"]
-        == row["rates"]
-        != frame.table([record(learning_rate=0.5)]).at[0, "rates"]
-    )
+    same, other = (frame.table([record(**rate)]).at[0, "rates"] for rate in ({"matrix_rate": 0.5}, {"learning_rate": 0.5}))
+    assert same == row["rates"] != other
 
 
 def test_criteria():

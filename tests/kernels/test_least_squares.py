@@ -5,7 +5,7 @@ import torch
 from fixtures.models import least_squares
 
 from recon.kernels.least_squares import masked_least_squares
-from recon.kernels.moments import add_gram, add_moments, add_squares, mean_product, mirrored
+from recon.kernels.moments import add_gram, add_moments, mean_product, mirrored
 from recon.kernels.patterns import Pattern, keep_mask
 
 
@@ -81,12 +81,8 @@ def test_the_upper_triangle_makes_the_gram_matrix(width):
     torch.testing.assert_close(mirrored(total), x.T @ x)
 
 
-def test_moments_of_half_precision_are_summed_in_float32():
+def test_products_of_half_precision_are_summed_in_float32():
     left, right = torch.randn(2, 3, 500, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    total = torch.zeros(8)
-    for sample in left:
-        add_squares(total, sample)
-    torch.testing.assert_close(total, left.double().square().sum((0, 1)).float())
     expected = left.double().flatten(0, 1).T @ right.double().flatten(0, 1) / 1500
     torch.testing.assert_close(mean_product(zip(left, right)), expected.float())
 
@@ -100,5 +96,3 @@ def test_a_large_mean_costs_no_digits_of_the_variance():
         seen += len(x)
     x = torch.cat(batches).double()
     torch.testing.assert_close(total.double(), torch.stack([x.mean(0), x.var(0, correction=0)]), rtol=1e-3, atol=1e-4)
-    naive = torch.cat(batches).square().mean(0) - torch.cat(batches).mean(0).square()
-    assert ((naive.double() - x.var(0, correction=0)) / x.var(0, correction=0)).abs().max() > 1e-1  # what this guards against

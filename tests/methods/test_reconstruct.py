@@ -322,15 +322,11 @@ def test_nothing_is_fitted_on_held_out_samples(made, pruned, tokens, granularity
     assert same(state(one), state(other))
 
 
-@pytest.mark.parametrize("roll_back", [True, False])
-def test_a_window_that_gets_worse_stays_so_where_nothing_is_rolled_back(dense, pruned, tokens, roll_back):
-    student = pruned()
-    before = state(student)
-    options = {"learning_rate": 3.0, "epochs": 1, "held_out": tokens(2, 12, seed=1), "roll_back": roll_back}
-    reports = run(student, dense, tokens(2, 12), **options)
-    assert {report.status for report in reports} == {GREW if roll_back else RECONSTRUCTED}
-    grew = [report.error_after["held_out"] > report.error_before["held_out"] for report in reports]
-    assert any(grew) == (not roll_back) and same(state(student), before) == roll_back
+def test_a_window_that_gets_worse_stays_so_where_nothing_is_rolled_back(dense, pruned, tokens):
+    options = {"learning_rate": 3.0, "epochs": 1, "held_out": tokens(2, 12, seed=1), "roll_back": False}
+    reports = run(pruned(), dense, tokens(2, 12), **options)
+    assert {report.status for report in reports} == {RECONSTRUCTED}
+    assert any(report.error_after["held_out"] > report.error_before["held_out"] for report in reports)
 
 
 @pytest.mark.parametrize("position, skip_first, counts", [(0, True, False), (0, False, True), (3, True, True)])

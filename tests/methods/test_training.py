@@ -89,7 +89,6 @@ def test_weight_decay_shrinks_what_no_gradient_holds():
     weight = Trained(nn.Parameter(torch.tensor([4.0, -2.0, 1.0])), torch.tensor([True, True, False]))
     found = pulled(torch.zeros(3), schedule, weight, steps=10)[-1]
     left = math.prod(1 - 0.5 * 0.1 * schedule.factor(step, 10) for step in range(10))
-    assert left < 0.8
     assert_close(found, left * torch.tensor([4.0, -2.0, 0.0]))
 
 

@@ -150,7 +150,6 @@ def test_forwards_and_hooks_are_restored_after_an_exception(tiny, tokens, half):
         decoder.logits(batch, torch.zeros(2, 9, 31))
     modules = list(decoder.model.modules())
     assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in modules)
-    assert all(p.grad is None for p in decoder.model.parameters())
     assert torch.equal(decoder.run(batch).logits, before)
 
 

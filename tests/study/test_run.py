@@ -6,11 +6,13 @@ import math
 import shutil
 import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from fixtures.models import saved_model
+from fixtures.models import FLOAT32, make_model, saved_model
 from fixtures.runs import comparable, record_of, result_of
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -250,8 +252,35 @@ def test_a_run_after_another_is_that_of_a_session_of_its_own(spec, first, change
 
 
 def test_pruning_reads_as_many_samples_as_is_said(spec):
-    few, said, many = (
-        record_of(spec.replaced(granularity="none", **n)).metrics["pruned_perplexity"]
-        for n in ({"samples": 2}, {"prune_samples": 2}, {})
-    )
+    each = (spec.replaced(granularity="none", **read) for read in ({"samples": 2}, {"prune_samples": 2}, {}))
+    few, said, many = (record_of(one).metrics["pruned_perplexity"] for one in each)
     assert few == said != many
+
+
+def test_every_phase_draws_by_the_seed_of_the_run(spec, monkeypatch):
+    called = []
+    for module, name in ((runs.prune, "prune"), (runs.reconstruct, "reconstruct"), (runs.retrain, "retrain")):
+        monkeypatch.setattr(module, name, Mock(wraps=getattr(module, name)))
+        called.append(getattr(module, name))
+    record_of(spec.replaced(seed=5, statistics="sparse", retrain="masklora"))
+    assert [each.call_args.kwargs["seed"] for each in called] == [5] * 3
+
+
+@pytest.mark.parametrize("which", ["model", "pruned"])
+def test_a_model_that_has_changed_is_read_anew(spec, tiny_folder, tmp_path, which):
+    folder, session, found = shutil.copytree(tiny_folder, tmp_path / "model"), recon.Session(), []
+    spec = spec.replaced(granularity="none", **{which: str(folder)})
+    for size in (1.0, 0.5):
+        content = load_file(f"{tiny_folder}/model.safetensors")
+        for name in (name for name in content if name.endswith("up_proj.weight")):
+            content[name] *= size * (content[name].abs() > 0.02)
+        save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+        found.append([record_of(spec, one).metrics["perplexity"] for one in (session, recon.Session())])
+    assert found[0][0] == found[0][1] != found[1][0] == found[1][1]
+
+
+def test_the_share_of_zeros_is_counted_in_each_matrix():
+    decoder = recon.decompose(make_model("llama"))
+    recon.prune(decoder, config=recon.PruningConfig("magnitude", "1:4"), execution=FLOAT32)
+    found = measure.count_zeros(decoder)
+    assert found["sparsity"] == 0.75 and found["sparsity_by_matrix"] == dict.fromkeys(decoder.matrices(), 0.75)
