@@ -114,6 +114,9 @@ def test_the_bundled_tasks_agree_with_lm_evals_own_model(small, monkeypatch):
         assert found[name]["acc_stderr"] == pytest.approx(mean_stderr(values))
     assert 0 < found["analogies"]["acc"] < 1
     assert found["last_word"]["perplexity"] == pytest.approx(expected["results"]["last_word"]["perplexity,none"], rel=1e-3)
+    nats = [sample["perplexity"] for sample in expected["samples"]["last_word"]]
+    error = found["last_word"]["perplexity"] * statistics.stdev(nats) / 12**0.5  # to first order
+    assert found["last_word"]["perplexity_stderr"] == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize("template", ["<bos> $A", "$A", "<bos> <bos> $A", "<bos> $A <eos>"])

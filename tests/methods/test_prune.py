@@ -142,6 +142,13 @@ def test_refined_masks_lower_the_error_of_every_matrix(dense, tokens, criterion,
     assert all(after < 0.98 * before for before, after in errors.values())
 
 
+def test_no_more_weights_change_roles_than_is_asked_for(dense, tokens):
+    configs = (PruningConfig(scope="row", mask_refinement=steps) for steps in (0, 1, 3))
+    plain, *refined = (prune(copied(dense), tokens(16, 30), config, execution=FLOAT32).masks for config in configs)
+    for steps, masks in zip((1, 3), refined, strict=True):
+        assert max((plain[name] != mask).sum(1).max().item() for name, mask in masks.items()) == 2 * steps
+
+
 ROWS = torch.arange(3, 23).view(5, 4)
 
 

@@ -76,6 +76,11 @@ def test_full_retraining_is_masked_adamw_step_by_step(tokens):
     torch.testing.assert_close([*model.parameters()], [*other.parameters()], rtol=1e-4, atol=1e-6)
 
 
+def test_few_samples_are_passed_over_until_there_are_enough_steps(tokens):
+    config = RetrainingConfig("norms", retrain_batch_size=2)
+    assert len(retrain(make_model("llama"), tokens(8, 12), config, execution=FLOAT32).losses) == 32
+
+
 class Watch(Callback):
     """Notes what callbacks are told, and whether the matrices of `model` are without zeros when LoRA is merged."""
 

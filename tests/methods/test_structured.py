@@ -8,6 +8,7 @@ from fixtures.models import FLOAT32, copied, inputs_of, zeros_stay
 
 from recon import PruningConfig, ReconstructionConfig, decompose, prune, reconstruct
 from recon.kernels.criteria import CRITERIA, Structured
+from recon.kernels.criteria.structured import wanda_sp
 from recon.methods.structured import find_units
 from recon.model.modules import distance
 
@@ -147,3 +148,17 @@ def test_reconstruction_keeps_units_gone_and_trains_the_new_biases(made, tokens,
     before, after = (sum(r[kind]["calibration"] for r in map(vars, reports)) for kind in ("error_before", "error_after"))
     assert after < before and zeros_stay(student, masks)
     assert not any(torch.equal(student.model.get_parameter(name), bias) for name, bias in biases.items())
+
+
+@pytest.mark.parametrize("statistics", ["sparse", "dense"])
+def test_wanda_sp_reads_the_model_that_is_asked_for(made, tokens, statistics):
+    dense = made("llama")
+    student, model = copied(dense), copy.deepcopy(dense.model)
+    masks = pruned(student, tokens, "wanda-sp", "0.5", statistics=statistics).masks
+    for index in range(2) if statistics == "sparse" else ():  # the last block reads what is pruned so far
+        model.model.layers[index].load_state_dict(student.model.model.layers[index].state_dict())
+    counts = {half.reader.name: half.count for half in find_units(dense)[-2:]}
+    for name, x in inputs_of(model, list(counts), tokens(8, 20)).items():
+        scores = wanda_sp(dense.matrices()[name].weight, x.square().mean(0).sqrt()).view(counts[name], -1).mean(1)
+        kept = lines(masks[name], 0).view(counts[name], -1)[:, 0]
+        assert scores[kept].min() > scores[~kept].max()

@@ -83,8 +83,12 @@ def test_a_run_saves_packed_what_it_saves_plain(tiny_spec, tmp_path, stream):
     # Read as what something else pruned, from a stream, and not computed again.
     again = tiny_spec.replaced(pruned=str(tmp_path / "packed"), granularity="none")
     assert result_of(again, stream=stream).record.metrics["sparsity"] == 0.5
-    known = result_of(tiny_spec, stream=stream, save=tmp_path / "packed", save_dtype="bfloat16", save_format="packed")
+    as_asked = {"save": tmp_path / "packed", "save_dtype": "bfloat16", "save_format": "packed"}
+    known = result_of(tiny_spec, stream=stream, **as_asked)
     assert known.record.status == "done" and known.model is None
+    for other in ({"save_dtype": "float16"}, {"save_format": "plain"}):  # which is not what is there
+        with pytest.raises(recon.ReconError, match="exists and is not an empty folder"):
+            result_of(tiny_spec, stream=stream, **as_asked | other)
 
 
 def test_what_cannot_be_packed_or_unpacked(tiny_folder, tmp_path, capsys):

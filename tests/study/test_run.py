@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import recon
 from recon.data import models
 from recon.kernels.patterns import found_pattern
+from recon.methods.prune import Pruner, Pruning
 from recon.study import measure
 from recon.study import run as runs
 from recon.study.measure import Texts, share_recovered
@@ -196,7 +197,7 @@ def test_the_next_process_measures_the_dense_model_no_more(cached, stream):
 def test_whatever_decides_it_keeps_it_apart(cached):
     record_of(base := cached.replaced(evaluation_samples=1))
     changes = {"evaluation_samples": 2, "evaluation_length": 16}, {"held_out_samples": 0}, {"compute_dtype": "float32"}
-    assert [record_of(base.replaced(**changed)).shared for changed in changes] == [[]] * 3
+    assert [record_of(base.replaced(**changed)).shared for changed in (*changes, {"kl_windows": 0})] == [[]] * 4
 
 
 def test_of_code_that_is_not_committed_nothing_is_kept(cached, tmp_path, monkeypatch):
@@ -255,6 +256,14 @@ def test_pruning_reads_as_many_samples_as_is_said(spec):
     each = (spec.replaced(granularity="none", **read) for read in ({"samples": 2}, {"prune_samples": 2}, {}))
     few, said, many = (record_of(one).metrics["pruned_perplexity"] for one in each)
     assert few == said != many
+
+
+def test_time_for_pruning_is_not_time_for_reconstruction(spec, monkeypatch):
+    plain = Pruner.summed_up
+    monkeypatch.setattr(Pruner, "summed_up", lambda self: Pruning(plain(self).masks, seconds=1000.0))
+    assert spec.one_pass
+    seconds = record_of(spec).seconds
+    assert seconds["prune"] == 1000 and -1000 < seconds["reconstruct"] < 0
 
 
 def test_every_phase_draws_by_the_seed_of_the_run(spec, monkeypatch):
