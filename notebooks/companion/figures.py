@@ -105,13 +105,13 @@ def panels(count: int, width: float, height: float, columns: int = 3, **options)
     return figure, list(axes.flat[:count])
 
 
-def label(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
+def label(ax: Axes, x: pd.Series, y: pd.Series, names: pd.Series) -> None:
     """Writes each name beside its point, clear of lines and one another; set limits and scales before."""
     ax.figure.draw_without_rendering()
-    texts = [ax.text(x, y, name, fontsize=8) for name, (x, y) in points.items()]
+    texts = [ax.text(*each, fontsize=8) for each in zip(x, y, names)]
     arrows = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
     forces = {"expand": (1.2, 1.5), "force_static": (0.5, 0.8), "force_text": (0.4, 0.6)}
-    adjust_text(texts, *zip(*points.values()), objects=list(ax.lines) or None, ax=ax, arrowprops=arrows, **forces)
+    adjust_text(texts, [*x], [*y], objects=list(ax.lines) or None, ax=ax, arrowprops=arrows, **forces)
 
 
 def label_ends(ax: Axes, x: float, ends: dict[str, float]) -> None:
@@ -221,7 +221,7 @@ def memory(data: pd.DataFrame) -> Plot:
             lowest = f"{known['perplexity'].idxmin()} ({model})"
             said.append((large[0], last[cost] / half[cost], last["perplexity"] / half["perplexity"] - 1, lowest))
     for ax, (_, cell) in zip(axes, models):
-        label(ax, dict(zip(cell["granularity"], zip(cell[cost], cell["perplexity"]))))
+        label(ax, cell[cost], cell["perplexity"], cell["granularity"])
     if not said:
         return figure, data, f"Perplexity is {span(data['perplexity'])}."
     names, times, changes, lowest = (pd.Series(values) for values in zip(*said))
@@ -525,7 +525,7 @@ def costs(runs: pd.DataFrame) -> Plot:
         ax.margins(0.15)
         ax.set(xlim=(0, None), xlabel=cost, ylabel="perplexity" if ax is axes[0] else "")
         lower_is_better(ax, "x")
-        label(ax, dict(zip(data["granularity"], zip(data[cost], data["perplexity"]))))
+        label(ax, data[cost], data["perplexity"], data["granularity"])
     lower_is_better(axes[0])
     best = data.sort_values("perplexity").iloc[0]
     close = data[(data["lowest perplexity"] <= best["highest perplexity"]) | (data["seeds"] < 2)]["granularity"]
@@ -559,6 +559,7 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
                 faces = ["white" if seeds == 1 else colour for seeds in own["seeds"]]
                 ax.scatter(own["difference"], places, 25, faces, shape, edgecolors=colour, label=way, zorder=3)
             ax.set_xscale("symlog", linthresh=0.1, linscale=0.6)
+            ax.xaxis.set(major_locator=FixedLocator([-2, -0.5, -0.1, 0, 0.1, 0.5, 2]), minor_locator=NullLocator())
             ax.xaxis.set_major_formatter("{x:g}")
             ax.set(ylim=(len(names) - 0.5, -0.5), title=f"{model}, {pattern}")
             ax.set_yticks(range(len(names)), names)
@@ -570,39 +571,38 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
     kept = (paid[ways[1]] / paid[ways[0]]).groupby("pattern", sort=False).median()
     words = ", ".join(f"{share:.0%} ({pattern})" for pattern, share in kept.items()).replace("-", "−") or "no mask gains as much"
     gain = f"what a mask gains over {baseline} before reconstruction, if more than {least:g} nats"
-    return figure, data, f"Of {gain}, this is left after it (median): {words}."
+    return figure, data, f"Of {gain}, this is left after it (median; below 0: it loses): {words}."
 
 
-def frontier_time(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
-    """Perplexity and time (pruning, reconstruction, retraining) of each mask and fit over those of `baseline`, a mask and a fit.
+def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
+    """Perplexity and operations (pruning, reconstruction, retraining) of each mask and fit over those of `baseline`, such a pair.
 
-    runs: as of `frontier`. A panel for each pattern, with geometric means over its models; line: what nothing beats in that time.
-    The time is that of the fastest of the runs on a model that differ in seed or sparsity alone: others had company.
+    runs: as of `frontier`. A panel for each pattern, with geometric means over its models; line: what nothing beats at that cost.
     """
-    by, time, quality = ["model", "pattern", "mask", "way"], "times the time", "times the perplexity"
+    by, cost, quality = ["model", "pattern", "mask", "way"], "times the operations", "times the perplexity"
     data = effects(runs, by, dict(zip(by[2:], baseline)), share=False).drop(columns="verdict")
-    alike = [*(runs[name] for name in by if name != "pattern"), runs["pattern"].str.contains(":")]
-    quiet = runs.assign(seconds=runs["seconds_with_pruning"].groupby(alike).transform("min"))
-    data = data.merge(quiet.groupby(by)["seconds"].first().reset_index(), on=by)
-    usual = data[(data["mask"] == baseline[0]) & (data["way"] == baseline[1])].set_index(by[:2])["seconds"]
-    data[time] = data["seconds"] / usual.reindex(pd.MultiIndex.from_frame(data[by[:2]])).to_numpy()
+    data = data.merge(runs.groupby(by)["flops_with_pruning"].mean().rename("flops").reset_index(), on=by)
+    usual = data[(data["mask"] == baseline[0]) & (data["way"] == baseline[1])].set_index(by[:2])["flops"]
+    data[cost] = data["flops"] / usual.reindex(pd.MultiIndex.from_frame(data[by[:2]])).to_numpy()
     data[quality] = np.exp(-data["difference"])
-    groups = data.assign(**np.log(data[[time, quality]])).groupby(by[1:], sort=False)
+    groups = data.assign(**np.log(data[[cost, quality]])).groupby(by[1:], sort=False)
     complete = groups.size() == groups.size().groupby("pattern").transform("max")  # of all models of the pattern
-    means = np.exp(groups[[time, quality]].mean())[complete].reset_index()
+    means = np.exp(groups[[cost, quality]].mean())[complete].reset_index()
     patterns, ways = list(dict.fromkeys(means["pattern"])), list(dict.fromkeys(means["way"]))
     figure, axes = panels(len(patterns), 3.6, 3.3)
     colours, best = dict(zip(ways, sns.color_palette("colorblind", len(ways)))), []
     for ax, pattern in zip(axes, patterns):
         own = means[means["pattern"] == pattern]
-        unbeaten = front(own, time, quality)
-        ax.step(unbeaten[time], unbeaten[quality], where="post", color="0.6", linewidth=1, zorder=1)
-        sns.scatterplot(own, x=time, y=quality, hue="way", palette=colours, hue_order=ways, s=35, legend=ax is axes[0], ax=ax)
-        ax.set(xscale="log", yscale="log", title=pattern, xlabel=f"{time} of {', '.join(baseline)}", ylabel=quality)
-        ax.margins(0.12)
-        label(ax, {row["mask"]: (row[time], row[quality]) for _, row in unbeaten.iterrows()})
+        unbeaten = front(own, cost, quality)
+        ax.step(unbeaten[cost], unbeaten[quality], where="post", color="0.6", linewidth=1, zorder=1)
+        sns.scatterplot(own, x=cost, y=quality, hue="way", palette=colours, hue_order=ways, s=35, legend=ax is axes[0], ax=ax)
+        ax.set(title=pattern, xlabel=f"{cost} of {', '.join(baseline)}", ylabel=quality)
+        ax.margins(0.3)
+        log_scale(ax, "x")
+        log_scale(ax)
+        label(ax, unbeaten[cost], unbeaten[quality], unbeaten["mask"])
         first = own.loc[own[quality].idxmin()]
-        best.append(f"{pattern}: {first['mask']}, {first['way']}, {first[quality]:.2f} in {first[time]:.1f} times the time")
+        best.append(f"{pattern}: {first['mask']}, {first['way']}, {first[quality]:.2f} for {first[cost]:.1f} {cost}")
     lower_is_better(axes[0])
     legend(figure, axes[0])
     return figure, data, f"Lowest perplexity, as a multiple of that of {', '.join(baseline)}: {'; '.join(best)}."

@@ -97,7 +97,7 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
     - <measure>_<state>: arrays (windows,) in nats per token, for `MEASURES` and `STATES`; NaN if the record has none;
       "perplexity, <text>" and "dense perplexity, <text>";
     - drift, drift_pruned (blocks,); losses, an array for each window; error_before and error_after (windows,);
-    - flops, seconds (of reconstruction and retraining), seconds_with_pruning, seconds_total, and MEMORY, as measured: at the
+    - flops, seconds (of reconstruction and retraining), flops_with_pruning, seconds_total, and MEMORY, as measured: at the
       peak of reconstruction or retraining, over what was in use before it.
     """
     folder = Path(folder)
@@ -152,7 +152,7 @@ def _row(record: dict) -> dict:
     row["losses"] = [np.array(window["losses"]) for window in windows]
     row |= {name: np.array([next(iter(window[name].values())) for window in windows]) for name in ("error_before", "error_after")}
     row |= {name: sum(record[name].get(phase) or 0 for phase in ("reconstruct", "retrain")) for name in ("flops", "seconds")}
-    row["seconds_with_pruning"] = row["seconds"] + (record["seconds"].get("prune") or 0)
+    row["flops_with_pruning"] = row["flops"] + (record["flops"].get("prune") or 0)
     added = record.get("added_memory_bytes_by_phase", {})
     row[MEMORY] = max((added[phase] for phase in ("reconstruct", "retrain") if phase in added), default=np.nan) / 2**30
     return row | {

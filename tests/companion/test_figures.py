@@ -140,9 +140,10 @@ def test_methods_and_fits_have_the_names_of_their_runs():
 
 
 def test_costs_and_rates_of_a_run():
-    run = record() | {"seconds": {"prune": 2.0, "reconstruct": 3.0, "total": 9.0}}
+    run = record() | {"seconds": {"prune": 2.0, "reconstruct": 3.0, "total": 9.0}, "flops": {"prune": 2.0, "reconstruct": 5.0}}
     row = frame.table([run]).iloc[0]
-    assert (row["seconds"], row["seconds_with_pruning"], row["seconds_total"]) == (3.0, 5.0, 9.0)
+    costs = ("seconds", "seconds_total", "flops", "flops_with_pruning")
+    assert tuple(row[name] for name in costs) == (3.0, 9.0, 5.0, 7.0)
     # A rate for matrices changes nothing in half-blocks.
     same, other = (frame.table([record(**rate)]).at[0, "rates"] for rate in ({"matrix_rate": 0.5}, {"learning_rate": 0.5}))
     assert same == row["rates"] != other
