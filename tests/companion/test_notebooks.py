@@ -37,7 +37,7 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
     "6-cost": ({"samples": 4, "sequence_length": 32, "repeats": 1}, 2),
     "8-frontier": (
         {"more_fits": {"best": {"preset": "best"}}, "fitted": ["admm"], "more_seeds": [1], "repeated": [["admm", "best"]],
-         "timed": ["2:4"]}, 7,
+         "timed": ["2:4"]}, 8,
     ),
     "10-open-questions": ({"networks": {"CNN": 40}, "windows": ["block", "model"], "blocks": [0, 1]}, 0),
     "7-scale": ({"samples": 4, "sequence_length": 32, "evaluation_samples": 2, "evaluation_length": 64, "workers": [1]}, 0),
