@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "samples": 6, "epochs": 1, "sequence_length": 32, "held_out_samples": 2, "evaluation_samples": 2, "evaluation_length": 64
 }  # fmt: skip
-COMMON = {"retrain_epochs": 1, "prune_samples": 6}
+COMMON = {"chunks": 1, "retrain_epochs": 1, "prune_samples": 6}
 TINY = {  # parameters beside model and text, number of run records; slow ones are marked
     "0-quickstart": (SMALL | {"new_tokens": 4}, 1),
     "1-granularity": (
