@@ -142,15 +142,14 @@ class PruningConfig(Checked):
     criterion: str = "wanda"  # What decides which weights go: one that `recon criteria` lists.
     pattern: str = "0.5"  # Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).
     scope: Literal[("auto", *SCOPES)] = "auto"  # Weights compete within a row or the matrix; auto is the criterion's own default.
+    # What the criterion sees: activations of the dense model (dense), or of the model as pruned so far (sparse, as published).
     statistics: Literal["sparse", "dense"] = "dense"
-    """What the criterion sees: activations of the dense model (dense), or of the model as pruned so far (sparse, as
-    published)."""
+    # How sparse each block is: uniform, the same for all; dlp, by the median of weight times input norm; measured, by what it
+    # costs the predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays.
     allocation: Literal["uniform", "dlp", "measured"] = "uniform"
-    """How sparse each block is: uniform, the same for all; dlp, by the median of weight times input norm; measured, by what it
-    costs the predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays."""
     reorder_neurons: bool = False  # Reorder MLP neurons first, so that N:M keeps more; the dense model computes the same.
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
-    mask_refinement: FromZero = 0  # Swaps of a pruned and a kept weight in each row, at most; the best pair each time.
+    mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight in each row, at most; the best pair each time.
     sparsegpt_block_size: FromZero = 128  # Columns that SparseGPT prunes at once; 0: as many as samples (the paper's code).
     sparsegpt_damping: PositiveShare = 0.01  # Added to SparseGPT's Hessian, as a share of its mean diagonal.
 
@@ -185,20 +184,20 @@ class ReconstructionConfig(Checked):
     """How windows are fitted."""
 
     granularity: str = "half-block"  # Window: none (prune only), matrix, half-block, block, <k>-blocks, quarter, model.
+    # What feeds a window and what it must match. dense: the dense model's activations, before and after. sparse: inputs from
+    # the already reconstructed model, targets the dense window's outputs on those same inputs. mixed: inputs from the already
+    # reconstructed model, targets the dense model's own activations.
     propagation: Literal["dense", "sparse", "mixed"] = "mixed"
-    """What feeds a window and what it must match. dense: the dense model's activations, before and after. sparse: inputs from
-    the already reconstructed model, targets the dense window's outputs on those same inputs. mixed: inputs from the already
-    reconstructed model, targets the dense model's own activations."""
     solver: Literal["adamw", "exact"] = "adamw"  # Solver: gradient descent, or masked least squares (of matrices only).
     start: Literal["pruned", "exact"] = "pruned"  # Start of fitting: what pruning left, or the exact solution of every matrix.
     exact_iterations: FromOne = 15  # Iterations of conjugate gradients for exact solutions, at most.
     train: Literal["matrices", "all"] = "matrices"  # What is trained: matrices with biases, or all, norms included.
     adapter: Literal[("none", *ADAPTERS)] = "none"  # Low-rank parametrisation of a window's matrices.
     rank: FromOne = 16  # Rank of adapters.
+    # Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
+    # minus the cosine (cosine).
     loss: Literal[tuple(LOSSES)] = "whitened"
-    """Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
-    minus the cosine (cosine)."""
-    skip_first: bool = True  # Each sample's first position, whose activations are massive, is left out of the loss.
+    skip_first: bool = True  # Whether the loss leaves out each sample's first position, whose activations are massive.
     learning_rate: Positive = 0.01  # Peak rate of AdamW for half-blocks; for other windows see --size-power, --matrix-rate.
     size_power: Size = 0.65  # The learning rate of a window of n half-blocks is divided by n to this power.
     matrix_rate: Positive = 0.1  # Learning rate of single matrices as a share of that of half-blocks.
@@ -209,7 +208,7 @@ class ReconstructionConfig(Checked):
     accumulation: FromOne = 1  # Forward passes per optimiser step.
     warmup: Share = 0.1  # Share of the steps in which the learning rate rises.
     weight_decay: Size = 0.0  # Decoupled weight decay of AdamW: each step shrinks a parameter by this times its learning rate.
-    roll_back: bool = True  # A window that gets worse on held-out samples gets its pruned weights back.
+    roll_back: bool = True  # Whether a window that gets worse on held-out samples is rolled back to its pruned weights.
 
     def __post_init__(self):
         object.__setattr__(self, "granularity", canonical(str(self.granularity)))
@@ -290,9 +289,8 @@ class EvaluationConfig(Checked):
     kl_windows: FromZero = 4  # The first text windows of each text, on which KL to the dense model is measured.
     evaluation_protocol: Literal[tuple(PROTOCOLS)] = "samples"
     """How text windows begin: samples, each as the tokenizer begins a text; joined, only the first, as published."""
+    # Tasks: analogies, last_word (bundled); boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa (Hub).
     tasks: Names = ()
-    """Zero-shot tasks: analogies, last_word (bundled); boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa
-    (Hub)."""
     task_limit: FromZero = 200  # Questions per zero-shot task, at most; 0: all.
 
     def __post_init__(self):

@@ -63,13 +63,16 @@ def test_python_in_guides_runs(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(CRITERIA, "mine", CRITERIA["wanda"])  # so that it goes again
     small = {"path/or/hub-id": tiny_folder, '"wikipedia"': f'"{tiny_folder}/tiny_text.txt"', "length=512": "length=32"}
-    small |= {"samples=64": "samples=4", "samples=8": "samples=2"}
+    small |= {"samples=64": "samples=4", "samples=8": "samples=2", '"smollm2-135m", samples=32': f'"{tiny_folder}", **few'}
     pages = [(ROOT / "guides" / name).read_text(encoding="utf-8") for name in ("own-model.md", "retraining.md")]
     blocks = re.findall(r"```python\n(.*?)```", "\n".join(pages), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     code = "\n".join(blocks)
     for words, other in small.items():
         code = code.replace(words, other)
-    found: dict = {}
+    text = f"{tiny_folder}/tiny_text.txt"
+    few = {"text": text, "evaluation_texts": [text], "samples": 2, "sequence_length": 32, "evaluation_samples": 1}
+    found: dict = {"few": few | {"evaluation_length": 32}}
     exec(code, found)
+    assert (found["table"]["status"] == "done").all() and len(found["table"]) == 6
     assert CRITERIA["mine"].name == "mine" and (tmp_path / "my-pruned-model").is_dir()

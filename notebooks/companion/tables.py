@@ -53,7 +53,8 @@ def markdown(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
 def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The cells of a table (panel, row, column, mean, std, seeds), and the runs behind them.
 
-    For each model, pattern and recipe, of the protocol that fills most of the table; of several, that with the most runs.
+    For each model, pattern and recipe, of the protocol that fills most of the table; of several, that with the most runs. One row
+    alone compares nothing, and is left out.
     """
     _, rows, measures = TABLES[name]
     by_samples, criteria = name == "table-1", name == "table-4"
@@ -65,7 +66,7 @@ def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
             found = [(row, side) for row, options in rows.items() for side in _sides(group, options, by_samples)]
             choices.append((len(found), len(group), key, found))
         sides = max(choices, key=lambda choice: choice[:3])[3]
-        if not sides:
+        if len(sides) < 2:
             continue
         if criteria:  # of one size of window there may be more seeds than of the others
             units = common(*(side for _, side in sides))

@@ -160,17 +160,17 @@ def _defaults() -> dict:
 class RunOptions(Checked):
     """How a run is carried out, which changes no number."""
 
+    # New folder for the model as a Hugging Face checkpoint, with its record. A model that the very same run saved there is not
+    # computed again.
     save: Path | None = None
-    """New folder for the model as a Hugging Face checkpoint, with its record. A model that the very same run saved there is not
-    computed again."""
     save_dtype: Literal[tuple(SAVED)] = "float32"
     """What weights are saved in; they are measured in float32, and rounded after that."""
+    # packed keeps one bit a weight and what is not zero: at 50 % in bfloat16 little over half the size. `recon.load` reads
+    # it; `recon unpack` makes the plain checkpoint of it that everything else reads.
     save_format: Literal["plain", "packed"] = "plain"
-    """packed keeps one bit a weight and what is not zero: at 50 % in bfloat16 little over half the size. `recon.load` reads it;
-    `recon unpack` makes the plain checkpoint of it that everything else reads."""
+    # yes leaves the model on disk and works on one window at a time; a run that was killed goes on when it is called again.
+    # auto does so where the model would not fit into memory.
     stream: Literal["auto", "yes", "no"] = "auto"
-    """yes leaves the model on disk and works on one window at a time; a run that was killed goes on when it is called again.
-    auto does so where the model would not fit into memory."""
     executor: str | Ray = "serial"
     """ray reconstructs windows side by side, on the cores and GPUs of this machine or of a cluster (dense propagation)."""
     force: bool = False  # Run even what is planned not to fit here (see `recon plan`).
