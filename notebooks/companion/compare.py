@@ -244,7 +244,7 @@ def better(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 def equal(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """Both sides are the same within the margin, as a share of the perplexity gap."""
-    tuned = "adapter" in claim["left"]  # their rates are searched, and those of full weights with them
+    tuned = bool({"adapter", "criterion"} & claim["left"].keys())  # their rates are searched, and those of the other side
     return pair(pick(runs, claim["left"], tuned), pick(runs, claim["right"], tuned), claim["measure"], share=True)
 
 
@@ -373,7 +373,7 @@ def _reach(targets: np.ndarray, curve: np.ndarray, at: np.ndarray) -> tuple[np.n
 
 
 def _by_criterion(runs: pd.DataFrame, claim: dict) -> dict[str, pd.DataFrame]:
-    sides = {name: pick(runs, claim["left"] | {"criterion": name}) for name in claim["left"]["criterion"]}
+    sides = {name: pick(runs, claim["left"] | {"criterion": name}, tuned=True) for name in claim["left"]["criterion"]}
     return {name: side for name, side in sides.items() if len(side)}
 
 

@@ -361,12 +361,12 @@ def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
 def budget(runs: pd.DataFrame) -> Plot:
     """Quality against compute and, if known, memory. Numbers: samples. Line: what nothing beats at its cost or less.
 
-    A mark is a method at a number of samples: the mean over the seeds that all methods have. The dense control and the pruned
+    A mark is a method at a number of samples: the mean over the seeds that all marks have. The dense control and the pruned
     model have none.
     """
     data = methods(runs)
     repaired, shown = data[~data["method"].str.startswith(("dense", "pruned"))], [measures(data)[0], KL]
-    shared = set.intersection(*(set(group["seed"]) for _, group in repaired.groupby("method")))
+    shared = set.intersection(*(set(group["seed"]) for _, group in repaired.groupby(["method", "samples"])))
     groups = repaired[repaired["seed"].isin(shared)].groupby(["method", "samples"], sort=False)
     means = groups[[*shown, COMPUTE, MEMORY]].mean().reset_index()
     costs = [cost for cost in (COMPUTE, MEMORY) if means[cost].notna().any()]

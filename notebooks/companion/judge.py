@@ -135,7 +135,7 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
     if claim["test"] in RATIOS:
         lower, upper, low, high = (float(np.exp2(value)) for value in (lower, upper, low, high))
     state, reason = _rule(claim, evidence, level, low, high)
-    if state == UNSURE:
+    if state == UNSURE and not (evidence.favours_other and lower < _bar(claim)):  # which no seeds would turn into a failure
         reason += f"; {_needed(claim, evidence, level, lower, low, high)}"
     reason += f"; {evidence.note}" if evidence.note else ""
     effect, bound = lower, ""
@@ -174,13 +174,13 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
         within, outside = -margin < low and high < margin, low > margin or high < -margin
         state = HOLDS if within else FAILS if outside else UNSURE
         place = {HOLDS: "within", FAILS: "outside", UNSURE: "reaches across"}[state]
-        reason = f"90 % interval {place} ±{margin:g} of the perplexity gap"
+        reason = f"90 % interval {place} ±{margin:g} {evidence.unit}"
         reason += f", and ±{CLOSE:g}" * (-CLOSE < low and high < CLOSE)
     else:
         state = HOLDS if low > bar else FAILS if high < bar else UNSURE
         place = {HOLDS: "above", FAILS: "below", UNSURE: "includes"}[state]
         reason = f"{100 * level:.0f} % interval {place} {bar:g}"
-        reason += (" of the perplexity gap" + ", and above 0" * (low > 0)) if margin else ""
+        reason += f" {evidence.unit}{', and above 0' * (low > 0)}" if margin else ""
     if evidence.seeds < SEEDS:
         reason += f"; fewer than {SEEDS} seeds ({evidence.seeds})" + ": training noise unknown" * claim["noise"]
     ends, marks = np.array([low, high]), np.array([-margin, margin] if equal else [bar])

@@ -53,8 +53,8 @@ def markdown(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
 def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The cells of a table (panel, row, column, mean, std, seeds), and the runs behind them.
 
-    For each model, pattern and recipe, of the protocol that fills most of the table; of several, that with the most runs. One row
-    alone compares nothing, and is left out.
+    For each model, pattern and recipe, of the protocol with the most evaluation windows; of several, that which fills most of the
+    table, or has the most runs. One row alone compares nothing, and is left out.
     """
     _, rows, measures = TABLES[name]
     by_samples, criteria = name == "table-1", name == "table-4"
@@ -64,8 +64,8 @@ def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         place, choices = ", ".join((*scope[:2], RECIPE_WORDS[scope[2]])), []
         for key, group in groups.items():
             found = [(row, side) for row, options in rows.items() for side in _sides(group, options, by_samples)]
-            choices.append((len(found), len(group), key, found))
-        sides = max(choices, key=lambda choice: choice[:3])[3]
+            choices.append((len(found) > 1, group["evaluation_samples"].iloc[0], len(found), len(group), key, found))
+        *_, sides = max(choices, key=lambda choice: choice[:5])
         if len(sides) < 2:
             continue
         if criteria:  # of one size of window there may be more seeds than of the others

@@ -137,6 +137,9 @@ def test_methods_and_fits_have_the_names_of_their_runs():
         assert frame.fit_name(spec.flat(), "default") == fit
     [spec] = recon.grid(recon.RunSpec.of(preset="paper"), **frame.fit_options("half-block, equal steps"))
     assert frame.fit_name(spec.flat(), "paper") == "half-block"  # whose steps are equal anyway
+    cut, whole = record(), record(chunks=1)
+    assert list(frame.table([cut, whole])["fit"]) == ["half-block", "half-block, equal steps"]
+    assert list(frame.table([whole, record(chunks=1, granularity="block")])["fit"]) == ["half-block", "block"]
 
 
 def test_costs_and_rates_of_a_run():
