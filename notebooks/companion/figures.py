@@ -588,19 +588,18 @@ def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
     groups = data.assign(**np.log(data[[cost, quality]])).groupby(by[1:], sort=False)
     complete = groups.size() == groups.size().groupby("pattern").transform("max")  # of all models of the pattern
     means = np.exp(groups[[cost, quality]].mean())[complete].reset_index()
-    patterns, ways = list(dict.fromkeys(means["pattern"])), list(dict.fromkeys(means["way"]))
+    patterns, ways, masks = (list(dict.fromkeys(means[name])) for name in ("pattern", "way", "mask"))
     figure, axes = panels(len(patterns), 3.6, 3.3)
-    colours, best = dict(zip(ways, sns.color_palette("colorblind", len(ways)))), []
+    shown, best = {"hue": "way", "hue_order": ways, "palette": "colorblind", "style": "mask", "style_order": masks}, []
     for ax, pattern in zip(axes, patterns):
         own = means[means["pattern"] == pattern]
         unbeaten = front(own, cost, quality)
         ax.step(unbeaten[cost], unbeaten[quality], where="post", color="0.6", linewidth=1, zorder=1)
-        sns.scatterplot(own, x=cost, y=quality, hue="way", palette=colours, hue_order=ways, s=35, legend=ax is axes[0], ax=ax)
+        sns.scatterplot(own, x=cost, y=quality, **shown, s=60, legend=ax is axes[0], ax=ax)
         ax.set(title=pattern, xlabel=f"{cost} of {', '.join(baseline)}", ylabel=quality)
-        ax.margins(0.3)
+        ax.margins(0.15)
         log_scale(ax, "x")
         log_scale(ax)
-        label(ax, unbeaten[cost], unbeaten[quality], unbeaten["mask"])
         first = own.loc[own[quality].idxmin()]
         best.append(f"{pattern}: {first['mask']}, {first['way']}, {first[quality]:.2f} for {first[cost]:.1f} {cost}")
     lower_is_better(axes[0])

@@ -66,7 +66,7 @@ def harmed(runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of the networks and sparsities for which pruning costs `LEAST` nats, and what share of that is recovered."""
     before, after = lost(runs, "pruned"), lost(runs, "reconstructed")
     gap = before.groupby([runs["kind"], runs["pattern"]]).transform("mean")
-    return runs.assign(**{"share recovered": (before - after) / gap})[gap > LEAST]
+    return runs.assign(**{"share recovered": (before - after) / before})[gap > LEAST]
 
 
 def searched(path: Path, measure: Callable, cells: Sequence[dict], rates: Sequence[float], compute: bool = True) -> list[dict]:
