@@ -50,10 +50,10 @@ def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], co
     data = pd.concat([pd.DataFrame({"key": there}), cells, pd.DataFrame([known[key] for key in there])], axis=1)
     for name in data.filter(like="own_"):
         data[name] = data[name].map(np.array)
-    if "own_reconstructed" in data:
-        data = data.assign(
-            unit=data["seed"].astype(str), perplexity=data["own_reconstructed"].map(lambda nats: np.exp(nats.mean()))
-        )
+    if "own_reconstructed" in data:  # of networks trained anew on another machine no two make a pair
+        trained = data["own_dense"].map(lambda nats: f"{nats.mean():.2f}")
+        perplexity = data["own_reconstructed"].map(lambda nats: np.exp(nats.mean()))
+        data = data.assign(unit=data["seed"].astype(str) + " " + trained, perplexity=perplexity)
     return data
 
 

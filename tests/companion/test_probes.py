@@ -45,7 +45,7 @@ def test_probes_are_kept_and_rates_are_those_that_are_best_at_other_seeds(tmp_pa
 
     def measure(seed, reconstruction, pruning, split="evaluation"):
         asked.append((seed, split, reconstruction["learning_rate"]))
-        return {"own_reconstructed": [abs(reconstruction["learning_rate"] - 0.1), 0.0]}
+        return {"own_dense": [0.0, 0.0], "own_reconstructed": [abs(reconstruction["learning_rate"] - 0.1), 0.0]}
 
     cells = probes.grid(seed=[0, 1], reconstruction=[{"learning_rate": 1.0}], pruning=[{"pattern": "0.5"}])
     path = tmp_path / "probes" / "made-up.json"
