@@ -11,14 +11,11 @@ from recon.kernels import losses
 from recon.kernels.losses import LOSSES, channel_variance, cosine, kl_divergence, mse, unexplained, whitened
 
 
-@pytest.mark.parametrize(
-    "loss, output, target, expected",
-    [
-        (mse, [[1.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, 4.0]], [4 / 4, 9 / 4]),
-        (whitened, [[1.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, 4.0]], [4 / 1 / 2, 9 / 3 / 2]),
-        (cosine, [[1.0, 0.0], [1.0, 1.0]], [[5.0, 0.0], [0.0, 2.0]], [0, 1 - 1 / math.sqrt(2)]),
-    ],
-)
+@pytest.mark.parametrize("loss, output, target, expected", [
+    (mse, [[1.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, 4.0]], [4 / 4, 9 / 4]),
+    (whitened, [[1.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, 4.0]], [4 / 1 / 2, 9 / 3 / 2]),
+    (cosine, [[1.0, 0.0], [1.0, 1.0]], [[5.0, 0.0], [0.0, 2.0]], [0, 1 - 1 / math.sqrt(2)]),
+])  # fmt: skip
 def test_losses_by_hand(loss, output, target, expected):
     assert_close(loss(torch.tensor(output), torch.tensor(target), torch.tensor([3.0, 1.0])), torch.tensor(expected))
 
