@@ -57,16 +57,10 @@ def spoilt(pruned_here, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"granularity": "matrix", "solver": "exact", "propagation": "mixed"},
-        {"granularity": "2-blocks", "propagation": "sparse", "learning_rate": 3e-4},
-        {"granularity": "model", "retrain": "masklora"},
-        {"granularity": "none", "retrain": "full"},
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {}, {"granularity": "matrix", "solver": "exact", "propagation": "mixed"}, {"granularity": "model", "retrain": "masklora"},
+    {"granularity": "2-blocks", "propagation": "sparse", "learning_rate": 3e-4}, {"granularity": "none", "retrain": "full"},
+])  # fmt: skip
 def test_a_run_from_an_external_mask_is_that_of_the_criterion_that_made_it(spec, pruned_here, pruned_folder, changes):
     made = record_of(pruned_here[0].replaced(**{"granularity": "half-block"} | changes))
     found = record_of(spec.replaced(pruned=pruned_folder, **changes))
@@ -98,17 +92,14 @@ def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoi
     assert_close(record.windows[0]["error_before"]["held_out"], unexplained(output, target, variance))
 
 
-@pytest.mark.parametrize(
-    "name, make, said",
-    [
-        (UP, lambda w: w[:5].contiguous(), rf"weight '{UP}' is \(5, 32\), not \(64, 32\)"),
-        (UP, lambda w: None, f"it lacks .*{UP}"),
-        ("model.layers.9.mlp.up_proj.weight", lambda w: torch.ones(3), "it has 'model.layers.9.mlp.up_proj.weight', which the"),
-        (UP, lambda w: w.fill_(torch.nan), f"'{UP}' holds 2048 NaN or infinite values of 2048"),
-        ("model.norm.weight", lambda w: w * torch.inf, "'model.norm.weight' holds 32 NaN or infinite values of 32"),
-        ("lm_head.weight", lambda w: torch.ones(400, 32), f"'lm_head.weight' differs from '{EMBEDDING}'"),
-    ],
-)
+@pytest.mark.parametrize("name, make, said", [
+    (UP, lambda w: w[:5].contiguous(), rf"weight '{UP}' is \(5, 32\), not \(64, 32\)"),
+    (UP, lambda w: None, f"it lacks .*{UP}"),
+    ("model.layers.9.mlp.up_proj.weight", lambda w: torch.ones(3), "it has 'model.layers.9.mlp.up_proj.weight', which the"),
+    (UP, lambda w: w.fill_(torch.nan), f"'{UP}' holds 2048 NaN or infinite values of 2048"),
+    ("model.norm.weight", lambda w: w * torch.inf, "'model.norm.weight' holds 32 NaN or infinite values of 32"),
+    ("lm_head.weight", lambda w: torch.ones(400, 32), f"'lm_head.weight' differs from '{EMBEDDING}'"),
+])  # fmt: skip
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_path, monkeypatch, name, make, said, stream):
     state = pruned_here[1].model.state_dict()

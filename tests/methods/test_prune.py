@@ -150,8 +150,6 @@ def test_no_more_weights_change_roles_than_is_asked_for(dense, tokens):
 
 
 ROWS = torch.arange(3, 23).view(5, 4)
-
-
 DATASET = datasets.Dataset.from_dict({"input_ids": ROWS.tolist(), "attention_mask": torch.ones(5, 4).tolist()})
 FORMS = {
     "tensor": lambda: ROWS,
@@ -196,11 +194,8 @@ def test_statistics_are_those_of_all_batches_in_any_precision(dense, tokens, mon
         _, found, _ = gather(execution, dense, window, stream, kind, 13)
     for name, parts in seen.items():
         x = torch.cat(parts)[: 13 * 60]
-        wanted = {
-            "norm": x.square().mean(0).sqrt(),
-            "moments": torch.stack([x.mean(0), x.var(0, correction=0)]),
-            "gram": x.T @ x / len(x),
-        }
+        moments = torch.stack([x.mean(0), x.var(0, correction=0)])
+        wanted = {"norm": x.square().mean(0).sqrt(), "moments": moments, "gram": x.T @ x / len(x)}
         assert found[name].dtype == torch.float32
         assert_close(found[name].double(), wanted[kind], rtol=1e-5, atol=1e-6)
 

@@ -132,41 +132,26 @@ def test_too_little_memory_for_one_sample_is_an_error():
         run(Schedule(batch_size=2), see=Mock(side_effect=torch.OutOfMemoryError("no room")))
 
 
-def pruned(family: str):
-    decoder = decompose(make_model(family))
-    return decoder, prune(decoder, None, PruningConfig("random"), execution=FLOAT32).masks
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_nothing_changes_until_it_is_trained(family, kind, tokens):
-    decoder, masks = pruned(family)
-    parameters, batch = dict(decoder.model.named_parameters()), tokens(2, 9)
-    before = decoder.model(batch).logits
-    with (
-        pytest.raises(RuntimeError, match="inside"),
-        adapted([*decoder.matrices().values()], masks, kind, 4, generator(0, "test")) as trained,
-    ):
-        assert_close(decoder.model(batch).logits, before)
+def test_adapters_change_nothing_until_they_are_trained_and_merging_gives_the_formula_and_loses_no_zero(family, kind, tokens):
+    decoder, batch = decompose(make_model(family)), tokens(2, 9)
+    masks = prune(decoder, None, PruningConfig("random"), execution=FLOAT32).masks
+    matrices, parameters, logits = decoder.matrices(), dict(decoder.model.named_parameters()), decoder.model(batch).logits
+    before = {name: matrix.weight.detach().clone() for name, matrix in matrices.items()}
+    given = [*matrices.values()], masks, kind, 4, generator(0, "test")
+    with pytest.raises(RuntimeError, match="inside"), adapted(*given) as trained:
+        assert_close(decoder.model(batch).logits, logits)
         assert all(each.parameter.is_leaf and each.parameter.requires_grad for each in trained)
         raise RuntimeError("inside")
-    assert torch.equal(decoder.model(batch).logits, before)
+    assert torch.equal(decoder.model(batch).logits, logits)
     after = dict(decoder.model.named_parameters())
     assert after.keys() == parameters.keys() and all(after[name] is parameters[name] for name in parameters)
     assert not any(parametrize.is_parametrized(module) for module in decoder.model.modules())
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_merging_gives_the_formula_and_loses_no_zero(family, kind):
-    decoder, masks = pruned(family)
-    matrices = decoder.matrices()
-    before = {name: matrix.weight.detach().clone() for name, matrix in matrices.items()}
-    with adapted([*matrices.values()], masks, kind, 4, generator(0, "test")) as trained:
-        with torch.no_grad():
-            for each in trained:
-                each.parameter.normal_(generator=torch.Generator().manual_seed(each.parameter.numel()))
-            low_rank = {name: b.parameter @ a.parameter for name, a, b in zip(matrices, trained[::2], trained[1::2], strict=True)}
+    with adapted(*given) as trained, torch.no_grad():
+        for each in trained:
+            each.parameter.normal_(generator=torch.Generator().manual_seed(each.parameter.numel()))
+        low_rank = {name: b.parameter @ a.parameter for name, a, b in zip(matrices, trained[::2], trained[1::2], strict=True)}
     for name, matrix in matrices.items():
         product = ALPHA * matrix.oriented(low_rank[name])
         grown = before[name] * (1 + product) if kind == "scalelora" else before[name] + product

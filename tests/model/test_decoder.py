@@ -15,15 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from recon import ReconError, decompose
 from recon.model.windows import Window, partition
 
-# How many matrices share an input, group by group, as they run through the first block; [3, 1, 2, 1] for all others.
-GROUPS = {
-    "phi3": [1, 1, 1, 1],  # one matrix for q, k, v; one for gate and up
-    "glm4": [3, 1, 1, 1],
-    "starcoder2": [3, 1, 1, 1],  # an MLP without a gate
-    "opt": [3, 1, 1, 1],
-    "phi": [3, 1, 1, 1],
-    "gptj": [3, 1, 1, 1],
-} | dict.fromkeys(["gpt2", "gpt_neox", "falcon", *UNDIVIDED], [1, 1, 1, 1])
+# How many matrices share an input, group by group, as they run through the first block; [3, 1, 2, 1] for all others. Some have an
+# MLP without a gate, phi3 one matrix for q, k and v, and one for gate and up.
+GROUPS = dict.fromkeys(["glm4", "starcoder2", "opt", "phi", "gptj"], [3, 1, 1, 1])
+GROUPS |= dict.fromkeys(["phi3", "gpt2", "gpt_neox", "falcon", *UNDIVIDED], [1, 1, 1, 1])
 LLAMA = {
     "attention": {"input_layernorm.weight"} | {f"self_attn.{name}_proj.weight" for name in "qkvo"},
     "mlp": {"post_attention_layernorm.weight"} | {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
@@ -193,17 +188,14 @@ def shares_weights(model):
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
 
 
-@pytest.mark.parametrize(
-    "spoil, said",
-    [
-        (lambda m: m.model.layers.__delitem__(slice(None)), "it has no such list"),
-        (runs_twice, "'model.layers', 3 modules, run 6 times"),
-        (works_between_blocks, "its 3 blocks at 'model.layers', run one after another, do not give the model's own output"),
-        (lambda m: setattr(m.model.layers[1].mlp, "spare", nn.Parameter(torch.zeros(3, 4, 5))), r"'.*1\.mlp\.spare' of shape"),
-        (gives_hidden_states_by_name, "is not given hidden states as its first argument"),
-        (shares_weights, "share weights: 'model.layers.0.mlp.up_proj.weight' is 'model.layers.2.mlp.up_proj.weight'"),
-    ],
-)
+@pytest.mark.parametrize("spoil, said", [
+    (lambda m: m.model.layers.__delitem__(slice(None)), "it has no such list"),
+    (runs_twice, "'model.layers', 3 modules, run 6 times"),
+    (works_between_blocks, "its 3 blocks at 'model.layers', run one after another, do not give the model's own output"),
+    (lambda m: setattr(m.model.layers[1].mlp, "spare", nn.Parameter(torch.zeros(3, 4, 5))), r"'.*1\.mlp\.spare' of shape"),
+    (gives_hidden_states_by_name, "is not given hidden states as its first argument"),
+    (shares_weights, "share weights: 'model.layers.0.mlp.up_proj.weight' is 'model.layers.2.mlp.up_proj.weight'"),
+])  # fmt: skip
 def test_models_that_cannot_be_decomposed_are_refused(tiny, spoil, said):
     model = tiny("llama")
     spoil(model)
