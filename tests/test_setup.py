@@ -137,15 +137,12 @@ def test_what_a_word_needs_is_installed_when_it_is_first_used(checkout):
     assert checkout("lab")[1] == ["python -m jupyter lab notebooks/"]
 
 
-@pytest.mark.parametrize(
-    "words, variables, extras",
-    [
-        (["paper"], {}, "notebooks,evaluation,ray"),
-        (["--executor", "ray", "--address", "10.0.0.1:6379"], {}, "notebooks,ray"),
-        (["quick", "0-quickstart", "--executor=ray"], {}, "notebooks,ray"),
-        ([], {"RECON_EXECUTOR": "ray"}, "notebooks,ray"),
-    ],
-)
+@pytest.mark.parametrize("words, variables, extras", [
+    (["paper"], {}, "notebooks,evaluation,ray"),
+    (["--executor", "ray", "--address", "10.0.0.1:6379"], {}, "notebooks,ray"),
+    (["quick", "0-quickstart", "--executor=ray"], {}, "notebooks,ray"),
+    ([], {"RECON_EXECUTOR": "ray"}, "notebooks,ray"),
+])  # fmt: skip
 def test_profiles_install_the_evaluation_and_ray_for_runs_that_use_them(checkout, words, variables, extras):
     profile = words if words and not words[0].startswith("-") else ["quick", *words]
     assert checkout(*words, **variables)[1] == [*install(extras), "recon assets", f"python -m companion.run {' '.join(profile)}"]

@@ -85,19 +85,16 @@ def with_code(folder):
     (folder / "modeling_own.py").write_text("raise SystemExit('was run')")
 
 
-@pytest.mark.parametrize(
-    "spoil, said",
-    [
-        (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no file named model.safetensors"),
-        (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 1), "SafetensorError"),
-        (lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\); undo their"),
-        (with_code, "trust_remote_code"),
-        (lambda f: change_weights(f, lambda w: {n: t for n, t in w.items() if n != UP}), UP),
-        (lambda f: change_weights(f, lambda w: w | {UP: w[UP] * torch.nan}), f"parameter '{UP}' holds 2048 NaN or infinite"),
-        (lambda f: change_weights(f, lambda w: w | {UP: w[UP][:5].contiguous()}), r"5, 32.*64, 32|[Mm]ismatch"),
-    ],
-)
+@pytest.mark.parametrize("spoil, said", [
+    (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no file named model.safetensors"),
+    (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 1), "SafetensorError"),
+    (lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\); undo their"),
+    (with_code, "trust_remote_code"),
+    (lambda f: change_weights(f, lambda w: {n: t for n, t in w.items() if n != UP}), UP),
+    (lambda f: change_weights(f, lambda w: w | {UP: w[UP] * torch.nan}), f"parameter '{UP}' holds 2048 NaN or infinite"),
+    (lambda f: change_weights(f, lambda w: w | {UP: w[UP][:5].contiguous()}), r"5, 32.*64, 32|[Mm]ismatch"),
+])  # fmt: skip
 def test_what_cannot_be_loaded_is_named(folder, spoil, said):
     spoil(folder)
     with pytest.raises(ReconError, match=f"(?s){folder}.*{said}"):
@@ -272,14 +269,11 @@ def without_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer", Mock())
 
 
-@pytest.mark.parametrize(
-    "kind, file_type, said",
-    [
-        ("Q8_0", None, "dequantised from GGUF (100 % Q8_0)"),
-        ("Q4_1", library.LlamaFileType.MOSTLY_Q4_1, "dequantised from GGUF Q4_1 (100 % Q4_1)"),
-        ("F16", library.LlamaFileType.MOSTLY_F16, "GGUF F16 (100 % F16)"),
-    ],
-)
+@pytest.mark.parametrize("kind, file_type, said", [
+    ("Q8_0", None, "dequantised from GGUF (100 % Q8_0)"),
+    ("Q4_1", library.LlamaFileType.MOSTLY_Q4_1, "dequantised from GGUF Q4_1 (100 % Q4_1)"),
+    ("F16", library.LlamaFileType.MOSTLY_F16, "GGUF F16 (100 % F16)"),
+])  # fmt: skip
 def test_gguf_is_unpacked_once_as_transformers_reads_it_and_named(kind, file_type, said, tmp_path, without_tokenizer, capfd):
     file = write_gguf(tmp_path / "tiny.gguf", kind, file_type)
     planned = models.configuration(str(file))

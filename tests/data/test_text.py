@@ -84,19 +84,16 @@ Short line.
 """
 
 
-@pytest.mark.parametrize(
-    "source, expected",
-    [
-        ("'''Bold''' and ''[[Page name|shown]]'' words. ", "Bold and shown words. "),
-        ("A fact.<ref>Book, {{cite book|title=T}}</ref><ref name=a /> ", "A fact. "),
-        ("[[File:A.jpg|thumb|Its [[link]] caption.]]{{Infobox|a=b}}<!-- note -->", ""),
-        ("It is {{convert|5|km|mi}} or {{convert|5|to|9|km|mi}} away&nbsp;now. ", "It is 5 km or 5 to 9 km away now. "),
-        ("Greek ({{lang-el|λόγος}}; {{IPAc-en|l|o}}) {{lang|fr|mot}}. ", "Greek (λόγος) mot. "),
-        ("Empty ({{IPAc-en|a}}) parentheses {{citation needed}}, [http://a.b named]. ", "Empty parentheses, named. "),
-        (PAGE.partition(SENTENCE)[0], ""),
-        (PAGE, f"{SENTENCE}\n\n{SENTENCE} Again."),
-    ],
-)
+@pytest.mark.parametrize("source, expected", [
+    ("'''Bold''' and ''[[Page name|shown]]'' words. ", "Bold and shown words. "),
+    ("A fact.<ref>Book, {{cite book|title=T}}</ref><ref name=a /> ", "A fact. "),
+    ("[[File:A.jpg|thumb|Its [[link]] caption.]]{{Infobox|a=b}}<!-- note -->", ""),
+    ("It is {{convert|5|km|mi}} or {{convert|5|to|9|km|mi}} away&nbsp;now. ", "It is 5 km or 5 to 9 km away now. "),
+    ("Greek ({{lang-el|λόγος}}; {{IPAc-en|l|o}}) {{lang|fr|mot}}. ", "Greek (λόγος) mot. "),
+    ("Empty ({{IPAc-en|a}}) parentheses {{citation needed}}, [http://a.b named]. ", "Empty parentheses, named. "),
+    (PAGE.partition(SENTENCE)[0], ""),
+    (PAGE, f"{SENTENCE}\n\n{SENTENCE} Again."),
+])  # fmt: skip
 def test_wikitext_becomes_prose(source, expected):
     end = "" if source is PAGE else SENTENCE
     assert wikitext.prose(source + end) == expected + end
@@ -196,17 +193,14 @@ def test_all_formats_read_the_same_and_fingerprints_tell_texts_apart(tmp_path):
     assert len({text.fingerprint(name) for name in (*names, other, *text.TEXTS)}) == 2 + len(text.TEXTS)
 
 
-@pytest.mark.parametrize(
-    ("filename", "content", "message"),
-    [
-        ("a.csv", "x", r"unknown text '.*a.csv'; .*existing .txt, .jsonl, .parquet file"),
-        ("a.txt", b"\xff\xfe\xff", "a.txt' cannot be read .*utf-8"),
-        ("a.jsonl", '{"text": "a"}\n\n{"text": ', "a.jsonl' cannot be read .*JSON"),
-        ("a.jsonl", '{"text": "a"}\n{"txt": "b"}', 'have a string "text"'),
-        ("a.jsonl", '{"text": null}', 'have a string "text"'),
-        ("a.parquet", "nonsense", "a.parquet' cannot be read"),
-    ],
-)
+@pytest.mark.parametrize(("filename", "content", "message"), [
+    ("a.csv", "x", r"unknown text '.*a.csv'; .*existing .txt, .jsonl, .parquet file"),
+    ("a.txt", b"\xff\xfe\xff", "a.txt' cannot be read .*utf-8"),
+    ("a.jsonl", '{"text": "a"}\n\n{"text": ', "a.jsonl' cannot be read .*JSON"),
+    ("a.jsonl", '{"text": "a"}\n{"txt": "b"}', 'have a string "text"'),
+    ("a.jsonl", '{"text": null}', 'have a string "text"'),
+    ("a.parquet", "nonsense", "a.parquet' cannot be read"),
+])  # fmt: skip
 def test_bad_files(tmp_path, filename, content, message):
     (tmp_path / filename).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ReconError, match=message):

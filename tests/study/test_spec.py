@@ -54,16 +54,13 @@ def test_as_many_samples_said_in_another_way_are_the_same_run(spec):
     assert spec.replaced(granularity="none", retrain="none").samples_by_phase == {"prune": 6, "reconstruct": 0, "retrain": 0}
 
 
-@pytest.mark.parametrize(
-    ("model", "changes", "lengths"),
-    [
-        ("llama", {"max_position_embeddings": 256}, (256, 256)),
-        ("llama", {"max_position_embeddings": 8192}, (512, 256)),
-        ("gpt2", {"n_positions": 128}, (128, 128)),
-        ("bart", {"max_position_embeddings": 64}, (128, 128)),  # half for the encoder, half for the decoder
-        ("t5", {}, (512, 256)),  # it does not tell
-    ],
-)
+@pytest.mark.parametrize(("model", "changes", "lengths"), [
+    ("llama", {"max_position_embeddings": 256}, (256, 256)),
+    ("llama", {"max_position_embeddings": 8192}, (512, 256)),
+    ("gpt2", {"n_positions": 128}, (128, 128)),
+    ("bart", {"max_position_embeddings": 64}, (128, 128)),  # half for the encoder, half for the decoder
+    ("t5", {}, (512, 256)),  # it does not tell
+])  # fmt: skip
 def test_lengths_that_are_not_given_fit_the_model(spec, config_folder, model, changes, lengths):
     asked = RunSpec.of(model=config_folder(make_model(model, **changes).config.to_dict()), text="news", evaluation_texts="news")
     found = asked.resolved()
