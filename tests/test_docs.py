@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from recon import cli
+from recon import cli, decompose, load
 from recon.kernels.criteria import CRITERIA
+from recon.kernels.patterns import found_pattern
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted((ROOT / "guides").glob("*.md"))
@@ -75,4 +76,6 @@ def test_python_in_guides_runs(tiny_folder, tmp_path, monkeypatch):
     found: dict = {"few": few | {"evaluation_length": 32}}
     exec(code, found)
     assert (found["table"]["status"] == "done").all() and len(found["table"]) == 6
-    assert CRITERIA["mine"].name == "mine" and (tmp_path / "my-pruned-model").is_dir()
+    assert CRITERIA["mine"].name == "mine"
+    saved = [matrix.weight != 0 for matrix in decompose(load("my-pruned-model")[0]).matrices().values()]
+    assert str(found_pattern(saved)) == "2:4"
