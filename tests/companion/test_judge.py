@@ -20,10 +20,9 @@ def test_better_is_decided_by_the_side_of_zero(matrix, verdict):
     assert row["low"] < GAP * (0.4 - matrix) < row["high"] and row["unit"] == "nats per token"
 
 
-@pytest.mark.parametrize(
-    "block, noise, verdict",
-    [(0.41, 0.002, HOLDS), (0.6, 0.002, FAILS), (0.2, 0.002, FAILS), (0.44, 0.02, UNSURE), (0.4, 0.05, UNSURE)],
-)
+@pytest.mark.parametrize("block, noise, verdict", [
+    (0.41, 0.002, HOLDS), (0.6, 0.002, FAILS), (0.2, 0.002, FAILS), (0.44, 0.02, UNSURE), (0.4, 0.05, UNSURE),
+])  # fmt: skip
 def test_equivalence_takes_a_margin_of_the_perplexity_gap(block, noise, verdict):
     row = verdict_on("2.block", seeds(0.4, noise=noise) + seeds(block, noise=noise, granularity="block"))
     assert row["verdict"] == verdict and row["unit"] == "of the perplexity gap" and row["low"] < 0.4 - block < row["high"]

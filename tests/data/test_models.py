@@ -52,7 +52,7 @@ def change_weights(folder: Path, change) -> None:
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
-def test_a_model_is_loaded_in_float32_for_evaluation_whole_or_in_shards(tiny_folder, sharded):
+def test_a_model_is_loaded_in_float32_for_evaluation_whole_or_in_shards_of_which_a_missing_one_is_named(tiny_folder, sharded):
     weights = load_file(f"{tiny_folder}/model.safetensors")
     for name in (tiny_folder, str(sharded)):
         model, tokenizer = models.load(Path(name))
@@ -62,6 +62,9 @@ def test_a_model_is_loaded_in_float32_for_evaluation_whole_or_in_shards(tiny_fol
         assert tokenizer.decode(tokenizer("Zumuke le zila.")["input_ids"]) == "Zumuke le zila."
         _, on_disk, _ = models.skeleton(name)
         assert all(torch.equal(value, weights[name]) for name, value in on_disk.read(list(weights)))
+    (gone := sorted(sharded.glob("weights/*"))[1]).unlink()
+    with pytest.raises(ReconError, match=f"cannot be loaded.*weights/{gone.name}"):
+        models.load(str(sharded))
 
 
 def test_half_precision_weights_become_float32(folder):
@@ -101,12 +104,6 @@ def test_what_cannot_be_loaded_is_named(folder, spoil, said):
         models.load(str(folder))
     with pytest.raises(ReconError, match=f"(?s){said}"):  # as when it stays on disk
         list(models.skeleton(str(folder))[1].read([UP]))
-
-
-def test_a_missing_shard_is_named(sharded):
-    (gone := sorted(sharded.glob("weights/*"))[1]).unlink()
-    with pytest.raises(ReconError, match=f"cannot be loaded.*weights/{gone.name}"):
-        models.load(str(sharded))
 
 
 def test_quantisation_that_transformers_undoes_is_undone(folder, monkeypatch):

@@ -32,12 +32,6 @@ def every(name: str) -> list[str]:
     return [document for split in text.SPLITS for document in text.documents(name, split)]
 
 
-def test_bundled_splits_are_disjoint_and_not_empty():
-    for name, count in (("wikipedia", 94), ("news", 343), ("code", 20)):
-        assert all(text.documents(name, split) for split in text.SPLITS)
-        assert len(every(name)) == len(set(every(name))) == count
-
-
 @pytest.mark.parametrize("name, split, samples, articles", [
     ("wikipedia", "evaluation", 48, {2}), ("wikipedia", "validation", 16, {1}), ("news", "evaluation", 24, range(24, 30)),
 ])  # fmt: skip
@@ -57,7 +51,10 @@ def test_documents_are_dealt_by_position_and_count_once(paragraphs, tmp_path):
     assert every(str(file)).count("same") == 1
 
 
-def test_bundled_texts_read_as_they_should():
+def test_bundled_texts_read_as_they_should_and_their_splits_are_disjoint():
+    for name, count in (("wikipedia", 94), ("news", 343), ("code", 20)):
+        assert all(text.documents(name, split) for split in text.SPLITS)
+        assert len(every(name)) == len(set(every(name))) == count
     assert any("his £3,000 satelite" in document for document in every("news"))  # in its encoding
     assert all(len(ast.parse(document).body) > 3 and '"""' in document for document in every("code"))  # whole files
     articles = every("wikipedia")

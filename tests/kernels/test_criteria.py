@@ -11,7 +11,7 @@ import torch
 from recon.errors import ReconError
 from recon.kernels.criteria import CRITERIA, Structured, admm, scores
 from recon.kernels.criteria.structured import flap, keep_globally, wanda_sp
-from recon.kernels.patterns import Pattern, keep_mask
+from recon.kernels.patterns import Pattern, keep_all_but, keep_mask
 
 BY_WEIGHT = [name for name, criterion in CRITERIA.items() if not isinstance(criterion, Structured) and name != "none"]
 PATTERNS = ["0", "0.3", "0.5", "0.9", "2:4", "1:8"]
@@ -79,15 +79,9 @@ def sparsegpt_reference(weight, gram, pattern, scope, block_size, damping):
     for j in range(columns):
         if j % width == 0:
             stop = min(j + width, columns)
-            costs = (weight[:, j:stop] ** 2 / pivots[j:stop]).tolist()
-            places = [(costs[i][k], i, j + k) for i in range(rows) for k in range(stop - j)]
-            if pattern.m or scope == "row":
-                zeros = pattern.zeros(stop) - pattern.zeros(j)
-                dropped = [place for i in range(rows) for place in sorted(p for p in places if p[1] == i)[:zeros]]
-            else:
-                dropped = sorted(places)[: pattern.zeros(rows * stop) - pattern.zeros(rows * j)]
-            for _, i, column in dropped:
-                mask[i, column] = False
+            costs, together = weight[:, j:stop] ** 2 / pivots[j:stop], 1 if pattern.m or scope == "row" else rows
+            zeros = pattern.zeros(together * stop) - pattern.zeros(together * j)
+            mask[:, j:stop] = keep_all_but(costs.reshape(rows // together, -1), zeros).view_as(costs)
         for i in range(rows):
             if not mask[i, j]:
                 weight[i, j:] -= weight[i, j].clone() / pivots[j] * inverses[j][0]
@@ -118,8 +112,7 @@ def test_sparsegpt_raises_the_damping_until_it_can_factorise(caplog):
 
 def admm_reference(weight, gram, pattern, scope):
     """The rounds as the page has them, V unscaled; then the exact weights of each row's survivors."""
-    rows, columns = weight.shape
-    s, identity = gram.diagonal().sqrt(), torch.eye(columns, dtype=gram.dtype)
+    s, identity = gram.diagonal().sqrt(), torch.eye(len(gram), dtype=gram.dtype)
     H, B = gram / torch.outer(s, s) + 0.01 * identity, weight * s
     D, V = B, torch.zeros_like(B)
     for t in range(-1, 9):
@@ -127,17 +120,11 @@ def admm_reference(weight, gram, pattern, scope):
         X = (B @ H - V + rho * D) @ torch.linalg.inv(H + rho * identity)
         over = 1.5 * X - 0.5 * D
         Z = over + V / rho
-        size = pattern.m or (columns if scope == "row" else rows * columns)
-        mask = torch.zeros_like(Z, dtype=torch.bool)
-        for group in range(rows * columns // size):
-            entries = [(abs(Z.flatten()[k].item()), k) for k in range(group * size, (group + 1) * size)]
-            for _, k in sorted(entries)[pattern.zeros(size) :]:
-                mask[k // columns, k % columns] = True
+        mask = keep_mask(Z.abs(), pattern, scope)
         D = Z * mask
         V = V + rho * (over - D)
     best = torch.zeros_like(B)
-    for i in range(rows):
-        kept = mask[i].nonzero()[:, 0]
+    for i, kept in enumerate(mask):
         best[i, kept] = torch.linalg.solve(H[kept][:, kept], (B @ H)[i, kept])
     return D / s, best / s, mask
 

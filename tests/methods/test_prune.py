@@ -25,9 +25,7 @@ def dense(made):
 
 @pytest.mark.parametrize("scope", ["row", "matrix", "auto"])
 @pytest.mark.parametrize("pattern", ["0.5", "0.7", "2:4", "4:8"])
-@pytest.mark.parametrize(
-    "criterion", [name for name, rule in CRITERIA.items() if not isinstance(rule, Structured) and name != "none"]
-)
+@pytest.mark.parametrize("criterion", [n for n, rule in CRITERIA.items() if not isinstance(rule, Structured) and n != "none"])
 def test_masks_are_exact_and_the_rest_is_untouched(dense, tokens, criterion, pattern, scope):
     decoder = copied(dense)
     before = {name: p.detach().clone() for name, p in decoder.model.named_parameters()}

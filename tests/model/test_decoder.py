@@ -134,27 +134,25 @@ def test_like_takes_the_structure_and_its_own_weights(tiny, made, tokens):
 
 
 @pytest.mark.parametrize("half", [None, "attention", "mlp"])
-def test_forwards_and_hooks_are_restored_after_an_exception(tiny, tokens, half):
-    decoder, batch = decompose(tiny("llama")), tokens(2, 9)
+def test_forwards_and_hooks_are_restored_also_after_an_exception(tiny, tokens, half):
+    """Also a forward that is set on a module, as by a hook of accelerate that moves a block to its device."""
+    model, batch = tiny("llama"), tokens(2, 9)
+    set_on = model.model.layers[1]
+    set_on.forward = forward = functools.partial(set_on.forward)
+    decoder = decompose(model)
     before = decoder.run(batch).logits
-    with pytest.raises(RuntimeError):
-        decoder.forward(Window(range(1), half=half), torch.zeros(2, 9, 31))  # hidden size is 32
+    for index in range(2):
+        with pytest.raises(RuntimeError):
+            decoder.forward(Window(range(index, index + 1), half=half), torch.zeros(2, 9, 31))  # hidden size is 32
     with pytest.raises(IndexError):
         decoder.embed(batch + 1000)
     with pytest.raises(RuntimeError):
         decoder.logits(batch, torch.zeros(2, 9, 31))
-    modules = list(decoder.model.modules())
-    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in modules)
+    for granularity in ("block", "half-block"):
+        composed(decoder, batch, granularity)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert [m for m in model.modules() if "forward" in vars(m)] == [set_on] and set_on.forward is forward
     assert torch.equal(decoder.run(batch).logits, before)
-
-
-def test_a_forward_set_on_a_module_is_put_back(tiny, tokens):
-    """As by a hook of accelerate that moves a block to its device."""
-    model = tiny("llama")
-    block = model.model.layers[1]
-    block.forward = forward = functools.partial(block.forward)
-    composed(decompose(model), tokens(2, 9), "block")
-    assert block.forward is forward
 
 
 def runs_twice(model):

@@ -66,10 +66,9 @@ def test_batches_of_several_streams(far):
     assert found == [([3, 1], [30, 10]), ([2, 3, 4], [20, 30, 40]), ([0], [0])]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"start": "exact"}, {"granularity": "matrix", "adapter": "masklora"}, {"propagation": "mixed", "granularity": "block"}],
-)
+@pytest.mark.parametrize("options", [
+    {}, {"start": "exact"}, {"granularity": "matrix", "adapter": "masklora"}, {"propagation": "mixed", "granularity": "block"},
+])  # fmt: skip
 def test_a_model_that_lives_elsewhere_gives_the_same_bits(tiny, tokens, monkeypatch, options):
     dense, samples, held_out = decompose(tiny("llama")), tokens(5, 16), tokens(3, 16, seed=1)
 
