@@ -166,10 +166,8 @@ def retrain(student, method="full", samples=TOKENS, **call):
     (lambda d, s: prune(d, None), "'wanda' weighs activations and needs calibration samples"),
     (lambda d, s: prune(d, None, criterion="magnitude", mask_refinement=2), "'magnitude' with mask refinement weighs"),
     (lambda d, s: prune(d, None, criterion="flap", pattern="0.2"), "'flap'.*needs calibration samples"),
-    (
-        lambda d, s: prune(d, pattern="3:5"),
-        r"layers\.0\.self_attn\.q_proj has 32 input columns, which do not divide into the groups of 5",
-    ),
+    (lambda d, s: prune(d, pattern="3:5"),
+     r"layers\.0\.self_attn\.q_proj has 32 input columns, which do not divide into the groups of 5"),
     (lambda d, s: prune(broken(d, f"{UP}.weight", math.nan), None, criterion="magnitude"), f"{UP}'.*NaN"),
     (lambda d, s: prune(broken(d, NORM, math.inf)), "input of 'model.layers.1.*NaN or infinite"),
     (lambda d, s: prune(make_model("bloom"), criterion="wanda-sp", pattern="0.2"), UNDIVIDED),
@@ -202,17 +200,12 @@ def retrain(student, method="full", samples=TOKENS, **call):
     (lambda d, s: retrain(s, masks={}), "mask of 'model.layers.0.self_attn.q_proj' has shape None"),
     (lambda d, s: retrain(copy.deepcopy(s.model).half()), "is torch.float16"),
     (lambda d, s: retrain(make_model("mixtral"), "lora"), "one expert's part"),
-    *(
-        (lambda d, s, wrong=wrong: prune(d, wrong), words)
-        for wrong, words in (
-            ("text", "calibration samples are 'text' .*allowed: tokens"),
-            ([], r"calibration samples are \[\] .*non-empty"),
-            ([[1, 2], [1, 2, 3]], "Expected size 2 but got size 3"),
-            ([{"tokens": [1]}], r"calibration samples are \[{'tokens'.*'input_ids'"),
-            (torch.zeros(2, 3), r"\(2, 3\) of torch.float32"),
-            (torch.zeros(2, 3, 4, dtype=torch.int64), r"\(2, 3, 4\)"),
-        )
-    ),
+    (lambda d, s: prune(d, "text"), "calibration samples are 'text' .*allowed: tokens"),
+    (lambda d, s: prune(d, []), r"calibration samples are \[\] .*non-empty"),
+    (lambda d, s: prune(d, [[1, 2], [1, 2, 3]]), "Expected size 2 but got size 3"),
+    (lambda d, s: prune(d, [{"tokens": [1]}]), r"calibration samples are \[{'tokens'.*'input_ids'"),
+    (lambda d, s: prune(d, torch.zeros(2, 3)), r"\(2, 3\) of torch.float32"),
+    (lambda d, s: prune(d, torch.zeros(2, 3, 4, dtype=torch.int64)), r"\(2, 3, 4\)"),
     (lambda d, s: prune(d, None, criterion="magnitude", allocation="measured"), "allocation measured weighs activations"),
     (lambda d, s: prune(d, TOKENS[:1], allocation="measured"), "is 'measured' with 1 calibration"),
     (lambda d, s: prune(d, TOKENS + 10**6), "samples hold token 10.*; the model knows 0 to"),

@@ -1,7 +1,6 @@
 """Figures from few made-up records: they draw, and their data hold what was put in."""
 
 import json
-import math
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -86,13 +85,16 @@ def test_front_is_what_nothing_beats():
         assert (row.Index in best.index) != beaten
 
 
-def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
-    """Held-out perplexity is lowest at 1e-3: the search begins in the middle, walks there, and tries both its neighbours.
+@pytest.fixture
+def asked(monkeypatch):
+    """Runs are made up, and noted here: held-out perplexity is lowest at a rate of 1e-3.
 
-    Rates at which all is rolled back, to what would be the lowest perplexity, are not chosen.
+    Rates at which all is rolled back, to what would be the lowest perplexity, are not to be chosen.
     """
+    asked = []
 
     def run_study(specs, folder, **_):
+        asked.extend(specs)
         for spec in specs:
             rate = spec.flat()["learning_rate"]
             run = record(0.4, held_out=30 + abs(np.log10(rate) + 3) if rate < 1e-2 else 29, **spec.flat())
@@ -101,18 +103,30 @@ def test_search_tries_rates_beside_the_best(tmp_path, monkeypatch):
             (folder / f"{spec.key()}.json").write_text(json.dumps(run | {"key": spec.key()}))
 
     monkeypatch.setattr(recon, "run_study", run_study)
-    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-    base = recon.RunSpec.of(sequence_length=64, evaluation_length=64)
-    cell = base.replaced(granularity="block", seed=100)
-    assert search.search({cell: "learning_rate"}, rates, tmp_path, compute=False).empty
-    runs = search.search({cell: "learning_rate"}, rates, tmp_path)
+    return asked
+
+
+RATES, BASE = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], recon.RunSpec.of(sequence_length=64, evaluation_length=64)
+
+
+def test_search_tries_rates_beside_the_best(tmp_path, asked):
+    """It begins in the middle, walks to the lowest, and tries both its neighbours."""
+    cell = BASE.replaced(granularity="block", seed=100)
+    assert search.search({cell: "learning_rate"}, RATES, tmp_path, compute=False).empty
+    runs = search.search({cell: "learning_rate"}, RATES, tmp_path)
     assert search.chosen(runs) == {cell: 1e-3} and sorted(runs["rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
     other = cell.replaced(criterion="magnitude")
-    runs = search.search(dict.fromkeys([cell, other], "learning_rate"), rates, tmp_path)
+    runs = search.search(dict.fromkeys([cell, other], "learning_rate"), RATES, tmp_path)
     assert sorted(runs.loc[runs["cell"] == other, "rate"]) == [3e-4, 1e-3, 3e-3]  # from where another cell ended
-    specs = recon.grid(base, seed=[0, 1], granularity=["none", "block"])
-    found, _ = search.tuned(specs, rates, tmp_path, seed=100)
+    specs = recon.grid(BASE, seed=[0, 1], granularity=["none", "block"])
+    found, _ = search.tuned(specs, RATES, tmp_path, seed=100)
     assert [spec.flat()["learning_rate"] for spec in found] == [1e-2, 1e-3] * 2  # nothing is trained without windows
+
+
+def test_rates_are_searched_and_used_without_the_rules_for_sizes(tmp_path, asked):
+    found, _ = search.tuned([BASE.replaced(granularity="model")], RATES, tmp_path, seed=100)
+    assert {(spec.reconstruction.size_power, spec.reconstruction.matrix_rate) for spec in (*found, *asked)} == {(0.0, 1.0)}
+    assert asked and found[0].reconstruction.learning_rate == 1e-3 and found[0].seed == 0
 
 
 def test_retraining_has_one_search_for_all_recipes():
@@ -177,19 +191,3 @@ def test_the_forest_has_a_row_per_central_claim_and_model():
     assert set(drawn["claim"]) == {"1.wanda.own", "2.block", "3"} and set(drawn["pattern"]) == {"0.5"}
     assert finding.startswith("Holds: recovery, ")
     assert figures.claims(judge.judge(table(*of_sizes(3)[:3]))) is None
-
-
-def test_rates_are_searched_and_used_without_the_rules_for_sizes(tmp_path, monkeypatch):
-    asked = []
-
-    def run_study(specs, folder, **_):
-        for spec in specs:
-            asked.append(spec)
-            run = record(0.4, held_out=30 + abs(math.log10(spec.reconstruction.learning_rate) + 2), **spec.flat())
-            (folder / f"{spec.key()}.json").write_text(json.dumps(run | {"key": spec.key()}))
-
-    monkeypatch.setattr(recon, "run_study", run_study)
-    base = recon.RunSpec.of(sequence_length=64, evaluation_length=64, granularity="model")
-    found, _ = search.tuned([base], [1e-3, 1e-2, 1e-1], tmp_path, seed=100)
-    assert {(spec.reconstruction.size_power, spec.reconstruction.matrix_rate) for spec in (*found, *asked)} == {(0.0, 1.0)}
-    assert found[0].reconstruction.learning_rate == 1e-2 and found[0].seed == 0

@@ -202,9 +202,11 @@ FOLLOWS = [  # what a run is, beside PRUNED, and how the next of its session dif
 def test_a_run_after_another_is_that_of_a_session_of_its_own(spec, first, changes):
     """And what they share is after it as it was before, such as weights that SparseGPT has changed."""
     session, spec = recon.Session(), spec.replaced(**PRUNED | first)
-    before, changed = record_of(spec, session), spec.replaced(**changes)
+    before, changed = result_of(spec, session), spec.replaced(**changes)
     assert comparable(record_of(changed, session)) == comparable(record_of(changed))
-    assert comparable(record_of(spec, session)) == comparable(before)
+    again = result_of(spec, session)
+    assert comparable(again.record) == comparable(before.record)
+    assert all(map(torch.equal, again.model.parameters(), before.model.parameters()))
 
 
 def test_as_many_samples_are_read_for_pruning_and_for_the_divergence_as_is_said(spec, tiny_text):
