@@ -111,18 +111,15 @@ def test_bad_input_on_the_command_line(small, words, message, capsys):
     assert message in refuse([command, *(small if command == "run" else []), *rest], capsys)
 
 
-@pytest.mark.parametrize("option", ["--record", "--save"])
-def test_a_place_that_cannot_be_written_before_anything_is_computed(small, option, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
+@pytest.mark.parametrize("option, place, said", [
+    ("--record", "file/inside/out", "cannot be written"), ("--save", "file/inside/out", "cannot be written"),
+    ("--save", "", "exists and is not an empty folder"),
+])  # fmt: skip
+def test_a_place_that_cannot_be_written_before_anything_is_computed(small, option, place, said, tmp_path, capsys):
+    (tmp_path / "file").write_text("{}")
     refused_later = ["--pattern", "2:5"]  # once the model is here
-    words = ["run", *small, option, str(tmp_path / "file" / "inside" / "out"), *refused_later]
-    assert "cannot be written" in refuse(words, capsys)
-
-
-def test_a_save_folder_that_holds_something(small, tmp_path, capsys):
-    (tmp_path / "record.json").write_text("{}")
-    assert "exists and is not an empty folder" in refuse(["run", *small, "--save", str(tmp_path)], capsys)
-    assert (tmp_path / "record.json").read_text() == "{}"
+    assert said in refuse(["run", *small, option, str(tmp_path / place), *refused_later], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "{}"
 
 
 @pytest.fixture(scope="module")

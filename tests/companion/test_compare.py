@@ -54,21 +54,13 @@ def test_protocols_are_not_mixed(name):
     assert verdict_on("3", seeds() + other)["reason"] == "no records"
 
 
-def test_the_same_seeds_are_on_both_sides():
+def test_the_same_seeds_are_on_both_sides_and_no_run_of_a_search():
     matrix = [record(0.2, seed=seed, granularity="matrix") for seed in (2, 3, 4, 5)]
     ours = [record(0.4, seed=seed) for seed in (0, 1, 2, 3, 4)]
-    row = verdict_on("3", ours + matrix)
-    assert row["seeds"] == 3 and sorted(row["keys"]) == sorted(r["key"] for r in ours[2:] + matrix[:3])
-
-
-def test_runs_of_searches_enter_no_comparison():
-    records = seeds() + seeds(0.2, granularity="matrix")
     searches = [record(0.9, seed=SEARCH + n, **o) for n in range(5) for o in ({}, {"granularity": "matrix"})]
-    assert verdict_on("3", records + searches).equals(verdict_on("3", records))
-
-
-def test_a_seed_in_several_precisions_is_the_first_of_them():
-    assert compare.once(["001 float32", "000 float32", "000 bfloat16"]) == ["000 bfloat16", "001 float32"]
+    row = verdict_on("3", ours + matrix + searches)
+    assert row["seeds"] == 3 and sorted(row["keys"]) == sorted(r["key"] for r in ours[2:] + matrix[:3])
+    assert row.equals(verdict_on("3", ours + matrix))
 
 
 def test_learning_rates_are_chosen_on_held_out_text_never_on_evaluation_text():

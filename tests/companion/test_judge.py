@@ -97,10 +97,11 @@ def test_runs_in_different_precisions_are_no_pairs_and_a_seed_counts_once():
     row = verdict_on("3", other_machine + matrices + others)
     # Seeds 0 and 1 ran on one machine, 3 and 4 on the other; at seed 2 the two sides ran on different ones.
     assert row["seeds"] == 4 and "bfloat16 or float32 products" in row["protocol"]
-    again = [record(share, compute_dtype="float32", **o) for share, o in ((0.4, {}), (0.2, {"granularity": "matrix"}))]
+    again = [record(share, compute_dtype="float32", **o) for share, o in ((0.9, {}), (0.1, {"granularity": "matrix"}))]
     for run in again:
         run["environment"]["compute_dtype"] = "float32"
-    assert verdict_on("3", seeds() + matrices + again)["seeds"] == 3
+    assert verdict_on("3", seeds() + matrices + again)["seeds"] == 3  # the first of them by name, bfloat16
+    assert verdict_on("3", again + seeds() + matrices)["effect"] == verdict_on("3", seeds() + matrices)["effect"]
 
 
 def test_failed_runs_are_left_out_and_diverged_ones_prove_nothing():

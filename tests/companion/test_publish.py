@@ -59,7 +59,7 @@ def test_things_that_are_compared_can_be_told_apart_in_grey():
 
 
 @pytest.mark.parametrize("axis, arrow", [("x", "←"), ("y", "↓")])
-def test_axes_say_that_less_is_better_and_numbers_plainly(axis, arrow):
+def test_axes_say_that_less_is_better_and_numbers_plainly_in_texts_with_three_digits(axis, arrow):
     _, ax = plt.subplots()
     ax.plot([20, 60], [20, 60])
     publish.lower_is_better(ax, axis)
@@ -67,11 +67,8 @@ def test_axes_say_that_less_is_better_and_numbers_plainly(axis, arrow):
     ax.figure.draw_without_rendering()
     assert arrow in getattr(ax, f"get_{axis}label")()
     assert "30" in [label.get_text() for label in getattr(ax, f"get_{axis}ticklabels")()]
-    plt.close("all")
-
-
-def test_numbers_have_three_digits():
     assert [publish.number(value) for value in (1, 0.0978, 99.96, 1234.5)] == ["1.00", "0.0978", "100", "1234"]
+    plt.close("all")
 
 
 def test_the_gallery_shows_what_is_there_and_names_what_is_not(saved):

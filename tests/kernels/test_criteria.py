@@ -101,13 +101,15 @@ def test_sparsegpt_follows_the_algorithm(pattern, block_size, scope):
     torch.testing.assert_close(pruned, expected[0], rtol=1e-9, atol=1e-10)
 
 
-def test_sparsegpt_raises_the_damping_until_it_can_factorise(caplog):
+def test_sparsegpt_raises_the_damping_until_it_can_factorise_and_refuses_what_is_no_gram_matrix(caplog):
     weight, inputs = problem(rows=8, columns=32, tokens=4, dtype=torch.float32)  # a Gram matrix of rank 4
     with caplog.at_level(logging.WARNING, logger="recon"):
         pruned, mask = prune("sparsegpt", weight, inputs, "0.5", damping=1e-12)
     assert caplog.messages[0] == "SparseGPT: the Hessian is not positive definite at damping 1e-12; trying 1e-11"
     assert len(caplog.messages) > 1
     assert pruned.isfinite().all() and mask.sum(1).tolist() == [16] * 8
+    with pytest.raises(ReconError, match="at any damping up to 1e.07"):
+        CRITERIA["sparsegpt"].prune(torch.ones(2, 4), -torch.eye(4), Pattern.parse("0.5"), "row", None)
 
 
 def admm_reference(weight, gram, pattern, scope):
@@ -166,11 +168,6 @@ def test_admm_comes_near_the_best_of_all_masks(text):
             found.append(((difference @ gram) * difference).sum().item() / least)
     means = {name: sum(found) / 60 for name, found in excess.items()}
     assert min(excess["admm"]) >= 1 - 1e-9 and means["admm"] < 1.1 < means["sparsegpt"]
-
-
-def test_sparsegpt_refuses_what_is_no_gram_matrix():
-    with pytest.raises(ReconError, match="at any damping up to 1e.07"):
-        CRITERIA["sparsegpt"].prune(torch.ones(2, 4), -torch.eye(4), Pattern.parse("0.5"), "row", None)
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix"])

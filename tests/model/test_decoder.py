@@ -31,11 +31,6 @@ def assert_same_output(decoder, tokens, granularity):
     assert_close(composed(decoder, tokens, granularity), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_from_then_on_nothing_drops_out(tiny):
-    dense, model = tiny("gpt2"), tiny("gpt2").train()  # whose dropout is 0.1
-    assert not decompose(model, like=decompose(dense)).model.training
-
-
 @pytest.mark.parametrize("granularity", ["block", "2-blocks", "quarter", "model"])
 def test_windows_of_blocks_are_the_model_and_hold_all_of_it(made, tokens, granularity):
     decoder = made("llama")
@@ -121,8 +116,8 @@ def test_like_takes_the_structure_and_its_own_weights(tiny, made, tokens):
     model, batch = copy.deepcopy(dense.model), tokens(3, 13)
     for parameter in model.model.layers.parameters():
         parameter.data.zero_()  # nothing could be found out from this
-    student = decompose(model, like=dense)
-    assert student.groups == dense.groups and student.halves == dense.halves
+    student = decompose(model.train(), like=dense)
+    assert student.groups == dense.groups and student.halves == dense.halves and not student.model.training
     own = student.parameters(student.windows("half-block")[0]).items()
     assert all(parameter is model.get_parameter(name) for name, parameter in own)
     for decoder in (student, dense):

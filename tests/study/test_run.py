@@ -153,16 +153,14 @@ def test_the_next_process_measures_the_dense_model_no_more(cached, stream):
     assert again.metrics["dense_perplexity"] == first.metrics["dense_perplexity"]
 
 
-def test_whatever_decides_it_keeps_it_apart(cached):
+def test_whatever_decides_it_keeps_it_apart_and_of_code_that_is_not_committed_nothing_is_kept(cached, tmp_path, monkeypatch):
     record_of(base := cached.replaced(evaluation_samples=1))
     changes = {"evaluation_samples": 2, "evaluation_length": 16}, {"held_out_samples": 0}, {"compute_dtype": "float32"}
     assert [record_of(base.replaced(**changed)).shared for changed in (*changes, {"kl_windows": 0})] == [[]] * 4
-
-
-def test_of_code_that_is_not_committed_nothing_is_kept(cached, tmp_path, monkeypatch):
+    assert len(list((tmp_path / "derived").glob("dense-*"))) == 5
     monkeypatch.setattr("recon.study.record.commit", lambda: {"git_commit": "one", "git_dirty": True})
-    record_of(cached)
-    assert not list((tmp_path / "derived").glob("dense-*"))
+    assert record_of(base).shared == [] and record_of(base.replaced(evaluation_samples=3)).shared == []
+    assert len(list((tmp_path / "derived").glob("dense-*"))) == 5
 
 
 def test_each_text_is_of_its_own_split_and_long_enough_for_every_phase(spec, tiny_folder, tiny_text):
