@@ -21,10 +21,6 @@ def error(weight, mask, gram):
     return ((difference @ gram) * difference).sum(1)
 
 
-def start(weight, gram, pattern):
-    return CRITERIA["wanda"].prune(weight, gram.diagonal().sqrt(), Pattern.parse(pattern), "row", None)[1]
-
-
 def best_exchange(weight, mask, gram, group):
     """Tries every exchange in each row, by the errors before and after."""
     mask = mask.clone()
@@ -44,7 +40,7 @@ def test_every_exchange_is_the_best_of_all_until_none_lowers_the_error(pattern, 
     for name, value in {"LEVELS": levels, "FIRST": first, "PAIRS": pairs}.items():
         monkeypatch.setattr(mask_refinement, name, value)
     weight, gram = problem(columns=24, rows=8, seed=5)
-    mask = start(weight, gram, pattern)
+    mask = CRITERIA["wanda"].prune(weight, gram.diagonal().sqrt(), Pattern.parse(pattern), "row", None)[1]
     wanted = [mask]
     while not torch.equal(after := best_exchange(weight, wanted[-1], gram, group or 24), wanted[-1]):
         wanted.append(after)

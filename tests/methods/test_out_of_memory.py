@@ -13,10 +13,7 @@ from recon import Decoder, Execution, PruningConfig, ReconstructionConfig, decom
 from recon.methods.reconstruct import RECONSTRUCTED
 from recon.methods.statistics import gather
 
-SCHEDULE = {"learning_rate": 1e-3, "rate": "absolute", "epochs": 2, "batch_size": 3, "accumulation": 2}
-BLOCKS = ReconstructionConfig(granularity="block", **SCHEDULE)
-
-
+BLOCKS = ReconstructionConfig("block", learning_rate=1e-3, rate="absolute", epochs=2, batch_size=3, accumulation=2)
 execution = functools.partial(Execution, "cpu", "float32", progress=False)
 
 

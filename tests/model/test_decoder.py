@@ -169,25 +169,16 @@ def looped(model, step):
     inner.forward = forward
 
 
-def works_between_blocks(model):
-    looped(model, lambda layer, hidden, **rest: 0.5 * layer(hidden, **rest))
-
-
-def gives_hidden_states_by_name(model):
-    looped(model, lambda layer, hidden, **rest: layer(hidden_states=hidden, **rest))
-
-
-def shares_weights(model):
-    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-
-
 @pytest.mark.parametrize("spoil, said", [
     (lambda m: m.model.layers.__delitem__(slice(None)), "it has no such list"),
     (runs_twice, "'model.layers', 3 modules, run 6 times"),
-    (works_between_blocks, "its 3 blocks at 'model.layers', run one after another, do not give the model's own output"),
+    (lambda m: looped(m, lambda layer, hidden, **rest: 0.5 * layer(hidden, **rest)),
+     "its 3 blocks at 'model.layers', run one after another, do not give the model's own output"),
     (lambda m: setattr(m.model.layers[1].mlp, "spare", nn.Parameter(torch.zeros(3, 4, 5))), r"'.*1\.mlp\.spare' of shape"),
-    (gives_hidden_states_by_name, "is not given hidden states as its first argument"),
-    (shares_weights, "share weights: 'model.layers.0.mlp.up_proj.weight' is 'model.layers.2.mlp.up_proj.weight'"),
+    (lambda m: looped(m, lambda layer, hidden, **rest: layer(hidden_states=hidden, **rest)),
+     "is not given hidden states as its first argument"),
+    (lambda m: setattr(m.model.layers[2].mlp.up_proj, "weight", m.model.layers[0].mlp.up_proj.weight),
+     "share weights: 'model.layers.0.mlp.up_proj.weight' is 'model.layers.2.mlp.up_proj.weight'"),
 ])  # fmt: skip
 def test_models_that_cannot_be_decomposed_are_refused(tiny, spoil, said):
     model = tiny("llama")
