@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fixtures.models import saved_model
@@ -152,14 +153,11 @@ def test_the_work_of_another_run_is_refused_and_that_of_the_same_goes_on(spec, t
 
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_an_interrupted_run_leaves_nothing_but_what_it_goes_on_from(stream, spec, expected, tmp_path, capsys):
-    class Stop(Callback):
-        def on_window(self, report):
-            signal.raise_signal(signal.SIGINT)
-
+    stop = Mock(Callback, on_window=lambda report: signal.raise_signal(signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run in the background
     try:
         with pytest.raises(KeyboardInterrupt):
-            record_of(spec, callbacks=[Stop()], save=tmp_path / "saved", stream=stream)
+            record_of(spec, callbacks=[stop], save=tmp_path / "saved", stream=stream)
     finally:
         signal.signal(signal.SIGINT, before)
     assert [path.name for path in tmp_path.iterdir()] == ["saved.unfinished"] * (stream == "yes")

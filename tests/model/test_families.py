@@ -3,6 +3,7 @@
 `PYTHONPATH=tests python tests/model/test_families.py --write` writes what works into guides/families.md.
 """
 
+import contextlib
 import functools
 import sys
 import warnings
@@ -31,14 +32,11 @@ def decomposed(family: str) -> Decoder | str:
 
 def fitting(decoder: Decoder) -> list[str]:
     """The granularities that the model can be reconstructed at."""
-
-    def fits(granularity: str) -> bool:
-        try:
-            return bool(decoder.windows(granularity))
-        except ReconError:
-            return False
-
-    return [granularity for granularity in ("matrix", "half-block", "block") if fits(granularity)]
+    found = []
+    for granularity in ("matrix", "half-block", "block"):
+        with contextlib.suppress(ReconError):
+            found += [granularity] * bool(decoder.windows(granularity))
+    return found
 
 
 def described(family: str) -> tuple[str, ...]:
