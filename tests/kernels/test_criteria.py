@@ -27,17 +27,15 @@ def problem(rows: int = 6, columns: int = 16, tokens: int = 64, dtype=torch.floa
     return weight, inputs * sizes
 
 
-def statistics_for(criterion, inputs, rows):
-    if criterion.statistics == "norm":
-        return inputs.square().mean(0).sqrt()
-    if criterion.statistics == "gradient":  # any numbers will do
-        return torch.cat([inputs.square().mean(0, keepdim=True).sqrt(), inputs[:rows].abs()])
-    return inputs.T @ inputs / len(inputs) if criterion.statistics == "gram" else None
+STATISTICS = {  # of inputs (tokens, columns) to a weight of so many rows
+    "none": lambda x, rows: None, "norm": lambda x, rows: x.square().mean(0).sqrt(), "gram": lambda x, rows: x.T @ x / len(x),
+    "gradient": lambda x, rows: torch.cat([x.square().mean(0, keepdim=True).sqrt(), x[:rows].abs()]),  # any numbers will do
+}  # fmt: skip
 
 
 def prune(name, weight, inputs, pattern, scope="row", seed=0, **options):
     criterion = CRITERIA[name]
-    statistics = statistics_for(criterion, inputs, len(weight))
+    statistics = STATISTICS[criterion.statistics](inputs, len(weight))
     generator = torch.Generator().manual_seed(seed)
     return criterion.prune(weight, statistics, Pattern.parse(pattern), scope, generator, **options)
 

@@ -150,19 +150,15 @@ def test_no_more_weights_change_roles_than_is_asked_for(dense, tokens):
 ROWS = torch.arange(3, 23).view(5, 4)
 DATASET = datasets.Dataset.from_dict({"input_ids": ROWS.tolist(), "attention_mask": torch.ones(5, 4).tolist()})
 FORMS = {
-    "tensor": lambda: ROWS,
-    "list of lists": lambda: ROWS.tolist(),
-    "list of tensors": lambda: list(ROWS),
+    "tensor": lambda: ROWS, "list of lists": lambda: ROWS.tolist(), "list of tensors": lambda: list(ROWS),
     "list of short integers": lambda: [row.numpy().astype(np.uint16) for row in ROWS],
-    "tuple of batches": lambda: (ROWS[:2], ROWS[2:]),
-    "generator": lambda: (row for row in ROWS),
+    "tuple of batches": lambda: (ROWS[:2], ROWS[2:]), "generator": lambda: (row for row in ROWS),
     "mappings": lambda: [{"input_ids": row.tolist(), "labels": None} for row in ROWS],
     "mappings of batches": lambda: [{"input_ids": ROWS[:3]}, {"input_ids": ROWS[3:]}],
-    "DataLoader": lambda: DataLoader(ROWS, batch_size=2),
+    "DataLoader": lambda: DataLoader(ROWS, batch_size=2), "Dataset": lambda: DATASET,
     "DataLoader of mappings": lambda: DataLoader([{"input_ids": row} for row in ROWS], batch_size=2),
-    "Dataset": lambda: DATASET,
     "Dataset of tensors": lambda: DATASET.with_format("torch"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)

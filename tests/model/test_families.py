@@ -61,18 +61,11 @@ def table() -> str:
         f"{len({name.partition(' (')[0] for _, names in works for name in names})} families of transformers in "
         f"{sum(len(names) for _, names in works)} variants, each as a tiny random model; k-blocks, quarter and "
         "model work wherever block does.",
-        "",
-        "| matrix | half-block: halves are | block | matrices stacked, as experts' are | families |",
-        "|---|---|---|---|---|",
+        "\n| matrix | half-block: halves are | block | matrices stacked, as experts' are | families |\n|---|---|---|---|---|",
         *(f"| {' | '.join(what)} | {', '.join(names)} |" for what, names in reversed(works)),
-        "",
-        "Refused, with what the message says:",
-        "",
-        "| family | reason |",
-        "|---|---|",
+        "\nRefused, with what the message says:\n\n| family | reason |\n|---|---|",
         *(f"| {name} | {reason.replace('|', ' ')} |" for name, reason in refused),
-        "",
-        f"Not tried, for want of a small model of text alone: {', '.join(UNTRIED)}.",
+        f"\nNot tried, for want of a small model of text alone: {', '.join(UNTRIED)}.",
     ]
     return "\n".join(lines)
 

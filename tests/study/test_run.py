@@ -254,3 +254,31 @@ def test_the_share_of_zeros_is_counted_in_each_matrix():
     recon.prune(decoder, config=recon.PruningConfig("magnitude", "1:4"), execution=FLOAT32)
     found = measure.count_zeros(decoder)
     assert found["sparsity"] == 0.75 and found["sparsity_by_matrix"] == dict.fromkeys(decoder.matrices(), 0.75)
+
+
+@pytest.mark.slow
+def test_the_dense_perplexity_of_the_bundled_model():
+    """Four windows of 512 tokens of held-out Wikipedia, known numbers. bfloat16 rounds differently on different processors."""
+    model, tokenizer = recon.load("smollm2-135m")
+    tokens = recon.sample_tokens("wikipedia", "evaluation", tokenizer, samples=4, sequence_length=512)
+    for dtype, golden in (("float32", 20.54), ("bfloat16", 20.57)):
+        found = recon.perplexity(model, tokens, execution=recon.Execution("cpu", dtype))
+        assert (found.tokens, found.value) == (4 * 511, pytest.approx(golden, rel=0.01)), dtype
+
+
+@pytest.mark.slow
+def test_reconstructing_the_bundled_model():
+    """The paper's picture, small: half-block windows recover a share, whole blocks about as well, single matrices worse."""
+    base, session = recon.RunSpec.of(samples=32, sequence_length=256, evaluation_samples=6), recon.Session()
+
+    def share(**changes) -> float:
+        record = record_of(base.replaced(**changes), session)
+        assert record.metrics["sparsity"] == 0.5
+        assert record.metrics["held_out_error"] < record.metrics["held_out_error_pruned"] or changes["granularity"] == "matrix"
+        return record.metrics["share_recovered"]
+
+    half = share(granularity="half-block")
+    assert half > 0.15
+    assert share(granularity="block") == pytest.approx(half, abs=0.08)
+    assert share(granularity="matrix") < half - 0.03
+    assert share(granularity="half-block", criterion="magnitude") > half
