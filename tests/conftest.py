@@ -51,17 +51,12 @@ def tiny_folder(tmp_path_factory) -> str:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<eos>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    )
+    known = {"special_tokens": ["<pad>", "<bos>", "<eos>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    core.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, show_progress=False, **known))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
-    model = make_model(
-        "llama", vocab_size=len(tokenizer), num_hidden_layers=4, max_position_embeddings=256, tie_word_embeddings=True
-    )
-    model.save_pretrained(folder)
+    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 4, "max_position_embeddings": 256}
+    make_model("llama", **sizes, tie_word_embeddings=True).save_pretrained(folder)
     return str(folder)
 
 

@@ -240,17 +240,12 @@ def bootstrap(sides, statistic, level, draws=1500):
 
 
 HALF, PLAIN = {"granularity": "half-block", "retrain": "none"}, (lambda mine, theirs: theirs - mine)
+ENDS, SHARE = [(HALF, "dense"), (HALF, "pruned")], (lambda mine, theirs, dense, pruned: (theirs - mine) / (pruned - dense))
 CASES = {  # claim -> sides (options, state), statistic of their means, level
     "1.wanda.own": ([(HALF, "reconstructed"), (HALF, "pruned")], PLAIN, 0.95),
     "3": ([(HALF, "reconstructed"), ({"granularity": "matrix"}, "reconstructed")], PLAIN, 0.95),
-    "2.block": (
-        [(HALF, "reconstructed"), ({"granularity": "block"}, "reconstructed"), (HALF, "dense"), (HALF, "pruned")],
-        lambda mine, theirs, dense, pruned: (theirs - mine) / (pruned - dense), 0.90,
-    ),
-    "5a.masklora.32.own": (
-        [(HALF, "reconstructed"), ({"retrain": "masklora"}, "reconstructed"), (HALF, "dense"), (HALF, "pruned")],
-        lambda mine, theirs, dense, pruned: (theirs - mine) / (pruned - dense), 0.90,
-    ),
+    "2.block": ([(HALF, "reconstructed"), ({"granularity": "block"}, "reconstructed"), *ENDS], SHARE, 0.90),
+    "5a.masklora.32.own": ([(HALF, "reconstructed"), ({"retrain": "masklora"}, "reconstructed"), *ENDS], SHARE, 0.90),
     "7.magnitude": (
         [({**HALF, "criterion": name}, state) for state in ("pruned", "reconstructed") for name in ("magnitude", "sparsegpt")],
         lambda before, best, after, other: before - best - (after - other), 0.95,

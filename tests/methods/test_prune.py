@@ -195,9 +195,7 @@ def test_statistics_are_those_of_all_batches_in_any_precision(dense, tokens, mon
 
 
 def test_sparsegpt_prunes_as_many_columns_at_once_as_there_are_samples(dense, tokens):
-    masks = [
-        prune(copied(dense), tokens(8, 16), PruningConfig("sparsegpt", sparsegpt_block_size=size), execution=FLOAT32).masks
-        for size in (0, 8, 128)
-    ]
-    one, same_, other = (torch.cat([mask.flatten() for mask in each.values()]) for each in masks)
-    assert torch.equal(one, same_) and not torch.equal(one, other)
+    configs = (PruningConfig("sparsegpt", sparsegpt_block_size=size) for size in (0, 8, 128))
+    masks = [prune(copied(dense), tokens(8, 16), config, execution=FLOAT32).masks for config in configs]
+    one, same, other = (torch.cat([mask.flatten() for mask in each.values()]) for each in masks)
+    assert torch.equal(one, same) and not torch.equal(one, other)

@@ -209,11 +209,8 @@ def test_each_window_gets_the_inputs_and_targets_of_the_propagation(dense, prune
         hybrid = copy.deepcopy(student.model)  # all reconstructed but for this window, which is the dense model's
         for name, parameter in dense.parameters(window).items():
             hybrid.get_parameter(name).data.copy_(parameter)
-        expected = {
-            "dense": theirs[window.name],
-            "sparse": (ours[window.name][0], activations(hybrid, batch)[window.name][1]),
-            "mixed": (ours[window.name][0], theirs[window.name][1]),
-        }
+        (mine, _), whole = ours[window.name], theirs[window.name]
+        expected = {"dense": whole, "sparse": (mine, activations(hybrid, batch)[window.name][1]), "mixed": (mine, whole[1])}
         assert_close((inputs, targets), expected.pop(propagation), rtol=1e-4, atol=1e-4)
         if window.name in ("block 1", "block 1 mlp", "model.layers.1.mlp.down_proj"):  # late enough for all to differ
             for other in expected.values():

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from recon import Execution, PruningConfig, ReconstructionConfig, RunSpec, cli, decompose, prune, reconstruct
+from recon import Execution, PruningConfig, ReconstructionConfig, cli, decompose, prune, reconstruct
 from recon.evaluate.perplexity import drift
 from recon.study import bench
 
@@ -24,10 +24,8 @@ def test_the_command_times_each_phase_beside_its_floor(tiny_folder, tiny_text, t
     assert "prune and reconstruct" in capsys.readouterr().out
 
 
-def test_the_subject_is_the_first_blocks_of_the_model(tiny_folder, tiny_text, tmp_path):
-    spec = RunSpec.of(
-        model=tiny_folder, text=tiny_text, samples=2, sequence_length=8, evaluation_texts=(tiny_text,), evaluation_length=8
-    )
+def test_the_subject_is_the_first_blocks_of_the_model(tiny_spec, tmp_path):
+    spec = tiny_spec.replaced(samples=2, sequence_length=8, evaluation_length=8)
     (short, _, tokens), (whole, *_) = (bench.subject(spec, blocks, tmp_path / str(blocks)) for blocks in (2, 99))
     assert (len(short.blocks), len(whole.blocks)) == (2, 4)
     hidden = whole.embed(tokens)

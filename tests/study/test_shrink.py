@@ -17,11 +17,9 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 WHOLE = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 32}
 # family -> its configuration's fields after half of its units are gone; where heads have no fields, neurons alone go
 CUT = dict.fromkeys(("llama", "qwen2", "gemma3", "phi3", "phi"), WHOLE) | {
-    "opt": {"num_attention_heads": 4, "ffn_dim": 32},
-    "gpt2": {"n_head": 4, "n_inner": 64},
-    "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 32},
-    "olmo2": {"num_attention_heads": 4, "intermediate_size": 32},  # a norm over all heads
-}
+    "opt": {"num_attention_heads": 4, "ffn_dim": 32}, "gpt2": {"n_head": 4, "n_inner": 64},
+    **dict.fromkeys(("gpt_neox", "olmo2"), {"num_attention_heads": 4, "intermediate_size": 32}),  # olmo2: a norm over all heads
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -111,10 +111,8 @@ def test_no_more_than_two_windows_are_in_memory(family, spec, tiny_folder, tmp_p
 def test_saved_in_half_the_room(dtype, changes, spec, tmp_path):
     """Weights are those of the run, rounded; streamed as in memory, and with the record that nothing was lost for."""
     spec = spec.replaced(**changes)
-    plain, kept, found = (
-        record_of(spec, save=tmp_path / name, stream=stream, save_dtype=saved)
-        for name, stream, saved in (("plain", "no", "float32"), ("other", "no", dtype), ("saved", "yes", dtype))
-    )
+    ways = (("plain", "no", "float32"), ("other", "no", dtype), ("saved", "yes", dtype))
+    plain, kept, found = (record_of(spec, save=tmp_path / name, stream=how, save_dtype=each) for name, how, each in ways)
     assert_same(found, tmp_path / "saved", kept, tmp_path / "other")
     assert comparable(found) == comparable(plain)
     assert found.environment["save_dtype"] == dtype and "save_dtype" not in plain.environment
