@@ -39,9 +39,8 @@ SPELLINGS = {
     "granularity": {"1/2": "half-block", 1: "block", **dict.fromkeys(("1", "1-block", "1-blocks"), "block"), "2": "2-blocks"}
     | {name: name for name in ("none", "matrix", "half-block", "block", "16-blocks", "quarter", "model")},
     "pattern": {0.5: "0.5", ".5": "0.5", "0.50": "0.5", "2:4": "2:4"},
-    "samples": {np.int64(8): 8},
-    "learning_rate": {np.float32(0.5): 0.5, 1: 1.0},
-}
+    "samples": {np.int64(8): 8}, "learning_rate": {np.float32(0.5): 0.5, 1: 1.0},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("option", "alias"), [(option, alias) for option in SPELLINGS for alias in SPELLINGS[option]])
@@ -71,8 +70,7 @@ def passes(tiny, tokens):
 
 SHORT, SHORTLY = {"epochs": 1}, {"retrain_epochs": 1, "retrain": "full"}
 OTHERS = {  # options that a test of an option's choices gives as well
-    **{(PruningConfig, "criterion"): {"pattern": "0.3"}, (PruningConfig, "scope"): {}, (PruningConfig, "statistics"): {}},
-    (PruningConfig, "allocation"): {},
+    **{(PruningConfig, name): {"pattern": "0.3"} for name in ("criterion", "scope", "statistics", "allocation")},
     **{(ReconstructionConfig, name): SHORT for name in ("propagation", "start", "train", "adapter", "loss", "rate")},
     (ReconstructionConfig, "solver"): SHORT | {"granularity": "matrix"},
     **{(RetrainingConfig, name): SHORTLY for name in ("retrain", "retrain_objective", "retrain_rate")},

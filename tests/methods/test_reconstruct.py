@@ -303,10 +303,8 @@ def test_the_first_position_of_samples_alone_is_skipped(dense, pruned, tokens, p
     """A target there changes nothing, unless it is asked for; 3 is the first position of the second chunk."""
     found = []
     for shift in (0.0, 1.0):
-        student, at = pruned(), torch.tensor(position)
-        execution = looking(
-            [], lambda number, X, Y, shift=shift, at=at: (X, Y.index_add(1, at[None], torch.full((len(Y), 1, 32), shift)))
-        )
+        student, change = pruned(), torch.full((4, 1, 32), shift)
+        execution = looking([], lambda number, X, Y, by=change: (X, Y.index_add(1, torch.tensor([position]), by)))
         run(student, dense, tokens(4, 12), propagation="dense", skip_first=skip_first, epochs=1, execution=execution)
         found.append(student.model.get_parameter("model.layers.0.mlp.up_proj.weight"))
     assert torch.equal(*found) != counts
