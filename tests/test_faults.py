@@ -79,14 +79,13 @@ def until_done(spec, folder: Path, monkeypatch, step: int, error=None, **how):
 
 
 CASES = {
-    "blocks": ("", {}),
+    "blocks": ("", {}), "blocks of unequal sparsity": ("", {"allocation": "measured"}),
     "matrices, exact": ("", {"granularity": "matrix", "solver": "exact", "propagation": "dense"}),
     "SparseGPT, two passes": ("gpt2", {"criterion": "sparsegpt", "propagation": "sparse"}),
     "experts": ("mixtral", {"granularity": "half-block", "criterion": "sparsegpt"}),
     "biases that pruning adds": ("", {"criterion": "flap", "pattern": "0.3"}),
-    "blocks of unequal sparsity": ("", {"allocation": "measured"}),
     "encoder-decoder": ("t5", {"propagation": "sparse", "train": "all"}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

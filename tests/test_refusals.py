@@ -15,6 +15,7 @@ from recon.kernels.patterns import Pattern
 from recon.methods.reorder import reorder_neurons
 
 GRANULARITIES = ("layer", "0", "0-blocks", "-1", "1/3", "1.5", "02", "2-block", "Block", "block ", "half", "", None)
+SUITED = "magnitude, random, wanda, ria$"
 PATTERNS = ("1", "-0.1", "4:2", "2:2", "0:0", "2:4:8", "-2:4", "2.0:4", "half", "", None, math.nan)
 
 
@@ -29,8 +30,7 @@ PATTERNS = ("1", "-0.1", "4:2", "2:2", "0:0", "2:4:8", "-2:4", "2.0:4", "half", 
     *(("sparsegpt_damping", wrong, "a number above 0 to 1") for wrong in (0, 1.1)),
     *(("roll_back", wrong, "True, False") for wrong in (1, "True", None)),
     *(("evaluation_texts", wrong, "a list of names") for wrong in (1, None, (1,))),
-    ("revision", 3, "text, None"),
-    ("model", None, "text"),
+    ("revision", 3, "text, None"), ("model", None, "text"),
     ("preset", "quick", "fast, default, best, distil, paper, ebft, 3basil-tm"),
     *(("granularity", wrong, "half-block, block, quarter, model, <k>-blocks") for wrong in GRANULARITIES),
     *(("pattern", wrong, "a sparsity from 0") for wrong in PATTERNS),
@@ -40,9 +40,6 @@ def test_a_value_that_its_option_may_not_have(name, wrong, allowed):
         recon.RunSpec.of(**{name: wrong})
     said = str(error.value).replace("none, matrix, ", "")
     assert all(part in said for part in (name, str(wrong), f"allowed: {allowed}"))
-
-
-SUITED = "magnitude, random, wanda, ria$"
 
 
 @pytest.mark.parametrize(("given", "words"), [
@@ -85,7 +82,8 @@ def refuse(arguments, capsys) -> str:
 
 
 @pytest.mark.parametrize("words, message", [
-    ("walk", "walk"),
+    ("walk", "walk"), ("run --sample 3", "--sample"), ("run --samples many", "many"), ("plan --stream perhaps", "stream"),
+    ("run --text no-such.txt", "no-such.txt"), ("reconstruct --dense gpt-17", "--pruned"),
     ("run --criterion magic", "criterion is 'magic'; allowed: magnitude, none, random, wanda"),
     ("reconstruct --dense gpt-17 --pruned gpt-18 --preset alps", "which changes nothing in the pruned model"),
     ("plan --memory nan", "memory is nan; allowed: a number of GiB above 0"),
@@ -94,16 +92,11 @@ def refuse(arguments, capsys) -> str:
     ("run --pattern 1.5", "pattern is '1.5'; allowed: a sparsity"),
     ("run --granularity thirds", "recon: granularity is 'thirds'; allowed: none, matrix, half-block"),
     ("run --samples 100000", "100000 samples of 32 tokens are more than the calibration split"),
-    ("run --samples many", "many"),
-    ("run --sample 3", "--sample"),
     ("run --model gpt-17", "unknown model 'gpt-17'; bundled: smollm2-135m"),
-    ("run --text no-such.txt", "no-such.txt"),
     ("run --sequence-length 300 --samples 2", "sequence length 300 is more than the 256 tokens"),
     ("run --address 10.0.0.1:6379", "address '10.0.0.1:6379' is that of a Ray cluster"),
     ("run --executor ray --propagation mixed", "side by side under mixed propagation"),
-    ("plan --stream perhaps", "stream"),
     ("bench --blocks 0", "blocks is 0; allowed: a whole number from 1"),
-    ("reconstruct --dense gpt-17", "--pruned"),
     ("assets --models smollm2-135m gpt-17", "model 'gpt-17'; allowed: all, or some of smollm2-135m, gemma3-270m"),
 ])  # fmt: skip
 def test_bad_input_on_the_command_line(small, words, message, capsys):

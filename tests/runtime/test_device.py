@@ -31,10 +31,6 @@ def within(tmp_path, monkeypatch):
     return available
 
 
-def test_without_groups_it_is_what_the_machine_has(tmp_path, within):
-    assert within("0::/gone\n") == within("4:memory:/of-version-1\n") == available_memory(tmp_path / "nowhere") == 1_000_000
-
-
 def test_every_group_around_a_process_limits_it(tmp_path, within):
     """As SLURM nests them: the job's limit counts for each of its steps, and what other steps use of it as well."""
     home = tmp_path / "sys/fs/cgroup"
@@ -48,7 +44,8 @@ def test_every_group_around_a_process_limits_it(tmp_path, within):
     assert within("0::/job_1/step_0\n") == 1_000_000  # the machine itself has less
 
 
-def test_in_a_container_the_root_is_its_own_group(tmp_path, within):
+def test_without_groups_it_is_what_the_machine_has_and_in_a_container_the_root_is_a_group(tmp_path, within):
+    assert within("0::/gone\n") == within("4:memory:/of-version-1\n") == available_memory(tmp_path / "nowhere") == 1_000_000
     group(tmp_path / "sys/fs/cgroup", 500_000, 100_000)
     assert within("0::/\n") == within("0::/../outside\n") == within("0::/docker/1234\n") == 400_000
     group(tmp_path / "sys/fs/cgroup", 500_000, 600_000)

@@ -43,22 +43,21 @@ def assert_same(found, saved: Path, expected, other: Path) -> None:
 
 
 CASES = {
-    "half-blocks": ("", {}),
+    "half-blocks": ("", {}), "pruned only": ("opt", {"granularity": "none", "criterion": "ria"}),
+    "masks from another run": ("", {"pruned": "its checkpoint"}),
+    "experts": ("mixtral", {"propagation": "sparse", "pattern": "2:4"}),
     "sparsegpt, mixed, transposed weights": ("gpt2", {"criterion": "sparsegpt", "granularity": "block", "propagation": "mixed"}),
     "single matrices, mixed": ("", {"granularity": "matrix", "propagation": "mixed", "chunks": 2}),
     "parallel blocks": ("phi", {"criterion": "magnitude", "granularity": "2-blocks", "propagation": "sparse", "start": "exact"}),
     "parallel halves, all trained": ("gpt_neox", {"train": "all", "propagation": "dense", "chunks": 4}),
-    "experts": ("mixtral", {"propagation": "sparse", "pattern": "2:4"}),
     "experts, biases": ("gpt_oss", {"criterion": "sparsegpt", "propagation": "dense"}),
     "adapters, refined masks": ("gemma2", {"adapter": "masklora", "rank": 2, "mask_refinement": 2}),
     "whole heads and neurons": ("", {"criterion": "wanda-sp", "pattern": "0.3", "propagation": "sparse"}),
     "whole units, biases changed": ("gpt2", {"criterion": "flap", "pattern": "0.3", "granularity": "block"}),
     "whole units, biases added": ("", {"criterion": "flap", "pattern": "0.3"}),
-    "pruned only": ("opt", {"granularity": "none", "criterion": "ria"}),
     "encoder-decoder": ("bart", {"criterion": "sparsegpt", "granularity": "block", "propagation": "sparse"}),
     "encoder-decoder, biases passed on": ("t5", {"granularity": "2-blocks", "propagation": "mixed", "train": "all"}),
-    "masks from another run": ("", {"pruned": "its checkpoint"}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
