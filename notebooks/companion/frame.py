@@ -112,8 +112,7 @@ def table(records: Iterable[dict]) -> pd.DataFrame:
     """The same from records as plain data."""
     runs = pd.DataFrame([_row(record) for record in records if record["status"] == "done"])
     if len(runs):  # steps are equal to those of other windows only where there are some with more
-        known = runs.groupby("recipe")["fit"].agg(set)
-        plain = runs["fit"].str.removesuffix(EQUAL)
+        known, plain = runs.groupby("recipe")["fit"].agg(set), runs["fit"].str.removesuffix(EQUAL)
         runs["fit"] = runs["fit"].where([fit in known[recipe] for fit, recipe in zip(plain, runs["recipe"])], plain)
     return runs
 
@@ -171,9 +170,8 @@ def _idle(name: str, spec: dict) -> bool:
     """Whether the option `name` changes nothing in a run of `spec`."""
     return (
         (name in _IN_WINDOWS and spec["granularity"] == "none")
-        or (name == "size_power" and spec["granularity"] in ("matrix", "half-block"))
+        or name == ("size_power" if spec["granularity"] in ("matrix", "half-block") else "chunks")
         or (name == "matrix_rate" and spec["granularity"] != "matrix")
-        or (name == "chunks" and spec["granularity"] not in ("matrix", "half-block"))
         or (name.startswith("retrain_") and spec["retrain"] == "none")
         or (name.startswith("exact_") and "exact" not in (spec["solver"], spec["start"]))
         or (name.startswith("sparsegpt_") and spec["criterion"] != "sparsegpt")

@@ -51,9 +51,8 @@ def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], co
     for name in data.filter(like="own_"):
         data[name] = data[name].map(np.array)
     if "own_reconstructed" in data:  # of networks trained anew on another machine no two make a pair
-        trained = data["own_dense"].map(lambda nats: f"{nats.mean():.2f}")
-        perplexity = data["own_reconstructed"].map(lambda nats: np.exp(nats.mean()))
-        data = data.assign(unit=data["seed"].astype(str) + " " + trained, perplexity=perplexity)
+        unit = data["seed"].astype(str) + data["own_dense"].map(lambda nats: f" {nats.mean():.2f}")
+        data = data.assign(unit=unit, perplexity=data["own_reconstructed"].map(lambda nats: np.exp(nats.mean())))
     return data
 
 
