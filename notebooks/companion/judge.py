@@ -85,8 +85,8 @@ def judge(
     - Everything else is not enough evidence; the reason says about how many seeds would decide. The same goes for fewer than
       three seeds if training noise could decide. What no number of seeds can decide on these models is not testable here.
 
-    If several protocols allow a comparison, one with three seeds or more is taken, then today's, then the one with the most
-    records in it, then that of the largest study.
+    If several protocols allow a comparison, one with three seeds or more is taken, then one that bounds a ratio from above, then
+    today's, then the one with the most records in it, then that of the largest study.
     """
     verdicts, cached = [], {}
     for claim in claims() if rows is None else rows:
@@ -104,15 +104,16 @@ def judge(
 
 
 def _most(groups: dict[str, pd.DataFrame], claim: dict, profile: str) -> Evidence | None:
-    """Of the evidence that groups of runs give, that with seeds enough, then of today's protocol, then of the most runs and
-    seeds, then of the largest study."""
+    """Of the evidence that groups of runs give, that with seeds enough, then a ratio with a bound, then of today's protocol, then
+    of the most runs and seeds, then of the largest study."""
     found = {name: compare.KINDS[claim["test"]](group, claim) for name, group in groups.items()}
-    ranks = {
-        name: (min(each.seeds, SEEDS), not _older(each.runs, claim, profile), len(each.runs), each.seeds, len(groups[name]), name)
-        for name, each in found.items()
-        if each
-    }
-    return found[max(ranks, key=ranks.get)] if ranks else None
+
+    def rank(name: str) -> tuple:
+        each, today = found[name], not _older(found[name].runs, claim, profile)
+        bounded = claim["test"] not in RATIOS or each.estimate(0.95)[3] < math.inf
+        return min(each.seeds, SEEDS), bounded, today, len(each.runs), each.seeds, len(groups[name]), name
+
+    return found[max(names, key=rank)] if (names := [name for name in found if found[name]]) else None
 
 
 def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
@@ -299,8 +300,7 @@ def page(verdicts: pd.DataFrame) -> str:
         f"{SEEDS} seeds, what training noise could decide is {UNSURE}. "
         "Seeds of a trend are the fewest of any of its models. The README's claim 1 is here in groups 1 and 5a to 6, "
         "its claim 2 in 2 to 4 and 8m, its claim 3 in 7 to 8. "
-        '"Here" is the model and protocol of the row.', "",
-        count_words(verdicts),
+        '"Here" is the model and protocol of the row.', "", count_words(verdicts),
     ]  # fmt: skip
     header = "verdict", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"
     for group, mine in verdicts.groupby("group", sort=False):
