@@ -111,7 +111,7 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
 def table(records: Iterable[dict]) -> pd.DataFrame:
     """The same from records as plain data."""
     runs = pd.DataFrame([_row(record) for record in records if record["status"] == "done"])
-    if len(runs):  # steps are equal to those of other windows only where there are some with more
+    if len(runs):  # "equal steps" is said beside fits with more of them alone
         known, plain = runs.groupby("recipe")["fit"].agg(set), runs["fit"].str.removesuffix(EQUAL)
         runs["fit"] = runs["fit"].where([fit in known[recipe] for fit, recipe in zip(plain, runs["recipe"])], plain)
     return runs
@@ -170,7 +170,7 @@ def _idle(name: str, spec: dict) -> bool:
     """Whether the option `name` changes nothing in a run of `spec`."""
     return (
         (name in _IN_WINDOWS and spec["granularity"] == "none")
-        or name == ("size_power" if spec["granularity"] in ("matrix", "half-block") else "chunks")
+        or name == ("size_power" if spec["granularity"] in ("matrix", "half-block") else "chunks")  # others are not cut
         or (name == "matrix_rate" and spec["granularity"] != "matrix")
         or (name.startswith("retrain_") and spec["retrain"] == "none")
         or (name.startswith("exact_") and "exact" not in (spec["solver"], spec["start"]))

@@ -104,13 +104,13 @@ def judge(
 
 
 def _most(groups: dict[str, pd.DataFrame], claim: dict, profile: str) -> Evidence | None:
-    """Of the evidence that groups of runs give, that with seeds enough, then a ratio with a bound, then of today's protocol, then
-    of the most runs and seeds, then of the largest study."""
+    """Of the evidence that groups of runs give, that with seeds enough, then a ratio with an upper bound, then of today's
+    protocol, then of the most runs and seeds, then of the largest study."""
     found = {name: compare.KINDS[claim["test"]](group, claim) for name, group in groups.items()}
 
     def rank(name: str) -> tuple:
         each, today = found[name], not _older(found[name].runs, claim, profile)
-        bounded = claim["test"] not in RATIOS or each.estimate(0.95)[3] < math.inf
+        bounded = claim["test"] != "ratio" or each.estimate(0.95)[3] < math.inf
         return min(each.seeds, SEEDS), bounded, today, len(each.runs), each.seeds, len(groups[name]), name
 
     return found[max(names, key=rank)] if (names := [name for name in found if found[name]]) else None
@@ -136,7 +136,7 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
     if claim["test"] in RATIOS:
         lower, upper, low, high = (float(np.exp2(value)) for value in (lower, upper, low, high))
     state, reason = _rule(claim, evidence, level, low, high)
-    if state == UNSURE and not (evidence.favours_other and lower < _bar(claim)):  # which no seeds would turn into a failure
+    if state == UNSURE and not (evidence.favours_other and lower < _bar(claim)):  # else no seeds decide
         reason += f"; {_needed(claim, evidence, level, lower, low, high)}"
     reason += f"; {evidence.note}" if evidence.note else ""
     effect, bound = lower, ""

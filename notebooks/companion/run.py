@@ -103,7 +103,7 @@ def judged(profile: str) -> str:
         caption = (
             "Central claims of the paper, a row for each and model, at its main pattern; marks: effects, lines: bootstrap "
             f"intervals over seeds and windows (95 %; equal and as good 90 %). Hollow: fewer than {SEEDS} seeds. "
-            "†: older protocol. The title counts these rows, the table below all of them. Protocols: claims.md."
+            "†: older protocol. The title counts these rows alone. All comparisons and protocols: claims.md."
         )
         figure, drawn, finding = plot
         publish(figure, "claims", figures, drawn, caption, {key for keys in verdicts["keys"] for key in keys}, finding)

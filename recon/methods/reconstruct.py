@@ -134,8 +134,8 @@ def reconstruct(
             callback.on_pruned(made)
     worse = sum(report.status != RECONSTRUCTED for report in reports)
     if 2 * worse > len(reports):
-        said = "%d of %d windows got worse and were rolled back: the learning rate, %g, is too high"
-        log.warning(said, worse, len(reports), config.learning_rate)
+        why = f"the learning rate, {config.learning_rate:g}, is too high" if config.solver == "adamw" else "samples are too few"
+        log.warning("%d of %d windows got worse and were rolled back: %s", worse, len(reports), why)
     return reports
 
 

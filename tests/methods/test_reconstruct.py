@@ -285,6 +285,8 @@ def test_a_window_that_gets_worse_on_held_out_text_is_rolled_back_where_asked_fo
     assert (said in caplog.text) == same(state(student), before) == roll_back
     assert all(report.error_after == report.error_before for report in reports) == roll_back
     assert any(report.error_after["held_out"] > report.error_before["held_out"] for report in reports) != roll_back
+    run(pruned(), dense, tokens(1, 12), granularity="matrix", solver="exact", held_out=options["held_out"])
+    assert "windows got worse and were rolled back: samples are too few" in caplog.text
 
 
 @pytest.mark.parametrize("propagation", ["dense", "sparse", "mixed"])
