@@ -94,7 +94,7 @@ def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
 class _Prediction(torch.autograd.Function):
     """Loss (tokens,) of logits (tokens, vocabulary) against targets (tokens,), or against `wanted` logits of that shape.
 
-    Plain torch takes 1.14 times as long for targets, and 1.65 times for logits (255 tokens, 49,152 words, float32, one core),
+    Plain torch takes 1.1 times as long for targets, and 1.8 times for logits (255 tokens, 49,152 words, float32, one core),
     and keeps logits in float32.
     """
 
@@ -111,13 +111,14 @@ class _Prediction(torch.autograd.Function):
                 losses[part] = F.nll_loss(found, targets[part], reduction="none")
             else:
                 other = wanted[part].float().log_softmax(-1)
-                losses[part] = F.kl_div(found, other, reduction="none", log_target=True).sum(-1)
+                differences = other - found
+                losses[part] = differences.mul_(other.exp_()).sum(-1)
             if gradient is not None:
                 slope = found.exp_()
                 if wanted is None:
                     slope[torch.arange(len(slope), device=slope.device), targets[part]] -= 1
                 else:
-                    slope -= other.exp_()
+                    slope -= other
                 gradient[part] = slope.div_(tokens)
         ctx.save_for_backward(gradient)
         return losses
