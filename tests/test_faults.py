@@ -136,6 +136,13 @@ def test_the_work_of_another_run_is_refused_and_that_of_the_same_goes_on(spec, t
         record_of(spec, save=saved, stream="yes")
     with pytest.raises(ReconError, match=r"saved\.unfinished' holds another unfinished run; give its command .*, delete"):
         record_of(spec.replaced(learning_rate=1e-3), save=saved, stream="yes")
+    with pytest.raises(ReconError, match="holds another unfinished run"):
+        record_of(spec.replaced(learning_rate=1e-3), save=saved, stream="no")
+    window = max((tmp_path / "saved.unfinished" / "reconstruct").glob("?????.safetensors"))
+    os.truncate(window, window.stat().st_size - 9)
+    with pytest.raises(ReconError, match=rf"{window.name}' is cut short .*; delete '.*saved.unfinished', to begin anew"):
+        record_of(spec, save=saved)
+    window.unlink()
     same = record_of(spec.replaced(prune_samples=3), save=saved)  # said in another way; streamed, as it was begun so
     assert same.environment["resumed"] and not list(tmp_path.glob("*.unfinished"))
     with monkeypatch.context() as patch, pytest.raises(Killed):

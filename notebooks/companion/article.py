@@ -20,15 +20,16 @@ from companion.publish import ROOT, drawn, notebooks, published
 TEMPLATE = Path(__file__).with_name("article.md.j2")
 
 
-def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: str, profile: str = "laptop") -> str:
+def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: str, short: str, profile: str = "laptop") -> str:
     """The article as Markdown, to lie in the folder `figures` beside what it links to.
 
     verdicts: from `companion.judge.worded`.
-    counts: how many are decided, in words. profile: that of `runs`.
+    counts: how many are decided, in words. short: what holds, by topic. profile: that of `runs`.
     """
     functions = {
         "figure": lambda name: figure(figures, name),
         "answers": lambda *claims: answers(verdicts, claims),
+        "short": lambda: short,
         "remark": lambda claim: verdicts.loc[verdicts["claim"] == claim, "remark"].iloc[0],
         "counts": lambda: counts,
         "models": lambda: models(runs),
@@ -67,7 +68,9 @@ def figure(figures: Path, name: str) -> str:
         return f"*{name.replace('-', ' ').capitalize()}: not drawn yet; `./run_all.sh laptop {stem}` draws it.*"
     about = json.loads(origin.read_text(encoding="utf-8"))
     words = (about["finding"] or about["caption"]).replace("[", "(").replace("]", ")")
-    return f"![{words}]({name}.png)\n\n*{name.replace('-', ' ').capitalize()}: [data]({name}.csv), [records]({name}.json).*"
+    caption = re.sub(r"([*_\[\]<])", r"\\\1", about["caption"])
+    told = f"*{name.replace('-', ' ').capitalize()}.* {caption} [Data]({name}.csv), [records]({name}.json)."
+    return f"![{words}]({name}.png)\n\n{told}"
 
 
 def answers(verdicts: pd.DataFrame, claims: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from companion.compare import CLOSE, MARGIN, SEEDS, common, interval, paired
 from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS
-from companion.judge import FAILS, GROUPS, HOLDS, MARKS, RATIOS, UNSURE, effect_words
+from companion.judge import FAILS, HOLDS, MARKS, RATIOS, UNSURE, central, effect_words, in_short
 from companion.publish import log_scale, look, looks, lower_is_better, number
 
 Plot = tuple[Figure, pd.DataFrame, str]
@@ -493,11 +493,7 @@ def drift(runs: pd.DataFrame) -> Plot:
             shown = look(f"{name} propagation")
             ax.plot(line["block"], line["ratio"], **shown, markersize=3.5, markevery=4, linewidth=1.2)
             ax.fill_between(line["block"], line["low"], line["high"], color=shown["color"], alpha=0.15, linewidth=0)
-        ax.set(
-            title=f"{loss} loss",
-            xlabel="after block",
-            ylim=(0, max(1.08, data["high"].max())),
-        )
+        ax.set(title=f"{loss} loss", xlabel="after block", ylim=(0, max(1.08, data["high"].max())))
         ax.axhline(1, color="0.3", linestyle="--", linewidth=1)
     axes[0].set_ylabel("drift over that of the pruned model")
     lower_is_better(axes[0])
@@ -621,9 +617,7 @@ _AXES = {  # kind of effect -> label of the axis
 
 def claims(verdicts: pd.DataFrame) -> Plot | None:
     """The central claims, a row per claim and model, at its main pattern, against what the effect has to exceed."""
-    shown = verdicts[(verdicts["short"] != "") & np.isfinite(verdicts[["low", "effect"]]).all(axis=1)].drop_duplicates(
-        ["claim", "model", "recipe"]
-    )
+    shown = central(verdicts)
     if shown.empty:
         return None
     kinds = [kind if kind in _AXES else "match" if bar < 0 else "difference" for kind, bar in zip(shown["test"], shown["bar"])]
@@ -638,27 +632,15 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
         ax.axvline(group["bar"].iloc[0], color="0.3", linewidth=1, zorder=1)
         for place, (_, row) in enumerate(group.iterrows()):
             colour, shape = {HOLDS: ("#0072b2", "o"), FAILS: ("#d55e00", "X"), UNSURE: ("0.5", "d")}[row["verdict"]]
-            ax.plot(
-                [row["low"], row["high"] if np.isfinite(row["high"]) else 9 * row["effect"]],
-                [place, place],
-                color=colour,
-                linewidth=1.5,
-            )
-            ax.plot(
-                row["effect"],
-                place,
-                color=colour,
-                marker=shape,
-                markersize=5.5,
-                markerfacecolor=colour if row["seeds"] >= SEEDS else "white",
-            )
+            end = row["high"] if np.isfinite(row["high"]) else 9 * row["effect"]
+            face = colour if row["seeds"] >= SEEDS else "white"
+            ax.plot([row["low"], end], [place, place], color=colour, linewidth=1.5)
+            ax.plot(row["effect"], place, color=colour, marker=shape, markersize=5.5, markerfacecolor=face)
             words = f"{MARKS[row['verdict']]}  {effect_words(row).removesuffix(row['unit'])}"
             beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "fontsize": 7}
             ax.annotate(words, (1, place), (6, 0), **beside)
         names = group["short"] + "  ·  " + group["model"] + " " + group["pattern"]
-        names += (group["recipe"] == "paper").map({True: ", paper's recipe", False: ""}) + group["older"].map(
-            {True: " †", False: ""}
-        )
+        names += np.where(group["recipe"] == "paper", ", paper's recipe", "") + np.where(group["older"], " †", "").astype(object)
         ax.set_yticks(range(len(group)), names, fontsize=7)
         ax.set_ylim(len(group) - 0.4, -0.6)
         ax.set_xlabel(_AXES[name], fontsize=8)
@@ -667,16 +649,9 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
             log_scale(ax, "x")
         elif name == "equal":  # most effects are near 0, some are large
             ax.set_xscale("symlog", linthresh=0.1)
+            ax.margins(x=0.08)
+            low, high = ax.get_xlim()
+            ax.set_xticks([x for x in (-0.5, -0.1, 0, 0.1, 0.5) if low < x < high])
             ax.xaxis.set_major_formatter("{x:g}")
-    topics: dict[str, list[str]] = {}  # counted over the rows that are drawn
-    summaries = ("Holds", "Holds in part", "Mostly does not hold", "Does not hold", "Open")
-    for group, mine in shown.groupby("group", sort=False):
-        holds, fails = (list(mine["verdict"]).count(state) for state in (HOLDS, FAILS))
-        word = summaries[[holds == len(mine), holds > fails, holds > 0, fails > 0, True].index(True)]
-        topics.setdefault(word, []).append(GROUPS[group]["topic"] + f" ({holds} of {len(mine)})" * (0 < holds < len(mine)))
-    finding = " ".join(f"{word}: {', '.join(topics[word])}." for word in summaries if word in topics)
-    return (
-        figure,
-        shown[["claim", "statement", "model", "pattern", "recipe", "effect", "low", "high", "unit", "seeds", "verdict"]],
-        finding,
-    )
+    columns = ["claim", "statement", "model", "pattern", "recipe", "effect", "low", "high", "unit", "seeds", "verdict"]
+    return figure, shown[columns], in_short(shown)

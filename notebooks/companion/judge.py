@@ -19,7 +19,7 @@ import yaml
 from companion import compare, files, tables
 from companion.article import article, settings
 from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
-from companion.frame import DEFAULTS, RECIPE_WORDS, load, protocol_words
+from companion.frame import DEFAULTS, RECIPE_WORDS, SEARCH, load, protocol_words
 from companion.publish import ROOT, gallery
 
 HOLDS, FAILS, UNSURE, UNTESTABLE, NOT_RUN = "holds", "does not hold here", "not enough evidence", "not testable here", "not run"
@@ -58,7 +58,8 @@ def _expanded(row: dict) -> Iterable[dict]:
             drawn = all(of[name] in allowed for name, allowed in row.get("drawn", {}).items())
             says, short = row["says"].format(**spelled), row.get("short", "").format(**spelled) * drawn
             words = {"says": says[0].upper() + says[1:], "short": short, "cost_words": spelled.get("cost", "")}
-            yield claim | words | {"optional": optional, "group": claim["id"].partition(".")[0]}
+            group = claim["id"].partition(".")[0]
+            yield {"notebook": GROUPS[group]["notebook"]} | claim | words | {"optional": optional, "group": group}
 
 
 def _filled(value: object, of: dict) -> object:
@@ -120,7 +121,7 @@ def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
     nothing = dict.fromkeys(("model", "pattern", "recipe", "unit", "note", "protocol"), "") | {"seeds": 0, "older": False}
     nothing |= dict.fromkeys(("effect", "low", "high"), math.nan)
     words = {"claim": claim["id"], "group": claim["group"], "statement": claim["says"], "comparison": comparison(claim)}
-    rule = {name: claim[name] for name in ("test", "measure", "short", "optional")} | {"bar": _bar(claim)}
+    rule = {name: claim[name] for name in ("test", "measure", "short", "optional", "notebook")} | {"bar": _bar(claim)}
     return words | nothing | {"verdict": verdict, "reason": reason, "keys": (), "bound": "", **rule} | more
 
 
@@ -157,7 +158,7 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
 def _older(runs: pd.DataFrame, claim: dict, profile: str) -> bool:
     """Whether some of `runs` are of another protocol than `profile` sets for the notebook that judges `claim`; how many samples
     they read may differ, and what they were evaluated on after the second text."""
-    today = settings(profile).get(GROUPS[claim["group"]]["notebook"], {}).get("common", {}) if profile else {}
+    today = settings(profile).get(claim["notebook"], {}).get("common", {}) if profile else {}
     said = {name: tuple(x) if isinstance(x, list) else x for name, x in today.items() if "samples" != name != "prune_samples"}
     return any(
         (value[:2] if name == "evaluation_texts" else value) != wanted for name, wanted in said.items() for value in runs[name]
@@ -284,6 +285,23 @@ def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.sty
     return pd.DataFrame(rows).style.hide(axis="index").set_properties(**left)
 
 
+def central(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """The central claims: a row for each, model and recipe, at its main pattern."""
+    told = (verdicts["short"] != "") & np.isfinite(verdicts[["low", "effect"]]).all(axis=1)
+    return verdicts[told].drop_duplicates(["claim", "model", "recipe"])
+
+
+def in_short(central: pd.DataFrame) -> str:
+    """What holds, by topic, counted over the rows of `central`."""
+    topics: dict[str, list[str]] = {}
+    summaries = ("Holds", "Holds in part", "Mostly does not hold", "Does not hold", "Open")
+    for group, mine in central.groupby("group", sort=False):
+        holds, fails = (list(mine["verdict"]).count(state) for state in (HOLDS, FAILS))
+        word = summaries[[holds == len(mine), holds > fails, holds > 0, fails > 0, True].index(True)]
+        topics.setdefault(word, []).append(GROUPS[group]["topic"] + f" ({holds} of {len(mine)})" * (0 < holds < len(mine)))
+    return " ".join(f"{word}: {', '.join(topics[word])}." for word in summaries if word in topics)
+
+
 def page(verdicts: pd.DataFrame) -> str:
     """A table per group of claims, a row per claim, model and pattern, and under it the protocols."""
     lines = [
@@ -326,6 +344,7 @@ def count_words(verdicts: pd.DataFrame) -> str:
         return "No verdict yet: there are no records."
     compared = decided + open_
     said = f"{decided} of {compared} comparisons are decided ({decided / compared:.0%}): {holds} hold, {fails} do not."
+    said += " Counted are verdicts by perplexity on the first text, and by cost; those by KL divergence are in the tables."
     said += f" {untestable} cannot be tested with these models." * bool(untestable)
     said += f" {without} more were not run." * bool(without)
     older, words = counting["older"].sum(), "on other windows of text or in another precision; they will be run anew"
@@ -423,7 +442,7 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
         minutes = f"{sum(seconds[key] for key in v['keys']) / 60:.0f} min"
         effect, _, interval = effect_words(v).partition(" [")
         effect += f" {v['unit']}" * bool(interval)
-        rows.append((v["statement"], _place(v), GROUPS[v["group"]]["notebook"], effect, MARKS[v["verdict"]], minutes))
+        rows.append((v["statement"], _place(v), v["notebook"], effect, MARKS[v["verdict"]], minutes))
     header = "claim", "model, pattern", "notebook", "expected", "verdict", "time"
     return "\n".join([" ".join(said), "", *tables.markdown(header, rows)])
 
@@ -432,11 +451,14 @@ def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "l
     """What the page, and beside it article, tables and gallery, should hold; and, if one is given, the README and ARTIFACT.md.
     And the verdicts."""
     runs, ladder, folder = load(records), load(records / "ladder"), page_path.parent
-    verdicts, told = judge(runs, ladder=ladder, profile=profile), tables.texts(runs)
+    verdicts, today = judge(runs, ladder=ladder, profile=profile), settings(profile).get("1-granularity", {}).get("common", {})
+    other = [runs[name] != today[name] for name in ("evaluation_samples", "evaluation_length") if len(runs) and name in today]
+    older = set(runs.loc[np.any(other, axis=0) & (runs["seed"] < SEARCH), "key"]) if other else ()
+    told = tables.texts(runs, older)
     texts = {page_path: page(verdicts)} | {folder / "tables" / name: text for name, text in told.items()}
     counts = count_words(verdicts).partition(" Each is")[0]
-    texts[folder / "article.md"] = article(worded(verdicts), runs, folder, counts, profile)
-    texts[folder / "README.md"] = gallery(profile, summary(verdicts), folder, told)
+    texts[folder / "article.md"] = article(worded(verdicts), runs, folder, counts, in_short(central(verdicts)), profile)
+    texts[folder / "README.md"] = gallery(profile, summary(verdicts), folder, told, older)
     if not readme:
         return texts, verdicts
     artifacts, measured = readme.with_name("ARTIFACT.md"), records / "bench" / "files.json"

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from companion import compare
 from companion.figures import panels, span
-from companion.publish import colours_of
+from companion.publish import colours_of, look
 
 FOLDER = Path("build/ladder")
 ARCHIVES = {  # what pip downloads -> its SHA-256; code and documentation, both under the BSD licence
@@ -249,7 +249,7 @@ def over_size(
         name = line if joined or line not in known else None
         shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "clip_on": False, "label": name}
         shown |= {"markerfacecolor": "white"} if line.endswith(" pruned") else {}
-        ax.plot(means.index, means, "o-" if joined else "*", **shown)
+        ax.plot(means.index, means, f"{look(line)['marker']}-" if joined else "*", **shown)
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
         ax.set(title=name, ylabel=words if ax in axes[::2] else "", xlim=(data["size"].min() / 2, 2 * data["size"].max()))

@@ -16,14 +16,7 @@ from safetensors.torch import load_model, save_model
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoTokenizer,
-    MambaConfig,
-    MambaForCausalLM,
-    PretrainedConfig,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM, PretrainedConfig, T5Config, T5ForConditionalGeneration
 
 import recon
 from companion import inside, ladder

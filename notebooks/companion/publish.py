@@ -1,12 +1,13 @@
 """One look for every figure, one way to save it with its data and origin, and the page that shows all of a profile."""
 
 import json
+import logging
 import os
 import re
 import subprocess
 import textwrap
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PROFILES = {  # -> the folders of figures and of records
     "laptop": ("figures", "results/laptop"),
     "paper": ("figures/paper", "results/paper"),
 }
+OLDER = "**Older protocol**: other windows of text, or another precision, than those of today; to be made anew."
 # Names that are compared with one another, in the order of their colours, markers and lines.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GOLD = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b"
 _SIZES = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
@@ -67,6 +69,7 @@ def folders(profile: str, output: Path | str = "") -> tuple[Path, Path]:
 
 def style() -> None:
     """Sets the look of all figures: colours for colour-blind readers, text in PDFs that stays text."""
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns of the fonts' dates
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind")
     plt.rcParams |= {"figure.figsize": (5.5, 3.4), "figure.dpi": 110, "savefig.bbox": "tight", "pdf.fonttype": 42}
 
@@ -129,13 +132,7 @@ def number(value: float) -> str:
 
 
 def publish(
-    figure: Figure,
-    name: str,
-    folder: Path,
-    data: pd.DataFrame,
-    caption: str,
-    keys: Iterable[str],
-    finding: str = "",
+    figure: Figure, name: str, folder: Path, data: pd.DataFrame, caption: str, keys: Iterable[str], finding: str = ""
 ) -> None:
     """Writes `<name>.pdf`, `.png`, `.csv` and `.json` into `folder`, and shows the figure with its caption.
 
@@ -145,7 +142,7 @@ def publish(
         keys: of the run records behind it; the JSON file holds them with caption, finding and the commit of this code.
         finding: a sentence computed from `data`; it becomes the figure's title.
     """
-    if finding:
+    if finding := re.sub(r"(?<![\w.])-(?=\d)", "−", finding):
         _title(figure, finding)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # so that drawing again changes nothing
@@ -202,8 +199,13 @@ def published(code: str) -> list[str]:
     return re.findall(r'publish\(\s*[\w.]+,\s*"([\w-]+)"', code)
 
 
-def gallery(profile: str, claims: str = "", folder: Path | None = None, tables: Mapping[str, str] = {}) -> str:
-    """The page of all figures in the figure folder of `profile`; claims: their verdicts; tables: more, or newer ones, by file."""
+def gallery(
+    profile: str, claims: str = "", folder: Path | None = None, tables: Mapping[str, str] = {}, older: Container[str] = ()
+) -> str:
+    """The page of all figures in the figure folder of `profile`.
+
+    claims: their verdicts. tables: more, or newer ones, by file. older: keys of the runs of an older protocol.
+    """
     folder = folder or folders(profile)[0]
     up = Path(os.path.relpath(ROOT, folder)).as_posix()
     page = ["# Gallery", "Every figure with what it shows, its data, and the runs behind it. Written by `companion.publish`."]
@@ -224,13 +226,13 @@ def gallery(profile: str, claims: str = "", folder: Path | None = None, tables: 
                 f"## {title(notebook)}",
                 f"[Notebook]({up}/notebooks/{notebook.name}), `./run_all.sh {profile} {notebook.stem}`",
             ]
-            page += [part for name in there for part in _entry(folder, name)]
+            page += [part for name in there for part in _entry(folder, name, older=older)]
     if missing:
         page += ["## Not drawn yet", "\n".join(f"- {', '.join(names)} ({stem})" for stem, names in missing.items())]
     return "\n\n".join(page) + "\n"
 
 
-def _entry(folder: Path, name: str, command: str = "") -> list[str]:
+def _entry(folder: Path, name: str, command: str = "", older: Container[str] = ()) -> list[str]:
     """A figure as paragraphs of the gallery."""
     figure = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     count = len(figure["records"])
@@ -241,6 +243,6 @@ def _entry(folder: Path, name: str, command: str = "") -> list[str]:
         *heading,
         figure["finding"],
         f"![{words}]({name}.png)",
-        figure["caption"],
+        figure["caption"] + f" {OLDER}" * any(key in older for key in figure["records"]),
         " · ".join([*[command] * bool(command), *links]),
     ]

@@ -101,9 +101,9 @@ def judged(profile: str) -> str:
     texts, verdicts = judge.pages(records, figures / "claims.md", readme, profile)
     if plot := claims(verdicts):
         caption = (
-            "Central claims of the paper, a row for each and model, at its main pattern; marks: effects, lines: bootstrap "
-            f"intervals over seeds and windows (95 %; equal and as good 90 %). Hollow: fewer than {SEEDS} seeds. "
-            "†: older protocol. The title counts these rows alone. All comparisons and protocols: claims.md."
+            "The central claims, by model, at its main pattern; bootstrap intervals over seeds and windows (95 %; equal and "
+            f"as good 90 %). Hollow: fewer than {SEEDS} seeds. Equal: linear up to 0.1, logarithmic beyond. †: older protocol. "
+            "The title counts these rows alone, those by KL included. All comparisons and protocols: claims.md."
         )
         figure, drawn, finding = plot
         publish(figure, "claims", figures, drawn, caption, {key for keys in verdicts["keys"] for key in keys}, finding)

@@ -17,12 +17,9 @@ SETTINGS = {
     "project": "recon",
     "html_title": "recon",
     "html_theme": "sphinx_book_theme",
-    "html_theme_options": {
-        "use_download_button": False,
-        "use_fullscreen_button": False,
-        "show_toc_level": 2,
-        "navbar_persistent": [],
-    },
+    "html_theme_options": {"use_download_button": False, "show_toc_level": 2, "navbar_persistent": []},
+    "html_static_path": ["static"],
+    "html_css_files": ["site.css"],
     "html_show_copyright": False,
     "html_copy_source": False,
     "extensions": ["myst_nb"],
@@ -33,6 +30,7 @@ SETTINGS = {
     "nb_ipywidgets_js": {},
     "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],  # pages start where their Markdown does
 }
+STYLE = "td code { white-space: normal; overflow-wrap: anywhere }"  # long names in tables
 CONTENTS = {
     "Results": ["figures/article", "figures/README", "figures/claims", "ARTIFACT"],
     "Notebooks": [f"notebooks/{path.stem}" for path in notebooks()],
@@ -57,6 +55,8 @@ def stage(folder: Path) -> None:
     ]
     for guide in (folder / "guides").glob("*.md"):
         guide.write_text(guide.read_text(encoding="utf-8").replace("../README.md", "../index.md"), encoding="utf-8")
+    (folder / "static").mkdir()
+    (folder / "static" / "site.css").write_text(STYLE, encoding="utf-8")
     (folder / "index.md").write_text((ROOT / "README.md").read_text(encoding="utf-8") + "".join(trees), encoding="utf-8")
 
 

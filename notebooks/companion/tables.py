@@ -3,13 +3,14 @@
 Beside them stands what the paper reports, if that is known; its own tables could not be read here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from companion.compare import SEEDS, common, curve, once, pick, studies
 from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS, protocol
+from companion.publish import OLDER
 
 HALF = {"granularity": "half-block"}
 MEASURES = {"own": "perplexity", "other": "perplexity, second text", "kl": "KL to dense"}
@@ -99,8 +100,11 @@ def _sides(runs: pd.DataFrame, options: dict, by_samples: bool) -> list[pd.DataF
     return [side for side in (curve(runs, options) if by_samples else [pick(runs, options)]) if len(side)]
 
 
-def texts(runs: pd.DataFrame) -> dict[str, str]:
-    """The files of all tables, by name: `<table>.md`, `.tex` and `.csv`; the same bytes for the same runs."""
+def texts(runs: pd.DataFrame, older: Container[str] = ()) -> dict[str, str]:
+    """The files of all tables, by name: `<table>.md`, `.tex` and `.csv`; the same bytes for the same runs.
+
+    older: keys of the runs of an older protocol.
+    """
     files = {}
     for name, (title, _, _) in TABLES.items() if len(runs) else ():
         data, used = cells(runs, name)
@@ -111,6 +115,7 @@ def texts(runs: pd.DataFrame) -> dict[str, str]:
         caption += f"column, of {SEEDS} seeds or more; runs of one seed are pairs, so verdicts tell more. {protocol(used)}"
         told = " Paper: of its own models, from a summary of it; its tables could not be read here."
         caption += told * any(table == name for table, _ in PAPER)
+        caption += f" {OLDER}" * any(key in older for key in used["key"])
         page, tex = [f"# {title}"], []
         for panel, part in data.groupby("panel", sort=False):
             shown = _words(part, name, "**{}**")

@@ -63,7 +63,7 @@ def perplexity_and_states(
     tokens = tokens.long()
     decoder.check_causal()
     decoder.check_length(tokens.shape[1])
-    execution = execution or Execution(decoder.device)
+    execution = execution or Execution.of(decoder)
     stream = last_states(decoder, tokens, execution, description) if states is None else states
     tokens, inputs = decoder.predicted(tokens), decoder.predicted(stream)
     dense, dense_states = reference or (None, ())
@@ -114,7 +114,7 @@ def drift(model: Decoder, dense: Decoder, tokens: Tensor, *, execution: Executio
 
     Each model runs on its own activations, so errors accumulate with depth. execution: default: where the dense model is.
     """
-    execution, errors = execution or Execution(dense.device), []
+    execution, errors = execution or Execution.of(dense), []
     for ours, theirs in zip(*(residual_streams(each, tokens, execution) for each in (model, dense)), strict=True):
         errors.append(unexplained(ours, theirs, channel_variance(theirs)))
     return errors, ours

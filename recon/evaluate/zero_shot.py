@@ -58,7 +58,7 @@ def zero_shot(
 
     from recon.evaluate.harness import Scorer
 
-    execution, logger = execution or Execution(decoder.device), logging.getLogger("lm_eval")
+    execution, logger = execution or Execution.of(decoder), logging.getLogger("lm_eval")
     with contextlib.ExitStack() as stack:
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)

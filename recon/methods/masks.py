@@ -44,9 +44,10 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
 def check_shapes(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raises `ReconError` naming a tensor that `found` lacks, or that has another shape there than in `expected`."""
     for name, tensor in expected.items():
-        shape = tuple(found[name].shape) if name in found else None
-        if shape != tuple(tensor.shape):
-            raise ReconError(f"{what} {name!r} has shape {shape}; it must be {tuple(tensor.shape)}")
+        if name not in found:
+            raise ReconError(f"{what} {name!r} is missing; it must be of shape {tuple(tensor.shape)}")
+        if found[name].shape != tensor.shape:
+            raise ReconError(f"{what} {name!r} has shape {tuple(found[name].shape)}; it must be {tuple(tensor.shape)}")
 
 
 def save_masks(masks: dict[str, Tensor], path: Path | str) -> None:

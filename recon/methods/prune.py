@@ -59,8 +59,10 @@ def prune(
     Raises `ReconError` for a pattern that does not divide a matrix, missing or too long samples, NaN in weights or activations,
     neurons that are to be reordered, and a model without heads and neurons that could be removed.
     """
+    if not isinstance(config, PruningConfig):
+        raise ReconError(f"config is a {type(config).__name__}; allowed: PruningConfig")
     decoder = decompose(model)
-    execution = execution or Execution(decoder.device)
+    execution = execution or Execution.of(decoder)
     if samples is not None:
         decoder.check_length((samples := as_tokens(samples)).shape[1])
     pruner = Pruner(decoder, config.on(0 if samples is None else len(samples)), seed, execution)

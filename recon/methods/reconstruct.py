@@ -94,7 +94,7 @@ def reconstruct(
         raise ReconError("model and dense are the same object; give a copy of the dense model, which stays as it is")
     check_shapes("the pruned model's", *(dict(each.named_parameters(remove_duplicate=False)) for each in whole))
     student = decompose(model, like=teacher)
-    execution = execution or Execution(teacher.device)
+    execution = execution or Execution.of(teacher)
     check_trainable(student, config.adapter)
     check_trainable(teacher, "none")
     tokens, count = with_held_out(samples, held_out)

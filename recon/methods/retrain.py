@@ -60,7 +60,7 @@ def retrain(
     if student.predicted(samples).shape[1] < 2:
         raise ReconError(f"in calibration samples of {samples.shape[1]} tokens there is none to predict; give longer ones")
     check_trainable(student, method)
-    execution = execution or Execution(student.device)
+    execution = execution or Execution.of(student)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
     masks, schedule, began = keep_masks(student, masks), config.schedule(len(samples)), time.perf_counter()
     with contextlib.ExitStack() as homes:

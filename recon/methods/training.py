@@ -113,6 +113,9 @@ def train(
         for callback in callbacks:
             callback.on_step(total)
     optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for each in trained:
+            each.parameter.add_(0.0)  # zeros of masked weights may be negative, which are not zero in a file
     return torch.stack(losses).tolist() if losses else []
 
 
@@ -170,4 +173,4 @@ def adapted(
                     callback.on_merged()
             finally:
                 for matrix in done:
-                    matrix.part.mul_(factors(matrix.oriented(masks[matrix.name]), matrix.part.device))
+                    matrix.part.mul_(factors(matrix.oriented(masks[matrix.name]), matrix.part.device)).add_(0.0)

@@ -33,10 +33,15 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
         lazy: of a skeleton, its parameters. The structure is then found with random weights, while blocks that are built like
             earlier ones are by-passed.
 
-    Raises `ReconError` if no list of blocks is found, or its blocks do not give its own output.
+    Raises `ReconError` if no list of blocks is found, its blocks do not give its own output, or its weights are not in memory.
     """
     if isinstance(model, Decoder):
         return model
+    if hasattr(model, "peft_config"):
+        raise ReconError(f"{type(model).__name__} holds adapters of peft; merge them first (merge_and_unload)")
+    if lazy is None and any(parameter.is_meta for parameter in model.parameters()):
+        said = "load it without device_map, or leave it on disk (recon run --stream yes)"
+        raise ReconError(f"weights of {type(model).__name__} are not in memory; {said}")
     model.eval()
     kind = EncoderDecoder if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else Decoder
     if hasattr(model, "set_experts_implementation"):
@@ -105,7 +110,8 @@ def _find_structure(decoder: Decoder) -> None:
             stack.enter_context(replaced({blocks[i]: partial(decoder.bypass, i) for i in range(len(blocks)) if i not in known}))
         note(0)
         with watched({index: blocks[index] for index in running}, after=note_output):
-            expected = decoder.run(tokens).logits
+            if (expected := getattr(decoder.run(tokens), "logits", None)) is None:
+                raise ReconError(f"{type(model).__name__} gives no logits; load it with its head, as by recon.load")
         _check_apart(decoder)
         # Parameters outside the blocks whose modules run before the first block.
         owners, embedding = {name: model.get_submodule(name.rpartition(".")[0]) for name in decoder.ends}, set()

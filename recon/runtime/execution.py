@@ -51,6 +51,12 @@ class Execution:
         self.dtype = pick_compute_dtype(compute_dtype, self.device)
         self._copying: torch.cuda.Stream | None = None  # one for all batches: freed memory stays with its stream
 
+    @classmethod
+    def of(cls, decoder: Decoder) -> "Execution":
+        """Where the model is; of float16 weights on a CPU in float32, as torch cannot round them to bfloat16 there."""
+        plain = decoder.device.type == "cpu" and any(each.dtype == torch.float16 for each in decoder.model.parameters())
+        return cls(decoder.device, "float32" if plain else "auto")
+
     def autocast(self) -> torch.autocast:
         """Context in which matrix products run in the compute dtype; parameters keep theirs."""
         # No cache of rounded weights: each is used once in a pass, and those of placeholders would outlive the placeholders.

@@ -86,6 +86,8 @@ def _unpack_files(folder: Path, target: Path) -> None:
         digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ReconError(f"packed file {str(folder / DIGESTS)!r} is altered or cut short: {error}") from error
+    if unknown := {file.name for file in folder.glob("*.packed.safetensors")} - {*digests}:
+        raise ReconError(f"packed file {str(folder / DIGESTS)!r} is altered: it does not name {min(unknown)!r}")
     for name, noted in tqdm(digests.items(), desc="unpack", unit="file"):
         file = folder / name
         if not file.is_file() or digest(file) != noted:

@@ -17,7 +17,7 @@ from pathlib import Path
 import platformdirs
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -223,7 +223,8 @@ class Storage:
         """The activations that the next window of `phase` starts from, by name."""
         found = {}
         for path in self._streams(phase, len(self.finished(phase))):
-            stored = load_file(path)["stream"]
+            with self._reading(path):
+                stored = load_file(path)["stream"]
             # A copy: tensors in a file may begin anywhere, which can change the last bits of what is computed.
             found[path.name.split(".")[1]] = self.empty(stored.shape, stored.dtype).copy_(stored)
         return found
@@ -278,9 +279,16 @@ class Storage:
     def _streams(self, phase: str, number: int) -> list[Path]:
         return sorted((self.folder / phase).glob(f"{number:05}.*.safetensors")) if self.folder else []
 
+    @contextlib.contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except SafetensorError as error:
+            raise ReconError(f"{str(path)!r} is cut short ({error}); delete {str(self.folder)!r}, to begin anew") from error
+
     def _take(self, path: Path) -> None:
         """Counts the window in the file `path` as finished; its tensors are mapped from there."""
-        with safe_open(path, framework="pt") as file:
+        with self._reading(path), safe_open(path, framework="pt") as file:
             self._noted[path.parent.name].append(json.loads(file.metadata()["noted"]))
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 tensor = file.get_tensor(name)

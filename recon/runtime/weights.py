@@ -87,7 +87,7 @@ def open_model(
 def read_model(path: Path, config: PretrainedConfig, trust_remote_code: bool, **options) -> tuple[PreTrainedModel, list[str]]:
     """The model in the folder `path`, and entries that it has no place for.
 
-    Raises `ReconError` naming weights that are missing, or a quantisation that transformers does not undo here.
+    Raises `ReconError` naming weights that are missing, biases without a place, or a quantisation that is not undone here.
     """
     if found := quantisation(config):
         if found["quant_method"] not in UNDONE or "device_map" in options:
@@ -97,7 +97,11 @@ def read_model(path: Path, config: PretrainedConfig, trust_remote_code: bool, **
     model, report = auto_class(config).from_pretrained(path, output_loading_info=True, **options)
     if report["missing_keys"]:
         raise ReconError(f"it lacks weights that its config.json calls for: {', '.join(sorted(report['missing_keys']))}")
-    return model, sorted(report["unexpected_keys"])
+    surplus, weights = sorted(report["unexpected_keys"]), dict(model.named_parameters())
+    if lost := [name for name in surplus if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in weights]:
+        said = "of what flap pruned, recon.run and recon run --save write one that has"
+        raise ReconError(f"its files hold {lost[0]!r}, for which its config.json has no place; {said}")
+    return model, surplus
 
 
 def quantisation(config: PretrainedConfig) -> dict | None:

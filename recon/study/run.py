@@ -141,6 +141,8 @@ def run(
             plan.check(spec, "yes" if streamed else "no", options.force, **takes)
         if (streamed or begun) and not save:
             stack.enter_context(locked(folder, "work folder"))
+        if owner(folder) not in (None, work) and save:
+            Storage(folder, work)  # refuses: another run is unfinished there
         storage = Storage(folder if streamed else None, work, keep=["prune"])
         if streamed:
             log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))

@@ -57,6 +57,10 @@ def run_to_record(
         check_writable(path.parent, "record")
         if path.is_dir():
             raise ReconError(f"record {str(path)!r} is a folder; name a file")
+        if options.save and path.resolve().is_relative_to(options.save.resolve()):
+            raise ReconError(f"record {str(path)!r} is in the folder of the saved model, which holds its own; name another place")
+        if path.exists() and not key:
+            read_record(path)  # refuses to write over anything else
     try:
         writer, key = _Writer(path, key), spec.key() if path or key else ""
         writer.check(key)

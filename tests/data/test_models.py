@@ -96,6 +96,7 @@ def with_code(folder):
     (with_code, "trust_remote_code"),
     (lambda f: change_weights(f, lambda w: {n: t for n, t in w.items() if n != UP}), UP),
     (lambda f: change_weights(f, lambda w: w | {UP: w[UP] * torch.nan}), f"parameter '{UP}' holds 2048 NaN or infinite"),
+    (lambda f: change_weights(f, lambda w: w | {UP.replace("weight", "bias"): w[UP][:, 0].contiguous()}), "up_proj.bias"),
     (lambda f: change_weights(f, lambda w: w | {UP: w[UP][:5].contiguous()}), r"5, 32.*64, 32|[Mm]ismatch"),
 ])  # fmt: skip
 def test_what_cannot_be_loaded_is_named(folder, spoil, said):

@@ -4,12 +4,13 @@ import itertools
 import logging
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from recon.errors import ReconError
-from recon.kernels.criteria import CRITERIA, Structured, admm, scores
+from recon.kernels.criteria import CRITERIA, Criterion, Structured, admm, scores
 from recon.kernels.criteria.structured import flap, keep_globally, wanda_sp
 from recon.kernels.patterns import Pattern, keep_all_but, keep_mask
 
@@ -195,6 +196,16 @@ def test_counts_are_exact_and_zeros_are_plus_zero(name, pattern, scope, rows, co
     assert pruned.dtype == torch.float32 and pruned.shape == weight.shape
     assert (pruned[~mask] == 0).all() and not pruned[~mask].signbit().any()
     assert pruned.count_nonzero() == mask.count_nonzero()
+
+
+def test_a_criterion_of_ones_own_reads_moments_and_must_score_each_weight():
+    weight, moments = problem()[0], torch.rand(2, 16)
+    own = Criterion("own", "moments", "row", "", "", lambda w, m, g: w.abs() * m[1].sqrt())
+    mask = own.prune(weight, moments, Pattern.parse("0.5"), "row", None)[1]
+    assert torch.equal(mask, keep_mask(weight.abs() * moments[1].sqrt(), Pattern.parse("0.5"), "row"))
+    for score in (lambda *_: None, lambda w, *_: w[0], lambda w, *_: w > 0):
+        with pytest.raises(ReconError, match="'own': its score is .*; allowed: a number for each weight"):
+            replace(own, score=score).prune(weight, moments, Pattern.parse("0.5"), "row", None)
 
 
 @pytest.mark.parametrize("name", BY_WEIGHT)

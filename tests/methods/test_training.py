@@ -97,7 +97,7 @@ def test_training_lowers_the_loss_and_keeps_zeros_at_every_step(loss):
     zeros, mask, schedule = [], problem()[-1], Schedule(learning_rate=3e-2, epochs=20)
     weight, losses, _ = run(schedule, loss, after_step=lambda weight: zeros.append(torch.equal(weight == 0, ~mask)))
     assert losses[-1] < 0.8 * losses[0] and weight.grad is None
-    assert all(zeros) and len(zeros) == 160
+    assert all(zeros) and len(zeros) == 160 and not weight[~mask].signbit().any()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

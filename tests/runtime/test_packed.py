@@ -50,15 +50,17 @@ def test_packed_as_a_slow_reference_packs_and_back_to_the_bit(plain, tmp_path):
 
 
 @pytest.mark.parametrize("plain", [torch.bfloat16], indirect=True)
-@pytest.mark.parametrize("damage", ["cut", "lost", *range(10), "list"])
+@pytest.mark.parametrize("damage", ["cut", "lost", *range(10), "list", "names"])
 def test_a_damaged_file_is_refused_by_name(plain, tmp_path, damage):
     recon.pack(plain, tmp_path / "packed")
-    name = "model.packed.json" if damage == "list" else "model-00002*.safetensors"
+    name = "model.packed.json" if damage in ("list", "names") else "model-00002*.safetensors"
     [file] = (tmp_path / "packed").glob(name)
     content = bytearray(file.read_bytes())
     if isinstance(damage, int):  # one bit, of a length, the header, or a tensor
         content[1 if damage == 0 else len(content) * damage // 10] ^= 1
     file.write_bytes(content if isinstance(damage, int) else content[:-9])
+    if damage == "names":
+        file.write_text("{}")
     if damage == "lost":
         file.unlink()
     with pytest.raises(recon.ReconError, match=file.name):

@@ -11,6 +11,7 @@ from fixtures.models import make_model
 
 from recon import RunSpec
 from recon.data import text
+from recon.kernels.criteria import CRITERIA, Criterion
 
 
 @pytest.fixture
@@ -42,6 +43,21 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
     other.write_text(Path(tiny_text).read_text() + "\n\nOne more paragraph.")
     assert spec.replaced(text=str(other)).key() != spec.key()
     assert text.fingerprint(str(other)) != text.fingerprint(tiny_text)
+
+
+def test_a_criterion_of_ones_own_is_known_by_its_code(spec, monkeypatch):
+    def largest(weight, statistics, generator):
+        return weight.abs()
+
+    def smallest(weight, statistics, generator):
+        return -weight.abs()
+
+    keys = []
+    for score in (largest, smallest, largest):
+        monkeypatch.setitem(CRITERIA, "wanda", Criterion("wanda", "none", "row", "", "", score))
+        keys.append(spec.key())
+    monkeypatch.undo()
+    assert keys[0] == keys[2] and len({*keys, spec.key()}) == 3
 
 
 def test_as_many_samples_said_in_another_way_are_the_same_run(spec):

@@ -5,6 +5,7 @@ One that also updates the survivors, such as SparseGPT, is a function `method` l
 heads and neurons are `Structured`. To add one, write its function and enter it in `CRITERIA`.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +38,15 @@ class Criterion:
     method: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     @property
+    def source_code(self) -> str:
+        """Of a criterion that is not this library's, so that its runs are known by it; empty where Python cannot find it."""
+        made = self.score or self.method
+        try:
+            return "" if made.__module__.startswith("recon.") else inspect.getsource(made)
+        except (AttributeError, OSError, TypeError):
+            return ""
+
+    @property
     def scores(self) -> bool:
         """Whether it only ranks weights, and leaves the survivors as they are."""
         return self.score is not None
@@ -61,7 +71,7 @@ class Criterion:
         columns, read = weight.shape[1], {"weight": weight}
         pattern.check_columns("the weight", columns)
         if self.statistics != "none":
-            rows = {"norm": (), "gradient": (1 + len(weight),)}.get(self.statistics, (columns,))
+            rows = {"norm": (), "moments": (2,), "gradient": (1 + len(weight),)}.get(self.statistics, (columns,))
             expected = (*rows, columns)
             shape = None if statistics is None else tuple(statistics.shape)
             if shape != expected:
@@ -72,7 +82,10 @@ class Criterion:
                 raise ReconError(f"criterion {self.name!r}: entries of the {what} are NaN or infinite; all must be finite")
         if self.method:
             return self.method(weight, statistics, pattern, scope, generator, **options)
-        mask = keep_mask(self.score(weight, statistics, generator, **options), pattern, scope)
+        score = self.score(weight, statistics, generator, **options)
+        if (shape := getattr(score, "shape", type(score).__name__)) != weight.shape or score.dtype == torch.bool:
+            raise ReconError(f"criterion {self.name!r}: its score is {shape}; allowed: a number for each weight, {weight.shape}")
+        mask = keep_mask(score, pattern, scope)
         return weight.masked_fill(~mask, 0.0), mask
 
 
