@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from companion import compare
 from companion.figures import panels, span
-from companion.publish import colours_of, look
+from companion.publish import colours_of
 
 FOLDER = Path("build/ladder")
 ARCHIVES = {  # what pip downloads -> its SHA-256; code and documentation, both under the BSD licence
@@ -241,7 +241,7 @@ def over_size(
     families = data["model"].map(compare.family if plain else lambda model: "")
     figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey="row")
     known = set(data.loc[families == families.mode()[0], "line"])  # the other lines are of stars alone
-    colours = colours_of(data["line"])
+    colours, shapes = colours_of(data["line"]), dict(zip(data["line"].unique(), "os^Dvh"))
     for (panel, line, family), own in data.groupby(["panel", "line", families], sort=False):
         ax, joined = axes[names.index(panel)], family == families.mode()[0]
         means = own.groupby(["size", "model"])["value"].mean().groupby("size").mean()
@@ -249,7 +249,7 @@ def over_size(
         name = line if joined or line not in known else None
         shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "clip_on": False, "label": name}
         shown |= {"markerfacecolor": "white"} if line.endswith(" pruned") else {}
-        ax.plot(means.index, means, f"{look(line)['marker']}-" if joined else "*", **shown)
+        ax.plot(means.index, means, f"{shapes[line]}-" if joined else "*", **shown)
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
         ax.set(title=name, ylabel=words if ax in axes[::2] else "", xlim=(data["size"].min() / 2, 2 * data["size"].max()))
