@@ -120,7 +120,7 @@ def test_a_third_text_makes_no_older_protocol_and_another_second_one_does():
     common = article.settings("laptop")["1-granularity"]["common"]
     for texts, older in ((["wikipedia", "news"], False), (["wikipedia", "news", "code"], False), (["wikipedia", "code"], True)):
         runs = pd.DataFrame([common | {"evaluation_texts": tuple(texts)}])
-        assert judge._older(runs, {"group": "2"}, "laptop") == older
+        assert judge._older(runs, {"notebook": "1-granularity"}, "laptop") == older
 
 
 def test_pages_are_written_between_marks_and_checked(tmp_path):
@@ -203,8 +203,13 @@ def test_answers_say_the_verdict_of_each_model_and_link_to_its_row(verdicts):
 
 
 def test_figures_that_are_not_drawn_are_named_with_their_command(verdicts, tmp_path):
-    said = article.article(verdicts, pd.DataFrame({"model": ["m"], "dense": ["float32"]}), tmp_path, "counted")
-    assert "`./run_all.sh laptop 1-granularity` draws it" in said and "m (float32)" in said and "{{" not in said
+    said = article.article(verdicts, pd.DataFrame({"model": ["m"], "dense": ["float32"]}), tmp_path, "counted", "in short")
+    assert (
+        "`./run_all.sh laptop 1-granularity` draws it" in said
+        and "m (float32)" in said
+        and "recipes: in short" in said
+        and "{{" not in said
+    )
 
 
 # Central numbers of the committed verdicts, computed once more from raw records by other code: plain loops and one bootstrap.
