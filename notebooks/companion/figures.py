@@ -547,9 +547,11 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
     figure, axes = plt.subplots(len(masks), len(models), squeeze=False, sharey="row", height_ratios=counts, **size)
     for row, (pattern, names) in zip(axes, masks.items()):
         for ax, model in zip(row, models):
+            here = (data["pattern"] == pattern) & (data["model"] == model)
+            ax.set_visible(here.any())
             ax.axvline(0, color="0.4", linewidth=1, zorder=1)
             for way, colour, shape in zip(ways, ("0.55", "#0072b2"), "Do"):
-                own = data[(data["pattern"] == pattern) & (data["model"] == model) & (data["way"] == way)]
+                own = data[here & (data["way"] == way)]
                 places = [list(names).index(name) + (0.15 if way == ways[1] else -0.15) for name in own["mask"]]
                 ax.hlines(places, own["low"], own["high"], color=colour, linewidth=1.5)
                 faces = ["white" if seeds == 1 else colour for seeds in own["seeds"]]

@@ -179,12 +179,13 @@ def _idle(name: str, spec: dict) -> bool:
 
 
 def seeds(runs: pd.DataFrame, by: str) -> str:
-    """Which seeds the values of the column `by` were run with: "seeds 0, 1, 2 (0 for lora, norms)"."""
+    """Which seeds the values of the column `by` were run with: "seeds 0, 1, 2 (0 for lora, norms)"; of five or more, how many."""
     groups: dict[str, list[str]] = {}
     for name, own in runs.groupby(by, sort=False)["seed"]:
         groups.setdefault(", ".join(map(str, sorted(set(own)))), []).append(str(name))
     most = max(groups, key=lambda words: (len(groups[words]) * len(words), len(words)))
-    others = [f"{words} for {', '.join(names)}" for words, names in groups.items() if words != most]
+    few = {words: ", ".join(names) if len(names) < 5 else f"{len(names)} others" for words, names in groups.items()}
+    others = [f"{words} for {names}" for words, names in few.items() if words != most]
     return f"seed{'s' * (',' in most)} {most}" + (f" ({'; '.join(others)})" if others else "")
 
 

@@ -101,10 +101,7 @@ def _sides(runs: pd.DataFrame, options: dict, by_samples: bool) -> list[pd.DataF
 
 
 def texts(runs: pd.DataFrame, older: Container[str] = ()) -> dict[str, str]:
-    """The files of all tables, by name: `<table>.md`, `.tex` and `.csv`; the same bytes for the same runs.
-
-    older: keys of the runs of an older protocol.
-    """
+    """The files of all tables, `<table>.md`, `.tex` and `.csv`, by name; older: keys of the runs of an older protocol."""
     files = {}
     for name, (title, _, _) in TABLES.items() if len(runs) else ():
         data, used = cells(runs, name)
