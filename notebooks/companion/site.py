@@ -30,7 +30,7 @@ SETTINGS = {
     "nb_ipywidgets_js": {},
     "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],  # pages start where their Markdown does
 }
-STYLE = "td code { white-space: normal; overflow-wrap: anywhere }"  # long names in tables
+STYLE = "td code, td .pre { white-space: normal }"  # long names in tables
 CONTENTS = {
     "Results": ["figures/article", "figures/README", "figures/claims", "ARTIFACT"],
     "Notebooks": [f"notebooks/{path.stem}" for path in notebooks()],
