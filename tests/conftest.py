@@ -43,6 +43,12 @@ def made():
 
 
 @pytest.fixture(scope="session")
+def dense(made):
+    """A Llama of two blocks, which no test changes."""
+    return made("llama", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> str:
     """A local model: a random Llama of four blocks with its tokenizer, and `tiny_text.txt` beside them."""
     folder = tmp_path_factory.mktemp("tiny")
