@@ -9,7 +9,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each on a core of its o
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-from fixtures.cluster import cluster  # noqa: F401
 from fixtures.models import make_model, paragraphs, random_tokens
 from fixtures.runs import options
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
