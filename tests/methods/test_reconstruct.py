@@ -226,7 +226,7 @@ def test_chunks_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, gran
 def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens, how, propagation, granularity, start):
     samples, held_out, told = tokens(6, 48), tokens(2, 48, seed=1), Mock(Callback)
     options = {"propagation": propagation, "granularity": granularity, "start": start, "epochs": 1, "held_out": held_out}
-    config, one, two = PruningConfig(how[0], allocation=how[1]), copied(dense), copied(dense)
+    config, one, two = PruningConfig(how[0], allocation=how[1], sparsegpt_block_size=0), copied(dense), copied(dense)
     masks = prune(two, samples, config, execution=FLOAT32).masks
     run(two, dense, samples, masks=masks, **options)
     run(one, dense, samples, pruning=config, callbacks=[told], **options)
