@@ -9,7 +9,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each on a core of its o
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-from fixtures.cluster import cluster  # noqa: F401
 from fixtures.models import make_model, paragraphs, random_tokens
 from fixtures.runs import options
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,6 +39,12 @@ def tokens():
 def made():
     """Family -> its decoder, made once; no test changes its model."""
     return functools.cache(lambda family, **changes: decompose(make_model(family, **changes)))
+
+
+@pytest.fixture(scope="session")
+def dense(made):
+    """A Llama of two blocks, which no test changes."""
+    return made("llama", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="session")

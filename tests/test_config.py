@@ -109,8 +109,8 @@ def test_the_learning_rate_of_a_window_follows_its_size():
     assert [config.schedule(9, window).learning_rate for window in windows] == pytest.approx([0.1, 0.05, 0.02])
 
 
-def test_the_paper_recipe_is_the_published_one():
-    """As the authors' code has it."""
+def test_recipes_are_the_published_ones():
+    """The paper's and its rivals', as their authors' code has them."""
     spec = RunSpec.of(preset="paper")
     assert spec.pruning.statistics == "sparse" and spec.pruning.on(32).sparsegpt_block_size == 32
     how = spec.reconstruction
@@ -118,9 +118,6 @@ def test_the_paper_recipe_is_the_published_one():
     assert (how.batch_size, how.epochs, how.chunks, how.roll_back) == (2, 1, 1, False)
     windows = Window(range(1), matrices=("q",)), Window(range(1)), Window(range(4))
     assert {how.schedule(8, window).learning_rate for window in windows} == {1e-4}
-
-
-def test_rivals_are_as_published():
     for name, criterion in {"alps": "admm", "sparsegpt": "sparsegpt", "wanda": "wanda"}.items():
         assert RunSpec.of(preset=name) == RunSpec.of(criterion=criterion, statistics="sparse", granularity="none")
     for name, rate, epochs in (("ebft", 2e-4, 10), ("3basil-tm", 2e-5, 20)):

@@ -58,16 +58,12 @@ def test_effects_are_paired_and_judged():
     assert len(figure.axes) == 1 and figures.count_words(data) == "1 equal, 2 worse"
 
 
-def retrained():
-    pruned = seeds(0.0, 2, granularity="none", other=0.0, kl=0.0)
-    both = {"other": 0.3, "kl": 0.3, "prune_samples": 32}
-    ours = [run for n in (2, 8) for run in seeds(0.3 + n / 100, 2, samples=n, **both)]
-    options = {"granularity": "none", "retrain": "masklora", "samples": 32, **both}
-    return pruned + ours + [run for n in (2, 8) for run in seeds(0.2, 2, retrain_samples=n, **options)]
-
-
 def test_efficiency_and_budget():
-    runs = table(*retrained())
+    both = {"other": 0.3, "kl": 0.3, "prune_samples": 32}
+    options = {"granularity": "none", "retrain": "masklora", "samples": 32, **both}
+    ours = [run for n in (2, 8) for run in seeds(0.3 + n / 100, 2, samples=n, **both)]
+    theirs = [run for n in (2, 8) for run in seeds(0.2, 2, retrain_samples=n, **options)]
+    runs = table(*seeds(0.0, 2, granularity="none", other=0.0, kl=0.0), *ours, *theirs)
     figure, drawn, finding = figures.efficiency(runs, 256)
     differences = drawn[drawn["panel"] == "difference"].set_index("measure")["difference"]
     assert len(differences) == 2 * 3 and (differences["perplexity, wikipedia"] > 0).all()

@@ -2,21 +2,16 @@
 
 import json
 
-import pytest
 import torch
 
 from companion import files, judge
 
 
-@pytest.fixture
-def found(tiny_folder, tiny_text, tmp_path, monkeypatch):
+def test_all_is_measured_and_the_readme_shows_it(tiny_folder, tiny_text, tmp_path, monkeypatch):
     monkeypatch.setitem(files.RUNS, "units", {"criterion": "wanda-sp", "pattern": "0.5"})
     given = {"text": tiny_text, "evaluation_texts": (tiny_text,), "evaluation_length": 32, "samples": 2, "sequence_length": 16}
     (tmp_path / "four.gguf").write_bytes(b"4" * 1000)
-    return files.measure(tmp_path / "work", tiny_folder, tmp_path / "four.gguf", rounds=1, tokens=2, **given)
-
-
-def test_all_is_measured_and_the_readme_shows_it(found, tmp_path):
+    found = files.measure(tmp_path / "work", tiny_folder, tmp_path / "four.gguf", rounds=1, tokens=2, **given)
     rows, made = found["rows"], {*files.RUNS, *files.MADE} & files.ROWS.keys()
     assert rows.keys() == files.ROWS.keys()
     sizes = {name: sum(file.stat().st_size for file in (tmp_path / "work" / name).glob("*.safetensors")) for name in made}

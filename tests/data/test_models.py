@@ -8,9 +8,9 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import gguf as library
-import numpy as np
 import pytest
 import torch
+from fixtures.models import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GgufConfig, safetensors_conversion
 
@@ -29,8 +29,8 @@ def folder(tiny_folder, tmp_path):
 
 @pytest.fixture
 def sharded(folder):
-    """The same in several shards with an index, in a folder below."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    """The same in bfloat16, in several shards with an index, in a folder below."""
+    model = AutoModelForCausalLM.from_pretrained(folder).bfloat16()
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="60KB")
     (folder / "weights").mkdir()
@@ -53,26 +53,19 @@ def change_weights(folder: Path, change) -> None:
 
 
 def test_a_model_is_loaded_in_float32_for_evaluation_whole_or_in_shards_of_which_a_missing_one_is_named(tiny_folder, sharded):
-    weights = load_file(f"{tiny_folder}/model.safetensors")
-    for name in (tiny_folder, str(sharded)):
+    for name, dtype in ((tiny_folder, torch.float32), (str(sharded), torch.bfloat16)):
+        weights = {name: weight.to(dtype).float() for name, weight in load_file(f"{tiny_folder}/model.safetensors").items()}
         model, tokenizer = models.load(Path(name))
         assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
         assert set(weights) == {name for name, _ in model.named_parameters()}
         assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
         assert tokenizer.decode(tokenizer("Zumuke le zila.")["input_ids"]) == "Zumuke le zila."
         _, on_disk, _ = models.skeleton(name)
-        assert all(torch.equal(value, weights[name]) for name, value in on_disk.read(list(weights)))
+        assert all(value.dtype == torch.float32 and torch.equal(value, weights[n]) for n, value in on_disk.read(list(weights)))
+        assert f"torch.{models.precision(models.configuration(name))}" == str(dtype)
     (gone := sorted(sharded.glob("weights/*"))[1]).unlink()
     with pytest.raises(ReconError, match=f"cannot be loaded.*weights/{gone.name}"):
         models.load(str(sharded))
-
-
-def test_half_precision_weights_become_float32(folder):
-    change_weights(folder, lambda weights: {name: w.bfloat16() for name, w in weights.items()})
-    change_config(folder, dtype="bfloat16")
-    assert {p.dtype for p in models.load(str(folder))[0].parameters()} == {torch.float32}
-    assert {value.dtype for _, value in models.skeleton(str(folder))[1].read([UP])} == {torch.float32}
-    assert models.precision(models.configuration(str(folder))) == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["nonsense", "./missing/folder", "../missing", "/missing/folder", "a/b/c", "smollm2"])
@@ -236,25 +229,21 @@ def test_fingerprint_changes_with_each_file(sharded):
 
 def write_gguf(path, kind="Q8_0", file_type=None):
     """Writes a random Llama of two blocks with matrices of this kind; its head is its own."""
-    width, inner, keys, draw = 64, 96, 32, np.random.default_rng(0)
     writer, kind = library.GGUFWriter(path, "llama"), library.GGMLQuantizationType[kind]
+    model = make_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=50)
     numbers = {
-        "block_count": 2, "context_length": 64, "embedding_length": width, "feed_forward_length": inner, "head_count": 4,
+        "block_count": 2, "context_length": 64, "embedding_length": 64, "feed_forward_length": 96, "head_count": 4,
         "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 16, "vocab_size": 50,
     }  # fmt: skip
     for name, value in numbers.items():
         getattr(writer, f"add_{name}")(value)
     if file_type is not None:
         writer.add_file_type(file_type)
-    block = {
-        "attn_norm": (width,), "attn_q": (width, width), "attn_k": (keys, width), "attn_v": (keys, width),
-        "attn_output": (width, width), "ffn_norm": (width,), "ffn_gate": (inner, width), "ffn_up": (inner, width),
-        "ffn_down": (width, inner),
-    }  # fmt: skip
-    shapes = {"token_embd": (50, width), "output": (50, width), "output_norm": (width,)}
-    for name, shape in (shapes | {f"blk.{n}.{name}": shape for n in range(2) for name, shape in block.items()}).items():
-        values, stored = draw.standard_normal(shape, dtype=np.float32), None if len(shape) == 1 else kind
-        writer.add_tensor(f"{name}.weight", library.quantize(values, kind) if stored else values, raw_dtype=stored)
+    names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, 2)
+    for name, weight in model.named_parameters():
+        values, stored = weight.detach().numpy(), None if weight.ndim == 1 else kind
+        values = library.quantize(values, kind) if stored else values
+        writer.add_tensor(names.get_name(name, [".weight"]), values, raw_dtype=stored)
     for part in ("header", "kv_data", "tensors"):
         getattr(writer, f"write_{part}_to_file")()
     writer.close()
@@ -264,7 +253,7 @@ def write_gguf(path, kind="Q8_0", file_type=None):
 @pytest.fixture
 def without_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setenv("RECON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("transformers.AutoTokenizer", Mock())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Mock())
 
 
 @pytest.mark.parametrize("kind, file_type, said", [

@@ -1,14 +1,13 @@
 """Texts, their splits and samples of tokens: bundled, of local files, and of the Hub from local folders in its formats."""
 
 import ast
-import copy
 import gzip
 import json
 
 import datasets
 import pytest
 import torch
-from tokenizers import processors
+from fixtures.models import dressed
 from transformers import AutoTokenizer
 
 from recon.data import assets, text, wikitext
@@ -96,24 +95,9 @@ def test_wikitext_becomes_prose(source, expected):
     assert wikitext.prose(source + end) == expected + end
 
 
-@pytest.fixture
-def dressed(tokenizer):
-    """Factory of tokenizers that put around a text what a template says, such as "<bos> $A"."""
-
-    def make(template: str):
-        made = copy.deepcopy(tokenizer)
-        special = [part for part in template.split() if part != "$A"]
-        made.add_special_tokens({"additional_special_tokens": special})
-        pairs = [(name, made.convert_tokens_to_ids(name)) for name in special]
-        made.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
-        return made
-
-    return make
-
-
 @pytest.mark.parametrize("template", "$A|<bos> $A|<one> <two> $A|<bos> $A <eos>|$A <eos>|<same> <same> $A <same>".split("|"))
-def test_samples_begin_as_the_tokenizer_begins_a_text(paragraphs, dressed, template):
-    tokenizer = dressed(template)
+def test_samples_begin_as_the_tokenizer_begins_a_text(paragraphs, tokenizer, template):
+    tokenizer = dressed(tokenizer, template)
     front = tokenizer.convert_tokens_to_ids(template.partition("$A")[0].split())
     assert text.beginning(tokenizer) == front
     length = 16 - len(front)
@@ -138,22 +122,23 @@ def test_samples_depend_on_the_seed_alone_and_are_the_callers_own(tokenizer):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_edited_file_is_read_again_and_tokenizers_are_kept_apart(paragraphs, tokenizer, dressed, tmp_path):
-    draw = [text.sample_tokens("news", "validation", each, 2, 16, protocol="joined") for each in (tokenizer, dressed("<one> $A"))]
+def test_an_edited_file_is_read_again_and_tokenizers_are_kept_apart(paragraphs, tokenizer, tmp_path):
+    both = tokenizer, dressed(tokenizer, "<one> $A")
+    draw = [text.sample_tokens("news", "validation", each, 2, 16, protocol="joined") for each in both]
     assert not torch.equal(*draw)
     first = text.sample_tokens(paragraphs, "evaluation", tokenizer, 2, 16)
     (tmp_path / "own.txt").write_text("\n\n".join(f"entirely different words, number {n}" for n in range(40)))
     assert not torch.equal(text.sample_tokens(paragraphs, "evaluation", tokenizer, 2, 16), first)
 
 
-def test_what_cannot_be_sampled_is_refused(paragraphs, tokenizer, dressed, tmp_path):
+def test_what_cannot_be_sampled_is_refused(paragraphs, tokenizer, tmp_path):
     class Odd:
         def __call__(self, text, add_special_tokens=True, **options):
             found = tokenizer(text, add_special_tokens=add_special_tokens, **options)
             return type(found)({"input_ids": found.input_ids[::-1] if add_special_tokens else found.input_ids})
 
     (tmp_path / "short.txt").write_text("only one")
-    two = dressed("<one> <two> $A")
+    two = dressed(tokenizer, "<one> <two> $A")
     assert text.sample_tokens(paragraphs, "evaluation", two, 1, 3).shape == (1, 3)
     for said, name, split, by, samples, length, protocol in (
         ("cannot be told which tokens Odd puts in front", paragraphs, "evaluation", Odd(), 1, 16, "samples"),
@@ -206,7 +191,7 @@ def test_bad_files(tmp_path, filename, content, message):
         text.fingerprint(str(tmp_path / "none.txt"))
 
 
-def test_c4(tmp_path, monkeypatch, dressed):
+def test_c4(tmp_path, monkeypatch, tokenizer):
     for part, file in text.HUB["c4"]["data_files"].items():
         (path := tmp_path / "c4" / file).parent.mkdir(parents=True, exist_ok=True)
         rows = [{"text": f"{part} page {n}", "timestamp": "2019-04-25T12:57:54Z", "url": "u"} for n in range(50)]
@@ -219,7 +204,7 @@ def test_c4(tmp_path, monkeypatch, dressed):
     assert found["evaluation"] == [f"validation page {n}" for n in range(20)]
     assert found["validation"] == [f"train page {n}" for n in range(5, 40, 8)]
     assert set(found["calibration"]) == {f"train page {n}" for n in range(40)} - set(found["validation"])
-    tokenizer = dressed("<bos> $A")
+    tokenizer = dressed(tokenizer, "<bos> $A")
     whole = tokenizer(" ".join(found["evaluation"]), return_tensors="pt").input_ids  # as published
     assert torch.equal(text.sample_tokens("c4", "evaluation", tokenizer, 1, whole.numel(), protocol="joined"), whole)
     monkeypatch.setitem(text.HUB, "c4", text.HUB["c4"] | {"path": str(tmp_path / "nowhere")})
@@ -227,8 +212,8 @@ def test_c4(tmp_path, monkeypatch, dressed):
         text.documents("c4", "calibration")
 
 
-def test_wikitext2_is_joined_as_published(tmp_path, monkeypatch, dressed):
-    config, tokenizer = text.HUB["wikitext2"]["config"], dressed("<bos> $A <eos>")
+def test_wikitext2_is_joined_as_published(tmp_path, monkeypatch, tokenizer):
+    config, tokenizer = text.HUB["wikitext2"]["config"], dressed(tokenizer, "<bos> $A <eos>")
     for part in ("train", "validation", "test"):
         rows = ["", f" = {part} = \n", "", f" Some {part} sentence . \n", f" Some {part} sentence . \n"]
         datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / config / f"{part}-00000-of-00001.parquet")

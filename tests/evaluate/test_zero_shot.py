@@ -1,6 +1,5 @@
 """Zero-shot tasks: log-likelihoods against the plain model, metrics against lm-eval's own, documents as described, no network."""
 
-import copy
 import hashlib
 import importlib.util
 import json
@@ -12,9 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from fixtures.models import FLOAT32
-from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from fixtures.models import FLOAT32, dressed
 
 from recon import Execution, ReconError, decompose
 from recon.data import models, text
@@ -31,7 +28,7 @@ QUIET = Execution("cpu", progress=False)
 
 @pytest.fixture(scope="module")
 def small(tiny_folder):
-    return AutoModelForCausalLM.from_pretrained(tiny_folder).eval(), AutoTokenizer.from_pretrained(tiny_folder)
+    return models.load(tiny_folder)
 
 
 def test_what_cannot_be_asked_is_refused(small, monkeypatch):
@@ -123,9 +120,7 @@ def test_the_bundled_tasks_agree_with_lm_evals_own_model(small, monkeypatch):
 
 @pytest.mark.parametrize("template", ["<bos> $A", "$A", "<bos> <bos> $A", "<bos> $A <eos>"])
 def test_contexts_begin_as_the_tokenizer_begins_a_text(small, monkeypatch, template):
-    model, tokenizer = small[0], copy.deepcopy(small[1])
-    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    model, tokenizer = small[0], dressed(small[1], template)
     front, seen = tokenizer.convert_tokens_to_ids(template.partition("$A")[0].split()), []
 
     def see(self, requests, **_):

@@ -10,13 +10,6 @@ def random_scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def test_parse_and_back():
-    for text, expected in {"0.5": (0.5, None, None), "0": (0, None, None), "2:4": (0.5, 2, 4), "2:5": (0.6, 2, 5)}.items():
-        pattern = Pattern.parse(text)
-        assert (round(pattern.sparsity, 9), pattern.n, pattern.m) == expected
-        assert Pattern.parse(str(pattern)) == pattern
-
-
 @pytest.mark.parametrize("levels", [None, 3], ids=["distinct", "tied"])
 @pytest.mark.parametrize("text", ["0", "0.01", "0.3", "0.5", "0.77", "0.99", "1:2", "2:4", "1:4", "3:5", "4:8"])
 @pytest.mark.parametrize("scope", ["row", "matrix"])

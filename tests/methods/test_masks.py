@@ -99,25 +99,19 @@ def test_everything_else_comes_from_the_pruned_model_too(spec, pruned_here, spoi
     (UP, lambda w: w.fill_(torch.nan), f"'{UP}' holds 2048 NaN or infinite values of 2048"),
     ("model.norm.weight", lambda w: w * torch.inf, "'model.norm.weight' holds 32 NaN or infinite values of 32"),
     ("lm_head.weight", lambda w: torch.ones(400, 32), f"'lm_head.weight' differs from '{EMBEDDING}'"),
+    ("matrices", torch.ones_like, "0.00% of its matrices is zero; a mask is read from zeros"),
+    ("matrices", torch.zeros_like, "100.00% of its matrices is zero.*not all"),
 ])  # fmt: skip
 @pytest.mark.parametrize("stream", ["no", "yes"])
 def test_what_does_not_fit_is_refused_by_name(spec, pruned_here, spoilt, tmp_path, monkeypatch, name, make, said, stream):
     state = pruned_here[1].model.state_dict()
-    made = make(state[name].clone()) if name in state and name != "lm_head.weight" else make(None)
-    folder = spoilt(**{name: made})
+    names = [matrix.parameter_name for matrix in pruned_here[1].dense.matrices().values()] if name == "matrices" else [name]
+    known = {each: state[each].clone() for each in names if each in state and each != "lm_head.weight"}
+    folder = spoilt(**{each: make(known.get(each)) for each in names})
     monkeypatch.setattr("recon.evaluate.perplexity.perplexity", lambda *a, **k: pytest.fail("has begun to compute"))
     with pytest.raises(ReconError, match=f"pruned model.*{said}"):
         record_of(spec.replaced(pruned=folder), save=tmp_path / "saved", stream=stream)
     assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
-
-
-def test_a_model_without_zeros_is_refused_and_one_without_anything_else(spec, tiny_folder, pruned_here, spoilt):
-    with pytest.raises(ReconError, match="pruned model: 0.00% of its matrices is zero; a mask is read from zeros"):
-        record_of(spec.replaced(pruned=tiny_folder))
-    names = {matrix.parameter_name for matrix in pruned_here[1].dense.matrices().values()}
-    state = pruned_here[1].model.state_dict()
-    with pytest.raises(ReconError, match="100.00% of its matrices is zero.*not all"):
-        record_of(spec.replaced(pruned=spoilt(**{name: torch.zeros_like(state[name]) for name in names})))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

@@ -2,14 +2,15 @@
 
 import contextlib
 import functools
-from types import SimpleNamespace
+from collections.abc import Iterable
 
 import pytest
 import torch
 from fixtures.models import copied, make_model, random_tokens
+from torch import nn
 from torch.testing import assert_close
 
-from recon import Decoder, Execution, PruningConfig, ReconstructionConfig, decompose, perplexity, prune, reconstruct
+from recon import Execution, PruningConfig, ReconstructionConfig, decompose, perplexity, prune, reconstruct
 from recon.methods.reconstruct import RECONSTRUCTED
 from recon.methods.statistics import gather
 
@@ -17,17 +18,9 @@ BLOCKS = ReconstructionConfig("block", learning_rate=1e-3, rate="absolute", epoc
 execution = functools.partial(Execution, "cpu", "float32", progress=False)
 
 
-@pytest.fixture
-def pair():
-    """A dense model of three blocks and a pruned copy, as decoders."""
-    dense, student = (decompose(make_model("llama")) for _ in range(2))
-    prune(student, config=PruningConfig(criterion="magnitude"), execution=execution())
-    return dense, student
-
-
 @contextlib.contextmanager
-def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bool = True):
-    """Where gradients are needed, or are not, blocks take `samples` at a time, but for the first `spared` calls with more."""
+def little_memory(blocks: Iterable[nn.Module], samples: int, spared: int = 0, gradients: bool = True):
+    """Where gradients are needed, or are not, `blocks` take `samples` at a time, but for the first `spared` calls with more."""
     calls = []
 
     def run_out(block, args):
@@ -36,7 +29,7 @@ def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bo
             if len(calls) > spared:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
 
-    handles = [block.register_forward_pre_hook(run_out) for block in decoder.blocks]
+    handles = [block.register_forward_pre_hook(run_out) for block in blocks]
     try:
         yield
     finally:
@@ -45,31 +38,24 @@ def little_memory(decoder: Decoder, samples: int, spared: int = 0, gradients: bo
 
 
 @pytest.mark.parametrize("spared", [0, 1])
-def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monkeypatch, caplog):
+def test_passes_without_gradients_are_made_anew_in_smaller_batches(dense, spared, monkeypatch, caplog):
     """Statistics, targets and errors count every token once, though memory runs out when some have been counted already."""
     monkeypatch.setattr("recon.runtime.execution.TOKENS", 4 * 12)
-    dense, tokens, found = decompose(make_model("llama", num_hidden_layers=2)), random_tokens(8, 12), []
+    tokens, found = random_tokens(8, 12), []
+    block, hidden = dense.windows("block")[0], dense.embed(tokens)
+    passes = (
+        lambda student: gather(execution(), dense, block, hidden, "gram")[1],
+        lambda student: prune(student, tokens, PruningConfig(criterion="wanda"), execution=execution()),
+        lambda student: reconstruct(student, dense, tokens, ReconstructionConfig(granularity="matrix"), execution=execution()),
+        lambda student: perplexity(student, tokens, execution=execution()).value,
+    )
     for little in (False, True):
-        student = copied(dense)
-
-        def run_out(spared=spared, little=little, student=student):
-            """In the second half of a block, when the first has been looked at."""
-            stack = contextlib.ExitStack()
-            for decoder in (dense, student) if little else ():
-                halves = SimpleNamespace(blocks=[block.mlp for block in decoder.blocks])
-                stack.enter_context(little_memory(halves, 2, spared, False))
-            return stack
-
-        with run_out():
-            here = execution()
-            grams = gather(here, dense, dense.windows("block")[0], here.embed(dense, tokens), "gram")[1]
-        with run_out():
-            prune(student, tokens, PruningConfig(criterion="wanda"), execution=execution())
-        with run_out():
-            reconstruct(student, dense, tokens, ReconstructionConfig(granularity="matrix"), execution=execution())
-        with run_out():
-            value = perplexity(student, tokens, execution=execution()).value
-        found.append((grams, value, [matrix.weight == 0 for matrix in student.matrices().values()]))
+        student, results = copied(dense), []
+        halves = [block.mlp for decoder in (dense, student) for block in decoder.blocks]  # run when the first has been looked at
+        for run in passes:
+            with little_memory(halves if little else [], 2, spared, gradients=False):
+                results.append(run(student))
+        found.append((results[0], results[-1], [matrix.weight == 0 for matrix in student.matrices().values()]))
     said = [r.message for r in caplog.records if "out of memory with 4 samples at a time: 2 from here on" in r.message]
     assert len(said) == 4  # once in each pass
     (grams, value, zeros), (others, other, same) = found
@@ -78,11 +64,12 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(spared, monke
 
 
 @pytest.mark.parametrize("spared", [0, 3], ids=["from the start", "in the middle of a step"])
-def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(pair, caplog, spared):
-    dense, student = pair
+def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(caplog, spared):
+    dense, student = (decompose(make_model("llama")) for _ in range(2))
+    prune(student, config=PruningConfig(criterion="magnitude"), execution=execution())
     other, tokens = copied(student), random_tokens(7, 12)
     wanted = reconstruct(student, dense, tokens, BLOCKS, execution=execution())
-    with little_memory(other, 1, spared):
+    with little_memory(other.blocks, 1, spared):
         found = reconstruct(other, dense, tokens, BLOCKS, execution=execution())
     assert [report.micro_batch for report in wanted] == [3] * 3 and [report.micro_batch for report in found] == [1] * 3
     # Said once per halving, not once per window: what did not fit in one will not fit in the next.

@@ -13,14 +13,9 @@ from torch.utils.data import DataLoader
 from recon import Execution, PruningConfig, decompose, prune
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.patterns import Pattern
-from recon.methods.samples import ERROR_SAMPLES, as_tokens, with_held_out
+from recon.methods.samples import as_tokens
 from recon.methods.statistics import gather
 from recon.model.modules import watched
-
-
-@pytest.fixture
-def dense(made):
-    return made("llama", num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix", "auto"])
@@ -35,6 +30,7 @@ def test_masks_are_exact_and_the_rest_is_untouched(dense, tokens, criterion, pat
     for name, matrix in decoder.matrices().items():
         mask = result.masks[name]
         assert mask.dtype == torch.bool and torch.equal(matrix.weight != 0, mask)
+        assert not matrix.weight[~mask].signbit().any()  # zeros are plus zero
         by_row = (rule.scope if scope == "auto" else scope) == "row"
         size = spec.m or (mask.shape[1] if by_row else mask.numel())
         assert ((~mask).view(-1, size).sum(1) == round(spec.sparsity * size)).all()
@@ -43,12 +39,6 @@ def test_masks_are_exact_and_the_rest_is_untouched(dense, tokens, criterion, pat
     others = before.keys() - {f"{name}.weight" for name in result.masks}
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight"} <= others
     assert all(torch.equal(decoder.model.get_parameter(name), before[name]) for name in others)
-
-
-@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_matrices_that_are_stored_transposed(made, tokens, pattern):
-    masks = prune(copied(made("gpt2")), tokens(4, 16), PruningConfig("admm", pattern), execution=FLOAT32).masks
-    assert {mask.double().mean().item() for mask in masks.values()} == {0.5}
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
@@ -126,10 +116,10 @@ def test_gradients_are_of_the_norm_of_each_samples_output(tiny, tokens, kind):
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "random"])
-def test_refined_masks_lower_the_error_of_every_matrix(dense, tokens, criterion, pattern):
-    batch, errors = tokens(16, 30), {}
+def test_refined_masks_lower_the_error_of_every_matrix_by_as_many_exchanges_as_are_asked_for(dense, tokens, criterion, pattern):
+    batch, errors, plain = tokens(16, 30), {}, {}
     _, grams, _ = gather(FLOAT32, dense, dense.windows("block")[0], dense.embed(batch), "gram")
-    for steps in (0, 30):
+    for steps in (0, 1, 30):
         decoder, config = copied(dense), PruningConfig(criterion, pattern, scope="row", mask_refinement=steps)
         result = prune(decoder, batch, config, execution=FLOAT32)
         assert all(2 * mask.sum() == mask.numel() for mask in result.masks.values())
@@ -137,14 +127,9 @@ def test_refined_masks_lower_the_error_of_every_matrix(dense, tokens, criterion,
             difference = decoder.matrices()[name].weight - dense.matrices()[name].weight
             errors.setdefault(name, []).append(((difference @ gram) * difference).sum().item())
             assert torch.equal(decoder.matrices()[name].weight, dense.matrices()[name].weight * result.masks[name])
-    assert all(after < 0.98 * before for before, after in errors.values())
-
-
-def test_no_more_weights_change_roles_than_is_asked_for(dense, tokens):
-    configs = (PruningConfig(scope="row", mask_refinement=steps) for steps in (0, 1, 3))
-    plain, *refined = (prune(copied(dense), tokens(16, 30), config, execution=FLOAT32).masks for config in configs)
-    for steps, masks in zip((1, 3), refined, strict=True):
-        assert max((plain[name] != mask).sum(1).max().item() for name, mask in masks.items()) == 2 * steps
+            changed = (plain.setdefault(name, result.masks[name]) != result.masks[name]).sum(1).max()  # in a row
+            assert steps == 30 or changed == 2 * steps
+    assert all(after < 0.98 * before for before, _, after in errors.values())
 
 
 ROWS = torch.arange(3, 23).view(5, 4)
@@ -167,14 +152,6 @@ def test_all_forms_give_the_same_tokens_in_order(make):
     assert torch.equal(found, ROWS) and found.dtype == torch.int64
 
 
-def test_held_out_samples_come_last_and_no_more_than_are_measured():
-    held_out = ROWS + 50
-    tokens, count = with_held_out(ROWS.tolist(), held_out)
-    assert torch.equal(tokens, torch.cat([ROWS, held_out[:ERROR_SAMPLES]])) and count == 5
-    tokens, count = with_held_out(ROWS[:1], None)
-    assert torch.equal(tokens, ROWS[:1]) and count == 1
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["norm", "moments", "gram"])
 @torch.no_grad()
@@ -192,10 +169,3 @@ def test_statistics_are_those_of_all_batches_in_any_precision(dense, tokens, mon
         wanted = {"norm": x.square().mean(0).sqrt(), "moments": moments, "gram": x.T @ x / len(x)}
         assert found[name].dtype == torch.float32
         assert_close(found[name].double(), wanted[kind], rtol=1e-5, atol=1e-6)
-
-
-def test_sparsegpt_prunes_as_many_columns_at_once_as_there_are_samples(dense, tokens):
-    configs = (PruningConfig("sparsegpt", sparsegpt_block_size=size) for size in (0, 8, 128))
-    masks = [prune(copied(dense), tokens(8, 16), config, execution=FLOAT32).masks for config in configs]
-    one, same, other = (torch.cat([mask.flatten() for mask in each.values()]) for each in masks)
-    assert torch.equal(one, same) and not torch.equal(one, other)

@@ -8,7 +8,6 @@ from fixtures.models import FLOAT32, copied, inputs_of, zeros_stay
 
 from recon import PruningConfig, ReconstructionConfig, decompose, prune, reconstruct
 from recon.kernels.criteria import CRITERIA, Structured
-from recon.kernels.criteria.structured import wanda_sp
 from recon.methods.structured import find_units
 from recon.model.modules import distance
 
@@ -114,28 +113,6 @@ def test_flap_compares_over_the_whole_dense_model(made, tokens, statistics):
     assert scores["o_proj"][~kept["o_proj"]].max() < scores["down_proj"][kept["down_proj"]].min()
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-@torch.no_grad()
-def test_compensation_leaves_no_mean_error_on_calibration_data(made, tokens, family):
-    plain, errors = made(family), {}
-    inputs = inputs_of(plain.model, [half.reader.name for half in find_units(plain)], tokens(8, 20))
-    for bare in (True, False):
-        decoder = copied(plain)
-        result = pruned(decoder, tokens, "flap")
-        for name in inputs if bare else ():  # as they were
-            decoder.model.get_submodule(name).bias = plain.model.get_submodule(name).bias
-        for name, x in inputs.items():
-            x = x.float()
-            difference = decoder.model.get_submodule(name)(x) - plain.model.get_submodule(name)(x)
-            if result.masks[name].all():
-                assert not difference.any()
-            else:
-                errors.setdefault(name, []).append((difference.mean(0).norm().item(), difference.square().mean().item()))
-    assert errors
-    for (mean, square), (mean_with, square_with) in errors.values():
-        assert mean_with < 1e-4 * mean and square_with < square
-
-
 @pytest.mark.parametrize("granularity, train", [("half-block", "matrices"), ("block", "all"), ("matrix", "matrices")])
 @pytest.mark.parametrize("criterion", STRUCTURED)
 def test_reconstruction_keeps_units_gone_and_trains_the_new_biases(made, tokens, criterion, granularity, train):
@@ -159,6 +136,7 @@ def test_wanda_sp_reads_the_model_that_is_asked_for(made, tokens, statistics):
         model.model.layers[index].load_state_dict(student.model.model.layers[index].state_dict())
     counts = {half.reader.name: half.count for half in find_units(dense)[-2:]}
     for name, x in inputs_of(model, list(counts), tokens(8, 20)).items():
-        scores = wanda_sp(dense.matrices()[name].weight, x.square().mean(0).sqrt()).view(counts[name], -1).mean(1)
+        products = dense.matrices()[name].weight.abs() * x.square().mean(0).sqrt()
+        scores = products.sum(0).view(counts[name], -1).mean(1)
         kept = lines(masks[name], 0).view(counts[name], -1)[:, 0]
         assert scores[kept].min() > scores[~kept].max()

@@ -31,17 +31,6 @@ def problem(samples: int = 8):
     return inputs, inputs @ true.T, true * mask, mask
 
 
-class Told(Callback):
-    """Notes the losses that it is told, and then calls `then`."""
-
-    def __init__(self, then):
-        self.losses, self.then = [], then
-
-    def on_step(self, loss):
-        self.losses.append(loss.item())
-        self.then()
-
-
 def run(schedule, loss="mse", samples=8, seed=0, execution=FLOAT32, see=lambda x, output: None, after_step=lambda weight: None):
     """The trained weight, the losses, and the mask; `see` is called with every mini-batch and its output."""
     inputs, targets, start, mask = problem(samples)
@@ -53,16 +42,17 @@ def run(schedule, loss="mse", samples=8, seed=0, execution=FLOAT32, see=lambda x
         see(x, output)
         return LOSSES[loss](output, y, channel_variance(targets)).mean()
 
-    random, told = torch.Generator().manual_seed(seed), Told(lambda: after_step(weight))
+    random, told = torch.Generator().manual_seed(seed), Mock(Callback)
+    told.on_step.side_effect = lambda loss: after_step(weight)
     losses = train(of_batch, [inputs, targets], [Trained(weight, mask)], schedule, random, execution, [told])
-    assert losses == told.losses
+    assert losses == [call.args[0].item() for call in told.on_step.call_args_list]
     return weight, losses, mask
 
 
 def pulled(slopes, schedule, *trained, steps=1):
     """Trains parameters whose gradients are always `slopes`; returns the first one's values before and after each step."""
     seen, random = [trained[0].parameter.detach().clone()], torch.Generator()
-    told = Told(lambda: seen.append(trained[0].parameter.detach().clone()))
+    told = Mock(Callback, on_step=lambda loss: seen.append(trained[0].parameter.detach().clone()))
     pull = lambda x: sum((each.parameter * slopes).sum() for each in trained)  # noqa: E731
     train(pull, [torch.zeros(steps, 1)], list(trained), schedule, random, FLOAT32, [told])
     return torch.stack(seen)

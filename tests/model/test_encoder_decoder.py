@@ -9,7 +9,7 @@ from fixtures.runs import record_of
 from torch.testing import assert_close
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from recon import Execution, PruningConfig, ReconError, RetrainingConfig, RunSpec, decompose, perplexity, prune, retrain
+from recon import Execution, PruningConfig, ReconError, RetrainingConfig, decompose, perplexity, prune, retrain
 from recon.data.models import load_pruned
 from recon.methods.masks import take_over
 from recon.methods.statistics import gather
@@ -105,12 +105,10 @@ def test_what_blocks_share_has_to_be_known(monkeypatch):
         decompose(make_model("t5"))
 
 
-@pytest.mark.parametrize("family, lengths", [("t5", {"sequence_length": 16, "evaluation_length": 32}), ("bart", {})])
-def test_a_run_says_what_the_encoder_reads_and_samples_are_of_both_halves(family, lengths, tiny_folder, tiny_text, tmp_path):
-    spec = RunSpec.of(
-        model=saved_model(family, tiny_folder, tmp_path), text=tiny_text, samples=2, held_out_samples=0, epochs=1,
-        evaluation_texts=(tiny_text,), evaluation_samples=1, granularity="block", **lengths,
-    )  # fmt: skip
+@pytest.mark.parametrize("family, lengths", [("t5", {}), ("bart", {"sequence_length": 0, "evaluation_length": 0})])
+def test_a_run_says_what_the_encoder_reads_and_samples_are_of_both_halves(family, lengths, tiny_folder, tiny_spec, tmp_path):
+    small = {"samples": 2, "held_out_samples": 0, "evaluation_samples": 1, "granularity": "block"}
+    spec = tiny_spec.replaced(model=saved_model(family, tiny_folder, tmp_path), **small, **lengths)
     record = record_of(spec)
     assert record.status == "done" and record.metrics["sparsity"] == 0.5
     assert record.protocol["reading"].startswith("the encoder reads the first half")

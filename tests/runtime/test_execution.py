@@ -8,14 +8,6 @@ from recon import Execution, PruningConfig, ReconstructionConfig, decompose, per
 from recon.evaluate.perplexity import drift
 
 
-@pytest.fixture
-def far(monkeypatch):
-    """Everything is treated as if it were on another device than the execution's, and is copied there and back."""
-    moved = []
-    monkeypatch.setattr(Execution, "elsewhere", lambda self, tensor: moved.append(1) or True)
-    return moved
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi"])
 def test_rounded_weights_give_the_bits_of_autocast(tiny, tokens, family):
     decoder, execution = decompose(tiny(family)), Execution("cpu", "bfloat16")
@@ -27,8 +19,9 @@ def test_rounded_weights_give_the_bits_of_autocast(tiny, tokens, family):
             assert torch.equal(decoder.forward(window, hidden), expected)
 
 
-def test_weights_are_rounded_for_a_while_and_what_is_trained_is_written_back(tiny, far):
+def test_weights_are_rounded_for_a_while_and_what_is_trained_is_written_back(tiny, monkeypatch):
     """Also if something fails; the other half of the block, which is silenced, stays where it is."""
+    monkeypatch.setattr(Execution, "elsewhere", lambda self, tensor: True)  # and is copied there and back
     decoder, execution = decompose(tiny("llama")), Execution("cpu", "bfloat16")
     window = decoder.windows("half-block")[0]
     before = {name: (p, p.data.clone(), p.data_ptr()) for name, p in decoder.model.named_parameters()}
@@ -60,7 +53,8 @@ def test_run_goes_over_all_samples_and_mixes_none(monkeypatch, size, count):
     assert not any(numbers[0] < (count or 0) <= numbers[-1] for numbers in seen)
 
 
-def test_batches_of_several_streams(far):
+def test_batches_of_several_streams(monkeypatch):
+    monkeypatch.setattr(Execution, "elsewhere", lambda self, tensor: True)
     streams, parts = [torch.arange(5), torch.arange(5) * 10], [[3, 1], range(2, 5), [0]]
     found = [(one.tolist(), other.tolist()) for one, other in Execution("cpu").batches(streams, parts)]
     assert found == [([3, 1], [30, 10]), ([2, 3, 4], [20, 30, 40]), ([0], [0])]

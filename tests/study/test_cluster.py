@@ -1,6 +1,7 @@
 """Runs and windows side by side have the bits of one after the other; workers that are killed cost nothing but time."""
 
 import copy
+import logging
 import os
 import signal
 import sys
@@ -10,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.cluster import one_thread
 from fixtures.models import ENCODER_DECODERS, make_model, random_tokens
 from fixtures.runs import record_of
 
@@ -18,6 +18,30 @@ from recon import Execution, PruningConfig, Ray, ReconError, ReconstructionConfi
 from recon.study import cluster as clusters
 from recon.study.cluster import hollow, settings, spread, weights
 from recon.study.record import read_record
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one CPU each, processes of this machine; this process is connected to them."""
+    ray, utils = pytest.importorskip("ray"), pytest.importorskip("ray.cluster_utils")
+    head = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # beside other work on the machine, workers would get next to nothing
+        made = utils.Cluster(initialize_head=True, head_node_args=head)
+        made.add_node(num_cpus=1, object_store_memory=head["object_store_memory"])
+        ray.init(address=made.address, logging_level=logging.ERROR)
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def one_thread():
+    """One thread, as workers have: more could round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_what_a_worker_asks_for_and_what_cannot_be_met(monkeypatch):
@@ -102,10 +126,9 @@ def test_lost_workers_and_failing_tasks_cost_nothing_but_themselves(cluster, tmp
     assert times == dict.fromkeys(tasks, 1) | {"dies once": 2, "dies always": clusters.ATTEMPTS}
 
 
-def test_a_study_has_the_same_records_on_a_cluster(cluster, tiny_spec, tmp_path):
+def test_a_study_has_the_same_records_on_a_cluster(cluster, one_thread, tiny_spec, tmp_path):
     wanted = grid(tiny_spec, granularity=["none", "9-blocks", "half-block"], seed=[0, 1])
-    with one_thread():
-        serial = run_study(wanted, tmp_path / "serial", progress=False)
+    serial = run_study(wanted, tmp_path / "serial", progress=False)
     run_study(wanted[:1], tmp_path / "ray", progress=False)  # one of the runs is there already
     [first] = (tmp_path / "ray").glob("*.json")
     stamp = first.stat().st_mtime_ns
@@ -143,18 +166,17 @@ WAYS = {  # how a model is pruned, and how windows are fitted
 
 
 @pytest.mark.parametrize("way", ["halves", *(pytest.param(way, marks=pytest.mark.slow) for way in [*WAYS][1:])])
-def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny, tokens, way):
+def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, one_thread, tiny, tokens, way):
     pruning, fitting = WAYS[way]
     config = ReconstructionConfig(**{"granularity": "half-block", "propagation": "dense"} | fitting)
     dense, samples, held_out = tiny("llama", tie_word_embeddings=True), tokens(6, 16), tokens(3, 16, seed=1)
     pruned = copy.deepcopy(dense)
     masks = prune(pruned, samples, PruningConfig(**pruning), execution=Execution(progress=False)).masks
     made, reports = {}, {}
-    with one_thread():
-        for executor in ("serial", Ray()):
-            made[executor] = copy.deepcopy(pruned)
-            how = {"held_out": held_out, "execution": Execution(progress=False, loop=clusters.loop(executor, "dense"))}
-            reports[executor] = reconstruct(made[executor], dense, samples, config, masks=masks, **how)
+    for executor in ("serial", Ray()):
+        made[executor] = copy.deepcopy(pruned)
+        how = {"held_out": held_out, "execution": Execution(progress=False, loop=clusters.loop(executor, "dense"))}
+        reports[executor] = reconstruct(made[executor], dense, samples, config, masks=masks, **how)
     serial, spread = (made[executor].state_dict() for executor in made)
     assert all(torch.equal(serial[name], spread[name]) for name in serial)
     assert any(not torch.equal(serial[name], pruned.state_dict()[name]) for name in serial)
@@ -164,11 +186,10 @@ def test_windows_side_by_side_have_the_bits_of_one_after_the_other(cluster, tiny
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", ["no", "yes"])
-def test_the_windows_of_a_run_are_spread(cluster, stream, tiny_spec, tmp_path):
+def test_the_windows_of_a_run_are_spread(cluster, one_thread, stream, tiny_spec, tmp_path):
     spec = tiny_spec.replaced(propagation="dense")
-    with one_thread():
-        serial = record_of(spec, save=tmp_path / "serial", stream=stream)
-        spread = record_of(spec, save=tmp_path / "spread", stream=stream, executor=Ray())
+    serial = record_of(spec, save=tmp_path / "serial", stream=stream)
+    spread = record_of(spec, save=tmp_path / "spread", stream=stream, executor=Ray())
     assert spread.metrics == serial.metrics and len(spread.windows) == len(serial.windows) > 2
     files = [*(tmp_path / "serial").glob("*.safetensors")]
     assert files and all((tmp_path / "spread" / path.name).read_bytes() == path.read_bytes() for path in files)

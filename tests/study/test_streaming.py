@@ -4,20 +4,27 @@ import gc
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from fixtures.large import write_random_llama
 from fixtures.models import saved_model
 from fixtures.runs import comparable, record_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from recon import ReconError, decompose
+from recon.data import files
 from recon.model.skeleton import Lazy, auto_class, is_placeholder
 from recon.runtime import storage
 from recon.study import plan
 from recon.study.measure import Texts
+from recon.study.record import read_record
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +166,48 @@ def test_auto_streams_what_does_not_fit(spec):
     for said, given in (("masklora", {"retrain": "masklora"}), ("reorder", {"reorder_neurons": True, "pattern": "2:4"})):
         with pytest.raises(ReconError, match=f"{said}.*which a streamed run cannot do"):
             record_of(spec.replaced(**given), stream="yes")
+
+
+LAYERS = 3  # 32 make 13 GB of weights, and take half an hour
+
+
+def anonymous(process: subprocess.Popen) -> int:
+    """Bytes of resident memory that is not mapped from files."""
+    try:
+        return 1024 * int(Path(f"/proc/{process.pid}/status").read_text().split("RssAnon:")[1].split()[0])
+    except (OSError, IndexError):
+        return 0
+
+
+@pytest.mark.slow
+def test_four_gibibytes_are_enough(tmp_path):
+    """For blocks of the shape of a 7B Llama: memory depends on the size of a block, not on their number."""
+    write_random_llama(tmp_path / "model", num_hidden_layers=LAYERS)
+    saved, record = tmp_path / "saved", tmp_path / "record.json"
+    command = [
+        sys.executable, "-m", "recon.cli", "run", "--model", str(tmp_path / "model"), "--stream", "yes", "--samples", "2",
+        "--sequence-length", "128", "--held-out-samples", "0", "--evaluation-samples", "1", "--evaluation-length", "128",
+        "--learning-rate", "1e-4", "--save", str(saved), "--record", str(record),
+    ]  # fmt: skip
+    peak = 0
+    for killed_after in (3, 7, None):  # windows: on the way, and never
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ, text=True)
+        work = tmp_path / "saved.unfinished"
+        while process.poll() is None:
+            time.sleep(0.02)
+            peak = max(peak, anonymous(process))
+            if killed_after and len(list(work.glob("*/?????.safetensors"))) >= killed_after:
+                process.send_signal(signal.SIGKILL)
+                break
+        _, complaint = process.communicate()
+        assert process.returncode == (-signal.SIGKILL if killed_after else 0), complaint
+    assert 0 < peak < 4 * 2**30
+    found = read_record(record)
+    assert found.environment["resumed"] and found.metrics["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert abs(found.peak_memory_bytes - peak) < 2**29
+    zeros = total = 0
+    for path in saved.glob("*.safetensors"):
+        for tensor in (tensor for name, tensor in load_file(path).items() if "_proj." in name):
+            zeros, total = zeros + tensor.numel() - int(tensor.count_nonzero()), total + tensor.numel()
+    assert zeros / total == pytest.approx(found.metrics["sparsity"])
+    assert len(json.loads((saved / files.INDEX).read_text())["weight_map"]) == 9 * LAYERS + 3

@@ -19,15 +19,6 @@ def counted(monkeypatch):
     return run
 
 
-def test_lengths_that_are_not_given_and_the_same_given_are_one_run(tiny_spec, counted, tmp_path):
-    base = tiny_spec.replaced(granularity="none", criterion="magnitude", held_out_samples=0, samples=1)
-    found = recon.run_study(recon.grid(base, evaluation_length=[0, 256], sequence_length=[0]), tmp_path, progress=False)
-    assert counted.call_count == 1 and len(set(found["key"])) == 1
-    assert list(found["evaluation_length"]) == list(found["sequence_length"]) == [256, 256]
-    missing = recon.run_study([base.replaced(evaluation_length=0, seed=7)], tmp_path, progress=False, compute=False)
-    assert list(missing["evaluation_length"]) == [256]
-
-
 def test_grid_has_every_combination(tiny_spec):
     specs = recon.grid(tiny_spec, granularity=["block", "model"], seed=[0, 1])
     wanted = [("block", 0), ("block", 1), ("model", 0), ("model", 1)]
@@ -38,18 +29,20 @@ def test_grid_has_every_combination(tiny_spec):
         recon.grid(tiny_spec, sed=[1])
 
 
-def test_what_is_done_is_not_done_again_and_rows_are_in_order(tiny_spec, counted, tmp_path):
-    specs = recon.grid(tiny_spec, granularity=["block", "none"], seed=[1, 0])
+def test_what_is_done_is_not_done_again_what_failed_is_and_rows_are_in_order(tiny_spec, counted, tmp_path):
+    """Lengths that are not given, and the same given, are one run."""
+    specs = recon.grid(tiny_spec.replaced(evaluation_length=0), granularity=["block", "9-blocks"], seed=[1, 0])
+    given = [spec.replaced(evaluation_length=256) for spec in specs]
     first = recon.run_study(specs[:1], tmp_path, progress=False)
     assert counted.call_count == 1 and list(first["status"]) == ["done"]
     found = recon.run_study(specs, tmp_path, progress=False, compute=False)
     assert list(found["status"]) == ["done"] + ["missing"] * 3 and "no record" in found["error"][1]
-    assert counted.call_count == 1 and len(list(tmp_path.glob("*.json"))) == 1
+    assert counted.call_count == 1 and len(list(tmp_path.glob("*.json"))) == 1 and set(found["evaluation_length"]) == {256}
     runs = recon.run_study(specs, tmp_path, progress=False)
-    assert counted.call_count == 4
-    assert list(zip(runs["granularity"], runs["seed"], strict=True)) == [("block", 1), ("block", 0), ("none", 1), ("none", 0)]
-    assert list(runs["key"]) == [spec.key() for spec in specs]
-    assert recon.run_study(specs, tmp_path, progress=False)["perplexity"].equals(runs["perplexity"]) and counted.call_count == 4
+    assert counted.call_count == 4 and list(runs["key"]) == [spec.key() for spec in given]
+    assert [*zip(runs["granularity"], runs["seed"])] == [("block", 1), ("block", 0), ("9-blocks", 1), ("9-blocks", 0)]
+    assert list(runs["status"]) == ["done", "done", "failed", "failed"] and "the model has 4" in runs["error"][2]
+    assert recon.run_study(given, tmp_path, progress=False)["perplexity"].equals(runs["perplexity"]) and counted.call_count == 6
 
 
 def test_a_run_whose_model_is_gone_fails_alone(tiny_spec, tiny_folder, tmp_path, monkeypatch):
@@ -79,15 +72,6 @@ def test_a_run_whose_model_is_gone_fails_alone(tiny_spec, tiny_folder, tmp_path,
 def test_a_run_whose_texts_have_changed_since_the_study_began_is_not_computed(tiny_spec, counted, tmp_path):
     record, _ = studies.run_to_record(tiny_spec, tmp_path / "r.json", recon.RunOptions(progress=False), key="another")
     assert record.status == "failed" and "its key is" in record.error and not counted.called
-
-
-def test_a_failed_run_says_how_and_the_others_go_on(tiny_spec, counted, tmp_path):
-    bad = recon.grid(tiny_spec, granularity=["9-blocks"])[0]
-    runs = recon.run_study([bad, tiny_spec], tmp_path, progress=False)
-    assert list(runs["status"]) == ["failed", "done"] and "the model has 4" in runs["error"][0]
-    assert json.loads((tmp_path / f"{bad.key()}.json").read_text())["status"] == "failed"
-    recon.run_study([bad, tiny_spec], tmp_path, progress=False)
-    assert [call.args[0].key() for call in counted.call_args_list].count(bad.key()) == 2 and counted.call_count == 3
 
 
 def test_a_failure_replaces_no_finished_record(tiny_spec, counted, tmp_path, monkeypatch):
