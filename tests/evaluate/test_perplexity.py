@@ -43,6 +43,11 @@ def test_bfloat16_is_close_and_not_the_same(tiny, tokens):
     assert one != other == pytest.approx(one, rel=0.05)
 
 
+def test_float16_weights_run_on_the_cpu(tiny, tokens):
+    model, batch = tiny("llama"), tokens(2, 12)
+    assert perplexity(copy.deepcopy(model).half(), batch).value == pytest.approx(perplexity(model, batch).value, rel=1e-2)
+
+
 def test_a_hopeless_model_has_infinite_perplexity(tiny, tokens):
     model = tiny("llama")
     with torch.no_grad():
