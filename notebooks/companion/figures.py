@@ -567,7 +567,7 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
     wide = data.pivot(index=["model", "pattern", "mask"], columns="way", values="difference").reindex(columns=ways).dropna()
     paid = wide[wide[ways[0]] > least]
     kept = (paid[ways[1]] / paid[ways[0]]).groupby("pattern", sort=False).median()
-    words = ", ".join(f"{share:.0%} ({pattern})" for pattern, share in kept.items()).replace("-", "−") or "no mask gains as much"
+    words = ", ".join(f"{share:.0%} ({pattern})" for pattern, share in kept.items()) or "no mask gains as much"
     gain = f"what a mask gains over {baseline} before reconstruction, if more than {least:g} nats"
     return figure, data, f"Of {gain}, this is left after it (median; below 0: it loses): {words}."
 

@@ -28,7 +28,7 @@ PROFILES = {  # -> the folders of figures and of records
     "laptop": ("figures", "results/laptop"),
     "paper": ("figures/paper", "results/paper"),
 }
-OLDER = "**Older protocol**: other windows of text, or another precision, than those of today; to be made anew."
+OLDER_WORDS = "**Older protocol**: other windows of text, or another precision, than those of today; to be made anew."
 # Names that are compared with one another, in the order of their colours, markers and lines.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GOLD = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b"
 _SIZES = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
@@ -243,6 +243,6 @@ def _entry(folder: Path, name: str, command: str = "", older: Container[str] = (
         *heading,
         figure["finding"],
         f"![{words}]({name}.png)",
-        figure["caption"] + f" {OLDER}" * any(key in older for key in figure["records"]),
+        figure["caption"] + f" {OLDER_WORDS}" * any(key in older for key in figure["records"]),
         " · ".join([*[command] * bool(command), *links]),
     ]

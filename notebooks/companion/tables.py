@@ -10,7 +10,7 @@ import pandas as pd
 
 from companion.compare import SEEDS, common, curve, once, pick, studies
 from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS, protocol
-from companion.publish import OLDER
+from companion.publish import OLDER_WORDS
 
 HALF = {"granularity": "half-block"}
 MEASURES = {"own": "perplexity", "other": "perplexity, second text", "kl": "KL to dense"}
@@ -112,7 +112,7 @@ def texts(runs: pd.DataFrame, older: Container[str] = ()) -> dict[str, str]:
         caption += f"column, of {SEEDS} seeds or more; runs of one seed are pairs, so verdicts tell more. {protocol(used)}"
         told = " Paper: of its own models, from a summary of it; its tables could not be read here."
         caption += told * any(table == name for table, _ in PAPER)
-        caption += f" {OLDER}" * any(key in older for key in used["key"])
+        caption += f" {OLDER_WORDS}" * any(key in older for key in used["key"])
         page, tex = [f"# {title}"], []
         for panel, part in data.groupby("panel", sort=False):
             shown = _words(part, name, "**{}**")

@@ -134,17 +134,15 @@ def find_units(decoder: Decoder) -> list[Units]:
     """
     if routed := next((name for name, matrix in decoder.matrices().items() if matrix.routed), None):
         raise ReconError(f"{routed!r} is an expert's; whole heads and neurons are not removed from models with experts")
-    try:
-        windows = decoder.windows("half-block")
-    except ReconError as error:
-        said = str(error).partition("; use")[0]
-        raise ReconError(f"whole heads and neurons cannot be removed, single weights can: {said}") from error
+    if why := next((halves for halves in decoder.halves if isinstance(halves, str)), None):
+        kind = type(decoder.model).__name__
+        raise ReconError(f"whole heads and neurons of {kind} cannot be removed, single weights can: a block {why}")
     known: dict[tuple, dict[int, Tensor]] = {}
     units = []
     # A lazy model is examined with made-up weights: when a run resumes, some of its own may be pruned already.
     with decoder.lazy.made_up() if decoder.lazy else contextlib.nullcontext():
         hidden = decoder.embed(probe_tokens(decoder.model))
-        for window in windows:
+        for window in decoder.windows("half-block"):
             kind, count = (kind_of(decoder.blocks[window.blocks[0]]), window.half), _count(decoder, window)
             if kind not in known:
                 with decoder.loaded(window):

@@ -281,6 +281,7 @@ class Storage:
 
     @contextlib.contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
+        """Context that says which file is cut short."""
         try:
             yield
         except SafetensorError as error:

@@ -94,7 +94,7 @@ def subject(spec: RunSpec, blocks: int, folder: Path | str) -> tuple[Decoder, ob
     decoder, config, device = decompose(whole), whole.config, pick_device(spec.compute.device)
     del whole.get_submodule(decoder.structure.stacks[-1])[blocks:]
     config.num_hidden_layers = min(blocks, len(decoder.blocks))
-    if "layer_types" in vars(config):
+    if vars(config).get("layer_types"):
         config.layer_types = config.layer_types[:blocks]
     with models.quiet():
         whole.save_pretrained(folder)

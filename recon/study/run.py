@@ -141,9 +141,8 @@ def run(
             plan.check(spec, "yes" if streamed else "no", options.force, **takes)
         if (streamed or begun) and not save:
             stack.enter_context(locked(folder, "work folder"))
-        if owner(folder) not in (None, work) and save:
-            Storage(folder, work)  # refuses: another run is unfinished there
-        storage = Storage(folder if streamed else None, work, keep=["prune"])
+        taken = save and owner(folder) not in (None, work)  # by another unfinished run: that is refused
+        storage = Storage(folder if streamed or taken else None, work, keep=["prune"])
         if streamed:
             log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
         stack.callback(storage.delete, begun=False)  # what is refused would stand in the way of another try

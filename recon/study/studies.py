@@ -131,6 +131,7 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
     records, lost = {}, None
 
     def keep(key: str, record: RunRecord) -> None:
+        """Takes the record of a run that is over, done or failed."""
         records[key] = record
         if how:  # the worker may not have this folder
             path = folder / f"{key}.json"

@@ -84,7 +84,7 @@ def test_the_gallery_shows_what_is_there_and_names_what_is_not(saved):
     assert "### Method\n\nLines [rise]" in page and "![Lines (rise)" in page and "| claim |" in page
     assert "- quickstart-perplexity, quickstart-error (0-quickstart)" in page
     marked = publish.gallery("quick", folder=folder, older={"a"})  # one of its two records
-    assert publish.OLDER not in page and f"How it <was> made {publish.OLDER}" in marked
+    assert publish.OLDER_WORDS not in page and f"How it <was> made {publish.OLDER_WORDS}" in marked
     links = re.findall(r"\]\(([^)]+)\)", page)
     assert links and [link for link in links if not (folder / link).exists()] == []
 

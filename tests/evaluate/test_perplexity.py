@@ -37,6 +37,11 @@ def test_the_divergence_from_a_reference_is_told(tiny, tokens):
     assert perplexity(dense, batch.int(), execution=FLOAT32, reference=reference).kl_per_window == pytest.approx([0, 0], abs=1e-6)
 
 
+def test_float16_weights_run_on_the_cpu(tiny, tokens):
+    model, batch = tiny("llama"), tokens(2, 12)
+    assert perplexity(copy.deepcopy(model).half(), batch).value == pytest.approx(perplexity(model, batch).value, rel=1e-2)
+
+
 def test_a_hopeless_model_has_infinite_perplexity(tiny, tokens):
     model = tiny("llama")
     with torch.no_grad():
