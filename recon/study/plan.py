@@ -165,7 +165,8 @@ def flops(spec: RunSpec) -> dict[str, float]:
     rule = CRITERIA["none" if spec.model.pruned else pruning.criterion]
     by_grams = rule.statistics == "gram" or pruning.mask_refinement > 0
     passes = rule.statistics != "none" or by_grams
-    passes = 0 if spec.one_pass else passes * (2 if pruning.statistics == "sparse" and rule.scope != "model" else 1)
+    twice = pruning.statistics == "sparse" and rule.scope != "model"  # each block but the last runs once more
+    passes *= 0 if spec.one_pass else 1 + twice * (1 - 1 / len(decoder.blocks))
     found = {"prune": (passes * forward + by_grams * grams) * tokens["prune"], "reconstruct": 0.0, "retrain": 0.0}
     if rule.statistics == "gradient":
         found["prune"] += counted(decoder, whole, length, "matrices") * tokens["prune"]
