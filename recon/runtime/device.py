@@ -25,7 +25,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # which fails on meta
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ReconError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try auto or cpu") from None
 

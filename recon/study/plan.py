@@ -23,8 +23,10 @@ from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA, admm
 from recon.kernels.losses import ELEMENTS
 from recon.kernels.moments import triangle
+from recon.kernels.patterns import Pattern
 from recon.methods import allocation, reorder
 from recon.methods.samples import ERROR_SAMPLES
+from recon.methods.training import check_trainable
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy, skeleton
@@ -143,6 +145,18 @@ def trainings(spec: RunSpec, decoder: Decoder) -> Iterator[Training]:
         if how.adapter != "none":
             elements = how.rank * sum(sum(matrix.weight.shape) for matrix in decoder.matrices(part.window).values())
         yield part._replace(passes=passes, tokens=epochs * samples * length, elements=elements)
+
+
+def check_fits(spec: RunSpec, decoder: Decoder) -> None:
+    """Raises `ReconError` for what the model cannot do: windows, adapters, patterns, lengths."""
+    granularity = spec.reconstruction.granularity
+    decoder.windows("block" if granularity == "none" else granularity)
+    for method in (spec.reconstruction.adapter, spec.retraining.retrain):
+        check_trainable(decoder, method)
+    for name, matrix in decoder.matrices().items():
+        Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
+    for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
+        decoder.check_length(length)
 
 
 def flops(spec: RunSpec) -> dict[str, float]:
@@ -319,6 +333,7 @@ class Plan:
     ):
         self.spec = spec = spec.resolved()
         self.decoder = decoder = shapes_of(*spec.loaded_by)
+        check_fits(spec, decoder)
         device = devices.pick_device(spec.compute.device)
         if memory_gib is not None and not memory_gib > 0:
             raise ReconError(f"memory is {memory_gib}; allowed: a number of GiB above 0")

@@ -20,7 +20,7 @@ from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
 from recon.methods import masks, prune, reconstruct, reorder, retrain
-from recon.methods.training import Callback, check_trainable
+from recon.methods.training import Callback
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.skeleton import Lazy
@@ -257,18 +257,11 @@ class _Run(Callback):
         self.external = session.keep("external mask", spec.pruned_by, open_external) if model.pruned else None
 
     def check_fits(self) -> None:
-        """Raises `ReconError` for what this model cannot do: windows, adapters, patterns, lengths, being saved."""
-        spec, dense, granularity = self.spec, self.dense, self.spec.reconstruction.granularity
-        dense.windows("block" if granularity == "none" else granularity)
-        for method in (spec.reconstruction.adapter, spec.retraining.retrain):
-            check_trainable(dense, method)
-        biases = prune.touched_biases(dense, spec.pruning.criterion)
-        for name, matrix in dense.matrices().items():
-            Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
-        for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
-            dense.check_length(length)
+        """Raises `ReconError` for what this model cannot do, being saved included."""
+        plan.check_fits(self.spec, self.dense)
+        biases = prune.touched_biases(self.dense, self.spec.pruning.criterion)
         if self.options.save:
-            checkpoint.check_model(dense, biases, self.options.save_dtype)
+            checkpoint.check_model(self.dense, biases, self.options.save_dtype)
 
     def measured(self, name: str, decoder: Decoder) -> Measured:
         """How good the dense, pruned or reconstructed model is; what is known of it from before the run was killed, or from a run

@@ -214,6 +214,9 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
     plan.check(spec, "no", loaded=2**30)  # what is loaded already need not fit once more
     with pytest.raises(ReconError, match="retraining"):
         plan.Plan(spec.replaced(retrain="full"), "yes")
+    for cannot, said in ({"pattern": "3:7"}, "divide"), ({"evaluation_length": 10**6}, "made for"), ({"device": "meta"}, "meta"):
+        with pytest.raises(ReconError, match=said):
+            plan.Plan(spec.replaced(**cannot))
 
 
 def test_what_the_disk_has_no_room_for_is_refused(spec, monkeypatch, tmp_path):
