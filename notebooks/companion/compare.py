@@ -434,7 +434,7 @@ def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, si
     for every model, too, and widened for the few degrees of freedom that tell it.
     """
     families, size = {}, size or parameters
-    for model in sorted(filter(size, evidence), key=size):
+    for model in sorted(filter(size, evidence), key=lambda name: (size(name), name)):  # in whatever order they come
         families.setdefault(family(model) if size is parameters else "", []).append(model)
     if not families:
         return None

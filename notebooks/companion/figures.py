@@ -509,10 +509,8 @@ def drift(runs: pd.DataFrame) -> Plot:
 
 def costs(runs: pd.DataFrame) -> Plot:
     """Perplexity of each size of window, mean and range over seeds, against FLOPs and, if known, memory."""
-    data = sizes(runs)
-    data = data[data["granularity"] != "pruned"][
-        ["granularity", "seeds", "perplexity", "lowest perplexity", "highest perplexity", COMPUTE, MEMORY]
-    ]
+    columns = ["granularity", "seeds", "perplexity", "lowest perplexity", "highest perplexity", COMPUTE, MEMORY]
+    data = sizes(runs).query("granularity != 'pruned'")[columns]
     shown = [cost for cost in (COMPUTE, MEMORY) if data[cost].notna().any()]
     figure, axes = panels(len(shown), 4.4, 3.2, sharey=True)
     for ax, cost in zip(axes, shown):
@@ -566,8 +564,8 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     wide = data.pivot(index=["model", "pattern", "mask"], columns="way", values="difference").reindex(columns=ways).dropna()
     paid = wide[wide[ways[0]] > least]
-    kept = (paid[ways[1]] / paid[ways[0]]).groupby("pattern", sort=False).median()
-    words = ", ".join(f"{share:.0%} ({pattern})" for pattern, share in kept.items()) or "no mask gains as much"
+    kept = (paid[ways[1]] / paid[ways[0]]).groupby("pattern", sort=False)
+    words = ", ".join(f"{own.median():.0%} ({pattern}, gains: {len(own)})" for pattern, own in kept) or "no mask gains as much"
     gain = f"what a mask gains over {baseline} before reconstruction, if more than {least:g} nats"
     return figure, data, f"Of {gain}, this is left after it (median; below 0: it loses): {words}."
 
@@ -602,7 +600,8 @@ def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
         best.append(f"{pattern}: {first['mask']}, {first['way']}, {first[quality]:.2f} for {first[cost]:.1f} {cost}")
     lower_is_better(axes[0])
     legend(figure, axes[0])
-    return figure, data, f"Lowest perplexity, as a multiple of that of {', '.join(baseline)}: {'; '.join(best)}."
+    said = f"Drawn are the pairs of mask and fit that all models of a pattern have, {complete.sum()} of {len(complete)}."
+    return figure, data, f"{said} Lowest perplexity, as a multiple of that of {', '.join(baseline)}: {'; '.join(best)}."
 
 
 # --- all claims --------------------------------------------------------------------------------------------------------

@@ -233,8 +233,9 @@ def over_size(
                 points += [about | {"model": model, "size": size(model), "seed": seed, "value": value} for seed, value in units]
         if slope := compare.sloped(evidence, size=size):
             effect, _, low, high = (math.nan,) * 4 if slope.lacks else slope.estimate(0.95)
-            why = "has too few sizes" if slope.lacks else "cannot be told" if math.isnan(low) else "shows no trend"
-            trend = "rises" if low > 0 else "falls" if high < 0 else why
+            why = "has too few sizes" if slope.lacks else "cannot be told" if math.isnan(low) else "shows no clear trend"
+            clear = low * high > 0 and min(abs(low), abs(high)) > slope.error(0.95)  # else bootstraps may differ about it
+            trend = why if not clear else "rises" if low > 0 else "falls"
             slopes.append(about | {"slope": effect, "low": low, "high": high, "seeds": slope.seeds, "trend": trend})
     data, slopes = pd.DataFrame(points), pd.DataFrame(slopes)
     plain, names = size == compare.parameters, list(dict.fromkeys(data["panel"]))
