@@ -63,7 +63,7 @@ SOURCES = {
     "0.95) and its clipping of gradients (norm 1)",
     "3basil-tm": "arXiv 2603.01376, github.com/mazumder-lab/3BASiL, 5ce1037; 128 x 2,048 tokens; its masks are by another ADMM, "
     "and its rate falls by a cosine to a fifth",
-    "alps": "Meng et al. 2024, arXiv 2406.07831; 128 x 2,048 tokens; prunes only",
+    "alps": "Meng et al. 2024, arXiv 2406.07831; 128 x 2,048 tokens; prunes only; by this library's ADMM, of fewer rounds",
     "sparsegpt": "Frantar & Alistarh 2023, arXiv 2301.00774; 128 x 2,048 tokens; prunes only",
     "wanda": "Sun et al. 2023, arXiv 2306.11695; 128 x 2,048 tokens; prunes only",
     "wanda++": "Yang et al. 2025, arXiv 2503.04992; 128 x 2,048 tokens; its regional gradients, without its optimisation "
@@ -141,8 +141,8 @@ class PruningConfig(Checked):
 
     criterion: str = "wanda"  # What decides which weights go: one that `recon criteria` lists.
     pattern: str = "0.5"  # Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).
-    scope: Literal[("auto", *SCOPES)] = "auto"  # Weights compete within a row or the matrix; auto is the criterion's own default.
-    # What the criterion sees: activations of the dense model (dense), or of the model as pruned so far (sparse, as published).
+    scope: Literal[("auto", *SCOPES)] = "auto"  # A sparsity's weights compete in a row or the matrix; auto: the criterion's own.
+    # What the criterion sees: activations of the dense model (dense; FLAP always), or of the model as pruned so far (sparse).
     statistics: Literal["sparse", "dense"] = "dense"
     # How sparse each block is: uniform, the same for all; dlp, by the median of weight times input norm; measured, by what it
     # costs the predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays.
@@ -197,7 +197,8 @@ class ReconstructionConfig(Checked):
     # Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
     # minus the cosine (cosine).
     loss: Literal[tuple(LOSSES)] = "whitened"
-    skip_first: bool = True  # Whether the loss leaves out each sample's first position, whose activations are massive.
+    # Whether gradient descent leaves out each sample's first position, whose activations are massive; exact solutions do not.
+    skip_first: bool = True
     learning_rate: Positive = 0.01  # Peak rate of AdamW for half-blocks; for other windows see --size-power, --matrix-rate.
     size_power: Size = 0.65  # The learning rate of a window of n half-blocks is divided by n to this power.
     matrix_rate: Positive = 0.1  # Learning rate of single matrices as a share of that of half-blocks.
@@ -242,7 +243,7 @@ def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, sam
     """Why windows cannot be pruned one by one as reconstruction, with so many samples, reaches them; empty where they can."""
     criterion = CRITERIA[pruning.criterion]
     reads = criterion.statistics != "none" or pruning.mask_refinement
-    other = reads and pruning.prune_samples not in (0, samples)
+    other = (reads or pruning.allocation != "uniform") and pruning.prune_samples not in (0, samples)
     reasons = {
         f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": isinstance(criterion, Structured),
         f"criterion {pruning.criterion!r} weighs gradients of the output of blocks": criterion.statistics == "gradient",

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from fixtures.families import small_model
 from fixtures.models import FLOAT32, copied, make_model, random_tokens
 
 import recon
@@ -192,6 +193,7 @@ def retrain(student, method="full", samples=TOKENS, **call):
     (lambda d, s: retrain(s, masks={}), "mask of 'model.layers.0.self_attn.q_proj' is missing"),
     (lambda d, s: retrain(copy.deepcopy(s.model).half()), "is torch.float16"),
     (lambda d, s: retrain(make_model("mixtral"), "lora"), "one expert's part"),
+    (lambda d, s: retrain(small_model("olmo"), "norms"), "norms and biases, of which the model has none"),
     (lambda d, s: prune(d, "text"), "calibration samples are 'text' .*allowed: tokens"),
     (lambda d, s: prune(d, []), r"calibration samples are \[\] .*non-empty"),
     (lambda d, s: prune(d, [[1, 2], [1, 2, 3]]), "Expected size 2 but got size 3"),

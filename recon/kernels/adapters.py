@@ -22,14 +22,14 @@ ALPHA = 2.0  # the factor s itself, alpha / rank: alpha is twice the rank, as us
 class LowRank(nn.Module):
     """A weight (out, in) as a function of B, which starts at zero, and A, which is random: at first the weight itself.
 
-    mask: (out, in), 1 = kept; a weight that its module stores as (in, out) comes with a mask laid out likewise.
-    kind: see the top. rank: of BA. random: draws A as `peft` does (Kaiming uniform).
+    mask: (out, in), 1 = kept. kind: see the top. rank: of BA. random: draws A as `peft` does (Kaiming uniform).
+    transposed: whether weight and mask are laid out as (in, out), here and in the methods.
     """
 
-    def __init__(self, weight: Tensor, mask: Tensor, kind: str, rank: int, random: torch.Generator):
+    def __init__(self, weight: Tensor, mask: Tensor, kind: str, rank: int, random: torch.Generator, transposed: bool = False):
         super().__init__()
-        self.kind = kind
-        rows, columns = weight.shape
+        self.kind, self.transposed = kind, transposed
+        rows, columns = weight.T.shape if transposed else weight.shape
         a = torch.empty(rank, columns)
         nn.init.kaiming_uniform_(a, a=5**0.5, generator=random)
         self.a = nn.Parameter(a.to(weight.device))
@@ -53,6 +53,7 @@ class LowRank(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
             merged = (ALPHA * self.b) @ self.a  # in place from here on: it is as large as the weight
+            merged = merged.T if self.transposed else merged
             factor = weight if self.kind == "scalelora" else self.mask
             if factor is not None:
                 merged *= factor

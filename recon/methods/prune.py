@@ -64,7 +64,8 @@ def prune(
     decoder = decompose(model)
     execution = execution or Execution.of(decoder)
     if samples is not None:
-        decoder.check_length((samples := as_tokens(samples)).shape[1])
+        samples = as_tokens(samples)[: config.prune_samples or None]
+        decoder.check_length(samples.shape[1])
     pruner = Pruner(decoder, config.on(0 if samples is None else len(samples)), seed, execution)
     if (pruner.statistics != "none" or config.allocation != "uniform") and samples is None:
         beside = " with mask refinement" if config.mask_refinement else f" with allocation {config.allocation}"
@@ -170,9 +171,11 @@ class Pruner:
 @torch.no_grad()
 def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor]) -> None:
     """Prunes a copy of the dense model in place, as `pruning` says of another; `weights`: parameters that pruning updated."""
-    for name, matrix in decoder.matrices().items():
-        if matrix.parameter_name in weights:
-            matrix.parameter.copy_(weights[matrix.parameter_name])
+    matrices = decoder.matrices()
+    parameters = {matrix.parameter_name: matrix.parameter for matrix in matrices.values()}  # one of many experts is copied once
+    for name in parameters.keys() & weights.keys():
+        parameters[name].copy_(weights[name])
+    for name, matrix in matrices.items():
         if matrix.bias_name in weights:
             set_bias(matrix.module, weights[matrix.bias_name])
         matrix.weight.masked_fill_(~pruning.masks[name], 0.0)

@@ -132,7 +132,9 @@ def settle(what: str, theta: dict[str, nn.Parameter], before: dict[str, Tensor],
 
 
 def check_trainable(decoder: Decoder, method: str) -> None:
-    """Raises `ReconError` naming a parameter that is not in float32, or a matrix that no adapter fits if `method` is one."""
+    """Raises `ReconError` naming a parameter that is not in float32, or what `method` cannot train."""
+    if method == "norms" and all(each.ndim != 1 for each in decoder.model.parameters()):
+        raise ReconError("retrain 'norms' trains norms and biases, of which the model has none; choose another method")
     for name, parameter in decoder.model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
@@ -155,7 +157,7 @@ def adapted(
     try:
         for matrix in matrices:
             mask = factors(matrix.oriented(masks[matrix.name]), matrix.module.weight.device)
-            adapter = LowRank(matrix.module.weight, mask, kind, rank, random)
+            adapter = LowRank(matrix.module.weight, mask, kind, rank, random, matrix.transposed)
             trained += adapter.trained(matrix.module.weight)
             parametrize.register_parametrization(matrix.module, "weight", adapter, unsafe=True)  # its shape is known to be right
             done.append(matrix)

@@ -164,7 +164,8 @@ class Decoder:
 
         As no sample is padded, they depend only on the shape (batch, length), so one copy per shape, device and dtype is kept.
         """
-        key = tuple(hidden.shape[:2]), hidden.device, next(self.model.parameters()).dtype
+        kind = next(self.model.parameters()).dtype, any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        key = tuple(hidden.shape[:2]), hidden.device, *kind
         if key not in self.calls:
             with torch.no_grad(), self.loaded_embedding():
                 calls = self.observe_calls(placeholder_tokens(self.model, key[0]))

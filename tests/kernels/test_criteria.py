@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fixtures.models import problem
+from torch.testing import assert_close
 
 from recon.errors import ReconError
 from recon.kernels.criteria import CRITERIA, Criterion, Structured, admm
@@ -168,6 +169,7 @@ def test_inputs_that_are_always_zero_go_first(name, options, pattern, scope):
     (weight, inputs), dead = problem(), [0, 5, 6, 11]
     inputs[:, dead] = 0.0
     pruned, mask = prune(name, weight, inputs, pattern, scope, **options)
+    assert_close(prune(name, weight, inputs / 2**10, pattern, scope, **options), (pruned, mask))  # their unit does not matter
     assert (pruned[:, dead] == 0).all()
     assert int((~mask).sum()) == Pattern.parse(pattern).zeros(weight.numel())
     assert pattern != "0.5" or not mask[:, dead].any()

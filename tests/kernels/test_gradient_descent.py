@@ -36,22 +36,27 @@ def test_sizes_are_those_of_what_survives():
     assert_close([each.size for each in trained([weight, silent], {weight: mask})], [size, (25 / 7) ** 0.5])
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_adapters_begin_and_scale_as_pefts_do_and_have_the_gradients_of_the_formula(kind):
+def test_adapters_begin_and_scale_as_pefts_do_and_have_the_gradients_of_the_formula(kind, transposed):
     """A: Kaiming uniform with a = sqrt(5), which is +-1 / sqrt(in); alpha: twice the rank."""
     random = torch.Generator().manual_seed(0)
     weight, above = (torch.randn(7, 64, generator=random) for _ in range(2))
     mask = torch.rand(7, 64, generator=random) > 0.5
-    adapter = LowRank(weight, mask, kind, 16, random)
+
+    def stored(given):
+        return given.T if transposed else given
+
+    adapter = LowRank(stored(weight), stored(mask), kind, 16, random, transposed)
     assert 0.99 / 8 < adapter.a.abs().max() <= 1 / 8 and not adapter.b.any()
     with torch.no_grad():
         adapter.b.normal_(generator=random)
     a, b = (parameter.detach().clone().requires_grad_() for parameter in (adapter.a, adapter.b))
     expected = weight + 2 * {"lora": 1.0, "masklora": mask, "scalelora": weight}[kind] * (b @ a)
-    assert_close(exact := adapter(weight), expected)
+    assert_close(exact := adapter(stored(weight)), stored(expected))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(adapter(weight), exact.bfloat16())  # rounded once
-    (adapter(weight) * above).sum().backward()
+        assert torch.equal(adapter(stored(weight)), exact.bfloat16())  # rounded once
+    (adapter(stored(weight)) * stored(above)).sum().backward()
     (expected * above).sum().backward()
     assert_close((adapter.a.grad, adapter.b.grad), (a.grad, b.grad))
 

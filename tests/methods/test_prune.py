@@ -48,6 +48,12 @@ def test_a_model_in_half_precision_stays_in_it(tokens, criterion):
     assert zeros_stay(decompose(model), masks) and {each.dtype for each in model.parameters()} == {torch.bfloat16}
 
 
+def test_no_more_samples_are_read_than_the_options_say(dense, tokens):
+    some = (tokens(4, 12), PruningConfig(prune_samples=2)), (tokens(4, 12)[:2], PruningConfig())
+    said, given = (prune(copied(dense), *each, execution=FLOAT32).masks for each in some)
+    assert_close(said, given)
+
+
 def test_random_masks_follow_the_seed(dense):
     config, name = PruningConfig(criterion="random"), "model.layers.0.self_attn.q_proj"
     masks = [prune(copied(dense), None, config, seed=seed, execution=FLOAT32).masks for seed in (0, 0, 1)]

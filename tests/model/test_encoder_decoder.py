@@ -96,6 +96,7 @@ def test_finding_what_blocks_are_called_with_spoils_no_training_in_half_precisio
             dense.forget()
             losses.append(dense.forward(window, hidden).square().mean().item())
     assert losses[0] == losses[1]  # which NaN is not
+    assert dense.forward(window, hidden).isfinite().all()  # in single precision after that
 
 
 def test_what_blocks_share_has_to_be_known(monkeypatch):

@@ -38,7 +38,7 @@ def prune(
     """The pruned and updated weight (out, in), and its mask (out, in), True = kept.
 
     weight: (out, in).
-    statistics: the Gram matrix X'X / tokens (in, in). H is twice that; a constant factor does not change the result.
+    statistics: the Gram matrix X'X / tokens (in, in). H is a multiple of that, which does not change the result.
     scope: what an unstructured pattern compares within, in each block of columns: one "row", or the "matrix" (all rows).
     block_size: columns whose unstructured mask is chosen at once; for N:M it affects speed alone.
     damping: added to H's diagonal, as a fraction of its mean; ten times more after each failed factorisation.
@@ -49,7 +49,8 @@ def prune(
     dead = statistics.diagonal() == 0  # inputs that are always zero, (in,)
     # (in, out): what is done column by column reads memory in order.
     columns = weight.masked_fill(dead, 0.0).T.contiguous()
-    hessian = statistics + torch.diag(dead.to(statistics.dtype))
+    live = statistics.diagonal()[~dead]  # whose mean dead inputs get, where the authors' code has 1: then the unit would matter
+    hessian = statistics + torch.diag(dead * (live.mean() if len(live) else 1.0))
     factor = inverse_factor(hessian, damping)
 
     mask = torch.ones_like(columns, dtype=torch.bool)
