@@ -52,7 +52,7 @@ def test_a_bound_that_two_bootstraps_would_place_on_either_side_of_the_margin_de
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_seeds_say_nothing_about_noise(count):
     rows = judge.judge(frame.table(everything(count))).query("seeds > 0").set_index("claim")
-    assert set(rows["group"]) == set(judge.GROUPS)
+    assert set(rows["group"]) == {*judge.GROUPS} - {"5d"}  # made-up runs have no memory
     assert set(rows.index[rows["verdict"] != UNSURE]) <= {"1.wanda.own", "1.sparsegpt.own", "1.magnitude.own", "8", "8m"}
     assert rows["reason"].drop(["8", "8m"]).str.contains(f"fewer than 3 seeds ({count})", regex=False).all()
 
