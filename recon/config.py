@@ -141,8 +141,8 @@ class PruningConfig(Checked):
 
     criterion: str = "wanda"  # What decides which weights go: one that `recon criteria` lists.
     pattern: str = "0.5"  # Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).
-    scope: Literal[("auto", *SCOPES)] = "auto"  # A sparsity's weights compete in a row or the matrix; auto: the criterion's own.
-    # What the criterion sees: activations of the dense model (dense; FLAP always), or of the model as pruned so far (sparse).
+    scope: Literal[("auto", *SCOPES)] = "auto"  # What weights compete within, but for N:M; auto: the criterion's own.
+    # Whose activations the criterion sees: the dense model's (dense; FLAP's always), or the pruned one's (sparse, as published).
     statistics: Literal["sparse", "dense"] = "dense"
     # How sparse each block is: uniform, the same for all; dlp, by the median of weight times input norm; measured, by what it
     # costs the predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays.

@@ -162,7 +162,7 @@ class Decoder:
     def call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
         """The arguments of each block beside `hidden` (batch, length, hidden): positions, rotary embeddings, masks.
 
-        As no sample is padded, they depend only on the shape (batch, length), so one copy per shape, device and dtype is kept.
+        As no sample is padded, they depend only on the shape (batch, length): one copy per shape, device and precision is kept.
         """
         kind = next(self.model.parameters()).dtype, any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         key = tuple(hidden.shape[:2]), hidden.device, *kind

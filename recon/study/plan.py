@@ -153,8 +153,9 @@ def check_fits(spec: RunSpec, decoder: Decoder) -> None:
     decoder.windows("block" if granularity == "none" else granularity)
     for method in (spec.reconstruction.adapter, spec.retraining.retrain):
         check_trainable(decoder, method)
+    pattern = Pattern.parse(spec.pruning.pattern)
     for name, matrix in decoder.matrices().items():
-        Pattern.parse(spec.pruning.pattern).check_columns(name, matrix.weight.shape[1])
+        pattern.check_columns(name, matrix.weight.shape[1])
     for length in (spec.calibration.sequence_length, spec.evaluation.evaluation_length):
         decoder.check_length(length)
 
@@ -318,7 +319,7 @@ class Plan:
     stream: as in `RunOptions`. loaded: bytes of weights that are in memory already. memory_gib: GiB of the host's memory that the
     run may take; default: what is free here. save: where the model is saved, if it is, as `save_dtype`.
 
-    Raises `ReconError` for a device, model, granularity or streaming that cannot be.
+    Raises `ReconError` for a device, model or streaming that cannot be, and for what `check_fits` refuses.
     """
 
     def __init__(

@@ -9,7 +9,8 @@ Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned
 Algorithm 1. For the upper triangular U (in, in) with U'U = H^-1, [H_F^-1]_j,: = U_jj * U_j,F: one factorisation serves all
 columns.
 
-Unlike in the authors' code, the number of zeros is exact, whatever the ties.
+Unlike in the authors' code, the number of zeros is exact, whatever the ties; and inputs that are always zero have the mean of
+the others on the diagonal of H, where theirs have 1, so that the unit of activations does not matter.
 """
 
 import logging
@@ -49,7 +50,7 @@ def prune(
     dead = statistics.diagonal() == 0  # inputs that are always zero, (in,)
     # (in, out): what is done column by column reads memory in order.
     columns = weight.masked_fill(dead, 0.0).T.contiguous()
-    live = statistics.diagonal()[~dead]  # whose mean dead inputs get, where the authors' code has 1: then the unit would matter
+    live = statistics.diagonal()[~dead]
     hessian = statistics + torch.diag(dead * (live.mean() if len(live) else 1.0))
     factor = inverse_factor(hessian, damping)
 
