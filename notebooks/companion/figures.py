@@ -573,7 +573,7 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
 def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
     """Perplexity and operations (pruning, reconstruction, retraining) of each mask and fit over those of `baseline`, such a pair.
 
-    runs: as of `frontier`. A panel for each pattern, with geometric means over its models; line: what nothing beats at that cost.
+    runs: as of `frontier`. A panel for each model and pattern; means over seeds. Line: what nothing beats at that cost.
     """
     by, cost, quality = ["model", "pattern", "mask", "way"], "times the operations", "times the perplexity"
     data = effects(runs, by, dict(zip(by[2:], baseline)), share=False).drop(columns="verdict")
@@ -581,27 +581,28 @@ def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
     usual = data[(data["mask"] == baseline[0]) & (data["way"] == baseline[1])].set_index(by[:2])["flops"]
     data[cost] = data["flops"] / usual.reindex(pd.MultiIndex.from_frame(data[by[:2]])).to_numpy()
     data[quality] = np.exp(-data["difference"])
-    groups = data.assign(**np.log(data[[cost, quality]])).groupby(by[1:], sort=False)
-    complete = groups.size() == groups.size().groupby("pattern").transform("max")  # of all models of the pattern
-    means = np.exp(groups[[cost, quality]].mean())[complete].reset_index()
-    patterns, ways, masks = (list(dict.fromkeys(means[name])) for name in ("pattern", "way", "mask"))
-    figure, axes = panels(len(patterns), 3.6, 3.3)
-    shown, best = {"hue": "way", "hue_order": ways, "palette": "colorblind", "style": "mask", "style_order": masks}, []
-    for ax, pattern in zip(axes, patterns):
-        own = means[means["pattern"] == pattern]
+    data = data.sort_values("pattern", kind="stable")
+    ways, masks = (list(dict.fromkeys(data[name])) for name in ("way", "mask"))
+    cells = data.groupby(["pattern", "model"], sort=False)
+    figure, axes = panels(len(cells), 4, 2.9, columns=data["model"].nunique(), sharex=True)
+    shown = {"hue": "way", "hue_order": ways, "palette": "colorblind", "style": "mask", "style_order": masks}
+    for ax, ((pattern, model), own) in zip(axes, cells):
         unbeaten = front(own, cost, quality)
         ax.step(unbeaten[cost], unbeaten[quality], where="post", color="0.6", linewidth=1, zorder=1)
         sns.scatterplot(own, x=cost, y=quality, **shown, s=60, legend=ax is axes[0], ax=ax)
-        ax.set(title=pattern, xlabel=f"{cost} of {', '.join(baseline)}", ylabel=quality)
+        ax.set(title=f"{model}, {pattern}", xlabel=f"{cost} of {', '.join(baseline)}", ylabel=quality)
         ax.margins(0.15)
         log_scale(ax, "x")
         log_scale(ax)
-        first = own.loc[own[quality].idxmin()]
-        best.append(f"{pattern}: {first['mask']}, {first['way']}, {first[quality]:.2f} for {first[cost]:.1f} {cost}")
     lower_is_better(axes[0])
     legend(figure, axes[0])
-    said = f"Drawn are the pairs of mask and fit that all models of a pattern have, {complete.sum()} of {len(complete)}."
-    return figure, data, f"{said} Lowest perplexity, as a multiple of that of {', '.join(baseline)}: {'; '.join(best)}."
+    best = data.loc[data.groupby(by[:2])[quality].idxmin()]
+    best["cell"] = best["model"] + " " + best["pattern"]
+    said = [
+        f"{mask}, {way}, {span(own[quality])} for {span(own[cost], '{:.1f}')} {cost} ({', '.join(own['cell'])})"
+        for (mask, way), own in best.groupby(by[2:])
+    ]
+    return figure, data, f"Lowest perplexity, as a multiple of that of {', '.join(baseline)}: {'; '.join(said)}."
 
 
 # --- all claims --------------------------------------------------------------------------------------------------------
