@@ -286,8 +286,7 @@ def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
         return None
     (_, fair, spent, _, count, their_count), mine, theirs, they_spent = max(pairs, key=lambda each: each[0])
     ours = " then ".join(map(str, dict.fromkeys(count)))
-    note = f"FLOPs {spent:.3g} (samples {ours}) against {they_spent:.3g} (samples {their_count[1]})"
-    note += "" if fair else ": less compute on the first side"
+    note = f"{spent / they_spent:.2f} times the FLOPs; samples: {ours} against {their_count[1]}"
     return pair(mine, theirs, claim["measure"], share=bool(claim["margin"]), note=note, favours_other=not fair)
 
 

@@ -244,7 +244,7 @@ def test_combination_is_compared_at_equal_compute_or_with_less_which_may_win_but
     assert on("6.masklora.retraining.flops", 0.5, 1e9, equal)["reason"] == "no records"
     assert on(claim, 0.3, 1e9, equal)["verdict"] == FAILS
     win, lose, more = (on(claim, recovered, flops, costly) for recovered, flops in ((0.5, 1e9), (0.3, 1e9), (0.5, 9e9)))
-    assert win["verdict"] == HOLDS and "less compute" in win["reason"]
+    assert win["verdict"] == HOLDS and "0.20 times the FLOPs" in win["reason"]
     assert lose["verdict"] == UNSURE and "but with less compute" in lose["reason"]
     assert more["reason"] == "no records"
 
