@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
             commands[command] = partial(commands[command], spec=RunSpec.of(**vars(given)))
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="recon", description="Prune a causal language model and reconstruct it.", args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            config=(tyro.conf.OmitArgPrefixes,),
         )  # fmt: skip
     except ReconError as error:
         print(f"recon: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The command line: what it takes, prints and leaves. What it refuses: `test_refusals`."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_run_writes_a_record_and_a_checkpoint(small, tmp_path, capsys):
     record, saved = tmp_path / "deep" / "out.json", tmp_path / "saved"
-    words = ["--criterion", "magnitude", "--pattern", "2:4", "--granularity", "matrix", "--solver", "exact", "--no-skip-first"]
-    main(["run", *small, *words, "--record", str(record), "--save", str(saved)])
+    words = "--preset paper --criterion magnitude --pattern 2:4 --granularity matrix --solver exact --no-skip-first"
+    main(["run", *small, *words.split(), "--record", str(record), "--save", str(saved)])
     written = json.loads(record.read_text())
     asked = {"criterion": "magnitude", "pattern": "2:4", "granularity": "matrix", "solver": "exact", "skip_first": False}
     assert written["status"] == "done" and asked.items() <= written["spec"].items() and written["metrics"]["sparsity"] == 0.5
@@ -60,8 +61,8 @@ def test_help_says_what_every_option_means(capsys):
     lines = [line.strip("│╰─╯ ") for line in said.splitlines()]
     assert stop.value.code == 0
     for name in (*defaults, "save", "save_dtype", "save_format", "stream", "executor", "force", "record", "address"):
-        flag = f"--{'no-' * (defaults.get(name) is True)}{name.replace('_', '-')}"
-        (number,) = (number for number, line in enumerate(lines) if line.split(" ")[0] == flag)
+        flag = f"--{name.replace('_', '-')}"
+        (number,) = (number for number, line in enumerate(lines) if re.split("[ ,]", line)[0] == flag)
         after = next(n for n in range(number + 1, len(lines)) if lines[n].startswith("--") or not lines[n])
         words = " ".join(lines[number:after]).removeprefix(flag)
         assert "(default: " in words and len(words.split("(default")[0].split()) > 3, name

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fixtures.families import small_model
 from fixtures.models import FLOAT32, copied, make_model, random_tokens
+from torch.utils.data import DataLoader
 
 import recon
 from recon import PruningConfig, ReconError, ReconstructionConfig, RetrainingConfig
@@ -199,6 +200,10 @@ def retrain(student, method="full", samples=TOKENS, **call):
     (lambda d, s: prune(d, [[1, 2], [1, 2, 3]]), "Expected size 2 but got size 3"),
     (lambda d, s: prune(d, [{"tokens": [1]}]), r"calibration samples are \[{'tokens'.*'input_ids'"),
     (lambda d, s: prune(d, torch.zeros(2, 3)), r"\(2, 3\) of torch.float32"),
+    (lambda d, s: prune(d, DataLoader(TOKENS.tolist(), batch_size=2)), "may be columns, as torch collates lists"),
+    (lambda d, s: prune(d, DataLoader([*TOKENS], batch_size=2, collate_fn=list)), "make each batch one tensor"),
+    (lambda d, s: prune(d, prune_samples=3), "calibration samples are 2, and 3 are asked for"),
+    (lambda d, s: recon.retrain(s, TOKENS, RetrainingConfig("full", retrain_samples=3)), "are 2, and 3 are asked for"),
     (lambda d, s: prune(d, torch.zeros(2, 3, 4, dtype=torch.int64)), r"\(2, 3, 4\)"),
     (lambda d, s: prune(d, None, criterion="magnitude", allocation="measured"), "allocation measured weighs activations"),
     (lambda d, s: prune(d, TOKENS[:1], allocation="measured"), "is 'measured' with 1 calibration"),

@@ -93,7 +93,8 @@ def sample_tokens(
         why = f"the tokenizer puts {len(front)} in front of a text"
         raise ReconError(f"sequence_length must be at least {least} tokens, not {sequence_length}: {why}")
     length = sequence_length - len(front)
-    tokens = _tokens(name, split, tokenizer, protocol == "joined", _changed(name))
+    known_by = len(tokenizer), *tokenizer(PROBE).input_ids  # a tokenizer may be changed, too
+    tokens = _tokens(name, split, tokenizer, protocol == "joined", _changed(name), known_by)
     available = len(tokens) // length
     if samples > available:
         held = f"the {split} split of text {name!r} holds: it has {len(tokens)} tokens, {available} samples of that length"
@@ -132,10 +133,10 @@ def _changed(name: str) -> int | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _tokens(name: str, split: str, tokenizer, special: bool, changed: int | None) -> torch.LongTensor:
+def _tokens(name: str, split: str, tokenizer, special: bool, *changed) -> torch.LongTensor:
     """All tokens of a split, (tokens,), with `special` ones or without; those of a bundled text are kept in the cache.
 
-    changed: when a file was edited, if it is one.
+    changed: what tells that a file or the tokenizer is not what it was.
     """
     published = HUB.get(name, {}).get("joined_by", SEPARATOR)
     text = (published if special else SEPARATOR).join(documents(name, split))
@@ -195,10 +196,11 @@ def _read_file(name: str | Path) -> list[str]:
 
             texts = read_table(path, columns=["text"])["text"].to_pylist()
         elif kind == ".jsonl":
-            texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            texts = [json.loads(line)["text"] for line in lines if line.strip()]
         else:
-            texts = re.split(r"\n\s*\n", f"\n\n{path.read_text(encoding='utf-8')}\n\n")
-        return [text for text in texts if text.strip()]
+            texts = re.split(r"\n\s*\n", f"\n\n{path.read_text(encoding='utf-8-sig')}\n\n")
+        return [text for text in texts if text.encode() and text.strip()]  # neither bytes nor halves of characters can be encoded
     except Exception as error:  # json and pyarrow each raise their own kinds
         said = f"{type(error).__name__}: {error}"
         raise ReconError(f"text file '{path}' cannot be read ({said}); rows have to have a string \"text\"") from error

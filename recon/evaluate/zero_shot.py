@@ -5,7 +5,7 @@ import hashlib
 import io
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -21,14 +21,17 @@ HUB = {"boolq": "super_glue", "rte": "glue", "hellaswag": "hellaswag", "winogran
 HUB |= {"arc_easy": "arc", "arc_challenge": "arc", "openbookqa": "openbookqa"}
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Raises `ReconError` for unknown or repeated tasks, for none at all, and if lm-eval is not installed."""
+def check_tasks(names: Sequence[str], decoder: Decoder | None = None) -> None:
+    """Raises `ReconError` for unknown or repeated tasks, for none at all, if lm-eval is not installed, and if `decoder` is an
+    encoder-decoder, as tasks ask to continue a text."""
     for name in names:
         if name not in BUNDLED and name not in HUB:
             raise ReconError(f"unknown task {name!r}; bundled: {', '.join(BUNDLED)}; on the Hub: {', '.join(HUB)}")
     if not names or len(set(names)) < len(names):
         raise ReconError(f"tasks must be one or more, each named once, not {list(names)}")
     need("lm_eval", "evaluation", "zero-shot tasks")
+    if decoder and decoder.reading:
+        raise ReconError(f"zero-shot tasks need a causal language model; {type(decoder.model).__name__} is an encoder-decoder")
 
 
 def zero_shot(
@@ -47,12 +50,9 @@ def zero_shot(
         "version": of the task, "hash": SHA-256 of the documents, prompts and targets}}}. Accuracies are shares of one.
 
     Raises:
-        ReconError: as `check_tasks`; an encoder-decoder, as tasks ask to continue a text; a task whose documents cannot be had.
+        ReconError: as `check_tasks` and `load`.
     """
-    check_tasks(tasks)
-    decoder = decompose(model)
-    if decoder.reading:
-        raise ReconError(f"zero-shot tasks need a causal language model; {type(decoder.model).__name__} is an encoder-decoder")
+    check_tasks(tasks, decoder := decompose(model))
     import lm_eval  # slow to import, and optional
     from lm_eval.evaluator import evaluate
 
@@ -64,14 +64,14 @@ def zero_shot(
         logger.setLevel(logging.ERROR)
         if not execution.progress:  # its bars have no other switch
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        loaded, scorer = _load(tasks), Scorer(decoder, tokenizer, execution)
+        loaded, scorer = load(tasks), Scorer(decoder, tokenizer, execution)
         said = evaluate(lm=scorer, task_dict={"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=True)
     summaries = {name: _summary(said["results"][name], said["samples"][name], said["versions"][name]) for name in tasks}
     return {"lm_eval_version": lm_eval.__version__, "tasks": summaries}
 
 
-def _load(names: Sequence[str]) -> dict:
-    """lm-eval's task objects by name, with their documents."""
+def load(names: Iterable[str]) -> dict:
+    """lm-eval's task objects by name, with their documents. Raises `ReconError` if these cannot be had."""
     import lm_eval.tasks
 
     # Only the folders that are needed: to read all of lm-eval's task files takes a quarter of a minute.

@@ -64,7 +64,7 @@ def prune(
     decoder = decompose(model)
     execution = execution or Execution.of(decoder)
     if samples is not None:
-        samples = as_tokens(samples)[: config.prune_samples or None]
+        samples = as_tokens(samples, first=config.prune_samples)
         decoder.check_length(samples.shape[1])
     pruner = Pruner(decoder, config.on(0 if samples is None else len(samples)), seed, execution)
     if (pruner.statistics != "none" or config.allocation != "uniform") and samples is None:

@@ -53,7 +53,7 @@ def retrain(
         raise ReconError("retrain is 'none'; name a method")
     if config.retrain_objective == "distil" and dense is None:
         raise ReconError("objective 'distil' learns from the dense model's predictions, and needs `dense`")
-    student, samples = decompose(model), as_tokens(samples)[: config.retrain_samples or None]
+    student, samples = decompose(model), as_tokens(samples, first=config.retrain_samples)
     student.check_causal()
     student.check_length(samples.shape[1])
     student.check_tokens(samples)

@@ -12,10 +12,11 @@ ERROR_SAMPLES = 2  # that a window's error is measured on, before and after
 ALLOWED = "tokens (samples, length), or an iterable of (length,) or (batch, length), or of mappings with such under 'input_ids'"
 
 
-def as_tokens(samples: Tensor | Iterable, what: str = "calibration samples") -> Tensor:
+def as_tokens(samples: Tensor | Iterable, what: str = "calibration samples", first: int = 0) -> Tensor:
     """Tokens (samples, length) as int64 from `samples`: a tensor, or an iterable of tensors or lists; see `ALLOWED`.
 
-    Raises `ReconError` if there are none, they are not whole numbers, or not all of one length.
+    first: so many of them, instead of all. Raises `ReconError` if there are fewer, or none, they are not whole numbers, or not
+    all of one length.
     """
     tokens = samples
     try:
@@ -27,11 +28,15 @@ def as_tokens(samples: Tensor | Iterable, what: str = "calibration samples") -> 
         fits, found = False, f"{reprlib.repr(samples)} ({error})"
     if not fits:
         raise ReconError(f"{what} are {found}; allowed: {ALLOWED}")
-    return tokens.long()
+    if first > len(tokens):
+        raise ReconError(f"{what} are {len(tokens)}, and {first} are asked for; give more, or ask for fewer")
+    return tokens[: first or None].long()
 
 
 def _rows(item: Tensor | list | tuple | Mapping) -> Tensor:
     """Tokens (batch, length) of one item; of a list of tensors, as a `TensorDataset` gives, the first."""
+    if isinstance(item, list) and len(item) > 1 and isinstance(item[0], Tensor) and item[0].ndim < 2:
+        raise ValueError("lists of tensors may be columns, as torch collates lists: make each batch one tensor")
     if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
         item = item[0]
     if isinstance(item, Mapping):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from recon.data import models
+from recon.errors import ReconError
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, keep_mask
 from recon.model.decoder import Decoder
@@ -92,6 +93,8 @@ def subject(spec: RunSpec, blocks: int, folder: Path | str) -> tuple[Decoder, ob
     """The first `blocks` blocks of the model of `spec`, saved in `folder` as well, its tokenizer, and its calibration tokens."""
     whole, tokenizer = models.load(spec.model.model)
     decoder, config, device = decompose(whole), whole.config, pick_device(spec.compute.device)
+    if decoder.reading or any(matrix.expert is not None for matrix in decoder.matrices().values()):
+        raise ReconError(f"model {spec.model.model!r} has experts or an encoder; the plain loop beside ours knows neither")
     del whole.get_submodule(decoder.structure.stacks[-1])[blocks:]
     config.num_hidden_layers = min(blocks, len(decoder.blocks))
     if vars(config).get("layer_types"):

@@ -259,6 +259,9 @@ class _Run(Callback):
     def check_fits(self) -> None:
         """Raises `ReconError` for what this model cannot do, being saved included."""
         plan.check_fits(self.spec, self.dense)
+        if tasks := self.spec.evaluation.tasks:
+            zero_shot.check_tasks(tasks, self.dense)
+            zero_shot.load(zero_shot.HUB.keys() & tasks)  # what cannot be fetched is told before anything long begins
         biases = prune.touched_biases(self.dense, self.spec.pruning.criterion)
         if self.options.save:
             checkpoint.check_model(self.dense, biases, self.options.save_dtype)

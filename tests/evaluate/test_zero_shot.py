@@ -105,7 +105,7 @@ def test_the_bundled_tasks_agree_with_lm_evals_own_model(small, monkeypatch):
     (model, tokenizer), names = small, list(zero_shot.BUNDLED)
     found = zero_shot.zero_shot(model, tokenizer, names, limit=12, execution=FLOAT32)["tasks"]
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5)
-    expected = evaluate(lm=theirs, task_dict={"tasks": zero_shot._load(names)}, limit=12, bootstrap_iters=0)
+    expected = evaluate(lm=theirs, task_dict={"tasks": zero_shot.load(names)}, limit=12, bootstrap_iters=0)
     for name in names:
         assert found[name]["n"] == 12 and found[name]["version"] == 1.0
         assert found[name]["acc"] == expected["results"][name]["acc,none"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fixtures.models import FLOAT32, copied, inputs_of, make_model, zeros_stay
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from recon import Execution, PruningConfig, decompose, prune
 from recon.kernels.criteria import CRITERIA, Structured
@@ -148,6 +148,7 @@ FORMS = {
     "mappings of batches": lambda: [{"input_ids": ROWS[:3]}, {"input_ids": ROWS[3:]}],
     "DataLoader": lambda: DataLoader(ROWS, batch_size=2), "Dataset": lambda: DATASET,
     "DataLoader of mappings": lambda: DataLoader([{"input_ids": row} for row in ROWS], batch_size=2),
+    "DataLoader of pairs": lambda: DataLoader(TensorDataset(ROWS, -ROWS), batch_size=2),
     "Dataset of tensors": lambda: DATASET.with_format("torch"),
 }  # fmt: skip
 

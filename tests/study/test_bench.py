@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
+from fixtures.models import saved_model
 
-from recon import Execution, PruningConfig, ReconstructionConfig, cli, decompose, prune, reconstruct
+from recon import Execution, PruningConfig, ReconError, ReconstructionConfig, cli, decompose, prune, reconstruct
 from recon.evaluate.perplexity import drift
 from recon.study import bench
 
@@ -30,6 +31,13 @@ def test_the_subject_is_the_first_blocks_of_the_model(tiny_spec, tmp_path):
     assert (len(short.blocks), len(whole.blocks)) == (2, 4)
     hidden = whole.embed(tokens)
     assert torch.equal(short.forward(short.windows("2-blocks")[0], hidden), whole.forward(whole.windows("2-blocks")[0], hidden))
+
+
+def test_what_the_plain_loop_does_not_know_is_refused(tiny_folder, tiny_spec, tmp_path):
+    for family in ("mixtral", "t5"):
+        spec = tiny_spec.replaced(model=saved_model(family, tiny_folder, tmp_path / family))
+        with pytest.raises(ReconError, match="has experts or an encoder"):
+            bench.subject(spec, 1, tmp_path / "short")
 
 
 def test_the_reference_loop_prunes_and_reconstructs_like_ours(tiny, tokens):
