@@ -87,7 +87,8 @@ def plan(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group], memo
     """
     from recon.study.plan import Plan
 
-    planned = Plan(spec, output.stream, memory_gib=memory, save=output.save, save_dtype=output.save_dtype)
+    saved = {name: getattr(output, name) for name in ("save", "save_dtype", "save_format")}
+    planned = Plan(spec, output.stream, memory_gib=memory, **saved)
     print(planned)
     if planned.problem:
         raise ReconError(planned.problem)

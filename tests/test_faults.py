@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from unittest.mock import Mock
 import pytest
 from fixtures.models import saved_model
 from fixtures.runs import comparable, options, record_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from recon import Callback, ReconError, RunSpec, grid, run_study
@@ -157,11 +158,19 @@ def test_the_work_of_another_run_is_refused_and_that_of_the_same_goes_on(spec, t
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die(patch, 12)
         record_of(spec, save=saved, stream="yes")
-    with pytest.raises(ReconError, match=r"saved\.unfinished' holds another unfinished run; give its command .*, delete"):
+    with pytest.raises(ReconError, match=rf"{spec.key()}.*; this is .*; give its command .*, delete"):
         record_of(spec.replaced(learning_rate=1e-3), save=saved, stream="yes")
     with pytest.raises(ReconError, match="holds another unfinished run"):
         record_of(spec.replaced(learning_rate=1e-3), save=saved, stream="no")
-    window = max((tmp_path / "saved.unfinished" / "reconstruct").glob("?????.safetensors"))
+    window, note = (
+        max((tmp_path / "saved.unfinished" / "reconstruct").glob("?????.safetensors")),
+        saved.with_suffix(".unfinished"),
+    )
+    (note := note / "run.json").rename(tmp_path / "kept")
+    note.touch()  # as a machine that loses power may leave it
+    with pytest.raises(ReconError, match=r"run\.json' is cut short .*; delete '.*saved\.unfinished', to begin anew"):
+        record_of(spec, save=saved)
+    (tmp_path / "kept").replace(note)
     os.truncate(window, window.stat().st_size - 9)
     with pytest.raises(ReconError, match=rf"{window.name}' is cut short .*; delete '.*saved.unfinished', to begin anew"):
         record_of(spec, save=saved)
@@ -178,6 +187,40 @@ def test_the_work_of_another_run_is_refused_and_that_of_the_same_goes_on(spec, t
     with pytest.raises(ReconError, match=r"new\.unfinished' is where a run would keep .* holds something else; move it"):
         record_of(spec, save=tmp_path / "new", stream="yes")
     assert notes.exists()
+
+
+def test_a_streamed_run_is_of_one_precision_and_one_model(spec, tiny_folder, tmp_path, monkeypatch):
+    spec = spec.replaced(model=str(shutil.copytree(tiny_folder, tmp_path / "model")), compute_dtype="auto")
+    weights = tmp_path / "model" / "model.safetensors"
+    for able in (True, False):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda able=able: {"avx512_bf16": able})
+        wanted = pytest.raises(Killed) if able else pytest.raises(ReconError, match="in bfloat16; this is .* in float32")
+        with monkeypatch.context() as patch, wanted:
+            die(patch, 12)
+            record_of(spec, save=tmp_path / "saved", stream="yes")
+
+    def overwrite(report) -> None:
+        save_file({name: 1.5 * tensor for name, tensor in load_file(weights).items()}, tmp_path / "new", {"format": "pt"})
+        (tmp_path / "new").replace(weights)
+
+    with pytest.raises(ReconError, match="model '.*model', or what was pruned from it, changed on disk"):
+        record_of(spec, save=tmp_path / "other", stream="yes", callbacks=[Mock(Callback, on_window=overwrite)])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_killed_while_its_folder_is_deleted_leaves_nothing_for_ever(spec, tmp_path, monkeypatch):
+    def rmtree(path, *args, **options):
+        if list(Path(path).glob("*.unfinished")):
+            raise Killed
+        return remove(path, *args, **options)
+
+    remove = shutil.rmtree
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", rmtree)
+        record_of(spec, save=tmp_path / "saved", stream="yes")
+    assert len(list(tmp_path.iterdir())) == 2
+    record_of(spec, save=tmp_path / "saved", stream="yes")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 @pytest.mark.parametrize("stream", ["no", "yes"])

@@ -64,6 +64,9 @@ def pack_files(folder: Path, target: Path) -> None:
     files, digests = sorted(folder.glob("model*.safetensors")), {}
     if is_packed(folder) or not files:
         raise ReconError(f"{str(folder)!r} {'is packed already' if is_packed(folder) else 'holds no model*.safetensors to pack'}")
+    if (index := folder / f"{PLAIN}.index.json").is_file():
+        if lost := {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()} - {file.name for file in files}:
+            raise ReconError(f"{str(folder)!r} lacks {min(lost)!r}, which {index.name} names")
     for file in tqdm(files, desc="pack", unit="file"):
         try:
             with safe_open(file, framework="pt") as opened:

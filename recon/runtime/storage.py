@@ -26,7 +26,6 @@ from recon.errors import ReconError
 PART = ".part"  # ends the names of files and folders that are still being written; nothing ever reads one
 SMALL = 64 * 2**20  # bytes up to which activations stay in memory when others are put on disk
 RUN = "run.json"  # which run a folder belongs to
-DELETED = "deleted.json"  # what that file is called from when its folder is being deleted
 
 
 def cache_folder() -> Path:
@@ -161,9 +160,13 @@ def write_json(path: Path, content: object) -> None:
 
 
 def owner(folder: Path) -> str | None:
-    """The run that the work folder `folder` belongs to, as `Storage` has noted it; None if it belongs to none."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return json.loads((folder / RUN).read_text(encoding="utf-8"))
+    """The run that the work folder `folder` belongs to, as `Storage` has noted it; None if it belongs to none. Raises
+    `ReconError` for a note that is cut short, as a machine that loses power may leave it."""
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReconError(f"{str(folder / RUN)!r} is cut short ({error}); delete {str(folder)!r}, to begin anew") from error
 
 
 class Storage:
@@ -196,15 +199,13 @@ class Storage:
         with self._writing():
             found = owner(folder)
             if found is None:
-                if (folder / DELETED).exists():
-                    shutil.rmtree(folder, ignore_errors=True)
-                elif folder.exists() and not (folder.is_dir() and all(left.name.endswith(PART) for left in folder.iterdir())):
+                if folder.exists() and not (folder.is_dir() and all(left.name.endswith(PART) for left in folder.iterdir())):
                     said = "is where a run would keep its finished windows, and holds something else"
                     raise ReconError(f"folder {str(folder)!r} {said}; move it, or save to another place")
                 write_json(folder / RUN, run)
             elif found != run:
                 said = "give its command to go on with it, delete the folder, or save to another one"
-                raise ReconError(f"folder {str(folder)!r} holds another unfinished run; {said}")
+                raise ReconError(f"folder {str(folder)!r} holds another unfinished run ({found}; this is {run}); {said}")
         for left in [*folder.glob(f"**/.*{PART}")]:
             shutil.rmtree(left, ignore_errors=True)
         self.masks = ChainMap({}, {})  # those that were set since the last finished window, and those in files
@@ -248,7 +249,7 @@ class Storage:
                     write_safetensors(place / f"{number + 1:05}.{name}.safetensors", {"stream": stream})
             path, masks = place / f"{number:05}.safetensors", self.masks.maps[0]
             write_safetensors(path, {**tensors, **masks}, noted=json.dumps(noted))
-            for old in self._streams(phase, number):
+            for old in {*place.glob("?????.*.safetensors")} - {*self._streams(phase, number + 1)}:
                 old.unlink()
         masks.clear()
         self._take(path)
@@ -269,12 +270,10 @@ class Storage:
     def delete(self, begun: bool = True) -> None:
         """Deletes the folder; with `begun` False, only if nothing in it is finished. What a kill leaves counts as nothing."""
         if self.folder is not None and (begun or not any(self._noted.values())):
-            with contextlib.suppress(FileNotFoundError):  # it is gone
-                (self.folder / RUN).replace(self.folder / DELETED)
-                for each in self.folder.iterdir():
-                    if each.name != DELETED:
-                        shutil.rmtree(each, ignore_errors=True)
-                shutil.rmtree(self.folder, ignore_errors=True)
+            beside = f".{self.folder.name.removesuffix('.unfinished')}."  # `locked` removes what a kill leaves of it
+            temporary = tempfile.TemporaryDirectory(PART, beside, self.folder.parent, ignore_cleanup_errors=True)
+            with contextlib.suppress(FileNotFoundError), temporary as gone:  # the folder may be gone
+                self.folder.replace(Path(gone) / self.folder.name)
 
     def _streams(self, phase: str, number: int) -> list[Path]:
         return sorted((self.folder / phase).glob(f"{number:05}.*.safetensors")) if self.folder else []

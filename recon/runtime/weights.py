@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections import ChainMap
+from collections import ChainMap, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -154,13 +154,15 @@ def student(
         yield from start([name for name in names if name not in known])
 
     def mask(names: list[str]) -> None:
-        unpruned = {name for name in names if name not in newest()}
-        for name, matrix in made.matrices().items() if unpruned else ():
-            if matrix.parameter_name in unpruned and name in storage.masks:
-                matrix.weight.data.masked_fill_(~storage.masks[name], 0.0)
+        for name in set(names) - newest().keys():
+            for matrix in matrices[name]:
+                if matrix.name in storage.masks:
+                    matrix.weight.data.masked_fill_(~storage.masks[matrix.name], 0.0)
 
     lazy = Lazy(second(dense.model), read, mask)
     for name, value in storage.tensors("prune").items():  # such as biases that the dense model does not have
         lazy.add(name, value.shape)
-    made = decompose(lazy.model, like=dense, lazy=lazy)
+    made, matrices = decompose(lazy.model, like=dense, lazy=lazy), defaultdict(list)  # by parameter, which may hold several
+    for matrix in made.matrices().values():
+        matrices[matrix.parameter_name].append(matrix)
     return made

@@ -33,6 +33,7 @@ from recon.model.skeleton import Lazy, skeleton
 from recon.model.structure import Matrix
 from recon.model.windows import Window
 from recon.runtime import device as devices
+from recon.runtime import packed
 from recon.runtime.storage import SMALL, cache_folder, free_disk
 from recon.runtime.weights import quantisation
 from recon.study.spec import RunSpec
@@ -317,7 +318,8 @@ class Plan:
     there are. flops, seconds: by phase. streamed: whether the model stays on disk.
 
     stream: as in `RunOptions`. loaded: bytes of weights that are in memory already. memory_gib: GiB of the host's memory that the
-    run may take; default: what is free here. save: where the model is saved, if it is, as `save_dtype`.
+    run may take; default: what is free here. save: where the model is saved, if it is, as `save_dtype`
+    and `save_format`.
 
     Raises `ReconError` for a device, model or streaming that cannot be, and for what `check_fits` refuses.
     """
@@ -331,6 +333,7 @@ class Plan:
         memory_gib: float | None = None,
         save: Path | None = None,
         save_dtype: str = "float32",
+        save_format: str = "plain",
     ):
         self.spec = spec = spec.resolved()
         self.decoder = decoder = shapes_of(*spec.loaded_by)
@@ -343,7 +346,8 @@ class Plan:
         self.streamed = stays_on_disk(spec, stream, room)
         self.memory = self._peak(device)
         if save:
-            self.memory["disk"]["saved model"] = getattr(torch, save_dtype).itemsize * self.elements
+            beside = 1 + (save_format == "packed")  # the plain files are there until they are packed
+            self.memory["disk"]["saved model"] = getattr(torch, save_dtype).itemsize * self.elements * beside
         self.memory["cpu"]["process"] = process = devices.resident(anonymous=self.streamed)  # mapped files do not count
         self.rooms = {"memory": (sum(self.memory["cpu"].values()), room + process + loaded)}
         if device.type == "cuda":
@@ -380,7 +384,10 @@ class Plan:
         # Passes that only run the model read all samples, too, and give as much.
         other += [spec.samples_by_phase["prune"] * length, 2 * spec.calibration.held_out_samples * length]  # through two models
         streams = max(streams, 8 * config.hidden_size * max(other))
-        disk = {"work folder": (5 + 4 * spec.changes_weights) * self.elements + streams} if self.streamed else {}
+        stored = 5 + 4 * spec.changes_weights + 4 * packed.is_packed(Path(spec.model.model))  # bytes of each weight
+        # Of the streams, which are written while others are read: the next window's; and its inputs and targets.
+        written = streams / 4 * {"dense": 4, "sparse": 5, "mixed": 7}[spec.reconstruction.propagation]
+        disk = {"work folder": stored * self.elements + written} if self.streamed else {}
         kept = {"streams": streams, "margin": MARGIN, "models": models_in_memory(spec)}
         if self.streamed:
             kept |= {"streams": min(streams, SMALL), "models": 0}

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.data import files, models
+from recon.errors import ReconError
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
@@ -119,6 +120,8 @@ def run(
     folder = save.with_name(f"{save.name}.unfinished") if save else cache_folder() / "unfinished" / key
     # A serial run may note pruning window by window; one on Ray notes it block by block. Neither can go on in the other's folder.
     work = f"{key}, pruned first" if spec.one_pass and cluster.settings(options.executor) else key
+    if spec.compute.compute_dtype == "auto":  # another machine might go on in another precision
+        work += f", in {device.pick_compute_dtype('auto', device.pick_device(spec.compute.device))}".replace("torch.", "")
     begun = owner(folder) == work
     with contextlib.ExitStack() as stack:
         if save:
@@ -137,7 +140,8 @@ def run(
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
         streamed = plan.stays_on_disk(spec, stream, device.available_memory())
         if not (begun and streamed):
-            takes = {"loaded": session.bytes_loaded(spec), "save": save, "save_dtype": options.save_dtype}
+            takes = {"loaded": session.bytes_loaded(spec), "save": save}
+            takes |= {name: getattr(options, name) for name in ("save_dtype", "save_format")}
             plan.check(spec, "yes" if streamed else "no", options.force, **takes)
         if (streamed or begun) and not save:
             stack.enter_context(locked(folder, "work folder"))
@@ -162,6 +166,7 @@ class _Run(Callback):
         self.spec, self.options, self.session, self.storage = spec, options, session, storage
         self.record, self.callbacks = RunRecord(spec.flat(), key), callbacks
         self.device = device.pick_device(spec.compute.device)
+        self.read = self.stored()
 
     def result(self) -> RunResult:
         """The whole pipeline, dense model first, so that a wrong set-up shows before anything is pruned."""
@@ -198,6 +203,9 @@ class _Run(Callback):
         trained = record.windows or record.retraining
         final = self.measured("reconstructed", self.model)[0] if trained else found_pruned
 
+        if storage.folder and self.stored() != self.read:
+            said = f"changed on disk while it was read window by window; delete {str(storage.folder)!r}, to begin anew"
+            raise ReconError(f"model {spec.model.model!r}, or what was pruned from it, {said}")
         record.metrics |= measure.metrics(spec, found_dense, found_pruned, final) | measure.count_zeros(self.model)
         record.metrics["under_calibrated_matrices"] = pruning.under_calibrated
         if self.external:
@@ -222,6 +230,12 @@ class _Run(Callback):
                 record.seconds["total"] = time.perf_counter() - began
                 write_record(record, folder / files.RECORD)
         return RunResult(record, None if storage.folder else self.model.model)
+
+    def stored(self) -> list[str]:
+        """The fingerprints of the models that are read, window by window if the run is streamed."""
+        model = self.spec.model
+        pruned = [(model.pruned, model.pruned_revision, model.trust_remote_code)] * (model.pruned is not None)
+        return [models.fingerprint(*each) for each in (self.spec.loaded_by, *pruned)]
 
     def execution(self, loop: Callable | None = None) -> Execution:
         """Where and how a phase computes; made for each, as a phase that runs out of memory goes on with smaller batches."""

@@ -101,4 +101,7 @@ def test_what_cannot_be_packed_or_unpacked(tiny_folder, tmp_path, capsys):
     shutil.copytree(tiny_folder, tmp_path / "pointer")
     (tmp_path / "pointer" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "model.safetensors' cannot be read" in refuse(["pack", str(tmp_path / "pointer"), str(tmp_path / "new")], capsys)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+    (shutil.copytree(tiny_folder, tmp_path / "shards") / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks 'model-00001-of-00002.safetensors'" in refuse(["pack", str(tmp_path / "shards"), str(tmp_path / "new")], capsys)
     assert "exists and is not an empty folder" in refuse(["unpack", str(tmp_path / "packed"), tiny_folder], capsys)

@@ -232,8 +232,9 @@ def test_what_the_disk_has_no_room_for_is_refused(spec, monkeypatch, tmp_path):
         plan.check(spec, stream, **given)
     room.free = 3 * size
     plan.check(spec, "no", save=tmp_path, save_dtype="bfloat16")
-    with pytest.raises(ReconError, match="disk"):
-        plan.check(spec, "no", save=tmp_path)
+    for given in ({}, {"save_dtype": "bfloat16", "save_format": "packed"}):  # from plain files, which are beside it then
+        with pytest.raises(ReconError, match="disk"):
+            plan.check(spec, "no", save=tmp_path, **given)
 
 
 def test_runs_and_studies_are_announced(spec, caplog):
