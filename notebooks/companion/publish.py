@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import subprocess
+import sys
 import textwrap
 import zlib
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -65,6 +66,14 @@ def folders(profile: str, output: Path | str = "") -> tuple[Path, Path]:
     """(figures, records): the folders of `profile`, or those inside `output`, which is relative to the checkout."""
     figures, records = (f"{output}/figures", f"{output}/records") if output else PROFILES[profile]
     return ROOT / figures, ROOT / records
+
+
+def start(profile: str, output: Path | str = "") -> tuple[Path, Path]:
+    """Begins a notebook: what the library says is printed, figures have one look; returns `folders`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("recon").setLevel(logging.INFO)
+    style()
+    return folders(profile, output)
 
 
 def style() -> None:
