@@ -1,4 +1,4 @@
-"""Ways to train a pruned model, by the names of `companion.frame.method_name`, and the search for learning rates."""
+"""Ways to train a pruned model, by the names of `companion.frame.method_name`, the search for learning rates, and studies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,9 +6,11 @@ from pathlib import Path
 from statistics import median
 
 import pandas as pd
+from IPython.display import display
 
 import recon
 from companion.frame import DEFAULTS, RECIPES, load, named
+from companion.publish import MissingRecords
 
 
 def method(base: recon.RunSpec, name: str, count: int, seed: int = 0) -> recon.RunSpec:
@@ -90,3 +92,19 @@ def tuned(
     best = chosen(runs)
     known = [{name: best[cell] for name, cell in own.items() if cell in best} for own in cells]
     return [spec.replaced(**own) for spec, own in zip(specs, known)], runs
+
+
+def study(specs: Sequence[recon.RunSpec], folder: Path, profile: str, notebook: str, compute: bool = True) -> pd.DataFrame:
+    """The finished runs of `specs`, by `companion.frame.load`; what has no record runs first, and failures are shown.
+
+    Raises `MissingRecords` if they are fewer than a quarter: a figure of so few would mislead.
+    """
+    runs = recon.run_study(dict.fromkeys(specs), folder, compute=compute)
+    failed = runs[runs["status"] != "done"]
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs done")
+    if compute and len(failed):
+        varied = [name for name in DEFAULTS if failed[name].astype(str).nunique() > 1]
+        display(failed[[*varied, "status", "error"]])
+    if len(found := load(folder, specs)) < len(specs) / 4:
+        raise MissingRecords(profile, notebook)
+    return found
