@@ -48,13 +48,15 @@ def _elsewhere(claim: str) -> str:
 
 
 def _expanded(row: dict) -> Iterable[dict]:
-    defaults = {"measure": "own", "count": 0, "times": 1, "above": 0.0, "margin": 0.0, "noise": True, "cost": "", "short": ""}
+    defaults = {"measure": "own", "count": 0, "times": 1, "above": 0.0, "noise": True, "cost": "", "short": "", "right": None}
+    defaults |= {"left": {"granularity": "half-block"}, "margin": MARGIN * (row["test"] == "equal")}
     central = row.get("for", {})
     for axes, optional in ((central, False), (central | row.get("optional", {}), True))[: 1 + ("optional" in row)]:
         for values in itertools.product(*axes.values()):
             of = dict(zip(axes, values))
             spelled = {name: _YAML["names"].get(value, value) for name, value in of.items()}
-            claim = {name: _filled(value, of) for name, value in (defaults | row).items() if name not in ("for", "drawn")}
+            said = defaults | {name: value for name, value in of.items() if name in defaults} | row
+            claim = {name: _filled(value, of) for name, value in said.items() if name not in ("for", "drawn")}
             drawn = all(of[name] in allowed for name, allowed in row.get("drawn", {}).items())
             says, short = row["says"].format(**spelled), row.get("short", "").format(**spelled) * drawn
             words = {"says": says[0].upper() + says[1:], "short": short, "cost_words": spelled.get("cost", "")}
