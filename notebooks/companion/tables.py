@@ -9,24 +9,22 @@ import numpy as np
 import pandas as pd
 
 from companion.compare import SEEDS, common, curve, once, pick, studies
-from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS, protocol
+from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS, fit_options, protocol
 from companion.publish import OLDER_WORDS
 
 HALF = {"granularity": "half-block"}
 MEASURES = {"own": "perplexity", "other": "perplexity, second text", "kl": "KL to dense"}
 COSTS = {"flops": (1e12, "TFLOP"), MEMORY: (1, MEMORY)}  # column of a frame -> unit, heading
-_FITS = {
-    "matrix": {"granularity": "matrix"},
-    "matrix exact": {"granularity": "matrix", "solver": "exact", "train": "matrices", "propagation": "dense"},
-    "half-block": HALF, "half-block from exact": HALF | {"start": "exact"},
-    **{name: {"granularity": name} for name in ("block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model")},
-}  # fmt: skip
+_FITS = "matrix, matrix exact, half-block, half-block from exact, block, 2-blocks, 4-blocks, 8-blocks, quarter, model".split(", ")
 _GRID = [(a, b) for a in ("dense", "sparse", "mixed") for b in ("mse", "cosine", "whitened")]
 TABLES = {  # name -> title, row -> options, measures; of several measures, each model, pattern and recipe is a table of its own
     "table-1": ("Table 1: reconstruction beside retraining", {"reconstruction": HALF} | {
         name: {"granularity": "none", "retrain": name} for name in ("masklora", "full", "lora", "scalelora", "norms")
     }, ("own", "other", "kl")),
-    "table-3": ("Table 3: the size of the window", _FITS, ("own",)),
+    "table-3": (
+        "Table 3: the size of the window",
+        {fit: {name: value for name, [value] in fit_options(fit).items()} for fit in _FITS}, ("own",),
+    ),
     "table-4": (
         "Table 4: the pruning criterion",
         {name: HALF | {"criterion": name} for name in ("magnitude", "wanda", "sparsegpt", "ria")}, ("own",),
