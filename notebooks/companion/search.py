@@ -94,10 +94,12 @@ def tuned(
     return [spec.replaced(**own) for spec, own in zip(specs, known)], runs
 
 
-def study(specs: Sequence[recon.RunSpec], folder: Path, profile: str, notebook: str, compute: bool = True) -> pd.DataFrame:
+def study(
+    specs: Sequence[recon.RunSpec], folder: Path, profile: str, notebook: str, compute: bool = True, least: float = 1 / 4
+) -> pd.DataFrame:
     """The finished runs of `specs`, by `companion.frame.load`; what has no record runs first, and failures are shown.
 
-    Raises `MissingRecords` if they are fewer than a quarter: a figure of so few would mislead.
+    Raises `MissingRecords` if they are less than this share: a figure of so few would mislead.
     """
     runs = recon.run_study(dict.fromkeys(specs), folder, compute=compute)
     failed = runs[runs["status"] != "done"]
@@ -105,6 +107,6 @@ def study(specs: Sequence[recon.RunSpec], folder: Path, profile: str, notebook: 
     if compute and len(failed):
         varied = [name for name in DEFAULTS if failed[name].astype(str).nunique() > 1]
         display(failed[[*varied, "status", "error"]])
-    if len(found := load(folder, specs)) < len(specs) / 4:
+    if len(found := load(folder, specs)) < least * len(specs):
         raise MissingRecords(profile, notebook)
     return found
