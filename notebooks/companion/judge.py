@@ -29,6 +29,8 @@ OLDER = "older protocol"
 MANY = 100  # seeds that nobody will run
 _YAML = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
 GROUPS = _YAML["groups"]
+CLAIMS = {group: number for number, about in _YAML["headlines"].items() for group in about["groups"]}  # of the README
+NOTEBOOKS = {group: name for name, groups in _YAML["notebooks"].items() for group in groups}
 
 
 def claims() -> list[dict]:
@@ -61,7 +63,7 @@ def _expanded(row: dict) -> Iterable[dict]:
             says, short = row["says"].format(**spelled), row.get("short", "").format(**spelled) * drawn
             words = {"says": says[0].upper() + says[1:], "short": short, "cost_words": spelled.get("cost", "")}
             group = claim["id"].partition(".")[0]
-            yield {"notebook": GROUPS[group]["notebook"]} | claim | words | {"optional": optional, "group": group}
+            yield {"notebook": NOTEBOOKS[group]} | claim | words | {"optional": optional, "group": group}
 
 
 def _filled(value: object, of: dict) -> object:
@@ -419,7 +421,7 @@ def summary(verdicts: pd.DataFrame) -> str:
         first = mine.iloc[0]
         place = f"{_place(first)}; seeds: {first['seeds']}"
         example = f"{MARKS[first['verdict']]} {first['statement']}: {effect_words(first) or first['reason']} ({place})"
-        rows.append((GROUPS[group]["claim"], GROUPS[group]["title"], _counted(mine), example))
+        rows.append((CLAIMS.get(group, "also"), GROUPS[group]["title"], _counted(mine), example))
     rows.sort(key=lambda row: row[0])
     lines = tables.markdown(("claim", "what it says", "verdicts", "for example"), rows) if rows else []
     return "\n".join([*lines, "", _not_run_words(verdicts[~verdicts["optional"]])]).strip()
