@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +24,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from pandas.io.formats.style import Styler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from companion import compare
+from companion import compare, frame
 from companion.figures import panels, span
 from companion.publish import colours_of
+from companion.publish import publish as published
 
 FOLDER = Path("build/ladder")
 ARCHIVES = {  # what pip downloads -> its SHA-256; code and documentation, both under the BSD licence
@@ -273,6 +275,15 @@ def over_size(
     if others := ", ".join(dict.fromkeys(data["model"][families != families.mode()[0]])):
         marks += f"Stars: other families ({others}), with protocols of their own and the embedding among their parameters. "
     return figure, data, marks, f"{words}: {'; '.join(said)}.", slopes
+
+
+def publish(sides: Mapping, name: str, folder: Path, runs: pd.DataFrame, keys: Iterable[str], words: str, **options) -> Styler:
+    """Publishes the figure of `over_size`, with the protocol of those of `runs`, on the ladder, that have `keys`; a table of the
+    slopes."""
+    figure, data, marks, finding, slopes = over_size(sides, words, **options)
+    used = runs[runs["key"].isin(keys)].assign(model="all models")
+    published(figure, name, folder, data, marks + frame.protocol(used), keys, finding)
+    return slopes.style.hide(axis="index").format(precision=2)
 
 
 def size_axis(ax: Axes, words: str = "parameters") -> None:
