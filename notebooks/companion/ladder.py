@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from pandas.io.formats.style import Styler
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -98,15 +98,10 @@ def _files() -> Iterator[str]:
 
 def _tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE learnt from `documents`, with `<s>` in front of every text."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        documents,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False),
-    )
+    core = ByteLevelBPETokenizer()
+    core.train_from_iterator(documents, VOCABULARY, min_frequency=0, show_progress=False, special_tokens=["<s>"])
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(core.to_str()), bos_token="<s>")
 
 
 @lru_cache(maxsize=2)
