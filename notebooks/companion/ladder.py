@@ -3,11 +3,9 @@
 All lies in `FOLDER`, relative to the checkout: a run's key holds the name of its model, which so is one name on every machine.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from companion import compare, frame
 from companion.figures import panels, span
-from companion.publish import colours_of
+from companion.publish import colours_of, whole
 from companion.publish import publish as published
 
 FOLDER = Path("build/ladder")
@@ -47,18 +45,6 @@ RATE, WARMUP = 6e-3, 0.05  # AdamW's peak at 64 channels, falling with the squar
 SAVED = 60  # seconds after which a training notes how far it is
 
 
-@contextlib.contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `folder` at the end: whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as around:
-        fresh = Path(around) / folder.name
-        fresh.mkdir()
-        yield fresh
-        if not folder.exists():  # nobody was faster
-            fresh.rename(folder)
-
-
 # --- text and tokenizer ---------------------------------------------------------------------------------------------------
 
 
@@ -72,6 +58,7 @@ def text(folder: Path = FOLDER) -> Path:
         with whole(place) as fresh:
             files = dict(sorted((hashlib.sha256(each.encode()).hexdigest(), each) for each in _files()))
             held = {name for name in files if int(name[-2:], 16) < 256 * HELD_OUT}
+            fresh.mkdir()
             training = [each for name, each in files.items() if name not in held]
             middles = [files[name][len(files[name]) // 2 :][:SHORTEST] for name in sorted(held)]
             for name, rows in (("training", training), ("held-out", middles)):
@@ -177,9 +164,8 @@ def train(rung: Rung, folder: Path = FOLDER) -> Path:
         optimizer.zero_grad()
         losses.append(loss.item())
         if time.monotonic() - noted > SAVED:
-            part = f"{state}.{os.getpid()}"
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
-            os.replace(part, state)
+            with whole(state) as part:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
             noted = time.monotonic()
     with whole(place) as fresh:
         model.save_pretrained(fresh)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from companion.frame import SEARCH
-from companion.publish import commit
+from companion.publish import commit, whole
 
 LEAST = 0.1  # nats
 
@@ -43,10 +42,8 @@ def measured(
         if key not in known and compute:
             row = {"commit": commit(), **measure(**cell)}
             known |= read() | {key: row}  # other processes may have written meanwhile
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
-            os.replace(part, path)
+            with whole(path) as part:
+                part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
     there = [key for key in keys if key in known]
     cells = pd.json_normalize([keys[key] for key in there]).rename(columns=lambda name: name.rpartition(".")[2])
     data = pd.concat([pd.DataFrame({"key": there}), cells, pd.DataFrame([known[key] for key in there])], axis=1)

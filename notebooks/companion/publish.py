@@ -1,14 +1,16 @@
 """One look for every figure, one way to save it with its data and origin, and the page that shows all of a profile."""
 
+import contextlib
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 import zlib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -186,6 +188,16 @@ def commit() -> str:
             return ""
 
     return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "--", "recon", "notebooks"))
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file or folder to, which becomes `path` at the end: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as around:
+        yield (fresh := Path(around) / path.name)
+        if not path.is_dir():  # nobody was faster
+            os.replace(fresh, path)
 
 
 def notebooks() -> list[Path]:
