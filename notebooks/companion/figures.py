@@ -343,12 +343,11 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
     for ax in axes[1:, 0]:
         ax.set_ylabel("retraining minus\nreconstruction, nats per token")
     kinds = differences.groupby([differences["measure"].str.split(",").str[0], "recipe"], sort=False)
-    counts = {kind: ((part["low"] > 0).sum(), (part["high"] < 0).sum(), len(part)) for kind, part in kinds}
-    said = "; ".join(
-        f"{wins} better, {losses} worse of {count} by {kind} ({recipe})"
-        for (kind, recipe), (wins, losses, count) in counts.items()
-    )
-    finding = f"Reconstruction against retraining at equal samples: {said or 'nothing to compare yet'}."
+    said = [
+        f"{(part['low'] > 0).sum()} better, {(part['high'] < 0).sum()} worse of {len(part)} by {kind} ({recipe})"
+        for (kind, recipe), part in kinds
+    ]
+    finding = f"Reconstruction against retraining at equal samples: {'; '.join(said) or 'nothing to compare yet'}."
     return figure, pd.concat([data.assign(panel="quality"), differences.assign(panel="difference")]), finding
 
 

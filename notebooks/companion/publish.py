@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 import zlib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 
@@ -237,19 +237,16 @@ def gallery(
     order = sorted((name for name in found if name.endswith(".md")), key=lambda name: (name.startswith("appendix"), name))
     page += ["## Tables"] * bool(order)
     page += [re.sub(r"^#", "###", found[name].strip(), flags=re.M) for name in order]
-    missing: dict[str, Sequence[str]] = {}
+    missing: list[str] = []
     for notebook in notebooks():
         names = drawn(notebook)
         there = [name for name in names if (folder / f"{name}.json").exists()]
-        missing |= {notebook.stem: gone} if (gone := [name for name in names if name not in there]) else {}
-        if there:
-            page += [
-                f"## {title(notebook)}",
-                f"[Notebook]({up}/notebooks/{notebook.name}), `./run_all.sh {profile} {notebook.stem}`",
-            ]
-            page += [part for name in there for part in _entry(folder, name, older=older)]
-    if missing:
-        page += ["## Not drawn yet", "\n".join(f"- {', '.join(names)} ({stem})" for stem, names in missing.items())]
+        gone = ", ".join(name for name in names if name not in there)
+        missing += [f"- {gone} ({notebook.stem})"] * bool(gone)
+        made = f"[Notebook]({up}/notebooks/{notebook.name}), `./run_all.sh {profile} {notebook.stem}`"
+        page += [f"## {title(notebook)}", made] * bool(there)
+        page += [part for name in there for part in _entry(folder, name, older=older)]
+    page += ["## Not drawn yet", "\n".join(missing)] * bool(missing)
     return "\n\n".join(page) + "\n"
 
 
