@@ -481,7 +481,4 @@ def _name(model: str) -> str:
     return model.partition("@")[0].rpartition("/")[2]
 
 
-KINDS = {
-    "better": better, "samples": samples, "equal": equal, "ratio": ratio, "combined": combined, "memory": memory, "gap": gap,
-    "trend": trend,
-}  # fmt: skip
+KINDS = {kind.__name__: kind for kind in (better, samples, equal, ratio, combined, memory, gap, trend)}

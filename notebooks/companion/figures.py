@@ -6,6 +6,7 @@ Each function draws runs from `companion.frame.load`. It returns the figure, its
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,6 +28,7 @@ PUBLISHED = f"{MAIN[0]}, paper's recipe"
 KL, COMPUTE = "KL to dense", "TFLOP"
 FAR = 5 * MARGIN  # differences beyond are written, not drawn to scale
 ALIKE = 1.05  # costs that differ by less count as equal
+beside = partial(Axes.annotate, textcoords="offset points", va="center", fontsize=8)  # axes, words, place, points from it
 
 # --- numbers: means over seeds, paired differences, and words for them -----------------------------------------------------
 
@@ -122,9 +124,8 @@ def label_ends(ax: Axes, x: float, ends: dict[str, float]) -> None:
     gaps = 10 * np.arange(len(own))  # points
     places = np.maximum.accumulate(own - gaps), np.minimum.accumulate((own - gaps)[::-1])[::-1]  # moved up alone, down alone
     for name, at, moved in zip(names, own, np.mean(places, axis=0) + gaps):
-        how = {"textcoords": "offset points", "va": "center", "fontsize": 8, "annotation_clip": False}
         line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0} if abs(moved - at) > 1 else None
-        ax.annotate(name, (x, ends[name]), (12, moved - at), arrowprops=line, **how)
+        beside(ax, name, (x, ends[name]), (12, moved - at), arrowprops=line, annotation_clip=False)
 
 
 def level(ax: Axes, value: float, name: str, inside: bool = True) -> None:
@@ -138,8 +139,7 @@ def level(ax: Axes, value: float, name: str, inside: bool = True) -> None:
     ax.axhline(value, color=look(name)["color"], linestyle=look(name)["linestyle"], linewidth=1, zorder=1)
     ax.set_ylim(low, high)
     words = f"{name} {number(value)}" + (" ↓" if value < low else " ↑" if value > high else "")
-    place = (1, min(max(value, low), high))
-    ax.annotate(words, place, (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", fontsize=8)
+    beside(ax, words, (1, min(max(value, low), high)), (4, 0), xycoords=("axes fraction", "data"))
 
 
 def legend(figure: Figure, ax: Axes) -> None:
@@ -167,8 +167,8 @@ def bars(ax: Axes, data: pd.DataFrame, places: Sequence[float], names: Sequence[
         if abs(value) > far:
             words, right = f"{value:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]".replace("-", "−"), value > 0
             ax.plot(math.copysign(far, value), place, color=shown["color"], marker=">" if right else "<", clip_on=False)
-            side = {"xytext": (-8 if right else 8, 0), "textcoords": "offset points", "ha": "right" if right else "left"}
-            ax.annotate(words, (math.copysign(far, value), place), **side, va="center", fontsize=8, backgroundcolor="white")
+            side = {"xytext": (-8 if right else 8, 0), "ha": "right" if right else "left"}
+            beside(ax, words, (math.copysign(far, value), place), **side, backgroundcolor="white")
             continue
         ax.plot(np.clip([row["low"], row["high"]], -far, far), [place, place], color=shown["color"], linewidth=1.5)
         ax.plot(value, place, **shown | {"linestyle": ""}, **hollow(row["seeds"]), zorder=3)
@@ -177,14 +177,14 @@ def bars(ax: Axes, data: pd.DataFrame, places: Sequence[float], names: Sequence[
 def forest(data: pd.DataFrame, by: str, panel: str, words: str) -> Figure:
     """Differences of `effects` as shares of the perplexity gap: a row for each value of `by`, a panel for each of `panel`."""
     names, groups = list(dict.fromkeys(data[by])), list(data.groupby(panel, sort=False))
-    figure, axes = panels(len(groups), 2.8 + (len(groups) == 1), 0.9 + 0.25 * len(names), sharey=True)
+    figure, axes = panels(len(groups), 3.1 + (len(groups) == 1), 0.9 + 0.25 * len(names), sharey=True)
     for ax, (title, group) in zip(axes, groups):
         ax.axvspan(-MARGIN, MARGIN, color="0.9", zorder=0, linewidth=0)
         ax.axvline(0, color="0.4", linewidth=1, zorder=1)
         ax.set_xlim(-1.05 * FAR, 1.05 * FAR)
         bars(ax, group, [names.index(name) for name in group[by]], group[by], FAR)
         for place in [names.index(name) for name in group.loc[group["verdict"] == "default", by]]:
-            ax.annotate("default", (0, place), (8, 0), textcoords="offset points", va="center", fontsize=8)
+            beside(ax, "default", (0, place), (8, 0))
         ax.set_title(title)
         ax.set_xlabel(f"← worse    equal (±{MARGIN:.0%})    better →\n{words}", fontsize=8)
         ax.set_yticks(range(len(names)), names)
@@ -343,12 +343,11 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
     for ax in axes[1:, 0]:
         ax.set_ylabel("retraining minus\nreconstruction, nats per token")
     kinds = differences.groupby([differences["measure"].str.split(",").str[0], "recipe"], sort=False)
-    counts = {kind: ((part["low"] > 0).sum(), (part["high"] < 0).sum(), len(part)) for kind, part in kinds}
-    said = "; ".join(
-        f"{wins} better, {losses} worse of {count} by {kind} ({recipe})"
-        for (kind, recipe), (wins, losses, count) in counts.items()
-    )
-    finding = f"Reconstruction against retraining at equal samples: {said or 'nothing to compare yet'}."
+    said = [
+        f"{(part['low'] > 0).sum()} better, {(part['high'] < 0).sum()} worse of {len(part)} by {kind} ({recipe})"
+        for (kind, recipe), part in kinds
+    ]
+    finding = f"Reconstruction against retraining at equal samples: {'; '.join(said) or 'nothing to compare yet'}."
     return figure, pd.concat([data.assign(panel="quality"), differences.assign(panel="difference")]), finding
 
 
@@ -453,14 +452,7 @@ def gaps(runs: pd.DataFrame, to: str) -> Plot:
         bars(ax, cell, heights, states)
         for row, height, low, state in zip(rows, heights, cell["low"], states):
             if row == 0 and ax is axes[0]:
-                words = {
-                    "textcoords": "offset points",
-                    "va": "center",
-                    "ha": "right",
-                    "fontsize": 8,
-                    "color": look(state)["color"],
-                }
-                ax.annotate(state, (low, height), (-6, 0), **words)
+                beside(ax, state, (low, height), (-6, 0), ha="right", color=look(state)["color"])
         ax.axvline(0, color="0.4", linewidth=1, zorder=1)
         ax.set(title=criterion, xlabel=f"nats worse than {to} →", ylim=(len(places) - 0.5, -0.5))
         ax.set_yticks(range(len(places)), places)
@@ -639,8 +631,7 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
             ax.plot([row["low"], end], [place, place], color=colour, linewidth=1.5)
             ax.plot(row["effect"], place, color=colour, marker=shape, markersize=5.5, markerfacecolor=face)
             words = f"{MARKS[row['verdict']]}  {effect_words(row).removesuffix(row['unit'])}"
-            beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "fontsize": 7}
-            ax.annotate(words, (1, place), (6, 0), **beside)
+            beside(ax, words, (1, place), (6, 0), xycoords=("axes fraction", "data"), fontsize=7)
         names = group["short"] + "  ·  " + group["model"] + " " + group["pattern"]
         names += np.where(group["recipe"] == "paper", ", paper's recipe", "") + np.where(group["older"], " †", "").astype(object)
         ax.set_yticks(range(len(group)), names, fontsize=7)

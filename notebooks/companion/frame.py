@@ -161,7 +161,6 @@ def _row(record: dict) -> dict:
     row[MEMORY] = max((added[phase] for phase in ("reconstruct", "retrain") if phase in added), default=np.nan) / 2**30
     return row | {
         "seconds_total": record["seconds"].get("total", 0), "device": environment.get("device"),
-        "threads": environment.get("threads"), "commit": str(environment.get("git_commit"))[:10],
         "dense": protocol.get("dense", ""), "notes": protocol,
     }  # fmt: skip
 

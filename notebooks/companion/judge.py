@@ -29,6 +29,8 @@ OLDER = "older protocol"
 MANY = 100  # seeds that nobody will run
 _YAML = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
 GROUPS = _YAML["groups"]
+CLAIMS = {group: number for number, about in _YAML["headlines"].items() for group in about["groups"]}  # of the README
+NOTEBOOKS = {group: name for name, groups in _YAML["notebooks"].items() for group in groups}
 
 
 def claims() -> list[dict]:
@@ -48,18 +50,20 @@ def _elsewhere(claim: str) -> str:
 
 
 def _expanded(row: dict) -> Iterable[dict]:
-    defaults = {"measure": "own", "count": 0, "times": 1, "above": 0.0, "margin": 0.0, "noise": True, "cost": "", "short": ""}
+    defaults = {"measure": "own", "count": 0, "times": 1, "above": 0.0, "noise": True, "cost": "", "short": "", "right": None}
+    defaults |= {"left": {"granularity": "half-block"}, "margin": MARGIN * (row["test"] == "equal")}
     central = row.get("for", {})
     for axes, optional in ((central, False), (central | row.get("optional", {}), True))[: 1 + ("optional" in row)]:
         for values in itertools.product(*axes.values()):
             of = dict(zip(axes, values))
             spelled = {name: _YAML["names"].get(value, value) for name, value in of.items()}
-            claim = {name: _filled(value, of) for name, value in (defaults | row).items() if name not in ("for", "drawn")}
+            said = defaults | {name: value for name, value in of.items() if name in defaults} | row
+            claim = {name: _filled(value, of) for name, value in said.items() if name not in ("for", "drawn")}
             drawn = all(of[name] in allowed for name, allowed in row.get("drawn", {}).items())
             says, short = row["says"].format(**spelled), row.get("short", "").format(**spelled) * drawn
             words = {"says": says[0].upper() + says[1:], "short": short, "cost_words": spelled.get("cost", "")}
             group = claim["id"].partition(".")[0]
-            yield {"notebook": GROUPS[group]["notebook"]} | claim | words | {"optional": optional, "group": group}
+            yield {"notebook": NOTEBOOKS[group]} | claim | words | {"optional": optional, "group": group}
 
 
 def _filled(value: object, of: dict) -> object:
@@ -86,6 +90,8 @@ def judge(
     - Everything else is not enough evidence; the reason says about how many seeds would decide. The same goes for fewer than
       three seeds if training noise could decide. What no number of seeds can decide on these models is not testable here.
 
+    Beside each stand the verdict and the effect on the second text, where the comparison was made there, too.
+
     If several protocols allow a comparison, one with three seeds or more is taken, then one that bounds a ratio from above, then
     today's, then the one with the most records in it, then that of the largest study.
     """
@@ -101,7 +107,9 @@ def judge(
         found = [(scope, _most(groups, claim, profile)) for scope, groups in scopes]
         mine = [verdict(claim, *scope, evidence, profile) for scope, evidence in found if evidence]
         verdicts += mine or ([_row(claim, NOT_RUN, "no records")] if not claim["optional"] else [])
-    return pd.DataFrame(verdicts)
+    found, by = pd.DataFrame(verdicts), ["claim", "model", "pattern", "recipe"]
+    second = found[found["measure"] == "other"].set_index(by)[["verdict", "effect"]].add_prefix("second_")
+    return found.join(found[by].assign(claim=found["claim"].map(_elsewhere)).join(second, on=by)[[*second]])
 
 
 def _most(groups: dict[str, pd.DataFrame], claim: dict, profile: str) -> Evidence | None:
@@ -255,10 +263,6 @@ def _place(row: pd.Series) -> str:
     return ", ".join(part for part in (row["model"], row["pattern"], recipe, older) if part)
 
 
-def _recipe(row: pd.Series) -> str:
-    return RECIPE_WORDS[row["recipe"] or "default"] + f", {OLDER}" * bool(row["older"])
-
-
 def _counting(verdicts: pd.DataFrame) -> pd.DataFrame:
     """The comparisons that count: there are runs, and they are measured by perplexity on the first text, or by their cost."""
     return verdicts[(verdicts["seeds"] > 0) & (verdicts["measure"] == "own")]
@@ -349,7 +353,8 @@ def count_words(verdicts: pd.DataFrame) -> str:
     said += f" {without} more were not run." * bool(without)
     older, words = counting["older"].sum(), "on other windows of text or in another precision; they will be run anew"
     said += f" {older} are of an older protocol, {words}." * bool(older)
-    same = _on_both(counting, verdicts)
+    both = counting.dropna(subset="second_verdict")
+    same = both["verdict"] == both["second_verdict"]
     said += f" On the second text, {same.sum()} of {len(same)} have the same verdict." * bool(len(same))
     return (
         f"{said} Each is judged on its own, with a nominal chance of at most 5 % that seeds and windows make a verdict wrong: of "
@@ -360,20 +365,13 @@ def count_words(verdicts: pd.DataFrame) -> str:
     )
 
 
-def _on_both(counting: pd.DataFrame, verdicts: pd.DataFrame) -> pd.Series:
-    """Of comparisons that were made on the second text, too: whether both verdicts are the same."""
-    by = ["claim", "model", "pattern", "recipe"]
-    other = verdicts[verdicts["measure"] == "other"]
-    both = counting.assign(claim=counting["claim"].map(_elsewhere)).merge(other, on=by, suffixes=("", "_other"))
-    return both["verdict"] == both["verdict_other"]
-
-
 def worded(verdicts: pd.DataFrame) -> pd.DataFrame:
     """`verdicts` with the heading and remark of each on the page, its recipe and its effect in words."""
     headings = [f"{group}. {GROUPS[group]['title']}" for group in verdicts["group"]]
-    rows = [row for _, row in verdicts.iterrows()]
-    remarks, recipes = [GROUPS[group].get("remark", "").strip() for group in verdicts["group"]], [*map(_recipe, rows)]
-    return verdicts.assign(heading=headings, remark=remarks, recipe_words=recipes, effect_words=[*map(effect_words, rows)])
+    remarks = [GROUPS[group].get("remark", "").strip() for group in verdicts["group"]]
+    recipes = verdicts["recipe"].replace("", "default").map(RECIPE_WORDS) + verdicts["older"].map({True: f", {OLDER}", False: ""})
+    effects = verdicts.apply(effect_words, axis=1)
+    return verdicts.assign(heading=headings, remark=remarks, recipe_words=recipes, effect_words=effects)
 
 
 def _not_run_words(verdicts: pd.DataFrame) -> str:
@@ -394,20 +392,15 @@ def headlines(verdicts: pd.DataFrame) -> str:
             said += re.findall(rf"borderline|fewer than {SEEDS} seeds", v["reason"])
             effect = effect_words(v).removesuffix(v["unit"]).strip().replace("-", "−").replace(" [", "<br>[")
             mark = MARKS[v["verdict"]] + "†" * bool(v["older"])
-            cells[v["claim"], v["model"], v["recipe"]] = "<br>".join([f"{mark} {effect}", *said, *_second(v, verdicts)])
+            if v["second_verdict"] in MARKS:
+                said += [f"second text: {MARKS[v['second_verdict']]} {v['second_effect']:+.3f}".replace("-", "−")]
+            cells[v["claim"], v["model"], v["recipe"]] = "<br>".join([f"{mark} {effect}", *said])
             statements[v["claim"]] = f"{v['statement']} ({unit})".replace(") (", "; ")
         places = list(dict.fromkeys(zip(mine["model"], mine["recipe"])))
         rows = [(says, *(cells.get((claim, *place), "") for place in places)) for claim, says in statements.items()]
         heads = [f"{model}, {RECIPE_WORDS[recipe or 'default']}" for model, recipe in places]
         parts += [f"**{number}. {about['says']}.**", "", *(tables.markdown(("", *heads), rows) if rows else []), ""]
     return "\n".join(parts).strip()
-
-
-def _second(row: pd.Series, verdicts: pd.DataFrame) -> list[str]:
-    """The verdict and effect of the same comparison on the second text, if it was made."""
-    place = ["model", "pattern", "recipe"]
-    alike = (verdicts["claim"] == _elsewhere(row["claim"])) & (verdicts[place] == row[place]).all(axis=1)
-    return [f"second text: {MARKS[v['verdict']]} {v['effect']:+.3f}".replace("-", "−") for _, v in verdicts[alike].iterrows()]
 
 
 def summary(verdicts: pd.DataFrame) -> str:
@@ -417,7 +410,7 @@ def summary(verdicts: pd.DataFrame) -> str:
         first = mine.iloc[0]
         place = f"{_place(first)}; seeds: {first['seeds']}"
         example = f"{MARKS[first['verdict']]} {first['statement']}: {effect_words(first) or first['reason']} ({place})"
-        rows.append((GROUPS[group]["claim"], GROUPS[group]["title"], _counted(mine), example))
+        rows.append((CLAIMS.get(group, "also"), GROUPS[group]["title"], _counted(mine), example))
     rows.sort(key=lambda row: row[0])
     lines = tables.markdown(("claim", "what it says", "verdicts", "for example"), rows) if rows else []
     return "\n".join([*lines, "", _not_run_words(verdicts[~verdicts["optional"]])]).strip()

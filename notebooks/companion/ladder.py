@@ -3,17 +3,15 @@
 All lies in `FOLDER`, relative to the checkout: a run's key holds the name of its model, which so is one name on every machine.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +22,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from pandas.io.formats.style import Styler
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from companion import compare
+from companion import compare, frame
 from companion.figures import panels, span
-from companion.publish import colours_of
+from companion.publish import colours_of, whole
+from companion.publish import publish as published
 
 FOLDER = Path("build/ladder")
 ARCHIVES = {  # what pip downloads -> its SHA-256; code and documentation, both under the BSD licence
@@ -43,18 +43,6 @@ VOCABULARY, LEARNT = 2048, 400  # tokens, and the files that they are learnt fro
 LENGTH, BATCH = 128, 16  # tokens of a sample, the first included; samples of a step
 RATE, WARMUP = 6e-3, 0.05  # AdamW's peak at 64 channels, falling with the square root of the channels; share of the steps
 SAVED = 60  # seconds after which a training notes how far it is
-
-
-@contextlib.contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `folder` at the end: whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as around:
-        fresh = Path(around) / folder.name
-        fresh.mkdir()
-        yield fresh
-        if not folder.exists():  # nobody was faster
-            fresh.rename(folder)
 
 
 # --- text and tokenizer ---------------------------------------------------------------------------------------------------
@@ -70,6 +58,7 @@ def text(folder: Path = FOLDER) -> Path:
         with whole(place) as fresh:
             files = dict(sorted((hashlib.sha256(each.encode()).hexdigest(), each) for each in _files()))
             held = {name for name in files if int(name[-2:], 16) < 256 * HELD_OUT}
+            fresh.mkdir()
             training = [each for name, each in files.items() if name not in held]
             middles = [files[name][len(files[name]) // 2 :][:SHORTEST] for name in sorted(held)]
             for name, rows in (("training", training), ("held-out", middles)):
@@ -96,15 +85,10 @@ def _files() -> Iterator[str]:
 
 def _tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE learnt from `documents`, with `<s>` in front of every text."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        documents,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False),
-    )
+    core = ByteLevelBPETokenizer()
+    core.train_from_iterator(documents, VOCABULARY, min_frequency=0, show_progress=False, special_tokens=["<s>"])
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(core.to_str()), bos_token="<s>")
 
 
 @lru_cache(maxsize=2)
@@ -180,9 +164,8 @@ def train(rung: Rung, folder: Path = FOLDER) -> Path:
         optimizer.zero_grad()
         losses.append(loss.item())
         if time.monotonic() - noted > SAVED:
-            part = f"{state}.{os.getpid()}"
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
-            os.replace(part, state)
+            with whole(state) as part:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
             noted = time.monotonic()
     with whole(place) as fresh:
         model.save_pretrained(fresh)
@@ -273,6 +256,15 @@ def over_size(
     if others := ", ".join(dict.fromkeys(data["model"][families != families.mode()[0]])):
         marks += f"Stars: other families ({others}), with protocols of their own and the embedding among their parameters. "
     return figure, data, marks, f"{words}: {'; '.join(said)}.", slopes
+
+
+def publish(sides: Mapping, name: str, folder: Path, runs: pd.DataFrame, keys: Iterable[str], words: str, **options) -> Styler:
+    """Publishes the figure of `over_size`, with the protocol of those of `runs`, on the ladder, that have `keys`; a table of the
+    slopes."""
+    figure, data, marks, finding, slopes = over_size(sides, words, **options)
+    used = runs[runs["key"].isin(keys)].assign(model="all models")
+    published(figure, name, folder, data, marks + frame.protocol(used), keys, finding)
+    return slopes.style.hide(axis="index").format(precision=2)
 
 
 def size_axis(ax: Axes, words: str = "parameters") -> None:

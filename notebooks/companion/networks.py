@@ -7,7 +7,6 @@ text of `companion.ladder`.
 
 import copy
 import math
-import os
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM, Pretraine
 
 import recon
 from companion import inside, ladder
-from companion.publish import ROOT
+from companion.publish import ROOT, whole
 
 SIDE, PIXELS, GREYS, CLASSES = 8, 64, 17, 10
 LENGTHS = {"Mamba": 32, "T5": 64, "Llama": ladder.LENGTH}  # tokens of a sample, of the networks that read text
@@ -196,9 +195,8 @@ def trained(kind: str, seed: int, steps: int) -> nn.Module:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_model(network, part := path.with_suffix(f".{os.getpid()}"))
-            os.replace(part, path)
+            with whole(path) as part:
+                save_model(network, part)
     load_model(network, path)
     return network.eval()
 

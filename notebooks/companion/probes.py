@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from companion.frame import SEARCH
-from companion.publish import commit
+from companion.publish import commit, whole
 
 LEAST = 0.1  # nats
 
@@ -25,8 +24,10 @@ def joined(cell: dict, other: dict) -> dict:
     return cell | {name: cell[name] | value if isinstance(value, dict) else value for name, value in other.items()}
 
 
-def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], compute: bool = True) -> pd.DataFrame:
-    """A row for each of `cells`: its arguments, and what `measure(**cell)` gives.
+def measured(
+    path: Path, measure: Callable[..., dict], cells: Sequence[dict], compute: bool = True, rates: Sequence[float] = ()
+) -> pd.DataFrame:
+    """A row for each of `cells`, at the learning rate that is `searched` among `rates`: its arguments, and what `measure` gives.
 
     path: of the JSON file that holds what was measured; it is written whole after every cell, and nothing in it is measured
     again. compute: False leaves out what is not there. Columns own_<state> are as `companion.frame.load` has them.
@@ -35,16 +36,14 @@ def measured(path: Path, measure: Callable[..., dict], cells: Sequence[dict], co
     def read() -> dict:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+    keys = {json.dumps(cell, sort_keys=True): cell for cell in searched(path, measure, cells, rates, compute)}
     known = read()
-    keys = {json.dumps(cell, sort_keys=True): cell for cell in cells}
     for key, cell in keys.items():
         if key not in known and compute:
             row = {"commit": commit(), **measure(**cell)}
             known |= read() | {key: row}  # other processes may have written meanwhile
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
-            os.replace(part, path)
+            with whole(path) as part:
+                part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
     there = [key for key in keys if key in known]
     cells = pd.json_normalize([keys[key] for key in there]).rename(columns=lambda name: name.rpartition(".")[2])
     data = pd.concat([pd.DataFrame({"key": there}), cells, pd.DataFrame([known[key] for key in there])], axis=1)
@@ -69,11 +68,13 @@ def harmed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def searched(path: Path, measure: Callable, cells: Sequence[dict], rates: Sequence[float], compute: bool = True) -> list[dict]:
-    """`cells`, each at that of `rates` with the fewest nats on held-out data, mean over seeds that no verdict uses.
+    """`cells`, each at that of `rates`, if any, with the fewest nats on held-out data, mean over seeds that no verdict uses.
 
     The rate is searched once for cells that differ in the seed alone: from the middle, until both neighbours of the best have
     been tried.
     """
+    if not rates:
+        return list(cells)
     rates, best, tuned = sorted(rates), {}, []
     for cell in cells:
         base = joined(cell, {"split": "held_out", "seed": SEARCH})

@@ -1,13 +1,16 @@
 """One look for every figure, one way to save it with its data and origin, and the page that shows all of a profile."""
 
+import contextlib
 import json
 import logging
 import os
 import re
 import subprocess
+import sys
+import tempfile
 import textwrap
 import zlib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 
@@ -65,6 +68,14 @@ def folders(profile: str, output: Path | str = "") -> tuple[Path, Path]:
     """(figures, records): the folders of `profile`, or those inside `output`, which is relative to the checkout."""
     figures, records = (f"{output}/figures", f"{output}/records") if output else PROFILES[profile]
     return ROOT / figures, ROOT / records
+
+
+def start(profile: str, output: Path | str = "") -> tuple[Path, Path]:
+    """Begins a notebook: what the library says is printed, figures have one look; returns `folders`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("recon").setLevel(logging.INFO)
+    style()
+    return folders(profile, output)
 
 
 def style() -> None:
@@ -179,6 +190,16 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "--", "recon", "notebooks"))
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file or folder to, which becomes `path` at the end: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as around:
+        yield (fresh := Path(around) / path.name)
+        if not path.is_dir():  # nobody was faster
+            os.replace(fresh, path)
+
+
 def notebooks() -> list[Path]:
     """The notebooks of this checkout, in their order."""
     return sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: int(path.stem.partition("-")[0]))
@@ -216,19 +237,16 @@ def gallery(
     order = sorted((name for name in found if name.endswith(".md")), key=lambda name: (name.startswith("appendix"), name))
     page += ["## Tables"] * bool(order)
     page += [re.sub(r"^#", "###", found[name].strip(), flags=re.M) for name in order]
-    missing: dict[str, Sequence[str]] = {}
+    missing: list[str] = []
     for notebook in notebooks():
         names = drawn(notebook)
         there = [name for name in names if (folder / f"{name}.json").exists()]
-        missing |= {notebook.stem: gone} if (gone := [name for name in names if name not in there]) else {}
-        if there:
-            page += [
-                f"## {title(notebook)}",
-                f"[Notebook]({up}/notebooks/{notebook.name}), `./run_all.sh {profile} {notebook.stem}`",
-            ]
-            page += [part for name in there for part in _entry(folder, name, older=older)]
-    if missing:
-        page += ["## Not drawn yet", "\n".join(f"- {', '.join(names)} ({stem})" for stem, names in missing.items())]
+        gone = ", ".join(name for name in names if name not in there)
+        missing += [f"- {gone} ({notebook.stem})"] * bool(gone)
+        made = f"[Notebook]({up}/notebooks/{notebook.name}), `./run_all.sh {profile} {notebook.stem}`"
+        page += [f"## {title(notebook)}", made] * bool(there)
+        page += [part for name in there for part in _entry(folder, name, older=older)]
+    page += ["## Not drawn yet", "\n".join(missing)] * bool(missing)
     return "\n\n".join(page) + "\n"
 
 

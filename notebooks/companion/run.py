@@ -16,11 +16,11 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
 from companion import judge
+from companion.article import settings
 from companion.compare import SEEDS
 from companion.figures import claims
 from companion.publish import PROFILES, ROOT, folders, gallery, notebooks, publish, style
@@ -45,8 +45,7 @@ class Console:
 
 def parameters(profile: str) -> dict[str, dict]:
     """The parameters of each notebook under `profile`, by its name."""
-    given = yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"))
-    return {path.stem: given.get(path.stem, {}) | {"profile": profile} for path in notebooks()}
+    return {path.stem: settings(profile).get(path.stem, {}) | {"profile": profile} for path in notebooks()}
 
 
 def execute(path: Path, values: dict, build: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Ways to train a pruned model, by the names of `companion.frame.method_name`, and the search for learning rates."""
+"""Ways to train a pruned model, by the names of `companion.frame.method_name`, the search for learning rates, and studies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,9 +6,11 @@ from pathlib import Path
 from statistics import median
 
 import pandas as pd
+from IPython.display import display
 
 import recon
 from companion.frame import DEFAULTS, RECIPES, load, named
+from companion.publish import MissingRecords
 
 
 def method(base: recon.RunSpec, name: str, count: int, seed: int = 0) -> recon.RunSpec:
@@ -90,3 +92,20 @@ def tuned(
     best = chosen(runs)
     known = [{name: best[cell] for name, cell in own.items() if cell in best} for own in cells]
     return [spec.replaced(**own) for spec, own in zip(specs, known)], runs
+
+
+def finished(
+    study: pd.DataFrame, specs: Sequence[recon.RunSpec], folder: Path, profile: str, notebook: str, least: float = 1 / 4
+) -> pd.DataFrame:
+    """The finished runs of `specs`, by `companion.frame.load`; what failed in their `study` is shown.
+
+    Raises `MissingRecords` if they are less than this share: a figure of so few would mislead.
+    """
+    failed = study[~study["status"].isin(["done", "missing"])]
+    print(f"{(study['status'] == 'done').sum()} of {len(study)} runs done")
+    if len(failed):
+        varied = [name for name in DEFAULTS if failed[name].astype(str).nunique() > 1]
+        display(failed[[*varied, "status", "error"]])
+    if len(found := load(folder, specs)) < least * len(specs):
+        raise MissingRecords(profile, notebook)
+    return found

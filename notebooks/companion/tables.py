@@ -3,30 +3,29 @@
 Beside them stands what the paper reports, if that is known; its own tables could not be read here.
 """
 
+import itertools
 from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from companion.compare import SEEDS, common, curve, once, pick, studies
-from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS, protocol
+from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS, fit_options, protocol
 from companion.publish import OLDER_WORDS
 
 HALF = {"granularity": "half-block"}
 MEASURES = {"own": "perplexity", "other": "perplexity, second text", "kl": "KL to dense"}
 COSTS = {"flops": (1e12, "TFLOP"), MEMORY: (1, MEMORY)}  # column of a frame -> unit, heading
-_FITS = {
-    "matrix": {"granularity": "matrix"},
-    "matrix exact": {"granularity": "matrix", "solver": "exact", "train": "matrices", "propagation": "dense"},
-    "half-block": HALF, "half-block from exact": HALF | {"start": "exact"},
-    **{name: {"granularity": name} for name in ("block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model")},
-}  # fmt: skip
+_FITS = "matrix, matrix exact, half-block, half-block from exact, block, 2-blocks, 4-blocks, 8-blocks, quarter, model".split(", ")
 _GRID = [(a, b) for a in ("dense", "sparse", "mixed") for b in ("mse", "cosine", "whitened")]
 TABLES = {  # name -> title, row -> options, measures; of several measures, each model, pattern and recipe is a table of its own
     "table-1": ("Table 1: reconstruction beside retraining", {"reconstruction": HALF} | {
         name: {"granularity": "none", "retrain": name} for name in ("masklora", "full", "lora", "scalelora", "norms")
     }, ("own", "other", "kl")),
-    "table-3": ("Table 3: the size of the window", _FITS, ("own",)),
+    "table-3": (
+        "Table 3: the size of the window",
+        {fit: {name: value for name, [value] in fit_options(fit).items()} for fit in _FITS}, ("own",),
+    ),
     "table-4": (
         "Table 4: the pruning criterion",
         {name: HALF | {"criterion": name} for name in ("magnitude", "wanda", "sparsegpt", "ria")}, ("own",),
@@ -64,7 +63,12 @@ def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     for scope, groups in studies(runs, "own", "protocol", *["samples"] * (not by_samples), "model", "windows"):
         place, choices = ", ".join((*scope[:2], RECIPE_WORDS[scope[2]])), []
         for key, group in groups.items():
-            found = [(row, side) for row, options in rows.items() for side in _sides(group, options, by_samples)]
+            found = [
+                (row + f", {side['trained'].iloc[0]} samples" * by_samples, side)
+                for row, options in rows.items()
+                for side in (curve(group, options) if by_samples else [pick(group, options)])
+                if len(side)
+            ]
             choices.append((len(found) > 1, group["evaluation_samples"].iloc[0], len(found), len(group), key, found))
         *_, sides = max(choices, key=lambda choice: choice[:5])
         if len(sides) < 2:
@@ -73,31 +77,21 @@ def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
             units = common(*(side for _, side in sides))
             sides = [(row, side[side.index.isin(units)]) for row, side in sides]
         panel, used = place * (len(measures) > 1), used + [side.reset_index() for _, side in sides]
-        for measure in [measure for measure in measures if f"{measure}_pruned" in runs]:
-            marks = [(state, sides[0][1], state) for state in ("dense", "pruned")[: 1 if criteria else 2]]
-            for row, side in sides:
-                count = f", {side['trained'].iloc[0]} samples" * by_samples
-                states = ("pruned", "reconstructed") if criteria else ("reconstructed",)
-                marks += [(row + (f", {state}" if criteria else count), side, state) for state in states]
-            for label, side, state in marks:
-                known = side[side[f"{measure}_{state}"].notna()]
-                values = np.array([known.at[unit, f"{measure}_{state}"].mean() for unit in once(known.index)])
-                if len(values):
-                    mean, spread = values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
-                    mean, spread = (mean, spread) if measure == "kl" else (np.exp(mean), np.exp(mean) * spread)
-                    cell = {"panel": panel, "row": label, "column": MEASURES[measure] if panel else place}
-                    shown.append(cell | {"mean": mean, "std": spread, "seeds": len(values)})
-        for row, side in sides if by_samples else ():
-            for cost, (unit, heading) in COSTS.items():
-                cell = {"panel": panel, "row": f"{row}, {side['trained'].iloc[0]} samples", "column": heading}
-                shown.append(cell | {"mean": side[cost].mean() / unit, "std": 0.0, "seeds": 0})
-    if not shown:
-        return pd.DataFrame(), runs
-    return pd.DataFrame(shown), pd.concat(used)
-
-
-def _sides(runs: pd.DataFrame, options: dict, by_samples: bool) -> list[pd.DataFrame]:
-    return [side for side in (curve(runs, options) if by_samples else [pick(runs, options)]) if len(side)]
+        marks = [(state, sides[0][1], state) for state in ("dense", "pruned")[: 2 - criteria]]
+        states = ("pruned", "reconstructed")[1 - criteria :]
+        marks += [(row + f", {state}" * criteria, side, state) for row, side in sides for state in states]
+        for measure, (label, side, state) in itertools.product(measures, marks):
+            known = side[side[f"{measure}_{state}"].notna()]
+            values = np.array([known.at[unit, f"{measure}_{state}"].mean() for unit in once(known.index)])
+            if len(values):
+                mean, spread = values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+                mean, spread = (mean, spread) if measure == "kl" else (np.exp(mean), np.exp(mean) * spread)
+                cell = {"panel": panel, "row": label, "column": MEASURES[measure] if panel else place}
+                shown.append(cell | {"mean": mean, "std": spread, "seeds": len(values)})
+        for (row, side), (cost, (unit, heading)) in itertools.product(sides if by_samples else (), COSTS.items()):
+            cell = {"panel": panel, "row": row, "column": heading}
+            shown.append(cell | {"mean": side[cost].mean() / unit, "std": 0.0, "seeds": 0})
+    return pd.DataFrame(shown), pd.concat(used) if used else runs
 
 
 def texts(runs: pd.DataFrame, older: Container[str] = ()) -> dict[str, str]:
