@@ -341,7 +341,7 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
         below.xaxis.set_major_formatter("{x:.0f}")
     legend(figure, axes[0, 0])
     for ax in axes[1:, 0]:
-        ax.set_ylabel("retraining minus\nreconstruction, nats per token")
+        ax.set_ylabel("difference,\nnats per token")
     kinds = differences.groupby([differences["measure"].str.split(",").str[0], "recipe"], sort=False)
     said = [
         f"{(part['low'] > 0).sum()} better, {(part['high'] < 0).sum()} worse of {len(part)} by {kind} ({recipe})"
@@ -396,14 +396,14 @@ def budget(runs: pd.DataFrame) -> Plot:
 def extrapolation(runs: pd.DataFrame, reach: int = 64) -> Plot | None:
     """The perplexity gap that remains, in nats, against samples: a power of them fitted to each method, and drawn beyond.
 
-    reach: how many times the most samples. None if no method has two numbers of samples.
+    reach: how many times the most samples. None if no method has three numbers of samples.
     """
     runs = of_both(runs[runs["method"].isin(MAIN)])
     grid, rows = np.geomspace(runs["trained"].min(), reach * runs["trained"].max(), 25), []
     for name, group in runs.groupby("method", sort=False):
         points = {count: own.drop_duplicates("unit").set_index("unit") for count, own in group.groupby("trained")}
         units = common(*points.values())
-        if len(points) < 2 or not units:
+        if len(points) < 3 or not units:  # two have a line, but nothing to tell whether there is one
             continue
         left = [[own.at[unit, "own_reconstructed"] - own.at[unit, "own_dense"] for unit in units] for own in points.values()]
         fit = np.linalg.pinv(np.vander(np.log(list(points)), 2))
@@ -573,9 +573,8 @@ def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
     usual = data[(data["mask"] == baseline[0]) & (data["way"] == baseline[1])].set_index(by[:2])["flops"]
     data[cost] = data["flops"] / usual.reindex(pd.MultiIndex.from_frame(data[by[:2]])).to_numpy()
     data[quality] = np.exp(-data["difference"])
-    data = data.sort_values("pattern", kind="stable")
     ways, masks = (list(dict.fromkeys(data[name])) for name in ("way", "mask"))
-    cells = data.groupby(["pattern", "model"], sort=False)
+    cells = data.sort_values("pattern", kind="stable").groupby(["pattern", "model"], sort=False)
     figure, axes = panels(len(cells), 4, 2.9, columns=data["model"].nunique(), sharex=True)
     shown = {"hue": "way", "hue_order": ways, "palette": "colorblind", "style": "mask", "style_order": masks}
     for ax, ((pattern, model), own) in zip(axes, cells):
