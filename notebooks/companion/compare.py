@@ -272,7 +272,7 @@ def samples(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """As `better`, at FLOPs equal within BUDGET or, if no pair of runs has that, with less on our side.
 
-    Of several pairs: the one with the most seeds (up to SEEDS), then equal FLOPs, then the most.
+    Of several pairs: the one with the most seeds (up to SEEDS); then equal FLOPs, the most of them, or else the nearest.
     """
     pairs = []
     for count, mine in points(runs, claim["left"]).items():
@@ -280,25 +280,28 @@ def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
             if units := common(mine, theirs):
                 spent, they_spent = (side.loc[units, "flops"].mean() for side in (mine, theirs))
                 fair = spent >= (1 - BUDGET) * they_spent
-                rank = min(len(units), SEEDS), fair, spent, -abs(math.log(spent / they_spent)), count, their_count
-                pairs += [(rank, mine, theirs, they_spent)] if spent <= (1 + BUDGET) * they_spent else []
+                rank = min(len(units), SEEDS), fair, spent * fair, -abs(math.log(spent / they_spent)), count, their_count
+                pairs += [(rank, mine, theirs, spent / they_spent)] if spent <= (1 + BUDGET) * they_spent else []
     if not pairs:
         return None
-    (_, fair, spent, _, count, their_count), mine, theirs, they_spent = max(pairs, key=lambda each: each[0])
+    (_, fair, *_, count, their_count), mine, theirs, times = max(pairs, key=lambda each: each[0])
     ours = " then ".join(map(str, dict.fromkeys(count)))
-    note = f"{spent / they_spent:.2f} times the FLOPs; samples: {ours} against {their_count[1]}"
+    note = f"{times:.2f} times the FLOPs; samples: {ours} against {their_count[1]}"
     return pair(mine, theirs, claim["measure"], share=bool(claim["margin"]), note=note, favours_other=not fair)
 
 
 def memory(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """The other side's memory over ours: what training added at its peak, as measured."""
-    mine, theirs = (best_supported(points(runs, claim[side])) for side in ("left", "right"))
-    if not len(mine) or not len(theirs) or not (units := common(mine, theirs)):
+    """The other side's memory over ours with as many samples: what training added at its peak, as measured."""
+    ours, other = ({count: point for (_, count), point in points(runs, claim[side]).items()} for side in ("left", "right"))
+    pairs = [(common(ours[count], other[count]), count) for count in ours.keys() & other.keys()]
+    units, count = max(pairs, key=lambda pair: (len(pair[0]), pair[1]), default=([], None))
+    if not units:
         return None
+    mine, theirs = ours[count], other[count]
     values = np.log2([[[side.at[unit, MEMORY]] for unit in units] for side in (mine, theirs)])
     if not np.isfinite(values).all():
         return None
-    sizes = " against ".join(f"{2**value:.2f} GiB" for value in values.mean((1, 2)))
+    sizes = " against ".join(f"{2**value:.2f} GiB" for value in values.mean((1, 2))) + f"; samples: {count}"
     return Evidence(_used([mine, theirs], units), [values], lambda means: means[1] - means[0], "times the memory", sizes)
 
 

@@ -314,9 +314,8 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
         parts.append(part[part["verdict"] != "default"].drop(columns=["verdict", "perplexity"]).assign(measure=name))
     differences, trained = pd.concat(parts), data[data["method"] != "pruned"]
     order = list(dict.fromkeys(trained["method"]))
-    rows = 1 + len(recipes)
-    shape = {"figsize": (3.4 * len(names), 1.2 + 2.2 * rows), "height_ratios": [1.5] + [1] * len(recipes)}
-    figure, axes = plt.subplots(rows, len(names), sharex=True, squeeze=False, layout="constrained", **shape)
+    shape = {"figsize": (3.4 * len(names), 3.4 + 2.2 * len(recipes)), "height_ratios": [1.5] + [1] * len(recipes)}
+    figure, axes = plt.subplots(1 + len(recipes), len(names), sharex=True, squeeze=False, layout="constrained", **shape)
     by_method = {"hue": "method", "style": "method", "hue_order": order, "style_order": order, **looks(order)}
     by_method |= {"errorbar": "sd", "err_style": "bars", "dashes": False, "markersize": 7}
     for name, above in zip(names, axes[0]):
@@ -336,12 +335,11 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
             below.errorbar(group["samples"] * shift, group["difference"], errors, **look(method) | {"linestyle": ""}, capsize=2.5)
         below.set_title(f"above 0: reconstruction ({recipe}) is better", fontsize=8, loc="left")
         below.set(xlabel=f"samples of {length} tokens" * (recipe == recipes[-1]), xscale="log")
+        below.set_ylabel("difference,\nnats per token" * (name == names[0]))
         below.xaxis.set_major_locator(FixedLocator(sorted(set(trained["samples"]))))
         below.xaxis.set_minor_locator(NullLocator())
         below.xaxis.set_major_formatter("{x:.0f}")
     legend(figure, axes[0, 0])
-    for ax in axes[1:, 0]:
-        ax.set_ylabel("difference,\nnats per token")
     kinds = differences.groupby([differences["measure"].str.split(",").str[0], "recipe"], sort=False)
     said = [
         f"{(part['low'] > 0).sum()} better, {(part['high'] < 0).sum()} worse of {len(part)} by {kind} ({recipe})"
@@ -587,8 +585,7 @@ def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
         log_scale(ax)
     lower_is_better(axes[0])
     legend(figure, axes[0])
-    best = data.loc[data.groupby(by[:2])[quality].idxmin()]
-    best["cell"] = best["model"] + " " + best["pattern"]
+    best = data.assign(cell=data["model"] + " " + data["pattern"]).loc[data.groupby(by[:2])[quality].idxmin()]
     said = [
         f"{mask}, {way}, {span(own[quality])} for {span(own[cost], '{:.1f}')} {cost} ({', '.join(own['cell'])})"
         for (mask, way), own in best.groupby(by[2:])

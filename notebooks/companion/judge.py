@@ -440,9 +440,9 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
     return "\n".join([" ".join(said), "", *tables.markdown(header, rows)])
 
 
-def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "laptop") -> tuple[dict[Path, str], pd.DataFrame]:
+def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "laptop") -> tuple:
     """What the page, and beside it article, tables and gallery, should hold; and, if one is given, the README and ARTIFACT.md.
-    And the verdicts."""
+    And the verdicts, and the keys of records of an older protocol."""
     runs, ladder, folder = load(records), load(records / "ladder"), page_path.parent
     verdicts, today = judge(runs, ladder=ladder, profile=profile), settings(profile).get("1-granularity", {}).get("common", {})
     other = [runs[name] != today[name] for name in ("evaluation_samples", "evaluation_length") if len(runs) and name in today]
@@ -453,7 +453,7 @@ def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "l
     texts[folder / "article.md"] = article(worded(verdicts), runs, folder, counts, in_short(central(verdicts)), profile)
     texts[folder / "README.md"] = gallery(profile, summary(verdicts), folder, told, older)
     if not readme:
-        return texts, verdicts
+        return texts, verdicts, older
     artifacts, measured = readme.with_name("ARTIFACT.md"), records / "bench" / "files.json"
     blocks = [
         (readme, "answers", headlines(verdicts)), (readme, "claims", summary(verdicts)),
@@ -465,7 +465,7 @@ def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "l
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, rest = (texts.get(path) or path.read_text(encoding="utf-8")).split(start)
         texts[path] = f"{head}{start}\n{block}\n{end}{rest.split(end)[1]}"
-    return texts, verdicts
+    return texts, verdicts, older
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -476,7 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "figures" / "claims.md")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the marks; ARTIFACT.md is beside it")
     given = parser.parse_args(arguments)
-    texts, _ = pages(given.records, given.page, given.readme)
+    texts, *_ = pages(given.records, given.page, given.readme)
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{path} is not what the records give; run: python -m companion.judge" if given.check else f"written: {path}")

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -90,14 +90,14 @@ def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def judged(profile: str) -> str:
-    """Judges the paper's claims from the records of `profile`: writes pages, tables and the figure of all; returns a summary."""
+def judged(profile: str) -> tuple[str, Container]:
+    """Judges the claims by records of `profile`: writes pages, tables, a figure; gives a summary, and keys of older protocols."""
     figures, records = folders(profile)
     if not any(records.glob("*.json")):
-        return ""
+        return "", ()
     style()
     readme = ROOT / "README.md" if profile == "laptop" else None
-    texts, verdicts = judge.pages(records, figures / "claims.md", readme, profile)
+    texts, verdicts, older = judge.pages(records, figures / "claims.md", readme, profile)
     if plot := claims(verdicts):
         caption = (
             "The central claims, by model, at its main pattern; bootstrap intervals over seeds and windows (95 %; equal and "
@@ -109,7 +109,7 @@ def judged(profile: str) -> str:
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    return judge.summary(verdicts)
+    return judge.summary(verdicts), older
 
 
 def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[dict]:
@@ -134,11 +134,11 @@ def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[d
         (figures / "executed").mkdir(exist_ok=True)
         for name in (outcome["notebook"] for outcome in outcomes if outcome["status"] == "finished"):
             nbformat.write(readable(nbformat.read(build / f"{name}.ipynb", as_version=4)), figures / "executed" / f"{name}.ipynb")
-    summary = judged(profile)
+    summary, older = judged(profile)
     rows = "\n".join(
         f"| [{o['notebook']}]({o['notebook']}.html) | {o['status']} | {o['seconds']} s | {o['error']} |" for o in outcomes
     )
-    shown = gallery(profile, summary)  # there may be no records to judge; and the figure of all claims is new
+    shown = gallery(profile, summary, older=older)  # there may be no records to judge; and the figure of all claims is new
     figures.mkdir(parents=True, exist_ok=True)
     (figures / "README.md").write_text(shown, encoding="utf-8")
     links = re.sub(r"\]\((?!http)", f"]({os.path.relpath(figures, build)}/", shown)

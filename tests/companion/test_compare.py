@@ -249,6 +249,22 @@ def test_combination_is_compared_at_equal_compute_or_with_less_which_may_win_but
     assert more["reason"] == "no records"
 
 
+def test_memory_is_compared_at_equal_samples_and_compute_at_the_nearest():
+    def taking(gib, flops, count, **spec):
+        more = {
+            "added_memory_bytes_by_phase": {"retrain": gib * 2**30},
+            "flops": {"reconstruct": flops / 2, "retrain": flops / 2},
+        }
+        return [each | more for each in seeds(0.4, samples=count, prune_samples=64, **spec)]
+
+    retraining = {"granularity": "none", "retrain": "masklora"}
+    records = taking(0.5, 5e9, 8) + taking(1, 20e9, 32) + taking(4, 80e9, 128)
+    records += taking(3, 8e9, 8, **retraining) + taking(4, 10e9, 32, **retraining) + taking(4, 60e9, 512, **retraining)
+    row, compute = verdict_on("5d.masklora", records), verdict_on("5c.masklora.own", records)
+    assert row["effect"] == pytest.approx(4) and row["note"] == "1.00 GiB against 4.00 GiB; samples: 32"
+    assert compute["note"] == "0.62 times the FLOPs; samples: 8 against 8"
+
+
 def test_samples_are_compared_count_by_count():
     """Retraining with as many samples is worse, and with sixteen times as many better."""
     other = {"granularity": "none", "retrain": "masklora", "samples": 64}
