@@ -108,7 +108,8 @@ def test_what_is_in_no_part_stays_dense(monkeypatch):
 def test_a_decoder_is_asked_for_the_second_half():
     model, tokens = reader("T5"), torch.randint(512, (3, 12))
     found = networks.told(model, tokens, torch.zeros(3))
-    assert found.tolist() == pytest.approx(recon.perplexity(model, tokens, execution=FLOAT32).per_window, rel=1e-5)
+    measured = recon.perplexity(model, tokens, execution=FLOAT32)
+    assert measured.tokens == 3 * 5 and found.tolist() == pytest.approx(measured.per_window, rel=1e-5)
 
 
 def test_texts_to_move_between_are_mixed_and_written_by_the_model(tiny_folder):

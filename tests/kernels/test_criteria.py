@@ -1,6 +1,5 @@
 """Criteria against their formulas, written out entry by entry. Of those for whole units: `methods/test_structured.py`."""
 
-import itertools
 import logging
 import math
 import re
@@ -128,38 +127,13 @@ def admm_reference(weight, gram, pattern, scope):
 def test_admm_follows_the_equations(pattern, scope, monkeypatch):
     weight, inputs = problem(columns=24)
     last, best, mask = admm_reference(weight, inputs.T @ inputs / len(inputs), Pattern.parse(pattern), scope)
+    plain = prune("admm", weight, inputs, pattern, scope)[0]  # by as many iterations as are taken
+    assert pattern == "0" or (plain - best).norm() < 0.5 * (last - best).norm()
     for iterations, expected in ((0, last), (50, best)):
         monkeypatch.setattr(admm, "ITERATIONS", iterations)
         pruned, found = prune("admm", weight, inputs, pattern, scope)
         assert torch.equal(found, mask)
         torch.testing.assert_close(pruned, expected, rtol=1e-6, atol=1e-8)
-
-
-def least_error(weight, gram, pattern):
-    """The least error of a row under an N:M pattern: every choice is tried, its survivors solved for."""
-    columns, found = weight.shape[1], []
-    groups = [range(first, first + pattern.m) for first in range(0, columns, pattern.m)]
-    for chosen in itertools.product(*(list(itertools.combinations(group, pattern.n)) for group in groups)):
-        kept = [j for group in chosen for j in group]
-        there = torch.zeros_like(weight)
-        there[0, kept] = torch.linalg.solve(gram[kept][:, kept], (weight @ gram)[0, kept])
-        found.append((((weight - there) @ gram) * (weight - there)).sum().item())
-    return min(found)
-
-
-@pytest.mark.parametrize("text", ["1:2", "2:4", "1:4"])
-def test_admm_comes_near_the_best_of_all_masks(text):
-    """Near, on average, as the problem is not convex."""
-    pattern, excess = Pattern.parse(text), {"admm": [], "sparsegpt": []}
-    for seed in range(60):
-        weight, inputs = problem(1, 8, seed=seed)
-        gram = inputs.T @ inputs / len(inputs)
-        least = least_error(weight, gram, pattern)
-        for name, found in excess.items():
-            difference = weight - prune(name, weight, inputs, text)[0]
-            found.append(((difference @ gram) * difference).sum().item() / least)
-    means = {name: sum(found) / 60 for name, found in excess.items()}
-    assert min(excess["admm"]) >= 1 - 1e-9 and means["admm"] < 1.1 < means["sparsegpt"]
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix"])

@@ -67,10 +67,11 @@ def test_passes_without_gradients_are_made_anew_in_smaller_batches(dense, spared
 def test_what_does_not_fit_in_memory_is_done_in_smaller_parts_with_the_same_result(caplog, spared):
     dense, student = (decompose(make_model("llama")) for _ in range(2))
     prune(student, config=PruningConfig(criterion="magnitude"), execution=execution())
-    other, tokens = copied(student), random_tokens(7, 12)
+    other, tokens = copied(student), random_tokens(11, 12)
     wanted = reconstruct(student, dense, tokens, BLOCKS, execution=execution())
     with little_memory(other.blocks, 1, spared):
         found = reconstruct(other, dense, tokens, BLOCKS, execution=execution())
+    assert {len(report.losses) for report in wanted} == {2 * 2}  # of six samples, three at a time, and of the five that are left
     assert [report.micro_batch for report in wanted] == [3] * 3 and [report.micro_batch for report in found] == [1] * 3
     # Said once per halving, not once per window: what did not fit in one will not fit in the next.
     said = [record.message for record in caplog.records if "out of memory" in record.message]

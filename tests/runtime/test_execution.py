@@ -1,4 +1,4 @@
-"""The execution: weights rounded and moved for a while, batches in order, and the same results from elsewhere."""
+"""The execution: weights rounded and moved for a while, and the same results from elsewhere."""
 
 import pytest
 import torch
@@ -37,27 +37,6 @@ def test_weights_are_rounded_for_a_while_and_what_is_trained_is_written_back(tin
     for name, (p, data, place) in before.items():
         kept = name in trained or name not in needed
         assert p.data_ptr() == place and torch.equal(p, data + 1 if kept else data)
-
-
-@pytest.mark.parametrize("size, count", [(2, None), (3, 5), (3, 0), (4, 7), (4, 99), (1, 3)])
-def test_run_goes_over_all_samples_and_mixes_none(monkeypatch, size, count):
-    monkeypatch.setattr("recon.runtime.execution.TOKENS", 2 * size)
-    stream, seen = torch.arange(14.0).view(7, 2), []
-
-    def function(batch):
-        seen.append(batch[:, 0].int().div(2).tolist())
-        return batch.sum(1, keepdim=True)
-
-    assert torch.equal(Execution("cpu", "float32").run(function, stream, count), stream.sum(1, keepdim=True))
-    assert sum(seen, []) == list(range(7)) and all(len(numbers) <= size for numbers in seen)
-    assert not any(numbers[0] < (count or 0) <= numbers[-1] for numbers in seen)
-
-
-def test_batches_of_several_streams(monkeypatch):
-    monkeypatch.setattr(Execution, "elsewhere", lambda self, tensor: True)
-    streams, parts = [torch.arange(5), torch.arange(5) * 10], [[3, 1], range(2, 5), [0]]
-    found = [(one.tolist(), other.tolist()) for one, other in Execution("cpu").batches(streams, parts)]
-    assert found == [([3, 1], [30, 10]), ([2, 3, 4], [20, 30, 40]), ([0], [0])]
 
 
 @pytest.mark.parametrize("options", [

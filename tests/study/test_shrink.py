@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fixtures.models import FLOAT32, make_model
+from fixtures.models import FLOAT32, make_model, saved_model
 from safetensors.torch import load_file
 from test_refusals import refuse
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import recon
 from recon.cli import main
@@ -24,14 +24,8 @@ CUT = dict.fromkeys(("llama", "qwen2", "gemma3", "phi3", "phi"), WHOLE) | {
 
 @pytest.fixture
 def saved(tiny_folder, tmp_path):
-    """Factory of checkpoints of models, each with the folder's name and the model."""
-
-    def make(model, name="model", **options):
-        model.save_pretrained(tmp_path / name, **options)
-        AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / name)
-        return str(tmp_path / name)
-
-    return make
+    """Factory of checkpoints of models, each with the model and the folder's name."""
+    return lambda model, name="model": saved_model(model, tiny_folder, tmp_path / name)
 
 
 def pruned(model, tokens, criterion="wanda-sp", pattern="0.5"):
@@ -53,7 +47,7 @@ def gap(model, other, tokens):
 @pytest.mark.parametrize("family", CUT)
 def test_the_smaller_model_is_the_masked_one(tiny, tokens, saved, tmp_path, family):
     fields, model = CUT[family], pruned(tiny(family), tokens)
-    said = recon.shrink(saved(model, max_shard_size="40KB"), tmp_path / "small")
+    said = recon.shrink(saved(model), tmp_path / "small")
     small = opened(tmp_path / "small")
     assert gap(small, model, tokens) < 1e-4
     assert {name: getattr(small.config, name) for name in fields} == fields

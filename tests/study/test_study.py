@@ -69,11 +69,6 @@ def test_a_run_whose_model_is_gone_fails_alone(tiny_spec, tiny_folder, tmp_path,
     assert {path.stem for path in (tmp_path / "records").glob("*.json")} == set(runs["key"])
 
 
-def test_a_run_whose_texts_have_changed_since_the_study_began_is_not_computed(tiny_spec, counted, tmp_path):
-    record, _ = studies.run_to_record(tiny_spec, tmp_path / "r.json", recon.RunOptions(progress=False), key="another")
-    assert record.status == "failed" and "its key is" in record.error and not counted.called
-
-
 def test_a_failure_replaces_no_finished_record(tiny_spec, counted, tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     for spec, status in ((tiny_spec, "done"), (tiny_spec.replaced(granularity="9-blocks"), "failed")):
