@@ -48,12 +48,6 @@ def test_a_model_in_half_precision_stays_in_it(tokens, criterion):
     assert zeros_stay(decompose(model), masks) and {each.dtype for each in model.parameters()} == {torch.bfloat16}
 
 
-def test_no_more_samples_are_read_than_the_options_say(dense, tokens):
-    some = (tokens(4, 12), PruningConfig(prune_samples=2)), (tokens(4, 12)[:2], PruningConfig())
-    said, given = (prune(copied(dense), *each, execution=FLOAT32).masks for each in some)
-    assert_close(said, given)
-
-
 def test_random_masks_follow_the_seed(dense):
     config, name = PruningConfig(criterion="random"), "model.layers.0.self_attn.q_proj"
     masks = [prune(copied(dense), None, config, seed=seed, execution=FLOAT32).masks for seed in (0, 0, 1)]
@@ -61,20 +55,10 @@ def test_random_masks_follow_the_seed(dense):
     assert not torch.equal(masks[0][name], masks[0]["model.layers.1.self_attn.q_proj"])
 
 
-def slow_statistics(models, samples, kind):
-    """Matrix name -> statistic, from whole forward passes sample by sample; block i is read in `models[i]`."""
-    found = {}
-    for index, model in enumerate(models):
-        names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"layers.{index}." in n]
-        for name, x in inputs_of(model, names, samples).items():
-            found[name] = x.T @ x / len(x) if kind == "gram" else x.square().mean(0).sqrt()
-    return found
-
-
 @pytest.mark.parametrize("statistics", ["sparse", "dense"])
 @pytest.mark.parametrize("criterion, kind", [("wanda", "norm"), ("sparsegpt", "gram")])
 def test_statistics_are_those_of_the_model_that_is_asked_for(dense, tokens, criterion, kind, statistics):
-    """Every matrix is pruned as its criterion does with statistics from whole forward passes."""
+    """Every matrix is pruned as its criterion does with statistics from whole forward passes, sample by sample."""
     decoder, samples = copied(dense), tokens(5, 12)
     result = prune(decoder, samples, PruningConfig(criterion=criterion, statistics=statistics), execution=FLOAT32)
     # Block 1 reads a model whose block 0 is pruned and which is dense from there on.
@@ -83,10 +67,11 @@ def test_statistics_are_those_of_the_model_that_is_asked_for(dense, tokens, crit
     found = {"sparse": [dense.model, partly], "dense": [dense.model] * 2}
     rule, agreement = CRITERIA[criterion], {}
     for which, models in found.items():
-        for name, statistic in slow_statistics(models, samples, kind).items():
-            weight = dense.matrices()[name].weight
-            _, mask = rule.prune(weight, statistic.float(), Pattern(0.5), rule.scope, None)
-            agreement.setdefault(name, {})[which] = (mask == result.masks[name]).float().mean().item()
+        for model, block in zip(models, dense.windows("block"), strict=True):
+            for name, x in inputs_of(model, list(dense.matrices(block)), samples).items():
+                statistic = x.T @ x / len(x) if kind == "gram" else x.square().mean(0).sqrt()
+                _, mask = rule.prune(dense.matrices()[name].weight, statistic.float(), Pattern(0.5), rule.scope, None)
+                agreement.setdefault(name, {})[which] = (mask == result.masks[name]).float().mean().item()
     assert set(agreement) == set(result.masks)
     assert all(shares[statistics] > 0.99 for shares in agreement.values())  # rounding may decide between weights that are as good
     other = min({"sparse", "dense"} - {statistics})

@@ -15,7 +15,6 @@ STRUCTURED = [name for name, rule in CRITERIA.items() if isinstance(rule, Struct
 # family -> changes, units of attention, rows of each unit in the parts that each matrix that makes them is fused of, reader
 ATTENTION = {
     "llama": ({}, 2, {"q_proj": [16], "k_proj": [8], "v_proj": [8]}, "o_proj"),
-    "qwen3": ({}, 2, {"q_proj": [16], "k_proj": [8], "v_proj": [8]}, "o_proj"),
     "gpt2": ({}, 4, {"c_attn": [8, 8, 8]}, "attn.c_proj"),
     "opt": ({}, 4, {"q_proj": [8], "k_proj": [8], "v_proj": [8]}, "out_proj"),
     "phi3": ({}, 2, {"qkv_proj": [16, 8, 8]}, "o_proj"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.families import FAMILIES, UNTRIED, small_model
-from fixtures.models import FLOAT32, copied, random_tokens, zeros_stay
+from fixtures.models import FLOAT32, composed, copied, random_tokens, zeros_stay
 
 from recon import Decoder, PruningConfig, ReconError, ReconstructionConfig, decompose, prune, reconstruct
 from recon.model.modules import distance
@@ -91,13 +91,7 @@ def test_windows_give_the_model_back(family):
     decoder, tokens = decomposed(family), random_tokens(3, 11, seed=1)
     expected = decoder.run(tokens).logits
     for granularity in {"half-block", "block"}.intersection(fitting(decoder)):
-        hidden = before = decoder.embed(tokens)
-        for window in decoder.windows(granularity):
-            if window.parallel and window.half == "mlp":
-                hidden = hidden + decoder.forward(window, before) - before
-            else:
-                before, hidden = hidden, decoder.forward(window, hidden)
-        assert distance(decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden)), expected) < 1e-4
+        assert distance(composed(decoder, tokens, granularity), expected) < 1e-4
 
 
 @pytest.mark.slow
