@@ -23,8 +23,8 @@ TINY = {  # parameters beside model and text, number of run records; slow ones a
     "0-quickstart": (SMALL | {"new_tokens": 4}, 1),
     "1-granularity": ({"fits": ["none", "matrix exact", "half-block"], "rates": [3e-3, 1e-2]}, 5),
     "2-sample-efficiency": (
-        {"counts": [4, 6], "retrain_counts": [4], "more_counts": [4], "methods": ["masklora"], "more_methods": [], "both": [],
-         "distilled": [], "controls": [], "rates": [3e-3, 1e-2]}, 10,
+        {"counts": [4, 5, 6], "retrain_counts": [4], "more_counts": [4], "methods": ["masklora"], "more_methods": [], "both": [],
+         "distilled": [], "controls": [], "rates": [3e-3, 1e-2]}, 13,
     ),
     "3-criterion-convergence": ({"criteria": ["magnitude", "wanda"], "recipes": ["default", "paper"]}, 8),
     "4-propagation-and-loss": ({"propagations": ["dense", "mixed"], "losses": ["whitened", "mse"]}, 5),

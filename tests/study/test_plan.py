@@ -45,7 +45,7 @@ def test_a_model_is_decomposed_by_its_configuration_as_with_its_weights(family, 
             assert inside[0] == inside[1]
 
 
-COUNTER = functools.partial(FlopCounterMode, display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
+COUNTER = functools.partial(FlopCounterMode, display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop.__wrapped__})
 ALONE = [  # pruning or retraining
     (0.07, {"criterion": "wanda"}), (0.07, {"statistics": "sparse"}),
     (0.07, {"criterion": "wanda++"}), (0.07, {"allocation": "dlp"}), (0.1, {"criterion": "admm"}), (0.15, {"mask_refinement": 1}),
