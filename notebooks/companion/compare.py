@@ -272,7 +272,7 @@ def samples(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """As `better`, at FLOPs equal within BUDGET or, if no pair of runs has that, with less on our side.
 
-    Of several pairs: the one with the most seeds (up to SEEDS); then equal FLOPs, the most of them, or else the nearest.
+    Of the pairs with the most seeds (up to SEEDS): the one with the most FLOPs that are equal or, if none are, the nearest.
     """
     pairs = []
     for count, mine in points(runs, claim["left"]).items():

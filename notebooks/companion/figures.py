@@ -401,7 +401,7 @@ def extrapolation(runs: pd.DataFrame, reach: int = 64) -> Plot | None:
     for name, group in runs.groupby("method", sort=False):
         points = {count: own.drop_duplicates("unit").set_index("unit") for count, own in group.groupby("trained")}
         units = common(*points.values())
-        if len(points) < 3 or not units:  # two have a line, but nothing to tell whether there is one
+        if len(points) < 3 or not units:  # any two lie on a line
             continue
         left = [[own.at[unit, "own_reconstructed"] - own.at[unit, "own_dense"] for unit in units] for own in points.values()]
         fit = np.linalg.pinv(np.vander(np.log(list(points)), 2))

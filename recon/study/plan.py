@@ -318,8 +318,7 @@ class Plan:
     there are. flops, seconds: by phase. streamed: whether the model stays on disk.
 
     stream: as in `RunOptions`. loaded: bytes of weights that are in memory already. memory_gib: GiB of the host's memory that the
-    run may take; default: what is free here. save: where the model is saved, if it is, as `save_dtype`
-    and `save_format`.
+    run may take; default: what is free here. save: where the model is saved, if it is, as `save_dtype` and `save_format`.
 
     Raises `ReconError` for a device, model or streaming that cannot be, and for what `check_fits` refuses.
     """
@@ -385,7 +384,7 @@ class Plan:
         other += [spec.samples_by_phase["prune"] * length, 2 * spec.calibration.held_out_samples * length]  # through two models
         streams = max(streams, 8 * config.hidden_size * max(other))
         stored = 5 + 4 * spec.changes_weights + 4 * packed.is_packed(Path(spec.model.model))  # bytes of each weight
-        # Of the streams, which are written while others are read: the next window's; and its inputs and targets.
+        # Streams that are there at once, found by measuring: in files, and inputs and targets, which are mapped.
         written = streams / 4 * {"dense": 4, "sparse": 5, "mixed": 7}[spec.reconstruction.propagation]
         disk = {"work folder": stored * self.elements + written} if self.streamed else {}
         kept = {"streams": streams, "margin": MARGIN, "models": models_in_memory(spec)}

@@ -166,7 +166,7 @@ class _Run(Callback):
         self.spec, self.options, self.session, self.storage = spec, options, session, storage
         self.record, self.callbacks = RunRecord(spec.flat(), key), callbacks
         self.device = device.pick_device(spec.compute.device)
-        self.read = self.stored()
+        self.fingerprints = self.stored()
 
     def result(self) -> RunResult:
         """The whole pipeline, dense model first, so that a wrong set-up shows before anything is pruned."""
@@ -203,7 +203,7 @@ class _Run(Callback):
         trained = record.windows or record.retraining
         final = self.measured("reconstructed", self.model)[0] if trained else found_pruned
 
-        if storage.folder and self.stored() != self.read:
+        if storage.folder and self.stored() != self.fingerprints:
             said = f"changed on disk while it was read window by window; delete {str(storage.folder)!r}, to begin anew"
             raise ReconError(f"model {spec.model.model!r}, or what was pruned from it, {said}")
         record.metrics |= measure.metrics(spec, found_dense, found_pruned, final) | measure.count_zeros(self.model)
