@@ -174,6 +174,12 @@ class PruningConfig(Checked):
                 said = f"{name} is {getattr(self, name)!r} with {beside} {getattr(self, beside)!r}"
                 raise ReconError(f"{said}; allowed: {allowed}")
 
+    @property
+    def reads(self) -> bool:
+        """Whether pruning reads calibration samples."""
+        weighs = CRITERIA[self.criterion].statistics != "none" or self.mask_refinement > 0
+        return weighs or self.allocation != "uniform" or self.reorder_neurons
+
     def on(self, samples: int) -> "PruningConfig":
         """These options for so many calibration samples."""
         return self if self.sparsegpt_block_size else replace(self, sparsegpt_block_size=samples)
@@ -243,7 +249,7 @@ def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, sam
     """Why windows cannot be pruned one by one as reconstruction, with so many samples, reaches them; empty where they can."""
     criterion = CRITERIA[pruning.criterion]
     reads = criterion.statistics != "none" or pruning.mask_refinement
-    other = (reads or pruning.allocation != "uniform") and pruning.prune_samples not in (0, samples)
+    other = pruning.reads and pruning.prune_samples not in (0, samples)
     reasons = {
         f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": isinstance(criterion, Structured),
         f"criterion {pruning.criterion!r} weighs gradients of the output of blocks": criterion.statistics == "gradient",

@@ -219,8 +219,11 @@ def flops(spec: RunSpec) -> dict[str, float]:
             per_token += 2 * sum(weights.values()) + forward * (how.propagation == "mixed")
         if "exact" in (how.solver, how.start):
             found["reconstruct"] += grams * tokens["reconstruct"] + 2 * products * (1 + how.exact_iterations)
+            if how.granularity == "matrix" and how.propagation == "mixed":  # products of targets with inputs
+                per_token += 2 * sum(weights.values())
         # Errors: on held-out samples, through the dense windows too; before and after through the student's.
-        errors = ERROR_SAMPLES * length * forward * ((spec.calibration.held_out_samples > 0) + 2)
+        unseen = spec.calibration.held_out_samples
+        errors = min(ERROR_SAMPLES, unseen or spec.calibration.samples) * length * forward * ((unseen > 0) + 2)
         found["reconstruct"] += per_token * tokens["reconstruct"] + errors
 
     windows, read, measured = spec.evaluation.windows.values(), spec.evaluation.evaluation_length, 2 + (len(parts) > 0)  # models
@@ -261,24 +264,26 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
         matrices, descends = decoder.matrices(window), passes > 0
         weights = sum(matrix.weight.numel() for matrix in matrices.values())
         norms = 0 if window.matrices else 2 * 4 * config.hidden_size * window.halves  # what they read and give
-        tokens = min(how.batch_size, spec.samples_by_phase[phase]) * length // how.chunks_of(window, length)
+        chunks = how.chunks_of(window, length)
+        tokens = min(how.batch_size, spec.samples_by_phase[phase] * chunks) * length // chunks
         read = (group[0] for index in window.blocks for group in decoder.groups[index])
         columns = [matrices[name].weight.shape[1] for name in read if name in matrices]
         by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
         grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns, default=0) ** 2) if by_grams else 0
         by_slopes = rule.statistics == "gradient" and phase != "retrain"
         vectors = phase == "retrain" and spec.retraining.retrain == "norms"
+        kept = len(decoder.blocks) if phase == "retrain" and spec.retraining.retrain_checkpointing else 1  # of so many blocks one
         sizes = {
             "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),
             "gradients": descends * 4 * elements,
             "moments": descends * 8 * elements,
             "copies": 4 * (elements if vectors else max(weights, elements)),
             "rounded": descends * weights * (masks + itemsize * (itemsize < 4 or how.adapter != "none")),
-            "activations": (descends or by_slopes) * int(tokens * (itemsize * _width(matrices.values()) + norms)),
+            "activations": (descends or by_slopes) * int(tokens * (itemsize * _width(matrices.values()) + norms)) // kept,
             "statistics": grams + 12 * weights * by_slopes,
         }
         if phase == "retrain":
-            sizes["logits"] = 2 * how.batch_size * length * config.vocab_size * itemsize
+            sizes["logits"] = 2 * tokens * config.vocab_size * itemsize
         largest = max(largest, sizes, key=lambda sizes: sum(sizes.values()))
     return largest
 
@@ -296,18 +301,22 @@ def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
             stream = "auto" if room < models_in_memory(spec) else "no"
     if stream == "no":
         return False
-    retrain, why = spec.retraining.retrain, None
-    if retrain != "none":
-        why = f"retraining (retrain {retrain}) trains the whole model at once"
-    elif spec.pruning.reorder_neurons:
-        why = "reordering neurons (reorder_neurons) changes the dense model"
-    elif found := quantisation(models.configuration(*spec.loaded_by)):
-        why = f"reading model {spec.model.model!r} undoes its quantisation ({found['quant_method']})"
+    why = why_in_memory(spec)
     if why and stream == "yes":
         raise ReconError(f"{why}, which a streamed run cannot do, as it has one window in memory; use stream no")
     if why:
         log.warning("model %r may not fit into memory, but %s and cannot be streamed", spec.model.model, why)
     return not why
+
+
+def why_in_memory(spec: RunSpec) -> str:
+    """Why a run of `spec` cannot be streamed; empty if it can."""
+    if spec.retraining.retrain != "none":
+        return f"retraining (retrain {spec.retraining.retrain}) trains the whole model at once"
+    if spec.pruning.reorder_neurons:
+        return "reordering neurons (reorder_neurons) changes the dense model"
+    found = quantisation(models.configuration(*spec.loaded_by))
+    return f"reading model {spec.model.model!r} undoes its quantisation ({found['quant_method']})" if found else ""
 
 
 class Plan:
@@ -364,28 +373,29 @@ class Plan:
         """Both models, unless streamed; activations of all samples, unless in mapped files; the largest window, which may be a
         block that is only run, or the model if it is retrained; logits; and `MARGIN` for the rest."""
         spec, decoder, block, length = self.spec, self.decoder, Window(range(1)), self.spec.calibration.sequence_length
-        config, again = decoder.model.config.get_text_config(), spec.retraining
+        config, again, read = decoder.model.config.get_text_config(), spec.retraining, spec.samples_by_phase
         itemsize = devices.pick_compute_dtype(spec.compute.compute_dtype, device).itemsize
         window, tokens, copies = window_memory(decoder, spec, device, block), min(spec.evaluation.evaluation_length, SLICE), 2
         if again.retrain != "none":
-            tokens, copies = again.retrain_batch_size * length, 4 + (again.retrain_objective == "distil")
-            window["activations"] //= len(decoder.blocks) if again.retrain_checkpointing else 1
+            tokens = min(again.retrain_batch_size, read["retrain"]) * length
+            copies = 4 + (again.retrain_objective == "distil")
             window["copies"] = window["parameters"]  # for a moment, as adapters are merged or the optimiser steps
         if spec.reconstruction.accumulation == again.retrain_accumulation == 1:  # gradients come while activations go
             window["gradients"] = max(0, window["gradients"] - window["activations"])
         window["logits"] = tokens * config.vocab_size * copies * itemsize + 12 * min(tokens * config.vocab_size, ELEMENTS)
 
-        width = 16 * config.hidden_size  # inputs and targets of both models
+        # Streams that are there at once, found by measuring: in memory; in files, and mapped, of a streamed run.
+        there, written = {"dense": (2, 4), "sparse": (4, 5), "mixed": (4, 7)}[spec.reconstruction.propagation]
+        width = 4 * there * config.hidden_size
         if spec.reconstruction.granularity == "matrix":  # and what all matrices of a block read and give
             width += itemsize * int(_width(decoder.matrices(block).values()))
-        streams = width * length * (spec.calibration.samples + min(spec.calibration.held_out_samples, ERROR_SAMPLES))
+        streams = width * length * (read["reconstruct"] + min(spec.calibration.held_out_samples, ERROR_SAMPLES))
         other = [count * spec.evaluation.evaluation_length for count in spec.evaluation.windows.values()]
         # Passes that only run the model read all samples, too, and give as much.
-        other += [spec.samples_by_phase["prune"] * length, 2 * spec.calibration.held_out_samples * length]  # through two models
+        other += [read["prune"] * length, 2 * spec.calibration.held_out_samples * length]  # through two models
         streams = max(streams, 8 * config.hidden_size * max(other))
         stored = 5 + 4 * spec.changes_weights + 4 * packed.is_packed(Path(spec.model.model))  # bytes of each weight
-        # Streams that are there at once, found by measuring: in files, and inputs and targets, which are mapped.
-        written = streams / 4 * {"dense": 4, "sparse": 5, "mixed": 7}[spec.reconstruction.propagation]
+        written = max(streams / there * written, 16 * config.hidden_size * read["prune"] * length)
         disk = {"work folder": stored * self.elements + written} if self.streamed else {}
         kept = {"streams": streams, "margin": MARGIN, "models": models_in_memory(spec)}
         if self.streamed:
@@ -416,7 +426,7 @@ class Plan:
         )
         most = {max(self.memory[kinds[room]], key=self.memory[kinds[room]].get) for room in tight if room != "disk"}
         smaller = "fewer or shorter samples" if most == {"streams"} else "smaller windows"
-        smaller += " or --stream yes" * (not self.streamed and self.spec.retraining.retrain == "none")
+        smaller += " or --stream yes" * (not self.streamed and not why_in_memory(self.spec))
         elsewhere = "; save to another disk, or have RECON_CACHE name a folder there" * ("disk" in tight)
         return said and f"this run needs {said}{f'; try {smaller}' * bool(most)}{elsewhere}"
 
@@ -457,11 +467,14 @@ def check(spec: RunSpec, stream: str = "auto", force: bool = False, **given) -> 
 
 def announce(specs: list[RunSpec]) -> None:
     """Logs how long `specs`, runs of one study, will take at most: what they share is computed once. Tasks are not counted."""
-    spent, tasks = 0.0, " without tasks" * any(spec.evaluation.tasks for spec in specs)
+    spent, unknown, tasks = 0.0, 0, " without tasks" * any(spec.evaluation.tasks for spec in specs)
     for spec, count in Counter(replace(spec, seed=0) for spec in specs).items():
-        with contextlib.suppress(ReconError):  # the run will say what is wrong with it, in its record
+        try:
             spent += count * sum(Plan(spec).seconds.values())
-    log.info("study: %d runs, at most %s on this machine%s", len(specs), duration(spent), tasks)
+        except ReconError:  # the run will say what is wrong with it, in its record, or it is for another machine
+            unknown += count
+    said = f"{tasks}, but for {unknown} that cannot be planned here" if unknown else tasks
+    log.info("study: %d runs, at most %s on this machine%s", len(specs), duration(spent), said)
 
 
 def _width(matrices: Iterable[Matrix]) -> float:

@@ -46,7 +46,7 @@ class Session:
     def __init__(self):
         self.reused: list[str] = []  # kinds of what the last run took from here
         self._kept: dict[str, tuple[object, object]] = {}
-        self._sources: dict[object, object] = {}  # hashes of the models and texts that it is of
+        self._sources: dict[object, object] = {}  # hashes of the models, texts and criteria that it is of
 
     def keep(self, kind: str, key: object, make: Callable[[], Value]) -> Value:
         """`make()`, or what it gave last time for the same `kind` if `key` has not changed since."""
@@ -66,9 +66,10 @@ class Session:
         self._kept.clear()
 
     def refresh(self, spec: RunSpec) -> None:
-        """Forgets everything if a model or text that `spec` reads has changed since a run before."""
+        """Forgets everything if a model or text that `spec` reads, or its criterion, has changed since a run before."""
         sources = spec.sources()
         now = sources["texts"] | {spec.loaded_by: sources["model"], spec.model.pruned: sources.get("pruned")}
+        now["criterion", spec.pruning.criterion] = sources.get("criterion")
         if any(self._sources.get(name, content) != content for name, content in now.items()):
             self.clear()
         self._sources |= now
@@ -177,7 +178,8 @@ class _Run(Callback):
             self.load()
             self.check_fits()
             self.texts = measure.Texts.draw(spec, self.tokenizer)
-        self.samples = {phase: self.texts.calibration[:count] for phase, count in spec.samples_by_phase.items()}
+        read = spec.samples_by_phase.items()
+        self.samples = {phase: self.texts.calibration[:count] if count else None for phase, count in read}
         found_dense, self.states = self.measured("dense", self.dense)
         record.seconds |= {"prune": 0.0, "reconstruct": 0.0, "retrain": 0.0}
         if spec.pruning.reorder_neurons:

@@ -79,11 +79,9 @@ class RunSpec(Checked):
     def samples_by_phase(self) -> dict[str, int]:
         """Calibration samples that each phase reads: the first so many of one random draw."""
         samples, again = self.calibration.samples, self.retraining
-        prune = 0 if self.model.pruned else self.pruning.prune_samples or samples
-        reconstruct = samples * (self.reconstruction.granularity != "none")
         return {
-            "prune": prune,
-            "reconstruct": reconstruct,
+            "prune": (self.pruning.prune_samples or samples) * (self.pruning.reads and self.model.pruned is None),
+            "reconstruct": samples * (self.reconstruction.granularity != "none"),
             "retrain": (again.retrain_samples or samples) * (again.retrain != "none"),
         }
 

@@ -62,7 +62,9 @@ ALONE = [  # pruning or retraining
     (0.07, {"granularity": "matrix", "propagation": "mixed"}), (0.07, {"granularity": "2-blocks", "propagation": "mixed"}),
     (0.07, {"granularity": "model"}),
     (0.15, {"granularity": "matrix", "solver": "exact", "exact_iterations": 4, "propagation": "dense"} | LONGER),
-    *((0.1, {"granularity": "block", "samples": 2, "batch_size": 1, "held_out_samples": count}) for count in (0, 2)),  # errors
+    (0.15, {"granularity": "matrix", "solver": "exact", "exact_iterations": 4, "propagation": "mixed"} | LONGER),
+    *((0.1, {"granularity": "block", "samples": samples, "batch_size": 1, "held_out_samples": count})
+      for samples, count in ((2, 0), (2, 2), (1, 0), (2, 1))),  # errors
 ], ids=lambda given: " ".join(map(str, given.values())) if isinstance(given, dict) else "")  # fmt: skip
 def test_operations_are_those_that_run(near, options, config_folder):
     """Nearly: errors are measured on two samples more, and the counter does not see into the attention kernel."""
@@ -146,14 +148,29 @@ def test_a_folder_that_has_changed_is_planned_anew(config_folder):
 
 
 def test_what_takes_less(spec):
-    def needs(stream: str = "no", **options) -> float:
-        planned = plan.Plan(spec.replaced(**{"evaluation_samples": 1, "granularity": "block", **options}), stream)
-        return sum(size for part, size in planned.memory["cpu"].items() if part not in ("process", "margin"))
+    def memory(stream: str = "no", **options) -> dict:
+        return plan.Plan(spec.replaced(**{"evaluation_samples": 1, "granularity": "block", **options}), stream).memory["cpu"]
+
+    def needs(*stream: str, **options) -> float:
+        return sum(size for part, size in memory(*stream, **options).items() if part not in ("process", "margin"))
 
     assert needs(criterion="wanda") < needs(criterion="sparsegpt") and needs("yes") < 0.9 * needs("no")
-    assert min(needs(prune_samples=10**5), needs(evaluation_samples=10**5)) > needs() + 1e8
+    read = {"criterion": "wanda", "prune_samples": 10**5}
+    assert min(needs(**read), needs(evaluation_samples=10**5)) > needs() + 1e8 > needs(prune_samples=10**5)
     long = {"retrain": "full", "retrain_batch_size": 8}
     assert needs(**long, retrain_checkpointing=True) < needs(**long)
+    # Blocks that run again in retraining leave reconstruction what it takes; and no batch has more samples than there are.
+    whole, again = {"granularity": "model", "batch_size": 8}, {"retrain": "norms", "retrain_checkpointing": True}
+    assert memory(**whole, **again)["activations"] == memory(**whole)["activations"]
+    assert needs(**long | {"retrain_batch_size": 64}) == needs(**long)
+    few = {"granularity": "matrix", "chunks": 4, "samples": 1}
+    assert memory(**few, batch_size=64)["activations"] == memory(**few, batch_size=4)["activations"]
+    assert memory(**few, batch_size=4)["activations"] > memory(**few, batch_size=1)["activations"]
+    # Of all samples: what is read and given, in as many models as are run; magnitudes are pruned without samples.
+    stream, streams = 4 * 32 * 32 * 10**4, functools.partial(memory, samples=10**4)
+    assert [streams(propagation=way)["streams"] // stream for way in ("dense", "sparse", "mixed")] == [2, 4, 4]
+    assert streams(granularity="none", criterion="wanda")["streams"] == 2 * stream
+    assert streams(granularity="none")["streams"] < stream / 100
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4_text", "mamba", "t5 (encoder-decoder)"])
@@ -193,6 +210,8 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
     monkeypatch.setattr(models, "load", None)
     with pytest.raises(ReconError, match="this run needs .* try smaller windows or --stream yes"):
         record_of(spec, stream="no")
+    with pytest.raises(ReconError, match=r"try \D* windows$"):  # which cannot be streamed
+        record_of(spec.replaced(pattern="2:4", reorder_neurons=True), stream="no")
     with pytest.raises(TypeError, match="not callable"):
         record_of(spec, stream="no", force=True)
     plan.check(spec, "no", loaded=2**30)  # what is loaded already need not fit once more
@@ -225,9 +244,11 @@ def test_runs_and_studies_are_announced(spec, caplog):
     with caplog.at_level("INFO", "recon"):
         plan.check(spec)
         plan.announce([spec, spec.replaced(seed=1)])
-    one, several = caplog.messages
+        plan.announce([spec, spec.replaced(pattern="3:7")])
+    one, several, some = caplog.messages
     assert "magnitude 0.5, half-block: about" in one and "GiB of memory" in one and "\n" not in one
-    assert several.startswith("study: 2 runs, at most ")
+    assert several.startswith("study: 2 runs, at most ") and several.endswith(" on this machine")
+    assert some.startswith("study: 2 runs, at most ") and some.endswith(", but for 1 that cannot be planned here")
 
 
 def test_72b_parameters_are_planned_without_weights(config_folder, capsys):

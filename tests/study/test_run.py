@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 import recon
 from recon.data import models
+from recon.kernels.criteria import CRITERIA, Criterion
 from recon.methods.prune import Pruner, Pruning
 from recon.study import measure
 from recon.study import run as runs
@@ -230,6 +231,22 @@ def test_what_has_changed_is_read_anew(spec, tiny_folder, tmp_path, which):
         found.append([(metrics["dense_perplexity"], metrics["perplexity"]) for metrics in each])
     assert found[0][0] == found[0][1] != found[1][0] == found[1][1]
     assert which == "pruned" or found[0][0][0] != found[1][0][0]
+
+
+def test_a_criterion_that_has_changed_prunes_anew_and_no_text_is_read_for_what_needs_none(spec, monkeypatch):
+    def largest(weight, statistics, generator):
+        return weight.abs()
+
+    def smallest(weight, statistics, generator):
+        return -weight.abs()
+
+    session, found = recon.Session(), []
+    for score in (largest, smallest):
+        monkeypatch.setitem(CRITERIA, "mine", Criterion("mine", "none", "row", "", "", score))
+        found += [record_of(spec.replaced(criterion="mine", granularity="none"), one) for one in (session, recon.Session())]
+    one, again, changed, anew = (record.metrics["perplexity"] for record in found)
+    assert one == again != changed == anew
+    assert found[0].tokens["prune"] == 0 and found[0].protocol["calibration"].startswith("prune 0, reconstruct 0, ")
 
 
 @pytest.mark.slow
