@@ -51,16 +51,19 @@ class Ray:
             if value is not None and value < least:
                 raise ReconError(f"{name} of executor ray is {value!r}; allowed: from {least} up")
 
-    def request(self, there: dict[str, float], on_cpu: bool) -> tuple[int, float, int]:
-        """CPUs and GPUs of each worker, and how many workers, given the resources `there`. Raises `ReconError` for no room."""
-        cpus, with_gpus = there.get("CPU", 0), there.get("GPU", 0)
-        gpus = int(with_gpus > 0 and not on_cpu) if self.gpus is None else self.gpus
-        threads = self.threads or max(1, int(cpus / with_gpus * gpus) if gpus and with_gpus else 1)
-        room = int(min(cpus / threads, with_gpus / gpus) if gpus else cpus / threads)
+    def request(self, nodes: list[dict[str, float]], on_cpu: bool) -> tuple[int, float, int]:
+        """CPUs and GPUs of each worker, which is on one node, and how many workers, given the resources of every node. Raises
+        `ReconError` for no room."""
+        there = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+        shares = [cpus / with_gpus for cpus, with_gpus in there if with_gpus]
+        gpus = int(bool(shares) and not on_cpu) if self.gpus is None else self.gpus
+        threads = self.threads or max(1, int(min(shares, default=1) * gpus))
+        room = sum(int(min(cpus / threads, with_gpus / gpus) if gpus else cpus / threads) for cpus, with_gpus in there)
         if room:
             return threads, gpus, min(room, self.workers or room)
         said = f"the Ray cluster has no room for a worker ({threads} CPUs, {gpus:g} GPUs)"
-        raise ReconError(f"{said}; it has {cpus:g} CPUs, {with_gpus:g} GPUs")
+        found = " or ".join(dict.fromkeys(f"{cpus:g} CPUs, {with_gpus:g} GPUs" for cpus, with_gpus in there))
+        raise ReconError(f"{said}; it has {found} on a node")
 
 
 def settings(executor: str | Ray | None) -> Ray | None:
@@ -111,7 +114,7 @@ def spread(how: Ray, on_cpu: bool, function: Callable, tasks: Iterable) -> Itera
     ray = connect(how.address)
     from ray.util import ActorPool
 
-    threads, gpus, count = how.request(ray.cluster_resources(), on_cpu)
+    threads, gpus, count = how.request([node["Resources"] for node in ray.nodes() if node["Alive"]], on_cpu)
     kind = ray.remote(Worker).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=ATTEMPTS - 1)
     shared, left, waiting, lost = ray.put(function), iter(tasks), 0, None
     workers = [kind.remote(threads, shared) for _ in range(count)]

@@ -45,12 +45,17 @@ def one_thread():
 
 
 def test_what_a_worker_asks_for_and_what_cannot_be_met(monkeypatch):
-    few, many = {"CPU": 7.0}, {"CPU": 96.0, "GPU": 8.0}
+    few, many = [{"CPU": 7.0}], [{"CPU": 96.0, "GPU": 8.0}]
     assert Ray().request(few, False) == (1, 0, 7) and Ray(threads=2, workers=2).request(few, False) == (2, 0, 2)
     assert Ray().request(many, False) == (12, 1, 8) and Ray(gpus=0.5).request(many, False) == (6, 0.5, 16)
     assert Ray().request(many, True) == (1, 0, 96)  # on CPUs alone
+    # A worker is on one node, whatever the others have.
+    assert Ray(threads=4).request(few + few, False) == (4, 0, 2)
+    assert Ray().request([{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {}], False) == (8, 1, 2)
+    with pytest.raises(ReconError, match=r"no room for a worker \(8 CPUs, 0 GPUs\); it has 7 CPUs, 0 GPUs on a node"):
+        Ray(threads=8).request(few + few, False)
     with pytest.raises(ReconError, match=r"no room for a worker \(5 CPUs, 1 GPUs\); it has 4 CPUs, 0 GPUs"):
-        Ray(threads=5, gpus=1).request({"CPU": 4.0}, False)
+        Ray(threads=5, gpus=1).request([{"CPU": 4.0}], False)
     with pytest.raises(ReconError, match="threads of executor ray is 0; allowed: from 1 up"):
         Ray(threads=0)
     monkeypatch.delenv(clusters.VARIABLE, raising=False)
@@ -99,8 +104,8 @@ def test_when_no_worker_is_left_the_last_loss_is_told(monkeypatch):
             raise ray.exceptions.RayActorError
 
     fake = SimpleNamespace(
-        cluster_resources=lambda: {"CPU": 1.0}, remote=lambda *given: fake, options=lambda **asked: fake, put=lambda each: each,
-        kill=lambda worker: None, exceptions=ray.exceptions,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}], remote=lambda *given: fake,
+        options=lambda **asked: fake, put=lambda each: each, kill=lambda worker: None, exceptions=ray.exceptions,
     )  # fmt: skip
     monkeypatch.setattr(clusters, "connect", lambda address: fake)
     monkeypatch.setattr("ray.util.ActorPool", Gone)
