@@ -261,7 +261,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
     rule = CRITERIA["magnitude" if spec.model.pruned else spec.pruning.criterion]
     others = [Training("prune", ReconstructionConfig(), run_only)] if run_only else []
     for phase, how, window, _, passes, _, elements in (*others, *trainings(spec, decoder)):
-        matrices, descends = decoder.matrices(window), passes > 0
+        matrices, descends, retrains = decoder.matrices(window), passes > 0, phase == "retrain"
         weights = sum(matrix.weight.numel() for matrix in matrices.values())
         norms = 0 if window.matrices else 2 * 4 * config.hidden_size * window.halves  # what they read and give
         chunks = how.chunks_of(window, length)
@@ -269,10 +269,10 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
         read = (group[0] for index in window.blocks for group in decoder.groups[index])
         columns = [matrices[name].weight.shape[1] for name in read if name in matrices]
         by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
-        grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns, default=0) ** 2) if by_grams else 0
-        by_slopes = rule.statistics == "gradient" and phase != "retrain"
-        vectors = phase == "retrain" and spec.retraining.retrain == "norms"
-        kept = len(decoder.blocks) if phase == "retrain" and spec.retraining.retrain_checkpointing else 1  # of so many blocks one
+        by_slopes = rule.statistics == "gradient" and not retrains
+        grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns, default=0) ** 2) if by_grams and not retrains else 0
+        vectors = retrains and spec.retraining.retrain == "norms"
+        kept = len(decoder.blocks) if retrains and spec.retraining.retrain_checkpointing else 1  # of so many blocks one
         sizes = {
             "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),
             "gradients": descends * 4 * elements,
@@ -282,7 +282,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
             "activations": (descends or by_slopes) * int(tokens * (itemsize * _width(matrices.values()) + norms)) // kept,
             "statistics": grams + 12 * weights * by_slopes,
         }
-        if phase == "retrain":
+        if retrains:
             sizes["logits"] = 2 * tokens * config.vocab_size * itemsize
         largest = max(largest, sizes, key=lambda sizes: sum(sizes.values()))
     return largest
