@@ -33,7 +33,7 @@ class Pruning:
 
     masks: by matrix name, bool (out, in), True = kept.
     under_calibrated: experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
-    seconds: spent on making masks, without gathering the statistics.
+    seconds: spent on making masks, and on giving each block its sparsity; without gathering the criterion's statistics.
     """
 
     masks: MutableMapping[str, Tensor]
@@ -104,12 +104,15 @@ class Pruner:
             execution.storage.masks = {}
         self.noted = list(execution.storage.finished("prune"))  # of each window
         self.before = len(self.noted)  # windows that were pruned before a run was killed
+        self.seconds = 0.0  # spent on giving each block its sparsity
 
     def allocate(self, samples: Tensor | None) -> None:
         """Gives each block its own sparsity by calibration `samples`, if the pattern is to differ between blocks."""
         if self.config.allocation != "uniform" and self.pattern.sparsity:
+            began = time.perf_counter()
             found = zip(self.decoder.windows("block"), allocate(self.decoder, samples, self.config, self.execution))
             self.patterns = {name: pattern for block, pattern in found for name in self.decoder.matrices(block)}
+            self.seconds = time.perf_counter() - began
 
     @torch.no_grad()
     def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -144,7 +147,8 @@ class Pruner:
                 "magnitude instead of %s, such as %s; more samples help",
                 len(under_calibrated), len(masks), FEW, self.config.criterion, under_calibrated[0],
             )  # fmt: skip
-        return Pruning(masks, under_calibrated=under_calibrated, seconds=sum(noted["seconds"] for noted in notes[self.before :]))
+        seconds = self.seconds + sum(noted["seconds"] for noted in notes[self.before :])
+        return Pruning(masks, under_calibrated=under_calibrated, seconds=seconds)
 
     def pruned(self, matrix: Matrix, statistics: Mapping[str, Tensor], pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The matrix's new weight and mask; by magnitude, where the criterion has no statistics of it.

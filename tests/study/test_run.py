@@ -3,6 +3,7 @@
 import gc
 import math
 import shutil
+import time
 import weakref
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 import recon
 from recon.data import models
 from recon.kernels.criteria import CRITERIA, Criterion
+from recon.kernels.patterns import Pattern
 from recon.methods.prune import Pruner, Pruning
 from recon.study import measure
 from recon.study import run as runs
@@ -205,6 +207,15 @@ def test_time_for_pruning_is_not_time_for_reconstruction(spec, monkeypatch):
     assert spec.one_pass and not spec.replaced(criterion="magnitude", allocation="dlp", prune_samples=1).one_pass
     seconds = record_of(spec).seconds
     assert seconds["prune"] == 1000 and -1000 < seconds["reconstruct"] < 0
+    monkeypatch.undo()
+
+    def slow(decoder, *given):
+        time.sleep(1.5)
+        return [Pattern(0.5) for _ in decoder.blocks]
+
+    monkeypatch.setattr("recon.methods.prune.allocate", slow)
+    spec = spec.replaced(allocation="dlp")
+    assert spec.one_pass and record_of(spec).seconds["prune"] > 1.5
 
 
 def test_every_phase_draws_by_the_seed_of_the_run(spec, monkeypatch):
