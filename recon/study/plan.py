@@ -425,10 +425,13 @@ class Plan:
             f"{needs:.1f} GiB of {room}, of which there are {has:.1f} GiB" for room, (needs, has) in tight.items()
         )
         most = {max(self.memory[kinds[room]], key=self.memory[kinds[room]].get) for room in tight if room != "disk"}
-        smaller = "fewer or shorter samples" if most == {"streams"} else "smaller windows"
-        smaller += " or --stream yes" * (not self.streamed and not why_in_memory(self.spec))
+        granularity, again = self.spec.reconstruction.granularity, self.spec.retraining
+        tries = ["fewer or shorter samples"] if most == {"streams"} else ["smaller windows"] * (granularity != "none")
+        tries += ["--retrain-checkpointing"] * (again.retrain != "none" and not again.retrain_checkpointing)
+        tries += ["--stream yes"] * (not self.streamed and not why_in_memory(self.spec))
         elsewhere = "; save to another disk, or have RECON_CACHE name a folder there" * ("disk" in tight)
-        return said and f"this run needs {said}{f'; try {smaller}' * bool(most)}{elsewhere}"
+        smaller = f"; try {' or '.join(tries)}" * bool(most and tries)
+        return said and f"this run needs {said}{smaller}{elsewhere}"
 
     def __str__(self) -> str:
         spec, granularity = self.spec, self.spec.reconstruction.granularity

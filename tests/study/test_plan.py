@@ -212,8 +212,10 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
     monkeypatch.setattr(models, "load", None)
     with pytest.raises(ReconError, match="this run needs .* try smaller windows or --stream yes"):
         record_of(spec, stream="no")
-    with pytest.raises(ReconError, match=r"try \D* windows$"):  # which cannot be streamed
-        record_of(spec.replaced(pattern="2:4", reorder_neurons=True), stream="no")
+    cannot_stream = {"pattern": "2:4", "reorder_neurons": True}, {"granularity": "none", "retrain": "full"}
+    for options, tries in zip(cannot_stream, ("smaller windows", "--retrain-checkpointing")):
+        with pytest.raises(ReconError, match=f"; try {tries}$"):
+            record_of(spec.replaced(**options), stream="no")
     with pytest.raises(TypeError, match="not callable"):
         record_of(spec, stream="no", force=True)
     plan.check(spec, "no", loaded=2**30)  # what is loaded already need not fit once more
