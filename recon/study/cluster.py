@@ -36,7 +36,7 @@ class Ray:
         address: of a cluster: "auto" for that of this machine, or "ray://host:port"; None: the one that this process is connected
             to or `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
         workers: how many at most; None: as many as there is room for.
-        threads: CPUs and threads per worker; None: one or, on GPUs, a GPU's share of the CPUs.
+        threads: CPUs and threads per worker; None: one or, on GPUs, a GPU's share of its node's CPUs, the least of all nodes.
         gpus: GPUs per worker; None: one if the cluster has any and the work is not asked for on the CPU, else none.
     """
 
