@@ -124,7 +124,10 @@ def _plain(opened: safe_open, name: str, shape: list[int], known: set[str]) -> T
 
 
 def _carry(folder: Path, target: Path, old: str, new: str) -> None:
-    """Copies all files but weights and their digests; an index of shards is called after the form of the weights."""
-    for file in folder.iterdir():
+    """Copies all files but weights and their digests, also from folders in `folder`, as chat templates may be in one; an index of
+    shards is called after the form of the weights."""
+    for file in (*folder.iterdir(), *folder.glob("[!.]*/*")):
         if file.is_file() and file.suffix not in WEIGHTS and file.name != DIGESTS:
-            shutil.copy2(file, target / file.name.replace(old, new))
+            place = target / file.relative_to(folder).with_name(file.name.replace(old, new))
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy2(file, place)

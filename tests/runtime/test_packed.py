@@ -18,7 +18,8 @@ from recon.cli import main
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def plain(request, tmp_path):
-    """A checkpoint in shards: a share of its projections zero, some zeros negative, in one matrix too few to gain."""
+    """A checkpoint in shards: a share of its projections zero, some zeros negative, in one matrix too few to gain; and a chat
+    template, as tokenizers with several of them save it."""
     model = make_model("llama", tie_word_embeddings=True).to(request.param)
     draw = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
@@ -26,13 +27,16 @@ def plain(request, tmp_path):
             weight.data[torch.rand(weight.shape, generator=draw) < (0.01 if "layers.1.mlp.up" in name else 0.6)] = 0.0
             weight.data[:, 3] = -0.0
     model.save_pretrained(tmp_path / "plain", max_shard_size="20KB")
+    (tmp_path / "plain" / "additional_chat_templates").mkdir()
+    (tmp_path / "plain" / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     return tmp_path / "plain"
 
 
 def test_packed_as_a_slow_reference_packs_and_back_to_the_bit(plain, tmp_path):
     recon.pack(plain, tmp_path / "packed")
     recon.unpack(tmp_path / "packed", tmp_path / "back")
-    assert all(filecmp.cmp(file, tmp_path / "back" / file.name, shallow=False) for file in plain.iterdir())
+    files = [file.relative_to(plain) for file in plain.glob("**/*.*")]
+    assert all(filecmp.cmp(plain / file, tmp_path / "back" / file, shallow=False) for file in files)
     assert len(list(plain.glob("*.safetensors"))) > 2
     for file in plain.glob("*.safetensors"):
         found = load_file(tmp_path / "packed" / file.name.replace(".safetensors", ".packed.safetensors"))
