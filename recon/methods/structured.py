@@ -176,12 +176,13 @@ def _owners(decoder: Decoder, window: Window, hidden: Tensor, count: int) -> dic
 
     A row serves the units whose part of what the last matrix reads has a gradient in it; matrices with a row that serves several
     are left out. Units are told apart by the bits of their numbers: for each bit, a row of one unit has a gradient in the units
-    with that bit or in those without it, not in both. Noise stands in for what matrices give, so that no row is silent by chance.
+    with that bit or in those without it, not in both. Noise above zero stands in for what matrices give, so that no row is silent by
+    chance, as behind a ReLU.
     """
     draw, noise, read = torch.Generator().manual_seed(0), {}, []
 
     def by_noise(place: int, args, kwargs, output: Tensor) -> Tensor:
-        noise[place] = torch.randn(output.shape, generator=draw).to(output).requires_grad_()
+        noise[place] = torch.randn(output.shape, generator=draw).abs().to(output).requires_grad_()
         return noise[place].clone()
 
     *makers, reader = (decoder.model.get_submodule(name) for name in decoder.matrices(window))

@@ -126,6 +126,11 @@ def test_reconstruction_keeps_units_gone_and_trains_the_new_biases(made, tokens,
     assert not any(torch.equal(student.model.get_parameter(name), bias) for name, bias in biases.items())
 
 
+def test_no_neuron_of_as_many_as_opt_30b_has_is_silent_behind_a_relu(tiny):
+    mlp = find_units(decompose(tiny("opt", ffn_dim=28672, num_hidden_layers=1)))[1]
+    assert {name.rpartition(".")[2]: owner.tolist() for name, owner in mlp.rows.items()} == {"fc1": [*range(28672)]}
+
+
 @pytest.mark.parametrize("statistics", ["sparse", "dense"])
 def test_wanda_sp_reads_the_model_that_is_asked_for(made, tokens, statistics):
     dense = made("llama")
