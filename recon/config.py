@@ -181,7 +181,9 @@ class PruningConfig(Checked):
         return weighs or self.allocation != "uniform" or self.reorder_neurons
 
     def on(self, samples: int) -> "PruningConfig":
-        """These options for so many calibration samples."""
+        """These options for so many calibration samples. Raises `ReconError` for too few."""
+        if self.allocation == "measured" and samples == 1:
+            raise ReconError("allocation is 'measured' with 1 calibration sample; it needs at least 2, to leave one out")
         return self if self.sparsegpt_block_size else replace(self, sparsegpt_block_size=samples)
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from recon.config import PruningConfig
-from recon.errors import ReconError
 from recon.kernels.allocation import by_losses, dlp, spread
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.losses import kl_divergence
@@ -30,11 +29,9 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     `EVERY`th of the first `LENGTH` tokens of each of the last `PROBES` samples; the norms are of the `NORMS` tokens before these,
     or of one sample if that is more.
 
-    samples: calibration tokens (samples, length). Raises `ReconError` for too few.
+    samples: calibration tokens (samples, length); at least two where losses are measured.
     """
     sparsity, measured = Pattern.parse(config.pattern).sparsity, config.allocation == "measured"
-    if measured and len(samples) == 1:
-        raise ReconError("allocation is 'measured' with 1 calibration sample; it needs at least 2, to leave one out")
     probed = min(PROBES, len(samples) - 1) if measured else 0
     samples, probes = samples.split([len(samples) - probed, probed])
     samples, probes = samples[-max(1, NORMS // samples.shape[1]) :] if measured else samples, probes[:, :LENGTH]
@@ -61,12 +58,8 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
                 for name, matrix in matrices.items():
                     matrix.weight.copy_(dense[name])
                 states = torch.cat([run(states), pruned])
-    sizes = torch.tensor(sizes, dtype=torch.float64)
-    if measured:
-        losses = torch.tensor(_divergences(decoder, probes, states, execution), dtype=torch.float64)
-        shares = by_losses(losses, sizes, sparsity).tolist()
-    else:
-        shares = dlp(torch.tensor(medians, dtype=torch.float64), sizes, sparsity).tolist()
+    rule, told = (by_losses, _divergences(decoder, probes, states, execution)) if measured else (dlp, medians)
+    shares = rule(*(torch.tensor(each, dtype=torch.float64) for each in (told, sizes)), sparsity).tolist()
     execution.storage.finish("allocate", shares)
     return [Pattern(each) for each in shares]
 

@@ -185,11 +185,11 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor]) -> Non
         matrix.weight.masked_fill_(~pruning.masks[name], 0.0)
 
 
-def touched_biases(decoder: Decoder, criterion: str) -> list[str]:
-    """Full names of the biases that pruning the dense model by `criterion` may change, or add where there are none.
+def touched_biases(decoder: Decoder, config: PruningConfig) -> list[str]:
+    """Full names of the biases that pruning the dense model by `config` may change, or add where there are none.
 
-    Raises `ReconError` if the criterion removes heads and neurons, and the model does not divide into these.
+    Raises `ReconError` if heads and neurons are to be removed or reordered, and the model does not divide into these.
     """
-    chosen = CRITERIA[criterion]
-    halves = find_units(decoder) if isinstance(chosen, Structured) else []
-    return [half.reader.bias_name for half in halves if chosen.compensates]
+    structured = isinstance(chosen := CRITERIA[config.criterion], Structured)
+    halves = find_units(decoder) if structured or config.reorder_neurons else []
+    return [half.reader.bias_name for half in halves if structured and chosen.compensates]

@@ -149,7 +149,8 @@ def trainings(spec: RunSpec, decoder: Decoder) -> Iterator[Training]:
 
 
 def check_fits(spec: RunSpec, decoder: Decoder) -> None:
-    """Raises `ReconError` for what the model cannot do: windows, adapters, patterns, lengths."""
+    """Raises `ReconError` for what the model cannot do: windows, adapters, patterns, lengths; and for too few samples."""
+    spec.pruning.on(spec.samples_by_phase["prune"])
     granularity = spec.reconstruction.granularity
     decoder.windows("block" if granularity == "none" else granularity)
     for method in (spec.reconstruction.adapter, spec.retraining.retrain):

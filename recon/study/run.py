@@ -278,7 +278,7 @@ class _Run(Callback):
         if tasks := self.spec.evaluation.tasks:
             zero_shot.check_tasks(tasks, self.dense)
             zero_shot.load(zero_shot.HUB.keys() & tasks)  # what cannot be fetched is told before anything long begins
-        biases = prune.touched_biases(self.dense, self.spec.pruning.criterion)
+        biases = prune.touched_biases(self.dense, self.spec.pruning)
         if self.options.save:
             checkpoint.check_model(self.dense, biases, self.options.save_dtype)
 

@@ -52,6 +52,18 @@ def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
     assert len(record.metrics["drift"]) == len(record.metrics["drift_pruned"]) == 4
 
 
+@pytest.mark.parametrize(("family", "changes", "said"), [
+    ("llama", {"samples": 1, "allocation": "measured"}, "'measured' with 1 calibration sample"),
+    ("mixtral", {"pattern": "2:4", "reorder_neurons": True}, "an expert's; whole heads and neurons"),
+])  # fmt: skip
+def test_what_cannot_be_pruned_is_refused_before_anything_is_measured(
+    spec, tmp_path, tiny_folder, monkeypatch, family, changes, said
+):
+    monkeypatch.setattr(measure, "measure", Mock(side_effect=AssertionError))
+    with pytest.raises(recon.ReconError, match=said):
+        record_of(spec.replaced(model=saved_model(family, tiny_folder, tmp_path), **changes))
+
+
 def test_share_recovered():
     found = [share_recovered(10, *values) for values in ((40, 10), (40, 20), (40, 160), (9, 9), (math.inf, 9))]
     assert found[:3] == pytest.approx([1.0, 0.5, -1.0]) and found[3:] == [None, None]
