@@ -46,10 +46,12 @@ def better_order(scores: Tensor, pattern: Pattern) -> Tensor:
 def reorder_neurons(decoder: Decoder, samples: Tensor, pattern: Pattern, execution: Execution) -> None:
     """Reorders the neurons of each MLP half of a dense model in place.
 
-    samples: calibration tokens (samples, length), of which the first `TOKENS` are read. Raises `ReconError` as `find_units`, and
-    if logits are not the same.
+    samples: calibration tokens (samples, length), of which the first `TOKENS` are read. Raises `ReconError` as `find_units`, for
+    neurons that do not divide into groups, and if logits are not the same.
     """
     halves = {half.window.blocks: half for half in find_units(decoder) if half.window.half == "mlp"}
+    for half in halves.values():
+        pattern.check_columns(half.reader.name, half.count)
     tokens = probe_tokens(decoder.model).to(decoder.device)
     before = decoder.run(tokens).logits
 

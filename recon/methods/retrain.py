@@ -48,6 +48,8 @@ def retrain(
 
     Raises `ReconError` for what does not fit together, naming it.
     """
+    if not isinstance(config, RetrainingConfig):
+        raise ReconError(f"config is a {type(config).__name__}; allowed: RetrainingConfig")
     method, name = config.retrain, f"retrain ({config.retrain}, {config.retrain_objective})"
     if method == "none":
         raise ReconError("retrain is 'none'; name a method")
@@ -62,6 +64,11 @@ def retrain(
     check_trainable(student, method)
     execution = execution or Execution.of(student)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
+    if teacher and teacher.model is student.model:
+        raise ReconError("model and dense are the same object; dense is to be the model before pruning")
+    own, its = (each.model.config.get_text_config().vocab_size for each in (student, teacher or student))
+    if own != its:
+        raise ReconError(f"dense predicts {its} tokens, and model {own}; give a dense model with the same tokens")
     masks, schedule, began = keep_masks(student, masks), config.schedule(len(samples)), time.perf_counter()
     with contextlib.ExitStack() as homes:
         for decoder in filter(None, (student, teacher)):
