@@ -164,6 +164,7 @@ def retrain(student, method="full", samples=TOKENS, **call):
     (lambda d, s: prune(broken(d, NORM, math.inf)), "input of 'model.layers.1.*NaN or infinite"),
     (lambda d, s: prune(make_model("bloom"), criterion="wanda-sp", pattern="0.2"), UNDIVIDED),
     (lambda d, s: prune(make_model("mixtral"), criterion="flap", pattern="0.2"), "expert's; whole heads and neurons"),
+    (lambda d, s: prune(small_model("xlstm"), criterion="wanda-sp", pattern="0.2"), "out_proj' reads .* columns, not None heads"),
     (lambda d, s: prune(make_model("t5"), criterion="flap", pattern="0.2"), "of T5.* cannot be removed.*a block was not divided"),
     (lambda d, s: prune(d, random_tokens(2, 65)), "sequence length 65 is more than the 64 tokens"),
     (lambda d, s: prune(d, pattern="2:4", reorder_neurons=True), "reorder_neurons is True.*reorder.reorder_neurons"),

@@ -163,7 +163,7 @@ def _count(decoder: Decoder, window: Window) -> int:
     columns, config = reader.weight.shape[1], decoder.model.config.get_text_config()
     if window.half == "mlp":
         return columns
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
     count = getattr(config, "num_key_value_heads", None) or heads
     if not all(isinstance(number, int) for number in (heads, count)) or heads % count or columns % heads:
         raise ReconError(f"{window.name}: {reader.name!r} reads {columns} columns, not {heads!r} heads in {count!r} groups")
@@ -176,8 +176,8 @@ def _owners(decoder: Decoder, window: Window, hidden: Tensor, count: int) -> dic
 
     A row serves the units whose part of what the last matrix reads has a gradient in it; matrices with a row that serves several
     are left out. Units are told apart by the bits of their numbers: for each bit, a row of one unit has a gradient in the units
-    with that bit or in those without it, not in both. Noise above zero stands in for what matrices give, so that no row is silent by
-    chance, as behind a ReLU.
+    with that bit or in those without it, not in both. Noise stands in for what matrices give, so that no row is silent by chance;
+    it is above zero, as no row may be silent behind a ReLU.
     """
     draw, noise, read = torch.Generator().manual_seed(0), {}, []
 
