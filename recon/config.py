@@ -159,14 +159,13 @@ class PruningConfig(Checked):
         if self.criterion not in CRITERIA:  # no `Literal`: users add some
             raise ReconError(f"criterion is {self.criterion!r}; allowed: {', '.join(CRITERIA)}")
         structured = isinstance(CRITERIA[self.criterion], Structured)
-        whole = structured or self.criterion == "none"
         suited = [name for name, each in CRITERIA.items() if each.scores and each.statistics in ("none", "norm")]
         unsuited, groups, uneven = self.criterion not in suited, ":" in self.pattern, self.allocation != "uniform"
         for name, refused, beside, allowed in (
             ("mask_refinement", self.mask_refinement and unsuited, "criterion", f"0, or with {', '.join(suited)}"),
             ("pattern", structured and groups, "criterion", "the share of the weights that is to go, such as 0.2"),
             ("scope", structured and self.scope != "auto", "criterion", "auto"),
-            ("allocation", whole and uneven, "criterion", "uniform"),
+            ("allocation", uneven and (structured or self.criterion == "none"), "criterion", "uniform"),
             ("allocation", uneven and groups, "pattern", "uniform, or a sparsity such as 0.5"),
             ("reorder_neurons", self.reorder_neurons and not groups, "pattern", "False, or N:M"),
         ):

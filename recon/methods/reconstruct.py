@@ -85,9 +85,8 @@ def reconstruct(
     options that do not fit together, naming what does not.
     """
     if not isinstance(config, ReconstructionConfig):
-        raise ReconError(
-            f"config is a {type(config).__name__}; allowed: ReconstructionConfig (a PruningConfig is given as pruning)"
-        )
+        said = "allowed: ReconstructionConfig (a PruningConfig is given as pruning)"
+        raise ReconError(f"config is a {type(config).__name__}; {said}")
     teacher = decompose(dense)
     whole = (model.model if isinstance(model, Decoder) else model), teacher.model
     if whole[0] is whole[1]:

@@ -92,9 +92,8 @@ def retrain(
             seconds = time.perf_counter() - began
         fine = settle(name, theta, before, losses)
         student.forget()
-    count, batch = sum(each.parameter.numel() for each in parameters), config.retrain_batch_size
-    batch = min(execution.micro_batch or batch, batch)
-    return Report(count, losses, seconds, RETRAINED if fine else NOT_FINITE, batch)
+    batch, count = schedule.batch_size, sum(each.parameter.numel() for each in parameters)
+    return Report(count, losses, seconds, RETRAINED if fine else NOT_FINITE, min(execution.micro_batch or batch, batch))
 
 
 def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:
