@@ -176,8 +176,7 @@ def _owners(decoder: Decoder, window: Window, hidden: Tensor, count: int) -> dic
 
     A row serves the units whose part of what the last matrix reads has a gradient in it; matrices with a row that serves several
     are left out. Units are told apart by the bits of their numbers: for each bit, a row of one unit has a gradient in the units
-    with that bit or in those without it, not in both. Noise stands in for what matrices give, so that no row is silent by chance;
-    it is above zero, as no row may be silent behind a ReLU.
+    with that bit or in those without it, not in both. Noise above 0 stands in for what matrices give: no row is silent by chance.
     """
     draw, noise, read = torch.Generator().manual_seed(0), {}, []
 
