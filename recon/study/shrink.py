@@ -94,7 +94,8 @@ def _narrowed(
             if not isinstance(fitting, str):
                 return fitting, found, f"{said}; the configuration has {', '.join(f'{k} {v}' for k, v in changes.items())}"
             why.append(fitting)
-    return config, cuts, f"{said}, and they stay as zeros: {[*why, f'all have to be as wide as the widest, here {least}'][0]}"
+    widest = f"all have to be as wide as the widest, here {least}"
+    return config, cuts, f"{said}, and they stay as zeros: {why[0] if why else widest}"
 
 
 def _cuts(decoder: Decoder, halves: list[Units], kept: list[Tensor]) -> Cuts:
