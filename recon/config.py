@@ -147,6 +147,8 @@ class PruningConfig(Checked):
     # How sparse each block is: uniform, the same for all; dlp, by the median of weight times input norm; measured, by what it
     # costs the predictions when the block alone is pruned by Wanda. The sparsity of all blocks together stays.
     allocation: Literal["uniform", "dlp", "measured"] = "uniform"
+    # How rows of a matrix compete: all alike, or fisher, weighted by how much the dense model's predictions depend on each.
+    weighting: Literal["none", "fisher"] = "none"
     reorder_neurons: bool = False  # Reorder MLP neurons first, so that N:M keeps more; the dense model computes the same.
     prune_samples: FromZero = 0  # Calibration samples that the criterion sees; 0: as many as reconstruction.
     mask_refinement: FromZero = 0  # Exchanges of a pruned and a kept weight in each row, at most; the best pair each time.
@@ -161,12 +163,17 @@ class PruningConfig(Checked):
         structured = isinstance(CRITERIA[self.criterion], Structured)
         suited = [name for name, each in CRITERIA.items() if each.scores and each.statistics in ("none", "norm")]
         unsuited, groups, uneven = self.criterion not in suited, ":" in self.pattern, self.allocation != "uniform"
+        whole, weighted = structured or self.criterion == "none", self.weighting != "none"
+        apart = (CRITERIA[self.criterion].scope if self.scope == "auto" else self.scope) == "row"
         for name, refused, beside, allowed in (
             ("mask_refinement", self.mask_refinement and unsuited, "criterion", f"0, or with {', '.join(suited)}"),
             ("pattern", structured and groups, "criterion", "the share of the weights that is to go, such as 0.2"),
             ("scope", structured and self.scope != "auto", "criterion", "auto"),
-            ("allocation", uneven and (structured or self.criterion == "none"), "criterion", "uniform"),
+            ("allocation", uneven and whole, "criterion", "uniform"),
             ("allocation", uneven and groups, "pattern", "uniform, or a sparsity such as 0.5"),
+            ("weighting", weighted and whole, "criterion", "none"),
+            ("weighting", weighted and groups, "pattern", "none, or a sparsity such as 0.5"),
+            ("weighting", weighted and apart, "scope", "none, or scope matrix, in which rows compete"),
             ("reorder_neurons", self.reorder_neurons and not groups, "pattern", "False, or N:M"),
         ):
             if refused:

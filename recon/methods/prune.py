@@ -17,6 +17,7 @@ from recon.methods.allocation import allocate
 from recon.methods.samples import as_tokens
 from recon.methods.statistics import FEW, over_blocks
 from recon.methods.structured import find_units, prune_units, set_bias
+from recon.methods.weighting import row_weights
 from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.model.structure import Matrix
@@ -74,7 +75,7 @@ def prune(
     if isinstance(pruner.criterion, Structured):
         prune_units(decoder, pruner.criterion, config, samples, execution)
         return Pruning(execution.storage.masks)
-    pruner.allocate(samples)
+    pruner.prepare(samples)
     description, rerun = f"prune ({config.criterion} {pruner.pattern})", config.statistics == "sparse"
     pruner.noted = over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
     return pruner.summed_up()
@@ -93,6 +94,7 @@ class Pruner:
         self.decoder, self.config, self.seed, self.execution = decoder, config, seed, execution
         self.criterion, self.pattern = CRITERIA[config.criterion], Pattern.parse(config.pattern)
         self.patterns = dict.fromkeys(decoder.matrices(), self.pattern)
+        self.weights: dict[str, Tensor] = {}  # of rows, by matrix name; see `recon.methods.weighting`
         self.statistics = "gram" if config.mask_refinement else self.criterion.statistics
         self.scope = self.criterion.scope if config.scope == "auto" else config.scope
         # The options of a criterion are named after it.
@@ -106,8 +108,10 @@ class Pruner:
         self.before = len(self.noted)  # windows that were pruned before a run was killed
         self.seconds = 0.0  # spent on giving each block its sparsity
 
-    def allocate(self, samples: Tensor | None) -> None:
-        """Gives each block its own sparsity by calibration `samples`, if the pattern is to differ between blocks."""
+    def prepare(self, samples: Tensor | None) -> None:
+        """By calibration `samples`, gives each block its own sparsity, and rows their weights, if these are to differ."""
+        if self.config.weighting == "fisher":
+            self.weights = row_weights(self.decoder, samples, self.seed, self.execution)
         if self.config.allocation != "uniform" and self.pattern.sparsity:
             began = time.perf_counter()
             found = zip(self.decoder.windows("block"), allocate(self.decoder, samples, self.config, self.execution))
@@ -162,12 +166,13 @@ class Pruner:
         elif criterion.statistics == "norm" and found.ndim == 2:  # a Gram matrix tells norms
             own = found.diagonal().sqrt()
         weight, random = matrix.weight.float(), generator(self.seed, "criterion", matrix.name)
+        rows = self.weights[matrix.name].to(weight.device)[:, None] if matrix.name in self.weights else 1.0
         try:
-            pruned, mask = criterion.prune(weight, own, pattern, self.scope, random, **options)
+            pruned, mask = criterion.prune(weight * rows, own, pattern, self.scope, random, **options)
         except ReconError as error:
             raise ReconError(f"matrix {matrix.name!r}: {error}") from None
         if not self.config.mask_refinement or found is None:
-            return pruned, mask
+            return weight.masked_fill(~mask, 0.0) if criterion.scores else pruned / rows, mask
         mask = refine(weight, mask, found, self.config.mask_refinement, pattern.m)
         return weight.masked_fill(~mask, 0.0), mask
 

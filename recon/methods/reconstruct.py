@@ -107,7 +107,7 @@ def reconstruct(
         if why := two_passes(pruning, config, count):
             raise ReconError(f"windows cannot be pruned as reconstruction reaches them: {why}; prune with `recon.prune` first")
         pruner = Pruner(student, pruning.on(count), seed, execution)
-        pruner.allocate(tokens[:count])
+        pruner.prepare(tokens[:count])
         masks = execution.storage.masks
     reconstruction = Reconstruction(teacher, student, masks, config, count, seed, execution, pruner)
     reports = [WindowReport(**noted) for noted in execution.storage.finished("reconstruct")]

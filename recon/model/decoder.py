@@ -91,7 +91,6 @@ class Decoder:
             calls = self.observe(tokens, self.starts[-1])
         return torch.cat([calls[index][0] for index in self.starts], 1)
 
-    @torch.no_grad()
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The model's logits (batch, length, vocabulary) if its last block returns `hidden` (batch, length, hidden).
 

@@ -24,7 +24,7 @@ from recon.kernels.criteria import CRITERIA, admm
 from recon.kernels.losses import ELEMENTS
 from recon.kernels.moments import triangle
 from recon.kernels.patterns import Pattern
-from recon.methods import allocation, reorder
+from recon.methods import allocation, reorder, weighting
 from recon.methods.samples import ERROR_SAMPLES
 from recon.methods.training import check_trainable
 from recon.model.decoder import Decoder
@@ -189,6 +189,8 @@ def flops(spec: RunSpec) -> dict[str, float]:
         found["prune"] += counted(decoder, whole, length, "matrices") * tokens["prune"]
     found["prune"] += forward * tokens["prune"] * (pruning.allocation == "dlp")
     found["prune"] += forward * min(reorder.TOKENS, tokens["prune"]) * pruning.reorder_neurons
+    if pruning.weighting == "fisher":
+        found["prune"] += (3 * forward + 2 * head) * min(weighting.TOKENS, tokens["prune"])
     if pruning.allocation == "measured":
         found["prune"] += forward * min(allocation.NORMS, tokens["prune"])
         probed = min(allocation.PROBES * allocation.LENGTH, tokens["prune"])

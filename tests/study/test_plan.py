@@ -49,6 +49,7 @@ COUNTER = functools.partial(FlopCounterMode, display=False, custom_mapping={torc
 ALONE = [  # pruning or retraining
     (0.07, {"criterion": "wanda"}), (0.07, {"statistics": "sparse"}),
     (0.07, {"criterion": "wanda++"}), (0.07, {"allocation": "dlp"}), (0.1, {"criterion": "admm"}), (0.15, {"mask_refinement": 1}),
+    (0.1, {"criterion": "magnitude", "weighting": "fisher"}),
     (0.15, {"allocation": "measured", "samples": 4, "sequence_length": 128}),
     (0.07, {"retrain": "full"}), (0.07, {"retrain": "norms"}), (0.07, {"retrain": "scalelora", "retrain_objective": "distil"}),
     (0.07, {"retrain": "masklora", "retrain_checkpointing": True, "retrain_batch_size": 1}),
