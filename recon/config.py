@@ -184,7 +184,7 @@ class PruningConfig(Checked):
     def reads(self) -> bool:
         """Whether pruning reads calibration samples."""
         weighs = CRITERIA[self.criterion].statistics != "none" or self.mask_refinement > 0
-        return weighs or self.allocation != "uniform" or self.reorder_neurons
+        return weighs or self.allocation != "uniform" or self.weighting != "none" or self.reorder_neurons
 
     def on(self, samples: int) -> "PruningConfig":
         """These options for so many calibration samples. Raises `ReconError` for too few."""

@@ -68,9 +68,9 @@ def prune(
         samples = as_tokens(samples, first=config.prune_samples)
         decoder.check_length(samples.shape[1])
     pruner = Pruner(decoder, config.on(0 if samples is None else len(samples)), seed, execution)
-    if (pruner.statistics != "none" or config.allocation != "uniform") and samples is None:
-        beside = " with mask refinement" if config.mask_refinement else f" with allocation {config.allocation}"
-        beside = beside if pruner.criterion.statistics == "none" else ""
+    if config.reads and samples is None:
+        how = f"allocation {config.allocation}" if config.allocation != "uniform" else f"weighting {config.weighting}"
+        beside = f" with {'mask refinement' if config.mask_refinement else how}" * (pruner.criterion.statistics == "none")
         raise ReconError(f"criterion {config.criterion!r}{beside} weighs activations and needs calibration samples")
     if isinstance(pruner.criterion, Structured):
         prune_units(decoder, pruner.criterion, config, samples, execution)
@@ -106,17 +106,17 @@ class Pruner:
             execution.storage.masks = {}
         self.noted = list(execution.storage.finished("prune"))  # of each window
         self.before = len(self.noted)  # windows that were pruned before a run was killed
-        self.seconds = 0.0  # spent on giving each block its sparsity
+        self.seconds = 0.0  # spent on the sparsity of blocks and the weights of rows
 
     def prepare(self, samples: Tensor | None) -> None:
         """By calibration `samples`, gives each block its own sparsity, and rows their weights, if these are to differ."""
+        began = time.perf_counter()
         if self.config.weighting == "fisher":
             self.weights = row_weights(self.decoder, samples, self.seed, self.execution)
         if self.config.allocation != "uniform" and self.pattern.sparsity:
-            began = time.perf_counter()
             found = zip(self.decoder.windows("block"), allocate(self.decoder, samples, self.config, self.execution))
             self.patterns = {name: pattern for block, pattern in found for name in self.decoder.matrices(block)}
-            self.seconds = time.perf_counter() - began
+        self.seconds = time.perf_counter() - began
 
     @torch.no_grad()
     def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:

@@ -77,13 +77,14 @@ def _through(decoder: Decoder, block: Window, stream: Tensor, slopes: Tensor, ex
     """Goes back through `block`, which reads `stream`: `slopes` (samples, length, hidden), by what it gives, become those by what
     it reads. Returns the sum over tokens of squared slopes by what each row of its matrices gives, (out,), by matrix name."""
     squares: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
     modules = {name: each.module for name, each in decoder.matrices(block).items() if each.expert is None}
-    with execution.holding(decoder, block):
+    watching = watched(modules, after=lambda name, args, kwargs, output: given.update({name: output}))
+    with execution.holding(decoder, block), watching:
         for index, (read, slope) in enumerate(execution.batches([stream, slopes], [[sample] for sample in range(len(stream))])):
-            read.requires_grad_()
-            given: dict[str, Tensor] = {}
-            with execution.autocast(), watched(modules, after=lambda name, args, kwargs, output: given.update({name: output})):
-                output = decoder.forward(block, read)
+            given.clear()
+            with execution.autocast():
+                output = decoder.forward(block, read.requires_grad_())
             by_read, *by_given = torch.autograd.grad(output, [read, *given.values()], slope.to(output), materialize_grads=True)
             slopes[index] = by_read[0]
             for name, each in zip(given, by_given):

@@ -273,6 +273,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
         columns = [matrices[name].weight.shape[1] for name in read if name in matrices]
         by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
         by_slopes = rule.statistics == "gradient" and not retrains
+        goes_back = by_slopes or spec.pruning.weighting == "fisher" and not retrains
         grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns, default=0) ** 2) if by_grams and not retrains else 0
         vectors = retrains and spec.retraining.retrain == "norms"
         kept = len(decoder.blocks) if retrains and spec.retraining.retrain_checkpointing else 1  # of so many blocks one
@@ -282,7 +283,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
             "moments": descends * 8 * elements,
             "copies": 4 * (elements if vectors else max(weights, elements)),
             "rounded": descends * weights * (masks + itemsize * (itemsize < 4 or how.adapter != "none")),
-            "activations": (descends or by_slopes) * int(tokens * (itemsize * _width(matrices.values()) + norms)) // kept,
+            "activations": (descends or goes_back) * int(tokens * (itemsize * _width(matrices.values()) + norms)) // kept,
             "statistics": grams + 12 * weights * by_slopes,
         }
         if retrains:
@@ -396,6 +397,8 @@ class Plan:
         other = [count * spec.evaluation.evaluation_length for count in spec.evaluation.windows.values()]
         # Passes that only run the model read all samples, too, and give as much.
         other += [read["prune"] * length, 2 * spec.calibration.held_out_samples * length]  # through two models
+        if spec.pruning.weighting == "fisher":  # what every block reads
+            other += [(len(decoder.blocks) + 3) * min(weighting.TOKENS, read["prune"] * length) // 2]
         streams = max(streams, 8 * config.hidden_size * max(other))
         stored = 5 + 4 * spec.changes_weights + 4 * packed.is_packed(Path(spec.model.model))  # bytes of each weight
         written = max(streams / there * written, 16 * config.hidden_size * read["prune"] * length)
