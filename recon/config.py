@@ -141,7 +141,8 @@ class PruningConfig(Checked):
 
     criterion: str = "wanda"  # What decides which weights go: one that `recon criteria` lists.
     pattern: str = "0.5"  # Sparsity such as 0.5, or N:M such as 2:4 (N kept of every M).
-    scope: Literal[("auto", *SCOPES)] = "auto"  # What weights compete within, but for N:M; auto: the criterion's own.
+    # What weights compete within, but for N:M; auto: a matrix, if its rows are weighted, else the criterion's own.
+    scope: Literal[("auto", *SCOPES)] = "auto"
     # Whose activations the criterion sees: the dense model's (dense; FLAP's always), or the pruned one's (sparse, as published).
     statistics: Literal["sparse", "dense"] = "dense"
     # How sparse each block is: uniform, the same for all; dlp, by the median of weight times input norm; measured, by what it
@@ -164,7 +165,6 @@ class PruningConfig(Checked):
         suited = [name for name, each in CRITERIA.items() if each.scores and each.statistics in ("none", "norm")]
         unsuited, groups, uneven = self.criterion not in suited, ":" in self.pattern, self.allocation != "uniform"
         whole, weighted = structured or self.criterion == "none", self.weighting != "none"
-        apart = (CRITERIA[self.criterion].scope if self.scope == "auto" else self.scope) == "row"
         for name, refused, beside, allowed in (
             ("mask_refinement", self.mask_refinement and unsuited, "criterion", f"0, or with {', '.join(suited)}"),
             ("pattern", structured and groups, "criterion", "the share of the weights that is to go, such as 0.2"),
@@ -173,7 +173,7 @@ class PruningConfig(Checked):
             ("allocation", uneven and groups, "pattern", "uniform, or a sparsity such as 0.5"),
             ("weighting", weighted and whole, "criterion", "none"),
             ("weighting", weighted and groups, "pattern", "none, or a sparsity such as 0.5"),
-            ("weighting", weighted and apart, "scope", "none, or scope matrix, in which rows compete"),
+            ("weighting", weighted and self.scope == "row", "scope", "none, or scope matrix, in which rows compete"),
             ("reorder_neurons", self.reorder_neurons and not groups, "pattern", "False, or N:M"),
         ):
             if refused:

@@ -70,8 +70,7 @@ def passes(tiny, tokens):
 
 SHORT, SHORTLY = {"epochs": 1}, {"retrain_epochs": 1, "retrain": "full"}
 OTHERS = {  # options that a test of an option's choices gives as well
-    **{(PruningConfig, name): {"pattern": "0.3"} for name in ("criterion", "scope", "statistics", "allocation")},
-    (PruningConfig, "weighting"): {"pattern": "0.3", "scope": "matrix"},
+    **{(PruningConfig, name): {"pattern": "0.3"} for name in ("criterion", "scope", "statistics", "allocation", "weighting")},
     **{(ReconstructionConfig, name): SHORT for name in ("propagation", "start", "train", "adapter", "loss", "rate")},
     (ReconstructionConfig, "solver"): SHORT | {"granularity": "matrix"},
     **{(RetrainingConfig, name): SHORTLY for name in ("retrain", "retrain_objective", "retrain_rate")},

@@ -104,7 +104,7 @@ def until_done(spec, folder: Path, monkeypatch, step: int, error=None, **how):
 
 CASES = {
     "blocks": ("", {}),
-    "blocks and rows of unequal sparsity": ("", {"allocation": "measured", "weighting": "fisher", "scope": "matrix"}),
+    "blocks and rows of unequal sparsity": ("", {"allocation": "measured", "weighting": "fisher"}),
     "matrices, exact": ("", {"granularity": "matrix", "solver": "exact", "propagation": "dense"}),
     "SparseGPT, two passes": ("gpt2", {"criterion": "sparsegpt", "propagation": "sparse"}),
     "experts": ("mixtral", {"granularity": "half-block", "criterion": "sparsegpt"}),

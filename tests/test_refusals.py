@@ -60,7 +60,7 @@ def test_a_value_that_its_option_may_not_have(name, wrong, allowed):
     ({"allocation": "measured", "criterion": "flap"}, "allocation is 'measured'.*flap.*allowed: uniform"),
     ({"weighting": "fisher", "criterion": "none"}, "weighting is 'fisher' with criterion 'none'; allowed: none"),
     ({"weighting": "fisher", "criterion": "admm", "pattern": "2:4"}, "'fisher' with pattern '2:4'; allowed: none, or"),
-    ({"weighting": "fisher"}, "weighting is 'fisher' with scope 'auto'; allowed: none, or scope matrix"),
+    ({"weighting": "fisher", "scope": "row"}, "weighting is 'fisher' with scope 'row'; allowed: none, or scope matrix"),
     ({"pruned": "there", "pattern": "0.6"}, "pattern is '0.6', but the mask is read from the pruned model 'there'"),
     ({"stream": "maybe"}, "stream is 'maybe'; allowed: auto, yes, no"),
     ({"save_dtype": "int8", "save": "there"}, "save_dtype is 'int8'; allowed: float32, bfloat16, float16"),

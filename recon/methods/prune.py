@@ -96,7 +96,8 @@ class Pruner:
         self.patterns = dict.fromkeys(decoder.matrices(), self.pattern)
         self.weights: dict[str, Tensor] = {}  # of rows, by matrix name; see `recon.methods.weighting`
         self.statistics = "gram" if config.mask_refinement else self.criterion.statistics
-        self.scope = self.criterion.scope if config.scope == "auto" else config.scope
+        usual = self.criterion.scope if config.weighting == "none" else "matrix"
+        self.scope = usual if config.scope == "auto" else config.scope
         # The options of a criterion are named after it.
         own = f"{config.criterion}_"
         self.options = {f.name.removeprefix(own): getattr(config, f.name) for f in fields(config) if f.name.startswith(own)}

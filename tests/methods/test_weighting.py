@@ -47,7 +47,7 @@ def test_one_pass_back_through_the_blocks_is_one_through_the_whole_model(made, t
 def test_rows_compete_as_if_multiplied_by_their_weights(made, tokens, criterion):
     dense, student, samples = made("llama"), copied(made("llama")), tokens(4, 16)
     weights = row_weights(dense, samples, 0, FLOAT32)
-    config = PruningConfig(criterion, "0.6", scope="matrix", weighting="fisher")
+    config = PruningConfig(criterion, "0.6", weighting="fisher")
     masks = prune(student, samples, config, execution=FLOAT32).masks
     rule = CRITERIA[criterion]
     for name, x in inputs_of(dense.model, list(dense.matrices()), samples).items():

@@ -36,7 +36,6 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
     assert spec.replaced().key() == spec.key()
     asked = {"solver": {"granularity": "matrix", "solver": "exact"}}
     asked["reorder_neurons"] = {"pattern": "4:8", "reorder_neurons": True}
-    asked["weighting"] = {"scope": "matrix", "weighting": "fisher"}
     names = spec.flat().keys() - {"model", "pruned", "preset"}  # which are hashed by content, or stand for others
     changed = {name: spec.replaced(**asked.get(name, {name: another(name, spec.flat()[name])})) for name in names}
     assert len({spec.key(), *(other.key() for other in changed.values())}) == len(names) + 1
