@@ -2,10 +2,9 @@
 
 Let y_i be what row i gives, and p the model's predictions. If pruning changes y_i by d, -log p(t) of a token t that is drawn from
 them grows by F_i d^2 / 2 in the mean, to second order, with F_i the mean square of d log p(t) / d y_i: the diagonal of the Fisher
-information. So the error of row i counts sqrt(F_i). Each row is multiplied by the square root of that, before the criterion
-compares weights: with sqrt(F_i) itself too few weights are left to some rows, for which the second order does not hold. At 70 %
-(SmolLM2-135M, ADMM, one seed), neither, the root, and sqrt(F_i) itself give perplexities of 157, 119 and 126 pruned, and of 78.6,
-68.1 and 69.5 reconstructed.
+information. So the error of row i counts sqrt(F_i). The criterion compares the weights of each row times the root of that, which
+did better than sqrt(F_i) itself. At 70 % (SmolLM2-135M, ADMM, one seed) rows alike, times the root, and times sqrt(F_i) gave
+perplexities of 157, 119 and 126 pruned, and of 78.6, 68.1 and 69.5 reconstructed.
 
 Van der Ouderaa et al., "The LLM Surgeon" (ICLR 2024, arXiv 2312.17244); for quantisation Kim et al., "GuidedQuant" (ICML 2025,
 arXiv 2505.07004).
