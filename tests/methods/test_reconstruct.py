@@ -220,11 +220,14 @@ def test_chunks_are_taken_where_tokens_are_not_mixed(dense, pruned, tokens, gran
 @pytest.mark.parametrize("propagation, granularity, start", [
     ("mixed", "half-block", "exact"), ("dense", "matrix", "exact"), ("mixed", "matrix", "pruned"), ("dense", "model", "pruned"),
 ])  # fmt: skip
-@pytest.mark.parametrize("how", [("wanda", "uniform"), ("sparsegpt", "measured"), ("magnitude", "uniform"), ("magnitude", "dlp")])
+@pytest.mark.parametrize("how", [
+    {"criterion": "wanda"}, {"criterion": "sparsegpt", "allocation": "measured", "weighting": "fisher"},
+    {"criterion": "magnitude"}, {"criterion": "magnitude", "allocation": "dlp"},
+], ids=str)  # fmt: skip
 def test_one_pass_gives_what_pruning_and_then_reconstructing_gives(dense, tokens, how, propagation, granularity, start):
     samples, held_out, told = tokens(6, 48), tokens(2, 48, seed=1), Mock(Callback)
     options = {"propagation": propagation, "granularity": granularity, "start": start, "epochs": 1, "held_out": held_out}
-    config, one, two = PruningConfig(how[0], allocation=how[1], sparsegpt_block_size=0), copied(dense), copied(dense)
+    config, one, two = PruningConfig(**how, sparsegpt_block_size=0), copied(dense), copied(dense)
     masks = prune(two, samples, config, execution=FLOAT32).masks
     run(two, dense, samples, masks=masks, **options)
     run(one, dense, samples, pruning=config, callbacks=[told], **options)
