@@ -73,7 +73,7 @@ def reconstruct(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group
     if spec.model.pruned is None:
         raise ReconError("which model is to be reconstructed is not said; name it with --pruned")
     if spec.reconstruction.granularity == spec.retraining.retrain == "none":
-        raise ReconError("granularity is 'none' and retrain is 'none', which changes nothing in the pruned model; set one")
+        raise ReconError("granularity and retrain are 'none', which changes nothing in the pruned model; set one of them")
     run(spec, output)
 
 
@@ -194,7 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
         names = {"--dense": "--model", "--dense-revision": "--revision"}
         arguments = ["".join((names.get(flag, flag), *rest)) for flag, *rest in (word.partition("=") for word in arguments)]
     known = run, reconstruct, plan, shrink, pack, unpack, models, criteria, presets, assets, bench
-    commands, command = {each.__name__: each for each in known}, next(iter(arguments), "")
+    commands = {each.__name__: each for each in known}
+    command = next(iter(arguments), "")
     try:
         if command in ("run", "reconstruct", "plan"):  # options that are given go before those that a preset sets
             first = argparse.ArgumentParser(f"recon {command}", "%(prog)s [options]", add_help=False, allow_abbrev=False)

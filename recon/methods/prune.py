@@ -172,10 +172,9 @@ class Pruner:
             pruned, mask = criterion.prune(weight * rows, own, pattern, self.scope, random, **options)
         except ReconError as error:
             raise ReconError(f"matrix {matrix.name!r}: {error}") from None
-        if not self.config.mask_refinement or found is None:
-            return weight.masked_fill(~mask, 0.0) if criterion.scores else pruned / rows, mask
-        mask = refine(weight, mask, found, self.config.mask_refinement, pattern.m)
-        return weight.masked_fill(~mask, 0.0), mask
+        if self.config.mask_refinement and found is not None:
+            mask = refine(weight, mask, found, self.config.mask_refinement, pattern.m)
+        return weight.masked_fill(~mask, 0.0) if criterion.scores else pruned / rows, mask
 
 
 @torch.no_grad()

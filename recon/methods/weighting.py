@@ -28,7 +28,7 @@ TOKENS, SLICE = 2048, 256  # that tell the weights, or one sample if that is mor
 
 @torch.no_grad()
 def row_weights(decoder: Decoder, samples: Tensor, seed: int, execution: Execution) -> dict[str, Tensor]:
-    """The weight of each row by matrix name, (out,), above 0, its mean 1; in one pass back through the blocks of a dense model.
+    """Weights of rows by matrix name, (out,), above 0, their mean about 1; in one pass back through the blocks of a dense model.
 
     samples: calibration tokens (samples, length). Experts that are parts of one parameter have no weights: their rows are alike.
     """
