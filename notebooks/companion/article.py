@@ -1,11 +1,11 @@
 """A short paper of what the records say, written by `companion.judge`; `python -m companion.article` makes a PDF of it.
 
-`article.md.j2` beside this file is the text, without a number; what stands in braces there is a function of this module.
+`article.md.j2` beside this file is the text, without a number; what stands in braces there is what `article` hands to it.
 """
 
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jinja2
@@ -20,25 +20,25 @@ from companion.publish import ROOT, drawn, notebooks, published
 TEMPLATE = Path(__file__).with_name("article.md.j2")
 
 
+def render(template: Path, **values) -> str:
+    """A text with `values` in the places that it has for them."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
+
+
 def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: str, short: str, profile: str = "laptop") -> str:
     """The article as Markdown, to lie in the folder `figures` beside what it links to.
 
     verdicts: from `companion.judge.worded`.
     counts: how many are decided, in words. short: what holds, by topic. profile: that of `runs`.
     """
-    functions = {
-        "figure": lambda name: figure(figures, name),
-        "answers": lambda *claims: answers(verdicts, claims),
-        "short": lambda: short,
-        "remark": lambda claim: verdicts.loc[verdicts["claim"] == claim, "remark"].iloc[0],
-        "counts": lambda: counts,
-        "models": lambda: models(runs),
-        "protocol": lambda: protocol(profile),
-        "anchors": anchors,
-        "told": lambda stem: told(figures, stem),
-    }
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(functions)
+    parts = {"figure": partial(figure, figures), "told": partial(told, figures), "answers": partial(answers, verdicts)}
+    parts["remark"] = lambda claim: verdicts.loc[verdicts["claim"] == claim, "remark"].iloc[0]
+    how = recon.RunSpec.of(**settings(profile)["1-granularity"]["common"])
+    length = how.evaluation.evaluation_length
+    measured = " and ".join(f"{count} x {length} tokens of {text}" for text, count in how.evaluation.windows.items())
+    about = {"models": models(runs), "profile": profile, "how": how, "measured": measured, "short": short, "counts": counts}
+    return render(TEMPLATE, **parts, **about, anchors=settings("laptop")["8-frontier"]["anchors"])
 
 
 def models(runs: pd.DataFrame) -> str:
@@ -73,7 +73,7 @@ def figure(figures: Path, name: str) -> str:
     return f"![{words}]({name}.png)\n\n{told}"
 
 
-def answers(verdicts: pd.DataFrame, claims: tuple[str, ...]) -> str:
+def answers(verdicts: pd.DataFrame, *claims: str) -> str:
     """For each claim, what its comparisons give at the main pattern (trends: at all), by model and recipe, linked to its row."""
     lines = []
     for claim in claims:
@@ -94,25 +94,6 @@ def answers(verdicts: pd.DataFrame, claims: tuple[str, ...]) -> str:
 def settings(profile: str) -> dict:
     """What a profile sets, by notebook."""
     return yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text(encoding="utf-8"))
-
-
-def protocol(profile: str) -> str:
-    """What the runs of a profile read and are measured on."""
-    how = recon.RunSpec.of(**settings(profile)["1-granularity"]["common"])
-    length, dtype = how.evaluation.evaluation_length, how.compute.compute_dtype
-    measured = " and ".join(f"{count} x {length} tokens of {text}" for text, count in how.evaluation.windows.items())
-    return (
-        f"In today's protocol calibration is {how.calibration.samples} x {how.calibration.sequence_length} tokens; perplexity is "
-        f"measured on {measured}, in {dtype} ([profile](../notebooks/profiles/{profile}.yaml))."
-    )
-
-
-def anchors() -> str:
-    """Published values, with text and source."""
-    rows = settings("laptop")["8-frontier"]["anchors"]
-    return "; ".join(
-        f"{model} {pattern}, {mask}: {value:.2f} ({text}; {source})" for model, pattern, mask, value, text, source in rows
-    )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """A verdict on each of the paper's claims from run records: `python -m companion.judge`.
 
-`claims.yaml` holds the claims, `companion.compare` what is computed from the runs on either side.
+`claims.yaml` holds the claims, `claims.md.j2` the text of their page, `companion.compare` what is computed from the runs
+on either side.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import pandas as pd
 import yaml
 
 from companion import compare, files, tables
-from companion.article import article, settings
+from companion.article import article, render, settings
 from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
 from companion.frame import DEFAULTS, RECIPE_WORDS, SEARCH, load, protocol_words
 from companion.publish import ROOT, gallery
@@ -27,6 +28,7 @@ MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?", UNTESTABLE: "–", NOT_RUN: "�
 RATIOS = "ratio", "memory"  # tests whose effects are logarithms
 OLDER = "older protocol"
 MANY = 100  # seeds that nobody will run
+PAGE = Path(__file__).with_name("claims.md.j2")
 _YAML = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
 GROUPS = _YAML["groups"]
 CLAIMS = {group: number for number, about in _YAML["headlines"].items() for group in about["groups"]}  # of the README
@@ -308,39 +310,26 @@ def in_short(central: pd.DataFrame) -> str:
 
 def page(verdicts: pd.DataFrame) -> str:
     """A table per group of claims, a row per claim, model and pattern, and under it the protocols."""
-    lines = [
-        "# Do the paper's claims hold?", "",
-        "Every claim of arXiv 2510.14444 that run records can judge. Written by `python -m companion.judge`. "
-        "`notebooks/companion/claims.yaml` states the claims and which runs each compares, `judge.py` beside it the rules.", "",
-        f"{', '.join(f'{mark} {state}' for state, mark in MARKS.items())}. Effects are differences of log-perplexity, or of the "
-        "divergence from the dense model, between runs with the same evaluation windows and seeds; positive is as claimed, and "
-        "of equivalences, where the side named first is better. In brackets, a bootstrap interval over seeds and windows: 95 %; "
-        f'90 % for "equals" (two one-sided tests) and "as good as" (one). Two sides are equal within {MARGIN:g} of the '
-        f"perplexity gap log(pruned / dense), the mean of both sides' (by KL: of what pruning adds to it), closely "
-        f"equal within {CLOSE:g}: margins of ours, not the paper's. A bound as "
-        "near to its margin as two bootstraps differ is borderline, and decides nothing. With fewer than "
-        f"{SEEDS} seeds, what training noise could decide is {UNSURE}. "
-        "Seeds of a trend are the fewest of any of its models. The README's claim 1 is here in groups 1 and 5a to 6, "
-        "its claim 2 in 2 to 4 and 8m, its claim 3 in 7 to 8. "
-        '"Here" is the model and protocol of the row.', "", count_words(verdicts),
-    ]  # fmt: skip
-    header = "verdict", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"
+    header, sections = ("verdict", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"), []
     for group, mine in verdicts.groupby("group", sort=False):
-        about, numbers = GROUPS[group], {text: n for n, text in enumerate(filter(None, mine["protocol"].unique()), 1)}
-        lines += ["", f"## {group}. {about['title']}", "", f"Paper: {about['source']}. {about.get('remark', '')}".strip(), ""]
+        used = mine[mine["protocol"] != ""].groupby("protocol", sort=False)["keys"]
+        records = {protocol: len(set().union(*keys)) for protocol, keys in used}
+        numbers = {protocol: number for number, protocol in enumerate(records, 1)}
         rows = [
             (f"{MARKS[v['verdict']]} {v['verdict']}", v["statement"], v["comparison"], _place(v), effect_words(v),
              v["seeds"] or "", v["reason"], numbers.get(v["protocol"], "")) for _, v in mine.iterrows()
         ]  # fmt: skip
-        lines += tables.markdown(header, rows)
-        for text, number in numbers.items():
-            count = len(set(itertools.chain(*mine.loc[mine["protocol"] == text, "keys"])))
-            lines += ["", f"Protocol {number}: {text}; {count} record{'s' * (count > 1)}."]
-    return "\n".join(lines) + "\n"
+        about = {"remark": ""} | GROUPS[group] | {"group": group, "table": "\n".join(tables.markdown(header, rows))}
+        sections.append(about | {"protocols": records})
+    states = _counting(verdicts)["verdict"]
+    counted = {"compared": states.isin([HOLDS, FAILS, UNSURE]).sum(), "decided": states.isin([HOLDS, FAILS]).sum()}
+    rules = {"margin": MARGIN, "close": CLOSE, "seeds": SEEDS, "unsure": UNSURE}
+    marks = ", ".join(f"{mark} {state}" for state, mark in MARKS.items())
+    return render(PAGE, marks=marks, counts=count_words(verdicts), sections=sections, **counted, **rules)
 
 
 def count_words(verdicts: pd.DataFrame) -> str:
-    """How many verdicts are decided, and how many of those chance alone may have decided."""
+    """How many verdicts are decided, and which way; how many are not, and why."""
     counting = _counting(verdicts)
     holds, fails, open_, untestable, _ = ((counting["verdict"] == state).sum() for state in MARKS)
     decided, without = holds + fails, (verdicts["verdict"] == NOT_RUN).sum()
@@ -355,14 +344,7 @@ def count_words(verdicts: pd.DataFrame) -> str:
     said += f" {older} are of an older protocol, {words}." * bool(older)
     both = counting.dropna(subset="second_verdict")
     same = both["verdict"] == both["second_verdict"]
-    said += f" On the second text, {same.sum()} of {len(same)} have the same verdict." * bool(len(same))
-    return (
-        f"{said} Each is judged on its own, with a nominal chance of at most 5 % that seeds and windows make a verdict wrong: of "
-        f"those decided, up to about {0.05 * decided:.0f}. Articles and learning rates are outside it: the first text's windows "
-        "are of two articles, and rates were searched on a third; the second text's are of about one article each. In "
-        "today's protocol seeds were fixed beforehand, and none was added after a verdict. Comparisons share runs, so that "
-        "several may be wrong together. Trust what texts, patterns and models agree on."
-    )
+    return said + f" On the second text, {same.sum()} of {len(same)} have the same verdict." * bool(len(same))
 
 
 def worded(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -449,8 +431,8 @@ def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "l
     older = set(runs.loc[np.any(other, axis=0) & (runs["seed"] < SEARCH), "key"]) if other else ()
     told = tables.texts(runs, older)
     texts = {page_path: page(verdicts)} | {folder / "tables" / name: text for name, text in told.items()}
-    counts = count_words(verdicts).partition(" Each is")[0]
-    texts[folder / "article.md"] = article(worded(verdicts), runs, folder, counts, in_short(central(verdicts)), profile)
+    counts, short = count_words(verdicts), in_short(central(verdicts))
+    texts[folder / "article.md"] = article(worded(verdicts), runs, folder, counts, short, profile)
     texts[folder / "README.md"] = gallery(profile, summary(verdicts), folder, told, older)
     if not readme:
         return texts, verdicts, older

@@ -194,7 +194,7 @@ def test_headlines_have_each_answer_in_its_column(verdicts):
 
 
 def test_answers_say_the_verdict_of_each_model_and_link_to_its_row(verdicts):
-    said, page = article.answers(verdicts, ("2.block", "8")), judge.page(verdicts)
+    said, page = article.answers(verdicts, "2.block", "8"), judge.page(verdicts)
     mine = verdicts[verdicts["claim"] == "2.block"]
     assert all(judge.effect_words(row) in said and row["verdict"] in said for _, row in mine.iterrows())
     headings = {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in re.findall(r"^## (.*)$", page, re.M)}
