@@ -3,7 +3,6 @@
 `article.md.j2` beside this file is the text, without a number; what stands in braces there is what `article` hands to it.
 """
 
-import json
 import re
 from functools import cache, partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 
 import recon
 from companion.frame import DEFAULTS
-from companion.publish import ROOT, drawn, notebooks, published
+from companion.publish import ROOT, drawn, image, notebooks, published
 
 TEMPLATE = Path(__file__).with_name("article.md.j2")
 
@@ -63,14 +62,13 @@ def told(figures: Path, stem: str) -> str:
 
 def figure(figures: Path, name: str) -> str:
     """A figure with what it shows, and where its data and records are; or which notebook will draw it."""
-    if not (origin := figures / f"{name}.json").exists():
+    if not (figures / f"{name}.json").exists():
         [stem] = [path.stem for path in notebooks() if name in drawn(path)]
         return f"*{name.replace('-', ' ').capitalize()}: not drawn yet; `./run_all.sh laptop {stem}` draws it.*"
-    about = json.loads(origin.read_text(encoding="utf-8"))
-    words = (about["finding"] or about["caption"]).replace("[", "(").replace("]", ")")
+    about, picture = image(figures, name)
     caption = re.sub(r"([*_\[\]<])", r"\\\1", about["caption"])
     told = f"*{name.replace('-', ' ').capitalize()}.* {caption} [Data]({name}.csv), [records]({name}.json)."
-    return f"![{words}]({name}.png)\n\n{told}"
+    return f"{picture}\n\n{told}"
 
 
 def answers(verdicts: pd.DataFrame, *claims: str) -> str:

@@ -231,7 +231,7 @@ def gallery(
     up = Path(os.path.relpath(ROOT, folder)).as_posix()
     page = ["# Gallery", "Every figure with what it shows, its data, and the runs behind it. Written by `companion.publish`."]
     if (folder / "claims.png").exists():
-        page += ["## The paper's claims", *_entry(folder, "claims", f"`./run_all.sh figures {profile}`")]
+        page += ["## The paper's claims", *_entry(folder, "claims", f"`./run_all.sh figures {profile}` · ")]
     page += [claims] if claims else []
     found = {path.name: path.read_text("utf-8") for path in (folder / "tables").glob("*.md")} | dict(tables)
     order = sorted((name for name in found if name.endswith(".md")), key=lambda name: (name.startswith("appendix"), name))
@@ -245,22 +245,23 @@ def gallery(
         missing += [f"- {gone} ({notebook.stem})"] * bool(gone)
         made = f"[Notebook]({up}/notebooks/{notebook.name}), `./run_all.sh {profile} {notebook.stem}`"
         page += [f"## {title(notebook)}", made] * bool(there)
-        page += [part for name in there for part in _entry(folder, name, older=older)]
+        for name in there:
+            page += [f"### {name.replace('-', ' ').capitalize()}", *_entry(folder, name, older=older)]
     page += ["## Not drawn yet", "\n".join(missing)] * bool(missing)
     return "\n\n".join(page) + "\n"
 
 
-def _entry(folder: Path, name: str, command: str = "", older: Container[str] = ()) -> list[str]:
-    """A figure as paragraphs of the gallery."""
-    figure = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+def _entry(folder: Path, name: str, before: str = "", older: Container[str] = ()) -> list[str]:
+    """A figure as paragraphs of the gallery; before: what stands before its links."""
+    figure, picture = image(folder, name)
+    caption = figure["caption"] + f" {OLDER_WORDS}" * any(key in older for key in figure["records"])
     count = len(figure["records"])
-    links = [f"[data]({name}.csv)", f"[{count} record{'s' * (count != 1)}]({name}.json)", f"[PDF]({name}.pdf)"]
-    heading = [] if command else [f"### {name.replace('-', ' ').capitalize()}"]
-    words = " ".join(f"{figure['finding']}".replace("[", "(").replace("]", ")").split())
-    return [
-        *heading,
-        figure["finding"],
-        f"![{words}]({name}.png)",
-        figure["caption"] + f" {OLDER_WORDS}" * any(key in older for key in figure["records"]),
-        " · ".join([*[command] * bool(command), *links]),
-    ]
+    links = f"[data]({name}.csv) · [{count} record{'s' * (count != 1)}]({name}.json) · [PDF]({name}.pdf)"
+    return [figure["finding"], picture, caption, before + links]
+
+
+def image(folder: Path, name: str) -> tuple[dict, str]:
+    """What is known of a published figure, and the figure itself, as Markdown in its folder."""
+    about = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    words = (about["finding"] or about["caption"]).replace("[", "(").replace("]", ")")
+    return about, f"![{words}]({name}.png)"
