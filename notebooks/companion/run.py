@@ -5,6 +5,7 @@ is named at the end. Executed copies, logs and HTML pages go to build/<profile>/
 """
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -17,30 +18,26 @@ from pathlib import Path
 import nbformat
 import papermill
 from nbconvert import HTMLExporter
+from nbconvert.filters import strip_ansi
 from traitlets.config import Config
 
-from companion import judge
+from companion import judge, tables
 from companion.article import settings
 from companion.compare import SEEDS
 from companion.figures import claims
 from companion.publish import PROFILES, ROOT, folders, gallery, notebooks, publish, style
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
-
-class Console:
+class Console(io.TextIOBase):
     """What a notebook prints goes to its log; the paths of its figures to the console as well."""
 
     def __init__(self, name: str, log: Path):
-        self.name, self.log = name, log.open("w", encoding="utf-8")
+        self.name, self.log = name, log.open("w", encoding="utf-8", buffering=1)
 
     def write(self, text: str) -> None:
         self.log.write(text)
         for path in re.findall(r"^\S+\.png$", text, re.MULTILINE):
             print(f"{self.name}  {path}", flush=True)
-
-    def flush(self) -> None:
-        self.log.flush()
 
 
 def parameters(profile: str) -> dict[str, dict]:
@@ -60,7 +57,7 @@ def execute(path: Path, values: dict, build: Path) -> dict:
         status = "finished"
     except papermill.PapermillExecutionError as failure:
         missing = failure.ename == "MissingRecords" and values.get("compute") is False
-        status, error = "no records" if missing else "failed", f"{failure.ename}: {_ANSI.sub('', failure.evalue)}"
+        status, error = "no records" if missing else "failed", f"{failure.ename}: {strip_ansi(failure.evalue)}"
     except Exception as failure:  # of a kernel: the other notebooks do not depend on it
         status, error = "failed", f"{type(failure).__name__}: {failure}"
         traceback.print_exc()
@@ -135,14 +132,13 @@ def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[d
         for name in (outcome["notebook"] for outcome in outcomes if outcome["status"] == "finished"):
             nbformat.write(readable(nbformat.read(build / f"{name}.ipynb", as_version=4)), figures / "executed" / f"{name}.ipynb")
     summary, older = judged(profile)
-    rows = "\n".join(
-        f"| [{o['notebook']}]({o['notebook']}.html) | {o['status']} | {o['seconds']} s | {o['error']} |" for o in outcomes
-    )
+    rows = [(f"[{o['notebook']}]({o['notebook']}.html)", o["status"], f"{o['seconds']} s", o["error"]) for o in outcomes]
+    went = "\n".join(tables.markdown(("notebook", "status", "time", "error"), rows))
     shown = gallery(profile, summary, older=older)  # there may be no records to judge; and the figure of all claims is new
     figures.mkdir(parents=True, exist_ok=True)
     (figures / "README.md").write_text(shown, encoding="utf-8")
     links = re.sub(r"\]\((?!http)", f"]({os.path.relpath(figures, build)}/", shown)
-    text = f"# Profile {profile}\n\n| notebook | status | time | error |\n|---|---|---|---|\n{rows}\n\n{links}"
+    text = f"# Profile {profile}\n\n{went}\n\n{links}"
     page(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), build / "index.html")
     return outcomes
 

@@ -39,9 +39,8 @@ def searched(spec: recon.RunSpec, **options) -> dict[str, recon.RunSpec]:
     if spec.reconstruction.granularity != "none" and spec.reconstruction.solver == "adamw":
         cells["learning_rate"] = replace(spec, retraining=recon.RetrainingConfig()).replaced(**options)
     if spec.retraining.retrain != "none":
-        alone = {name: getattr(spec, name) for name in ("model", "calibration", "retraining", "evaluation", "compute")}
-        varied = [name for name in vars(spec.pruning) if RECIPES["paper"][name] != DEFAULTS[name]]
-        alone = recon.RunSpec(**alone, pruning=replace(spec.pruning, **{name: DEFAULTS[name] for name in varied}))
+        masks = {name: DEFAULTS[name] for name in vars(spec.pruning) if RECIPES["paper"][name] != DEFAULTS[name]}
+        alone = replace(spec, pruning=replace(spec.pruning, **masks), reconstruction=recon.ReconstructionConfig())
         cells["retrain_learning_rate"] = alone.replaced(granularity="none", **options)
     return cells
 
