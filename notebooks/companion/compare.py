@@ -226,7 +226,7 @@ def pair(mine: pd.DataFrame, theirs: pd.DataFrame, measure="own", share=False, s
 def paired(mine: pd.DataFrame, theirs: pd.DataFrame, measure: str = "own", share: bool = True, level: float = 0.90) -> dict:
     """The effect of `pair` for a figure: difference, low, high, seeds. Without a common unit, `seeds` is 0 and the rest NaN."""
     sides = [side.drop_duplicates("unit").set_index("unit") for side in (mine, theirs)]
-    evidence = pair(*sides, measure, share) if len(mine) and len(theirs) else None
+    evidence = pair(*sides, measure, share)
     effect, _, low, high = evidence.estimate(level) if evidence else (math.nan,) * 4
     return {"difference": effect, "low": low, "high": high, "seeds": evidence.seeds if evidence else 0}
 
@@ -343,9 +343,8 @@ def _most_shared(mine: list[pd.DataFrame], theirs: list[pd.DataFrame]) -> list[s
         having = [sum(set(units) <= set(point.index) for point in side) for side in (mine, theirs)]
         return min(len(units), SEEDS), sum(having), len(units), units
 
-    choices = {tuple(common(a, b)) for a in mine for b in theirs} | (
-        {tuple(common(*mine, *theirs))} if mine and theirs else set()
-    )
+    choices = {tuple(common(a, b)) for a in mine for b in theirs}
+    choices |= {tuple(common(*mine, *theirs))} if choices else set()
     return list(max(filter(None, choices), key=rank, default=()))
 
 
@@ -363,20 +362,16 @@ def _reach(targets: np.ndarray, curve: np.ndarray, at: np.ndarray) -> tuple[np.n
     -inf if it starts lower.
     """
     curve = np.minimum.accumulate(curve, axis=0)
-    there = curve[None] <= targets[:, None]
-    index = there.argmax(1)
-    before = np.maximum(index - 1, 0)
-    high, low = (np.take_along_axis(curve, places, 0) for places in (before, index))
-    share = np.where(high > low, (high - targets) / np.where(high > low, high - low, 1.0), 1.0)
-    reached = at[before] + share * (at[index] - at[before])
-    never, early = ~there.any(1), (index == 0) & (curve[0] < targets)
-    lower = np.where(never, at[-1], np.where(early, -np.inf, reached))
-    return lower, np.where(never, np.inf, np.where(early, at[0], reached))
+    draws = zip(targets.T, curve[::-1].T)  # np.interp wants what it reads to rise
+    reached = np.transpose([np.interp(wanted, level, at[::-1]) for wanted, level in draws])
+    never, early = targets < curve[-1], targets > curve[0]
+    return np.where(early, -np.inf, reached), np.where(never, np.inf, reached)
 
 
-def _by_criterion(runs: pd.DataFrame, claim: dict) -> dict[str, pd.DataFrame]:
-    sides = {name: pick(runs, claim["left"] | {"criterion": name}, tuned=True) for name in claim["left"]["criterion"]}
-    return {name: side for name, side in sides.items() if len(side)}
+def _by_criterion(runs: pd.DataFrame, claim: dict) -> tuple[list[pd.DataFrame], list[str]]:
+    """The runs of each of a claim's criteria, and the units that all of them have."""
+    sides = [pick(runs, claim["left"] | {"criterion": name}, tuned=True) for name in claim["left"]["criterion"]]
+    return sides, common(*sides)
 
 
 def _contrast(values: np.ndarray) -> np.ndarray:
@@ -391,19 +386,18 @@ def _contrast(values: np.ndarray) -> np.ndarray:
 
 def gap(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """Gap between two criteria (larger minus smaller log-perplexity) after pruning, minus that after reconstruction."""
-    names, sides = list(found := _by_criterion(runs, claim)), list(found.values())
-    if len(sides) < 2 or not (units := common(*sides)):
+    sides, units = _by_criterion(runs, claim)
+    if not units:
         return None
     states = [_stack([(side, state) for side in sides], units, claim["measure"]) for state in ("pruned", "reconstructed")]
     before, after = (_contrast(part) for part in states)
     sizes = [float(weights @ part.mean((1, 2))) for weights, part in zip((before, after), states)]
     left = f", {sizes[1] / sizes[0]:.0%} of it" if sizes[0] > 0 else ""
     note = f"gap {sizes[0]:.3f} before, {sizes[1]:.3f} after{left}"
-    worst = [names[weights.argmax()] for weights in (before, after)]
+    worst = [claim["left"]["criterion"][weights.argmax()] for weights in (before, after)]
     note += f"; worst before: {worst[0]}, after: {worst[1]}" * (worst[0] != worst[1])
-    return Evidence(
-        _used(sides, units), [np.concatenate(states)], lambda means: np.concatenate([before, -after]) @ means, note=note
-    )
+    shrinks = np.concatenate([before, -after])
+    return Evidence(_used(sides, units), [np.concatenate(states)], lambda means: shrinks @ means, note=note)
 
 
 def trend(runs: pd.DataFrame, claim: dict) -> Evidence | None:
@@ -414,18 +408,19 @@ def trend(runs: pd.DataFrame, claim: dict) -> Evidence | None:
         if claim["right"]:
             found = pair(pick(group, claim["left"]), pick(group, claim["right"]), claim["measure"], share=True)
         else:
-            found = _after(_by_criterion(group, claim), claim)
+            found = _after(group, claim)
         evidence |= {model: found} if found else {}
     return sloped(evidence, "lead" if claim["right"] else f"gap between {', '.join(claim['left']['criterion'])}", -1.0)
 
 
-def _after(sides: dict[str, pd.DataFrame], claim: dict) -> Evidence | None:
+def _after(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """Gap between all the claim's criteria after reconstruction."""
-    if len(sides) < len(claim["left"]["criterion"]) or not (units := common(*sides.values())):
+    sides, units = _by_criterion(runs, claim)
+    if not units:
         return None
-    values = _stack([(side, "reconstructed") for side in sides.values()], units, claim["measure"])
+    values = _stack([(side, "reconstructed") for side in sides], units, claim["measure"])
     weights = _contrast(values)
-    return Evidence(_used(list(sides.values()), units), [values], lambda means: weights @ means)
+    return Evidence(_used(sides, units), [values], lambda means: weights @ means)
 
 
 def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, size: Callable | None = None) -> Evidence | None:

@@ -67,9 +67,8 @@ def probed(block: int, size: float, **which) -> dict:
     for (task, (read, wanted)), (name, loss) in itertools.product(tasks.items(), LOSSES.items()):
         value = loss(decoders["pruned"].forward(windows[block], read)[:, 1:], wanted[:, 1:], variance)
         slopes = torch.autograd.grad(value, weights)
-        gradients[f"{task}, {name}"] = torch.cat(
-            [(g * (w != 0)).flatten().double() for g, w in zip(slopes, weights, strict=True)]
-        )
+        surviving = [(g * (w != 0)).flatten().double() for g, w in zip(slopes, weights, strict=True)]
+        gradients[f"{task}, {name}"] = torch.cat(surviving)
     usual = gradients.pop("mixed, whitened")
     return row | {"cosine": {name: F.cosine_similarity(usual, own, dim=0).item() for name, own in gradients.items()}}
 
