@@ -205,11 +205,6 @@ def notebooks() -> list[Path]:
     return sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: int(path.stem.partition("-")[0]))
 
 
-def title(notebook: Path) -> str:
-    """The heading of a notebook."""
-    return nbformat.read(notebook, as_version=4).cells[0].source.splitlines()[0].lstrip("# ")
-
-
 def drawn(notebook: Path) -> list[str]:
     """The names of the figures that a notebook publishes, in their order."""
     return published("\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells))
@@ -244,7 +239,8 @@ def gallery(
         gone = ", ".join(name for name in names if name not in there)
         missing += [f"- {gone} ({notebook.stem})"] * bool(gone)
         made = f"[Notebook]({up}/notebooks/{notebook.name}), `./run_all.sh {profile} {notebook.stem}`"
-        page += [f"## {title(notebook)}", made] * bool(there)
+        heading = nbformat.read(notebook, as_version=4).cells[0].source.splitlines()[0].lstrip("# ")
+        page += [f"## {heading}", made] * bool(there)
         for name in there:
             page += [f"### {name.replace('-', ' ').capitalize()}", *_entry(folder, name, older=older)]
     page += ["## Not drawn yet", "\n".join(missing)] * bool(missing)
