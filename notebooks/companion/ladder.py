@@ -223,17 +223,17 @@ def over_size(
     data, slopes = pd.DataFrame(points), pd.DataFrame(slopes)
     plain, names = size == compare.parameters, list(dict.fromkeys(data["panel"]))
     families = data["model"].map(compare.family if plain else lambda model: "")
+    joined = families == families.mode()[0]  # the others are stars
     figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey="row")
-    known = set(data.loc[families == families.mode()[0], "line"])  # the other lines are of stars alone
+    known = set(data.loc[joined, "line"])  # the other lines are of stars alone
     colours, shapes = colours_of(data["line"]), dict(zip(data["line"].unique(), "os^Dvh"))
-    for (panel, line, family), own in data.groupby(["panel", "line", families], sort=False):
-        ax, joined = axes[names.index(panel)], family == families.mode()[0]
+    for (panel, line, ours), own in data.groupby(["panel", "line", joined], sort=False):
+        ax, name = axes[names.index(panel)], line if ours or line not in known else None
         means = own.groupby(["size", "model"])["value"].mean().groupby("size").mean()
         ax.plot(own["size"], own["value"], ".", color=colours[line], alpha=0.3, markersize=4)
-        name = line if joined or line not in known else None
         shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "clip_on": False, "label": name}
         shown |= {"markerfacecolor": "white"} if line.endswith(" pruned") else {}
-        ax.plot(means.index, means, f"{shapes[line]}-" if joined else "*", **shown)
+        ax.plot(means.index, means, f"{shapes[line]}-" if ours else "*", **shown)
     for ax, name in zip(axes, names):
         ax.axhline(0, color="0.4", linewidth=1)
         ax.set(title=name, ylabel=words if ax in axes[::2] else "", xlim=(data["size"].min() / 2, 2 * data["size"].max()))
@@ -244,16 +244,16 @@ def over_size(
         size_axis(ax, "parameters" if plain else "parameters x tokens")
     labels = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=8)
-    words, said, joined = " ".join(words.split()), [], data[families == families.mode()[0]]
+    words, said, main = " ".join(words.split()), [], data[joined]
     for line, own in slopes.groupby("line", sort=False):
-        trends, levels = [], joined[joined["line"] == line].groupby(["panel", "model"])["value"].mean()
+        trends, levels = [], main[main["line"] == line].groupby(["panel", "model"])["value"].mean()
         for trend, alike in own.groupby("trend", sort=False):
             by = f" by {span(alike['slope'].abs())}" * (trend in ("rises", "falls"))
             trends.append(f"{trend}{by}" + f" ({len(alike)} of {len(own)})" * (len(alike) < len(own)))
         said.append(f"{line} {span(levels)}, {', '.join(trends)}")
     words = f"{words[:1].upper()}{words[1:]}, and its trend per tenfold {size.__name__}"
     marks = "Small marks: seeds. Large ones: means over models of one size. " + "Linear up to 0.1. " * ("share" not in options)
-    if others := ", ".join(dict.fromkeys(data["model"][families != families.mode()[0]])):
+    if others := ", ".join(data.loc[~joined, "model"].unique()):
         marks += f"Stars: other families ({others}), with protocols of their own and the embedding among their parameters. "
     return figure, data, marks, f"{words}: {'; '.join(said)}.", slopes
 
