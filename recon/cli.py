@@ -85,8 +85,7 @@ def plan(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group], memo
     """
     from recon.study.plan import Plan
 
-    saved = {name: getattr(output, name) for name in ("save", "save_dtype", "save_format")}
-    planned = Plan(spec, output.stream, memory_gib=memory, **saved)
+    planned = Plan(spec, output, memory_gib=memory)
     print(planned)
     if planned.problem:
         raise ReconError(planned.problem)

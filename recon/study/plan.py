@@ -36,7 +36,7 @@ from recon.runtime import device as devices
 from recon.runtime import packed
 from recon.runtime.storage import SMALL, cache_folder, free_disk
 from recon.runtime.weights import quantisation
-from recon.study.spec import RunSpec
+from recon.study.spec import RunOptions, RunSpec
 
 log = logging.getLogger("recon")
 GIB = 2**30
@@ -330,23 +330,13 @@ class Plan:
     "disk", "work folder" is that of a streamed run, and "saved model" what is saved. rooms: bytes that the run needs, and that
     there are. flops, seconds: by phase. streamed: whether the model stays on disk.
 
-    stream: as in `RunOptions`. loaded: bytes of weights that are in memory already. memory_gib: GiB of the host's memory that the
-    run may take; default: what is free here. save: where the model is saved, if it is, as `save_dtype` and `save_format`.
+    options: whether the run is streamed, and what it saves, and where. loaded: bytes of weights that are in memory already.
+    memory_gib: GiB of the host's memory that the run may take; default: what is free here.
 
     Raises `ReconError` for a device, model or streaming that cannot be, and for what `check_fits` refuses.
     """
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        stream: str = "auto",
-        *,
-        loaded: int = 0,
-        memory_gib: float | None = None,
-        save: Path | None = None,
-        save_dtype: str = "float32",
-        save_format: str = "plain",
-    ):
+    def __init__(self, spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0, memory_gib: float | None = None):
         self.spec = spec = spec.resolved()
         self.decoder = decoder = shapes_of(*spec.loaded_by)
         check_fits(spec, decoder)
@@ -355,17 +345,17 @@ class Plan:
             raise ReconError(f"memory is {memory_gib}; allowed: a number of GiB above 0")
         room = devices.available_memory() if memory_gib is None else memory_gib * GIB
         self.elements = decoder.model.num_parameters()
-        self.streamed = stays_on_disk(spec, stream, room)
+        self.streamed = stays_on_disk(spec, options.stream, room)
         self.memory = self._peak(device)
-        if save:
-            beside = 1 + (save_format == "packed")  # the plain files are there until they are packed
-            self.memory["disk"]["saved model"] = getattr(torch, save_dtype).itemsize * self.elements * beside
+        if options.save:
+            beside = 1 + (options.save_format == "packed")  # the plain files are there until they are packed
+            self.memory["disk"]["saved model"] = devices.SAVED[options.save_dtype].itemsize * self.elements * beside
         self.memory["cpu"]["process"] = process = devices.resident(anonymous=self.streamed)  # mapped files do not count
         self.rooms = {"memory": (sum(self.memory["cpu"].values()), room + process + loaded)}
         if device.type == "cuda":
             self.rooms[f"memory on {device}"] = sum(self.memory["cuda"].values()), devices.available_on_device(device)
-        if save or self.streamed:
-            self.rooms["disk"] = sum(self.memory["disk"].values()), free_disk(save or cache_folder())
+        if options.save or self.streamed:
+            self.rooms["disk"] = sum(self.memory["disk"].values()), free_disk(options.save or cache_folder())
         self.flops, steps = flops(spec), Counter()
         speed = EFFICIENCY * gemm_rate(device, devices.pick_compute_dtype(spec.compute.compute_dtype, device))
         for part in trainings(spec, decoder):
@@ -461,15 +451,15 @@ class Plan:
         return "\n".join(f"{name:12} {value}" for name, value in rows.items())
 
 
-def check(spec: RunSpec, stream: str = "auto", force: bool = False, **given) -> None:
-    """Logs in one line what a run of `spec` will take; `given`: as to `Plan`. Raises `ReconError` for one that cannot fit, unless
-    it is forced."""
+def check(spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0) -> None:
+    """Logs in one line what a run of `spec` will take; see `Plan`. Raises `ReconError` for one that cannot fit, unless it is
+    forced."""
     try:
-        planned = Plan(spec, stream, **given)
+        planned = Plan(spec, options, loaded)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is
         log.debug("no plan: %s", error)
         return
-    if planned.problem and not force:
+    if planned.problem and not options.force:
         raise ReconError(planned.problem)
     log.info("%s", str(planned).partition("\n")[0].removeprefix("run").strip())
 

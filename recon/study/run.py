@@ -141,9 +141,7 @@ def run(
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
         streamed = plan.stays_on_disk(spec, stream, device.available_memory())
         if not (begun and streamed):
-            takes = {"loaded": session.bytes_loaded(spec), "save": save}
-            takes |= {name: getattr(options, name) for name in ("save_dtype", "save_format")}
-            plan.check(spec, "yes" if streamed else "no", options.force, **takes)
+            plan.check(spec, replace(options, stream="yes" if streamed else "no"), session.bytes_loaded(spec))
         if (streamed or begun) and not save:
             stack.enter_context(locked(folder, "work folder"))
         taken = save and owner(folder) not in (None, work)  # by another unfinished run: that is refused

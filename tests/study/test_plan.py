@@ -6,7 +6,7 @@ import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +18,7 @@ from test_refusals import refuse
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recon import PruningConfig, ReconError, RunSpec, cli, decompose, prune, reconstruct, retrain, sample_tokens
+from recon import PruningConfig, ReconError, RunOptions, RunSpec, cli, decompose, prune, reconstruct, retrain, sample_tokens
 from recon.data import models
 from recon.data.text import SPLITS
 from recon.runtime.device import resident
@@ -160,7 +160,8 @@ def test_a_folder_that_has_changed_is_planned_anew(config_folder):
 
 def test_what_takes_less(spec):
     def memory(stream: str = "no", **options) -> dict:
-        return plan.Plan(spec.replaced(**{"evaluation_samples": 1, "granularity": "block", **options}), stream).memory["cpu"]
+        how = {"evaluation_samples": 1, "granularity": "block", **options}
+        return plan.Plan(spec.replaced(**how), RunOptions(stream=stream)).memory["cpu"]
 
     def needs(*stream: str, **options) -> float:
         return sum(size for part, size in memory(*stream, **options).items() if part not in ("process", "margin"))
@@ -188,7 +189,7 @@ def test_what_takes_less(spec):
 def test_families_are_planned(family, spec, config_folder):
     """Experts, routers in another dtype, convolutions, two stacks."""
     spec = spec.replaced(model=config_folder(small_model(family).config.to_dict()), granularity="block", compute_dtype="bfloat16")
-    planned = plan.Plan(spec, "yes")
+    planned = plan.Plan(spec, RunOptions(stream="yes"))
     assert planned.memory.keys() == {"cpu", "disk"} and all(planned.flops[phase] for phase in ("reconstruct", "evaluate"))
 
 
@@ -199,7 +200,8 @@ def test_a_plan_and_a_run_agree(spec):
     found = result_of(asked)
     assert found.record.key == planned.spec.key() and found.record.flops == planned.flops
     size = sum(p.numel() for p in found.model.parameters())
-    assert f"{size:,} parameters" in str(planned) and plan.Plan(asked, save=Path("a")).memory["disk"] == {"saved model": 4 * size}
+    saving = plan.Plan(asked, RunOptions(save="a"))
+    assert f"{size:,} parameters" in str(planned) and saving.memory["disk"] == {"saved model": 4 * size}
 
 
 def test_a_gpu_holds_what_runs_on_it_and_the_host_the_rest(spec):
@@ -227,9 +229,9 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
             record_of(spec.replaced(**options), stream="no")
     with pytest.raises(TypeError, match="not callable"):
         record_of(spec, stream="no", force=True)
-    plan.check(spec, "no", loaded=2**30)  # what is loaded already need not fit once more
+    plan.check(spec, RunOptions(stream="no"), loaded=2**30)  # what is loaded already need not fit once more
     with pytest.raises(ReconError, match="retraining"):
-        plan.Plan(spec.replaced(retrain="full"), "yes")
+        plan.Plan(spec.replaced(retrain="full"), RunOptions(stream="yes"))
     for cannot, said in ({"pattern": "3:7"}, "divide"), ({"evaluation_length": 10**6}, "made for"), ({"device": "meta"}, "meta"):
         with pytest.raises(ReconError, match=said):
             plan.Plan(spec.replaced(**cannot))
@@ -238,19 +240,20 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):
 def test_what_the_disk_has_no_room_for_is_refused(spec, monkeypatch, tmp_path):
     size, room = plan.Plan(spec).elements, SimpleNamespace(free=10**6)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
-    plan.check(spec, "no")  # which writes nothing
+    plan.check(spec, RunOptions(stream="no"))  # which writes nothing
     said = "GiB of disk, of which there are 0.0 GiB; save to another disk, or have RECON_CACHE"
-    for stream, given in (("yes", {}), ("no", {"save": tmp_path / "to be" / "made"})):
+    for options in (RunOptions(stream="yes"), RunOptions(stream="no", save=tmp_path / "to be" / "made")):
         room.free = 10**3
         with pytest.raises(ReconError, match=said):
-            plan.check(spec, stream, **given)
+            plan.check(spec, options)
         room.free = 100 * size
-        plan.check(spec, stream, **given)
+        plan.check(spec, options)
     room.free = 3 * size
-    plan.check(spec, "no", save=tmp_path, save_dtype="bfloat16")
+    saving = RunOptions(stream="no", save=tmp_path)
+    plan.check(spec, replace(saving, save_dtype="bfloat16"))
     for given in ({}, {"save_dtype": "bfloat16", "save_format": "packed"}):  # from plain files, which are beside it then
         with pytest.raises(ReconError, match="disk"):
-            plan.check(spec, "no", save=tmp_path, **given)
+            plan.check(spec, replace(saving, **given))
 
 
 def test_runs_and_studies_are_announced(spec, caplog):
@@ -301,7 +304,7 @@ from recon.runtime.device import limit_compiled_shapes
 
 limit_compiled_shapes()  # as the command line does
 spec, options = RunSpec.of(**json.loads(sys.argv[1])), RunOptions(stream=sys.argv[2], progress=False)
-planned = Plan(spec, sys.argv[2])
+planned = Plan(spec, options)
 process = planned.memory["cpu"]["process"]
 print(json.dumps([planned.rooms["memory"][0] - process, run(spec, options).record.peak_memory_bytes - process]))
 """
