@@ -37,10 +37,9 @@ class Texts:
         """The texts of `spec`. Raises `ReconError` for a text that is unknown, cannot be had, or is too short."""
         text, length, held_out = spec.calibration.text, spec.calibration.sequence_length, spec.calibration.held_out_samples
         seed, how = generator(spec.seed, "calibration").initial_seed() % 2**32, spec.evaluation
+        most = max(spec.calibration.samples, *spec.samples_by_phase.values())
         return cls(
-            sample_tokens(
-                text, "calibration", tokenizer, max(spec.calibration.samples, *spec.samples_by_phase.values()), length, seed
-            ),
+            sample_tokens(text, "calibration", tokenizer, most, length, seed),
             sample_tokens(text, "validation", tokenizer, held_out, length) if held_out else None,
             {
                 name: sample_tokens(name, "evaluation", tokenizer, count, how.evaluation_length, protocol=how.evaluation_protocol)
