@@ -102,8 +102,7 @@ def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> 
     """The output (windows, length, hidden) of each block in turn for `tokens` (windows, length); one at a time is there."""
     stream = execution.embed(decoder, tokens)
     for window in decoder.windows("block"):
-        with execution.holding(decoder, window):
-            stream = execution.run(lambda hidden, window=window: decoder.forward(window, hidden), stream)
+        stream = execution.forward(decoder, window, stream)
         yield stream
 
 

@@ -64,9 +64,9 @@ class Streams:
         X, (Y, statistics) = self._sparse_inputs(f), self._dense_outputs(f)
         if f.parallel and f.half == "mlp":
             block, attention = Window(f.blocks), replace(f, half="attention")
-            whole = self.forward(self.teacher, block, self.dense)
+            whole = self.execution.forward(self.teacher, block, self.dense, self.count)
             self._runs[block.blocks, block.half] = whole, {}, {}  # where the dense stream moves on to
-            Y = self.forward(self.student, attention, X).sub_(X).neg_().add_(whole)
+            Y = self.execution.forward(self.student, attention, X, self.count).sub_(X).neg_().add_(whole)
         return X, Y, statistics
 
     # --- from window to window --------------------------------------------------------------------------------------
@@ -91,16 +91,11 @@ class Streams:
             whole = f if f.chained else Window(f.blocks)
             if self.dense is not None:
                 known = self._runs.get((whole.blocks, whole.half))
-                self.dense = known[0] if known else self.forward(self.teacher, whole, self.dense)
+                self.dense = known[0] if known else self.execution.forward(self.teacher, whole, self.dense, self.count)
             if self.sparse is not None:
-                self.sparse = self.forward(self.student, whole, self.sparse)
+                self.sparse = self.execution.forward(self.student, whole, self.sparse, self.count)
         if f.ends_block:
             self._runs.clear()
-
-    def forward(self, decoder: Decoder, f: Window, X: Tensor) -> Tensor:
-        """f(X), for all samples."""
-        with self.execution.holding(decoder, f):
-            return self.execution.run(partial(decoder.forward, f), X, self.count)
 
     def _sparse_inputs(self, f: Window) -> Tensor:
         """What `f` reads in the model that is being reconstructed."""
@@ -113,7 +108,7 @@ class Streams:
         """The dense model's activations after `f`, and statistics of what its matrices read."""
         Y, statistics, inputs = self._dense_run(f)
         if f.matrices:
-            Y = self.forward(self.teacher, f, inputs[f.matrices[0]])
+            Y = self.execution.forward(self.teacher, f, inputs[f.matrices[0]], self.count)
         return Y, {name: statistics[name] for name in self.teacher.matrices(f) if name in statistics}
 
     def _dense_run(self, f: Window) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

@@ -214,7 +214,7 @@ class Reconstruction:
     def _error(self, f: Window, X: Tensor, Y: Tensor, variance: Tensor) -> dict[str, float]:
         """The error of f(X) on held-out samples or, if there are none, on the first calibration samples."""
         on, measured = ("held_out", slice(self.count, None)) if len(X) > self.count else ("calibration", slice(ERROR_SAMPLES))
-        return {on: unexplained(self.streams.forward(self.student, f, X[measured]), Y[measured], variance)}
+        return {on: unexplained(self.execution.forward(self.student, f, X[measured], self.count), Y[measured], variance)}
 
     @torch.no_grad()
     def _solve_exactly(self, f: Window, X: Tensor, Y: Tensor, grams: dict[str, Tensor], theta: dict[str, nn.Parameter]) -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -144,8 +143,7 @@ def over_blocks(
                 outputs, gathered, _ = gather(execution, decoder, window, stream, statistics)
             noted, changed = visit(window, gathered)
             if stream is not None and rerun and window != blocks[-1]:
-                with execution.holding(decoder, window):
-                    outputs = execution.run(partial(decoder.forward, window), stream)
+                outputs = execution.forward(decoder, window, stream)
             stream = None if window == blocks[-1] else outputs
             storage.finish(phase, noted, {"stream": stream}, changed)
         notes.append(noted)

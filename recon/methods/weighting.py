@@ -10,8 +10,6 @@ Van der Ouderaa et al., "The LLM Surgeon" (ICLR 2024, arXiv 2312.17244); for qua
 arXiv 2505.07004).
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -39,8 +37,7 @@ def row_weights(decoder: Decoder, samples: Tensor, seed: int, execution: Executi
     bar = tqdm(desc="weigh rows", unit="block", total=2 * len(blocks), disable=not execution.progress)
     with bar:
         for block in blocks:
-            with execution.holding(decoder, block):
-                streams.append(execution.run(partial(decoder.forward, block), streams[-1]))
+            streams.append(execution.forward(decoder, block, streams[-1]))
             bar.update()
         slopes, found = _slopes_of_predictions(decoder, samples, streams.pop(), seed, execution), {}
         for block in reversed(blocks):

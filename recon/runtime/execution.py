@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -106,6 +107,11 @@ class Execution:
         decoder.check_tokens(tokens)
         with decoder.loaded_embedding():
             return self.run(decoder.embed, tokens, count)
+
+    def forward(self, decoder: Decoder, window: Window, stream: Tensor, count: int | None = None) -> Tensor:
+        """Output of `window` for its input `stream`, (samples, length, width) each; see `run`."""
+        with self.holding(decoder, window):
+            return self.run(partial(decoder.forward, window), stream, count)
 
     def run(self, function: Callable, stream: Tensor, count: int | None = None, anew: Callable = lambda: None) -> Tensor:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result is on the device of `stream`.
