@@ -1,6 +1,5 @@
 """Where memory runs out: smaller parts with the same result."""
 
-import contextlib
 import functools
 from collections.abc import Iterable
 
@@ -13,28 +12,23 @@ from torch.testing import assert_close
 from recon import Execution, PruningConfig, ReconstructionConfig, decompose, perplexity, prune, reconstruct
 from recon.methods.reconstruct import RECONSTRUCTED
 from recon.methods.statistics import gather
+from recon.model.modules import watched
 
 BLOCKS = ReconstructionConfig("block", learning_rate=1e-3, rate="absolute", epochs=2, batch_size=3, accumulation=2)
 execution = functools.partial(Execution, "cpu", "float32", progress=False)
 
 
-@contextlib.contextmanager
 def little_memory(blocks: Iterable[nn.Module], samples: int, spared: int = 0, gradients: bool = True):
     """Where gradients are needed, or are not, `blocks` take `samples` at a time, but for the first `spared` calls with more."""
     calls = []
 
-    def run_out(block, args):
+    def run_out(number, args, kwargs):
         if torch.is_grad_enabled() == gradients and len(args[0]) > samples:
             calls.append(1)
             if len(calls) > spared:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
 
-    handles = [block.register_forward_pre_hook(run_out) for block in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return watched(dict(enumerate(blocks)), run_out)
 
 
 @pytest.mark.parametrize("spared", [0, 1])

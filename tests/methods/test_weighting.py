@@ -8,28 +8,23 @@ from recon import PruningConfig, prune
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.patterns import Pattern
 from recon.methods.weighting import row_weights
+from recon.model.modules import watched
 from recon.runtime.seeds import generator
 
 
 def by_hand(dense, samples, seed):
     """The weights by name, from one backward pass through the whole model for each sample."""
     given, squares, draw = {}, {}, generator(seed, "weigh")
-    matrices = {name: matrix for name, matrix in dense.matrices().items() if matrix.expert is None}
-    hooks = [
-        matrix.module.register_forward_hook(lambda module, args, output, name=name: given.update({name: output}))
-        for name, matrix in matrices.items()
-    ]
-    for parameter in dense.model.parameters():
-        parameter.requires_grad_(True)
+    modules = {name: matrix.module for name, matrix in dense.matrices().items() if matrix.expert is None}
+    dense.model.requires_grad_()
     for sample in samples:
         given.clear()
-        log_p = dense.run(sample[None]).logits[0].log_softmax(-1)
+        with watched(modules, after=lambda name, args, kwargs, output: given.update({name: output})):
+            log_p = dense.run(sample[None]).logits[0].log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
         slopes = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(given.values()), materialize_grads=True)
         for name, slope in zip(given, slopes):
             squares[name] = squares.get(name, 0.0) + slope.flatten(0, -2).square().sum(0)
-    for hook in hooks:
-        hook.remove()
     return {name: each**0.25 / (each**0.25).mean() for name, each in squares.items()}
 
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from recon import PruningConfig, ReconError, ReconstructionConfig, decompose, prune, reconstruct
 from recon.methods.statistics import FEW, gather
 from recon.model.experts import FusedProducts
+from recon.model.modules import watched
 from recon.model.structure import stored
 
 # (experts, out, in); (experts, in, out) with biases; all experts in one product: whether stored as (in, out), share of tokens
@@ -26,10 +27,8 @@ def slow_inputs(decoder, block, tokens):
     """Expert's matrix name -> what it reads, (tokens, in), of the whole model: routed and computed by hand in float64."""
     caught, inputs = {}, {}
     experts = next(iter(experts_of(decoder, block).values())).module
-    see = lambda m, args, kwargs: caught.update(args=(*args, *kwargs.values()))  # noqa: E731
-    handle = experts.register_forward_pre_hook(see, with_kwargs=True)
-    decoder.model(input_ids=tokens, use_cache=False)
-    handle.remove()
+    with watched({"": experts}, lambda name, args, kwargs: caught.update(args=(*args, *kwargs.values()))):
+        decoder.model(input_ids=tokens, use_cache=False)
     hidden, *routing = (a.double() if a.is_floating_point() else a for a in caught["args"])
     for name, matrix in experts_of(decoder, block).items():
         if not name.rpartition(".")[2].startswith("gate_up"):

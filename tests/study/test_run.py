@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from fixtures.models import dressed, saved_model
-from fixtures.runs import comparable, record_of, result_of
+from fixtures.runs import comparable, largest, record_of, result_of, smallest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -257,12 +257,6 @@ def test_what_has_changed_is_read_anew(spec, tiny_folder, tmp_path, which):
 
 
 def test_a_criterion_that_has_changed_prunes_anew_and_no_text_is_read_for_what_needs_none(spec, monkeypatch):
-    def largest(weight, statistics, generator):
-        return weight.abs()
-
-    def smallest(weight, statistics, generator):
-        return -weight.abs()
-
     session, found = recon.Session(), []
     for score in (largest, smallest):
         monkeypatch.setitem(CRITERIA, "mine", Criterion("mine", "none", "row", "", "", score))

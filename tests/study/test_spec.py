@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 from fixtures.models import make_model
+from fixtures.runs import largest, smallest
 
 from recon import RunSpec
 from recon.data import text
@@ -46,12 +47,6 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
 
 
 def test_a_criterion_of_ones_own_is_known_by_its_code(spec, monkeypatch):
-    def largest(weight, statistics, generator):
-        return weight.abs()
-
-    def smallest(weight, statistics, generator):
-        return -weight.abs()
-
     keys = []
     for score in (largest, smallest, largest):
         monkeypatch.setitem(CRITERIA, "wanda", Criterion("wanda", "none", "row", "", "", score))
