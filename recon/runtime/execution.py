@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar
@@ -22,34 +23,27 @@ Result = TypeVar("Result")
 TOKENS = 1024  # in a batch of a pass without training
 
 
+@dataclass(eq=False)
 class Execution:
     """Where and how passes over a model run.
 
     Models may be elsewhere, such as in host memory beside a small GPU: one window at a time is then copied to the compute device,
-    and activations come and go batch by batch.
-
-    Args:
-        device, compute_dtype: as `pick_device` and `pick_compute_dtype` of `recon.runtime.device` take them, and refuse them.
-        storage: what is finished, and room for masks and activations; default: memory.
-        progress: whether passes show progress bars.
-        loop: goes over the windows of a reconstruction; default: `recon.methods.reconstruct.one_after_another`.
+    and activations come and go batch by batch. Raises `ReconError` as `pick_device` and `pick_compute_dtype`.
     """
 
-    def __init__(
-        self,
-        device: torch.device | str = "auto",
-        compute_dtype: str = "auto",
-        storage: Storage | None = None,
-        progress: bool = True,
-        loop: Callable | None = None,
-    ):
-        self.progress, self.loop = progress, loop
+    device: torch.device | str = "auto"  # as `recon.runtime.device.pick_device` takes it
+    compute_dtype: str = "auto"  # as `recon.runtime.device.pick_compute_dtype` takes it
+    storage: Storage | None = None  # what is finished, and room for masks and activations; default: memory
+    progress: bool = True  # whether passes show progress bars
+    loop: Callable | None = None  # over windows; default: `recon.methods.reconstruct.one_after_another`
+
+    def __post_init__(self):
         # What memory has turned out to suffice for, if less than asked for.
         self.micro_batch: int | None = None  # samples per forward pass in training
         self.tokens: int | None = None  # per batch without training
-        self.storage = storage or Storage()
-        self.device = pick_device(str(device))
-        self.dtype = pick_compute_dtype(compute_dtype, self.device)
+        self.storage = self.storage or Storage()
+        self.device = pick_device(str(self.device))
+        self.dtype = pick_compute_dtype(self.compute_dtype, self.device)
         self._copying: torch.cuda.Stream | None = None  # one for all batches: freed memory stays with its stream
 
     @classmethod
