@@ -32,31 +32,25 @@ class Perplexity:
     kl_per_window: list[float] = field(default_factory=list)
 
 
-def perplexity(model: nn.Module | Decoder, tokens: Tensor, **options) -> Perplexity:
-    """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
-
-    options: as `perplexity_and_states`. Raises `ReconError` if windows are longer than the model was made for, or it
-    is not causal.
-    """
-    return perplexity_and_states(decompose(model), tokens, **options)[0]
-
-
 @torch.no_grad()
-def perplexity_and_states(
-    decoder: Decoder,
+def perplexity(
+    model: nn.Module | Decoder,
     tokens: Tensor,
     *,
     execution: Execution | None = None,
     reference: tuple[Decoder, Tensor] | None = None,
     states: Tensor | None = None,
     description: str = "perplexity",
-) -> tuple[Perplexity, Tensor]:
-    """The same as `perplexity`, and the last block's output (windows, length, hidden) that it was computed from.
+) -> Perplexity:
+    """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
 
     execution: where and in what precision; default: where the model is.
     reference: a dense model, and its last block's output for the first windows, on which the divergence from it is measured.
     states: the last block's output for `tokens`, (windows, length, hidden), if it is known.
+
+    Raises `ReconError` if windows are longer than the model was made for, or it is not causal.
     """
+    decoder = decompose(model)
     if tokens.ndim != 2 or len(tokens) < 1 or decoder.predicted(tokens).shape[1] < 2 or tokens.is_floating_point():
         said = f"allowed: whole numbers, (windows, length) of at least one window of {3 if decoder.reading else 2}"
         raise ReconError(f"tokens to predict are {tuple(tokens.shape)} of {tokens.dtype}; {said}")
@@ -64,8 +58,8 @@ def perplexity_and_states(
     decoder.check_causal()
     decoder.check_length(tokens.shape[1])
     execution = execution or Execution.of(decoder)
-    stream = last_states(decoder, tokens, execution, description) if states is None else states
-    tokens, inputs = decoder.predicted(tokens), decoder.predicted(stream)
+    states = last_states(decoder, tokens, execution, description) if states is None else states
+    tokens, inputs = decoder.predicted(tokens), decoder.predicted(states)
     dense, dense_states = reference or (None, ())
     compared, predicted = min(len(dense_states), len(tokens)), tokens.shape[1] - 1
     likelihoods, divergences = [0.0] * len(tokens), [0.0] * compared
@@ -87,7 +81,7 @@ def perplexity_and_states(
                 del logits  # before those of the next slice are there
     nats, divergences = ([total / predicted for total in totals] for totals in (likelihoods, divergences))
     mean = sum(nats) / len(nats)
-    return Perplexity(math.inf if mean >= 700 else math.exp(mean), len(nats) * predicted, nats, divergences), stream
+    return Perplexity(math.inf if mean >= 700 else math.exp(mean), len(nats) * predicted, nats, divergences)
 
 
 def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, description: str = "") -> Tensor:

@@ -71,16 +71,18 @@ def measure(
         each block that is unexplained; empty for the dense model. And the dense model's last states on the windows that
         divergence is measured on, (windows, length, hidden), by number of the text.
     """
+    decoder.check_causal()
     perplexities, kept, drift, last, held_out = {}, {}, [], None, None
     for number, (text, tokens) in enumerate(texts.evaluation.items()):
         other = (dense[0], dense[1][str(number)]) if dense else None
         said = f"perplexity ({name}, {text})"
-        found, stream = evaluation.perplexity_and_states(decoder, tokens, execution=execution, reference=other, description=said)
+        states = evaluation.last_states(decoder, tokens, execution, said)
+        found = evaluation.perplexity(decoder, tokens, execution=execution, reference=other, states=states)
         perplexities[text] = asdict(found)
         if not dense:
-            first = stream[: config.kl_windows]
+            first = states[: config.kl_windows]
             kept[str(number)] = execution.empty(first.shape, first.dtype, first.device).copy_(first)  # the others go
-        del stream
+        del states
     if texts.held_out is not None:
         if dense:
             drift, last = evaluation.drift(decoder, dense[0], texts.held_out, execution=execution)
