@@ -76,12 +76,11 @@ def sample_tokens(
 ) -> torch.LongTensor:
     """Samples of one split, shape (samples, sequence_length): what `beginning` gives, then text. No text token is in two samples.
 
-    Args:
-        name, split: as `documents`.
-        sequence_length: tokens per sample, those of the beginning included.
-        seed: draws the samples at random without replacement; None takes the first ones in order (evaluation).
-        protocol: "samples"; or "joined", that of published perplexities (Frantar & Alistarh 2023, arXiv 2301.00774): the joined
-            documents with the tokenizer's special tokens are cut into windows, so that only the first begins as a text does.
+    name, split: as `documents`.
+    sequence_length: tokens per sample, those of the beginning included.
+    seed: draws the samples at random without replacement; None takes the first ones in order (evaluation).
+    protocol: "samples"; or "joined", that of published perplexities (Frantar & Alistarh 2023, arXiv 2301.00774): the joined
+        documents with the tokenizer's special tokens are cut into windows, so that only the first begins as a text does.
 
     Raises `ReconError` as `documents` and `beginning`, and if the protocol, number or length of samples is not to be had.
     """

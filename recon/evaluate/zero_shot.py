@@ -39,18 +39,14 @@ def zero_shot(
 ) -> dict:
     """Accuracy of `model` on `tasks` without examples in the prompt.
 
-    Args:
-        tasks: names in `BUNDLED`, which need no Hub, or in `HUB`.
-        limit: documents per task, the first ones; None takes all.
-        execution: where and in what precision blocks run; default: where the model is. Logits are
-            float32 if its parameters are: in less, choices tie.
+    tasks: names in `BUNDLED`, which need no Hub, or in `HUB`.
+    limit: documents per task, the first ones; None takes all.
+    execution: where and in what precision blocks run; default: where the model is. Logits are float32 if its parameters are: in
+        less, choices tie.
 
-    Returns:
-        {"lm_eval_version": ..., "tasks": {task: {metric: value, metric + "_stderr": its standard error, "n": documents,
-        "version": of the task, "hash": SHA-256 of the documents, prompts and targets}}}. Accuracies are shares of one.
-
-    Raises:
-        ReconError: as `check_tasks` and `load`.
+    Returns {"lm_eval_version": ..., "tasks": {task: {metric: value, metric + "_stderr": its standard error, "n": documents,
+    "version": of the task, "hash": SHA-256 of the documents, prompts and targets}}}. Accuracies are shares of one. Raises
+    `ReconError` as `check_tasks` and `load`.
     """
     check_tasks(tasks, decoder := decompose(model))
     import lm_eval  # slow to import, and optional

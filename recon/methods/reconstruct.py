@@ -69,17 +69,16 @@ def reconstruct(
 ) -> list[WindowReport]:
     """Reconstructs `model` in place against `dense`, window by window; pruned weights stay exact zeros.
 
-    Args:
-        model: the pruned model, or its `Decoder`; same architecture as `dense`; parameters of both in float32.
-        dense: the model before pruning, left unchanged.
-        samples: calibration tokens (samples, length), or batches of them; see `recon.methods.samples`.
-        masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
-        pruning: prunes as well, in the same pass: `model` is a copy of `dense`, and each window is pruned before it is fitted, by
-            statistics of what it reads in the dense model.
-        held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on. A window whose error on the first
-            `recon.methods.samples.ERROR_SAMPLES` of them grows is rolled back.
-        execution: where and in what precision to compute; default: where `dense` is.
-        callbacks: told of each window's report, and of the masks that pruning made.
+    model: the pruned model, or its `Decoder`; same architecture as `dense`; parameters of both in float32.
+    dense: the model before pruning, left unchanged.
+    samples: calibration tokens (samples, length), or batches of them; see `recon.methods.samples`.
+    masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
+    pruning: prunes as well, in the same pass: `model` is a copy of `dense`, and each window is pruned before it is fitted, by
+        statistics of what it reads in the dense model.
+    held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on. A window whose error on the first
+        `recon.methods.samples.ERROR_SAMPLES` of them grows is rolled back.
+    execution: where and in what precision to compute; default: where `dense` is.
+    callbacks: told of each window's report, and of the masks that pruning made.
 
     Returns the reports of all windows, in the order in which they were fitted. Raises `ReconError` for models, masks, samples and
     options that do not fit together, naming what does not.

@@ -26,12 +26,11 @@ log = logging.getLogger("recon")
 def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Lazy | None = None) -> Decoder:
     """The `Decoder` of a causal LM, or of an encoder-decoder. A `Decoder` is returned as it is.
 
-    Args:
-        model: from transformers, or any module that is called with `input_ids` and `use_cache`, and gives `logits`; its `config`
-            says the `vocab_size`. From now on it is in evaluation mode, and multiplies by each expert's matrices one by one.
-        like: a decoder of the same architecture, whose structure is taken over: a pruned copy cannot be relied on to show it.
-        lazy: of a skeleton, its parameters. The structure is then found with random weights, while blocks that are built like
-            earlier ones are by-passed.
+    model: from transformers, or any module that is called with `input_ids` and `use_cache`, and gives `logits`; its `config`
+        says the `vocab_size`. From now on it is in evaluation mode, and multiplies by each expert's matrices one by one.
+    like: a decoder of the same architecture, whose structure is taken over: a pruned copy cannot be relied on to show it.
+    lazy: of a skeleton, its parameters. The structure is then found with random weights, while blocks that are built like
+        earlier ones are by-passed.
 
     Raises `ReconError` if no list of blocks is found, its blocks do not give its own output, or its weights are not in memory.
     """

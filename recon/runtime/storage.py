@@ -180,9 +180,8 @@ class Storage:
 
     `masks`: keep-masks by matrix name, bool (out, in).
 
-    Args:
-        folder: of the run's own; made if need be. run: the key of the run.
-        keep: without a folder, the phases of which tensors are kept.
+    folder: of the run's own; made if need be. run: the key of the run.
+    keep: without a folder, the phases of which tensors are kept.
 
     Raises `ReconError` if the folder belongs to another run, or cannot be written.
     """

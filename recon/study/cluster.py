@@ -32,12 +32,11 @@ class Ray:
     Models and texts that are files must have the same path on every node, as on a shared file system, and every node the same
     version of this package; each node fetches bundled models once.
 
-    Args:
-        address: of a cluster: "auto" for that of this machine, or "ray://host:port"; None: the one that this process is connected
-            to or `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
-        workers: how many at most; None: as many as there is room for.
-        threads: CPUs and threads per worker; None: one or, on GPUs, a GPU's share of its node's CPUs, the least of all nodes.
-        gpus: GPUs per worker; None: one if the cluster has any and the work is not asked for on the CPU, else none.
+    address: of a cluster: "auto" for that of this machine, or "ray://host:port"; None: the one that this process is connected
+        to or `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
+    workers: how many at most; None: as many as there is room for.
+    threads: CPUs and threads per worker; None: one or, on GPUs, a GPU's share of its node's CPUs, the least of all nodes.
+    gpus: GPUs per worker; None: one if the cluster has any and the work is not asked for on the CPU, else none.
     """
 
     address: str | None = None

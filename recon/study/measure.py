@@ -65,11 +65,10 @@ def measure(
 
     name: of the model, for progress bars. dense: the dense model, unless this is it, and its states.
 
-    Returns:
-        "perplexities": by text, the fields of `Perplexity`. "zero_shot": as `recon.evaluate.zero_shot.zero_shot` gives it.
-        "held_out": perplexity on held-out samples, or None. "drift": share of the variance of the dense residual stream after
-        each block that is unexplained; empty for the dense model. And the dense model's last states on the windows that
-        divergence is measured on, (windows, length, hidden), by number of the text.
+    Returns "perplexities": by text, the fields of `Perplexity`; "zero_shot": as `recon.evaluate.zero_shot.zero_shot` gives it;
+    "held_out": perplexity on held-out samples, or None; "drift": share of the variance of the dense residual stream after each
+    block that is unexplained, empty for the dense model. And the dense model's last states on the windows that divergence is
+    measured on, (windows, length, hidden), by number of the text.
     """
     decoder.check_causal()
     perplexities, kept, drift, last, held_out = {}, {}, [], None, None

@@ -129,11 +129,10 @@ class RunSpec(Checked):
     def sources(self) -> dict:
         """Hashes of the files that the run reads, the schema of its record, and the code of a criterion of one's own."""
         from recon.data import models, text
-        from recon.kernels.criteria import CRITERIA
 
         texts = {name: text.fingerprint(name) for name in sorted({self.calibration.text, *self.evaluation.evaluation_texts})}
         sources = {"schema": SCHEMA, "model": models.fingerprint(*self.loaded_by), "texts": texts}
-        if code := CRITERIA[self.pruning.criterion].source_code:
+        if code := criteria.CRITERIA[self.pruning.criterion].source_code:
             sources["criterion"] = hashlib.sha256(code.encode()).hexdigest()
         if self.model.pruned is not None:
             sources["pruned"] = models.fingerprint(self.model.pruned, self.model.pruned_revision, self.model.trust_remote_code)

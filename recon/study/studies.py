@@ -91,15 +91,13 @@ def run_study(
     Every finished run is a record in `folder` at once, so that a killed study goes on where it was; several may be at work on one
     folder. A run that fails leaves a record that says how, and the others go on; it is tried again next time.
 
-    Args:
-        folder: for the records, one JSON file per run, named by its key.
-        compute: False runs nothing; what has no record then has the status "missing".
-        executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable
-            RECON_EXECUTOR names, or serial. What a record says, and its name, do not depend on it.
+    folder: for the records, one JSON file per run, named by its key.
+    compute: False runs nothing; what has no record then has the status "missing".
+    executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable
+        RECON_EXECUTOR names, or serial. What a record says, and its name, do not depend on it.
 
-    Returns:
-        A frame with a column per option of the spec, one per metric that is one number, `seconds_<phase>`, `flops_<phase>`,
-        `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`, `key`, `status` and `error`.
+    Returns a frame with a column per option of the spec, one per metric that is one number, `seconds_<phase>`, `flops_<phase>`,
+    `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`, `key`, `status` and `error`.
 
     Raises `ReconError` if a model or text is not to be found, nothing can be written to `folder`, the executor cannot be had, or,
     with compute False, a record cannot be read.
