@@ -55,10 +55,8 @@ def run(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group]) -> No
     for text, found in record.metrics["by_text"].items():
         values = zip(states.values(), (found["dense_perplexity"], found["pruned_perplexity"], found["perplexity"]))
         share = found["share_recovered"] if done else None
-        print(
-            f"{text}: perplexity {', '.join(f'{said} {value:.2f}' for said, value in values)}"
-            + (f"   share recovered {share:.2f}" if share is not None else "")
-        )
+        recovered = "" if share is None else f"   share recovered {share:.2f}"
+        print(f"{text}: perplexity {', '.join(f'{said} {value:.2f}' for said, value in values)}{recovered}")
     for task in spec.evaluation.tasks:
         found = {said: record.metrics["zero_shot"][state]["tasks"][task]["acc"] for state, said in states.items()}
         print(f"{task}: accuracy {', '.join(f'{said} {value:.3f}' for said, value in found.items())}")
