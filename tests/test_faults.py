@@ -163,11 +163,9 @@ def test_the_work_of_another_run_is_refused_and_that_of_the_same_goes_on(spec, t
         record_of(spec.replaced(learning_rate=1e-3), save=saved, stream="yes")
     with pytest.raises(ReconError, match="holds another unfinished run"):
         record_of(spec.replaced(learning_rate=1e-3), save=saved, stream="no")
-    window, note = (
-        max((tmp_path / "saved.unfinished" / "reconstruct").glob("?????.safetensors")),
-        saved.with_suffix(".unfinished"),
-    )
-    (note := note / "run.json").rename(tmp_path / "kept")
+    work = saved.with_suffix(".unfinished")
+    window, note = max((work / "reconstruct").glob("?????.safetensors")), work / "run.json"
+    note.rename(tmp_path / "kept")
     note.touch()  # as a machine that loses power may leave it
     with pytest.raises(ReconError, match=r"run\.json' is cut short .*; delete '.*saved\.unfinished', to begin anew"):
         record_of(spec, save=saved)
