@@ -7,7 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,25 +90,11 @@ class Notes:
 def test_when_no_worker_is_left_the_last_loss_is_told(monkeypatch):
     """Ray's own pool drops a worker that cannot start, and then has nothing to wait for."""
     ray = pytest.importorskip("ray")
-    from ray.util import ActorPool
-
-    class Gone(ActorPool):
-        def submit(self, fn, value):
-            self._future_to_actor.setdefault("task", value)
-
-        def has_next(self):
-            return bool(self._future_to_actor)
-
-        def get_next_unordered(self):
-            self._future_to_actor.clear()
-            raise ray.exceptions.RayActorError
-
-    fake = SimpleNamespace(
-        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}], remote=lambda *given: fake,
-        options=lambda **asked: fake, put=lambda each: each, kill=lambda worker: None, exceptions=ray.exceptions,
-    )  # fmt: skip
+    fake, pool = Mock(exceptions=ray.exceptions), Mock()
+    fake.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 1.0}}]
+    pool.has_next.side_effect, pool.get_next_unordered.side_effect = (True, False), ray.exceptions.RayActorError
     monkeypatch.setattr(clusters, "connect", lambda address: fake)
-    monkeypatch.setattr("ray.util.ActorPool", Gone)
+    monkeypatch.setattr("ray.util.ActorPool", lambda workers: pool)
     answers = spread(Ray(), True, len, ["a", "b"])
     assert isinstance(next(answers), ray.exceptions.RayActorError)
     with pytest.raises(ReconError, match="no worker of the Ray cluster is left; the last one was lost by"):
