@@ -563,7 +563,8 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
 def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
     """Perplexity and operations (pruning, reconstruction, retraining) of each mask and fit over those of `baseline`, such a pair.
 
-    runs: as of `frontier`. A panel for each model and pattern; means over seeds. Line: what nothing beats at that cost.
+    runs: as of `frontier`. A panel for each model and pattern, whose title names the best; means over seeds. Line: what nothing
+    beats at that cost.
     """
     by, cost, quality = ["model", "pattern", "mask", "way"], "times the operations", "times the perplexity"
     data = effects(runs, by, dict(zip(by[2:], baseline)), share=False).drop(columns="verdict")
@@ -579,18 +580,18 @@ def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
         unbeaten = front(own, cost, quality)
         ax.step(unbeaten[cost], unbeaten[quality], where="post", color="0.6", linewidth=1, zorder=1)
         sns.scatterplot(own, x=cost, y=quality, **shown, s=60, legend=ax is axes[0], ax=ax)
-        ax.set(title=f"{model}, {pattern}", xlabel=f"{cost} of {', '.join(baseline)}", ylabel=quality)
+        best = own.loc[own[quality].idxmin()]
+        title = f"{model}, {pattern}\nbest: {best['mask']}, {best['way']}, {best[quality]:.2f}"
+        ax.set(xlabel=f"{cost} of {', '.join(baseline)}", ylabel=quality)
+        ax.set_title(title, fontsize=9)
         ax.margins(0.15)
         log_scale(ax, "x")
         log_scale(ax)
     lower_is_better(axes[0])
     legend(figure, axes[0])
-    best = data.assign(cell=data["model"] + " " + data["pattern"]).loc[data.groupby(by[:2])[quality].idxmin()]
-    said = [
-        f"{mask}, {way}, {span(own[quality])} for {span(own[cost], '{:.1f}')} {cost} ({', '.join(own['cell'])})"
-        for (mask, way), own in best.groupby(by[2:])
-    ]
-    return figure, data, f"Lowest perplexity, as a multiple of that of {', '.join(baseline)}: {'; '.join(said)}."
+    best = data.loc[data.groupby(by[:2])[quality].idxmin()]
+    said = f"{span(best[quality])} times that of {', '.join(baseline)}, for {span(best[cost], '{:.1f}')} {cost}"
+    return figure, data, f"The lowest perplexity of each panel is {said}."
 
 
 # --- all claims --------------------------------------------------------------------------------------------------------
