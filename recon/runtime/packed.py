@@ -73,10 +73,10 @@ def pack_files(folder: Path, target: Path) -> None:
                 tensors, noted = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ReconError(f"{str(file)!r} cannot be read: {error}") from error
-        about = {"shapes": {name: list(each.shape) for name, each in tensors.items()}, "metadata": noted or {}}
+        about = {"shapes": {name: list(each.shape) for name, each in tensors.items()}, "metadata": noted}
         new = target / file.name.replace(".safetensors", ".packed.safetensors")
         stored = {key: part for name, each in tensors.items() for key, part in _packed(name, each).items()}
-        write_safetensors(new, stored, packed=json.dumps(about))
+        write_safetensors(new, stored, {"format": "pt", "packed": json.dumps(about)})
         digests[new.name] = digest(new)
     _carry(folder, target, PLAIN, PACKED)
     write_json(target / DIGESTS, digests)
@@ -98,7 +98,7 @@ def _unpack_files(folder: Path, target: Path) -> None:
         with safe_open(file, framework="pt") as opened:
             about, known = json.loads(opened.metadata()["packed"]), set(opened.keys())
             tensors = {each: _plain(opened, each, shape, known) for each, shape in about["shapes"].items()}
-        write_safetensors(target / name.replace(".packed", ""), tensors, **about["metadata"])
+        write_safetensors(target / name.replace(".packed", ""), tensors, about["metadata"])
     _carry(folder, target, PACKED, PLAIN)
 
 

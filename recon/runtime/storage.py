@@ -146,11 +146,11 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Writes `tensors` to the safetensors file `path`; see `complete`."""
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes `tensors` and `metadata` to the safetensors file `path`; see `complete`."""
     with complete(path) as temporary:
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, temporary, metadata={"format": "pt", **metadata})
+        save_file(stored, temporary, metadata)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -247,7 +247,7 @@ class Storage:
                 if stream is not None:
                     write_safetensors(place / f"{number + 1:05}.{name}.safetensors", {"stream": stream})
             path, masks = place / f"{number:05}.safetensors", self.masks.maps[0]
-            write_safetensors(path, {**tensors, **masks}, noted=json.dumps(noted))
+            write_safetensors(path, {**tensors, **masks}, {"noted": json.dumps(noted)})
             for old in {*place.glob("?????.*.safetensors")} - {*self._streams(phase, number + 1)}:
                 old.unlink()
         masks.clear()

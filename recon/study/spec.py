@@ -178,7 +178,7 @@ class RunOptions(Checked):
     command: str = ""  # The command that asked for the run, for the model card.
 
     def __post_init__(self):
-        object.__setattr__(self, "save", None if self.save is None else Path(self.save).resolve())
+        object.__setattr__(self, "save", None if self.save is None else Path(self.save).expanduser().resolve())
         super().__post_init__()
         for name, default in (("save_dtype", "float32"), ("save_format", "plain")):
             if (value := getattr(self, name)) != default and self.save is None:

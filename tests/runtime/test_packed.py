@@ -8,7 +8,7 @@ import pytest
 import torch
 from fixtures.models import make_model
 from fixtures.runs import result_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_refusals import refuse
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +18,8 @@ from recon.cli import main
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def plain(request, tmp_path):
-    """A checkpoint in shards: a share of its projections zero, some zeros negative, in one matrix too few to gain; and a chat
-    template, as tokenizers with several of them save it."""
+    """A checkpoint in shards, some with notes of their own or none: a share of its projections zero, some zeros negative, in one
+    matrix too few to gain; and a chat template, as tokenizers with several of them save it."""
     model = make_model("llama", tie_word_embeddings=True).to(request.param)
     draw = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
@@ -27,6 +27,8 @@ def plain(request, tmp_path):
             weight.data[torch.rand(weight.shape, generator=draw) < (0.01 if "layers.1.mlp.up" in name else 0.6)] = 0.0
             weight.data[:, 3] = -0.0
     model.save_pretrained(tmp_path / "plain", max_shard_size="20KB")
+    for file, noted in zip(sorted((tmp_path / "plain").glob("*.safetensors")), (None, {"path": "of mine"})):
+        save_file(load_file(file), file, noted)
     (tmp_path / "plain" / "additional_chat_templates").mkdir()
     (tmp_path / "plain" / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     return tmp_path / "plain"

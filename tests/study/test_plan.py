@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -200,7 +201,8 @@ def test_a_plan_and_a_run_agree(spec):
     found = result_of(asked)
     assert found.record.key == planned.spec.key() and found.record.flops == planned.flops
     size = sum(p.numel() for p in found.model.parameters())
-    saving = plan.Plan(asked, RunOptions(save="a"))
+    saving = plan.Plan(asked, RunOptions(save="~/a"))
+    assert RunOptions(save="~/a").save == Path.home().resolve() / "a"
     assert f"{size:,} parameters" in str(planned) and saving.memory["disk"] == {"saved model": 4 * size}
 
 
