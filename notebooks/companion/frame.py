@@ -142,7 +142,7 @@ def _row(record: dict) -> dict:
     for text in texts:
         of_text = metrics["by_text"][text]
         row |= {f"perplexity, {text}": of_text["perplexity"], f"dense perplexity, {text}": of_text["dense_perplexity"]}
-    nats = {name: metrics["by_text"][text]["nll_per_window"] for name, text in zip(MEASURES, texts)}
+    nats = {name: metrics["by_text"][text]["nll_per_window"] for name, text in zip(MEASURES[:2], texts)}
     kl = metrics["by_text"][texts[0]].get("kl_per_window")
     nats |= {"kl": {"dense": [0.0] * len(kl["pruned"])} | kl} if kl and kl["pruned"] else {}
     for measure in MEASURES:
