@@ -572,6 +572,7 @@ def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
     usual = data[(data["mask"] == baseline[0]) & (data["way"] == baseline[1])].set_index(by[:2])["flops"]
     data[cost] = data["flops"] / usual.reindex(pd.MultiIndex.from_frame(data[by[:2]])).to_numpy()
     data[quality] = np.exp(-data["difference"])
+    best = data.loc[data.groupby(by[:2])[quality].idxmin()].set_index(by[:2])
     ways, masks = (list(dict.fromkeys(data[name])) for name in ("way", "mask"))
     cells = data.sort_values("pattern", kind="stable").groupby(["pattern", "model"], sort=False)
     figure, axes = panels(len(cells), 4, 2.9, columns=data["model"].nunique(), sharex=True)
@@ -580,16 +581,14 @@ def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
         unbeaten = front(own, cost, quality)
         ax.step(unbeaten[cost], unbeaten[quality], where="post", color="0.6", linewidth=1, zorder=1)
         sns.scatterplot(own, x=cost, y=quality, **shown, s=60, legend=ax is axes[0], ax=ax)
-        best = own.loc[own[quality].idxmin()]
-        title = f"{model}, {pattern}\nbest: {best['mask']}, {best['way']}, {best[quality]:.2f}"
+        mask, way, lowest = best.loc[(model, pattern), [*by[2:], quality]]
+        ax.set_title(f"{model}, {pattern}\nbest: {mask}, {way}, {lowest:.2f}", fontsize=9)
         ax.set(xlabel=f"{cost} of {', '.join(baseline)}", ylabel=quality)
-        ax.set_title(title, fontsize=9)
         ax.margins(0.15)
         log_scale(ax, "x")
         log_scale(ax)
     lower_is_better(axes[0])
     legend(figure, axes[0])
-    best = data.loc[data.groupby(by[:2])[quality].idxmin()]
     said = f"{span(best[quality])} times that of {', '.join(baseline)}, for {span(best[cost], '{:.1f}')} {cost}"
     return figure, data, f"The lowest perplexity of each panel is {said}."
 
