@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fixtures.made_up import GAP, record, seeds, verdict_on
 
-from companion import compare
+from companion import compare, frame
 from companion.compare import MARGIN, interval
 from companion.frame import SEARCH
 from companion.judge import FAILS, HOLDS, UNSURE, UNTESTABLE, effect_words
@@ -302,3 +302,11 @@ def test_as_many_seeds_as_it_says_decide():
     assert needed > 3
     more = [seeds(share, 2 * needed, noise=0.02, **o) for share, o in ((0.4, {}), (0.37, {"granularity": "matrix"}))]
     assert verdict_on("3", sum(more, []))["verdict"] == HOLDS
+
+
+def test_a_third_text_is_not_taken_for_the_divergence():
+    made = record(0.4, other=0.3)
+    made["metrics"]["by_text"]["a third"] = made["metrics"]["by_text"]["another text"]
+    made["spec"]["evaluation_texts"].append("a third")
+    row = frame.table([made]).iloc[0]
+    assert len(row["other_pruned"]) and np.isnan(row["kl_pruned"])
