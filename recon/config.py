@@ -13,7 +13,7 @@ from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.gradient_descent import RATES, Schedule
-from recon.kernels.losses import LOSSES
+from recon.kernels.losses import LOSSES, POSITIONS
 from recon.kernels.patterns import SCOPES, Pattern
 from recon.model.windows import Window, canonical
 
@@ -25,14 +25,15 @@ PROTOCOLS = {
 }
 # Common to published recipes: one learning rate whatever the size of a window, whole samples, and nothing is rolled back.
 _PUBLISHED = {
-    "loss": "mse", "skip_first": False, "train": "all", "rate": "absolute", "size_power": 0.0, "matrix_rate": 1.0, "chunks": 1,
-    "roll_back": False,
+    "loss": "mse", "first_position": "full", "train": "all", "rate": "absolute", "size_power": 0.0, "matrix_rate": 1.0,
+    "chunks": 1, "roll_back": False,
 }  # fmt: skip
 # Recipes: options that are set where they are at their defaults. fast, default, best, distil differ in the time they take on the
 # same samples. The others are published, as their code has them; each reads text of the run's choice, as much as the run says.
 PRESETS: dict[str, dict] = {
     "fast": {"propagation": "dense", "batch_size": 2},
     "default": {},
+    "first-skipped": {"first_position": "skipped"},
     "best": {"start": "exact", "exact_iterations": 4, "epochs": 2},
     "distil": {"retrain": "masklora", "retrain_objective": "distil"},
     # SparseGPT prunes as many columns at once as there are samples.
@@ -56,6 +57,7 @@ PRESETS: dict[str, dict] = {
 SOURCES = {
     "fast": "inputs from the dense model, which saves a pass; steps of two samples",
     "default": "the defaults of this library",
+    "first-skipped": "the default before December 2026, which many records here run: samples' first positions count for nothing",
     "best": "begins from masked least squares, passes over the samples twice",
     "distil": "the default, and then the whole model, which has to fit into memory, learns the dense one's predictions",
     "paper": "arXiv 2510.14444, github.com/ZIB-IOL/Free-Lunch-in-LLM-Compression, 601ea9e; its learning rates are 1e-5 to 1e-4",
@@ -211,8 +213,9 @@ class ReconstructionConfig(Checked):
     # Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
     # minus the cosine (cosine).
     loss: Literal[tuple(LOSSES)] = "whitened"
-    # Whether gradient descent leaves out each sample's first position, whose activations are massive; exact solutions do not.
-    skip_first: bool = True
+    # What each sample's first position, whose activations are massive, counts for in gradient descent: no more than others
+    # (scaled), nothing (skipped), or as it is (full, as in exact solutions).
+    first_position: Literal[POSITIONS] = "scaled"
     learning_rate: Positive = 0.01  # Peak rate of AdamW for half-blocks; for other windows see --size-power, --matrix-rate.
     size_power: Size = 0.65  # The learning rate of a window of n half-blocks is divided by n to this power.
     matrix_rate: Positive = 0.1  # Learning rate of single matrices as a share of that of half-blocks.

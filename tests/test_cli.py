@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_run_writes_a_record_and_a_checkpoint(small, tmp_path, capsys):
     record, saved = tmp_path / "deep" / "out.json", tmp_path / "saved"
-    words = "--preset paper --criterion magnitude --pattern 2:4 --granularity matrix --solver exact --no-skip-first"
+    words = "--preset paper --criterion magnitude --pattern 2:4 --granularity matrix --solver exact --reorder-neurons"
     main(["run", *small, *words.split(), "--record", str(record), "--save", str(saved)])
     written = json.loads(record.read_text())
-    asked = {"criterion": "magnitude", "pattern": "2:4", "granularity": "matrix", "solver": "exact", "skip_first": False}
+    asked = {"criterion": "magnitude", "pattern": "2:4", "granularity": "matrix", "solver": "exact", "reorder_neurons": True}
     assert written["status"] == "done" and asked.items() <= written["spec"].items() and written["metrics"]["sparsity"] == 0.5
     said = capsys.readouterr().out
     assert f"reconstructed {written['metrics']['perplexity']:.2f}" in said

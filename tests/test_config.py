@@ -71,7 +71,10 @@ def passes(tiny, tokens):
 SHORT, SHORTLY = {"epochs": 1}, {"retrain_epochs": 1, "retrain": "full"}
 OTHERS = {  # options that a test of an option's choices gives as well
     **{(PruningConfig, name): {"pattern": "0.3"} for name in ("criterion", "scope", "statistics", "allocation", "weighting")},
-    **{(ReconstructionConfig, name): SHORT for name in ("propagation", "start", "train", "adapter", "loss", "rate")},
+    **{
+        (ReconstructionConfig, name): SHORT
+        for name in ("propagation", "start", "train", "adapter", "loss", "first_position", "rate")
+    },
     (ReconstructionConfig, "solver"): SHORT | {"granularity": "matrix"},
     **{(RetrainingConfig, name): SHORTLY for name in ("retrain", "retrain_objective", "retrain_rate")},
 }
@@ -114,7 +117,7 @@ def test_recipes_are_the_published_ones():
     spec = RunSpec.of(preset="paper")
     assert spec.pruning.statistics == "sparse" and spec.pruning.on(32).sparsegpt_block_size == 32
     how = spec.reconstruction
-    assert (how.propagation, how.loss, how.skip_first, how.train, how.rate) == ("dense", "mse", False, "all", "absolute")
+    assert (how.propagation, how.loss, how.first_position, how.train, how.rate) == ("dense", "mse", "full", "all", "absolute")
     assert (how.batch_size, how.epochs, how.chunks, how.roll_back) == (2, 1, 1, False)
     windows = Window(range(1), matrices=("q",)), Window(range(1)), Window(range(4))
     assert {how.schedule(8, window).learning_rate for window in windows} == {1e-4}

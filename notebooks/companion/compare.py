@@ -130,7 +130,7 @@ def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[
         first = group.iloc[0]
         scope = first["model"] if "model" in shared else "", first["pattern"], first["recipe"]
         scopes.setdefault(scope, {})[repr(name)] = group
-    usual = ("", DEFAULTS["model"]), (DEFAULTS["pattern"],), ("default",)
+    usual = ("", DEFAULTS["model"]), (DEFAULTS["pattern"],), ("default", "first-skipped")
     return sorted(scopes.items(), key=lambda each: [(value not in first, value) for value, first in zip(each[0], usual)])
 
 

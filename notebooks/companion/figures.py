@@ -257,7 +257,7 @@ def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> Plot:
 def rule(runs: pd.DataFrame) -> str:
     """How the best rates of windows follow their size, and what the default's rule costs against the search, in words."""
     powers, costs = [], {}
-    for model, group in runs[runs["recipe"] == "default"].groupby("model", sort=False):
+    for model, group in runs[runs["recipe"] != "paper"].groupby("model", sort=False):
         windows = group.drop_duplicates("fit").set_index("fit")["losses"].map(len)
         if "half-block" not in windows:
             continue

@@ -10,12 +10,11 @@ import pandas as pd
 
 import recon
 
-RECIPES = {
-    name: recon.RunSpec.of(preset=name).flat() for name in ("default", "paper")
-}  # -> what an option is unless it is varied
+# What an option is unless it is varied. Records of "first-skipped" are of before the default changed: they go as it is run anew.
+RECIPES = {name: recon.RunSpec.of(preset=name).flat() for name in ("default", "first-skipped", "paper")}
 DEFAULTS = RECIPES["default"]
 SEARCH = 100  # seeds from here on are of searches for learning rates: no verdict and no table uses them
-RECIPE_WORDS = {"default": "default", "paper": "paper's recipe"}
+RECIPE_WORDS = {"default": "default", "first-skipped": "first skipped", "paper": "paper's recipe"}
 EQUAL = ", equal steps"
 MEASURES = ("own", "other", "kl")  # NLL of the first and the second evaluation text, KL to the dense model on the first
 STATES = ("dense", "pruned", "reconstructed")
@@ -73,9 +72,10 @@ def setting(options: dict, recipe: str = "default") -> str:
 
 
 def recipe_of(spec: dict) -> str:
-    """The recipe that a spec (flat names) is nearest to: that from which the fewest options differ that matter in its run."""
-    said = [name for name in (*METHOD, *TUNING, "statistics") if name not in RATES and not _idle(name, spec)]
-    return min(RECIPES, key=lambda recipe: sum(spec[name] != RECIPES[recipe][name] for name in said))
+    """The recipe that a spec (flat names) is nearest to: the fewest options differ that matter in its run, and then others."""
+    said = [name for name in (*METHOD, *TUNING, "statistics") if name not in RATES]
+    off = {recipe: [_idle(name, spec) for name in said if spec[name] != usual[name]] for recipe, usual in RECIPES.items()}
+    return min(RECIPES, key=lambda recipe: (off[recipe].count(False), len(off[recipe])))
 
 
 def named(specs: Mapping[Hashable, recon.RunSpec]) -> dict[str, Hashable]:
@@ -90,7 +90,7 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
     Columns: every option (one that changes nothing in its run is at its default, as is one that the record does not know), every
     metric that is a number, and
 
-    - key, recipe ("default", "paper"), fit, method, setting, precision; tuning and rates, each with its detour (how far it is
+    - key, recipe (of `RECIPES`), fit, method, setting, precision; tuning and rates, each with its detour (how far it is
       from the recipe's);
     - unit (seed and precision: runs of one unit are pairs), trained (samples of the last training);
     - protocol and windows: what runs have to share to be compared;

@@ -30,7 +30,9 @@ def states(model: str, samples: int, length: int, seed: int) -> tuple[dict[str, 
     pruned = recon.decompose(copy.deepcopy(dense), like=decoders["dense"])
     recon.prune(pruned, read, seed=seed, execution=QUIET)
     fitted = recon.decompose(copy.deepcopy(pruned.model), like=decoders["dense"])
-    recon.reconstruct(fitted, dense, read, recon.ReconstructionConfig("block", epochs=1), seed=seed, execution=QUIET)
+    recon.reconstruct(
+        fitted, dense, read, recon.ReconstructionConfig("block", first_position="skipped", epochs=1), seed=seed, execution=QUIET
+    )
     tokens = recon.sample_tokens("wikipedia", "evaluation", tokenizer, 4, length)
     return decoders | {"pruned": pruned, "reconstructed": fitted}, tokens
 
@@ -145,7 +147,7 @@ def moved(prune: str, fit: str, epochs: int, **which) -> dict:
     dense, calibration, evaluation, own = domains(**which)
     pruned, before = pruned_on(prune, **which)
     fitted = copy.deepcopy(pruned)
-    config = recon.ReconstructionConfig(granularity="block", epochs=epochs)
+    config = recon.ReconstructionConfig(granularity="block", first_position="skipped", epochs=epochs)
     recon.reconstruct(fitted, dense, calibration[fit], config, seed=which["seed"], execution=QUIET)
     return {"dense": own, "pruned": before, "reconstructed": per_window(fitted, evaluation)}
 

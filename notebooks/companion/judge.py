@@ -20,7 +20,7 @@ import yaml
 from companion import compare, files, tables
 from companion.article import article, render, settings
 from companion.compare import CLOSE, MARGIN, SEEDS, Evidence
-from companion.frame import DEFAULTS, RECIPE_WORDS, SEARCH, load, protocol_words
+from companion.frame import DEFAULTS, RECIPE_WORDS, RECIPES, SEARCH, load, protocol_words
 from companion.publish import ROOT, gallery
 
 HOLDS, FAILS, UNSURE, UNTESTABLE, NOT_RUN = "holds", "does not hold here", "not enough evidence", "not testable here", "not run"
@@ -105,7 +105,7 @@ def judge(
         kind = claim["measure"], *shared
         if kind not in cached:
             cached[kind] = compare.studies(ladder if claim["test"] == "trend" and len(ladder) else runs, *kind)
-        scopes = [each for each in cached[kind] if each[0][2] == claim.get("recipe", each[0][2])]
+        scopes = [each for each in cached[kind] if each[0][2] in claim.get("recipes", RECIPES)]
         found = [(scope, _most(groups, claim, profile)) for scope, groups in scopes]
         mine = [verdict(claim, *scope, evidence, profile) for scope, evidence in found if evidence]
         verdicts += mine or ([_row(claim, NOT_RUN, "no records")] if not claim["optional"] else [])
@@ -261,7 +261,8 @@ def effect_words(row: pd.Series) -> str:
 
 
 def _place(row: pd.Series) -> str:
-    recipe, older = "the paper's recipe" * (row["recipe"] == "paper"), OLDER * bool(row["older"])
+    recipe = RECIPE_WORDS[row["recipe"]] if row["recipe"] not in ("", "default") else ""
+    older = OLDER * bool(row["older"])
     return ", ".join(part for part in (row["model"], row["pattern"], recipe, older) if part)
 
 

@@ -236,7 +236,8 @@ def fitted(
     pruned = thinned(pruned, dynamic) if dynamic else pruned
     # A window makes a step for each sample, unless it is told otherwise; none is rolled back. First pixels are like any other.
     usual = {"chunks": 1, "batch_size": 4, "epochs": 4, "size_power": 0.0, "matrix_rate": 1.0, "roll_back": False}
-    config = recon.ReconstructionConfig(**usual | {"skip_first": not isinstance(dense, Reader)} | reconstruction)
+    usual["first_position"] = "full" if isinstance(dense, Reader) else "skipped"
+    config = recon.ReconstructionConfig(**usual | reconstruction)
     fit = copy.deepcopy(pruned)
     recon.reconstruct(fit, dense, read, config, seed=seed, execution=inside.QUIET)
     fit.load_state_dict(kept, strict=False)

@@ -25,9 +25,10 @@ from torch.nn import functional as F
 from recon.kernels.moments import add_moments, parts
 
 ELEMENTS = 2**19  # logits in float32 at once: they stay in a CPU core's cache
-# Positions at the start of each sample that losses and errors leave out. Models park attention on the first token, whichever it
-# is: its activations are massive, hardly depend on the text, and would decide the variance of the channels that they are in.
+# Positions at the start of each sample that variances and errors leave out. Models park attention on the first token, whichever
+# it is: its activations are massive, hardly depend on the text, and would decide the variance of the channels that they are in.
 FIRST = 1
+POSITIONS = ("scaled", "skipped", "full")  # what they count for in a loss; see `position_weights`
 
 
 def whitened(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
@@ -64,12 +65,20 @@ def channel_variance(targets: Tensor) -> Tensor:
     return total[1].clamp_min(max(1e-6 * total[1].median().item(), 1e-30))
 
 
-def position_weights(samples: int, length: int, device: torch.device | None = None, skip: bool = True) -> Tensor:
-    """Weights (samples, length) with which the mean over tokens leaves out the first position of each sample, if `skip`."""
-    first = FIRST * skip
-    weights = torch.full((samples, length), length / (length - first), device=device)
-    weights[:, :first] = 0.0
-    return weights
+def position_weights(first: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor], targets: Tensor, variance: Tensor) -> Tensor:
+    """Weights (length,), of mean 1, of the positions of `targets` (samples, length, ...) in the mean loss.
+
+    first: what the first position counts for. full: as much as any other. skipped: nothing. scaled: as much as if it were no
+        further from zero, by `loss`, than the others are on average. Skipped, whatever becomes of it passes unseen, and the
+        model no longer predicts what follows a single token.
+    """
+    weights = torch.ones(targets.shape[1], device=targets.device)
+    if first == "skipped":
+        weights[:FIRST] = 0.0
+    elif first == "scaled":
+        sizes = sum(loss(torch.zeros_like(each), each, variance) for each in targets.flatten(2))
+        weights[:FIRST] = (sizes[FIRST:].mean() / sizes[:FIRST].clamp_min(torch.finfo(sizes.dtype).tiny)).clamp_max(1.0)
+    return weights / weights.mean()
 
 
 def unexplained(output: Tensor, target: Tensor, variance: Tensor) -> float:

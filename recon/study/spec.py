@@ -14,7 +14,7 @@ from recon.kernels import criteria
 from recon.runtime.device import SAVED
 from recon.study.cluster import Ray, settings
 
-SCHEMA = 7  # part of every key; raise it when the meaning of a record's values, or a default, changes
+SCHEMA = 8  # part of every key; raise it when the meaning of a record's values, or a default, changes
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,12 @@ class RunSpec(Checked):
     def key(self) -> str:
         """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema.
 
-        Options at their defaults are left out, so that a new option does not disown old records.
+        Options at their defaults are left out, so that a new option does not disown old records, and so are those of a
+        reconstruction that is not asked for.
         """
         values = self.resolved().flat()
+        if not self.samples_by_phase["reconstruct"]:
+            values |= {name: _defaults()[name] for name in vars(self.reconstruction).keys() - {"granularity"}}
         values |= {name: 0 for name in ("prune_samples", "retrain_samples") if values[name] == values["samples"]}  # says the same
         given = {name: value for name, value in values.items() if value != _defaults()[name]}
         return hashlib.sha256(json.dumps({"spec": given, **self.sources()}, sort_keys=True).encode()).hexdigest()[:16]

@@ -24,7 +24,7 @@ def test_networks_that_read_images_are_pruned_and_reconstructed_as_models_of_tex
     assert torch.equal(decoder.logits(IMAGES, hidden), dense(IMAGES).logits)
     assert [window.half for window in decoder.windows("half-block")] == ["attention", "mlp"] * 4
     masks = recon.prune(model, IMAGES, recon.PruningConfig(pattern="0.5"), execution=FLOAT32).masks
-    config = recon.ReconstructionConfig(granularity="matrix", skip_first=False, epochs=8)
+    config = recon.ReconstructionConfig(granularity="matrix", first_position="full", epochs=8)
     reports = recon.reconstruct(model, dense, IMAGES, config, masks=masks, execution=FLOAT32)
     assert len(reports) == len(decoder.matrices()) and {each.status for each in reports} == {"reconstructed"}
     assert all(each.error_after["calibration"] < each.error_before["calibration"] for each in reports)

@@ -43,8 +43,21 @@ def test_unexplained_is_a_share_of_the_variance_and_the_first_position_does_not_
     assert unexplained(targets, targets, variance) == 0
     assert unexplained(mean, targets, variance) == pytest.approx(1, rel=1e-4)
     assert unexplained((mean + targets) / 2, targets, variance) == pytest.approx(1 / 4, rel=1e-4)
-    weights = losses.position_weights(2, 5)
-    assert not weights[:, 0].any() and weights.mean() == 1 and len(weights[:, 1:].unique()) == 1
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES.values(), ids=losses.LOSSES)
+@pytest.mark.parametrize("size", [100.0, 0.5, 0.0])
+def test_the_first_position_counts_as_much_as_others_however_large_it_is(loss, size):
+    random = torch.Generator().manual_seed(0)
+    targets = torch.randn(3, 9, 6, generator=random)
+    targets[:, 0] *= size
+    variance = channel_variance(targets)
+    whole = {first: losses.position_weights(first, loss, targets, variance) for first in losses.POSITIONS}
+    assert all(weights.mean().item() == pytest.approx(1) and len(weights[1:].unique()) == 1 for weights in whole.values())
+    share = {first: (weights[0] / weights[1]).item() for first, weights in whole.items()}
+    sizes = loss(torch.zeros_like(targets), targets, variance).mean(0)
+    smaller = min(1.0, (sizes[1:].mean() / sizes[0]).item()) if sizes[0] else 1.0
+    assert share == {"full": 1.0, "skipped": 0.0, "scaled": pytest.approx(smaller)}
 
 
 @pytest.mark.parametrize("elements", [1, 50, 170, 2**20])  # one row at a time, several, all; the last part is shorter

@@ -276,14 +276,16 @@ def test_nothing_is_fitted_on_held_out_samples(made, pruned, tokens, granularity
     assert same(state(one), state(other))
 
 
-@pytest.mark.parametrize("position, skip_first, counts", [(0, True, False), (0, False, True), (3, True, True)])
-def test_the_first_position_of_samples_alone_is_skipped(dense, pruned, tokens, position, skip_first, counts):
-    """A target there changes nothing, unless it is asked for; 3 is the first position of the second chunk."""
+@pytest.mark.parametrize(
+    "position, first, counts", [(0, "skipped", False), (0, "full", True), (0, "scaled", True), (3, "skipped", True)]
+)
+def test_the_first_position_of_samples_alone_is_skipped(dense, pruned, tokens, position, first, counts):
+    """A target there changes nothing, if it is to be skipped; 3 is the first position of the second chunk."""
     found = []
     for shift in (0.0, 1.0):
         student, change = pruned(), torch.full((4, 1, 32), shift)
         execution = looking([], lambda number, X, Y, by=change: (X, Y.index_add(1, torch.tensor([position]), by)))
-        run(student, dense, tokens(4, 12), propagation="dense", skip_first=skip_first, epochs=1, execution=execution)
+        run(student, dense, tokens(4, 12), propagation="dense", first_position=first, epochs=1, execution=execution)
         found.append(student.model.get_parameter("model.layers.0.mlp.up_proj.weight"))
     assert torch.equal(*found) != counts
 
