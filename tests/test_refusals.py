@@ -33,7 +33,7 @@ PATTERNS = ("1", "-0.1", "4:2", "2:2", "0:0", "2:4:8", "-2:4", "2.0:4", "half", 
     *(("roll_back", wrong, "True, False") for wrong in (1, "True", None)),
     *(("evaluation_texts", wrong, "a list of names") for wrong in (1, None, (1,))),
     ("revision", 3, "text, None"), ("model", None, "text"),
-    ("preset", "quick", "fast, default, best, distil, paper, ebft, 3basil-tm"),
+    ("preset", "quick", "fast, default, first-skipped, best, distil, paper, ebft, 3basil-tm"),
     *(("granularity", wrong, "half-block, block, quarter, model, <k>-blocks") for wrong in GRANULARITIES),
     *(("pattern", wrong, "a sparsity from 0") for wrong in PATTERNS),
 ])  # fmt: skip

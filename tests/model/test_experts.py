@@ -143,13 +143,14 @@ def test_exact_solutions_lower_the_error_of_each_expert(made):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_an_expert_that_no_token_but_the_first_is_sent_to_is_left_alone(made, seed):
-    """With one of the seeds an expert gets none at all, with the other one gets the first, which losses leave out."""
+    """With one of the seeds an expert gets none at all, with the other one gets the first, which the loss skips."""
     dense, student, tokens = made("mixtral"), copied(made("mixtral")), random_tokens(1, 3, seed)
     masks = prune(student, config=PruningConfig(criterion="magnitude"), execution=FLOAT32).masks
     before = {name: matrix.weight.clone() for name, matrix in student.matrices().items()}
     first = slow_inputs(dense, 0, tokens[:, :1])
     sent = {name for name, x in slow_inputs(dense, 0, tokens).items() if len(x) > len(first[name])}
-    reconstruct(student, dense, tokens, ReconstructionConfig(propagation="dense", epochs=1), masks=masks, execution=FLOAT32)
+    how = ReconstructionConfig(propagation="dense", first_position="skipped", epochs=1)
+    reconstruct(student, dense, tokens, how, masks=masks, execution=FLOAT32)
     names = experts_of(student, 0)
     assert 0 < len(sent) < len(names)
     assert all(torch.equal(matrix.weight, before[name]) == (name not in sent) for name, matrix in names.items())
