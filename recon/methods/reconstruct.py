@@ -40,7 +40,7 @@ from recon.runtime.seeds import generator
 
 log = logging.getLogger("recon")
 
-TOKENS = 2**17  # that tell the variance of channels, and the size of positions
+TOKENS = 2**17  # that tell the variance of channels
 # What became of a window, beside `NOT_FINITE`. Rolled back: its weights are those that pruning left.
 RECONSTRUCTED, GREW = "reconstructed", "rolled back: error grew"
 
@@ -182,7 +182,7 @@ class Reconstruction:
         statistics: of what its matrices read, by matrix name; Gram matrices if they are solved exactly.
         """
         config, theta = self.config, self.student.trained(f, self.config.train)
-        variance = channel_variance(Y[: self._told(Y)])  # sigma^2
+        variance = channel_variance(Y[: min(-(-TOKENS // Y.shape[1]), self.count)])  # sigma^2
         pruned = {name: self.execution.storage.empty(p.shape, p.dtype).copy_(p.detach()) for name, p in theta.items()}
         before, count, losses, batch = self._error(f, X, Y, variance), sum(p.numel() for p in theta.values()), [], 0
         if self.exact:
@@ -209,10 +209,6 @@ class Reconstruction:
         return WindowReport(**noted)
 
     # --- one window -------------------------------------------------------------------------------------------------
-
-    def _told(self, Y: Tensor) -> int:
-        """How many calibration samples tell the sizes of targets."""
-        return min(-(-TOKENS // Y.shape[1]), self.count)
 
     def _error(self, f: Window, X: Tensor, Y: Tensor, variance: Tensor) -> dict[str, float]:
         """The error of f(X) on held-out samples or, if there are none, on the first calibration samples."""
@@ -251,12 +247,12 @@ class Reconstruction:
         self, f: Window, X: Tensor, Y: Tensor, variance: Tensor, theta: dict[str, nn.Parameter]
     ) -> tuple[int, list[float]]:
         """Trains the window by gradient descent on calibration samples; returns how many elements, and the loss of each step."""
-        config, count, length = self.config, self.count, X.shape[1]
-        weights = position_weights(config.first_position, LOSSES[config.loss], Y[: self._told(Y)], variance)
+        config, count, length, distance = self.config, self.count, X.shape[1], LOSSES[self.config.loss]
+        weights = position_weights(config.first_position, distance, Y[:count], variance)
         data = [X[:count], Y[:count], weights.expand(count, -1)]
         chunks = config.chunks_of(f, length)  # more steps at the same work, where tokens are not mixed
         data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
-        distance, variance = LOSSES[config.loss], variance.to(self.execution.device)
+        variance = variance.to(self.execution.device)
 
         def loss(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
             with self.execution.autocast():
