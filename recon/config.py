@@ -29,7 +29,8 @@ _PUBLISHED = {
     "chunks": 1, "roll_back": False,
 }  # fmt: skip
 # Recipes: options that are set where they are at their defaults. fast, default, best, distil differ in the time they take on the
-# same samples. The others are published, as their code has them; each reads text of the run's choice, as much as the run says.
+# same samples; first-skipped is an earlier default. The others are published, as their code has them; each reads text of the
+# run's choice, as much as the run says.
 PRESETS: dict[str, dict] = {
     "fast": {"propagation": "dense", "batch_size": 2},
     "default": {},

@@ -145,8 +145,8 @@ class RunSpec(Checked):
         reconstruction that is not asked for.
         """
         values = self.resolved().flat()
-        if not self.samples_by_phase["reconstruct"]:
-            values |= {name: _defaults()[name] for name in vars(self.reconstruction).keys() - {"granularity"}}
+        if self.reconstruction.granularity == "none":
+            values |= vars(config.ReconstructionConfig("none"))
         values |= {name: 0 for name in ("prune_samples", "retrain_samples") if values[name] == values["samples"]}  # says the same
         given = {name: value for name, value in values.items() if value != _defaults()[name]}
         return hashlib.sha256(json.dumps({"spec": given, **self.sources()}, sort_keys=True).encode()).hexdigest()[:16]

@@ -90,3 +90,5 @@ def test_options_at_their_defaults_are_left_out_of_the_key(spec):
     values["model"] = spec.model.model
     expected = hashlib.sha256(json.dumps({"spec": values, **files}, sort_keys=True).encode()).hexdigest()[:16]
     assert spec.key() == expected
+    pruned = spec.replaced(granularity="none")
+    assert pruned.key() == pruned.replaced(propagation="dense", epochs=3).key() != pruned.replaced(retrain_epochs=3).key()
