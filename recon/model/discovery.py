@@ -58,15 +58,19 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
 
 
 def find_blocks(decoder: Decoder, within: str = "") -> str:
-    """Path of the `nn.ModuleList` in the module at `within` with the most parameters whose members run; in a skeleton, all do.
+    """Path of the `nn.ModuleList` in the module at `within` with the most parameters whose members run.
 
     Raises `ReconError` if the model does not run, or the members do not run once each; names the lists there are.
     """
     model, kind = decoder.model, type(decoder.model).__name__
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(within))
     lists = {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}
-    ran = Counter({name: len(children) for name, children in lists.items()} if decoder.lazy else ())
-    children = {(name, index): child for name, children in lists.items() for index, child in enumerate(children)}
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
+    children, ran = {(name, index): child for name, children in lists.items() for index, child in enumerate(children)}, Counter()
+    by_size = sorted(sizes, key=sizes.get, reverse=True)
+    for name in by_size if decoder.lazy else ():  # weights stay on disk, so a pass ends where blocks begin, if text gets there
+        if within or Decoder(model, Structure((name,)), decoder.lazy).observe(probe_tokens(model), 0):
+            return name
     with watched(children, lambda key, args, kwargs: ran.update([key[0]])):
         try:
             if lists and not decoder.lazy:
@@ -74,8 +78,7 @@ def find_blocks(decoder: Decoder, within: str = "") -> str:
         except Exception as error:  # a model may raise anything if it needs more than text
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             raise ReconError(f"{kind} does not run on tokens alone ({said}); models of text are supported") from error
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items() if ran[name]}
-    path = max(sizes, key=sizes.get, default=None)
+    path = next((name for name in by_size if ran[name]), None)
     if path is None or ran[path] != len(lists[path]):
         known = "; ".join(f"{name!r}, {len(children)} modules, run {ran[name]} times" for name, children in lists.items())
         asked = "its blocks have to be a torch.nn.ModuleList, and each of its blocks has to run once in a forward pass"

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recon import ReconError, decompose
 from recon.model.modules import distance
+from recon.model.skeleton import Lazy
 from recon.model.windows import Window, partition
 
 # How many matrices share an input, group by group, as they run through the first block; [3, 1, 2, 1] for all others. Some have an
@@ -166,3 +167,4 @@ def test_what_does_not_run_is_passed_over_or_stays_dense(tiny, caplog):
     decoder = decompose(model)
     assert decoder.structure.stacks == ("model.layers",) and set(decoder.matrices()) == expected
     assert "1 matrices of LlamaForCausalLM" in caplog.text and "model.layers.1.mlp.spare" in caplog.text
+    assert decompose(model, lazy=Lazy(model, lambda names: iter(()))).structure.stacks == ("model.layers",)
