@@ -629,7 +629,8 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
             words = f"{MARKS[row['verdict']]}  {effect_words(row).removesuffix(row['unit'])}"
             beside(ax, words, (1, place), (6, 0), xycoords=("axes fraction", "data"), fontsize=7)
         names = group["short"] + "  ·  " + group["model"] + " " + group["pattern"]
-        names += np.where(group["recipe"] == "paper", ", paper's recipe", "") + np.where(group["older"], " †", "").astype(object)
+        names += group["recipe"].map(lambda recipe: "" if recipe in ("", "default") else f", {RECIPE_WORDS[recipe]}")
+        names += group["older"].map({True: " †", False: ""})
         ax.set_yticks(range(len(group)), names, fontsize=7)
         ax.set_ylim(len(group) - 0.4, -0.6)
         ax.set_xlabel(_AXES[name], fontsize=8)
