@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from companion.compare import CLOSE, MARGIN, SEEDS, common, interval, paired
 from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS
-from companion.judge import FAILS, HOLDS, MARKS, RATIOS, UNSURE, central, effect_words, in_short
+from companion.judge import FAILS, HOLDS, MARKS, OLDER, RATIOS, UNSURE, central, effect_words, found_in, in_short
 from companion.publish import log_scale, look, looks, lower_is_better, number
 
 Plot = tuple[Figure, pd.DataFrame, str]
@@ -628,9 +628,7 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
             ax.plot(row["effect"], place, color=colour, marker=shape, markersize=5.5, markerfacecolor=face)
             words = f"{MARKS[row['verdict']]}  {effect_words(row).removesuffix(row['unit'])}"
             beside(ax, words, (1, place), (6, 0), xycoords=("axes fraction", "data"), fontsize=7)
-        names = group["short"] + "  ·  " + group["model"] + " " + group["pattern"]
-        names += group["recipe"].map(lambda recipe: "" if recipe in ("", "default") else f", {RECIPE_WORDS[recipe]}")
-        names += group["older"].map({True: " †", False: ""})
+        names = [f"{row['short']}  ·  {found_in(row).replace(f', {OLDER}', ' †')}" for _, row in group.iterrows()]
         ax.set_yticks(range(len(group)), names, fontsize=7)
         ax.set_ylim(len(group) - 0.4, -0.6)
         ax.set_xlabel(_AXES[name], fontsize=8)

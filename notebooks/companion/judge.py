@@ -260,7 +260,8 @@ def effect_words(row: pd.Series) -> str:
     return f"{row['bound']} {'?' if math.isnan(row['effect']) else effect} [{low}, {high}] {row['unit']}".strip()
 
 
-def _place(row: pd.Series) -> str:
+def found_in(row: pd.Series) -> str:
+    """Where a verdict was found: model, pattern, recipe unless it is the default, and whether the protocol is an older one."""
     recipe = RECIPE_WORDS[row["recipe"]] if row["recipe"] not in ("", "default") else ""
     older = OLDER * bool(row["older"])
     return ", ".join(part for part in (row["model"], row["pattern"], recipe, older) if part)
@@ -283,7 +284,7 @@ def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.sty
     for group in groups:
         mine, about = _counting(verdicts[verdicts["group"] == group]), GROUPS[group]
         first = [row for _, row in mine.drop_duplicates("verdict").iterrows()]
-        why = [f"{MARKS[v['verdict']]} {v['statement']} ({_place(v)}): {effect_words(v)}; {v['reason']}" for v in first]
+        why = [f"{MARKS[v['verdict']]} {v['statement']} ({found_in(v)}): {effect_words(v)}; {v['reason']}" for v in first]
         paper = f"{about['title']} ({about['source']})"
         rows.append(
             {"paper": paper, "here": _counted(mine) or "no records yet", "why": "\n".join([*why, about.get("remark", "")])}
@@ -317,7 +318,7 @@ def page(verdicts: pd.DataFrame) -> str:
         records = {protocol: len(set().union(*keys)) for protocol, keys in used}
         numbers = {protocol: number for number, protocol in enumerate(records, 1)}
         rows = [
-            (f"{MARKS[v['verdict']]} {v['verdict']}", v["statement"], v["comparison"], _place(v), effect_words(v),
+            (f"{MARKS[v['verdict']]} {v['verdict']}", v["statement"], v["comparison"], found_in(v), effect_words(v),
              v["seeds"] or "", v["reason"], numbers.get(v["protocol"], "")) for _, v in mine.iterrows()
         ]  # fmt: skip
         about = {"remark": ""} | GROUPS[group] | {"group": group, "table": "\n".join(tables.markdown(header, rows))}
@@ -391,7 +392,7 @@ def summary(verdicts: pd.DataFrame) -> str:
     rows = []
     for group, mine in _counting(verdicts[~verdicts["optional"]]).groupby("group", sort=False):
         first = mine.iloc[0]
-        place = f"{_place(first)}; seeds: {first['seeds']}"
+        place = f"{found_in(first)}; seeds: {first['seeds']}"
         example = f"{MARKS[first['verdict']]} {first['statement']}: {effect_words(first) or first['reason']} ({place})"
         rows.append((CLAIMS.get(group, "also"), GROUPS[group]["title"], _counted(mine), example))
     rows.sort(key=lambda row: row[0])
@@ -418,7 +419,7 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
         minutes = f"{sum(seconds[key] for key in v['keys']) / 60:.0f} min"
         effect, _, interval = effect_words(v).partition(" [")
         effect += f" {v['unit']}" * bool(interval)
-        rows.append((v["statement"], _place(v), v["notebook"], effect, MARKS[v["verdict"]], minutes))
+        rows.append((v["statement"], found_in(v), v["notebook"], effect, MARKS[v["verdict"]], minutes))
     header = "claim", "model, pattern", "notebook", "expected", "verdict", "time"
     return "\n".join([" ".join(said), "", *tables.markdown(header, rows)])
 

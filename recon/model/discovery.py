@@ -51,8 +51,8 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
     draft = kind(model, lazy=lazy)
     owners = (model.get_encoder(), model.get_decoder()) if kind is EncoderDecoder else (model,)
     paths = {module: name for name, module in model.named_modules()}
-    draft.structure = Structure(tuple(find_blocks(draft, paths[owner]) for owner in owners))
     with torch.no_grad():
+        draft.structure = Structure(tuple(find_blocks(draft, paths[owner]) for owner in owners))
         _find_structure(draft)
     return kind(model, draft.structure, lazy)
 
@@ -65,10 +65,9 @@ def find_blocks(decoder: Decoder, within: str = "") -> str:
     model, kind = decoder.model, type(decoder.model).__name__
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(within))
     lists = {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
+    by_size = sorted(lists, key=lambda name: sum(map(Tensor.numel, lists[name].parameters())), reverse=True)
     children, ran = {(name, index): child for name, children in lists.items() for index, child in enumerate(children)}, Counter()
-    by_size = sorted(sizes, key=sizes.get, reverse=True)
-    for name in by_size if decoder.lazy else ():  # weights stay on disk, so a pass ends where blocks begin, if text gets there
+    for name in by_size if decoder.lazy else ():  # weights stay on disk: the pass ends where a list begins, if text gets there
         if within or Decoder(model, Structure((name,)), decoder.lazy).observe(probe_tokens(model), 0):
             return name
     with watched(children, lambda key, args, kwargs: ran.update([key[0]])):
