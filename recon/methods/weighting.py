@@ -10,12 +10,16 @@ Van der Ouderaa et al., "The LLM Surgeon" (ICLR 2024, arXiv 2312.17244); for qua
 arXiv 2505.07004).
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from recon.kernels.losses import negative_log_likelihood
+from recon.model import experts
 from recon.model.decoder import Decoder
+from recon.model.experts import FusedProducts
 from recon.model.modules import watched
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
@@ -28,7 +32,8 @@ TOKENS, SLICE = 2048, 256  # that tell the weights, or one sample if that is mor
 def row_weights(decoder: Decoder, samples: Tensor, seed: int, execution: Execution) -> dict[str, Tensor]:
     """Weights of rows by matrix name, (out,), above 0, their mean about 1; in one pass back through the blocks of a dense model.
 
-    samples: calibration tokens (samples, length). Experts that are parts of one parameter have no weights: their rows are alike.
+    samples: calibration tokens (samples, length). A matrix that no prediction depends on, such as an expert's that no token is
+        sent to, has none.
     """
     if execution.storage.finished("weigh"):
         return dict(execution.storage.tensors("weigh"))
@@ -73,16 +78,20 @@ def _through(decoder: Decoder, block: Window, stream: Tensor, slopes: Tensor, ex
     """Goes back through `block`, which reads `stream`: `slopes` (samples, length, hidden), by what it gives, become those by what
     it reads. Returns the sum over tokens of squared slopes by what each row of its matrices gives, (out,), by matrix name."""
     squares: dict[str, Tensor] = {}
-    given: dict[str, Tensor] = {}
-    modules = {name: each.module for name, each in decoder.matrices(block).items() if each.expert is None}
-    watching = watched(modules, after=lambda name, args, kwargs, output: given.update({name: output}))
-    with execution.holding(decoder, block), watching:
+    given: list[tuple[list[str], Tensor]] = []  # by matrices that are multiplied together
+    matrices = decoder.matrices(block)
+    modules = {name: each.module for name, each in matrices.items() if each.expert is None}
+    watching = watched(modules, after=lambda name, args, kwargs, output: given.append(([name], output)))
+    fused = FusedProducts(experts.fused(matrices), gave=lambda names, output: given.append((names, output)))
+    with execution.holding(decoder, block), watching, fused if fused.parameters else nullcontext():
         for index, (read, slope) in enumerate(execution.batches([stream, slopes], [[sample] for sample in range(len(stream))])):
             given.clear()
             with execution.autocast():
                 output = decoder.forward(block, read.requires_grad_())
-            by_read, *by_given = torch.autograd.grad(output, [read, *given.values()], slope.to(output), materialize_grads=True)
-            slopes[index] = by_read[0]
-            for name, each in zip(given, by_given):
-                squares[name] = squares.get(name, 0.0) + each.float().flatten(0, -2).square().sum(0).to(decoder.device)
+            to = [read, *(each for _, each in given)]
+            slopes[index], *by_given = torch.autograd.grad(output, to, slope.to(output), materialize_grads=True)
+            for (names, _), each in zip(given, by_given):
+                found = each.float().square().reshape(len(names), -1, each.shape[-1]).sum(1).to(decoder.device)
+                for name, own in zip(names, found):
+                    squares[name] = squares.get(name, 0.0) + own
     return squares

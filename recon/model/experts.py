@@ -32,6 +32,8 @@ class FusedProducts(TorchFunctionMode):
 
     parameters: dict[str, nn.Parameter]  # by name, those to look out for
     see: Callable[[Product], None] = lambda product: None  # called before each product with one expert's matrix
+    # Called with what a product gives, (tokens, out) or, of several experts, (experts, tokens, out), and their names.
+    gave: Callable[[list[str], Tensor], None] = lambda names, output: None
     # By matrix name, what those that are multiplied alone are multiplied as instead, laid out as in the parameter.
     use: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -41,16 +43,20 @@ class FusedProducts(TorchFunctionMode):
     )
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        at, out_by_in = self.FUNCTIONS.get(function, (len(args), False))
+        (at, out_by_in), names = self.FUNCTIONS.get(function, (len(args), False)), []
         if at < len(args):
             args = list(args)
             for name, parameter in self.parameters.items():
                 for product in _products(name, parameter, args[at - 1].detach(), args[at], out_by_in):
                     self.see(product)
+                    names.append(product.name)
                     if product.alone and product.name in self.use:
                         other = self.use[product.name]
                         args[at] = other.T if product.transposed == out_by_in else other
-        return function(*args, **(kwargs or {}))
+        output = function(*args, **(kwargs or {}))
+        if names:
+            self.gave(names, output)
+        return output
 
 
 def _products(name: str, parameter: nn.Parameter, x: Tensor, matrix: Tensor, out_by_in: bool) -> Iterator[Product]:
