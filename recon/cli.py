@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recon").setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["reconstruct"]:  # whose model is called dense
+    if arguments[:1] in (["reconstruct"], ["plan"]):  # whose model may be called dense
         names = {"--dense": "--model", "--dense-revision": "--revision"}
         arguments = ["".join((names.get(flag, flag), *rest)) for flag, *rest in (word.partition("=") for word in arguments)]
     known = run, reconstruct, plan, shrink, pack, unpack, models, criteria, presets, assets, bench

@@ -28,11 +28,11 @@ _PUBLISHED = {
     "loss": "mse", "first_position": "full", "train": "all", "rate": "absolute", "size_power": 0.0, "matrix_rate": 1.0,
     "chunks": 1, "roll_back": False,
 }  # fmt: skip
-# Recipes: options that are set where they are at their defaults. fast, default, best, distil differ in the time they take on the
-# same samples; first-skipped is an earlier default. The others are published, as their code has them; each reads text of the
+# Recipes: options that are set where they are at their defaults. fast, default, best, distil differ in the time they take;
+# first-skipped is an earlier default. The others are published, as their code has them; each reads text of the
 # run's choice, as much as the run says.
 PRESETS: dict[str, dict] = {
-    "fast": {"propagation": "dense", "batch_size": 2},
+    "fast": {"samples": 16},
     "default": {},
     "first-skipped": {"first_position": "skipped"},
     "best": {"start": "exact", "exact_iterations": 4, "epochs": 2},
@@ -56,7 +56,7 @@ PRESETS: dict[str, dict] = {
     "wanda++": {"criterion": "wanda++", "statistics": "sparse", "granularity": "none"},
 }  # fmt: skip
 SOURCES = {
-    "fast": "inputs from the dense model, which saves a pass; steps of two samples",
+    "fast": "a quarter of the samples, in a quarter of the time: at equal time, fewer samples did better than cheaper steps",
     "default": "the defaults of this library",
     "first-skipped": "the default before December 2026, which many records here run: samples' first positions count for nothing",
     "best": "begins from masked least squares, passes over the samples twice",

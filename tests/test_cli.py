@@ -39,6 +39,8 @@ def test_reconstruct_reads_the_mask_of_a_pruned_model(small, tmp_path, capsys):
     spec = json.loads(record.read_text())["spec"]
     assert (spec["model"], spec["pruned"], spec["granularity"], spec["samples"]) == (model, str(pruned), "block", 8)
     assert "pattern of the mask: 0.5" in capsys.readouterr().out
+    main(["plan", "--dense", model, "--pruned", str(pruned), *rest])
+    assert "fits" in capsys.readouterr().out
 
 
 def test_lists_name_everything(capsys):

@@ -555,9 +555,8 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
     wide = data.pivot(index=["model", "pattern", "mask"], columns="way", values="difference").reindex(columns=ways).dropna()
     paid = wide[wide[ways[0]] > least]
     kept = (paid[ways[1]] / paid[ways[0]]).groupby("pattern", sort=False)
-    words = ", ".join(f"{own.median():.0%} ({pattern}, gains: {len(own)})" for pattern, own in kept) or "no mask gains as much"
-    gain = f"what a mask gains over {baseline} before reconstruction, if more than {least:g} nats"
-    return figure, data, f"Of {gain}, this is left after it (median; below 0: it loses): {words}."
+    words = ", ".join(f"{own.median():.0%} ({pattern}, gains: {len(own)})" for pattern, own in kept) or "there are none"
+    return figure, data, f"Of gains over {baseline} above {least:g} nats, reconstruction leaves (median; below 0: loss): {words}."
 
 
 def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:

@@ -178,14 +178,15 @@ def _idle(name: str, spec: dict) -> bool:
 
 
 def seeds(runs: pd.DataFrame, by: str) -> str:
-    """Which seeds the values of the column `by` were run with: "seeds 0, 1, 2 (0 for lora, norms)"; of five or more, how many."""
+    """Which seeds the values of the column `by` had: "seeds 0, 1, 2 (lora, norms: seed 0)"; of five or more values, how many."""
     groups: dict[str, list[str]] = {}
     for name, own in runs.groupby(by, sort=False)["seed"]:
         groups.setdefault(", ".join(map(str, sorted(set(own)))), []).append(str(name))
     most = max(groups, key=lambda words: (len(groups[words]) * len(words), len(words)))
     few = {words: ", ".join(names) if len(names) < 5 else f"{len(names)} others" for words, names in groups.items()}
-    others = [f"{words} for {names}" for words, names in few.items() if words != most]
-    return f"seed{'s' * (',' in most)} {most}" + (f" ({'; '.join(others)})" if others else "")
+    said = {words: f"seed{'s' * (',' in words)} {words}" for words in groups}
+    others = [f"{names}: {said[words]}" for words, names in few.items() if words != most]
+    return said[most] + (f" ({'; '.join(others)})" if others else "")
 
 
 def protocol(runs: pd.DataFrame) -> str:
@@ -206,7 +207,8 @@ def protocol_words(runs: pd.DataFrame) -> str:
     """What runs of one protocol read, and what they were evaluated on."""
     fitted = runs[runs["granularity"] != "none"]
     first, counts = runs.iloc[0], sorted({*fitted["samples"], *runs["trained"]})
-    alike = [f"{values[0]} {name}" for name in ("propagation", "loss") if len(values := fitted[name].unique()) == 1]
+    names = {"propagation": "{} propagation", "loss": "{} loss", "first_position": "first positions {}"}
+    alike = [said.format(values[0]) for name, said in names.items() if len(values := fitted[name].unique()) == 1]
     cut = f" ({first['evaluation_protocol']})" * (first["evaluation_protocol"] != DEFAULTS["evaluation_protocol"])
     samples = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return ", ".join([

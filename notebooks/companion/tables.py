@@ -76,7 +76,8 @@ def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         if criteria:  # of one size of window there may be more seeds than of the others
             units = common(*(side for _, side in sides))
             sides = [(row, side[side.index.isin(units)]) for row, side in sides]
-        panel, used = place * (len(measures) > 1), used + [side.reset_index() for _, side in sides]
+        panel = place * (len(measures) > 1)
+        used += [side.reset_index().assign(panel=panel) for _, side in sides]
         marks = [(state, sides[0][1], state) for state in ("dense", "pruned")[: 2 - criteria]]
         states = ("pruned", "reconstructed")[1 - criteria :]
         marks += [(row + f", {state}" * criteria, side, state) for row, side in sides for state in states]
@@ -106,16 +107,16 @@ def texts(runs: pd.DataFrame, older: Container[str] = ()) -> dict[str, str]:
         caption += f"column, of {SEEDS} seeds or more; runs of one seed are pairs, so verdicts tell more. {protocol(used)}"
         told = " Paper: of its own models, from a summary of it; its tables could not be read here."
         caption += told * any(table == name for table, _ in PAPER)
-        caption += f" {OLDER_WORDS}" * any(key in older for key in used["key"])
         page, tex = [f"# {title}"], []
+        dated = {panel: f" {OLDER_WORDS}" * any(key in older for key in own["key"]) for panel, own in used.groupby("panel")}
         for panel, part in data.groupby("panel", sort=False):
             shown = _words(part, name, "**{}**")
             rows = [[row, *line] for row, line in zip(shown.index, shown.to_numpy())]
-            page += ["", f"**{panel}**"] * bool(panel) + ["", *markdown(["", *shown.columns], rows)]
+            page += ["", f"**{panel}**{dated[panel]}"] * bool(panel) + ["", *markdown(["", *shown.columns], rows)]
             plain = _words(part, name, r"\textbf{{{}}}").rename(index=_escaped, columns=_escaped).map(_escaped)
-            said = _escaped(". ".join(filter(None, (title, panel, caption))))
+            said = _escaped(". ".join(filter(None, (title, panel, caption))) + dated[panel])
             tex.append(plain.style.to_latex(hrules=True, caption=said, label=f"tab:{name}{len(tex) or ''}"))
-        files |= {f"{name}.md": "\n".join([*page, "", caption]) + "\n", f"{name}.tex": "\n".join(tex)}
+        files |= {f"{name}.md": "\n".join([*page, "", caption + dated.get("", "")]) + "\n", f"{name}.tex": "\n".join(tex)}
         files[f"{name}.csv"] = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return files
 

@@ -24,7 +24,7 @@ def test_grid_has_every_combination(tiny_spec):
     wanted = [("block", 0), ("block", 1), ("model", 0), ("model", 1)]
     assert [(spec.reconstruction.granularity, spec.seed) for spec in specs] == wanted
     assert {spec.calibration.samples for spec in specs} == {4}
-    assert len(set(recon.grid(tiny_spec, preset=["fast"], propagation=["mixed", "dense"]))) == 2  # given values go first
+    assert len(set(recon.grid(tiny_spec, preset=["paper"], propagation=["mixed", "dense"]))) == 2  # given values go first
     with pytest.raises(recon.ReconError, match="unknown option 'sed'; allowed: model, revision"):
         recon.grid(tiny_spec, sed=[1])
 
