@@ -107,6 +107,14 @@ def test_runs_in_different_precisions_are_no_pairs_and_a_seed_counts_once():
     assert verdict_on("3", again + seeds() + matrices)["effect"] == verdict_on("3", seeds() + matrices)["effect"]
 
 
+@pytest.mark.parametrize("count, judged", [(3, {"default"}), (1, {"default", "first-skipped"})])
+def test_an_earlier_default_is_judged_until_todays_is(count, judged):
+    pairs = [seeds(share, n, granularity=size, first_position=first) for n, first in ((count, "scaled"), (3, "skipped"))
+             for share, size in ((0.4, "half-block"), (0.2, "matrix"))]  # fmt: skip
+    rows = judge.judge(frame.table([run for each in pairs for run in each]))
+    assert set(rows.loc[rows["claim"] == "3", "recipe"]) == judged
+
+
 def test_failed_runs_are_left_out_and_diverged_ones_prove_nothing():
     records = [*seeds(), *seeds(0.2, granularity="matrix"), {"status": "failed"}]
     assert verdict_on("3", records)["verdict"] == HOLDS
