@@ -73,7 +73,8 @@ def setting(options: dict, recipe: str = "default") -> str:
 
 def recipe_of(spec: dict) -> str:
     """The recipe that a spec (flat names) is nearest to: the fewest options differ that matter in its run, and then others."""
-    said = [name for name in (*METHOD, *TUNING, "statistics") if name not in RATES]
+    apart = {*RATES, *["first_position"] * (spec["granularity"] == "none")}  # by which both defaults are one
+    said = [name for name in (*METHOD, *TUNING, "statistics") if name not in apart]
     off = {recipe: [_idle(name, spec) for name in said if spec[name] != usual[name]] for recipe, usual in RECIPES.items()}
     return min(RECIPES, key=lambda recipe: (off[recipe].count(False), len(off[recipe])))
 
@@ -175,6 +176,12 @@ def _idle(name: str, spec: dict) -> bool:
         or (name.startswith("exact_") and "exact" not in (spec["solver"], spec["start"]))
         or (name.startswith("sparsegpt_") and spec["criterion"] != "sparsegpt")
     )
+
+
+def current(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` without those by the default before today's, of models that were reconstructed by today's."""
+    today = runs.loc[(runs["recipe"] == "default") & (runs["granularity"] != "none"), "model"]
+    return runs[(runs["recipe"] != "first-skipped") | ~runs["model"].isin(today)].copy()
 
 
 def seeds(runs: pd.DataFrame, by: str) -> str:

@@ -211,7 +211,7 @@ def test_answers_say_the_verdict_of_each_model_and_link_to_its_row(verdicts):
 
 def test_figures_that_are_not_drawn_are_named_with_their_command(verdicts, tmp_path):
     said = article.article(verdicts, pd.DataFrame({"model": ["m"], "dense": ["float32"]}), tmp_path, "counted", "in short")
-    parts = "`./run_all.sh laptop 1-granularity` draws it", "m (float32)", "KL divergence: in short"
+    parts = "`./run_all.sh laptop 1-granularity` draws it", "m (float32)", "by cost: in short"
     assert all(part in said for part in parts) and "{{" not in said
 
 
