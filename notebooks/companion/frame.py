@@ -179,9 +179,10 @@ def _idle(name: str, spec: dict) -> bool:
 
 
 def current(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` without those by the default before today's, of models that were reconstructed by today's."""
-    today = runs.loc[(runs["recipe"] == "default") & (runs["granularity"] != "none"), "model"]
-    return runs[(runs["recipe"] != "first-skipped") | ~runs["model"].isin(today)].copy()
+    """`runs` without those by the default before today's, of models and patterns that were reconstructed by today's."""
+    place = runs["model"] + " " + runs["pattern"]
+    today = place[(runs["recipe"] == "default") & (runs["granularity"] != "none")]
+    return runs[(runs["recipe"] != "first-skipped") | ~place.isin(today)].copy()
 
 
 def seeds(runs: pd.DataFrame, by: str) -> str:
