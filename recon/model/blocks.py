@@ -1,6 +1,7 @@
 """What is in blocks: matrices, found by watching one forward pass; halves, found by silencing children; what blocks share."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from recon.errors import ReconError
 from recon.model.decoder import Decoder
 from recon.model.experts import FusedProducts, Product
-from recon.model.modules import distance, first, placeholder_tokens, requiring_gradients, tolerance, watched
+from recon.model.modules import distance, first, placeholder_tokens, requiring_gradients, standard, tolerance, watched
 from recon.model.structure import Halves, Matrix
 
 
@@ -24,7 +25,7 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
     path, block, tokens = decoder.names[index], decoder.blocks[index], hidden.shape[:-1].numel()
     kind = type(block).__name__
     modules = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    fused = _fused_parameters(block)
+    fused = {name: parameter for name, parameter in block.named_parameters() if parameter.ndim >= 2 and not standard(block, name)}
     groups: list[list[str]] = []
     ran: dict[str, int] = {}  # number of tokens that each linear module read
     products: dict[str, list[Product]] = {}  # by name of a parameter that holds several matrices
@@ -77,21 +78,15 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
     return {"groups": kept, "matrices": {name: matrices[name] for group in kept for name in group}, "dense": dense}
 
 
-def _fused_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of `block` that may hold several matrices each: all but vectors and the parameters of standard modules."""
-    standard = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
-    matrices = {name: parameter for name, parameter in block.named_parameters() if parameter.ndim >= 2}
-    return {name: p for name, p in matrices.items() if not isinstance(block.get_submodule(name.rpartition(".")[0]), standard)}
-
-
 def _routed_modules(modules: Iterable[str], ran: dict[str, int]) -> dict[str, list[str]]:
     """Those of the `modules` of a block, by name, that only some tokens are sent to, as to experts; each with all that are alike.
 
-    Names of experts differ in numbers only, and some read fewer tokens (`ran`) than other modules of the block, or none.
+    Names of experts differ in numbers only, and some read fewer tokens (`ran`) than other modules of the block, or none. What
+    numbers at the end of a longer part tell apart, as w1 and w2, is not alike.
     """
     alike: dict[str, list[str]] = {}
     for name in modules:
-        alike.setdefault(re.sub(r"\d+", "", name), []).append(name)
+        alike.setdefault(re.sub(r"\d+(?=.*\.)|(?<=\.)\d+$", "", name), []).append(name)
     most = max(ran.values(), default=0)
     kinds = [(names, [ran.get(name, 0) for name in names]) for names in alike.values()]
     return {name: names for names, read in kinds if len(names) > 1 and 0 < max(read) and min(read) < most for name in names}
@@ -100,11 +95,18 @@ def _routed_modules(modules: Iterable[str], ran: dict[str, int]) -> dict[str, li
 def _routers(modules: dict[str, nn.Module], experts: dict[str, int]) -> set[str]:
     """Those of the `modules` of a block, by name, that weigh experts; they are not pruned.
 
-    They are in the same child of the block as the `experts` (how many, by name), with one output for each, or one in all.
+    They are in the same child of the block as the `experts` (how many, by name), with one output for each, or one in all; or
+    alone in a child of their own, with one for each.
     """
+    inside = Counter(name.partition(".")[0] for name in modules)
     counts = {(name.partition(".")[0], outputs) for name, count in experts.items() for outputs in (1, count)}
     outputs = {name: module.weight.shape[isinstance(module, Conv1D)] for name, module in modules.items() if name not in experts}
-    return {name for name, rows in outputs.items() if "." in name and (name.partition(".")[0], rows) in counts}
+    return {
+        name
+        for name, rows in outputs.items()
+        if ("." in name and (name.partition(".")[0], rows) in counts)
+        or (inside[name.partition(".")[0]] == 1 and rows in experts.values())
+    }
 
 
 def find_halves(decoder: Decoder, index: int, hidden: Tensor) -> Halves | str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 class Stop(Exception):
@@ -27,6 +28,11 @@ def placeholder_tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
 def first(output):
     """The hidden states among what a module returned: the first of a tuple, or all of it."""
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def standard(model: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` is that of a standard module, such as a linear one; if not, it may hold several matrices."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D | nn.Embedding | nn.modules.conv._ConvNd)
 
 
 def distance(output: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:

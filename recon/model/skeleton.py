@@ -10,6 +10,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
+from recon.model.modules import standard
+
 # Yields names and values of the parameters of these names, in any order.
 Read = Callable[[list[str]], Iterator[tuple[str, Tensor]]]
 
@@ -97,18 +99,19 @@ class Lazy:
     def made_up(self) -> Iterator[None]:
         """Context in which random weights of a usual size are read, with which a model's structure can be found.
 
-        Matrices take little memory: entry (i, j) is entry i + j of one random vector.
+        Matrices of standard modules take little memory: entry (i, j) is entry i + j of one random vector.
         """
 
         def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
             for number, name in enumerate(self.parameters):
                 if name in names:
                     shape, random = self.parameters[name].shape, torch.Generator().manual_seed(number)
-                    values = torch.randn(sum(shape) if len(shape) == 2 else shape, generator=random)
+                    small = len(shape) == 2 and standard(self.model, name)
+                    values = torch.randn(sum(shape) if small else shape, generator=random)
                     if len(shape) < 2:
                         yield name, 0.2 * values + name.endswith("weight")
                     else:
-                        yield name, (values / shape[-1] ** 0.5).as_strided(shape, (1, 1) if len(shape) == 2 else values.stride())
+                        yield name, (values / shape[-1] ** 0.5).as_strided(shape, (1, 1) if small else values.stride())
 
         own, done, self.read, self.done = self.read, self.done, read, lambda names: None
         try:

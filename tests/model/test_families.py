@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from fixtures.models import FLOAT32, composed, copied, random_tokens, zeros_stay
 
 from recon import Decoder, PruningConfig, ReconError, ReconstructionConfig, decompose, prune, reconstruct
 from recon.model.modules import distance
+from recon.model.skeleton import Lazy, skeleton
 
 GUIDE = Path(__file__).parents[2] / "guides" / "families.md"
 MARKERS = ("<!-- families -->", "<!-- /families -->")
@@ -74,10 +76,10 @@ def in_guide() -> str:
     return GUIDE.read_text(encoding="utf-8").split(MARKERS[0])[1].split(MARKERS[1])[0].strip()
 
 
-def working() -> list[str]:
-    """The families that work, by the guide's table, whose rows of five cells end with their names."""
+def working(experts: bool = False) -> list[str]:
+    """The families that work, or those with experts, by the guide's table, whose rows of five cells end with their names."""
     rows = [line.strip("| ").split(" | ") for line in in_guide().splitlines() if line.startswith("| ")]
-    return sorted(name for row in rows[1:] if len(row) == 5 for name in row[-1].split(", "))
+    return sorted(name for row in rows[1:] if len(row) == 5 and "yes" in row[experts * 3 :] for name in row[-1].split(", "))
 
 
 def test_the_guide_says_what_works():
@@ -92,6 +94,18 @@ def test_windows_give_the_model_back(family):
     expected = decoder.run(tokens).logits
     for granularity in {"half-block", "block"}.intersection(fitting(decoder)):
         assert distance(composed(decoder, tokens, granularity), expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", working(experts=True))
+def test_routers_stay_dense_and_experts_are_found_without_weights(family):
+    decoder = decomposed(family)
+    counts = {matrix.experts for matrix in decoder.matrices().values() if matrix.expert is not None} or {4}
+    for name, matrix in decoder.matrices().items():
+        assert not (re.search("router|classifier|gate$", name) and len(matrix.weight) in counts), name
+    made, stored = skeleton(decoder.model.config), dict(decoder.model.named_parameters(remove_duplicate=False))
+    made.tie_weights()
+    lazy = Lazy(made, lambda names: ((name, stored[name].detach().clone()) for name in names))
+    assert decompose(made, lazy=lazy).matrices().keys() == decoder.matrices().keys()
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.patterns import Pattern, keep_mask
 
 DAMPING, RHO, ROUNDS, EVERY, RELAXATION, ITERATIONS = 0.01, 0.2, 9, 3, 1.5, 4
-MANY, STRIDE = 2**16, 11  # of so many weights that compete, every 11th tells well enough which survive a round
+# Of so many weights that compete, every 11th, or 13th, tells well enough which survive a round. It must not divide their width.
+MANY, STRIDES = 2**16, (11, 13)
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def prune(
 def _largest(Z: Tensor, pattern: Pattern, scope: str) -> Tensor:
     """Z (out, in) with zeros in all but its largest entries, in number about as `keep_mask` keeps."""
     groups = Z.reshape(-1, pattern.m or (Z.shape[1] if scope == "row" else Z.numel())).abs()
-    sample = groups[:, :: STRIDE if groups.shape[1] > MANY else 1]
+    sample = groups[:, :: STRIDES[Z.shape[1] % STRIDES[0] == 0] if groups.shape[1] > MANY else 1]
     zeros = pattern.zeros(sample.shape[1])
     if pattern.m:  # the least of each group move to the front: faster than `kthvalue` in groups of a few
         least = list(sample.unbind(1))
