@@ -48,8 +48,9 @@ def searched(spec: recon.RunSpec, **options) -> dict[str, recon.RunSpec]:
 def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: Path, compute: bool = True) -> pd.DataFrame:
     """For each cell, a spec and the name of its learning rate, that of `rates` which is best on held-out text.
 
-    A cell begins with the rates that have records; without any, with three about the median of what other cells chose, or of all
-    rates. Then the neighbours of its best rate are tried, until both have run.
+    A cell begins with the rates that have records; without any, with the median of what other cells chose, or of all rates, the
+    next lower one, and the next but one above it, as rates that are too low differ by chance alone. Then the neighbours of its
+    best rate are tried, until both have run.
     Returns the runs (see `companion.frame.load`) with their cell and rate, and whether that is `chosen`.
     """
     rates, asked = sorted(map(float, rates)), set()
@@ -63,7 +64,9 @@ def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: P
             runs["chosen"] = runs.index.isin(runs.groupby("cell", sort=False)["held_out_perplexity"].idxmin())
             best = {cell: rates.index(rate) for cell, rate in chosen(runs).items()}
         usual = round(median(best.values())) if best else len(rates) // 2
-        wanted = {each for each in grid if abs(rates.index(each[1]) - best.get(each[0], usual)) <= 1 and each not in asked}
+        places = {cell: (place - 1, place, place + 1) for cell, place in best.items()}
+        begin = usual - 1, usual, min(usual + 2, len(rates) - 1)
+        wanted = {each for each in grid if rates.index(each[1]) in places.get(each[0], begin) and each not in asked}
         if not (compute and wanted):
             return runs
         recon.run_study([grid[each] for each in grid if each in wanted], folder)

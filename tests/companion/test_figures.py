@@ -106,14 +106,14 @@ RATES, BASE = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], recon.RunSpec.of(seque
 
 
 def test_search_tries_rates_beside_the_best(tmp_path, asked):
-    """It begins in the middle, walks to the lowest, and tries both its neighbours."""
+    """It begins about the middle, walks to the lowest, and tries both its neighbours."""
     cell = BASE.replaced(granularity="block", seed=100)
     assert search.search({cell: "learning_rate"}, RATES, tmp_path, compute=False).empty
     runs = search.search({cell: "learning_rate"}, RATES, tmp_path)
-    assert search.chosen(runs) == {cell: 1e-3} and sorted(runs["rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]
+    assert search.chosen(runs) == {cell: 1e-3} and sorted(runs["rate"]) == [3e-4, 1e-3, 3e-3, 3e-2]
     other = cell.replaced(criterion="magnitude")
     runs = search.search(dict.fromkeys([cell, other], "learning_rate"), RATES, tmp_path)
-    assert sorted(runs.loc[runs["cell"] == other, "rate"]) == [3e-4, 1e-3, 3e-3]  # from where another cell ended
+    assert sorted(runs.loc[runs["cell"] == other, "rate"]) == [3e-4, 1e-3, 3e-3, 1e-2]  # from where another cell ended
     specs = recon.grid(BASE, seed=[0, 1], granularity=["none", "block"])
     found, _ = search.tuned(specs, RATES, tmp_path, seed=100)
     assert [spec.flat()["learning_rate"] for spec in found] == [1e-2, 1e-3] * 2  # nothing is trained without windows
