@@ -179,10 +179,11 @@ def _idle(name: str, spec: dict) -> bool:
 
 
 def current(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` without those by the default before today's, of models and patterns that were reconstructed by today's."""
-    place = runs["model"] + " " + runs["pattern"]
-    today = place[(runs["recipe"] == "default") & (runs["granularity"] != "none")]
-    return runs[(runs["recipe"] != "first-skipped") | ~place.isin(today)].copy()
+    """`runs` under one default for each model and pattern: today's, if it reconstructed any, or else the one before it."""
+    place, fitted = runs["model"] + " " + runs["pattern"], runs["granularity"] != "none"
+    new, old = (place.isin(place[fitted & (runs["recipe"] == name)]) for name in ("default", "first-skipped"))
+    recipe = runs["recipe"].mask(~new & old & (runs["recipe"] == "default"), "first-skipped")
+    return runs.assign(recipe=recipe)[(recipe != "first-skipped") | ~new].copy()
 
 
 def seeds(runs: pd.DataFrame, by: str) -> str:
