@@ -333,7 +333,7 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
         for shift, (method, group) in zip((0.96, 1.04, 1, 1), lines):
             errors = np.abs(group[["low", "high"]].T.to_numpy() - group["difference"].to_numpy())
             below.errorbar(group["samples"] * shift, group["difference"], errors, **look(method) | {"linestyle": ""}, capsize=2.5)
-        below.set_title(f"above 0: reconstruction ({recipe}) is better", fontsize=8, loc="left")
+        below.set_title(f"above 0: reconstruction ({RECIPE_WORDS[recipe]}) is better", fontsize=8, loc="left")
         below.set(xlabel=f"samples of {length} tokens" * (recipe == recipes[-1]), xscale="log")
         below.set_ylabel("difference,\nnats per token" * (name == names[0]))
         below.xaxis.set_major_locator(FixedLocator(sorted(set(trained["samples"]))))
@@ -342,7 +342,7 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
     legend(figure, axes[0, 0])
     kinds = differences.groupby([differences["measure"].str.split(",").str[0], "recipe"], sort=False)
     said = [
-        f"{(part['low'] > 0).sum()} better, {(part['high'] < 0).sum()} worse of {len(part)} by {kind} ({recipe})"
+        f"{(part['low'] > 0).sum()} better, {(part['high'] < 0).sum()} worse of {len(part)} by {kind} ({RECIPE_WORDS[recipe]})"
         for (kind, recipe), part in kinds
     ]
     finding = f"Reconstruction against retraining at equal samples: {'; '.join(said) or 'nothing to compare yet'}."

@@ -296,10 +296,16 @@ def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.sty
     return pd.DataFrame(rows).style.hide(axis="index").set_properties(**left)
 
 
+def _at_main_pattern(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """A row for each claim, model and recipe, both defaults being one: the first."""
+    recipe = verdicts["recipe"].replace("first-skipped", "default")
+    return verdicts[~verdicts.assign(recipe=recipe).duplicated(["claim", "model", "recipe"])]
+
+
 def central(verdicts: pd.DataFrame) -> pd.DataFrame:
     """The central claims: a row for each, model and recipe, at its main pattern."""
     told = (verdicts["short"] != "") & np.isfinite(verdicts[["low", "effect"]]).all(axis=1)
-    return verdicts[told].drop_duplicates(["claim", "model", "recipe"])
+    return _at_main_pattern(verdicts[told])
 
 
 def in_short(central: pd.DataFrame) -> str:
@@ -373,7 +379,10 @@ def headlines(verdicts: pd.DataFrame) -> str:
     parts, main = [], verdicts[(verdicts["pattern"] == DEFAULTS["pattern"]) & (verdicts["seeds"] > 0)]
     for number, about in _YAML["headlines"].items():
         mine, cells, statements = main[main["claim"].isin(about["claims"])], {}, {}
-        for _, v in mine.iterrows():
+        today = mine["model"].where(mine["recipe"] == "default").dropna().unique()
+        earlier = (mine["recipe"] == "first-skipped") & mine["model"].isin(today)  # stands in the default's column, and says so
+        columns = mine["recipe"].mask(earlier, "default")
+        for (_, v), column in zip(mine.iterrows(), columns):
             unit = {"nats per token": "nats", "of the perplexity gap": "share"}.get(v["unit"], v["unit"])
             said = [v["note"]] * (v["test"] in ("gap", "memory", "combined"))
             said += re.findall(rf"borderline|fewer than {SEEDS} seeds", v["reason"])
@@ -381,9 +390,10 @@ def headlines(verdicts: pd.DataFrame) -> str:
             mark = MARKS[v["verdict"]] + "†" * bool(v["older"])
             if v["second_verdict"] in MARKS:
                 said += [f"second text: {MARKS[v['second_verdict']]} {v['second_effect']:+.3f}".replace("-", "−")]
-            cells[v["claim"], v["model"], v["recipe"]] = "<br>".join([f"{mark} {effect}", *said])
+            said += [RECIPE_WORDS[v["recipe"]]] * (column != v["recipe"])
+            cells[v["claim"], v["model"], column] = "<br>".join([f"{mark} {effect}", *said])
             statements[v["claim"]] = f"{v['statement']} ({unit})".replace(") (", "; ")
-        places = list(dict.fromkeys(zip(mine["model"], mine["recipe"])))
+        places = list(dict.fromkeys(zip(mine["model"], columns)))
         rows = [(says, *(cells.get((claim, *place), "") for place in places)) for claim, says in statements.items()]
         heads = [f"{model}, {RECIPE_WORDS[recipe or 'default']}" for model, recipe in places]
         parts += [f"**{number}. {about['says']}.**", "", *(tables.markdown(("", *heads), rows) if rows else []), ""]
@@ -416,7 +426,7 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
         most = [f"{100 * own.max():.1g} % at {pattern} (runs: {len(own)})" for pattern, own in apart]
         devices = ", ".join(sorted({*both["device"], *both["device_again"]}))
         said.append(f"Tolerance: the same run on another machine differs in perplexity by up to {', '.join(most)}; on {devices}.")
-    shown = _counting(verdicts[~verdicts["optional"]]).drop_duplicates(["claim", "model", "recipe"])
+    shown = _at_main_pattern(_counting(verdicts[~verdicts["optional"]]))
     rows, seconds = [], dict(zip(runs.get("key", ()), runs.get("seconds_total", ())))
     for _, v in shown.iterrows():
         minutes = f"{sum(seconds[key] for key in v['keys']) / 60:.0f} min"
