@@ -3,6 +3,7 @@
 Sphinx makes it, with MyST-NB for Markdown and notebooks: its pages load nothing from elsewhere, and open from disk.
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -53,11 +54,13 @@ def stage(folder: Path) -> None:
     trees = [
         f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```\n" for title, pages in CONTENTS.items()
     ]
-    for guide in (folder / "guides").glob("*.md"):
-        guide.write_text(guide.read_text(encoding="utf-8").replace("../README.md", "../index.md"), encoding="utf-8")
+    shutil.copy(ROOT / "README.md", folder / "index.md")
+    for page in (folder / "index.md", *(folder / "guides").glob("*.md")):  # links to figures lead to their place in the gallery
+        text = page.read_text(encoding="utf-8").replace("../README.md", "../index.md")
+        text = re.sub(r"(?<!!)(\[[^]]*\]\(\S*figures/)([\w-]+)\.png\)", r"\1README.md#\2)", text)
+        page.write_text(text + "".join(trees) * (page.name == "index.md"), encoding="utf-8")
     (folder / "static").mkdir()
     (folder / "static" / "site.css").write_text(STYLE, encoding="utf-8")
-    (folder / "index.md").write_text((ROOT / "README.md").read_text(encoding="utf-8") + "".join(trees), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -110,5 +110,6 @@ def test_the_site_opens_from_disk():
         text = (site / f"{page}.html").read_text(encoding="utf-8")
         sources = re.findall(r'<(?:img|script|link)[^>]* (?:src|href)="([^"]+)"', text)
         assert sources and not [source for source in sources if source.startswith(("http", "//"))]
+        assert not re.search(r'href="[^"]*\.png"', text)  # a figure is looked at, not downloaded
         places = [(site / page).parent / source.partition("?")[0] for source in sources if not source.startswith("data:")]
         assert [place for place in places if not place.exists()] == []
