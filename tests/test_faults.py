@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from unittest.mock import Mock
 
 import pytest
 from fixtures.models import saved_model
-from fixtures.runs import comparable, options, record_of
+from fixtures.runs import comparable, record_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -309,26 +308,3 @@ def test_two_processes_that_do_the_same_refuse_each_other_and_a_dead_one_stops_n
     assert lock.exists()
     go()
     assert not lock.exists()
-
-
-@pytest.mark.slow
-def test_killed_for_real(spec, expected, tmp_path):
-    """SIGKILL at many moments, to a process of its own."""
-    saved, work = tmp_path / "saved", tmp_path / "saved.unfinished"
-    command = [sys.executable, "-m", "recon.cli", *options(spec, "--save", str(saved), "--record", str(tmp_path / "r.json"))]
-
-    def windows() -> int:  # by `os.walk`, which a folder that is deleted meanwhile does not disturb
-        return sum(len(name) == len("00000.safetensors") for *_, names in os.walk(work) for name in names)
-
-    for number in range(12):
-        process, began = subprocess.Popen([*command, "--stream", "yes"], stderr=subprocess.DEVNULL), time.monotonic()
-        before = windows()
-        while process.poll() is None and time.monotonic() - began < 120:
-            if windows() > before + 1:
-                time.sleep(0.013 * number)
-                process.kill()
-            time.sleep(0.002)
-        assert_whole(tmp_path)
-        if process.wait() == 0:
-            break
-    assert number > 2 and comparable(read_record(tmp_path / "r.json"))["metrics"] == comparable(expected)["metrics"]

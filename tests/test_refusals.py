@@ -15,6 +15,7 @@ from recon import PruningConfig, ReconError, ReconstructionConfig, RetrainingCon
 from recon.cli import main
 from recon.kernels.patterns import Pattern
 from recon.methods.reorder import reorder_neurons
+from recon.model.structure import BlockStructure, Structure
 
 GRANULARITIES = ("layer", "0", "0-blocks", "-1", "1/3", "1.5", "02", "2-block", "Block", "block ", "half", "", None)
 SUITED = "magnitude, random, wanda, ria$"
@@ -228,6 +229,8 @@ def retrain(student, method="full", samples=TOKENS, **call):
     (lambda d, s: retrain(make_model("bert")), "BertLMHeadModel is not a causal language model"),
     (lambda d, s: recon.perplexity(d, random_tokens(1, 65)), "sequence length 65 is more than the 64 tokens"),
     (lambda d, s: recon.load_masks("no-such-file"), "masks cannot be read from 'no-such-file'"),
+    (lambda d, s: recon.Decoder(d.model, Structure(d.structure.stacks, (BlockStructure(),) * 2)).windows("matrix"),
+     "matrix windows do not fit Llama.*block 0 has no matrix"),
 ])  # fmt: skip
 def test_models_samples_and_masks_that_do_not_fit(pair, call, words):
     before = [value.clone() for decoder in pair for value in decoder.model.state_dict().values()]

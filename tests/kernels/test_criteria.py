@@ -182,12 +182,6 @@ def test_units_whose_inputs_never_change_score_alike():
     assert flap(weight, torch.zeros(2, 16, dtype=torch.float64)).eq(0).all()
 
 
-def test_weights_compete_within_what_the_authors_compare_within():
-    scopes = {"magnitude": "matrix", "wanda": "row", "wanda++": "row", "ria": "matrix", "sparsegpt": "matrix", "admm": "matrix"}
-    scopes |= {"wanda-sp": "half-block", "flap": "model"}
-    assert scopes == {name: each.scope for name, each in CRITERIA.items() if name not in ("none", "random")}
-
-
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
 def test_admm_chooses_by_a_fair_sample_of_many_weights(monkeypatch, sparsity):
     weight, inputs = problem(24, 128, 512)

@@ -33,15 +33,6 @@ def pruned_here(spec):
     return only, SimpleNamespace(model=model, dense=dense, tokenizer=tokenizer)
 
 
-@pytest.fixture(scope="module")
-def pruned_folder(pruned_here, tmp_path_factory) -> str:
-    """That model as a checkpoint of several shards."""
-    folder = tmp_path_factory.mktemp("pruned")
-    pruned_here[1].model.save_pretrained(folder, max_shard_size="60KB")
-    assert (folder / "model.safetensors.index.json").is_file()
-    return str(folder)
-
-
 @pytest.fixture
 def spoilt(pruned_here, tmp_path):
     """Factory of checkpoints of the pruned model, in one file, with some tensors replaced (None: left out)."""
@@ -61,9 +52,11 @@ def spoilt(pruned_here, tmp_path):
     {}, {"granularity": "matrix", "solver": "exact", "propagation": "mixed"}, {"granularity": "model", "retrain": "masklora"},
     {"granularity": "2-blocks", "propagation": "sparse", "learning_rate": 3e-4}, {"granularity": "none", "retrain": "full"},
 ])  # fmt: skip
-def test_a_run_from_an_external_mask_is_that_of_the_criterion_that_made_it(spec, pruned_here, pruned_folder, changes):
+def test_a_run_from_an_external_mask_is_that_of_the_criterion_that_made_it(spec, pruned_here, tmp_path, changes):
+    pruned_here[1].model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()  # in several shards
     made = record_of(pruned_here[0].replaced(**{"granularity": "half-block"} | changes))
-    found = record_of(spec.replaced(pruned=pruned_folder, **changes))
+    found = record_of(spec.replaced(pruned=str(tmp_path), **changes))
     assert found.protocol["dense"] == found.protocol["pruned"] == "float32"
     assert found.metrics["pattern"] == "2:4" and found.metrics["sparsity"] == 0.5
     for name in ("dense_perplexity", "pruned_perplexity", "perplexity", "sparsity_by_matrix", "drift"):

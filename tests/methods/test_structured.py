@@ -93,18 +93,12 @@ def test_sparsity_is_as_close_as_whole_units_allow(tiny, tokens, family, pattern
 def test_flap_compares_over_the_whole_dense_model(made, tokens, statistics):
     dense = made("llama")
     masks = pruned(copied(dense), tokens, "flap", "0.5", statistics=statistics).masks
-    readers = {kind: [name for name in masks if name.endswith(kind)] for kind in ("o_proj", "down_proj")}
-    inputs = inputs_of(dense.model, sum(readers.values(), []), tokens(8, 20))
     scores, kept = {}, {}
-    for kind, names in readers.items():
-        scores[kind], kept[kind] = [], []
-        for name in names:
-            one = inputs[name].var(0) * dense.matrices()[name].weight.double().square().sum(0)
-            one = (one - one.mean()) / one.std()
-            units = 2 if kind == "o_proj" else 64
-            scores[kind].append(one.view(units, -1).mean(1))
-            kept[kind].append(lines(masks[name], 0).view(units, -1)[:, 0])
-        scores[kind], kept[kind] = torch.cat(scores[kind]), torch.cat(kept[kind])
+    for kind, units in (("o_proj", 2), ("down_proj", 64)):  # in each block
+        inputs = inputs_of(dense.model, [name for name in masks if name.endswith(kind)], tokens(8, 20))
+        columns = [x.var(0) * dense.matrices()[name].weight.double().square().sum(0) for name, x in inputs.items()]
+        scores[kind] = torch.cat([((each - each.mean()) / each.std()).view(units, -1).mean(1) for each in columns])
+        kept[kind] = torch.cat([lines(masks[name], 0).view(units, -1)[:, 0] for name in inputs])
         assert scores[kind][~kept[kind]].max() < scores[kind][kept[kind]].min()  # over all blocks
     # Heads and neurons are weighed against one another too, but for the last few that fill up the target.
     highest = scores["down_proj"][~kept["down_proj"]].max()

@@ -49,21 +49,9 @@ def run(schedule, loss="mse", seed=0, see=lambda x, output: None, after_step=lam
 
 
 def pulled(slopes, schedule, *trained, steps=1):
-    """Trains parameters whose gradients are always `slopes`; returns the first one's values before and after each step."""
-    seen, random = [trained[0].parameter.detach().clone()], torch.Generator()
-    told = Mock(Callback, on_step=lambda loss: seen.append(trained[0].parameter.detach().clone()))
+    """Trains parameters whose gradients are always `slopes`."""
     pull = lambda x: sum((each.parameter * slopes).sum() for each in trained)  # noqa: E731
-    train(pull, [torch.zeros(steps, 1)], list(trained), schedule, random, FLOAT32, [told])
-    return torch.stack(seen)
-
-
-def test_each_step_is_as_large_as_the_schedule_says():
-    """AdamW moves a weight whose gradient never changes by the learning rate, whatever the gradient's size."""
-    schedule = Schedule(learning_rate=0.02, warmup=0.25)
-    seen = pulled(torch.tensor([1e-2, 1.0, -1e2]), schedule, Trained(nn.Parameter(torch.zeros(3))), steps=16)
-    rates = torch.tensor([0.02 * schedule.factor(step, 16) for step in range(16)])
-    assert_close(rates[:4], torch.tensor([0.005, 0.01, 0.015, 0.02]))
-    assert_close(seen.diff(dim=0), -rates[:, None] * torch.tensor([1.0, 1.0, -1.0]), rtol=1e-4, atol=1e-8)
+    train(pull, [torch.zeros(steps, 1)], list(trained), schedule, torch.Generator(), FLOAT32)
 
 
 @pytest.mark.parametrize("rate, moved", [("relative", [0.5, 0.1]), ("absolute", [0.1, 0.1])])
@@ -76,9 +64,9 @@ def test_a_relative_rate_is_times_the_size_of_each_parameter(rate, moved):
 def test_weight_decay_shrinks_what_no_gradient_holds():
     schedule = Schedule(learning_rate=0.1, weight_decay=0.5, rate="absolute")
     weight = Trained(nn.Parameter(torch.tensor([4.0, -2.0, 1.0])), torch.tensor([True, True, False]))
-    found = pulled(torch.zeros(3), schedule, weight, steps=10)[-1]
+    pulled(torch.zeros(3), schedule, weight, steps=10)
     left = math.prod(1 - 0.5 * 0.1 * schedule.factor(step, 10) for step in range(10))
-    assert_close(found, left * torch.tensor([4.0, -2.0, 0.0]))
+    assert_close(weight.parameter.detach(), left * torch.tensor([4.0, -2.0, 0.0]))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -146,15 +145,6 @@ def test_models_that_cannot_be_decomposed_are_refused(tiny, spoil, said):
     spoil(model)
     with pytest.raises(ReconError, match=f"Llama.*{said}"):
         decompose(model)
-
-
-def test_matrix_windows_need_a_matrix_in_every_block(tiny):
-    model = tiny("llama")
-    decoder = decompose(model)
-    blocks = list(decoder.structure.blocks)
-    decoder.structure = replace(decoder.structure, blocks=[blocks[0], replace(blocks[1], groups=[]), *blocks[2:]])
-    with pytest.raises(ReconError, match="matrix windows do not fit Llama.*block 1 has no matrix"):
-        decoder.windows("matrix")
 
 
 def test_what_does_not_run_is_passed_over_or_stays_dense(tiny, caplog):

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from fixtures.models import ENCODER_DECODERS, FLOAT32, composed, copied, make_model, random_tokens, saved_model, zeros_stay
-from fixtures.runs import record_of
+from fixtures.models import ENCODER_DECODERS, FLOAT32, composed, copied, make_model, random_tokens, zeros_stay
 from torch.testing import assert_close
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -97,19 +96,6 @@ def test_what_blocks_share_has_to_be_known(monkeypatch):
     monkeypatch.setattr(T5Attention, "compute_bias", torch.no_grad()(T5Attention.compute_bias))
     with pytest.raises(ReconError, match="cannot be decomposed: its 4 blocks .* do not give the model's own output"):
         decompose(make_model("t5"))
-
-
-@pytest.mark.parametrize("family", ["t5", "bart"])
-def test_a_run_says_what_the_encoder_reads_and_lowers_errors(family, tiny_folder, tiny_spec, tmp_path, monkeypatch):
-    small = {"samples": 2, "held_out_samples": 0, "evaluation_samples": 1, "granularity": "block"}
-    spec = tiny_spec.replaced(model=saved_model(family, tiny_folder, tmp_path), **small)
-    record = record_of(spec)
-    assert record.status == "done" and record.metrics["sparsity"] == 0.5
-    assert record.protocol["reading"].startswith("the encoder reads the first half")
-    assert all(report["error_after"]["calibration"] < report["error_before"]["calibration"] for report in record.windows)
-    with pytest.raises(ReconError, match="zero-shot tasks need a causal language model"), monkeypatch.context() as patched:
-        patched.setattr("recon.study.measure.measure", None)  # before anything is measured
-        record_of(spec.replaced(tasks=("analogies",)))
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -1,13 +1,12 @@
 """How much memory there is, as the machine and the control groups of a process tell it."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from recon.runtime.device import available_memory, limit_compiled_shapes
+from recon.runtime.device import available_memory
 
 
 def group(folder: Path, limit: object, used: int, files: tuple[int, int] = (0, 0)) -> None:
@@ -50,11 +49,3 @@ def test_without_groups_it_is_what_the_machine_has_and_in_a_container_the_root_i
     assert within("0::/\n") == within("0::/../outside\n") == within("0::/docker/1234\n") == 400_000
     group(tmp_path / "sys/fs/cgroup", 500_000, 600_000)
     assert within("0::/\n") == 1  # nothing is left, which is not the same as not to know
-
-
-@pytest.mark.parametrize("own, kept", [(None, "16"), ("7", "7")])
-def test_few_compiled_products_are_kept_unless_somebody_says_otherwise(own, kept, monkeypatch):
-    """Of experts, no two products have one shape; the memory that it saves is in the slow tests of `test_plan.py`."""
-    monkeypatch.setattr(os, "environ", {} if own is None else {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": own, "LRU_CACHE_CAPACITY": own})
-    limit_compiled_shapes()
-    assert os.environ == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept, "LRU_CACHE_CAPACITY": kept}

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -71,22 +70,6 @@ def test_a_study_without_ray_is_refused_before_anything_runs(tiny_spec, monkeypa
     assert not list(tmp_path.glob("*.json"))
 
 
-class Notes:
-    """What a worker does in these tests: writes down in files of a folder who does what, and may die or break."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __call__(self, task: str) -> tuple[str, int]:
-        times = len(list(self.folder.glob(f"{task} *")))
-        (self.folder / f"{task} {times}").touch()
-        if task == "dies always" or (task == "dies once" and not times):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if task == "breaks":
-            raise RuntimeError("a bug")
-        return task, torch.get_num_threads()
-
-
 def test_when_no_worker_is_left_the_last_loss_is_told(monkeypatch):
     """Ray's own pool drops a worker that cannot start, and then has nothing to wait for."""
     ray = pytest.importorskip("ray")
@@ -103,13 +86,18 @@ def test_when_no_worker_is_left_the_last_loss_is_told(monkeypatch):
 
 @pytest.mark.slow
 def test_lost_workers_and_failing_tasks_cost_nothing_but_themselves(cluster, tmp_path):
-    cloudpickle = pytest.importorskip("ray.cloudpickle")
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    try:
-        tasks = ["a", "dies once", "breaks", "b", "dies always", "c", "d"]
-        answers = list(spread(Ray(), True, Notes(tmp_path), tasks))
-    finally:
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    def work(task):
+        """Writes down in files who does what, and may die or break."""
+        times = len(list(tmp_path.glob(f"{task} *")))
+        (tmp_path / f"{task} {times}").touch()
+        if task == "dies always" or (task == "dies once" and not times):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task == "breaks":
+            raise RuntimeError("a bug")
+        return task, torch.get_num_threads()
+
+    tasks = ["a", "dies once", "breaks", "b", "dies always", "c", "d"]
+    answers = list(spread(Ray(), True, work, tasks))
     failed = [str(answer) for answer in answers if isinstance(answer, Exception)]
     assert {each for each in answers if isinstance(each, tuple)} == {(task, 1) for task in ("a", "b", "c", "d", "dies once")}
     assert len(failed) == 2 and any("a bug" in each for each in failed)

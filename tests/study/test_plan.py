@@ -256,17 +256,6 @@ def test_what_the_disk_has_no_room_for_is_refused(spec, monkeypatch, tmp_path):
             plan.check(spec, replace(saving, **given))
 
 
-def test_runs_and_studies_are_announced(spec, caplog):
-    with caplog.at_level("INFO", "recon"):
-        plan.check(spec)
-        plan.announce([spec, spec.replaced(seed=1)])
-        plan.announce([spec, spec.replaced(pattern="3:7")])
-    one, several, some = caplog.messages
-    assert "magnitude 0.5, half-block: about" in one and "GiB of memory" in one and "\n" not in one
-    assert several.startswith("study: 2 runs, at most ") and several.endswith(" on this machine")
-    assert some.startswith("study: 2 runs, at most ") and some.endswith(", but for 1 that cannot be planned here")
-
-
 def test_72b_parameters_are_planned_without_weights(config_folder, capsys):
     folder = config_folder({
         "model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,

@@ -55,10 +55,9 @@ def test_a_record_holds_what_it_takes_to_believe_it(spec, record):
 @pytest.mark.parametrize(("family", "changes", "said"), [
     ("llama", {"samples": 1, "allocation": "measured"}, "'measured' with 1 calibration sample"),
     ("mixtral", {"pattern": "2:4", "reorder_neurons": True}, "an expert's; whole heads and neurons"),
+    ("t5", {"granularity": "block", "tasks": "analogies"}, "zero-shot tasks need a causal language model"),
 ])  # fmt: skip
-def test_what_cannot_be_pruned_is_refused_before_anything_is_measured(
-    spec, tmp_path, tiny_folder, monkeypatch, family, changes, said
-):
+def test_what_cannot_be_done_is_refused_before_it_is_measured(spec, tmp_path, tiny_folder, monkeypatch, family, changes, said):
     monkeypatch.setattr(measure, "measure", Mock(side_effect=AssertionError))
     with pytest.raises(recon.ReconError, match=said):
         record_of(spec.replaced(model=saved_model(family, tiny_folder, tmp_path), **changes))
