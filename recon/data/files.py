@@ -90,6 +90,7 @@ def stored(path: Path) -> str:
     for tensor in reader.tensors:
         elements[tensor.tensor_type.name] += int(tensor.n_elements)
     shares = [f"{share:.0f} % {kind}" for kind, n in elements.most_common() if (share := 100 * n / elements.total()) > 0.5]
-    named = reader.get_field("general.file_type")
-    name = "" if named is None else f" {LlamaFileType(named.contents()).name.split('_', 1)[1]}"  # without MOSTLY_ or ALL_
+    name, named = "", reader.get_field("general.file_type")
+    with contextlib.suppress(AttributeError, ValueError, IndexError):  # none, or one that the library has no such name for
+        name = f" {LlamaFileType(named.contents()).name.split('_', 1)[1]}"  # without MOSTLY_ or ALL_
     return f"{'' if set(elements) <= FLOATS else 'dequantised from '}GGUF{name} ({', '.join(shares)})"

@@ -24,10 +24,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def locate(name: str) -> str:
-    """Where `from_pretrained` finds the model called `name`: a folder, to which a GGUF file is unpacked, or the Hub id itself.
-
-    Raises `ReconError` for a name that is neither bundled, nor of a folder with a config.json, nor of a GGUF file, nor a Hub id.
-    """
+    """Where `from_pretrained` finds the model called `name`: a folder, to which a GGUF file is unpacked, or the Hub id itself."""
     if name in assets.BUNDLED_MODELS:
         return str(assets.bundled_model(name))
     if name.endswith(".gguf") and Path(name).is_file():
@@ -38,8 +35,8 @@ def locate(name: str) -> str:
             raise ReconError(f"model folder {name!r} has no config.json; give a folder in the Hugging Face format")
         return name
     if not HUB_ID.fullmatch(name):
-        bundled = ", ".join(assets.BUNDLED_MODELS)
-        raise ReconError(f"unknown model {name!r}; bundled: {bundled}; or give an existing folder or GGUF file, or a Hub id")
+        others = "or give an existing folder or GGUF file, or a Hub id (organisation/name)"
+        raise ReconError(f"unknown model {name!r}; bundled: {', '.join(assets.BUNDLED_MODELS)}; {others}")
     return name
 
 
@@ -116,10 +113,7 @@ def skeleton(
 def load_pruned(
     name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False, scratch: Path | None = None
 ) -> Weights:
-    """The weights of the model `name` that was pruned from `dense`, to be read parameter by parameter.
-
-    Raises `ReconError` as `load`, for a model of another type than `dense`, and for any quantised weights.
-    """
+    """The weights of the model `name` that was pruned from `dense`, to be read parameter by parameter."""
     with _opened(name, revision, trust_remote_code, "pruned model") as (path, config):
         if config.model_type != dense.config.model_type:
             raise ReconError(f"it is of type {config.model_type!r}, and the dense model of type {dense.config.model_type!r}")
@@ -127,10 +121,7 @@ def load_pruned(
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the model called `name`; no other file is read, and of a GGUF file its header alone.
-
-    Raises `ReconError` as `locate`, or if that fails.
-    """
+    """The configuration of the model called `name`; no other file is read, and of a GGUF file its header alone."""
     path = Path(name)
     if name.endswith(".gguf") and path.is_file() and not files.conversion(path).is_dir():  # its header says enough
         with _loading(name, revision):

@@ -49,8 +49,6 @@ def documents(name: str, split: str) -> list[str]:
     """The documents of one split ("calibration", "validation" or "evaluation") of a text, in order; no document is in two splits.
 
     name: one of `TEXTS`, or the path of a file in one of `FORMATS`.
-
-    Raises `ReconError` for an unknown text or split, an unreadable or malformed file, a Hub that cannot be reached.
     """
     if split not in SPLITS:
         raise ReconError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")

@@ -25,10 +25,7 @@ LEAST = 0.01  # share of zeros in the matrices from which a model counts as prun
 
 @torch.no_grad()
 def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """`masks`, checked; if None, the masks that keep every weight of `student` that is not zero.
-
-    Raises `ReconError` naming a mask that is missing or does not fit.
-    """
+    """`masks`, checked; if None, the masks that keep every weight of `student` that is not zero."""
     if student.lazy:  # whose masks are of its own run
         return masks
     weights = {name: matrix.weight for name, matrix in student.matrices().items()}
@@ -71,11 +68,8 @@ def load_masks(path: Path | str) -> dict[str, Tensor]:
 
 
 def check_pruned(dense: Decoder, pruned: Weights) -> None:
-    """Reads all of `pruned` once, a parameter at a time, and raises `ReconError` for what `take_over` cannot use.
-
-    That is a parameter that one of the models has and the other does not, or that is of another shape, NaN or infinite; and
-    matrices of which less than a share `LEAST` is zero, or all.
-    """
+    """Reads all of `pruned` once, and raises `ReconError` for a parameter that only one of the models has, or that is of another
+    shape, NaN or infinite; and for matrices of which less than a share `LEAST` is zero, or all."""
     zeros, sizes, holders = 0, 0, {matrix.parameter_name for matrix in dense.matrices().values()}
     for name, value in _read(dense.model, pruned):
         if name in holders:
@@ -92,7 +86,6 @@ def take_over(decoder: Decoder, pruned: Weights, execution: Execution) -> Prunin
 
     All parameters are taken over: what made the mask may have changed others (SparseGPT updates what survives), and what was
     trained since, any. A model on disk has been made of `pruned` already; its mask is read block by block.
-    Raises `ReconError` for a parameter that only one of the models has, or of another shape, NaN or infinite.
     """
     if not decoder.lazy:
         for name, value in _read(decoder.model, pruned):

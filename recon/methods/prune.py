@@ -82,10 +82,7 @@ def prune(
 
 
 class Pruner:
-    """Prunes the matrices of one window after another, by `statistics` of what they read; see `recon.methods.statistics.gather`.
-
-    Raises `ReconError` for a pattern that does not divide a matrix, and for neurons that are to be reordered.
-    """
+    """Prunes one window after another, by `statistics` of what its matrices read; see `recon.methods.statistics.gather`."""
 
     def __init__(self, decoder: Decoder, config: PruningConfig, seed: int, execution: Execution):
         if config.reorder_neurons:  # which changes the dense model as well
@@ -191,10 +188,7 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor]) -> Non
 
 
 def touched_biases(decoder: Decoder, config: PruningConfig) -> list[str]:
-    """Full names of the biases that pruning the dense model by `config` may change, or add where there are none.
-
-    Raises `ReconError` if heads and neurons are to be removed or reordered, and the model does not divide into these.
-    """
+    """Full names of the biases that pruning the dense model by `config` may change, or add where there are none."""
     structured = isinstance(chosen := CRITERIA[config.criterion], Structured)
     halves = find_units(decoder) if structured or config.reorder_neurons else []
     return [half.reader.bias_name for half in halves if structured and chosen.compensates]

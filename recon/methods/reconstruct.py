@@ -103,7 +103,7 @@ def reconstruct(
     elif masks is not None:
         raise ReconError("both masks and pruning are given; leave one out")
     else:
-        if why := two_passes(pruning, config, count):
+        if why := two_passes(pruning, config, count) or "workers fit windows side by side" * bool(execution.loop):
             raise ReconError(f"windows cannot be pruned as reconstruction reaches them: {why}; prune with `recon.prune` first")
         pruner = Pruner(student, pruning.on(count), seed, execution)
         pruner.prepare(tokens[:count])

@@ -44,10 +44,9 @@ def better_order(scores: Tensor, pattern: Pattern) -> Tensor:
 
 @torch.no_grad()
 def reorder_neurons(decoder: Decoder, samples: Tensor, pattern: Pattern, execution: Execution) -> None:
-    """Reorders the neurons of each MLP half of a dense model in place.
+    """Reorders the neurons of each MLP half of a dense model in place, by the first `TOKENS` of `samples` (samples, length).
 
-    samples: calibration tokens (samples, length), of which the first `TOKENS` are read. Raises `ReconError` as `find_units`, for
-    neurons that do not divide into groups, and if logits are not the same.
+    Raises `ReconError` as `find_units`, for neurons that do not divide into groups, and if logits are not the same.
     """
     halves = {half.window.blocks: half for half in find_units(decoder) if half.window.half == "mlp"}
     for half in halves.values():

@@ -48,11 +48,7 @@ def _rows(item: Tensor | list | tuple | Mapping) -> Tensor:
 
 
 def with_held_out(samples: Tensor | Iterable, held_out: Tensor | Iterable | None) -> tuple[Tensor, int]:
-    """Tokens (samples, length): calibration samples, whose number is returned as well, and the held-out ones that errors are
-    measured on.
-
-    Raises `ReconError` if held-out samples are not as long as calibration samples, and for what `as_tokens` refuses.
-    """
+    """Tokens (samples, length): calibration samples, whose number is returned as well, and as long held-out ones, for errors."""
     samples = as_tokens(samples)
     count, length = samples.shape
     if length < 2:

@@ -48,8 +48,6 @@ def prune_units(decoder: Decoder, criterion: Structured, config: PruningConfig, 
 
     Wanda-sp compares within each half of a block, of which never all goes, on what the already pruned model (or the dense one)
     reads; FLAP compares over the whole dense model before it removes anything, and puts the mean of that into the reader's bias.
-
-    Raises `ReconError` if no units are found (see `find_units`), or a score is NaN or infinite.
     """
     pattern, whole = Pattern.parse(config.pattern), criterion.scope == "model"
     halves = find_units(decoder)

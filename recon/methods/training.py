@@ -79,7 +79,6 @@ def train(
     callbacks: told of each step. name: of a progress bar, if there is to be one.
 
     If memory runs out, a step is repeated with half as many samples per forward pass, which holds for all later steps.
-    Raises `ReconError` if memory does not suffice for one sample.
     """
     epochs = [torch.randperm(len(data[0]), generator=random) for _ in range(schedule.epochs)]
     steps = [chosen for order in epochs for chosen in order.split(schedule.batch_size * schedule.accumulation)]

@@ -18,10 +18,7 @@ from recon.model.structure import Halves, Matrix
 
 
 def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
-    """The `groups`, `matrices` and `dense` modules of a `BlockStructure`, for block `index` and its input `hidden`.
-
-    Raises `ReconError` if a matrix runs twice, or a parameter of three dimensions is in no matrix product that could be seen.
-    """
+    """The `groups`, `matrices` and `dense` modules of a `BlockStructure`, for block `index` and its input `hidden`."""
     path, block, tokens = decoder.names[index], decoder.blocks[index], hidden.shape[:-1].numel()
     kind = type(block).__name__
     modules = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}

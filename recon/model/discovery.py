@@ -58,10 +58,7 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
 
 
 def find_blocks(decoder: Decoder, within: str = "") -> str:
-    """Path of the `nn.ModuleList` in the module at `within` with the most parameters whose members run.
-
-    Raises `ReconError` if the model does not run, or the members do not run once each; names the lists there are.
-    """
+    """Path of the `nn.ModuleList` in the module at `within` with the most parameters whose members run, each of them once."""
     model, kind = decoder.model, type(decoder.model).__name__
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(within))
     lists = {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}

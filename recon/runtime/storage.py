@@ -182,8 +182,6 @@ class Storage:
 
     folder: of the run's own; made if need be. run: the key of the run.
     keep: without a folder, the phases of which tensors are kept.
-
-    Raises `ReconError` if the folder belongs to another run, or cannot be written.
     """
 
     def __init__(self, folder: Path | None = None, run: str = "", keep: Collection[str] = ()):

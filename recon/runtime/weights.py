@@ -85,10 +85,7 @@ def open_model(
 
 
 def read_model(path: Path, config: PretrainedConfig, trust_remote_code: bool, **options) -> tuple[PreTrainedModel, list[str]]:
-    """The model in the folder `path`, and entries that it has no place for.
-
-    Raises `ReconError` naming weights that are missing, biases without a place, or a quantisation that is not undone here.
-    """
+    """The model in the folder `path`, and entries that it has no place for."""
     if found := quantisation(config):
         if found["quant_method"] not in UNDONE or "device_map" in options:
             raise ReconError(f"its weights are quantised ({found['quant_method']}); undo their quantisation first")

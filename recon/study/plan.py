@@ -326,14 +326,11 @@ def why_in_memory(spec: RunSpec) -> str:
 class Plan:
     """What a run of `spec` takes on this machine, from the configuration of its model alone: no weights are read, and no texts.
 
-    memory: peak bytes by kind of device, and by what they are for. On the host, "process" is what this process takes already; on
-    "disk", "work folder" is that of a streamed run, and "saved model" what is saved. rooms: bytes that the run needs, and that
-    there are. flops, seconds: by phase. streamed: whether the model stays on disk.
+    memory: peak bytes by kind of device, and by what they are for; "process" is what this process takes already. rooms: bytes
+    that the run needs, and that there are. flops, seconds: by phase. streamed: whether the model stays on disk.
 
     options: whether the run is streamed, and what it saves, and where. loaded: bytes of weights that are in memory already.
     memory_gib: GiB of the host's memory that the run may take; default: what is free here.
-
-    Raises `ReconError` for a device, model or streaming that cannot be, and for what `check_fits` refuses.
     """
 
     def __init__(self, spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0, memory_gib: float | None = None):

@@ -49,10 +49,7 @@ def run_to_record(
     spec: RunSpec, path: Path | None, options: RunOptions, session: Session | None = None, key: str = ""
 ) -> tuple[RunRecord, Exception | None]:
     """The record of `recon.run`; if that fails, one that says how, and the exception. It is written to `path`, but a failure's
-    not over that of a finished run.
-
-    key: of the run; default: the one that it has now. Raises `ReconError` for a path that cannot be written.
-    """
+    not over that of a finished run. key: of the run; default: the one that it has now."""
     if path:
         check_writable(path.parent, "record")
         if path.is_dir():

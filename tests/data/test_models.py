@@ -259,6 +259,7 @@ def without_tokenizer(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind, file_type, said", [
     ("Q8_0", None, "dequantised from GGUF (100 % Q8_0)"),
     ("Q4_1", library.LlamaFileType.MOSTLY_Q4_1, "dequantised from GGUF Q4_1 (100 % Q4_1)"),
+    ("Q8_0", library.LlamaFileType.GUESSED, "dequantised from GGUF (100 % Q8_0)"),
     ("F16", library.LlamaFileType.MOSTLY_F16, "GGUF F16 (100 % F16)"),
 ])  # fmt: skip
 def test_gguf_is_unpacked_once_as_transformers_reads_it_and_named(kind, file_type, said, tmp_path, without_tokenizer, capfd):

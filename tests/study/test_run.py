@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -216,6 +217,8 @@ def test_time_for_pruning_is_not_time_for_reconstruction(spec, monkeypatch):
     plain = Pruner.summed_up
     monkeypatch.setattr(Pruner, "summed_up", lambda self: Pruning(plain(self).masks, seconds=1000.0))
     assert spec.one_pass and not spec.replaced(criterion="magnitude", allocation="dlp", prune_samples=1).one_pass
+    monkeypatch.setitem(CRITERIA, "mine", replace(CRITERIA["wanda"], statistics="moments"))
+    assert spec.replaced(criterion="mine").one_pass and not spec.replaced(criterion="mine", start="exact").one_pass
     seconds = record_of(spec).seconds
     assert seconds["prune"] == 1000 and -1000 < seconds["reconstruct"] < 0
     monkeypatch.undo()

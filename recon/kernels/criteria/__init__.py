@@ -1,8 +1,6 @@
 """Pruning criteria: which weights of a matrix survive. Pure functions on tensors; `CRITERIA` lists them.
 
-A criterion that only ranks weights is a function `score(weight, statistics, generator, **options)` -> (out, in), higher = kept.
-One that also updates the survivors, such as SparseGPT, is a function `method` like `Criterion.prune`. Criteria that remove whole
-heads and neurons are `Structured`. To add one, write its function and enter it in `CRITERIA`.
+To add one, write its function, `score(weight, statistics, generator, **options)` or `method`, and enter it in `CRITERIA`.
 """
 
 import inspect
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from recon.errors import ReconError
 from recon.kernels.criteria import admm, scores, sparsegpt, structured
-from recon.kernels.patterns import SCOPES, Pattern, keep_mask
+from recon.kernels.patterns import Pattern, keep_mask
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class Criterion:
         "gram", (in, in), X'X / tokens; "moments", (2, in), mean and variance over tokens; or "gradient", (1 + out, in), of each
         sample the norm of x_j, and the gradient of the norm of the output of the matrix's block: root mean squares.
     scope: what its authors compare within, "row" or "matrix".
-    score: ranks the weights. A criterion has either this or
-    method: the whole algorithm, which may update the survivors.
+    score: ranks the weights, (out, in), higher = kept. A criterion has either this or
+    method: the whole algorithm, called as `prune`, which may update the survivors.
     """
 
     name: str
@@ -63,23 +61,8 @@ class Criterion:
         """The pruned weight (out, in), exactly zero outside its mask, and the mask (out, in), True = kept.
 
         `weight` (out, in) is left as it is. `statistics` have the shape that the class names. `options` are the criterion's own.
-        Raises `ReconError` for NaN or infinite input, statistics of the wrong shape, an unknown scope, and columns that do not
-        divide into groups of M.
+        Raises `ReconError` for scores that are NaN, or not one for each weight.
         """
-        if scope not in SCOPES:
-            raise ReconError(f"scope is {scope!r}; allowed: {', '.join(SCOPES)}")
-        columns, read = weight.shape[1], {"weight": weight}
-        pattern.check_columns("the weight", columns)
-        if self.statistics != "none":
-            rows = {"norm": (), "moments": (2,), "gradient": (1 + len(weight),)}.get(self.statistics, (columns,))
-            expected = (*rows, columns)
-            shape = None if statistics is None else tuple(statistics.shape)
-            if shape != expected:
-                raise ReconError(f"criterion {self.name!r}: statistics have shape {shape}; for this weight it needs {expected}")
-            read["statistics"] = statistics
-        for what, tensor in read.items():
-            if not tensor.isfinite().all():
-                raise ReconError(f"criterion {self.name!r}: entries of the {what} are NaN or infinite; all must be finite")
         if self.method:
             return self.method(weight, statistics, pattern, scope, generator, **options)
         score = self.score(weight, statistics, generator, **options)
