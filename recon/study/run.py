@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
@@ -41,9 +41,10 @@ Measured = tuple[dict, Mapping[str, Tensor]]  # see `recon.study.measure.measure
 
 class Session:
     """What consecutive runs share: the dense model, its measurements, and the last pruned state, so that granularities in a study
-    start from the very same one."""
+    start from the very same one; and the last reconstructed state, if several runs start from it (`RunSpec.reconstructed_by`)."""
 
-    def __init__(self):
+    def __init__(self, repeated: Collection[tuple] = ()):
+        self.repeated = repeated
         self.reused: list[str] = []  # kinds of what the last run took from here
         self._kept: dict[str, tuple[object, object]] = {}
         self._sources: dict[object, object] = {}  # hashes of the models, texts and criteria that it is of
@@ -196,8 +197,8 @@ class _Run(Callback):
             prune.apply(self.model, pruning, weights)
         record.seconds["prune"], record.peak_memory_bytes_by_phase["prune"] = cost
         found_pruned, _ = self.measured("pruned", student(self.dense, storage, phases=["prune"]) if one_pass else self.model)
-        if spec.reconstruction.granularity != "none" and not one_pass:
-            self.reconstruct(masks=pruning.masks)
+        if spec.reconstruction.granularity != "none":
+            self.reconstructed(None if one_pass else pruning.masks)
         if spec.retraining.retrain != "none":
             self.retrain(pruning.masks)
         trained = record.windows or record.retraining
@@ -362,6 +363,24 @@ class _Run(Callback):
             )  # fmt: skip
         self.record.retraining = asdict(found)
         self.record.seconds["retrain"] = found.seconds  # without what was measured on the way
+
+    def reconstructed(self, masks: Mapping[str, Tensor] | None) -> None:
+        """Reconstructs the pruned model in place, unless that was done on the way (no `masks`), or by a run before."""
+        record, parameters = self.record, [*self.model.model.parameters()]
+        measured = record.seconds, record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase
+
+        def make():
+            if masks is not None:
+                self.reconstruct(masks=masks)
+            return [each.detach().clone() for each in parameters], record.windows, [each["reconstruct"] for each in measured]
+
+        if self.storage.folder or self.spec.reconstructed_by not in self.session.repeated:
+            return None if masks is None else self.reconstruct(masks=masks)
+        values, record.windows, costs = self.session.keep("reconstructed", self.spec.reconstructed_by, make)
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data.copy_(value)
+        for of_phase, cost in zip(measured, costs):
+            of_phase["reconstruct"] = cost
 
     def on_merged(self) -> None:
         text, tokens = next(iter(self.texts.evaluation.items()))

@@ -99,6 +99,11 @@ class RunSpec(Checked):
         return (*self.loaded_by, self.seed, *read, replace(self.pruning, prune_samples=0))
 
     @property
+    def reconstructed_by(self) -> tuple:
+        """What decides the reconstructed model, likewise."""
+        return self.pruned_by, self.calibration, self.reconstruction, self.compute, self.seed
+
+    @property
     def changes_weights(self) -> bool:
         """Whether pruning may change weights that survive."""
         criterion = criteria.CRITERIA[self.pruning.criterion]

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import traceback
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -116,11 +117,14 @@ def run_study(
 
 def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress: bool) -> dict[str, RunRecord]:
     """Runs `specs`, and writes their records to `folder`; by key."""
-    # Runs that start from one pruned state stand together, and among these the ones on as many samples.
-    order = sorted(specs, key=lambda key: [str(part) for part in (*specs[key].pruned_by, specs[key].calibration.samples)])
+    # Runs that start from one pruned state stand together, among these the ones on as many samples, and those fitted alike.
+    parts = {key: (*spec.pruned_by, spec.calibration.samples, spec.reconstruction) for key, spec in specs.items()}
+    order = sorted(specs, key=lambda key: [*map(str, parts[key])])
+    fits = Counter(spec.reconstructed_by for spec in specs.values())
+    session = Session({fit for fit, count in fits.items() if count > 1})
     if len(specs) > 1:
         plan.announce(list(specs.values()))
-    work = partial(_work, folder, RunOptions(progress=progress and how is None), Session())
+    work = partial(_work, folder, RunOptions(progress=progress and how is None), session)
     tasks, on_cpu = [(key, specs[key]) for key in order], all(spec.compute.device == "cpu" for spec in specs.values())
     answers = (work(task) for task in tasks) if how is None else spread(how, on_cpu, work, tasks)
     records, lost = {}, None

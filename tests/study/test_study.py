@@ -6,9 +6,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from fixtures.runs import comparable, record_of
 
 import recon
-from recon.study import studies
+from recon.study import run, studies
+from recon.study.record import read_record
 
 
 @pytest.fixture
@@ -43,6 +45,18 @@ def test_what_is_done_is_not_done_again_what_failed_is_and_rows_are_in_order(tin
     assert [*zip(runs["granularity"], runs["seed"])] == [("block", 1), ("block", 0), ("9-blocks", 1), ("9-blocks", 0)]
     assert list(runs["status"]) == ["done", "done", "failed", "failed"] and "the model has 4" in runs["error"][2]
     assert recon.run_study(given, tmp_path, progress=False)["perplexity"].equals(runs["perplexity"]) and counted.call_count == 6
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "flap"])
+def test_a_study_fits_windows_once_for_all_that_retrain_them(tiny_spec, tmp_path, monkeypatch, criterion):
+    fits = Mock(wraps=run.reconstruct.reconstruct)
+    monkeypatch.setattr(run.reconstruct, "reconstruct", fits)
+    base = tiny_spec.replaced(criterion=criterion, train="all")
+    specs = recon.grid(base, granularity=["model", "block"], retrain=["full", "none"])
+    found = recon.run_study(specs, tmp_path, progress=False)
+    assert fits.call_count == 2 and list(found["status"]) == ["done"] * 4
+    for spec in specs:
+        assert comparable(read_record(tmp_path / f"{spec.key()}.json")) == comparable(record_of(spec))
 
 
 def test_a_run_whose_model_is_gone_fails_alone(tiny_spec, tiny_folder, tmp_path, monkeypatch):
