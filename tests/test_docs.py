@@ -64,7 +64,7 @@ def test_python_in_guides_runs(tiny_folder, tmp_path, monkeypatch):
     small |= {"samples=64": "samples=4", "samples=8": "samples=2", '"smollm2-135m", samples=32': f'"{tiny_folder}", **few'}
     pages = [(ROOT / "guides" / name).read_text(encoding="utf-8") for name in ("own-model.md", "retraining.md")]
     blocks = re.findall(r"```python\n(.*?)```", "\n".join(pages), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     code = "\n".join(blocks)
     for words, other in small.items():
         code = code.replace(words, other)
