@@ -62,6 +62,7 @@ def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
         round(sparsity * out * in). An N:M pattern always compares within its groups of M.
 
     The number of zeros is exact, whatever the ties: of equal scores the earlier position goes first, as in a stable sort.
+    Raises `ReconError` for NaN scores.
     """
     groups = scores.reshape(-1, pattern.m or (scores.shape[1] if scope == "row" else scores.numel()))
     return keep_all_but(groups, pattern.zeros(groups.shape[1])).view_as(scores)

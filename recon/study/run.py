@@ -41,10 +41,10 @@ Measured = tuple[dict, Mapping[str, Tensor]]  # see `recon.study.measure.measure
 
 class Session:
     """What consecutive runs share: the dense model, its measurements, and the last pruned state, so that granularities in a study
-    start from the very same one; and the last reconstructed state, if several runs start from it (`RunSpec.reconstructed_by`)."""
+    start from the very same one; and the last reconstructed state, if it is one that several runs need."""
 
     def __init__(self, repeated: Collection[tuple] = ()):
-        self.repeated = repeated
+        self.repeated = repeated  # the `reconstructed_by` of several runs to come
         self.reused: list[str] = []  # kinds of what the last run took from here
         self._kept: dict[str, tuple[object, object]] = {}
         self._sources: dict[object, object] = {}  # hashes of the models, texts and criteria that it is of

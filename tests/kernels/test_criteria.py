@@ -10,11 +10,10 @@ from fixtures.models import problem
 from torch.testing import assert_close
 
 from recon.errors import ReconError
-from recon.kernels.criteria import CRITERIA, Criterion, Structured, admm
+from recon.kernels.criteria import CRITERIA, Criterion, admm
 from recon.kernels.criteria.structured import flap
 from recon.kernels.patterns import Pattern, keep_all_but, keep_mask
 
-BY_WEIGHT = [name for name, criterion in CRITERIA.items() if not isinstance(criterion, Structured) and name != "none"]
 PATTERNS = ["0", "0.3", "0.5", "0.9", "2:4", "1:8"]
 
 
@@ -164,6 +163,12 @@ def test_a_criterion_of_ones_own_reads_moments_and_must_score_each_weight():
 def test_units_whose_inputs_never_change_score_alike():
     weight, _ = problem()
     assert flap(weight, torch.zeros(2, 16, dtype=torch.float64)).eq(0).all()
+
+
+def test_weights_compete_within_what_the_authors_compare_within():
+    scopes = {"magnitude": "matrix", "wanda": "row", "wanda++": "row", "ria": "matrix", "sparsegpt": "matrix", "admm": "matrix"}
+    scopes |= {"wanda-sp": "half-block", "flap": "model"}
+    assert scopes == {name: each.scope for name, each in CRITERIA.items() if name not in ("none", "random")}
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])

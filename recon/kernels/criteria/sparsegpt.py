@@ -43,6 +43,7 @@ def prune(
     scope: what an unstructured pattern compares within, in each block of columns: one "row", or the "matrix" (all rows).
     block_size: columns whose unstructured mask is chosen at once; for N:M it affects speed alone.
     damping: added to H's diagonal, as a fraction of its mean; ten times more after each failed factorisation.
+    Raises `ReconError` for a Gram matrix that no damping makes positive definite.
     """
     block_size += -block_size % (pattern.m or 1)  # no group of M straddles two blocks
 
