@@ -356,7 +356,7 @@ def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
 
 
 def budget(runs: pd.DataFrame) -> Plot:
-    """Quality against compute and, if known, memory. Numbers: samples. Line: what nothing beats at its cost or less.
+    """Quality against compute and, if known, memory. Larger marks: more samples. Line: what nothing beats at its cost or less.
 
     A mark is a method at a number of samples: the mean over the seeds that all marks have. The dense control and the pruned
     model have none.
@@ -369,23 +369,20 @@ def budget(runs: pd.DataFrame) -> Plot:
     costs = [cost for cost in (COMPUTE, MEMORY) if means[cost].notna().any()]
     figure, axes = plt.subplots(2, len(costs), figsize=(4.7 * len(costs), 6), sharex="col", sharey="row", squeeze=False,
                                 layout="constrained")  # fmt: skip
-    order, counts = list(dict.fromkeys(means["method"])), []
+    order, sizes, counts = list(dict.fromkeys(means["method"])), sorted(set(means["samples"])), []
     for row, quality in zip(axes, shown):
         for ax, cost in zip(row, costs):
             best = front(means, cost, quality)
             ours = best["method"].isin([MAIN[0], PUBLISHED]).sum()
             counts.append(f"{ours} of {len(best)} ({quality.split(',')[0]} at equal {cost.split(',')[0]})")
             ax.step(best[cost], best[quality], where="post", color="0.6", linewidth=1, zorder=1)
-            sns.scatterplot(
-                means, x=cost, y=quality, hue="method", style="method", s=60, **looks(order), legend=ax is axes[0, 0], ax=ax
-            )
+            shown = {"style": "method", "size": "samples", "sizes": dict(zip(sizes, np.geomspace(20, 110, len(sizes))))}
+            sns.scatterplot(means, x=cost, y=quality, hue="method", **shown, **looks(order), legend=ax is axes[0, 0], ax=ax)
             if cost == COMPUTE:
                 log_scale(ax, "x")
             log_scale(ax)
             level(ax, data.loc[data["method"] == "pruned", quality].mean(), "pruned")
             ax.margins(0.12)
-            for place in means.to_dict("records"):
-                ax.annotate(place["samples"], (place[cost], place[quality]), (6, 3), textcoords="offset points", fontsize=7)
         lower_is_better(row[0])
     legend(figure, axes[0, 0])
     return figure, means, f"What nothing beats at its cost is reconstruction alone in {', '.join(counts)}."
