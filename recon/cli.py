@@ -15,6 +15,7 @@ import tyro
 from recon.config import PRESETS, SOURCES, Checked, FromOne
 from recon.errors import ReconError
 from recon.kernels.criteria import CRITERIA
+from recon.runtime import packed
 from recon.runtime.device import limit_compiled_shapes
 from recon.study.cluster import Ray
 from recon.study.spec import RunOptions, RunSpec
@@ -100,16 +101,12 @@ def shrink(model: Named, out: Place) -> None:
 
 def pack(folder: Named, out: Place) -> None:
     """Write a checkpoint to a new folder as one bit for each weight and what is not zero: `recon.load` reads it."""
-    from recon.runtime import packed
-
     packed.pack(folder, out)
     _say_size(out)
 
 
 def unpack(folder: Named, out: Place) -> None:
     """Write a packed checkpoint to a new folder as the ordinary one that it was made of, the same to the bit."""
-    from recon.runtime import packed
-
     packed.unpack(folder, out)
     _say_size(out)
 

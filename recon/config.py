@@ -85,10 +85,7 @@ Names = tuple[str, ...]
 
 
 class Checked:
-    """Base of the configs: each value is checked against its field's type when a config is made, and stored in one form.
-
-    Numbers are stored as floats where the option is one, names as a tuple. What an option does not allow raises `ReconError`.
-    """
+    """Base of the configs: raises `ReconError` for what an option does not allow, and stores all else in one form."""
 
     def __post_init__(self):
         for each in fields(self):
@@ -240,12 +237,7 @@ class ReconstructionConfig(Checked):
             raise ReconError(f"adapter {self.adapter!r} is all that is trained; it goes with solver adamw and train matrices")
 
     def schedule(self, samples: int, window: Window | None = None) -> Schedule:
-        """How this many samples are trained on: for `window`, or for a half-block.
-
-        size_power lies between what the rates searched on both bundled models follow (Wanda, 50 %; the figure granularity-rates
-        gives both, and what the rule costs). Matrices begin near their optimum (at 1, 0.3, 0.1 of the rate of half-blocks: 73,
-        60.3, 58.8; pruned 63.5).
-        """
+        """How this many samples are trained on: for `window`, or for a half-block; see `guides/deviations.md`."""
         pace = 1.0 if window is None else self.matrix_rate if window.matrices else window.halves**-self.size_power
         epochs = self.epochs or epochs_for(samples, self.batch_size * self.accumulation)
         return Schedule(

@@ -1,6 +1,9 @@
-"""The one exception that user mistakes raise."""
+"""What users are told: the one exception that their mistakes raise, and the log."""
 
 import importlib.util
+import logging
+
+log = logging.getLogger("recon")
 
 
 class ReconError(Exception):

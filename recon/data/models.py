@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from recon.data import assets, files
 from recon.errors import ReconError
 from recon.runtime import packed
-from recon.runtime.storage import PART, cache_folder
+from recon.runtime.storage import PART, cache_folder, once
 from recon.runtime.weights import Weights, check_finite, open_model, quantisation, read_model
 
 # The files in a folder that make up a model and its tokenizer: by suffix, and by name.
@@ -29,7 +29,7 @@ def locate(name: str) -> str:
         return str(assets.bundled_model(name))
     if name.endswith(".gguf") and Path(name).is_file():
         with _loading(name, None):
-            return str(files.converted(Path(name)))
+            return str(once(files.conversion(Path(name)), lambda fresh: files.convert(Path(name).absolute(), fresh)))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ReconError(f"model folder {name!r} has no config.json; give a folder in the Hugging Face format")

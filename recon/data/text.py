@@ -149,8 +149,7 @@ def _tokens(name: str, split: str, tokenizer, special: bool, *changed) -> torch.
     if name not in BUNDLED or backend is None:
         return tokenise()
     # It takes seconds, and hundreds of bytes a token.
-    decisive = json.dumps([text, backend.to_str(), special, metadata.version("tokenizers")])
-    folder = derived_folder(f"tokens-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}")
+    folder = derived_folder("tokens", text, backend.to_str(), special, metadata.version("tokenizers"))
     once(folder, lambda folder: save_file({"tokens": tokenise().int()}, folder / file))
     return load_file(folder / file)["tokens"].long()
 

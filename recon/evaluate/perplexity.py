@@ -20,16 +20,12 @@ SLICE = 256  # tokens whose logits exist at once
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(mean negative log-likelihood in nats) of all predicted `tokens`.
-
-    per_window: mean negative log-likelihood of each window. kl_per_window: KL(dense || model) in nats, mean over tokens, of the
-    first windows; empty without a dense model.
-    """
+    """exp(mean negative log-likelihood in nats) of all predicted `tokens`."""
 
     value: float
     tokens: int
-    per_window: list[float]
-    kl_per_window: list[float] = field(default_factory=list)
+    per_window: list[float]  # mean negative log-likelihood of each window
+    kl_per_window: list[float] = field(default_factory=list)  # mean KL(dense || model) of the first windows; empty without dense
 
 
 @torch.no_grad()

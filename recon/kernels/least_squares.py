@@ -13,6 +13,7 @@ large in language models.
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 
 @torch.no_grad()
@@ -33,26 +34,21 @@ def masked_least_squares(weight: Tensor, mask: Tensor, gram: Tensor, cross: Tens
     keep = mask.to(weight.dtype)  # a product with it is several times as fast as filling by booleans
     residual = (cross - weight @ gram).mul_(keep)  # (out, in)
     scaled = residual * inverse_diagonal
-    size = _row_dot(residual, scaled)  # (out, 1)
+    size = vecdot(residual, scaled)[:, None]  # (out, 1)
     target = cross * keep
-    rounding = torch.finfo(gram.dtype).eps ** 2 * _row_dot(target, target * inverse_diagonal)
+    rounding = torch.finfo(gram.dtype).eps ** 2 * vecdot(target, target * inverse_diagonal)[:, None]
     direction = scaled.clone()
     for _ in range(iterations):
         active = size > rounding
         if not active.any():
             break
         product = (direction @ gram).mul_(keep)
-        curvature = _row_dot(direction, product)
+        curvature = vecdot(direction, product)[:, None]
         active &= curvature > 0
         step = torch.where(active, size / curvature, 0.0)
         weight.addcmul_(step, direction)
         residual.addcmul_(step, product, value=-1)
         torch.mul(residual, inverse_diagonal, out=scaled)
-        previous, size = size, _row_dot(residual, scaled)
+        previous, size = size, vecdot(residual, scaled)[:, None]
         direction.mul_(torch.where(active, size / previous, 0.0)).add_(scaled)
     return weight
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Scalar products (out, 1) of the rows of a and b, (out, in) each."""
-    return (a * b).sum(1, keepdim=True)

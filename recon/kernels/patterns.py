@@ -15,14 +15,10 @@ SCOPES = ("row", "matrix")
 
 @dataclass(frozen=True)
 class Pattern:
-    """How many weights go, and where: unstructured (`0.5`) or semi-structured N:M (`2:4`).
+    """How many weights go, and where: unstructured (`0.5`) or semi-structured N:M (`2:4`)."""
 
-    sparsity: share of the weights that become zero, 0 <= sparsity < 1.
-    n, m: of every `m` consecutive inputs of a row, `n` are kept; both None where unstructured.
-    """
-
-    sparsity: float
-    n: int | None = None
+    sparsity: float  # share of the weights that become zero, 0 <= sparsity < 1
+    n: int | None = None  # of every `m` consecutive inputs of a row, `n` are kept; both None where unstructured
     m: int | None = None
 
     @classmethod

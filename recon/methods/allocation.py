@@ -15,8 +15,7 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
 
-# Where losses are measured: tokens that norms are of; samples to predict, tokens of each, and the step from one that counts to
-# the next. Not at the first few dozen tokens alone: they have little to attend to.
+# See `allocate`. Losses are not of the first few dozen tokens alone, which have little to attend to.
 NORMS, PROBES, LENGTH, EVERY = 2048, 2, 128, 2
 
 

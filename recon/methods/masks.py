@@ -1,6 +1,5 @@
 """Keep-masks by matrix name, bool (out, in), True = survives: checked, saved and loaded, or those of a model pruned elsewhere."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.methods.prune import Pruning
 from recon.methods.statistics import over_blocks
 from recon.model.decoder import Decoder
@@ -19,7 +18,6 @@ from recon.runtime.execution import Execution
 from recon.runtime.storage import write_safetensors
 from recon.runtime.weights import Weights
 
-log = logging.getLogger("recon")
 LEAST = 0.01  # share of zeros in the matrices from which a model counts as pruned: dense ones have a few of their own
 
 

@@ -45,22 +45,17 @@ class Streams:
         return {"dense": self.dense_task, "sparse": self.sparse_task, "mixed": self.mixed_task}[propagation](f)
 
     def dense_task(self, f: Window) -> Task:
-        """Inputs and targets are the dense model's own activations, before and after the window."""
         X = self._dense_run(f)[2][f.matrices[0]] if f.matrices else self.dense
         return X, *self._dense_outputs(f)
 
     def sparse_task(self, f: Window) -> Task:
-        """Inputs are what the reconstructed model hands on; targets, what the dense window makes of them."""
         X = self._sparse_inputs(f)
         Y, statistics, _ = gather(self.execution, self.teacher, f, X, "none" if f.matrices else self.statistics, self.count)
         return X, Y, statistics
 
     def mixed_task(self, f: Window) -> Task:
-        """Inputs are what the reconstructed model hands on; targets are the dense model's own activations.
-
-        Where both halves of a block read its input, and are added to it once, the MLP is to make up for what attention, which is
-        fitted by then, leaves: its target is the dense block's output without what the reconstructed attention adds.
-        """
+        """Where both halves of a block read its input, the MLP is to make up for what attention, which is fitted by then, leaves:
+        its target is the dense block's output without what the reconstructed attention adds."""
         X, (Y, statistics) = self._sparse_inputs(f), self._dense_outputs(f)
         if f.parallel and f.half == "mlp":
             block, attention = Window(f.blocks), replace(f, half="attention")

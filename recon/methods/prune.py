@@ -1,6 +1,5 @@
 """Pruning: gathers statistics block by block, makes masks, and zeroes what they drop."""
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.config import PruningConfig
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.kernels.criteria import CRITERIA, Structured
 from recon.kernels.mask_refinement import refine
 from recon.kernels.patterns import Pattern
@@ -25,21 +24,14 @@ from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
-log = logging.getLogger("recon")
-
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a pruning pass made.
+    """What a pruning pass made."""
 
-    masks: by matrix name, bool (out, in), True = kept.
-    under_calibrated: experts that too few calibration tokens were sent to, which were pruned by magnitude instead.
-    seconds: spent on making masks, and on giving each block its sparsity; without gathering the criterion's statistics.
-    """
-
-    masks: MutableMapping[str, Tensor]
-    under_calibrated: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    masks: MutableMapping[str, Tensor]  # by matrix name, bool (out, in), True = kept
+    under_calibrated: list[str] = field(default_factory=list)  # experts pruned by magnitude, as few tokens were sent to them
+    seconds: float = 0.0  # spent on masks, and on giving each block its sparsity; without gathering the criterion's statistics
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ A Free Lunch in LLM Compression, arXiv 2510.14444, method section.
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recon.config import PruningConfig, ReconstructionConfig, two_passes
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
@@ -37,8 +36,6 @@ from recon.model.structure import factors, stored
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
-
-log = logging.getLogger("recon")
 
 TOKENS = 2**17  # that tell the variance of channels
 # What became of a window, beside `NOT_FINITE`. Rolled back: its weights are those that pruning left.
@@ -280,11 +277,11 @@ class Reconstruction:
             # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same
             # memory, as the gradient of the parameter that holds them all would be made anew, in full, for every expert.
             alone = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None and matrix.alone}
-            leaves = {name: nn.Parameter(matrix.part.detach()) for name, matrix in alone.items()}
+            leaves = {name: nn.Parameter(matrix.part_of(matrix.parameter).detach()) for name, matrix in alone.items()}
             held = {matrix.parameter_name for matrix in alone.values()}
             rest = [parameter for name, parameter in theta.items() if name not in held]
             masks = dict(stored({name: matrix for name, matrix in matrices.items() if name not in alone}, self.masks, device))
             masks |= {leaf: factors(alone[name].oriented(self.masks[name]), device) for name, leaf in leaves.items()}
-            with requiring_gradients(rest), self.student.using(f, leaves) if alone else contextlib.nullcontext():
+            with requiring_gradients(rest), self.student.fused_products(f, use=leaves) if alone else contextlib.nullcontext():
                 biases = {theta[name] for name in theta.keys() & {matrix.bias_name for matrix in matrices.values()}}
                 yield trained([*rest, *leaves.values()], masks, biases)

@@ -55,7 +55,6 @@ def reorder_neurons(decoder: Decoder, samples: Tensor, pattern: Pattern, executi
     before = decoder.run(tokens).logits
 
     def visit(window: Window, norms: dict[str, Tensor]) -> tuple[None, dict]:
-        """Reorders one block's neurons."""
         half, matrices = halves[window.blocks], decoder.matrices(window)
         weight, norm = half.reader.weight, norms[half.reader.name]
         order = better_order(wanda(weight.to(norm.device), norm, None), pattern).to(weight.device)

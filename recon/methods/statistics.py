@@ -29,9 +29,7 @@ def gather(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs `window` on `stream` (samples, length, hidden), and gathers statistics of what its matrices read.
 
-    kind: "none"; "norm": root of the mean square of each input column, (in,); "gram": X'X / tokens, (in, in); "moments": mean and
-        variance of each input column, (2, in); "gradient": root of the mean over samples of the sum of squares, and
-        `output_gradients`, (1 + out, in). Of an expert, over the tokens that are sent to it; none below FEW.
+    kind: see `recon.kernels.criteria.Criterion`. Statistics of an expert are over the tokens that are sent to it; none below FEW.
     count: statistics are of the first so many samples; default: of all.
     record: whether to keep what the matrices read.
 

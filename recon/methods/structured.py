@@ -26,29 +26,20 @@ from recon.runtime.execution import Execution
 
 @dataclass(frozen=True)
 class Units:
-    """The units of one half of a block.
-
-    reader: the matrix that reads them, as many consecutive columns for each: the last to run of the half.
-    count: how many there are: neurons, or key/value heads with all the query heads that they serve.
-    rows: by name of the matrices that make them, the unit that each row belongs to, (out,). A matrix whose rows cannot be told
-        apart is missing: its rows stay, and the unit is gone all the same, for nothing reads it.
-    weights: how many weights go with one unit.
-    """
+    """The units of one half of a block."""
 
     window: Window
-    reader: Matrix
-    count: int
+    reader: Matrix  # reads them, as many consecutive columns for each: the last to run of the half
+    count: int  # how many there are: neurons, or key/value heads with all the query heads that they serve
+    # By name of the matrices that make them, the unit that each row belongs to, (out,). A matrix whose rows cannot be told apart
+    # is missing: its rows stay, and the unit is gone all the same, for nothing reads it.
     rows: dict[str, Tensor]
-    weights: int
+    weights: int  # how many go with one unit
 
 
 @torch.no_grad()
 def prune_units(decoder: Decoder, criterion: Structured, config: PruningConfig, samples: Tensor, execution: Execution) -> None:
-    """Removes whole units in place until the pattern's share of all the blocks' weights is gone, as near as units allow.
-
-    Wanda-sp compares within each half of a block, of which never all goes, on what the already pruned model (or the dense one)
-    reads; FLAP compares over the whole dense model before it removes anything, and puts the mean of that into the reader's bias.
-    """
+    """Removes whole units in place until the pattern's share of all the blocks' weights is gone, as near as units allow."""
     pattern, whole = Pattern.parse(config.pattern), criterion.scope == "model"
     halves = find_units(decoder)
     target = pattern.sparsity * sum(matrix.weight.numel() for matrix in decoder.matrices().values())
@@ -63,7 +54,6 @@ def prune_units(decoder: Decoder, criterion: Structured, config: PruningConfig, 
         gone |= {half.window.name: min(round(share * half.count), half.count - 1) for half in neurons}
 
     def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[None, dict[str, Tensor]]:
-        """Removes the units of one block that go; gives the biases that make up for them."""
         matrices, changed = decoder.matrices(window), {}
         masks = {name: torch.ones_like(matrix.weight, dtype=torch.bool) for name, matrix in matrices.items()}
         for half in (half for half in halves if half.window.blocks == window.blocks):
@@ -94,7 +84,6 @@ def _compare(
     """By name of each half, which of its units are kept (count,), and the means (in,) of what its reader reads when dense."""
 
     def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[list, dict]:
-        """Notes the scores and means of one block."""
         here = [half for half in halves if half.window.blocks == window.blocks]
         return [(_score(criterion, half, statistics).tolist(), statistics[half.reader.name][0].tolist()) for half in here], {}
 

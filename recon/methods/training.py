@@ -4,7 +4,6 @@ theta <- M * AdamW(theta, grad L(theta), r * s)        M: mask; r: learning rate
 """
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.kernels.adapters import ADAPTERS, LowRank
 from recon.kernels.gradient_descent import Schedule, Trained
 from recon.model.decoder import Decoder
 from recon.model.structure import Matrix, factors
 from recon.runtime.execution import Execution
 
-log = logging.getLogger("recon")
 NOT_FINITE = "rolled back: not finite"
 
 
@@ -174,4 +172,4 @@ def adapted(
                     callback.on_merged()
             finally:
                 for matrix in done:
-                    matrix.part.mul_(factors(matrix.oriented(masks[matrix.name]), matrix.part.device)).add_(0.0)
+                    matrix.weight.mul_(factors(masks[matrix.name], matrix.weight.device)).add_(0.0)

@@ -3,23 +3,18 @@
 Let y_i be what row i gives, and p the model's predictions. If pruning changes y_i by d, -log p(t) of a token t that is drawn from
 them grows by F_i d^2 / 2 in the mean, to second order, with F_i the mean square of d log p(t) / d y_i: the diagonal of the Fisher
 information. So the error of row i counts sqrt(F_i). The criterion compares the weights of each row times the root of that, which
-did better than sqrt(F_i) itself. At 70 % (SmolLM2-135M, ADMM, one seed) rows alike, times the root, and times sqrt(F_i) gave
-perplexities of 157, 119 and 126 pruned, and of 78.6, 68.1 and 69.5 reconstructed.
+did better than sqrt(F_i) itself: see `guides/better-masks.md`.
 
 Van der Ouderaa et al., "The LLM Surgeon" (ICLR 2024, arXiv 2312.17244); for quantisation Kim et al., "GuidedQuant" (ICML 2025,
 arXiv 2505.07004).
 """
-
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from recon.kernels.losses import negative_log_likelihood
-from recon.model import experts
 from recon.model.decoder import Decoder
-from recon.model.experts import FusedProducts
 from recon.model.modules import watched
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
@@ -39,15 +34,11 @@ def row_weights(decoder: Decoder, samples: Tensor, seed: int, execution: Executi
         return dict(execution.storage.tensors("weigh"))
     samples, blocks = samples[: max(1, TOKENS // samples.shape[1])], decoder.windows("block")
     streams = [execution.embed(decoder, samples)]  # what each block reads, and what the last one gives
-    bar = tqdm(desc="weigh rows", unit="block", total=2 * len(blocks), disable=not execution.progress)
-    with bar:
-        for block in blocks:
-            streams.append(execution.forward(decoder, block, streams[-1]))
-            bar.update()
-        slopes, found = _slopes_of_predictions(decoder, samples, streams.pop(), seed, execution), {}
-        for block in reversed(blocks):
-            found |= _through(decoder, block, streams.pop(), slopes, execution)
-            bar.update()
+    for block in tqdm(blocks, "weigh rows (forward)", unit="block", disable=not execution.progress):
+        streams.append(execution.forward(decoder, block, streams[-1]))
+    slopes, found = _slopes_of_predictions(decoder, samples, streams.pop(), seed, execution), {}
+    for block in tqdm(blocks[::-1], "weigh rows (back)", unit="block", disable=not execution.progress):
+        found |= _through(decoder, block, streams.pop(), slopes, execution)
     weights = {name: squares.sqrt().sqrt() for name, squares in found.items() if squares.any()}
     weights = {name: (each / each.mean()).clamp_min(1e-3) for name, each in weights.items()}
     execution.storage.finish("weigh", len(samples), tensors=weights)
@@ -82,8 +73,8 @@ def _through(decoder: Decoder, block: Window, stream: Tensor, slopes: Tensor, ex
     matrices = decoder.matrices(block)
     modules = {name: each.module for name, each in matrices.items() if each.expert is None}
     watching = watched(modules, after=lambda name, args, kwargs, output: given.append(([name], output)))
-    fused = FusedProducts(experts.fused(matrices), gave=lambda names, output: given.append((names, output)))
-    with execution.holding(decoder, block), watching, fused if fused.parameters else nullcontext():
+    fused = decoder.fused_products(block, gave=lambda names, output: given.append((names, output)))
+    with execution.holding(decoder, block), watching, fused:
         for index, (read, slope) in enumerate(execution.batches([stream, slopes], [[sample] for sample in range(len(stream))])):
             given.clear()
             with execution.autocast():

@@ -184,7 +184,6 @@ def _silence(args: tuple, kwargs: dict, output) -> Callable:
     tokens, width = _given(args, kwargs).shape[:-1], _given(args, kwargs).shape[-1]
 
     def forward(*args, **kwargs):
-        """Zeros for what the child would return."""
         like = _given(args, kwargs)
 
         def zeros(leaf) -> Tensor | None:

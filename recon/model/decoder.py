@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from recon.errors import ReconError
-from recon.model import experts
 from recon.model.experts import FusedProducts
 from recon.model.modules import Stop, first, placeholder_tokens, replaced, watched
 from recon.model.skeleton import Lazy, max_length
@@ -150,13 +149,14 @@ class Decoder:
         wanted = self.matrices(window)
         groups = [group for index in window.blocks for group in self.groups[index] if group[0] in wanted]
         modules = {group: self.model.get_submodule(group[0]) for group in groups if wanted[group[0]].expert is None}
-        fused = FusedProducts(experts.fused(wanted), lambda product: see((product.name,), product.x))
-        with watched(modules, lambda group, args, kwargs: see(group, args[0])), fused if fused.parameters else nullcontext():
+        fused = self.fused_products(window, see=lambda product: see((product.name,), product.x))
+        with watched(modules, lambda group, args, kwargs: see(group, args[0])), fused:
             yield
 
-    def using(self, window: Window, weights: dict[str, Tensor]) -> contextlib.AbstractContextManager:
-        """Context in which experts of `window` that are multiplied alone use `weights`, by matrix name, laid out as stored."""
-        return FusedProducts(experts.fused(self.matrices(window)), use=weights)
+    def fused_products(self, window: Window, **how) -> contextlib.AbstractContextManager:
+        """`FusedProducts` of the experts of `window` that share a parameter, if it has any; how: its other arguments."""
+        fused = {each.parameter_name: each.parameter for each in self.matrices(window).values() if each.expert is not None}
+        return FusedProducts(fused, **how) if fused else nullcontext()
 
     def call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
         """The arguments of each block beside `hidden` (batch, length, hidden): positions, rotary embeddings, masks.

@@ -4,7 +4,6 @@ No architecture is known here by name. The blocks are the largest list of module
 """
 
 import contextlib
-import logging
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -12,15 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.model.blocks import find_halves, find_matrices, find_shared
 from recon.model.decoder import Decoder
 from recon.model.encoder_decoder import EncoderDecoder
 from recon.model.modules import distance, kind_of, probe_tokens, replaced, tolerance, watched
 from recon.model.skeleton import Lazy
 from recon.model.structure import BlockStructure, Structure
-
-log = logging.getLogger("recon")
 
 
 def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Lazy | None = None) -> Decoder:

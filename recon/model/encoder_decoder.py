@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
@@ -18,10 +18,9 @@ _ENCODED = object()  # stands for the encoder's output among a block's arguments
 class EncoderDecoder(Decoder):
     """An encoder-decoder whose windows can be run, watched and trained one at a time.
 
-    Each sample is cut in two: the encoder reads its first half, and the decoder predicts the second, given the first. The
-    residual stream is divided in the same way: an encoder block changes its first half, a decoder block its second. Errors and
-    losses are means over all tokens, and so include the half that a block does not change; of first tokens, the encoder's alone
-    is left out. Windows are made of whole blocks.
+    Each sample is cut in two, see `reading`, and so is the residual stream: an encoder block changes its first half, a decoder
+    block its second. Errors and losses are means over all tokens, and so include the half that a block does not change; of first
+    tokens, the encoder's alone is left out. Windows are made of whole blocks.
     Parameters that other blocks' arguments are computed from, such as biases of relative positions, are in no window.
     """
 
@@ -92,13 +91,10 @@ class EncoderDecoder(Decoder):
 
     def _around_encoder(self) -> list[Tensor]:
         """What the encoder holds beside blocks and the embedding of tokens, such as its last norm."""
-        encoder = self.model.get_encoder()
-        others = {each for module in (self.blocks, self.model.get_input_embeddings()) for each in _tensors(module)}
-        return [tensor for tensor in _tensors(encoder) if tensor not in others]
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+        modules = self.model.get_encoder(), self.blocks, self.model.get_input_embeddings()
+        inside, blocks, tokens = ([*module.parameters(), *module.buffers()] for module in modules)
+        others = {*blocks, *tokens}
+        return [tensor for tensor in inside if tensor not in others]
 
 
 def _cut(sequence: Tensor) -> tuple[Tensor, Tensor]:

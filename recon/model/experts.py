@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from recon.model.structure import Matrix
-
 
 @dataclass(frozen=True)
 class Product:
@@ -78,8 +76,3 @@ def _products(name: str, parameter: nn.Parameter, x: Tensor, matrix: Tensor, out
         # All experts in one product: rows of tokens that are not sent to an expert are zero.
         read = rows if alone else rows[rows.any(-1)]
         yield Product(f"{name}[{expert}]", parameter.numel() // size, out_by_in == turned, read, alone)
-
-
-def fused(matrices: dict[str, Matrix]) -> dict[str, nn.Parameter]:
-    """By full name, the parameters that hold those of `matrices` that share one."""
-    return {matrix.parameter_name: matrix.parameter for matrix in matrices.values() if matrix.expert is not None}

@@ -74,11 +74,11 @@ def tied(model: nn.Module) -> dict[str, list[str]]:
 class Lazy:
     """The parameters of a skeleton: in memory inside `present`, and else placeholders in float32 on the CPU; tied ones stay tied.
 
-    read: gives values in float32 that share no memory with anything. done: called with the names of what has just been read.
+    read: gives values in float32 that share no memory with anything.
     """
 
-    def __init__(self, model: nn.Module, read: Read, done: Callable[[list[str]], None] = lambda names: None):
-        self.model, self.read, self.done = model, read, done
+    def __init__(self, model: nn.Module, read: Read):
+        self.model, self.read = model, read
         self.parameters: dict[str, nn.Parameter] = {}
         self._names: dict[nn.Parameter, str] = {}
         self._users: Counter[str] = Counter()
@@ -113,11 +113,11 @@ class Lazy:
                     else:
                         yield name, (values / shape[-1] ** 0.5).as_strided(shape, (1, 1) if small else values.stride())
 
-        own, done, self.read, self.done = self.read, self.done, read, lambda names: None
+        own, self.read = self.read, read
         try:
             yield
         finally:
-            self.read, self.done = own, done
+            self.read = own
 
     @contextlib.contextmanager
     def present(self, parameters: Iterable[Tensor]) -> Iterator[None]:
@@ -128,7 +128,6 @@ class Lazy:
         try:
             for name, value in self.read(fresh):
                 self.parameters[name].data = value
-            self.done(fresh)
             yield
         finally:
             self._users.subtract(names)

@@ -41,11 +41,6 @@ class Matrix:
         """The parameter that holds the matrix, as it is stored."""
         return getattr(self.module, self.parameter_name.rpartition(".")[2])
 
-    @property
-    def part(self) -> Tensor:
-        """The part of the parameter that is the matrix, laid out as it is stored: a view."""
-        return self.part_of(self.parameter)
-
     def part_of(self, stored: Tensor) -> Tensor:
         """The part of `stored` that belongs to the matrix: a view. `stored` is laid out as the parameter."""
         return stored if self.expert is None else stored.view(self.experts, -1, stored.shape[-1])[self.expert]
@@ -53,7 +48,7 @@ class Matrix:
     @property
     def weight(self) -> Tensor:
         """The matrix (out, in): a view, also if it is stored transposed."""
-        return self.oriented(self.part)
+        return self.oriented(self.part_of(self.parameter))
 
     def oriented(self, stored: Tensor) -> Tensor:
         """`stored` (laid out as the matrix is stored) as (out, in), and the reverse; a view."""

@@ -53,11 +53,6 @@ def limit_compiled_shapes() -> None:
         os.environ.setdefault(name, "16")
 
 
-def cores() -> int:
-    """The number of CPUs that this process may use; a SLURM job, say, has a few of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def out_of_memory(error: Exception) -> bool:
     """Whether `error` says that a device's memory is used up."""
     from accelerate.utils.memory import should_reduce_batch_size  # slow to import
@@ -125,12 +120,6 @@ def available_memory(root: Path = Path("/")) -> int:
                 # Cached files count as used, but make room when memory is needed.
                 left.append(most - used + int(pages["active_file"]) + int(pages["inactive_file"]))
     return max(1, min(left))
-
-
-def available_on_device(device: torch.device) -> int:
-    """Bytes of a GPU's own memory that this process can still use."""
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def release_memory() -> None:

@@ -1,25 +1,21 @@
 """Where and in what precision windows run. Weights and batches are on the compute device for as long as they are needed."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.model.decoder import Decoder
 from recon.model.skeleton import moved
 from recon.model.windows import Window
 from recon.runtime.device import out_of_memory, pick_compute_dtype, pick_device, release_memory
 from recon.runtime.storage import Storage
 
-log = logging.getLogger("recon")
-Result = TypeVar("Result")
 TOKENS = 1024  # in a batch of a pass without training
 
 
@@ -118,7 +114,6 @@ class Execution:
         size = min(max(1, (self.tokens or TOKENS) // length), max(stop - start for start, stop in edges))
 
         def attempt(fewer: int) -> Tensor:
-            """All of it, `fewer` samples at a time."""
             if fewer < size:
                 self.tokens = fewer * length
                 anew()
@@ -136,7 +131,7 @@ class Execution:
 
         return self.halving(attempt, size)[0]
 
-    def halving(self, attempt: Callable[[int], Result], size: int) -> tuple[Result, int]:
+    def halving(self, attempt: Callable[[int], Tensor], size: int) -> tuple[Tensor, int]:
         """`attempt(size)`, again with half the size whenever memory runs out; and the size, in samples, that succeeded.
 
         Raises `ReconError` if memory does not suffice for one sample at a time.

@@ -34,12 +34,6 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("recon")
 
 
-def free_disk(folder: Path) -> int:
-    """Bytes that are free where `folder` is, or will be."""
-    folder = folder.absolute()
-    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-
-
 @contextlib.contextmanager
 def writing(what: str, advice: str) -> Iterator[None]:
     """Context that raises `ReconError` naming `what` cannot be written if the system refuses it, as on a full disk."""
@@ -130,9 +124,10 @@ def _digest(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def derived_folder(name: str) -> Path:
-    """Where the cache has the folder `name` of files that are computed from others; anything decisive is in its name."""
-    return cache_folder() / "derived" / name
+def derived_folder(name: str, *decisive: object) -> Path:
+    """Where the cache has files that are computed from others; a hash of what is `decisive` (JSON) is in its name."""
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / "derived" / f"{name}-{key}"
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -178,8 +173,6 @@ class Storage:
     Each file appears whole under its name, a window's own last: a killed run goes on after its last finished window. A run in
     memory has no folder: then nothing is written, and nothing is finished beforehand.
 
-    `masks`: keep-masks by matrix name, bool (out, in).
-
     folder: of the run's own; made if need be. run: the key of the run.
     keep: without a folder, the phases of which tensors are kept.
     """
@@ -188,7 +181,7 @@ class Storage:
         self.folder, self._keep = folder, keep
         self._noted: dict[str, list] = defaultdict(list)
         self._tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        self.masks: MutableMapping[str, Tensor] = {}
+        self.masks: MutableMapping[str, Tensor] = {}  # keep-masks by matrix name, bool (out, in)
         if folder is None:
             return
         go_on = "what is finished is kept: with room on the disk, the same command goes on from there"

@@ -141,22 +141,17 @@ def student(
         yield from ((name, originals[name].detach().clone()) for name in names)
 
     start = start or (dense.lazy.read if dense.lazy else copies)
-
-    def newest() -> ChainMap:
-        return ChainMap(*map(storage.tensors, phases))
+    known = ChainMap(*map(storage.tensors, phases))  # as they are finished
 
     def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        known = newest()
         yield from ((name, known[name].clone()) for name in names if name in known)
-        yield from start([name for name in names if name not in known])
-
-    def mask(names: list[str]) -> None:
-        for name in set(names) - newest().keys():
+        for name, value in start([name for name in names if name not in known]):
             for matrix in matrices[name]:
                 if matrix.name in storage.masks:
-                    matrix.weight.data.masked_fill_(~storage.masks[matrix.name], 0.0)
+                    matrix.oriented(matrix.part_of(value)).masked_fill_(~storage.masks[matrix.name], 0.0)
+            yield name, value
 
-    lazy = Lazy(second(dense.model), read, mask)
+    lazy = Lazy(second(dense.model), read)
     for name, value in storage.tensors("prune").items():  # such as biases that the dense model does not have
         lazy.add(name, value.shape)
     made, matrices = decompose(lazy.model, like=dense, lazy=lazy), defaultdict(list)  # by parameter, which may hold several

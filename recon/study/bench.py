@@ -106,8 +106,7 @@ def subject(spec: RunSpec, blocks: int, folder: Path | str) -> tuple[Decoder, ob
 
 
 def reference(student: Decoder, dense: Decoder, samples: Tensor) -> dict[str, float]:
-    """Prunes `student`, a copy of `dense`, in place by Wanda, by statistics of the model pruned so far, and reconstructs it:
-    dense propagation, half-blocks, one epoch. samples: (samples, length). Returns seconds by phase."""
+    """The straightforward loop: changes `student`, a copy of `dense`, in place. samples: (samples, length). Seconds by phase."""
     from transformers import get_linear_schedule_with_warmup  # slow to import
 
     dtype, batch_size = pick_compute_dtype("auto", dense.device), REFERENCE["batch_size"]

@@ -1,8 +1,4 @@
-"""Tasks spread over the workers of a Ray cluster: the runs of a study, or the windows of one large model.
-
-Under dense propagation no window depends on another. A worker has the models' structure; it gets a window's weights, masks and
-dense inputs, and gives back the fitted weights. This process computes the dense activations, a few windows ahead.
-"""
+"""Tasks spread over the workers of a Ray cluster: the runs of a study, or, under dense propagation, the windows of one model."""
 
 import itertools
 import logging
@@ -19,7 +15,7 @@ from torch import Tensor
 
 from recon.errors import ReconError, need
 from recon.model.windows import Window
-from recon.runtime.device import cores, limit_compiled_shapes
+from recon.runtime.device import limit_compiled_shapes
 
 VARIABLE = "RECON_EXECUTOR"  # environment variable: the executor if none is given
 ATTEMPTS = 3  # workers that a task may kill before it counts as failed
@@ -31,18 +27,14 @@ class Ray:
 
     Models and texts that are files must have the same path on every node, as on a shared file system, and every node the same
     version of this package; each node fetches bundled models once.
-
-    address: of a cluster: "auto" for that of this machine, or "ray://host:port"; None: the one that this process is connected
-        to or `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
-    workers: how many at most; None: as many as there is room for.
-    threads: CPUs and threads per worker; None: one or, on GPUs, a GPU's share of its node's CPUs, the least of all nodes.
-    gpus: GPUs per worker; None: one if the cluster has any and the work is not asked for on the CPU, else none.
     """
 
+    # Of a cluster: "auto" for that of this machine, or "ray://host:port"; None: the one that this process is connected to or
+    # `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
     address: str | None = None
-    workers: int | None = None
-    threads: int | None = None
-    gpus: float | None = None
+    workers: int | None = None  # how many at most; None: as many as there is room for
+    threads: int | None = None  # CPUs for each worker; None: one or, on GPUs, a GPU's share of its node's, the least of all nodes
+    gpus: float | None = None  # for each worker; None: one if the cluster has any and the work is not for CPUs alone, else none
 
     def __post_init__(self):
         for name, least in (("workers", 1), ("threads", 1), ("gpus", 0)):
@@ -82,7 +74,9 @@ def connect(address: str | None = None):
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 leaves workers next to nothing beside other programs
-        options = {"include_dashboard": False, "num_cpus": cores()}  # Ray would count those that this process may not use
+        # Ray would count those that this process may not use, such as a SLURM job.
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        options = {"include_dashboard": False, "num_cpus": cpus}
     try:
         if not ray.is_initialized():
             ray.init(address, logging_level=logging.ERROR, **options)

@@ -22,15 +22,11 @@ from recon.study.spec import RunSpec
 
 @dataclass(frozen=True)
 class Texts:
-    """The tokens that a run reads, each (samples, length).
+    """The tokens that a run reads, each (samples, length)."""
 
-    calibration: one random draw; every phase reads the first so many of it. held_out: of the validation split, for errors; None
-    if none are asked for. evaluation: by name of the text.
-    """
-
-    calibration: Tensor
-    held_out: Tensor | None
-    evaluation: dict[str, Tensor]
+    calibration: Tensor  # one random draw; every phase reads the first so many of it
+    held_out: Tensor | None  # of the validation split, for errors; None if none are asked for
+    evaluation: dict[str, Tensor]  # by name of the text
 
     @classmethod
     def draw(cls, spec: RunSpec, tokenizer) -> "Texts":

@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-import logging
 import math
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from recon.config import ReconstructionConfig
 from recon.data import models
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.evaluate.perplexity import SLICE
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.criteria import CRITERIA, admm
@@ -34,11 +34,10 @@ from recon.model.structure import Matrix
 from recon.model.windows import Window
 from recon.runtime import device as devices
 from recon.runtime import packed
-from recon.runtime.storage import SMALL, cache_folder, free_disk
+from recon.runtime.storage import SMALL, cache_folder
 from recon.runtime.weights import quantisation
 from recon.study.spec import RunOptions, RunSpec
 
-log = logging.getLogger("recon")
 GIB = 2**30
 MARGIN = 96 * 2**20  # bytes of what no shape tells: tokenizer, texts, libraries loaded later, kernels' own memory
 WIDTHS = ("hidden_size", "intermediate_size", "_dim", "_rank", "n_embd", "n_inner", "d_model")  # ends of options: layers' widths
@@ -350,9 +349,12 @@ class Plan:
         self.memory["cpu"]["process"] = process = devices.resident(anonymous=self.streamed)  # mapped files do not count
         self.rooms = {"memory": (sum(self.memory["cpu"].values()), room + process + loaded)}
         if device.type == "cuda":
-            self.rooms[f"memory on {device}"] = sum(self.memory["cuda"].values()), devices.available_on_device(device)
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # which the run can use
+            self.rooms[f"memory on {device}"] = sum(self.memory["cuda"].values()), torch.cuda.mem_get_info(device)[0] + cached
         if options.save or self.streamed:
-            self.rooms["disk"] = sum(self.memory["disk"].values()), free_disk(options.save or cache_folder())
+            folder = (options.save or cache_folder()).absolute()
+            there = next(place for place in (folder, *folder.parents) if place.exists())
+            self.rooms["disk"] = sum(self.memory["disk"].values()), shutil.disk_usage(there).free
         self.flops, steps = flops(spec), Counter()
         speed = EFFICIENCY * gemm_rate(device, devices.pick_compute_dtype(spec.compute.compute_dtype, device))
         for part in trainings(spec, decoder):

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field, fields
@@ -11,41 +10,34 @@ from pathlib import Path
 
 import torch
 
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.runtime.device import pick_compute_dtype
 from recon.runtime.storage import write_json, writing
 
-log = logging.getLogger("recon")
 PACKAGES = ("recon", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 
 @dataclass
 class RunRecord:
-    """What a run found, and everything needed to check it.
+    """What a run found, and everything needed to check it. Seconds, operations and tokens are by phase."""
 
-    `status` is "done", "failed" (then `error` says how), or in tables "missing". `spec`: options by flat name. `seconds`, `flops`
-    and `tokens` are by phase. `peak_memory_bytes`: of the highest phase; `added_memory_bytes_by_phase`: not in use before it;
-    `window_memory_bytes`: of the largest window, as counted, by kind. `windows`: the report of each. `shared`: what was taken
-    from earlier runs of the session or, for measurements of the dense model, from the cache.
-    """
-
-    spec: dict
+    spec: dict  # options by flat name
     key: str
-    status: str = "failed"
+    status: str = "failed"  # "done", "failed" (then `error` says how), or in tables "missing"
     error: str | None = None
     metrics: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
     flops: dict = field(default_factory=dict)
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: int = 0  # of the highest phase
     peak_memory_bytes_by_phase: dict = field(default_factory=dict)
-    added_memory_bytes_by_phase: dict = field(default_factory=dict)
-    window_memory_bytes: dict = field(default_factory=dict)
+    added_memory_bytes_by_phase: dict = field(default_factory=dict)  # not in use before it
+    window_memory_bytes: dict = field(default_factory=dict)  # of the largest window, as counted, by kind
     tokens: dict = field(default_factory=dict)
     protocol: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict)
-    windows: list = field(default_factory=list)
+    windows: list = field(default_factory=list)  # the report of each
     retraining: dict = field(default_factory=dict)
-    shared: list = field(default_factory=list)
+    shared: list = field(default_factory=list)  # taken from earlier runs of the session; or, of the dense model, from the cache
 
     def to_dict(self) -> dict:
         """The record as plain data, as written to JSON."""

@@ -2,9 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
-import json
-import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.data import files, models
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
@@ -33,7 +30,6 @@ from recon.study import checkpoint, cluster, measure, plan
 from recon.study.record import RunRecord, environment, finished, write_record
 from recon.study.spec import RunOptions, RunSpec
 
-log = logging.getLogger("recon")
 Value = TypeVar("Value")
 LEAST = 1e12  # floating-point operations of measuring, a few seconds; what costs less is measured anew by each process
 Measured = tuple[dict, Mapping[str, Tensor]]  # see `recon.study.measure.measure`
@@ -306,9 +302,7 @@ class _Run(Callback):
         read = [(measure.digest(text), *text.shape) for text in texts]
         scored_by = metadata.version("lm_eval") if how.tasks else None
         measured = [*how.windows], how.kl_windows, how.tasks, how.task_limit, scored_by
-        decisive = [models.fingerprint(*spec.loaded_by), read, *measured, here]
-        key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-        folder = derived_folder(f"dense-{key}")
+        folder = derived_folder("dense", models.fingerprint(*spec.loaded_by), read, *measured, here)
         with locked(folder, "cache (RECON_CACHE)", wait=True):
             kept = Storage(folder, folder.name)
             if kept.finished("dense"):

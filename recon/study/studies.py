@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import logging
 import traceback
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.methods.training import Callback
 from recon.runtime.storage import check_writable, locked
 from recon.study import plan
@@ -20,8 +19,6 @@ from recon.study.cluster import ATTEMPTS, Ray, settings, spread
 from recon.study.record import RunRecord, finished, read_record, write_record
 from recon.study.run import Session, run
 from recon.study.spec import RunOptions, RunSpec
-
-log = logging.getLogger("recon")
 
 
 def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
@@ -130,7 +127,6 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
     records, lost = {}, None
 
     def keep(key: str, record: RunRecord) -> None:
-        """Takes the record of a run that is over, done or failed."""
         records[key] = record
         if how:  # the worker may not have this folder
             path = folder / f"{key}.json"

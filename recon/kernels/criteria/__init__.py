@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from recon.errors import ReconError
 from recon.kernels.criteria import admm, scores, sparsegpt, structured
@@ -50,13 +50,7 @@ class Criterion:
         return self.score is not None
 
     def prune(
-        self,
-        weight: Tensor,
-        statistics: Tensor | None,
-        pattern: Pattern,
-        scope: str,
-        generator: torch.Generator | None,
-        **options,
+        self, weight: Tensor, statistics: Tensor | None, pattern: Pattern, scope: str, generator: Generator | None, **options
     ) -> tuple[Tensor, Tensor]:
         """The pruned weight (out, in), exactly zero outside its mask, and the mask (out, in), True = kept.
 
@@ -78,10 +72,9 @@ class Structured(Criterion):
 
     scope: units compete within a "half-block", which each lose the same share; or within the "model".
     score: from the matrix (out, in) that reads the units, and statistics, scores (in,) of its columns, higher = kept.
-    compensates: whether the mean of what is removed goes into that matrix's bias.
     """
 
-    compensates: bool = False
+    compensates: bool = False  # whether the mean of what is removed goes into that matrix's bias
     scores = False  # single weights
 
 

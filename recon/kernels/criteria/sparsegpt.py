@@ -13,15 +13,12 @@ Unlike in the authors' code, the number of zeros is exact, whatever the ties; an
 the others on the diagonal of H, where theirs have 1, so that the unit of activations does not matter.
 """
 
-import logging
-
 import torch
 from torch import Tensor
 
-from recon.errors import ReconError
+from recon.errors import ReconError, log
 from recon.kernels.patterns import Pattern, keep_all_but, keep_mask
 
-log = logging.getLogger("recon")
 ATTEMPTS = 10
 STRIP = 16  # columns after which the rest of their block makes up for their errors
 
@@ -71,8 +68,11 @@ def _prune_block(columns: Tensor, factor: Tensor, pattern: Pattern, scope: str, 
     """
     pivots, errors = factor.diagonal()[:, None], torch.zeros_like(columns)
     mask = torch.ones_like(columns, dtype=torch.bool)
-    if pattern.m is None:
-        mask = _block_mask((columns / pivots).square().T, pattern, scope, before).T
+    if pattern.m is None:  # rounding carries over between blocks: the total is exact
+        scores = (columns / pivots).square().T
+        groups, unit = (scores, 1) if scope == "row" else (scores.reshape(1, -1), len(scores))
+        zeros = pattern.zeros(unit * (before + len(columns))) - pattern.zeros(unit * before)
+        mask = keep_all_but(groups, zeros).view_as(scores).T
     shares = ~mask / pivots
     width, settled = pattern.m or 1, 0  # columns whose errors all of the block has made up for
     for first in range(0, len(columns), width):
@@ -89,14 +89,6 @@ def _prune_block(columns: Tensor, factor: Tensor, pattern: Pattern, scope: str, 
                 columns[j].addmv_(errors[first:j].T, factor[first:j, j], alpha=-1)
             torch.mul(columns[j], shares[j], out=errors[j])
     return mask, errors
-
-
-def _block_mask(scores: Tensor, pattern: Pattern, scope: str, before: int) -> Tensor:
-    """An unstructured mask (out, block) from `scores` (out, block). Rounding carries over between blocks: the total is exact."""
-    rows, columns = scores.shape
-    groups, unit = (scores, 1) if scope == "row" else (scores.reshape(1, -1), rows)
-    zeros = pattern.zeros(unit * (before + columns)) - pattern.zeros(unit * before)
-    return keep_all_but(groups, zeros).view_as(scores)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
