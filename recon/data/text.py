@@ -88,7 +88,7 @@ def sample_tokens(
     least = max(2, len(front) + 1)
     if sequence_length < least:
         why = f"the tokenizer puts {len(front)} in front of a text"
-        raise ReconError(f"sequence_length must be at least {least} tokens, not {sequence_length}: {why}")
+        raise ReconError(f"samples must be of at least {least} tokens, not {sequence_length}: {why}")
     length = sequence_length - len(front)
     known_by = len(tokenizer), *tokenizer(PROBE).input_ids  # a tokenizer may be changed, too
     tokens = _tokens(name, split, tokenizer, protocol == "joined", _changed(name), known_by)

@@ -46,7 +46,7 @@ def perplexity(
 
     Raises `ReconError` if windows are longer than the model was made for, or it is not causal.
     """
-    decoder = decompose(model)
+    decoder, tokens = decompose(model), torch.as_tensor(tokens)
     if tokens.ndim != 2 or len(tokens) < 1 or decoder.predicted(tokens).shape[1] < 2 or tokens.is_floating_point():
         said = f"allowed: whole numbers, (windows, length) of at least one window of {3 if decoder.reading else 2}"
         raise ReconError(f"tokens to predict are {tuple(tokens.shape)} of {tokens.dtype}; {said}")

@@ -40,10 +40,12 @@ def whitened(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
 
 
 def mse(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+    """The squared error of all channels relative to their variance."""
     return ((output.float() - target.float()) * variance.sum().rsqrt()).square().sum(-1)
 
 
 def cosine(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+    """One minus the cosine between output and target: their sizes do not matter."""
     return 1 - F.cosine_similarity(output.float(), target.float(), dim=-1)
 
 
@@ -67,7 +69,8 @@ def position_weights(first: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor
     """Weights (length,), of mean 1, of the positions of `targets` (samples, length, ...) in the mean loss.
 
     first: what the first position counts for. full: as much as any other. skipped: nothing. scaled: as much as if it were no
-        further from zero, by `loss`, than the others are on average.
+        further from zero, by `loss`, than the others are on average. Skipped, whatever becomes of it passes unseen, and the
+        model no longer predicts what follows a single token.
     """
     weights = torch.ones(targets.shape[1], device=targets.device)
     if first == "skipped":

@@ -45,6 +45,14 @@ def check_shapes(what: str, found: dict[str, Tensor], expected: dict[str, Tensor
             raise ReconError(f"{what} {name!r} has shape {tuple(found[name].shape)}; it must be {tuple(tensor.shape)}")
 
 
+def check_apart(model: nn.Module, dense: nn.Module) -> None:
+    """Raises `ReconError` naming a parameter that `dense`, which is to stay as it is, shares with `model`, which is changed."""
+    own = {*model.parameters()}
+    if shared := next((name for name, parameter in dense.named_parameters() if parameter in own), None):
+        said = "dense is to stay the model before pruning: give a copy of it (copy.deepcopy)"
+        raise ReconError(f"model and dense share parameters, such as {shared!r}; {said}")
+
+
 def save_masks(masks: dict[str, Tensor], path: Path | str) -> None:
     """Writes `masks` to a safetensors file, which appears when it is complete."""
     write_safetensors(Path(path), masks)

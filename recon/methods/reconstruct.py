@@ -24,7 +24,7 @@ from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
 from recon.kernels.moments import mean_product
-from recon.methods.masks import check_shapes, keep_masks
+from recon.methods.masks import check_apart, check_shapes, keep_masks
 from recon.methods.propagation import Streams
 from recon.methods.prune import Pruner
 from recon.methods.samples import ERROR_SAMPLES, with_held_out
@@ -85,8 +85,7 @@ def reconstruct(
         raise ReconError(f"config is a {type(config).__name__}; {said}")
     teacher = decompose(dense)
     whole = (model.model if isinstance(model, Decoder) else model), teacher.model
-    if whole[0] is whole[1]:
-        raise ReconError("model and dense are the same object; give a copy of the dense model, which stays as it is")
+    check_apart(*whole)
     check_shapes("the pruned model's", *(dict(each.named_parameters(remove_duplicate=False)) for each in whole))
     student = decompose(model, like=teacher)
     execution = execution or Execution.of(teacher)

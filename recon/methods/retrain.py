@@ -14,7 +14,7 @@ from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.gradient_descent import trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
-from recon.methods.masks import keep_masks
+from recon.methods.masks import check_apart, keep_masks
 from recon.methods.samples import as_tokens
 from recon.methods.training import NOT_FINITE, Callback, Report, adapted, check_trainable, settle, train
 from recon.model.decoder import Decoder
@@ -64,8 +64,8 @@ def retrain(
     check_trainable(student, method)
     execution = execution or Execution.of(student)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
-    if teacher and teacher.model is student.model:
-        raise ReconError("model and dense are the same object; dense is to be the model before pruning")
+    if teacher:
+        check_apart(student.model, teacher.model)
     own, its = (each.model.config.get_text_config().vocab_size for each in (student, teacher or student))
     if own != its:
         raise ReconError(f"dense predicts {its} tokens, and model {own}; give a dense model with the same tokens")

@@ -10,8 +10,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
+from recon.errors import ReconError
 from recon.model.modules import standard
 
+LENGTHS = "max_position_embeddings", "max_target_positions", "max_seq_len"  # what configs call the longest sequence
 # Yields names and values of the parameters of these names, in any order.
 Read = Callable[[list[str]], Iterator[tuple[str, Tensor]]]
 
@@ -23,15 +25,22 @@ def auto_class(config: PretrainedConfig) -> type:
 
 def max_length(config: PretrainedConfig) -> int | None:
     """The longest sequence, in tokens, that the model of `config` was made for, if that tells."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    named = (getattr(config.get_text_config(), name, None) for name in LENGTHS)
+    longest = next((length for length in named if isinstance(length, int)), None)
     return longest and longest * (2 if config.is_encoder_decoder else 1)  # an encoder-decoder reads it in two halves
 
 
 def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of `config` in evaluation mode, with parameters, not tied, on torch's meta device; buffers have their values."""
+    """The model of `config` in evaluation mode, with parameters, not tied, on torch's meta device; buffers have their values.
+
+    Raises `ReconError` for a `config` that transformers has no language model for.
+    """
     with init_empty_weights(include_buffers=False):
-        made = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    return made.eval()
+        try:
+            return auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+        except ValueError as error:
+            said = str(error).partition("\n")[0]
+            raise ReconError(f"no language model can be made of {type(config).__name__}: {said}") from error
 
 
 def placeholder(shape: torch.Size, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:

@@ -45,8 +45,7 @@ class Execution:
     @classmethod
     def of(cls, decoder: Decoder) -> "Execution":
         """Where the model is; of float16 weights on a CPU in float32, as torch cannot round them to bfloat16 there."""
-        plain = decoder.device.type == "cpu" and any(each.dtype == torch.float16 for each in decoder.model.parameters())
-        return cls(decoder.device, "float32" if plain else "auto")
+        return cls(decoder.device, "float32" if decoder.device.type == "cpu" and _in_float16(decoder) else "auto")
 
     def autocast(self) -> torch.autocast:
         """Context in which matrix products run in the compute dtype; parameters keep theirs."""
@@ -95,6 +94,8 @@ class Execution:
     def embed(self, decoder: Decoder, tokens: Tensor, count: int | None = None) -> Tensor:
         """Input of the first block, (samples, length, hidden), for `tokens` (samples, length); see `run` and `check_tokens`."""
         decoder.check_tokens(tokens)
+        if self.dtype != torch.float32 and self.device.type == "cpu" and _in_float16(decoder):
+            raise ReconError("the model is in float16, which a CPU cannot round to bfloat16; let it compute in float32")
         with decoder.loaded_embedding():
             return self.run(decoder.embed, tokens, count)
 
@@ -184,3 +185,7 @@ class Execution:
             return stream[torch.as_tensor(part, device=stream.device)]
         # Sample by sample: slices of pinned memory are copied without the CPU.
         return torch.stack([stream[index].to(self.device, non_blocking=True) for index in part])
+
+
+def _in_float16(decoder: Decoder) -> bool:
+    return any(each.dtype == torch.float16 for each in decoder.model.parameters())

@@ -91,6 +91,8 @@ def _unpack_files(folder: Path, target: Path) -> None:
         raise ReconError(f"packed file {str(folder / DIGESTS)!r} is altered or cut short: {error}") from error
     if unknown := {file.name for file in folder.glob("*.packed.safetensors")} - {*digests}:
         raise ReconError(f"packed file {str(folder / DIGESTS)!r} is altered: it does not name {min(unknown)!r}")
+    if outside := next((name for name in digests if Path(name).name != name), None):
+        raise ReconError(f"packed file {str(folder / DIGESTS)!r} is altered: {outside!r} is in another folder")
     for name, noted in tqdm(digests.items(), desc="unpack", unit="file"):
         file = folder / name
         if not file.is_file() or digest(file) != noted:

@@ -98,7 +98,7 @@ def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, re
     save(student, tokenizer, folder, options.save_dtype)
     base = record.spec["model"]
     about = ModelCardData(base_model=base, library_name="transformers", tags=["pruned", "sparse", "reconstruction"])
-    said = vars(record) | {"name": Path(base).name, "dtype": options.save_dtype, "command": options.command}
+    said = vars(record) | {"name": Path(base).resolve().name, "dtype": options.save_dtype, "command": options.command}
     ModelCard.from_template(about, str(Path(__file__).with_name("card.md")), **said).save(folder / "README.md")
 
 

@@ -34,14 +34,14 @@ Cuts = dict[str, tuple[int, Tensor]]  # by name of a parameter, the dimension th
 
 
 @torch.no_grad()
-def shrink(name: str, folder: Path | str) -> list[str]:
+def shrink(name: Path | str, folder: Path | str) -> list[str]:
     """Writes the model `name`, without the heads and neurons that are all zeros in it, to a new folder, in the dtype that it has.
 
     One block at a time is in memory. Returns what was cut, and what was not and why: a sentence on heads, and one on neurons.
     Raises `ReconError` if nothing can be cut, saying why; as `find_units`; and if logits are not the same.
     """
     with new_checkpoint(Path(folder)) as fresh:
-        source = models.configuration(name)
+        source = models.configuration(name := str(name))
         model, stored, tokenizer = models.skeleton(name)
         decoder = decompose(model, lazy=Lazy(model, stored.read))
         halves, config, cuts, said = find_units(decoder), model.config, {}, []

@@ -23,6 +23,10 @@ from recon.study.spec import RunOptions, RunSpec
 
 def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
     """Every combination of the values on `axes` (option -> values), all else as in `base`. Raises `ReconError` for no option."""
+    if single := next(
+        (name for name, values in axes.items() if isinstance(values, str) or not isinstance(values, Iterable)), None
+    ):
+        raise ReconError(f"values of {single} are {axes[single]!r}; allowed: a list of values")
     return [base.replaced(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
 
 

@@ -143,7 +143,7 @@ def test_what_cannot_be_sampled_is_refused(paragraphs, tokenizer, tmp_path):
         ("cannot be told which tokens Odd puts in front", paragraphs, "evaluation", Odd(), 1, 16, "samples"),
         ("protocol 'packed'; allowed: .* samples, joined", paragraphs, "evaluation", tokenizer, 1, 16, "packed"),
         ("0 samples .*; allowed: at least 1", paragraphs, "evaluation", tokenizer, 0, 16, "samples"),
-        ("sequence_length must be at least 2 tokens, not 1", paragraphs, "evaluation", tokenizer, 1, 1, "samples"),
+        ("samples must be of at least 2 tokens, not 1", paragraphs, "evaluation", tokenizer, 1, 1, "samples"),
         ("at least 3 tokens, not 2: the tokenizer puts 2 in front", paragraphs, "evaluation", two, 1, 2, "samples"),
         ("short.txt' is empty", str(tmp_path / "short.txt"), "evaluation", tokenizer, 1, 2, "samples"),
         ("unknown split 'test'; choose one of calibration, validation, evaluation", "news", "test", tokenizer, 1, 16, "samples"),

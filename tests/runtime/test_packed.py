@@ -56,10 +56,10 @@ def test_packed_as_a_slow_reference_packs_and_back_to_the_bit(plain, tmp_path):
 
 
 @pytest.mark.parametrize("plain", [torch.bfloat16], indirect=True)
-@pytest.mark.parametrize("damage", ["cut", "lost", *range(10), "list", "names"])
+@pytest.mark.parametrize("damage", ["cut", "lost", *range(10), "list", "names", "outside"])
 def test_a_damaged_file_is_refused_by_name(plain, tmp_path, damage):
     recon.pack(plain, tmp_path / "packed")
-    name = "model.packed.json" if damage in ("list", "names") else "model-00002*.safetensors"
+    name = "model.packed.json" if damage in ("list", "names", "outside") else "model-00002*.safetensors"
     [file] = (tmp_path / "packed").glob(name)
     content = bytearray(file.read_bytes())
     if isinstance(damage, int):  # one bit, of a length, the header, or a tensor
@@ -67,6 +67,8 @@ def test_a_damaged_file_is_refused_by_name(plain, tmp_path, damage):
     file.write_bytes(content if isinstance(damage, int) else content[:-9])
     if damage == "names":
         file.write_text("{}")
+    if damage == "outside":
+        file.write_text(json.dumps(json.loads(content) | {"../model.packed.safetensors": "0"}))
     if damage == "lost":
         file.unlink()
     with pytest.raises(recon.ReconError, match=file.name):

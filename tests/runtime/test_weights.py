@@ -9,8 +9,9 @@ from fixtures.models import ENCODER_DECODERS, EXPERTS, FAMILIES, UNDIVIDED, make
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from recon.errors import ReconError
 from recon.model.discovery import decompose
-from recon.model.skeleton import Lazy, auto_class, is_placeholder, second, skeleton
+from recon.model.skeleton import Lazy, auto_class, is_placeholder, max_length, second, skeleton
 from recon.runtime.device import resident
 from recon.runtime.weights import open_model
 
@@ -68,6 +69,13 @@ def test_parameters_are_there_while_somebody_needs_them(tmp_path):
     others = [parameter for name, parameter in model.named_parameters() if "layers.1.mlp.up_proj" not in name]
     with lazy.present(others):  # what is not there is seen
         assert model(torch.tensor([[5, 6, 7]])).logits.isnan().all()
+
+
+def test_the_longest_sequence_is_found_by_what_configs_call_it():
+    found = {kind: max_length(AutoConfig.for_model(kind)) for kind in ("llama", "t5", "mpt", "whisper")}
+    assert found == {"llama": 2048, "t5": None, "mpt": 2048, "whisper": 2 * 448}  # whisper: an encoder-decoder
+    with pytest.raises(ReconError, match="no language model can be made of ViTConfig: Unrecognized"):
+        skeleton(AutoConfig.for_model("vit"))
 
 
 def test_made_up_weights_take_no_memory_and_differ():

@@ -29,6 +29,8 @@ def test_grid_has_every_combination(tiny_spec):
     assert len(set(recon.grid(tiny_spec, preset=["paper"], propagation=["mixed", "dense"]))) == 2  # given values go first
     with pytest.raises(recon.ReconError, match="unknown option 'sed'; allowed: model, revision"):
         recon.grid(tiny_spec, sed=[1])
+    with pytest.raises(recon.ReconError, match="values of criterion are 'wanda'; allowed: a list of values"):
+        recon.grid(tiny_spec, criterion="wanda")
 
 
 def test_what_is_done_is_not_done_again_what_failed_is_and_rows_are_in_order(tiny_spec, counted, tmp_path):

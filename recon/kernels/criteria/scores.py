@@ -21,22 +21,27 @@ from torch import Tensor
 
 
 def magnitude(weight: Tensor, statistics: None, generator: torch.Generator | None) -> Tensor:
+    """The weight's size."""
     return weight.abs()
 
 
 def random(weight: Tensor, statistics: None, generator: torch.Generator) -> Tensor:
+    """Drawn on the generator's device."""
     return torch.rand(weight.shape, generator=generator, device=generator.device).to(weight.device)
 
 
 def wanda(weight: Tensor, statistics: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The weight's size times the norm of its input."""
     return weight.abs() * statistics
 
 
 def wanda_plus(weight: Tensor, statistics: Tensor, generator: torch.Generator | None, a: float = 100.0) -> Tensor:
+    """The weight's size times the norm of its input and, `a` times, the gradient of the norm of its block's output."""
     return weight.abs() * (statistics[0] + a * statistics[1:])
 
 
 def ria(weight: Tensor, statistics: Tensor, generator: torch.Generator | None, a: float = 0.5) -> Tensor:
+    """The weight's size relative to its column and its row, times the norm of its input to the power `a`."""
     size, smallest = weight.abs(), torch.finfo(weight.dtype).tiny  # a row or column of zeros scores 0, not 0/0
     by_column = size / size.sum(0, keepdim=True).clamp_min(smallest)
     by_row = size / size.sum(1, keepdim=True).clamp_min(smallest)
