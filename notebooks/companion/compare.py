@@ -296,7 +296,7 @@ def memory(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """The other side's memory over ours with as many samples: what training added at its peak, as measured."""
     ours, other = ({count: point for (_, count), point in points(runs, claim[side]).items()} for side in ("left", "right"))
     pairs = [(common(ours[count], other[count]), count) for count in ours.keys() & other.keys()]
-    units, count = max(pairs, key=lambda pair: (len(pair[0]), pair[1]), default=([], None))
+    units, count = max(pairs, key=lambda pair: (min(len(pair[0]), SEEDS), pair[1]), default=([], None))
     if not units:
         return None
     mine, theirs = ours[count], other[count]

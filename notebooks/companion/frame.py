@@ -99,7 +99,8 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
       "perplexity, <text>" and "dense perplexity, <text>";
     - drift, drift_pruned (blocks,); losses, an array for each window; error_before and error_after (windows,);
     - flops, seconds (of reconstruction and retraining), flops_with_pruning, seconds_total, and MEMORY, as measured: at the
-      peak of reconstruction or retraining, over what was in use before it.
+      peak of reconstruction or retraining, over what was in use before it. Without the masks (a byte for each weight), which
+      are in use before it unless both are one pass.
     """
     folder = Path(folder)
     if specs is None:
@@ -158,7 +159,9 @@ def _row(record: dict) -> dict:
     row |= {name: np.array([next(iter(window[name].values())) for window in windows]) for name in ("error_before", "error_after")}
     row |= {name: sum(record[name].get(phase) or 0 for phase in ("reconstruct", "retrain")) for name in ("flops", "seconds")}
     row["flops_with_pruning"] = row["flops"] + (record["flops"].get("prune") or 0)
-    added = record.get("added_memory_bytes_by_phase", {})
+    added = {**record.get("added_memory_bytes_by_phase", {})}
+    if "reconstruct" in added and "prune" not in added and "pruned" not in record.get("shared", ()):
+        added["reconstruct"] -= sum(window["parameters"] for window in windows)
     row[MEMORY] = max((added[phase] for phase in ("reconstruct", "retrain") if phase in added), default=np.nan) / 2**30
     return row | {
         "seconds_total": record["seconds"].get("total", 0), "device": environment.get("device"),

@@ -311,10 +311,10 @@ def central(verdicts: pd.DataFrame) -> pd.DataFrame:
 def in_short(central: pd.DataFrame) -> str:
     """What holds by perplexity and by cost: topics, counted over the rows of `central`."""
     topics: dict[str, list[str]] = {}
-    summaries = ("Holds", "Holds in part", "Mostly does not hold", "Does not hold", "Open")
+    summaries = ("Holds", "Holds in part", "Holds as often as not", "Mostly does not hold", "Does not hold", "Open")
     for group, mine in central[central["measure"] == "own"].groupby("group", sort=False):
         holds, fails = (list(mine["verdict"]).count(state) for state in (HOLDS, FAILS))
-        word = summaries[[holds == len(mine), holds > fails, holds > 0, fails > 0, True].index(True)]
+        word = summaries[[holds == len(mine), holds > fails, holds == fails > 0, holds > 0, fails > 0, True].index(True)]
         topics.setdefault(word, []).append(GROUPS[group]["topic"] + f" ({holds} of {len(mine)})" * (0 < holds < len(mine)))
     return " ".join(f"{word}: {', '.join(topics[word])}." for word in summaries if word in topics)
 

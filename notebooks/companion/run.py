@@ -99,7 +99,7 @@ def judged(profile: str) -> tuple[str, Container]:
         caption = (
             "The central claims, by model, at its main pattern; bootstrap intervals over seeds and windows (95 %; equal and "
             f"as good 90 %). Hollow: fewer than {SEEDS} seeds. Equal: linear up to 0.1, logarithmic beyond. †: older protocol. "
-            "The title counts these rows alone, those by KL included. All comparisons and protocols: claims.md."
+            "The title counts these rows, without those by KL. All comparisons and protocols: claims.md."
         )
         figure, drawn, finding = plot
         publish(figure, "claims", figures, drawn, caption, {key for keys in verdicts["keys"] for key in keys}, finding)

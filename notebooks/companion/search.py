@@ -50,7 +50,7 @@ def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: P
 
     A cell begins with the rates that have records; without any, with the median of what other cells chose, or of all rates, the
     next lower one, and the next but one above it, as rates that are too low differ by chance alone. Then the neighbours of its
-    best rate are tried, until both have run.
+    best rate are tried, and the next one above the highest, until that is worse than the one below it.
     Returns the runs (see `companion.frame.load`) with their cell and rate, and whether that is `chosen`.
     """
     rates, asked = sorted(map(float, rates)), set()
@@ -64,7 +64,10 @@ def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: P
             runs["chosen"] = runs.index.isin(runs.groupby("cell", sort=False)["held_out_perplexity"].idxmin())
             best = {cell: rates.index(rate) for cell, rate in chosen(runs).items()}
         usual = round(median(best.values())) if best else len(rates) // 2
-        places = {cell: (place - 1, place, place + 1) for cell, place in best.items()}
+        places = {cell: {place - 1, place, place + 1} for cell, place in best.items()}
+        for cell, own in runs.sort_values("rate").groupby("cell", sort=False) if best else ():
+            if len(own) > 1 and own["held_out_perplexity"].iloc[-1] < own["held_out_perplexity"].iloc[-2]:
+                places[cell].add(rates.index(own["rate"].iloc[-1]) + 1)
         begin = usual - 1, usual, min(usual + 2, len(rates) - 1)
         wanted = {each for each in grid if rates.index(each[1]) in places.get(each[0], begin) and each not in asked}
         if not (compute and wanted):
