@@ -65,8 +65,10 @@ def documents(name: str, split: str) -> list[str]:
         texts = _read_file(name)
     if (positions := DEALS.get(name, DEAL).get(split)) is None:
         return texts
-    # Repeated documents count once, or the same document could be in two splits.
-    return [text for position, text in enumerate(dict.fromkeys(texts)) if position % 8 in positions]
+    once: dict[str, str] = {}  # repeated documents count once, or the same document could be in two splits
+    for text in texts:
+        once.setdefault(text.strip(), text)
+    return [text for position, text in enumerate(once.values()) if position % 8 in positions]
 
 
 def sample_tokens(

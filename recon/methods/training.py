@@ -152,7 +152,8 @@ def adapted(
     """
     trained, done, complete = [], [], False
     try:
-        for matrix in matrices:
+        # Each draws from `random` in turn. Experts by name: they were found in the order in which tokens reached them.
+        for matrix in sorted(matrices, key=lambda matrix: matrix.name * matrix.routed):
             mask = factors(matrix.oriented(masks[matrix.name]), matrix.module.weight.device)
             adapter = LowRank(matrix.module.weight, mask, kind, rank, random, matrix.transposed)
             trained += adapter.trained(matrix.module.weight)

@@ -61,11 +61,11 @@ def find_blocks(decoder: Decoder, within: str = "") -> str:
     lists = {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}
     by_size = sorted(lists, key=lambda name: sum(map(Tensor.numel, lists[name].parameters())), reverse=True)
     children, ran = {(name, index): child for name, children in lists.items() for index, child in enumerate(children)}, Counter()
-    for name in by_size if decoder.lazy else ():  # weights stay on disk: the pass ends where a list begins, if text gets there
-        if within or Decoder(model, Structure((name,)), decoder.lazy).observe(probe_tokens(model), 0):
-            return name
     with watched(children, lambda key, args, kwargs: ran.update([key[0]])):
         try:
+            for name in by_size if decoder.lazy else ():  # weights stay on disk: the pass ends where a list begins, if it does
+                if within or Decoder(model, Structure((name,)), decoder.lazy).observe(probe_tokens(model), 0):
+                    return name
             if lists and not decoder.lazy:
                 decoder.run(probe_tokens(model))
         except Exception as error:  # a model may raise anything if it needs more than text

@@ -76,8 +76,10 @@ def _structure(config: PretrainedConfig, trust_remote_code: bool) -> Decoder:
         narrow = type(config).from_dict(config.to_dict())
         options = vars(narrow.get_text_config())
         widths = {name: size for name, size in options.items() if name.endswith(WIDTHS) and type(size) is int}
-        # Of matrices with one column it cannot be told which way round they lie.
-        if factor > 1 and any(size % factor or size == factor for size in widths.values()):
+        # Of matrices with one column it cannot be told which way round they lie, and of those with as many rows as there are
+        # experts, whether they are routers.
+        experts = {size for name, size in options.items() if "expert" in name and name not in widths}
+        if factor > 1 and any(size % factor or size // factor in {1, *experts} for size in widths.values()):
             continue
         options.update({name: size // factor for name, size in widths.items()})
         with contextlib.suppress(Exception if factor > 1 else ()):  # whatever a model of strange widths runs into
@@ -300,6 +302,7 @@ def models_in_memory(spec: RunSpec) -> int:
 def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
     """Whether a run of `spec` is streamed, with `room` bytes of memory. Raises `ReconError` if that cannot be."""
     if stream == "auto":
+        stream = "no"
         with contextlib.suppress(ReconError):  # loading the model will say what is wrong
             stream = "auto" if room < models_in_memory(spec) else "no"
     if stream == "no":
@@ -434,7 +437,7 @@ class Plan:
         mask = f"{how.criterion} {how.pattern}" if pruned is None else f"the mask of {pruned}"
         times = ", ".join(f"{phase} {duration(value)}" for phase, value in self.seconds.items() if value)
         total = duration(sum(self.seconds.values()))
-        needs = ", ".join(f"{needs / GIB:.2f} GiB of {has / GIB:.1f} GiB {room}" for room, (needs, has) in self.rooms.items())
+        needs = ", ".join(f"{needs / GIB:.2f} GiB of {has / GIB:.2f} GiB {room}" for room, (needs, has) in self.rooms.items())
         rows = {
             "run": f"{spec.model.model}, {mask}, {granularity}: about {total} on this machine "
             f"({times}{', without tasks' * bool(spec.evaluation.tasks)}); "

@@ -46,8 +46,8 @@ def test_documents_are_dealt_by_position_and_count_once(paragraphs, tmp_path):
     for deal in (text.DEAL, text.DEALS["news"]):
         assert sorted(place for places in deal.values() for place in places) == list(range(8))
     file = tmp_path / "twice.txt"
-    file.write_text("\n\n".join(["same"] * 8 + [f"other {n}" for n in range(7)]))
-    assert every(str(file)).count("same") == 1
+    file.write_text("\n\n".join(["same", "same "] * 4 + [f"other {n}" for n in range(7)]))
+    assert [document.strip() for document in every(str(file))].count("same") == 1
 
 
 def test_bundled_texts_read_as_they_should_and_their_splits_are_disjoint():

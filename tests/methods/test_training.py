@@ -5,6 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from fixtures.families import small_model
 from fixtures.models import FLOAT32, make_model
 from torch import nn
 from torch.nn import functional as F
@@ -117,3 +118,14 @@ def test_adapters_change_nothing_until_they_are_trained_and_merging_gives_the_fo
         grown = before[name] * (1 + product) if kind == "scalelora" else before[name] + product
         assert_close(matrix.weight, grown * masks[name])
         assert not matrix.weight[~masks[name]].any() and not torch.equal(matrix.weight, before[name])
+
+
+def test_what_adapters_draw_does_not_depend_on_which_expert_was_found_first():
+    matrices, drawn = decompose(small_model("switch_transformers (encoder-decoder)")).matrices(), []
+    masks = {name: torch.ones_like(matrix.weight, dtype=torch.bool) for name, matrix in matrices.items()}
+    experts = [name for name, matrix in matrices.items() if matrix.routed]
+    for order in (experts, experts[::-1]):
+        names = [name for name in matrices if name not in experts] + order
+        with adapted([matrices[name] for name in names], masks, "lora", 4, generator(0, "test")) as trained:
+            drawn.append([each.parameter.detach().clone() for each in trained])
+    assert len(experts) > 1 and all(map(torch.equal, *drawn))

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from fixtures.models import FAMILIES, FLOAT32, copied, make_model, random_tokens
 from fixtures.runs import record_of, result_of
 from test_refusals import refuse
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recon import PruningConfig, ReconError, RunOptions, RunSpec, cli, decompose, prune, reconstruct, retrain, sample_tokens
 from recon.data import models
@@ -45,6 +46,15 @@ def test_a_model_is_decomposed_by_its_configuration_as_with_its_weights(family, 
         for window in real.windows(granularity):
             inside = [(each.parameters(window).keys(), each.matrices(window).keys()) for each in (shapes, real)]
             assert inside[0] == inside[1]
+
+
+def test_a_narrow_copy_has_not_as_many_rows_as_experts_which_routers_have(config_folder):
+    widths = {"hidden_size": 64, "moe_intermediate_size": 64, "kv_lora_rank": 64, "intermediate_size": 64, "q_lora_rank": None}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    routed = {"n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    config = AutoConfig.for_model("deepseek_v2", num_hidden_layers=2, vocab_size=99, **widths, **heads, **routed)
+    real, shapes = decompose(AutoModelForCausalLM.from_config(config)), plan.shapes_of(config_folder(config.to_dict()))
+    assert shapes.matrices().keys() == real.matrices().keys()
 
 
 class Anywhere(contextlib.nullcontext):
@@ -218,6 +228,14 @@ def test_a_gpu_holds_what_runs_on_it_and_the_host_the_rest(spec):
     alone = plan.Plan(retraining.replaced(retrain="none"))
     ends = elements - sum(parameter.numel() for parameter in alone.decoder.blocks.parameters())
     assert alone._peak(gpu)["cuda"]["parameters"] >= 8 * ends and "copies" not in alone._peak(gpu)["cpu"]
+
+
+def test_what_cannot_be_planned_is_refused_and_not_streamed(spec, config_folder):
+    config = AutoConfig.for_model("rwkv", vocab_size=99, hidden_size=32, attention_hidden_size=32, num_hidden_layers=8)
+    spec = spec.replaced(model=config_folder(config.to_dict()))  # which divides weights in place
+    with pytest.raises(ReconError, match="Rwkv.* does not run on tokens alone"):
+        plan.Plan(spec)
+    assert not plan.stays_on_disk(spec, "auto", math.inf)
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_read(spec, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -256,6 +257,30 @@ def test_what_has_changed_is_read_anew(spec, tiny_folder, tmp_path, which):
         found.append([(metrics["dense_perplexity"], metrics["perplexity"]) for metrics in each])
     assert found[0][0] == found[0][1] != found[1][0] == found[1][1]
     assert which == "pruned" or found[0][0][0] != found[1][0][0]
+
+
+def test_a_criterion_of_ones_own_is_known_by_all_that_decides_its_masks():
+    def powered(power):
+        return lambda weight, norms, generator: weight.abs() * norms**power
+
+    def typed(code):  # whose source Python cannot find
+        return eval(f"lambda weight, norms, generator: {code}")
+
+    def code(scope, score):
+        return Criterion("mine", "norm", scope, "", "", score).source_code
+
+    scores = [
+        powered(1),
+        powered(2),
+        partial(largest),
+        typed("weight"),
+        typed("-weight"),
+        typed("norms"),
+        CRITERIA["wanda"].score,
+    ]
+    codes = [code(scope, score) for scope in ("row", "matrix") for score in scores]
+    assert len({*codes}) == len(codes) and codes[:2] == [code("row", powered(power)) for power in (1, 2)]
+    assert not any(CRITERIA[name].source_code for name in ("wanda", "sparsegpt", "flap"))
 
 
 def test_a_criterion_that_has_changed_prunes_anew_and_no_text_is_read_for_what_needs_none(spec, monkeypatch):

@@ -37,12 +37,18 @@ class Criterion:
 
     @property
     def source_code(self) -> str:
-        """Of a criterion that is not this library's, so that its runs are known by it; empty where Python cannot find it."""
+        """Of a criterion that is not this library's, so that its runs are known by it: what it reads, what it compares, its code,
+        and the values that its function encloses."""
+        if self in _ALL:
+            return ""
         made = self.score or self.method
         try:
-            return "" if made.__module__.startswith("recon.") else inspect.getsource(made)
-        except (AttributeError, OSError, TypeError):
-            return ""
+            said = inspect.getsource(made)
+        except (OSError, TypeError):  # of what was typed at a prompt, say: its compiled code
+            code = getattr(made, "__code__", None)
+            said = (code.co_code, code.co_consts, code.co_names) if code else made
+        enclosed = [cell.cell_contents for cell in getattr(made, "__closure__", None) or ()]
+        return repr((self.statistics, self.scope, said, inspect.signature(made), enclosed))
 
     @property
     def scores(self) -> bool:
