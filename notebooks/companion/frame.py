@@ -99,8 +99,8 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
       "perplexity, <text>" and "dense perplexity, <text>";
     - drift, drift_pruned (blocks,); losses, an array for each window; error_before and error_after (windows,);
     - flops, seconds (of reconstruction and retraining), flops_with_pruning, seconds_total, and MEMORY, as measured: at the
-      peak of reconstruction or retraining, over what was in use before it. Without the masks (a byte for each weight), which
-      are in use before it unless both are one pass.
+      peak of reconstruction or retraining, over what was in use before it. Without the masks, a byte for each
+      weight: they are there before it, unless pruning is in the same pass.
     """
     folder = Path(folder)
     if specs is None:
