@@ -108,11 +108,12 @@ def test_bad_input_on_the_command_line(small, words, message, capsys):
 @pytest.mark.parametrize("option, place, said", [
     ("--record", "file/inside/out", "cannot be written"), ("--save", "file/inside/out", "cannot be written"),
     ("--save", "", "exists and is not an empty folder"), ("--record", "file", "file' cannot be read: missing, unknown"),
+    ("--record", "{model}/out.json", "out.json' is in the folder of the model"),
 ])  # fmt: skip
 def test_a_place_that_cannot_be_written_before_anything_is_computed(small, option, place, said, tmp_path, capsys):
     (tmp_path / "file").write_text("{}")
     refused_later = ["--pattern", "2:5"]  # once the model is here
-    assert said in refuse(["run", *small, option, str(tmp_path / place), *refused_later], capsys)
+    assert said in refuse(["run", *small, option, str(tmp_path / place.format(model=small[1])), *refused_later], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "{}"
 
 

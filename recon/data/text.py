@@ -201,4 +201,5 @@ def _read_file(name: str | Path) -> list[str]:
         return [text for text in texts if text.encode() and text.strip()]  # neither bytes nor halves of characters can be encoded
     except Exception as error:  # json and pyarrow each raise their own kinds
         said = f"{type(error).__name__}: {error}"
-        raise ReconError(f"text file '{path}' cannot be read ({said}); rows have to have a string \"text\"") from error
+        rule = 'it has to be in UTF-8, and rows have to have a string "text"'
+        raise ReconError(f"text file '{path}' cannot be read ({said}); {rule}") from error

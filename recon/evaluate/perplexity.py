@@ -62,7 +62,8 @@ def perplexity(
     ends = execution.holding_ends(dense) if compared else contextlib.nullcontext()
     with execution.autocast(), execution.holding_ends(decoder), ends:
         batches = execution.batches([tokens, inputs], [range(i, i + 1) for i in range(len(tokens))])
-        for window, (read, last) in enumerate(batches):
+        shown = tqdm(batches, f"{description}: logits", len(tokens), unit="window", leave=False, disable=not execution.progress)
+        for window, (read, last) in enumerate(shown):
             if window < compared:
                 dense_last = decoder.predicted(dense_states[window : window + 1]).to(execution.device)
             for start in range(0, predicted, SLICE):  # few logits exist at a time

@@ -72,7 +72,7 @@ def measure(
         other = (dense[0], dense[1][str(number)]) if dense else None
         said = f"perplexity ({name}, {text})"
         states = evaluation.last_states(decoder, tokens, execution, said)
-        found = evaluation.perplexity(decoder, tokens, execution=execution, reference=other, states=states)
+        found = evaluation.perplexity(decoder, tokens, execution=execution, reference=other, states=states, description=said)
         perplexities[text] = asdict(found)
         if not dense:
             first = states[: config.kl_windows]

@@ -172,6 +172,7 @@ class _Run(Callback):
         with self.phase("load"):
             self.load()
             self.check_fits()
+            record.flops = plan.flops(spec)  # first, as it refuses what cannot be planned
             self.texts = measure.Texts.draw(spec, self.tokenizer)
         read = spec.samples_by_phase.items()
         self.samples = {phase: self.texts.calibration[:count] if count else None for phase, count in read}
@@ -207,7 +208,7 @@ class _Run(Callback):
         record.metrics["under_calibrated_matrices"] = pruning.under_calibrated
         if self.external:
             record.metrics["pattern"] = str(found_pattern(pruning.masks.values()))
-        record.tokens, record.flops = measure.tokens(spec, self.texts, found_dense), plan.flops(spec)
+        record.tokens = measure.tokens(spec, self.texts, found_dense)
         record.window_memory_bytes = plan.window_memory(self.dense, spec, self.device)
         record.protocol = measure.protocol(spec, self.texts, self.dense, self.execution().dtype)
         record.shared = list(session.reused)

@@ -135,7 +135,8 @@ class RunSpec(Checked):
         """Hashes of the files that the run reads, the schema of its record, and the code of a criterion of one's own."""
         from recon.data import models, text
 
-        texts = {name: text.fingerprint(name) for name in sorted({self.calibration.text, *self.evaluation.evaluation_texts})}
+        read = sorted({self.calibration.text, *self.evaluation.evaluation_texts})
+        texts = {str(Path(name)): text.fingerprint(name) for name in read}
         sources = {"schema": SCHEMA, "model": models.fingerprint(*self.loaded_by), "texts": texts}
         if code := criteria.CRITERIA[self.pruning.criterion].source_code:
             sources["criterion"] = hashlib.sha256(code.encode()).hexdigest()
@@ -153,6 +154,9 @@ class RunSpec(Checked):
         if self.reconstruction.granularity == "none":
             values |= vars(config.ReconstructionConfig("none"))
         values |= {name: 0 for name in ("prune_samples", "retrain_samples") if values[name] == values["samples"]}  # says the same
+        # Paths are written in many ways.
+        values |= {name: str(Path(values[name])) for name in ("model", "pruned", "text") if values[name]}
+        values["evaluation_texts"] = tuple(str(Path(name)) for name in values["evaluation_texts"])
         given = {name: value for name, value in values.items() if value != _defaults()[name]}
         return hashlib.sha256(json.dumps({"spec": given, **self.sources()}, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -58,6 +58,8 @@ def run_to_record(
             raise ReconError(f"record {str(path)!r} is a folder; name a file")
         if options.save and path.resolve().is_relative_to(options.save.resolve()):
             raise ReconError(f"record {str(path)!r} is in the folder of the saved model, which holds its own; name another place")
+        if path.resolve().parent == Path(spec.model.model).resolve():
+            raise ReconError(f"record {str(path)!r} is in the folder of the model, and would change it; name another place")
         if path.exists() and not key:
             read_record(path)  # refuses to write over anything else
     try:

@@ -40,6 +40,8 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
     names = spec.flat().keys() - {"model", "pruned", "preset"}  # which are hashed by content, or stand for others
     changed = {name: spec.replaced(**asked.get(name, {name: another(name, spec.flat()[name])})) for name in names}
     assert len({spec.key(), *(other.key() for other in changed.values())}) == len(names) + 1
+    spelled = {name: f"{path.parent}/./{path.name}" for name in ("model", "text") if (path := Path(spec.flat()[name]))}
+    assert spec.replaced(**spelled, evaluation_texts=spelled["text"]).key() == spec.key()
     other = tmp_path / "text.txt"
     other.write_text(Path(tiny_text).read_text() + "\n\nOne more paragraph.")
     assert spec.replaced(text=str(other)).key() != spec.key()
