@@ -320,17 +320,19 @@ def in_short(central: pd.DataFrame) -> str:
 
 
 def page(verdicts: pd.DataFrame) -> str:
-    """A table per group of claims, a row per claim, model and pattern, and under it the protocols."""
-    header, sections = ("verdict", "claim", "comparison", "model, pattern", "effect", "seeds", "why", "protocol"), []
+    """A section per group of claims: a table per claim, a row per model and pattern, and under them the protocols."""
+    header, sections = ("verdict", "model, pattern", "effect", "seeds", "why", "protocol"), []
     for group, mine in verdicts.groupby("group", sort=False):
         used = mine[mine["protocol"] != ""].groupby("protocol", sort=False)["keys"]
         records = {protocol: len(set().union(*keys)) for protocol, keys in used}
-        numbers = {protocol: number for number, protocol in enumerate(records, 1)}
-        rows = [
-            (f"{MARKS[v['verdict']]} {v['verdict']}", v["statement"], v["comparison"], found_in(v), effect_words(v),
-             v["seeds"] or "", v["reason"], numbers.get(v["protocol"], "")) for _, v in mine.iterrows()
-        ]  # fmt: skip
-        about = {"remark": ""} | GROUPS[group] | {"group": group, "table": "\n".join(tables.markdown(header, rows))}
+        numbers, tabled = {protocol: number for number, protocol in enumerate(records, 1)}, []
+        for (statement, compared), own in mine.groupby(["statement", "comparison"], sort=False):
+            rows = [
+                (f"{MARKS[v['verdict']]} {v['verdict']}", found_in(v), effect_words(v), v["seeds"] or "", v["reason"],
+                 numbers.get(v["protocol"], "")) for _, v in own.iterrows()
+            ]  # fmt: skip
+            tabled += ["", f"**{statement}**: {compared}", "", *tables.markdown(header, rows)]
+        about = {"remark": ""} | GROUPS[group] | {"group": group, "tables": "\n".join(tabled[1:])}
         sections.append(about | {"protocols": records})
     states = _counting(verdicts)["verdict"]
     counted = {"compared": states.isin([HOLDS, FAILS, UNSURE]).sum(), "decided": states.isin([HOLDS, FAILS]).sum()}

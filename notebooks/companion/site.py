@@ -31,7 +31,9 @@ SETTINGS = {
     "nb_ipywidgets_js": {},
     "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],  # pages start where their Markdown does
 }
-STYLE = "td code, td .pre { white-space: normal }"  # long names in tables
+STYLE = """td code, td .pre { white-space: normal }  /* long names in tables */
+.table { font-size: 0.85em } .table :is(td, th) { padding: 0.3em 0.4em }
+"""
 CONTENTS = {
     "Results": ["figures/article", "figures/README", "figures/claims", "ARTIFACT"],
     "Notebooks": [f"notebooks/{path.stem}" for path in notebooks()],
