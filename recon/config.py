@@ -181,10 +181,14 @@ class PruningConfig(Checked):
                 raise ReconError(f"{said}; allowed: {allowed}")
 
     @property
+    def gathers(self) -> str:
+        """The statistics that pruning gathers of what matrices read; see `recon.kernels.criteria.Criterion`."""
+        return "gram" if self.mask_refinement else CRITERIA[self.criterion].statistics
+
+    @property
     def reads(self) -> bool:
         """Whether pruning reads calibration samples."""
-        weighs = CRITERIA[self.criterion].statistics != "none" or self.mask_refinement > 0
-        return weighs or self.allocation != "uniform" or self.weighting != "none" or self.reorder_neurons
+        return self.gathers != "none" or self.allocation != "uniform" or self.weighting != "none" or self.reorder_neurons
 
     def on(self, samples: int) -> "PruningConfig":
         """These options for so many calibration samples. Raises `ReconError` for too few."""
@@ -251,16 +255,15 @@ class ReconstructionConfig(Checked):
 
 def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, samples: int) -> str:
     """Why windows cannot be pruned one by one as reconstruction, with so many samples, reaches them; empty where they can."""
-    criterion = CRITERIA[pruning.criterion]
-    reads = criterion.statistics != "none" or pruning.mask_refinement
+    criterion, gathers = CRITERIA[pruning.criterion], pruning.gathers
+    exact = "exact" in (reconstruction.solver, reconstruction.start)
     other = pruning.reads and pruning.prune_samples not in (0, samples)
-    by_moments, exact = criterion.statistics == "moments", "exact" in (reconstruction.solver, reconstruction.start)
     reasons = {
         f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": isinstance(criterion, Structured),
-        f"criterion {pruning.criterion!r} weighs gradients of the output of blocks": criterion.statistics == "gradient",
-        f"criterion {pruning.criterion!r} weighs moments, and exact solutions take Gram matrices": by_moments and exact,
+        f"criterion {pruning.criterion!r} weighs gradients of the output of blocks": gathers == "gradient",
+        f"criterion {pruning.criterion!r} weighs moments, and exact solutions take Gram matrices": gathers == "moments" and exact,
         "sparse propagation computes no activations of the dense model": reconstruction.propagation == "sparse",
-        "statistics are from the pruned model (statistics sparse)": reads and pruning.statistics == "sparse",
+        "statistics are from the pruned model (statistics sparse)": gathers != "none" and pruning.statistics == "sparse",
         f"pruning reads other samples ({pruning.prune_samples}) than reconstruction ({samples})": other,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

@@ -69,12 +69,12 @@ def prune(
         return Pruning(execution.storage.masks)
     pruner.prepare(samples)
     description, rerun = f"prune ({config.criterion} {pruner.pattern})", config.statistics == "sparse"
-    pruner.noted = over_blocks(decoder, execution, "prune", pruner.prune, description, samples, pruner.statistics, rerun)
+    pruner.noted = over_blocks(decoder, execution, "prune", pruner.prune, description, samples, config.gathers, rerun)
     return pruner.summed_up()
 
 
 class Pruner:
-    """Prunes one window after another, by `statistics` of what its matrices read; see `recon.methods.statistics.gather`."""
+    """Prunes one window after another, by statistics of what its matrices read; see `recon.methods.statistics.gather`."""
 
     def __init__(self, decoder: Decoder, config: PruningConfig, seed: int, execution: Execution):
         if config.reorder_neurons:  # which changes the dense model as well
@@ -84,7 +84,6 @@ class Pruner:
         self.criterion, self.pattern = CRITERIA[config.criterion], Pattern.parse(config.pattern)
         self.patterns = dict.fromkeys(decoder.matrices(), self.pattern)
         self.weights: dict[str, Tensor] = {}  # of rows, by matrix name; see `recon.methods.weighting`
-        self.statistics = "gram" if config.mask_refinement else self.criterion.statistics
         usual = self.criterion.scope if config.weighting == "none" else "matrix"
         self.scope = usual if config.scope == "auto" else config.scope
         # The options of a criterion are named after it.
@@ -114,7 +113,7 @@ class Pruner:
         changed, under_calibrated, began = {}, [], time.perf_counter()
         with self.execution.holding(self.decoder, window, trained=self.decoder.weights(window)):
             for name, matrix in self.decoder.matrices(window).items():
-                if self.statistics != "none" and name not in statistics:
+                if self.config.gathers != "none" and name not in statistics:
                     under_calibrated.append(name)
                 weight, mask = self.pruned(matrix, statistics, self.patterns[name])
                 if not (self.criterion.scores or torch.equal(weight, matrix.weight.masked_fill(~mask, 0.0).float())):
@@ -151,7 +150,7 @@ class Pruner:
         """
         own = found = statistics.get(matrix.name)
         criterion, options = self.criterion, self.options
-        if self.statistics != "none" and found is None:
+        if self.config.gathers != "none" and found is None:
             criterion, options = CRITERIA["magnitude"], {}
         elif criterion.statistics == "norm" and found.ndim == 2:  # a Gram matrix tells norms
             own = found.diagonal().sqrt()

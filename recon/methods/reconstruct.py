@@ -169,7 +169,7 @@ class Reconstruction:
         self.exact = "exact" in (self.config.solver, self.config.start)
         # Matrices' Gram matrices are of what the student reads.
         own = self.config.granularity == "matrix" and self.config.propagation != "dense"
-        statistics = "gram" if self.exact and not own else self.pruner.statistics if self.pruner else "none"
+        statistics = "gram" if self.exact and not own else self.pruner.config.gathers if self.pruner else "none"
         self.streams = Streams(self.teacher, self.student, self.execution, self.count, statistics)
 
     def fit(self, f: Window, X: Tensor, Y: Tensor, statistics: dict[str, Tensor]) -> WindowReport:

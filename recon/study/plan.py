@@ -180,13 +180,12 @@ def flops(spec: RunSpec) -> dict[str, float]:
     grams = sum(2 * triangle(matrix.weight.shape[1]) * matrix.share for matrix in read)
     products = sum(matrix.weight.shape[0] * matrix.weight.shape[1] ** 2 for matrix in matrices.values())  # with Gram matrices
 
-    rule = CRITERIA["none" if spec.model.pruned else pruning.criterion]
-    by_grams = rule.statistics == "gram" or pruning.mask_refinement > 0
-    passes = rule.statistics != "none" or by_grams
-    twice = pruning.statistics == "sparse" and rule.scope != "model"  # each block but the last runs once more
-    passes *= 0 if spec.one_pass else 1 + twice * (1 - 1 / len(decoder.blocks))
+    passes = 0 if spec.one_pass or pruning.gathers == "none" else 1
+    if pruning.statistics == "sparse" and CRITERIA[pruning.criterion].scope != "model":  # each block but the last runs once more
+        passes *= 1 + (1 - 1 / len(decoder.blocks))
+    by_grams = pruning.gathers == "gram"
     found = {"prune": (passes * forward + by_grams * grams) * tokens["prune"], "reconstruct": 0.0, "retrain": 0.0}
-    if rule.statistics == "gradient":
+    if pruning.gathers == "gradient":
         found["prune"] += counted(decoder, whole, length, "matrices") * tokens["prune"]
     found["prune"] += forward * tokens["prune"] * (pruning.allocation == "dlp")
     found["prune"] += forward * min(reorder.TOKENS, tokens["prune"]) * pruning.reorder_neurons
@@ -262,7 +261,6 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
     """
     itemsize, length = devices.pick_compute_dtype(spec.compute.compute_dtype, device).itemsize, spec.calibration.sequence_length
     config, largest, masks = decoder.model.config.get_text_config(), {}, 4 if device.type == "cpu" else 1
-    rule = CRITERIA["magnitude" if spec.model.pruned else spec.pruning.criterion]
     others = [Training("prune", ReconstructionConfig(), run_only)] if run_only else []
     for phase, how, window, _, passes, _, elements in (*others, *trainings(spec, decoder)):
         matrices, descends, retrains = decoder.matrices(window), passes > 0, phase == "retrain"
@@ -272,8 +270,8 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
         tokens = min(how.batch_size, spec.samples_by_phase[phase] * chunks) * length // chunks
         read = (group[0] for index in window.blocks for group in decoder.groups[index])
         columns = [matrices[name].weight.shape[1] for name in read if name in matrices]
-        by_grams = rule.statistics == "gram" or spec.pruning.mask_refinement or "exact" in (how.solver, how.start)
-        by_slopes = rule.statistics == "gradient" and not retrains
+        by_grams = spec.pruning.gathers == "gram" or "exact" in (how.solver, how.start)
+        by_slopes = spec.pruning.gathers == "gradient" and not retrains
         goes_back = by_slopes or spec.pruning.weighting == "fisher" and not retrains
         grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns, default=0) ** 2) if by_grams and not retrains else 0
         vectors = retrains and spec.retraining.retrain == "norms"
