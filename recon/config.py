@@ -177,8 +177,8 @@ class PruningConfig(Checked):
             ("reorder_neurons", self.reorder_neurons and not groups, "pattern", "False, or N:M"),
         ):
             if refused:
-                said = f"{name} is {getattr(self, name)!r} with {beside} {getattr(self, beside)!r}"
-                raise ReconError(f"{said}; allowed: {allowed}")
+                value, given = getattr(self, name), getattr(self, beside)
+                raise ReconError(f"{name} is {value!r} with {beside} {given!r}; allowed: {allowed}")
 
     @property
     def gathers(self) -> str:

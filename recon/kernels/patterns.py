@@ -30,10 +30,7 @@ class Pattern:
         with contextlib.suppress(ValueError):
             if 0 <= float(text) < 1:
                 return cls(float(text))
-        raise ReconError(
-            f"pattern is {text!r}; allowed: a sparsity from 0 up to, not including, 1 (such as '0.5'), or N:M with 0 < N < M "
-            "(such as '2:4': 2 of every 4 consecutive inputs are kept)"
-        )
+        raise ReconError(f"pattern is {text!r}; allowed: a sparsity from 0 to below 1 (such as 0.5), or N:M with 0 < N < M (2:4)")
 
     def __str__(self) -> str:
         return str(self.sparsity) if self.m is None else f"{self.n}:{self.m}"
@@ -45,10 +42,7 @@ class Pattern:
     def check_columns(self, name: str, columns: int) -> None:
         """Raises `ReconError` if the `columns` inputs of the matrix `name` do not divide into groups of M."""
         if self.m is not None and columns % self.m:
-            raise ReconError(
-                f"{name} has {columns} input columns, which do not divide into the groups of {self.m} that pattern "
-                f"{self} needs; choose an N:M whose M divides {columns}, or an unstructured sparsity"
-            )
+            raise ReconError(f"{name} has {columns} input columns, which do not divide into the groups of {self.m} of {self}")
 
 
 def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:

@@ -49,8 +49,7 @@ def check_apart(model: nn.Module, dense: nn.Module) -> None:
     """Raises `ReconError` naming a parameter that `dense`, which is to stay as it is, shares with `model`, which is changed."""
     own = {*model.parameters()}
     if shared := next((name for name, parameter in dense.named_parameters() if parameter in own), None):
-        said = "dense is to stay the model before pruning: give a copy of it (copy.deepcopy)"
-        raise ReconError(f"model and dense share parameters, such as {shared!r}; {said}")
+        raise ReconError(f"model and dense share parameters, such as {shared!r}; give a copy of the dense model (copy.deepcopy)")
 
 
 def save_masks(masks: dict[str, Tensor], path: Path | str) -> None:
@@ -81,9 +80,8 @@ def check_pruned(dense: Decoder, pruned: Weights) -> None:
         if name in holders:
             zeros, sizes = zeros + int((value == 0).sum()), sizes + value.numel()
     if not LEAST * sizes <= zeros < sizes:
-        raise ReconError(
-            f"pruned model: {zeros / sizes:.2%} of its matrices is zero; a mask is read from zeros: at least {LEAST:.0%}, not all"
-        )
+        said = f"a mask is read from zeros: at least {LEAST:.0%}, and not all"
+        raise ReconError(f"pruned model: {zeros / sizes:.2%} of its matrices is zero; {said}")
 
 
 @torch.no_grad()

@@ -78,8 +78,7 @@ class Pruner:
 
     def __init__(self, decoder: Decoder, config: PruningConfig, seed: int, execution: Execution):
         if config.reorder_neurons:  # which changes the dense model as well
-            said = "call recon.methods.reorder.reorder_neurons on the dense model first"
-            raise ReconError(f"reorder_neurons is True; allowed where a model is given: False ({said})")
+            raise ReconError("reorder_neurons is True; call recon.methods.reorder.reorder_neurons on the dense model instead")
         self.decoder, self.config, self.seed, self.execution = decoder, config, seed, execution
         self.criterion, self.pattern = CRITERIA[config.criterion], Pattern.parse(config.pattern)
         self.patterns = dict.fromkeys(decoder.matrices(), self.pattern)

@@ -81,8 +81,7 @@ def reconstruct(
     options that do not fit together, naming what does not.
     """
     if not isinstance(config, ReconstructionConfig):
-        said = "allowed: ReconstructionConfig (a PruningConfig is given as pruning)"
-        raise ReconError(f"config is a {type(config).__name__}; {said}")
+        raise ReconError(f"config is a {type(config).__name__}; allowed: ReconstructionConfig (PruningConfig: as pruning)")
     teacher = decompose(dense)
     whole = (model.model if isinstance(model, Decoder) else model), teacher.model
     check_apart(*whole)

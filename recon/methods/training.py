@@ -137,8 +137,7 @@ def check_trainable(decoder: Decoder, method: str) -> None:
             raise ReconError(f"parameter {name!r} is {parameter.dtype}; small updates are lost in it: load the model in float32")
     for name, matrix in decoder.matrices().items() if method in ADAPTERS else ():
         if matrix.expert is not None:  # it has no module of its own
-            said = "is one expert's part of a parameter, which no adapter fits; allowed: adapter none; retrain none, full, norms"
-            raise ReconError(f"{name!r} {said}")
+            raise ReconError(f"{name!r} is one expert's part of a parameter, which no adapter fits; train it without adapters")
 
 
 @contextlib.contextmanager

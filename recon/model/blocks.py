@@ -50,8 +50,8 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
         decoder.run_block(index, hidden)
     for name, parameter in fused.items():
         if name not in products and sum(size > 1 for size in parameter.shape) > 2:
-            what = f"{kind} holds the fused weight '{path}.{name}' of shape {tuple(parameter.shape)}"
-            raise ReconError(f"{what}, but no matrix product with a part of it was seen, by which experts are told apart")
+            what = f"the fused weight '{path}.{name}' of shape {tuple(parameter.shape)}"
+            raise ReconError(f"{kind} holds {what}, but multiplies by no part of it, which would tell experts apart")
     routed = _routed_modules(modules, ran)
     counts = {name: seen[0].experts for name, seen in products.items()} | {name: len(alike) for name, alike in routed.items()}
     routers = _routers(modules, counts)
@@ -125,10 +125,8 @@ def find_halves(decoder: Decoder, index: int, hidden: Tensor) -> Halves | str:
     except Exception as error:  # a block may raise anything if its children are silenced
         return f"does not run with one half silenced ({type(error).__name__}: {error})"
     if min(sequential, parallel) > tolerance(whole):
-        return (
-            "does not divide into an attention half and an MLP half (with one silenced after the other, its output is off by "
-            f"{min(sequential, parallel):.0%}), as where the residual is added inside the sub-module"
-        )
+        gap = f"with one silenced after the other, its output is off by {min(sequential, parallel):.0%}"
+        return f"does not divide into an attention half and an MLP half ({gap})"
     layout = "parallel" if sequential > tolerance(whole) else "sequential"
     return replace(halves, layout=layout, parameters=_parameters_of(halves, decoder, index, hidden))
 

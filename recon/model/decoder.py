@@ -72,7 +72,7 @@ class Decoder:
     def check_causal(self) -> None:
         """Raises `ReconError` if the model does not predict the next token after each one."""
         if not self.structure.causal:
-            said = "is not a causal language model: it does not predict after each token, or later tokens change what it predicts"
+            said = "is not a causal language model, which predicts after each token by those before it"
             raise ReconError(f"{type(self.model).__name__} {said}")
 
     def run(self, tokens: Tensor):
@@ -188,8 +188,7 @@ class Decoder:
 
         def note(index: int, forward: Callable, *args, **kwargs):
             if not args:
-                what = f"block {index} of {type(self.model).__name__} is not given hidden states as its first argument"
-                raise ReconError(f"{what}, so the model cannot be decomposed")
+                raise ReconError(f"block {index} of {type(self.model).__name__} is not given hidden states as its first argument")
             hidden, *args = args
             calls.append((hidden, args, kwargs))
             if index == last:

@@ -36,8 +36,7 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
     if hasattr(model, "peft_config"):
         raise ReconError(f"{type(model).__name__} holds adapters of peft; merge them first (merge_and_unload)")
     if lazy is None and any(parameter.is_meta for parameter in model.parameters()):
-        said = "load it without device_map, or leave it on disk (recon run --stream yes)"
-        raise ReconError(f"weights of {type(model).__name__} are not in memory; {said}")
+        raise ReconError(f"weights of {type(model).__name__} are not in memory; load it without device_map, or use --stream yes")
     model.eval()
     kind = EncoderDecoder if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else Decoder
     if hasattr(model, "set_experts_implementation"):

@@ -146,8 +146,7 @@ class Execution:
                 fault = str(error).splitlines()[0]
             release_memory()  # out here, where the exception and all tensors that it refers to are gone
             if size == 1:
-                what = f"memory of device {self.device} does not suffice for one sample at a time ({fault})"
-                raise ReconError(f"{what}; use shorter samples, or smaller windows")
+                raise ReconError(f"{self.device} lacks memory for one sample ({fault}); use shorter ones, or smaller windows")
             log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
             size = -(-size // 2)
 

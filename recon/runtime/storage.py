@@ -73,8 +73,7 @@ def complete(path: Path, folder: bool = False) -> Iterator[Path]:
 def check_new(folder: Path) -> None:
     """Raises `ReconError` naming `folder`, to which a model is to be saved, if it exists and is not an empty folder."""
     if folder.exists() and (os.path.ismount(folder) or not folder.is_dir() or any(folder.iterdir())):
-        said = "exists and is not an empty folder that can be replaced; name a new one"
-        raise ReconError(f"save folder {str(folder)!r} {said}")
+        raise ReconError(f"save folder {str(folder)!r} exists and is not an empty folder that can be replaced; name a new one")
 
 
 @contextlib.contextmanager
@@ -100,8 +99,7 @@ def locked(place: Path, what: str, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        said = "is in use by another process; wait until it is done, or choose another place"
-        raise ReconError(f"{what} {str(place)!r} {said}") from None
+        raise ReconError(f"{what} {str(place)!r} is in use by another process; wait until it is done, or name another") from None
     try:
         for left in place.parent.glob(f".{glob.escape(place.name)}.{8 * '?'}{PART}"):  # not of a longer name
             shutil.rmtree(left, ignore_errors=True)
@@ -190,8 +188,8 @@ class Storage:
             found = owner(folder)
             if found is None:
                 if folder.exists() and not (folder.is_dir() and all(left.name.endswith(PART) for left in folder.iterdir())):
-                    said = "is where a run would keep its finished windows, and holds something else"
-                    raise ReconError(f"folder {str(folder)!r} {said}; move it, or save to another place")
+                    said = "is where a run would keep its windows, and holds something else; move it"
+                    raise ReconError(f"folder {str(folder)!r} {said}")
                 write_json(folder / RUN, run)
             elif found != run:
                 said = "give its command to go on with it, delete the folder, or save to another one"

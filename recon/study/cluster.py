@@ -139,8 +139,8 @@ def loop(executor: str | Ray | None, propagation: str) -> Callable | None:
     if (how := settings(executor)) is None:
         return None
     if propagation != "dense":
-        why = f"cannot be reconstructed side by side under {propagation} propagation: each reads what those before it give"
-        raise ReconError(f"windows {why}; choose propagation dense, or executor serial")
+        said = f"windows cannot be fitted side by side under {propagation} propagation, as each reads what those before it give"
+        raise ReconError(f"{said}; choose propagation dense, or executor serial")
     connect(how.address)
     return partial(side_by_side, how)
 

@@ -41,8 +41,8 @@ class RunSpec(Checked):
         changed = {name for name, value in self.flat().items() if value != _defaults()[name]}
         masked = vars(self.pruning).keys() if self.model.pruned is not None else set()
         for name in sorted(masked & changed):
-            said = f"but the mask is read from the pruned model {self.model.pruned!r}; leave it out"
-            raise ReconError(f"{name} is {self.flat()[name]!r}, {said}")
+            value, pruned = self.flat()[name], self.model.pruned
+            raise ReconError(f"{name} is {value!r}, but the mask is read from the pruned model {pruned!r}; leave it out")
         recipe = {name: value for name, value in config.PRESETS[self.preset].items() if name not in changed | masked}
         for name, part in self._changed(recipe | {"preset": "default"}).items():  # a record says what a preset stood for
             object.__setattr__(self, name, part)

@@ -43,8 +43,7 @@ class _Writer(Callback):
 
     def check(self, now: str) -> None:
         if self.key and now != self.key:
-            said = "the model or texts that it reads have changed, or are others where it runs"
-            raise ReconError(f"its key is {now} by now: {said}")
+            raise ReconError(f"its key is {now} by now: the model or texts that it reads have changed, or are others here")
 
 
 def run_to_record(
