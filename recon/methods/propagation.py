@@ -38,33 +38,24 @@ class Streams:
     sparse: Tensor | None = None
     _runs: dict[tuple, tuple] = field(default_factory=dict)  # of the dense model, through the current block
 
-    # --- by propagation ---------------------------------------------------------------------------------------------
-
     def task(self, propagation: str, f: Window) -> Task:
         """Inputs, targets and statistics by `propagation`."""
-        return {"dense": self.dense_task, "sparse": self.sparse_task, "mixed": self.mixed_task}[propagation](f)
-
-    def dense_task(self, f: Window) -> Task:
-        X = self._dense_run(f)[2][f.matrices[0]] if f.matrices else self.dense
-        return X, *self._dense_outputs(f)
-
-    def sparse_task(self, f: Window) -> Task:
+        if propagation == "dense":
+            X = self._dense_run(f)[2][f.matrices[0]] if f.matrices else self.dense
+            return X, *self._dense_outputs(f)
         X = self._sparse_inputs(f)
-        Y, statistics, _ = gather(self.execution, self.teacher, f, X, "none" if f.matrices else self.statistics, self.count)
-        return X, Y, statistics
-
-    def mixed_task(self, f: Window) -> Task:
-        """Where both halves of a block read its input, the MLP is to make up for what attention, which is fitted by then, leaves:
-        its target is the dense block's output without what the reconstructed attention adds."""
-        X, (Y, statistics) = self._sparse_inputs(f), self._dense_outputs(f)
+        if propagation == "sparse":
+            Y, statistics, _ = gather(self.execution, self.teacher, f, X, "none" if f.matrices else self.statistics, self.count)
+            return X, Y, statistics
+        Y, statistics = self._dense_outputs(f)
         if f.parallel and f.half == "mlp":
+            # Both halves of a block read its input, so the MLP is to make up for what attention, which is fitted by then, leaves:
+            # its target is the dense block's output without what the reconstructed attention adds.
             block, attention = Window(f.blocks), replace(f, half="attention")
             whole = self.execution.forward(self.teacher, block, self.dense, self.count)
             self._runs[block.blocks, block.half] = whole, {}, {}  # where the dense stream moves on to
             Y = self.execution.forward(self.student, attention, X, self.count).sub_(X).neg_().add_(whole)
         return X, Y, statistics
-
-    # --- from window to window --------------------------------------------------------------------------------------
 
     def begin(self, propagation: str, tokens: Tensor, stored: dict[str, Tensor]) -> None:
         """Goes on from `stored` streams; if there are none, embeds `tokens` (samples, length)."""

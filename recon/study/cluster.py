@@ -189,7 +189,7 @@ class Fit:
         masks = {name: torch.tensor(mask) for name, mask in masks.items()}
         alone = Reconstruction(*self.decoders, masks, *self.how, Execution(*self.execution))
         alone.streams.dense = torch.from_numpy(ray.get(stream))
-        task = alone.streams.dense_task(window)
+        task = alone.streams.task("dense", window)
         with alone.student.loaded(window):
             report = alone.fit(window, *task)
             fitted = {name: p.numpy() for name, p in alone.student.parameters(window).items()}
