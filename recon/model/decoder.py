@@ -4,10 +4,8 @@ Each block is called with what the model itself calls it with, so that the model
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from functools import partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +34,12 @@ class Decoder:
         self.model, self.structure, self.lazy = model, structure, lazy
         self.calls: dict[tuple, list[tuple[tuple, dict]]] = {} if calls is None else calls
 
-    @functools.cached_property
+    @cached_property
     def blocks(self) -> nn.ModuleList:
         """All blocks, in the order in which they run."""
         return nn.ModuleList(block for path in self.structure.stacks for block in self.model.get_submodule(path))
 
-    @functools.cached_property
+    @cached_property
     def names(self) -> list[str]:
         """Full names of the blocks."""
         return [f"{path}.{index}" for path in self.structure.stacks for index in range(len(self.model.get_submodule(path)))]
@@ -156,7 +154,7 @@ class Decoder:
     def fused_products(self, window: Window, **how) -> contextlib.AbstractContextManager:
         """`FusedProducts` of the experts of `window` that share a parameter, if it has any; how: its other arguments."""
         fused = {each.parameter_name: each.parameter for each in self.matrices(window).values() if each.expert is not None}
-        return FusedProducts(fused, **how) if fused else nullcontext()
+        return FusedProducts(fused, **how) if fused else contextlib.nullcontext()
 
     def call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
         """The arguments of each block beside `hidden` (batch, length, hidden): positions, rotary embeddings, masks.
@@ -171,7 +169,7 @@ class Decoder:
             while len(self.calls) >= SHAPES:
                 self.calls.pop(next(iter(self.calls)))
             # The blocks may be on another device than the embedding. What they share is copied there once.
-            there = functools.cache(lambda tensor: tensor.to(hidden.device))
+            there = cache(lambda tensor: tensor.to(hidden.device))
             self.calls[key] = tree_map_only(Tensor, there, calls)
         return self.calls[key]
 
@@ -206,7 +204,7 @@ class Decoder:
 
     def present(self, parameters: Iterable[Tensor]) -> contextlib.AbstractContextManager:
         """Context in which `parameters` are in memory; they always are if the model is no skeleton."""
-        return nullcontext() if self.lazy is None else self.lazy.present(parameters)
+        return contextlib.nullcontext() if self.lazy is None else self.lazy.present(parameters)
 
     def loaded(self, window: Window) -> contextlib.AbstractContextManager:
         """Context in which everything that it takes to run `window` is in memory."""
@@ -235,7 +233,7 @@ class Decoder:
         tensors = ((i, each) for i in silenced for each in (*self.blocks[i].named_parameters(), *self.blocks[i].named_buffers()))
         return [tensor for index, (name, tensor) in tensors if name.partition(".")[0] not in silenced[index]]
 
-    @functools.cached_property
+    @cached_property
     def ends(self) -> dict[str, nn.Parameter]:
         """The parameters outside the blocks, by full name; those that are tied under each of their names."""
         inside, named = tuple(f"{path}." for path in self.structure.stacks), self.model.named_parameters(remove_duplicate=False)

@@ -1,7 +1,6 @@
 """Files that appear when they are complete; the cache; locks; and `Storage`, where a run keeps its finished windows."""
 
 import contextlib
-import functools
 import glob
 import hashlib
 import json
@@ -11,7 +10,7 @@ import shutil
 import tempfile
 from collections import ChainMap, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import platformdirs
@@ -116,7 +115,7 @@ def digest(path: Path) -> str:
     return _digest(path.resolve(), state.st_size, state.st_mtime_ns)
 
 
-@functools.cache
+@cache
 def _digest(path: Path, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
