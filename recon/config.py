@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from recon.errors import ReconError
 from recon.kernels.adapters import ADAPTERS
-from recon.kernels.criteria import CRITERIA, Structured
+from recon.kernels.criteria import CRITERIA
 from recon.kernels.gradient_descent import RATES, Schedule
 from recon.kernels.losses import LOSSES, POSITIONS
 from recon.kernels.patterns import SCOPES, Pattern
@@ -161,7 +161,7 @@ class PruningConfig(Checked):
         super().__post_init__()
         if self.criterion not in CRITERIA:  # no `Literal`: users add some
             raise ReconError(f"criterion is {self.criterion!r}; allowed: {', '.join(CRITERIA)}")
-        structured = isinstance(CRITERIA[self.criterion], Structured)
+        structured = CRITERIA[self.criterion].structured
         suited = [name for name, each in CRITERIA.items() if each.scores and each.statistics in ("none", "norm")]
         unsuited, groups, uneven = self.criterion not in suited, ":" in self.pattern, self.allocation != "uniform"
         whole, weighted = structured or self.criterion == "none", self.weighting != "none"
@@ -255,11 +255,10 @@ class ReconstructionConfig(Checked):
 
 def two_passes(pruning: PruningConfig, reconstruction: ReconstructionConfig, samples: int) -> str:
     """Why windows cannot be pruned one by one as reconstruction, with so many samples, reaches them; empty where they can."""
-    criterion, gathers = CRITERIA[pruning.criterion], pruning.gathers
-    exact = "exact" in (reconstruction.solver, reconstruction.start)
+    gathers, exact = pruning.gathers, "exact" in (reconstruction.solver, reconstruction.start)
     other = pruning.reads and pruning.prune_samples not in (0, samples)
     reasons = {
-        f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": isinstance(criterion, Structured),
+        f"criterion {pruning.criterion!r} weighs heads and neurons of the whole model": CRITERIA[pruning.criterion].structured,
         f"criterion {pruning.criterion!r} weighs gradients of the output of blocks": gathers == "gradient",
         f"criterion {pruning.criterion!r} weighs moments, and exact solutions take Gram matrices": gathers == "moments" and exact,
         "sparse propagation computes no activations of the dense model": reconstruction.propagation == "sparse",

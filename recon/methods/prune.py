@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recon.config import PruningConfig
 from recon.errors import ReconError, log
-from recon.kernels.criteria import CRITERIA, Structured
+from recon.kernels.criteria import CRITERIA
 from recon.kernels.mask_refinement import refine
 from recon.kernels.patterns import Pattern
 from recon.methods.allocation import allocate
@@ -64,7 +64,7 @@ def prune(
         how = f"allocation {config.allocation}" if config.allocation != "uniform" else f"weighting {config.weighting}"
         beside = f" with {'mask refinement' if config.mask_refinement else how}" * (pruner.criterion.statistics == "none")
         raise ReconError(f"criterion {config.criterion!r}{beside} weighs activations and needs calibration samples")
-    if isinstance(pruner.criterion, Structured):
+    if pruner.criterion.structured:
         prune_units(decoder, pruner.criterion, config, samples, execution)
         return Pruning(execution.storage.masks)
     pruner.prepare(samples)
@@ -179,6 +179,6 @@ def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor]) -> Non
 
 def touched_biases(decoder: Decoder, config: PruningConfig) -> list[str]:
     """Full names of the biases that pruning the dense model by `config` may change, or add where there are none."""
-    structured = isinstance(chosen := CRITERIA[config.criterion], Structured)
-    halves = find_units(decoder) if structured or config.reorder_neurons else []
-    return [half.reader.bias_name for half in halves if structured and chosen.compensates]
+    criterion = CRITERIA[config.criterion]
+    halves = find_units(decoder) if criterion.structured or config.reorder_neurons else []
+    return [half.reader.bias_name for half in halves if criterion.compensates]

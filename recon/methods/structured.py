@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recon.config import PruningConfig
 from recon.errors import ReconError
-from recon.kernels.criteria import Structured
+from recon.kernels.criteria import Criterion
 from recon.kernels.criteria.structured import keep_globally
 from recon.kernels.patterns import Pattern, keep_all_but
 from recon.methods.statistics import over_blocks
@@ -38,7 +38,7 @@ class Units:
 
 
 @torch.no_grad()
-def prune_units(decoder: Decoder, criterion: Structured, config: PruningConfig, samples: Tensor, execution: Execution) -> None:
+def prune_units(decoder: Decoder, criterion: Criterion, config: PruningConfig, samples: Tensor, execution: Execution) -> None:
     """Removes whole units in place until the pattern's share of all the blocks' weights is gone, as near as units allow."""
     pattern, whole = Pattern.parse(config.pattern), criterion.scope == "model"
     halves = find_units(decoder)
@@ -79,7 +79,7 @@ def prune_units(decoder: Decoder, criterion: Structured, config: PruningConfig, 
 
 
 def _compare(
-    decoder: Decoder, criterion: Structured, halves: list[Units], target: float, samples: Tensor, execution: Execution
+    decoder: Decoder, criterion: Criterion, halves: list[Units], target: float, samples: Tensor, execution: Execution
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """By name of each half, which of its units are kept (count,), and the means (in,) of what its reader reads when dense."""
 
@@ -94,7 +94,7 @@ def _compare(
     return dict(zip(names, kept, strict=True)), dict(zip(names, means, strict=True))
 
 
-def _score(criterion: Structured, half: Units, statistics: dict[str, Tensor]) -> Tensor:
+def _score(criterion: Criterion, half: Units, statistics: dict[str, Tensor]) -> Tensor:
     """The scores (count,) of a half's units, from what the matrices of its block read."""
     weight = half.reader.weight
     scores = criterion.score(weight.float(), statistics[half.reader.name].to(weight.device))

@@ -106,9 +106,8 @@ class RunSpec(Checked):
     @property
     def changes_weights(self) -> bool:
         """Whether pruning may change weights that survive."""
-        criterion = criteria.CRITERIA[self.pruning.criterion]
-        keeps = isinstance(criterion, criteria.Structured) or criterion.scores or self.pruning.criterion == "none"
-        return self.model.pruned is not None or not keeps
+        updates = criteria.CRITERIA[self.pruning.criterion].method is not None and self.pruning.criterion != "none"
+        return self.model.pruned is not None or updates
 
     @property
     def one_pass(self) -> bool:

@@ -7,11 +7,11 @@ import torch
 from fixtures.models import FLOAT32, copied, inputs_of, zeros_stay
 
 from recon import PruningConfig, ReconstructionConfig, decompose, prune, reconstruct
-from recon.kernels.criteria import CRITERIA, Structured
+from recon.kernels.criteria import CRITERIA
 from recon.methods.structured import find_units
 from recon.model.modules import distance
 
-STRUCTURED = [name for name, rule in CRITERIA.items() if isinstance(rule, Structured)]
+STRUCTURED = [name for name, rule in CRITERIA.items() if rule.structured]
 # family -> changes, units of attention, rows of each unit in the parts that each matrix that makes them is fused of, reader
 ATTENTION = {
     "llama": ({}, 2, {"q_proj": [16], "k_proj": [8], "v_proj": [8]}, "o_proj"),

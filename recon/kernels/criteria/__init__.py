@@ -17,14 +17,17 @@ from recon.kernels.patterns import Pattern, keep_mask
 
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion for single weights.
+    """A criterion for single weights or, if it compares within more than a matrix, for whole units: heads and neurons.
 
     statistics: what it needs of the matrix's inputs X (tokens, in): "none"; "norm", (in,), sqrt(mean over tokens of x_j^2);
         "gram", (in, in), X'X / tokens; "moments", (2, in), mean and variance over tokens; or "gradient", (1 + out, in), of each
         sample the norm of x_j, and the gradient of the norm of the output of the matrix's block: root mean squares.
-    scope: what its authors compare within, "row" or "matrix".
-    score: ranks the weights, (out, in), higher = kept. A criterion has either this or
+    scope: what its authors compare within: "row" or "matrix"; of units, a "half-block", which each lose the same share, or the
+        "model".
+    score: ranks the weights, (out, in), higher = kept; of units, the columns (in,) of the matrix (out, in) that reads them, see
+        `recon.kernels.criteria.structured`. A criterion has either this or
     method: the whole algorithm, called as `prune`, which may update the survivors.
+    compensates: whether the mean of the units that are removed goes into the bias of that matrix.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Criterion:
     source: str
     score: Callable[..., Tensor] | None = None
     method: Callable[..., tuple[Tensor, Tensor]] | None = None
+    compensates: bool = False
 
     @property
     def source_code(self) -> str:
@@ -51,9 +55,14 @@ class Criterion:
         return repr((self.statistics, self.scope, said, inspect.signature(made), enclosed))
 
     @property
+    def structured(self) -> bool:
+        """Whether it removes whole units."""
+        return self.scope in ("half-block", "model")
+
+    @property
     def scores(self) -> bool:
-        """Whether it only ranks weights, and leaves the survivors as they are."""
-        return self.score is not None
+        """Whether it only ranks single weights, and leaves the survivors as they are."""
+        return self.score is not None and not self.structured
 
     def prune(
         self, weight: Tensor, statistics: Tensor | None, pattern: Pattern, scope: str, generator: Generator | None, **options
@@ -70,18 +79,6 @@ class Criterion:
             raise ReconError(f"criterion {self.name!r}: its score is {shape}; allowed: a number for each weight, {weight.shape}")
         mask = keep_mask(score, pattern, scope)
         return weight.masked_fill(~mask, 0.0), mask
-
-
-@dataclass(frozen=True)
-class Structured(Criterion):
-    """A criterion that removes whole units of half-blocks, heads and neurons; see `recon.kernels.criteria.structured`.
-
-    scope: units compete within a "half-block", which each lose the same share; or within the "model".
-    score: from the matrix (out, in) that reads the units, and statistics, scores (in,) of its columns, higher = kept.
-    """
-
-    compensates: bool = False  # whether the mean of what is removed goes into that matrix's bias
-    scores = False  # single weights
 
 
 def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Tensor]:
@@ -115,11 +112,11 @@ _ALL = (
         "admm", "gram", "matrix", "the whole matrix solved for, pulled towards the pattern; survivors are updated",
         "Meng et al., NeurIPS 2024 (ALPS), arXiv 2406.07831", method=admm.prune,
     ),
-    Structured(
+    Criterion(
         "wanda-sp", "norm", "half-block", "whole heads and neurons by Wanda's scores", "An et al. 2023, arXiv 2312.11983",
         structured.wanda_sp,
     ),
-    Structured(
+    Criterion(
         "flap", "moments", "model", "whole heads and neurons that fluctuate least; their mean goes into a bias",
         "An et al. 2023, arXiv 2312.11983, WIFV with AL-AM", structured.flap, compensates=True,
     ),
