@@ -29,8 +29,7 @@ _PUBLISHED = {
     "chunks": 1, "roll_back": False,
 }  # fmt: skip
 # Recipes: options that are set where they are at their defaults. fast, default, best, distil differ in the time they take;
-# first-skipped is an earlier default. The others are published, as their code has them; each reads text of the
-# run's choice, as much as the run says.
+# first-skipped is an earlier default. The others are published, as their code has them, but for the text, which the run says.
 PRESETS: dict[str, dict] = {
     "fast": {"samples": 32},
     "default": {},
@@ -212,8 +211,7 @@ class ReconstructionConfig(Checked):
     train: Literal["matrices", "all"] = "matrices"  # What is trained: matrices with biases, or all, norms included.
     adapter: Literal[("none", *ADAPTERS)] = "none"  # Low-rank parametrisation of a window's matrices.
     rank: FromOne = 16  # Rank of adapters.
-    # Squared error of each channel relative to its variance (whitened), of all channels together (mse, the paper's), or one
-    # minus the cosine (cosine).
+    # Squared error of each channel over its variance (whitened), of all channels together (mse, the paper's), or 1 - cosine.
     loss: Literal[tuple(LOSSES)] = "whitened"
     # What each sample's first position, whose activations are massive, counts for in gradient descent: no more than others
     # (scaled), nothing (skipped), or as it is (full, as in exact solutions).

@@ -83,8 +83,7 @@ def load(
     """The causal LM, or encoder-decoder, `name` in float32 and in evaluation mode, and its tokenizer.
 
     Weights are read from safetensors only, as reading a pickle can run any code; code that comes with a model runs only if
-    `trust_remote_code`. Raises `ReconError` as `locate` and `read_model`, if it cannot be fetched, and naming the first
-    weight that holds NaN or infinity.
+    `trust_remote_code`. Raises `ReconError` as `locate` and `read_model`, if it cannot be fetched, or a weight is not finite.
     """
     with _opened(name := str(name), revision, trust_remote_code) as (path, config):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

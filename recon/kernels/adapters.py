@@ -6,8 +6,7 @@ With W (out, in) a pruned weight, M its mask, B (out, rank) and A (rank, in) wha
     masklora    W + s M * (BA)      keeps the zeros
     scalelora   W * (1 + s BA)      keeps the zeros
 
-LoRA: Hu et al. 2022, arXiv 2106.09685; MaskLoRA and ScaleLoRA: Zimmer et al. 2023, arXiv 2312.15230; the latter also Lu et al.
-2024, arXiv 2405.16057.
+LoRA: Hu et al., arXiv 2106.09685; MaskLoRA, ScaleLoRA: Zimmer et al., arXiv 2312.15230; ScaleLoRA: Lu et al., arXiv 2405.16057.
 """
 
 import torch
@@ -39,8 +38,7 @@ class LowRank(nn.Module):
     def trained(self, weight: Tensor) -> list[Trained]:
         """A and B with the sizes that a relative rate is times; weight: (out, in).
 
-        B's is the size at which s BA is as large as the surviving weights; for scalelora, as large as 1. A's is 1: where it
-        starts does not depend on the weights.
+        B's is the size at which s BA is as large as the surviving weights (scalelora: as 1). A's is 1, whatever the weights.
         """
         rank, kept = len(self.a), max(1, int((weight != 0).sum()))
         start = self.a.detach().square().mean().sqrt().item()

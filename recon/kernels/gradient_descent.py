@@ -50,8 +50,7 @@ def trained(
     """`parameters` with their masks (1 = survives) and sizes: the root mean square of what survives of each.
 
     A vector (a bias or a norm) gets at least the root mean square of all matrices together, and so does a matrix of zeros: else
-    they would never learn. Without matrices, it is that of all vectors. stacked: those that hold several vectors, such as the
-    biases of experts.
+    they would never learn. Without matrices, it is that of all vectors. stacked: of several vectors, as the biases of experts.
     """
     squares = {p: p.detach().float().square().sum().item() for p in parameters}
     counts = {p: int(masks[p].count_nonzero()) if p in masks else p.numel() for p in squares}

@@ -1,14 +1,12 @@
 """Exact masked least squares: the best weights of a matrix, given which of them survive.
 
-For each row w (in,) with support S (the survivors), inputs X (tokens, in), target y (tokens,), Gram matrix G = X'X and
-cross-moments c = y'X,
+For each row w (in,) with support S (the survivors), inputs X (tokens, in), target y (tokens,), G = X'X and c = y'X,
 
     min_w |X w' - y|^2 = min_w  w G w' - 2 w c' + constant,     w_j = 0 outside S.
 
 Rows share G and differ in S, so a direct solution would factorise a submatrix of G for every row. Conjugate gradients need only
 products with G: one matrix product per iteration for all rows (Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse
-Linear Systems", 2003, algorithm 9.1). The diagonal (Jacobi) preconditioner removes the spread in size between inputs, which is
-large in language models.
+Linear Systems", 2003, algorithm 9.1). The diagonal (Jacobi) preconditioner removes the spread in size between inputs.
 """
 
 import torch

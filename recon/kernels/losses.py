@@ -1,15 +1,13 @@
 """Losses: of a window's output against its target, and of predicted tokens. All are computed in float32.
 
-Window losses take output y and target t, (..., width), and the variance of each channel of the targets, (width,); they give a
-value for each token, (...):
+Window losses of output y and target t, (..., width), and the variance of each channel of targets, (width,); by token, (...):
 
     whitened    mean over channels of (y - t)^2 / variance
     mse         |y - t|^2 / sum of the variances
     cosine      1 - y.t / (|y| |t|)
 
 The mean over tokens of `whitened` is the share of a channel's variance that is unexplained, mean over channels: 0 is perfect, 1
-no better than the channel's mean. `mse` is the share of the variance of all channels together: the paper's loss but for a
-constant.
+no better than the channel's mean. `mse` is that share of all channels together: the paper's loss but for a constant.
 
 Prediction losses take logits (tokens, vocabulary) and give a value in nats for each token. Logits are large: they are worked on
 a few rows at a time, and of their size only a gradient in their own dtype is ever made.
@@ -103,8 +101,7 @@ def kl_divergence(wanted: Tensor, found: Tensor) -> Tensor:
 class _Prediction(torch.autograd.Function):
     """Loss (tokens,) of logits (tokens, vocabulary) against targets (tokens,), or against `wanted` logits of that shape.
 
-    Plain torch takes 1.1 times as long for targets, and 1.8 times for logits (255 tokens, 49,152 words, float32, one core),
-    and keeps logits in float32.
+    Plain torch takes 1.1 times as long for targets, 1.8 times for logits (255 tokens, 49,152 words), and keeps float32 logits.
     """
 
     @staticmethod

@@ -1,7 +1,6 @@
 """Moments of what a matrix reads, summed up batch by batch: the statistics that criteria and exact solutions need.
 
-With X (tokens, in) the inputs: sums of squares; the Gram matrix X'X, of which only the upper triangle is formed; and mean and
-variance over tokens.
+With X (tokens, in) the inputs: sums of squares; the upper triangle of the Gram matrix X'X; mean and variance over tokens.
 """
 
 from collections.abc import Iterable

@@ -15,8 +15,7 @@ ALLOWED = "tokens (samples, length), or an iterable of (length,) or (batch, leng
 def as_tokens(samples: Tensor | Iterable, what: str = "calibration samples", first: int = 0) -> Tensor:
     """Tokens (samples, length) as int64 from `samples`: a tensor, or an iterable of tensors or lists; see `ALLOWED`.
 
-    first: so many of them, instead of all. Raises `ReconError` if there are fewer, or none, they are not whole numbers, or not
-    all of one length.
+    first: so many of them, not all. Raises `ReconError` for fewer or none, and unless they are whole numbers of one length.
     """
     tokens = samples
     try:

@@ -5,8 +5,7 @@ them grows by F_i d^2 / 2 in the mean, to second order, with F_i the mean square
 information. So the error of row i counts sqrt(F_i). The criterion compares the weights of each row times the root of that, which
 did better than sqrt(F_i) itself: see `guides/better-masks.md`.
 
-Van der Ouderaa et al., "The LLM Surgeon" (ICLR 2024, arXiv 2312.17244); for quantisation Kim et al., "GuidedQuant" (ICML 2025,
-arXiv 2505.07004).
+Van der Ouderaa et al., "The LLM Surgeon" (arXiv 2312.17244); for quantisation Kim et al., "GuidedQuant" (arXiv 2505.07004).
 """
 
 import torch
@@ -27,8 +26,7 @@ TOKENS, SLICE = 2048, 256  # that tell the weights, or one sample if that is mor
 def row_weights(decoder: Decoder, samples: Tensor, seed: int, execution: Execution) -> dict[str, Tensor]:
     """Weights of rows by matrix name, (out,), above 0, their mean about 1; in one pass back through the blocks of a dense model.
 
-    samples: calibration tokens (samples, length). A matrix that no prediction depends on, such as an expert's that no token is
-        sent to, has none.
+    samples: calibration tokens (samples, length). A matrix that no prediction depends on, such as an idle expert's, has none.
     """
     if execution.storage.finished("weigh"):
         return dict(execution.storage.tensors("weigh"))
@@ -47,8 +45,7 @@ def row_weights(decoder: Decoder, samples: Tensor, seed: int, execution: Executi
 
 @torch.enable_grad()
 def _slopes_of_predictions(decoder: Decoder, tokens: Tensor, last: Tensor, seed: int, execution: Execution) -> Tensor:
-    """Gradient of the sum of log p(t), for tokens t drawn from the predictions p, by `last` (samples, length, hidden), what the
-    last block gives."""
+    """Gradient of the sum of log p(t), t drawn from predictions, by `last` (samples, length, hidden): the last block's output."""
     slopes, draw = torch.zeros_like(last), generator(seed, "weigh")
     read, hidden, wanted = map(decoder.predicted, (tokens, last, slopes))
     with execution.holding_ends(decoder):

@@ -26,8 +26,7 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
     model: from transformers, or any module that is called with `input_ids` and `use_cache`, and gives `logits`; its `config`
         says the `vocab_size`. From now on it is in evaluation mode, and multiplies by each expert's matrices one by one.
     like: a decoder of the same architecture, whose structure is taken over: a pruned copy cannot be relied on to show it.
-    lazy: of a skeleton, its parameters. The structure is then found with random weights, while blocks that are built like
-        earlier ones are by-passed.
+    lazy: of a skeleton, its parameters. The structure is then found with random weights, by the first block of each kind.
 
     Raises `ReconError` if no list of blocks is found, its blocks do not give its own output, or its weights are not in memory.
     """

@@ -57,8 +57,7 @@ def check_writable(folder: Path, what: str) -> None:
 def complete(path: Path, folder: bool = False) -> Iterator[Path]:
     """Context that gives the name of a file to write, or of a new folder to fill, and renames it to `path` at the end.
 
-    After an error nothing is left; a killed process leaves a folder beside `path` whose name ends in `PART`. The folder around
-    `path` is made if need be.
+    After an error nothing is left; a killed process leaves a folder beside `path` that ends in `PART`. Makes folders around it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(PART, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as around:

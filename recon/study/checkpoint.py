@@ -44,8 +44,7 @@ def check_model(dense: Decoder, biases: Collection[str], dtype: str) -> None:
 
 
 def with_places(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str], dict[str, Tensor]]:
-    """Options that give `model` places for parameters called `names`, such as attention_bias; and, on the meta device, its state
-    if they are set."""
+    """Options that give `model` places for parameters called `names`, such as attention_bias; and its state then, on meta."""
 
     def state(options: list[str]) -> dict[str, Tensor]:
         config = copy.deepcopy(model.config)

@@ -43,8 +43,7 @@ class Ray:
                 raise ReconError(f"{name} of executor ray is {value!r}; allowed: from {least} up")
 
     def request(self, nodes: list[dict[str, float]], on_cpu: bool) -> tuple[int, float, int]:
-        """CPUs and GPUs of each worker, which is on one node, and how many workers, given the resources of every node. Raises
-        `ReconError` for no room."""
+        """CPUs and GPUs of each worker, and how many, given the resources of every node. Raises `ReconError` for no room."""
         there = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
         shares = [cpus / with_gpus for cpus, with_gpus in there if with_gpus]
         gpus = int(bool(shares) and not on_cpu) if self.gpus is None else self.gpus

@@ -76,8 +76,7 @@ def _structure(config: PretrainedConfig, trust_remote_code: bool) -> Decoder:
         narrow = type(config).from_dict(config.to_dict())
         options = vars(narrow.get_text_config())
         widths = {name: size for name, size in options.items() if name.endswith(WIDTHS) and type(size) is int}
-        # Of matrices with one column it cannot be told which way round they lie, and of those with as many rows as there are
-        # experts, whether they are routers.
+        # Matrices of one column may lie either way round, and those of as many rows as there are experts may be routers.
         experts = {size for name, size in options.items() if "expert" in name and name not in widths}
         if factor > 1 and any(size % factor or size // factor in {1, *experts} for size in widths.values()):
             continue
@@ -166,8 +165,7 @@ def check_fits(spec: RunSpec, decoder: Decoder) -> None:
 def flops(spec: RunSpec) -> dict[str, float]:
     """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate" (without tasks).
 
-    As if the run shared nothing: products with weights (forward, both gradients), causal attention, Gram matrices, adapters,
-    exact solvers; no element-wise work.
+    As if the run shared nothing: products (with weights, in causal attention, of Gram matrices, adapters and solvers) alone.
     """
     spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
     how, again, pruning, length = spec.reconstruction, spec.retraining, spec.pruning, spec.calibration.sequence_length
@@ -452,8 +450,7 @@ class Plan:
 
 
 def check(spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0) -> None:
-    """Logs in one line what a run of `spec` will take; see `Plan`. Raises `ReconError` for one that cannot fit, unless it is
-    forced."""
+    """Logs in one line what a run of `spec` will take; see `Plan`. Raises `ReconError` if it cannot fit and is not forced."""
     try:
         planned = Plan(spec, options, loaded)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is

@@ -146,8 +146,7 @@ class RunSpec(Checked):
     def key(self) -> str:
         """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema.
 
-        Options at their defaults are left out, so that a new option does not disown old records, and so are those of a
-        reconstruction that is not asked for.
+        Options at their defaults are left out, so that a new one does not disown old records; so are those of no reconstruction.
         """
         values = self.resolved().flat()
         if self.reconstruction.granularity == "none":
@@ -171,8 +170,7 @@ def _defaults() -> dict:
 class RunOptions(Checked):
     """How a run is carried out, which changes no number."""
 
-    # New folder for the model as a Hugging Face checkpoint, with its record. A model that the very same run saved there is not
-    # computed again.
+    # New folder for the model as a Hugging Face checkpoint, with its record. What the same run saved there is not computed again.
     save: Path | None = None
     save_dtype: Literal[tuple(SAVED)] = "float32"
     """What weights are saved in; they are measured in float32, and rounded after that."""

@@ -6,8 +6,7 @@ columns F make up for it best by the update
     S_ij = W_ij^2 / [H_F^-1]_jj            W_iF <- W_iF - W_ij / [H_F^-1]_jj * [H_F^-1]_j,:
 
 Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (2023, arXiv 2301.00774),
-Algorithm 1. For the upper triangular U (in, in) with U'U = H^-1, [H_F^-1]_j,: = U_jj * U_j,F: one factorisation serves all
-columns.
+Algorithm 1. For the upper triangular U (in, in) with U'U = H^-1, [H_F^-1]_j,: = U_jj * U_j,F: one factorisation serves all.
 
 Unlike in the authors' code, the number of zeros is exact, whatever the ties; and inputs that are always zero have the mean of
 the others on the diagonal of H, where theirs have 1, so that the unit of activations does not matter.

@@ -9,8 +9,7 @@ unit's score is the mean over its columns. With X (tokens, in) what that matrix 
 
 An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (2023, arXiv 2312.11983): metric WIFV with
 the adaptive structure AL-AM, and the extension of Wanda that it is compared with. FLAP replaces what it removes by its mean:
-mean(x_j) W_:j goes into the bias. The authors' code squares the scores of attention before it standardises them; here both halves
-are treated alike.
+mean(x_j) W_:j goes into the bias. Their code squares the scores of attention before it standardises them; this one does not.
 """
 
 from collections.abc import Sequence
