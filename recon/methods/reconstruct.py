@@ -256,10 +256,7 @@ class Reconstruction:
 
         schedule, random = config.schedule(count, f), generator(self.seed, "shuffle", f.name)
         with self._trained(f, theta) as parameters:
-            try:
-                losses = train(loss, data, parameters, schedule, random, self.execution)
-            except ReconError as error:
-                raise ReconError(f"window {f.name!r}: {error}") from error
+            losses = train(loss, data, parameters, schedule, random, self.execution)
         return sum(each.parameter.numel() for each in parameters), losses
 
     @contextlib.contextmanager
