@@ -35,8 +35,8 @@ def locate(name: str) -> str:
             raise ReconError(f"model folder {name!r} has no config.json; give a folder in the Hugging Face format")
         return name
     if not HUB_ID.fullmatch(name):
-        others = "or give an existing folder or GGUF file, or a Hub id (organisation/name)"
-        raise ReconError(f"unknown model {name!r}; bundled: {', '.join(assets.BUNDLED_MODELS)}; {others}")
+        bundled = ", ".join(assets.BUNDLED_MODELS)
+        raise ReconError(f"unknown model {name!r}; bundled: {bundled}; or give a folder, a GGUF file, or a Hub id (owner/name)")
     return name
 
 

@@ -134,11 +134,8 @@ class Pruner:
         masks, notes = self.execution.storage.masks, self.noted
         under_calibrated = [name for noted in notes for name in noted["under_calibrated"]]
         if under_calibrated:
-            log.warning(
-                "%d of %d matrices belong to experts that fewer than %d calibration tokens were sent to, and were pruned by "
-                "magnitude instead of %s, such as %s; more samples help",
-                len(under_calibrated), len(masks), FEW, self.config.criterion, under_calibrated[0],
-            )  # fmt: skip
+            said = "%d of %d matrices belong to experts that fewer than %d tokens were sent to, such as %s: pruned by magnitude"
+            log.warning(said, len(under_calibrated), len(masks), FEW, under_calibrated[0])
         seconds = self.seconds + sum(noted["seconds"] for noted in notes[self.before :])
         return Pruning(masks, under_calibrated=under_calibrated, seconds=seconds)
 

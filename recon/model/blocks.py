@@ -50,8 +50,7 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
         decoder.run_block(index, hidden)
     for name, parameter in fused.items():
         if name not in products and sum(size > 1 for size in parameter.shape) > 2:
-            what = f"the fused weight '{path}.{name}' of shape {tuple(parameter.shape)}"
-            raise ReconError(f"{kind} holds {what}, but multiplies by no part of it, which would tell experts apart")
+            raise ReconError(f"{kind} holds '{path}.{name}' of shape {tuple(parameter.shape)}, but multiplies by no part of it")
     routed = _routed_modules(modules, ran)
     counts = {name: seen[0].experts for name, seen in products.items()} | {name: len(alike) for name, alike in routed.items()}
     routers = _routers(modules, counts)

@@ -70,8 +70,7 @@ class Decoder:
     def check_causal(self) -> None:
         """Raises `ReconError` if the model does not predict the next token after each one."""
         if not self.structure.causal:
-            said = "is not a causal language model, which predicts after each token by those before it"
-            raise ReconError(f"{type(self.model).__name__} {said}")
+            raise ReconError(f"{type(self.model).__name__} is not a causal language model, which predicts from earlier tokens")
 
     def run(self, tokens: Tensor):
         """What the whole model returns for `tokens` (batch, length); its logits are those of `predicted(tokens)`."""

@@ -123,10 +123,8 @@ def _find_structure(decoder: Decoder) -> None:
             hidden = decoder.run_block(index, hidden) if index in running else decoder.skip_block(index, hidden)
     dense = [f"{path}.{name}" for path, block in zip(decoder.names, decoder.structure.blocks) for name in block.dense]
     if dense:
-        log.warning(
-            "%d matrices of %s do not run as modules of their own on text alone and stay dense: %s",
-            len(dense), type(model).__name__, ", ".join(dense[:3]) + (", ..." if len(dense) > 3 else ""),
-        )  # fmt: skip
+        said = "%d matrices of %s do not run as modules of their own on text alone and stay dense, such as %s"
+        log.warning(said, len(dense), type(model).__name__, dense[0])
 
 
 def _check_apart(decoder: Decoder) -> None:

@@ -96,8 +96,7 @@ def read_model(path: Path, config: PretrainedConfig, trust_remote_code: bool, **
         raise ReconError(f"it lacks weights that its config.json calls for: {', '.join(sorted(report['missing_keys']))}")
     surplus, weights = sorted(report["unexpected_keys"]), dict(model.named_parameters())
     if lost := [name for name in surplus if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in weights]:
-        said = "what flap prunes is to be saved by recon.run or recon run --save"
-        raise ReconError(f"its files hold {lost[0]!r}, for which its config.json has no place; {said}")
+        raise ReconError(f"its files hold {lost[0]!r}, for which its config.json has no place; save what is pruned by recon.run")
     return model, surplus
 
 

@@ -33,10 +33,8 @@ def check_model(dense: Decoder, biases: Collection[str], dtype: str) -> None:
     """
     places = with_places(dense.model, biases)[1] if biases else ()
     if missing := [name for name in biases if name not in places]:
-        raise ReconError(
-            f"no configuration of {type(dense.model).__name__} has a place for {missing[0]!r}, one of {len(missing)} biases that "
-            "pruning adds: a checkpoint would load without them; to save it, prune by another criterion, such as wanda-sp"
-        )
+        said = f"one of {len(missing)} biases that pruning adds; to save it, prune by another criterion, such as wanda-sp"
+        raise ReconError(f"no configuration of {type(dense.model).__name__} has a place for {missing[0]!r}, {said}")
     parameters = dict(dense.model.named_parameters())
     if dtype != "float32":  # reads all weights of a model that stays on disk
         for name, value in dense.lazy.read(list(parameters)) if dense.lazy else parameters.items():

@@ -138,8 +138,7 @@ def loop(executor: str | Ray | None, propagation: str) -> Callable | None:
     if (how := settings(executor)) is None:
         return None
     if propagation != "dense":
-        said = f"windows cannot be fitted side by side under {propagation} propagation, as each reads what those before it give"
-        raise ReconError(f"{said}; choose propagation dense, or executor serial")
+        raise ReconError(f"windows cannot run side by side under {propagation} propagation; choose dense, or executor serial")
     connect(how.address)
     return partial(side_by_side, how)
 

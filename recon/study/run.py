@@ -202,8 +202,8 @@ class _Run(Callback):
         final = self.measured("reconstructed", self.model)[0] if trained else found_pruned
 
         if storage.folder and self.stored() != self.fingerprints:
-            changed = f"model {spec.model.model!r}, or what was pruned from it, changed on disk"
-            raise ReconError(f"{changed} meanwhile; delete {str(storage.folder)!r}, to begin anew")
+            changed, folder = f"model {spec.model.model!r}, or what was pruned from it, changed on disk", str(storage.folder)
+            raise ReconError(f"{changed} while it was read window by window; delete {folder!r}, to begin anew")
         record.metrics |= measure.metrics(spec, found_dense, found_pruned, final) | measure.count_zeros(self.model)
         record.metrics["under_calibrated_matrices"] = pruning.under_calibrated
         if self.external:
