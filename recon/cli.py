@@ -33,7 +33,7 @@ class Output(RunOptions):
     """ray reconstructs windows side by side, on the cores and GPUs of this machine or of a cluster (dense propagation)."""
     progress: tyro.conf.Suppress[bool] = True
     command: tyro.conf.Suppress[str] = field(default_factory=lambda: shlex.join(["recon", *sys.argv[1:]]))
-    record: Path | None = None  # File for the record (JSON).
+    record: Path | None = None  # File for the record (JSON); that of another run is not replaced.
     address: str | None = None  # Address of the Ray cluster; default: RAY_ADDRESS, else a cluster is started on this machine.
 
 
@@ -80,7 +80,7 @@ def plan(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group], memo
     """Say what a run with these options would take (memory, time, disk), and whether it fits here; no weights are read.
 
     Args:
-        memory: GiB of host memory that the run may take; default: what is free here.
+        memory: GiB of host memory that are free, beside what this process takes; default: what is free here.
     """
     from recon.study.plan import Plan
 

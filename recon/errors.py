@@ -2,12 +2,19 @@
 
 import importlib.util
 import logging
+import reprlib
 
 log = logging.getLogger("recon")
 
 
 class ReconError(Exception):
     """Bad input: the message names the culprit, the value given, and what is allowed."""
+
+
+def check_kind(what: str, value: object, kind: type) -> None:
+    """Raises `ReconError` if `value`, what a caller gives as `what`, is not of the class `kind`."""
+    if not isinstance(value, kind):
+        raise ReconError(f"{what} is {reprlib.repr(value)}, of type {type(value).__name__}; allowed: {kind.__name__}")
 
 
 def need(module: str, extra: str, what: str) -> None:

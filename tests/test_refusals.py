@@ -152,6 +152,10 @@ def fit(dense, student, samples=TOKENS, call=None, **given):
     return recon.reconstruct(student, dense, samples, ReconstructionConfig(**given), execution=FLOAT32, **(call or {}))
 
 
+def kept(student):
+    return {name: matrix.weight != 0 for name, matrix in student.matrices().items()}
+
+
 def retrain(student, method="full", samples=TOKENS, **call):
     return recon.retrain(student, samples, RetrainingConfig(method), execution=FLOAT32, **call)
 
@@ -179,6 +183,14 @@ def retrain(student, method="full", samples=TOKENS, **call):
     (lambda d, s: fit(d, s, call={"held_out": random_tokens(2, 8)}), "held-out samples of 8 tokens are not as long"),
     (lambda d, s: fit(d, s, call={"held_out": []}), "held-out samples are"),
     (lambda d, s: fit(d, s, call={"masks": {}}), r"mask of '.*0.self_attn.q_proj' is missing; it must be of shape \(32, 32\)"),
+    (lambda d, s: fit(d, s, call={"masks": {**kept(s), UP: 0.3 * kept(s)[UP]}}), f"mask of '{UP}' .*other values than True"),
+    (lambda d, s: fit(d, s, call={"masks": {**kept(s), "head": kept(s)[UP]}}), "mask of 'head' is of no matrix"),
+    (lambda d, s: fit(d, s, call={"masks": prune(copied(d), criterion="magnitude")}), "masks is Pruning.*allowed: dict"),
+    (lambda d, s: fit(d, copied(d)), "model: 0.00% of its matrices is zero"),
+    (lambda d, s: recon.prune(s, TOKENS, execution="cpu"), "execution is 'cpu', of type str; allowed: Execution"),
+    (lambda d, s: recon.prune("folder", TOKENS), "model is 'folder', of type str; allowed: Module"),
+    (lambda d, s: recon.run({"model": "folder"}), "spec is .*, of type dict; allowed: RunSpec"),
+    (lambda d, s: recon.run_study([{"model": "folder"}], "records"), "spec is .*, of type dict; allowed: RunSpec"),
     (lambda d, s: fit(d, copy.deepcopy(s.model).bfloat16()), "'model.embed_tokens.weight' is torch.bfloat16.*float32"),
     (lambda d, s: fit(copy.deepcopy(d.model).bfloat16(), s), "'model.embed_tokens.weight' is torch.bfloat16.*float32"),
     (lambda d, s: fit(d, make_model("llama", num_hidden_layers=1)), "pruned model's 'model.layers.1.* is missing"),
@@ -218,10 +230,10 @@ def retrain(student, method="full", samples=TOKENS, **call):
     (lambda d, s: fit(copy.copy(d.model), d), "model and dense share parameters"),
     (lambda d, s: recon.perplexity(copy.deepcopy(d.model).half(), TOKENS, execution=recon.Execution("cpu", "bfloat16")),
      "float16, which a CPU cannot round to bfloat16"),
-    (lambda d, s: recon.reconstruct(s, d, TOKENS, recon.PruningConfig()), "config is a PruningConfig; allowed: Reconstruct"),
+    (lambda d, s: recon.reconstruct(s, d, TOKENS, recon.PruningConfig()), "config is .*; allowed: Reconstruct"),
     (lambda d, s: recon.reconstruct(s, d, TOKENS, pruning=PruningConfig(), execution=recon.Execution(loop=print)), "workers fit"),
-    (lambda d, s: recon.prune(d, TOKENS, ReconstructionConfig()), "config is a ReconstructionConfig; allowed: PruningConfig"),
-    (lambda d, s: recon.retrain(s, TOKENS, d), "config is a Decoder; allowed: RetrainingConfig"),
+    (lambda d, s: recon.prune(d, TOKENS, ReconstructionConfig()), "config is .*; allowed: PruningConfig"),
+    (lambda d, s: recon.retrain(s, TOKENS, d), "config is .*type Decoder; allowed: RetrainingConfig"),
     (lambda d, s: recon.retrain(s, TOKENS, RetrainingConfig("full", "distil"), dense=s.model), "model and dense share param"),
     (lambda d, s: recon.retrain(s, TOKENS, RetrainingConfig("full", "distil"), dense=make_model("llama", vocab_size=120)),
      "dense predicts 120 tokens, and model 99"),

@@ -140,8 +140,8 @@ def _tokens(name: str, split: str, tokenizer, special: bool, *changed) -> torch.
     published = HUB.get(name, {}).get("joined_by", SEPARATOR)
     text = (published if special else SEPARATOR).join(documents(name, split))
     if not text.strip():
-        count = sum(len(documents(name, each)) for each in SPLITS)
-        raise ReconError(f"the {split} split of text {name!r} is empty: it has {count} documents, dealt by position; give more")
+        count, more = sum(len(documents(name, each)) for each in SPLITS), "give more (in .txt, blank lines part them)"
+        raise ReconError(f"the {split} split of text {name!r} is empty: it has {count} documents, dealt by position; {more}")
 
     def tokenise() -> Tensor:
         # verbose=False: no warning about a text that is longer than the model's context, which is intended here.
@@ -188,18 +188,22 @@ def _read_file(name: str | Path) -> list[str]:
     if kind not in FORMATS or not path.is_file():
         known = f"{', '.join(TEXTS)}, or the path of an existing {', '.join(FORMATS)} file"
         raise ReconError(f"unknown text {name!r}; choose one of {known}")
+    number, texts = 0, []
     try:
         if kind == ".parquet":
             from pyarrow.parquet import read_table  # slow to import
 
-            texts = read_table(path, columns=["text"])["text"].to_pylist()
-        elif kind == ".jsonl":
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-            texts = [json.loads(line)["text"] for line in lines if line.strip()]
+            rows = read_table(path, columns=["text"])["text"].to_pylist()
         else:
-            texts = re.split(r"\n\s*\n", f"\n\n{path.read_text(encoding='utf-8-sig')}\n\n")
-        return [text for text in texts if text.encode() and text.strip()]  # neither bytes nor halves of characters can be encoded
+            rows = path.read_text(encoding="utf-8-sig")
+            rows = rows.split("\n") if kind == ".jsonl" else re.split(r"\n\s*\n", f"\n\n{rows}\n\n")
+        for row in rows:
+            number += 1
+            text = json.loads(row)["text"] if kind == ".jsonl" and row.strip() else row
+            if text.encode() and text.strip():  # neither bytes nor halves of characters can be encoded
+                texts.append(text)
+        return texts
     except Exception as error:  # json and pyarrow each raise their own kinds
-        said = f"{type(error).__name__}: {error}"
+        said = f"row {number}, {type(error).__name__}: {error}" if number else f"{type(error).__name__}: {error}"
         rule = 'it has to be in UTF-8, and rows have to have a string "text"'
         raise ReconError(f"text file '{path}' cannot be read ({said}); {rule}") from error

@@ -53,7 +53,7 @@ def perplexity(
     tokens = tokens.long()
     decoder.check_causal()
     decoder.check_length(tokens.shape[1])
-    execution = execution or Execution.of(decoder)
+    execution = Execution.of(decoder, execution)
     states = last_states(decoder, tokens, execution, description) if states is None else states
     tokens, inputs = decoder.predicted(tokens), decoder.predicted(states)
     dense, dense_states = reference or (None, ())
@@ -104,7 +104,7 @@ def drift(model: Decoder, dense: Decoder, tokens: Tensor, *, execution: Executio
 
     Each model runs on its own activations, so errors accumulate with depth. execution: default: where the dense model is.
     """
-    execution, errors = execution or Execution.of(dense), []
+    execution, errors = Execution.of(dense, execution), []
     for ours, theirs in zip(*(residual_streams(each, tokens, execution) for each in (model, dense)), strict=True):
         errors.append(unexplained(ours, theirs, channel_variance(theirs)))
     return errors, ours

@@ -54,7 +54,7 @@ def zero_shot(
 
     from recon.evaluate.harness import Scorer
 
-    execution, logger = execution or Execution.of(decoder), logging.getLogger("lm_eval")
+    execution, logger = Execution.of(decoder, execution), logging.getLogger("lm_eval")
     with contextlib.ExitStack() as stack:
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recon.errors import ReconError, log
+from recon.errors import ReconError, check_kind, log
 from recon.methods.prune import Pruning
 from recon.methods.statistics import over_blocks
 from recon.model.decoder import Decoder
@@ -29,7 +29,11 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
     weights = {name: matrix.weight for name, matrix in student.matrices().items()}
     if masks is None:
         return {name: weight != 0 for name, weight in weights.items()}
+    check_kind("masks", masks, dict)
     check_shapes("mask of", masks, weights)
+    for name, mask in masks.items():
+        if name not in weights or not torch.equal(mask, mask.bool().to(mask.dtype)):
+            raise ReconError(f"mask of {name!r} is of no matrix of the model, or has other values than True and False")
     masks = {name: mask.bool() for name, mask in masks.items()}
     for name, weight in weights.items():
         weight.masked_fill_(~masks[name].to(weight.device), 0.0)
@@ -79,9 +83,14 @@ def check_pruned(dense: Decoder, pruned: Weights) -> None:
     for name, value in _read(dense.model, pruned):
         if name in holders:
             zeros, sizes = zeros + int((value == 0).sum()), sizes + value.numel()
+    check_zeros("pruned model", zeros, sizes)
+
+
+def check_zeros(what: str, zeros: int, sizes: int) -> None:
+    """Raises `ReconError` if so many zeros among as many weights in matrices are too few to be a mask, or all."""
     if not LEAST * sizes <= zeros < sizes:
         said = f"a mask is read from zeros: at least {LEAST:.0%}, and not all"
-        raise ReconError(f"pruned model: {zeros / sizes:.2%} of its matrices is zero; {said}")
+        raise ReconError(f"{what}: {zeros / sizes:.2%} of its matrices is zero; {said}")
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.config import PruningConfig
-from recon.errors import ReconError, log
+from recon.errors import ReconError, check_kind, log
 from recon.kernels.criteria import CRITERIA
 from recon.kernels.mask_refinement import refine
 from recon.kernels.patterns import Pattern
@@ -52,10 +52,9 @@ def prune(
     Raises `ReconError` for a pattern that does not divide a matrix, missing or too long samples, NaN in weights or activations,
     neurons that are to be reordered, and a model without heads and neurons that could be removed.
     """
-    if not isinstance(config, PruningConfig):
-        raise ReconError(f"config is a {type(config).__name__}; allowed: PruningConfig")
+    check_kind("config", config, PruningConfig)
     decoder = decompose(model)
-    execution = execution or Execution.of(decoder)
+    execution = Execution.of(decoder, execution)
     if samples is not None:
         samples = as_tokens(samples, first=config.prune_samples)
         decoder.check_length(samples.shape[1])

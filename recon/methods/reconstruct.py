@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recon.config import PruningConfig, ReconstructionConfig, two_passes
-from recon.errors import ReconError, log
+from recon.errors import ReconError, check_kind, log
 from recon.kernels.gradient_descent import Trained, trained
 from recon.kernels.least_squares import masked_least_squares
 from recon.kernels.losses import LOSSES, channel_variance, position_weights, unexplained
 from recon.kernels.moments import mean_product
-from recon.methods.masks import check_apart, check_shapes, keep_masks
+from recon.methods.masks import check_apart, check_shapes, check_zeros, keep_masks
 from recon.methods.propagation import Streams
 from recon.methods.prune import Pruner
 from recon.methods.samples import ERROR_SAMPLES, with_held_out
@@ -80,21 +80,24 @@ def reconstruct(
     Returns the reports of all windows, in the order in which they were fitted. Raises `ReconError` for models, masks, samples and
     options that do not fit together, naming what does not.
     """
-    if not isinstance(config, ReconstructionConfig):
-        raise ReconError(f"config is a {type(config).__name__}; allowed: ReconstructionConfig (PruningConfig: as pruning)")
+    check_kind("config", config, ReconstructionConfig)
+    check_kind("pruning", pruning or PruningConfig(), PruningConfig)
     teacher = decompose(dense)
     whole = (model.model if isinstance(model, Decoder) else model), teacher.model
     check_apart(*whole)
     check_shapes("the pruned model's", *(dict(each.named_parameters(remove_duplicate=False)) for each in whole))
     student = decompose(model, like=teacher)
-    execution = execution or Execution.of(teacher)
+    execution = Execution.of(teacher, execution)
     check_trainable(student, config.adapter)
     check_trainable(teacher, "none")
     tokens, count = with_held_out(samples, held_out)
     teacher.check_length(length := tokens.shape[1])
     windows, pruner = teacher.windows(config.granularity), None
     if pruning is None:
-        masks = keep_masks(student, masks)
+        given, masks = masks, keep_masks(student, masks)
+        if given is None:
+            sizes = sum(mask.numel() for mask in masks.values())
+            check_zeros("model", sizes - sum(int(mask.sum()) for mask in masks.values()), sizes)
     elif masks is not None:
         raise ReconError("both masks and pruning are given; leave one out")
     else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recon.config import RetrainingConfig
-from recon.errors import ReconError
+from recon.errors import ReconError, check_kind
 from recon.kernels.adapters import ADAPTERS
 from recon.kernels.gradient_descent import trained
 from recon.kernels.losses import kl_divergence, negative_log_likelihood
@@ -48,8 +48,7 @@ def retrain(
 
     Raises `ReconError` for what does not fit together, naming it.
     """
-    if not isinstance(config, RetrainingConfig):
-        raise ReconError(f"config is a {type(config).__name__}; allowed: RetrainingConfig")
+    check_kind("config", config, RetrainingConfig)
     method, name = config.retrain, f"retrain ({config.retrain}, {config.retrain_objective})"
     if method == "none":
         raise ReconError("retrain is 'none'; name a method")
@@ -62,7 +61,7 @@ def retrain(
     if student.predicted(samples).shape[1] < 2:
         raise ReconError(f"in calibration samples of {samples.shape[1]} tokens there is none to predict; give longer ones")
     check_trainable(student, method)
-    execution = execution or Execution.of(student)
+    execution = Execution.of(student, execution)
     teacher = decompose(dense, like=student) if config.retrain_objective == "distil" else None
     if teacher:
         check_apart(student.model, teacher.model)

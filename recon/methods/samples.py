@@ -20,7 +20,7 @@ def as_tokens(samples: Tensor | Iterable, what: str = "calibration samples", fir
     tokens = samples
     try:
         if not isinstance(samples, Tensor):
-            tokens = torch.cat([_rows(each) for each in samples])
+            tokens = torch.cat([_rows(each) for each in ([samples] if isinstance(samples, Mapping) else samples)])
         found = f"{tuple(tokens.shape)} of {tokens.dtype}"
         fits = tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point() and tokens.dtype != torch.bool
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # such as of unequal lengths

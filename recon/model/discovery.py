@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from recon.errors import ReconError, log
+from recon.errors import ReconError, check_kind, log
 from recon.model.blocks import find_halves, find_matrices, find_shared
 from recon.model.decoder import Decoder
 from recon.model.encoder_decoder import EncoderDecoder
@@ -32,6 +32,7 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
     """
     if isinstance(model, Decoder):
         return model
+    check_kind("model", model, nn.Module)
     if hasattr(model, "peft_config"):
         raise ReconError(f"{type(model).__name__} holds adapters of peft; merge them first (merge_and_unload)")
     if lazy is None and any(parameter.is_meta for parameter in model.parameters()):

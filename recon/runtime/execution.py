@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from recon.errors import ReconError, log
+from recon.errors import ReconError, check_kind, log
 from recon.model.decoder import Decoder
 from recon.model.skeleton import moved
 from recon.model.windows import Window
@@ -43,8 +43,11 @@ class Execution:
         self._copying: torch.cuda.Stream | None = None  # one for all batches: freed memory stays with its stream
 
     @classmethod
-    def of(cls, decoder: Decoder) -> "Execution":
-        """Where the model is; of float16 weights on a CPU in float32, as torch cannot round them to bfloat16 there."""
+    def of(cls, decoder: Decoder, given: "Execution | None" = None) -> "Execution":
+        """`given`, or where the model is; float16 on a CPU in float32, as torch cannot round that to bfloat16 there."""
+        if given is not None:
+            check_kind("execution", given, cls)
+            return given
         return cls(decoder.device, "float32" if decoder.device.type == "cpu" and _in_float16(decoder) else "auto")
 
     def autocast(self) -> torch.autocast:

@@ -128,6 +128,8 @@ def _plain(opened: safe_open, name: str, shape: list[int], known: set[str]) -> T
 def _carry(folder: Path, target: Path, old: str, new: str) -> None:
     """Copies all but weights and their digests, also one folder down; an index of shards is called after the form of weights."""
     for file in (*folder.iterdir(), *folder.glob("[!.]*/*")):  # such as one of several chat templates
+        if file.parent != folder and (file.parent / "config.json").is_file():  # another model
+            continue
         if file.is_file() and file.suffix not in WEIGHTS and file.name != DIGESTS:
             place = target / file.relative_to(folder).with_name(file.name.replace(old, new))
             place.parent.mkdir(exist_ok=True)

@@ -328,7 +328,7 @@ class Plan:
     that the run needs, and that there are. flops, seconds: by phase. streamed: whether the model stays on disk.
 
     options: whether the run is streamed, and what it saves, and where. loaded: bytes of weights that are in memory already.
-    memory_gib: GiB of the host's memory that the run may take; default: what is free here.
+    memory_gib: GiB of the host's memory that are free, beside what this process takes; default: what is free here.
     """
 
     def __init__(self, spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0, memory_gib: float | None = None):

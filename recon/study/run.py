@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.data import files, models
-from recon.errors import ReconError, log
+from recon.errors import ReconError, check_kind, log
 from recon.evaluate import zero_shot
 from recon.evaluate.perplexity import perplexity
 from recon.kernels.patterns import Pattern, found_pattern
@@ -108,6 +108,8 @@ def run(
 
     Raises `ReconError` for bad input, a run that cannot fit here, or another process that does it; before anything long begins.
     """
+    check_kind("spec", spec, RunSpec)
+    check_kind("options", options, RunOptions)
     spec, session, save = spec.resolved(), session or Session(), options.save
     if spec.reconstruction.granularity != "none":
         cluster.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins

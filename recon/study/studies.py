@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from recon.errors import ReconError, log
+from recon.errors import ReconError, check_kind, log
 from recon.methods.training import Callback
 from recon.runtime.storage import check_writable, locked
 from recon.study import plan
@@ -60,7 +60,9 @@ def run_to_record(
         if path.resolve().parent == Path(spec.model.model).resolve():
             raise ReconError(f"record {str(path)!r} is in the folder of the model, and would change it; name another place")
         if path.exists() and not key:
-            read_record(path)  # refuses to write over anything else
+            done = read_record(path)  # refuses to write over anything else
+            if done.status == "done" and done.key != spec.key():
+                raise ReconError(f"record {str(path)!r} is of another run, {done.key}; name another place")
     try:
         writer, key = _Writer(path, key), spec.key() if path or key else ""
         writer.check(key)
@@ -102,6 +104,8 @@ def run_study(
     Raises `ReconError` if a model or text is not to be found, nothing can be written to `folder`, the executor cannot be had, or,
     with compute False, a record cannot be read.
     """
+    for spec in (specs := [specs] if isinstance(specs, RunSpec) else [*specs]):
+        check_kind("spec", spec, RunSpec)
     specs, folder = [spec.resolved() for spec in specs], Path(folder).resolve()
     keys, how = [spec.key() for spec in specs], settings(executor)
     known = dict(zip(keys, specs))

@@ -123,6 +123,7 @@ DATASET = datasets.Dataset.from_dict({"input_ids": ROWS.tolist(), "attention_mas
 FORMS = {
     "tensor": lambda: ROWS, "list of lists": lambda: ROWS.tolist(), "list of tensors": lambda: list(ROWS),
     "list of short integers": lambda: [row.numpy().astype(np.uint16) for row in ROWS],
+    "mapping, as a tokenizer gives": lambda: {"input_ids": ROWS},
     "tuple of batches": lambda: (ROWS[:2], ROWS[2:]), "generator": lambda: (row for row in ROWS),
     "mappings": lambda: [{"input_ids": row.tolist(), "labels": None} for row in ROWS],
     "mappings of batches": lambda: [{"input_ids": ROWS[:3]}, {"input_ids": ROWS[3:]}],

@@ -3,14 +3,16 @@
 import hashlib
 import json
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from fixtures.models import make_model
 from fixtures.runs import largest, smallest
 
-from recon import RunSpec
+from recon import ReconError, RunSpec
 from recon.data import text
 from recon.kernels.criteria import CRITERIA, Criterion
 
@@ -55,6 +57,53 @@ def test_a_criterion_of_ones_own_is_known_by_its_code(spec, monkeypatch):
         keys.append(spec.key())
     monkeypatch.undo()
     assert keys[0] == keys[2] and len({*keys, spec.key()}) == 3
+
+
+SCALE = 1.0
+
+
+class Scaled:
+    """A score with a state, which calls a function that reads a global value."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, weight, statistics, generator):
+        return scaled(weight) * self.by[0]
+
+
+def scaled(weight):
+    return weight.abs() * SCALE
+
+
+def test_and_by_all_that_its_code_uses(spec, monkeypatch):
+    """Objects, partial functions, large tensors, global values; and alike in every process, so by no address in memory."""
+
+    def content(score):
+        return Criterion("own", "none", "row", "", "", score).source_code
+
+    values = torch.zeros(2000)
+    other = values.clone()
+    other[1000] = 1
+    scores = [Scaled(values), Scaled(other), Scaled(values).__call__, partial(largest, 1), partial(largest, 2), largest]
+    found = [content(score) for score in scores]
+    assert len({*found}) == len(found) and found == [content(score) for score in scores]
+    assert found[0] == content(Scaled(values.clone())) and not any(" at 0x" in each for each in found)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    now = [content(score) for score in scores]
+    assert [a != b for a, b in zip(now, found)] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"scope": "rows"}, "scope is 'rows'; allowed: row, matrix, half-block, model"),
+    ({"statistics": "norms"}, "statistics is 'norms'; allowed: none, norm, gram, moments, gradient"),
+    ({"score": None}, "either a score or a method"), ({"method": largest}, "either a score or a method"),
+])  # fmt: skip
+def test_what_a_criterion_may_not_say(changes, said):
+    with pytest.raises(ReconError, match=said):
+        Criterion(
+            **{"name": "own", "statistics": "none", "scope": "row", "description": "", "source": "", "score": largest} | changes
+        )
 
 
 def test_as_many_samples_said_in_another_way_are_the_same_run(spec):

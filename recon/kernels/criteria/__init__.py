@@ -3,8 +3,10 @@
 To add one, write its function, `score(weight, statistics, generator, **options)` or `method`, and enter it in `CRITERIA`.
 """
 
+import functools
 import inspect
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,9 @@ from torch import Generator, Tensor
 from recon.errors import ReconError
 from recon.kernels.criteria import admm, scores, sparsegpt, structured
 from recon.kernels.patterns import Pattern, keep_mask
+
+INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))  # where code is not a user's own
+STATISTICS, SCOPES = ("none", "norm", "gram", "moments", "gradient"), ("row", "matrix", "half-block", "model")
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,18 @@ class Criterion:
     method: Callable[..., tuple[Tensor, Tensor]] | None = None
     compensates: bool = False
 
+    def __post_init__(self):
+        for what, given, known in (("statistics", self.statistics, STATISTICS), ("scope", self.scope, SCOPES)):
+            if given not in known:
+                raise ReconError(f"criterion {self.name!r}: {what} is {given!r}; allowed: {', '.join(known)}")
+        if callable(self.score) == callable(self.method):
+            raise ReconError(f"criterion {self.name!r} has to have either a score or a method, a function")
+
     @property
     def source_code(self) -> str:
         """Of a criterion that is not this library's, so that its runs are known by it: what it reads, what it compares, its code,
-        and the values that its function encloses."""
-        if self in _ALL:
-            return ""
-        made = self.score or self.method
-        try:
-            said = inspect.getsource(made)
-        except (OSError, TypeError):  # of what was typed at a prompt, say: its compiled code
-            code = getattr(made, "__code__", None)
-            said = (code.co_code, code.co_consts, code.co_names) if code else made
-        enclosed = [cell.cell_contents for cell in getattr(made, "__closure__", None) or ()]
-        return repr((self.statistics, self.scope, said, inspect.signature(made), enclosed))
+        and the functions, global and enclosed values and objects that this uses, but for installed packages."""
+        return "" if self in _ALL else repr((self.statistics, self.scope, _content(self.score or self.method)))
 
     @property
     def structured(self) -> bool:
@@ -74,11 +77,44 @@ class Criterion:
         """
         if self.method:
             return self.method(weight, statistics, pattern, scope, generator, **options)
-        score = self.score(weight, statistics, generator, **options)
-        if (shape := getattr(score, "shape", type(score).__name__)) != weight.shape or score.dtype == torch.bool:
+        try:
+            score = self.score(weight, statistics, generator, **options)
+        except Exception as error:  # of a function of anyone's
+            raise ReconError(f"criterion {self.name!r}: its score fails ({type(error).__name__}: {error})") from error
+        shape = score.shape if isinstance(score, Tensor) else type(score).__name__
+        if shape != weight.shape or score.dtype == torch.bool:
             raise ReconError(f"criterion {self.name!r}: its score is {shape}; allowed: a number for each weight, {weight.shape}")
         mask = keep_mask(score, pattern, scope)
         return weight.masked_fill(~mask, 0.0), mask
+
+
+def _content(value: object, within: tuple = ()) -> object:
+    """What decides what `value` does, alike in every process. within: the values around it, the criterion's function first."""
+    if any(value is other for other in within):
+        return "itself"
+    inside = functools.partial(_content, within=(*within, value))
+    if hasattr(value, "tolist"):  # tensors and arrays, whose text leaves out most of them
+        return str(value.dtype), value.tolist()
+    if isinstance(value, Mapping):
+        return [(name, inside(each)) for name, each in value.items()]
+    if isinstance(value, list | tuple):
+        return [inside(each) for each in value]
+    if isinstance(value, functools.partial):
+        return inside((value.func, value.args, value.keywords))
+    if inspect.ismethod(value):
+        return inside((value.__func__, value.__self__))
+    if inspect.isfunction(value) and not (within and value.__code__.co_filename.startswith(INSTALLED)):
+        code, used = value.__code__, inspect.getclosurevars(value)
+        try:
+            said = inspect.getsource(value)
+        except OSError:  # of what was typed at a prompt, say: its compiled code
+            said = code.co_code, inside(code.co_consts), code.co_names
+        return said, str(inspect.signature(value)), inside(used.globals), inside(used.nonlocals)
+    if hasattr(value, "__name__"):  # a module, or what is installed
+        return value.__name__
+    if hasattr(value, "__dict__"):
+        return type(value).__name__, inside(vars(type(value))), inside(vars(value))
+    return repr(value)
 
 
 def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Tensor]:
