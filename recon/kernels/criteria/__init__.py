@@ -123,15 +123,10 @@ def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Ten
 
 
 _ALL = (
-    Criterion(
-        "magnitude", "none", "matrix", "smallest weights go", "layer-wise baseline of Sun et al. 2023, arXiv 2306.11695",
-        scores.magnitude,
-    ),
+    Criterion("magnitude", "none", "matrix", "smallest weights go", "layer-wise baseline, arXiv 2306.11695", scores.magnitude),
     Criterion("none", "none", "row", "nothing goes: the dense model, as a control", "control", method=keep_all),
     Criterion("random", "none", "row", "weights go by lot", "control", scores.random),
-    Criterion(
-        "wanda", "norm", "row", "weight times input norm", "Sun et al. 2023, arXiv 2306.11695, equation 1", scores.wanda
-    ),
+    Criterion("wanda", "norm", "row", "weight times input norm", "Sun et al. 2023, arXiv 2306.11695, equation 1", scores.wanda),
     Criterion(
         "wanda++", "gradient", "row", "weight times input norm and gradient of the block's output",
         "Yang et al. 2025, arXiv 2503.04992", scores.wanda_plus,
