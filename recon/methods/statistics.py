@@ -19,19 +19,12 @@ FEW = 32  # tokens that say too little of what an expert reads
 
 @torch.no_grad()
 def gather(
-    execution: Execution,
-    decoder: Decoder,
-    window: Window,
-    stream: Tensor,
-    kind: str = "none",
-    count: int | None = None,
-    record: bool = False,
+    execution: Execution, decoder: Decoder, window: Window, stream: Tensor, kind: str, count: int = 0, keep: bool = False
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs `window` on `stream` (samples, length, hidden), and gathers statistics of what its matrices read.
 
     kind: see `recon.kernels.criteria.Criterion`. Statistics of an expert are over the tokens that are sent to it; none below FEW.
-    count: statistics are of the first so many samples; default: of all.
-    record: whether to keep what the matrices read.
+    count: statistics are of the first so many samples; 0: of all. keep: whether to keep what the matrices read.
 
     Returns the window's outputs; by matrix name the statistics; and what was read, (samples, rows, in), in the compute dtype.
     Statistics accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
@@ -39,12 +32,12 @@ def gather(
     totals: dict[tuple[str, ...], Tensor] = {}
     inputs: dict[tuple[str, ...], Tensor] = {}  # matrices that share an input share one tensor
     tokens: Counter = Counter()
-    count, ran, size = len(stream) if count is None else count, 0, 0  # samples: that tell statistics, before a batch, in it
+    count, ran, size = count or len(stream), 0, 0  # samples: that tell statistics, before a batch, in it
 
     def see(group: tuple[str, ...], x: Tensor) -> None:
         """Takes in x (..., in), which the matrices of `group` read."""
         x = x.detach().reshape(-1, x.shape[-1])
-        if record:
+        if keep:
             if group not in inputs:
                 shape = len(stream), len(x) // size, x.shape[1]  # rows are tokens or, where matrices mix these, something else
                 inputs[group] = execution.empty(shape, execution.dtype, stream.device)
