@@ -31,10 +31,8 @@ def test_run_writes_a_record_and_a_checkpoint(small, tmp_path, capsys):
     assert (saved / "model.safetensors").is_file() and "pruned 2:4 with magnitude, reconstructed at matrix" in card
     with pytest.raises(SystemExit):
         main(["run", *small, "--record", str(record)])
-    assert (
-        "of another run" in " ".join(capsys.readouterr().err.replace("│", " ").split())
-        and json.loads(record.read_text()) == written
-    )
+    assert "of another run" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert json.loads(record.read_text()) == written
     assert f"|---|---|---|---|\n| {written['spec']['text']} | {written['metrics']['dense_perplexity']:.2f} |" in card
 
 

@@ -68,8 +68,12 @@ class Scaled:
     def __init__(self, by):
         self.by = by
 
+    @property
+    def first(self):
+        return self.by[0]
+
     def __call__(self, weight, statistics, generator):
-        return scaled(weight) * self.by[0]
+        return scaled(weight) * self.first
 
 
 def scaled(weight):
@@ -101,9 +105,7 @@ def test_and_by_all_that_its_code_uses(spec, monkeypatch):
 ])  # fmt: skip
 def test_what_a_criterion_may_not_say(changes, said):
     with pytest.raises(ReconError, match=said):
-        Criterion(
-            **{"name": "own", "statistics": "none", "scope": "row", "description": "", "source": "", "score": largest} | changes
-        )
+        Criterion(**vars(Criterion("own", "none", "row", "", "", largest)) | changes)
 
 
 def test_as_many_samples_said_in_another_way_are_the_same_run(spec):

@@ -114,7 +114,8 @@ def _content(value: object, within: tuple = ()) -> object:
         return value.__name__
     if hasattr(value, "__dict__"):
         return type(value).__name__, inside(vars(type(value))), inside(vars(value))
-    return repr(value)
+    said = repr(value)
+    return type(value).__name__ if " at 0x" in said else said
 
 
 def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Tensor]:
