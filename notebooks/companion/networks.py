@@ -239,7 +239,8 @@ def fitted(
     usual["first_position"] = "full" if isinstance(dense, Reader) else "skipped"
     config = recon.ReconstructionConfig(**usual | reconstruction)
     fit = copy.deepcopy(pruned)
-    recon.reconstruct(fit, dense, read, config, seed=seed, execution=inside.QUIET)
+    masks = {name: m.weight != 0 for name, m in recon.decompose(fit, like=recon.decompose(dense)).matrices().items()}
+    recon.reconstruct(fit, dense, read, config, masks=masks, seed=seed, execution=inside.QUIET)
     fit.load_state_dict(kept, strict=False)
     row: dict = {"calibration": {}}
     for state, network in {"dense": dense, "pruned": pruned, "reconstructed": fit}.items():

@@ -415,7 +415,7 @@ class Plan:
         """Why the run cannot fit here, and what to try; empty if it can."""
         kinds = dict(zip(self.rooms, self.memory))  # of which device each room is: both have one order
         tight = {room: (needs / GIB, has / GIB) for room, (needs, has) in self.rooms.items() if needs > has}
-        said = " and ".join(f"{needs:.1f} GiB of {room}, where there are {has:.1f} GiB" for room, (needs, has) in tight.items())
+        said = " and ".join(f"{needs:.1f} GiB of {room}, of which there are {has:.1f}" for room, (needs, has) in tight.items())
         most = {max(self.memory[kinds[room]], key=self.memory[kinds[room]].get) for room in tight if room != "disk"}
         granularity, again = self.spec.reconstruction.granularity, self.spec.retraining
         tries = ["fewer or shorter samples"] if most == {"streams"} else ["smaller windows"] * (granularity != "none")

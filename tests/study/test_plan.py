@@ -259,7 +259,7 @@ def test_what_the_disk_has_no_room_for_is_refused(spec, monkeypatch, tmp_path):
     size, room = plan.Plan(spec).elements, SimpleNamespace(free=10**6)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
     plan.check(spec, RunOptions(stream="no"))  # which writes nothing
-    said = "GiB of disk, of which there are 0.0 GiB; save to another disk, or have RECON_CACHE"
+    said = "GiB of disk, of which there are 0.0; save to another disk, or have RECON_CACHE"
     for options in (RunOptions(stream="yes"), RunOptions(stream="no", save=tmp_path / "to be" / "made")):
         room.free = 10**3
         with pytest.raises(ReconError, match=said):

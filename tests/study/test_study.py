@@ -87,8 +87,10 @@ def test_a_run_whose_model_is_gone_fails_alone(tiny_spec, tiny_folder, tmp_path,
 
 def test_a_failure_replaces_no_finished_record(tiny_spec, counted, tmp_path, monkeypatch):
     path = tmp_path / "record.json"
-    for spec, status in ((tiny_spec, "done"), (tiny_spec.replaced(granularity="9-blocks"), "failed")):
-        assert studies.run_to_record(spec, path, recon.RunOptions(progress=False))[0].status == status
+    for effect, status in ((None, "done"), (OSError("disk"), "failed")):
+        counted.side_effect = effect
+        assert studies.run_to_record(tiny_spec, path, recon.RunOptions(progress=False))[0].status == status
+    counted.side_effect = None
     assert json.loads(path.read_text())["status"] == "done"
     # On a cluster: another study finishes the run while the worker that has it is lost.
     key = tiny_spec.resolved().key()
