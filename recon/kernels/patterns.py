@@ -42,7 +42,8 @@ class Pattern:
     def check_columns(self, name: str, columns: int) -> None:
         """Raises `ReconError` if the `columns` inputs of the matrix `name` do not divide into groups of M."""
         if self.m is not None and columns % self.m:
-            raise ReconError(f"{name} has {columns} input columns, which do not divide into the groups of {self.m} of {self}")
+            said = f"which do not divide into the groups of {self.m} of {self}; choose another M, or a sparsity"
+            raise ReconError(f"{name} has {columns} input columns, {said}")
 
 
 def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:

@@ -186,7 +186,7 @@ class Storage:
             found = owner(folder)
             if found is None:
                 if folder.exists() and not (folder.is_dir() and all(left.name.endswith(PART) for left in folder.iterdir())):
-                    said = "is where a run would keep its windows, and holds something else; move it"
+                    said = "is where a run would keep its windows, and holds something else; move it, or save elsewhere"
                     raise ReconError(f"folder {str(folder)!r} {said}")
                 write_json(folder / RUN, run)
             elif found != run:

@@ -93,7 +93,7 @@ def run_study(
     Every finished run is a record in `folder` at once, so that a killed study goes on where it was; several may be at work on one
     folder. A run that fails leaves a record that says how, and the others go on; it is tried again next time.
 
-    folder: for the records, one JSON file per run, named by its key.
+    specs: or one. folder: for the records, one JSON file per run, named by its key.
     compute: False runs nothing; what has no record then has the status "missing".
     executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable
         RECON_EXECUTOR names, or serial. What a record says, and its name, do not depend on it.

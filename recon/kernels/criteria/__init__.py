@@ -14,10 +14,11 @@ from torch import Generator, Tensor
 
 from recon.errors import ReconError
 from recon.kernels.criteria import admm, scores, sparsegpt, structured
-from recon.kernels.patterns import Pattern, keep_mask
+from recon.kernels.patterns import SCOPES, Pattern, keep_mask
 
 INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))  # where code is not a user's own
-STATISTICS, SCOPES = ("none", "norm", "gram", "moments", "gradient"), ("row", "matrix", "half-block", "model")
+STATISTICS = ("none", "norm", "gram", "moments", "gradient")
+UNITS = ("half-block", "model")  # scopes of criteria that remove whole units
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Criterion:
     compensates: bool = False
 
     def __post_init__(self):
-        for what, given, known in (("statistics", self.statistics, STATISTICS), ("scope", self.scope, SCOPES)):
+        for what, given, known in (("statistics", self.statistics, STATISTICS), ("scope", self.scope, SCOPES + UNITS)):
             if given not in known:
                 raise ReconError(f"criterion {self.name!r}: {what} is {given!r}; allowed: {', '.join(known)}")
         if callable(self.score) == callable(self.method):
@@ -60,7 +61,7 @@ class Criterion:
     @property
     def structured(self) -> bool:
         """Whether it removes whole units."""
-        return self.scope in ("half-block", "model")
+        return self.scope in UNITS
 
     @property
     def scores(self) -> bool:
