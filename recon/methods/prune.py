@@ -133,7 +133,7 @@ class Pruner:
         masks, notes = self.execution.storage.masks, self.noted
         under_calibrated = [name for noted in notes for name in noted["under_calibrated"]]
         if under_calibrated:
-            said = "%d of %d matrices are of experts that fewer than %d tokens go to, such as %s: pruned by magnitude; give more"
+            said = "%d of %d matrices belong to experts that got fewer than %d tokens, such as %s: pruned by magnitude; give more"
             log.warning(said, len(under_calibrated), len(masks), FEW, under_calibrated[0])
         seconds = self.seconds + sum(noted["seconds"] for noted in notes[self.before :])
         return Pruning(masks, under_calibrated=under_calibrated, seconds=seconds)
