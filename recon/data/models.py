@@ -77,6 +77,12 @@ def _opened(
         yield path, AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
+def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if not any("token" in file.name or "vocab" in file.name or file.suffix == ".model" for file in path.iterdir()):
+        raise ReconError("it has no tokenizer; save the one that it was trained with beside it, by `tokenizer.save_pretrained`")
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
 def load(
     name: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -86,7 +92,7 @@ def load(
     `trust_remote_code`. Raises `ReconError` as `locate` and `read_model`, if it cannot be fetched, or a weight is not finite.
     """
     with _opened(name := str(name), revision, trust_remote_code) as (path, config):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = _tokenizer(path, trust_remote_code)
         home = None
         if packed.is_packed(path):  # what it is unpacked to is large, and a system's own temporary folder may be in memory
             (home := cache_folder()).mkdir(parents=True, exist_ok=True)
@@ -105,7 +111,7 @@ def skeleton(
 ) -> tuple[PreTrainedModel, Weights, PreTrainedTokenizerBase]:
     """As `load`, but the parameters stay on disk: the model without them, these, and the tokenizer; see `open_model`."""
     with _opened(name, revision, trust_remote_code) as (path, config):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = _tokenizer(path, trust_remote_code)
         return *open_model(path, config, trust_remote_code, scratch), tokenizer
 
 

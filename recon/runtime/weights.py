@@ -86,6 +86,8 @@ def open_model(
 
 def read_model(path: Path, config: PretrainedConfig, trust_remote_code: bool, **options) -> tuple[PreTrainedModel, list[str]]:
     """The model in the folder `path`, and entries that it has no place for."""
+    if not any(path.glob("*.safetensors*")):
+        raise ReconError("it has no safetensors, the only weights that are read; save it by transformers' `save_pretrained`")
     if found := quantisation(config):
         if found["quant_method"] not in UNDONE or "device_map" in options:
             raise ReconError(f"its weights are quantised ({found['quant_method']}); undo their quantisation first")

@@ -135,7 +135,7 @@ class RunSpec(Checked):
         from recon.data import models, text
 
         read = sorted({self.calibration.text, *self.evaluation.evaluation_texts})
-        texts = {str(Path(name)): text.fingerprint(name) for name in read}
+        texts = {name: text.fingerprint(name) for name in read}
         sources = {"schema": SCHEMA, "model": models.fingerprint(*self.loaded_by), "texts": texts}
         if code := criteria.CRITERIA[self.pruning.criterion].source_code:
             sources["criterion"] = hashlib.sha256(code.encode()).hexdigest()
@@ -148,15 +148,21 @@ class RunSpec(Checked):
 
         Options at their defaults are left out, so that a new one does not disown old records; so are those of no reconstruction.
         """
+        from recon.data import assets, text
+
         values = self.resolved().flat()
         if self.reconstruction.granularity == "none":
             values |= vars(config.ReconstructionConfig("none"))
         values |= {name: 0 for name in ("prune_samples", "retrain_samples") if values[name] == values["samples"]}  # says the same
-        # Paths are written in many ways.
-        values |= {name: str(Path(values[name])) for name in ("model", "pruned", "text") if values[name]}
-        values["evaluation_texts"] = tuple(str(Path(name)) for name in values["evaluation_texts"])
+        # Files are known by their content, wherever they lie.
+        sources, model, named = self.sources(), self.model, {*text.TEXTS, *assets.BUNDLED_MODELS, None}
+        contents = sources["texts"] | {model.model: sources["model"], model.pruned: sources.get("pruned")}
+        places = {name: content for name, content in contents.items() if name not in named and Path(name).exists()}
+        values |= {name: places.get(values[name], values[name]) for name in ("model", "pruned", "text")}
+        values["evaluation_texts"] = tuple(places.get(name, name) for name in values["evaluation_texts"])
+        sources["texts"] = {places.get(name, name): content for name, content in sources["texts"].items()}
         given = {name: value for name, value in values.items() if value != _defaults()[name]}
-        return hashlib.sha256(json.dumps({"spec": given, **self.sources()}, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps({"spec": given, **sources}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache

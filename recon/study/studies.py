@@ -5,6 +5,7 @@ import itertools
 import traceback
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def run_study(
         missing = "missing", f"not computed: no record in {folder.name}/"
         records = {key: RunRecord(spec.flat(), key, *missing) for key, spec in known.items()}
         records |= {key: read_record(path) for key, path in paths.items() if path.is_file()}
-    return frame(records[key] for key in keys)
+    # As asked: a record may be of another path to the same files.
+    return frame(replace(records[key], spec=spec.flat()) for key, spec in zip(keys, specs))
 
 
 def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress: bool) -> dict[str, RunRecord]:

@@ -83,7 +83,8 @@ def with_code(folder):
 
 @pytest.mark.parametrize("spoil, said", [
     (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
-    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no file named model.safetensors"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "has no safetensors"),
+    (lambda f: [file.unlink() for file in f.glob("token*")], r"has no tokenizer.*`tokenizer\.save_pretrained`"),
     (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 1), "SafetensorError"),
     (lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\); undo their"),
     (with_code, "trust_remote_code"),
@@ -179,7 +180,7 @@ def test_what_is_loaded_from_the_hub_is_the_commit_that_its_fingerprint_names(hu
         hub["repositories"]["me/older"] = folder
         with pytest.raises(ReconError, match="model 'me/older' cannot be loaded: .*offline"):
             models.load("me/older")
-    with pytest.raises(ReconError, match="model 'me/old' at revision 'v1' cannot be loaded: .*no file named model.safetensors"):
+    with pytest.raises(ReconError, match="model 'me/old' at revision 'v1' cannot be loaded: it has no safetensors"):
         models.load("me/old", "v1")
 
 

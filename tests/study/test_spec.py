@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,9 @@ def test_the_key_depends_on_everything_that_can_change_the_numbers(spec, tmp_pat
     names = spec.flat().keys() - {"model", "pruned", "preset"}  # which are hashed by content, or stand for others
     changed = {name: spec.replaced(**asked.get(name, {name: another(name, spec.flat()[name])})) for name in names}
     assert len({spec.key(), *(other.key() for other in changed.values())}) == len(names) + 1
-    spelled = {name: f"{path.parent}/./{path.name}" for name in ("model", "text") if (path := Path(spec.flat()[name]))}
-    assert spec.replaced(**spelled, evaluation_texts=spelled["text"]).key() == spec.key()
+    moved = shutil.copytree(spec.model.model, tmp_path / "model"), shutil.copy(tiny_text, tmp_path / "moved.txt")
+    moved = {name: str(path) for name, path in zip(("model", "text", "evaluation_texts"), (*moved, moved[1]))}
+    assert spec.replaced(**moved).key() == spec.key()
     other = tmp_path / "text.txt"
     other.write_text(Path(tiny_text).read_text() + "\n\nOne more paragraph.")
     assert spec.replaced(text=str(other)).key() != spec.key()
@@ -138,9 +140,11 @@ def test_lengths_that_are_not_given_fit_the_model(spec, config_folder, model, ch
 def test_options_at_their_defaults_are_left_out_of_the_key(spec):
     """So an option added later does not disown old records."""
     files = spec.sources()
-    given = {"model", "text", "samples", "sequence_length", "evaluation_texts", "evaluation_length"}
+    (text,) = files["texts"].values()
+    given = {"samples", "sequence_length", "evaluation_length"}
     values = {name: value for name, value in spec.resolved().flat().items() if name in given}
-    values["model"] = spec.model.model
+    values |= {"model": files["model"], "text": text, "evaluation_texts": [text]}
+    files["texts"] = {text: text}
     expected = hashlib.sha256(json.dumps({"spec": values, **files}, sort_keys=True).encode()).hexdigest()[:16]
     assert spec.key() == expected
     pruned = spec.replaced(granularity="none")

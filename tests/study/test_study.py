@@ -34,7 +34,7 @@ def test_grid_has_every_combination(tiny_spec):
 
 
 def test_what_is_done_is_not_done_again_what_failed_is_and_rows_are_in_order(tiny_spec, counted, tmp_path):
-    """Lengths that are not given, and the same given, are one run."""
+    """Lengths that are not given, and the same given, are one run; so are runs of one model at two places."""
     specs = recon.grid(tiny_spec.replaced(evaluation_length=0), granularity=["block", "9-blocks"], seed=[1, 0])
     given = [spec.replaced(evaluation_length=256) for spec in specs]
     first = recon.run_study(specs[:1], tmp_path, progress=False)
@@ -47,6 +47,9 @@ def test_what_is_done_is_not_done_again_what_failed_is_and_rows_are_in_order(tin
     assert [*zip(runs["granularity"], runs["seed"])] == [("block", 1), ("block", 0), ("9-blocks", 1), ("9-blocks", 0)]
     assert list(runs["status"]) == ["done", "done", "failed", "failed"] and "the model has 4" in runs["error"][2]
     assert recon.run_study(given, tmp_path, progress=False)["perplexity"].equals(runs["perplexity"]) and counted.call_count == 6
+    moved = shutil.copytree(tiny_spec.model.model, tmp_path / "moved")
+    again = recon.run_study(specs[0].replaced(model=str(moved)), tmp_path, progress=False, compute=False)
+    assert again["perplexity"][0] == runs["perplexity"][0] and again["model"][0] == str(moved)
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "flap"])
@@ -64,6 +67,9 @@ def test_a_study_fits_windows_once_for_all_that_retrain_them(tiny_spec, tmp_path
 def test_a_run_whose_model_is_gone_fails_alone(tiny_spec, tiny_folder, tmp_path, monkeypatch):
     """Not even its key can be had any more; and one whose model has changed since the study began is not taken for it."""
     gone, changed = (str(shutil.copytree(tiny_folder, tmp_path / name)) for name in ("gone", "changed"))
+    for number, model in enumerate((gone, changed), 1):  # equal ones would be one run
+        with (Path(model) / "config.json").open("a") as config:
+            config.write(number * "\n")
     wanted = [tiny_spec.replaced(model=model, granularity="none") for model in (gone, changed, tiny_folder)]
     wanted.append(wanted[-1].replaced(seed=1))
     plain_run = studies.run
