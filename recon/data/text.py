@@ -1,7 +1,7 @@
 """Calibration and evaluation text as token windows: bundled corpora, local files, and C4 and WikiText-2 from the Hub.
 
 Every text is a list of documents in a fixed order, dealt to three disjoint splits by position. The documents of a split are
-joined and tokenised at once, and every sample begins as the tokenizer begins a text.
+joined and tokenised together. Every sample begins with the tokens that the tokenizer puts in front of a text.
 """
 
 import functools
@@ -22,33 +22,33 @@ from recon.errors import ReconError
 from recon.runtime.storage import derived_folder, once
 
 SPLITS = ("calibration", "validation", "evaluation")
-BUNDLED = {"wikipedia": ["enwiki-sample"], "news": ["lee-background", "lee"], "code": assets.CODE}  # the assets of a text
-FORMATS = (".txt", ".jsonl", ".parquet")  # of files: paragraphs parted by blank lines; rows with a string "text"
+BUNDLED = {"wikipedia": ["enwiki-sample"], "news": ["lee-background", "lee"], "code": assets.CODE}  # text -> its assets
+FORMATS = (".txt", ".jsonl", ".parquet")  # .txt: documents between blank lines; others: the string "text" of each row
 SEPARATOR = "\n\n"
-PROBE = "The quick brown fox jumps over the lazy dog."  # tells what a tokenizer puts around a text
-# Where the Hub keeps a text (or a local folder), and the most documents of each part: 24,000 pages of C4 are about 10 million
-# calibration tokens, so that 2,048 samples of 4,096 fit, and 1,100 pages are the published protocol's evaluation text.
+PROBE = "The quick brown fox jumps over the lazy dog."  # a text to find out what a tokenizer puts around texts
+# Where a text is (on the Hub, or a local folder), and the most documents taken of each part: 24,000 pages of C4 are 10 million
+# calibration tokens or so, enough for 2,048 samples of 4,096; 1,100 pages are the evaluation text of the published protocol.
 HUB: dict[str, dict] = assets.TABLE["hub_texts"]
 TEXTS = (*BUNDLED, *HUB)
 PARTS = {
     "c4": {"calibration": "train", "validation": "train", "evaluation": "validation"},
     "wikitext2": {"calibration": "train", "validation": "validation", "evaluation": "test"},
 }
-# The documents of each split, by position modulo 8; a split that is not named has all. News is short, so half is for evaluation.
+# Documents of each split, by position modulo 8; a split not listed takes all. News is short, so half of it is for evaluation.
 DEAL = {"calibration": {0, 1, 2, 4, 6}, "validation": {5}, "evaluation": {3, 7}}
 DEALS = {
     "news": {"calibration": {1, 3, 7}, "validation": {5}, "evaluation": {0, 2, 4, 6}},
     "c4": {"calibration": {0, 1, 2, 3, 4, 6, 7}, "validation": {5}},
     "wikitext2": {},
 }
-CLEANING = 1  # raise it when `wikitext.prose` changes: the cleaned Wikipedia articles are cached under this number
-SHORTEST_ARTICLE = 1000  # characters; stubs and disambiguation pages leave less
+CLEANING = 1  # raise it when `wikitext.prose` changes: cleaned Wikipedia articles are cached under this number
+SHORTEST_ARTICLE = 1000  # characters of prose; stubs and disambiguation pages have less
 
 
 def documents(name: str, split: str) -> list[str]:
     """The documents of one split ("calibration", "validation" or "evaluation") of a text, in order; no document is in two splits.
 
-    name: one of `TEXTS`, or the path of a file in one of `FORMATS`.
+    name: one of `TEXTS`, or the path of a file in one of `FORMATS`. Raises `ReconError` if either is unknown or cannot be read.
     """
     if split not in SPLITS:
         raise ReconError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -59,13 +59,13 @@ def documents(name: str, split: str) -> list[str]:
     elif name == "news":  # articles of the Lee corpora, one per line
         lines = (line.strip() for each in BUNDLED["news"] for line in assets.fetch(each).open(encoding="latin-1"))
         texts = [line for line in lines if line]
-    elif name == "code":  # whole files, so that functions of one file, which repeat one another's docstrings, are in one split
+    elif name == "code":  # whole files: functions of one file repeat docstrings, so they must be in the same split
         texts = [assets.fetch(each).read_text(encoding="utf-8").strip() for each in BUNDLED["code"]]
     else:
         texts = _read_file(name)
     if (positions := DEALS.get(name, DEAL).get(split)) is None:
         return texts
-    once: dict[str, str] = {}  # repeated documents count once, or the same document could be in two splits
+    once: dict[str, str] = {}  # repeated documents count once, or one could be in two splits
     for text in texts:
         once.setdefault(text.strip(), text)
     return [text for position, text in enumerate(once.values()) if position % 8 in positions]
@@ -74,15 +74,15 @@ def documents(name: str, split: str) -> list[str]:
 def sample_tokens(
     name: str, split: str, tokenizer, samples: int, sequence_length: int, seed: int | None = None, protocol: str = "samples"
 ) -> torch.LongTensor:
-    """Samples of one split, shape (samples, sequence_length): what `beginning` gives, then text. No text token is in two samples.
+    """Samples of one split, (samples, sequence_length): the tokens of `beginning`, then text. No text token is in two samples.
 
     name, split: as `documents`.
     sequence_length: tokens per sample, those of the beginning included.
     seed: draws the samples at random without replacement; None takes the first ones in order (evaluation).
-    protocol: "samples"; or "joined", that of published perplexities (Frantar & Alistarh 2023, arXiv 2301.00774): the joined
-        documents with the tokenizer's special tokens are cut into windows, so that only the first begins as a text does.
+    protocol: "samples"; or "joined", that of published perplexities (Frantar & Alistarh 2023, arXiv 2301.00774): the documents
+        are joined, tokenised with special tokens and cut into samples, so only the first begins with those of `beginning`.
 
-    Raises `ReconError` as `documents` and `beginning`, and if the protocol, number or length of samples is not to be had.
+    Raises `ReconError` as `documents` and `beginning`; for an unknown protocol; and if samples are too short, too many or none.
     """
     if protocol not in PROTOCOLS or samples < 1:
         raise ReconError(f"{samples} samples of protocol {protocol!r}; allowed: at least 1, and one of {', '.join(PROTOCOLS)}")
@@ -92,7 +92,7 @@ def sample_tokens(
         why = f"the tokenizer puts {len(front)} in front of a text"
         raise ReconError(f"samples must be of at least {least} tokens, not {sequence_length}: {why}")
     length = sequence_length - len(front)
-    known_by = len(tokenizer), *tokenizer(PROBE).input_ids  # a tokenizer may be changed, too
+    known_by = len(tokenizer), *tokenizer(PROBE).input_ids  # a tokenizer may be changed in place
     tokens = _tokens(name, split, tokenizer, protocol == "joined", _changed(name), known_by)
     available = len(tokens) // length
     if samples > available:
@@ -104,7 +104,7 @@ def sample_tokens(
 
 
 def beginning(tokenizer) -> list[int]:
-    """The tokens that `tokenizer` puts in front of every text, such as `<bos>`. Raises `ReconError` if that cannot be told."""
+    """The tokens that `tokenizer` puts in front of every text, such as `<bos>`. Raises `ReconError` if they cannot be found."""
     text, whole = (list(tokenizer(PROBE, add_special_tokens=special).input_ids) for special in (False, True))
     starts = [start for start in range(len(whole)) if whole[start : start + len(text)] == text]
     if not text or len(starts) != 1:
@@ -114,7 +114,7 @@ def beginning(tokenizer) -> list[int]:
 
 
 def fingerprint(name: str) -> str:
-    """SHA-256 of the text's documents, split by split; of a Hub text, of where it is taken from and its revision."""
+    """SHA-256 of the text's documents, split by split; for a Hub text, of its place on the Hub and its revision."""
     if name in HUB:
         return hashlib.sha256(json.dumps(HUB[name], sort_keys=True).encode()).hexdigest()
     return _hash(name, _changed(name))
@@ -126,16 +126,16 @@ def _hash(name: str, changed: int | None) -> str:
 
 
 def _changed(name: str) -> int | None:
-    """When the file called `name` was edited, if it is one: it may be while this process lasts."""
+    """When `name`, if it is a file, was last changed, which may be while this process runs."""
     file = Path(name).expanduser()
     return file.stat().st_mtime_ns if file.is_file() else None
 
 
 @functools.lru_cache(maxsize=8)
 def _tokens(name: str, split: str, tokenizer, special: bool, *changed) -> torch.LongTensor:
-    """All tokens of a split, (tokens,), with `special` ones or without; those of a bundled text are kept in the cache.
+    """All tokens of a split, (tokens,), with special tokens if `special`; those of a bundled text are kept in the cache.
 
-    changed: what tells that a file or the tokenizer is not what it was.
+    changed: values that differ if the file or the tokenizer has changed, so that old tokens are not returned.
     """
     published = HUB.get(name, {}).get("joined_by", SEPARATOR)
     text = (published if special else SEPARATOR).join(documents(name, split))
@@ -150,14 +150,14 @@ def _tokens(name: str, split: str, tokenizer, special: bool, *changed) -> torch.
     backend, file = getattr(tokenizer, "backend_tokenizer", None), "tokens.safetensors"
     if name not in BUNDLED or backend is None:
         return tokenise()
-    # It takes seconds, and hundreds of bytes a token.
+    # Tokenising takes seconds, and hundreds of bytes of memory per token.
     folder = derived_folder("tokens", text, backend.to_str(), special, metadata.version("tokenizers"))
     once(folder, lambda folder: save_file({"tokens": tokenise().int()}, folder / file))
     return load_file(folder / file)["tokens"].long()
 
 
 def _wikipedia() -> list[str]:
-    """The prose of articles that leave enough of it."""
+    """The prose of Wikipedia articles that have at least `SHORTEST_ARTICLE` characters of it."""
 
     def make(dump: Path, folder: Path) -> None:
         found = ({"title": title, "text": wikitext.prose(source)} for title, source in wikitext.articles(dump))
@@ -182,7 +182,7 @@ def _hub(name: str, part: str) -> list[str]:
 
 
 def _read_file(name: str | Path) -> list[str]:
-    """The documents in a file of one of `FORMATS` that are not empty."""
+    """The documents that are not empty in a file of one of `FORMATS`."""
     path = Path(name).expanduser()
     kind = path.suffix.lower()
     if kind not in FORMATS or not path.is_file():
@@ -200,7 +200,7 @@ def _read_file(name: str | Path) -> list[str]:
         for row in rows:
             number += 1
             text = json.loads(row)["text"] if kind == ".jsonl" and row.strip() else row
-            if text.encode() and text.strip():  # neither bytes nor halves of characters can be encoded
+            if text.encode() and text.strip():  # encode() raises an error for bytes and for lone surrogates
                 texts.append(text)
         return texts
     except Exception as error:  # json and pyarrow each raise their own kinds

@@ -1,4 +1,4 @@
-"""Prose out of the bundled MediaWiki dump: the sentences of articles, without tables, boxes, references and markup."""
+"""Prose from the bundled MediaWiki dump: the sentences of articles, without tables, boxes, references and markup."""
 
 import bz2
 import re
@@ -9,13 +9,13 @@ from xml.etree.ElementTree import iterparse
 import mwparserfromhell
 from mwparserfromhell import nodes
 
-# The first of these level-2 sections and everything after it is apparatus, not article.
+# The article ends at the first of these level-2 sections; the rest is references and links.
 _APPARATUS = re.compile(
     r"^==\s*(see also|(?:foot)?notes|references|selected bibliography|external links)\s*==\s*$", re.IGNORECASE | re.MULTILINE
 )
 _DROPPED_LINKS = re.compile(r"\s*:?\s*(file|image|category|media|[a-z]{2,3}(-[a-z]+)?)\s*:", re.IGNORECASE)
-_HOLE = "\ufffc"  # marks a line that is left out: its sentence needs what was removed (a formula), or it is a list item
-# Templates that are part of a sentence, with what they add to it of their values; all others are references, boxes and notices.
+_HOLE = "\ufffc"  # marks a line to leave out: something removed was part of its sentence (a formula), or it is a list item
+# Templates that are part of a sentence -> the text they become, made of their values; all others (such as boxes) are dropped.
 _TEMPLATES = dict.fromkeys("nowrap vanchor sc small angbr ipa vr nihongo quote".split(), "{0}")
 _TEMPLATES |= {"lang": "{last}", "transl": "{last}", "circa": "c. {0}", "as of": "As of {0}"}
 _TEMPLATES |= {"'s": "'s", "nbsp": " ", "spaces": " ", "ndash": "–", "spaced ndash": " – ", "snd": " – "}
@@ -34,7 +34,7 @@ def articles(dump: Path) -> Iterator[tuple[str, str]]:
 
 
 def prose(source: str) -> str:
-    """Plain text of an article's wikitext: its paragraphs of whole sentences without formulas, parted by blank lines."""
+    """Plain text of an article's wikitext: its paragraphs of whole sentences without formulas, separated by blank lines."""
     article = mwparserfromhell.parse(_APPARATUS.split(source, maxsplit=1)[0])
     lines = map(_tidy, _plain(article).splitlines())
     return "\n\n".join(line for line in lines if _is_prose(line))
@@ -80,7 +80,7 @@ def _plain_template(template: nodes.Template) -> str:
 
 
 def _tidy(line: str) -> str:
-    """One paragraph with the traces of what was removed smoothed over: double spaces, empty parentheses."""
+    """One paragraph without the traces of what was removed, such as double spaces and empty parentheses."""
     line = re.sub(r"\s+", " ", line)
     line = re.sub(r"\((?:[\s,;:]|\bor\b)*", "(", line)
     line = re.sub(r"[\s,;:]*\)", ")", line)
@@ -89,6 +89,6 @@ def _tidy(line: str) -> str:
 
 
 def _is_prose(line: str) -> bool:
-    """Whole sentences without left-over markup."""
+    """Whether `line` is long enough, ends as a sentence does and has no left-over markup."""
     markup = re.search(_HOLE + r"|\{\{|\}\}|\[\[|\]\]|[|<>]|''", line)
     return len(line) >= 60 and not markup and bool(re.search(r"[.!?][\"'”’)\]]*$", line))

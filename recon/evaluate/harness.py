@@ -13,11 +13,11 @@ from recon.model.decoder import Decoder
 from recon.model.skeleton import max_length
 from recon.runtime.execution import Execution
 
-ELEMENTS = {"cpu": 2**27}  # logits that exist at once, by kind of device; lm-eval makes as many log-probabilities of them
+ELEMENTS = {"cpu": 2**27}  # logits in memory at once, by kind of device; lm-eval computes as many log-probabilities from them
 
 
 class BlockByBlock:
-    """What lm-eval takes for a transformers model: runs one block at a time, so that weights may be elsewhere or on disk."""
+    """Stands in for a transformers model in lm-eval. It runs one block at a time, so weights may be in host memory or on disk."""
 
     def __init__(self, decoder: Decoder, execution: Execution):
         self.decoder, self.execution = decoder, execution
@@ -31,10 +31,10 @@ class BlockByBlock:
 
 
 class Scorer(HFLM):
-    """lm-eval's scorer of log-likelihoods, with as many requests in a batch as memory for logits allows.
+    """lm-eval's scorer of log-likelihoods, with batches as large as the limit on logits (`ELEMENTS`) allows.
 
-    Contexts begin as samples do, with the tokens of `recon.data.text.beginning`, and nothing is put behind them. Each batch
-    brings all weights to the compute device once, so batches should be large.
+    Contexts begin as samples do, with the tokens of `recon.data.text.beginning`; none are added after them. Each batch copies
+    all weights to the compute device once, so batches should be large.
     """
 
     def __init__(self, decoder: Decoder, tokenizer, execution: Execution):
@@ -47,7 +47,7 @@ class Scorer(HFLM):
         return front + super().tok_encode(string, add_special_tokens=False, **options)
 
     def _loglikelihood_tokens(self, requests, **options):
-        groups = defaultdict(list)  # of similar lengths: at most 1, 2, 4, ... tokens
+        groups = defaultdict(list)  # requests by length: at most 1, 2, 4, ... tokens
         for number, (_, context, continuation) in enumerate(requests):
             groups[1 << (len(context) + len(continuation) - 1).bit_length()].append(number)
         room = ELEMENTS.get(self.device.type, 2**29) // self.config.get_text_config().vocab_size

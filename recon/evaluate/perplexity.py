@@ -15,7 +15,7 @@ from recon.model.decoder import Decoder
 from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 
-SLICE = 256  # tokens whose logits exist at once
+SLICE = 256  # tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Perplexity:
 
     value: float
     tokens: int
-    per_window: list[float]  # mean negative log-likelihood of each window
+    per_window: list[float]  # mean negative log-likelihood of each window of text
     kl_per_window: list[float] = field(default_factory=list)  # mean KL(dense || model) of the first windows; empty without dense
 
 
@@ -38,13 +38,13 @@ def perplexity(
     states: Tensor | None = None,
     description: str = "perplexity",
 ) -> Perplexity:
-    """Perplexity of `model` on `tokens` (windows, length); each window is predicted on its own, all but its first token.
+    """Perplexity of `model` on `tokens` (windows, length). Windows of text are independent; their first tokens are not predicted.
 
     execution: where and in what precision; default: where the model is.
-    reference: a dense model, and its last block's output for the first windows, on which the divergence from it is measured.
-    states: the last block's output for `tokens`, (windows, length, hidden), if it is known.
+    reference: a dense model, and its last block's output for the first windows; the divergence from it is measured on these.
+    states: the last block's output for `tokens`, (windows, length, hidden), if it is known; it is computed otherwise.
 
-    Raises `ReconError` if windows are longer than the model was made for, or it is not causal.
+    Raises `ReconError` if `tokens` are not as above, windows are longer than the model was made for, or `model` is not causal.
     """
     decoder, tokens = decompose(model), torch.as_tensor(tokens)
     if tokens.ndim != 2 or len(tokens) < 1 or decoder.predicted(tokens).shape[1] < 2 or tokens.is_floating_point():
@@ -66,7 +66,7 @@ def perplexity(
         for window, (read, last) in enumerate(shown):
             if window < compared:
                 dense_last = decoder.predicted(dense_states[window : window + 1]).to(execution.device)
-            for start in range(0, predicted, SLICE):  # few logits exist at a time
+            for start in range(0, predicted, SLICE):  # few logits are in memory at a time
                 at = slice(start, min(start + SLICE, predicted))
                 logits = decoder.logits(read[:, at], last[:, at])[0]
                 targets = read[0, at.start + 1 : at.stop + 1]
@@ -75,14 +75,14 @@ def perplexity(
                     wanted = dense.logits(read[:, at], dense_last[:, at])[0]
                     divergences[window] += kl_divergence(wanted, logits).double().sum().item()
                     del wanted
-                del logits  # before those of the next slice are there
+                del logits  # before the next ones are computed
     nats, divergences = ([total / predicted for total in totals] for totals in (likelihoods, divergences))
     mean = sum(nats) / len(nats)
     return Perplexity(math.inf if mean >= 700 else math.exp(mean), len(nats) * predicted, nats, divergences)
 
 
 def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, description: str = "") -> Tensor:
-    """The last block's output (windows, length, hidden) for `tokens` (windows, length). A progress bar bears the description."""
+    """The last block's output (windows, length, hidden) for `tokens` (windows, length). `description` labels the progress bar."""
     shown, streams = bool(execution.progress and description), residual_streams(decoder, tokens, execution)
     for stream in tqdm(streams, description, len(decoder.blocks), unit="block", disable=not shown):
         last = stream
@@ -90,7 +90,7 @@ def last_states(decoder: Decoder, tokens: Tensor, execution: Execution, descript
 
 
 def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> Iterator[Tensor]:
-    """The output (windows, length, hidden) of each block in turn for `tokens` (windows, length); one at a time is there."""
+    """Yields each block's output (windows, length, hidden) in turn for `tokens` (windows, length); only one is kept."""
     stream = execution.embed(decoder, tokens)
     for window in decoder.windows("block"):
         stream = execution.forward(decoder, window, stream)
@@ -99,10 +99,10 @@ def residual_streams(decoder: Decoder, tokens: Tensor, execution: Execution) -> 
 
 @torch.no_grad()
 def drift(model: Decoder, dense: Decoder, tokens: Tensor, *, execution: Execution | None = None) -> tuple[list[float], Tensor]:
-    """The share of the variance of the dense model's residual stream after each block that the stream of `model` leaves
-    unexplained (see `recon.kernels.losses.unexplained`), for `tokens` (samples, length); and the last stream of `model`.
+    """For each block, the share of the variance of the dense model's residual stream after it that the stream of `model` does not
+    explain (see `recon.kernels.losses.unexplained`), on `tokens` (samples, length); and the last stream of `model`.
 
-    Each model runs on its own activations, so errors accumulate with depth. execution: default: where the dense model is.
+    Each model runs on its own activations, so errors accumulate with depth. execution: by default, where the dense model is.
     """
     execution, errors = Execution.of(dense, execution), []
     for ours, theirs in zip(*(residual_streams(each, tokens, execution) for each in (model, dense)), strict=True):

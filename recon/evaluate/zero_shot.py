@@ -16,14 +16,14 @@ from recon.model.discovery import decompose
 from recon.runtime.execution import Execution
 
 BUNDLED = ("analogies", "last_word")  # described in recon/evaluate/tasks
-# Task -> the folder of lm-eval's task files that it is in.
+# Task -> its folder among lm-eval's task files.
 HUB = {"boolq": "super_glue", "rte": "glue", "hellaswag": "hellaswag", "winogrande": "winogrande"}
 HUB |= {"arc_easy": "arc", "arc_challenge": "arc", "openbookqa": "openbookqa"}
 
 
 def check_tasks(names: Sequence[str], decoder: Decoder | None = None) -> None:
-    """Raises `ReconError` for unknown or repeated tasks, for none at all, if lm-eval is not installed, and if `decoder` is an
-    encoder-decoder, as tasks ask to continue a text."""
+    """Raises `ReconError` if a task is unknown or repeated, if there is none, if lm-eval is not installed, or if `decoder` is an
+    encoder-decoder: tasks ask for the continuation of a text."""
     for name in names:
         if name not in BUNDLED and name not in HUB:
             raise ReconError(f"unknown task {name!r}; bundled: {', '.join(BUNDLED)}; on the Hub: {', '.join(HUB)}")
@@ -41,11 +41,11 @@ def zero_shot(
 
     tasks: names in `BUNDLED`, which need no Hub, or in `HUB`.
     limit: documents per task, the first ones; None takes all.
-    execution: where and in what precision blocks run; default: where the model is. Logits are float32 if its parameters are: in
-        less, choices tie.
+    execution: where and in what precision blocks run; default: where the model is. Logits have the precision of its parameters,
+        as choices would tie in a lower one.
 
     Returns {"lm_eval_version": ..., "tasks": {task: {metric: value, metric + "_stderr": its standard error, "n": documents,
-    "version": of the task, "hash": SHA-256 of the documents, prompts and targets}}}. Accuracies are shares of one. Raises
+    "version": of the task, "hash": SHA-256 of the documents, prompts and targets}}}. Accuracies are between 0 and 1. Raises
     `ReconError` as `check_tasks` and `load`.
     """
     check_tasks(tasks, decoder := decompose(model))
@@ -58,7 +58,7 @@ def zero_shot(
     with contextlib.ExitStack() as stack:
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
-        if not execution.progress:  # its bars have no other switch
+        if not execution.progress:  # its progress bars cannot be switched off otherwise
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         loaded, scorer = load(tasks), Scorer(decoder, tokenizer, execution)
         said = evaluate(lm=scorer, task_dict={"tasks": loaded}, limit=limit, bootstrap_iters=0, log_samples=True)
@@ -67,10 +67,10 @@ def zero_shot(
 
 
 def load(names: Iterable[str]) -> dict:
-    """lm-eval's task objects by name, with their documents. Raises `ReconError` if these cannot be had."""
+    """lm-eval's task objects by name, with their documents. Raises `ReconError` if documents cannot be loaded."""
     import lm_eval.tasks
 
-    # Only the folders that are needed: to read all of lm-eval's task files takes a quarter of a minute.
+    # Only the folders that are needed: reading all of lm-eval's task files takes a quarter of a minute.
     theirs = Path(lm_eval.tasks.__file__).parent
     folders = {theirs / HUB[name] if name in HUB else Path(__file__).parent / "tasks" for name in names}
     manager, loaded = lm_eval.tasks.TaskManager(include_path=sorted(folders), include_defaults=False), {}
@@ -92,7 +92,7 @@ def _summary(metrics: dict, samples: list[dict], version: object) -> dict:
             values = [sample[metric] for sample in samples]
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
             if metric == "perplexity" and error is not None:
-                error *= value  # of exp(-mean), to first order; lm-eval would resample, in as many processes as there are cores
+                error *= value  # of exp(-mean), to first order; lm-eval would bootstrap, with one process per core
             summary |= {metric: value, f"{metric}_stderr": error}
-    hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)  # as its tracker
+    hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)  # as lm-eval
     return summary | {"n": len(samples), "version": version, "hash": hashlib.sha256(hashes.encode()).hexdigest()}

@@ -1,1 +1,1 @@
-"""The paper on tensors: pure functions without models or files. Matrices are (out, in); masks are True where a weight is kept."""
+"""The paper's methods: pure functions on tensors, no models or files. Matrices: (out, in); masks: True = weight is kept."""

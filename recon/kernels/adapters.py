@@ -1,8 +1,8 @@
 """Low-rank parametrisations of pruned matrices. They train few parameters, and merge into the weight afterwards.
 
-With W (out, in) a pruned weight, M its mask, B (out, rank) and A (rank, in) what is trained, and s = alpha / rank,
+W (out, in) is a pruned weight and M its mask; B (out, rank) and A (rank, in) are trained; s = alpha / rank:
 
-    lora        W + s BA            fills the zeros: the mask is applied once more after merging
+    lora        W + s BA            fills the zeros: the mask is applied again after merging
     masklora    W + s M * (BA)      keeps the zeros
     scalelora   W * (1 + s BA)      keeps the zeros
 
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from recon.kernels.gradient_descent import Trained
 
 ADAPTERS = ("lora", "masklora", "scalelora")
-ALPHA = 2.0  # the factor s itself, alpha / rank: alpha is twice the rank, as usual
+ALPHA = 2.0  # the factor s = alpha / rank: alpha is twice the rank, as usual
 
 
 class LowRank(nn.Module):
-    """A weight (out, in) as a function of B, which starts at zero, and A, which is random: at first the weight itself.
+    """The merged weight (out, in) as a function of A and B. B starts at zero and A at random values, so BA starts at zero.
 
-    mask: (out, in), 1 = kept. kind: see the top. rank: of BA. random: draws A as `peft` does (Kaiming uniform).
-    transposed: whether weight and mask are laid out as (in, out), here and in the methods.
+    mask: (out, in), 1 = kept. kind: one of `ADAPTERS`; see the top of the module. rank: of BA. random: draws A (Kaiming uniform,
+    as in `peft`). transposed: whether weight and mask are stored as (in, out), here and in the arguments of the methods.
     """
 
     def __init__(self, weight: Tensor, mask: Tensor, kind: str, rank: int, random: torch.Generator, transposed: bool = False):
@@ -36,9 +36,9 @@ class LowRank(nn.Module):
         self.register_buffer("mask", mask if kind == "masklora" else None, persistent=False)
 
     def trained(self, weight: Tensor) -> list[Trained]:
-        """A and B with the sizes that a relative rate is times; weight: (out, in).
+        """A and B, each with the size that multiplies a relative learning rate; weight: (out, in).
 
-        B's is the size at which s BA is as large as the surviving weights (scalelora: as 1). A's is 1, whatever the weights.
+        B's size is the one at which s BA is as large as the surviving weights (for scalelora: as 1). A's size is always 1.
         """
         rank, kept = len(self.a), max(1, int((weight != 0).sum()))
         start = self.a.detach().square().mean().sqrt().item()
@@ -50,7 +50,7 @@ class LowRank(nn.Module):
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
-            merged = (ALPHA * self.b) @ self.a  # in place from here on: it is as large as the weight
+            merged = (ALPHA * self.b) @ self.a  # changed in place from here on, as it is as large as the weight
             merged = merged.T if self.transposed else merged
             factor = weight if self.kind == "scalelora" else self.mask
             if factor is not None:

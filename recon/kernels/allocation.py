@@ -1,16 +1,16 @@
 """Sparsity by block: how sparse each block is to be, so that all of them together are as sparse as asked for.
 
-dlp: a block's importance is 1 - S_b / sum S with S_b the median of its |W_ij| ||x_j||, scaled to the range from 0 to 2 alpha; its
-sparsity is p plus what its importance is below the mean. "DLP: Dynamic Layerwise Pruning in Large Language Models" (ICML 2025,
-arXiv 2505.23807); alpha = 0.15 is their code's.
+dlp: a block's importance is 1 - S_b / sum S, scaled to the range from 0 to 2 alpha; S_b is the median of its |W_ij| ||x_j||. The
+block's sparsity is p, that of the whole, plus the mean importance, minus its own. "DLP: Dynamic Layerwise Pruning in Large
+Language Models" (ICML 2025, arXiv 2505.23807); alpha = 0.15 as in their code.
 
-by_losses: a block's loss is taken to grow with its sparsity s as exp(c s), where c is that of the squared error of normally
-distributed weights around p: without the smallest share s, between -q and q, it is E(s) = s - 2 q phi(q). With l_b the loss at
-p + r, where r is the farthest that a block may be from p, and n_b weights,
+by_losses: a block's loss is assumed to grow with its sparsity s as exp(c s), where c is the rate around p of the squared error of
+normally distributed weights: dropping the smallest share s, from -q to q, gives E(s) = s - 2 q phi(q), phi the normal density.
+With n_b the number of weights of a block, r the farthest that its sparsity may be from p, and l_b its loss at p + r,
 
     min sum_b l_b exp(c (s_b - p - r))   where sum_b n_b s_b = p sum_b n_b    has    s_b = a + log(n_b / l_b) / c,
 
-but for blocks that are r from p. The a that meets the total is found by bisection.
+clamped to at most r from p. The a that meets the total is found by bisection.
 """
 
 import math
@@ -23,12 +23,12 @@ ALPHA = 0.15
 
 
 def spread(sparsity: float) -> float:
-    """How far blocks may be from the `sparsity` of the whole (`dlp`: nearly twice as far); less where that is near 0 or 1."""
+    """How far a block's sparsity may be from `sparsity`, the whole's (`dlp`: nearly twice as far); less near 0 and 1."""
     return min(ALPHA, sparsity / 2, (1 - sparsity) / 2)
 
 
 def dlp(medians: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
-    """The sparsity of each block (blocks,), from the medians S and the numbers of weights n, (blocks,) float64 each."""
+    """The sparsity of each block (blocks,); medians: S; sizes: the numbers of weights; both (blocks,) float64."""
     importance = 1 - medians / medians.sum().clamp_min(torch.finfo(sizes.dtype).tiny)
     least, most = importance.aminmax()
     scaled = 2 * spread(sparsity) * (importance - least) / (most - least).clamp_min(torch.finfo(sizes.dtype).tiny)
@@ -36,9 +36,9 @@ def dlp(medians: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
 
 
 def by_losses(losses: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
-    """The sparsity of each block (blocks,), from its loss when it alone has `sparsity` plus `spread(sparsity)`.
+    """The sparsity of each block (blocks,), from its loss when it alone is pruned, to `sparsity` plus `spread(sparsity)`.
 
-    losses: above 0; sizes: the numbers of weights n; (blocks,) float64 each.
+    losses: l, above 0; sizes: the numbers of weights n; both (blocks,) float64.
     """
     reach, normal = spread(sparsity), NormalDist()
     least, most = sparsity - reach, sparsity + reach

@@ -1,8 +1,8 @@
-"""How long and how fast gradient descent goes: a linear schedule with warm-up, and rates relative to the size of weights.
+"""How long and how fast to train: a linear schedule with warm-up, and learning rates relative to the size of the weights.
 
 The loop is `recon.methods.training.train`. AdamW moves every weight by about its learning rate, whatever the gradient's size. So
-the rate r is relative: times s, the root mean square of the surviving weights of each matrix. One r then fits models whose
-weights differ by an order of magnitude.
+the rate r is relative: it is multiplied by s, the root mean square of the surviving weights of each matrix. The same r then fits
+models whose weights differ by an order of magnitude.
 
 AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Schedule as in the paper (arXiv 2510.14444): linear with 10 % warm-up.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-RATES = ("relative", "absolute")  # times the root mean square of the surviving weights of each matrix; as it is
+RATES = ("relative", "absolute")  # multiplied by the root mean square of each matrix's surviving weights; as it is
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trained:
-    """A parameter that is trained; `mask`: of its shape, 1 = survives, None: all do; `size`: what a relative rate is times."""
+    """A parameter to train; `mask`: of its shape, 1 = survives, None: all do; `size`: multiplies a relative rate."""
 
     parameter: nn.Parameter
     mask: Tensor | None = None
@@ -47,10 +47,10 @@ class Trained:
 def trained(
     parameters: Iterable[nn.Parameter], masks: dict[nn.Parameter, Tensor], stacked: Collection[nn.Parameter] = ()
 ) -> list[Trained]:
-    """`parameters` with their masks (1 = survives) and sizes: the root mean square of what survives of each.
+    """`parameters` with their masks (1 = survives) and sizes: the root mean square of each one's surviving elements.
 
-    A vector (a bias or a norm) gets at least the root mean square of all matrices together, and so does a matrix of zeros: else
-    they would never learn. Without matrices, it is that of all vectors. stacked: of several vectors, as the biases of experts.
+    A vector (bias or norm) or a matrix of zeros gets at least the root mean square of all matrices together (of all vectors, if
+    there is no matrix): else it would never learn. stacked: parameters of several vectors, such as the biases of experts.
     """
     squares = {p: p.detach().float().square().sum().item() for p in parameters}
     counts = {p: int(masks[p].count_nonzero()) if p in masks else p.numel() for p in squares}

@@ -21,15 +21,15 @@ def masked_least_squares(weight: Tensor, mask: Tensor, gram: Tensor, cross: Tens
     weight: where to start, (out, in), float32 or float64 as are the other tensors; ignored outside the mask.
     mask: (out, in), True = kept.
     gram: G (in, in), symmetric positive semidefinite.
-    cross: the rows c (out, in), in the unit of `gram`: both sums over tokens, or both means. To reproduce the dense matrix D on
+    cross: the rows c (out, in), scaled as `gram`: both are sums over tokens, or both means. To reproduce the dense matrix D on
         the same inputs, c = D G.
-    iterations: at most so many; a row stops earlier when its residual is down to rounding. However few, no row ends with a larger
-        objective than it started with, up to rounding.
+    iterations: at most this many; a row stops earlier when its residual is at rounding level. After any number of iterations,
+        no row has a larger objective than at the start, up to rounding.
     """
     # An input that is always zero has a zero row in G: no residual, and no reason to change its weights.
     inverse_diagonal = torch.where(gram.diagonal() > torch.finfo(gram.dtype).tiny, 1 / gram.diagonal(), 0.0)  # (in,)
     weight = weight.masked_fill(~mask, 0.0)
-    keep = mask.to(weight.dtype)  # a product with it is several times as fast as filling by booleans
+    keep = mask.to(weight.dtype)  # multiplying by it is several times as fast as `masked_fill`
     residual = (cross - weight @ gram).mul_(keep)  # (out, in)
     scaled = residual * inverse_diagonal
     size = vecdot(residual, scaled)[:, None]  # (out, 1)

@@ -1,16 +1,16 @@
 """Losses: of a window's output against its target, and of predicted tokens. All are computed in float32.
 
-Window losses of output y and target t, (..., width), and the variance of each channel of targets, (width,); by token, (...):
+Window losses of output y and target t, (..., width), and the variance of each channel of targets, (width,); one value per token:
 
     whitened    mean over channels of (y - t)^2 / variance
     mse         |y - t|^2 / sum of the variances
     cosine      1 - y.t / (|y| |t|)
 
-The mean over tokens of `whitened` is the share of a channel's variance that is unexplained, mean over channels: 0 is perfect, 1
-no better than the channel's mean. `mse` is that share of all channels together: the paper's loss but for a constant.
+The mean of `whitened` over tokens is the unexplained share of a channel's variance, averaged over channels: 0 is perfect, 1 is no
+better than the channel's mean. `mse` is that share for all channels together: the paper's loss up to a constant factor.
 
-Prediction losses take logits (tokens, vocabulary) and give a value in nats for each token. Logits are large: they are worked on
-a few rows at a time, and of their size only a gradient in their own dtype is ever made.
+Prediction losses take logits (tokens, vocabulary) and return a value in nats for each token. Logits are large, so a few rows are
+processed at a time; the only new tensor as large as the logits is their gradient, in the same dtype.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from recon.kernels.moments import add_moments, parts
 
-ELEMENTS = 2**19  # logits in float32 at once: they stay in a CPU core's cache
-# Positions at the start of each sample that variances and errors leave out. Models park attention on the first token, whichever
-# it is: its activations are massive, hardly depend on the text, and would decide the variance of the channels that they are in.
+ELEMENTS = 2**19  # logits in float32 at a time: they stay in a CPU core's cache
+# Number of positions at the start of each sample that variances and errors leave out. Models direct attention to the first token,
+# whichever it is: its activations are massive, hardly depend on the text, and would dominate the variance of their channels.
 FIRST = 1
-POSITIONS = ("scaled", "skipped", "full")  # what they count for in a loss; see `position_weights`
+POSITIONS = ("scaled", "skipped", "full")  # how the first position counts in a loss; see `position_weights`
 
 
 def whitened(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def whitened(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
 
 
 def mse(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
-    """The squared error of all channels relative to their variance."""
+    """The squared error summed over channels, relative to the sum of their variances."""
     return ((output.float() - target.float()) * variance.sum().rsqrt()).square().sum(-1)
 
 
@@ -53,8 +53,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"whitened": whi
 def channel_variance(targets: Tensor) -> Tensor:
     """Variance over tokens of each channel of `targets` (samples, length, width): (width,), positive.
 
-    Leaves out the first position of each sample; see `FIRST`. That of a channel that hardly varies is a millionth of the median.
-    Where a token has several vectors, (samples, length, vectors, width), the channels of all of them: (vectors * width,).
+    Leaves out the first position of each sample; see `FIRST`. No variance is less than a millionth of the median variance.
+    If tokens have several vectors, (samples, length, vectors, width), the result has the channels of all: (vectors * width,).
     """
     total, seen = targets.new_zeros(2, targets.shape[2:].numel(), dtype=torch.float32), 0
     for sample in targets:
@@ -64,11 +64,11 @@ def channel_variance(targets: Tensor) -> Tensor:
 
 
 def position_weights(first: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor], targets: Tensor, variance: Tensor) -> Tensor:
-    """Weights (length,), of mean 1, of the positions of `targets` (samples, length, ...) in the mean loss.
+    """Weights (length,), with mean 1, of the positions of `targets` (samples, length, ...) in the mean loss.
 
-    first: what the first position counts for. full: as much as any other. skipped: nothing. scaled: as much as if it were no
-        further from zero, by `loss`, than the others are on average. Skipped, whatever becomes of it passes unseen, and the
-        model no longer predicts what follows a single token.
+    first: how the first position counts. full: as any other. skipped: not at all; the model then no longer predicts what follows
+        a single token, as nothing limits the error at this position. scaled: 1 / k of any other, if its targets are k > 1 times
+        as far from zero, measured by `loss`, as the others on average.
     """
     weights = torch.ones(targets.shape[1], device=targets.device)
     if first == "skipped":
@@ -82,14 +82,14 @@ def position_weights(first: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor
 def unexplained(output: Tensor, target: Tensor, variance: Tensor) -> float:
     """The share of the variance of `target` (samples, length, width) that `output` leaves unexplained, mean over channels.
 
-    The error that windows and models are reported with: `whitened`, mean over all tokens but the first of each sample.
-    variance: of the channels, as `channel_variance` gives it.
+    This is the error in reports on windows and models: the mean of `whitened` over all tokens except the first of each sample.
+    variance: of the channels, from `channel_variance`.
     """
     return whitened(output[:, FIRST:].flatten(2), target[:, FIRST:].flatten(2), variance).mean().item()
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target], (tokens,), for logits (tokens, vocabulary) and targets (tokens,), all of which count."""
+    """-log softmax(logits)[target], (tokens,), for logits (tokens, vocabulary) and targets (tokens,), none of them ignored."""
     return _Prediction.apply(logits, targets, None)
 
 
@@ -109,7 +109,7 @@ class _Prediction(torch.autograd.Function):
         """Losses in float32; the gradient is made on the way, so that no logits are kept."""
         tokens = len(logits)
         losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-        # Of the mean over tokens: softmax(logits) - wanted probabilities. It is rounded to the logits' dtype once.
+        # Gradient of the mean over tokens: (softmax(logits) - wanted probabilities) / tokens, rounded once to the logits' dtype.
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for part in parts(logits, ELEMENTS):
             found = logits[part].float().log_softmax(-1)

@@ -1,26 +1,26 @@
-"""Mask refinement: a pruned and a kept weight of a row change roles while that lowers the row's error.
+"""Mask refinement: exchanges a pruned and a kept weight of a row for as long as this lowers the row's error.
 
-With D (in,) a dense row, w = D * mask, e = w - D and the Gram matrix G = X'X (in, in), the error is e G e'. With r = e G,
-keeping the pruned weight j and dropping the kept weight i instead changes it by
+For a dense row D (in,), w = D * mask, e = w - D and the Gram matrix G = X'X (in, in), the error is e G e'. With r = e G, an
+exchange that keeps the pruned weight j and drops the kept weight i changes the error by
 
     a_j + b_i - 2 D_i D_j G_ij,    a_j = 2 D_j r_j + D_j^2 G_jj,    b_i = -2 D_i r_i + D_i^2 G_ii.
 
-Each step makes the exchange with the least change of all pairs, where it is below zero. Rows are independent. The idea is that of
-DSnoT (Zhang et al., ICLR 2024, arXiv 2310.08915), with the exact change in the place of its estimate, as in SparseSwaps.
+Each step makes the exchange with the least change of all pairs, if that is below zero. Rows are independent. The idea is that of
+DSnoT (Zhang et al., ICLR 2024, arXiv 2310.08915), with the exact change instead of an estimate, as in SparseSwaps.
 
-Few pairs have to be looked at. As |G_ij| <= t_j G_ii^(1/2) for t_j = max over i of |G_ij| / G_ii^(1/2), no exchange of j is below
+Few pairs have to be tried. As |G_ij| <= t_j G_ii^(1/2) for t_j = max over i of |G_ij| / G_ii^(1/2), the change for j is at least
 
     a_j + min over i of (b_i - 2 x |D_i| G_ii^(1/2)),    x >= |D_j| t_j,
 
-whose minimum is taken for a few x; only weights j whose bound is below the least change that is known are tried with every i.
+The minimum is computed for a few x. Only the weights j whose bound is below the least change found so far are tried with every i.
 """
 
 import torch
 from torch import Tensor
 
-FIRST = 8  # pruned weights of each row that are tried first, those with the least bounds
+FIRST = 8  # pruned weights of each row that are tried first: those with the least bounds
 LEVELS = 8  # values of x
-PAIRS = 2**22  # looked at together
+PAIRS = 2**22  # pairs tried at a time
 
 
 @torch.no_grad()
@@ -28,9 +28,9 @@ def refine(weight: Tensor, mask: Tensor, gram: Tensor, steps: int, group: int | 
     """The refined mask (out, in), with as many weights kept in every row (and group) as in `mask`.
 
     weight: dense weights D (out, in), float32 or float64; left unchanged, as is `mask`.
-    mask: (out, in), True = kept: where to start.
+    mask: the mask to start from, (out, in), True = kept.
     gram: G (in, in), symmetric; its scale changes nothing.
-    steps: exchanges in each row, at most.
+    steps: at most this many exchanges in each row.
     group: M of an N:M pattern: exchanges stay within groups of M consecutive columns; None: within the row.
     """
     rows, columns = weight.shape
@@ -52,7 +52,7 @@ def refine(weight: Tensor, mask: Tensor, gram: Tensor, steps: int, group: int | 
         unit = (reach * ~mask.view(rows, -1, m)).amax(-1, keepdim=True).div(LEVELS).clamp_min(torch.finfo(root.dtype).tiny)
         least = torch.stack([(b - 2 * level * unit * size).amin(-1) for level in range(LEVELS + 1)], -1)
         bound = a + least.gather(2, (reach / unit).ceil().clamp_max(LEVELS).long()).view(rows, columns)
-        # Of each j: the least change, of the exchange with its best i.
+        # For each j, the least change: that of the exchange with its best i.
         change, partner = torch.full_like(a, torch.inf), torch.zeros_like(mask, dtype=torch.long)
         first = bound.topk(min(FIRST, columns), dim=1, largest=False).indices
         r, j = row.repeat_interleave(first.shape[1]), first.flatten()

@@ -1,4 +1,4 @@
-"""Moments of what a matrix reads, summed up batch by batch: the statistics that criteria and exact solutions need.
+"""Moments of what a matrix reads, accumulated batch by batch: the statistics that criteria and exact solutions need.
 
 With X (tokens, in) the inputs: sums of squares; the upper triangle of the Gram matrix X'X; mean and variance over tokens.
 """
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-_PART = 2**17  # elements that are squared at once
+_PART = 2**17  # elements that are squared at a time
 _SPLIT = 256  # columns up to which a Gram matrix is formed in one product
-_ELSEWHERE = 2**26  # elements at once where memory is not that of a CPU
+_ELSEWHERE = 2**26  # elements at a time on devices other than a CPU
 
 
 def parts(matrix: Tensor, elements: int) -> list[slice]:
-    """Slices that divide the rows of `matrix` (rows, columns), of about `elements` each on a CPU, to stay in its cache."""
+    """Slices that divide the rows of `matrix` (rows, columns); on a CPU, about `elements` elements each, to fit its cache."""
     rows = max(1, (elements if matrix.device.type == "cpu" else _ELSEWHERE) // matrix.shape[1])
     return [slice(start, start + rows) for start in range(0, len(matrix), rows)]
 
@@ -25,9 +25,9 @@ def add_squares(total: Tensor, x: Tensor) -> None:
 
 
 def add_moments(total: Tensor, seen: int, x: Tensor) -> None:
-    """Updates `total` (2, in), mean and variance of `seen` tokens, in place with the tokens of x (tokens, in).
+    """Adds the tokens of x (tokens, in) to `total` (2, in), the mean and variance of `seen` earlier tokens, in place.
 
-    Means are subtracted before squaring, so that a large mean costs no digits of a small variance (Chan, Golub & LeVeque 1979).
+    Means are subtracted before squaring, so that a large mean costs a small variance no digits (Chan, Golub & LeVeque 1979).
     """
     share = len(x) / (seen + len(x))
     mean = x.mean(0)
@@ -40,7 +40,7 @@ def add_moments(total: Tensor, seen: int, x: Tensor) -> None:
 def add_gram(total: Tensor, x: Tensor) -> None:
     """Adds X'X to `total` (in, in) in place, for x (tokens, in); below the diagonal it is incomplete: see `mirrored`.
 
-    By symmetry one of the four quarters is left out; the two on the diagonal are formed in the same way.
+    As X'X is symmetric, one of its four quarters is left out. The two on the diagonal are formed in the same way, recursively.
     """
     if x.shape[1] <= _SPLIT:
         total.addmm_(x.T, x)

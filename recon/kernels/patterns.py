@@ -52,7 +52,7 @@ def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
     scope: what an unstructured pattern compares within: each "row" gets round(sparsity * in) zeros, or the "matrix" gets
         round(sparsity * out * in). An N:M pattern always compares within its groups of M.
 
-    The number of zeros is exact, whatever the ties: of equal scores the earlier position goes first, as in a stable sort.
+    The number of zeros is exact, whatever the ties: of equal scores, the one at the earlier position is dropped first.
     Raises `ReconError` for NaN scores.
     """
     groups = scores.reshape(-1, pattern.m or (scores.shape[1] if scope == "row" else scores.numel()))
@@ -60,7 +60,7 @@ def keep_mask(scores: Tensor, pattern: Pattern, scope: str) -> Tensor:
 
 
 def keep_all_but(scores: Tensor, zeros: int) -> Tensor:
-    """The mask (groups, size), True = kept, that drops exactly the `zeros` smallest in each row of `scores`, none of them NaN."""
+    """The mask (groups, size), True = kept, that drops exactly the `zeros` smallest of each row of `scores`. Raises for NaN."""
     if scores.isnan().any():
         raise ReconError(f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN; scores must be numbers")
     if zeros == 0:
@@ -69,16 +69,16 @@ def keep_all_but(scores: Tensor, zeros: int) -> Tensor:
     dropped = scores < threshold
     tied = scores == threshold
     places = zeros - dropped.sum(1, keepdim=True)
-    # In int32, as int64 would double the largest buffer: the scope "matrix" has whole matrices as rows here.
+    # In int32, as int64 would double the largest buffer: with scope "matrix", a row here is a whole matrix.
     dropped |= tied & (tied.cumsum(1, dtype=torch.int32) <= places)
     return ~dropped
 
 
 def found_pattern(masks: Collection[Tensor]) -> Pattern:
-    """The pattern of a model's masks (out, in): N:M where all keep at most N of every M consecutive inputs, and their number of
-    zeros fits, M the smallest power of two up to 32; else their overall sparsity, to four digits.
+    """The pattern of a model's masks (out, in). N:M, with the smallest M of 2, 4, ... 32, if all masks keep at most N of every M
+    consecutive inputs and about N / M in total; else their overall sparsity, to four digits.
 
-    Matrices without zeros are ignored. `masks` may make each mask when it is iterated over, which happens several times.
+    Matrices without zeros are ignored. `masks` is iterated over several times; it may compute each mask on the way.
     """
     counts = [(int(mask.sum()), mask.numel()) for mask in masks if not mask.all()]
     if not counts:
@@ -86,7 +86,7 @@ def found_pattern(masks: Collection[Tensor]) -> Pattern:
     share = sum(kept for kept, _ in counts) / sum(size for _, size in counts)
     for m in (2, 4, 8, 16, 32):
         n = round(share * m)
-        # A few more may be zero, such as weights that half precision rounded to it.
+        # A few more may be zero, such as weights that half precision rounded to zero.
         if 0 < n < m and abs(share - n / m) < 0.005:
             if all(mask.all() or mask.shape[1] % m == 0 and mask.reshape(-1, m).sum(1).max() <= n for mask in masks):
                 return Pattern(1 - n / m, n, m)

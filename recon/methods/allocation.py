@@ -1,4 +1,4 @@
-"""How sparse each block is to be, from one pass over the dense model; the mathematics: `recon.kernels.allocation`."""
+"""Chooses how sparse each block is to be, from one pass over the dense model; formulas: `recon.kernels.allocation`."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from recon.methods.statistics import gather
 from recon.model.decoder import Decoder
 from recon.runtime.execution import Execution
 
-# See `allocate`. Losses are not of the first few dozen tokens alone, which have little to attend to.
+# See `allocate`. More than the first few dozen tokens are measured, as these have little to attend to.
 NORMS, PROBES, LENGTH, EVERY = 2048, 2, 128, 2
 
 
@@ -23,12 +23,12 @@ NORMS, PROBES, LENGTH, EVERY = 2048, 2, 128, 2
 def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution: Execution) -> list[Pattern]:
     """The pattern of each block, by `config.allocation`; see `recon.kernels.allocation`. The model stays as it is.
 
-    Where losses are measured, one block alone is pruned, as far as any may be (`spread`), by Wanda whatever the criterion, as
-    that costs little. The loss is the divergence of the model's predictions from the dense model's. It is measured at every
-    `EVERY`th of the first `LENGTH` tokens of each of the last `PROBES` samples; the norms are of the `NORMS` tokens before these,
-    or of one sample if that is more.
+    With allocation "measured", each block in turn is pruned alone, to the highest sparsity that a block may get (`spread`), by
+    Wanda whatever the criterion, as Wanda is cheap. Its loss is the KL divergence of the predictions from the dense model's, at
+    every `EVERY`th of the first `LENGTH` tokens of each of the last `PROBES` samples. Wanda's norms are over about `NORMS` tokens
+    of the samples before these, or over one sample if that is longer.
 
-    samples: calibration tokens (samples, length); at least two where losses are measured.
+    samples: calibration tokens (samples, length); at least two with allocation "measured".
     """
     sparsity, measured = Pattern.parse(config.pattern).sparsity, config.allocation == "measured"
     probed = min(PROBES, len(samples) - 1) if measured else 0
@@ -37,7 +37,7 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
     if noted := execution.storage.finished("allocate"):
         return [Pattern(each) for each in noted[0]]
     stream, bar = execution.embed(decoder, samples), {"unit": "block", "disable": not execution.progress}
-    # states: of the probes, behind the current block: in the dense model, and where an earlier block alone is pruned
+    # states: of the probes, after the current block: in the dense model, then with each earlier block pruned alone
     sizes, medians, states = [], [], execution.embed(decoder, probes) if measured else None
     for window in tqdm(decoder.windows("block"), f"allocate ({config.allocation})", **bar):
         matrices, run = decoder.matrices(window), partial(execution.run, partial(decoder.forward, window))
@@ -64,8 +64,8 @@ def allocate(decoder: Decoder, samples: Tensor, config: PruningConfig, execution
 
 
 def _divergences(decoder: Decoder, tokens: Tensor, states: Tensor, execution: Execution) -> list[float]:
-    """KL(dense || other) of predictions, mean over every `EVERY`th of `tokens` (probes, length), of each model: `states`
-    (models * probes, length, hidden) are those of the dense model, and then of the others."""
+    """KL(dense || other) of the predictions of each other model, mean over every `EVERY`th of `tokens` (probes, length).
+    states: outputs of the last block, (models * probes, length, hidden): first the dense model's, then the others'."""
     tokens, states = (decoder.predicted(each).to(execution.device) for each in (tokens, states))
     tokens, states = (each[:, min(EVERY, each.shape[1]) - 1 :: EVERY] for each in (tokens, states))
     with execution.autocast(), execution.holding_ends(decoder):

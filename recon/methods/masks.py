@@ -1,4 +1,4 @@
-"""Keep-masks by matrix name, bool (out, in), True = survives: checked, saved and loaded, or those of a model pruned elsewhere."""
+"""Keep-masks by matrix name, bool (out, in), True = survives: checks, saving, loading, and masks of models pruned elsewhere."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +18,13 @@ from recon.runtime.execution import Execution
 from recon.runtime.storage import write_safetensors
 from recon.runtime.weights import Weights
 
-LEAST = 0.01  # share of zeros in the matrices from which a model counts as pruned: dense ones have a few of their own
+LEAST = 0.01  # a model counts as pruned from this share of zeros in its matrices: dense models have a few zeros, too
 
 
 @torch.no_grad()
 def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """`masks`, checked; if None, the masks that keep every weight of `student` that is not zero."""
-    if student.lazy:  # whose masks are of its own run
+    """`masks`, checked, and applied to `student`; if None, masks that keep its nonzero weights. Raises `ReconError`."""
+    if student.lazy:  # its masks come from its own run
         return masks
     weights = {name: matrix.weight for name, matrix in student.matrices().items()}
     if masks is None:
@@ -41,7 +41,7 @@ def keep_masks(student: Decoder, masks: dict[str, Tensor] | None) -> dict[str, T
 
 
 def check_shapes(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raises `ReconError` naming a tensor that `found` lacks, or that has another shape there than in `expected`."""
+    """Raises `ReconError` naming a tensor of `expected` that `found` lacks, or has in another shape."""
     for name, tensor in expected.items():
         if name not in found:
             raise ReconError(f"{what} {name!r} is missing; it must be of shape {tuple(tensor.shape)}")
@@ -50,19 +50,19 @@ def check_shapes(what: str, found: dict[str, Tensor], expected: dict[str, Tensor
 
 
 def check_apart(model: nn.Module, dense: nn.Module) -> None:
-    """Raises `ReconError` naming a parameter that `dense`, which is to stay as it is, shares with `model`, which is changed."""
+    """Raises `ReconError` naming a parameter that both share: `model` is changed, and `dense` has to stay as it is."""
     own = {*model.parameters()}
     if shared := next((name for name, parameter in dense.named_parameters() if parameter in own), None):
         raise ReconError(f"model and dense share parameters, such as {shared!r}; give a copy of the dense model (copy.deepcopy)")
 
 
 def save_masks(masks: dict[str, Tensor], path: Path | str) -> None:
-    """Writes `masks` to a safetensors file, which appears when it is complete."""
+    """Writes `masks` to the safetensors file `path`, which appears only when it is complete."""
     write_safetensors(Path(path), masks)
 
 
 def load_masks(path: Path | str) -> dict[str, Tensor]:
-    """The masks in a file that `save_masks` wrote. Raises `ReconError` naming a file that holds none."""
+    """The masks in a file that `save_masks` wrote. Raises `ReconError` naming a file that cannot be read or has other tensors."""
     try:
         masks = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -77,8 +77,8 @@ def load_masks(path: Path | str) -> dict[str, Tensor]:
 
 
 def check_pruned(dense: Decoder, pruned: Weights) -> None:
-    """Reads all of `pruned` once, and raises `ReconError` for a parameter that only one of the models has, or that is of another
-    shape, NaN or infinite; and for matrices of which less than a share `LEAST` is zero, or all."""
+    """Reads all of `pruned` once. Raises `ReconError` for a parameter that only one of the models has, that has another shape, or
+    that has NaN or infinite values; and if less than the share `LEAST` of all weights in matrices is zero, or all are."""
     zeros, sizes, holders = 0, 0, {matrix.parameter_name for matrix in dense.matrices().values()}
     for name, value in _read(dense.model, pruned):
         if name in holders:
@@ -87,7 +87,7 @@ def check_pruned(dense: Decoder, pruned: Weights) -> None:
 
 
 def check_zeros(what: str, zeros: int, sizes: int) -> None:
-    """Raises `ReconError` if so many zeros among as many weights in matrices are too few to be a mask, or all."""
+    """Raises `ReconError` if `zeros`, of `sizes` weights in matrices, are too few to come from pruning, or all."""
     if not LEAST * sizes <= zeros < sizes:
         said = f"a mask is read from zeros: at least {LEAST:.0%}, and not all"
         raise ReconError(f"{what}: {zeros / sizes:.2%} of its matrices is zero; {said}")
@@ -95,10 +95,10 @@ def check_zeros(what: str, zeros: int, sizes: int) -> None:
 
 @torch.no_grad()
 def take_over(decoder: Decoder, pruned: Weights, execution: Execution) -> Pruning:
-    """Gives a copy of the dense model the weights of `pruned` in place; its mask is wherever those are zero.
+    """Copies the weights of `pruned` to `decoder`, a copy of the dense model, in place; the masks drop those that are zero.
 
-    All parameters are taken over: what made the mask may have changed others (SparseGPT updates what survives), and what was
-    trained since, any. A model on disk has been made of `pruned` already; its mask is read block by block.
+    All parameters are copied: pruning may have changed weights that survive (as SparseGPT does), and training since then any
+    parameter. A `decoder` on disk already has the weights of `pruned`; only its masks are read, block by block.
     """
     if not decoder.lazy:
         for name, value in _read(decoder.model, pruned):
@@ -117,7 +117,7 @@ def take_over(decoder: Decoder, pruned: Weights, execution: Execution) -> Prunin
 
 
 def _read(model: nn.Module, pruned: Weights) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of `model` by full name, with their values in `pruned`, float32, checked one by one; see `take_over`."""
+    """Yields each parameter of `model` by full name, with its value in `pruned`, float32, after checks; see `check_pruned`."""
     names = tied(model)
     if surplus := pruned.surplus or sorted(pruned.names - {other for group in names.values() for other in group}):
         raise ReconError(f"pruned model: it has {surplus[0]!r}, which the dense one does not ({len(surplus)} such)")

@@ -1,4 +1,4 @@
-"""What windows read, and what they are to match: the activations of all samples, moved on from window to window.
+"""Inputs and targets of windows: the activations of all samples, carried on from window to window.
 
 | propagation | inputs X                        | targets Y                                        |
 |-------------|---------------------------------|--------------------------------------------------|
@@ -7,7 +7,7 @@
 | mixed       | the reconstructed model's       | the dense model's                                |
 
 A stream holds the activations of all samples at one place of a model, (samples, length, width): calibration samples first, then
-held-out ones. Of each model one stream is kept: the one that the next window starts from.
+held-out ones. For each model one stream is kept: the one that the next window starts from.
 """
 
 from dataclasses import dataclass, field, replace
@@ -27,19 +27,19 @@ Task = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 @dataclass
 class Streams:
-    """The streams of the dense model and of the one that is being reconstructed."""
+    """The streams of the dense model (teacher) and of the model that is being reconstructed (student)."""
 
     teacher: Decoder
     student: Decoder
     execution: Execution
-    count: int  # calibration samples; all later ones are held out, no batch mixes them, and statistics leave them out
-    statistics: str  # of what matrices read; see `recon.methods.statistics.gather`
+    count: int  # number of calibration samples; later ones are held out: in batches of their own, and not in statistics
+    statistics: str  # which ones, of what matrices read; see `recon.methods.statistics.gather`
     dense: Tensor | None = None
     sparse: Tensor | None = None
-    _runs: dict[tuple, tuple] = field(default_factory=dict)  # of the dense model, through the current block
+    _runs: dict[tuple, tuple] = field(default_factory=dict)  # of the dense model, in the current block; see `_dense_run`
 
     def task(self, propagation: str, f: Window) -> Task:
-        """Inputs, targets and statistics by `propagation`."""
+        """Inputs and targets of `f` under `propagation`, and statistics of what its matrices read."""
         if propagation == "dense":
             X = self._dense_run(f)[2][f.matrices[0]] if f.matrices else self.dense
             return X, *self._dense_outputs(f)
@@ -49,16 +49,16 @@ class Streams:
             return X, Y, statistics
         Y, statistics = self._dense_outputs(f)
         if f.parallel and f.half == "mlp":
-            # Both halves of a block read its input, so the MLP is to make up for what attention, which is fitted by then, leaves:
-            # its target is the dense block's output without what the reconstructed attention adds.
+            # Both halves of the block read its input. Attention is fitted by now, and the MLP is to compensate for its error: the
+            # MLP's target is the dense block's output minus what the reconstructed attention adds.
             block, attention = Window(f.blocks), replace(f, half="attention")
             whole = self.execution.forward(self.teacher, block, self.dense, self.count)
-            self._runs[block.blocks, block.half] = whole, {}, {}  # where the dense stream moves on to
+            self._runs[block.blocks, block.half] = whole, {}, {}  # the dense stream moves on to it in `advance`
             Y = self.execution.forward(self.student, attention, X, self.count).sub_(X).neg_().add_(whole)
         return X, Y, statistics
 
     def begin(self, propagation: str, tokens: Tensor, stored: dict[str, Tensor]) -> None:
-        """Goes on from `stored` streams; if there are none, embeds `tokens` (samples, length)."""
+        """Sets the streams to those `stored`; if there are none, embeds `tokens` (samples, length)."""
         if stored:
             self.dense, self.sparse = stored.get("dense"), stored.get("sparse")
             return
@@ -98,7 +98,7 @@ class Streams:
         return Y, {name: statistics[name] for name in self.teacher.matrices(f) if name in statistics}
 
     def _dense_run(self, f: Window) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The dense model's run through `f`, or through its block, which serves all windows of matrices in it; see `gather`."""
+        """The dense model's run through `f`, or, for matrices, through their block, once for all its windows; see `gather`."""
         whole = Window(f.blocks) if f.matrices else f
         key = whole.blocks, whole.half
         if key not in self._runs:

@@ -30,8 +30,8 @@ class Pruning:
     """What a pruning pass made."""
 
     masks: MutableMapping[str, Tensor]  # by matrix name, bool (out, in), True = kept
-    under_calibrated: list[str] = field(default_factory=list)  # experts pruned by magnitude, as few tokens were sent to them
-    seconds: float = 0.0  # spent on masks, and on giving each block its sparsity; without gathering the criterion's statistics
+    under_calibrated: list[str] = field(default_factory=list)  # experts pruned by magnitude, as too few tokens reached them
+    seconds: float = 0.0  # spent on masks, allocation and weighting, but not on gathering statistics for the criterion
 
 
 @torch.no_grad()
@@ -43,14 +43,14 @@ def prune(
     seed: int = 0,
     execution: Execution | None = None,
 ) -> Pruning:
-    """Prunes the matrices of every block of `model` in place, block by block; embeddings and output head are left alone.
+    """Prunes the matrices of every block of `model` in place, block by block; embeddings and output head stay unchanged.
 
-    samples: calibration tokens (samples, length), or batches of them (see `recon.methods.samples`); needed by criteria that weigh
-        activations.
-    execution: where and in what precision to compute; default: where the model is. It stays there, but for the current block.
+    samples: calibration tokens (samples, length), or batches of them (see `recon.methods.samples`); needed by criteria and by
+        options that use activations (`config.reads`).
+    execution: where and in what precision to compute; default: where the model is. Only the current block is copied elsewhere.
 
     Raises `ReconError` for a pattern that does not divide a matrix, missing or too long samples, NaN in weights or activations,
-    neurons that are to be reordered, and a model without heads and neurons that could be removed.
+    `config.reorder_neurons`, and a model in which heads and neurons are to be removed but not found.
     """
     check_kind("config", config, PruningConfig)
     decoder = decompose(model)
@@ -73,10 +73,10 @@ def prune(
 
 
 class Pruner:
-    """Prunes one window after another, by statistics of what its matrices read; see `recon.methods.statistics.gather`."""
+    """Prunes one window after another, from statistics of what its matrices read; see `recon.methods.statistics.gather`."""
 
     def __init__(self, decoder: Decoder, config: PruningConfig, seed: int, execution: Execution):
-        if config.reorder_neurons:  # which changes the dense model as well
+        if config.reorder_neurons:  # reordering changes the dense model as well
             raise ReconError("reorder_neurons is True; call recon.methods.reorder.reorder_neurons on the dense model instead")
         self.decoder, self.config, self.seed, self.execution = decoder, config, seed, execution
         self.criterion, self.pattern = CRITERIA[config.criterion], Pattern.parse(config.pattern)
@@ -84,19 +84,19 @@ class Pruner:
         self.weights: dict[str, Tensor] = {}  # of rows, by matrix name; see `recon.methods.weighting`
         usual = self.criterion.scope if config.weighting == "none" else "matrix"
         self.scope = usual if config.scope == "auto" else config.scope
-        # The options of a criterion are named after it.
+        # The names of a criterion's options begin with its own name.
         own = f"{config.criterion}_"
         self.options = {f.name.removeprefix(own): getattr(config, f.name) for f in fields(config) if f.name.startswith(own)}
         for name, matrix in decoder.matrices().items():
             self.pattern.check_columns(name, matrix.weight.shape[1])
-        if execution.storage.folder is None:  # else a run that was killed may have pruned some already
+        if execution.storage.folder is None:  # else a killed run may have left some masks there
             execution.storage.masks = {}
-        self.noted = list(execution.storage.finished("prune"))  # of each window
-        self.before = len(self.noted)  # windows that were pruned before a run was killed
-        self.seconds = 0.0  # spent on the sparsity of blocks and the weights of rows
+        self.noted = list(execution.storage.finished("prune"))  # what was noted of each pruned window
+        self.before = len(self.noted)  # windows that a killed run had pruned
+        self.seconds = 0.0  # spent on allocation and weighting
 
     def prepare(self, samples: Tensor | None) -> None:
-        """By calibration `samples`, gives each block its own sparsity, and rows their weights, if these are to differ."""
+        """Computes the pattern of each block and the weights of rows from calibration `samples`, if the config asks for them."""
         began = time.perf_counter()
         if self.config.weighting == "fisher":
             self.weights = row_weights(self.decoder, samples, self.seed, self.execution)
@@ -107,7 +107,7 @@ class Pruner:
 
     @torch.no_grad()
     def prune(self, window: Window, statistics: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        """Prunes `window`, whose weights are in memory: a visit of `recon.methods.statistics.over_blocks`."""
+        """Prunes `window`, whose weights are in memory. Takes and returns what `visit` of `over_blocks` does."""
         changed, under_calibrated, began = {}, [], time.perf_counter()
         with self.execution.holding(self.decoder, window, trained=self.decoder.weights(window)):
             for name, matrix in self.decoder.matrices(window).items():
@@ -121,7 +121,7 @@ class Pruner:
         return {"under_calibrated": under_calibrated, "seconds": time.perf_counter() - began}, changed
 
     def visit(self, window: Window, statistics: dict[str, Tensor]) -> None:
-        """Prunes `window`, unless a run that was killed has done so already."""
+        """Prunes `window`, unless a killed run has done so already, and stores what was noted."""
         storage = self.execution.storage
         if any(name not in storage.masks for name in self.decoder.matrices(window)):
             noted, changed = self.prune(window, statistics)
@@ -129,7 +129,7 @@ class Pruner:
             storage.finish("prune", noted, tensors=changed)
 
     def summed_up(self) -> Pruning:
-        """What was noted window by window."""
+        """The result of all windows, from what was noted of each; warns of under-calibrated experts."""
         masks, notes = self.execution.storage.masks, self.noted
         under_calibrated = [name for noted in notes for name in noted["under_calibrated"]]
         if under_calibrated:
@@ -139,15 +139,15 @@ class Pruner:
         return Pruning(masks, under_calibrated=under_calibrated, seconds=seconds)
 
     def pruned(self, matrix: Matrix, statistics: Mapping[str, Tensor], pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """The matrix's new weight and mask; by magnitude, where the criterion has no statistics of it.
+        """The matrix's new weight and mask, (out, in); made by magnitude if the statistics for it are missing.
 
-        statistics: what the criterion asks for, or Gram matrices, by matrix name.
+        statistics: those that the criterion asks for, or Gram matrices, by matrix name.
         """
         own = found = statistics.get(matrix.name)
         criterion, options = self.criterion, self.options
         if self.config.gathers != "none" and found is None:
             criterion, options = CRITERIA["magnitude"], {}
-        elif criterion.statistics == "norm" and found.ndim == 2:  # a Gram matrix tells norms
+        elif criterion.statistics == "norm" and found.ndim == 2:  # norms are read from the Gram matrix
             own = found.diagonal().sqrt()
         weight, random = matrix.weight.float(), generator(self.seed, "criterion", matrix.name)
         rows = self.weights[matrix.name].to(weight.device)[:, None] if matrix.name in self.weights else 1.0
@@ -162,9 +162,9 @@ class Pruner:
 
 @torch.no_grad()
 def apply(decoder: Decoder, pruning: Pruning, weights: dict[str, Tensor]) -> None:
-    """Prunes a copy of the dense model in place, as `pruning` says of another; `weights`: parameters that pruning updated."""
+    """Prunes `decoder`, a copy of the dense model, in place as `pruning` did another; weights: parameters that it updated."""
     matrices = decoder.matrices()
-    parameters = {matrix.parameter_name: matrix.parameter for matrix in matrices.values()}  # one of many experts is copied once
+    parameters = {matrix.parameter_name: matrix.parameter for matrix in matrices.values()}  # each once, even if experts share it
     for name in parameters.keys() & weights.keys():
         parameters[name].copy_(weights[name])
     for name, matrix in matrices.items():

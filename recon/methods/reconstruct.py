@@ -1,10 +1,10 @@
 """Reconstruction: fits a pruned model to the dense one, one window after another.
 
-For a window f with weights theta, survivors M, inputs X and targets Y (which of them: `recon.methods.propagation`),
+For a window f with weights theta, mask M, inputs X and targets Y (chosen by propagation: `recon.methods.propagation`),
 
     min over theta  E || (f(X; M * theta) - Y) / sigma ||^2        sigma: standard deviation of each channel of Y
 
-(or another loss; the paper's is without sigma; `recon.kernels.losses`).
+(or another loss, see `recon.kernels.losses`; the paper's loss has no sigma).
 
 A Free Lunch in LLM Compression, arXiv 2510.14444, method section.
 """
@@ -37,14 +37,14 @@ from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
-TOKENS = 2**17  # that tell the variance of channels
-# What became of a window, beside `NOT_FINITE`. Rolled back: its weights are those that pruning left.
+TOKENS = 2**17  # that the variance of channels is computed from
+# The status of a window; `NOT_FINITE` is another. A window that is rolled back has the weights that pruning left.
 RECONSTRUCTED, GREW = "reconstructed", "rolled back: error grew"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowReport(Report):
-    """What became of one window. Errors: the share of its output's variance that is unexplained; see `recon.kernels.losses`."""
+    """The result for one window. Errors: the unexplained share of its targets' variance; see `recon.kernels.losses`."""
 
     name: str
     error_before: dict[str, float]  # on "held_out" samples or, if there are none, on "calibration" samples
@@ -70,12 +70,12 @@ def reconstruct(
     dense: the model before pruning, left unchanged.
     samples: calibration tokens (samples, length), or batches of them; see `recon.methods.samples`.
     masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
-    pruning: prunes as well, in the same pass: `model` is a copy of `dense`, and each window is pruned before it is fitted, by
-        statistics of what it reads in the dense model.
-    held_out: tokens (samples, length), as long as `samples`, that nothing is fitted on. A window whose error on the first
-        `recon.methods.samples.ERROR_SAMPLES` of them grows is rolled back.
+    pruning: if given, pruning is part of the same pass: `model` is a copy of `dense`, and each window is pruned before it is
+        fitted, from statistics of what it reads in the dense model.
+    held_out: tokens (samples, length), of the same length as `samples`, that nothing is fitted on. A window is rolled back if its
+        error on the first `recon.methods.samples.ERROR_SAMPLES` of them grows, unless `config.roll_back` is False.
     execution: where and in what precision to compute; default: where `dense` is.
-    callbacks: told of each window's report, and of the masks that pruning made.
+    callbacks: receive each window's report, and the masks that pruning made.
 
     Returns the reports of all windows, in the order in which they were fitted. Raises `ReconError` for models, masks, samples and
     options that do not fit together, naming what does not.
@@ -111,7 +111,7 @@ def reconstruct(
     if left := windows[len(reports) :]:
         reconstruction.streams.begin(config.propagation, tokens, execution.storage.streams("reconstruct"))
         chunks = max(config.chunks_of(window, length) for window in windows)
-        if chunks > 1:  # what blocks are called with at this length takes the embedding: later, a window is in memory, too
+        if chunks > 1:  # finds the blocks' arguments now: it loads the embedding, and later a window is in memory, too
             student.call(torch.empty(min(config.batch_size, count * chunks), length // chunks, 0, device=execution.device))
     name = f"{'prune and ' if pruner else ''}reconstruct ({config.granularity})"
     bar = tqdm(desc=name, unit="window", disable=not execution.progress, initial=len(reports), total=len(windows))
@@ -136,7 +136,7 @@ def reconstruct(
 
 
 def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window]) -> Iterator[WindowReport]:
-    """The loop over windows: inputs and targets by propagation, its mask, a start, a fit, and on to the next."""
+    """The loop over windows. For each: inputs and targets by propagation, a mask, a start, a fit; then on to the next."""
     student, streams, pruner = reconstruction.student, reconstruction.streams, reconstruction.pruner
     for f in windows:
         began = time.perf_counter()
@@ -151,25 +151,25 @@ def one_after_another(reconstruction: "Reconstruction", windows: Sequence[Window
 
 @dataclass
 class Reconstruction:
-    """What a loop over windows is made of: `streams.task`, `fit`, `streams.advance` and `finish`, for one window after another.
+    """The steps of a loop over windows: for each window `streams.task`, `fit`, `streams.advance` and `finish`, in this order.
 
-    Another loop than `one_after_another` may be given as `execution.loop`. Under dense propagation windows do not depend on one
-    another: given the dense stream at the start of a block, its windows can be fitted anywhere, by a `Reconstruction` of its own
-    whose `streams.dense` is set to it; `finish` takes what came of it, in the order of the windows.
+    `execution.loop` replaces the loop `one_after_another`. Under dense propagation, windows do not depend on one another, so each
+    can be fitted anywhere, by another `Reconstruction` whose `streams.dense` is set to the dense stream that this window starts
+    from. `finish` then takes the results, in the order of the windows.
     """
 
-    teacher: Decoder  # the dense model, which stays as it is
+    teacher: Decoder  # the dense model, which stays unchanged
     student: Decoder  # the pruned one, whose parameters change in place
     masks: dict[str, Tensor]  # keep-masks M by matrix name, bool (out, in)
     config: ReconstructionConfig
-    count: int  # calibration samples; later ones are held out
+    count: int  # number of calibration samples; later ones are held out
     seed: int
     execution: Execution
-    pruner: Pruner | None = None  # prunes each window before it is fitted; None: all are pruned
+    pruner: Pruner | None = None  # prunes each window before it is fitted; None: all are pruned already
 
     def __post_init__(self):
         self.exact = "exact" in (self.config.solver, self.config.start)
-        # Matrices' Gram matrices are of what the student reads.
+        # For these windows, `_solve_exactly` forms Gram matrices itself, from what the student reads.
         own = self.config.granularity == "matrix" and self.config.propagation != "dense"
         statistics = "gram" if self.exact and not own else self.pruner.config.gathers if self.pruner else "none"
         self.streams = Streams(self.teacher, self.student, self.execution, self.count, statistics)
@@ -177,7 +177,7 @@ class Reconstruction:
     def fit(self, f: Window, X: Tensor, Y: Tensor, statistics: dict[str, Tensor]) -> WindowReport:
         """Fits one window, measures its error before and after, and rolls it back if the error grew or became non-finite.
 
-        statistics: of what its matrices read, by matrix name; Gram matrices if they are solved exactly.
+        statistics: of what its matrices read, by matrix name; Gram matrices if the window is solved exactly.
         """
         config, theta = self.config, self.student.trained(f, self.config.train)
         variance = channel_variance(Y[: min(-(-TOKENS // Y.shape[1]), self.count)])  # sigma^2
@@ -189,7 +189,7 @@ class Reconstruction:
             count, losses = self._descend(f, X, Y, variance, theta)
             batch = min(self.execution.micro_batch or config.batch_size, config.batch_size)
         after = self._error(f, X, Y, variance)
-        # Only held-out text shows the harm of too high a learning rate.
+        # Only held-out samples show that the learning rate is too high.
         grew = config.roll_back and "held_out" in after and after["held_out"] > before["held_out"]
         fine = settle(f"window {f.name!r}", theta, pruned, [*losses, *after.values()], keep=not grew)
         status = GREW if fine and grew else RECONSTRUCTED if fine else NOT_FINITE
@@ -199,7 +199,7 @@ class Reconstruction:
     def finish(
         self, f: Window, report: WindowReport, seconds: float, streams: dict[str, Tensor | None] | None = None
     ) -> WindowReport:
-        """Notes that `f`, whose weights are in memory, is finished; `streams`: what the next starts from, if not the current."""
+        """Stores the finished `f`, whose weights are in memory; streams: what the next window starts from, if not the current."""
         noted = asdict(report) | {"seconds": seconds}
         tensors = {name: parameter.detach() for name, parameter in self.student.parameters(f).items()}
         streams = streams or {"dense": self.streams.dense, "sparse": self.streams.sparse}
@@ -227,28 +227,28 @@ class Reconstruction:
                 cross, rows = dense[name].weight.to(gram) @ gram, len(mask)
                 bias, dense_bias = (getattr(m.module, "bias", None) for m in (matrix, dense[name]))
                 if f.matrices and self.config.propagation == "mixed":
-                    # Targets are not the dense matrix's answer to these inputs, so their product is formed from both.
+                    # Targets are not the dense matrix's outputs for these inputs, so the cross product is formed from both.
                     cross = self._mean_product(Y[..., column : column + rows], X)
                     if bias is not None:
                         cross -= torch.outer(bias, X[: self.count].mean((0, 1), dtype=torch.float32).to(bias.device))
                 elif bias is not None:
-                    # Weights alone are fitted, to the dense matrix's product: a bias that pruning put there would come on top.
+                    # Only weights are fitted, to the dense product. A bias that pruning changed is set back to the dense one.
                     bias.copy_(torch.zeros_like(bias) if dense_bias is None else dense_bias)
                 matrix.weight.copy_(masked_least_squares(matrix.weight, mask, gram, cross, self.config.exact_iterations))
                 column += rows
 
     def _mean_product(self, left: Tensor, right: Tensor) -> Tensor:
-        """`mean_product` over the calibration samples of two streams, one at a time on the compute device."""
+        """`mean_product` of the calibration samples of two streams, one sample at a time on the compute device."""
         return mean_product(self.execution.batches([left, right], [range(i, i + 1) for i in range(self.count)]))
 
     def _descend(
         self, f: Window, X: Tensor, Y: Tensor, variance: Tensor, theta: dict[str, nn.Parameter]
     ) -> tuple[int, list[float]]:
-        """Trains the window by gradient descent on calibration samples; returns how many elements, and the loss of each step."""
+        """Trains the window by gradient descent on calibration samples; returns how many elements, and each step's loss."""
         config, count, length, distance = self.config, self.count, X.shape[1], LOSSES[self.config.loss]
         weights = position_weights(config.first_position, distance, Y[:count], variance)
         data = [X[:count], Y[:count], weights.expand(count, -1)]
-        chunks = config.chunks_of(f, length)  # more steps at the same work, where tokens are not mixed
+        chunks = config.chunks_of(f, length)  # if tokens are not mixed: more steps for the same work
         data = [each.unflatten(1, (chunks, -1)).flatten(0, 1) for each in data]
         variance = variance.to(self.execution.device)
 
@@ -264,7 +264,7 @@ class Reconstruction:
 
     @contextlib.contextmanager
     def _trained(self, f: Window, theta: dict[str, nn.Parameter]) -> Iterator[list[Trained]]:
-        """Context in which what gradient descent trains of a window, theta or adapters, is on the compute device."""
+        """Context that yields what gradient descent trains in window `f`, theta or adapters, on the compute device."""
         config, matrices, device = self.config, self.student.matrices(f), self.execution.device
         with self.execution.holding(self.student, f, theta.values()):
             if config.adapter != "none":
@@ -272,8 +272,8 @@ class Reconstruction:
                 with adapted([*matrices.values()], self.masks, config.adapter, config.rank, draw) as low_rank:
                     yield low_rank
                 return
-            # Experts' slices of one parameter that are multiplied one by one: each is a parameter of its own, in the same
-            # memory, as the gradient of the parameter that holds them all would be made anew, in full, for every expert.
+            # Experts that share a parameter but are multiplied one by one: each becomes a parameter of its own, in the same
+            # memory. Otherwise every expert would create a full gradient of the shared parameter.
             alone = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None and matrix.alone}
             leaves = {name: nn.Parameter(matrix.part_of(matrix.parameter).detach()) for name, matrix in alone.items()}
             held = {matrix.parameter_name for matrix in alone.values()}

@@ -1,14 +1,14 @@
-"""The order of MLP neurons under an N:M pattern: those that are needed most are spread over the groups of M.
+"""The order of MLP neurons under an N:M pattern: the most important neurons are spread over the groups of M.
 
-The rows that make a neuron and the column that reads it move together, so the model computes the same function. With scores S
-(rows, neurons) of the reading matrix, the order is improved place by place: of each group the neuron at one place is taken out,
-and those are given to the groups anew. If b_rg is the N-th largest score of row r among the M - 1 others of group g, neuron i
-adds to what group g keeps
+The rows that compute a neuron and the column that reads it move together, so the model computes the same function. S (rows,
+neurons) are the scores of the matrix that reads neurons. The order is improved place by place: the neuron at this place is taken
+out of every group, and these neurons are assigned to the groups again. If b_rg is the N-th largest score of row r among the other
+M - 1 neurons of group g, then neuron i increases the sum of the scores that group g keeps by
 
     sum_r max(S_ri, b_rg) - b_rg,
 
-so the best way is a linear assignment. Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language
-Models" (ICLR 2024), channel permutation; scores are Wanda's.
+so the best assignment is a linear assignment problem. Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for
+Large Language Models" (ICLR 2024), channel permutation; scores are Wanda's.
 """
 
 import torch
@@ -25,12 +25,12 @@ from recon.model.modules import distance, probe_tokens, tolerance
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 
-ROWS = 512  # of more rows, as many at equal distances tell enough
-TOKENS = 2048  # that norms are of; with four times as many a pattern drops 1 % less, in more than twice the time
+ROWS = 512  # at most this many rows are used, at equal distances: they tell enough
+TOKENS = 2048  # that norms are computed from; with four times as many, a pattern drops 1 % less, and it takes over twice as long
 
 
 def better_order(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The order (neurons,) of the columns of `scores` (rows, neurons), higher = kept, in which an N:M `pattern` keeps more."""
+    """An order (neurons,) of the columns of `scores` (rows, neurons) in which an N:M `pattern` keeps a larger sum of scores."""
     scores = scores[:: -(-len(scores) // ROWS)].T.contiguous()  # (neurons, rows)
     groups = torch.arange(len(scores), device=scores.device).view(-1, pattern.m)
     for place in range(pattern.m):
@@ -46,7 +46,7 @@ def better_order(scores: Tensor, pattern: Pattern) -> Tensor:
 def reorder_neurons(decoder: Decoder, samples: Tensor, pattern: Pattern, execution: Execution) -> None:
     """Reorders the neurons of each MLP half of a dense model in place, by the first `TOKENS` of `samples` (samples, length).
 
-    Raises `ReconError` as `find_units`, for neurons that do not divide into groups, and if logits are not the same.
+    Raises `ReconError` as `find_units`, for neurons that do not divide into groups, and if the logits change.
     """
     halves = {half.window.blocks: half for half in find_units(decoder) if half.window.half == "mlp"}
     for half in halves.values():

@@ -1,4 +1,4 @@
-"""Retraining: changes the whole model's weights, on labels or against the dense model's predictions, without losing a zero."""
+"""Retraining: trains the whole model on labels or on the dense model's predictions; pruned weights stay zero."""
 
 import contextlib
 import time
@@ -38,15 +38,15 @@ def retrain(
     execution: Execution | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Report:
-    """Trains `model` in place on `samples`; weights that `masks` drop are exact zeros afterwards. What diverges is rolled back.
+    """Trains `model` in place on `samples`; what `masks` drop is exactly zero afterwards. Non-finite results are rolled back.
 
-    model: the pruned model, or its `Decoder`, in float32; all of it is on the compute device meanwhile.
+    model: the pruned model, or its `Decoder`, in float32; all of it is on the compute device during training.
     samples: tokens (samples, length), or batches of them; see `recon.methods.samples`.
     masks: keep-masks by matrix name, bool (out, in); default: wherever `model` is not zero.
-    dense: the model to learn from, for objective distil.
-    callbacks: told of each step, and when LoRA is merged.
+    dense: the model to learn from, for objective "distil".
+    callbacks: called after each step, and when LoRA is merged.
 
-    Raises `ReconError` for what does not fit together, naming it.
+    Raises `ReconError` for models, masks, samples and options that do not fit together, naming what does not.
     """
     check_kind("config", config, RetrainingConfig)
     method, name = config.retrain, f"retrain ({config.retrain}, {config.retrain_objective})"
@@ -96,7 +96,7 @@ def retrain(
 
 
 def _loss(student: Decoder, teacher: Decoder | None, execution: Execution, checkpointing: bool, tokens: Tensor) -> Tensor:
-    """Mean over predicted tokens, in nats; tokens (batch, length)."""
+    """Mean loss over predicted tokens, in nats, (); tokens: (batch, length); teacher: None for labels."""
     again = partial(checkpoint, use_reentrant=False)
     blocks = student.blocks if checkpointing else ()
     with execution.autocast(), replaced({block: partial(again, block.forward) for block in blocks}):

@@ -1,4 +1,4 @@
-"""Statistics of what matrices read, gathered in one pass over calibration samples: of a window, or block by block."""
+"""Statistics of what matrices read, gathered in one pass over calibration samples: for one window, or block by block."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from recon.model.modules import requiring_gradients
 from recon.model.windows import Window
 from recon.runtime.execution import Execution
 
-FEW = 32  # tokens that say too little of what an expert reads
+FEW = 32  # an expert that reads fewer tokens has no statistics
 
 
 @torch.no_grad()
@@ -23,23 +23,23 @@ def gather(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs `window` on `stream` (samples, length, hidden), and gathers statistics of what its matrices read.
 
-    kind: see `recon.kernels.criteria.Criterion`. Statistics of an expert are over the tokens that are sent to it; none below FEW.
-    count: statistics are of the first so many samples; 0: of all. keep: whether to keep what the matrices read.
+    kind: see `recon.kernels.criteria.Criterion`. An expert's are over the tokens sent to it; if fewer than `FEW`, it has none.
+    count: statistics are of the first `count` samples; 0: of all. keep: whether to keep what the matrices read.
 
-    Returns the window's outputs; by matrix name the statistics; and what was read, (samples, rows, in), in the compute dtype.
+    Returns the window's outputs; statistics by matrix name; and, if kept, what each reads, (samples, rows, in), compute dtype.
     Statistics accumulate in float32 outside autocast: a Gram matrix formed in bfloat16 is useless.
     """
     totals: dict[tuple[str, ...], Tensor] = {}
     inputs: dict[tuple[str, ...], Tensor] = {}  # matrices that share an input share one tensor
     tokens: Counter = Counter()
-    count, ran, size = count or len(stream), 0, 0  # samples: that tell statistics, before a batch, in it
+    count, ran, size = count or len(stream), 0, 0  # numbers of samples: for statistics, before this batch, in it
 
     def see(group: tuple[str, ...], x: Tensor) -> None:
-        """Takes in x (..., in), which the matrices of `group` read."""
+        """Adds x (..., in), which the matrices of `group` read, to the totals."""
         x = x.detach().reshape(-1, x.shape[-1])
         if keep:
             if group not in inputs:
-                shape = len(stream), len(x) // size, x.shape[1]  # rows are tokens or, where matrices mix these, something else
+                shape = len(stream), len(x) // size, x.shape[1]  # rows: tokens, or others where matrices mix tokens
                 inputs[group] = execution.empty(shape, execution.dtype, stream.device)
             inputs[group][ran : ran + size] = x.unflatten(0, (size, -1))
         if kind == "none" or ran >= count or not len(x):
@@ -89,8 +89,8 @@ def gather(
 
 @torch.enable_grad()
 def output_gradients(execution: Execution, decoder: Decoder, window: Window, stream: Tensor) -> dict[str, Tensor]:
-    """By matrix name, the root mean square over samples of the gradient of ||f(X)||, (out, in), for `stream` (samples, length,
-    hidden) and each sample's output f(X) of `window`."""
+    """By matrix name, the root mean square over samples of the gradient of ||f(X)|| by the matrix, (out, in). f(X): the output of
+    `window` for one sample X of `stream` (samples, length, hidden)."""
     weights, found = decoder.weights(window), decoder.matrices(window)
     with execution.holding(decoder, window), requiring_gradients(weights):
         totals = {each: torch.zeros(each.shape, dtype=torch.float32, device=execution.device) for each in weights}
@@ -98,7 +98,7 @@ def output_gradients(execution: Execution, decoder: Decoder, window: Window, str
             with execution.autocast():
                 size = decoder.forward(window, x).float().norm()
             for parameter, slope in zip(weights, torch.autograd.grad(size, weights, allow_unused=True), strict=True):
-                if slope is not None:  # as of an expert that no token was sent to
+                if slope is not None:  # None for an expert that no token was sent to
                     totals[parameter] += slope.float().square() / len(stream)
         return {name: each.oriented(each.part_of(totals[each.parameter])).sqrt() for name, each in found.items()}
 
@@ -114,13 +114,13 @@ def over_blocks(
     statistics: str = "none",
     rerun: bool = False,
 ) -> list:
-    """Visits in turn the blocks of a model that are not finished yet; returns what was noted of every block, finished or visited.
+    """Visits, in order, the blocks of a model that are not finished yet; returns what was noted of all blocks.
 
-    phase: the name that finished blocks are noted under in the execution's storage. description: of the progress bar.
+    phase: name under which the execution's storage keeps finished blocks. description: of the progress bar.
     visit: called with a block, whose weights are in memory, and the statistics of what its matrices read, by matrix name. Returns
         what to note of the block (JSON), and by full name the parameters that it changed other than by zeroing.
-    samples: calibration tokens (samples, length), if statistics are wanted; see `gather`.
-    rerun: whether the next block reads this one's outputs after the visit, rather than those before it.
+    samples: calibration tokens (samples, length), needed unless `statistics`, the kind for `gather`, is "none".
+    rerun: whether the next block reads this block's outputs from after the visit instead of before.
     """
     storage, blocks, stream = execution.storage, decoder.windows("block"), None
     notes = list(storage.finished(phase))

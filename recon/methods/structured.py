@@ -1,7 +1,7 @@
-"""Structured pruning: removes whole units, attention heads and MLP neurons, until the pattern's share of the weights is gone.
+"""Structured pruning: removes whole units (attention heads, MLP neurons) until the pattern's share of the weights is gone.
 
-Units are found by running blocks, so that no family of models needs code of its own. Shapes stay: a removed unit is exact zeros
-in the columns of the matrix that reads it, and in the rows of those that make it.
+Units are found by running blocks, so that no family of models needs code of its own. Shapes do not change: a removed unit has
+exact zeros in the columns of the matrix that reads it, and in the rows of the matrices that make it.
 An et al. 2023, arXiv 2312.11983 (Wanda-sp and FLAP); scores: `recon.kernels.criteria.structured`.
 """
 
@@ -29,12 +29,12 @@ class Units:
     """The units of one half of a block."""
 
     window: Window
-    reader: Matrix  # reads them, as many consecutive columns for each: the last to run of the half
+    reader: Matrix  # reads them, each by equally many consecutive columns; the last to run in the half
     count: int  # how many there are: neurons, or key/value heads with all the query heads that they serve
-    # By name of the matrices that make them, the unit that each row belongs to, (out,). A matrix whose rows cannot be told apart
-    # is missing: its rows stay, and the unit is gone all the same, for nothing reads it.
+    # By name of the matrices that make them, the unit that each row belongs to, (out,). Matrices with rows that serve several
+    # units are missing: their rows stay, but a removed unit is gone nevertheless, as nothing reads it.
     rows: dict[str, Tensor]
-    weights: int  # how many go with one unit
+    weights: int  # how many belong to one unit
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def prune_units(decoder: Decoder, criterion: Criterion, config: PruningConfig, s
     if whole:
         kept, means = _compare(decoder, criterion, halves, target, samples, execution)
     else:
-        # There are few heads, so the share of those that comes near to the pattern's may miss it by far; neurons make up for it.
+        # There are few heads, so the nearest share of heads may be far from the pattern's; neurons make up for the difference.
         heads, neurons = ([half for half in halves if half.window.half == which] for which in ("attention", "mlp"))
         gone = {half.window.name: min(pattern.zeros(half.count), half.count - 1) for half in heads}
         left = max(0, target - sum(gone[half.window.name] * half.weights for half in heads))
@@ -64,7 +64,7 @@ def prune_units(decoder: Decoder, criterion: Criterion, config: PruningConfig, s
             for maker, rows in half.rows.items():
                 masks[maker] &= keep[rows, None]
             if criterion.compensates and not keep.all():
-                # Makes up for the mean of what the reader no longer reads; its weights are still dense.
+                # Adds the mean of what the reader no longer reads to its bias; the reader's weights are still dense.
                 extra = reader.weight.float() @ means[name].masked_fill(columns, 0.0)
                 bias = extra if reader.module.bias is None else reader.module.bias + extra
                 changed[reader.bias_name] = bias.to(reader.weight.dtype)
@@ -81,14 +81,14 @@ def prune_units(decoder: Decoder, criterion: Criterion, config: PruningConfig, s
 def _compare(
     decoder: Decoder, criterion: Criterion, halves: list[Units], target: float, samples: Tensor, execution: Execution
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By name of each half, which of its units are kept (count,), and the means (in,) of what its reader reads when dense."""
+    """By name of each half, which units are kept (count,), and means (in,) of what its reader reads in the dense model."""
 
     def visit(window: Window, statistics: dict[str, Tensor]) -> tuple[list, dict]:
         here = [half for half in halves if half.window.blocks == window.blocks]
         return [(_score(criterion, half, statistics).tolist(), statistics[half.reader.name][0].tolist()) for half in here], {}
 
     notes = over_blocks(decoder, execution, "compare", visit, f"compare ({criterion.name})", samples, criterion.statistics)
-    # Every float32 is a number of JSON, and comes back as it was.
+    # JSON stores every float32 exactly.
     scores, means = ([torch.tensor(half[which], device=decoder.device) for block in notes for half in block] for which in (0, 1))
     names, kept = [half.window.name for half in halves], keep_globally(scores, [half.weights for half in halves], target)
     return dict(zip(names, kept, strict=True)), dict(zip(names, means, strict=True))
@@ -104,13 +104,13 @@ def _score(criterion: Criterion, half: Units, statistics: dict[str, Tensor]) -> 
 
 
 def set_bias(module: nn.Module, bias: Tensor) -> None:
-    """Gives a matrix the bias (out,), as a new parameter where it has none."""
+    """Sets the bias (out,) of a matrix, as a new parameter if it has none."""
     if module.bias is None:
         module.bias = nn.Parameter(module.weight.new_empty(len(bias)), module.weight.requires_grad)
     module.bias.copy_(bias)
 
 
-# --- which rows and columns are a unit's --------------------------------------------------------------------------------
+# --- which rows and columns belong to a unit ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def find_units(decoder: Decoder) -> list[Units]:
 
 
 def _count(decoder: Decoder, window: Window) -> int:
-    """How many units `window` has, one half of a block; its reader reads all neurons, or all query heads, side by side."""
+    """The number of units of `window`, a half of a block. Its reader reads all neurons, or all query heads, side by side."""
     *makers, reader = decoder.matrices(window).values()
     beside = next(group for group in decoder.groups[window.blocks[0]] if reader.name in group)
     if not makers or any(maker.name in beside for maker in makers):
@@ -159,11 +159,11 @@ def _count(decoder: Decoder, window: Window) -> int:
 
 @torch.enable_grad()
 def _owners(decoder: Decoder, window: Window, hidden: Tensor, count: int) -> dict[int, Tensor]:
-    """By place among the matrices of `window`, which reads `hidden`, the unit (out,) that each row of a matrix serves.
+    """By place among the matrices of `window`, the unit (out,) that each row of the matrix serves; `hidden`: the window's input.
 
-    A row serves the units whose part of what the last matrix reads has a gradient in it; matrices with a row that serves several
-    are left out. Units are told apart by the bits of their numbers: for each bit, a row of one unit has a gradient in the units
-    with that bit or in those without it, not in both. Noise above 0 stands in for what matrices give: no row is silent by chance.
+    A row serves a unit if the unit's part of the last matrix's input has a gradient by the row's output. Matrices with a row that
+    serves several are left out. The bits of its number identify a unit: for each bit, a row of one unit has a gradient from units
+    with that bit or from those without it, not both. Positive noise replaces matrices' outputs: no row is silent by chance.
     """
     draw, noise, read = torch.Generator().manual_seed(0), {}, []
 

@@ -1,4 +1,4 @@
-"""Gradient descent on the weights that survive, or on low-rank adapters instead; what came of it, and who is told on the way.
+"""Gradient descent on the surviving weights or on low-rank adapters; its reports, and callbacks on the way.
 
 theta <- M * AdamW(theta, grad L(theta), r * s)        M: mask; r: learning rate; s: size of the parameter's surviving weights
 """
@@ -25,7 +25,7 @@ NOT_FINITE = "rolled back: not finite"
 
 
 class Callback:
-    """Does nothing; override what you need.
+    """Base class whose methods do nothing; override what you need.
 
     class Log(recon.Callback):
         def on_window(self, report):
@@ -50,12 +50,12 @@ class Callback:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of what was trained, such as in `recon.retrain`."""
+    """The result of training, such as by `recon.retrain`."""
 
     parameters: int  # elements trained
-    losses: list[float]  # one per optimiser step; of retraining, nats per token
+    losses: list[float]  # one per optimiser step; in retraining, nats per token
     seconds: float
-    status: str  # what was rolled back is as before
+    status: str  # if rolled back, the weights are as before
     micro_batch: int = 0  # samples per forward pass; fewer than asked for where memory ran out; 0: no gradient descent
 
 
@@ -72,11 +72,11 @@ def train(
 ) -> list[float]:
     """Trains parameters in place; dropped weights are exact zeros after every step. Returns the loss of each step.
 
-    loss: of a mini-batch of each tensor in `data`, mean over its samples, ().
+    loss: takes a mini-batch of each tensor in `data`, and returns the mean loss over its samples, ().
     data: tensors (samples, ...), shuffled together, anew in each epoch by `random`.
-    callbacks: told of each step. name: of a progress bar, if there is to be one.
+    callbacks: called after each step. name: of a progress bar; empty: none.
 
-    If memory runs out, a step is repeated with half as many samples per forward pass, which holds for all later steps.
+    If memory runs out, a step is repeated with half as many samples per forward pass; later steps keep that number.
     """
     epochs = [torch.randperm(len(data[0]), generator=random) for _ in range(schedule.epochs)]
     steps = [chosen for order in epochs for chosen in order.split(schedule.batch_size * schedule.accumulation)]
@@ -112,13 +112,13 @@ def train(
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for each in trained:
-            each.parameter.add_(0.0)  # zeros of masked weights may be negative, which are not zero in a file
+            each.parameter.add_(0.0)  # masked weights may be -0.0, whose bytes in a file are not zero
     return torch.stack(losses).tolist() if losses else []
 
 
 @torch.no_grad()
 def settle(what: str, theta: dict[str, nn.Parameter], before: dict[str, Tensor], values: list[float], keep: bool = True) -> bool:
-    """Whether `theta` and `values` are finite; if not, or if it is not to `keep`, `theta` is rolled back to `before`."""
+    """Whether `theta` and `values` are finite; if they are not, or `keep` is False, rolls `theta` back to `before`."""
     fine = all(map(math.isfinite, values)) and all(bool(parameter.isfinite().all()) for parameter in theta.values())
     if not fine:
         log.warning("%s gave NaN or infinite values; it is rolled back", what)
@@ -144,14 +144,14 @@ def check_trainable(decoder: Decoder, method: str) -> None:
 def adapted(
     matrices: list[Matrix], masks: dict[str, Tensor], kind: str, rank: int, random: torch.Generator, callbacks: Iterable = ()
 ) -> Iterator[list[Trained]]:
-    """While active, `matrices` are parametrised by adapters; afterwards these are merged, masked where `masks` drop, and gone.
+    """Context in which adapters parametrise `matrices`. At the end they are merged and removed, and `masks` are applied again.
 
-    kind, rank: see `recon.kernels.adapters`. callbacks: told when LoRA is merged; the other kinds lose no zero by it.
+    kind, rank: see `recon.kernels.adapters`. callbacks: called when LoRA is merged, before masking; other kinds keep all zeros.
     Yields the adapters' parameters, to be trained.
     """
     trained, done, complete = [], [], False
     try:
-        # Each draws from `random` in turn. Experts by name: they were found in the order in which tokens reached them.
+        # Each draws from `random` in turn, experts last and by name: they are found in the order in which tokens reach them.
         for matrix in sorted(matrices, key=lambda matrix: matrix.name * matrix.routed):
             mask = factors(matrix.oriented(masks[matrix.name]), matrix.module.weight.device)
             adapter = LowRank(matrix.module.weight, mask, kind, rank, random, matrix.transposed)
@@ -164,7 +164,7 @@ def adapted(
         with torch.no_grad():
             for matrix in done:
                 original, weight = matrix.module.parametrizations.weight.original, matrix.module.weight
-                # The very parameter that was there before comes back, so that whoever holds it sees the merged weight.
+                # The original parameter object is put back, so that other references to it see the merged weight.
                 parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
                 original.copy_(weight)
             try:

@@ -1,9 +1,9 @@
-"""How much the model's predictions depend on each row of a matrix, by which rows that compete for weights are weighted.
+"""How much the model's predictions depend on each row of a matrix: weights for rows that compete in pruning.
 
-Let y_i be what row i gives, and p the model's predictions. If pruning changes y_i by d, -log p(t) of a token t that is drawn from
-them grows by F_i d^2 / 2 in the mean, to second order, with F_i the mean square of d log p(t) / d y_i: the diagonal of the Fisher
-information. So the error of row i counts sqrt(F_i). The criterion compares the weights of each row times the root of that, which
-did better than sqrt(F_i) itself: see `guides/better-masks.md`.
+Let y_i be the output of row i, and p the model's predictions. If pruning changes y_i by d, -log p(t) of a token t drawn from p
+grows on average by F_i d^2 / 2, to second order. F_i is the mean square of d log p(t) / d y_i: the diagonal of the Fisher
+information. So the error of row i counts sqrt(F_i). But the criterion compares each row's weights times the fourth root of F_i,
+which did better than sqrt(F_i): see `guides/better-masks.md`.
 
 Van der Ouderaa et al., "The LLM Surgeon" (arXiv 2312.17244); for quantisation Kim et al., "GuidedQuant" (arXiv 2505.07004).
 """
@@ -19,19 +19,19 @@ from recon.model.windows import Window
 from recon.runtime.execution import Execution
 from recon.runtime.seeds import generator
 
-TOKENS, SLICE = 2048, 256  # that tell the weights, or one sample if that is more; that are predicted at once
+TOKENS, SLICE = 2048, 256  # tokens that weights are computed from, or one sample if longer; predicted at a time
 
 
 @torch.no_grad()
 def row_weights(decoder: Decoder, samples: Tensor, seed: int, execution: Execution) -> dict[str, Tensor]:
-    """Weights of rows by matrix name, (out,), above 0, their mean about 1; in one pass back through the blocks of a dense model.
+    """Weights of rows by matrix name, (out,), above 0, with mean about 1; by one backward pass through a dense model's blocks.
 
     samples: calibration tokens (samples, length). A matrix that no prediction depends on, such as an idle expert's, has none.
     """
     if execution.storage.finished("weigh"):
         return dict(execution.storage.tensors("weigh"))
     samples, blocks = samples[: max(1, TOKENS // samples.shape[1])], decoder.windows("block")
-    streams = [execution.embed(decoder, samples)]  # what each block reads, and what the last one gives
+    streams = [execution.embed(decoder, samples)]  # the input of each block, then the output of the last
     for block in tqdm(blocks, "weigh rows (forward)", unit="block", disable=not execution.progress):
         streams.append(execution.forward(decoder, block, streams[-1]))
     slopes, found = _slopes_of_predictions(decoder, samples, streams.pop(), seed, execution), {}
@@ -45,7 +45,7 @@ def row_weights(decoder: Decoder, samples: Tensor, seed: int, execution: Executi
 
 @torch.enable_grad()
 def _slopes_of_predictions(decoder: Decoder, tokens: Tensor, last: Tensor, seed: int, execution: Execution) -> Tensor:
-    """Gradient of the sum of log p(t), t drawn from predictions, by `last` (samples, length, hidden): the last block's output."""
+    """Gradient of the sum of log p(t) by `last`, the last block's output (samples, length, hidden); t: drawn from predictions."""
     slopes, draw = torch.zeros_like(last), generator(seed, "weigh")
     read, hidden, wanted = map(decoder.predicted, (tokens, last, slopes))
     with execution.holding_ends(decoder):
@@ -63,10 +63,10 @@ def _slopes_of_predictions(decoder: Decoder, tokens: Tensor, last: Tensor, seed:
 
 @torch.enable_grad()
 def _through(decoder: Decoder, block: Window, stream: Tensor, slopes: Tensor, execution: Execution) -> dict[str, Tensor]:
-    """Goes back through `block`, which reads `stream`: `slopes` (samples, length, hidden), by what it gives, become those by what
-    it reads. Returns the sum over tokens of squared slopes by what each row of its matrices gives, (out,), by matrix name."""
+    """Backward pass through `block` for its input `stream`. Changes `slopes` (samples, length, hidden), gradients by the block's
+    output, to those by its input. Returns by matrix name, (out,), the sum over tokens of squared gradients by rows' outputs."""
     squares: dict[str, Tensor] = {}
-    given: list[tuple[list[str], Tensor]] = []  # by matrices that are multiplied together
+    given: list[tuple[list[str], Tensor]] = []  # outputs, with the matrices that are multiplied together
     matrices = decoder.matrices(block)
     modules = {name: each.module for name, each in matrices.items() if each.expert is None}
     watching = watched(modules, after=lambda name, args, kwargs, output: given.append(([name], output)))

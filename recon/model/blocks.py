@@ -1,4 +1,4 @@
-"""What is in blocks: matrices, found by watching one forward pass; halves, found by silencing children; what blocks share."""
+"""Finds what blocks consist of: matrices (by watching a forward pass), halves (by silencing children), shared parameters."""
 
 import re
 from collections import Counter
@@ -18,14 +18,14 @@ from recon.model.structure import Halves, Matrix
 
 
 def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
-    """The `groups`, `matrices` and `dense` modules of a `BlockStructure`, for block `index` and its input `hidden`."""
+    """The `groups`, `matrices` and `dense` modules of a `BlockStructure`, found by running block `index` on `hidden`."""
     path, block, tokens = decoder.names[index], decoder.blocks[index], hidden.shape[:-1].numel()
     kind = type(block).__name__
     modules = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     fused = {name: parameter for name, parameter in block.named_parameters() if parameter.ndim >= 2 and not standard(block, name)}
     groups: list[list[str]] = []
     ran: dict[str, int] = {}  # number of tokens that each linear module read
-    products: dict[str, list[Product]] = {}  # by name of a parameter that holds several matrices
+    products: dict[str, list[Product]] = {}  # by the name of the parameter, which holds several matrices
     last: list[Tensor | None] = [None]  # input of the last group
 
     def see_module(name: str, args: tuple, kwargs: dict) -> None:
@@ -41,7 +41,7 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
     def see_product(product: Product) -> None:
         name = product.name.rpartition("[")[0]
         if name not in products:
-            # All experts, as the probe's tokens may not reach each of them.
+            # All experts at once, as the probe's tokens may not reach each of them.
             groups.extend([f"{name}[{expert}]"] for expert in range(product.experts))
             last[0] = None
         products.setdefault(name, []).append(product)
@@ -55,7 +55,7 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
     counts = {name: seen[0].experts for name, seen in products.items()} | {name: len(alike) for name, alike in routed.items()}
     routers = _routers(modules, counts)
     for name in [name for name in routed if name not in ran]:
-        # No token was sent to this expert: it comes after one that is alike and did run.
+        # No token was sent to this expert: place it after one of the same kind that did run.
         at = max(number for number, group in enumerate(groups) if set(group) & set(routed[name]))
         groups.insert(at + 1, [name])
     matrices: dict[str, Matrix] = {}
@@ -75,10 +75,10 @@ def find_matrices(decoder: Decoder, index: int, hidden: Tensor) -> dict:
 
 
 def _routed_modules(modules: Iterable[str], ran: dict[str, int]) -> dict[str, list[str]]:
-    """Those of the `modules` of a block, by name, that only some tokens are sent to, as to experts; each with all that are alike.
+    """The modules of a block that read only the tokens sent to them (experts): the name of each -> names of all of its kind.
 
-    Names of experts differ in numbers only, and some read fewer tokens (`ran`) than other modules of the block, or none. What
-    numbers at the end of a longer part tell apart, as w1 and w2, is not alike.
+    Names of one kind differ only in numbers, as experts.0.w1 and experts.1.w1; w1 and w2, as last parts, are two kinds. In a kind
+    of experts, some read fewer tokens (`ran`: how many each module read) than other modules of the block, or none.
     """
     alike: dict[str, list[str]] = {}
     for name in modules:
@@ -89,10 +89,10 @@ def _routed_modules(modules: Iterable[str], ran: dict[str, int]) -> dict[str, li
 
 
 def _routers(modules: dict[str, nn.Module], experts: dict[str, int]) -> set[str]:
-    """Those of the `modules` of a block, by name, that weigh experts; they are not pruned.
+    """Names of the `modules` of a block that weigh experts (routers); they are not pruned.
 
-    They are in the same child of the block as the `experts` (how many, by name), with one output for each, or one in all; or
-    alone in a child of their own, with one for each.
+    experts: how many experts there are, by matrix name. A router is in the same child of the block as its experts, with one
+    output for each expert, or a single one; or it is the only linear module in its child, with one output for each expert.
     """
     inside = Counter(name.partition(".")[0] for name in modules)
     counts = {(name.partition(".")[0], outputs) for name, count in experts.items() for outputs in (1, count)}
@@ -106,7 +106,7 @@ def _routers(modules: dict[str, nn.Module], experts: dict[str, int]) -> set[str]
 
 
 def find_halves(decoder: Decoder, index: int, hidden: Tensor) -> Halves | str:
-    """The halves of block `index`, checked to give the block back on its input `hidden`; or why it does not divide."""
+    """The halves of block `index`, checked to reproduce its output for the input `hidden`; or why it does not divide."""
     ran: dict[str, tuple[tuple, dict, object]] = {}
     block = decoder.blocks[index]
     with_matrices = {name: child for name, child in block.named_children() if any(p.ndim >= 2 for p in child.parameters())}
@@ -121,7 +121,7 @@ def find_halves(decoder: Decoder, index: int, hidden: Tensor) -> Halves | str:
         attention = decoder.run_block(index, hidden, halves.silenced("attention"))
         sequential = distance(decoder.run_block(index, attention, halves.silenced("mlp")), whole, hidden)
         parallel = distance(attention + decoder.run_block(index, hidden, halves.silenced("mlp")) - hidden, whole, hidden)
-    except Exception as error:  # a block may raise anything if its children are silenced
+    except Exception as error:  # a block may raise any error if its children are silenced
         return f"does not run with one half silenced ({type(error).__name__}: {error})"
     if min(sequential, parallel) > tolerance(whole):
         gap = f"with one silenced after the other, its output is off by {min(sequential, parallel):.0%}"
@@ -131,7 +131,7 @@ def find_halves(decoder: Decoder, index: int, hidden: Tensor) -> Halves | str:
 
 
 def _parameters_of(halves: Halves, decoder: Decoder, index: int, hidden: Tensor) -> dict[str, frozenset[str]]:
-    """The names of the block's parameters that the output of each half depends on; each parameter is in one half at most."""
+    """Half -> names of the block's parameters that its output depends on; each parameter is in one half at most."""
     parameters = dict(decoder.blocks[index].named_parameters())
     used: dict[str, frozenset[str]] = {}
     for half in halves.children:
@@ -140,9 +140,9 @@ def _parameters_of(halves: Halves, decoder: Decoder, index: int, hidden: Tensor)
             weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
             gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()), allow_unused=True)
         used[half] = frozenset(name for name, g in zip(parameters, gradients, strict=True) if g is not None and g.any())
-    # A norm that both halves of a parallel block read is trained with the first half alone: the second would spoil the first.
+    # A norm that both halves of a parallel block use is trained only with the attention half: the MLP half would undo its fit.
     used["mlp"] -= used["attention"]
-    # Parameters without a gradient, such as those of experts that no probe token is sent to, go with the child they are in.
+    # Parameters without a gradient, such as an expert that no probe token is sent to, go to the half that their child is in.
     unused = [name for name in parameters if name not in used["attention"] | used["mlp"]]
     return {
         half: used[half] | {name for name in unused if name.partition(".")[0] in children}
@@ -159,24 +159,24 @@ def _mixes_tokens(child: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether changing the first token's input changes the output at any other token."""
     given = _given(args, kwargs)
     changed = given.clone()
-    # The token axis is the last but one, also if a block flattens (batch, length) into one axis.
+    # The token axis is the second to last, also if a block flattens (batch, length) into one axis.
     changed[..., 0, :] = changed[..., 0, :].flip(-1) + 1
 
     def output(hidden: Tensor) -> Tensor:
         swapped = [hidden if value is given else value for value in args]
         return first(child(*swapped, **{key: hidden if value is given else value for key, value in kwargs.items()}))
 
-    # The block may have changed its child's output in place since, so the child runs again on the original input.
+    # The block may have changed its child's output in place, so the child runs again on the original input.
     plain, other = (output(hidden).reshape(*given.shape[:-1], -1)[..., 1:, :] for hidden in (given, changed))
-    # Once the first token goes to other experts, the others are multiplied in batches of other sizes, and rounded differently.
+    # If the first token goes to other experts, batch sizes change for the other tokens too, and they are rounded differently.
     return bool((plain - other).float().abs().max() > tolerance(plain) / 1000 * plain.float().abs().max())
 
 
 def _silence(args: tuple, kwargs: dict, output) -> Callable:
     """A function that takes a child's arguments, of any batch and length, and returns zeros in the structure of its `output`.
 
-    None stands for what is no tensor, or is not of the tokens that the child reads. The child may be of a wider model than that
-    with these `args` and `kwargs` (see `recon.study.plan`): what was as wide as its input is so again.
+    What is not a tensor, or has no row for each token that the child reads, becomes None. The function may be used for a wider
+    model than the one that `args` and `kwargs` are from (see `recon.study.plan`): zeros are as wide as the input if `output` was.
     """
     tokens, width = _given(args, kwargs).shape[:-1], _given(args, kwargs).shape[-1]
 

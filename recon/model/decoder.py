@@ -1,6 +1,6 @@
-"""A causal LM as a chain of windows between embedding and head, each of which can be run, watched and trained by itself.
+"""A causal LM as a chain of windows between embedding and head. Each window can be run, watched and trained by itself.
 
-Each block is called with what the model itself calls it with, so that the model's own code always runs.
+Each block is called with the arguments that the model itself passes to it, so the model's own code always runs.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from recon.model.skeleton import Lazy, max_length
 from recon.model.structure import OTHER, Halves, Matrix, Structure
 from recon.model.windows import Window, canonical, partition
 
-SHAPES = 64  # shapes of batches for which the blocks' arguments are kept
+SHAPES = 64  # how many shapes of batches the blocks' arguments are kept for
 
 
 class Decoder:
     """A causal LM whose windows can be run, watched and trained one at a time. Made by `recon.decompose`.
 
-    model: in evaluation mode; see `recon.decompose`. structure: how it is built. lazy: of a skeleton, its parameters, in memory
-    only while something here needs them. calls: what its blocks are known to be called with; see `call`.
+    model: in evaluation mode; see `recon.decompose`. structure: how it is built. lazy: the parameters of a skeleton, which are in
+    memory only while a method needs them. calls: arguments of the blocks that are known already; see `call`.
     """
 
-    reading = ""  # how a sample is divided before the model reads it, in words
+    reading = ""  # describes how a sample is divided before the model reads it
 
     def __init__(self, model: nn.Module, structure: Structure = Structure(), lazy: Lazy | None = None, calls: dict | None = None):
         self.model, self.structure, self.lazy = model, structure, lazy
@@ -46,7 +46,7 @@ class Decoder:
 
     @property
     def starts(self) -> list[int]:
-        """Numbers of the blocks that begin a list of blocks."""
+        """Numbers of the blocks that are the first in their list (encoder-decoders have two lists)."""
         return [index for index, name in enumerate(self.names) if name.endswith(".0")]
 
     @property
@@ -61,7 +61,7 @@ class Decoder:
             raise ReconError(f"sequence length {length} is more than the {longest} tokens that the model was made for")
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raises `ReconError` for tokens that the model does not have, as of another tokenizer."""
+        """Raises `ReconError` for tokens outside the model's vocabulary, such as those of another tokenizer."""
         known = self.model.config.get_text_config().vocab_size
         for found in (int(end) for end in tokens.aminmax()):
             if not 0 <= found < known:
@@ -77,7 +77,7 @@ class Decoder:
         return self.model(input_ids=tokens.to(self.device), use_cache=False)
 
     def predicted(self, sequence: Tensor) -> Tensor:
-        """The part of tokens, or of a residual stream, (batch, length, ...) that the model has logits for: all of it."""
+        """The part of `sequence`, tokens or a residual stream (batch, length, ...), that the model has logits for: all of it."""
         return sequence
 
     @torch.no_grad()
@@ -90,13 +90,13 @@ class Decoder:
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The model's logits (batch, length, vocabulary) if its last block returns `hidden` (batch, length, hidden).
 
-        The model's own forward runs, with its blocks by-passed. `tokens` give the shape only. Both are `predicted` parts.
+        The model's own forward runs, with its blocks bypassed. `tokens` give only the shape. Both are `predicted` parts.
         """
         with self.loaded_head(), replaced(self.bypassed(-1, hidden)):
             return self.run(tokens.repeat(1, len(self.starts))).logits  # each list of blocks reads a part of the tokens
 
     def forward(self, window: Window, hidden: Tensor) -> Tensor:
-        """Output of `window` for its input (batch, length, width): the residual stream; of matrices, theirs side by side."""
+        """Output of `window` for its input (batch, length, width): the residual stream, or its matrices' outputs concatenated."""
         if window.matrices:
             return torch.cat([self.model.get_submodule(name)(hidden) for name in window.matrices], dim=-1)
         for index in window.blocks:
@@ -110,25 +110,25 @@ class Decoder:
             return first(block(hidden, *args, **kwargs))
 
     def skip_block(self, index: int, hidden: Tensor) -> Tensor:
-        """The residual stream after block `index` if the block is by-passed."""
+        """The residual stream after block `index` if the block is bypassed."""
         return hidden
 
     def bypass(self, index: int, hidden: Tensor, *args, **kwargs):
-        """The output of block `index`, called with `args` and `kwargs` beside its input, with hidden states `hidden`."""
+        """What block `index` returns, in its own format, if its hidden states are `hidden`; args, kwargs: its other arguments."""
         beside, named = self.structure.blocks[index].beside, {**dict(enumerate(args)), **kwargs}
         if beside is None:
             return hidden
         return (hidden, *(value if name is None else named.get(name) for name, value in beside))
 
     def bypassed(self, last: int, hidden: Tensor) -> dict[nn.Module, Callable]:
-        """Stand-ins for all blocks: each returns its input, but block `last` returns `hidden`."""
+        """Stand-in forwards for all blocks: each returns its input, but block `last` returns `hidden`."""
         stubs = {block: partial(self.bypass, index) for index, block in enumerate(self.blocks)}
         stubs[self.blocks[last]] = lambda own, *args, **kwargs: self.bypass(last, hidden, *args, **kwargs)
         return stubs
 
     @torch.no_grad()
     def inputs(self, window: Window, hidden: Tensor) -> Tensor:
-        """What the matrices of `window` read, (batch, length, in), if their block reads `hidden` (batch, length, hidden)."""
+        """Input (batch, length, in) of the matrices of `window`, if their block's input is `hidden` (batch, length, hidden)."""
         caught, name = [], window.matrices[0]
 
         def stop(name, args, kwargs):
@@ -151,14 +151,14 @@ class Decoder:
             yield
 
     def fused_products(self, window: Window, **how) -> contextlib.AbstractContextManager:
-        """`FusedProducts` of the experts of `window` that share a parameter, if it has any; how: its other arguments."""
+        """`FusedProducts` for the experts of `window` that share a parameter, if there are any; how: its other arguments."""
         fused = {each.parameter_name: each.parameter for each in self.matrices(window).values() if each.expert is not None}
         return FusedProducts(fused, **how) if fused else contextlib.nullcontext()
 
     def call(self, hidden: Tensor) -> list[tuple[tuple, dict]]:
-        """The arguments of each block beside `hidden` (batch, length, hidden): positions, rotary embeddings, masks.
+        """The arguments of each block besides `hidden` (batch, length, hidden): positions, rotary embeddings, masks.
 
-        As no sample is padded, they depend only on the shape (batch, length): one copy per shape, device and precision is kept.
+        No sample is padded, so they depend only on the shape (batch, length). One copy per shape, device and precision is kept.
         """
         kind = next(self.model.parameters()).dtype, any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         key = tuple(hidden.shape[:2]), hidden.device, *kind
@@ -167,19 +167,19 @@ class Decoder:
                 calls = self.observe_calls(placeholder_tokens(self.model, key[0]))
             while len(self.calls) >= SHAPES:
                 self.calls.pop(next(iter(self.calls)))
-            # The blocks may be on another device than the embedding. What they share is copied there once.
+            # The blocks may be on another device than the embedding. A tensor that several blocks take is copied there once.
             there = cache(lambda tensor: tensor.to(hidden.device))
             self.calls[key] = tree_map_only(Tensor, there, calls)
         return self.calls[key]
 
     def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
-        """The arguments of each block beside hidden states, which do not matter, when the model reads `tokens`."""
+        """The arguments of each block when the model reads `tokens`, except hidden states, which the others do not depend on."""
         return [(args, kwargs) for _, args, kwargs in self.observe(tokens, len(self.blocks) - 1)]
 
     def observe(self, tokens: Tensor, last: int, stand_in: Callable | None = None) -> list[tuple[Tensor, tuple, dict]]:
-        """What each block up to number `last` is called with: hidden states, other arguments, and those by name.
+        """What each block up to number `last` is called with: hidden states, other positional arguments, keyword arguments.
 
-        stand_in: returns what a block returns, from its number, its own forward, and these; default: the block is by-passed.
+        stand_in: gets a block's number, its own forward and these arguments, and returns the block's output; default: bypass it.
         """
         calls: list[tuple[Tensor, tuple, dict]] = []
 
@@ -198,15 +198,15 @@ class Decoder:
         return calls
 
     def forget(self) -> None:
-        """Forgets what blocks are called with. To be called when weights have changed that it may be computed from."""
+        """Forgets the blocks' arguments. Call it after changing weights that these may be computed from."""
         self.calls = {}
 
     def present(self, parameters: Iterable[Tensor]) -> contextlib.AbstractContextManager:
-        """Context in which `parameters` are in memory; they always are if the model is no skeleton."""
+        """Context in which `parameters` are in memory; if the model is not a skeleton, they always are."""
         return contextlib.nullcontext() if self.lazy is None else self.lazy.present(parameters)
 
     def loaded(self, window: Window) -> contextlib.AbstractContextManager:
-        """Context in which everything that it takes to run `window` is in memory."""
+        """Context in which everything needed to run `window` is in memory."""
         return self.present(self.needed(window))
 
     def loaded_embedding(self) -> contextlib.AbstractContextManager:
@@ -215,17 +215,17 @@ class Decoder:
 
     def loaded_head(self) -> contextlib.AbstractContextManager:
         """Context in which everything after the last block is in memory."""
-        # A weight tied to the embedding is left out, unless it is the head's: its other names may be used by nothing.
+        # A weight tied to the embedding is left out, unless it is the head's: perhaps nothing uses it under its other names.
         skipped = {self.ends[name] for name in self.structure.embedding}.difference(self.head_weights())
         return self.present(p for name, p in self.ends.items() if name not in self.structure.embedding and p not in skipped)
 
     def head_weights(self) -> list[nn.Parameter]:
-        """The weight of the output head, which may be the embedding's as well, if there is a head."""
+        """The weight of the output head, if there is one; it may be tied to the embedding."""
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         return [] if head is None else [head.weight]
 
     def needed(self, window: Window) -> list[Tensor]:
-        """The parameters and buffers that it takes to run `window`: those of its blocks, except in silenced children."""
+        """The parameters and buffers needed to run `window`: those of its blocks, without silenced children."""
         if window.matrices:
             return list(self.parameters(window).values())
         silenced = {i: self.halves[i].children[OTHER[window.half]] if window.half else () for i in window.blocks}
@@ -234,23 +234,23 @@ class Decoder:
 
     @cached_property
     def ends(self) -> dict[str, nn.Parameter]:
-        """The parameters outside the blocks, by full name; those that are tied under each of their names."""
+        """The parameters outside the blocks, by full name; a tied parameter is under each of its names."""
         inside, named = tuple(f"{path}." for path in self.structure.stacks), self.model.named_parameters(remove_duplicate=False)
         return {name: parameter for name, parameter in named if not name.startswith(inside)}
 
     @property
     def groups(self) -> list[list[tuple[str, ...]]]:
-        """Of each block, the full names of its matrices in the order in which they run; those of a group read one input."""
+        """For each block, groups of full names of its matrices, in running order; the matrices of a group read the same input."""
         blocks = zip(self.names, self.structure.blocks)
         return [[tuple(f"{path}.{name}" for name in group) for group in block.groups] for path, block in blocks]
 
     @property
     def halves(self) -> list[Halves | str]:
-        """Of each block its halves, or why it does not divide."""
+        """For each block, its halves, or why it does not divide."""
         return [block.halves for block in self.structure.blocks]
 
     def windows(self, granularity: str) -> list[Window]:
-        """The windows of the model at `granularity`, in their order; raises `ReconError` if it does not fit."""
+        """The windows of the model at `granularity`, in running order. Raises `ReconError` if that does not fit the model."""
         granularity, kind = canonical(granularity), type(self.model).__name__
         if self.reading and granularity in ("matrix", "half-block"):
             why = "an encoder-decoder is reconstructed by whole blocks; use block or a larger granularity"
@@ -287,7 +287,7 @@ class Decoder:
         }
 
     def trained(self, window: Window, what: str) -> dict[str, nn.Parameter]:
-        """The parameters of `window` that are trained, by full name: its "matrices" with their biases, or "all"."""
+        """The parameters of `window` to train, by full name: "matrices" with their biases, or "all"; never shared ones."""
         wanted = {name for m in self.matrices(window).values() for name in (m.parameter_name, m.bias_name)}
         own = {name: p for name, p in self.parameters(window).items() if name not in self.structure.shared}
         return {name: p for name, p in own.items() if what == "all" or name in wanted}

@@ -1,4 +1,4 @@
-"""Decomposes a model: finds by running it how it is built, and checks that its pieces give its own output.
+"""Decomposes a model: runs it to find how it is built, and checks that its parts, run one by one, give its own output.
 
 No architecture is known here by name. The blocks are the largest list of modules that run; for their parts see `blocks`.
 """
@@ -23,10 +23,10 @@ from recon.model.structure import BlockStructure, Structure
 def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Lazy | None = None) -> Decoder:
     """The `Decoder` of a causal LM, or of an encoder-decoder. A `Decoder` is returned as it is.
 
-    model: from transformers, or any module that is called with `input_ids` and `use_cache`, and gives `logits`; its `config`
-        says the `vocab_size`. From now on it is in evaluation mode, and multiplies by each expert's matrices one by one.
-    like: a decoder of the same architecture, whose structure is taken over: a pruned copy cannot be relied on to show it.
-    lazy: of a skeleton, its parameters. The structure is then found with random weights, by the first block of each kind.
+    model: from transformers, or any module that takes `input_ids` and `use_cache`, gives `logits`, and has a `config` with the
+        `vocab_size`. It is changed: put in evaluation mode, and set to multiply by each expert's matrices one by one.
+    like: a decoder of the same architecture, whose structure is reused: that of a pruned copy may be impossible to find.
+    lazy: the parameters of a skeleton. The structure is then found with random weights, from the first block of each kind.
 
     Raises `ReconError` if no list of blocks is found, its blocks do not give its own output, or its weights are not in memory.
     """
@@ -42,7 +42,7 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     if like:
-        # Arguments that an encoder-decoder's blocks are called with may be computed from its own weights.
+        # Arguments of an encoder-decoder's blocks may be computed from its own weights, so they are not reused.
         return kind(model, like.structure, lazy, like.calls if kind is Decoder else None)
     draft = kind(model, lazy=lazy)
     owners = (model.get_encoder(), model.get_decoder()) if kind is EncoderDecoder else (model,)
@@ -54,7 +54,7 @@ def decompose(model: nn.Module | Decoder, like: Decoder | None = None, lazy: Laz
 
 
 def find_blocks(decoder: Decoder, within: str = "") -> str:
-    """Path of the `nn.ModuleList` in the module at `within` with the most parameters whose members run, each of them once."""
+    """Path of the largest `nn.ModuleList` (by parameters) in the module at `within` whose members run; each must run once."""
     model, kind = decoder.model, type(decoder.model).__name__
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(within))
     lists = {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}
@@ -62,12 +62,12 @@ def find_blocks(decoder: Decoder, within: str = "") -> str:
     children, ran = {(name, index): child for name, children in lists.items() for index, child in enumerate(children)}, Counter()
     with watched(children, lambda key, args, kwargs: ran.update([key[0]])):
         try:
-            for name in by_size if decoder.lazy else ():  # weights stay on disk: the pass ends where a list begins, if it does
+            for name in by_size if decoder.lazy else ():  # weights stay on disk: each pass ends at the first block
                 if within or Decoder(model, Structure((name,)), decoder.lazy).observe(probe_tokens(model), 0):
                     return name
             if lists and not decoder.lazy:
                 decoder.run(probe_tokens(model))
-        except Exception as error:  # a model may raise anything if it needs more than text
+        except Exception as error:  # a model may raise any error if it needs more than text
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             raise ReconError(f"{kind} does not run on tokens alone ({said}); models of text are supported") from error
     path = next((name for name in by_size if ran[name]), None)
@@ -79,7 +79,7 @@ def find_blocks(decoder: Decoder, within: str = "") -> str:
 
 
 def _find_structure(decoder: Decoder) -> None:
-    """Finds the structure of a model whose lists of blocks are known. Of blocks that are built alike, the first is looked at."""
+    """Finds the structure of a model whose lists of blocks are known. Only the first of blocks built alike is examined."""
     model, blocks, lazy, tokens = decoder.model, decoder.blocks, decoder.lazy, probe_tokens(decoder.model)
     kinds: dict[tuple, int] = {}
     originals = [kinds.setdefault(kind_of(block), index) for index, block in enumerate(blocks)]
@@ -115,7 +115,7 @@ def _find_structure(decoder: Decoder) -> None:
         decoder.structure = replace(decoder.structure, embedding=frozenset(embedding), shared=shared, causal=causal)
         _check_composition(decoder, tokens.flip(1)[:, 1:], running)
         hidden = decoder.embed(tokens)
-        decoder.call(hidden)  # made before anything is watched
+        decoder.call(hidden)  # finds the blocks' arguments before anything is watched
         for index in range(len(blocks)):
             if index in known:
                 note(index, **find_matrices(decoder, index, hidden))
@@ -148,7 +148,7 @@ def _is_causal(decoder: Decoder, tokens: Tensor, expected: Tensor) -> bool:
 
 
 def _check_composition(decoder: Decoder, tokens: Tensor, running: range | list[int]) -> None:
-    """Checks that the pieces give the model's logits, on other tokens than those that the blocks' outputs were noted for."""
+    """Checks that the parts give the model's logits, on tokens other than those with which the structure was found."""
     expected = decoder.run(tokens).logits
     wrong = "do not give the model's own output"
     try:
@@ -158,7 +158,7 @@ def _check_composition(decoder: Decoder, tokens: Tensor, running: range | list[i
         gap = distance(decoder.logits(decoder.predicted(tokens), decoder.predicted(hidden)), expected)
         if gap <= tolerance(expected) or not expected.isfinite().all():  # weights that are NaN are refused elsewhere, by name
             return
-    except Exception as error:  # a model that is built otherwise may raise anything
+    except Exception as error:  # a model that is built differently may raise any error
         wrong = f"fail ({type(error).__name__}: {error})"
     stacks = " and ".join(map(repr, decoder.structure.stacks))
     what = f"{type(decoder.model).__name__} cannot be decomposed: its {len(decoder.blocks)} blocks at {stacks}"

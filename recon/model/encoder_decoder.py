@@ -12,20 +12,20 @@ from recon.model.modules import first, replaced, watched
 from recon.model.skeleton import placeholder
 from recon.model.windows import Window
 
-_ENCODED = object()  # stands for the encoder's output among a block's arguments
+_ENCODED = object()  # stands for the encoder's output in a block's arguments
 
 
 class EncoderDecoder(Decoder):
     """An encoder-decoder whose windows can be run, watched and trained one at a time.
 
-    Each sample is cut in two, see `reading`, and so is the residual stream: an encoder block changes its first half, a decoder
-    block its second. Errors and losses are means over all tokens, and so include the half that a block does not change; of first
-    tokens, the encoder's alone is left out. Windows are made of whole blocks.
-    Parameters that other blocks' arguments are computed from, such as biases of relative positions, are in no window.
+    Each sample is cut in two (see `reading`), and so is the residual stream: an encoder block changes the first half, a decoder
+    block the second. Errors and losses are means over all tokens, including the half that a block does not change. Only the
+    encoder's first token, not the decoder's, has the special place of `recon.kernels.losses.FIRST`. Windows are whole blocks.
+    Parameters that other blocks' arguments are computed from, such as relative position biases, are not trained in any window.
     """
 
     reading = "the encoder reads the first half of each sample, and the decoder predicts the second"
-    _observing = False  # while blocks run for the arguments of others
+    _observing = False  # while blocks run only to compute the arguments of other blocks
 
     def run(self, tokens: Tensor):
         read, predicted = _cut(tokens.to(self.device))
@@ -47,16 +47,16 @@ class EncoderDecoder(Decoder):
             return hidden
         read, predicted = _cut(hidden)
         with replaced(self.bypassed(index, read)):
-            # Its embedding, which may be on another device than its last norm, or a placeholder, is not asked.
+            # `inputs_embeds`: so the embedding, which may be on another device, or a placeholder, is not used.
             return torch.cat([self.model.get_encoder()(inputs_embeds=read)[0], predicted], 1)
 
     def observe_calls(self, tokens: Tensor) -> list[tuple[tuple, dict]]:
-        """As in a causal LM; the encoder's output is replaced by `_ENCODED`."""
+        """As in a causal LM, but `_ENCODED` replaces the encoder's output."""
         encoded: list[Tensor] = []
         away = [(tensor, tensor.data) for tensor in self._around_encoder() if tensor.device != self.device]
         self._observing = True
         try:
-            for tensor, data in away:  # such as on the compute device with the encoder's last block
+            for tensor, data in away:  # such as one that is on the compute device with the encoder's last block
                 tensor.data = data.to(self.device)
             with watched({"": self.model.get_encoder()}, after=lambda name, args, kwargs, output: encoded.append(output[0])):
                 calls = self.observe(tokens, len(self.blocks) - 1, self._stand_in)
@@ -67,7 +67,7 @@ class EncoderDecoder(Decoder):
         return tree_map(lambda leaf: _ENCODED if leaf is encoded[0] else leaf, [(args, kwargs) for _, args, kwargs in calls])
 
     def _stand_in(self, index: int, forward: Callable, hidden: Tensor, *args, **kwargs):
-        """Runs a block that computes arguments of others, with placeholders for what they do not take; by-passes any other."""
+        """Runs a block that computes arguments of other blocks, unneeded parameters as placeholders; bypasses others."""
         block, path, shared = self.blocks[index], self.names[index], self.structure.shared
         if not any(isinstance(value, Tensor) for _, value in self.structure.blocks[index].beside or ()):
             return self.bypass(index, hidden, *args, **kwargs)
@@ -79,18 +79,18 @@ class EncoderDecoder(Decoder):
             return functional_call(block, tensors, (hidden, *args), kwargs)
 
     def watching(self, window: Window, see: Callable[[tuple[str, ...], Tensor], None]):
-        """As in a causal LM; not while blocks run for the arguments of others."""
+        """As in a causal LM, except while blocks run only to compute the arguments of other blocks."""
         return super().watching(window, lambda group, x: None if self._observing else see(group, x))
 
     def needed(self, window: Window) -> list[Tensor]:
-        """As in a causal LM, and what blocks share; for the encoder's last block, also what comes after it in the encoder."""
+        """As in a causal LM, plus what blocks share and, with the encoder's last block, what comes after it in the encoder."""
         tensors = super().needed(window) + [self.model.get_parameter(name) for name in sorted(self.structure.shared)]
         if self.starts[1] - 1 in window.blocks:
             tensors += self._around_encoder()
         return list(dict.fromkeys(tensors))
 
     def _around_encoder(self) -> list[Tensor]:
-        """What the encoder holds beside blocks and the embedding of tokens, such as its last norm."""
+        """What the encoder holds besides its blocks and the token embedding, such as its last norm."""
         modules = self.model.get_encoder(), self.blocks, self.model.get_input_embeddings()
         inside, blocks, tokens = ([*module.parameters(), *module.buffers()] for module in modules)
         others = {*blocks, *tokens}
@@ -98,6 +98,6 @@ class EncoderDecoder(Decoder):
 
 
 def _cut(sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """The halves of a sequence (batch, length, ...) that the encoder and the decoder read."""
+    """The two halves of a sequence (batch, length, ...): what the encoder reads, and what the decoder reads."""
     middle = sequence.shape[1] // 2
     return sequence[:, :middle], sequence[:, middle:]

@@ -1,6 +1,6 @@
-"""Products with the matrices of experts, which transformers keeps in one parameter, (experts, out, in) or (experts, in, out).
+"""Products with experts' matrices. Transformers keeps these in one parameter, (experts, out, in) or (experts, in, out).
 
-Each expert's slice is a `Matrix` here. What it reads is seen by watching for matrix products with views of the parameter.
+Each expert's slice is a `Matrix` here. To see its input, matrix products with views of the parameter are intercepted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,27 +15,27 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Product:
-    """A product with one of the matrices that a parameter holds."""
+    """A matrix product of `x` with one of the matrices that a parameter holds."""
 
     name: str  # of the parameter, with the expert's number in brackets
     experts: int  # how many matrices the parameter holds
     transposed: bool  # stored as (in, out)
     x: Tensor  # what the matrix reads, (tokens, in)
-    alone: bool  # multiplied by itself, and not together with the others
+    alone: bool  # in a product of its own, not in one with the other matrices
 
 
 @dataclass
 class FusedProducts(TorchFunctionMode):
-    """Sees the products with matrices of experts, each of which is a slice of a parameter."""
+    """Context that intercepts matrix products with experts' matrices, each of which is a slice of a parameter."""
 
-    parameters: dict[str, nn.Parameter]  # by name, those to look out for
+    parameters: dict[str, nn.Parameter]  # by name: those that hold experts' matrices
     see: Callable[[Product], None] = lambda product: None  # called before each product with one expert's matrix
-    # Called with what a product gives, (tokens, out) or, of several experts, (experts, tokens, out), and their names.
+    # Called with the names of the matrices in a product, and its output: (tokens, out); (experts, tokens, out) for several.
     gave: Callable[[list[str], Tensor], None] = lambda names, output: None
-    # By matrix name, what those that are multiplied alone are multiplied as instead, laid out as in the parameter.
+    # By matrix name: tensors used in place of matrices in products of their own (`Product.alone`), laid out as in the parameter.
     use: Mapping[str, Tensor] = field(default_factory=dict)
 
-    # Functions that multiply by a matrix -> its index among their arguments, after what it multiplies; whether it is (out, in).
+    # Functions that multiply by a matrix -> its index among the arguments (right after that of x), whether it is (out, in).
     FUNCTIONS: ClassVar = {F.linear: (1, True), torch.baddbmm: (2, False)} | dict.fromkeys(
         (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), (1, False)
     )
@@ -58,8 +58,8 @@ class FusedProducts(TorchFunctionMode):
 
 
 def _products(name: str, parameter: nn.Parameter, x: Tensor, matrix: Tensor, out_by_in: bool) -> Iterator[Product]:
-    """The products with experts' matrices in that of `x` and `matrix`, (out, in) or (in, out), if it is a view of `parameter`."""
-    # A view is recognised by its memory, however it was made.
+    """The products with experts' matrices that multiplying `x` by `matrix` consists of; none if it is no view of `parameter`."""
+    # A view is recognised by its memory, not by how it was made.
     if matrix.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
         return
     start, row = matrix.storage_offset() - parameter.storage_offset(), parameter.shape[-1]
@@ -67,7 +67,7 @@ def _products(name: str, parameter: nn.Parameter, x: Tensor, matrix: Tensor, out
     if not 0 <= start < parameter.numel() or not (turned or matrix.stride()[-2:] == (row, 1)):
         return
     size = matrix.shape[-2] * matrix.shape[-1]
-    # A parameter of two dimensions is one matrix, such as a router's, or several on top of one another.
+    # A parameter with two dimensions is one matrix, such as a router's, or several stacked along the rows.
     fits = size < parameter.numel() if parameter.ndim == 2 else size == parameter.shape[-2] * row
     if not fits or start % size:
         return

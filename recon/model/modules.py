@@ -1,4 +1,4 @@
-"""Helpers on modules and models: stand-in forwards, hooks and gradients for a while, random tokens to find structure by."""
+"""Helpers for modules and models: temporary forwards, hooks and gradients; tokens with which structure is found."""
 
 import contextlib
 import re
@@ -14,24 +14,24 @@ class Stop(Exception):
 
 
 def probe_tokens(model: nn.Module) -> Tensor:
-    """Random tokens (2, 8) that a model's structure is found with."""
+    """Random tokens (2, 8) with which a model's structure is found."""
     vocabulary = model.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
 def placeholder_tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
-    """Tokens (batch, length) for passes that depend on the shape alone; none of them is padding."""
+    """Tokens (batch, length) for passes in which only the shape matters; none of them is padding."""
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     return torch.full(shape, 1 if padding == 0 else 0)
 
 
 def first(output):
-    """The hidden states among what a module returned: the first of a tuple, or all of it."""
+    """The hidden states in what a module returned: the first element of a tuple or list, or else all of it."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def standard(model: nn.Module, name: str) -> bool:
-    """Whether the parameter `name` is that of a standard module, such as a linear one; if not, it may hold several matrices."""
+    """Whether the parameter `name` belongs to a standard module, such as a linear one; if not, it may hold several matrices."""
     return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D | nn.Embedding | nn.modules.conv._ConvNd)
 
 
@@ -41,12 +41,12 @@ def distance(output: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> 
 
 
 def tolerance(tensor: Tensor) -> float:
-    """The largest `distance` that is taken for rounding in the dtype of `tensor`."""
+    """The largest `distance` that counts as a rounding error in the dtype of `tensor`."""
     return 1e-3 if tensor.dtype == torch.float32 else 5e-2
 
 
 def kind_of(block: nn.Module) -> tuple:
-    """Equal for blocks that are built alike: the same modules, settings (but for block numbers) and shapes."""
+    """A key that is equal for blocks built alike: the same modules, settings (except block numbers) and shapes."""
 
     def settings(module: nn.Module) -> tuple:
         plain = {name: value for name, value in vars(module).items() if isinstance(value, str | int | float | None)}
@@ -59,7 +59,7 @@ def kind_of(block: nn.Module) -> tuple:
 @contextlib.contextmanager
 def replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
     """Context in which the forward of each module is `stubs[module]`."""
-    # A module may already carry a forward of its own, such as that of accelerate's hooks.
+    # An instance may already have a forward of its own, such as one that accelerate's hooks have set.
     carried = {module: vars(module)["forward"] for module in stubs if "forward" in vars(module)}
     for module, stub in stubs.items():
         module.forward = stub
@@ -67,7 +67,7 @@ def replaced(stubs: dict[nn.Module, Callable]) -> Iterator[None]:
         yield
     finally:
         for module in stubs:
-            del module.forward  # uncovers the class's forward
+            del module.forward  # the class's forward is in force again
         for module, forward in carried.items():
             module.forward = forward
 
@@ -85,7 +85,7 @@ def watched(modules: dict[Hashable, nn.Module], before: Callable | None = None, 
 
 @contextlib.contextmanager
 def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = True) -> Iterator[None]:
-    """Context in which all `parameters` require gradients, or none do."""
+    """Context in which all `parameters` require gradients; with `required` False, none do."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter, _ in before:
         parameter.requires_grad_(required)

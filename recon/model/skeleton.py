@@ -14,7 +14,7 @@ from recon.errors import ReconError
 from recon.model.modules import standard
 
 LENGTHS = "max_position_embeddings", "max_target_positions", "max_seq_len"  # what configs call the longest sequence
-# Yields names and values of the parameters of these names, in any order.
+# Takes names of parameters; yields each name with its value, in any order.
 Read = Callable[[list[str]], Iterator[tuple[str, Tensor]]]
 
 
@@ -24,14 +24,14 @@ def auto_class(config: PretrainedConfig) -> type:
 
 
 def max_length(config: PretrainedConfig) -> int | None:
-    """The longest sequence, in tokens, that the model of `config` was made for, if that tells."""
+    """The longest sequence, in tokens, that the model of `config` was made for; None if `config` does not say."""
     named = (getattr(config.get_text_config(), name, None) for name in LENGTHS)
     longest = next((length for length in named if isinstance(length, int)), None)
     return longest and longest * (2 if config.is_encoder_decoder else 1)  # an encoder-decoder reads it in two halves
 
 
 def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of `config` in evaluation mode, with parameters, not tied, on torch's meta device; buffers have their values.
+    """The model of `config` in evaluation mode. Parameters are on torch's meta device, not tied; buffers have their values.
 
     Raises `ReconError` for a `config` that transformers has no language model for.
     """
@@ -44,13 +44,13 @@ def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTr
 
 
 def placeholder(shape: torch.Size, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    """A tensor full of NaN that takes no memory; what is computed from weights that are not in memory is then NaN as well."""
+    """A tensor full of NaN that takes no memory. What is computed from weights that are not in memory is thus NaN, too."""
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
 
 
 def second(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the skeleton `model`, tied in the same way, whose parameters are placeholders."""
-    # Copied by deepcopy, placeholders would take memory.
+    # New placeholders go into the memo: made by deepcopy, they would take memory.
     return deepcopy(model, {id(parameter): nn.Parameter(placeholder(parameter.shape)) for parameter in model.parameters()})
 
 
@@ -67,13 +67,13 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Makes `parameter` the one that `model` has under the full name `name`."""
+    """Sets `parameter` as the parameter of `model` with the full name `name`."""
     path, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(path), attribute, parameter)
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter, by its first; tied parameters have several."""
+    """First name of each parameter -> all its names; a tied parameter has several."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -81,9 +81,9 @@ def tied(model: nn.Module) -> dict[str, list[str]]:
 
 
 class Lazy:
-    """The parameters of a skeleton: in memory inside `present`, and else placeholders in float32 on the CPU; tied ones stay tied.
+    """The parameters of a skeleton: in memory inside `present`, otherwise placeholders in float32 on the CPU. Ties are kept.
 
-    read: gives values in float32 that share no memory with anything.
+    read: yields values in float32 that share no memory with other tensors.
     """
 
     def __init__(self, model: nn.Module, read: Read):
@@ -97,7 +97,7 @@ class Lazy:
                 place(model, other, self.parameters[name])
 
     def add(self, name: str, shape: torch.Size) -> None:
-        """Adds the parameter `name`, such as a bias that pruning gives a matrix, to the model, unless it is known already."""
+        """Adds the parameter `name` to the model unless it is known already: such as a bias that pruning gives a matrix."""
         path, _, attribute = name.rpartition(".")
         if getattr(self.model.get_submodule(path), attribute) not in self._names:
             self.parameters[name] = nn.Parameter(placeholder(shape))
@@ -106,7 +106,7 @@ class Lazy:
 
     @contextlib.contextmanager
     def made_up(self) -> Iterator[None]:
-        """Context in which random weights of a usual size are read, with which a model's structure can be found.
+        """Context in which `read` gives random weights of usual magnitude, with which a model's structure can be found.
 
         Matrices of standard modules take little memory: entry (i, j) is entry i + j of one random vector.
         """
@@ -130,7 +130,7 @@ class Lazy:
 
     @contextlib.contextmanager
     def present(self, parameters: Iterable[Tensor]) -> Iterator[None]:
-        """Context in which those of `parameters` that are the skeleton's are in memory; if it is nested, until all have ended."""
+        """Context in which `parameters` are in memory; if nested, until the last one ends. Ignores parameters of other models."""
         names = [self._names[parameter] for parameter in dict.fromkeys(parameters) if parameter in self._names]
         fresh = [name for name in names if not self._users[name]]
         self._users.update(names)

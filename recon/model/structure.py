@@ -1,4 +1,4 @@
-"""How a model is built: what `recon.decompose` finds once, and all models of the same architecture share."""
+"""How a model is built. `recon.decompose` finds it once; all models of the same architecture share it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,19 +11,19 @@ OTHER = {"attention": "mlp", "mlp": "attention"}
 
 @dataclass(frozen=True)
 class Matrix:
-    """A prunable matrix of a block, seen as (out, in): the weight of a module, or one expert's part of a parameter of several."""
+    """A prunable matrix of a block, seen as (out, in): a module's weight, or one expert's part of a parameter with several."""
 
     name: str  # full name of the module, or of the parameter with the expert's number in brackets
     module: nn.Module | None = None  # holds the parameter; None in a `Structure`, where names are relative to the block
-    expert: int | None = None  # which of the matrices in the parameter this is; None: it is the only one
+    expert: int | None = None  # its number among the matrices in the parameter; None: it is the only one
     experts: int = 1  # how many matrices are in the parameter
     transposed: bool = False  # stored as (in, out)
     share: float = 1.0  # mean fraction of all tokens that it reads: less than 1 for an expert
     routed: bool = False  # reads only tokens that are sent to it, as an expert does
-    alone: bool = True  # multiplied by itself, and not together with those of other experts
+    alone: bool = True  # used in a product of its own, not in one with the matrices of other experts
 
     def within(self, path: str, block: nn.Module) -> "Matrix":
-        """The matrix of `block`, whose full name is `path`, that has this one's name within the block."""
+        """The matrix with the same name in `block`, with its module and full name. path: the full name of the block."""
         return replace(self, name=f"{path}.{self.name}", module=block.get_submodule(self.parameter_name.rpartition(".")[0]))
 
     @property
@@ -33,7 +33,7 @@ class Matrix:
 
     @property
     def bias_name(self) -> str:
-        """Full name that the parameter with the matrix's bias has, if there is one."""
+        """Full name of the parameter with the matrix's bias, if it has one."""
         return f"{self.name}.bias" if self.expert is None else f"{self.parameter_name}_bias"
 
     @property
@@ -51,12 +51,12 @@ class Matrix:
         return self.oriented(self.part_of(self.parameter))
 
     def oriented(self, stored: Tensor) -> Tensor:
-        """`stored` (laid out as the matrix is stored) as (out, in), and the reverse; a view."""
+        """`stored`, laid out as the matrix is stored, as (out, in), or the other way round; a view."""
         return stored.T if self.transposed else stored
 
 
 def factors(mask: Tensor, device: torch.device) -> Tensor:
-    """`mask` as what weights are multiplied by on `device`: bool, or 0 and 1 on CPUs, where products with booleans take long."""
+    """`mask` as factors of weights on `device`: bool, but float32 (0 and 1) on CPUs, where multiplying by booleans is slow."""
     return mask.to(device, torch.float32 if device.type == "cpu" else torch.bool)
 
 
@@ -80,10 +80,10 @@ class Halves:
     children: dict[str, tuple[str, ...]]  # "attention" | "mlp" -> names of the children with matrices in that half
     # Child -> function that takes the child's arguments, and returns zeros in the structure of its output.
     silence: dict[str, Callable] = field(compare=False, repr=False)
-    parameters: dict[str, frozenset[str]] = field(default_factory=dict)  # half -> names of those that its output depends on
+    parameters: dict[str, frozenset[str]] = field(default_factory=dict)  # half -> names of what its output depends on
 
     def silenced(self, half: str) -> dict[str, Callable]:
-        """What stands in for the children of the other half while `half` runs."""
+        """Child of the other half -> what replaces its forward while `half` runs."""
         return {child: self.silence[child] for child in self.children[OTHER[half]]}
 
     def has(self, half: str, parameter: str) -> bool:
@@ -94,23 +94,23 @@ class Halves:
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """How a block is built. All names are relative to the block, so blocks that are built alike share one structure."""
+    """How a block is built. All names are relative to the block, so blocks built alike share one structure."""
 
-    # What it returns beside hidden states: (number or name, None) of each argument, (None, value) of all else.
+    # What it returns besides hidden states: (number or name, None) if it is an argument of the block, else (None, value).
     beside: tuple[tuple[int | str | None, object], ...] | None = None
-    groups: tuple[tuple[str, ...], ...] = ()  # matrices in the order in which they run; those of a group read the same input
+    groups: tuple[tuple[str, ...], ...] = ()  # matrices in running order; those of a group read the same input
     matrices: dict[str, Matrix] = field(default_factory=dict)  # by name, in the same order, without modules
     dense: tuple[str, ...] = ()  # linear modules that are not pruned, as they did not run as modules
-    halves: Halves | str = "was not divided"  # or why the block does not divide
+    halves: Halves | str = "was not divided"  # a string: why the block does not divide
 
 
 @dataclass(frozen=True)
 class Structure:
     """How a model is built."""
 
-    stacks: tuple[str, ...] = ()  # paths of the lists of blocks, in the order in which they run
+    stacks: tuple[str, ...] = ()  # paths of the lists of blocks, in running order
     blocks: tuple[BlockStructure, ...] = ()  # of all stacks
     embedding: frozenset[str] = frozenset()  # names of the parameters that the first block's input depends on
-    # Names of the blocks' parameters that other blocks' arguments are computed from, such as biases of relative positions.
-    shared: frozenset[str] | None = None  # None: this was not found out yet
-    causal: bool = True  # the model predicts after each token, and later tokens do not change that
+    # Names of the blocks' parameters that other blocks' arguments are computed from, such as relative position biases.
+    shared: frozenset[str] | None = None  # None: not yet determined
+    causal: bool = True  # the model predicts after each token, and later tokens do not change the prediction

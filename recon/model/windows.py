@@ -13,8 +13,8 @@ NAMED = ("none", "matrix", "half-block", "block", "quarter", "model")
 class Window:
     """The parameters that are adapted together: a run of blocks, one half of a block, or matrices that share an input.
 
-    Such matrices (q, k and v; gate and up) make one window, whose output is the concatenation of theirs. Under the squared error
-    each is fitted as if alone: the loss is a sum over matrices, and AdamW updates weights independently.
+    Matrices that share an input (q, k and v; gate and up) make one window. Its output is their outputs, concatenated. Under the
+    squared error each is fitted as if it were alone: the loss is a sum over matrices, and AdamW updates weights independently.
     """
 
     blocks: range
@@ -25,7 +25,7 @@ class Window:
 
     @property
     def name(self) -> str:
-        """In reports and files: the blocks and the half, or the matrices."""
+        """Name in reports and files: the blocks and the half, or the matrices."""
         if self.matrices:
             return "+".join(self.matrices)
         numbers = str(self.blocks[0]) if len(self.blocks) == 1 else f"{self.blocks[0]}-{self.blocks[-1]}"
@@ -43,12 +43,12 @@ class Window:
 
     @property
     def halves(self) -> int:
-        """How many halves of blocks are adapted together: 1 for a half or matrices of one, 2 for a block."""
+        """How many halves of blocks are adapted together: 1 for a half or for matrices, 2 for each block."""
         return 1 if self.half or self.matrices else 2 * len(self.blocks)
 
 
 def canonical(granularity: str) -> str:
-    """The name of a granularity, from any of its spellings, such as the paper's 1/2, 1, 2. Raises `ReconError` for others."""
+    """The name of a granularity given in any spelling, such as the paper's 1/2, 1, 2. Raises `ReconError` if it is unknown."""
     name = {"1/2": "half-block", "1": "block", "1-block": "block", "1-blocks": "block"}.get(granularity, granularity)
     if name in NAMED:
         return name
@@ -58,7 +58,7 @@ def canonical(granularity: str) -> str:
 
 
 def partition(granularity: str, blocks: int) -> list[range]:
-    """The runs of blocks that a `canonical` granularity divides `blocks` blocks into; quarters are as even as possible."""
+    """Divides `blocks` blocks into runs, by a `canonical` granularity of whole blocks; quarters are as even as possible."""
     if granularity == "none":
         raise ReconError("granularity none has no windows")
     if granularity == "quarter":

@@ -1,4 +1,4 @@
-"""The compute device and its precision; how much memory there is, and how much something takes."""
+"""The compute device and its precision; how much memory is available, and how much is used."""
 
 import contextlib
 import ctypes
@@ -26,7 +26,7 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         probe = torch.zeros(1, device=name)
-        probe.item()  # which fails on meta
+        probe.item()  # fails on the meta device
         return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ReconError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try auto or cpu") from None
@@ -45,28 +45,28 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def limit_compiled_shapes() -> None:
-    """Limits oneDNN's cache of compiled products, which experts, with another number of tokens in every batch, would make large.
+    """Limits oneDNN's cache of compiled matrix products. Experts would fill it: their number of tokens differs in every batch.
 
-    To be called before the first product; unless the variables of the environment are set already. Child processes inherit them.
+    Call it before the first product. Environment variables that are set already are kept; child processes inherit all of them.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether `error` says that a device's memory is used up."""
+    """Whether `error` says that a device has run out of memory."""
     from accelerate.utils.memory import should_reduce_batch_size  # slow to import
 
-    has_message = bool(error.args) and isinstance(error.args[0], str)  # accelerate looks at nothing else
+    has_message = bool(error.args) and isinstance(error.args[0], str)  # accelerate expects a string
     return isinstance(error, torch.OutOfMemoryError) or (has_message and should_reduce_batch_size(error))
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device, anonymous: bool = False) -> Iterator[SimpleNamespace]:
-    """Context that tells `bytes`, the peak memory of what runs inside, and what was in use `before`: of a GPU, or this process.
+    """Context that measures the memory of a GPU, or of this process: `before` is what was in use, and `bytes` the peak inside.
 
-    Linux alone can reset its mark of the highest (`/proc/self/clear_refs`): elsewhere, it is that of the process so far. There is
-    no mark of `anonymous` memory, without what is mapped from files: it is sampled every hundredth of a second.
+    On Linux the peak of the process is reset first (`/proc/self/clear_refs`); elsewhere it counts from the start of the process.
+    anonymous: without what is mapped from files. That peak is not recorded, so memory is sampled every hundredth of a second.
     """
     cuda, ended = device.type == "cuda", threading.Event()
     if cuda:
@@ -80,7 +80,7 @@ def peak_memory(device: torch.device, anonymous: bool = False) -> Iterator[Simpl
         while not ended.wait(0.01):
             peak.bytes = max(peak.bytes, used())
 
-    if anonymous:
+    if anonymous and not cuda:
         threading.Thread(target=sample, daemon=True).start()
     try:
         yield peak
@@ -91,13 +91,13 @@ def peak_memory(device: torch.device, anonymous: bool = False) -> Iterator[Simpl
 
 
 def resident(anonymous: bool = False) -> int:
-    """Resident memory of this process in bytes; anonymous: without what is mapped from files, if the system tells."""
+    """Resident memory of this process in bytes; anonymous: without what is mapped from files, if the system reports that."""
     memory = psutil.Process().memory_info()
     return memory.rss - (getattr(memory, "shared", 0) if anonymous else 0)
 
 
 def _highest() -> int:
-    """The most bytes that were resident in this process, on Linux since its mark was reset."""
+    """The peak resident memory of this process in bytes; on Linux, since the peak was last reset."""
     try:
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
@@ -111,13 +111,13 @@ def available_memory(root: Path = Path("/")) -> int:
     left = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError, IndexError):
         parts = (root / "proc/self/cgroup").read_text().split("0::/")[1].split("\n")[0].split("/")
-        # The groups around it count too. In a container the path may be the host's, and its own group is the root.
+        # The groups around it limit it too. In a container the path may be the host's, and the own group is the root.
         for depth in range(len(parts) + 1):
             group = root.joinpath("sys/fs/cgroup", *(part for part in parts[:depth] if part != ".."))
             with contextlib.suppress(OSError, ValueError, KeyError):  # there is no such group, or its limit is "max"
                 most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
                 pages = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-                # Cached files count as used, but make room when memory is needed.
+                # Cached files count as used, but are dropped when memory is needed.
                 left.append(most - used + int(pages["active_file"]) + int(pages["inactive_file"]))
     return max(1, min(left))
 

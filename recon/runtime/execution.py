@@ -1,4 +1,4 @@
-"""Where and in what precision windows run. Weights and batches are on the compute device for as long as they are needed."""
+"""Where and in what precision windows run. Weights and batches are on the compute device only while they are needed."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,28 +23,28 @@ TOKENS = 1024  # in a batch of a pass without training
 class Execution:
     """Where and how passes over a model run.
 
-    Models may be elsewhere, such as in host memory beside a small GPU: one window at a time is then copied to the compute device,
-    and activations come and go batch by batch. Raises `ReconError` as `pick_device` and `pick_compute_dtype`.
+    Models may be elsewhere, such as in host memory beside a small GPU. One window at a time is then copied to the compute device,
+    and activations are copied there and back batch by batch. Raises `ReconError` as `pick_device` and `pick_compute_dtype`.
     """
 
     device: torch.device | str = "auto"  # as `recon.runtime.device.pick_device` takes it
     compute_dtype: str = "auto"  # as `recon.runtime.device.pick_compute_dtype` takes it
-    storage: Storage | None = None  # what is finished, and room for masks and activations; default: memory
+    storage: Storage | None = None  # keeps finished windows, masks and activations; default: in memory
     progress: bool = True  # whether passes show progress bars
-    loop: Callable | None = None  # over windows; default: `recon.methods.reconstruct.one_after_another`
+    loop: Callable | None = None  # runs the windows; default: `recon.methods.reconstruct.one_after_another`
 
     def __post_init__(self):
-        # What memory has turned out to suffice for, if less than asked for.
+        # The batch sizes in use after memory ran out with larger ones; None: it has not.
         self.micro_batch: int | None = None  # samples per forward pass in training
         self.tokens: int | None = None  # per batch without training
         self.storage = self.storage or Storage()
         self.device = pick_device(str(self.device))
         self.dtype = pick_compute_dtype(self.compute_dtype, self.device)
-        self._copying: torch.cuda.Stream | None = None  # one for all batches: freed memory stays with its stream
+        self._copying: torch.cuda.Stream | None = None  # one for all batches, as freed memory can be reused only in its stream
 
     @classmethod
     def of(cls, decoder: Decoder, given: "Execution | None" = None) -> "Execution":
-        """`given`, or where the model is; float16 on a CPU in float32, as torch cannot round that to bfloat16 there."""
+        """`given`; default: where the model is. float16 on a CPU computes in float32: torch cannot round it to bfloat16 there."""
         if given is not None:
             check_kind("execution", given, cls)
             return given
@@ -52,7 +52,7 @@ class Execution:
 
     def autocast(self) -> torch.autocast:
         """Context in which matrix products run in the compute dtype; parameters keep theirs."""
-        # No cache of rounded weights: each is used once in a pass, and those of placeholders would outlive the placeholders.
+        # No cache of rounded weights: each is used once in a pass, and what is cached for a placeholder would outlive it.
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     @contextlib.contextmanager
@@ -66,7 +66,7 @@ class Execution:
 
     @contextlib.contextmanager
     def holding_ends(self, decoder: Decoder) -> Iterator[None]:
-        """Context in which all but the blocks is on the compute device, the head rounded; not a skeleton's embedding."""
+        """Context in which all but the blocks (and a skeleton's embedding) is on the compute device, with the head rounded."""
         inside = {*decoder.blocks.parameters(), *decoder.blocks.buffers()}
         ends = (each for each in (*decoder.model.parameters(), *decoder.model.buffers()) if each not in inside)
         with decoder.loaded_head(), self._holding(ends, decoder.head_weights()):
@@ -87,7 +87,7 @@ class Execution:
             for tensor, place in places:
                 if tensor in keep:
                     place.copy_(tensor.data)
-                tensor.grad = None  # it is on the compute device
+                tensor.grad = None  # the gradient is on the compute device
                 tensor.data = place
 
     def elsewhere(self, tensor: Tensor) -> bool:
@@ -110,8 +110,8 @@ class Execution:
     def run(self, function: Callable, stream: Tensor, count: int | None = None, anew: Callable = lambda: None) -> Tensor:
         """`function` applied to `stream` (samples, length, ...), a batch at a time; the result is on the device of `stream`.
 
-        If memory runs out, `anew()` has to discard what `function` has gathered, and all of `stream` is run again in smaller
-        batches, as it is in later calls. No batch mixes the first `count` samples with later ones.
+        If memory runs out, `anew()` is called, to discard what `function` has gathered, and all of `stream` is run again in
+        smaller batches; later calls use these too. No batch mixes the first `count` samples with later ones.
         """
         samples, length = stream.shape[:2]
         edges = list(pairwise((0, samples if count is None else min(count, samples), samples)))
@@ -136,7 +136,7 @@ class Execution:
         return self.halving(attempt, size)[0]
 
     def halving(self, attempt: Callable[[int], Tensor], size: int) -> tuple[Tensor, int]:
-        """`attempt(size)`, again with half the size whenever memory runs out; and the size, in samples, that succeeded.
+        """The result of `attempt(size)`, retried at half the size whenever memory runs out, and the size (samples) that fitted.
 
         Raises `ReconError` if memory does not suffice for one sample at a time.
         """
@@ -147,20 +147,20 @@ class Execution:
                 if not out_of_memory(error):
                     raise
                 fault = str(error).splitlines()[0]
-            release_memory()  # out here, where the exception and all tensors that it refers to are gone
+            release_memory()  # after the except clause: the exception and the tensors that it refers to are gone
             if size == 1:
                 raise ReconError(f"{self.device} lacks memory for one sample ({fault}); use shorter ones, or smaller windows")
             log.warning("out of memory with %d samples at a time: %d from here on (%s)", size, -(-size // 2), fault)
             size = -(-size // 2)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor for activations, to be filled; on the CPU, `storage` makes it."""
+        """A tensor to fill with activations; on the CPU, `storage` makes it."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         return self.storage.empty(shape, dtype, pinned=self.device.type == "cuda")
 
     def batches(self, streams: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
-        """For each of `parts`, which are indices of samples, those samples of every stream, on the compute device.
+        """Yields, for each of `parts` (indices of samples), these samples of every stream, on the compute device.
 
         On CUDA, the next batch is copied while the device computes with the one before.
         """
@@ -185,7 +185,7 @@ class Execution:
             return stream[part.start : part.stop].to(self.device, non_blocking=True)
         if not self.elsewhere(stream):
             return stream[torch.as_tensor(part, device=stream.device)]
-        # Sample by sample: slices of pinned memory are copied without the CPU.
+        # Sample by sample: the GPU copies slices of pinned memory by itself.
         return torch.stack([stream[index].to(self.device, non_blocking=True) for index in part])
 
 

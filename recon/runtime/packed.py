@@ -1,15 +1,15 @@
-"""Packed checkpoints: of each matrix with enough zeros, one bit a weight and, in their order, the weights that are not zero.
+"""Packed checkpoints: a matrix with enough zeros is stored as one bit per weight and the nonzero weights, in order.
 
-Beside the other files of a checkpoint, `model.packed.safetensors` stands for `model.safetensors`, and the same for shards:
+In the checkpoint, `model.packed.safetensors` takes the place of `model.safetensors`, and likewise for shards:
 
     <name>.packed_mask      uint8 (ceil(n / 8),)   bit i, the lowest of a byte first: whether weight i of n is stored
     <name>.packed_values    (stored,)              those weights, in the order in which the matrix lies in memory
     <name>                                         every other tensor, as it is
     metadata "packed"                              JSON: the shape of every tensor, and the metadata of the plain file
 
-`model.packed.json` holds the SHA-256 of each of them. Only positive zeros are left out, so what comes back is the same to the
-bit. Of n weights of b bytes, a share s of them zero, it takes n (1 / 8 + (1 - s) b) bytes. Transformers finds no weights under
-these names, and so never loads a part of them unnoticed.
+`model.packed.json` holds the SHA-256 of each packed file. Only positive zeros are left out (negative ones are stored), so
+unpacking restores every bit. A matrix of n weights of b bytes, a share s of them zero, takes n (1 / 8 + (1 - s) b) bytes.
+Transformers finds no weights under these names, so it never loads only a part of them unnoticed.
 """
 
 import json
@@ -27,7 +27,7 @@ from recon.runtime.storage import digest, new_checkpoint, write_json, write_safe
 
 PLAIN, PACKED = "model.safetensors", "model.packed.safetensors"
 DIGESTS = "model.packed.json"
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}  # ends of names
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}  # suffixes of weight files
 MASK, VALUES = ".packed_mask", ".packed_values"
 
 
@@ -38,7 +38,7 @@ def pack(folder: Path | str, target: Path | str) -> None:
 
 
 def unpack(folder: Path | str, target: Path | str) -> None:
-    """Writes the packed checkpoint in `folder` plain to the new folder `target`, the same to the bit as what was packed.
+    """Writes the packed checkpoint in `folder` unpacked to the new folder `target`: bit for bit what was packed.
 
     Raises `ReconError` naming a file that is missing, altered or cut short.
     """
@@ -47,7 +47,7 @@ def unpack(folder: Path | str, target: Path | str) -> None:
 
 
 def unpacked(folder: Path, scratch: Path) -> Path:
-    """The plain checkpoint in `folder`; if it is packed, the one that it is unpacked to in `scratch`."""
+    """The folder of the plain checkpoint: `folder`, or if it is packed, `scratch`, to which it is unpacked."""
     if not is_packed(folder):
         return folder
     _unpack_files(folder, scratch)
@@ -60,7 +60,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def pack_files(folder: Path, target: Path) -> None:
-    """`pack` to an existing folder."""
+    """As `pack`, but to the existing folder `target`."""
     files, digests = sorted(folder.glob("model*.safetensors")), {}
     if is_packed(folder) or not files:
         raise ReconError(f"{str(folder)!r} {'is packed already' if is_packed(folder) else 'holds no model*.safetensors to pack'}")
@@ -105,7 +105,7 @@ def _unpack_files(folder: Path, target: Path) -> None:
 
 
 def _packed(name: str, plain: Tensor) -> dict[str, Tensor]:
-    """What is stored of a tensor."""
+    """The tensors that are stored for the tensor `plain`, by name."""
     flat = plain.contiguous().view(-1)
     if plain.ndim > 1 and plain.is_floating_point():
         stored = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[plain.itemsize]) != 0
@@ -116,7 +116,7 @@ def _packed(name: str, plain: Tensor) -> dict[str, Tensor]:
 
 
 def _plain(opened: safe_open, name: str, shape: list[int], known: set[str]) -> Tensor:
-    """The tensor `name` of a packed file that has the tensors `known`."""
+    """The tensor `name`, unpacked; known: the names of the tensors in the packed file `opened`."""
     if name in known:
         return opened.get_tensor(name)
     values, mask = opened.get_tensor(name + VALUES), opened.get_tensor(name + MASK).numpy()
@@ -126,8 +126,8 @@ def _plain(opened: safe_open, name: str, shape: list[int], known: set[str]) -> T
 
 
 def _carry(folder: Path, target: Path, old: str, new: str) -> None:
-    """Copies all but weights and their digests, also one folder down; an index of shards is called after the form of weights."""
-    for file in (*folder.iterdir(), *folder.glob("[!.]*/*")):  # such as one of several chat templates
+    """Copies all files except weights and digests, also from one folder down; `old` in file names (shard index) becomes `new`."""
+    for file in (*folder.iterdir(), *folder.glob("[!.]*/*")):  # one folder down: such as additional chat templates
         if file.parent != folder and (file.parent / "config.json").is_file():  # another model
             continue
         if file.is_file() and file.suffix not in WEIGHTS and file.name != DIGESTS:

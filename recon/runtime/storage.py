@@ -1,4 +1,4 @@
-"""Files that appear when they are complete; the cache; locks; and `Storage`, where a run keeps its finished windows."""
+"""Files that appear only when they are complete; the cache; locks; and `Storage`, where a run keeps its finished windows."""
 
 import contextlib
 import glob
@@ -22,31 +22,31 @@ from torch import Tensor
 
 from recon.errors import ReconError
 
-PART = ".part"  # ends the names of files and folders that are still being written; nothing ever reads one
-SMALL = 64 * 2**20  # bytes up to which activations stay in memory when others are put on disk
-RUN = "run.json"  # which run a folder belongs to
+PART = ".part"  # ends the names of files and folders that are still being written; they are never read
+SMALL = 64 * 2**20  # bytes: activations up to this size stay in memory even if there is a folder
+RUN = "run.json"  # the file that says which run a folder belongs to
 
 
 def cache_folder() -> Path:
-    """Where fetched and converted files are kept: $RECON_CACHE, else the user's cache folder."""
+    """Where fetched and converted files are kept: $RECON_CACHE, or else the folder for recon in the user's cache."""
     chosen = os.environ.get("RECON_CACHE")
     return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("recon")
 
 
 @contextlib.contextmanager
 def writing(what: str, advice: str) -> Iterator[None]:
-    """Context that raises `ReconError` naming `what` cannot be written if the system refuses it, as on a full disk."""
+    """Context that raises `ReconError` with `what` and `advice` if the system refuses to write, such as to a full disk."""
     try:
         yield
     except Exception as error:
-        refused = getattr(error, "errno", None) or "(os error " in str(error)  # as libraries in Rust put it, each in its own kind
+        refused = getattr(error, "errno", None) or "(os error " in str(error)  # errors of Rust libraries have only such a text
         if isinstance(error, ReconError) or not refused:
             raise
         raise ReconError(f"{what} cannot be written: {error}; {advice}") from error
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Makes `folder` if need be; raises `ReconError` naming it, and `what` it is for, if nothing can be written to it."""
+    """Makes `folder` if it does not exist. Raises `ReconError` naming it and `what` it is for if it cannot be written to."""
     with writing(f"{what}: folder {str(folder)!r}", "name a folder that can be written"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -57,7 +57,7 @@ def check_writable(folder: Path, what: str) -> None:
 def complete(path: Path, folder: bool = False) -> Iterator[Path]:
     """Context that gives the name of a file to write, or of a new folder to fill, and renames it to `path` at the end.
 
-    After an error nothing is left; a killed process leaves a folder beside `path` that ends in `PART`. Makes folders around it.
+    Makes parent folders. After an error nothing is left. A killed process leaves a folder beside `path` that ends in `PART`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(PART, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as around:
@@ -69,14 +69,14 @@ def complete(path: Path, folder: bool = False) -> Iterator[Path]:
 
 
 def check_new(folder: Path) -> None:
-    """Raises `ReconError` naming `folder`, to which a model is to be saved, if it exists and is not an empty folder."""
+    """Raises `ReconError` naming `folder`, where a model is to be saved, if it is a file, a mount point or not empty."""
     if folder.exists() and (os.path.ismount(folder) or not folder.is_dir() or any(folder.iterdir())):
         raise ReconError(f"save folder {str(folder)!r} exists and is not an empty folder that can be replaced; name a new one")
 
 
 @contextlib.contextmanager
 def new_checkpoint(folder: Path) -> Iterator[Path]:
-    """As `complete`, for the files of a model. Raises `ReconError` as `check_new` and `locked`, and if it cannot be written."""
+    """As `complete`, for the folder of a model. Raises `ReconError` as `check_new` and `locked`, and if it cannot be written."""
     folder = folder.resolve()
     with locked(folder, "save folder"), writing(f"checkpoint {str(folder)!r}", "choose a place with room"):
         check_new(folder)
@@ -86,10 +86,10 @@ def new_checkpoint(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(place: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Context in which no other process is at work on the file or folder `place`; what killed ones left beside it is removed.
+    """Context in which no other process works on the file or folder `place`. What killed processes left beside it is removed.
 
-    what: what `place` is, for messages, such as "save folder". wait: until no other process holds the lock, which the system
-    releases when a process ends. Raises `ReconError` if another one holds it, and for a folder that cannot be written.
+    what: what `place` is, for messages, such as "save folder". wait: wait while another process holds the lock, which the system
+    releases when a process ends. Raises `ReconError` if it is held and not waited for, or if the folder cannot be written.
     """
     check_writable(place.parent, what)
     path = place.with_name(f".{place.name}.lock")
@@ -99,7 +99,7 @@ def locked(place: Path, what: str, wait: bool = False) -> Iterator[None]:
     except Timeout:
         raise ReconError(f"{what} {str(place)!r} is in use by another process; wait until it is done, or name another") from None
     try:
-        for left in place.parent.glob(f".{glob.escape(place.name)}.{8 * '?'}{PART}"):  # not of a longer name
+        for left in place.parent.glob(f".{glob.escape(place.name)}.{8 * '?'}{PART}"):  # not those of a longer name
             shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
@@ -121,13 +121,13 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 
 def derived_folder(name: str, *decisive: object) -> Path:
-    """Where the cache has files that are computed from others; a hash of what is `decisive` (JSON) is in its name."""
+    """Where the cache keeps files computed from others. Its name has a hash of `decisive` (JSON): what they depend on."""
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "derived" / f"{name}-{key}"
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder` in the cache, filled by `make(empty folder)` unless it is there. Raises `ReconError` if it cannot be written."""
+    """`folder` in the cache; if it does not exist, `make(empty folder)` fills it. Raises `ReconError` if it cannot be written."""
     if not folder.is_dir():
         refused = writing(f"cache folder {str(cache_folder())!r}", "free space there, or set RECON_CACHE to another folder")
         with refused, locked(folder, "cache (RECON_CACHE)", wait=True):
@@ -151,8 +151,8 @@ def write_json(path: Path, content: object) -> None:
 
 
 def owner(folder: Path) -> str | None:
-    """The run that the work folder `folder` belongs to, as `Storage` has noted it; None if it belongs to none. Raises
-    `ReconError` for a note that is cut short, as a machine that loses power may leave it."""
+    """The key of the run that the work folder `folder` belongs to, as `Storage` has noted it; None if there is no note. Raises
+    `ReconError` if the note is cut short, as after a power failure."""
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return json.loads((folder / RUN).read_text(encoding="utf-8"))
@@ -164,13 +164,13 @@ class Storage:
     """What the passes of a run keep: masks, room for activations, and the finished windows of each phase, such as "prune".
 
         <folder>/<phase>/00012.safetensors           a finished window: its tensors, and in the metadata what was noted of it
-        <folder>/<phase>/00013.<name>.safetensors    the activations that the window after it starts from
+        <folder>/<phase>/00013.<name>.safetensors    the activations that the next window starts from
 
-    Each file appears whole under its name, a window's own last: a killed run goes on after its last finished window. A run in
-    memory has no folder: then nothing is written, and nothing is finished beforehand.
+    Each file appears only when it is complete, and a window's file is written after its activations, so a killed run resumes
+    after its last finished window. Without a folder, nothing is written, and no window counts as finished.
 
-    folder: of the run's own; made if need be. run: the key of the run.
-    keep: without a folder, the phases of which tensors are kept.
+    folder: the run's own; made if it does not exist. run: the key of the run. keep: phases whose tensors are kept in memory if
+    there is no folder. Raises `ReconError` for a folder of another run or with other content, or that cannot be used.
     """
 
     def __init__(self, folder: Path | None = None, run: str = "", keep: Collection[str] = ()):
@@ -194,16 +194,16 @@ class Storage:
                 raise ReconError(f"folder {str(folder)!r} holds another unfinished run ({found}; this is {run}); {said}")
         for left in [*folder.glob(f"**/.*{PART}")]:
             shutil.rmtree(left, ignore_errors=True)
-        self.masks = ChainMap({}, {})  # those that were set since the last finished window, and those in files
+        self.masks = ChainMap({}, {})  # masks set since the last finished window; masks in files
         for path in sorted(folder.glob("*/?????.safetensors")):
             self._take(path)
 
     def finished(self, phase: str) -> list:
-        """What was noted of the finished windows of `phase`, in their order."""
+        """What was noted for each finished window of `phase`, in order; see `finish`."""
         return list(self._noted[phase])
 
     def tensors(self, phase: str) -> Mapping[str, Tensor]:
-        """The tensors of the finished windows of `phase` by name, not to be changed in place."""
+        """The tensors of the finished windows of `phase`, by name. Do not change them in place."""
         return self._tensors[phase]
 
     def streams(self, phase: str) -> dict[str, Tensor]:
@@ -212,16 +212,16 @@ class Storage:
         for path in self._streams(phase, len(self.finished(phase))):
             with self._reading(path):
                 stored = load_file(path)["stream"]
-            # A copy: tensors in a file may begin anywhere, which can change the last bits of what is computed.
+            # A copy: tensors in a file may not be aligned, which can change the last bits of results.
             found[path.name.split(".")[1]] = self.empty(stored.shape, stored.dtype).copy_(stored)
         return found
 
     def finish(
         self, phase: str, noted: object, streams: Mapping[str, Tensor | None] = {}, tensors: Mapping[str, Tensor] = {}
     ) -> None:
-        """Ends one window (or another step) of `phase`, with the masks that were set since the last one.
+        """Stores a finished window (or another step) of `phase`, with the masks that were set since the last one.
 
-        noted: what `finished` is to tell of it, as JSON can hold it. streams: activations that the next window starts from.
+        noted: what `finished` returns for it, which JSON can hold. streams: activations that the next window starts from.
         tensors: parameters by full name, as the phase left them.
         """
         if self.folder is None:
@@ -241,20 +241,20 @@ class Storage:
         self._take(path)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool = False) -> Tensor:
-        """A tensor on the CPU to be filled, for activations or for weights that are put aside; with a folder, a large one is in a
-        file there that is gone with the tensor. pinned: in memory that a GPU can read by itself, unless it is in a file.
+        """A tensor on the CPU to fill with activations or with weights to keep. If there is a folder, a large tensor is in a file
+        there, which disappears with the tensor. pinned: in memory that a GPU can read by itself, unless it is in a file.
         """
         size = math.prod(shape)
         if self.folder is None or size * dtype.itemsize <= SMALL:
             return torch.empty(shape, dtype=dtype, pin_memory=pinned)
         with self._writing(), tempfile.NamedTemporaryFile(dir=self.folder) as file:
-            # Blocks are taken before they are mapped: a full disk is then an error here, and not a crash at some write.
+            # Disk space is reserved before it is mapped, so a full disk raises an error here and does not crash a later write.
             allocate = getattr(os, "posix_fallocate", lambda number, start, size: os.ftruncate(number, size))  # macOS has none
             allocate(file.fileno(), 0, size * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
 
     def delete(self, begun: bool = True) -> None:
-        """Deletes the folder; with `begun` False, only if nothing in it is finished. What a kill leaves counts as nothing."""
+        """Deletes the folder; with `begun` False, only if it has no finished window. Unfinished files do not count."""
         if self.folder is not None and (begun or not any(self._noted.values())):
             beside = f".{self.folder.name.removesuffix('.unfinished')}."  # `locked` removes what a kill leaves of it
             temporary = tempfile.TemporaryDirectory(PART, beside, self.folder.parent, ignore_cleanup_errors=True)
@@ -266,14 +266,14 @@ class Storage:
 
     @contextlib.contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
-        """Context that says which file is cut short."""
+        """Context that raises `ReconError` naming the file `path` if it is cut short."""
         try:
             yield
         except SafetensorError as error:
             raise ReconError(f"{str(path)!r} is cut short ({error}); delete {str(self.folder)!r}, to begin anew") from error
 
     def _take(self, path: Path) -> None:
-        """Counts the window in the file `path` as finished; its tensors are mapped from there."""
+        """Counts the window in the file `path` as finished; its tensors are mapped from that file."""
         with self._reading(path), safe_open(path, framework="pt") as file:
             self._noted[path.parent.name].append(json.loads(file.metadata()["noted"]))
             for name in file.keys():  # noqa: SIM118 - it is no mapping

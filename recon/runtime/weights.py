@@ -1,4 +1,4 @@
-"""Weights of a model that stays on disk: transformers leaves them there (`device_map={"": "disk"}`); they are read one by one."""
+"""Weights of a model that stay on disk: transformers leaves them there (`device_map={"": "disk"}`); they are read one by one."""
 
 import json
 import logging
@@ -20,31 +20,31 @@ from recon.runtime import packed
 from recon.runtime.storage import PART, Storage, cache_folder
 
 UNDONE = ("fp8", "mxfp4")  # quantisations that transformers undoes while it reads weights
-logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is asked for
+logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of offloading, which is intended
 
 
 class Weights:
-    """The weights of a model that `from_pretrained` has left on disk, with the values that it gives them in memory.
+    """The weights of a model that `from_pretrained` has left on disk. Reading gives the values that it would load into memory.
 
-    names: of all parameters; those that are tied under each of their names. surplus: entries that the model has no place for.
-    scratch: where transformers has put what is not stored as the model has it, such as stacked experts.
+    names: of all parameters, a tied one under each of its names. surplus: entries of the files that the model has no place for.
+    scratch: where transformers has put weights that it had to convert, such as experts that it stacks.
     """
 
     def __init__(self, model: PreTrainedModel, path: Path, surplus: list[str], scratch: tempfile.TemporaryDirectory):
         hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
         self._stored = next(hook.weights_map for hook in hooks if hook.weights_map is not None)
-        while hasattr(self._stored, "dataset"):  # of one module
+        while hasattr(self._stored, "dataset"):  # a view for one module: go to the map of all weights
             self._stored = self._stored.dataset
         for hook in hooks:
-            hook.original_devices = {}  # nothing is brought back when it is removed
+            hook.original_devices = {}  # removing the hook then moves no weights back
         remove_hook_from_module(model, recurse=True)
-        for entry in self._stored.index.values():  # which looks for all shards beside the first, if they are in a folder below
+        for entry in self._stored.index.values():  # transformers expects shards beside the first, not in subfolders
             if not Path(entry.get("safetensors_file", path)).exists():
                 shards = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
                 entry["safetensors_file"] = str(path / shards[entry["weight_name"]])
         self.surplus, self._scratch = surplus, scratch
-        self._places: dict[str, str] = {}  # the name under which each parameter is stored
-        self._computed: dict[str, Tensor] = {}  # what no file has, such as sinusoidal positions
+        self._places: dict[str, str] = {}  # name of each parameter -> name under which it is stored
+        self._computed: dict[str, Tensor] = {}  # parameters that no file has, such as sinusoidal positions
         for name, names in tied(model).items():
             stored = next((other for other in names if other in self._stored.index), "")
             self._places |= {other: other if other in self._stored.index else stored for other in names}
@@ -54,10 +54,10 @@ class Weights:
                 self._computed |= dict.fromkeys(names, model.get_parameter(name).detach())
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
         self.names = self._shapes.keys()
-        self._finite: set[str] = set()  # parameters without NaN and infinity, as was checked
+        self._finite: set[str] = set()  # parameters found to be without NaN and infinity
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The parameters `names` in float32, in memory of their own. Raises `ReconError` naming one that does not fit."""
+        """Yields the parameters `names` in float32, as copies. Raises `ReconError` for a wrong shape, NaN or infinity."""
         for name in names:
             stored = self._computed[name] if name in self._computed else self._stored[self._places[name]]
             value = stored.to(torch.float32, copy=True)
@@ -72,9 +72,9 @@ class Weights:
 def open_model(
     path: Path, config: PretrainedConfig, trust_remote_code: bool = False, folder: Path | None = None
 ) -> tuple[PreTrainedModel, Weights]:
-    """The model in the folder `path` without its parameters, which are on torch's meta device, and these. Raises as `read_model`.
+    """The model in the folder `path`, with parameters on torch's meta device, and its `Weights`. Raises as `read_model`.
 
-    folder: for what has to be stored anew, such as experts that are stacked; default: the cache.
+    folder: where converted weights, such as stacked experts, are stored; default: the cache.
     """
     folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,13 +85,13 @@ def open_model(
 
 
 def read_model(path: Path, config: PretrainedConfig, trust_remote_code: bool, **options) -> tuple[PreTrainedModel, list[str]]:
-    """The model in the folder `path`, and entries that it has no place for."""
+    """The model in `path`, and surplus entries. Raises `ReconError` for weights not in safetensors, quantised or missing."""
     if not any(path.glob("*.safetensors*")):
         raise ReconError("it has no safetensors, the only weights that are read; save it by transformers' `save_pretrained`")
     if found := quantisation(config):
         if found["quant_method"] not in UNDONE or "device_map" in options:
             raise ReconError(f"its weights are quantised ({found['quant_method']}); undo their quantisation first")
-        config.quantization_config = found | {"dequantize": True}  # on a GPU, transformers undoes it only if it is asked to
+        config.quantization_config = found | {"dequantize": True}  # on a GPU, transformers undoes it only on request
     options |= {"config": config, "dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     model, report = auto_class(config).from_pretrained(path, output_loading_info=True, **options)
     if report["missing_keys"]:
@@ -132,9 +132,9 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def student(
     dense: Decoder, storage: Storage, start: Read | None = None, phases: Sequence[str] = ("reconstruct", "prune")
 ) -> Decoder:
-    """A skeleton beside `dense`, each parameter of which is that of the first of `phases` to have it in `storage`.
+    """A skeleton of the model `dense`. It reads each parameter from the first of `phases` that has it in `storage`.
 
-    start: reads what is in none of them, to which the masks in `storage` are then applied; default: the dense model's values.
+    start: reads parameters that no phase has, and the masks in `storage` are applied to them; default: the dense model's values.
     """
     originals = dict(dense.model.named_parameters())
 
@@ -142,7 +142,7 @@ def student(
         yield from ((name, originals[name].detach().clone()) for name in names)
 
     start = start or (dense.lazy.read if dense.lazy else copies)
-    known = ChainMap(*map(storage.tensors, phases))  # as they are finished
+    known = ChainMap(*map(storage.tensors, phases))  # up to date: windows finished later are found too
 
     def read(names: list[str]) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, known[name].clone()) for name in names if name in known)

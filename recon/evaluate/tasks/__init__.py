@@ -1,1 +1,1 @@
-""""""
+"""Bundled zero-shot tasks: their lm-eval definitions, and the code that makes their documents."""

@@ -9,16 +9,16 @@ from recon.data import assets, text
 
 PER_SECTION = 100  # analogies
 DISTRACTORS = 3
-SENTENCES = 4  # before the one whose last word is asked for, at most; two at least
+SENTENCES = 4  # at most (two at least) before the sentence whose last word is asked for
 WORDS = range(30, 151)  # in a passage, without its last word
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 _LAST_WORD = re.compile(r"(.*\s)([A-Za-z]{4,})[.!?]", re.DOTALL)
 
 
 def analogies(**_) -> dict:
-    """lm-eval's data set of the analogies: multiple choice, rows "section", "a", "b", "c", "choices", "label"; sections in turn.
+    """Analogies as a data set for lm-eval: multiple choice; rows "section", "a", "b", "c", "choices", "label"; sections in turn.
 
-    The distractors are answers to other questions of the section: none of a, b and c, and no other answer for c.
+    The distractors are answers to other questions of the section; none is a, b, c, or another right answer for c.
     """
     sections: dict[str, list[tuple[str, ...]]] = {}
     for first, *rest in map(str.split, assets.fetch("analogy-questions").read_text(encoding="utf-8").splitlines()):
@@ -39,7 +39,7 @@ def analogies(**_) -> dict:
 
 
 def last_word(**_) -> dict:
-    """lm-eval's data set of the passages: whole sentences, rows "text" (all but the last word) and "word".
+    """Passages as a data set for lm-eval: whole sentences; rows "text" (all but the last word) and "word".
 
     The last word, of four letters or more, occurs earlier in the passage. No two passages share a sentence.
     """

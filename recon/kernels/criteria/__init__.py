@@ -16,24 +16,24 @@ from recon.errors import ReconError
 from recon.kernels.criteria import admm, scores, sparsegpt, structured
 from recon.kernels.patterns import SCOPES, Pattern, keep_mask
 
-INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))  # where code is not a user's own
+INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))  # not the user's own code
 STATISTICS = ("none", "norm", "gram", "moments", "gradient")
 UNITS = ("half-block", "model")  # scopes of criteria that remove whole units
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion for single weights or, if it compares within more than a matrix, for whole units: heads and neurons.
+    """A criterion for single weights or, if its scope is larger than a matrix, for whole units: attention heads and MLP neurons.
 
     statistics: what it needs of the matrix's inputs X (tokens, in): "none"; "norm", (in,), sqrt(mean over tokens of x_j^2);
-        "gram", (in, in), X'X / tokens; "moments", (2, in), mean and variance over tokens; or "gradient", (1 + out, in), of each
-        sample the norm of x_j, and the gradient of the norm of the output of the matrix's block: root mean squares.
-    scope: what its authors compare within: "row" or "matrix"; of units, a "half-block", which each lose the same share, or the
-        "model".
-    score: ranks the weights, (out, in), higher = kept; of units, the columns (in,) of the matrix (out, in) that reads them, see
-        `recon.kernels.criteria.structured`. A criterion has either this or
-    method: the whole algorithm, called as `prune`, which may update the survivors.
-    compensates: whether the mean of the units that are removed goes into the bias of that matrix.
+        "gram", (in, in), X'X / tokens; "moments", (2, in), mean and variance over tokens; or "gradient", (1 + out, in), root mean
+        squares over samples: of the norm of x_j, then of the gradient of the norm of the block's output by each weight.
+    scope: what weights are compared within, as published: "row" or "matrix"; for units, "half-block" (all attention halves lose
+        the same share, and all MLP halves do) or "model".
+    score: function that returns scores (out, in) of the weights, higher = kept; for units, scores (in,) of the columns of the
+        matrix (out, in) that reads them, see `recon.kernels.criteria.structured`. A criterion has either a score or a method.
+    method: function for the whole algorithm, called as `prune`; it may update the survivors.
+    compensates: whether the mean of the removed units goes into the bias of the matrix that reads them.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Criterion:
 
     @property
     def source_code(self) -> str:
-        """Of a criterion that is not this library's, so that its runs are known by it: what it reads, what it compares, its code,
-        and the functions, global and enclosed values and objects that this uses, but for installed packages."""
+        """Identifies a user's criterion in the keys of runs: its statistics, its scope, its code, and the functions, values and
+        objects that the code uses, except those of installed packages. Empty for this library's criteria."""
         return "" if self in _ALL else repr((self.statistics, self.scope, _content(self.score or self.method)))
 
     @property
@@ -73,14 +73,14 @@ class Criterion:
     ) -> tuple[Tensor, Tensor]:
         """The pruned weight (out, in), exactly zero outside its mask, and the mask (out, in), True = kept.
 
-        `weight` (out, in) is left as it is. `statistics` have the shape that the class names. `options` are the criterion's own.
-        Raises `ReconError` for scores that are NaN, or not one for each weight.
+        `weight` (out, in) is left unchanged. `statistics`: see the class for shapes. `options` are the criterion's own.
+        Raises `ReconError` if the score fails, has NaN, or is not one number for each weight.
         """
         if self.method:
             return self.method(weight, statistics, pattern, scope, generator, **options)
         try:
             score = self.score(weight, statistics, generator, **options)
-        except Exception as error:  # of a function of anyone's
+        except Exception as error:  # a user's function may raise anything
             raise ReconError(f"criterion {self.name!r}: its score fails ({type(error).__name__}: {error})") from error
         shape = score.shape if isinstance(score, Tensor) else type(score).__name__
         if shape != weight.shape or score.dtype == torch.bool:
@@ -90,11 +90,11 @@ class Criterion:
 
 
 def _content(value: object, within: tuple = ()) -> object:
-    """What decides what `value` does, alike in every process. within: the values around it, the criterion's function first."""
+    """What decides how `value` behaves, equal in every process. within: what holds it, the criterion's function first."""
     if any(value is other for other in within):
         return "itself"
     inside = functools.partial(_content, within=(*within, value))
-    if hasattr(value, "tolist"):  # tensors and arrays, whose text leaves out most of them
+    if hasattr(value, "tolist"):  # tensors and arrays, whose `repr` leaves out most elements
         return str(value.dtype), value.tolist()
     if isinstance(value, Mapping):
         return [(name, inside(each)) for name, each in value.items()]
@@ -108,10 +108,10 @@ def _content(value: object, within: tuple = ()) -> object:
         code, used = value.__code__, inspect.getclosurevars(value)
         try:
             said = inspect.getsource(value)
-        except OSError:  # of what was typed at a prompt, say: its compiled code
+        except OSError:  # no source, as for code typed at a prompt: the compiled code
             said = code.co_code, inside(code.co_consts), code.co_names
         return said, str(inspect.signature(value)), inside(used.globals), inside(used.nonlocals)
-    if hasattr(value, "__name__"):  # a module, or what is installed
+    if hasattr(value, "__name__"):  # a module or class, or a function of an installed package
         return value.__name__
     if hasattr(value, "__dict__"):
         return type(value).__name__, inside(vars(type(value))), inside(vars(value))
@@ -127,7 +127,7 @@ def keep_all(weight, statistics, pattern, scope, generator) -> tuple[Tensor, Ten
 _ALL = (
     Criterion("magnitude", "none", "matrix", "smallest weights go", "layer-wise baseline, arXiv 2306.11695", scores.magnitude),
     Criterion("none", "none", "row", "nothing goes: the dense model, as a control", "control", method=keep_all),
-    Criterion("random", "none", "row", "weights go by lot", "control", scores.random),
+    Criterion("random", "none", "row", "weights go at random", "control", scores.random),
     Criterion("wanda", "norm", "row", "weight times input norm", "Sun et al. 2023, arXiv 2306.11695, equation 1", scores.wanda),
     Criterion(
         "wanda++", "gradient", "row", "weight times input norm and gradient of the block's output",

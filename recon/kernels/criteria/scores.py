@@ -1,4 +1,4 @@
-"""Criteria that only rank weights. Each gives scores (out, in), higher = kept, of a weight W (out, in).
+"""Criteria that only rank weights. Each returns scores (out, in), higher = kept, for a weight W (out, in).
 
     magnitude   |W_ij|                                                              (compared within a whole matrix)
     random      uniform in [0, 1): the floor that every other criterion has to beat
@@ -8,12 +8,12 @@
 
 Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023, arXiv 2306.11695), equation 1;
 Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), equation 4: a
-weight is compared with those of its input and of its output, so that no whole channel is pruned away;
+weight is compared with the other weights of its input and of its output, so that no whole channel is pruned away;
 Yang et al., "Wanda++: Pruning Large Language Models via Regional Gradients" (2025, arXiv 2503.04992): G_ij is the root mean
-square over samples of the gradient of ||f(X)||, the norm of the output of the matrix's block.
+square over samples of the gradient by W_ij of ||f(X)||, the norm of the output of the matrix's block.
 
-statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2), whose unit changes no mask of Wanda or RIA; for
-wanda++ (1 + out, in), sqrt(mean over samples of the sum over their tokens of x_j^2), as in their code, and then G.
+statistics: (in,), the norm of each input, here sqrt(mean over tokens of x_j^2); its scale changes no mask of Wanda or RIA. For
+wanda++, (1 + out, in): sqrt(mean over samples of the sum over a sample's tokens of x_j^2), as in their code, then G.
 """
 
 import torch
@@ -26,7 +26,7 @@ def magnitude(weight: Tensor, statistics: None, generator: torch.Generator | Non
 
 
 def random(weight: Tensor, statistics: None, generator: torch.Generator) -> Tensor:
-    """Drawn on the generator's device."""
+    """Uniform in [0, 1), drawn on the generator's device."""
     return torch.rand(weight.shape, generator=generator, device=generator.device).to(weight.device)
 
 
@@ -36,7 +36,7 @@ def wanda(weight: Tensor, statistics: Tensor, generator: torch.Generator | None)
 
 
 def wanda_plus(weight: Tensor, statistics: Tensor, generator: torch.Generator | None, a: float = 100.0) -> Tensor:
-    """The weight's size times the norm of its input and, `a` times, the gradient of the norm of its block's output."""
+    """The weight's size times the sum of its input's norm and `a` times the gradient of the norm of its block's output."""
     return weight.abs() * (statistics[0] + a * statistics[1:])
 
 

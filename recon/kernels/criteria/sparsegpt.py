@@ -1,15 +1,15 @@
 """SparseGPT: optimal brain surgery, column by column, with one order of columns for every row.
 
-With H (in, in) the Hessian of the matrix's squared error, and F the columns from j on: dropping W_ij costs S_ij, and the
-columns F make up for it best by the update
+H (in, in) is the Hessian of the matrix's squared error, and F the columns from j on. Dropping W_ij increases the error by S_ij,
+if the columns F compensate for it by the best update:
 
     S_ij = W_ij^2 / [H_F^-1]_jj            W_iF <- W_iF - W_ij / [H_F^-1]_jj * [H_F^-1]_j,:
 
 Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (2023, arXiv 2301.00774),
-Algorithm 1. For the upper triangular U (in, in) with U'U = H^-1, [H_F^-1]_j,: = U_jj * U_j,F: one factorisation serves all.
+Algorithm 1. For the upper triangular U (in, in) with U'U = H^-1, [H_F^-1]_j,: = U_jj * U_j,F: one factorisation is enough.
 
-Unlike in the authors' code, the number of zeros is exact, whatever the ties; and inputs that are always zero have the mean of
-the others on the diagonal of H, where theirs have 1, so that the unit of activations does not matter.
+Unlike in the authors' code, the number of zeros is exact, whatever the ties; and for inputs that are always zero the diagonal of
+H holds the mean of the others instead of 1, so that the scale of activations does not matter.
 """
 
 import torch
@@ -19,7 +19,7 @@ from recon.errors import ReconError, log
 from recon.kernels.patterns import Pattern, keep_all_but, keep_mask
 
 ATTEMPTS = 10
-STRIP = 16  # columns after which the rest of their block makes up for their errors
+STRIP = 16  # columns after which the rest of their block is updated for their errors
 
 
 @torch.no_grad()
@@ -35,16 +35,16 @@ def prune(
     """The pruned and updated weight (out, in), and its mask (out, in), True = kept.
 
     weight: (out, in).
-    statistics: the Gram matrix X'X / tokens (in, in). H is a multiple of that, which does not change the result.
+    statistics: the Gram matrix X'X / tokens (in, in). H is a multiple of it; the factor does not change the result.
     scope: what an unstructured pattern compares within, in each block of columns: one "row", or the "matrix" (all rows).
-    block_size: columns whose unstructured mask is chosen at once; for N:M it affects speed alone.
-    damping: added to H's diagonal, as a fraction of its mean; ten times more after each failed factorisation.
+    block_size: columns whose unstructured mask is chosen at once; for N:M it affects only speed.
+    damping: added to H's diagonal, as a fraction of the diagonal's mean; times ten after each failed factorisation.
     Raises `ReconError` for a Gram matrix that no damping makes positive definite.
     """
     block_size += -block_size % (pattern.m or 1)  # no group of M straddles two blocks
 
     dead = statistics.diagonal() == 0  # inputs that are always zero, (in,)
-    # (in, out): what is done column by column reads memory in order.
+    # Stored as (in, out), so that work column by column reads memory in order.
     columns = weight.masked_fill(dead, 0.0).T.contiguous()
     live = statistics.diagonal()[~dead]
     hessian = statistics + torch.diag(dead * (live.mean() if len(live) else 1.0))
@@ -59,11 +59,11 @@ def prune(
 
 
 def _prune_block(columns: Tensor, factor: Tensor, pattern: Pattern, scope: str, before: int) -> tuple[Tensor, Tensor]:
-    """Updates one block of `columns` (block, out) in place, without zeroing; it has `before` columns to its left.
+    """Updates the block `columns` (block, out) in place, without zeroing what is dropped; `before` columns are to its left.
 
     factor: the part of U for these columns, (block, block).
-    Returns the mask, and the errors (W_ij - pruned W_ij) / U_jj, (block, out) each, which columns to its right have yet to make
-    up for. Within the block, a column makes up for those before it in few products: after each strip, and when its turn comes.
+    Returns the mask, and the errors (W_ij - pruned W_ij) / U_jj, (block, out) each. The caller updates columns right of the block
+    for these errors. Columns of the block are updated here, in few products: after each strip, and when their turn comes.
     """
     pivots, errors = factor.diagonal()[:, None], torch.zeros_like(columns)
     mask = torch.ones_like(columns, dtype=torch.bool)
@@ -73,7 +73,7 @@ def _prune_block(columns: Tensor, factor: Tensor, pattern: Pattern, scope: str, 
         zeros = pattern.zeros(unit * (before + len(columns))) - pattern.zeros(unit * before)
         mask = keep_all_but(groups, zeros).view_as(scores).T
     shares = ~mask / pivots
-    width, settled = pattern.m or 1, 0  # columns whose errors all of the block has made up for
+    width, settled = pattern.m or 1, 0  # settled: columns for whose errors all of the block is updated
     for first in range(0, len(columns), width):
         group, coming = slice(first, first + width), slice(first, None)
         if first - settled >= STRIP:
