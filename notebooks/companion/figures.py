@@ -593,7 +593,7 @@ def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
 
 _AXES = {  # kind of effect -> label of the axis
     "difference": "nats per token by which it is better: right of 0 is as claimed",
-    "match": f"share of the perplexity gap: right of the line ({-MARGIN:g}) is as claimed",
+    "match": f"share of the perplexity gap, or of the KL that pruning adds: right of the line ({-MARGIN:g}) is as claimed",
     "gap": "nats per token by which the gap shrinks: right of 0 is as claimed",
     "equal": f"share of the perplexity gap: equal in the band (±{MARGIN:g}; dark: ±{CLOSE:g}), right of it the first is better",
     "ratio": "times the cost: right of the line is as claimed",

@@ -246,7 +246,8 @@ def over_size(
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=8)
     words, said, main = " ".join(words.split()), [], data[joined]
     for line, own in slopes.groupby("line", sort=False):
-        trends, levels = [], main[main["line"] == line].groupby(["panel", "model"])["value"].mean()
+        trends, means = [], main[main["line"] == line].groupby(["panel", "size", "model"])["value"].mean()
+        levels = means.groupby(["panel", "size"]).mean()  # the large marks
         for trend, alike in own.groupby("trend", sort=False):
             by = f" by {span(alike['slope'].abs())}" * (trend in ("rises", "falls"))
             trends.append(f"{trend}{by}" + f" ({len(alike)} of {len(own)})" * (len(alike) < len(own)))
@@ -254,7 +255,7 @@ def over_size(
     words = f"{words[:1].upper()}{words[1:]}, and its trend per tenfold {size.__name__}"
     marks = "Small marks: seeds. Large ones: means over models of one size. " + "Linear up to 0.1. " * ("share" not in options)
     if others := ", ".join(data.loc[~joined, "model"].unique()):
-        marks += f"Stars: other families ({others}), with protocols of their own and the embedding among their parameters. "
+        marks += f"Stars: other families ({others}), not in the title, of their own protocols, with the embedding in their size. "
     return figure, data, marks, f"{words}: {'; '.join(said)}.", slopes
 
 
