@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -226,10 +227,11 @@ def over_size(
     joined = families == families.mode()[0]  # the others are stars
     figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey="row")
     known = set(data.loc[joined, "line"])  # the other lines are of stars alone
-    colours, shapes = colours_of(data["line"]), dict(zip(data["line"].unique(), "os^Dvh"))
+    colours, shapes, levels = colours_of(data["line"]), dict(zip(data["line"].unique(), "os^Dvh")), defaultdict(list)
     for (panel, line, ours), own in data.groupby(["panel", "line", joined], sort=False):
         ax, name = axes[names.index(panel)], line if ours or line not in known else None
         means = own.groupby(["size", "model"])["value"].mean().groupby("size").mean()
+        levels[line] += [means] * ours
         ax.plot(own["size"], own["value"], ".", color=colours[line], alpha=0.3, markersize=4)
         shown = {"color": colours[line], "markersize": 5, "linewidth": 1, "clip_on": False, "label": name}
         shown |= {"markerfacecolor": "white"} if line.endswith(" pruned") else {}
@@ -244,14 +246,13 @@ def over_size(
         size_axis(ax, "parameters" if plain else "parameters x tokens")
     labels = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=8)
-    words, said, main = " ".join(words.split()), [], data[joined]
+    words, said = " ".join(words.split()), []
     for line, own in slopes.groupby("line", sort=False):
-        trends, means = [], main[main["line"] == line].groupby(["panel", "size", "model"])["value"].mean()
-        levels = means.groupby(["panel", "size"]).mean()  # the large marks
+        trends = []
         for trend, alike in own.groupby("trend", sort=False):
             by = f" by {span(alike['slope'].abs())}" * (trend in ("rises", "falls"))
             trends.append(f"{trend}{by}" + f" ({len(alike)} of {len(own)})" * (len(alike) < len(own)))
-        said.append(f"{line} {span(levels)}, {', '.join(trends)}")
+        said.append(f"{line} {span(pd.concat(levels[line]))}, {', '.join(trends)}")
     words = f"{words[:1].upper()}{words[1:]}, and its trend per tenfold {size.__name__}"
     marks = "Small marks: seeds. Large ones: means over models of one size. " + "Linear up to 0.1. " * ("share" not in options)
     if others := ", ".join(data.loc[~joined, "model"].unique()):

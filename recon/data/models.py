@@ -78,9 +78,13 @@ def _opened(
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    if not any("token" in file.name or "vocab" in file.name or file.suffix == ".model" for file in path.iterdir()):
-        raise ReconError("it has no tokenizer; save the one that it was trained with beside it, by `tokenizer.save_pretrained`")
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    """The tokenizer in the folder `path`. Raises `ReconError` if there is none, and for others what transformers raises."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # where there is no file of a tokenizer, transformers asks for packages that do not help
+        if any("token" in file.name or "vocab" in file.name or file.suffix == ".model" for file in path.iterdir()):
+            raise
+        raise ReconError("it has no tokenizer; save the one that it was trained with in its folder") from error
 
 
 def load(

@@ -1,1 +1,1 @@
-"""One run from its configuration to its record; studies, plans."""
+"""From options to records: one run, studies of many runs, plans, saved models."""

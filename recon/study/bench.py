@@ -1,8 +1,8 @@
-"""`recon bench`: seconds by phase of runs, beside the least that their products take, and beside a straightforward loop.
+"""`recon bench`: times each phase of a run, beside a straightforward loop and the least time that its FLOPs can take.
 
-The straightforward loop does what published pruning code does: all samples, one by one, through each block to add up the norms of
-what its matrices read, and again through the pruned block; then the dense outputs sample by sample, a data loader over samples,
-masks as `torch.nn.utils.prune` parametrisations that multiply in every forward pass, autocast, and torch's default AdamW.
+The straightforward loop works as published pruning code does. To prune, each sample runs through a block to add up the norms of
+its matrices' inputs, and again through the pruned block. To reconstruct: dense outputs sample by sample, a data loader over
+samples, `torch.nn.utils.prune` masks that multiply in every forward pass, autocast, and torch's default AdamW.
 """
 
 import copy
@@ -36,7 +36,7 @@ from recon.study.spec import RunOptions, RunSpec
 
 RATE = 3e-3
 REFERENCE = dict(pattern="0.5", epochs=1, batch_size=2, propagation="dense", chunks=1)  # options of the straightforward loop
-RUNS = [  # other options of a run of ours, and what it measures: the sum of these phases of its record
+RUNS = [  # options of our run, beside `REFERENCE`; measured phase -> phases of the record to add up
     ({"granularity": "none"}, {"prune, wanda": ["prune"]}),
     ({"granularity": "none", "criterion": "sparsegpt"}, {"prune, sparsegpt": ["prune"]}),
     ({}, {"reconstruct": ["reconstruct"], "prune and reconstruct": ["prune", "reconstruct"]}),
@@ -49,8 +49,8 @@ def bench(
 ) -> dict:
     """Times every phase in turn, `repeats` times, on the first `blocks` blocks of `model`; writes the results to `output`.
 
-    Returns settings, environment, `floor_seconds` by phase (what its products and attention take at the speed of large squares),
-    and `rows`: phase, loop ("ours", "reference"), round, seconds. Raises `ReconError` for bad input.
+    Returns settings, environment, `floor_seconds` by phase (its FLOPs at the speed of a large square matrix product), and `rows`:
+    phase, loop ("ours", "reference"), round, seconds. Raises `ReconError` for bad input.
     """
     settings, rows, floors = {name: value for name, value in locals().items() if name != "output"}, [], {}
     check_writable(Path(output).parent, "output")
@@ -74,7 +74,7 @@ def bench(
             began = _now()
             perplexity(dense, tokens, execution=Execution(dense.device, progress=False))
             found["ours", "evaluate"] = _now() - began
-            floors["evaluate"] = samples * record.flops["evaluate"] / 3 / rate  # that is of one sample and three models
+            floors["evaluate"] = samples * record.flops["evaluate"] / 3 / rate  # recorded: one window, three models
             rows += [{"phase": phase, "loop": loop, "round": number, "seconds": t} for (loop, phase), t in found.items()]
     results = {"settings": settings, "environment": environment(dense.device, "auto"), "floor_seconds": floors, "rows": rows}
     write_json(Path(output), results)
@@ -90,7 +90,7 @@ def table(results: dict) -> pd.DataFrame:
 
 
 def subject(spec: RunSpec, blocks: int, folder: Path | str) -> tuple[Decoder, object, Tensor]:
-    """The first `blocks` blocks of the model of `spec`, saved in `folder` as well, its tokenizer, and its calibration tokens."""
+    """The first `blocks` blocks of the model of `spec` (also saved in `folder`), its tokenizer, and its calibration tokens."""
     whole, tokenizer = models.load(spec.model.model)
     decoder, config, device = decompose(whole), whole.config, pick_device(spec.compute.device)
     if decoder.reading or any(matrix.expert is not None for matrix in decoder.matrices().values()):
@@ -106,7 +106,7 @@ def subject(spec: RunSpec, blocks: int, folder: Path | str) -> tuple[Decoder, ob
 
 
 def reference(student: Decoder, dense: Decoder, samples: Tensor) -> dict[str, float]:
-    """The straightforward loop: changes `student`, a copy of `dense`, in place. samples: (samples, length). Seconds by phase."""
+    """The straightforward loop; changes `student`, a copy of `dense`. samples: (samples, length). Returns seconds by phase."""
     from transformers import get_linear_schedule_with_warmup  # slow to import
 
     dtype, batch_size = pick_compute_dtype("auto", dense.device), REFERENCE["batch_size"]
@@ -154,7 +154,7 @@ def reference(student: Decoder, dense: Decoder, samples: Tensor) -> dict[str, fl
 
 
 def _now() -> float:
-    """Seconds on a clock, once the GPU has done what it was given, if there is one."""
+    """A clock in seconds; if there is a GPU, it is read after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

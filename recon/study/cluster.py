@@ -17,24 +17,24 @@ from recon.errors import ReconError, need
 from recon.model.windows import Window
 from recon.runtime.device import limit_compiled_shapes
 
-VARIABLE = "RECON_EXECUTOR"  # environment variable: the executor if none is given
-ATTEMPTS = 3  # workers that a task may kill before it counts as failed
+VARIABLE = "RECON_EXECUTOR"  # environment variable that names the executor if none is given
+ATTEMPTS = 3  # a task counts as failed after so many of its workers died
 
 
 @dataclass(frozen=True)
 class Ray:
-    """Work is done side by side by the workers of a Ray cluster.
+    """Settings of the executor ray: workers, which are processes of a Ray cluster, work in parallel.
 
-    Models and texts that are files must have the same path on every node, as on a shared file system, and every node the same
-    version of this package; each node fetches bundled models once.
+    Files of models and texts must have the same path on every node, as on a shared file system. Every node needs the same version
+    of this package, and fetches bundled models once.
     """
 
-    # Of a cluster: "auto" for that of this machine, or "ray://host:port"; None: the one that this process is connected to or
-    # `RAY_ADDRESS` names, else one of this machine alone that ends with the process.
+    # Of a cluster: "auto" (the one that runs on this machine), "host:port" or "ray://host:port". None: the one that this process
+    # is connected to, else the one that `RAY_ADDRESS` names, else a new one on this machine alone, which ends with the process.
     address: str | None = None
-    workers: int | None = None  # how many at most; None: as many as there is room for
-    threads: int | None = None  # CPUs for each worker; None: one or, on GPUs, a GPU's share of its node's, the least of all nodes
-    gpus: float | None = None  # for each worker; None: one if the cluster has any and the work is not for CPUs alone, else none
+    workers: int | None = None  # how many at most; None: as many as the cluster has room for
+    threads: int | None = None  # CPUs per worker; None: one or, with GPUs, a node's CPUs per GPU (the lowest of all nodes)
+    gpus: float | None = None  # GPUs per worker; None: one if the cluster has any and not all work is on CPUs, else none
 
     def __post_init__(self):
         for name, least in (("workers", 1), ("threads", 1), ("gpus", 0)):
@@ -43,7 +43,7 @@ class Ray:
                 raise ReconError(f"{name} of executor ray is {value!r}; allowed: from {least} up")
 
     def request(self, nodes: list[dict[str, float]], on_cpu: bool) -> tuple[int, float, int]:
-        """CPUs and GPUs of each worker, and how many, given the resources of every node. Raises `ReconError` for no room."""
+        """CPUs and GPUs per worker, and how many workers. nodes: resources of each. Raises `ReconError` if none has room."""
         there = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
         shares = [cpus / with_gpus for cpus, with_gpus in there if with_gpus]
         gpus = int(bool(shares) and not on_cpu) if self.gpus is None else self.gpus
@@ -57,7 +57,7 @@ class Ray:
 
 
 def settings(executor: str | Ray | None) -> Ray | None:
-    """The settings for an executor, None for "serial"; None is what the variable `RECON_EXECUTOR` names. Raises `ReconError`."""
+    """The settings of `executor`, None for "serial". Default: $RECON_EXECUTOR, else serial. Raises `ReconError` for others."""
     executor = executor or os.environ.get(VARIABLE) or "serial"
     if executor not in ("serial", "ray") and not isinstance(executor, Ray):
         raise ReconError(f"unknown executor {executor!r}; allowed: serial, ray, or recon.Ray(...) with settings of your own")
@@ -65,31 +65,31 @@ def settings(executor: str | Ray | None) -> Ray | None:
 
 
 def connect(address: str | None = None):
-    """The module `ray`, connected to a cluster (see `Ray`) until this process ends. Raises `ReconError` if that cannot be."""
+    """The module `ray`, connected to a cluster (see `Ray`) until this process ends. Raises `ReconError` if it cannot connect."""
     need("ray", "ray", "executor ray")
     import ray
 
     address, options = address or os.environ.get("RAY_ADDRESS") or "local", {}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 leaves workers next to nothing beside other programs
-        # Ray would count those that this process may not use, such as a SLURM job.
+        os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's default, 15, workers get little time beside other programs
+        # The CPUs that this process may use: in a SLURM job, for example, Ray would count all of the machine's.
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         options = {"include_dashboard": False, "num_cpus": cpus}
     try:
         if not ray.is_initialized():
             ray.init(address, logging_level=logging.ERROR, **options)
-    except Exception as error:  # Ray has no class of its own for this
+    except Exception as error:  # Ray has no exception class for this
         raise ReconError(f"no Ray cluster can be reached at {address!r}: {error}") from error
     return ray
 
 
 class Worker:
-    """One process, which does one task after another: an actor of Ray."""
+    """An actor of Ray: a process that does one task after another."""
 
     def __init__(self, threads: int, function: Callable[[object], object]):
         limit_compiled_shapes()
-        torch.set_num_threads(threads)  # Ray counts a worker's CPUs, but does not keep it to them
+        torch.set_num_threads(threads)  # Ray reserves CPUs for a worker, but does not limit it to them
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's arrays are shared
         self.function = function
 
@@ -98,10 +98,10 @@ class Worker:
 
 
 def spread(how: Ray, on_cpu: bool, function: Callable, tasks: Iterable) -> Iterator:
-    """What `function` gives for each of `tasks`, as soon as it is there; an exception for a task that raised, or that `ATTEMPTS`
-    workers died of, which Ray starts again.
+    """Yields `function(task)` for each of `tasks` when it is done; an exception, if it raised or `ATTEMPTS` workers died.
 
-    function: each worker has its own copy, which may keep what its next task can use. tasks: taken a few ahead.
+    Ray restarts workers that die. tasks: a few are taken in advance.
+    function: each worker has its own copy, which can keep what its next task may use.
     """
     ray = connect(how.address)
     from ray.util import ActorPool
@@ -118,7 +118,7 @@ def spread(how: Ray, on_cpu: bool, function: Callable, tasks: Iterable) -> Itera
                 waiting += 1
             if not waiting:
                 return
-            while waiting < count and (idle := pool.pop_idle()):  # where these were, a lost worker may start again
+            while waiting < count and (idle := pool.pop_idle()):  # makes room for a lost worker to start again
                 ray.kill(idle)
             if not pool.has_next():
                 raise ReconError(f"no worker of the Ray cluster is left; the last one was lost by: {lost}")
@@ -134,7 +134,7 @@ def spread(how: Ray, on_cpu: bool, function: Callable, tasks: Iterable) -> Itera
 
 
 def loop(executor: str | Ray | None, propagation: str) -> Callable | None:
-    """The loop over windows for an executor, for `recon.Execution`; None: the usual one. Raises `ReconError` if it cannot be."""
+    """The loop over windows of an executor, for `recon.Execution`; None: the serial one. Raises `ReconError` for a wrong one."""
     if (how := settings(executor)) is None:
         return None
     if propagation != "dense":
@@ -144,14 +144,14 @@ def loop(executor: str | Ray | None, propagation: str) -> Callable | None:
 
 
 def weights(decoder, window: Window) -> dict[str, np.ndarray]:
-    """The parameters that it takes to run `window`, by full name, as arrays, which the processes of a node share."""
+    """The parameters that `window` needs to run, by full name, as arrays: Ray shares these between processes of a node."""
     with decoder.loaded(window):
         needed = {id(tensor) for tensor in decoder.needed(window)}
         return {name: p.detach().cpu().numpy() for name, p in decoder.model.named_parameters() if id(p) in needed}
 
 
 def hollow(decoder, values: dict[str, np.ndarray]):
-    """A decoder built as `decoder` that reads its weights from `values`; others, which no window needs, are zeros."""
+    """A decoder with the structure of `decoder` that reads its weights from `values`; weights that are not there are zeros."""
     from recon.model.skeleton import Lazy, second
 
     made = type(decoder)(second(decoder.model).cpu(), decoder.structure)
@@ -166,12 +166,12 @@ def hollow(decoder, values: dict[str, np.ndarray]):
 
 
 class Fit:
-    """What a worker does with a window of the reconstruction `whole`, its weights in both models, masks, and dense inputs."""
+    """Fits one window in a worker, as `whole` would. Takes the window, its weights in both models, masks and dense inputs."""
 
     def __init__(self, whole):
         device, dtype = whole.execution.device.type, str(whole.execution.dtype).removeprefix("torch.")
         self.execution, self.how = ("cpu" if device == "cpu" else "auto", dtype), (whole.config, whole.count, whole.seed)
-        self.values = [{}, {}]  # of the window, in the dense and in the pruned model
+        self.values = [{}, {}]  # weights of the window, in the dense and in the pruned model
         self.decoders = list(map(hollow, (whole.teacher, whole.student), self.values))
 
     def __call__(self, task: tuple) -> tuple:
@@ -195,12 +195,12 @@ class Fit:
 
 
 def side_by_side(how: Ray, whole, windows: list[Window]) -> Iterator:
-    """The reports of `windows` of the reconstruction `whole`, in their order, as workers reconstruct them."""
+    """Reconstructs `windows` of `whole` in parallel; yields their reports in order. Raises `ReconError` if one fails."""
     ray, streams, student = connect(how.address), whole.streams, whole.student
-    left, done, after = list(windows), {}, {}  # after: by window that is not finished, what the next one starts from
+    left, done, after = list(windows), {}, {}  # after: by unfinished window, the streams that the next one starts from
 
     def tasks() -> Iterator[tuple]:
-        """What each window takes, made as workers ask for it; the dense activations of a block are shipped once."""
+        """The task of each window, made when a worker can take it; the dense activations of a block are sent once."""
         dense = shipped = None
         for window in windows:
             if streams.dense is not dense:
@@ -209,7 +209,7 @@ def side_by_side(how: Ray, whole, windows: list[Window]) -> Iterator:
             read = Window(window.blocks) if window.matrices else window
             task = window, weights(whole.teacher, read), weights(student, window), masks, shipped
             streams.advance(window)
-            # Kept for a folder alone: there are as many as there are windows ahead, of all samples each.
+            # Kept only if a folder stores them: each is of all samples, and every unfinished window has one.
             after[window.name] = {"dense": streams.dense if whole.execution.storage.folder else None, "sparse": None}
             yield task
 

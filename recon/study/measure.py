@@ -1,4 +1,4 @@
-"""What a run reads, what it measures of a model, and what its record says of both."""
+"""The texts of a run, the measurements of its models, and what its record says about both."""
 
 import hashlib
 import math
@@ -24,13 +24,13 @@ from recon.study.spec import RunSpec
 class Texts:
     """The tokens that a run reads, each (samples, length)."""
 
-    calibration: Tensor  # one random draw; every phase reads the first so many of it
-    held_out: Tensor | None  # of the validation split, for errors; None if none are asked for
+    calibration: Tensor  # one random draw; each phase reads the first samples of it
+    held_out: Tensor | None  # from the validation split, to measure errors on; None if there are none
     evaluation: dict[str, Tensor]  # by name of the text
 
     @classmethod
     def draw(cls, spec: RunSpec, tokenizer) -> "Texts":
-        """The texts of `spec`. Raises `ReconError` for a text that is unknown, cannot be had, or is too short."""
+        """The texts of `spec`. Raises `ReconError` for a text that is unknown, cannot be read, or is too short."""
         text, length, held_out = spec.calibration.text, spec.calibration.sequence_length, spec.calibration.held_out_samples
         seed, how = generator(spec.seed, "calibration").initial_seed() % 2**32, spec.evaluation
         most = max(spec.calibration.samples, *spec.samples_by_phase.values())
@@ -44,7 +44,7 @@ class Texts:
         )
 
     def hashes(self) -> dict[str, str]:
-        """Hashes of what is read, by which runs on the same tokens are known."""
+        """Hashes of the tokens, by name: runs on the same tokens have the same hashes."""
         read = {"calibration": self.calibration, **{f"evaluation {name}": tokens for name, tokens in self.evaluation.items()}}
         return {name: digest(tokens) for name, tokens in read.items()}
 
@@ -57,14 +57,14 @@ def digest(tokens: Tensor) -> str:
 def measure(
     decoder: Decoder, name: str, texts: Texts, config: EvaluationConfig, tokenizer, execution: Execution, dense: tuple = ()
 ) -> tuple[dict, dict[str, Tensor]]:
-    """How good the model of `decoder` is, as JSON can hold it, and states that others are compared with, if it is the dense one.
+    """Measures the model of `decoder`; gives the results (plain data) and, of the dense model, states to compare others with.
 
-    name: of the model, for progress bars. dense: the dense model, unless this is it, and its states.
+    name: of the model, for progress bars. dense: the dense model and its states; empty if `decoder` is the dense model.
 
     Returns "perplexities": by text, the fields of `Perplexity`; "zero_shot": as `recon.evaluate.zero_shot.zero_shot` gives it;
-    "held_out": perplexity on held-out samples, or None; "drift": share of the variance of the dense residual stream after each
-    block that is unexplained, empty for the dense model. And the dense model's last states on the windows that divergence is
-    measured on, (windows, length, hidden), by number of the text.
+    "held_out": perplexity on held-out samples, or None; "drift": after each block, the unexplained share of the variance of the
+    dense residual stream, empty for the dense model. Then the dense model's last states, by number of the text: (windows, length,
+    hidden), of the windows on which KL divergence is measured.
     """
     decoder.check_causal()
     perplexities, kept, drift, last, held_out = {}, {}, [], None, None
@@ -76,7 +76,7 @@ def measure(
         perplexities[text] = asdict(found)
         if not dense:
             first = states[: config.kl_windows]
-            kept[str(number)] = execution.empty(first.shape, first.dtype, first.device).copy_(first)  # the others go
+            kept[str(number)] = execution.empty(first.shape, first.dtype, first.device).copy_(first)  # the other states are freed
         del states
     if texts.held_out is not None:
         if dense:
@@ -89,7 +89,7 @@ def measure(
 
 
 def count_zeros(decoder: Decoder) -> dict:
-    """The share of zeros in all matrices of `decoder`, and in each, counted."""
+    """The share of zeros in all matrices of `decoder` together ("sparsity"), and in each ("sparsity_by_matrix")."""
     counts = {}
     for block in decoder.windows("block"):
         with decoder.loaded(block):
@@ -100,7 +100,7 @@ def count_zeros(decoder: Decoder) -> dict:
 
 
 def metrics(spec: RunSpec, dense: dict, pruned: dict, final: dict) -> dict:
-    """The metrics of a record, of what `measure` gave: of the first text, of held-out samples and tasks, and all by text."""
+    """The metrics of a record, from results of `measure`: of the first text, held-out samples and tasks; "by_text": of all."""
     states, by_text = {"dense": dense, "pruned": pruned, "reconstructed": final}, {}
     for text in spec.evaluation.evaluation_texts:
         found = {state: measured["perplexities"][text] for state, measured in states.items()}
@@ -126,21 +126,21 @@ def metrics(spec: RunSpec, dense: dict, pruned: dict, final: dict) -> dict:
 
 
 def share_recovered(dense: float, pruned: float, final: float) -> float | None:
-    """1 - log(final / dense) / log(pruned / dense), in perplexities; None if pruning did no harm, or one is infinite."""
+    """1 - log(final / dense) / log(pruned / dense), in perplexities; None if pruning did no harm, or a perplexity is infinite."""
     if not (math.isfinite(pruned) and math.isfinite(final) and pruned > dense):
         return None
     return 1 - math.log(final / dense) / math.log(pruned / dense)
 
 
 def tokens(spec: RunSpec, texts: Texts, dense: dict) -> dict[str, int]:
-    """How many tokens each phase reads; of evaluation, how many are predicted."""
+    """How many tokens each phase reads; for evaluation, how many are predicted."""
     read = {phase: count * spec.calibration.sequence_length for phase, count in spec.samples_by_phase.items()}
     held_out = 0 if texts.held_out is None else texts.held_out.numel()
     return read | {"held_out": held_out, "evaluation": sum(result["tokens"] for result in dense["perplexities"].values())}
 
 
 def protocol(spec: RunSpec, texts: Texts, dense: Decoder, dtype: torch.dtype) -> dict:
-    """How numbers came about, in words; "dense": what the dense model's weights were dequantised from, or their dtype."""
+    """How the numbers were measured, in words; "dense": what the dense model's weights were dequantised from, or their dtype."""
     calibration, how, model = spec.calibration, spec.evaluation, spec.model
     read = f"{calibration.sequence_length} tokens of {calibration.text}"
     windows = ", ".join(f"{count} consecutive windows of {text}" for text, count in how.windows.items())

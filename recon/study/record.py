@@ -1,4 +1,4 @@
-"""What a run answers: `RunRecord`; and what it ran on: versions, commit, device, threads."""
+"""`RunRecord`: what a run found; and the environment that it ran in: versions, commit, device, threads."""
 
 import functools
 import json
@@ -28,16 +28,16 @@ class RunRecord:
     metrics: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
     flops: dict = field(default_factory=dict)
-    peak_memory_bytes: int = 0  # of the highest phase
+    peak_memory_bytes: int = 0  # of the phase with the highest
     peak_memory_bytes_by_phase: dict = field(default_factory=dict)
-    added_memory_bytes_by_phase: dict = field(default_factory=dict)  # not in use before it
-    window_memory_bytes: dict = field(default_factory=dict)  # of the largest window, as counted, by kind
+    added_memory_bytes_by_phase: dict = field(default_factory=dict)  # the peak above what was in use before the phase
+    window_memory_bytes: dict = field(default_factory=dict)  # of the largest window, by purpose, computed from shapes
     tokens: dict = field(default_factory=dict)
     protocol: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict)
-    windows: list = field(default_factory=list)  # the report of each
+    windows: list = field(default_factory=list)  # the report of each window
     retraining: dict = field(default_factory=dict)
-    shared: list = field(default_factory=list)  # taken from earlier runs of the session; or, of the dense model, from the cache
+    shared: list = field(default_factory=list)  # what was reused from runs of the session or, of the dense model, from the cache
 
     def to_dict(self) -> dict:
         """The record as plain data, as written to JSON."""
@@ -58,9 +58,9 @@ def read_record(path: Path) -> RunRecord:
 
 
 def finished(path: Path, key: str | None = None) -> RunRecord | None:
-    """The record at `path`, if that is of a finished run, and this is called `key` unless `key` is None.
+    """The record at `path` if its run is finished and has the key `key` (None: any key); else None.
 
-    What cannot be read is reported, and counts as absent.
+    A record that cannot be read is logged, and counts as absent.
     """
     try:
         record = read_record(path) if path.is_file() else None
@@ -87,9 +87,9 @@ def commit() -> dict:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed within another repository
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # the package is installed inside another repository
         return {"git_commit": None, "git_dirty": None}
-    # Figures and records are what a run writes: they make no difference to the code.
+    # Figures and records are written by runs: changes to them do not make the code differ.
     written = (":(top,exclude)figures", ":(top,exclude)results")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}

@@ -1,9 +1,9 @@
-"""`recon shrink`: cuts heads and neurons that structured pruning has made zero out of a checkpoint, which stays an ordinary one.
+"""`recon shrink`: cuts out heads and neurons that structured pruning has set to zero; the result is an ordinary checkpoint.
 
-A unit is gone if all columns that read it are zeros: nothing of it arrives, whatever its rows hold. Its columns go, and its rows
-with their biases. The configurations of transformers have one width for all layers, so each layer keeps as many units as the one
-that keeps the most; those beyond its own stay zeros. Which fields of a configuration say so is found by trying: the model that it
-then calls for must have exactly the shapes that are left.
+A unit can be cut if all columns that read it are zeros: its output then has no effect, whatever its rows hold. Its columns are
+cut, and its rows with their biases. Configurations of transformers have one width for all layers, so each layer keeps as many
+units as the layer that needs the most; units beyond its own stay zeros. The fields of the configuration that set the width are
+found by trying: the model that is built from them must have exactly the shapes that are left.
 """
 
 import copy
@@ -29,16 +29,16 @@ from recon.runtime.execution import Execution
 from recon.runtime.storage import new_checkpoint
 from recon.study.checkpoint import save
 
-UNITS = {"attention": ("key/value heads", 1), "mlp": ("neurons", 32)}  # the number that is kept is a multiple: formats of 4 bits
-Cuts = dict[str, tuple[int, Tensor]]  # by name of a parameter, the dimension that is cut, and which of its entries are kept
+UNITS = {"attention": ("key/value heads", 1), "mlp": ("neurons", 32)}  # name; kept counts are multiples of it, for 4-bit formats
+Cuts = dict[str, tuple[int, Tensor]]  # parameter name -> the dimension that is cut, and which of its entries are kept
 
 
 @torch.no_grad()
 def shrink(name: Path | str, folder: Path | str) -> list[str]:
-    """Writes the model `name`, without the heads and neurons that are all zeros in it, to a new folder, in the dtype that it has.
+    """Writes the model `name`, without the heads and neurons that are all zeros in it, to a new folder, in its own dtype.
 
-    One block at a time is in memory. Returns what was cut, and what was not and why: a sentence on heads, and one on neurons.
-    Raises `ReconError` if nothing can be cut, saying why; as `find_units`; and if logits are not the same.
+    One block at a time is in memory. Returns a sentence on heads and one on neurons: what was cut, or why nothing was. Raises
+    `ReconError` if nothing can be cut (and says why), if the logits would change, and as `find_units` does.
     """
     with new_checkpoint(Path(folder)) as fresh:
         source = models.configuration(name := str(name))
@@ -74,7 +74,7 @@ def shrink(name: Path | str, folder: Path | str) -> list[str]:
 def _narrowed(
     decoder: Decoder, kind: str, halves: list[Units], config: PretrainedConfig, cuts: Cuts
 ) -> tuple[PretrainedConfig, Cuts, str]:
-    """`config` and `cuts` with all that can be cut from halves of one kind, and in words what it is, or why there is none."""
+    """`config` and `cuts` after all cuts that are possible in halves of one kind; in words, these, or why there are none."""
     (units, multiple), count, kept = UNITS[kind], halves[0].count, []
     for half in tqdm(halves, desc=f"read ({units})", unit="layer"):
         with decoder.present([half.reader.parameter]):
@@ -86,7 +86,7 @@ def _narrowed(
     said = f"layers keep {' '.join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))} of {count} {units}"
     least, why = -(-max(numbers) // multiple) * multiple, []
     for width in range(least, count, multiple if kind == "attention" else count):
-        # Those that are kept, and the first of the others, to fill up.
+        # The units that are kept, filled up to `width` with the first of the others.
         padded = [each | (~each & ((~each).cumsum(0) <= width - each.sum())) for each in kept]
         for changes in _settings(config.get_text_config(), kind, halves[0], width):
             found = cuts | _cuts(decoder, halves, padded)
@@ -99,7 +99,7 @@ def _narrowed(
 
 
 def _cuts(decoder: Decoder, halves: list[Units], kept: list[Tensor]) -> Cuts:
-    """What is cut from the parameters of `halves`, which keep the units `kept`."""
+    """What is cut from the parameters of `halves` so that they keep the units `kept`."""
     cuts, matrices = {}, decoder.matrices()
     for half, keep in zip(halves, kept, strict=True):
         columns = keep.repeat_interleave(half.reader.weight.shape[1] // half.count)
@@ -111,23 +111,23 @@ def _cuts(decoder: Decoder, halves: list[Units], kept: list[Tensor]) -> Cuts:
 
 
 def _settings(config: PretrainedConfig, kind: str, half: Units, width: int) -> Iterator[dict[str, int]]:
-    """Fields of a configuration, with values, that may make the halves of one kind `width` units wide."""
+    """Candidates: fields of a configuration, with values, that may make the halves of one kind `width` units wide."""
     if kind == "attention":
         heads = config.num_attention_heads
         own = {"num_key_value_heads": width} if getattr(config, "num_key_value_heads", None) else {}
         yield {"num_attention_heads": heads * width // half.count} | own | {"head_dim": half.reader.weight.shape[1] // heads}
     else:
-        for sought in (half.count, None):  # None stands for a multiple of the hidden size
+        for sought in (half.count, None):  # in a configuration, None stands for a multiple of the hidden size
             yield from ({name: width} for name, value in config.to_dict().items() if value == sought)
 
 
 def _configured(decoder: Decoder, config: PretrainedConfig, changes: dict[str, int], cuts: Cuts) -> PretrainedConfig | str:
-    """`config` with `changes`, if the model that it calls for has the shapes that `cuts` leave; or why it has not."""
+    """`config` with `changes`, if its model has exactly the shapes that `cuts` leave; else, as text, why it has not."""
     config, names = copy.deepcopy(config), ", ".join(f"{name} {value}" for name, value in changes.items())
     try:
         for name, value in changes.items():
             setattr(config.get_text_config(), name, value)
-        config = type(config).from_dict(config.to_dict())  # checks it as when it is read
+        config = type(config).from_dict(config.to_dict())  # runs the checks of reading a configuration
         made = dict(skeleton(config).named_parameters(remove_duplicate=False))
     except Exception as error:  # a configuration may refuse a value in any way
         return f"{type(config).__name__} cannot have {names} ({' '.join(str(error).split())})"

@@ -201,6 +201,17 @@ def test_headlines_have_each_answer_in_its_column(verdicts):
         assert cell.startswith(judge.MARKS[row["verdict"]]) and f"{row['effect']:+.3f}".replace("-", "−") in cell
 
 
+def test_a_central_row_is_of_the_main_pattern_and_there_of_the_default_with_enough_seeds():
+    one = [record(0.4), record(0.2, granularity="matrix")]
+    old, high = (
+        [*seeds(0.4, **own), *seeds(0.2, granularity="matrix", **own)]
+        for own in ({"first_position": "skipped"}, {"pattern": "0.7"})
+    )
+    for records, wanted in ((one + high, ("default", "0.5", 1)), (one + high + old, ("first-skipped", "0.5", 3))):
+        found = judge.central(judge.judge(frame.table(records))).query("claim == '3'")
+        assert [*zip(found["recipe"], found["pattern"], found["seeds"])] == [wanted]
+
+
 def test_answers_say_the_verdict_of_each_model_and_link_to_its_row(verdicts):
     said, page = article.answers(verdicts, "2.block", "8"), judge.page(verdicts)
     mine = verdicts[verdicts["claim"] == "2.block"]

@@ -103,8 +103,8 @@ def test_slopes_are_those_of_least_squares_and_training_scatter_widens_them():
     assert finding == "Our lead, and its trend per tenfold parameters: line 0.00 to 0.15, rises by 0.10."
     assert len(data) == 20 and data.groupby("model")["value"].mean()[models].to_list() == pytest.approx(gains, abs=0.01)
     twins = runs([*gains[:4], 0.3], [*models[:4], "a-1m-s1"], noise=0.001)
-    figure, data, marks, _, wider = ladder.over_size({("panel", "line"): twins}, "", share=True)
-    assert "Stars" not in marks
+    figure, data, marks, finding, wider = ladder.over_size({("panel", "line"): twins}, "", share=True)
+    assert "Stars" not in marks and "line 0.05 to 0.15" in finding  # twins are one mark
     [wider] = wider.to_dict("records")
     assert wider["high"] - wider["low"] > 5 * (line["high"] - line["low"])
     assert wider["slope"] == pytest.approx(np.polyfit([*at[:4], at[0]], [*gains[:4], 0.3], 1)[0], abs=0.01)

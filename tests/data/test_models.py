@@ -84,7 +84,7 @@ def with_code(folder):
 @pytest.mark.parametrize("spoil, said", [
     (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "has no safetensors"),
-    (lambda f: [file.unlink() for file in f.glob("token*")], r"has no tokenizer.*`tokenizer\.save_pretrained`"),
+    (lambda f: [file.unlink() for file in f.glob("token*")], "has no tokenizer"),
     (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 1), "SafetensorError"),
     (lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\); undo their"),
     (with_code, "trust_remote_code"),

@@ -123,7 +123,7 @@ def test_a_study_has_the_same_records_on_a_cluster(cluster, one_thread, tiny_spe
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "t5", "bart"])
-def test_a_decoder_arrives_without_weights_and_runs_on_those_that_it_is_given(family):
+def test_a_decoder_arrives_without_weights_and_runs_on_those_that_it_is_given(family, one_thread):
     cloudpickle = pytest.importorskip("ray.cloudpickle")
     model = make_model(family, **({"tie_word_embeddings": True} if family == "llama" else {}))
     decoder = decompose(model)
