@@ -10,6 +10,7 @@ import nbformat
 import papermill
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from companion import run
 from companion.publish import PROFILES, drawn, notebooks
@@ -83,6 +84,10 @@ def test_notebook_runs_top_to_bottom_and_leaves_what_it_promises(name, tmp_path,
     values = {key: value for key, value in values.items() if key in names} | given
     if name == "9-ladder":  # of one family, with sizes in their names
         values["models"] = [str(shutil.copytree(tiny_folder, tmp_path / f"tiny-{size}m")) for size in (1, 2, 3)]
+        for size, folder in enumerate(values["models"], 1):  # other weights: the same content would be the same runs
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            model.get_input_embeddings().weight.data.mul_(size)
+            model.save_pretrained(folder)
     executed, how = tmp_path / "executed.ipynb", {"kernel_name": "python3", "progress_bar": False}
     papermill.execute_notebook(str(source), str(executed), values, cwd=str(source.parent), **how)
     folder = tmp_path / "records"
