@@ -621,6 +621,8 @@ def claims(verdicts: pd.DataFrame) -> Plot | None:
             end = row["high"] if np.isfinite(row["high"]) else 9 * row["effect"]
             face = colour if row["seeds"] >= SEEDS else "white"
             ax.plot([row["low"], end], [place, place], color=colour, linewidth=1.5)
+            if np.isinf(row["high"]):
+                ax.plot(end, place, ">", color=colour, markersize=4)
             ax.plot(row["effect"], place, color=colour, marker=shape, markersize=5.5, markerfacecolor=face)
             words = f"{MARKS[row['verdict']]}  {effect_words(row).removesuffix(row['unit'])}"
             beside(ax, words, (1, place), (6, 0), xycoords=("axes fraction", "data"), fontsize=7)

@@ -317,7 +317,7 @@ def in_short(central: pd.DataFrame) -> str:
     for group, mine in central[central["measure"] == "own"].groupby("group", sort=False):
         holds, fails = (list(mine["verdict"]).count(state) for state in (HOLDS, FAILS))
         word = summaries[[holds == len(mine), holds > fails, holds == fails > 0, holds > 0, fails > 0, True].index(True)]
-        topics.setdefault(word, []).append(GROUPS[group]["topic"] + f" ({holds} of {len(mine)})" * (0 < holds < len(mine)))
+        topics.setdefault(word, []).append(GROUPS[group]["topic"] + f" ({holds} of {len(mine)} hold)" * (0 < holds < len(mine)))
     return " ".join(f"{word}: {', '.join(topics[word])}." for word in summaries if word in topics)
 
 
@@ -408,7 +408,7 @@ def summary(verdicts: pd.DataFrame) -> str:
     """A short table, a row per group of claims: its verdicts counted over claims, models and patterns, and one example."""
     rows = []
     for group, mine in _counting(verdicts[~verdicts["optional"]]).groupby("group", sort=False):
-        first = mine.iloc[0]
+        first = _at_main_pattern(mine).iloc[0]
         place = f"{found_in(first)}; seeds: {first['seeds']}"
         example = f"{MARKS[first['verdict']]} {first['statement']}: {effect_words(first) or first['reason']} ({place})"
         rows.append((CLAIMS.get(group, "also"), GROUPS[group]["title"], _counted(mine), example))
