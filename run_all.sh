@@ -2,7 +2,7 @@
 # From a fresh checkout to every table and figure; see usage below. Works from any folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-# Set-up leaves compiling what is installed to its first use; without that, every notebook and test process would compile it anew.
+# Set-up byte-compiles nothing. Python does so at first import, and has to save it, or every process would compile again.
 unset PYTHONDONTWRITEBYTECODE
 
 usage() {
@@ -18,15 +18,15 @@ usage: ./run_all.sh [quick | laptop | paper] [NOTEBOOK ...] [--executor ray [--a
   quick    every notebook on the bundled model, small: minutes on 2 cores (the default)
   laptop   every notebook on both bundled models and small ones trained here, mostly 3 to 5 seeds: days on 2 cores, resumable
   paper    the paper's models and data: needs GPUs and access to the Hugging Face Hub
-  figures  draw all figures but notebook 0's and judge every claim from the records that are there (laptop's, unless said); runs nothing
+  figures  draw all figures but notebook 0's and judge every claim from existing records (default: laptop's); computes no runs
   site     README, gallery, verdicts, executed notebooks and guides as one site in build/site, which opens from disk
   test     the tests; arguments go to pytest (-m slow runs the slow ones)
   lint     check the style of all code (ruff)
   lab      open the notebooks in JupyterLab
 
 NOTEBOOK restricts a profile to the notebooks named, such as 1-granularity.
---executor ray computes their runs side by side, on the cores and GPUs of this machine or of the cluster at ADDRESS.
-What each of these needs is installed when it is first used, into the active virtual or conda environment; where there is none, into .venv.
+--executor ray computes their runs in parallel, on the cores and GPUs of this machine or of the Ray cluster at ADDRESS.
+Each command installs what it needs when it first runs: into the active virtual or conda environment or, without one, into .venv.
 TEXT
 }
 
@@ -38,7 +38,7 @@ fail() {
 
 suits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# Sets $bin, the folder of the environment's executables; makes .venv where no environment is active.
+# Sets $bin, the folder of the environment's executables; makes .venv if no environment is active.
 find_environment() {
     if [[ -n ${VIRTUAL_ENV:-} ]]; then
         bin=$VIRTUAL_ENV/bin
@@ -46,7 +46,7 @@ find_environment() {
         bin=$CONDA_PREFIX/bin
     else
         bin=$PWD/.venv/bin
-        # A .venv that was interrupted half way, or whose Python has gone, is made anew; uv's are whole without pip.
+        # Makes .venv again if it has no working pip (interrupted, or its Python is gone). Only uv's environments need none.
         "$bin/python" -m pip --version >/dev/null 2>&1 || grep -qs '^uv = ' .venv/pyvenv.cfg || make_venv
     fi
     suits "$bin/python" || fail "Python >= 3.11 is needed; $bin/python is $("$bin/python" --version 2>&1 || true)"
@@ -54,7 +54,7 @@ find_environment() {
 
 make_venv() {
     local candidate
-    for candidate in python3.11 python3.12 python3; do # the pins were resolved on 3.11
+    for candidate in python3.11 python3.12 python3; do # 3.11 first: the pins were resolved on it
         if suits "$candidate" && "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             say "Making a virtual environment in .venv with $("$candidate" --version)"
             "$candidate" -m venv --clear .venv
@@ -64,7 +64,7 @@ make_venv() {
     fail "Python >= 3.11 with venv is needed and was not found (on Debian or Ubuntu: apt install python3-venv)"
 }
 
-# Runs a command whose output goes to the log; on a terminal its latest line is shown, overwriting itself.
+# Runs a command and appends its output to the log. A terminal shows the latest line only.
 logged() {
     local line
     "$@" 2>&1 </dev/null | while IFS= read -r line; do
@@ -76,16 +76,16 @@ logged() {
     return "$status"
 }
 
-# By uv where it is there and would find what pip finds: it does not read pip's settings.
+# Installs with uv if it is there and pip has no settings, which uv would not read; otherwise, or if uv fails, with pip.
 install() {
     if command -v uv >/dev/null && [[ -z $("$bin/python" -m pip config list) ]] &&
         logged uv pip install --python "$bin/python" "$@"; then return; fi
-    # Byte-compiling all that is installed takes longer than what is used of it, which Python compiles when it is imported.
+    # Without byte-compiling all that is installed: Python compiles what is imported, which takes less time.
     logged "$bin/python" -m pip install --disable-pip-version-check 'pip>=24.1' &&
         logged "$bin/python" -m pip install --disable-pip-version-check --no-compile "$@"
 }
 
-# Installs the package with the extras named, each once: its stamp, written last, says what the environment was set up for.
+# Installs the package with the extras named, each once. An extra's stamp, written last, holds the pins, Python and folder used.
 set_up() {
     find_environment
     local stamps want extra missing=()
@@ -110,7 +110,7 @@ print(hashlib.sha256(b"\0".join(files)).hexdigest(), sys.version.split()[0], pat
 
 word=${1:-quick}
 shift || true
-if [[ $word == --executor* || $word == --address* ]]; then # options of the default
+if [[ $word == --executor* || $word == --address* ]]; then # options without a profile: that is quick
     set -- "$word" "$@"
     word=quick
 fi
@@ -135,7 +135,7 @@ site)
 test)
     set_up notebooks site test evaluation ray
     "$bin/recon" assets
-    if (($# == 0)); then # all of the fast ones, a file to a core; what is chosen by hand runs in one process, as its output is read
+    if (($# == 0)); then # all fast tests run in parallel, by file; chosen ones in one process, as their output is read
         set -- --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
     fi
     exec "$bin/python" -m pytest "$@"

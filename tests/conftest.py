@@ -5,7 +5,7 @@ import gc
 import json
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each on a core of its own; so are the processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:  # parallel workers use one core each, and so do processes that they start
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -18,7 +18,7 @@ from recon import RunSpec, decompose
 
 
 def pytest_collection_finish():
-    """What has been imported is there to stay: no later collection of garbage, of 0.2 s and more, looks at it again."""
+    """Later garbage collections skip what has been imported; otherwise each takes 0.2 s or more."""
     gc.collect()
     gc.freeze()
 
@@ -31,19 +31,19 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def tokens():
-    """Factory of random tokens (samples, length) that every tiny model knows."""
+    """Factory of random tokens (samples, length) in the vocabulary of every tiny model."""
     return random_tokens
 
 
 @pytest.fixture(scope="session")
 def made():
-    """Family -> its decoder, made once; no test changes its model."""
+    """Function from a family to its decoder, made once; no test may change its model."""
     return functools.cache(lambda family, **changes: decompose(make_model(family, **changes)))
 
 
 @pytest.fixture(scope="session")
 def dense(made):
-    """A Llama of two blocks, which no test changes."""
+    """The decoder of a Llama with two blocks, which no test may change."""
     return made("llama", num_hidden_layers=2)
 
 
@@ -73,7 +73,7 @@ def tiny_text(tiny_folder) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_spec(tiny_folder, tiny_text) -> RunSpec:
-    """A run of a moment."""
+    """The spec of a very short run."""
     return RunSpec.of(
         model=tiny_folder, text=tiny_text, samples=4, epochs=1, sequence_length=32, held_out_samples=2,
         evaluation_texts=(tiny_text,), evaluation_samples=2, evaluation_length=64,
@@ -82,7 +82,7 @@ def tiny_spec(tiny_folder, tiny_text) -> RunSpec:
 
 @pytest.fixture
 def config_folder(tmp_path):
-    """Factory of folders with a configuration and nothing else."""
+    """Function that writes a configuration, and nothing else, to the test's folder and returns the folder."""
 
     def make(config: dict) -> str:
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -93,5 +93,5 @@ def config_folder(tmp_path):
 
 @pytest.fixture
 def small(tiny_spec):
-    """The options of `recon run` for a run of a moment."""
+    """The options of `recon run` for a very short run."""
     return options(tiny_spec.replaced(samples=8, learning_rate=3e-3))[1:]

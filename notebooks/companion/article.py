@@ -1,6 +1,6 @@
-"""A short paper of what the records say, written by `companion.judge`; `python -m companion.article` makes a PDF of it.
+"""A short paper on what the records say, written by `companion.judge`; `python -m companion.article` makes a PDF of it.
 
-`article.md.j2` beside this file is the text, without a number; what stands in braces there is what `article` hands to it.
+Its text is `article.md.j2` beside this file, which contains no results: `article` fills in what is in braces there.
 """
 
 import re
@@ -20,16 +20,16 @@ TEMPLATE = Path(__file__).with_name("article.md.j2")
 
 
 def render(template: Path, **values) -> str:
-    """A text with `values` in the places that it has for them."""
+    """The text of a Jinja template, filled in with `values`. Raises `jinja2.UndefinedError` if one is missing."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template.read_text(encoding="utf-8")).render(values)
 
 
 def article(verdicts: pd.DataFrame, runs: pd.DataFrame, figures: Path, counts: str, short: str, profile: str = "laptop") -> str:
-    """The article as Markdown, to lie in the folder `figures` beside what it links to.
+    """The article as Markdown, to be saved in the folder `figures`: its links are relative to it.
 
     verdicts: from `companion.judge.worded`.
-    counts: how many are decided, in words. short: what holds, by topic. profile: that of `runs`.
+    counts: how many claims are decided, in words. short: what holds, by topic. profile: that of `runs`.
     """
     parts = {"figure": partial(figure, figures), "told": partial(told, figures), "answers": partial(answers, verdicts)}
     parts["remark"] = lambda claim: verdicts.loc[verdicts["claim"] == claim, "remark"].iloc[0]
@@ -47,7 +47,7 @@ def models(runs: pd.DataFrame) -> str:
 
 
 def told(figures: Path, stem: str) -> str:
-    """Of each section of a notebook that has a figure: what was expected and tried, its figures, what was learnt, its limits."""
+    """For each section of a notebook with a figure: hypothesis, experiment, figures, what was learnt, what is not shown."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
     text, parts = "\n\n".join(cell.source for cell in notebook.cells), []
     for section in re.split("^## ", text, flags=re.MULTILINE)[1:]:
@@ -61,7 +61,7 @@ def told(figures: Path, stem: str) -> str:
 
 
 def figure(figures: Path, name: str) -> str:
-    """A figure with what it shows, and where its data and records are; or which notebook will draw it."""
+    """A figure as Markdown, with its caption and links to data and records; or, if not drawn yet, the command to draw it."""
     if not (figures / f"{name}.json").exists():
         [stem] = [path.stem for path in notebooks() if name in drawn(path)]
         return f"*{name.replace('-', ' ').capitalize()}: not drawn yet; `./run_all.sh laptop {stem}` draws it.*"
@@ -72,7 +72,7 @@ def figure(figures: Path, name: str) -> str:
 
 
 def answers(verdicts: pd.DataFrame, *claims: str) -> str:
-    """For each claim, what its comparisons give at the main pattern (trends: at all), by model and recipe, linked to its row."""
+    """For each claim, its verdicts at the main pattern (trends: at every pattern) by model and recipe; links to its section."""
     lines = []
     for claim in claims:
         mine = verdicts[verdicts["claim"] == claim]
@@ -96,10 +96,10 @@ def settings(profile: str) -> dict:
 
 def main() -> None:
     """Writes build/article.pdf from the committed article."""
-    import pypandoc  # with typst: the extra "article"
+    import pypandoc  # this and typst are in the extra "article"
     import typst
 
-    source = ROOT / "figures" / "article.typ"  # beside the figures that it shows, while it is typeset
+    source = ROOT / "figures" / "article.typ"  # temporary; beside the figures that it includes
     pypandoc.convert_file(source.with_suffix(".md"), "typst", format="gfm", outputfile=str(source), extra_args=["--standalone"])
     try:
         typst.compile(str(source), output=str(ROOT / "build" / "article.pdf"))

@@ -1,8 +1,8 @@
-"""Two sides of a comparison: which runs stand for each, and the effect between them with a bootstrap interval.
+"""Compares two sides: selects the runs of each, and computes the effect between them with a bootstrap interval.
 
-An effect is a difference of log-perplexity, or of the divergence from the dense model, in nats per token. Some are given as a
-share of what pruning does to it, such as the perplexity gap, log(pruned / dense): the mean of both sides'. Effects are paired:
-both sides have the same seeds and evaluation windows.
+An effect is a difference of log-perplexity, or of the KL divergence from the dense model, in nats per token. Some effects are
+shares of what pruning adds (mean of both sides), such as the perplexity gap, log(pruned / dense). Effects on cost are log2 of a
+ratio. Effects are paired: both sides have the same seeds and evaluation windows.
 """
 
 import math
@@ -17,11 +17,11 @@ from scipy import stats
 
 from companion.frame import DEFAULTS, MEMORY, METHOD, SEARCH, TUNING, setting
 
-MARGIN = 0.05  # two sides are equal within this share of the perplexity gap: a choice of ours, not of the paper
+MARGIN = 0.05  # two sides count as equal within this share of the perplexity gap: our choice, not the paper's
 CLOSE = MARGIN / 2  # a second, stricter margin
-SEEDS = 3  # fewer say nothing about training noise
-MODELS = 3  # of one family; fewer make no trend: two differ in more than their size
-BUDGET = 0.15  # compute is equal within this share
+SEEDS = 3  # with fewer, training noise is unknown
+MODELS = 3  # sizes of one family that a trend needs: two models differ in more than size
+BUDGET = 0.15  # compute counts as equal within this share
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", re.IGNORECASE)
 
 # --- the interval -----------------------------------------------------------------------------------------------------
@@ -38,17 +38,17 @@ def _draws(count: int, resamples: int, seed: int, stream: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def student(freedom: int, level: float) -> float:
-    """The quantile of Student's t with so many degrees of freedom over that of the normal distribution."""
+    """The two-sided quantile of Student's t with `freedom` degrees of freedom, divided by that of the normal distribution."""
     return float(stats.t.ppf((1 + level) / 2, freedom) / stats.norm.ppf((1 + level) / 2))
 
 
 def wider(count: int, level: float) -> float:
-    """The factor by which the bootstrap's spread over so many seeds or windows is widened; infinite for one."""
+    """The factor that widens the bootstrap's spread over `count` seeds or windows; infinite for one."""
     return math.sqrt(count / (count - 1)) * student(count - 1, level) if count > 1 else math.inf
 
 
 def _weights(count: int, level: float, *draws: int) -> np.ndarray:
-    """Weights (resamples, count) of drawn seeds or windows, widened; of one, that one."""
+    """Weights (resamples, count) of drawn seeds or windows, widened; a single item always has weight 1."""
     drawn = _draws(count, *draws)
     return 1 / count + wider(count, level) * (drawn - 1 / count) if count > 1 else drawn
 
@@ -59,10 +59,10 @@ def interval(
     """Bootstrap percentile interval of `statistic` of the means of `parts`, each (means, seeds, windows).
 
     Seeds are drawn with replacement, then windows; all seeds share their windows, so one draw of windows serves them all
-    (the "pigeonhole" bootstrap: Owen, Annals of Applied Statistics 2007). The bootstrap understates the spread of few. So
-    deviations of drawn seeds from their mean, and of drawn windows, are widened by sqrt(n / (n - 1)) and by Student's t over
-    normal (as Hesterberg's expanded percentile interval does: The American Statistician 2015). With one seed only windows are
-    drawn. `statistic` gives effects (draws,), or lower and upper bounds of them. NaN if it is NaN in any draw.
+    (the "pigeonhole" bootstrap: Owen, Annals of Applied Statistics 2007). Few items make a bootstrap too narrow. So deviations of
+    drawn seeds, and of drawn windows, from their mean are multiplied by sqrt(n / (n - 1)) and by `student` (expanded percentile
+    interval: Hesterberg, The American Statistician 2015). With one seed, only windows are drawn. `statistic` gives effects
+    (draws,), or lower and upper bounds of them. Returns the interval's two ends; NaN if the statistic is NaN in any draw.
     """
     means = []
     for index, values in enumerate(parts):
@@ -72,7 +72,7 @@ def interval(
     lower, upper = _bounds(statistic(np.concatenate(means)))
     if np.isnan(lower).any() or np.isnan(upper).any():
         return math.nan, math.nan
-    # No arithmetic between draws: a ratio may be infinite.
+    # No interpolation between draws: a ratio may be infinite.
     low = np.quantile(lower, (1 - level) / 2, method="lower")
     return float(low), float(np.quantile(upper, (1 + level) / 2, method="higher"))
 
@@ -115,18 +115,18 @@ class Evidence:
         return float(lower[0]), float(upper[0]), *interval(self.parts, self.statistic, level)
 
     def error(self, level: float) -> float:
-        """By how much the interval's ends differ from one bootstrap to the next: standard deviation, the larger of both ends'."""
+        """The standard deviation of the interval's ends over five bootstraps, the larger of both; infinite ends are left out."""
         ends = np.array([interval(self.parts, self.statistic, level, seed=seed) for seed in range(1, 6)])
         return max((float(end.std(ddof=1)) for end in ends.T if np.isfinite(end).all()), default=0.0)
 
 
 def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[str, str, str], dict]]:
-    """By model (empty: models are compared), pattern and recipe, default ones first: groups of runs that agree in `shared`."""
+    """Groups of runs that agree in `shared`, by (model, pattern, recipe), defaults first; model is "" unless in `shared`."""
     if runs.empty:
         return []
     scopes: dict[tuple, dict] = {}
     used = runs[runs[f"{measure}_pruned"].notna() & (runs["seed"] < SEARCH)]
-    alone = used[(used["recipe"] == "default") & (used["granularity"] == "none")]  # without windows, both defaults are one
+    alone = used[(used["recipe"] == "default") & (used["granularity"] == "none")]  # without windows, both defaults are the same
     used = pd.concat([used, alone.assign(recipe="first-skipped", first_position="skipped")])
     for name, group in used.groupby([*shared, "pattern", "recipe"]):
         first = group.iloc[0]
@@ -137,16 +137,16 @@ def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[
 
 
 def of_method(runs: pd.DataFrame, options: dict) -> pd.DataFrame:
-    """Of runs under one recipe, those whose method differs from it by `options` alone."""
+    """The runs whose method differs from their recipe's in exactly `options`. runs: all under one recipe."""
     return runs[runs["setting"] == setting(options, runs["recipe"].iloc[0])] if len(runs) else runs
 
 
 def pick(runs: pd.DataFrame, options: dict, tuned: bool = False) -> pd.DataFrame:
-    """By unit, the runs whose method differs from their recipe's by `options` alone, all of one tuning.
+    """The runs whose method differs from their recipe's in exactly `options`, all with one tuning, indexed by unit.
 
-    Of several tunings, the one with the most units is taken, and of these the one nearest the recipe's, so that no side is tuned
-    more than the other. `tuned`: learning rates were searched for both sides. Then the rates with the lowest held-out perplexity
-    are taken (mean over the units that all have), and the rest of the tuning as before. Evaluation text never decides.
+    Of several tunings, it takes the one with the most units; on a tie, the one nearest the recipe's, so that no side is tuned
+    more than the other. `tuned`: learning rates were searched for both sides; of several rates, it takes those with the lowest
+    held-out perplexity (mean over the units that all have). Evaluation text never decides. ValueError for an unknown option.
     """
     unknown = set(options) - {*METHOD, *TUNING}
     if unknown:
@@ -166,7 +166,7 @@ def pick(runs: pd.DataFrame, options: dict, tuned: bool = False) -> pd.DataFrame
 
 
 def _nearest(runs: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The runs of the `name` ("tuning", "rates") that most units have; of several, of that nearest the recipe's."""
+    """The runs with the `name` ("tuning" or "rates") that the most units have; on a tie, with the one nearest the recipe's."""
     units = runs.groupby(name)["unit"].transform("nunique")
     return runs[runs[name] == runs.at[(runs[f"{name}_detour"] - 1e6 * units).idxmin(), name]]
 
@@ -179,7 +179,7 @@ def points(runs: pd.DataFrame, options: dict) -> dict[tuple[int, int], pd.DataFr
 
 
 def best_supported(points: dict[tuple[int, int], pd.DataFrame]) -> pd.DataFrame:
-    """The point with the most seeds, and of several, with the most samples before the last training; empty if there is none."""
+    """The point with the most seeds; on a tie, the one with the most calibration samples. Empty if there is none."""
     return max(points.items(), key=lambda point: (len(point[1]), point[0]), default=(0, pd.DataFrame()))[1]
 
 
@@ -189,7 +189,7 @@ def curve(runs: pd.DataFrame, options: dict) -> list[pd.DataFrame]:
 
 
 def once(units: Sequence[str]) -> list[str]:
-    """Sorted units. A seed run in several precisions counts once, in the first of them: its runs are hardly independent."""
+    """Sorted units, one per seed: of several precisions only the first counts, because their runs are hardly independent."""
     return sorted({unit.split()[0]: unit for unit in sorted(units, reverse=True)}.values())
 
 
@@ -210,7 +210,7 @@ def _used(sides: Sequence[pd.DataFrame], units: list[str]) -> pd.DataFrame:
 def pair(mine: pd.DataFrame, theirs: pd.DataFrame, measure="own", share=False, state="reconstructed", **more) -> Evidence | None:
     """The other side's measure minus ours: above 0, ours is better. `share`: as a share of the gap that pruning opens.
 
-    mine, theirs: runs of one setting each, by unit. None if they have no unit in common.
+    mine, theirs: each the runs of one setting, indexed by unit. state: of theirs. None if no unit is common to both.
     """
     if not (units := common(mine, theirs)):
         return None
@@ -246,7 +246,7 @@ def better(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 def equal(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """Both sides are the same within the margin, as a share of the perplexity gap."""
-    tuned = bool({"adapter", "criterion"} & claim["left"].keys())  # their rates are searched, and those of the other side
+    tuned = bool({"adapter", "criterion"} & claim["left"].keys())  # for these, rates are searched on both sides
     return pair(pick(runs, claim["left"], tuned), pick(runs, claim["right"], tuned), claim["measure"], share=True)
 
 
@@ -254,7 +254,7 @@ def samples(runs: pd.DataFrame, claim: dict) -> Evidence | None:
     """As `better`, but our side trains on `count` samples and the other on `times` as many (or more, if `times` is over 1).
 
     With a margin, the difference is a share of the perplexity gap. Learning rates were searched on both sides. The note says how
-    far the other side's training moves the dense model: what adapting to such text is worth on its own.
+    far the other side's training moves the dense model: the effect of adapting to such text, without pruning.
     """
     measure, wanted = claim["measure"], claim["count"] * claim["times"]
     trained = of_method(runs, claim["right"])["trained"]
@@ -272,9 +272,9 @@ def samples(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """As `better`, at FLOPs equal within BUDGET or, if no pair of runs has that, with less on our side.
+    """As `better`, for two points with FLOPs equal within BUDGET or, if there are none, with fewer FLOPs on our side.
 
-    Of the pairs with the most seeds (up to SEEDS): the one with the most FLOPs that are equal or, if none are, the nearest.
+    Of the pairs with the most seeds (up to SEEDS), it takes the equal pair with the most FLOPs or, if none is equal, the nearest.
     """
     pairs = []
     for count, mine in points(runs, claim["left"]).items():
@@ -293,7 +293,7 @@ def combined(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def memory(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """The other side's memory over ours with as many samples: what training added at its peak, as measured."""
+    """The other side's measured peak of added memory over ours, as log2, at equal numbers of samples."""
     ours, other = ({count: point for (_, count), point in points(runs, claim[side]).items()} for side in ("left", "right"))
     pairs = [(common(ours[count], other[count]), count) for count in ours.keys() & other.keys()]
     units, count = max(pairs, key=lambda pair: (min(len(pair[0]), SEEDS), pair[1]), default=([], None))
@@ -308,11 +308,11 @@ def memory(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def ratio(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """The other side's cost over ours at equal quality: the median over our sample counts.
+    """The other side's cost over ours at equal quality, as log2: the median over our sample counts.
 
-    The other side's quality is interpolated linearly over log2 of its cost, through its running best (in its favour). If it
-    never reaches our quality, its last point gives a lower bound of the ratio. If its first point is already better, it gives an
-    upper bound. The interval runs from that of the lower bounds to that of the upper bounds.
+    The other side's quality is its best so far (in its favour), interpolated linearly over log2 of its cost. If it never reaches
+    our quality, its last point gives a lower bound of the ratio. If its first point is already better, that point gives an
+    upper bound. The interval runs from the low end of the lower bounds to the high end of the upper bounds.
     """
     cost = {"samples": "trained", "flops": "flops"}[claim["cost"]]
     curves = [curve(runs, claim[side]) for side in ("left", "right")]
@@ -336,9 +336,9 @@ def ratio(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def _most_shared(mine: list[pd.DataFrame], theirs: list[pd.DataFrame]) -> list[str]:
-    """The units to compare two curves at: of several sets, one with at least SEEDS, then the one that most points have.
+    """The units at which two curves are compared: a set of at least SEEDS if there is one, then the set that most points have.
 
-    So a point that lacks seeds is left out if enough of the others have them.
+    So a point that lacks some of these seeds is left out, if enough other points have them.
     """
 
     def rank(units: tuple) -> tuple:
@@ -351,7 +351,7 @@ def _most_shared(mine: list[pd.DataFrame], theirs: list[pd.DataFrame]) -> list[s
 
 
 def bounded(lower: float, upper: float) -> str:
-    """A value of which bounds are known, in words."""
+    """A value in words, given its bounds: "2" if they are equal, "> 2", "< 2", or "?" without any."""
     if lower == upper:
         return f"{lower:.3g}"
     return f"> {lower:.3g}" if lower > 0 else f"< {upper:.3g}" if math.isfinite(upper) else "?"
@@ -360,11 +360,11 @@ def bounded(lower: float, upper: float) -> str:
 def _reach(targets: np.ndarray, curve: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where `curve` (points, draws) over `at` (points,), ascending, first falls to `targets` (targets, draws).
 
-    Returns lower and upper bounds (targets, draws). They are equal, except that the upper is inf if it never does, and the lower
-    -inf if it starts lower.
+    Returns lower and upper bounds (targets, draws). They are equal, except that the upper is inf if the curve never
+    falls to the target, and the lower is -inf if the curve starts below it.
     """
     curve = np.minimum.accumulate(curve, axis=0)
-    draws = zip(targets.T, curve[::-1].T)  # np.interp wants what it reads to rise
+    draws = zip(targets.T, curve[::-1].T)  # np.interp needs ascending levels
     reached = np.transpose([np.interp(wanted, level, at[::-1]) for wanted, level in draws])
     never, early = targets < curve[-1], targets > curve[0]
     return np.where(early, -np.inf, reached), np.where(never, np.inf, reached)
@@ -379,8 +379,8 @@ def _by_criterion(runs: pd.DataFrame, claim: dict) -> tuple[list[pd.DataFrame], 
 def _contrast(values: np.ndarray) -> np.ndarray:
     """Weights (criteria,) of the gap between the means of `values` (criteria, seeds, windows): 1 for the worst, -1 for the best.
 
-    They are chosen once, not in every bootstrap draw: the range of a draw is never negative, so noise alone would make a gap.
-    Chosen on the same data, the gap is still slightly too large if criteria hardly differ.
+    Both are chosen once, not in every bootstrap draw: the range of a draw is never negative, so noise alone would make a gap.
+    As they are chosen on the same data, the gap is still slightly too large if criteria hardly differ.
     """
     order = values.mean((1, 2)).argsort(kind="stable")
     return (np.arange(len(values)) == order[-1]) * 1.0 - (np.arange(len(values)) == order[0])
@@ -403,7 +403,7 @@ def gap(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def trend(runs: pd.DataFrame, claim: dict) -> Evidence | None:
-    """Minus the slope over size of our lead over the other side; without one, of the gap between reconstructed criteria."""
+    """Minus the slope over model size of our lead; without another side, of the gap between criteria after reconstruction."""
     evidence = {}
     for model, group in runs.groupby("model"):
         group = group[group["windows"] == group["windows"].mode()[0]]  # shared within a model only: tokenizers differ
@@ -426,14 +426,14 @@ def _after(runs: pd.DataFrame, claim: dict) -> Evidence | None:
 
 
 def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, size: Callable | None = None) -> Evidence | None:
-    """By how much the effects on models rise where their size is tenfold, times `sign`.
+    """The slope of the models' effects over log10 of their size, times `sign`. None if no model has a size.
 
-    size: of a model, by its name; else the parameters that it states. Then only one family counts, that with the most models:
-    those of several differ in more than size. What the models leave of a straight line, as their training scatters, is drawn
-    for every model, too, and widened for the few degrees of freedom that tell it.
+    size: maps a model's name to its size; default: the parameters that the name states. By default, only the family with the most
+    models counts: models of several families differ in more than size. The bootstrap also draws, for every model, a residual from
+    the straight line (models scatter as their training does), widened by `student` for the few degrees of freedom.
     """
     families, size = {}, size or parameters
-    for model in sorted(filter(size, evidence), key=lambda name: (size(name), name)):  # in whatever order they come
+    for model in sorted(filter(size, evidence), key=lambda name: (size(name), name)):  # whatever order they come in
         families.setdefault(family(model) if size is parameters else "", []).append(model)
     if not families:
         return None
@@ -448,7 +448,7 @@ def sloped(evidence: dict[str, Evidence], words: str = "", sign: float = 1.0, si
     found = effects(np.concatenate([part.mean((1, 2)) for part in parts])[:, None])[:, 0]
     freedom, slope = max(len(found) - 2, 1), at @ found / max(at @ at, 1e-30)
     apart = (found - found.mean() - at * slope) * math.sqrt(len(found) / freedom) * student(freedom, 0.95)
-    scatter = np.random.RandomState(0)  # one for all bootstraps, so that two of them differ by what it draws, too
+    scatter = np.random.RandomState(0)  # one for all bootstraps, so that they differ in these draws, too
 
     def statistic(means: np.ndarray) -> np.ndarray:
         values = effects(means)
@@ -473,7 +473,7 @@ def parameters(model: str) -> float | None:
 
 
 def family(model: str) -> str:
-    """What a model's name says before its size, without a minor version: "llama-3" for "meta-llama/Llama-3.1-8B"."""
+    """The part of a model's name before its size, without a minor version: "llama-3" for "meta-llama/Llama-3.1-8B"."""
     return _SIZE.split(_name(model))[0].partition(".")[0].strip("-_").lower()
 
 

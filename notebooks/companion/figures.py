@@ -1,6 +1,6 @@
-"""The figures of notebooks 1 to 5.
+"""The figures of notebooks 1 to 5 and 8, and that of all claims.
 
-Each function draws runs from `companion.frame.load`. It returns the figure, its data (a row per mark) and a sentence.
+A function that returns a `Plot` gives the figure, its data (a row per mark) and its finding in a sentence.
 """
 
 import itertools
@@ -26,15 +26,15 @@ Plot = tuple[Figure, pd.DataFrame, str]
 MAIN = ["reconstruction", "masklora", "full"]
 PUBLISHED = f"{MAIN[0]}, paper's recipe"
 KL, COMPUTE = "KL to dense", "TFLOP"
-FAR = 5 * MARGIN  # differences beyond are written, not drawn to scale
+FAR = 5 * MARGIN  # differences beyond it are written as text, not drawn to scale
 ALIKE = 1.05  # costs that differ by less count as equal
-beside = partial(Axes.annotate, textcoords="offset points", va="center", fontsize=8)  # axes, words, place, points from it
+beside = partial(Axes.annotate, textcoords="offset points", va="center", fontsize=8)  # (axes, words, place, offset in points)
 
 # --- numbers: means over seeds, paired differences, and words for them -----------------------------------------------------
 
 
 def sizes(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per model, pattern and granularity ("pruned": none): geometric means over seeds of perplexities, and costs.
+    """A row per model, pattern and granularity ("pruned" for none): geometric means over seeds of perplexities, and costs.
 
     A seed run in several precisions counts once.
     """
@@ -53,9 +53,9 @@ def sizes(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def effects(runs: pd.DataFrame, by: Sequence[str], baseline: dict, flip: bool = False, **options) -> pd.DataFrame:
-    """Each group of runs (by the columns `by`) against the group with the values of `baseline`, by `companion.compare.paired`.
+    """Compares each group of runs (by the columns `by`) with the group that has the values of `baseline`; options: of `paired`.
 
-    Above 0 it is better than the baseline; flip: worse. `verdict` says whether it is equal within the margin.
+    A difference above 0 means better than the baseline; with `flip`, worse. `verdict`: see `judged`; "default" for the baseline.
     """
     groups, rows = dict(list(runs.groupby(list(by), sort=False))), []
     for name, group in groups.items():
@@ -71,7 +71,7 @@ def effects(runs: pd.DataFrame, by: Sequence[str], baseline: dict, flip: bool = 
 
 
 def judged(low: float, high: float, seeds: int) -> str:
-    """ "equal" within the margin, "better" or "worse" beyond it; "undecided" if the interval crosses it or seeds are few."""
+    """The verdict: "equal" within the margin, "better" or "worse" beyond it, "undecided" across it or with few seeds."""
     if seeds < SEEDS or math.isnan(low):
         return "undecided"
     if -MARGIN < low and high < MARGIN:
@@ -86,7 +86,7 @@ def count_words(data: pd.DataFrame) -> str:
 
 
 def span(values: pd.Series, form: str = "{:.2f}") -> str:
-    """From the lowest to the highest value."""
+    """The range of `values` in words: "<lowest> to <highest>", or one number if both read the same."""
     words = (form.format(value) for value in (values.min(), values.max()))
     return " to ".join(dict.fromkeys(word.replace("-", "−") if word.strip("-0.") else word.lstrip("-") for word in words))
 
@@ -95,20 +95,20 @@ def span(values: pd.Series, form: str = "{:.2f}") -> str:
 
 
 def panels(count: int, width: float, height: float, columns: int = 3, **options) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels of this size in inches, up to `columns` beside one another."""
+    """A figure of `count` panels, each `width` x `height` inches, up to `columns` in a row; four panels are two by two."""
     columns = 2 if count == 4 else min(count, columns)
     rows = -(-count // columns)
     options |= {"figsize": (width * columns, height * rows), "squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(rows, columns, **options)
     for ax in axes.flat[count:]:
         ax.remove()
-    for ax in axes.flat[count - columns : count]:  # the lowest of each column, which shared axes forget
+    for ax in axes.flat[count - columns : count]:  # the lowest of each column, unlabelled if axes are shared
         ax.tick_params(axis="x", which="both", labelbottom=True)
     return figure, list(axes.flat[:count])
 
 
 def label(ax: Axes, x: pd.Series, y: pd.Series, names: pd.Series) -> None:
-    """Writes each name beside its point, clear of lines and one another; set limits and scales before."""
+    """Writes each name beside its point, clear of lines and of other names; set limits and scales first."""
     ax.figure.draw_without_rendering()
     texts = [ax.text(*each, fontsize=8) for each in zip(x, y, names)]
     arrows = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
@@ -117,21 +117,21 @@ def label(ax: Axes, x: pd.Series, y: pd.Series, names: pd.Series) -> None:
 
 
 def label_ends(ax: Axes, x: float, ends: dict[str, float]) -> None:
-    """Writes each name to the right of its line's last value, without overlap; set limits and scales before."""
+    """Writes each name to the right of its line's last value, without overlap; set limits and scales first."""
     ax.figure.draw_without_rendering()
     names = sorted(ends, key=ends.get)
     own = [ax.transData.transform((x, ends[name]))[1] * 72 / ax.figure.dpi for name in names]
     gaps = 10 * np.arange(len(own))  # points
-    places = np.maximum.accumulate(own - gaps), np.minimum.accumulate((own - gaps)[::-1])[::-1]  # moved up alone, down alone
+    places = np.maximum.accumulate(own - gaps), np.minimum.accumulate((own - gaps)[::-1])[::-1]  # moved only up, only down
     for name, at, moved in zip(names, own, np.mean(places, axis=0) + gaps):
         line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0} if abs(moved - at) > 1 else None
         beside(ax, name, (x, ends[name]), (12, moved - at), arrowprops=line, annotation_clip=False)
 
 
 def level(ax: Axes, value: float, name: str, inside: bool = True) -> None:
-    """A line across `ax` at `value` of the dense or pruned model, named at its right end.
+    """Draws a line across `ax` at `value` of the dense or pruned model (`name`), labelled at its right end.
 
-    inside: False leaves the limits as they are; a name beyond them is at their edge.
+    inside: whether to widen the limits to include it; otherwise, a label beyond them is put at their edge, with an arrow.
     """
     low, high = ax.get_ylim()
     if inside:
@@ -149,19 +149,19 @@ def legend(figure: Figure, ax: Axes) -> None:
 
 
 def mark(ax: Axes, x: float, row: dict, name: str) -> None:
-    """The perplexity of a row of `sizes` at the cost `x`, with its range over seeds; hollow for one seed."""
+    """Draws the perplexity of a row of `sizes` at the cost `x`, with its range over seeds; hollow for one seed."""
     shown = look(name)
     ax.plot([x, x], [row["lowest perplexity"], row["highest perplexity"]], color=shown["color"], linewidth=1)
     ax.plot(x, row["perplexity"], **shown, **hollow(row["seeds"]), zorder=3)
 
 
 def hollow(seeds: int) -> dict:
-    """Marks of one seed are hollow."""
+    """Options of `Axes.plot` that make the mark of a single seed hollow."""
     return {"markerfacecolor": "white"} if seeds == 1 else {}
 
 
 def bars(ax: Axes, data: pd.DataFrame, places: Sequence[float], names: Sequence[str], far: float = math.inf) -> None:
-    """Differences with their intervals at heights `places`, in the look of `names`; a mean beyond `far` is written as text."""
+    """Draws differences and intervals at heights `places`, in the look of `names`; a mean beyond `far` is written as text."""
     for row, place, name in zip(data.to_dict("records"), places, names):
         value, shown = row["difference"], look(name)
         if abs(value) > far:
@@ -196,7 +196,7 @@ def forest(data: pd.DataFrame, by: str, panel: str, words: str) -> Figure:
 
 
 def memory(data: pd.DataFrame) -> Plot:
-    """Perplexity against the memory that training adds, or FLOPs if no run has it, by model. data: `sizes` of one pattern."""
+    """Perplexity against the memory that training adds (FLOPs if none was measured), by model. data: `sizes` of one pattern."""
     cost = MEMORY if data[MEMORY].notna().any() else COMPUTE
     data = data[(data["granularity"] != "pruned") & data[cost].notna()]
     data = data.drop(columns=[COMPUTE if cost == MEMORY else MEMORY, "seconds"])
@@ -234,7 +234,7 @@ def memory(data: pd.DataFrame) -> Plot:
 
 
 def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> Plot:
-    """Held-out perplexity over that of the best rate, against the rate: a line for each cell of `companion.search.search`."""
+    """Held-out perplexity, divided by the best rate's, against the rate: a line for each cell of `companion.search.search`."""
     runs = runs.assign(place=runs["model"] + ", " + runs["recipe"].map(RECIPE_WORDS), samples=runs["trained"])
     runs["ratio"] = runs["held_out_perplexity"] / runs.groupby("cell", sort=False)["held_out_perplexity"].transform("min")
     data = runs[list(dict.fromkeys([panel, line, "recipe", "rate", "held_out_perplexity", "ratio", "chosen"]))]
@@ -261,7 +261,7 @@ def rule(runs: pd.DataFrame) -> str:
         windows = group.drop_duplicates("fit").set_index("fit")["losses"].map(len)
         if "half-block" not in windows:
             continue
-        halves = windows["half-block"] / windows  # in a window
+        halves = windows["half-block"] / windows  # half-blocks in a window
         best = group[group["chosen"] & (group["fit"] != "matrix")].set_index("fit")["rate"]
         powers += [-np.polyfit(np.log(halves[best.index]), np.log(best), 1)[0]] if len(best) > 2 else []
         for fit, own in group.sort_values("rate").groupby("fit", sort=False):
@@ -280,7 +280,7 @@ def rule(runs: pd.DataFrame) -> str:
 
 
 def of_both(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs, with reconstruction by the paper's recipe as a method of its own; its retraining differs in masks alone, and goes."""
+    """Runs with the paper's reconstruction as a method of its own; its retraining, which differs only in masks, is dropped."""
     published = runs["recipe"] == "paper"
     kept = runs[~published | (runs["method"] == MAIN[0])]
     return kept.assign(method=kept["method"].where(~published, PUBLISHED))
@@ -295,7 +295,7 @@ def methods(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def measures(data: pd.DataFrame) -> list[str]:
-    """The columns of the first two texts, and of the divergence: those that have an array for each window."""
+    """The columns of the first two texts and of the KL divergence: the measures with a value per evaluation window."""
     return [name for name in data if name.startswith("perplexity, ")][:2] + [KL]
 
 
@@ -350,16 +350,16 @@ def efficiency(runs: pd.DataFrame, length: int) -> Plot:
 
 
 def front(means: pd.DataFrame, cost: str, quality: str) -> pd.DataFrame:
-    """The rows of `means` that nothing beats in `quality` at their cost or less, by cost. Costs within 5 % count as equal."""
+    """The Pareto front of `means`: rows that none beats in `quality` at no higher cost, by cost; within 5 %, costs are equal."""
     ranked = means[means[cost] > 0].sort_values([cost, quality]).drop_duplicates(quality)
     return ranked[ranked[quality] <= [ranked.loc[ranked[cost] < ALIKE * value, quality].min() for value in ranked[cost]]]
 
 
 def budget(runs: pd.DataFrame) -> Plot:
-    """Quality against compute and, if known, memory. Larger marks: more samples. Line: what nothing beats at its cost or less.
+    """Quality against compute and, if known, memory. Larger marks: more samples. Line: the Pareto front.
 
     A mark is a method at a number of samples: the mean over the seeds that all marks have. The dense control and the pruned
-    model have none.
+    model have no mark.
     """
     data = methods(runs)
     repaired, shown = data[~data["method"].str.startswith(("dense", "pruned"))], [measures(data)[0], KL]
@@ -376,8 +376,8 @@ def budget(runs: pd.DataFrame) -> Plot:
             ours = best["method"].isin([MAIN[0], PUBLISHED]).sum()
             counts.append(f"{ours} of {len(best)} ({quality.split(',')[0]} at equal {cost.split(',')[0]})")
             ax.step(best[cost], best[quality], where="post", color="0.6", linewidth=1, zorder=1)
-            shown = {"style": "method", "size": "samples", "sizes": dict(zip(sizes, np.geomspace(20, 110, len(sizes))))}
-            sns.scatterplot(means, x=cost, y=quality, hue="method", **shown, **looks(order), legend=ax is axes[0, 0], ax=ax)
+            marked = {"style": "method", "size": "samples", "sizes": dict(zip(sizes, np.geomspace(20, 110, len(sizes))))}
+            sns.scatterplot(means, x=cost, y=quality, hue="method", **marked, **looks(order), legend=ax is axes[0, 0], ax=ax)
             if cost == COMPUTE:
                 log_scale(ax, "x")
             log_scale(ax)
@@ -389,16 +389,16 @@ def budget(runs: pd.DataFrame) -> Plot:
 
 
 def extrapolation(runs: pd.DataFrame, reach: int = 64) -> Plot | None:
-    """The perplexity gap that remains, in nats, against samples: a power of them fitted to each method, and drawn beyond.
+    """The perplexity gap that remains, in nats, against samples: a power law fitted to each method and drawn beyond the data.
 
-    reach: how many times the most samples. None if no method has three numbers of samples.
+    reach: how far, in multiples of the most samples. None if no method has three numbers of samples.
     """
     runs = of_both(runs[runs["method"].isin(MAIN)])
     grid, rows = np.geomspace(runs["trained"].min(), reach * runs["trained"].max(), 25), []
     for name, group in runs.groupby("method", sort=False):
         points = {count: own.drop_duplicates("unit").set_index("unit") for count, own in group.groupby("trained")}
         units = common(*points.values())
-        if len(points) < 3 or not units:  # any two lie on a line
+        if len(points) < 3 or not units:  # two points always lie on a line
             continue
         left = [[own.at[unit, "own_reconstructed"] - own.at[unit, "own_dense"] for unit in units] for own in points.values()]
         fit = np.linalg.pinv(np.vander(np.log(list(points)), 2))
@@ -521,7 +521,7 @@ def costs(runs: pd.DataFrame) -> Plot:
 def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: float = 0.05) -> Plot:
     """What a mask gains over the mask `baseline` before reconstruction and after it (the two fits `ways`), in nats per token.
 
-    runs: with the columns mask and way (how it is fitted). least: smaller gains, in nats, do not enter the finding.
+    runs: with two more columns, mask and way (the fit). least: gains up to it, in nats, do not enter the finding.
     A row of panels for each pattern, a column for each model.
     """
     data = effects(runs[runs["way"].isin(ways)], ["model", "pattern", "way", "mask"], {"mask": baseline}, share=False)
@@ -557,10 +557,10 @@ def frontier(runs: pd.DataFrame, baseline: str, ways: tuple[str, str], least: fl
 
 
 def frontier_cost(runs: pd.DataFrame, baseline: tuple[str, str]) -> Plot:
-    """Perplexity and operations (pruning, reconstruction, retraining) of each mask and fit over those of `baseline`, such a pair.
+    """Perplexity and FLOPs (pruning, reconstruction, retraining) of each mask and way, divided by those of the pair `baseline`.
 
-    runs: as of `frontier`. A panel for each model and pattern, whose title names the best; means over seeds. Line: what nothing
-    beats at that cost.
+    runs: as in `frontier`. A panel for each model and pattern; its title names the pair with the lowest perplexity. Means over
+    seeds. Line: the Pareto front.
     """
     by, cost, quality = ["model", "pattern", "mask", "way"], "times the operations", "times the perplexity"
     data = effects(runs, by, dict(zip(by[2:], baseline)), share=False).drop(columns="verdict")
@@ -602,7 +602,7 @@ _AXES = {  # kind of effect -> label of the axis
 
 
 def claims(verdicts: pd.DataFrame) -> Plot | None:
-    """The central claims, a row per claim and model, at its main pattern, against what the effect has to exceed."""
+    """The effects of the central claims at their main patterns, a row per claim, model and recipe. Line: the bar to exceed."""
     shown = central(verdicts)
     if shown.empty:
         return None

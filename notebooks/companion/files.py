@@ -1,7 +1,7 @@
-"""Smaller? Faster? Where? A model dense, masked, compressed, packed and shrunk, measured: `python -m companion.files --help`.
+"""Size, loading time and speed of a model that is dense, masked, compressed, packed, shrunk: `python -m companion.files --help`.
 
-All is saved in bfloat16, then loaded and run in float32 on the CPU. Sizes are of all weights, embedding included. Rounds take all
-models in turn, so that a machine that is busy at times is so for all alike; figures are medians over rounds.
+Models are saved in bfloat16, and loaded and run in float32 on the CPU (2:4: float16, GPU). Sizes include the embedding. A round
+runs all models in turn, so that a machine that is busy at times slows all of them; results are medians over rounds.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import recon
 from companion import tables
 from companion.publish import ROOT
 
-RUNS = {  # name -> options; neither which weights go nor their values changes what is measured here, see `compressed`
+RUNS = {  # name -> options; results depend neither on which weights are pruned nor on their values, see `compressed`
     "dense": {"criterion": "none"},
     "50 %": {"pattern": "0.5"},
     "70 %": {"pattern": "0.7"},
     "units": {"criterion": "wanda-sp", "pattern": "0.25"},
 }
-MADE = {"50 % packed": ("50 %", "pack"), "70 % packed": ("70 %", "pack"), "units shrunk": ("units", "shrink")}  # by `recon`
+MADE = {"50 % packed": ("50 %", "pack"), "70 % packed": ("70 %", "pack"), "units shrunk": ("units", "shrink")}  # source, function
 ROWS = {  # name -> what it is, and where it helps
     "dense": ("dense, 16 bits a weight", ""),
     "dense zstd": ("the same after a fit, compressed by zstd", "disk, transfer: even without zeros"),
@@ -41,10 +41,10 @@ ROWS = {  # name -> what it is, and where it helps
 
 
 def measure(work: Path, model: str, quantised: Path | None, rounds: int, tokens: int, **options) -> dict:
-    """Makes what is not yet in the folder `work`, and measures it.
+    """Makes the checkpoints that are not yet in the folder `work`, and measures all of them.
 
-    quantised: the file whose weights, dequantised, are the dense model's. rounds: of loading (up to 3) and of generating. tokens:
-    to generate. options: of all runs, by name.
+    quantised: the GGUF file that the dense model was dequantised from. rounds: of loading (at most 3) and of generating.
+    tokens: number to generate. options: of all runs, by name.
     """
     rows, unseen = {name: {} for name in ROWS}, {"held_out_samples": 0, "evaluation_samples": 1, "kl_windows": 0}
     for name, changes in RUNS.items():
@@ -79,8 +79,8 @@ def measure(work: Path, model: str, quantised: Path | None, rounds: int, tokens:
 
 @torch.no_grad()
 def compressed(model: nn.Module) -> int:
-    """Bytes that zstd makes of the weights in bfloat16, each changed by about 1 %, as by reconstruction: the bundled models' have
-    few values, as they come from 4 bits, and would be compressed further than those of other models."""
+    """Bytes of the weights in bfloat16, compressed by zstd. Each weight is first changed by about 1 %, as by reconstruction:
+    bundled models come from 4 bits, so their weights have few distinct values and would compress better than others."""
     import pyarrow  # slow to import
 
     draw = torch.Generator().manual_seed(0)
@@ -90,7 +90,7 @@ def compressed(model: nn.Module) -> int:
 
 
 def in_turn(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each of so many rounds, after one that does not count."""
+    """Seconds of each call in each of `rounds` rounds, after a warm-up round that does not count."""
     taken = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -101,14 +101,14 @@ def in_turn(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
 
 
 def generate(model: nn.Module, prompt: torch.Tensor, tokens: int) -> None:
-    """Generates so many tokens, one by one, the likeliest each time."""
+    """Generates `tokens` tokens by greedy decoding."""
     ends = {"min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": 0}
     model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **ends)
 
 
 @torch.no_grad()
 def semi_structured(model: nn.Module, rounds: int, device: str = "cuda") -> float:
-    """How many times as fast as dense 8 x 512 tokens are read in float16 once the first two of every four weights are zero."""
+    """Speed relative to dense, reading 8 x 512 tokens in float16, when the first two of every four weights are zero (2:4)."""
     tokens = torch.arange(512) % model.config.vocab_size
     model, prompt = model.to(device, torch.float16), tokens.expand(8, -1).to(device)
 
@@ -124,7 +124,7 @@ def semi_structured(model: nn.Module, rounds: int, device: str = "cuda") -> floa
 
 
 def table(found: dict) -> str:
-    """What was measured as a table, with a sentence on how."""
+    """What `measure` returns as a Markdown table, with a sentence on how it was measured."""
     rows, dense, where, how = [], found["rows"]["dense"], found["environment"], found["settings"]
     for name, (what, helps) in ROWS.items():
         row = found["rows"][name]

@@ -10,10 +10,10 @@ import pandas as pd
 
 import recon
 
-# What an option is unless it is varied. Records of "first-skipped" are of before the default changed: they go as it is run anew.
+# The options of each recipe. "first-skipped" is an earlier default: runs of today's default replace its records step by step.
 RECIPES = {name: recon.RunSpec.of(preset=name).flat() for name in ("default", "first-skipped", "paper")}
 DEFAULTS = RECIPES["default"]
-SEARCH = 100  # seeds from here on are of searches for learning rates: no verdict and no table uses them
+SEARCH = 100  # seeds from here on belong to searches for learning rates: no verdict and no table uses them
 RECIPE_WORDS = {"default": "default", "first-skipped": "first skipped", "paper": "paper's recipe"}
 EQUAL = ", equal steps"
 MEASURES = ("own", "other", "kl")  # NLL of the first and the second evaluation text, KL to the dense model on the first
@@ -21,21 +21,21 @@ STATES = ("dense", "pruned", "reconstructed")
 RATES = ["learning_rate", "retrain_learning_rate", "size_power", "matrix_rate"]
 MEMORY = "added memory, GiB"
 _IN_WINDOWS = {field.name for field in fields(recon.ReconstructionConfig)} - {"granularity"}
-# A method is how a run prunes, reconstructs and retrains. How its training is tuned is kept apart.
+# A method is how a run prunes, reconstructs and retrains. The options that tune its training do not belong to it.
 _TUNABLE = {*RATES, "batch_size", "accumulation", "warmup", "weight_decay", "chunks"}
 TUNING = [name for name in DEFAULTS if name.removeprefix("retrain_") in _TUNABLE]
 _APART = """model revision text samples sequence_length held_out_samples pattern statistics prune_samples retrain_samples
     retrain_checkpointing evaluation_texts evaluation_samples evaluation_more_samples evaluation_length evaluation_protocol
     kl_windows tasks task_limit device compute_dtype seed""".split()
-VARIED = {"criterion", "granularity", "retrain"}  # of a method, in the grids of notebooks 1 to 3 and 9
+VARIED = {"criterion", "granularity", "retrain"}  # options of the method that the grids of notebooks 1 to 3 and 9 vary
 METHOD = [name for name in DEFAULTS if name not in (*TUNING, *_APART)]
 
 
 def fit_options(fit: str) -> dict[str, list]:
-    """The axes for `recon.grid` of a way to reconstruct: a granularity, "matrix exact", "<granularity> from exact", or
-    "<granularity>, equal steps": those of windows that mix tokens.
+    """The axes for `recon.grid` of one way to reconstruct: a granularity, "matrix exact", "<granularity> from exact", or
+    "<granularity>, equal steps": samples are not cut into chunks, so all windows make as many steps as those that mix tokens.
 
-    Exact matrices read the dense model's activations whatever the recipe: noise in what they read would shrink their weights.
+    "matrix exact" uses dense propagation in every recipe, because noise in the inputs would shrink the solved weights.
     """
     if fit == "matrix exact":
         return {"granularity": ["matrix"], "solver": ["exact"], "train": ["matrices"], "propagation": ["dense"]}
@@ -44,7 +44,7 @@ def fit_options(fit: str) -> dict[str, list]:
 
 
 def fit_name(spec: dict, recipe: str) -> str:
-    """How a spec (flat names) reconstructs, the reverse of `fit_options`."""
+    """The fit that a spec (flat names) uses: the inverse of `fit_options`."""
     if spec["solver"] == "exact" and spec["granularity"] == "matrix":
         return "matrix exact"
     return spec["granularity"] + " from exact" * (spec["start"] == "exact") + EQUAL * (spec["chunks"] < RECIPES[recipe]["chunks"])
@@ -61,46 +61,46 @@ def method_name(spec: dict) -> str:
 
 
 def short(name: str) -> str:
-    """The name of a model or text; of a path on this machine its last part."""
+    """The name of a model or text; for an absolute path, its last part."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
 def setting(options: dict, recipe: str = "default") -> str:
-    """The options of the method that differ from those of `recipe`, in words that are equal for equal methods."""
+    """The options of the method that differ from those of `recipe`, as text; equal methods give equal text."""
     usual = RECIPES[recipe]
     return ", ".join(f"{name} {options[name]}" for name in METHOD if name in options and options[name] != usual[name])
 
 
 def recipe_of(spec: dict) -> str:
-    """The recipe that a spec (flat names) is nearest to: the fewest options differ that matter in its run, and then others."""
-    apart = {*RATES, *["first_position"] * (spec["granularity"] == "none")}  # by which both defaults are one
+    """The recipe nearest to a spec (flat names): fewest differing options that affect its run; on a tie, fewest of any kind."""
+    apart = {*RATES, *["first_position"] * (spec["granularity"] == "none")}  # without windows, the two defaults are the same
     said = [name for name in (*METHOD, *TUNING, "statistics") if name not in apart]
     off = {recipe: [_idle(name, spec) for name in said if spec[name] != usual[name]] for recipe, usual in RECIPES.items()}
     return min(RECIPES, key=lambda recipe: (off[recipe].count(False), len(off[recipe])))
 
 
 def named(specs: Mapping[Hashable, recon.RunSpec]) -> dict[str, Hashable]:
-    """The names of runs by key, in whichever precision they were run."""
+    """The name of each spec by the keys of its runs: a run has another key in each compute precision."""
     each = {name: [spec.replaced(compute_dtype=kind) for kind in ("auto", "bfloat16", "float32")] for name, spec in specs.items()}
     return {spec.key(): name for name, own in each.items() for spec in own}
 
 
 def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd.DataFrame:
-    """The finished runs of a folder of records, or those of `specs` in their order, in whichever precision they were run.
+    """The finished runs of a folder of records; with `specs`, only theirs, in that order, in any compute precision.
 
-    Columns: every option (one that changes nothing in its run is at its default, as is one that the record does not know), every
-    metric that is a number, and
+    Columns: every option (if it changes nothing in its run, with its recipe's value; if the record lacks it, with the default),
+    every metric that is a number, and
 
-    - key, recipe (of `RECIPES`), fit, method, setting, precision; tuning and rates, each with its detour (how far it is
-      from the recipe's);
-    - unit (seed and precision: runs of one unit are pairs), trained (samples of the last training);
-    - protocol and windows: what runs have to share to be compared;
+    - key, recipe (of `RECIPES`), fit, method, setting, precision; tuning and rates, each with its detour (the distance
+      from the recipe's: the sum of |log ratio| over its options);
+    - unit (seed and precision; runs of equal unit are paired), trained (samples of the last training);
+    - protocol and windows: runs can be compared if they agree in both;
     - <measure>_<state>: arrays (windows,) in nats per token, for `MEASURES` and `STATES`; NaN if the record has none;
       "perplexity, <text>" and "dense perplexity, <text>";
     - drift, drift_pruned (blocks,); losses, an array for each window; error_before and error_after (windows,);
-    - flops, seconds (of reconstruction and retraining), flops_with_pruning, seconds_total, and MEMORY, as measured: at the
-      peak of reconstruction or retraining, over what was in use before it. Without the masks, a byte for each
-      weight: they are there before it, unless pruning is in the same pass.
+    - flops, seconds (of reconstruction and retraining), flops_with_pruning, seconds_total, and MEMORY (in GiB): the
+      measured peak of reconstruction or retraining above what was in use before it. Masks (a byte per weight) are not
+      counted: they exist before it or, if pruning is in the same pass, are subtracted.
     """
     folder = Path(folder)
     if specs is None:
@@ -111,9 +111,9 @@ def load(folder: Path | str, specs: Iterable[recon.RunSpec] | None = None) -> pd
 
 
 def table(records: Iterable[dict]) -> pd.DataFrame:
-    """The same from records as plain data."""
+    """The same frame from records given as dicts."""
     runs = pd.DataFrame([_row(record) for record in records if record["status"] == "done"])
-    if len(runs):  # "equal steps" is said beside fits with more of them alone
+    if len(runs):  # "equal steps" is named only where the recipe also has the fit with more steps
         known, plain = runs.groupby("recipe")["fit"].agg(set), runs["fit"].str.removesuffix(EQUAL)
         runs["fit"] = runs["fit"].where([fit in known[recipe] for fit, recipe in zip(plain, runs["recipe"])], plain)
     return runs
@@ -130,7 +130,7 @@ def _row(record: dict) -> dict:
     row |= {"recipe": recipe, "fit": fit_name(spec, recipe), "method": method_name(spec), "setting": setting(spec, recipe)}
     for name, options in {"tuning": [name for name in TUNING if name not in RATES], "rates": RATES}.items():
         row[name] = ", ".join(f"{option} {spec[option]}" for option in options)
-        # How far from the recipe. 0 counts as 1e-12: a warm-up of 0 is further from the default than any positive one.
+        # Distance from the recipe. 0 counts as 1e-12: a warm-up of 0 is further from the default than any positive one.
         far = [np.log(max(spec[option], 1e-12) / max(RECIPES[recipe][option], 1e-12)) for option in options]
         row[f"{name}_detour"] = np.abs(far).sum()
     row["precision"] = environment.get("compute_dtype", "")
@@ -152,7 +152,7 @@ def _row(record: dict) -> dict:
     row["windows"] = f"{protocol.get('token_hashes', {}).get(f'evaluation {texts[0]}', '')} {len(row['own_dense'])}"
     held_out = metrics.get("held_out_perplexity")
     undone = [report["status"].startswith("rolled back") for report in (*windows, record.get("retraining")) if report]
-    lost = undone and all(undone)  # as good as not run: no rate is chosen for that; nor for a run that diverged
+    lost = undone and all(undone)  # counts as infinitely bad, like a run that diverged: no search chooses its rate
     row["held_out_perplexity"] = np.nan if held_out is None else np.inf if lost or np.isnan(held_out) else held_out
     row |= {name: np.array(metrics.get(name, [])) for name in ("drift", "drift_pruned")}
     row["losses"] = [np.array(window["losses"]) for window in windows]
@@ -173,7 +173,7 @@ def _idle(name: str, spec: dict) -> bool:
     """Whether the option `name` changes nothing in a run of `spec`."""
     return (
         (name in _IN_WINDOWS and spec["granularity"] == "none")
-        or name == ("size_power" if spec["granularity"] in ("matrix", "half-block") else "chunks")  # others are not cut
+        or name == ("size_power" if spec["granularity"] in ("matrix", "half-block") else "chunks")  # larger windows: no chunks
         or (name == "matrix_rate" and spec["granularity"] != "matrix")
         or (name.startswith("retrain_") and spec["retrain"] == "none")
         or (name.startswith("exact_") and "exact" not in (spec["solver"], spec["start"]))
@@ -182,7 +182,7 @@ def _idle(name: str, spec: dict) -> bool:
 
 
 def current(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` under one default for each model and pattern: today's, if it reconstructed any, or else the one before it."""
+    """`runs` with one default recipe per model and pattern: today's, if any run reconstructs with it, or else the earlier one."""
     place, fitted = runs["model"] + " " + runs["pattern"], runs["granularity"] != "none"
     new, old = (place.isin(place[fitted & (runs["recipe"] == name)]) for name in ("default", "first-skipped"))
     recipe = runs["recipe"].mask(~new & old & (runs["recipe"] == "default"), "first-skipped")
@@ -190,7 +190,7 @@ def current(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def seeds(runs: pd.DataFrame, by: str) -> str:
-    """Which seeds the values of the column `by` had: "seeds 0, 1, 2 (lora, norms: seed 0)"; of five or more values, how many."""
+    """The seeds of each value of the column `by`: "seeds 0, 1, 2 (lora, norms: seed 0)"; five or more values are only counted."""
     groups: dict[str, list[str]] = {}
     for name, own in runs.groupby(by, sort=False)["seed"]:
         groups.setdefault(", ".join(map(str, sorted(set(own)))), []).append(str(name))
@@ -206,17 +206,17 @@ def protocol(runs: pd.DataFrame) -> str:
     said = {}
     for (_, recipe), group in runs.groupby(["protocol", "recipe"], sort=False):
         cells = ", ".join(dict.fromkeys(group["model"] + " " + group["pattern"]))
-        told = runs["recipe"].nunique() < 2 or "," in group["model"].iloc[0]  # tables name it there
+        told = runs["recipe"].nunique() < 2 or "," in group["model"].iloc[0]  # tables put it into the model's name
         cells += f" ({RECIPE_WORDS[recipe]})" * (not told)
         said.setdefault(protocol_words(group), []).append(cells)
     words = [f"{', '.join(cells)}: {text}" if len(said) > 1 else text for text, cells in said.items()]
-    dense = {model.partition(",")[0]: said for model, said in zip(runs["model"], runs["dense"]) if said}  # whatever the recipe
+    dense = {model.partition(",")[0]: said for model, said in zip(runs["model"], runs["dense"]) if said}  # without the recipe
     words += [f"Dense weights: {'; '.join(f'{model} {said}' for model, said in dense.items())}"] if dense else []
     return ". ".join(words) + "."
 
 
 def protocol_words(runs: pd.DataFrame) -> str:
-    """What runs of one protocol read, and what they were evaluated on."""
+    """What runs of one protocol were calibrated and evaluated on, and the options that all of them share, in words."""
     fitted = runs[runs["granularity"] != "none"]
     first, counts = runs.iloc[0], sorted({*fitted["samples"], *runs["trained"]})
     names = {"propagation": "{} propagation", "loss": "{} loss", "first_position": "first positions {}"}

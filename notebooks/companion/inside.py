@@ -1,4 +1,4 @@
-"""Probes of a language model, dense, pruned and reconstructed: noise, gradients, what matrices read, choice of text."""
+"""Probes of a dense, pruned and reconstructed language model: noise, gradients, ranks of matrices' inputs, choice of text."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import recon
 
-LOSSES = {  # of outputs and targets (samples, length, width), and the variance of each channel of the latter
+LOSSES = {  # of outputs y, targets t (samples, length, width) and the variance of each channel (width,)
     "whitened": lambda y, t, variance: ((y - t).square() / variance).mean(),
     "mse": lambda y, t, variance: (y - t).square().sum(-1).mean() / variance.sum(),
     "cosine": lambda y, t, variance: 1 - F.cosine_similarity(y, t, dim=-1).mean(),
@@ -23,7 +23,7 @@ QUIET = recon.Execution("cpu", "float32", progress=False)
 
 @lru_cache(maxsize=1)
 def states(model: str, samples: int, length: int, seed: int) -> tuple[dict[str, recon.Decoder], Tensor]:
-    """The model dense, pruned by Wanda to 50 % and reconstructed block by block; and evaluation text (4, length)."""
+    """Decoders: dense, pruned by Wanda to 50 %, and then reconstructed block by block; and evaluation tokens (4, length)."""
     dense, tokenizer = recon.load(model)
     read = recon.sample_tokens("wikipedia", "calibration", tokenizer, samples, length, seed)
     decoders = {"dense": recon.decompose(dense)}
@@ -38,11 +38,11 @@ def states(model: str, samples: int, length: int, seed: int) -> tuple[dict[str, 
 
 
 def probed(block: int, size: float, **which) -> dict:
-    """What becomes of noise after a block, in the dense and the reconstructed model; and angles between gradients there.
+    """Adds noise after a block and follows it through later ones, dense and reconstructed; compares gradients at the block.
 
-    error: by state, later block and sample, the noise relative to the standard deviation of each channel, root mean square, where
-    it begins as `size`. cosine: of the gradient of each propagation and loss and that of the default, on the block's survivors,
-    as `recon.reconstruct` meets it.
+    error: by state, block (this one and later ones) and sample, the root mean square of the noise relative to each channel's
+    standard deviation; it begins as `size`. cosine: similarity of the gradient by each propagation and loss to that by the
+    default, on the block's surviving weights before its reconstruction; earlier blocks are reconstructed.
     """
     decoders, tokens = states(**which)
     windows, row, reached = decoders["dense"].windows("block"), {"error": {}}, {}
@@ -77,8 +77,8 @@ def probed(block: int, size: float, **which) -> dict:
 
 @torch.no_grad()
 def effective_ranks(decoder: recon.Decoder, tokens: Tensor) -> dict:
-    """For each group of matrices that share an input, its width, and the effective rank of what it reads: exp of the entropy of
-    the eigenvalues of X'X as shares of their sum (Roy & Vetterli 2007), first tokens left out."""
+    """For each group of matrices that share an input X: its first matrix, the width of X, and the effective rank of X'X: exp of
+    the entropy of its eigenvalues as shares of their sum (Roy & Vetterli 2007). First tokens are left out."""
     found = []
 
     def see(group: tuple[str, ...], x: Tensor) -> None:
@@ -95,7 +95,7 @@ def effective_ranks(decoder: recon.Decoder, tokens: Tensor) -> dict:
 
 
 def ranks(model: str, samples: int, length: int) -> dict:
-    """`effective_ranks` of a language model on Wikipedia."""
+    """`effective_ranks` of a language model on calibration samples of Wikipedia."""
     dense, tokenizer = recon.load(model)
     return effective_ranks(recon.decompose(dense), recon.sample_tokens("wikipedia", "calibration", tokenizer, samples, length, 0))
 
@@ -110,9 +110,9 @@ DOMAINS = (*TEXTS, "mix", "its own")  # a mix of the three; what the model itsel
 def domains(
     model: str, samples: int, windows: int, length: int, seed: int
 ) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], dict]:
-    """The dense model, by `DOMAINS` its samples (samples, length) for calibration and `windows` for evaluation, and its nats.
+    """The dense model; by `DOMAINS`, calibration tokens (samples, length) and evaluation tokens (windows, length); and its nats.
 
-    What the model wrote begins with the first token of a Wikipedia sample, and is drawn by its probabilities.
+    The model's own text begins with the first token of a Wikipedia sample, and is sampled from the model's probabilities.
     """
     dense, tokenizer = recon.load(model)
     found = []
@@ -128,14 +128,14 @@ def domains(
 
 
 def per_window(network: nn.Module, evaluation: dict[str, Tensor]) -> dict[str, list[float]]:
-    """The mean negative log-likelihood of each window, by text; the mix has no text of its own."""
+    """The mean negative log-likelihood of each evaluation window, by text; without the mix, which has no text of its own."""
     texts = [text for text in evaluation if text != "mix"]
     return {text: recon.perplexity(network, evaluation[text], execution=QUIET).per_window for text in texts}
 
 
 @lru_cache(maxsize=1)
 def pruned_on(text: str, **which) -> tuple[nn.Module, dict]:
-    """The model of `domains` pruned by Wanda to 50 % on one of its texts, and its nats."""
+    """The model of `domains`, pruned by Wanda to 50 % on one of its texts, and its nats by text."""
     dense, calibration, evaluation, _ = domains(**which)
     pruned = copy.deepcopy(dense)
     recon.prune(pruned, calibration[text], seed=which["seed"], execution=QUIET)
@@ -143,7 +143,7 @@ def pruned_on(text: str, **which) -> tuple[nn.Module, dict]:
 
 
 def moved(prune: str, fit: str, epochs: int, **which) -> dict:
-    """Pruned on one text, blocks reconstructed on another by the default recipe: the nats of each state, by text."""
+    """Prunes on one text and reconstructs blocks on another, by the default recipe; returns the nats of each state, by text."""
     dense, calibration, evaluation, own = domains(**which)
     pruned, before = pruned_on(prune, **which)
     fitted = copy.deepcopy(pruned)
@@ -153,9 +153,9 @@ def moved(prune: str, fit: str, epochs: int, **which) -> dict:
 
 
 def costs_of_moving(runs: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
-    """By how many nats a text is worse than the one that is evaluated, by kind of text and what it is for, of each seed.
+    """By how many nats another text is worse than the evaluated one: (seeds,), by kind of text and by what it is used for.
 
-    runs: prune, fit, evaluated (names of texts), seed, lost (nats over dense), a row for each.
+    runs: a row for each run, with prune, fit, evaluated (names of texts), seed, lost (nats above the dense model's).
     """
     costs: dict[str, dict[str, np.ndarray]] = {"a foreign text": {}, "a mix": {}}
     for name, roles in {"to prune on": ["prune"], "to reconstruct on": ["fit"], "to do both on": ["prune", "fit"]}.items():

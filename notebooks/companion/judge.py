@@ -1,7 +1,7 @@
 """A verdict on each of the paper's claims from run records: `python -m companion.judge`.
 
-`claims.yaml` holds the claims, `claims.md.j2` the text of their page, `companion.compare` what is computed from the runs
-on either side.
+`claims.yaml` holds the claims, `claims.md.j2` the text of their page. `companion.compare` selects the runs of both sides and
+computes the effect between them.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from companion.publish import ROOT, gallery
 
 HOLDS, FAILS, UNSURE, UNTESTABLE, NOT_RUN = "holds", "does not hold here", "not enough evidence", "not testable here", "not run"
 MARKS = {HOLDS: "✓", FAILS: "✗", UNSURE: "?", UNTESTABLE: "–", NOT_RUN: "○"}
-RATIOS = "ratio", "memory"  # tests whose effects are logarithms
+RATIOS = "ratio", "memory"  # tests whose effects are log2 of a ratio
 OLDER = "older protocol"
-MANY = 100  # seeds that nobody will run
+MANY = 100  # if this many seeds or more are needed, the number is not given
 PAGE = Path(__file__).with_name("claims.md.j2")
 _YAML = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
 GROUPS = _YAML["groups"]
-CLAIMS = {group: number for number, about in _YAML["headlines"].items() for group in about["groups"]}  # of the README
+CLAIMS = {group: number for number, about in _YAML["headlines"].items() for group in about["groups"]}  # group: README's claim
 NOTEBOOKS = {group: name for name, groups in _YAML["notebooks"].items() for group in groups}
 
 
 def claims() -> list[dict]:
-    """A dict for each claim of `claims.yaml`, its lists written out; effects on the first text are judged on the second, too."""
+    """The claims of `claims.yaml`, a dict for each combination of values; "better", "equal" and "gap" on the second text, too."""
     stated = [claim for row in _YAML["claims"] for claim in _expanded(row)]
     there, words = {claim["id"] for claim in stated}, _YAML["names"]["other"]
     return stated + [
@@ -47,7 +47,7 @@ def claims() -> list[dict]:
 
 
 def _elsewhere(claim: str) -> str:
-    """The name of a claim on the second evaluation text."""
+    """The id of the same claim on the second evaluation text."""
     return f"{re.sub('[.](own|other|kl)$', '', claim)}.other"
 
 
@@ -69,7 +69,7 @@ def _expanded(row: dict) -> Iterable[dict]:
 
 
 def _filled(value: object, of: dict) -> object:
-    """`value` with the names in braces replaced; a string that is a name alone becomes the value itself."""
+    """`value` with names in braces replaced by their values; a string that is only "{name}" becomes the value itself."""
     if isinstance(value, dict | list):
         return {k: _filled(v, of) for k, v in value.items()} if isinstance(value, dict) else [_filled(v, of) for v in value]
     if not isinstance(value, str):
@@ -80,26 +80,26 @@ def _filled(value: object, of: dict) -> object:
 def judge(
     runs: pd.DataFrame, rows: Sequence[dict] | None = None, ladder: pd.DataFrame = pd.DataFrame(), profile: str = ""
 ) -> pd.DataFrame:
-    """A verdict on each claim (of `rows`, or all), model, pattern and recipe that `runs`, from `companion.frame.load`, allow.
+    """A verdict on each claim (of `rows`, or all) for each model, pattern and recipe in `runs` (from `companion.frame.load`).
 
-    ladder: runs on models of one family; if there are any, claims on size are judged from these. profile: whose protocol is
-    today's; runs of another are "older".
+    ladder: runs on models of one family; if there are any, claims about model size are judged from them. profile: the one whose
+    settings are today's protocol; runs of another protocol are marked "older".
 
     - "A is better than B" holds if the 95 % interval is above 0, and does not hold here if it is below.
     - "Equal" holds if the 90 % interval is within the margin (two one-sided tests at 5 %), and does not if it is outside.
     - "As good" holds if the 90 % interval is above minus the margin, and does not if it is below.
-    - A ratio is judged as "better", with its own bound.
-    - Everything else is not enough evidence; the reason says about how many seeds would decide. The same goes for fewer than
-      three seeds if training noise could decide. What no number of seeds can decide on these models is not testable here.
+    - A ratio is judged like "better", against a bar of its own.
+    - Everything else is "not enough evidence"; the reason says about how many seeds would decide. So is any verdict from fewer
+      than three seeds that training noise could change. "Not testable here": no number of seeds can decide on these models.
 
-    Beside each stand the verdict and the effect on the second text, where the comparison was made there, too.
+    Each row also has the verdict and the effect on the second text, if the comparison was made there.
 
-    If several protocols allow a comparison, one with three seeds or more is taken, then one that bounds a ratio from above, then
-    today's, then the one with the most records in it, then that of the largest study.
+    If several protocols allow a comparison, one is chosen by these in turn: three seeds or more, a ratio bounded from above,
+    today's protocol, the most records in the comparison, the most seeds, the largest study.
     """
     verdicts, cached = [], {}
     for claim in claims() if rows is None else rows:
-        # What runs have to share to enter a comparison of this kind.
+        # The columns in which runs have to agree to enter a comparison of this kind.
         shared = ["protocol"] + ["samples"] * (claim["test"] not in (*RATIOS, "combined", "samples"))
         shared += ["model", "windows"] * (claim["test"] != "trend")
         kind = claim["measure"], *shared
@@ -110,7 +110,7 @@ def judge(
         mine = [verdict(claim, *scope, evidence, profile) for scope, evidence in found if evidence]
         verdicts += mine or ([_row(claim, NOT_RUN, "no records")] if not claim["optional"] else [])
     found, by = pd.DataFrame(verdicts), ["claim", "model", "pattern", "recipe"]
-    if len(found):  # where today's default is judged, the one before it is not
+    if len(found):  # where today's default has enough seeds, the earlier default is left out
         place, today = pd.MultiIndex.from_frame(found[by[:3]]), (found["recipe"] == "default") & (found["seeds"] >= SEEDS)
         found = found[(found["recipe"] != "first-skipped") | ~place.isin(place[today])].reset_index(drop=True)
     second = found[found["measure"] == "other"].set_index(by)[["verdict", "effect"]].add_prefix("second_")
@@ -118,8 +118,8 @@ def judge(
 
 
 def _most(groups: dict[str, pd.DataFrame], claim: dict, profile: str) -> Evidence | None:
-    """Of the evidence that groups of runs give, that with seeds enough, then a ratio with an upper bound, then of today's
-    protocol, then of the most runs and seeds, then of the largest study."""
+    """The best evidence that groups of runs give, by these in turn: enough seeds, a ratio bounded from above, today's protocol,
+    the most runs, the most seeds, the largest study. None if no group gives any."""
     found = {name: compare.KINDS[claim["test"]](group, claim) for name, group in groups.items()}
 
     def rank(name: str) -> tuple:
@@ -139,22 +139,22 @@ def _row(claim: dict, verdict: str, reason: str, **more) -> dict:
 
 
 def _bar(claim: dict) -> float:
-    """What the effect must exceed; 0 for an equivalence, which has two."""
+    """The bar that the effect must exceed; for an equivalence, which has two margins, their middle, 0."""
     return claim["above"] if claim["test"] == "equal" else claim["above"] - claim["margin"]
 
 
 def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Evidence, profile: str) -> dict:
-    """What evidence says about a claim on a model and pattern under a recipe: a row of `judge`."""
+    """A row of `judge`: the verdict of `evidence` on a claim, for one model, pattern and recipe."""
     level = 0.90 if claim["margin"] else 0.95  # one-sided tests against a margin at 5 % each, or a two-sided one against a bar
     lower, upper, low, high = evidence.estimate(level)
     if claim["test"] in RATIOS:
         lower, upper, low, high = (float(np.exp2(value)) for value in (lower, upper, low, high))
     state, reason = _rule(claim, evidence, level, low, high)
-    if state == UNSURE and not (evidence.favours_other and lower < _bar(claim)):  # else no seeds decide
+    if state == UNSURE and not (evidence.favours_other and lower < _bar(claim)):  # otherwise, more seeds would not help
         reason += f"; {_needed(claim, evidence, level, lower, low, high)}"
     reason += f"; {evidence.note}" if evidence.note else ""
     effect, bound = lower, ""
-    if lower != upper:  # a ratio of which bounds are known, perhaps only one
+    if lower != upper:  # a ratio known by its bounds, perhaps only one
         effect = math.sqrt(lower * upper)
         if math.isinf(upper):
             effect, bound = (lower, ">") if lower > 0 else (math.nan, "")
@@ -169,8 +169,8 @@ def verdict(claim: dict, model: str, pattern: str, recipe: str, evidence: Eviden
 
 
 def _older(runs: pd.DataFrame, claim: dict, profile: str) -> bool:
-    """Whether some of `runs` are of another protocol than `profile` sets for the notebook that judges `claim`; how many samples
-    they read may differ, and what they were evaluated on after the second text."""
+    """Whether some of `runs` have another protocol than `profile` sets for the notebook of `claim`. Their numbers of samples may
+    differ, and so may evaluation texts after the second."""
     today = settings(profile).get(claim["notebook"], {}).get("common", {}) if profile else {}
     said = {name: tuple(x) if isinstance(x, list) else x for name, x in today.items() if "samples" != name != "prune_samples"}
     return any(
@@ -179,7 +179,7 @@ def _older(runs: pd.DataFrame, claim: dict, profile: str) -> bool:
 
 
 def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float) -> tuple[str, str]:
-    """The verdict, and why, from the interval."""
+    """The verdict, and the reason for it, from the interval (low, high)."""
     bar, margin, equal = _bar(claim), claim["margin"], claim["test"] == "equal"
     if evidence.lacks:
         return UNTESTABLE, evidence.lacks
@@ -202,7 +202,7 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
     if claim["test"] in RATIOS:
         ends, marks = np.log2(np.maximum(ends, 1e-12)), np.log2(marks)
     nearest = np.abs(ends[:, None] - marks).min()
-    if state != UNSURE and nearest < (ends[1] - ends[0]) / 5 and nearest <= evidence.error(level):  # slow: near margins alone
+    if state != UNSURE and nearest < (ends[1] - ends[0]) / 5 and nearest <= evidence.error(level):  # slow, so only near margins
         return UNSURE, f"{reason}, but borderline: as near to it as two bootstraps differ"
     if state == FAILS and evidence.favours_other:
         return UNSURE, f"{reason}, but with less compute"
@@ -210,9 +210,9 @@ def _rule(claim: dict, evidence: Evidence, level: float, low: float, high: float
 
 
 def _needed(claim: dict, evidence: Evidence, level: float, effect: float, low: float, high: float) -> str:
-    """About how many seeds would decide, if the effect is what it seems and evaluation windows stay as many as they are.
+    """About how many seeds would decide, in words, if the effect is as estimated and the evaluation windows stay as they are.
 
-    Of a trend over size, by how much more the models' sizes would have to differ: models scatter however many seeds prune them.
+    For a trend over model size: how much wider the range of sizes would have to be, since models scatter at any number of seeds.
     """
     if not all(map(math.isfinite, (effect, low, high))):
         return "it cannot be said how many seeds would decide"
@@ -240,7 +240,7 @@ def _needed(claim: dict, evidence: Evidence, level: float, effect: float, low: f
 
 
 def comparison(claim: dict) -> str:
-    """Which runs against which, in words."""
+    """Which runs are compared with which, in words."""
 
     def words(options: dict) -> str:
         return ", ".join(f"{name} {' / '.join(value) if isinstance(value, list) else value}" for name, value in options.items())
@@ -271,18 +271,18 @@ def found_in(row: pd.Series) -> str:
 
 
 def _counting(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """The comparisons that count: there are runs, and they are measured by perplexity on the first text, or by their cost."""
+    """The comparisons that are counted: those with runs, by perplexity on the first text or by cost."""
     return verdicts[(verdicts["seeds"] > 0) & (verdicts["measure"] == "own")]
 
 
 def _counted(rows: pd.DataFrame) -> str:
-    """How many comparisons have which verdict: "✓ holds (3 of 7), ..."."""
+    """How many comparisons have each verdict: "✓ holds (3 of 7), ..."."""
     counts = rows["verdict"].value_counts()
     return ", ".join(f"{MARKS[state]} {state} ({counts[state]} of {len(rows)})" for state in MARKS if state in counts)
 
 
 def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.style.Styler":
-    """For a notebook, by group of claims: what the paper says, the verdicts counted, and the first comparison of each verdict."""
+    """A table for notebooks, a row per group of claims: what the paper says, verdict counts, the first row of each verdict."""
     rows = []
     for group in groups:
         mine, about = _counting(verdicts[verdicts["group"] == group]), GROUPS[group]
@@ -297,7 +297,7 @@ def answers(verdicts: pd.DataFrame, groups: Sequence[str]) -> "pd.io.formats.sty
 
 
 def _at_main_pattern(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """A row for each claim, model and recipe, both defaults being one: of the first pattern, the first with enough seeds."""
+    """A row for each claim, model and recipe (both defaults as one): of its first pattern, the first with enough seeds."""
     own, few = ["claim", "model", "recipe"], verdicts["seeds"] < SEEDS
     rows = verdicts.assign(recipe=verdicts["recipe"].replace("first-skipped", "default"), few=few)
     rows = rows.assign(place=rows.groupby([*own, "pattern"], sort=False).ngroup()).sort_values(["place", "few"], kind="stable")
@@ -305,13 +305,13 @@ def _at_main_pattern(verdicts: pd.DataFrame) -> pd.DataFrame:
 
 
 def central(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """The central claims: a row for each, model and recipe, at its main pattern."""
+    """The central claims (those with a `short` text): a row for each claim, model and recipe, at its main pattern."""
     told = (verdicts["short"] != "") & np.isfinite(verdicts[["low", "effect"]]).all(axis=1)
     return _at_main_pattern(verdicts[told])
 
 
 def in_short(central: pd.DataFrame) -> str:
-    """What holds by perplexity and by cost: topics, counted over the rows of `central`."""
+    """Which topics hold by perplexity or cost, and which do not, in sentences: verdicts counted over the rows of `central`."""
     topics: dict[str, list[str]] = {}
     summaries = ("Holds", "Holds in part", "Holds as often as not", "Mostly does not hold", "Does not hold", "Open")
     for group, mine in central[central["measure"] == "own"].groupby("group", sort=False):
@@ -322,7 +322,7 @@ def in_short(central: pd.DataFrame) -> str:
 
 
 def page(verdicts: pd.DataFrame) -> str:
-    """A section per group of claims: a table per claim, a row per model and pattern, and under them the protocols."""
+    """The claims page: a section per group of claims, with a table per claim (a row per verdict) and the protocols below them."""
     header, sections = ("verdict", "model, pattern", "effect", "seeds", "why", "protocol"), []
     for group, mine in verdicts.groupby("group", sort=False):
         used = mine[mine["protocol"] != ""].groupby("protocol", sort=False)["keys"]
@@ -363,7 +363,7 @@ def count_words(verdicts: pd.DataFrame) -> str:
 
 
 def worded(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """`verdicts` with the heading and remark of each on the page, its recipe and its effect in words."""
+    """`verdicts` with four more columns: the heading and remark on the page, and recipe and effect in words."""
     headings = [f"{group}. {GROUPS[group]['title']}" for group in verdicts["group"]]
     remarks = [GROUPS[group].get("remark", "").strip() for group in verdicts["group"]]
     recipes = verdicts["recipe"].replace("", "default").map(RECIPE_WORDS) + verdicts["older"].map({True: f", {OLDER}", False: ""})
@@ -379,12 +379,12 @@ def _not_run_words(verdicts: pd.DataFrame) -> str:
 
 
 def headlines(verdicts: pd.DataFrame) -> str:
-    """Each claim of the paper, and a table of its central comparisons at the main pattern: a column for each model and recipe."""
+    """Each main claim of the paper, with a table of its comparisons at the main pattern: a column for each model and recipe."""
     parts, main = [], verdicts[(verdicts["pattern"] == DEFAULTS["pattern"]) & (verdicts["seeds"] > 0)]
     for number, about in _YAML["headlines"].items():
         mine, cells, statements = main[main["claim"].isin(about["claims"])], {}, {}
         today = mine["model"].where(mine["recipe"] == "default").dropna().unique()
-        earlier = (mine["recipe"] == "first-skipped") & mine["model"].isin(today)  # stands in the default's column, and says so
+        earlier = (mine["recipe"] == "first-skipped") & mine["model"].isin(today)  # in the default's column, labelled
         columns = mine["recipe"].mask(earlier, "default")
         for (_, v), column in zip(mine.iterrows(), columns):
             unit = {"nats per token": "nats", "of the perplexity gap": "share"}.get(v["unit"], v["unit"])
@@ -420,7 +420,7 @@ def summary(verdicts: pd.DataFrame) -> str:
 def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) -> str:
     """For each claim, model and recipe, at its main pattern: the expected effect, and the time that the runs took.
 
-    again: some of the runs, made once more on another machine; they tell the tolerance.
+    again: some of the runs, repeated on another machine; the differences in perplexity give the tolerance.
     """
     hours = runs["seconds_total"].sum() / 3600 if len(runs) else 0
     said = [f"The {len(runs)} committed runs took {hours:.1f} h in all, one after the other."]
@@ -442,8 +442,8 @@ def artifact(verdicts: pd.DataFrame, runs: pd.DataFrame, again: pd.DataFrame) ->
 
 
 def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "laptop") -> tuple:
-    """What the page, and beside it article, tables and gallery, should hold; and, if one is given, the README and ARTIFACT.md.
-    And the verdicts, and the keys of records of an older protocol."""
+    """The texts that files should hold, by path; the verdicts; and the keys of records of an older protocol. The files: the page;
+    the article, tables and gallery beside it; and, if `readme` is given, the README and ARTIFACT.md."""
     runs, ladder, folder = load(records), load(records / "ladder"), page_path.parent
     verdicts, today = judge(runs, ladder=ladder, profile=profile), settings(profile).get("1-granularity", {}).get("common", {})
     other = [runs[name] != today[name] for name in ("evaluation_samples", "evaluation_length") if len(runs) and name in today]
@@ -470,12 +470,12 @@ def pages(records: Path, page_path: Path, readme: Path | None, profile: str = "l
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the pages, or with --check says which are not current; returns 0, or 1 if some were not."""
+    """Writes the pages that are not current; with --check, only names them. Returns 1 if --check found any, else 0."""
     parser = argparse.ArgumentParser(prog="python -m companion.judge", description="Judge the paper's claims from run records.")
     parser.add_argument("--check", action="store_true", help="write nothing; say what is not current")
     parser.add_argument("--records", type=Path, default=ROOT / "results" / "laptop")
     parser.add_argument("--page", type=Path, default=ROOT / "figures" / "claims.md")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the marks; ARTIFACT.md is beside it")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with <!-- --> marks; ARTIFACT.md beside it")
     given = parser.parse_args(arguments)
     texts, *_ = pages(given.records, given.page, given.readme)
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]

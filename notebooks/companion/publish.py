@@ -1,4 +1,4 @@
-"""One look for every figure, one way to save it with its data and origin, and the page that shows all of a profile."""
+"""One look for all figures, one way to save a figure with its data and origin, and the page of all figures of a profile."""
 
 import contextlib
 import json
@@ -26,13 +26,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 ROOT = Path(__file__).resolve().parents[2]
-PROFILES = {  # -> the folders of figures and of records
+PROFILES = {  # name -> folders of figures and of records
     "quick": ("build/quick/figures", "build/quick/records"),
     "laptop": ("figures", "results/laptop"),
     "paper": ("figures/paper", "results/paper"),
 }
 OLDER_WORDS = "**Older protocol**: other windows of text, or another precision, than those of today; to be made anew."
-# Names that are compared with one another, in the order of their colours, markers and lines.
+# Groups of names that are drawn together, in the order in which they get colours, markers and line styles.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GOLD = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b"
 _SIZES = ["matrix", "half-block", "block", "2-blocks", "4-blocks", "8-blocks", "quarter", "model"]
 _RAMP = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.92 * (place / 7) ** 0.7)) for place in range(8)]
@@ -71,7 +71,7 @@ def folders(profile: str, output: Path | str = "") -> tuple[Path, Path]:
 
 
 def start(profile: str, output: Path | str = "") -> tuple[Path, Path]:
-    """Begins a notebook: what the library says is printed, figures have one look; returns `folders`."""
+    """Begins a notebook: prints what the library logs, sets the look of figures, and returns `folders`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("recon").setLevel(logging.INFO)
     style()
@@ -80,7 +80,7 @@ def start(profile: str, output: Path | str = "") -> tuple[Path, Path]:
 
 def style() -> None:
     """Sets the look of all figures: colours for colour-blind readers, text in PDFs that stays text."""
-    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns of the fonts' dates
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns about the dates of fonts
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind")
     plt.rcParams |= {"figure.figsize": (5.5, 3.4), "figure.dpi": 110, "savefig.bbox": "tight", "pdf.fonttype": 42}
 
@@ -88,9 +88,9 @@ def style() -> None:
 def look(name: str) -> dict:
     """Colour, marker and line style of a granularity, criterion, method, loss, model, state or loop, the same in every figure.
 
-    A size that is fitted in another way has another marker; "<propagation>, <loss>" has the propagation's colour and the loss's
-    marker. Variants of a method ("..., distilled", "reconstruction, then ...", "dense, ...") are grey and keep its
-    marker. Other names are grey, with a marker chosen by name.
+    Names that end in "exact", "equal steps" or "paper's recipe" have another marker. "<propagation>, <loss>" has the
+    propagation's colour and the loss's marker. Variants of a method ("..., distilled", "reconstruction, then ...",
+    "dense, ...") are grey and keep its marker. Other names are grey, with a marker chosen by name.
     """
     fed, _, loss = name.partition(", ")
     if f"{fed} propagation" in _LOOK and loss in _LOOK:
@@ -108,13 +108,13 @@ def look(name: str) -> dict:
 
 
 def looks(names: Iterable[str]) -> dict:
-    """The same for seaborn: the arguments `palette` and `markers` of a plot whose hue and style are `names`."""
+    """The looks of `names` for seaborn: the arguments `palette` and `markers` of a plot whose hue and style are `names`."""
     names = list(dict.fromkeys(names))
     return {part: {name: look(name)[key] for name in names} for part, key in (("palette", "color"), ("markers", "marker"))}
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """The colour that `look` has for each name, less "after", "pruned" or "reconstructed"; other names are coloured in turn."""
+    """Each name's colour in `look`, without "after", "pruned" or "reconstructed"; unknown names take other colours in turn."""
     turn = iter(sns.color_palette("colorblind").as_hex())
     bases = {name: re.sub("^after | (pruned|reconstructed)$", "", name) for name in names}
     return {name: _LOOK[base]["color"] if base in _LOOK else next(turn) for name, base in bases.items()}
@@ -138,7 +138,7 @@ def log_scale(ax: Axes, axis: str = "y") -> None:
 
 
 def number(value: float) -> str:
-    """`value` to three digits, zeros at the end included, so that labels have one precision."""
+    """`value` to three significant digits (more from 1000 on), trailing zeros included, so that labels have one precision."""
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
@@ -169,17 +169,17 @@ def publish(
 
 
 def _title(figure: Figure, finding: str) -> None:
-    """Writes `finding` above all that is drawn, in lines as wide as that."""
+    """Writes `finding` above everything drawn, wrapped to its width."""
     figure.draw_without_rendering()  # lays everything out; then the layout stays
     figure.set_layout_engine("none")
     box, (width, height) = figure.get_tightbbox(figure.canvas.get_renderer()), figure.get_size_inches()
-    lines = textwrap.wrap(finding, max(30, int(11.5 * box.width)))  # characters of this size to an inch
+    lines = textwrap.wrap(finding, max(30, int(11.5 * box.width)))  # 11.5 characters to an inch
     place = {"x": box.x0 / width, "y": (box.y1 + 0.1) / height, "ha": "left", "va": "bottom"}
     figure.suptitle("\n".join(lines), **place, fontsize=10, fontweight="bold")
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" if code differs from it; empty outside git, and without it."""
+    """The commit of this checkout, with "-dirty" if code differs from it; empty outside a repository or without git."""
 
     def git(*words: str) -> str:
         try:
@@ -192,11 +192,11 @@ def commit() -> str:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name to write a file or folder to, which becomes `path` at the end: whole or not at all."""
+    """A temporary name for a file or folder. At the end it becomes `path`, whole or not at all; an existing folder stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as around:
         yield (fresh := Path(around) / path.name)
-        if not path.is_dir():  # nobody was faster
+        if not path.is_dir():  # no other process was faster
             os.replace(fresh, path)
 
 
@@ -220,7 +220,7 @@ def gallery(
 ) -> str:
     """The page of all figures in the figure folder of `profile`.
 
-    claims: their verdicts. tables: more, or newer ones, by file. older: keys of the runs of an older protocol.
+    claims: their summary. tables: texts by file name, which add to the folder's or replace them. older: keys of older runs.
     """
     folder = folder or folders(profile)[0]
     up = Path(os.path.relpath(ROOT, folder)).as_posix()
@@ -248,7 +248,7 @@ def gallery(
 
 
 def _entry(folder: Path, name: str, before: str = "", older: Container[str] = ()) -> list[str]:
-    """A figure as paragraphs of the gallery; before: what stands before its links."""
+    """A figure as paragraphs of the gallery; before: text before its links."""
     figure, picture = image(folder, name)
     caption = figure["caption"] + f" {OLDER_WORDS}" * any(key in older for key in figure["records"])
     count = len(figure["records"])
@@ -257,7 +257,7 @@ def _entry(folder: Path, name: str, before: str = "", older: Container[str] = ()
 
 
 def image(folder: Path, name: str) -> tuple[dict, str]:
-    """What is known of a published figure, and the figure itself, as Markdown in its folder."""
+    """The JSON data of a published figure, and Markdown that shows it on a page in the same folder."""
     about = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     words = (about["finding"] or about["caption"]).replace("[", "(").replace("]", ")")
     return about, f"![{words}]({name}.png)"

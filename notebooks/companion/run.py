@@ -1,7 +1,7 @@
 """Runs the notebooks under a profile: `python -m companion.run quick [NOTEBOOK ...] [--executor ray] [--from-records]`.
 
-What each profile sets is in notebooks/profiles/. Notebooks do not depend on one another: if one fails, the others go on, and it
-is named at the end. Executed copies, logs and HTML pages go to build/<profile>/; figures and records to `publish.folders`.
+What each profile sets is in notebooks/profiles/. Notebooks do not depend on one another: if one fails, the others still run,
+and it is named at the end. Executed copies, logs and HTML pages go to build/<profile>/; figures and records to `publish.folders`.
 """
 
 import argparse
@@ -51,14 +51,14 @@ def execute(path: Path, values: dict, build: Path) -> dict:
     try:
         papermill.execute_notebook(
             str(path), str(copy), values, kernel_name="python3", progress_bar=False,
-            resources={"metadata": {"path": str(path.parent)}},  # the kernel's folder; that of this process stays
+            resources={"metadata": {"path": str(path.parent)}},  # working folder of the kernel; this process keeps its own
             stdout_file=Console(path.stem, build / f"{path.stem}.log"), extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )  # fmt: skip
         status = "finished"
     except papermill.PapermillExecutionError as failure:
         missing = failure.ename == "MissingRecords" and values.get("compute") is False
         status, error = "no records" if missing else "failed", f"{failure.ename}: {strip_ansi(failure.evalue)}"
-    except Exception as failure:  # of a kernel: the other notebooks do not depend on it
+    except Exception as failure:  # such as a kernel that dies: the other notebooks still run
         status, error = "failed", f"{type(failure).__name__}: {failure}"
         traceback.print_exc()
     if copy.exists():
@@ -77,7 +77,7 @@ def page(notebook: nbformat.NotebookNode, target: Path) -> None:
 
 
 def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A notebook without what Papermill notes of the machine and without live widgets, which are empty frames on a page."""
+    """Removes from a notebook Papermill's notes about the machine, and live widgets, which a page shows as empty frames."""
     for part in (notebook, *notebook.cells):
         for name in ("papermill", "widgets", "execution"):
             part.metadata.pop(name, None)
@@ -88,7 +88,7 @@ def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def judged(profile: str) -> tuple[str, Container]:
-    """Judges the claims by records of `profile`: writes pages, tables, a figure; gives a summary, and keys of older protocols."""
+    """Judges claims from records of `profile`; writes pages, tables, a figure; returns a summary, and keys of older protocols."""
     figures, records = folders(profile)
     if not any(records.glob("*.json")):
         return "", ()
@@ -112,7 +112,7 @@ def judged(profile: str) -> tuple[str, Container]:
 def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[dict]:
     """Runs the notebooks called `names`, or all, and writes verdicts, gallery and index.html; returns how each went.
 
-    compute: False runs nothing: notebooks draw from existing records, and those that cannot are left out.
+    compute: if False, no run is computed: notebooks draw from existing records, or are left out if they lack this parameter.
     """
     build, values = ROOT / "build" / profile, parameters(profile)
     paths = [path for path in notebooks() if path.stem in (names or values)]
@@ -134,7 +134,7 @@ def run(profile: str, names: Sequence[str] = (), compute: bool = True) -> list[d
     summary, older = judged(profile)
     rows = [(f"[{o['notebook']}]({o['notebook']}.html)", o["status"], f"{o['seconds']} s", o["error"]) for o in outcomes]
     went = "\n".join(tables.markdown(("notebook", "status", "time", "error"), rows))
-    shown = gallery(profile, summary, older=older)  # there may be no records to judge; and the figure of all claims is new
+    shown = gallery(profile, summary, older=older)  # written even without records to judge, after the new figure of claims
     figures.mkdir(parents=True, exist_ok=True)
     (figures / "README.md").write_text(shown, encoding="utf-8")
     links = re.sub(r"\]\((?!http)", f"]({os.path.relpath(figures, build)}/", shown)
@@ -148,17 +148,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m companion.run", description="Run the notebooks under a profile.")
     parser.add_argument("profile", choices=PROFILES, help="which sizes to run")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=f"default: all of {[path.stem for path in notebooks()]}")
-    parser.add_argument("--from-records", action="store_true", help="run nothing: draw from the records that are there")
+    parser.add_argument("--from-records", action="store_true", help="compute no runs: draw from existing records")
     parser.add_argument(
-        "--executor", choices=("serial", "ray"), help="what computes studies (default: RECON_EXECUTOR, or serial)"
+        "--executor", choices=("serial", "ray"), help="how to compute studies (default: RECON_EXECUTOR, or serial)"
     )
-    parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else one that is started on this machine")
+    parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, or a new one on this machine")
     given = parser.parse_intermixed_args(arguments)
     if unknown := set(given.notebooks) - {path.stem for path in notebooks()}:
         parser.error(f"unknown notebook {unknown.pop()!r}; known: {', '.join(path.stem for path in notebooks())}")
     inherited = {"RECON_EXECUTOR": given.executor, "RAY_ADDRESS": given.address}  # by the notebooks' kernels
     os.environ |= {name: value for name, value in inherited.items() if value}
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or torch's profiler says when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # otherwise torch's profiler logs its starts and stops
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "notebooks"), os.environ.get("PYTHONPATH", "")])
     outcomes = run(given.profile, given.notebooks, compute=not given.from_records)
     failed = [outcome for outcome in outcomes if outcome["status"] != "finished"]

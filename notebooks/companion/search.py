@@ -1,4 +1,4 @@
-"""Ways to train a pruned model, by the names of `companion.frame.method_name`, the search for learning rates, and studies."""
+"""Specs of methods, named as by `companion.frame.method_name`; the search for learning rates; finished runs of a study."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from companion.publish import MissingRecords
 
 
 def method(base: recon.RunSpec, name: str, count: int, seed: int = 0) -> recon.RunSpec:
-    """The spec of a method on `count` samples; "dense, <retraining>" is the dense model retrained."""
+    """The spec of the method called `name`, on `count` samples; "dense, <retraining>" retrains the dense model."""
     rest = name.removeprefix("dense, ")
     first, _, then = rest.partition(", then ")
     if first != "reconstruction":
@@ -31,9 +31,9 @@ def method(base: recon.RunSpec, name: str, count: int, seed: int = 0) -> recon.R
 
 
 def searched(spec: recon.RunSpec, **options) -> dict[str, recon.RunSpec]:
-    """The rates of `spec` that a search can choose, each with the spec that it is searched with, which differs in `options`.
+    """For each learning rate that `spec` uses, by option name, the spec to search it with: a variant of it with `options`.
 
-    Reconstruction is searched without retraining after it, and retraining by itself: there all recipes are one.
+    Reconstruction is searched without retraining; retraining without reconstruction, on the same masks for all recipes.
     """
     cells = {}
     if spec.reconstruction.granularity != "none" and spec.reconstruction.solver == "adamw":
@@ -46,12 +46,12 @@ def searched(spec: recon.RunSpec, **options) -> dict[str, recon.RunSpec]:
 
 
 def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: Path, compute: bool = True) -> pd.DataFrame:
-    """For each cell, a spec and the name of its learning rate, that of `rates` which is best on held-out text.
+    """Searches, for each cell (a spec, and the option to set), the rate of `rates` with the lowest held-out perplexity.
 
-    A cell begins with the rates that have records; without any, with the median of what other cells chose, or of all rates, the
-    next lower one, and the next but one above it, as rates that are too low differ by chance alone. Then the neighbours of its
-    best rate are tried, and the next one above the highest, until that is worse than the one below it.
-    Returns the runs (see `companion.frame.load`) with their cell and rate, and whether that is `chosen`.
+    A cell begins with the rates that have records. Without any, it begins with three: the median of the other cells' choices (or
+    the middle rate), the rate below, and the second above: rates that are too low differ only by chance. Then the neighbours of
+    its best rate are tried, and the rate above the highest tried, until the highest is no better than the one below it.
+    Returns the runs (see `companion.frame.load`) with their cell, their rate, and whether it is `chosen`.
     """
     rates, asked = sorted(map(float, rates)), set()
     grid = {(cell, rate): cell.replaced(**{name: rate}) for cell, name in cells.items() for rate in rates}
@@ -77,7 +77,7 @@ def search(cells: Mapping[recon.RunSpec, str], rates: Sequence[float], folder: P
 
 
 def chosen(runs: pd.DataFrame) -> dict[recon.RunSpec, float]:
-    """The learning rate of each cell, from what `search` gives."""
+    """The learning rate chosen for each cell, from the runs that `search` returns."""
     best = runs[runs["chosen"]] if len(runs) else runs
     return dict(zip(best["cell"], best["rate"])) if len(best) else {}
 
@@ -85,13 +85,13 @@ def chosen(runs: pd.DataFrame) -> dict[recon.RunSpec, float]:
 def tuned(
     specs: Sequence[recon.RunSpec], rates: Sequence[float], folder: Path, compute: bool = True, **options
 ) -> tuple[list[recon.RunSpec], pd.DataFrame]:
-    """`specs`, each at the rates that a search chooses for it, and the runs of `search`; without `rates`, as they are.
+    """`specs` with the learning rates that `search` chooses, and the runs of the search. Without `rates`, `specs` as they are.
 
-    options: in which the runs of the search differ; specs that agree in all else share one search.
+    options: set in the runs of the search; specs that differ only in them share one search.
     """
     if not rates:
         return list(specs), pd.DataFrame()
-    specs = [spec.replaced(size_power=0.0, matrix_rate=1.0) for spec in specs]  # a rate is that of its window, by no rule
+    specs = [spec.replaced(size_power=0.0, matrix_rate=1.0) for spec in specs]  # rates are not scaled by the window's size
     cells = [searched(spec, **options) for spec in specs]
     runs = search({cell: name for own in cells for name, cell in own.items()}, rates, folder, compute)
     best = chosen(runs)
@@ -102,9 +102,9 @@ def tuned(
 def finished(
     study: pd.DataFrame, specs: Sequence[recon.RunSpec], folder: Path, profile: str, notebook: str, least: float = 1 / 4
 ) -> pd.DataFrame:
-    """The finished runs of `specs`, by `companion.frame.load`; what failed in their `study` is shown.
+    """The finished runs of `specs`, by `companion.frame.load`; displays the runs that failed in their `study`.
 
-    Raises `MissingRecords` if they are less than this share: a figure of so few would mislead.
+    Raises `MissingRecords` if less than the share `least` is finished: a figure of so few runs would mislead.
     """
     failed = study[~study["status"].isin(["done", "missing"])]
     print(f"{(study['status'] == 'done').sum()} of {len(study)} runs done")

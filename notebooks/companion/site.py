@@ -1,6 +1,6 @@
-"""One site of README, gallery, verdicts, executed notebooks and guides: `python -m companion.site` writes build/site.
+"""Makes one site of README, gallery, verdicts, executed notebooks and guides: `python -m companion.site` writes build/site.
 
-Sphinx makes it, with MyST-NB for Markdown and notebooks: its pages load nothing from elsewhere, and open from disk.
+It is made by Sphinx, with MyST-NB for Markdown and notebooks. Its pages load nothing from elsewhere, and open from disk.
 """
 
 import re
@@ -25,11 +25,11 @@ SETTINGS = {
     "html_copy_source": False,
     "extensions": ["myst_nb"],
     "myst_heading_anchors": 3,
-    "myst_enable_extensions": [],  # a dollar is a dollar
+    "myst_enable_extensions": [],  # no formulas: a dollar sign is text
     "nb_execution_mode": "off",
     "nb_merge_streams": True,
     "nb_ipywidgets_js": {},
-    "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],  # pages start where their Markdown does
+    "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],  # a page may begin with any heading level
 }
 STYLE = """td code, td .pre { white-space: normal }  /* long names in tables */
 .table { font-size: 0.85em } .table :is(td, th) { padding: 0.3em 0.4em }
@@ -42,7 +42,7 @@ CONTENTS = {
 
 
 def stage(folder: Path) -> None:
-    """Puts the pages of the site into `folder`, linked as in the checkout; executed notebooks with their outputs."""
+    """Copies the pages into `folder`, laid out as in the checkout so that links work; notebooks with outputs, if executed."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "guides", folder / "guides")
     shutil.copytree(ROOT / "figures", folder / "figures", ignore=shutil.ignore_patterns("executed", "paper", "tables"))
@@ -57,7 +57,7 @@ def stage(folder: Path) -> None:
         f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```\n" for title, pages in CONTENTS.items()
     ]
     shutil.copy(ROOT / "README.md", folder / "index.md")
-    for page in (folder / "index.md", *(folder / "guides").glob("*.md")):  # links to figures lead to their place in the gallery
+    for page in (folder / "index.md", *(folder / "guides").glob("*.md")):  # links to figures become links into the gallery
         text = page.read_text(encoding="utf-8").replace("../README.md", "../index.md")
         text = re.sub(r"(?<!!)(\[[^]]*\]\(\S*figures/)([\w-]+)\.png\)", r"\1README.md#\2)", text)
         page.write_text(text + "".join(trees) * (page.name == "index.md"), encoding="utf-8")

@@ -1,6 +1,6 @@
 """The paper's tables from runs, each as Markdown, LaTeX and CSV: mean ± standard deviation (seeds), the best in bold.
 
-Beside them stands what the paper reports, if that is known; its own tables could not be read here.
+The column "paper" has what the paper reports, as far as that is known; the paper's tables could not be read here.
 """
 
 import itertools
@@ -18,7 +18,7 @@ MEASURES = {"own": "perplexity", "other": "perplexity, second text", "kl": "KL t
 COSTS = {"flops": (1e12, "TFLOP"), MEMORY: (1, MEMORY)}  # column of a frame -> unit, heading
 _FITS = "matrix, matrix exact, half-block, half-block from exact, block, 2-blocks, 4-blocks, 8-blocks, quarter, model".split(", ")
 _GRID = [(a, b) for a in ("dense", "sparse", "mixed") for b in ("mse", "cosine", "whitened")]
-TABLES = {  # name -> title, row -> options, measures; of several measures, each model, pattern and recipe is a table of its own
+TABLES = {  # name -> title, {row: options}, measures; with several measures, each model, pattern and recipe has its own table
     "table-1": ("Table 1: reconstruction beside retraining", {"reconstruction": HALF} | {
         name: {"granularity": "none", "retrain": name} for name in ("masklora", "full", "lora", "scalelora", "norms")
     }, ("own", "other", "kl")),
@@ -35,7 +35,7 @@ TABLES = {  # name -> title, row -> options, measures; of several measures, each
         {f"{a}, {b}": HALF | {"propagation": a, "loss": b} for a, b in _GRID}, ("own", "other", "kl"),
     ),
 }  # fmt: skip
-# The paper's values, as far as a summary of it gives them: LLaMA-3-8B at 50 %, WikiText-2 perplexity.
+# The paper's values that are known, from a summary of it: LLaMA-3-8B at 50 %, WikiText-2 perplexity.
 PAPER = {
     ("table-3", "dense"): "about 5.8 (LLaMA-3-8B)",
     ("table-3", "half-block"): "about 7.8 (LLaMA-3-8B, 50 %)",
@@ -45,7 +45,7 @@ PAPER = {
 
 
 def markdown(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
-    """The lines of a table."""
+    """The lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
 
@@ -53,12 +53,12 @@ def markdown(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
 def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The cells of a table (panel, row, column, mean, std, seeds), and the runs behind them.
 
-    For each model, pattern and recipe, of the protocol with the most evaluation windows; of several, that which fills most of the
-    table, or has the most runs. One row alone compares nothing, and is left out.
+    For each model, pattern and recipe, only runs of one protocol are used. It is chosen by these in turn: two rows or more, the
+    most evaluation windows, the most rows, the most runs. A table of one row compares nothing, and is left out.
     """
     _, rows, measures = TABLES[name]
     by_samples, criteria = name == "table-1", name == "table-4"
-    runs = runs if name == "appendix-b" else current(runs)  # its runs by today's default are too few yet
+    runs = runs if name == "appendix-b" else current(runs)  # appendix B has too few runs of today's default yet
     runs = runs[runs["pattern"] == DEFAULTS["pattern"]] if name in ("table-1", "appendix-b") else runs
     shown, used = [], []
     for scope, groups in studies(runs, "own", "protocol", *["samples"] * (not by_samples), "model", "windows"):
@@ -74,7 +74,7 @@ def cells(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         *_, sides = max(choices, key=lambda choice: choice[:5])
         if len(sides) < 2:
             continue
-        if criteria:  # of one size of window there may be more seeds than of the others
+        if criteria:  # one criterion may have more seeds than the others
             units = common(*(side for _, side in sides))
             sides = [(row, side[side.index.isin(units)]) for row, side in sides]
         panel = place * (len(measures) > 1)
@@ -123,7 +123,7 @@ def texts(runs: pd.DataFrame, older: Container[str] = ()) -> dict[str, str]:
 
 
 def _words(data: pd.DataFrame, name: str, bold: str) -> pd.DataFrame:
-    """A panel as text: "mean ± std (seeds)", the lowest of each column in bold; dense, pruned, costs and few seeds aside."""
+    """A panel as text: "mean ± std (seeds)", each column's lowest in bold; not dense, pruned, costs or few seeds."""
     rivals = data[~data["row"].str.endswith(("dense", "pruned")) & (data["seeds"] >= SEEDS)]
     best, said = set(rivals.groupby("column")["mean"].idxmin()), []
     for index, cell in data.iterrows():
