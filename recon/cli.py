@@ -1,4 +1,4 @@
-"""`recon ...`: the command line. Options are read off the configs as they are; see `recon.config`."""
+"""`recon ...`: the command line. Options are the fields of the configs; see `recon.config`."""
 
 import argparse
 import logging
@@ -30,10 +30,10 @@ class Output(RunOptions):
     """How the run is carried out."""
 
     executor: Literal["serial", "ray"] = "serial"
-    """ray reconstructs windows side by side, on the cores and GPUs of this machine or of a cluster (dense propagation)."""
+    """ray reconstructs windows in parallel, on the cores and GPUs of this machine or of a cluster (dense propagation only)."""
     progress: tyro.conf.Suppress[bool] = True
     command: tyro.conf.Suppress[str] = field(default_factory=lambda: shlex.join(["recon", *sys.argv[1:]]))
-    record: Path | None = None  # File for the record (JSON); that of another run is not replaced.
+    record: Path | None = None  # File for the record (JSON). The record of another run is not overwritten.
     address: str | None = None  # Address of the Ray cluster; default: RAY_ADDRESS, else a cluster is started on this machine.
 
 
@@ -68,19 +68,19 @@ def run(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group]) -> No
 
 
 def reconstruct(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group]) -> None:
-    """Reconstruct a model that something else pruned (--pruned) to the dense one (--dense or --model); print perplexities."""
+    """Reconstruct a model pruned by other software (--pruned) to match the dense one (--dense or --model); print perplexities."""
     if spec.model.pruned is None:
-        raise ReconError("which model is to be reconstructed is not said; name it with --pruned")
+        raise ReconError("no model to reconstruct is given; name it with --pruned")
     if spec.reconstruction.granularity == spec.retraining.retrain == "none":
         raise ReconError("granularity and retrain are 'none', which changes nothing in the pruned model; set one of them")
     run(spec, output)
 
 
 def plan(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group], memory: float | None = None) -> None:
-    """Say what a run with these options would take (memory, time, disk), and whether it fits here; no weights are read.
+    """Say how much memory, time and disk a run with these options would take, and whether it fits here; no weights are read.
 
     Args:
-        memory: GiB of host memory that are free, beside what this process takes; default: what is free here.
+        memory: Free host memory in GiB, not counting what this process uses already; default: what is free here.
     """
     from recon.study.plan import Plan
 
@@ -91,7 +91,7 @@ def plan(spec: Annotated[RunSpec, Group], output: Annotated[Output, Group], memo
 
 
 def shrink(model: Named, out: Place) -> None:
-    """Write a model to a new folder without heads and neurons that were pruned as a whole: an ordinary, smaller checkpoint."""
+    """Remove heads and neurons that are pruned as a whole; write the model to a new folder as an ordinary, smaller checkpoint."""
     from recon.study import shrink
 
     for said in shrink.shrink(model, out):
@@ -100,13 +100,13 @@ def shrink(model: Named, out: Place) -> None:
 
 
 def pack(folder: Named, out: Place) -> None:
-    """Write a checkpoint to a new folder as one bit for each weight and what is not zero: `recon.load` reads it."""
+    """Write a checkpoint to a new folder in packed form, one bit per weight and the non-zero values; `recon.load` reads it."""
     packed.pack(folder, out)
     _say_size(out)
 
 
 def unpack(folder: Named, out: Place) -> None:
-    """Write a packed checkpoint to a new folder as the ordinary one that it was made of, the same to the bit."""
+    """Write a packed checkpoint to a new folder as the ordinary checkpoint that it was made from, identical bit for bit."""
     packed.unpack(folder, out)
     _say_size(out)
 
@@ -116,7 +116,7 @@ def _say_size(folder: Path) -> None:
 
 
 def models() -> None:
-    """List the bundled models: what each is, its size, and whether it is here."""
+    """List the bundled models: what each is, its size, and whether it is fetched."""
     from recon.data import assets
 
     for name, model in assets.BUNDLED_MODELS.items():
@@ -132,7 +132,7 @@ def criteria() -> None:
 
 
 def presets() -> None:
-    """List the recipes: what each sets, and where it is from."""
+    """List the recipes: the options that each sets, and its source."""
     for name, values in PRESETS.items():
         said = ", ".join(f"{option} {value}" for option, value in values.items())
         print(textwrap.fill(f"{name}: {said or 'nothing'} ({SOURCES[name]})", 120, subsequent_indent="    "))
@@ -157,12 +157,12 @@ def assets(models: tuple[str, ...] = ("smollm2-135m",)) -> None:
 
 @dataclass(frozen=True)
 class Bench(Checked):
-    """Time each phase on a shortened model, beside a straightforward loop and the least that its products take."""
+    """Time each phase on a shortened model, beside a straightforward loop and the least time that its FLOPs can take."""
 
     output: Path = Path("build/bench.json")  # File for the results (JSON).
     model: str = "smollm2-135m"  # A bundled name, a local folder, or a Hub id.
     text: str = "wikipedia"  # Calibration and evaluation text.
-    samples: FromOne = 32  # Samples that are read.
+    samples: FromOne = 32  # Calibration samples.
     sequence_length: FromOne = 256  # Tokens per sample.
     blocks: FromOne = 4  # Blocks of the shortened model.
     repeats: FromOne = 3  # Rounds of timing, all phases in turn.
@@ -170,28 +170,28 @@ class Bench(Checked):
 
 
 def bench(options: Annotated[Bench, Group]) -> None:
-    """Time each phase on a shortened model, beside a straightforward loop and the least that its products take."""
+    """Time each phase on a shortened model, beside a straightforward loop and the least time that its FLOPs can take."""
     from recon.study import bench
 
-    logging.getLogger("recon").setLevel(logging.WARNING)  # says not what each run will take
+    logging.getLogger("recon").setLevel(logging.WARNING)  # hides the line on what each run will take
     print(bench.table(bench.bench(**vars(options))).round(3).to_string())
     print(f"\nresults: {options.output}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; bad input ends with its message and exit status 2, Ctrl-C with 130."""
+    """Entry point. Bad input prints a message and exits with status 2; Ctrl-C exits with 130."""
     limit_compiled_shapes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recon").setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] in (["reconstruct"], ["plan"]):  # whose model may be called dense
+    if arguments[:1] in (["reconstruct"], ["plan"]):  # these also accept --dense for --model
         names = {"--dense": "--model", "--dense-revision": "--revision"}
         arguments = ["".join((names.get(flag, flag), *rest)) for flag, *rest in (word.partition("=") for word in arguments)]
     known = run, reconstruct, plan, shrink, pack, unpack, models, criteria, presets, assets, bench
     commands = {each.__name__: each for each in known}
     command = next(iter(arguments), "")
     try:
-        if command in ("run", "reconstruct", "plan"):  # options that are given go before those that a preset sets
+        if command in ("run", "reconstruct", "plan"):  # the preset first: given options override it
             first = argparse.ArgumentParser(f"recon {command}", "%(prog)s [options]", add_help=False, allow_abbrev=False)
             first.add_argument("--preset", default="default")
             first.add_argument("--pruned")
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ReconError as error:
         print(f"recon: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # as `| head` leaves it
+    except BrokenPipeError:  # the reader has closed the pipe, such as `| head`
         sys.stdout = None
     except KeyboardInterrupt:
         print("recon: interrupted", file=sys.stderr)

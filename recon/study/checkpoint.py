@@ -1,4 +1,4 @@
-"""A reconstructed model as a Hugging Face checkpoint that loads anywhere, zeros and all; and its model card."""
+"""Saves a reconstructed model as an ordinary Hugging Face checkpoint, with zeros stored as zeros, and its model card."""
 
 import contextlib
 import copy
@@ -24,12 +24,12 @@ from recon.runtime.weights import rounded
 from recon.study.record import RunRecord
 from recon.study.spec import RunOptions
 
-SHARD = "1GB"  # so much of the model is in memory while it is written
+SHARD = "1GB"  # size of a file: this much of the model is in memory while it is written
 
 
 def check_model(dense: Decoder, biases: Collection[str], dtype: str) -> None:
-    """Raises `ReconError` naming a weight that `dtype` cannot hold, or one of the `biases` that pruning adds for which no
-    configuration of the model has a place: transformers would drop it unnoticed when it loads the checkpoint.
+    """Raises `ReconError` naming a weight that `dtype` cannot hold, or one of the `biases` that pruning adds, if no configuration
+    of the model has a place for it: transformers would drop it silently when it loads the checkpoint.
     """
     places = with_places(dense.model, biases)[1] if biases else ()
     if missing := [name for name in biases if name not in places]:
@@ -42,7 +42,7 @@ def check_model(dense: Decoder, biases: Collection[str], dtype: str) -> None:
 
 
 def with_places(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str], dict[str, Tensor]]:
-    """Options that give `model` places for parameters called `names`, such as attention_bias; and its state then, on meta."""
+    """Configuration options, such as attention_bias, that give `model` the parameters `names`; its state with them, on meta."""
 
     def state(options: list[str]) -> dict[str, Tensor]:
         config = copy.deepcopy(model.config)
@@ -60,15 +60,15 @@ def with_places(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str]
 def save(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, save_dtype: str) -> None:
     """Writes weights (safetensors), configuration and tokenizer to `folder`. Raises `ReconError` as `rounded`.
 
-    If pruning has added biases, the model gets all those that its configuration has to call for then; the others are zeros.
+    If pruning has added biases, the configuration has to declare all biases of that kind; those not added by pruning are zeros.
     """
     model, dtype = student.model, SAVED[save_dtype]
     options, places = with_places(model, model.state_dict())
-    model.config = copy.deepcopy(model.config)  # the dense model may have the same
+    model.config = copy.deepcopy(model.config)  # the dense model may share it
     vars(model.config.get_text_config()).update(dict.fromkeys(options, True))
     for name in places.keys() - model.state_dict().keys():
         place(model, name, nn.Parameter(torch.zeros(places[name].shape), requires_grad=False))
-    # As if the weights were on disk, so that transformers asks for each as it is written.
+    # Pretends that the weights are on disk, so that transformers asks for each one when it writes it.
     meta = {
         name: torch.empty_like(tensor, dtype=dtype if tensor.is_floating_point() else None, device="meta")
         for name, tensor in model.state_dict().items()
@@ -86,7 +86,7 @@ def save(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, sav
 
 
 def write(student: Decoder, tokenizer: PreTrainedTokenizerBase, folder: Path, record: RunRecord, options: RunOptions) -> None:
-    """As `save`, with a model card, and packed if `options` say so."""
+    """As `save`, with a model card; packed if `options.save_format` says so."""
     if options.save_format == "packed":
         with tempfile.TemporaryDirectory(dir=folder) as plain:
             write(student, tokenizer, Path(plain), record, replace(options, save_format="plain"))
@@ -109,4 +109,4 @@ class _Weights:
         tensor = self.student.model.get_parameter_or_buffer(name)
         with self.student.present([tensor]) if isinstance(tensor, nn.Parameter) else contextlib.nullcontext():
             value = rounded(name, tensor.detach(), self.dtype).clone()
-        return value.add_(0.0) if value.is_floating_point() else value  # what a mask was multiplied into may be -0
+        return value.add_(0.0) if value.is_floating_point() else value  # masked weights may be -0

@@ -1,4 +1,4 @@
-"""What a run takes, before it starts and without weights: operations, time, memory; and whether it fits here."""
+"""What a run will take, computed without weights: operations, time and memory; and whether it fits here."""
 
 import contextlib
 import functools
@@ -39,18 +39,18 @@ from recon.runtime.weights import quantisation
 from recon.study.spec import RunOptions, RunSpec
 
 GIB = 2**30
-MARGIN = 96 * 2**20  # bytes of what no shape tells: tokenizer, texts, libraries loaded later, kernels' own memory
-WIDTHS = ("hidden_size", "intermediate_size", "_dim", "_rank", "n_embd", "n_inner", "d_model")  # ends of options: layers' widths
-EFFICIENCY = 0.6  # of a bare matrix product's speed that a whole pass reaches, measured on CPUs
-STEP = 5e-4  # seconds that one matrix takes in each step whatever its size, measured on CPUs
-UPDATE = 2000  # operations that take as long as one weight's rounding, update and masking, which memory bounds: measured on CPUs
+MARGIN = 96 * 2**20  # bytes that shapes do not tell: tokenizer, texts, libraries loaded later, kernels' own memory
+WIDTHS = ("hidden_size", "intermediate_size", "_dim", "_rank", "n_embd", "n_inner", "d_model")  # names of widths end in these
+EFFICIENCY = 0.6  # share of a bare matrix product's speed that a whole pass reaches, measured on CPUs
+STEP = 5e-4  # seconds that each matrix adds to a step, whatever its size; measured on CPUs
+UPDATE = 2000  # operations that take as long as rounding, updating and masking one weight (memory-bound); measured on CPUs
 
 
 def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Decoder:
-    """The model called `model` without weights: of the Hub's files, or those of a folder, the configuration alone is read.
+    """The model called `model` without weights: only its configuration is read, from the Hub or from a folder.
 
-    Its blocks are on torch's meta device; outside them there are placeholders, so that the model itself says what its blocks are
-    called with. Raises `ReconError` for what `recon.data.models` refuses, and for a model that cannot be decomposed.
+    Its blocks are on torch's meta device. Other parameters are placeholders, so that the model can run up to its blocks
+    and show their arguments. Raises `ReconError` for what `recon.data.models` refuses, and for a model that cannot be decomposed.
     """
     content = models.configuration(model, revision, trust_remote_code).to_json_string()
     return _shapes(content, model, revision, trust_remote_code)
@@ -58,7 +58,7 @@ def shapes_of(model: str, revision: str | None = None, trust_remote_code: bool =
 
 @functools.lru_cache(maxsize=4)
 def _shapes(content: str, *loaded_by: object) -> Decoder:
-    """content: of the configuration of the model `loaded_by`, which may change while its name stays."""
+    """As `shapes_of`. content: the configuration, as part of the cache's key: it may change while the model's name stays."""
     config, trust_remote_code = models.configuration(*loaded_by), loaded_by[-1]
     made = skeleton(config, trust_remote_code)
     made.tie_weights()
@@ -70,18 +70,18 @@ def _shapes(content: str, *loaded_by: object) -> Decoder:
 
 
 def _structure(config: PretrainedConfig, trust_remote_code: bool) -> Decoder:
-    """A model built as that of `config`, its layers as many times narrower as is possible, decomposed."""
+    """The model of `config`, with its layers made narrower by the largest factor that works, decomposed."""
     names = set(skeleton(config, trust_remote_code).state_dict())
     for factor in (64, 32, 16, 8, 4, 2, 1):
         narrow = type(config).from_dict(config.to_dict())
         options = vars(narrow.get_text_config())
         widths = {name: size for name, size in options.items() if name.endswith(WIDTHS) and type(size) is int}
-        # Matrices of one column may lie either way round, and those of as many rows as there are experts may be routers.
+        # A matrix with one column could be transposed, and one with as many rows as there are experts could be a router.
         experts = {size for name, size in options.items() if "expert" in name and name not in widths}
         if factor > 1 and any(size % factor or size // factor in {1, *experts} for size in widths.values()):
             continue
         options.update({name: size // factor for name, size in widths.items()})
-        with contextlib.suppress(Exception if factor > 1 else ()):  # whatever a model of strange widths runs into
+        with contextlib.suppress(Exception if factor > 1 else ()):  # unusual widths may raise anything
             model = skeleton(narrow, trust_remote_code)
             if set(model.state_dict()) == names:
                 return decompose(model, lazy=Lazy(model, lambda names: iter(())))
@@ -89,9 +89,9 @@ def _structure(config: PretrainedConfig, trust_remote_code: bool) -> Decoder:
 
 @functools.lru_cache(maxsize=64)
 def counted(decoder: Decoder, window: Window, length: int, train: str = "none") -> float:
-    """Operations per token of a pass through `window` of `shapes_of`, in samples of `length` tokens, as torch counts them.
+    """Operations per token of a pass through `window`, in samples of `length` tokens, as torch counts them.
 
-    train: "none", or what gradients are for: "matrices", "all", or "norms"; the backward pass is counted then, too.
+    decoder: from `shapes_of`. train: "none", or what is trained: "matrices", "all" or "norms"; adds the backward pass.
     """
     matrices = decoder.matrices(window).values()
     trained = decoder.trained(window, "all" if train == "norms" else train) if train != "none" else {}
@@ -104,16 +104,16 @@ def counted(decoder: Decoder, window: Window, length: int, train: str = "none") 
             output = decoder.forward(window, torch.empty(1, length, width, device="meta"))
             if trained:
                 output.sum().backward()
-    except Exception:  # what depends on values cannot run without any, such as experts that tokens are sent to
+    except Exception:  # some blocks do not run without values, such as those that send tokens to experts
         return sum(matrix.share * matrix.weight.numel() for matrix in matrices) * {"none": 2.0, "norms": 4.0}.get(train, 6.0)
-    # Products of activations with one another, as in attention, count half: a causal mask needs no more.
+    # Products of activations with each other, as in attention, count half: the mask is causal.
     aten = torch.ops.aten
     by_weights = (aten.mm, aten.addmm, aten.convolution, aten.convolution_backward)
     return sum(n if kind in by_weights else n / 2 for kind, n in counter.get_flop_counts()["Global"].items()) / length
 
 
 class Training(NamedTuple):
-    """`count` windows alike, of which `window` is one, and what each is trained with: passes, tokens of all passes, elements."""
+    """`window` is one of `count` windows with equal shapes. For each: forward passes, tokens of all passes, trained elements."""
 
     phase: str
     how: ReconstructionConfig
@@ -125,7 +125,7 @@ class Training(NamedTuple):
 
 
 def trainings(spec: RunSpec, decoder: Decoder) -> Iterator[Training]:
-    """What a run of `spec` (resolved) trains; retraining has one window, the whole model. Exact solutions take no pass."""
+    """What a run of `spec` (resolved) trains. Retraining has one window, the whole model. Exact solutions have no passes."""
     how, again, length, alike = spec.reconstruction, spec.retraining, spec.calibration.sequence_length, defaultdict(list)
     for window in decoder.windows(how.granularity) if how.granularity != "none" else []:
         alike[window.half, tuple(p.shape for p in decoder.parameters(window).values())].append(window)
@@ -140,7 +140,7 @@ def trainings(spec: RunSpec, decoder: Decoder) -> Iterator[Training]:
         epochs = how.schedule(samples).epochs * (how.solver == "adamw")
         passes = epochs * -(-samples * how.chunks_of(part.window, length) // how.batch_size)
         elements = sum(parameter.numel() for parameter in decoder.trained(part.window, how.train).values())
-        if part.phase == "retrain":  # of the whole model, embedding and head as well
+        if part.phase == "retrain":  # also of embedding and head
             vectors = again.retrain == "norms"
             elements = sum(weight.numel() for weight in decoder.model.parameters() if weight.ndim == 1 or not vectors)
         if how.adapter != "none":
@@ -165,14 +165,14 @@ def check_fits(spec: RunSpec, decoder: Decoder) -> None:
 def flops(spec: RunSpec) -> dict[str, float]:
     """Floating-point operations of a run of `spec` by phase: "prune", "reconstruct", "retrain", "evaluate" (without tasks).
 
-    As if the run shared nothing: products (with weights, in causal attention, of Gram matrices, adapters and solvers) alone.
+    Only products count (with weights, in causal attention, of Gram matrices, adapters and solvers), as if the run shared nothing.
     """
     spec, decoder = spec.resolved(), shapes_of(*spec.loaded_by)
     how, again, pruning, length = spec.reconstruction, spec.retraining, spec.pruning, spec.calibration.sequence_length
     matrices, whole = decoder.matrices(), Window(range(len(decoder.blocks)))
-    weights = {name: matrix.share * matrix.weight.numel() for name, matrix in matrices.items()}  # that a token meets, on average
+    weights = {name: matrix.share * matrix.weight.numel() for name, matrix in matrices.items()}  # used per token, on average
     forward, tokens = counted(decoder, whole, length), {phase: count * length for phase, count in spec.samples_by_phase.items()}
-    predicted = decoder.predicted(torch.empty(1, 2)).shape[1] / 2  # of all tokens; an encoder-decoder predicts half of them
+    predicted = decoder.predicted(torch.empty(1, 2)).shape[1] / 2  # share of tokens; half in an encoder-decoder
     head = predicted * 2 * sum(weight.numel() for weight in decoder.head_weights())
     read = [matrices[group[0]] for groups in decoder.groups for group in groups]
     grams = sum(2 * triangle(matrix.weight.shape[1]) * matrix.share for matrix in read)
@@ -202,7 +202,7 @@ def flops(spec: RunSpec) -> dict[str, float]:
     parts = [*trainings(spec, decoder)]
     for part in parts:
         per_token, per_pass = counted(decoder, part.window, length, part.how.train), 0.0
-        if part.how.adapter != "none":  # made into weights, and back into gradients
+        if part.how.adapter != "none":  # products that give weights, and gradients of adapters
             per_pass = 6 * part.how.rank * sum(map(weights.get, decoder.matrices(part.window)))
         if part.phase == "retrain":
             if again.retrain == "norms":
@@ -213,16 +213,16 @@ def flops(spec: RunSpec) -> dict[str, float]:
         found[part.phase] += part.count * (per_token * part.tokens + per_pass * part.passes)
 
     if how.granularity != "none":
-        # The dense model's pass, and the student's own, of which nothing reads what comes after the last window.
+        # The dense model's pass, and unless propagation is dense, the student's, which ends where the last window begins.
         left = 1 - len(decoder.windows(how.granularity)[-1].blocks) / len(decoder.blocks)
         per_token = forward * (1 + (how.propagation != "dense") * left)
-        if how.granularity == "matrix":  # targets come matrix by matrix; inputs by running a block up to it, but for dense ones
+        if how.granularity == "matrix":  # targets: one product per matrix; mixed inputs: the block runs up to it
             per_token += 2 * sum(weights.values()) + forward * (how.propagation == "mixed")
         if "exact" in (how.solver, how.start):
             found["reconstruct"] += grams * tokens["reconstruct"] + 2 * products * (1 + how.exact_iterations)
             if how.granularity == "matrix" and how.propagation == "mixed":  # products of targets with inputs
                 per_token += 2 * sum(weights.values())
-        # Errors: on held-out samples, through the dense windows too; before and after through the student's.
+        # Errors: samples pass through the student's windows before and after the fit; held-out ones through dense windows, too.
         unseen = spec.calibration.held_out_samples
         errors = min(ERROR_SAMPLES, unseen or spec.calibration.samples) * length * forward * ((unseen > 0) + 2)
         found["reconstruct"] += per_token * tokens["reconstruct"] + errors
@@ -230,7 +230,7 @@ def flops(spec: RunSpec) -> dict[str, float]:
     windows, read, measured = spec.evaluation.windows.values(), spec.evaluation.evaluation_length, 2 + (len(parts) > 0)  # models
     evaluated = measured * sum(windows) * read * (head + counted(decoder, whole, read))
     evaluated += (measured - 1) * sum(min(count, spec.evaluation.kl_windows) for count in windows) * read * head
-    # Drift runs the dense model beside each other one.
+    # To measure drift, the dense model runs again beside each other model.
     held_out = spec.calibration.held_out_samples * length * (measured * head + (2 * measured - 1) * forward)
     return found | {"evaluate": evaluated + held_out}
 
@@ -239,21 +239,21 @@ def flops(spec: RunSpec) -> dict[str, float]:
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """Floating-point operations per second of a square matrix product on this machine, measured once per process."""
     square = {"x": torch.ones(size, size, device=device, dtype=dtype)}
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # whose work the timer waits for
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # the device that the timer waits for
         return 2 * size**3 / Timer("x @ x", globals=square, num_threads=torch.get_num_threads()).timeit(20).mean
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that people would use."""
+    """`seconds` as text, in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_only: Window | None = None) -> dict[str, int]:
-    """Bytes of the largest window that a run of `spec` trains, or of `run_only`, by what they are for; empty if there is none.
+    """Bytes by purpose of the largest window that a run of `spec` trains, or of `run_only`; empty if there is no window.
 
-    "parameters": what it takes to run it. "gradients", "moments" (AdamW's two): of what is trained. "copies": to roll back to.
+    "parameters": needed to run it. "gradients", "moments" (AdamW's two): of trained elements. "copies": to roll back to.
     "rounded": weights in the compute dtype, and masks. "activations": what a batch's forward pass keeps for the backward pass.
     "statistics": Gram matrices, and room to factor one, or squared gradients. "logits": of retraining, and their gradients.
     """
@@ -263,7 +263,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
     for phase, how, window, _, passes, _, elements in (*others, *trainings(spec, decoder)):
         matrices, descends, retrains = decoder.matrices(window), passes > 0, phase == "retrain"
         weights = sum(matrix.weight.numel() for matrix in matrices.values())
-        norms = 0 if window.matrices else 2 * 4 * config.hidden_size * window.halves  # what they read and give
+        norms = 0 if window.matrices else 2 * 4 * config.hidden_size * window.halves  # their inputs and outputs
         chunks = how.chunks_of(window, length)
         tokens = min(how.batch_size, spec.samples_by_phase[phase] * chunks) * length // chunks
         read = (group[0] for index in window.blocks for group in decoder.groups[index])
@@ -273,7 +273,7 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
         goes_back = by_slopes or spec.pruning.weighting == "fisher" and not retrains
         grams = 4 * (sum(each**2 for each in columns) + 6 * max(columns, default=0) ** 2) if by_grams and not retrains else 0
         vectors = retrains and spec.retraining.retrain == "norms"
-        kept = len(decoder.blocks) if retrains and spec.retraining.retrain_checkpointing else 1  # of so many blocks one
+        kept = len(decoder.blocks) if retrains and spec.retraining.retrain_checkpointing else 1  # keeps one block at a time
         sizes = {
             "parameters": 4 * sum(tensor.numel() for tensor in decoder.needed(window)),
             "gradients": descends * 4 * elements,
@@ -290,13 +290,13 @@ def window_memory(decoder: Decoder, spec: RunSpec, device: torch.device, run_onl
 
 
 def models_in_memory(spec: RunSpec) -> int:
-    """The least bytes that a run in memory takes: a model and its copy, in float32, and what pruning made of it beyond zeros;
-    and a third with its neurons reordered."""
+    """The least bytes that a run in memory takes, in float32: for the dense model and its copy, for weights that pruning changes
+    beyond setting some to zero, and for a model with reordered neurons."""
     return 4 * shapes_of(*spec.loaded_by).model.num_parameters() * (2 + spec.changes_weights + spec.pruning.reorder_neurons)
 
 
 def stays_on_disk(spec: RunSpec, stream: str, room: float) -> bool:
-    """Whether a run of `spec` is streamed, with `room` bytes of memory. Raises `ReconError` if that cannot be."""
+    """Whether a run of `spec` is streamed, with `room` bytes of memory. Raises `ReconError` if it must be, but cannot."""
     if stream == "auto":
         stream = "no"
         with contextlib.suppress(ReconError):  # loading the model will say what is wrong
@@ -322,13 +322,13 @@ def why_in_memory(spec: RunSpec) -> str:
 
 
 class Plan:
-    """What a run of `spec` takes on this machine, from the configuration of its model alone: no weights are read, and no texts.
+    """What a run of `spec` takes on this machine, computed from its model's configuration: no weights or texts are read.
 
-    memory: peak bytes by kind of device, and by what they are for; "process" is what this process takes already. rooms: bytes
-    that the run needs, and that there are. flops, seconds: by phase. streamed: whether the model stays on disk.
+    memory: peak bytes by kind of device and by purpose; "process": what this process uses already. rooms: by place, the bytes
+    that the run needs and those available. flops, seconds: by phase. streamed: whether the model stays on disk.
 
-    options: whether the run is streamed, and what it saves, and where. loaded: bytes of weights that are in memory already.
-    memory_gib: GiB of the host's memory that are free, beside what this process takes; default: what is free here.
+    options: whether the run is streamed, what it saves and where. loaded: bytes of the weights that are already in memory.
+    memory_gib: free host memory in GiB, not counting what this process uses already; default: what is free here.
     """
 
     def __init__(self, spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0, memory_gib: float | None = None):
@@ -362,8 +362,8 @@ class Plan:
         self.seconds = {phase: count / speed + steps[phase] for phase, count in self.flops.items()}
 
     def _peak(self, device: torch.device) -> dict[str, dict[str, float]]:
-        """Both models, unless streamed; activations of all samples, unless in mapped files; the largest window, which may be a
-        block that is only run, or the model if it is retrained; logits; and `MARGIN` for the rest."""
+        """Peak bytes by kind of device and purpose: both models, unless streamed; activations of all samples, unless in mapped
+        files; the largest window (or a block that is only run, or the retrained model); logits; `MARGIN` for the rest."""
         spec, decoder, block, length = self.spec, self.decoder, Window(range(1)), self.spec.calibration.sequence_length
         config, again, read = decoder.model.config.get_text_config(), spec.retraining, spec.samples_by_phase
         itemsize = devices.pick_compute_dtype(spec.compute.compute_dtype, device).itemsize
@@ -371,21 +371,21 @@ class Plan:
         if again.retrain != "none":
             tokens = min(again.retrain_batch_size, read["retrain"]) * length
             copies = 4 + (again.retrain_objective == "distil")
-            window["copies"] = window["parameters"]  # for a moment, as adapters are merged or the optimiser steps
-        if spec.reconstruction.accumulation == again.retrain_accumulation == 1:  # gradients come while activations go
+            window["copies"] = window["parameters"]  # briefly, while adapters are merged or the optimiser steps
+        if spec.reconstruction.accumulation == again.retrain_accumulation == 1:  # gradients are made as activations are freed
             window["gradients"] = max(0, window["gradients"] - window["activations"])
         window["logits"] = tokens * config.vocab_size * copies * itemsize + 12 * min(tokens * config.vocab_size, ELEMENTS)
 
-        # Streams that are there at once, found by measuring: in memory; in files, and mapped, of a streamed run.
+        # How many streams exist at once, found by measuring: in memory; in files, mapped ones included, of a streamed run.
         there, written = {"dense": (2, 4), "sparse": (4, 5), "mixed": (4, 7)}[spec.reconstruction.propagation]
         width = 4 * there * config.hidden_size
-        if spec.reconstruction.granularity == "matrix":  # and what all matrices of a block read and give
+        if spec.reconstruction.granularity == "matrix":  # also inputs and outputs of all matrices of a block
             width += itemsize * int(_width(decoder.matrices(block).values()))
         streams = width * length * (read["reconstruct"] + min(spec.calibration.held_out_samples, ERROR_SAMPLES))
         other = [count * spec.evaluation.evaluation_length for count in spec.evaluation.windows.values()]
-        # Passes that only run the model read all samples, too, and give as much.
+        # Passes without training also hold the inputs and outputs of all samples.
         other += [read["prune"] * length, 2 * spec.calibration.held_out_samples * length]  # through two models
-        if spec.pruning.weighting == "fisher":  # what every block reads
+        if spec.pruning.weighting == "fisher":  # the inputs of all blocks
             other += [(len(decoder.blocks) + 3) * min(weighting.TOKENS, read["prune"] * length) // 2]
         streams = max(streams, 8 * config.hidden_size * max(other))
         stored = 5 + 4 * spec.changes_weights + 4 * packed.is_packed(Path(spec.model.model))  # bytes of each weight
@@ -395,25 +395,25 @@ class Plan:
         if self.streamed:
             kept |= {"streams": min(streams, SMALL), "models": 0}
             window["copies"] = min(window["copies"], SMALL)
-        # The ends of both models, while they are compared; of streamed ones the head alone.
+        # Embedding and head of both models, while they are compared; if streamed, only the head.
         blocks = sum(parameter.numel() for parameter in decoder.blocks.parameters())
         ends = sum(weight.numel() for weight in decoder.head_weights()) if self.streamed else self.elements - blocks
         if self.streamed or device.type == "cuda":
             window["parameters"] = max(window["parameters"], 8 * ends)
         if device.type == "cuda":
-            if again.retrain != "none":  # whole models; what to roll back to is on the host
+            if again.retrain != "none":  # whole models; the copy to roll back to is on the host
                 window["parameters"] = 4 * self.elements * (1 + (again.retrain_objective == "distil"))
                 kept["copies"] = 4 * self.elements
-            if not self.streamed:  # memory that a GPU copies from is handed out in powers of two
+            if not self.streamed:  # pinned memory is allocated in powers of two
                 one = 4 * config.hidden_size * length * spec.calibration.samples
                 kept["streams"] *= 2 ** math.ceil(math.log2(one)) / one
             return {"cpu": kept, "cuda": window, "disk": disk}
-        return {"cpu": window | kept | ({} if self.streamed else {"parameters": 0}), "disk": disk}  # those are the models'
+        return {"cpu": window | kept | ({} if self.streamed else {"parameters": 0}), "disk": disk}  # counted in "models"
 
     @property
     def problem(self) -> str:
         """Why the run cannot fit here, and what to try; empty if it can."""
-        kinds = dict(zip(self.rooms, self.memory))  # of which device each room is: both have one order
+        kinds = dict(zip(self.rooms, self.memory))  # kind of device of each room: both have the same order
         tight = {room: (needs / GIB, has / GIB) for room, (needs, has) in self.rooms.items() if needs > has}
         said = " and ".join(f"{needs:.1f} GiB of {room}, of which there are {has:.1f}" for room, (needs, has) in tight.items())
         most = {max(self.memory[kinds[room]], key=self.memory[kinds[room]].get) for room in tight if room != "disk"}
@@ -448,7 +448,7 @@ class Plan:
 
 
 def check(spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0) -> None:
-    """Logs in one line what a run of `spec` will take; see `Plan`. Raises `ReconError` if it cannot fit and is not forced."""
+    """Logs in one line what a run of `spec` will take; see `Plan`. Raises `ReconError` if it cannot fit, unless forced."""
     try:
         planned = Plan(spec, options, loaded)
     except ReconError as error:  # the run itself will say what is wrong with it, if anything is
@@ -460,17 +460,17 @@ def check(spec: RunSpec, options: RunOptions = RunOptions(), loaded: int = 0) ->
 
 
 def announce(specs: list[RunSpec]) -> None:
-    """Logs how long `specs`, runs of one study, will take at most: what they share is computed once. Tasks are not counted."""
+    """Logs how long a study of `specs` takes at most: less if runs share results. The time for tasks is not counted."""
     spent, unknown, tasks = 0.0, 0, " without tasks" * any(spec.evaluation.tasks for spec in specs)
     for spec, count in Counter(replace(spec, seed=0) for spec in specs).items():
         try:
             spent += count * sum(Plan(spec).seconds.values())
-        except ReconError:  # the run will say what is wrong with it, in its record, or it is for another machine
+        except ReconError:  # the run's record will say what is wrong, or the run is for another machine
             unknown += count
     said = f"{tasks}, but for {unknown} that cannot be planned here" if unknown else tasks
     log.info("study: %d runs, at most %s on this machine%s", len(specs), duration(spent), said)
 
 
 def _width(matrices: Iterable[Matrix]) -> float:
-    """Elements of what `matrices` read and give per token."""
+    """Elements per token of the inputs and outputs of `matrices`."""
     return sum(matrix.share * sum(matrix.weight.shape) for matrix in matrices)

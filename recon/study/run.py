@@ -31,22 +31,22 @@ from recon.study.record import RunRecord, environment, finished, write_record
 from recon.study.spec import RunOptions, RunSpec
 
 Value = TypeVar("Value")
-LEAST = 1e12  # floating-point operations of measuring, a few seconds; what costs less is measured anew by each process
+LEAST = 1e12  # floating-point operations, a few seconds: cheaper measurements of the dense model are not cached on disk
 Measured = tuple[dict, Mapping[str, Tensor]]  # see `recon.study.measure.measure`
 
 
 class Session:
-    """What consecutive runs share: the dense model, its measurements, and the last pruned state, so that granularities in a study
-    start from the very same one; and the last reconstructed state, if it is one that several runs need."""
+    """What consecutive runs share: the dense model, its measurements, and the last pruned state, so that the granularities of a
+    study start from the same one; and the last reconstructed state, if several runs need it."""
 
     def __init__(self, repeated: Collection[tuple] = ()):
-        self.repeated = repeated  # the `reconstructed_by` of several runs to come
-        self.reused: list[str] = []  # kinds of what the last run took from here
+        self.repeated = repeated  # values of `reconstructed_by` that several coming runs have
+        self.reused: list[str] = []  # kinds of results that the last run took from here
         self._kept: dict[str, tuple[object, object]] = {}
-        self._sources: dict[object, object] = {}  # hashes of the models, texts and criteria that it is of
+        self._sources: dict[object, object] = {}  # hashes of the models, texts and criteria that results depend on
 
     def keep(self, kind: str, key: object, make: Callable[[], Value]) -> Value:
-        """`make()`, or what it gave last time for the same `kind` if `key` has not changed since."""
+        """The result of `make()`, or the kept result of the same `kind` if `key` has not changed since."""
         if self.holds(kind, key):
             self.reused.append(kind)
         else:
@@ -55,15 +55,15 @@ class Session:
         return self._kept[kind][1]
 
     def holds(self, kind: str, key: object) -> bool:
-        """Whether `keep` would give what it gave last time."""
+        """Whether `keep` would return the kept result."""
         return kind in self._kept and self._kept[kind][0] == key
 
     def clear(self) -> None:
-        """Forgets everything: all that is kept is of one model."""
+        """Forgets everything: all kept results belong to one model."""
         self._kept.clear()
 
     def refresh(self, spec: RunSpec) -> None:
-        """Forgets everything if a model or text that `spec` reads, or its criterion, has changed since a run before."""
+        """Forgets everything if a model or text that `spec` reads, or its criterion, has changed since an earlier run."""
         sources = spec.sources()
         now = sources["texts"] | {spec.loaded_by: sources["model"], spec.model.pruned: sources.get("pruned")}
         now["criterion", spec.pruning.criterion] = sources.get("criterion")
@@ -79,7 +79,7 @@ class Session:
             return decompose(loaded), tokenizer
 
         if not self.holds("model", loaded_by):
-            self.clear()  # before there is a second model
+            self.clear()  # frees the old model before the new one is loaded
         return self.keep("model", loaded_by, make)
 
     def bytes_loaded(self, spec: RunSpec) -> int:
@@ -89,7 +89,7 @@ class Session:
 
 
 class RunResult(NamedTuple):
-    """What a run gives; `model`: None if it was streamed, or saved by an earlier call: then it is in the folder."""
+    """The result of a run; `model`: None if the run was streamed, or if an earlier call saved the model in the folder."""
 
     record: RunRecord
     model: PreTrainedModel | None
@@ -100,27 +100,27 @@ def run(
 ) -> RunResult:
     """Prunes, reconstructs and measures one model as `spec` says.
 
-    A streamed run leaves its models on disk and works on one window at a time, in the folder `<save>.unfinished`, or in one of
-    the cache named by its key; the same call goes on after the last finished window. The folder is deleted when the run is done.
+    A streamed run leaves its models on disk and works on one window at a time. Its folder is `<save>.unfinished`, or one in the
+    cache named by its key. After a kill, the same call resumes after the last finished window. At the end the folder is deleted.
 
-    options: how it is carried out: where the model is saved, whether it is streamed, on what it is computed. session: what
-    earlier runs left in memory. callbacks: told of windows and training steps, and of the record once the model is saved.
+    options: where the model is saved, whether the run is streamed, on which executor it runs. session: results that earlier
+    runs left in memory. callbacks: called after windows and training steps, and with the record once the model is saved.
 
-    Raises `ReconError` for bad input, a run that cannot fit here, or another process that does it; before anything long begins.
+    Raises `ReconError` for bad input, a run that cannot fit here, or one that another process runs, before any long computation.
     """
     check_kind("spec", spec, RunSpec)
     check_kind("options", options, RunOptions)
     spec, session, save = spec.resolved(), session or Session(), options.save
     if spec.reconstruction.granularity != "none":
-        cluster.loop(options.executor, spec.reconstruction.propagation)  # refuses what it must, before anything long begins
+        cluster.loop(options.executor, spec.reconstruction.propagation)  # raises now if it cannot be used
     if spec.evaluation.tasks:
         zero_shot.check_tasks(spec.evaluation.tasks)
     key, stream = spec.key(), options.stream
     session.refresh(spec)
     folder = save.with_name(f"{save.name}.unfinished") if save else cache_folder() / "unfinished" / key
-    # A serial run may note pruning window by window; one on Ray notes it block by block. Neither can go on in the other's folder.
+    # A serial run may store pruning by window; a run on Ray stores it by block. Neither can resume in the other's folder.
     work = f"{key}, pruned first" if spec.one_pass and cluster.settings(options.executor) else key
-    if spec.compute.compute_dtype == "auto":  # another machine might go on in another precision
+    if spec.compute.compute_dtype == "auto":  # another machine might resume in another precision
         work += f", in {device.pick_compute_dtype('auto', device.pick_device(spec.compute.device))}".replace("torch.", "")
     begun = owner(folder) == work
     with contextlib.ExitStack() as stack:
@@ -130,35 +130,35 @@ def run(
             as_asked = packed.is_packed(save) == (options.save_format == "packed")
             if done and as_asked and done.environment.get("save_dtype", "float32") == options.save_dtype:
                 log.info("done already: the model and its record are in %r", str(save))
-                if begun:  # and killed before its folder was deleted
+                if begun:  # the run was killed before its folder was deleted
                     Storage(folder, work).delete()
                 for callback in callbacks:
                     callback.on_done(done)
                 return RunResult(done, None)
             check_new(save)
-        if stream == "auto":  # go on streaming what was begun so; a model that is in memory fits
+        if stream == "auto":  # a run that began streamed stays so; a model that is in memory fits
             stream = "yes" if begun else "no" if session.holds("model", spec.loaded_by) else stream
         streamed = plan.stays_on_disk(spec, stream, device.available_memory())
         if not (begun and streamed):
             plan.check(spec, replace(options, stream="yes" if streamed else "no"), session.bytes_loaded(spec))
         if (streamed or begun) and not save:
             stack.enter_context(locked(folder, "work folder"))
-        taken = save and owner(folder) not in (None, work)  # by another unfinished run: that is refused
+        taken = save and owner(folder) not in (None, work)  # by another unfinished run: `Storage` raises
         storage = Storage(folder if streamed or taken else None, work, keep=["prune"])
         if streamed:
             log.info("finished windows are in %r until the run is done; it may be deleted, to begin anew", str(folder))
-        stack.callback(storage.delete, begun=False)  # what is refused would stand in the way of another try
+        stack.callback(storage.delete, begun=False)  # without windows it would only block another try
         result = _Run(spec, key, options, session, storage, callbacks).result()
         for callback in callbacks:
             callback.on_done(result.record)
         storage.delete()
-        if begun and not streamed:  # an earlier try was
+        if begun and not streamed:  # an earlier call streamed it
             Storage(folder, work).delete()
     return result
 
 
 class _Run(Callback):
-    """One run, phase by phase: what its phases have at hand, and what they find."""
+    """One run, phase by phase: what its phases use, and their results."""
 
     def __init__(self, spec: RunSpec, key: str, options: RunOptions, session: Session, storage: Storage, callbacks: Sequence):
         self.spec, self.options, self.session, self.storage = spec, options, session, storage
@@ -167,14 +167,14 @@ class _Run(Callback):
         self.fingerprints = self.stored()
 
     def result(self) -> RunResult:
-        """The whole pipeline, dense model first, so that a wrong set-up shows before anything is pruned."""
+        """Runs the whole pipeline. The dense model is measured first, so that a wrong set-up shows before anything is pruned."""
         spec, session, storage, record = self.spec, self.session, self.storage, self.record
         began, resumed = time.perf_counter(), bool(storage.finished("dense"))
         session.reused.clear()
         with self.phase("load"):
             self.load()
             self.check_fits()
-            record.flops = plan.flops(spec)  # first, as it refuses what cannot be planned
+            record.flops = plan.flops(spec)  # first, as it raises for what cannot be planned
             self.texts = measure.Texts.draw(spec, self.tokenizer)
         read = spec.samples_by_phase.items()
         self.samples = {phase: self.texts.calibration[:count] if count else None for phase, count in read}
@@ -188,7 +188,7 @@ class _Run(Callback):
         else:
             self.model = decompose(copy.deepcopy(self.dense.model), like=self.dense)
 
-        pruned_by = spec.pruned_by, spec.compute  # what decides the pruned state: runs of a session that agree on it share it
+        pruned_by = spec.pruned_by, spec.compute  # runs of a session for which this is equal share the pruned state
         one_pass = spec.one_pass and not cluster.settings(self.options.executor) and not session.holds("pruned", pruned_by)
         make = partial(self.pruned, one_pass)
         pruning, weights, *cost = make() if storage.folder or self.external else session.keep("pruned", pruned_by, make)
@@ -218,7 +218,7 @@ class _Run(Callback):
         if storage.folder:
             record.environment |= {"streamed": True, "resumed": resumed}
         if record.windows and cluster.settings(self.options.executor):
-            record.environment["executor"] = "ray"  # its seconds are those of several workers
+            record.environment["executor"] = "ray"  # seconds of windows are then those of several workers
         record.status, record.seconds["total"] = "done", time.perf_counter() - began
         if self.options.save:
             if self.options.save_dtype != "float32":
@@ -232,20 +232,20 @@ class _Run(Callback):
         return RunResult(record, None if storage.folder else self.model.model)
 
     def stored(self) -> list[str]:
-        """The fingerprints of the models that are read, window by window if the run is streamed."""
+        """The fingerprints of the models on disk, which a streamed run reads window by window."""
         model = self.spec.model
         pruned = [(model.pruned, model.pruned_revision, model.trust_remote_code)] * (model.pruned is not None)
         return [models.fingerprint(*each) for each in (self.spec.loaded_by, *pruned)]
 
     def execution(self, loop: Callable | None = None) -> Execution:
-        """Where and how a phase computes; made for each, as a phase that runs out of memory goes on with smaller batches."""
+        """Where and how a phase computes; new for each phase, as one that runs out of memory continues with smaller batches."""
         return Execution(self.device, self.spec.compute.compute_dtype, self.storage, self.options.progress, loop)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds up seconds and keeps the highest peak memory of a phase, which may be entered more than once."""
+        """Context that adds up a phase's seconds and keeps its highest peak memory; a phase may be entered more than once."""
         record, began = self.record, time.perf_counter()
-        device.release_memory()  # what is left from before counts as free, and not as this phase's
+        device.release_memory()  # what earlier phases left counts as free, not as this phase's
         with device.peak_memory(self.device, anonymous=self.storage.folder is not None) as peak:
             yield
         record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - began
@@ -254,10 +254,10 @@ class _Run(Callback):
         record.peak_memory_bytes = max(peaks.values())
 
     def load(self) -> None:
-        """The dense model, its tokenizer, and the model that something else pruned, if any: checked, but not read into memory."""
+        """Loads the dense model and its tokenizer. A model pruned by other software is checked, but not read into memory."""
         spec, session, folder, model = self.spec, self.session, self.storage.folder, self.spec.model
         if folder:
-            session.clear()  # what earlier runs have in memory is of no use
+            session.clear()  # results of earlier runs in memory are of no use
             skeleton, stored, self.tokenizer = models.skeleton(*spec.loaded_by, folder)
             self.dense = decompose(skeleton, lazy=Lazy(skeleton, stored.read))
         else:
@@ -271,18 +271,18 @@ class _Run(Callback):
         self.external = session.keep("external mask", spec.pruned_by, open_external) if model.pruned else None
 
     def check_fits(self) -> None:
-        """Raises `ReconError` for what this model cannot do, being saved included."""
+        """Raises `ReconError` for what this model does not support, including being saved."""
         plan.check_fits(self.spec, self.dense)
         if tasks := self.spec.evaluation.tasks:
             zero_shot.check_tasks(tasks, self.dense)
-            zero_shot.load(zero_shot.HUB.keys() & tasks)  # what cannot be fetched is told before anything long begins
+            zero_shot.load(zero_shot.HUB.keys() & tasks)  # raises now for what cannot be fetched
         biases = prune.touched_biases(self.dense, self.spec.pruning)
         if self.options.save:
             checkpoint.check_model(self.dense, biases, self.options.save_dtype)
 
     def measured(self, name: str, decoder: Decoder) -> Measured:
-        """How good the dense, pruned or reconstructed model is; what is known of it from before the run was killed, or from a run
-        of the session that agrees on all that decides it, is not measured again."""
+        """Measures the dense, pruned or reconstructed model. A result from before the run was killed is reused, and so is one
+        from a run of the session for which everything that determines it is equal."""
         spec, read, storage = self.spec, self.spec.calibration, self.storage
         made_by = {"dense": spec.loaded_by, "pruned": spec.pruned_by}.get(name)
         known_by = made_by, spec.evaluation, read.text, read.sequence_length, read.held_out_samples, spec.compute
@@ -297,7 +297,7 @@ class _Run(Callback):
         return found, states
 
     def cached(self, compute: Callable[[], Measured]) -> Measured:
-        """`compute()` of the dense model, or what it gave an earlier process, by committed code and of texts that are here."""
+        """`compute()` of the dense model, cached across processes if it is long, by committed code, and on bundled tasks."""
         spec, how, here = self.spec, self.spec.evaluation, environment(self.device, self.spec.compute.compute_dtype)
         if plan.flops(spec)["evaluate"] < LEAST or here["git_dirty"] is not False or set(how.tasks) - set(zero_shot.BUNDLED):
             return compute()
@@ -315,9 +315,9 @@ class _Run(Callback):
             return kept.finished("dense")[0], kept.streams("dense")
 
     def pruned(self, one_pass: bool) -> tuple[prune.Pruning, Mapping[str, Tensor], float, int]:
-        """Prunes the model, in one pass with its reconstruction or before; gives what else changed, seconds and peak, too."""
+        """Prunes the model, during reconstruction or before it; returns the pruning, updated weights, seconds and peak."""
         seconds, peaks = self.record.seconds, self.record.peak_memory_bytes_by_phase
-        how = replace(self.spec.pruning, reorder_neurons=False)  # they are by now
+        how = replace(self.spec.pruning, reorder_neurons=False)  # done already
         if one_pass:
             self.reconstruct(pruning=how)
             seconds["prune"] += self.pruning.seconds
@@ -342,7 +342,7 @@ class _Run(Callback):
         self.pruning = pruning
 
     def reconstruct(self, **pruned: object) -> None:
-        """Reconstructs the model in place; `pruned`: by which masks, or how each window is pruned on the way."""
+        """Reconstructs the model in place; `pruned`: its masks or, to prune each window on the way, how."""
         execution = self.execution(cluster.loop(self.options.executor, self.spec.reconstruction.propagation))
         with self.phase("reconstruct"):
             reports = reconstruct.reconstruct(
@@ -359,10 +359,10 @@ class _Run(Callback):
                 execution=self.execution(), callbacks=(self, *self.callbacks),
             )  # fmt: skip
         self.record.retraining = asdict(found)
-        self.record.seconds["retrain"] = found.seconds  # without what was measured on the way
+        self.record.seconds["retrain"] = found.seconds  # without measurements on the way
 
     def reconstructed(self, masks: Mapping[str, Tensor] | None) -> None:
-        """Reconstructs the pruned model in place, unless that was done on the way (no `masks`), or by a run before."""
+        """Reconstructs the pruned model in place, unless pruning did so on the way (no `masks`), or an earlier run did."""
         record, parameters = self.record, [*self.model.model.parameters()]
         measured = record.seconds, record.peak_memory_bytes_by_phase, record.added_memory_bytes_by_phase
 

@@ -1,4 +1,4 @@
-"""What a run is asked for: `RunSpec`, made of the configs in `recon.config`; and how it is carried out: `RunOptions`."""
+"""`RunSpec`: what a run computes, made of the configs in `recon.config`. `RunOptions`: how the run is carried out."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ SCHEMA = 8  # part of every key; raise it when the meaning of a record's values,
 class RunSpec(Checked):
     """Everything that can change a run's numbers.
 
-    The names of options are unique over all configs, so they need no other: `RunSpec.of(granularity="block", samples=16)`,
+    Names of options are unique over all configs, so they need no prefix: `RunSpec.of(granularity="block", samples=16)`,
     `spec.flat()`, `spec.replaced(seed=1)`.
     """
 
@@ -44,17 +44,17 @@ class RunSpec(Checked):
             value, pruned = self.flat()[name], self.model.pruned
             raise ReconError(f"{name} is {value!r}, but the mask is read from the pruned model {pruned!r}; leave it out")
         recipe = {name: value for name, value in config.PRESETS[self.preset].items() if name not in changed | masked}
-        for name, part in self._changed(recipe | {"preset": "default"}).items():  # a record says what a preset stood for
+        for name, part in self._changed(recipe | {"preset": "default"}).items():  # a record has the options, not the preset
             object.__setattr__(self, name, part)
 
     @classmethod
     def of(cls, **values) -> "RunSpec":
-        """The spec with these options; see `replaced`."""
+        """The default spec with other values of some options; see `replaced`."""
         return cls().replaced(**values)
 
     def replaced(self, **values) -> "RunSpec":
-        """This spec with other values of some options. A preset among them sets only what is not given beside it, and is at its
-        default in this spec: of two presets, the first goes before the second.
+        """This spec with other values of some options. A preset among them sets only options that are not given
+        with it and are at their defaults in this spec; so of two presets, one after the other, the first takes precedence.
 
         Raises `ReconError` for a name that is no option.
         """
@@ -77,7 +77,7 @@ class RunSpec(Checked):
 
     @property
     def samples_by_phase(self) -> dict[str, int]:
-        """Calibration samples that each phase reads: the first so many of one random draw."""
+        """How many calibration samples each phase reads: the first ones of the same random draw."""
         samples, again = self.calibration.samples, self.retraining
         return {
             "prune": (self.pruning.prune_samples or samples) * (self.pruning.reads and self.model.pruned is None),
@@ -87,12 +87,12 @@ class RunSpec(Checked):
 
     @property
     def loaded_by(self) -> tuple:
-        """What decides the dense model: its name, its revision, and whether code that comes with it is run."""
+        """What determines the dense model: its name, its revision, and whether code that comes with it is run."""
         return self.model.model, self.model.revision, self.model.trust_remote_code
 
     @property
     def pruned_by(self) -> tuple:
-        """What decides the pruned model; runs that agree on it can share it."""
+        """What determines the pruned model; runs for which this is equal can share the model."""
         if self.model.pruned is not None:
             return (*self.loaded_by, self.model.pruned, self.model.pruned_revision)
         read = self.calibration.text, self.calibration.sequence_length, self.samples_by_phase["prune"]
@@ -100,7 +100,7 @@ class RunSpec(Checked):
 
     @property
     def reconstructed_by(self) -> tuple:
-        """What decides the reconstructed model, likewise."""
+        """What determines the reconstructed model; see `pruned_by`."""
         return self.pruned_by, self.calibration, self.reconstruction, self.compute, self.seed
 
     @property
@@ -116,9 +116,9 @@ class RunSpec(Checked):
         return reconstructs and not config.two_passes(self.pruning, self.reconstruction, self.calibration.samples)
 
     def resolved(self) -> "RunSpec":
-        """This spec with a number for every length that is 0, by the model's configuration; see `recon.config.LENGTHS`.
+        """This spec with each length of 0 replaced by a number that suits the model; see `recon.config.LENGTHS`.
 
-        Where that cannot be read, the spec stays as it is: loading the model will say what is wrong.
+        If the model's configuration cannot be read, the spec stays as it is: loading the model will raise the error.
         """
         from recon.data import models  # slow to import, as below
         from recon.model.skeleton import max_length
@@ -131,7 +131,7 @@ class RunSpec(Checked):
         return self.replaced(**{name: min(config.LENGTHS[name], longest or config.LENGTHS[name]) for name in asked})
 
     def sources(self) -> dict:
-        """Hashes of the files that the run reads, the schema of its record, and the code of a criterion of one's own."""
+        """Hashes of the files that the run reads and of the code of a user's own criterion, and the schema of records."""
         from recon.data import models, text
 
         read = sorted({self.calibration.text, *self.evaluation.evaluation_texts})
@@ -146,15 +146,15 @@ class RunSpec(Checked):
     def key(self) -> str:
         """Hash of everything that can change the run's numbers: this spec, the files it reads, and the record schema.
 
-        Options at their defaults are left out, so that a new one does not disown old records; so are those of no reconstruction.
+        Options at their defaults are left out, so new options keep old keys; without reconstruction, so are all its options.
         """
         from recon.data import assets, text
 
         values = self.resolved().flat()
         if self.reconstruction.granularity == "none":
             values |= vars(config.ReconstructionConfig("none"))
-        values |= {name: 0 for name in ("prune_samples", "retrain_samples") if values[name] == values["samples"]}  # says the same
-        # Files are known by their content, wherever they lie.
+        values |= {name: 0 for name in ("prune_samples", "retrain_samples") if values[name] == values["samples"]}  # 0 says so too
+        # Files are identified by their content, not by their path.
         sources, model, named = self.sources(), self.model, {*text.TEXTS, *assets.BUNDLED_MODELS, None}
         contents = sources["texts"] | {model.model: sources["model"], model.pruned: sources.get("pruned")}
         places = {name: content for name, content in contents.items() if name not in named and Path(name).exists()}
@@ -174,23 +174,23 @@ def _defaults() -> dict:
 
 @dataclass(frozen=True)
 class RunOptions(Checked):
-    """How a run is carried out, which changes no number."""
+    """How a run is carried out; none of these options changes its numbers."""
 
-    # New folder for the model as a Hugging Face checkpoint, with its record. What the same run saved there is not computed again.
+    # New folder for the model, as a Hugging Face checkpoint, and its record. If the same run is saved there, it is not repeated.
     save: Path | None = None
     save_dtype: Literal[tuple(SAVED)] = "float32"
-    """What weights are saved in; they are measured in float32, and rounded after that."""
-    # packed keeps one bit a weight and what is not zero: at 50 % in bfloat16 little over half the size. `recon.load` reads
-    # it; `recon unpack` makes the plain checkpoint of it that everything else reads.
+    """Precision of the saved weights; the model is measured in float32, and rounded after that."""
+    # packed stores one bit per weight and the non-zero values: at 50 % in bfloat16, little over half the size. `recon.load`
+    # reads it; `recon unpack` turns it into a plain checkpoint, which other software reads.
     save_format: Literal["plain", "packed"] = "plain"
-    # yes leaves the model on disk and works on one window at a time; a run that was killed goes on when it is called again.
-    # auto does so where the model would not fit into memory.
+    # yes: the model stays on disk, and one window at a time is in memory; a killed run resumes when it is called again.
+    # auto: yes if the model would not fit into memory.
     stream: Literal["auto", "yes", "no"] = "auto"
     executor: str | Ray = "serial"
-    """ray reconstructs windows side by side, on the cores and GPUs of this machine or of a cluster (dense propagation)."""
-    force: bool = False  # Run even what is planned not to fit here (see `recon plan`).
+    """ray reconstructs windows in parallel, on the cores and GPUs of this machine or of a cluster (dense propagation only)."""
+    force: bool = False  # Run even if the plan says that it does not fit here (see `recon plan`).
     progress: bool = True  # Draw progress bars.
-    command: str = ""  # The command that asked for the run, for the model card.
+    command: str = ""  # The command that started the run, for the model card.
 
     def __post_init__(self):
         object.__setattr__(self, "save", None if self.save is None else Path(self.save).expanduser().resolve())

@@ -1,4 +1,4 @@
-"""Many specs to one data frame, through a folder of records: what is done is skipped, and a killed study goes on."""
+"""Runs many specs, and returns one data frame. Records go to a folder: finished runs are skipped, a killed study resumes."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ from recon.study.spec import RunOptions, RunSpec
 
 
 def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
-    """Every combination of the values on `axes` (option -> values), all else as in `base`. Raises `ReconError` for no option."""
+    """Every combination of values on `axes` (option -> values), the rest as in `base`. Raises `ReconError` for a wrong axis."""
     if single := next(
         (name for name, values in axes.items() if isinstance(values, str) or not isinstance(values, Iterable)), None
     ):
@@ -32,7 +32,7 @@ def grid(base: RunSpec, **axes: Iterable) -> list[RunSpec]:
 
 
 class _Writer(Callback):
-    """Writes the record of the run (called `key`, if that is known) to `path`, if there is one."""
+    """Writes a run's record to `path`, if given. Raises `ReconError` if the run's key is not `key`, if given."""
 
     def __init__(self, path: Path | None, key: str):
         self.path, self.key = path, key
@@ -50,8 +50,8 @@ class _Writer(Callback):
 def run_to_record(
     spec: RunSpec, path: Path | None, options: RunOptions, session: Session | None = None, key: str = ""
 ) -> tuple[RunRecord, Exception | None]:
-    """The record of `recon.run`; if that fails, one that says how, and the exception. It is written to `path`, but a failure's
-    not over that of a finished run. key: of the run; default: the one that it has now."""
+    """Runs `spec` and returns its record and None; if it fails, a record that says why, and the exception. Writes the record to
+    `path`, but no failure over the record of a finished run. key: of the run; default: the one that it has now."""
     if path:
         check_writable(path.parent, "record")
         if path.is_dir():
@@ -61,7 +61,7 @@ def run_to_record(
         if path.resolve().parent == Path(spec.model.model).resolve():
             raise ReconError(f"record {str(path)!r} is in the folder of the model, and would change it; name another place")
         if path.exists() and not key:
-            done = read_record(path)  # refuses to write over anything else
+            done = read_record(path)  # raises if the file is not a record
             if done.status == "done" and done.key != spec.key():
                 raise ReconError(f"record {str(path)!r} is of another run, {done.key}; name another place")
     try:
@@ -77,33 +77,33 @@ def run_to_record(
 
 
 def _work(folder: Path, options: RunOptions, session: Session, task: tuple[str, RunSpec]) -> tuple[str, RunRecord]:
-    """Computes a run of a study, here or in a worker, unless it is done by now; by key."""
+    """Computes one run of a study, here or in a worker, unless it is finished by now; returns its key and record."""
     key, spec = task
     if not folder.exists():  # in a worker on another machine
         return key, run_to_record(spec, None, options, session, key)[0]
     path = folder / f"{key}.json"
-    with locked(path, "record", wait=True):  # another study may be at work on the same run
+    with locked(path, "record", wait=True):  # another study may compute the same run
         return key, finished(path, key) or run_to_record(spec, path, options, session, key)[0]
 
 
 def run_study(
     specs: Iterable[RunSpec], folder: Path | str, progress: bool = True, compute: bool = True, executor: str | Ray | None = None
 ) -> pd.DataFrame:
-    """Runs what is missing of `specs` and returns one row per spec, in their order.
+    """Runs those of `specs` that are not finished, and returns one row per spec, in their order.
 
-    Every finished run is a record in `folder` at once, so that a killed study goes on where it was; several may be at work on one
-    folder. A run that fails leaves a record that says how, and the others go on; it is tried again next time.
+    Each finished run is a record in `folder` at once, so a killed study resumes where it was. Several studies may use one folder
+    at the same time. A run that fails leaves a record that says why, and is tried again next time; the others go on.
 
-    specs: or one. folder: for the records, one JSON file per run, named by its key.
-    compute: False runs nothing; what has no record then has the status "missing".
+    specs: several, or one. folder: for the records, one JSON file per run, named by its key.
+    compute: False runs nothing; a run without a record then has the status "missing".
     executor: "serial", "ray", or `recon.Ray(...)` with settings of your own; None: what the environment variable
-        RECON_EXECUTOR names, or serial. What a record says, and its name, do not depend on it.
+        RECON_EXECUTOR names, or serial. Records and their names do not depend on it.
 
     Returns a frame with a column per option of the spec, one per metric that is one number, `seconds_<phase>`, `flops_<phase>`,
     `peak_memory_bytes`, `peak_memory_bytes_<phase>`, `added_memory_bytes_<phase>`, `key`, `status` and `error`.
 
-    Raises `ReconError` if a model or text is not to be found, nothing can be written to `folder`, the executor cannot be had, or,
-    with compute False, a record cannot be read.
+    Raises `ReconError` if a model or text is not found, `folder` cannot be written, the executor is not available, or, with
+    compute False, a record cannot be read.
     """
     for spec in (specs := [specs] if isinstance(specs, RunSpec) else [*specs]):
         check_kind("spec", spec, RunSpec)
@@ -119,13 +119,13 @@ def run_study(
         missing = "missing", f"not computed: no record in {folder.name}/"
         records = {key: RunRecord(spec.flat(), key, *missing) for key, spec in known.items()}
         records |= {key: read_record(path) for key, path in paths.items() if path.is_file()}
-    # As asked: a record may be of another path to the same files.
+    # The spec as given: a record may hold another path to the same files.
     return frame(replace(records[key], spec=spec.flat()) for key, spec in zip(keys, specs))
 
 
 def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress: bool) -> dict[str, RunRecord]:
-    """Runs `specs`, and writes their records to `folder`; by key."""
-    # Runs that start from one pruned state stand together, among these the ones on as many samples, and those fitted alike.
+    """Runs `specs`, and writes their records to `folder`. Both `specs` and the records returned are by key."""
+    # Sorted so that runs with the same pruned state are neighbours; among these, runs with equal samples and reconstruction.
     parts = {key: (*spec.pruned_by, spec.calibration.samples, spec.reconstruction) for key, spec in specs.items()}
     order = sorted(specs, key=lambda key: [*map(str, parts[key])])
     fits = Counter(spec.reconstructed_by for spec in specs.values())
@@ -151,7 +151,7 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
     bar = tqdm(answers, total=len(order), desc="study", unit="run", disable=not progress or not order)
     with contextlib.closing(answers), bar:
         for answer in bar:
-            if isinstance(answer, Exception):  # runs do not raise
+            if isinstance(answer, Exception):  # a worker was lost: runs do not raise
                 lost = answer
             else:
                 keep(*answer)
@@ -170,5 +170,5 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         for name in ("seconds", "flops", "peak_memory_bytes_by_phase", "added_memory_bytes_by_phase"):
             row |= {f"{name.removesuffix('_by_phase')}_{phase}": value for phase, value in said[name].items()}
         rows.append(row | {name: said[name] for name in ("peak_memory_bytes", "key", "status", "error")})
-    # A study of nothing has the columns that every study has.
+    # Without records, there are the columns that every study has.
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*RunSpec().flat(), "key", "status", "error"])
