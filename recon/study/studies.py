@@ -163,12 +163,12 @@ def _computed(specs: dict[str, RunSpec], folder: Path, how: Ray | None, progress
 
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """One row per record, as `run_study` describes."""
-    rows = []
+    rows, ends = [], ("peak_memory_bytes", "key", "status", "error")
     for record in records:
         said = vars(record)
         row = record.spec | {name: value for name, value in record.metrics.items() if not isinstance(value, dict | list)}
         for name in ("seconds", "flops", "peak_memory_bytes_by_phase", "added_memory_bytes_by_phase"):
             row |= {f"{name.removesuffix('_by_phase')}_{phase}": value for phase, value in said[name].items()}
-        rows.append(row | {name: said[name] for name in ("peak_memory_bytes", "key", "status", "error")})
+        rows.append(row | {name: said[name] for name in ends})
     # Without records, there are the columns that every study has.
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*RunSpec().flat(), "key", "status", "error"])
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*RunSpec().flat(), *ends])

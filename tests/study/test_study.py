@@ -119,4 +119,4 @@ def test_a_folder_that_cannot_be_written_is_refused_first(tiny_spec, counted, tm
 
 def test_a_study_of_nothing_has_the_columns_of_any_other(tmp_path):
     nothing = recon.run_study([], tmp_path)
-    assert nothing.empty and {*recon.RunSpec().flat(), "key", "status", "error"} <= set(nothing)
+    assert nothing.empty and {*recon.RunSpec().flat(), "peak_memory_bytes", "key", "status", "error"} <= set(nothing)
