@@ -65,7 +65,7 @@ SOURCES = {
     "(0.9 and 0.95) and its gradient clipping (norm 1)",
     "3basil-tm": "arXiv 2603.01376, github.com/mazumder-lab/3BASiL, 5ce1037; 128 x 2,048 tokens; the published code makes masks "
     "with another ADMM, and its learning rate falls to a fifth along a cosine",
-    "alps": "Meng et al. 2024, arXiv 2406.07831; 128 x 2,048 tokens; prunes only; here with another ADMM, of fewer rounds",
+    "alps": "Meng et al. 2024, arXiv 2406.07831; 128 x 2,048 tokens; prunes only; here with this library's ADMM, of fewer rounds",
     "sparsegpt": "Frantar & Alistarh 2023, arXiv 2301.00774; 128 x 2,048 tokens; prunes only",
     "wanda": "Sun et al. 2023, arXiv 2306.11695; 128 x 2,048 tokens; prunes only",
     "wanda++": "Yang et al. 2025, arXiv 2503.04992; 128 x 2,048 tokens; only its regional gradients, not its "

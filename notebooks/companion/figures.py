@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from companion.compare import CLOSE, MARGIN, SEEDS, common, interval, paired
-from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS
+from companion.frame import DEFAULTS, MEMORY, RECIPE_WORDS, short
 from companion.judge import FAILS, HOLDS, MARKS, OLDER, RATIOS, UNSURE, central, effect_words, found_in, in_short
 from companion.publish import log_scale, look, looks, lower_is_better, number
 
@@ -233,8 +233,8 @@ def memory(data: pd.DataFrame) -> Plot:
     return figure, data, finding
 
 
-def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> Plot:
-    """Held-out perplexity, divided by the best rate's, against the rate: a line for each cell of `companion.search.search`."""
+def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> tuple[Figure, pd.DataFrame, str, str]:
+    """Held-out perplexity over the best rate's, by rate: a line per cell of `companion.search.search`. A `Plot`, and its caption."""
     runs = runs.assign(place=runs["model"] + ", " + runs["recipe"].map(RECIPE_WORDS), samples=runs["trained"])
     runs["ratio"] = runs["held_out_perplexity"] / runs.groupby("cell", sort=False)["held_out_perplexity"].transform("min")
     data = runs[list(dict.fromkeys([panel, line, "recipe", "rate", "held_out_perplexity", "ratio", "chosen"]))]
@@ -251,7 +251,10 @@ def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> Plot:
     best = data[data["chosen"]].groupby(panel, sort=False)["rate"]
     form = "{:g}"
     finding = f"The best rates are {', '.join(f'{span(own, form)} ({name})' for name, own in best)}."
-    return plot.figure, data, finding
+    tried = runs.iloc[0]
+    caption = "Held-out perplexity relative to the best of its line; above 1.5: not drawn. Ringed: the rate that is used. "
+    caption += f"Held out: {tried['held_out_samples']} x {tried['sequence_length']} tokens of {short(tried['text'])}, at a seed "
+    return plot.figure, data, finding, caption + "that no verdict uses. "
 
 
 def rule(runs: pd.DataFrame) -> str:
