@@ -234,7 +234,7 @@ def memory(data: pd.DataFrame) -> Plot:
 
 
 def rates(runs: pd.DataFrame, panel: str = "place", line: str = "fit") -> tuple[Figure, pd.DataFrame, str, str]:
-    """Held-out perplexity over the best rate's, by rate: a line per cell of `companion.search.search`. A `Plot`, and its caption."""
+    """Held-out perplexity over the best rate's, by rate: a line per cell of `companion.search.search`. `Plot` and caption."""
     runs = runs.assign(place=runs["model"] + ", " + runs["recipe"].map(RECIPE_WORDS), samples=runs["trained"])
     runs["ratio"] = runs["held_out_perplexity"] / runs.groupby("cell", sort=False)["held_out_perplexity"].transform("min")
     data = runs[list(dict.fromkeys([panel, line, "recipe", "rate", "held_out_perplexity", "ratio", "chosen"]))]
