@@ -126,8 +126,9 @@ def studies(runs: pd.DataFrame, measure: str, *shared: str) -> list[tuple[tuple[
         return []
     scopes: dict[tuple, dict] = {}
     used = runs[runs[f"{measure}_pruned"].notna() & (runs["seed"] < SEARCH)]
-    alone = used[(used["recipe"] == "default") & (used["granularity"] == "none")]  # without windows, both defaults are the same
-    used = pd.concat([used, alone.assign(recipe="first-skipped", first_position="skipped")])
+    cells = used["model"] + " " + used["pattern"]
+    alone = (used["recipe"] == "default") & (used["granularity"] == "none") & cells.isin(cells[used["recipe"] == "first-skipped"])
+    used = pd.concat([used, used[alone].assign(recipe="first-skipped", first_position="skipped")])  # the same without windows
     for name, group in used.groupby([*shared, "pattern", "recipe"]):
         first = group.iloc[0]
         scope = first["model"] if "model" in shared else "", first["pattern"], first["recipe"]
