@@ -260,11 +260,11 @@ def bootstrap(sides, statistic, level, draws=1500):
 
 HALF, PLAIN = {"granularity": "half-block", "retrain": "none"}, (lambda mine, theirs: theirs - mine)
 BLOCK = {"granularity": "block"}
-ENDS = [(side, state) for side in (HALF, BLOCK) for state in ("dense", "pruned")]  # equal but for the rounding of two machines
+ENDS = [(HALF, "dense"), (HALF, "pruned"), (BLOCK, "pruned")]  # of the two sides, equal but for the rounding of two machines
 
 
-def share(mine, theirs, *ends):
-    return (theirs - mine) / (ends[1] - ends[0] + ends[3] - ends[2]) * 2
+def share(mine, theirs, dense, *pruned):
+    return (theirs - mine) / (sum(pruned) / 2 - dense)
 
 
 CASES = {  # claim -> sides (options, state), statistic of their means, level
